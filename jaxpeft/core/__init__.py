@@ -1,0 +1,1 @@
+"""The mechanism: tree paths, sites and targets, partition and combine, the interceptor, the `Method` type."""

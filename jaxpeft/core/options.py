@@ -1,0 +1,168 @@
+"""Options: fields of frozen dataclasses that carry their doc and their bounds, and are all checked at once.
+
+One engine serves the config file, the command line and the methods' hyperparameters. It does not import JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from jaxpeft.errors import nearest
+
+T = TypeVar("T")
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "above": (lambda value, bound: value > bound, "above"),
+    "at_least": (lambda value, bound: value >= bound, "at least"),
+    "below": (lambda value, bound: value < bound, "below"),
+    "at_most": (lambda value, bound: value <= bound, "at most"),
+}
+
+
+def option(default: Any, doc: str, **bounds: float) -> Any:
+    """Declares one option.
+
+    Args:
+        default: its default; a dict is copied for each instance, a dataclass type is instantiated.
+        doc: what it does, with the unit, in one line.
+        **bounds: any of `above`, `at_least`, `below`, `at_most`.
+    """
+    metadata = {"doc": doc, **bounds}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None, list[str]]:
+    """Makes a `cls` from plain values, finding every problem at once.
+
+    Args:
+        cls: a frozen dataclass of options; its method `problems() -> list[str]`, if any, checks across fields.
+        values: plain values by option name; nested dataclasses take nested mappings.
+        where: what to call the mapping in a message, such as `config.method`.
+
+    Returns:
+        `(instance, [])`, or `(None, problems)`.
+    """
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
+    found: list[str] = []
+    taken: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            known = ", ".join(sorted(fields))
+            found.append(f"{where}.{key}: no such option{nearest(key, fields)} (known: {known})")
+            continue
+        taken[key], problems = convert(value, hints[key], f"{where}.{key}")
+        found += problems or _out_of_bounds(taken[key], fields[key].metadata, f"{where}.{key}")
+    if found:
+        return None, found
+    instance = cls(**taken)
+    check: Callable[[], list[str]] | None = getattr(instance, "problems", None)
+    found = [f"{where}.{problem}" for problem in check()] if check else []
+    return (None, found) if found else (instance, [])
+
+
+def problems_of(instance: Any, where: str) -> list[str]:
+    """Lists what is wrong with the values of an instance made directly, as `LoRA(rank=0)`."""
+    hints = typing.get_type_hints(type(instance))
+    found: list[str] = []
+    for field in dataclasses.fields(instance):
+        name = f"{where}.{field.name}"
+        value, problems = convert(getattr(instance, field.name), hints[field.name], name)
+        found += problems or _out_of_bounds(value, field.metadata, name)
+    return found or [f"{where}.{problem}" for problem in instance.problems()]
+
+
+def _out_of_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> list[str]:
+    items = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
+    found: list[str] = []
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            continue
+        if not math.isfinite(item):
+            found.append(f"{where}: must be a finite number, is {item!r}")
+            continue
+        for name, (holds, words) in _BOUNDS.items():
+            if name in metadata and not holds(item, metadata[name]):
+                found.append(f"{where}: must be {words} {metadata[name]}, is {item!r}")
+    return found
+
+
+def convert(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
+    """Gives the value as the annotated type and no problems, or the value as it is and why it is not one."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, hint, where)
+    if origin is Literal:
+        if type(value) in {type(choice) for choice in get_args(hint)} and value in get_args(hint):
+            return value, []
+        choices = ", ".join(map(repr, get_args(hint)))
+        return value, [f"{where}: must be one of {choices}, is {value!r}{nearest(str(value), map(str, get_args(hint)))}"]
+    if origin is tuple:
+        return _convert_tuple(value, get_args(hint)[0], where)
+    if origin is dict:
+        return _convert_dict(value, get_args(hint)[1], where)
+    if dataclasses.is_dataclass(hint):
+        return _convert_dataclass(value, hint, where)
+    return _convert_scalar(value, hint, where)
+
+
+def _convert_union(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
+    attempts = [convert(value, choice, where) for choice in get_args(hint)]
+    for converted, problems in attempts:
+        if not problems:
+            return converted, []
+    return value, [f"{where}: must be {_words(hint)}, is {value!r} ({type(value).__name__})"]
+
+
+def _convert_tuple(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str]]:
+    if not isinstance(value, (list, tuple)):
+        return value, [f"{where}: must be a list of {_words(item_hint)}, is {value!r} ({type(value).__name__})"]
+    pairs = [convert(item, item_hint, f"{where}[{i}]") for i, item in enumerate(typing.cast(list[Any], value))]
+    return tuple(item for item, _ in pairs), [problem for _, problems in pairs for problem in problems]
+
+
+def _convert_dict(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str]]:
+    if not isinstance(value, Mapping):
+        return value, [f"{where}: must be a mapping, is {value!r} ({type(value).__name__})"]
+    items = typing.cast(Mapping[str, Any], value)
+    pairs = {str(key): convert(item, item_hint, f"{where}[{key!r}]") for key, item in items.items()}
+    return {k: item for k, (item, _) in pairs.items()}, [p for _, problems in pairs.values() for p in problems]
+
+
+def _convert_dataclass(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
+    if isinstance(value, hint):
+        return value, []
+    if not isinstance(value, Mapping):
+        return value, [f"{where}: must be a section with options, is {value!r} ({type(value).__name__})"]
+    return parse(hint, typing.cast(Mapping[str, Any], value), where)
+
+
+def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value), []
+    if hint is type(None) and value is None:
+        return None, []
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value, []
+    quoted = isinstance(value, str) and hint in (int, float)
+    fix = "; write the number without quotes" if quoted else ""
+    return value, [f"{where}: must be {_words(hint)}, is {value!r} ({type(value).__name__}){fix}"]
+
+
+def _words(hint: Any) -> str:
+    """Names a type as people do."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_words(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {_words(get_args(hint)[0])}"
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    named = {int: "an integer", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
+    return named.get(hint, getattr(hint, "__name__", str(hint)))

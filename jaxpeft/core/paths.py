@@ -1,0 +1,94 @@
+"""Paths of a parameter tree, and the Hugging Face names that they mirror.
+
+A path is a tuple of dict keys, `("model", "layers", "self_attn", "q_proj", "kernel")`. Where the component `layers` (or
+`layer`) is not followed by a number, the leaves below it are stacked: their leading axis counts the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+Tree = dict[str, Any]
+Path = tuple[str, ...]
+
+LAYER_CONTAINERS = frozenset({"layers", "layer", "h", "block", "blocks"})
+BACKBONES = frozenset({"model", "bert", "roberta", "distilbert", "transformer"})
+_TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+
+
+def walk(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yields `(path, leaf)` for every leaf of a nested dict, in the order of its keys."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from walk(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def build(items: Iterator[tuple[Path, Any]] | list[tuple[Path, Any]]) -> Tree:
+    """Makes the nested dict that `walk` would walk like this."""
+    tree: Tree = {}
+    for path, leaf in items:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def map_with_path(fn: Callable[[Path, Any], Any], tree: Mapping[str, Any]) -> Tree:
+    """Gives the tree whose leaf at each path is `fn(path, leaf)`."""
+    return build([(path, fn(path, leaf)) for path, leaf in walk(tree)])
+
+
+def get(tree: Mapping[str, Any], path: Path) -> Any:
+    """Gives the node or leaf at `path`.
+
+    Raises:
+        KeyError: there is none.
+    """
+    node: Any = tree
+    for key in path:
+        node = node[key]
+    return node
+
+
+def text(path: Path) -> str:
+    """Writes a path as people read it: `model/layers/self_attn/q_proj`."""
+    return "/".join(path)
+
+
+def layer_axis(path: Path) -> int | None:
+    """Gives the index in `path` after which the layer number belongs, or None where the leaf is not stacked."""
+    for i, key in enumerate(path[:-1]):
+        if key in LAYER_CONTAINERS:
+            return None if path[i + 1].isdigit() else i
+    return None
+
+
+def hf_names(path: Path, layers: int | None) -> tuple[str, ...]:
+    """Gives the Hugging Face names of a module or leaf path: one, or one a layer where it is stacked.
+
+    Args:
+        path: of a module (`.../q_proj`) or of a leaf (`.../q_proj/kernel`, which torch calls `weight`).
+        layers: the number of stacked layers, None where the path is not stacked.
+    """
+    parts = (*path[:-1], _TORCH_LEAVES.get(path[-1], path[-1]))
+    at = layer_axis(path)
+    if at is None or layers is None:
+        return (".".join(parts),)
+    head, tail = ".".join(parts[: at + 1]), ".".join(parts[at + 1 :])
+    return tuple(f"{head}.{i}.{tail}" for i in range(layers))
+
+
+def is_head(path: Path) -> bool:
+    """Says whether a path belongs to the task head.
+
+    A model with a task is `{backbone: ..., head modules: ...}`, so the head is what stands beside the backbone; a
+    language-model head is pretrained and does not count.
+    """
+    return path[0] in HEAD_MODULES
+
+
+HEAD_MODULES = frozenset({"classifier", "score", "pre_classifier"})

@@ -1,0 +1,199 @@
+"""Which sites a method adapts: Hugging Face PEFT's target rules, made strict.
+
+A list entry matches a module whose name equals it or ends with `.entry`; a string is a regular expression that must match
+the whole name; `"all-linear"` means every linear module but the language-model head and the task head. Names are Hugging
+Face's, with the layer number, so a list written for PEFT works here unchanged.
+
+What PEFT lets pass in silence is refused here: an entry, a layer number or a pattern that matches nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpeft.core import paths
+from jaxpeft.core.paths import Path
+from jaxpeft.errors import TargetError, nearest
+
+ALL_LINEAR = "all-linear"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module that a method can adapt.
+
+    Attributes:
+        path: of the module, `("model", "layers", "self_attn", "q_proj")`.
+        names: its Hugging Face names: one, or one a layer where the layers are stacked.
+        shape: `(in, out)` of its kernel, without the layer axis.
+        stacked: whether its leaves have a leading layer axis.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    stacked: bool
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The target options of a method, as in PEFT's config.
+
+    Attributes:
+        targets: list of name suffixes, or a regular expression, or `"all-linear"`.
+        exclude: the same, for what must not be adapted; it wins.
+        layers_to_transform: layer numbers; None for all.
+        layers_pattern: names of the container whose numbers count; empty for the first number in a name.
+        modules_to_save: names of modules that are trained whole, and so never adapted.
+    """
+
+    targets: str | tuple[str, ...]
+    exclude: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+
+
+def find_sites(params: Mapping[str, Any]) -> list[Site]:
+    """Lists the linear modules of a tree: those that hold a two-dimensional kernel, below the layer axis if any."""
+    sites: list[Site] = []
+    for path, leaf in paths.walk(params):
+        if path[-1] != "kernel":
+            continue
+        stacked = paths.layer_axis(path) is not None
+        if leaf.ndim == 2 + stacked:
+            layers = leaf.shape[0] if stacked else None
+            names = paths.hf_names(path[:-1], layers)
+            sites.append(Site(path[:-1], names, (leaf.shape[-2], leaf.shape[-1]), stacked))
+    return sites
+
+
+def resolve(params: Mapping[str, Any], wanted: Targets) -> dict[Site, tuple[bool, ...]]:
+    """Finds the sites to adapt, and for each which of its layers.
+
+    Args:
+        params: the parameter tree; abstract leaves will do.
+        wanted: the target options.
+
+    Returns:
+        The matched sites; the value has one flag a name of the site.
+
+    Raises:
+        TargetError: an entry, a layer number or an expression matches nothing, or no site is left; the message lists
+            the nearest site names.
+    """
+    sites = find_sites(params)
+    names = [name for site in sites for name in site.names]
+    _require_all_used(wanted, names)
+    chosen = {site: tuple(matches(name, wanted) for name in site.names) for site in sites}
+    chosen = {site: flags for site, flags in chosen.items() if any(flags)}
+    if not chosen:
+        raise TargetError(f"targets {wanted.targets!r} with exclude {wanted.exclude!r} leave no site; {_sample(names)}")
+    _report_coverage(sites, chosen)
+    return chosen
+
+
+def matches(name: str, wanted: Targets) -> bool:
+    """Says whether the module of this Hugging Face name is to be adapted."""
+    if _named(name, wanted.exclude) or under(name, wanted.modules_to_save) or paths.is_head(tuple(name.split("."))):
+        return False
+    if isinstance(wanted.targets, str):
+        if wanted.targets.lower() == ALL_LINEAR:
+            return name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
+        return re.fullmatch(wanted.targets, name) is not None
+    # PEFT: an entry that is the whole name is taken at its word, whatever layers_to_transform says
+    return name in wanted.targets or (_named(name, wanted.targets) and _in_layers(name, wanted))
+
+
+def under(name: str, modules: Iterable[str]) -> bool:
+    """Says whether a name is one of `modules`, or lies below one, at whatever depth."""
+    dotted = f".{name}."
+    return any(f".{module}." in dotted for module in modules)
+
+
+def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """Gives the value of the first pattern that matches the end of a name, as `rank_pattern` means it in PEFT."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses a pattern that matches none of the adapted sites.
+
+    Raises:
+        TargetError: naming the pattern and the nearest names.
+    """
+    unused = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
+    if unused:
+        raise TargetError([f"{field}: {p!r} matches no adapted site{_hint(p, names)}" for p in unused])
+
+
+def _named(name: str, entries: str | tuple[str, ...]) -> bool:
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def _layer_number(name: str, containers: Sequence[str]) -> int | None:
+    for container in containers or (r"[^.]*",):
+        found = re.match(rf"(?:^|.*?\.){container}\.(\d+)\.", name)
+        if found:
+            return int(found[1])
+    return None
+
+
+def _in_layers(name: str, wanted: Targets) -> bool:
+    if wanted.layers_to_transform is None:
+        return True
+    return _layer_number(name, wanted.layers_pattern) in wanted.layers_to_transform
+
+
+def _require_all_used(wanted: Targets, names: Sequence[str]) -> None:
+    problems: list[str] = []
+    if isinstance(wanted.targets, tuple):
+        for entry in wanted.targets:
+            if not any(_named(name, (entry,)) for name in names):
+                problems.append(f"targets: {entry!r} matches no site{_hint(entry, names)}")
+    elif wanted.targets.lower() != ALL_LINEAR and not any(re.fullmatch(wanted.targets, name) for name in names):
+        problems.append(
+            f"targets: the regular expression {wanted.targets!r} matches no whole site name; {_sample(names)}"
+        )
+    numbers = {_layer_number(name, wanted.layers_pattern) for name in names} - {None}
+    absent = sorted(set(wanted.layers_to_transform or ()) - numbers)
+    if absent:
+        there = f"0 to {max(n for n in numbers if n is not None)}" if numbers else "no numbered layers"
+        problems.append(f"layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {there}")
+    if problems:
+        raise TargetError(problems)
+
+
+def _hint(entry: str, names: Sequence[str]) -> str:
+    suffixes = sorted({name.split(".")[-1] for name in names})
+    by_suffix = nearest(entry.split(".")[-1], suffixes)
+    return by_suffix or f"; {_sample(suffixes)}"
+
+
+def _sample(names: Sequence[str], n: int = 8) -> str:
+    shown = ", ".join(names[:n])
+    return f"the model has {len(names)} site names, such as {shown}" if names else "the model has no linear site"
+
+
+def _report_coverage(sites: Sequence[Site], chosen: Mapping[Site, tuple[bool, ...]]) -> None:
+    """Logs, where a kind of site is adapted in some layers only, a table of how many of each kind are adapted."""
+    there: dict[str, int] = {}
+    taken: dict[str, int] = {}
+    for site in sites:
+        kind = re.sub(r"\.\d+\.", ".*.", site.names[0])
+        there[kind] = there.get(kind, 0) + len(site.names)
+        taken[kind] = taken.get(kind, 0) + sum(chosen.get(site, ()))
+    partial = any(0 < taken[kind] < there[kind] for kind in there)
+    if partial:
+        rows = [f"  {taken[kind]:4d} of {there[kind]:4d}  {kind}" for kind in there]
+        _log.warning("some sites are adapted in part of the layers only:\n%s", "\n".join(rows))

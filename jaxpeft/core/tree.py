@@ -1,0 +1,121 @@
+"""Splitting a parameter tree and putting it together again, and converting between stacked and unrolled layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core import paths
+from jaxpeft.core.paths import Path, Tree
+
+
+def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree, Tree]:
+    """Splits a tree in two: the leaves whose mask is True, and the others.
+
+    The parts are plain nested dicts that hold only their own leaves, so an optimizer state made from the first part
+    cannot hold an array for a leaf of the second.
+
+    Args:
+        params: nested dict of arrays.
+        mask: nested dict of bools with the same structure, as `trainable_mask` gives.
+
+    Returns:
+        `(trainable, frozen)`.
+
+    Raises:
+        ValueError: the structures differ; the message names the paths.
+    """
+    flags = dict(paths.walk(mask))
+    items = list(paths.walk(params))
+    differing = flags.keys() ^ {path for path, _ in items}
+    if differing:
+        named = ", ".join(sorted(map(paths.text, differing))[:5])
+        raise ValueError(f"mask and params have different leaves ({len(differing)}): {named}; make the mask from params")
+    chosen = [(path, leaf) for path, leaf in items if flags[path]]
+    others = [(path, leaf) for path, leaf in items if not flags[path]]
+    return paths.build(chosen), paths.build(others)
+
+
+def combine(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tree:
+    """Puts two parts of a tree together again; the inverse of `partition`.
+
+    Args:
+        a: nested dict of arrays.
+        b: nested dict of arrays, with no leaf in common with `a`.
+
+    Raises:
+        ValueError: a leaf is in both parts; the message names it.
+    """
+    return _combine(a, b, ())
+
+
+def _combine(a: Mapping[str, Any], b: Mapping[str, Any], prefix: Path) -> Tree:
+    out: Tree = dict(a)
+    for key, value in b.items():
+        if key not in out:
+            out[key] = _copy(value)
+        elif isinstance(value, Mapping) and isinstance(out[key], Mapping):
+            out[key] = _combine(out[key], value, (*prefix, key))
+        else:
+            raise ValueError(f"{paths.text((*prefix, key))} is in both trees; combine takes the two parts of one tree")
+    return {key: _copy(value) for key, value in out.items()}
+
+
+def _copy(node: Any) -> Any:
+    """Copies the dicts, not the arrays, so that no part shares a dict with the whole."""
+    return {key: _copy(value) for key, value in node.items()} if isinstance(node, Mapping) else node
+
+
+def count(tree: Mapping[str, Any]) -> int:
+    """Gives the number of parameters (array elements) of a tree of arrays or abstract arrays."""
+    return sum(int(leaf.size) for _, leaf in paths.walk(tree))
+
+
+def stack_layers(params: Mapping[str, Any]) -> Tree:
+    """Stacks unrolled layers: `layers/0/...`, `layers/1/...` become one `layers/...` with a leading layer axis.
+
+    Raises:
+        ValueError: the layers do not hold the same leaves, which scanned layers must.
+    """
+    out: Tree = {}
+    for key, node in params.items():
+        if not isinstance(node, Mapping):
+            out[key] = node
+        elif key in paths.LAYER_CONTAINERS and node and all(child.isdigit() for child in node):
+            out[key] = _stack([node[str(i)] for i in range(len(node))], key)
+        else:
+            out[key] = stack_layers(node)
+    return out
+
+
+def _stack(layers: list[Mapping[str, Any]], name: str) -> Tree:
+    shapes = [{path: leaf.shape for path, leaf in paths.walk(layer)} for layer in layers]
+    for i, other in enumerate(shapes):
+        odd = {path for path in shapes[0].keys() | other.keys() if shapes[0].get(path) != other.get(path)}
+        if odd:
+            raise ValueError(
+                f"{name}/0 and {name}/{i} differ at {paths.text(sorted(odd)[0])}: "
+                "layers with different leaves cannot be stacked; keep scan_layers=False"
+            )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def unstack_layers(params: Mapping[str, Any]) -> Tree:
+    """Unrolls stacked layers; the inverse of `stack_layers`."""
+    out: Tree = {}
+    for key, node in params.items():
+        if not isinstance(node, Mapping):
+            out[key] = node
+        elif key in paths.LAYER_CONTAINERS and node and not any(child.isdigit() for child in node):
+            out[key] = _unstack(node)
+        else:
+            out[key] = unstack_layers(node)
+    return out
+
+
+def _unstack(node: Mapping[str, Any]) -> Tree:
+    length = next(leaf.shape[0] for _, leaf in paths.walk(node))
+    return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], dict(node)) for i in range(length)}

@@ -1,0 +1,187 @@
+"""Batches as a pure function of seed and step: the data position of a checkpoint is the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxpeft.data.buckets import assign, choose_lengths, padding_share
+from jaxpeft.data.encoded import Encoded
+from jaxpeft.data.plan import FILLER, Plan, make_plan
+from jaxpeft.data.tokens import IGNORED
+from jaxpeft.errors import ConfigError
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches:
+    """The training batches of a run.
+
+    Every epoch is another permutation; every sequence stands in it exactly once; only the last batch of an epoch may
+    have filler rows, of weight 0. The number of batches and their lengths are the same in every epoch.
+
+    Args:
+        encoded: the training split.
+        batch_size: sequences a step, over all micro-batches.
+        lengths: ascending lengths to pad to; chosen from the data where not given.
+        seed: of the order.
+        pad_id: the token to pad with.
+        shuffle: False keeps the order of the rows inside each length, in every epoch.
+        accumulation: micro-batches a step; more than one gives every array a leading axis of micro-batches.
+        drop_remainder: leave out the last batch of an epoch where it is not full.
+
+    Raises:
+        ConfigError: a number is out of range, or `lengths` do not hold the longest sequence.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        batch_size: int,
+        lengths: Sequence[int] | None = None,
+        seed: int = 0,
+        pad_id: int = 0,
+        shuffle: bool = True,
+        accumulation: int = 1,
+        drop_remainder: bool = False,
+    ) -> None:
+        _check(len(encoded), batch_size, seed, pad_id, accumulation, drop_remainder)
+        self._encoded, self._batch_size, self._seed = encoded, batch_size, seed
+        self._pad_id, self._shuffle, self._accumulation = pad_id, shuffle, accumulation
+        self._drop = drop_remainder
+        self._buckets = tuple(lengths) if lengths is not None else _default_lengths(encoded)
+        self._bucket_of = assign(encoded.lengths, self._buckets)
+        self._last = (0, self._make_plan(0))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches an epoch has."""
+        return len(self._last[1].rows)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that batches really have, in every epoch: one program is compiled for each."""
+        return tuple(np.unique(self._last[1].lengths).tolist())
+
+    @property
+    def padding_share(self) -> float:
+        """The share of all places of an epoch that hold no token, the filler rows included."""
+        plan = self._last[1]
+        kept = plan.rows[plan.rows != FILLER]
+        return padding_share(self._encoded.lengths[kept], int(plan.lengths.sum()) * self._batch_size)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Gives the sequences of a step, int64 [batch], -1 for a filler row.
+
+        Raises:
+            ConfigError: the step is negative.
+        """
+        plan, i = self._at(step)
+        return plan.rows[i]
+
+    def batch(self, step: int) -> Batch:
+        """Gives the arrays of a step; with accumulation each has a leading axis `[accumulation, batch / accumulation]`.
+
+        Returns:
+            input_ids, attention_mask: int32 [batch, T]. token_type_ids: the same, where the tokenizer makes them.
+            labels: int32 [batch] (single_label), float32 [batch] (regression), float32 [batch, labels] (multi_label)
+            or int32 [batch, T] with -100 where there is no loss. weights: float32 [batch], 0 for filler rows.
+
+        Raises:
+            ConfigError: the step is negative.
+        """
+        plan, i = self._at(step)
+        arrays = collate(self._encoded, plan.rows[i], int(plan.lengths[i]), self._pad_id)
+        if self._accumulation == 1:
+            return arrays
+        k = self._accumulation
+        return {name: a.reshape(k, len(a) // k, *a.shape[1:]) for name, a in arrays.items()}
+
+    def _at(self, step: int) -> tuple[Plan, int]:
+        if step < 0:
+            raise ConfigError(f"step={step} must be 0 or more")
+        epoch, i = divmod(step, self.steps_per_epoch)
+        known, plan = self._last
+        if known != epoch:
+            plan = self._make_plan(epoch)
+            # One assignment, so that a prefetching thread never sees the epoch of one plan with the rows of another.
+            self._last = (epoch, plan)
+        return plan, i
+
+    def _make_plan(self, epoch: int) -> Plan:
+        seeds = (self._seed, epoch) if self._shuffle else None
+        return make_plan(self._bucket_of, self._buckets, self._batch_size, seeds, self._drop)
+
+
+def eval_batches(
+    encoded: Encoded, batch_size: int, lengths: Sequence[int] | None = None, pad_id: int = 0
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yields every sequence once, by length and then in order, each batch with the sequences it holds.
+
+    Args:
+        encoded: the split to evaluate.
+        batch_size: sequences a batch.
+        lengths: ascending lengths to pad to; chosen from the data where not given.
+        pad_id: the token to pad with.
+
+    Yields:
+        The arrays of `Batches.batch`, and int64 [batch], the index of each sequence, -1 for a filler row, which only
+        the last batch has: `out[rows[rows >= 0]] = predictions[rows >= 0]` restores the original order.
+
+    Raises:
+        ConfigError: as `Batches` does.
+    """
+    every = Batches(encoded, batch_size, lengths, pad_id=pad_id, shuffle=False)
+    return ((every.batch(step), every.rows(step)) for step in range(every.steps_per_epoch))
+
+
+def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Batch:
+    """Pads sequences on the right.
+
+    A filler row has one place that counts as text, since attention over none at all is not a number.
+
+    Args:
+        encoded: where the sequences are.
+        rows: int64 [batch], -1 for a filler row.
+        length: T.
+        pad_id: the token to pad with.
+
+    Returns:
+        The arrays of `Batches.batch`, without accumulation.
+    """
+    real = rows != FILLER
+    place = np.arange(length)
+    size = np.where(real, encoded.lengths[rows], 0)[:, None]
+    inside = place < size
+    at = np.where(inside, encoded.offsets[:-1][rows][:, None] + place, 0)
+    batch = {
+        "input_ids": np.where(inside, encoded.tokens[at], np.int32(pad_id)).astype(np.int32),
+        "attention_mask": (place < np.maximum(size, 1)).astype(np.int32),
+        "labels": np.where(inside, encoded.labels[at], np.int32(IGNORED))
+        if encoded.per_token
+        else encoded.labels[rows],
+        "weights": real.astype(np.float32),
+    }
+    if encoded.type_ids is not None:
+        batch["token_type_ids"] = np.where(inside, encoded.type_ids[at], np.int32(0))
+    return batch
+
+
+def _default_lengths(encoded: Encoded) -> tuple[int, ...]:
+    return choose_lengths(encoded.lengths, encoded.max_length)
+
+
+def _check(n: int, batch_size: int, seed: int, pad_id: int, accumulation: int, drop: bool) -> None:
+    low = {"batch_size": (batch_size, 1), "seed": (seed, 0), "pad_id": (pad_id, 0), "accumulation": (accumulation, 1)}
+    problems = [f"{name}={value} must be {least} or more" for name, (value, least) in low.items() if value < least]
+    if accumulation > 0 and batch_size % accumulation:
+        below = batch_size // accumulation * accumulation
+        near = " or ".join(str(b) for b in (below, below + accumulation) if b)
+        problems.append(f"batch_size={batch_size} is not divisible by accumulation={accumulation}; give {near}")
+    if n == 0:
+        problems.append("there is no sequence to make batches of")
+    elif drop and n < batch_size:
+        problems.append(f"drop_remainder=True leaves no batch: {n} sequences, batch_size={batch_size}")
+    if problems:
+        raise ConfigError(problems)

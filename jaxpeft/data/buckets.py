@@ -1,0 +1,70 @@
+"""The few fixed lengths that sequences are padded to, so that few programs are compiled."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxpeft.errors import ConfigError, DataError
+
+_STEPS = (8, 16, 24, 32, 40, 48, 56, 64)
+
+
+def choose_lengths(lengths: np.ndarray, max_length: int, most: int = 4) -> tuple[int, ...]:
+    """Chooses the lengths that pad the least, out of 8, 16, 24, ..., 64, 96, 128, 192, 256 and so on.
+
+    Args:
+        lengths: the length of each sequence, int [n].
+        max_length: the longest that a sequence may be; chosen itself where no step holds the longest sequence.
+        most: how many to choose at most.
+
+    Raises:
+        DataError: there is no sequence, or one is longer than `max_length`.
+    """
+    longest = int(lengths.max(initial=0))
+    if not 0 < longest <= max_length:
+        raise DataError(f"the longest sequence has {longest} tokens; it must be from 1 to max_length={max_length}")
+    steps = [step for step in _steps(max_length) if step < longest]
+    top = min((step for step in _steps(max_length) if step >= longest), default=max_length)
+    within = {step: int((lengths <= step).sum()) for step in (*steps, top)}
+    choices = (c for n in range(most) for c in itertools.combinations(steps, min(n, len(steps))))
+    # Fewer lengths come first, and min keeps the first of equals: a length that saves nothing is never chosen.
+    return min(((*choice, top) for choice in choices), key=lambda chosen: _slots(within, chosen))
+
+
+def padding_share(lengths: np.ndarray, slots: int) -> float:
+    """Gives the share of `slots` places that hold no token of the sequences with these `lengths`, int [n]."""
+    return 1 - int(lengths.sum()) / slots if slots else 0.0
+
+
+def assign(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
+    """Gives the index of the smallest bucket that holds each sequence.
+
+    Args:
+        lengths: int [n].
+        buckets: ascending lengths.
+
+    Returns:
+        int64 [n].
+
+    Raises:
+        ConfigError: the buckets do not ascend or do not hold the longest sequence.
+    """
+    if not buckets or any(a >= b for a, b in itertools.pairwise([0, *buckets])):
+        raise ConfigError(f"lengths={tuple(buckets)} must be positive and ascend")
+    longest = int(lengths.max(initial=0))
+    if longest > buckets[-1]:
+        raise ConfigError(f"lengths={tuple(buckets)} hold no sequence of {longest} tokens; add {longest} or more")
+    return np.searchsorted(np.asarray(buckets), lengths)
+
+
+def _steps(max_length: int) -> list[int]:
+    doubled = (step << i for i in range(max_length.bit_length()) for step in (64, 96))
+    return sorted({step for step in (*_STEPS, *doubled) if step <= max_length})
+
+
+def _slots(within: dict[int, int], chosen: Sequence[int]) -> int:
+    """Counts the places of all sequences, of which `within[step]` have at most `step` tokens."""
+    return sum(b * (within[b] - within.get(a, 0)) for a, b in itertools.pairwise((0, *chosen)))

@@ -1,0 +1,191 @@
+"""Examples to tokens, cached on disk under a hash of everything that they depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpeft.data.encoded import Arrays, CacheState, Encoded, cache_folder, load_arrays, save_arrays, to_arrays
+from jaxpeft.data.examples import Examples
+from jaxpeft.data.problems import Problems, excerpt
+from jaxpeft.data.tokens import Batch, Options, tokenize
+from jaxpeft.errors import ConfigError, DataError
+
+FORMAT = 1
+BATCH = 1000
+COUNTS = ("rows", "sequences", "tokens", "truncated")
+
+Progress = Callable[[int, int], None]
+
+
+def encode(
+    examples: Examples,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    vocab_size: int,
+    add_bos: bool = False,
+    add_eos: bool = False,
+    progress: Progress | None = None,
+    cache_dir: str | Path | None = None,
+    use_cache: bool = True,
+) -> Encoded:
+    """Tokenises examples, or takes them from the cache.
+
+    Classification: one sequence a row, cut to `max_length`. Token classification: the same, the tag of a word on its
+    first sub-token and -100 on the rest. Text: every document split into consecutive sequences, nothing lost.
+
+    Args:
+        examples: the examples of one split.
+        tokenizer: a fast tokenizer of `transformers`.
+        max_length: the most tokens of a sequence.
+        vocab_size: of the model; every token must be below it.
+        add_bos: for text, begin each document with BOS; where the tokenizer does so itself, it is not doubled.
+        add_eos: for text, end each document with EOS, likewise.
+        progress: called with the rows done and the rows in all, after every thousand.
+        cache_dir: where the cache is; `JAXPEFT_CACHE` or `~/.cache/jaxpeft` where not given.
+        use_cache: False neither reads nor writes it.
+
+    Raises:
+        ConfigError: an option does not fit the tokenizer.
+        DataError: a row gives no token, or a token is not below `vocab_size`.
+    """
+    options = Options(max_length, add_bos, add_eos)
+    _check_options(examples, tokenizer, options)
+    key = fingerprint(examples, tokenizer, options)
+    path = cache_folder(cache_dir) / f"{key}.npz"
+    existed = use_cache and path.exists()
+    arrays = load_arrays(path) if existed else None
+    if arrays is not None:
+        encoded = _from_arrays(examples, arrays, max_length, key, "hit")
+    else:
+        state: CacheState = "off" if not use_cache else "rebuilt" if existed else "miss"
+        encoded = _from_arrays(examples, _build(examples, tokenizer, options, progress), max_length, key, state)
+        if use_cache:
+            save_arrays(path, to_arrays(encoded))
+    _check_vocabulary(encoded, tokenizer, vocab_size)
+    return encoded
+
+
+def fingerprint(examples: Examples, tokenizer: Any, options: Options) -> str:
+    """Gives the SHA-256 of what the tokens depend on: this format, the tokenizer, its template, options, data."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # A call with truncation leaves these two set on the tokenizer, so the second run would miss the cache of the first.
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    settings = [tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.model_input_names]
+    sides = [tokenizer.truncation_side, getattr(tokenizer, "add_prefix_space", None)]
+    parts = [FORMAT, state, settings, sides, dataclasses.asdict(options), examples.sha256]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def pad_id(tokenizer: Any, vocab_size: int) -> int:
+    """Gives the id to pad with: the tokenizer's own where it has one that the model knows, else 0.
+
+    Padding is told from text by position, never by id, so a pad token that is also EOS does no harm.
+    """
+    own = tokenizer.pad_token_id
+    return own if own is not None and 0 <= own < vocab_size else 0
+
+
+def _check_options(examples: Examples, tokenizer: Any, options: Options) -> None:
+    name, problems = _name(tokenizer), list[str]()
+    if not getattr(tokenizer, "is_fast", False):
+        problems.append(f"tokenizer {name}: not a fast tokenizer; give one that has a tokenizer.json")
+    for end in ("bos", "eos"):
+        if getattr(options, f"add_{end}"):
+            if examples.kind != "text":
+                problems.append(f"add_{end}=True is for text, not for {examples.kind}; remove it")
+            elif getattr(tokenizer, f"{end}_token_id") is None:
+                problems.append(f"add_{end}=True, but the tokenizer {name} has no {end}_token; remove it")
+    least = 2 if examples.kind == "text" else 1 + tokenizer.num_special_tokens_to_add(examples.pairs is not None)
+    if options.max_length < least:
+        problems.append(f"max_length={options.max_length} leaves no room for text; give at least {least}")
+    if examples.kind == "token_classification" and _joins_words(tokenizer):
+        problems.append(f"tokenizer {name}: words need add_prefix_space=True; load it with that argument")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _joins_words(tokenizer: Any) -> bool:
+    """Tells whether words given one by one would lose the space that parts them (GPT-2, RoBERTa)."""
+    before = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    return before.get("type") == "ByteLevel" and not before.get("add_prefix_space")
+
+
+def _build(examples: Examples, tokenizer: Any, options: Options, progress: Progress | None) -> Arrays:
+    batches = list(_batches(examples, tokenizer, options, progress))
+    lengths = [len(ids) for batch in batches for ids in batch.ids]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    source = _flat([batch.source for batch in batches])
+    _check_lengths(examples, tokenizer, source[np.diff(offsets) == 0])
+    tokens = _flat([ids for batch in batches for ids in batch.ids])
+    types = [ids for batch in batches for ids in batch.types]
+    labels = [ids for batch in batches for ids in batch.labels]
+    truncated = sum(batch.truncated for batch in batches)
+    arrays = {"tokens": tokens, "offsets": offsets, "source": source}
+    arrays["counts"] = np.array([len(examples), len(lengths), len(tokens), truncated], np.int64)
+    if types:
+        arrays["type_ids"] = _flat(types)
+    per_row: Any = examples.labels
+    arrays["labels"] = per_row if examples.kind == "classification" else _flat(labels)
+    return arrays
+
+
+def _batches(examples: Examples, tokenizer: Any, options: Options, progress: Progress | None) -> Iterator[Batch]:
+    total = len(examples)
+    for start in range(0, total, BATCH):
+        stop = min(start + BATCH, total)
+        yield tokenize(examples, tokenizer, start, stop, options)
+        if progress:
+            progress(stop, total)
+
+
+def _flat(lists: list[list[int]]) -> np.ndarray:
+    size = sum(map(len, lists))
+    return np.fromiter((item for of_row in lists for item in of_row), np.int32, size)
+
+
+def _from_arrays(examples: Examples, arrays: Arrays, max_length: int, key: str, state: CacheState) -> Encoded:
+    return Encoded(
+        kind=examples.kind,
+        problem=examples.problem,
+        tokens=arrays["tokens"],
+        offsets=arrays["offsets"],
+        labels=arrays["labels"],
+        type_ids=arrays.get("type_ids"),
+        source=arrays["source"],
+        label_names=examples.label_names,
+        counts=dict(zip(COUNTS, arrays["counts"].tolist(), strict=True)),
+        max_length=max_length,
+        fingerprint=key,
+        cache=state,
+    )
+
+
+def _check_lengths(examples: Examples, tokenizer: Any, empty: np.ndarray) -> None:
+    problems = Problems()
+    for row in empty.tolist():
+        fault = f"the tokenizer {_name(tokenizer)} makes no token of it"
+        problems.add(examples.rows.where(row), fault, excerpt(str(examples.texts[row])), "leave the row out")
+    problems.raise_if_any()
+
+
+def _check_vocabulary(encoded: Encoded, tokenizer: Any, vocab_size: int) -> None:
+    highest = int(encoded.tokens.max())
+    if highest >= vocab_size:
+        word = tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(
+            f"tokenizer {_name(tokenizer)}: its vocabulary has {len(tokenizer)} tokens, the model's {vocab_size}, and "
+            f"the data holds token {highest} ({word!r}); use the model's own tokenizer"
+        )
+
+
+def _name(tokenizer: Any) -> str:
+    return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

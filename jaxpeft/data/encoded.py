@@ -1,0 +1,129 @@
+"""Encoded examples: ragged arrays, and their cache file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+CacheState = Literal["off", "hit", "miss", "rebuilt"]
+
+_LOG = logging.getLogger(__name__)
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token sequences in one flat array. Sequence `i` is `tokens[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        kind: `classification`, `token_classification` or `text`.
+        problem: `single_label`, `multi_label` or `regression` of a classification, else None.
+        tokens: int32 [tokens].
+        offsets: int64 [sequences + 1].
+        labels: a sequence: int32 [sequences], float32 [sequences] or float32 [sequences, labels]; a token (where
+            `per_token`): int32 [tokens], -100 where there is no loss. The label of a token of text is the token itself.
+        type_ids: int32 [tokens], None where the tokenizer makes none.
+        source: int32 [sequences], the row that each sequence comes from; a long document of text has several.
+        label_names: the name of each label id.
+        counts: `rows`, `truncated` (rows), `sequences`, `tokens`.
+        max_length: the most tokens that a sequence may have.
+        fingerprint: the hash of tokenizer, options and data, the key of the cache.
+        cache: whether the cache held it.
+    """
+
+    kind: str
+    problem: str | None
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    type_ids: np.ndarray | None
+    source: np.ndarray
+    label_names: tuple[str, ...]
+    counts: Mapping[str, int]
+    max_length: int
+    fingerprint: str
+    cache: CacheState = field(default="off", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The length of each sequence, int64 [sequences]."""
+        return np.diff(self.offsets)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a label belongs to a token, not to a sequence."""
+        return self.kind != "classification"
+
+
+def cache_folder(folder: str | Path | None) -> Path:
+    """Gives the folder of the cache: `folder`, else the environment's `JAXPEFT_CACHE`, else `~/.cache/jaxpeft`."""
+    return Path(folder or os.environ.get("JAXPEFT_CACHE") or "~/.cache/jaxpeft").expanduser() / "encoded"
+
+
+def load_arrays(path: Path) -> Arrays | None:
+    """Reads a cache file; gives None, and logs why, where it is damaged.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if arrays.pop("checksum").tobytes() == _checksum(arrays):
+            return arrays
+        reason = "its checksum does not match"
+    except _UNREADABLE as error:
+        reason = f"{type(error).__name__}: {error}"
+    _LOG.warning("%s: the cached tokens are damaged (%s); encoding again", path, reason)
+    return None
+
+
+def save_arrays(path: Path, arrays: Arrays) -> None:
+    """Writes a cache file, whole or not at all; a failure is only logged, since one can go on without."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            checksum = np.frombuffer(_checksum(arrays), np.uint8)
+            np.savez(file, allow_pickle=False, checksum=checksum, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        _LOG.warning("%s: the tokens could not be cached (%s); going on without", path, error)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _checksum(arrays: Arrays) -> bytes:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+        digest.update(array.tobytes())
+    return digest.digest()
+
+
+def to_arrays(encoded: Encoded) -> Arrays:
+    """Gives what the cache stores: the arrays, and the counts, int64 [4], in the order of their names."""
+    counts = np.array([encoded.counts[name] for name in sorted(encoded.counts)], np.int64)
+    arrays = {"tokens": encoded.tokens, "offsets": encoded.offsets, "source": encoded.source, "counts": counts}
+    if encoded.type_ids is not None:
+        arrays["type_ids"] = encoded.type_ids
+    return arrays | {"labels": encoded.labels}

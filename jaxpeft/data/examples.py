@@ -1,0 +1,219 @@
+"""Rows to examples: checked texts or words, and labels as numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+
+from jaxpeft.data.columns import Columns, find_columns
+from jaxpeft.data.labels import (
+    Problem,
+    guess_problem,
+    label_float,
+    label_id,
+    label_list,
+    label_name,
+    multi_hot,
+    sort_names,
+)
+from jaxpeft.data.problems import Fault, Problems, excerpt
+from jaxpeft.data.rows import Rows
+from jaxpeft.errors import ConfigError, DataError, nearest
+
+Kind = Literal["classification", "token_classification", "text"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of one kind.
+
+    Attributes:
+        kind: `classification`, `token_classification` or `text`.
+        problem: of a classification, else None.
+        texts: one string an example, or one list of words of a token classification.
+        pairs: the second text of each example, None where there is none.
+        labels: single_label int32 [n]; multi_label float32 [n, labels]; regression float32 [n]; token classification
+            one int32 [words] an example; None for text.
+        label_names: the name of each label id, from the training split; empty for regression and text.
+        columns: the columns that were used.
+        rows: where they come from.
+    """
+
+    kind: Kind
+    problem: Problem | None
+    texts: list[str] | list[list[str]]
+    pairs: list[str] | None
+    labels: np.ndarray | list[np.ndarray] | None
+    label_names: tuple[str, ...]
+    columns: Columns
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def num_labels(self) -> int:
+        """How many outputs the head needs: 1 for regression, 0 for text."""
+        return 1 if self.problem == "regression" else len(self.label_names)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of everything that the examples are made from."""
+        columns = [self.columns.text, self.columns.text_pair, self.columns.label]
+        made = [self.rows.sha256, self.kind, self.problem, columns, self.label_names]
+        return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+
+def make_examples(
+    rows: Rows,
+    *,
+    kind: Kind,
+    problem: Problem | None = None,
+    columns: Columns | None = None,
+    like: Examples | None = None,
+) -> Examples:
+    """Makes examples of rows.
+
+    Args:
+        rows: the rows of one split.
+        kind: `classification`, `token_classification` or `text`.
+        problem: of a classification; found from the labels where not given (lists: multi_label, numbers with a point:
+            regression, else single_label; numbers that a CSV holds are strings, hence single_label).
+        columns: the columns to use; those not given are found by their usual names.
+        like: the training split's examples, where these are of another split: its problem, columns and label list
+            are used, and a label that it does not have is refused.
+
+    Raises:
+        ConfigError: `kind` or `problem` is not one of those above.
+        DataError: columns are missing or ambiguous, or rows have missing, mistyped, empty or unknown fields.
+    """
+    _check_names(kind, problem)
+    asked = columns or (like.columns if like else Columns())
+    found = find_columns(rows.columns(), asked, kind, rows.name)
+    problems = Problems()
+    if kind == "token_classification":
+        texts, pairs = _column(rows, found.text, _words, problems), None
+    else:
+        texts = _column(rows, found.text, _text, problems)
+        pairs = _column(rows, found.text_pair, _text, problems) if found.text_pair else None
+    if kind == "text":
+        problems.raise_if_any()
+        return Examples(kind, None, texts, None, None, (), found, rows)
+    if kind == "classification":
+        known = problem or (like.problem if like else None)
+        problem = known or guess_problem(record.get(found.label or "") for record in rows.records)
+    names = like.label_names if like else None
+    labels, names = _labels(rows, found.label, problem, names, problems)
+    if kind == "token_classification":
+        _check_lengths(rows, texts, labels, problems)
+    problems.raise_if_any()
+    return Examples(kind, problem, texts, pairs, _arrays(labels, problem, len(names)), names, found, rows)
+
+
+def _check_names(kind: str, problem: str | None) -> None:
+    problems = [
+        f"{field}={value!r} is not one of {', '.join(known)}{nearest(value, known)}"
+        for field, value, known in (("kind", kind, get_args(Kind)), ("problem", problem, get_args(Problem)))
+        if value is not None and value not in known
+    ]
+    if problem is not None and kind != "classification":
+        problems.append(f"problem={problem!r} is for kind='classification', not {kind!r}; remove it")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _column(rows: Rows, column: str | None, read: Callable[[Any], T], problems: Problems) -> list[T]:
+    """Reads a field of every row; a row whose field is wrong is reported and left out."""
+    values = list[T]()
+    for i, record in enumerate(rows.records):
+        try:
+            if record.get(column or "") is None:
+                raise Fault("is missing", "add it or leave the row out")
+            values.append(read(record[column or ""]))
+        except Fault as fault:
+            problems.add(rows.where(i), f"field {column!r} {fault.fault}", _shown(record), fault.fix)
+    return values
+
+
+def _shown(record: dict[str, Any]) -> str:
+    return excerpt(json.dumps(record, ensure_ascii=False, default=str))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise Fault(f"holds a {type(value).__name__}, not a string", "write the text as a string")
+    if not value.strip():
+        raise Fault("is empty", "fill it or leave the row out")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Fault("holds half of a surrogate pair", "write the whole character") from None
+    return value
+
+
+def _words(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise Fault("holds no list of words", 'write it as ["word", ...], such as in JSONL or parquet')
+    return [_text(word) for word in value]
+
+
+def _labels(
+    rows: Rows, column: str | None, problem: Problem | None, names: tuple[str, ...] | None, problems: Problems
+) -> tuple[list[Any], tuple[str, ...]]:
+    """Gives the ids or the float of every row, and the label names."""
+    if problem == "regression":
+        return _column(rows, column, label_float, problems), ()
+    read = label_name if problem == "single_label" else label_list
+    if names is None:
+        values = _column(rows, column, read, problems)
+        names = sort_names(_flat(values))
+        _check_enough(rows, column, names, problem, problems)
+        return _ids(values, names), names
+    ids = {name: i for i, name in enumerate(names)}
+
+    def known(value: Any) -> Any:
+        found = read(value)
+        return label_id(found, ids) if isinstance(found, str) else [label_id(name, ids) for name in found]
+
+    return _column(rows, column, known, problems), names
+
+
+def _flat(values: Sequence[str | list[str]]) -> list[str]:
+    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
+
+
+def _ids(values: Sequence[str | list[str]], names: Sequence[str]) -> list[Any]:
+    ids = {name: i for i, name in enumerate(names)}
+    return [ids[v] if isinstance(v, str) else [ids[name] for name in v] for v in values]
+
+
+def _check_enough(
+    rows: Rows, column: str | None, names: Sequence[str], problem: Problem | None, problems: Problems
+) -> None:
+    least = 1 if problem == "multi_label" else 2
+    if not problems.total and len(names) < least:
+        shown = ", ".join(names) or "none"
+        raise DataError(f"{rows.name}: column {column!r} has the labels {shown}; a classifier needs {least} or more")
+
+
+def _check_lengths(rows: Rows, words: Sequence[Any], tags: Sequence[Any], problems: Problems) -> None:
+    if problems.total:
+        return
+    for i, (of_words, of_tags) in enumerate(zip(words, tags, strict=True)):
+        if len(of_words) != len(of_tags):
+            fault = f"{len(of_words)} words but {len(of_tags)} tags"
+            problems.add(rows.where(i), fault, _shown(rows.records[i]), "give each word one tag")
+
+
+def _arrays(labels: list[Any], problem: Problem | None, size: int) -> np.ndarray | list[np.ndarray]:
+    if problem is None:
+        return [np.asarray(tags, np.int32) for tags in labels]
+    if problem == "multi_label":
+        return multi_hot(labels, size)
+    return np.asarray(labels, np.float32 if problem == "regression" else np.int32)

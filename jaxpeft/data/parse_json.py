@@ -1,0 +1,109 @@
+"""JSON and JSON lines: bytes to records, with every problem of a file in one error."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from jaxpeft.data.problems import Fault, Parsed, Problems, Record, excerpt
+from jaxpeft.data.utf8 import body_of, decode, decode_line
+from jaxpeft.errors import DataError
+
+# A string is matched first so that a NaN inside one is not taken for a literal.
+_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
+_CUT_OFF = "the file does not end in a newline, so it looks cut off: write or download it again"
+
+
+def parse_jsonl(data: bytes, name: str) -> Parsed:
+    """Reads one JSON object a line.
+
+    Raises:
+        DataError: the file is empty or some line is not a JSON object in UTF-8.
+    """
+    body = body_of(data, name)
+    problems, records, lines = Problems(), list[Record](), list[int]()
+    raws = body.rstrip().split(b"\n")
+    for number, raw in enumerate(raws, 1):
+        try:
+            records.append(_json_row(raw))
+            lines.append(number)
+        except Fault as fault:
+            cut = number == len(raws) and not body.endswith(b"\n") and fault.fault.startswith("not JSON")
+            where = f"{name}:{number}:{fault.column}"
+            text = excerpt(raw.decode("utf-8", "replace"), fault.column)
+            problems.add(where, fault.fault, text, _CUT_OFF if cut else fault.fix)
+    problems.raise_if_any()
+    return records, tuple(lines)
+
+
+def parse_json(data: bytes, name: str) -> Parsed:
+    """Reads one JSON list of objects.
+
+    Raises:
+        DataError: the file is empty, not JSON in UTF-8, or not a list of objects.
+    """
+    text = decode(body_of(data, name), name)
+    try:
+        rows = _load(text)
+    except Fault as fault:
+        before = text[: fault.column - 1]
+        line, column = before.count("\n") + 1, fault.column - before.rfind("\n") - 1
+        whole = text.split("\n")[line - 1]
+        raise DataError(f"{name}:{line}:{column}: {fault.fault}: {excerpt(whole, column)!r}; {fault.fix}") from None
+    if not isinstance(rows, list):
+        fix = "write a list of objects, or name the file .jsonl if it holds one object a line"
+        raise DataError(f"{name}:1:1: not a JSON list: {excerpt(text)!r}; {fix}")
+    return _records(rows, name), ()
+
+
+def _json_row(raw: bytes) -> Record:
+    text = decode_line(raw)
+    if not text.strip():
+        raise Fault("blank line", "remove it")
+    row = _load(text)
+    if not isinstance(row, dict):
+        raise Fault(f"a row must be a JSON object, this is a {type(row).__name__}", 'write {"column": value, ...}')
+    return row
+
+
+def _load(text: str) -> Any:
+    """Parses JSON; the column of a fault counts from the beginning of `text`, over lines."""
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise Fault(f"not JSON ({error.msg})", "write valid JSON", error.pos + 1) from None
+    except RecursionError:
+        raise Fault("not JSON that can be read (nested too deeply)", "flatten it") from None
+    except ValueError as error:
+        raise Fault(str(error), "write a finite number, or null", _constant_column(text)) from None
+
+
+def _constant_column(text: str) -> int:
+    return next((m.start(1) + 1 for m in _CONSTANT.finditer(text) if m.group(1)), 1)
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise Fault(f"an object has the key {twice[0]!r} twice", "keep one of them")
+    return record
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+
+
+def _records(rows: list[Any], name: str) -> list[Record]:
+    problems = Problems()
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            fault = f"a row must be a JSON object, this is a {type(row).__name__}"
+            problems.add(f"{name}: row {i}", fault, excerpt(str(row)), 'write {"column": value, ...}')
+    problems.raise_if_any()
+    return rows

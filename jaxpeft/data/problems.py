@@ -1,0 +1,66 @@
+"""Problems of data, gathered so that one error lists the first twenty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxpeft.errors import DataError
+
+Record = dict[str, Any]
+Parsed = tuple[list[Record], tuple[int, ...]]
+
+SHOWN = 20
+EXCERPT = 80
+
+
+class Fault(Exception):
+    """What is wrong with one row: kept inside `jaxpeft.data`, users see a `DataError`.
+
+    Args:
+        fault: what is wrong.
+        fix: what to do about it.
+        column: the 1-based character column at which it is.
+    """
+
+    def __init__(self, fault: str, fix: str, column: int = 1) -> None:
+        super().__init__(fault)
+        self.fault, self.fix, self.column = fault, fix, column
+
+
+class Problems:
+    """Counts problems, keeps the text of the first twenty, and raises them as one error."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self.total = 0
+
+    def add(self, where: str, fault: str, text: str, fix: str) -> None:
+        """Adds one problem.
+
+        Args:
+            where: `file:line:column`, or what stands for it.
+            fault: what is wrong.
+            text: the offending text, already cut by `excerpt`; empty where there is none to show.
+            fix: what to do about it.
+        """
+        self.total += 1
+        if self.total <= SHOWN:
+            shown = f": {text!r}" if text else ""
+            self._lines.append(f"{where}: {fault}{shown}; {fix}")
+
+    def raise_if_any(self) -> None:
+        """Raises what was added.
+
+        Raises:
+            DataError: at least one problem was added.
+        """
+        if not self.total:
+            return
+        more = self.total - len(self._lines)
+        raise DataError([*self._lines, f"... and {more} more problems"] if more else self._lines)
+
+
+def excerpt(line: str, column: int = 1) -> str:
+    """Gives at most 80 characters of a line: its beginning, or what surrounds `column` where that lies further on."""
+    start = 0 if column <= EXCERPT else column - 1 - EXCERPT // 2
+    return line[start : start + EXCERPT]

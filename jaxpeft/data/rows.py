@@ -1,0 +1,170 @@
+"""Rows from a file, from the package, or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.data.parse import PARSERS
+from jaxpeft.data.problems import Record
+from jaxpeft.errors import DataError, nearest
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PACKAGE_PATH = re.compile(r"package:([A-Za-z0-9_-]+)/([A-Za-z0-9_-]+)")
+_ENDINGS = ", ".join(PARSERS)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they were read.
+
+    Attributes:
+        records: one dict a row, from column to value.
+        name: what to call them in messages: the path or hub id.
+        sha256: of the file's bytes, or of the hub's rows written as JSON.
+        lines: the 1-based line at which each row begins; empty where the format has no lines.
+    """
+
+    records: list[Record]
+    name: str
+    sha256: str
+    lines: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def where(self, row: int) -> str:
+        """Gives the place of row `row` (from 0) for a message: `file:line:1 (row N)`, N counted from 1."""
+        line = f":{self.lines[row]}:1" if self.lines else ""
+        return f"{self.name}{line} (row {row + 1})"
+
+    def take(self, chosen: Sequence[int]) -> Rows:
+        """Gives some of the rows, by number from 0; they count as other content, so their hash is another."""
+        digest = hashlib.sha256(f"{self.sha256} {list(chosen)}".encode()).hexdigest()
+        lines = tuple(self.lines[i] for i in chosen) if self.lines else ()
+        return Rows([self.records[i] for i in chosen], self.name, digest, lines)
+
+    def columns(self) -> list[str]:
+        """Gives the columns that any row has, in the order of first appearance."""
+        return list(dict.fromkeys(key for record in self.records for key in record))
+
+
+def read_rows(
+    path: str | Path, *, split: str | None = None, config: str | None = None, revision: str | None = None
+) -> Rows:
+    """Reads the rows of one file or of one split of a hub data set.
+
+    Args:
+        path: a JSONL, JSON, CSV, TSV, parquet or txt file; `package:NAME/SPLIT` for a data set inside jaxpeft; or a
+            hub id, `name` or `org/name`, loaded with `datasets`. What exists as a file is never looked up on the hub.
+        split: the hub data set's split, `train` where not given.
+        config: the hub data set's configuration, such as `mrpc` of `nyu-mll/glue`.
+        revision: the hub data set's commit, tag or branch.
+
+    Raises:
+        DataError: there is no such file or data set, or its rows cannot be read; lists the first 20 problems.
+    """
+    text, local = str(path), Path(path).expanduser()
+    packaged = text.startswith("package:")
+    if is_hub_id(path):
+        return _read_hub(text, split or "train", config, revision)
+    if given := [k for k, v in {"split": split, "config": config, "revision": revision}.items() if v is not None]:
+        raise DataError(f"{text}: {', '.join(given)} is for hub ids, this is a file; remove it")
+    return _read_package(text) if packaged else _read_file(local, text)
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Says whether `read_rows` would look for a path on the hub: it reads as an id, and is no file here."""
+    if str(path).startswith("package:") or Path(path).expanduser().exists():
+        return False
+    if not isinstance(path, str) or not _HUB_ID.fullmatch(path) or Path(path).suffix.lower() in PARSERS:
+        return False
+    return "/" not in path or not Path(path).parent.is_dir()
+
+
+def _read_file(path: Path, name: str) -> Rows:
+    if path.is_dir():
+        files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in PARSERS)
+        raise DataError(
+            f"{name}: a folder, not a file; name one of its data files: {', '.join(files) or 'it has none'}"
+        )
+    if not path.exists():
+        raise DataError(_missing(path, name))
+    if path.suffix.lower() not in PARSERS:
+        raise DataError(f"{name}: files of the ending {path.suffix!r} are not read; convert it to one of {_ENDINGS}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    return _rows(data, path.suffix.lower(), name)
+
+
+def _rows(data: bytes, ending: str, name: str) -> Rows:
+    records, lines = PARSERS[ending](data, name)
+    if not records:
+        raise DataError(f"{name}:1:1: the file has no rows; give a file with at least one row")
+    return Rows(records, name, hashlib.sha256(data).hexdigest(), lines)
+
+
+def _missing(path: Path, name: str) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"{name}: no such file, and no folder {str(folder)!r}; check the path"
+    names = sorted(p.name for p in folder.iterdir())
+    hint = nearest(path.name, names)
+    return f"{name}: no such file in {str(folder.resolve())!r}{hint or '; check the path'}"
+
+
+def _read_package(text: str) -> Rows:
+    match = _PACKAGE_PATH.fullmatch(text)
+    if match is None:
+        raise DataError(f"{text}: not of the form package:NAME/SPLIT, such as package:support_tickets/train")
+    folder = importlib.resources.files("jaxpeft.data").joinpath(match[1])
+    file = folder.joinpath(f"{match[2]}.jsonl")
+    if not file.is_file():
+        splits = [p.name.removesuffix(".jsonl") for p in folder.iterdir()] if folder.is_dir() else []
+        known = sorted(f"package:{match[1]}/{s}" for s in splits if "." not in s and "_" not in s)
+        raise DataError(
+            f"{text}: no such data set in jaxpeft; {'there are ' + ', '.join(known) if known else 'check it'}"
+        )
+    return _rows(file.read_bytes(), ".jsonl", text)
+
+
+def _read_hub(hub_id: str, split: str, config: str | None, revision: str | None) -> Rows:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    name = f"{hub_id}[{':'.join(filter(None, (config, split)))}]"
+    try:
+        data: Any = datasets.load_dataset(hub_id, config, split=split, revision=revision)
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        near = nearest(Path(hub_id).name, [p.name for p in Path.cwd().iterdir()])
+        raise DataError(
+            f"{name}: neither a file here nor loaded from the hub ({reason}){near or '; check it'}"
+        ) from None
+    records = [_named(record, data.features) for record in data]
+    if not records:
+        raise DataError(f"{name}: the split has no rows; choose another")
+    content = json.dumps([data.column_names, records], sort_keys=True, default=str).encode()
+    return Rows(records, name, hashlib.sha256(content).hexdigest())
+
+
+def _named(record: Record, features: Any) -> Record:
+    """Gives a record with the numbers of class labels replaced by their names; -1, a hidden label, by None."""
+    return {key: _label_names(value, features[key]) for key, value in record.items()}
+
+
+def _label_names(value: Any, feature: Any) -> Any:
+    names, inner = getattr(feature, "names", None), getattr(feature, "feature", None)
+    if names and isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else None
+    if inner is not None and isinstance(value, list):
+        return [_label_names(item, inner) for item in value]
+    return value

@@ -1,0 +1,102 @@
+"""Texts to token ids with a fast tokenizer, one batch of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxpeft.data.examples import Examples
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Options:
+    """What changes the tokens, beside the tokenizer: see `encode`."""
+
+    max_length: int
+    add_bos: bool
+    add_eos: bool
+
+
+@dataclass
+class Batch:
+    """The token sequences of some rows.
+
+    Attributes:
+        ids: the tokens of each sequence.
+        types: their token types, empty where the tokenizer makes none.
+        labels: their labels, empty where a label belongs to an example.
+        source: the row of each sequence.
+        truncated: how many rows lost tokens.
+    """
+
+    ids: list[list[int]]
+    types: list[list[int]]
+    labels: list[list[int]]
+    source: list[int]
+    truncated: int = 0
+
+
+def tokenize(examples: Examples, tokenizer: Any, start: int, stop: int, options: Options) -> Batch:
+    """Tokenises the rows from `start` up to `stop`."""
+    kind = {"classification": _sentences, "token_classification": _words, "text": _documents}
+    return kind[examples.kind](examples, tokenizer, range(start, stop), options)
+
+
+def _sentences(examples: Examples, tokenizer: Any, rows: range, options: Options) -> Batch:
+    texts = examples.texts[rows.start : rows.stop]
+    pairs = examples.pairs[rows.start : rows.stop] if examples.pairs else None
+    made = tokenizer(texts, pairs, truncation=True, max_length=options.max_length, verbose=False)
+    return Batch(made["input_ids"], _types(made), [], list(rows), _truncated(made))
+
+
+def _words(examples: Examples, tokenizer: Any, rows: range, options: Options) -> Batch:
+    texts = examples.texts[rows.start : rows.stop]
+    made = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=options.max_length, verbose=False)
+    tags: Any = examples.labels
+    labels = [_first_subtokens(made.word_ids(i), tags[row]) for i, row in enumerate(rows)]
+    return Batch(made["input_ids"], _types(made), labels, list(rows), _truncated(made))
+
+
+def _documents(examples: Examples, tokenizer: Any, rows: range, options: Options) -> Batch:
+    made = tokenizer(examples.texts[rows.start : rows.stop], truncation=False, verbose=False)
+    batch = Batch([], [], [], [])
+    for row, ids in zip(rows, made["input_ids"], strict=True):
+        whole = _with_ends(ids, tokenizer, options)
+        chunks = [whole[i : i + options.max_length] for i in range(0, len(whole), options.max_length)] or [[]]
+        batch.ids += chunks
+        batch.source += [row] * len(chunks)
+    batch.labels = batch.ids
+    return batch
+
+
+def _with_ends(ids: Sequence[int], tokenizer: Any, options: Options) -> list[int]:
+    """Adds BOS and EOS where asked for and not there, and never leaves two BOS at the beginning."""
+    whole, bos, eos = list(ids), tokenizer.bos_token_id, tokenizer.eos_token_id
+    while len(whole) > 1 and bos is not None and whole[0] == whole[1] == bos:
+        del whole[0]
+    if options.add_bos and bos is not None and whole[:1] != [bos]:
+        whole.insert(0, bos)
+    if options.add_eos and eos is not None and whole[-1:] != [eos]:
+        whole.append(eos)
+    return whole
+
+
+def _first_subtokens(word_ids: Sequence[int | None], tags: np.ndarray) -> list[int]:
+    before = (None, *word_ids[:-1])
+    return [
+        IGNORED if word is None or word == previous else int(tags[word])
+        for word, previous in zip(word_ids, before, strict=True)
+    ]
+
+
+def _types(made: Any) -> list[list[int]]:
+    return made.get("token_type_ids", [])
+
+
+def _truncated(made: Any) -> int:
+    return sum(bool(encoding.overflowing) for encoding in made.encodings)

@@ -1,0 +1,57 @@
+"""Bytes of a data file to text, naming every line that is not UTF-8."""
+
+from __future__ import annotations
+
+from jaxpeft.data.problems import Fault, Problems, excerpt
+from jaxpeft.errors import DataError
+
+_BOM = b"\xef\xbb\xbf"
+_LFS = b"version https://git-lfs"
+_UTF8_FIX = "save the file as UTF-8, such as by `iconv -f latin1 -t utf-8`"
+
+
+def body_of(data: bytes, name: str) -> bytes:
+    """Gives the bytes without a byte order mark.
+
+    Raises:
+        DataError: nothing but white space is left, or it is a Git LFS pointer.
+    """
+    body = data.removeprefix(_BOM)
+    if not body.strip():
+        raise DataError(f"{name}:1:1: the file is empty; give a file with at least one row")
+    if body.startswith(_LFS):
+        raise DataError(f"{name}:1:1: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
+    return body
+
+
+def decode_line(raw: bytes) -> str:
+    """Decodes one line.
+
+    Raises:
+        Fault: it is not UTF-8.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        column = len(raw[: error.start].decode("utf-8")) + 1
+        raise Fault(f"not UTF-8 (byte 0x{raw[error.start]:02x})", _UTF8_FIX, column) from None
+
+
+def decode(body: bytes, name: str) -> str:
+    """Decodes a whole file.
+
+    Raises:
+        DataError: some lines are not UTF-8; lists them.
+    """
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError:
+        problems = Problems()
+    for number, raw in enumerate(body.split(b"\n"), 1):
+        try:
+            decode_line(raw)
+        except Fault as fault:
+            text = excerpt(raw.decode("utf-8", "replace"), fault.column)
+            problems.add(f"{name}:{number}:{fault.column}", fault.fault, text, fault.fix)
+    problems.raise_if_any()
+    raise DataError(f"{name}:1:1: not UTF-8; {_UTF8_FIX}")

@@ -1,0 +1,58 @@
+"""The errors that jaxpeft raises at its users: each lists every problem found, one a line, with the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class JaxpeftError(Exception):
+    """A refusal with one or more problems.
+
+    Args:
+        problems: one string a problem, each naming the field, the value, the file and the fix; one string is one problem.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(JaxpeftError, ValueError):
+    """A config, a model's config or a method's hyperparameters cannot be used."""
+
+
+class DataError(JaxpeftError, ValueError):
+    """Data rows cannot be used."""
+
+
+class WeightsError(JaxpeftError, ValueError):
+    """A weight file cannot be used, or does not fit the model."""
+
+
+class AdapterError(JaxpeftError, ValueError):
+    """An adapter folder cannot be used, or does not fit the base."""
+
+
+class TargetError(JaxpeftError, ValueError):
+    """A method's targets do not name sites of the model."""
+
+
+class CheckpointError(JaxpeftError, RuntimeError):
+    """A checkpoint cannot be resumed from."""
+
+
+class TrainingError(JaxpeftError, RuntimeError):
+    """Training cannot go on."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """Gives a hint such as `; did you mean 'rank'?`, or an empty string where nothing is near.
+
+    Args:
+        name: what was written.
+        known: what could have been meant.
+        n: how many names to offer at most.
+    """
+    near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

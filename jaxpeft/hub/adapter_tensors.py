@@ -1,0 +1,137 @@
+"""How the trained leaves of a tree are named and laid out in an adapter file: one list of entries, read and written alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxpeft.core import paths, targets
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.core.rewriting import trainable_mask
+from jaxpeft.methods.lora import LoRA
+
+PREFIX = "base_model.model."
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an adapter file, and the part of a leaf that it is.
+
+    Attributes:
+        name: the tensor's name in the file.
+        path: of the leaf.
+        layer: row of a stacked leaf, None where the leaf is not stacked.
+        region: slices of the leaf's (layer's) axes; what lies outside is zero padding.
+        transposed: whether the tensor is the transpose of the region.
+    """
+
+    name: str
+    path: Path
+    layer: int | None
+    region: tuple[slice, ...]
+    transposed: bool
+
+    def take(self, leaf: Array) -> Array:
+        """Gives the tensor, C-contiguous, from the leaf: safetensors writes other layouts scrambled."""
+        part = (leaf if self.layer is None else leaf[self.layer])[self.region]
+        return np.ascontiguousarray(part.T if self.transposed else part)
+
+    def put(self, leaf: Array, tensor: Array) -> None:
+        """Writes the tensor into the leaf."""
+        part = leaf if self.layer is None else leaf[self.layer]
+        part[self.region] = tensor.T if self.transposed else tensor
+
+    def shape(self, leaf: Any) -> tuple[int, ...]:
+        """Gives the tensor's shape, from the leaf's."""
+        full = leaf.shape if self.layer is None else leaf.shape[1:]
+        cut = tuple(len(range(*s.indices(n))) for s, n in zip(self.region, full, strict=True))
+        return cut[::-1] if self.transposed else cut
+
+
+def entries(method: Method, params: Mapping[str, Any]) -> list[Entry]:
+    """Lists the tensors of the adapter file of a rewritten tree: whatever is trained, and nothing else.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree; abstract leaves will do.
+    """
+    mask = trainable_mask(method, params)
+    out: list[Entry] = []
+    for path, flag in paths.walk(mask):
+        if flag:
+            out += _leaf_entries(method, path, paths.get(params, path), paths.get(params, path[:-1]))
+    return out
+
+
+def _leaf_entries(method: Method, path: Path, leaf: Any, siblings: Mapping[str, Any]) -> Iterator[Entry]:
+    layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
+    modules = paths.hf_names(path[:-1], layers)
+    where = method.where()
+    for row, module in enumerate(modules):
+        layer = None if layers is None else row
+        ndim = leaf.ndim - (layers is not None)
+        if path[-1] in method.leaf_names:
+            if where is not None and targets.matches(module, where):
+                yield _lora_entry(method, module, path, layer)
+        else:
+            adapted = any(name in siblings for name in method.leaf_names) and where is not None
+            wrapped = adapted and where is not None and targets.matches(module, where)
+            leaf_name = paths.hf_names(path[-1:], None)[0]
+            middle = "base_layer." if wrapped else ""
+            name = f"{PREFIX}{module}.{middle}{leaf_name}"
+            yield Entry(name, path, layer, (slice(None),) * ndim, transposed=path[-1] == "kernel")
+
+
+def _lora_entry(method: Method, module: str, path: Path, layer: int | None) -> Entry:
+    assert isinstance(method, LoRA)  # noqa: S101 - the only method with leaves in this file so far
+    used, full = slice(0, method.site_rank(module)), slice(None)
+    if path[-1] == "lora_a":
+        return Entry(f"{PREFIX}{module}.lora_A.weight", path, layer, (full, used), transposed=True)
+    return Entry(f"{PREFIX}{module}.lora_B.weight", path, layer, (used, full), transposed=True)
+
+
+def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
+    """Gives the tensors of the adapter file, float32, by name."""
+    host: dict[Path, Array] = {}
+    out: dict[str, Array] = {}
+    for entry in entries(method, params):
+        if entry.path not in host:
+            host[entry.path] = np.asarray(paths.get(params, entry.path), np.float32)
+        out[entry.name] = entry.take(host[entry.path])
+    return out
+
+
+def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    """Lists every tensor that is missing, extra or misshaped in an adapter file for a rewritten tree."""
+    wanted = {entry.name: entry for entry in entries(method, params)}
+    problems = [f"missing: {name}" for name in wanted if name not in tensors]
+    problems += [f"extra: {name}" for name in tensors if name not in wanted]
+    for name, entry in wanted.items():
+        shape = entry.shape(paths.get(params, entry.path))
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            problems.append(f"misshaped: {name} is {list(tensors[name].shape)}, must be {list(shape)}")
+    return problems
+
+
+def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> Tree:
+    """Gives the rewritten tree with the leaves of an adapter file in place of the fresh ones.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree.
+        tensors: as `differences` found them to fit.
+    """
+    import jax
+
+    host: dict[Path, Array] = {}
+    for entry in entries(method, params):
+        leaf = paths.get(params, entry.path)
+        entry.put(host.setdefault(entry.path, np.zeros(leaf.shape, np.float32)), tensors[entry.name])
+    return paths.map_with_path(
+        lambda path, leaf: jax.device_put(host[path], leaf.sharding) if path in host else leaf, params
+    )

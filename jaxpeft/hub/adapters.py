@@ -1,0 +1,178 @@
+"""Adapter folders in the file format of Hugging Face PEFT: `save_adapter`, `load_adapter`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+import jaxpeft
+from jaxpeft.core import paths
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.rewriting import rewrite
+from jaxpeft.errors import AdapterError, WeightsError
+from jaxpeft.hub import adapter_tensors, peft_config
+from jaxpeft.hub.safetensors_files import read_header
+from jaxpeft.hub.sources import fingerprint, read_json
+from jaxpeft.models.base import Pretrained
+
+CONFIG, WEIGHTS, EXTRA, CARD = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json", "README.md"
+_log = logging.getLogger(__name__)
+
+
+def save_adapter(
+    path: str | FilePath,
+    method: Method,
+    params: Mapping[str, Any],
+    model: Pretrained,
+    *,
+    labels: tuple[str, ...] = (),
+) -> None:
+    """Saves what a method trained as a Hugging Face PEFT adapter folder: the adapter and the head, never the base.
+
+    Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads, and `jaxpeft.json` with the identity
+    of the base. Each file appears whole or not at all, the weights last.
+
+    Args:
+        path: the folder; made if need be.
+        method: the method that rewrote `params`.
+        params: the rewritten tree.
+        model: what `load` gave.
+        labels: names of a classifier's labels, in order.
+
+    Raises:
+        AdapterError: a leaf that is to be saved is not finite.
+    """
+    folder = FilePath(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = adapter_tensors.to_tensors(method, params)
+    broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    if broken:
+        raise AdapterError([f"{folder}: {name} holds NaN or infinity; not saved" for name in broken])
+    whole = sorted({p[0] for p, _ in paths.walk(params) if paths.is_head(p)} | set(method.modules_to_save))
+    source = model.source
+    config = peft_config.write(
+        method, model.options.task, source.name if source else "", source.revision if source else None, whole
+    )
+    config["target_modules"] = _target_names(config, tensors)
+    extra = _extra(model, labels)
+    _replace(folder / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
+    _replace(folder / EXTRA, lambda file: file.write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n"))
+    _replace(folder / CARD, lambda file: file.write_text(_card(method, config)))
+    _replace(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), (folder / WEIGHTS).stat().st_size / 1e3, folder)
+
+
+def _finite(tensor: Any) -> bool:
+    return bool(np.isfinite(tensor).all())
+
+
+def _target_names(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
+    """Expands `all-linear` to full names, as PEFT does: the shorthand would mean other modules in another model."""
+    wanted = config.get("target_modules")
+    if wanted is None or not isinstance(wanted, str) or wanted.lower() != "all-linear":
+        return wanted
+    suffix = ".lora_A.weight"
+    names = (n.removeprefix(adapter_tensors.PREFIX).removesuffix(suffix) for n in tensors if n.endswith(suffix))
+    return sorted(names)
+
+
+def _extra(model: Pretrained, labels: tuple[str, ...]) -> dict[str, Any]:
+    options = model.options
+    return {
+        "jaxpeft_version": jaxpeft.__version__,
+        "task": options.task,
+        "num_labels": options.num_labels,
+        "pooling": options.pooling,
+        "labels": list(labels),
+        "base_sha256": fingerprint(model.source) if model.source else None,
+    }
+
+
+def _card(method: Method, config: Mapping[str, Any]) -> str:
+    base = config["base_model_name_or_path"]
+    return (
+        f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [jaxpeft, {method.name}]\n---\n\n"
+        f"# {method.name} adapter for {base}\n\nTrained with jaxpeft {jaxpeft.__version__}; "
+        f"`{CONFIG}` and `{WEIGHTS}` are in the file format of Hugging Face PEFT.\n"
+    )
+
+
+def _replace(target: FilePath, write: Callable[[FilePath], object]) -> None:
+    """Writes a file beside its place and moves it there, so that it is never seen half-written."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    write(temporary)
+    os.replace(temporary, target)
+
+
+def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, Any]) -> tuple[Method, Tree]:
+    """Loads an adapter folder, written by jaxpeft or by Hugging Face PEFT, onto a base.
+
+    Args:
+        path: the folder.
+        model: what `load` gave.
+        params: the base's parameters, not rewritten.
+
+    Returns:
+        `(method, params)`: the method as the folder's config says, and the rewritten tree with the folder's numbers.
+
+    Raises:
+        AdapterError: files are missing or are pickles; the config asks for what is not supported; the base or the task is
+            another one; or a tensor is missing, extra, misshaped or not finite. Nothing is loaded half.
+    """
+    folder = FilePath(path)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such adapter folder")
+    if not (folder / WEIGHTS).is_file():
+        pickles = [p.name for p in folder.glob("*.bin")]
+        why = f"holds {pickles[0]}, a pickle, which is never read; save it as safetensors" if pickles else "is incomplete"
+        raise AdapterError(f"{folder}: no {WEIGHTS}: the folder {why}")
+    try:
+        config = read_json(folder / CONFIG)
+        header = read_header(folder / WEIGHTS)
+    except WeightsError as error:
+        raise AdapterError(error.problems) from error
+    _check_base(folder, config, model)
+    method = peft_config.read(config, str(folder / CONFIG), params)
+    rewritten = rewrite(method, params, jax.random.key(0))
+    problems = adapter_tensors.differences(method, rewritten, header)
+    if not problems:
+        tensors = load_file(folder / WEIGHTS)
+        problems = [f"not finite: {name}" for name, tensor in tensors.items() if not _finite(tensor)]
+        if not problems:
+            loaded = adapter_tensors.put_tensors(method, rewritten, tensors)
+            _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
+            return method, loaded
+    raise AdapterError([f"{folder / WEIGHTS}: {problem}" for problem in problems])
+
+
+def _size(header: Mapping[str, Any]) -> int:
+    return sum(t.nbytes // t.dtype.itemsize for t in header.values())
+
+
+def _check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained) -> None:
+    task = config.get("task_type")
+    wanted = peft_config.TASK_TYPES[model.options.task]
+    problems: list[str] = []
+    if task is not None and task != wanted:
+        problems.append(f"{folder / CONFIG}: task_type is {task}, the model is loaded for {wanted}")
+    extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
+    if extra.get("pooling", model.options.pooling) != model.options.pooling:
+        problems.append(f"{folder / EXTRA}: pooling is {extra['pooling']!r}, the model has {model.options.pooling!r}")
+    recorded = extra.get("base_sha256")
+    if recorded and model.source and recorded != fingerprint(model.source):
+        problems.append(
+            f"{folder / EXTRA}: the adapter was trained on another base: base_sha256 {recorded[:12]}... "
+            f"({config.get('base_model_name_or_path')}), the model is {fingerprint(model.source)[:12]}... "
+            f"({model.source.name}); load the base it was trained on"
+        )
+    if problems:
+        raise AdapterError(problems)

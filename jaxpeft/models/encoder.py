@@ -1,0 +1,349 @@
+"""The encoder family: BERT, RoBERTa and DistilBERT.
+
+Devlin et al. 2018 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692), Sanh et al. 2019 (arXiv:1910.01108).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, check_options
+from jaxpeft.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    allowed,
+    attend,
+    dense,
+    dropout,
+    head_dense,
+    pool,
+    positions,
+    run_layers,
+)
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """An encoder's architecture.
+
+    Attributes:
+        kind: `bert`, `roberta` or `distilbert`, which name and nest their modules differently.
+        type_vocab_size: kinds of token types, 0 for none.
+        pad_token_id: which RoBERTa counts its positions from.
+    """
+
+    kind: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    max_position_embeddings: int
+    type_vocab_size: int
+    pad_token_id: int
+    layer_norm_eps: float
+    hidden_dropout: float
+    attention_dropout: float
+    classifier_dropout: float
+
+
+_BERT_DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12, "pad_token_id": 0, "max_position_embeddings": 512,
+}  # fmt: skip
+_DISTILBERT_DEFAULTS: Mapping[str, Any] = {
+    "activation": "gelu", "dropout": 0.1, "attention_dropout": 0.1, "seq_classif_dropout": 0.2,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def read_config(config: Mapping[str, Any], task: str) -> EncoderConfig:
+    """Reads an encoder's `config.json`.
+
+    Args:
+        config: its content.
+        task: decides which dropout its head has.
+
+    Raises:
+        ConfigError: listing every switch that is missing or not supported.
+    """
+    distil = config["model_type"] == "distilbert"
+    reader = ConfigReader(config, _DISTILBERT_DEFAULTS if distil else _BERT_DEFAULTS)
+    reader.refuse("quantization_config", "load the unquantized model")
+    reader.refuse("is_decoder", "only encoders are")
+    reader.refuse("add_cross_attention", "only encoders are")
+    if reader.get("position_embedding_type") not in (None, "absolute"):
+        reader.problems.append(f"position_embedding_type: {reader.get('position_embedding_type')!r} is not supported (supported: absolute)")
+    parsed = _distilbert(reader, task) if distil else _bert(reader, config["model_type"])
+    if parsed.hidden_size % parsed.num_attention_heads:
+        reader.problems.append(f"hidden size {parsed.hidden_size} is not divided by {parsed.num_attention_heads} heads")
+    reader.finish()
+    return parsed
+
+
+def _bert(reader: ConfigReader, kind: str) -> EncoderConfig:
+    hidden_dropout = reader.number("hidden_dropout_prob")
+    own = reader.get("classifier_dropout")
+    return EncoderConfig(
+        kind=kind,
+        vocab_size=reader.number("vocab_size"),
+        hidden_size=reader.number("hidden_size"),
+        intermediate_size=reader.number("intermediate_size"),
+        num_hidden_layers=reader.number("num_hidden_layers"),
+        num_attention_heads=reader.number("num_attention_heads"),
+        hidden_act=reader.one_of("hidden_act", ACTIVATIONS),
+        max_position_embeddings=reader.number("max_position_embeddings"),
+        type_vocab_size=reader.number("type_vocab_size"),
+        pad_token_id=reader.get("pad_token_id") or 0,
+        layer_norm_eps=reader.number("layer_norm_eps"),
+        hidden_dropout=hidden_dropout,
+        attention_dropout=reader.number("attention_probs_dropout_prob"),
+        classifier_dropout=hidden_dropout if own is None else own,
+    )
+
+
+def _distilbert(reader: ConfigReader, task: str) -> EncoderConfig:
+    return EncoderConfig(
+        kind="distilbert",
+        vocab_size=reader.number("vocab_size"),
+        hidden_size=reader.number("dim"),
+        intermediate_size=reader.number("hidden_dim"),
+        num_hidden_layers=reader.number("n_layers"),
+        num_attention_heads=reader.number("n_heads"),
+        hidden_act=reader.one_of("activation", ACTIVATIONS),
+        max_position_embeddings=reader.number("max_position_embeddings"),
+        type_vocab_size=0,
+        pad_token_id=reader.get("pad_token_id") or 0,
+        layer_norm_eps=1e-12,
+        hidden_dropout=reader.number("dropout"),
+        attention_dropout=reader.number("attention_dropout"),
+        classifier_dropout=reader.number("dropout" if task == "token_classification" else "seq_classif_dropout"),
+    )
+
+
+class _Part(nn.Module):
+    """A part of a model that is made from the config alone."""
+
+    config: EncoderConfig
+    options: Options
+
+    def norm(self, name: str, x: Array) -> Array:
+        """Applies a layer norm of this name."""
+        return LayerNorm(self.config.layer_norm_eps, self.options.dtype, name=name)(x)
+
+    def attention(self, x: Array, mask: Array | None, names: tuple[str, str, str]) -> Array:
+        """Projects and attends: `[batch, length, d]` to the same, before the output projection."""
+        c = self.config
+        shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+        q, k, v = (dense(c.hidden_size, name, self.options)(x).reshape(shape) for name in names)
+        return attend(self, q, k, v, mask, c.attention_dropout)
+
+
+class Embeddings(_Part):
+    """Word, position and token-type embeddings, summed and normalised."""
+
+    @nn.compact
+    def __call__(self, input_ids: Array, token_type_ids: Array | None, position_ids: Array) -> Array:
+        """Gives `[batch, length, d]`."""
+        c = self.config
+
+        def embed(count: int, name: str, ids: Array) -> Array:
+            return nn.Embed(count, c.hidden_size, dtype=self.options.dtype, name=name)(ids)
+
+        x = embed(c.vocab_size, "word_embeddings", input_ids)
+        if c.type_vocab_size:
+            types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            x = x + embed(c.type_vocab_size, "token_type_embeddings", types)
+        x = x + embed(c.max_position_embeddings, "position_embeddings", position_ids)
+        return dropout(self, c.hidden_dropout, self.norm("LayerNorm", x))
+
+
+class _SelfAttention(_Part):
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        return self.attention(x, mask, ("query", "key", "value"))
+
+
+class _Output(_Part):
+    """A projection back to the residual stream, with dropout, the sum and the norm."""
+
+    @nn.compact
+    def __call__(self, x: Array, residual: Array) -> Array:
+        x = dense(self.config.hidden_size, "dense", self.options)(x)
+        return self.norm("LayerNorm", dropout(self, self.config.hidden_dropout, x) + residual)
+
+
+class _Attention(_Part):
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        h = _SelfAttention(self.config, self.options, name="self")(x, mask)
+        return _Output(self.config, self.options, name="output")(h, x)
+
+
+class _Intermediate(_Part):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return ACTIVATIONS[self.config.hidden_act](dense(self.config.intermediate_size, "dense", self.options)(x))
+
+
+class BertBlock(_Part):
+    """One layer of BERT or RoBERTa."""
+
+    @nn.compact
+    def __call__(self, x: Array, per_layer: None, mask: Array | None) -> tuple[Array, None]:
+        """Runs the layer on `[batch, length, d]`."""
+        del per_layer
+        x = _Attention(self.config, self.options, name="attention")(x, mask)
+        h = _Intermediate(self.config, self.options, name="intermediate")(x)
+        return _Output(self.config, self.options, name="output")(h, x), None
+
+
+class _DistilAttention(_Part):
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        h = self.attention(x, mask, ("q_lin", "k_lin", "v_lin"))
+        return dense(self.config.hidden_size, "out_lin", self.options)(h)
+
+
+class _DistilFeedForward(_Part):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        h = ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, "lin1", self.options)(x))
+        return dropout(self, c.hidden_dropout, dense(c.hidden_size, "lin2", self.options)(h))
+
+
+class DistilBertBlock(_Part):
+    """One layer of DistilBERT."""
+
+    @nn.compact
+    def __call__(self, x: Array, per_layer: None, mask: Array | None) -> tuple[Array, None]:
+        """Runs the layer on `[batch, length, d]`."""
+        del per_layer
+        h = _DistilAttention(self.config, self.options, name="attention")(x, mask)
+        x = self.norm("sa_layer_norm", h + x)
+        h = _DistilFeedForward(self.config, self.options, name="ffn")(x)
+        return self.norm("output_layer_norm", h + x), None
+
+
+class _Stack(_Part):
+    """The module that holds the layers: `encoder` in BERT, `transformer` in DistilBERT."""
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        c, options = self.config, self.options
+        block = DistilBertBlock if c.kind == "distilbert" else BertBlock
+        fields = {"config": c, "options": options}
+        return run_layers(block, fields, c.num_hidden_layers, "layer", options, x, None, mask)
+
+
+class _Pooler(_Part):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return jnp.tanh(dense(self.config.hidden_size, "dense", self.options)(x[:, 0]))
+
+
+class EncoderBackbone(Pretrained):
+    """Embeddings and layers: the model of task `encoder`.
+
+    Attributes:
+        with_pooler: whether to give the pooler's vector in place of the hidden states.
+    """
+
+    with_pooler: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> Array:
+        """Gives hidden states `[batch, length, d]`, or the pooler's `[batch, d]`."""
+        c, options = self.config, self.options
+        batch, length = input_ids.shape
+        where = position_ids
+        if where is None:
+            where = _offset(c, input_ids, positions(segment_ids, batch, length), segment_ids)
+        x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where)
+        mask = allowed(attention_mask, segment_ids, length, causal=False)
+        x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(x, mask)
+        return _Pooler(c, options, name="pooler")(x) if self.with_pooler else x
+
+
+def _offset(c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None) -> Array:
+    """RoBERTa's positions: tokens count from `pad_token_id + 1`, a pad token is at `pad_token_id`."""
+    if c.kind != "roberta":
+        return counted
+    real = (input_ids != c.pad_token_id).astype(jnp.int32)
+    if segment_ids is not None:
+        return (counted + 1) * real + c.pad_token_id
+    return jnp.cumsum(real, axis=1) * real + c.pad_token_id
+
+
+class RobertaHead(_Part):
+    """RoBERTa's classification head: two layers with tanh between."""
+
+    labels: int = 2
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps `[batch, d]` to `[batch, labels]`, float32."""
+        c = self.config
+        x = dropout(self, c.classifier_dropout, x.astype(jnp.float32))
+        x = jnp.tanh(head_dense(c.hidden_size, "dense")(x))
+        return head_dense(self.labels, "out_proj")(dropout(self, c.classifier_dropout, x))
+
+
+class EncoderWithHead(Pretrained):
+    """An encoder with a classification head."""
+
+    @nn.compact
+    def __call__(self, input_ids: Array, attention_mask: Array | None = None, **inputs: Any) -> Array:
+        """Gives float32 logits: `[batch, labels]`, or of every token for token classification."""
+        c, options = self.config, self.options
+        how = options.pooling or ("pooler" if c.kind == "bert" else "cls")
+        sequence = options.task == "sequence_classification"
+        pooler = sequence and how == "pooler"
+        x = EncoderBackbone(c, options, with_pooler=pooler, name=c.kind)(input_ids, attention_mask, **inputs)
+        if sequence and not pooler:
+            x = pool(x, attention_mask, how)
+        labels = options.num_labels or 0
+        if sequence and c.kind == "roberta":
+            return RobertaHead(c, options, labels, name="classifier")(x)
+        if sequence and c.kind == "distilbert":
+            x = jax.nn.relu(head_dense(c.hidden_size, "pre_classifier")(x))
+        return head_dense(labels, "classifier")(dropout(self, c.classifier_dropout, x))
+
+
+def build(config: Mapping[str, Any], options: Options) -> Pretrained:
+    """Makes an encoder from its `config.json`.
+
+    Raises:
+        ConfigError: listing everything that is not supported.
+    """
+    kind = config["model_type"]
+    poolings = ("pooler", "cls", "mean") if kind == "bert" else ("cls", "mean")
+    check_options(options, kind, ("sequence_classification", "token_classification", "encoder"), poolings)
+    parsed = read_config(config, options.task)
+    return (EncoderBackbone if options.task == "encoder" else EncoderWithHead)(parsed, options)
+
+
+_PRETRAINING = (r"cls\..*", r"lm_head\..*", r"vocab_\w+\..*", r".*\.position_ids", r"position_ids", r"(bert|roberta)?\.?pooler\..*")
+_RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+
+BERT = Family(("bert",), build, "bert", _PRETRAINING, _RENAMED, own_pooler="pooler.dense.weight")
+ROBERTA = Family(("roberta",), build, "roberta", _PRETRAINING, _RENAMED)
+DISTILBERT = Family(("distilbert",), build, "distilbert", _PRETRAINING, _RENAMED)

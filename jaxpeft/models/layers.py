@@ -1,0 +1,231 @@
+"""Parts that the architectures share: norms, dropout, activations, attention, and the stack of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpeft.models.base import Options
+
+Array = jax.Array
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+"""Activation functions by the names that `config.json` uses."""
+
+
+class RMSNorm(nn.Module):
+    """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32 (Zhang and Sennrich 2019, equation 4)."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises `[..., d]`; the result has the dtype of the activations."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
+        return (normal * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """`scale * (x - mean) / sqrt(var + eps) + bias` over the last axis, computed in float32 (Ba et al. 2016)."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises `[..., d]`; the result has the dtype of the activations."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - jnp.mean(x, -1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps)
+        return (normal * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def dropout(module: nn.Module, rate: float, x: Array) -> Array:
+    """Applies dropout in a training call, that is, one that was given a `dropout` key.
+
+    Args:
+        module: whose key stream is used.
+        rate: probability of a zero.
+        x: any shape.
+    """
+    if rate == 0 or not module.has_rng("dropout"):
+        return x
+    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def dense(features: int, name: str, options: Options, *, bias: bool = True) -> nn.Dense:
+    """Makes a linear module that computes in the activations' dtype."""
+    return nn.Dense(features, use_bias=bias, dtype=options.dtype, name=name)
+
+
+def head_dense(features: int, name: str, *, bias: bool = True) -> nn.Dense:
+    """Makes a linear module of a task head: float32, whatever the base."""
+    return nn.Dense(
+        features, use_bias=bias, dtype=jnp.float32, name=name, kernel_init=nn.initializers.normal(0.02)
+    )
+
+
+def allowed(
+    attention_mask: Array | None, segment_ids: Array | None, length: int, *, causal: bool
+) -> Array | None:
+    """Says which position may attend to which.
+
+    Args:
+        attention_mask: `[batch, length]`, 1 for a token.
+        segment_ids: `[batch, length]`; a position sees its own segment only.
+        length: of the rows.
+        causal: whether a position sees only itself and those before it.
+
+    Returns:
+        bool, broadcast to `[batch, 1, query, key]`; None where everything is allowed.
+    """
+    parts: list[Array] = []
+    if attention_mask is not None:
+        parts.append(attention_mask[:, None, None, :] != 0)
+    if segment_ids is not None:
+        parts.append((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None])
+    if causal:
+        parts.append(jnp.tril(jnp.ones((1, 1, length, length), bool)))
+    mask: Array | None = None
+    for part in parts:
+        mask = part if mask is None else mask & part
+    return mask
+
+
+def positions(segment_ids: Array | None, batch: int, length: int) -> Array:
+    """Gives `[batch, length]` positions that count from zero, in each segment anew."""
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    if segment_ids is None:
+        return index
+    begins = jnp.concatenate(
+        [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def attend(
+    module: nn.Module, q: Array, k: Array, v: Array, mask: Array | None, dropout_rate: float
+) -> Array:
+    """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
+
+    `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32.
+
+    Args:
+        module: whose dropout key is used.
+        q: `[batch, query, heads, d]`.
+        k: `[batch, key, kv_heads, d]`, kv_heads divides heads.
+        v: `[batch, key, kv_heads, d]`.
+        mask: bool, broadcast to `[batch, 1, query, key]`; a row without any True gives an average, not NaN.
+        dropout_rate: on the attention weights.
+
+    Returns:
+        `[batch, query, heads * d]`.
+    """
+    batch, length, heads, d = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, d)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = dropout(module, dropout_rate, jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, v)
+    return checkpoint_name(out.reshape(batch, length, heads * d), "attention")
+
+
+def run_layers(
+    block: type[nn.Module], fields: Mapping[str, Any], count: int, name: str, options: Options, *inputs: Any
+) -> Array:
+    """Runs a stack of layers, scanned or unrolled, in the scope of the calling module.
+
+    Args:
+        block: a module class; called with `(x, per_layer, *shared)`, it gives `(x, None)`.
+        fields: its fields.
+        count: number of layers.
+        name: of the stack in the tree, `layers` or `layer`.
+        options: `scan_layers` and `remat`.
+        *inputs: `x`; then a pytree with a leading layer axis, or None; then what all layers share.
+
+    Returns:
+        The last layer's `x`.
+    """
+    remat_block = _remat(block, options)
+    if not options.scan_layers:
+        return _Unrolled(remat_block, dict(fields), count, name=name)(*inputs)
+    scanned = nn.scan(
+        remat_block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, *(nn.broadcast for _ in inputs[2:])),
+        length=count,
+    )
+    return scanned(**fields, name=name)(*inputs)[0]
+
+
+def _remat(block: type[nn.Module], options: Options) -> Any:
+    """Wraps a block so that the backward pass computes again what the policy does not keep."""
+    if options.remat == "none":
+        return block
+    policies: dict[str, Any] = {
+        "full": None,
+        "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    return nn.remat(block, policy=policies[options.remat], prevent_cse=not options.scan_layers)
+
+
+class _Unrolled(nn.Module):
+    """The layers one after the other, named by their numbers."""
+
+    block: Any
+    fields: Mapping[str, Any]
+    count: int
+
+    @nn.compact
+    def __call__(self, x: Array, per_layer: Any, *shared: Any) -> Array:
+        for i in range(self.count):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
+            x, _ = self.block(**self.fields, name=str(i))(x, own, *shared)
+        return x
+
+
+def pool(x: Array, attention_mask: Array | None, how: str) -> Array:
+    """Gives one vector a row.
+
+    Args:
+        x: `[batch, length, d]`.
+        attention_mask: `[batch, length]`, 1 for a token, padded on either side.
+        how: `cls` for the first place, `mean` for the mean over tokens (in float32), `last` for the last token.
+
+    Returns:
+        `[batch, d]`.
+    """
+    if how == "cls":
+        return x[:, 0]
+    mask = jnp.ones(x.shape[:2], jnp.int32) if attention_mask is None else attention_mask.astype(jnp.int32)
+    if how == "last":
+        index = jnp.argmax(jnp.arange(x.shape[1], dtype=jnp.int32) * mask, axis=1)
+        return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+    weights = mask.astype(jnp.float32)[..., None]
+    total = jnp.sum(x.astype(jnp.float32) * weights, axis=1)
+    return (total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)).astype(x.dtype)

@@ -1,0 +1,124 @@
+"""Rotary position embedding, with the scalings of Llama 3, linear and dynamic NTK.
+
+Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.4 (arXiv:2104.09864).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.models.base import ConfigReader
+
+TYPES = ("default", "linear", "dynamic", "llama3")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How the rotary frequencies are made.
+
+    Attributes:
+        kind: one of `TYPES`.
+        theta: base of the wavelengths.
+        factor: of the scaling.
+        low: `low_freq_factor` of llama3.
+        high: `high_freq_factor` of llama3.
+        original: positions that the model was first trained on.
+    """
+
+    kind: str
+    theta: float
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 0
+
+
+def read(reader: ConfigReader) -> Rope:
+    """Reads `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5."""
+    given: Any = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        reader.problems.append(f"rope_scaling: must be a mapping, is {given!r}")
+        given = {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    theta = given.get("rope_theta", reader.get("rope_theta"))
+    if kind not in TYPES:
+        reader.problems.append(f"rope_scaling: rope_type {kind!r} is not supported (supported: {', '.join(TYPES)})")
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        reader.problems.append("rope_scaling: partial_rotary_factor is not supported")
+    needed = {"linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3}.get(kind, ())
+    reader.problems += [f"rope_scaling: {kind} needs {key}" for key in needed if key not in given]
+    return Rope(
+        kind=kind,
+        theta=float(theta if theta is not None else 10000.0),
+        factor=float(given.get("factor", 1.0)),
+        low=float(given.get("low_freq_factor", 1.0)),
+        high=float(given.get("high_freq_factor", 4.0)),
+        original=int(given.get("original_max_position_embeddings") or reader.number("max_position_embeddings")),
+    )
+
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def tables(rope: Rope, head_dim: int, most_positions: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gives the cosines and sines of the rotation angles.
+
+    Args:
+        rope: how the frequencies are made.
+        head_dim: d, even.
+        most_positions: `max_position_embeddings` of the model, which dynamic scaling grows from.
+        positions: `[batch, length]` int32.
+
+    Returns:
+        Two arrays `[batch, length, 1, d / 2]`, float32.
+    """
+    frequencies = _frequencies(rope, head_dim, most_positions, positions)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _frequencies(rope: Rope, head_dim: int, most_positions: int, positions: jax.Array) -> Any:
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    if rope.kind == "dynamic":
+        longest = jnp.maximum(jnp.max(positions) + 1, most_positions).astype(jnp.float32)
+        grown = rope.factor * longest / most_positions - (rope.factor - 1)
+        base = rope.theta * grown ** (head_dim / (head_dim - 2))
+        return 1.0 / base**exponents
+    frequencies = 1.0 / np.float32(rope.theta) ** exponents
+    if rope.kind == "linear":
+        frequencies = frequencies / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        frequencies = _llama3(rope, frequencies)
+    return frequencies.astype(np.float32)
+
+
+def _llama3(rope: Rope, frequencies: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Keeps high frequencies, divides low ones by the factor, and blends between the two (Llama 3.1's scaling)."""
+    wavelengths = 2 * math.pi / frequencies
+    blend = (rope.original / wavelengths - rope.low) / (rope.high - rope.low)
+    blended = (1 - blend) * frequencies / rope.factor + blend * frequencies
+    slow, fast = wavelengths > rope.original / rope.low, wavelengths < rope.original / rope.high
+    return np.where(slow, frequencies / rope.factor, np.where(fast, frequencies, blended))
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates each pair `(x[i], x[i + d/2])` by its angle.
+
+    Args:
+        x: `[batch, length, heads, d]`.
+        cos: `[batch, length, 1, d / 2]`, float32.
+        sin: the same.
+
+    Returns:
+        The shape and dtype of `x`, computed in float32.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

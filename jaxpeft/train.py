@@ -1,0 +1,116 @@
+"""`python -m jaxpeft.train --config configs/NAME.py [--config.method.rank=16 ...] [--workdir DIR]`: the main job.
+
+The same command again goes on where it was stopped. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM and saved,
+130 stopped by SIGINT and saved, 1 any other failure.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from absl import flags
+
+from jaxpeft import config as configs
+from jaxpeft.errors import ConfigError, JaxpeftError
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("config", None, "the config file; its options are set by --config.SECTION.OPTION=VALUE", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME_OF_THE_CONFIG by default", flag_values=FLAGS)
+flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", flag_values=FLAGS)
+flags.DEFINE_bool("validate", False, "check the config and stop", flag_values=FLAGS)
+
+
+def parse_arguments(argv: list[str]) -> tuple[configs.Config, Path, str]:
+    """Reads the command line and the config file, without importing JAX.
+
+    Args:
+        argv: the arguments, without the program's name.
+
+    Returns:
+        `(config, workdir, path of the config file)`.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    overrides, rest = _split_overrides(argv)
+    try:
+        left = FLAGS(["jaxpeft.train", *rest])[1:]
+    except flags.Error as error:
+        raise ConfigError(f"{error}; see --help") from error
+    if FLAGS["help"].value if "help" in FLAGS else False:
+        raise ConfigError(str(__doc__))
+    if left:
+        raise ConfigError(f"{left[0]!r}: not an option; options are --config, --config.SECTION.OPTION and --workdir")
+    if FLAGS.config is None:
+        raise ConfigError("--config: is not given; try --config configs/quickstart.py")
+    config = configs.load(FLAGS.config, overrides)
+    workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.config).stem)
+    _check_writable(workdir)
+    return config, workdir, FLAGS.config
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes the `--config.x.y=value` and `--config.x.y value` out of the arguments."""
+    overrides: list[tuple[str, str]] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name = word.lstrip("-")
+        if word.startswith("-") and name.startswith("config."):
+            option, equals, value = name.removeprefix("config.").partition("=")
+            overrides.append((option, value if equals else next(words, "")))
+        else:
+            rest.append(word)
+    return overrides, rest
+
+
+def _check_writable(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir}: cannot be written ({error.strerror}); give another folder") from error
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; gives the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("jaxpeft").setLevel(logging.INFO)
+    try:
+        config, workdir, path = parse_arguments(argv)
+        if FLAGS.validate:
+            logging.getLogger(__name__).info("%s is valid", path)
+            return 0
+        return _run(config, workdir)
+    except JaxpeftError as error:
+        if "--traceback" in argv:
+            raise
+        _complain(error)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _complain(error: JaxpeftError) -> None:
+    many = f"{len(error.problems)} problems:\n" if len(error.problems) > 1 else ""
+    sys.stderr.write(f"jaxpeft: {many}{error}\n")
+
+
+def _run(config: configs.Config, workdir: Path) -> int:
+    """Imports JAX, now that the config is good, and runs."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from jaxpeft.training.job import run
+    from jaxpeft.training.signals import Stopped
+
+    try:
+        run(config, workdir)
+    except Stopped as stopped:
+        return stopped.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

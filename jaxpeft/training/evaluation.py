@@ -1,0 +1,80 @@
+"""Evaluating a tree on the rows of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpeft import data
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.tree import combine
+from jaxpeft.evaluation.metrics import classification_metrics, lm_metrics
+from jaxpeft.training.setup import Encoded, Setup
+from jaxpeft.training.step import logits_of
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse"})
+_DEFAULT_METRIC = {"lm": "loss", "regression": "pearson", "multi_label": "f1_micro"}
+
+
+class Evaluator:
+    """Evaluates, with one compiled program for each padded length.
+
+    Args:
+        setup: the prepared run.
+        on_batch: called before each batch; may raise to stop.
+    """
+
+    def __init__(self, setup: Setup, on_batch: Callable[[], None] = lambda: None) -> None:
+        self._setup, self._on_batch = setup, on_batch
+        self._run = jax.jit(self._forward)
+
+    def _forward(self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
+        logits = logits_of(self._setup.model, combine(trainable, frozen), batch, None)
+        total, weight = self._setup.loss(logits, batch)
+        # the logits of a language model are large, and not needed
+        return total, weight, None if self._setup.problem == "lm" else logits
+
+    def __call__(self, trainable: Tree, frozen: Tree, split: Encoded) -> dict[str, float]:
+        """Gives the figures of a split: `loss`, and those of its kind of problem.
+
+        Args:
+            trainable: the trained part of the tree.
+            frozen: the rest.
+            split: the rows.
+        """
+        setup = self._setup
+        options = setup.config.evaluation
+        lengths = setup.config.data.lengths or data.choose_lengths(split.lengths, setup.config.data.max_length)
+        total = weight = 0.0
+        logits: list[np.ndarray[Any, Any]] = []
+        labels: list[np.ndarray[Any, Any]] = []
+        for batch, rows in data.eval_batches(split, options.batch_size, lengths, setup.pad_id):
+            self._on_batch()
+            batch_total, batch_weight, out = self._run(trainable, frozen, batch)
+            total, weight = total + float(batch_total), weight + float(batch_weight)
+            if out is not None:
+                kept = rows >= 0
+                logits += _by_row(np.asarray(out)[kept], setup.problem)
+                labels += _by_row(batch["labels"][kept], setup.problem)
+        if setup.problem == "lm":
+            return lm_metrics(total, weight)
+        figures = classification_metrics(np.concatenate(logits), np.concatenate(labels), setup.problem)  # pyright: ignore[reportArgumentType]
+        return {"loss": total / max(weight, 1.0)} | figures
+
+
+def _by_row(values: np.ndarray[Any, Any], problem: str) -> list[np.ndarray[Any, Any]]:
+    """Lets batches of different lengths be joined: the positions of a token classification become rows."""
+    return [values.reshape(-1, *values.shape[2:])] if problem == "token" else [values]
+
+
+def metric_of(setup: Setup) -> str:
+    """Gives the figure to choose the best step by."""
+    return setup.config.evaluation.metric or _DEFAULT_METRIC.get(setup.problem, "accuracy")
+
+
+def better(metric: str, value: float, than: float | None) -> bool:
+    """Says whether a figure beats the best so far."""
+    return than is None or (value < than if metric in LOWER_IS_BETTER else value > than)

@@ -1,0 +1,309 @@
+"""The loop: steps, evaluations, checkpoints, reports. It knows a method only as something that rewrites and masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.checkpoint.identity import tree_spec
+from jaxpeft.checkpoint.manager import Checkpoints
+from jaxpeft.config.schema import OptimizerConfig
+from jaxpeft.core import tree
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.rewriting import rewrite, trainable_mask
+from jaxpeft.errors import TrainingError
+from jaxpeft.training import flops, optimizers, records
+from jaxpeft.training.evaluation import Evaluator, better, metric_of
+from jaxpeft.training.progress import StepProgress, memory_gb, timed
+from jaxpeft.training.setup import Setup
+from jaxpeft.training.signals import Stopped, StopRequest
+from jaxpeft.training.step import TrainState, init_state, make_train_step
+
+_log = logging.getLogger(__name__)
+Step = Callable[[TrainState, Tree, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the evaluations of a run are: saved beside each checkpoint.
+
+    Attributes:
+        evaluated: the step of the last evaluation.
+        best_step: the step with the best figure, None before the first evaluation.
+        best: that figure.
+        worse: evaluations since then.
+        stopped_early: whether `evaluation.patience` has run out.
+    """
+
+    evaluated: int = -1
+    best_step: int | None = None
+    best: float | None = None
+    worse: int = 0
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run gives.
+
+    Attributes:
+        method: what was trained.
+        trainable: the trained part of the tree at the best step.
+        frozen: the rest.
+        steps: steps done.
+        best_step: the step of `trainable`.
+        test: the figures of the test rows.
+        seconds: spent in this process on training, evaluations included, compilation not.
+        trainable_parameters: how many.
+        total_parameters: how many in all, adapter included.
+    """
+
+    method: Method
+    trainable: Tree
+    frozen: Tree
+    steps: int
+    best_step: int
+    test: dict[str, float]
+    seconds: float
+    trainable_parameters: int
+    total_parameters: int
+
+    @property
+    def params(self) -> Tree:
+        """The whole tree."""
+        return tree.combine(self.trainable, self.frozen)
+
+
+def split_for(setup: Setup, method: Method) -> tuple[Tree, Tree]:
+    """Rewrites the base and splits it: `(trainable, frozen)`.
+
+    The trainable leaves are copies: the step is given them for good (they are donated), the base stays as it was.
+    """
+    params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
+    trainable, frozen = tree.partition(params, trainable_mask(method, params))
+    return jax.tree.map(jnp.copy, trainable), frozen
+
+
+class Run:
+    """One method trained on one prepared setup.
+
+    Args:
+        setup: the prepared run.
+        method: what to train.
+        options: the optimizer's.
+        folder: where checkpoints and figures go.
+        stop: asked before each step and each evaluation batch.
+    """
+
+    def __init__(
+        self, setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest
+    ) -> None:
+        self.setup, self.method, self.stop, self.folder = setup, method, stop, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        trainable, self.frozen = split_for(setup, method)
+        self.optimizer = optimizers.build(options, setup.steps)
+        self.rate = optimizers.schedule(options, options.learning_rate, setup.steps)
+        self.state = init_state(trainable, self.optimizer, setup.config.train.seed)
+        self.best: Tree | None = None
+        self.progress = Progress()
+        self.evaluator = Evaluator(setup, stop.raise_if_requested)
+        self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
+        self.identity = dict(setup.identity) | {
+            "method": {"name": method.name, **dataclasses.asdict(method)},
+            "tree": tree_spec(trainable),
+            "steps": setup.steps,
+        }
+        self.step = 0
+        self.pending: list[tuple[int, int, dict[str, jax.Array]]] = []
+        self.writers: list[records.Writer] = []
+        self.flops_per_token = flops.per_token(trainable, self.frozen)
+        self.sizes = tree.count(trainable), tree.count(trainable) + tree.count(self.frozen)
+
+    def fit(self) -> Result:
+        """Trains to the end, going on from the newest checkpoint if there is one.
+
+        Raises:
+            Stopped: a signal asked to; the last finished step is saved.
+            ConfigError: the checkpoints are another run's.
+            TrainingError: the loss is not finite.
+        """
+        self._resume()
+        (self.folder / "config.json").write_text(json.dumps(self.setup.identity["config"], indent=2) + "\n")
+        share = f"{self.sizes[0]:,} of {self.sizes[1]:,} parameters ({self.sizes[0] / self.sizes[1]:.2%})"
+        _log.info("%s trains %s", self.method.name, share)
+        self.writers = records.open_writers(self.setup.config.log, self.folder, self.step)
+        started = time.perf_counter()
+        try:
+            if not self._finished():
+                step = self._compiled()
+                started = time.perf_counter()
+                self._train(step)
+            seconds = time.perf_counter() - started
+            best = self.best if self.best is not None else self.state.trainable
+            test = self.evaluator(best, self.frozen, self.setup.test)
+            final = {f"test/{name}": value for name, value in test.items()}
+            self._write(self.step, final)
+        except Stopped:
+            self._save(wait=True)
+            _log.info("stopped on request; step %d is saved, the same command goes on from it", self.step)
+            raise
+        finally:
+            self.checkpoints.close()
+            for writer in self.writers:
+                writer.close()
+        best_step = self.progress.best_step if self.progress.best_step is not None else self.step
+        return Result(self.method, best, self.frozen, self.step, best_step, test, seconds, *self.sizes)
+
+    def _resume(self) -> None:
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return
+        self.checkpoints.check_identity(latest, self.identity)
+        with timed(f"restoring step {latest} from {self.folder / 'checkpoints'}"):
+            state, self.best = self.checkpoints.restore(latest, self.state, self.state.trainable)
+        self.state = TrainState(*state)
+        self.progress = Progress(**self.checkpoints.read_meta(latest)["progress"])
+        self.step = latest
+
+    def _finished(self) -> bool:
+        return self.progress.stopped_early or (self.step >= self.setup.steps and not self._evaluation_due())
+
+    def _compiled(self) -> Mapping[int, Step]:
+        """Compiles the step for every padded length, so that nothing is compiled while training."""
+        setup = self.setup
+        parts = setup.config.train.accumulation
+        step = jax.jit(make_train_step(setup.model, setup.loss, self.optimizer, parts), donate_argnums=0)
+        compiled: dict[int, Step] = {}
+        for length in setup.batches.lengths:
+            self.stop.raise_if_requested()
+            with timed(f"compiling the {self.method.name} step for length {length}"):
+                batch = _abstract_batch(setup.batches.batch(0), length)
+                compiled[length] = step.lower(self.state, self.frozen, batch).compile()
+        return compiled
+
+    def _train(self, compiled: Mapping[int, Step]) -> None:
+        if self._evaluation_due():
+            self._evaluate()
+        with self._progress_shown() as report:
+            while not self._finished():
+                self.stop.raise_if_requested()
+                batch = self.setup.batches.batch(self.step)
+                self.state, metrics = compiled[batch["input_ids"].shape[-1]](self.state, self.frozen, batch)
+                self.step += 1
+                self.pending.append((self.step, _tokens(batch), metrics))
+                if self.step % self.setup.config.log.every_steps == 0 or self.step == self.setup.steps:
+                    report()
+                if self._evaluation_due():
+                    self._evaluate()
+                if self.step % self.setup.config.checkpoint.every_steps == 0 or self._finished():
+                    self._save(wait=self._finished())
+
+    @contextmanager
+    def _progress_shown(self) -> Iterator[Callable[[], None]]:
+        shown = StepProgress(self.setup.config.log.progress, self.method.name, self.setup.steps, self.step)
+        last = [time.perf_counter()]
+
+        def report() -> None:
+            tokens = sum(n for _, n, _ in self.pending)
+            loss = self._flush()
+            now = time.perf_counter()
+            shown.update(self.step, self._figures(loss, tokens / (now - last[0])))
+            last[0] = now
+
+        try:
+            yield report
+        finally:
+            shown.close()
+
+    def _figures(self, loss: float, tokens_per_second: float) -> str:
+        rate = float(self.rate(self.step - 1))
+        work, most = tokens_per_second * self.flops_per_token, flops.peak(jax.local_devices())
+        used = f"MFU {work / most:.1%}" if most else f"{work / 1e9:.1f} GFLOP/s"
+        self._write(self.step, {"tokens_per_second": tokens_per_second, "model_flops_per_second": work})
+        return f"loss {loss:.4f}  lr {rate:.2e}  {tokens_per_second:,.0f} tok/s  {used}  {memory_gb():.2f} GB"
+
+    def _flush(self) -> float:
+        """Writes the figures of the steps since the last time; they are read here, not step by step.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        loss = math.nan
+        for step, tokens, metrics in self.pending:
+            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingError(
+                    f"step {step}: loss is {loss}, gradient norm is {norm}; the newest checkpoint is step "
+                    f"{self.checkpoints.latest()}; lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows"
+                )
+            figures = {"loss": loss, "grad_norm": norm, "learning_rate": float(self.rate(step - 1)), "tokens": tokens}
+            self._write(step, figures)
+        self.pending.clear()
+        return loss
+
+    def _write(self, step: int, figures: Mapping[str, float]) -> None:
+        for writer in self.writers:
+            writer.write(step, figures)
+
+    def _evaluation_due(self) -> bool:
+        every = self.setup.config.evaluation.every_steps or self.setup.batches.steps_per_epoch
+        on_this_step = self.step == self.setup.steps or (self.step > 0 and self.step % every == 0)
+        return on_this_step and self.progress.evaluated != self.step
+
+    def _evaluate(self) -> None:
+        """Evaluates the validation rows, and keeps the tree if it is the best so far."""
+        self._flush()
+        figures = self.evaluator(self.state.trainable, self.frozen, self.setup.validation)
+        self._write(self.step, {f"validation/{name}": value for name, value in figures.items()})
+        metric = metric_of(self.setup)
+        if metric not in figures:
+            raise TrainingError(f"evaluation.metric: {metric!r} is not computed here (computed: {', '.join(figures)})")
+        won = better(metric, figures[metric], self.progress.best)
+        if won:
+            self.best = jax.tree.map(jnp.copy, self.state.trainable)
+        patience = self.setup.config.evaluation.patience
+        worse = 0 if won else self.progress.worse + 1
+        self.progress = Progress(
+            evaluated=self.step,
+            best_step=self.step if won else self.progress.best_step,
+            best=figures[metric] if won else self.progress.best,
+            worse=worse,
+            stopped_early=patience is not None and worse >= patience,
+        )
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        _log.info("%s step %d validation: %s%s", self.method.name, self.step, shown, "  (best so far)" if won else "")
+        if self.progress.stopped_early:
+            _log.info("stopping early: no better %s in %d evaluations", metric, worse)
+
+    def _save(self, *, wait: bool) -> None:
+        self._flush()
+        meta = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
+        self.checkpoints.save(self.step, self.state, self.best, meta)
+        if wait:
+            self.checkpoints.wait()
+
+
+def _tokens(batch: Mapping[str, np.ndarray[Any, Any]]) -> int:
+    return int((batch["attention_mask"] * batch["weights"][..., None]).sum())
+
+
+def _abstract_batch(batch: Mapping[str, np.ndarray[Any, Any]], length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Gives the shapes of a batch whose rows are padded to `length`."""
+    own = batch["input_ids"].ndim
+    return {
+        name: jax.ShapeDtypeStruct((*a.shape[:-1], length) if a.ndim == own and a.shape[-1] == batch["input_ids"].shape[-1] and name != "weights" else a.shape, a.dtype)
+        for name, a in batch.items()
+    }  # fmt: skip

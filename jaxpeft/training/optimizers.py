@@ -1,0 +1,105 @@
+"""The optimizer and its schedule, over the trainable part of the tree only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from jaxpeft.config.schema import OptimizerConfig
+from jaxpeft.core import paths
+from jaxpeft.core.paths import Tree
+from jaxpeft.errors import ConfigError
+
+_NOT_DECAYED = frozenset({"bias", "scale"})
+
+
+def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+    """Makes the learning rate as a function of the step: linear warm-up, then the named decay.
+
+    Args:
+        config: the optimizer's options.
+        peak: learning rate after warm-up.
+        steps: of the whole run.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run, or longer.
+    """
+    ratio = config.warmup_ratio if config.warmup_ratio is not None else 0.0
+    warmup = config.warmup_steps if config.warmup_steps is not None else round(ratio * steps)
+    if warmup >= steps:
+        raise ConfigError(f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps} steps")
+    left, end = steps - warmup, peak * config.final_ratio
+    decays: dict[str, Callable[[], optax.Schedule]] = {
+        "linear": lambda: optax.linear_schedule(peak, end, left),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, left, config.final_ratio),
+        "constant": lambda: optax.constant_schedule(peak),
+        "wsd": lambda: _stable_decay(peak, end, left, max(1, round(config.decay_ratio * steps))),
+    }
+    after = decays[config.schedule]()
+    if not warmup:
+        return after
+    # the first step of the warm-up is not wasted at a rate of zero
+    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+
+
+def _stable_decay(peak: float, end: float, left: int, decay: int) -> optax.Schedule:
+    stable = max(0, left - decay)
+    return optax.join_schedules(
+        [optax.constant_schedule(peak), optax.linear_schedule(peak, end, left - stable)], [stable]
+    )
+
+
+def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Makes the optimizer: clipping by the global norm, then the update, with a learning rate of its own for the head.
+
+    It is given the trainable part of the tree, and so holds no state for a frozen leaf.
+
+    Args:
+        config: the optimizer's options.
+        steps: of the whole run.
+    """
+    update = _update(config, schedule(config, config.learning_rate, steps))
+    if config.head_learning_rate is not None:
+        head = _update(config, schedule(config, config.head_learning_rate, steps))
+        update = optax.partition({"base": update, "head": head}, _labels)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
+    return optax.chain(clip, update)
+
+
+def _labels(tree: Tree) -> Tree:
+    return paths.map_with_path(lambda path, _: "head" if paths.is_head(path) else "base", tree)
+
+
+def _decayed(tree: Tree) -> Tree:
+    return paths.map_with_path(lambda path, leaf: path[-1] not in _NOT_DECAYED and not _masked(leaf), tree)
+
+
+def _masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    decay = config.weight_decay
+    kinds: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adamw": lambda: optax.adamw(
+            rate, config.b1, config.b2, config.eps, weight_decay=decay, mask=_decayed, mu_dtype=jnp.float32
+        ),
+        "lion": lambda: optax.lion(rate, config.b1, config.b2, weight_decay=decay, mask=_decayed),
+        "adafactor": lambda: optax.adafactor(
+            rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None, weight_decay_mask=_decayed
+        ),
+        "sgd": lambda: optax.chain(
+            optax.add_decayed_weights(decay, _decayed), optax.sgd(rate, config.momentum or None)
+        ),
+    }
+    return kinds[config.name]()
+
+
+def for_head_alone(config: OptimizerConfig) -> OptimizerConfig:
+    """Gives the options with the head's own learning rate for everything."""
+    rate = config.head_learning_rate or config.learning_rate
+    return dataclasses.replace(config, learning_rate=rate, head_learning_rate=None)

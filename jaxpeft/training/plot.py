@@ -1,0 +1,41 @@
+"""The picture of a run: loss by step, and the validation figure of each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.training.records import read_lines
+
+
+def draw(path: Path, folders: Mapping[str, Path], metric: str) -> None:
+    """Draws the training loss and a validation figure of one or more runs as a PNG.
+
+    Args:
+        path: of the PNG.
+        folders: the folder with `metrics.jsonl`, by the name of the method.
+        metric: the validation figure.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, folder in folders.items():
+        lines = read_lines(folder / "metrics.jsonl")
+        _curve(left, name, lines, "loss")
+        _curve(right, name, lines, f"validation/{metric}", marker="o")
+    left.set(title="training loss", xlabel="step", ylabel="loss")
+    right.set(title=f"validation {metric}", xlabel="step", ylabel=metric)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _curve(axes: Any, name: str, lines: list[dict[str, Any]], key: str, **style: Any) -> None:
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    axes.plot([step for step, _ in points], [value for _, value in points], label=name, **style)

@@ -1,0 +1,77 @@
+"""What a run says while it goes on: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Logs what is being done, and how long it took."""
+    _log.info("%s ...", what)
+    started = time.perf_counter()
+    yield
+    _log.info("%s: %.1f s", what, time.perf_counter() - started)
+
+
+def memory_gb() -> float:
+    """Gives the peak memory in GB: of the device where it tells, else of this process."""
+    stats: Any = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class StepProgress:
+    """Shows the steps of a run.
+
+    Args:
+        kind: `auto`, `bar`, `plain` or `off`.
+        name: of what is running.
+        total: steps in all.
+        done: steps done before.
+    """
+
+    def __init__(self, kind: str, name: str, total: int, done: int) -> None:
+        if kind == "auto":
+            kind = "bar" if sys.stderr.isatty() else "plain"
+        self._kind, self._name, self._total = kind, name, total
+        self._started, self._first = time.perf_counter(), done
+        self._bar: Progress | None = None
+        if kind == "bar":
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+                                 console=Console(stderr=True))  # fmt: skip
+            self._task = self._bar.add_task(name, total=total, completed=done, figures="")
+            self._bar.start()
+
+    def update(self, step: int, figures: str) -> None:
+        """Shows a step with its figures."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=figures)
+        elif self._kind == "plain":
+            left = (time.perf_counter() - self._started) / max(1, step - self._first) * (self._total - step)
+            _log.info("%s step %d/%d  %s  %s left", self._name, step, self._total, figures, _clock(left))
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

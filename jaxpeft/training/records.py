@@ -1,0 +1,133 @@
+"""Where the figures of a run are written: metrics.jsonl, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxpeft.config.schema import LogConfig
+from jaxpeft.errors import ConfigError
+
+Figures = Mapping[str, float]
+
+
+class Writer(Protocol):
+    """Takes the figures of a step."""
+
+    def write(self, step: int, figures: Figures) -> None:
+        """Writes the figures of a step."""
+        ...
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        ...
+
+
+class JsonLines:
+    """`metrics.jsonl`: one JSON object a line, with `step` and the figures.
+
+    Args:
+        path: of the file.
+        resume_at: the step that a run goes on from; lines of later steps, written before it was interrupted, are dropped.
+    """
+
+    def __init__(self, path: Path, resume_at: int) -> None:
+        kept = [line for line in read_lines(path) if line["step"] <= resume_at] if resume_at else []
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, step: int, figures: Figures) -> None:
+        """Appends a line."""
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a metrics.jsonl; a last line cut off by a crash is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class TensorBoard:
+    """TensorBoard event files.
+
+    Args:
+        folder: where they go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def write(self, step: int, figures: Figures) -> None:
+        """Writes a scalar for each figure."""
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run; its credentials come from the environment.
+
+    Args:
+        project: its project.
+        folder: the run's folder, whose name is the run's name and id, so that a resumed run goes on.
+    """
+
+    def __init__(self, project: str, folder: Path) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        self._run: Any = wandb.init(project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow")
+
+    def write(self, step: int, figures: Figures) -> None:
+        """Logs the figures."""
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+def check(log: LogConfig) -> None:
+    """Refuses early what `open_writers` could not do.
+
+    Raises:
+        ConfigError: Weights & Biases is asked for and not installed.
+    """
+    if log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"log.wandb: project {log.wandb!r} asks for the package wandb; run `pip install wandb`")
+
+
+def open_writers(log: LogConfig, folder: Path, resume_at: int) -> list[Writer]:
+    """Opens what the config asks for.
+
+    Args:
+        log: the options.
+        folder: the run's.
+        resume_at: the step that the run goes on from, 0 for a new run.
+    """
+    writers: list[Writer] = [JsonLines(folder / "metrics.jsonl", resume_at)]
+    if log.tensorboard:
+        writers.append(TensorBoard(folder / "tensorboard"))
+    if log.wandb is not None:
+        writers.append(WeightsAndBiases(log.wandb, folder))
+    return writers

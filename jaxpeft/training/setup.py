@@ -1,0 +1,207 @@
+"""From a config to what a run needs: tokenizer, rows, model, loss. What is the same for every method."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import data
+from jaxpeft.config.schema import Config, DataConfig, as_dict
+from jaxpeft.core.paths import Tree
+from jaxpeft.errors import ConfigError, DataError
+from jaxpeft.hub import sources
+from jaxpeft.hub.loading import load
+from jaxpeft.models.base import Pretrained
+from jaxpeft.training.losses import Loss, loss_for
+
+_log = logging.getLogger(__name__)
+_KINDS = {
+    "causal_lm": "text",
+    "sequence_classification": "classification",
+    "token_classification": "token_classification",
+}
+Encoded = data.Encoded
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A prepared run.
+
+    Attributes:
+        config: its options.
+        model: the Linen module.
+        params: the base, with a newly made head.
+        loss: from logits and batch to sum and weight.
+        train: the training rows as tokens.
+        validation: the rows to choose the best step by.
+        test: the rows for the final figures.
+        batches: the training batches by step.
+        steps: optimizer steps of the whole run.
+        pad_id: token to pad with.
+        labels: names of the classes.
+        problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
+        identity: what makes this run this run, for the checkpoints.
+    """
+
+    config: Config
+    model: Pretrained
+    params: Tree
+    loss: Loss
+    train: Encoded
+    validation: Encoded
+    test: Encoded
+    batches: data.Batches
+    steps: int
+    pad_id: int
+    labels: tuple[str, ...]
+    problem: str
+    identity: Mapping[str, Any]
+
+
+def prepare(config: Config, progress: Callable[[int, int], None] | None = None) -> Setup:
+    """Reads tokenizer, rows and weights.
+
+    Args:
+        config: a checked config.
+        progress: called with rows done and rows in all while they are tokenised.
+
+    Raises:
+        JaxpeftError: whatever cannot be used, named.
+    """
+    source = sources.resolve(config.model.path, config.model.revision)
+    model_config = sources.read_json(source.folder / "config.json")
+    vocab = _vocabulary(model_config, source)
+    tokenizer = load_tokenizer(source)
+    splits = _examples(config)
+    train, validation, test = (
+        _encode(examples, tokenizer, config.data, vocab, progress) for examples in splits
+    )
+    labels = splits[0].label_names
+    model, params = load(
+        config.model.path,
+        task=config.model.task,
+        num_labels=splits[0].num_labels or None,
+        dtype=_dtype(config.model.dtype),
+        compute_dtype=_dtype(config.model.compute_dtype),
+        scan_layers=config.model.scan_layers,
+        pooling=config.model.pooling,
+        remat=config.model.remat,
+        revision=config.model.revision,
+        seed=config.train.seed,
+    )
+    pad = data.pad_id(tokenizer, vocab)
+    lengths = config.data.lengths or data.choose_lengths(train.lengths, config.data.max_length)
+    batches = data.Batches(
+        train, config.train.batch_size, lengths, config.train.seed, pad, accumulation=config.train.accumulation
+    )
+    _check_positions(model, batches.lengths[-1])
+    return Setup(
+        config=config,
+        model=model,
+        params=params,
+        loss=loss_for(config.model.task, train.problem),
+        train=train,
+        validation=validation,
+        test=test,
+        batches=batches,
+        steps=config.train.steps or max(1, round((config.train.epochs or 0) * batches.steps_per_epoch)),
+        pad_id=pad,
+        labels=labels,
+        problem={"text": "lm", "token_classification": "token"}.get(train.kind, str(train.problem)),
+        identity={
+            "config": as_dict(config),
+            "base": {"sha256": sources.fingerprint(source)},
+            "data": {name: e.fingerprint for name, e in (("train", train), ("validation", validation), ("test", test))},
+        },
+    )
+
+
+def load_tokenizer(source: sources.Source) -> Any:
+    """Loads the tokenizer of a model folder; no code of the folder is run.
+
+    Raises:
+        DataError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{source.folder}: no tokenizer that can be used ({str(error).splitlines()[0][:200]}); "
+            "the folder must hold tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+def _vocabulary(model_config: Mapping[str, Any], source: sources.Source) -> int:
+    size = model_config.get("vocab_size")
+    if not isinstance(size, int):
+        raise ConfigError(f"{source.folder / 'config.json'}: vocab_size must be an integer, is {size!r}")
+    return size
+
+
+def _check_positions(model: Pretrained, length: int) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ConfigError(f"data.max_length: rows of {length} tokens, the model has {most} positions; set it to {most} or less")
+
+
+def _dtype(name: str) -> Any:
+    return None if name == "auto" else jnp.dtype(name)
+
+
+def _examples(config: Config) -> tuple[data.Examples, data.Examples, data.Examples]:
+    options, kind = config.data, _KINDS[config.model.task]
+    columns = data.Columns(options.text_column, options.pair_column, options.label_column)
+    problem = None if options.problem == "auto" else options.problem
+    rows = _rows(options.train, "train", config)
+    if not options.validation:
+        rows, held_out = _split(rows, options.validation_share, config.train.seed)
+    else:
+        held_out = _rows(options.validation, "validation", config)
+    train = data.make_examples(rows, kind=kind, problem=problem, columns=columns)  # pyright: ignore[reportArgumentType]
+    validation = data.make_examples(held_out, kind=kind, like=train)  # pyright: ignore[reportArgumentType]
+    if not options.test:
+        return train, validation, validation
+    test = data.make_examples(_rows(options.test, "test", config), kind=kind, like=train)  # pyright: ignore[reportArgumentType]
+    return train, validation, test
+
+
+def _rows(path: str, split: str, config: Config) -> data.Rows:
+    rows, most = data.read_rows(path, split=split if data.is_hub_id(path) else None), config.data.max_rows
+    if most is None or most >= len(rows):
+        return rows
+    return rows.take(sorted(np.random.default_rng(config.train.seed).permutation(len(rows))[:most].tolist()))
+
+
+def _split(rows: data.Rows, share: float, seed: int) -> tuple[data.Rows, data.Rows]:
+    order = np.random.default_rng(seed).permutation(len(rows))
+    held = max(1, round(share * len(rows)))
+    if held >= len(rows):
+        raise DataError(f"{rows.name}: {len(rows)} rows are too few to hold out {share:.0%} for validation")
+    return rows.take(sorted(order[held:].tolist())), rows.take(sorted(order[:held].tolist()))
+
+
+def _encode(
+    examples: data.Examples, tokenizer: Any, options: DataConfig, vocab: int, progress: Callable[[int, int], None] | None
+) -> Encoded:
+    text = examples.kind == "text"
+    encoded = data.encode(
+        examples,
+        tokenizer,
+        max_length=options.max_length,
+        vocab_size=vocab,
+        add_bos=text and options.add_bos and tokenizer.bos_token_id is not None,
+        add_eos=text and options.add_eos and tokenizer.eos_token_id is not None,
+        progress=progress,
+    )
+    counts = encoded.counts
+    cut = f", {counts['truncated']} cut at {options.max_length} tokens" if counts["truncated"] else ""
+    _log.info("%s: %d rows, %d tokens%s (%s)", examples.rows.name, counts["rows"], counts["tokens"], cut,
+              "from the cache" if encoded.cache == "hit" else "tokenised")  # fmt: skip
+    return encoded

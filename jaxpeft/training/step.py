@@ -1,0 +1,102 @@
+"""The training step: one `jit`, differentiated with respect to the trainable part only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.tree import combine
+from jaxpeft.forward import apply
+from jaxpeft.training.losses import Batch, Loss
+
+_INPUTS = ("token_type_ids", "position_ids", "segment_ids")
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; the frozen part is not in it.
+
+    Attributes:
+        step: optimizer steps done, int32 scalar.
+        trainable: the trainable part of the tree, float32.
+        optimizer: the optimizer's state for it.
+        rng: key data of the run's key, uint32; step k uses this key folded with k.
+    """
+
+    step: jax.Array
+    trainable: Tree
+    optimizer: Any
+    rng: jax.Array
+
+
+def init_state(trainable: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Makes the state before the first step."""
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
+
+
+def make_loss_sum(model: nn.Module, loss: Loss) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Makes `(trainable, frozen, batch, dropout_key or None) -> (loss sum, weight)`, to be differentiated in its first
+    argument: the frozen part is a constant to it, so no gradient of a base weight is ever computed."""
+
+    def loss_sum(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        return loss(logits_of(model, combine(trainable, frozen), batch, key), batch)
+
+    return loss_sum
+
+
+def logits_of(model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array | None) -> jax.Array:
+    """Runs the model on a batch, as a training call where a dropout key is given."""
+    extra = {name: batch[name] for name in _INPUTS if name in batch}
+    rngs = None if key is None else {"dropout": key}
+    return apply(model, params, batch["input_ids"], batch["attention_mask"], rngs=rngs, **extra)
+
+
+def make_train_step(
+    model: nn.Module, loss: Loss, optimizer: optax.GradientTransformation, accumulation: int
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes the step `(state, frozen, batch) -> (state, metrics)`, to be jitted with its first argument donated.
+
+    With accumulation the batch's arrays have a leading axis of parts. The sums of the parts are divided once by the sum
+    of their weights, so k parts give the gradient of the one big batch, whatever the tokens in each.
+
+    Args:
+        model: the Linen module.
+        loss: gives `(sum, weight)` from logits and batch.
+        optimizer: over the trainable part.
+        accumulation: number of parts.
+
+    Returns:
+        The step; its metrics are float32 scalars: `loss`, `weight`, `grad_norm` (before clipping).
+    """
+    grad = jax.value_and_grad(make_loss_sum(model, loss), has_aux=True)
+
+    def whole(state: TrainState, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array, Tree]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        if accumulation == 1:
+            (total, weight), grads = grad(state.trainable, frozen, batch, key)
+            return total, weight, grads
+
+        def part(carry: Any, item: Any) -> tuple[Any, None]:
+            rows, i = item
+            (total, weight), grads = grad(state.trainable, frozen, rows, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, carry, (total, weight, grads)), None
+
+        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+        return jax.lax.scan(part, zero, (dict(batch), jnp.arange(accumulation)))[0]
+
+    def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        total, weight, sums = whole(state, frozen, batch)
+        weight_or_one = jnp.maximum(weight, 1e-9)
+        grads = jax.tree.map(lambda g: g / weight_or_one, sums)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": total / weight_or_one, "weight": weight, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
+
+    return step

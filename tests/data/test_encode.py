@@ -1,0 +1,136 @@
+"""Encoding: the arrays, what they are keyed by, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import numpy as np
+import pytest
+
+from jaxpeft.data.encode import encode, fingerprint, pad_id
+from jaxpeft.data.examples import make_examples
+from jaxpeft.data.tokens import Options
+from jaxpeft.errors import ConfigError, DataError
+
+# The package has the function under the module's name.
+MODULE = importlib.import_module("jaxpeft.data.encode")
+VOCABULARY = 42
+OFF = {"max_length": 8, "vocab_size": VOCABULARY, "use_cache": False}
+
+
+def test_classification_is_stored_ragged(classified, bert):
+    made = encode(classified(("a b", "x"), ("c d e", "y"), ("f", "x")), bert, **OFF)
+    assert (made.tokens.dtype, made.offsets.tolist(), len(made)) == (np.int32, [0, 4, 9, 12], 3)
+    assert made.tokens[4:9].tolist() == bert("c d e")["input_ids"]
+    assert (made.labels.tolist(), made.labels.dtype) == ([0, 1, 0], np.int32)
+    assert made.type_ids.tolist() == [0] * 12 and not made.per_token
+    assert made.counts == {"rows": 3, "sequences": 3, "tokens": 12, "truncated": 0}
+    assert (made.cache, made.label_names, made.max_length) == ("off", ("x", "y"), 8)
+
+
+def test_text_is_stored_with_a_label_a_token(documents, llama):
+    made = encode(documents("a b c d e f g h i j", "k"), llama, **OFF)
+    assert made.lengths.tolist() == [8, 3, 2] and made.source.tolist() == [0, 0, 1]
+    assert made.per_token and (made.labels == made.tokens).all()
+    assert made.type_ids is None
+    assert made.counts == {"rows": 2, "sequences": 3, "tokens": 13, "truncated": 0}
+
+
+def test_token_classification_is_stored_with_a_label_a_token(rows_of, bert):
+    rows = rows_of({"tokens": ["a", "b"], "tags": ["O", "X"]}, {"tokens": ["c"], "tags": ["X"]})
+    made = encode(make_examples(rows, kind="token_classification"), bert, **OFF)
+    assert made.labels.tolist() == [-100, 0, 1, -100, -100, 1, -100]
+
+
+def test_progress_counts_rows(documents, plain, monkeypatch):
+    seen = []
+    monkeypatch.setattr(MODULE, "BATCH", 2)
+    encode(documents(*"abcde"), plain, progress=lambda done, total: seen.append((done, total)), **OFF)
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_batches_of_the_tokenizer_change_nothing(classified, minilm, monkeypatch):
+    examples = classified(("a long sentence", "x"), ("one", "y"), ("hello there", "x"))
+    options = OFF | {"vocab_size": 30522}
+    whole = encode(examples, minilm, **options)
+    monkeypatch.setattr(MODULE, "BATCH", 1)
+    parts = encode(examples, minilm, **options)
+    for field in ("tokens", "offsets", "labels", "type_ids", "source"):
+        assert np.array_equal(getattr(whole, field), getattr(parts, field))
+
+
+def test_the_fingerprint_follows_tokenizer_template_options_and_data(classified, bert, plain):
+    examples, options = classified(("a", "x"), ("b", "y")), Options(8, False, False)
+    prints = [fingerprint(examples, bert, options)]
+    prints.append(fingerprint(examples, plain, options))
+    prints.append(fingerprint(examples, bert, dataclasses.replace(options, max_length=9)))
+    prints.append(fingerprint(classified(("a", "x"), ("b", "z")), bert, options))
+    bert.add_tokens(["new"])
+    prints.append(fingerprint(examples, bert, options))
+    bert.chat_template = "{{ messages }}"
+    prints.append(fingerprint(examples, bert, options))
+    bert.add_special_tokens({"sep_token": "a"})
+    prints.append(fingerprint(examples, bert, options))
+    assert len(set(prints)) == len(prints)
+
+
+def test_the_fingerprint_does_not_follow_the_tokenizer_s_last_call(classified, bert):
+    examples, options = classified(("a", "x"), ("b", "y")), Options(8, False, False)
+    before = fingerprint(examples, bert, options)
+    bert(["a b c", "d"], truncation=True, max_length=3, padding=True)
+    assert fingerprint(examples, bert, options) == before
+
+
+def test_a_token_beyond_the_model_s_vocabulary_is_refused(documents, plain):
+    with pytest.raises(DataError) as caught:
+        encode(documents("a 9"), plain, max_length=8, vocab_size=41, use_cache=False)
+    assert str(caught.value) == (
+        "tokenizer 'TokenizersBackend': its vocabulary has 42 tokens, the model's 41, and the data holds token 41 ('9'); "
+        "use the model's own tokenizer"
+    )
+
+
+def test_a_row_without_a_token_is_refused(documents, plain):
+    from tokenizers import normalizers
+
+    plain.backend_tokenizer.model.unk_token = "[NONE]"
+    plain.backend_tokenizer.normalizer = normalizers.Replace("?", "")
+    with pytest.raises(DataError) as caught:
+        encode(documents("a", "?"), plain, **OFF)
+    assert str(caught.value) == (
+        "rows.jsonl:2:1 (row 2): the tokenizer 'TokenizersBackend' makes no token of it: '?'; leave the row out"
+    )
+
+
+def test_options_that_do_not_fit_are_refused_at_once(classified, documents, bert):
+    with pytest.raises(ConfigError) as caught:
+        encode(documents("a"), bert, max_length=1, vocab_size=42, add_bos=True, add_eos=True)
+    assert str(caught.value).splitlines() == [
+        "add_bos=True, but the tokenizer 'TokenizersBackend' has no bos_token; remove it",
+        "add_eos=True, but the tokenizer 'TokenizersBackend' has no eos_token; remove it",
+        "max_length=1 leaves no room for text; give at least 2",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        encode(classified(("a", "x"), ("b", "y")), bert, max_length=2, vocab_size=42, add_eos=True)
+    assert str(caught.value).splitlines() == [
+        "add_eos=True is for text, not for classification; remove it",
+        "max_length=2 leaves no room for text; give at least 3",
+    ]
+
+
+def test_a_tokenizer_that_joins_words_is_refused_for_words(rows_of, plain):
+    from tokenizers import pre_tokenizers
+
+    plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    examples = make_examples(rows_of({"tokens": ["a", "b"], "tags": ["x", "y"]}), kind="token_classification")
+    with pytest.raises(ConfigError, match="words need add_prefix_space=True; load it with that argument"):
+        encode(examples, plain, **OFF)
+
+
+def test_the_pad_id_is_the_tokenizer_s_where_the_model_knows_it(plain, bert):
+    assert (pad_id(plain, 42), pad_id(bert, 42)) == (0, 0)
+    plain.pad_token = "</s>"
+    assert (pad_id(plain, 42), pad_id(plain, 5)) == (5, 0)
+    plain.pad_token = None
+    assert pad_id(plain, 42) == 0
