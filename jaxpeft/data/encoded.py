@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
+import io
 import logging
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 CacheState = Literal["off", "hit", "miss", "rebuilt"]
 
 _LOG = logging.getLogger(__name__)
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+_CHECKSUM_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -81,43 +79,32 @@ def load_arrays(path: Path) -> Arrays | None:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    if not path.exists():
-        raise FileNotFoundError(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        if arrays.pop("checksum").tobytes() == _checksum(arrays):
-            return arrays
-        reason = "its checksum does not match"
-    except _UNREADABLE as error:
-        reason = f"{type(error).__name__}: {error}"
-    _LOG.warning("%s: the cached tokens are damaged (%s); encoding again", path, reason)
-    return None
+    data = path.read_bytes()
+    body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    # Checked before anything is parsed: a damaged zip fails in more ways than one can name.
+    if hashlib.sha256(body).digest() != checksum:
+        _LOG.warning("%s: the cached tokens are damaged (the checksum does not match); encoding again", path)
+        return None
+    with np.load(io.BytesIO(body), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Writes a cache file, whole or not at all; a failure is only logged, since one can go on without."""
+    """Writes an npz file with its SHA-256 behind it, whole or not at all; a failure is only logged."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             temporary = file.name
-            checksum = np.frombuffer(_checksum(arrays), np.uint8)
-            np.savez(file, allow_pickle=False, checksum=checksum, **arrays)
-        os.replace(temporary, path)
+            file.write(buffer.getbuffer())
+            file.write(hashlib.sha256(buffer.getbuffer()).digest())
+        Path(temporary).replace(path)
     except OSError as error:
         _LOG.warning("%s: the tokens could not be cached (%s); going on without", path, error)
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def _checksum(arrays: Arrays) -> bytes:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
-        digest.update(array.tobytes())
-    return digest.digest()
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def to_arrays(encoded: Encoded) -> Arrays:

@@ -21,7 +21,7 @@ from jaxpeft.data.labels import (
     multi_hot,
     sort_names,
 )
-from jaxpeft.data.problems import Fault, Problems, excerpt
+from jaxpeft.data.problems import Problems, RowError, excerpt
 from jaxpeft.data.rows import Rows
 from jaxpeft.errors import ConfigError, DataError, nearest
 
@@ -134,9 +134,9 @@ def _column(rows: Rows, column: str | None, read: Callable[[Any], T], problems: 
     for i, record in enumerate(rows.records):
         try:
             if record.get(column or "") is None:
-                raise Fault("is missing", "add it or leave the row out")
+                raise RowError("is missing", "add it or leave the row out")
             values.append(read(record[column or ""]))
-        except Fault as fault:
+        except RowError as fault:
             problems.add(rows.where(i), f"field {column!r} {fault.fault}", _shown(record), fault.fix)
     return values
 
@@ -147,19 +147,19 @@ def _shown(record: dict[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise Fault(f"holds a {type(value).__name__}, not a string", "write the text as a string")
+        raise RowError(f"holds a {type(value).__name__}, not a string", "write the text as a string")
     if not value.strip():
-        raise Fault("is empty", "fill it or leave the row out")
+        raise RowError("is empty", "fill it or leave the row out")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Fault("holds half of a surrogate pair", "write the whole character") from None
+        raise RowError("holds half of a surrogate pair", "write the whole character") from None
     return value
 
 
 def _words(value: Any) -> list[str]:
     if not isinstance(value, list) or not value:
-        raise Fault("holds no list of words", 'write it as ["word", ...], such as in JSONL or parquet')
+        raise RowError("holds no list of words", 'write it as ["word", ...], such as in JSONL or parquet')
     return [_text(word) for word in value]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxpeft.data.problems import Fault
+from jaxpeft.data.problems import RowError
 from jaxpeft.errors import nearest
 
 Problem = Literal["single_label", "multi_label", "regression"]
@@ -21,7 +21,7 @@ def label_name(value: Any) -> str:
     """Gives the name of one label: a string, a whole number or a truth value, written as a string.
 
     Raises:
-        Fault: it is something else.
+        RowError: it is something else.
     """
     if isinstance(value, bool):
         return str(value).lower()
@@ -36,7 +36,7 @@ def label_list(value: Any) -> list[str]:
     """Gives the names of a list of labels.
 
     Raises:
-        Fault: it is not a list of labels.
+        RowError: it is not a list of labels.
     """
     if not isinstance(value, list):
         raise _wrong(value, "a list of labels")
@@ -47,7 +47,7 @@ def label_float(value: Any) -> float:
     """Gives a regression target, from a number or a string that holds one.
 
     Raises:
-        Fault: it is not a finite number.
+        RowError: it is not a finite number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise _wrong(value, "a number")
@@ -56,7 +56,7 @@ def label_float(value: Any) -> float:
     except (ValueError, OverflowError):
         raise _wrong(value, "a number") from None
     if not math.isfinite(number):
-        raise Fault(f"holds {value!r}, which is not finite", "give a finite number or leave the row out")
+        raise RowError(f"holds {value!r}, which is not finite", "give a finite number or leave the row out")
     return number
 
 
@@ -80,12 +80,12 @@ def label_id(name: str, ids: dict[str, int]) -> int:
     """Gives the id of a label name.
 
     Raises:
-        Fault: the training split has no such label; names the nearest.
+        RowError: the training split has no such label; names the nearest.
     """
     if name not in ids:
         hint = nearest(name, ids)
         known = f"the {len(ids)} labels of the training split"
-        raise Fault(
+        raise RowError(
             f"holds {name!r}, which is not one of {known}", hint.removeprefix("; ") or "correct it or leave it out"
         )
     return ids[name]
@@ -99,6 +99,6 @@ def multi_hot(ids: Sequence[Sequence[int]], size: int) -> np.ndarray:
     return hot
 
 
-def _wrong(value: Any, wanted: str) -> Fault:
+def _wrong(value: Any, wanted: str) -> RowError:
     kind = "an empty string" if value == "" else f"a {type(value).__name__}"
-    return Fault(f"holds {kind}, not {wanted}", "correct it or leave the row out")
+    return RowError(f"holds {kind}, not {wanted}", "correct it or leave the row out")

@@ -22,12 +22,12 @@ def parse_parquet(data: bytes, name: str) -> Parsed:
     Raises:
         DataError: it is not one.
     """
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(body_of(data, name)))
-    except (pyarrow.ArrowException, OSError) as error:
+        table = pq.read_table(pa.BufferReader(body_of(data, name)))
+    except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{name}:1:1: not a parquet file ({reason}); write or download it again") from None
     return table.to_pylist(), ()

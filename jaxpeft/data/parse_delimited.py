@@ -6,8 +6,9 @@ import csv
 import io
 from collections.abc import Iterator
 
-from jaxpeft.data.problems import Fault, Parsed, Problems, Record, excerpt
+from jaxpeft.data.problems import Parsed, Problems, Record, RowError, excerpt
 from jaxpeft.data.utf8 import body_of, decode
+from jaxpeft.errors import DataError
 
 
 def parse_delimited(data: bytes, name: str, delimiter: str) -> Parsed:
@@ -22,18 +23,17 @@ def parse_delimited(data: bytes, name: str, delimiter: str) -> Parsed:
     header = _header(first, name)
     problems, records, lines = Problems(), list[Record](), list[int]()
     for number, row in rows:
-        fault = _row_fault(row, header)
-        if fault is None and not isinstance(row, Fault):
-            records.append(dict(zip(header, row, strict=True)))
+        try:
+            records.append(_record(row, header))
             lines.append(number)
-        elif fault is not None:
-            text = "" if isinstance(row, Fault) else excerpt(delimiter.join(row))
+        except RowError as fault:
+            text = "" if isinstance(row, RowError) else excerpt(delimiter.join(row))
             problems.add(f"{name}:{number}:{fault.column}", fault.fault, text, fault.fix)
     problems.raise_if_any()
     return records, tuple(lines)
 
 
-def _delimited_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | Fault]]:
+def _delimited_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | RowError]]:
     """Yields the line at which each row begins, and the row or what is wrong with it."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
@@ -44,31 +44,32 @@ def _delimited_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] 
             return
         except csv.Error as error:
             fix = "close the quotes, and double a quote that stands inside them; a very long text belongs in JSONL"
-            yield number, Fault(f"broken quoting ({error})", fix)
+            yield number, RowError(f"broken quoting ({error})", fix)
 
 
-def _header(row: list[str] | Fault, name: str) -> list[str]:
-    problems = Problems()
-    if isinstance(row, Fault):
-        problems.add(f"{name}:1:1", row.fault, "", row.fix)
-        row = []
+def _header(row: list[str] | RowError, name: str) -> list[str]:
+    if isinstance(row, RowError):
+        raise DataError(f"{name}:1:1: {row.fault}; {row.fix}")
+    if not row:
+        raise DataError(f"{name}:1:1: the first line is blank; begin with the header")
+    problems, line = Problems(), excerpt(",".join(row))
     for i, column in enumerate(row):
         at = f"{name}:1:{sum(len(c) + 1 for c in row[:i]) + 1}"
         if not column.strip():
-            problems.add(at, f"header field {i + 1} has no name", excerpt(",".join(row)), "name every column")
+            problems.add(at, f"header field {i + 1} has no name", line, "name every column")
         elif column in row[:i]:
-            problems.add(at, f"the header names {column!r} twice", excerpt(",".join(row)), "rename one of them")
+            problems.add(at, f"the header names {column!r} twice", line, "rename one of them")
     problems.raise_if_any()
     return row
 
 
-def _row_fault(row: list[str] | Fault, header: list[str]) -> Fault | None:
-    if isinstance(row, Fault):
-        return row
+def _record(row: list[str] | RowError, header: list[str]) -> Record:
+    if isinstance(row, RowError):
+        raise row
     if not row:
-        return Fault("blank line", "remove it")
+        raise RowError("blank line", "remove it")
     if len(row) != len(header):
         names = ", ".join(header)
         fix = "quote a field that holds the delimiter; a file that ends here may be cut off"
-        return Fault(f"{len(row)} fields where the header names {len(header)} ({names})", fix)
-    return None
+        raise RowError(f"{len(row)} fields where the header names {len(header)} ({names})", fix)
+    return dict(zip(header, row, strict=True))

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from jaxpeft.data.problems import Fault, Parsed, Problems, Record, excerpt
+from jaxpeft.data.problems import Parsed, Problems, Record, RowError, excerpt
 from jaxpeft.data.utf8 import body_of, decode, decode_line
 from jaxpeft.errors import DataError
 
@@ -28,7 +28,7 @@ def parse_jsonl(data: bytes, name: str) -> Parsed:
         try:
             records.append(_json_row(raw))
             lines.append(number)
-        except Fault as fault:
+        except RowError as fault:
             cut = number == len(raws) and not body.endswith(b"\n") and fault.fault.startswith("not JSON")
             where = f"{name}:{number}:{fault.column}"
             text = excerpt(raw.decode("utf-8", "replace"), fault.column)
@@ -46,7 +46,7 @@ def parse_json(data: bytes, name: str) -> Parsed:
     text = decode(body_of(data, name), name)
     try:
         rows = _load(text)
-    except Fault as fault:
+    except RowError as fault:
         before = text[: fault.column - 1]
         line, column = before.count("\n") + 1, fault.column - before.rfind("\n") - 1
         whole = text.split("\n")[line - 1]
@@ -60,10 +60,10 @@ def parse_json(data: bytes, name: str) -> Parsed:
 def _json_row(raw: bytes) -> Record:
     text = decode_line(raw)
     if not text.strip():
-        raise Fault("blank line", "remove it")
+        raise RowError("blank line", "remove it")
     row = _load(text)
     if not isinstance(row, dict):
-        raise Fault(f"a row must be a JSON object, this is a {type(row).__name__}", 'write {"column": value, ...}')
+        raise RowError(f"a row must be a JSON object, this is a {type(row).__name__}", 'write {"column": value, ...}')
     return row
 
 
@@ -72,11 +72,11 @@ def _load(text: str) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise Fault(f"not JSON ({error.msg})", "write valid JSON", error.pos + 1) from None
+        raise RowError(f"not JSON ({error.msg})", "write valid JSON", error.pos + 1) from None
     except RecursionError:
-        raise Fault("not JSON that can be read (nested too deeply)", "flatten it") from None
+        raise RowError("not JSON that can be read (nested too deeply)", "flatten it") from None
     except ValueError as error:
-        raise Fault(str(error), "write a finite number, or null", _constant_column(text)) from None
+        raise RowError(str(error), "write a finite number, or null", _constant_column(text)) from None
 
 
 def _constant_column(text: str) -> int:
@@ -92,7 +92,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
     if len(record) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise Fault(f"an object has the key {twice[0]!r} twice", "keep one of them")
+        raise RowError(f"an object has the key {twice[0]!r} twice", "keep one of them")
     return record
 
 

@@ -13,7 +13,7 @@ SHOWN = 20
 EXCERPT = 80
 
 
-class Fault(Exception):
+class RowError(Exception):
     """What is wrong with one row: kept inside `jaxpeft.data`, users see a `DataError`.
 
     Args:

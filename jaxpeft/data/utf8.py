@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxpeft.data.problems import Fault, Problems, excerpt
+from jaxpeft.data.problems import Problems, RowError, excerpt
 from jaxpeft.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
@@ -28,13 +28,13 @@ def decode_line(raw: bytes) -> str:
     """Decodes one line.
 
     Raises:
-        Fault: it is not UTF-8.
+        RowError: it is not UTF-8.
     """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         column = len(raw[: error.start].decode("utf-8")) + 1
-        raise Fault(f"not UTF-8 (byte 0x{raw[error.start]:02x})", _UTF8_FIX, column) from None
+        raise RowError(f"not UTF-8 (byte 0x{raw[error.start]:02x})", _UTF8_FIX, column) from None
 
 
 def decode(body: bytes, name: str) -> str:
@@ -43,15 +43,12 @@ def decode(body: bytes, name: str) -> str:
     Raises:
         DataError: some lines are not UTF-8; lists them.
     """
-    try:
-        return body.decode("utf-8")
-    except UnicodeDecodeError:
-        problems = Problems()
+    problems, lines = Problems(), list[str]()
     for number, raw in enumerate(body.split(b"\n"), 1):
         try:
-            decode_line(raw)
-        except Fault as fault:
+            lines.append(decode_line(raw))
+        except RowError as fault:
             text = excerpt(raw.decode("utf-8", "replace"), fault.column)
             problems.add(f"{name}:{number}:{fault.column}", fault.fault, text, fault.fix)
     problems.raise_if_any()
-    raise DataError(f"{name}:1:1: not UTF-8; {_UTF8_FIX}")
+    return "\n".join(lines)

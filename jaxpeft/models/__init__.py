@@ -26,7 +26,7 @@ def build(config: Mapping[str, Any], options: Options) -> Pretrained:
         ConfigError: the architecture, a switch of it or the task is not supported; everything at once.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         hint = nearest(str(kind), FAMILIES)
         raise ConfigError(f"config.json: model_type {kind!r} is not supported{hint} (supported: {', '.join(FAMILIES)})")
     return FAMILIES[kind].build(config, options)

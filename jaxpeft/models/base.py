@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,30 +73,61 @@ class ConfigReader:
     Args:
         config: its content.
         defaults: what absent keys mean for this architecture.
+        problems: what is already known to be wrong, to be raised with the rest.
     """
 
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        self._config, self._defaults = config, defaults
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any], problems: Sequence[str] = ()) -> None:
+        self._config, self._defaults, self._others = config, defaults, tuple(problems)
         self.problems: list[str] = []
 
     def get(self, key: str) -> Any:
         """Gives the value of a key, or its default."""
         return self._config.get(key, self._defaults.get(key))
 
-    def number(self, key: str) -> Any:
-        """Gives a number; notes a problem if it is not one."""
+    def integer(self, key: str, least: int = 1) -> int:
+        """Gives a whole number; notes a problem if it is not one, or too small."""
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.problems.append(f"{key}: must be a number, is {value!r}")
-            return 1
-        return value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        self.problems.append(f"{key}: must be a whole number of at least {least}, is {value!r}")
+        return max(least, 1)
 
-    def one_of(self, key: str, known: Mapping[str, Any]) -> Any:
+    def number(self, key: str) -> float:
+        """Gives a number that is not negative; notes a problem if it is not one."""
+        value = self.get(key)
+        return 0.0 if _is_number(value) and value == 0 else self.positive(key, value)
+
+    def positive(self, name: str, value: Any) -> float:
+        """Gives `value` where it is a number above 0; else notes a problem under `name`."""
+        if _is_number(value) and 0 < value < float("inf"):
+            return float(value)
+        self.problems.append(f"{name}: must be a positive number, is {value!r}")
+        return 1.0
+
+    def rate(self, key: str, default: float = 0.0) -> float:
+        """Gives a dropout rate, `default` where it is null; notes a problem if it is not in [0, 1)."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if _is_number(value) and 0 <= value < 1:
+            return float(value)
+        self.problems.append(f"{key}: must be a rate of at least 0 and below 1, is {value!r}")
+        return default
+
+    def flag(self, key: str) -> bool:
+        """Gives true or false, false where it is null; notes a problem if it is neither."""
+        value = self.get(key)
+        if not isinstance(value, bool | None):
+            self.problems.append(f"{key}: must be true or false, is {value!r}")
+        return bool(value)
+
+    def one_of(self, key: str, known: Mapping[str, Any]) -> str:
         """Gives a name in `known`; notes a problem if it is not."""
         value = self.get(key)
-        if value not in known:
-            self.problems.append(f"{key}: {value!r} is not supported (supported: {', '.join(known)})")
-        return value
+        if isinstance(value, str) and value in known:
+            return value
+        self.problems.append(f"{key}: {value!r} is not supported (supported: {', '.join(known)})")
+        return next(iter(known))
 
     def refuse(self, key: str, why: str) -> None:
         """Notes a problem if a switch is on."""
@@ -109,28 +140,38 @@ class ConfigReader:
         Raises:
             ConfigError: every problem.
         """
-        if self.problems:
-            kind = self._config.get("model_type")
-            raise ConfigError([f"config.json of a {kind} model: {problem}" for problem in self.problems])
+        kind = self._config.get("model_type")
+        found = [f"config.json of a {kind} model: {problem}" for problem in self.problems]
+        if found or self._others:
+            raise ConfigError([*self._others, *found])
 
 
-def check_options(options: Options, model_type: str, tasks: tuple[str, ...], poolings: tuple[str, ...]) -> None:
-    """Refuses a task or pooling that an architecture does not have.
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    Raises:
-        ConfigError: every problem.
+
+def option_problems(options: Options, model_type: str, tasks: Sequence[str], poolings: Sequence[str]) -> list[str]:
+    """Says what is wrong with the task, the labels, the pooling or the remat policy asked of an architecture.
+
+    Args:
+        options: what was asked.
+        model_type: the architecture.
+        tasks: that it has.
+        poolings: that its sequence classifier has.
     """
+    task, labels, pooling = options.task, options.num_labels, options.pooling
     problems: list[str] = []
-    if options.task not in tasks:
-        problems.append(f"task: {options.task!r} is not one of a {model_type} model (it has {', '.join(tasks)})")
-    if "classification" in options.task and not (options.num_labels and options.num_labels > 0):
-        problems.append(f"num_labels: must be at least 1, is {options.num_labels}")
-    if options.pooling is not None and options.pooling not in poolings:
-        problems.append(f"pooling: {options.pooling!r} is not one of a {model_type} model (it has {', '.join(poolings)})")
+    if task not in tasks:
+        problems.append(f"task: {task!r} is not one of a {model_type} model (it has {', '.join(tasks)})")
+    if "classification" in task and (labels is None or isinstance(labels, bool) or labels < 1):
+        problems.append(f"num_labels: must be at least 1, is {labels}")
+    if pooling is not None and pooling not in poolings:
+        problems.append(f"pooling: {pooling!r} is not one of a {model_type} model (it has {', '.join(poolings)})")
+    elif pooling is not None and task != "sequence_classification":
+        problems.append(f"pooling: goes with task 'sequence_classification' only, task is {task!r}")
     if options.remat not in REMAT_POLICIES:
         problems.append(f"remat: must be one of {', '.join(REMAT_POLICIES)}, is {options.remat!r}")
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 REMAT_POLICIES = ("none", "full", "attention", "dots")

@@ -6,7 +6,7 @@ arXiv:2505.09388).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.models import rope
-from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, check_options
+from jaxpeft.models.activations import ACTIVATIONS
+from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, option_problems
 from jaxpeft.models.layers import (
-    ACTIVATIONS,
     RMSNorm,
     allowed,
     attend,
@@ -37,6 +37,7 @@ class DecoderConfig:
     """A decoder's architecture; the names are those of `config.json`, `windows` apart.
 
     Attributes:
+        classifier_bias: of the token classification head.
         windows: one a layer: how many positions back a query sees, itself included; 0 for all. None if all are 0.
     """
 
@@ -53,6 +54,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     attention_dropout: float
     classifier_dropout: float
+    classifier_bias: bool
     rope: rope.Rope
     qkv_bias: bool
     output_bias: bool
@@ -62,9 +64,8 @@ class DecoderConfig:
 
 
 _DEFAULTS: Mapping[str, Any] = {
-    "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_dropout": 0.0,
-    "classifier_dropout": None, "attention_bias": False, "mlp_bias": False, "head_dim": None, "rope_theta": 10000.0,
-    "num_key_value_heads": None, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "token_classification_bias": True, "rope_theta": 10000.0,
+    "max_window_layers": 28,
 }  # fmt: skip
 _OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -73,61 +74,90 @@ _OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any], problems: Sequence[str] = ()) -> DecoderConfig:
     """Reads a decoder's `config.json`.
+
+    Args:
+        config: its content.
+        problems: what is already known to be wrong, to be raised with the rest.
 
     Raises:
         ConfigError: listing every switch that is missing or not supported.
     """
     kind = config["model_type"]
-    reader = ConfigReader(config, {**_DEFAULTS, **_OWN_DEFAULTS.get(kind, {})})
+    reader = ConfigReader(config, {**_DEFAULTS, **_OWN_DEFAULTS.get(kind, {})}, problems)
     reader.refuse("quantization_config", "load the unquantized model")
-    hidden, heads = reader.number("hidden_size"), reader.number("num_attention_heads")
-    layers = reader.number("num_hidden_layers")
-    bias = bool(reader.get("attention_bias")) and kind in ("llama", "qwen3")
-    dropped = reader.get("classifier_dropout")
+    layers = reader.integer("num_hidden_layers")
+    heads, kv_heads, head_dim = _heads(reader)
+    bias = reader.flag("attention_bias") and kind in ("llama", "qwen3")
     parsed = DecoderConfig(
-        vocab_size=reader.number("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=reader.number("intermediate_size"),
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=reader.integer("hidden_size"),
+        intermediate_size=reader.integer("intermediate_size"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=reader.get("num_key_value_heads") or heads,
-        head_dim=reader.get("head_dim") or hidden // heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         hidden_act=reader.one_of("hidden_act", ACTIVATIONS),
-        max_position_embeddings=reader.number("max_position_embeddings"),
+        max_position_embeddings=reader.integer("max_position_embeddings"),
         rms_norm_eps=reader.number("rms_norm_eps"),
-        tie_word_embeddings=bool(reader.get("tie_word_embeddings")),
-        attention_dropout=reader.get("attention_dropout") or 0.0,
-        classifier_dropout=0.1 if dropped is None else dropped,
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        attention_dropout=reader.rate("attention_dropout"),
+        classifier_dropout=reader.rate("classifier_dropout", reader.rate("hidden_dropout", 0.1)),
+        classifier_bias=reader.flag("token_classification_bias"),
         rope=rope.read(reader),
         qkv_bias=bias or kind == "qwen2",
         output_bias=bias,
-        mlp_bias=bool(reader.get("mlp_bias")) and kind == "llama",
+        mlp_bias=reader.flag("mlp_bias") and kind == "llama",
         qk_norm=kind == "qwen3",
         windows=_windows(reader, kind, layers),
     )
-    if parsed.num_attention_heads % parsed.num_key_value_heads:
-        reader.problems.append(f"num_key_value_heads: {parsed.num_key_value_heads} does not divide {heads} heads")
     reader.finish()
     return parsed
 
 
-def _windows(reader: ConfigReader, kind: str, layers: int) -> tuple[int, ...] | None:
-    window = reader.get("sliding_window")
-    if kind == "llama" or not window or (kind.startswith("qwen") and not reader.get("use_sliding_window")):
-        return None
-    named = reader.get("layer_types")
-    if kind == "mistral":
-        sliding = [True] * layers
-    elif named is not None:
-        unknown = sorted(set(named) - {"full_attention", "sliding_attention"})
-        if unknown or len(named) != layers:
-            reader.problems.append(f"layer_types: {named!r} must name full_attention or sliding_attention {layers} times")
-        sliding = [name == "sliding_attention" for name in named]
+def _heads(reader: ConfigReader) -> tuple[int, int, int]:
+    """Gives the numbers of query and key heads, and the size of a head."""
+    hidden = reader.get("hidden_size")
+    heads = reader.integer("num_attention_heads")
+    kv_heads = heads if reader.get("num_key_value_heads") is None else reader.integer("num_key_value_heads")
+    if heads == reader.get("num_attention_heads") and heads % kv_heads:
+        reader.problems.append(f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
+    if reader.get("head_dim") is not None:
+        size = reader.integer("head_dim")
     else:
-        sliding = [i >= reader.number("max_window_layers") for i in range(layers)]
-    return tuple(window if on else 0 for on in sliding) if any(sliding) else None
+        size = hidden // heads if isinstance(hidden, int) else 2
+        if isinstance(hidden, int) and hidden % heads:
+            reader.problems.append(f"num_attention_heads: {heads} does not divide hidden_size {hidden}")
+    if size % 2:
+        reader.problems.append(f"head_dim: must be even, to rotate pairs, is {size}")
+    return heads, kv_heads, size
+
+
+def _windows(reader: ConfigReader, kind: str, layers: int) -> tuple[int, ...] | None:
+    named = reader.get("layer_types") if kind in ("qwen2", "qwen3") else None
+    used = kind == "mistral" or (kind != "llama" and reader.flag("use_sliding_window"))
+    window = reader.integer("sliding_window") if used and reader.get("sliding_window") is not None else 0
+    if named is not None:
+        sliding = _named_windows(reader, named, layers, window)
+    elif kind == "mistral" or not window:
+        sliding = [True] * layers
+    else:
+        upper = reader.integer("max_window_layers", least=0)
+        sliding = [i >= upper for i in range(layers)]
+    return tuple(window if on else 0 for on in sliding) if window and any(sliding) else None
+
+
+def _named_windows(reader: ConfigReader, named: Any, layers: int, window: int) -> list[bool]:
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(named, list) or len(named) != layers or any(name not in kinds for name in named):
+        reader.problems.append(
+            f"layer_types: {named!r} is not supported (supported: {' or '.join(kinds)}, {layers} times)"
+        )
+        return [False] * layers
+    if kinds[1] in named and not window:
+        reader.problems.append(f"layer_types: {kinds[1]} needs use_sliding_window true and sliding_window a number")
+    return [name == kinds[1] for name in named]
 
 
 class Attention(nn.Module):
@@ -242,7 +272,7 @@ class DecoderWithHead(Pretrained):
             return out.astype(jnp.float32)
         labels = options.num_labels or 0
         if options.task == "token_classification":
-            return head_dense(labels, "score")(dropout(self, c.classifier_dropout, x))
+            return head_dense(labels, "score", bias=c.classifier_bias)(dropout(self, c.classifier_dropout, x))
         return head_dense(labels, "score", bias=False)(pool(x, attention_mask, options.pooling or "last"))
 
 
@@ -253,9 +283,9 @@ def build(config: Mapping[str, Any], options: Options) -> Pretrained:
         ConfigError: listing everything that is not supported.
     """
     tasks = ("causal_lm", "sequence_classification", "token_classification", "encoder")
-    check_options(options, config["model_type"], tasks, ("last", "mean"))
+    problems = option_problems(options, config["model_type"], tasks, ("last", "mean", "cls"))
     kind = DecoderBackbone if options.task == "encoder" else DecoderWithHead
-    return kind(read_config(config), options)
+    return kind(read_config(config, problems), options)
 
 
 FAMILY = Family(

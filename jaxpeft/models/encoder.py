@@ -6,16 +6,17 @@ Devlin et al. 2018 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692), Sanh 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, check_options
+from jaxpeft.errors import DataError
+from jaxpeft.models.activations import ACTIVATIONS
+from jaxpeft.models.base import Family, Options, Pretrained, option_problems
+from jaxpeft.models.encoder_config import EncoderConfig, read_config
 from jaxpeft.models.layers import (
-    ACTIVATIONS,
     LayerNorm,
     allowed,
     attend,
@@ -28,106 +29,6 @@ from jaxpeft.models.layers import (
 )
 
 Array = jax.Array
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """An encoder's architecture.
-
-    Attributes:
-        kind: `bert`, `roberta` or `distilbert`, which name and nest their modules differently.
-        type_vocab_size: kinds of token types, 0 for none.
-        pad_token_id: which RoBERTa counts its positions from.
-    """
-
-    kind: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    hidden_act: str
-    max_position_embeddings: int
-    type_vocab_size: int
-    pad_token_id: int
-    layer_norm_eps: float
-    hidden_dropout: float
-    attention_dropout: float
-    classifier_dropout: float
-
-
-_BERT_DEFAULTS: Mapping[str, Any] = {
-    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12, "pad_token_id": 0, "max_position_embeddings": 512,
-}  # fmt: skip
-_DISTILBERT_DEFAULTS: Mapping[str, Any] = {
-    "activation": "gelu", "dropout": 0.1, "attention_dropout": 0.1, "seq_classif_dropout": 0.2,
-    "max_position_embeddings": 512,
-}  # fmt: skip
-
-
-def read_config(config: Mapping[str, Any], task: str) -> EncoderConfig:
-    """Reads an encoder's `config.json`.
-
-    Args:
-        config: its content.
-        task: decides which dropout its head has.
-
-    Raises:
-        ConfigError: listing every switch that is missing or not supported.
-    """
-    distil = config["model_type"] == "distilbert"
-    reader = ConfigReader(config, _DISTILBERT_DEFAULTS if distil else _BERT_DEFAULTS)
-    reader.refuse("quantization_config", "load the unquantized model")
-    reader.refuse("is_decoder", "only encoders are")
-    reader.refuse("add_cross_attention", "only encoders are")
-    if reader.get("position_embedding_type") not in (None, "absolute"):
-        reader.problems.append(f"position_embedding_type: {reader.get('position_embedding_type')!r} is not supported (supported: absolute)")
-    parsed = _distilbert(reader, task) if distil else _bert(reader, config["model_type"])
-    if parsed.hidden_size % parsed.num_attention_heads:
-        reader.problems.append(f"hidden size {parsed.hidden_size} is not divided by {parsed.num_attention_heads} heads")
-    reader.finish()
-    return parsed
-
-
-def _bert(reader: ConfigReader, kind: str) -> EncoderConfig:
-    hidden_dropout = reader.number("hidden_dropout_prob")
-    own = reader.get("classifier_dropout")
-    return EncoderConfig(
-        kind=kind,
-        vocab_size=reader.number("vocab_size"),
-        hidden_size=reader.number("hidden_size"),
-        intermediate_size=reader.number("intermediate_size"),
-        num_hidden_layers=reader.number("num_hidden_layers"),
-        num_attention_heads=reader.number("num_attention_heads"),
-        hidden_act=reader.one_of("hidden_act", ACTIVATIONS),
-        max_position_embeddings=reader.number("max_position_embeddings"),
-        type_vocab_size=reader.number("type_vocab_size"),
-        pad_token_id=reader.get("pad_token_id") or 0,
-        layer_norm_eps=reader.number("layer_norm_eps"),
-        hidden_dropout=hidden_dropout,
-        attention_dropout=reader.number("attention_probs_dropout_prob"),
-        classifier_dropout=hidden_dropout if own is None else own,
-    )
-
-
-def _distilbert(reader: ConfigReader, task: str) -> EncoderConfig:
-    return EncoderConfig(
-        kind="distilbert",
-        vocab_size=reader.number("vocab_size"),
-        hidden_size=reader.number("dim"),
-        intermediate_size=reader.number("hidden_dim"),
-        num_hidden_layers=reader.number("n_layers"),
-        num_attention_heads=reader.number("n_heads"),
-        hidden_act=reader.one_of("activation", ACTIVATIONS),
-        max_position_embeddings=reader.number("max_position_embeddings"),
-        type_vocab_size=0,
-        pad_token_id=reader.get("pad_token_id") or 0,
-        layer_norm_eps=1e-12,
-        hidden_dropout=reader.number("dropout"),
-        attention_dropout=reader.number("attention_dropout"),
-        classifier_dropout=reader.number("dropout" if task == "token_classification" else "seq_classif_dropout"),
-    )
 
 
 class _Part(nn.Module):
@@ -271,16 +172,30 @@ class EncoderBackbone(Pretrained):
         position_ids: Array | None = None,
         segment_ids: Array | None = None,
     ) -> Array:
-        """Gives hidden states `[batch, length, d]`, or the pooler's `[batch, d]`."""
+        """Gives hidden states `[batch, length, d]`, or the pooler's `[batch, d]`.
+
+        Raises:
+            DataError: rows are longer than the position table.
+        """
         c, options = self.config, self.options
         batch, length = input_ids.shape
         where = position_ids
         if where is None:
+            _check_length(c, length, segment_ids)
             where = _offset(c, input_ids, positions(segment_ids, batch, length), segment_ids)
         x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where)
         mask = allowed(attention_mask, segment_ids, length, causal=False)
         x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(x, mask)
         return _Pooler(c, options, name="pooler")(x) if self.with_pooler else x
+
+
+def _check_length(c: EncoderConfig, length: int, segment_ids: Array | None) -> None:
+    """Refuses rows beyond the position table, whose look-up would give NaN."""
+    most = c.max_position_embeddings - (c.pad_token_id + 1 if c.kind == "roberta" else 0)
+    if length > most and segment_ids is None:
+        raise DataError(
+            f"input_ids: a row has {length} tokens and the {c.kind} model reads at most {most}; cut the texts"
+        )
 
 
 def _offset(c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None) -> Array:
@@ -336,12 +251,19 @@ def build(config: Mapping[str, Any], options: Options) -> Pretrained:
     """
     kind = config["model_type"]
     poolings = ("pooler", "cls", "mean") if kind == "bert" else ("cls", "mean")
-    check_options(options, kind, ("sequence_classification", "token_classification", "encoder"), poolings)
-    parsed = read_config(config, options.task)
+    problems = option_problems(options, kind, ("sequence_classification", "token_classification", "encoder"), poolings)
+    parsed = read_config(config, options.task, problems)
     return (EncoderBackbone if options.task == "encoder" else EncoderWithHead)(parsed, options)
 
 
-_PRETRAINING = (r"cls\..*", r"lm_head\..*", r"vocab_\w+\..*", r".*\.position_ids", r"position_ids", r"(bert|roberta)?\.?pooler\..*")
+_PRETRAINING = (
+    r"cls\..*",
+    r"lm_head\..*",
+    r"vocab_\w+\..*",
+    r".*\.position_ids",
+    r"position_ids",
+    r"(bert|roberta)?\.?pooler\..*",
+)
 _RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 BERT = Family(("bert",), build, "bert", _PRETRAINING, _RENAMED, own_pooler="pooler.dense.weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,19 +13,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpeft.models.base import Options
 
 Array = jax.Array
-
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "gelu_fast": jax.nn.gelu,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-"""Activation functions by the names that `config.json` uses."""
 
 
 class RMSNorm(nn.Module):
@@ -61,17 +48,31 @@ class LayerNorm(nn.Module):
 
 
 def dropout(module: nn.Module, rate: float, x: Array) -> Array:
-    """Applies dropout in a training call, that is, one that was given a `dropout` key.
+    """Applies dropout in a training call, that is, one that was given a `dropout` key (Srivastava et al. 2014).
 
     Args:
         module: whose key stream is used.
-        rate: probability of a zero.
-        x: any shape.
+        rate: probability of a zero, to the nearest of 65536 steps.
+        x: any shape but a scalar.
+
+    Returns:
+        The shape and dtype of `x`.
     """
-    if rate == 0 or not module.has_rng("dropout"):
+    kept_steps = round((1 - rate) * _STEPS)
+    if kept_steps == _STEPS or not module.has_rng("dropout"):
         return x
-    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
-    return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+    draws = _draws(module.make_rng("dropout"), x.shape)
+    return jnp.where(draws < kept_steps, x * jnp.asarray(_STEPS / max(kept_steps, 1), x.dtype), jnp.zeros((), x.dtype))
+
+
+_STEPS = 1 << 16
+
+
+def _draws(key: Array, shape: tuple[int, ...]) -> Array:
+    """Draws uniform uint16 numbers, two from each 32 bits that the generator makes: they are most of dropout's cost."""
+    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    return halves.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
 
 def dense(features: int, name: str, options: Options, *, bias: bool = True) -> nn.Dense:
@@ -81,14 +82,10 @@ def dense(features: int, name: str, options: Options, *, bias: bool = True) -> n
 
 def head_dense(features: int, name: str, *, bias: bool = True) -> nn.Dense:
     """Makes a linear module of a task head: float32, whatever the base."""
-    return nn.Dense(
-        features, use_bias=bias, dtype=jnp.float32, name=name, kernel_init=nn.initializers.normal(0.02)
-    )
+    return nn.Dense(features, use_bias=bias, dtype=jnp.float32, name=name, kernel_init=nn.initializers.normal(0.02))
 
 
-def allowed(
-    attention_mask: Array | None, segment_ids: Array | None, length: int, *, causal: bool
-) -> Array | None:
+def allowed(attention_mask: Array | None, segment_ids: Array | None, length: int, *, causal: bool) -> Array | None:
     """Says which position may attend to which.
 
     Args:
@@ -118,15 +115,11 @@ def positions(segment_ids: Array | None, batch: int, length: int) -> Array:
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     if segment_ids is None:
         return index
-    begins = jnp.concatenate(
-        [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-    )
+    begins = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
-def attend(
-    module: nn.Module, q: Array, k: Array, v: Array, mask: Array | None, dropout_rate: float
-) -> Array:
+def attend(module: nn.Module, q: Array, k: Array, v: Array, mask: Array | None, dropout_rate: float) -> Array:
     """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
 
     `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32.
@@ -143,13 +136,17 @@ def attend(
         `[batch, query, heads * d]`.
     """
     batch, length, heads, d = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, d)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
+    # Heads before length: both products are then plain batched matmuls, a fifth faster on CPU than the other order.
+    q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
+    kv_heads, keys = k.shape[1:3]
+    q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
+    scores = scores.reshape(batch, heads, length, keys)
     if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = dropout(module, dropout_rate, jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, v)
+    out = jnp.einsum("bhts,bhsd->bhtd", weights.reshape(batch, kv_heads, -1, keys), v)
+    out = jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
     return checkpoint_name(out.reshape(batch, length, heads * d), "attention")
 
 
@@ -172,11 +169,12 @@ def run_layers(
     remat_block = _remat(block, options)
     if not options.scan_layers:
         return _Unrolled(remat_block, dict(fields), count, name=name)(*inputs)
+    axes: Any = (0, *(nn.broadcast for _ in inputs[2:]))
     scanned = nn.scan(
         remat_block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, *(nn.broadcast for _ in inputs[2:])),
+        in_axes=axes,
         length=count,
     )
     return scanned(**fields, name=name)(*inputs)[0]

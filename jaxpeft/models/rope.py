@@ -40,31 +40,58 @@ class Rope:
     original: int = 0
 
 
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
 def read(reader: ConfigReader) -> Rope:
-    """Reads `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5."""
-    given: Any = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        reader.problems.append(f"rope_scaling: must be a mapping, is {given!r}")
-        given = {}
+    """Reads `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5; `rope_scaling` goes first.
+
+    Every problem is noted in `reader`.
+    """
+    field, given = _given(reader)
     kind = given.get("rope_type", given.get("type", "default"))
-    theta = given.get("rope_theta", reader.get("rope_theta"))
     if kind not in TYPES:
-        reader.problems.append(f"rope_scaling: rope_type {kind!r} is not supported (supported: {', '.join(TYPES)})")
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        reader.problems.append("rope_scaling: partial_rotary_factor is not supported")
-    needed = {"linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3}.get(kind, ())
-    reader.problems += [f"rope_scaling: {kind} needs {key}" for key in needed if key not in given]
+        reader.problems.append(f"{field}: rope_type {kind!r} is not supported (supported: {', '.join(TYPES)})")
+        return Rope("default", 1.0)
+    partial = given.get("partial_rotary_factor", reader.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        reader.problems.append(f"{field}: partial_rotary_factor {partial!r} is not supported (supported: 1)")
+    theta = reader.positive("rope_theta", given.get("rope_theta", reader.get("rope_theta")))
+    numbers = {key: reader.positive(f"{field}: {key}", given.get(key)) for key in _NEEDED[kind]}
     return Rope(
         kind=kind,
-        theta=float(theta if theta is not None else 10000.0),
-        factor=float(given.get("factor", 1.0)),
-        low=float(given.get("low_freq_factor", 1.0)),
-        high=float(given.get("high_freq_factor", 4.0)),
-        original=int(given.get("original_max_position_embeddings") or reader.number("max_position_embeddings")),
+        theta=theta,
+        factor=numbers.get("factor", 1.0),
+        low=numbers.get("low_freq_factor", 1.0),
+        high=numbers.get("high_freq_factor", 4.0),
+        original=_original(reader, given) if kind == "llama3" else 0,
     )
 
 
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+def _original(reader: ConfigReader, given: Mapping[str, Any]) -> int:
+    """Gives the positions that the model was first trained on; they may stand in three places."""
+    name = "original_max_position_embeddings"
+    return int(reader.positive(name, reader.get(name) or given.get(name) or reader.get("max_position_embeddings")))
+
+
+def _given(reader: ConfigReader) -> tuple[str, Mapping[str, Any]]:
+    """Gives the field that holds the rope's settings, and the settings."""
+    field = "rope_scaling" if reader.get("rope_scaling") else "rope_parameters"
+    given: Any = reader.get(field) or {}
+    if not isinstance(given, Mapping):
+        reader.problems.append(f"{field}: must be a mapping, is {given!r}")
+        return field, {}
+    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+    if nested:
+        reader.problems.append(
+            f"{field}: another rope for each of {', '.join(nested)} is not supported (supported: one)"
+        )
+    return field, given
 
 
 def tables(rope: Rope, head_dim: int, most_positions: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,7 +118,9 @@ def _frequencies(rope: Rope, head_dim: int, most_positions: int, positions: jax.
         grown = rope.factor * longest / most_positions - (rope.factor - 1)
         base = rope.theta * grown ** (head_dim / (head_dim - 2))
         return 1.0 / base**exponents
-    frequencies = 1.0 / np.float32(rope.theta) ** exponents
+    # The power in float64, rounded, is what torch gives in float32; numpy's own float32 power is an ulp off.
+    wavelengths = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1.0) / wavelengths
     if rope.kind == "linear":
         frequencies = frequencies / np.float32(rope.factor)
     if rope.kind == "llama3":

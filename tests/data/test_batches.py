@@ -57,7 +57,8 @@ def test_lengths_are_of_the_buckets_and_hold_their_rows_whole(data, n, size, see
     for step in range(batches.steps_per_epoch):
         batch, rows = batches.batch(step), batches.rows(step)
         length = batch["input_ids"].shape[1]
-        assert length in batches.lengths and set(batches.lengths) <= set(buckets)
+        assert length in batches.lengths
+        assert set(batches.lengths) <= set(buckets)
         for row, ids, mask in zip(rows, batch["input_ids"], batch["attention_mask"], strict=True):
             own = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]] if row >= 0 else []
             assert ids.tolist() == [*own, *[0] * (length - len(own))]
@@ -68,7 +69,8 @@ def test_the_lengths_of_the_batches_are_the_same_in_every_epoch(data):
     batches = Batches(data(300), 8, (16, 32, 100))
     seen = [sorted(batches.batch(e * 38 + i)["input_ids"].shape[1] for i in range(38)) for e in range(3)]
     assert batches.steps_per_epoch == 38
-    assert seen[0] == seen[1] == seen[2] and set(seen[0]) == set(batches.lengths)
+    assert seen[0] == seen[1] == seen[2]
+    assert set(seen[0]) == set(batches.lengths)
 
 
 def test_the_same_seed_gives_the_same_batches_in_any_order_of_calls(data):
@@ -93,7 +95,8 @@ def test_neighbours_change_from_epoch_to_epoch_and_lengths_are_mixed(data):
     groups = [{frozenset(rows.tolist()) for rows in epoch_rows(batches, e)} for e in (0, 1)]
     assert len(groups[0] & groups[1]) < 5
     order = [batches.batch(i)["input_ids"].shape[1] for i in range(batches.steps_per_epoch)]
-    assert order != sorted(order) and order != sorted(order, reverse=True)
+    assert order != sorted(order)
+    assert order != sorted(order, reverse=True)
 
 
 def test_without_shuffling_the_order_is_that_of_the_rows(encoded_of):
@@ -105,7 +108,9 @@ def test_without_shuffling_the_order_is_that_of_the_rows(encoded_of):
 def test_dropping_the_remainder(data):
     batches = Batches(data(101), 8, drop_remainder=True)
     rows = np.concatenate(epoch_rows(batches))
-    assert batches.steps_per_epoch == 12 and (rows >= 0).all() and len(set(rows.tolist())) == 96
+    assert batches.steps_per_epoch == 12
+    assert (rows >= 0).all()
+    assert len(set(rows.tolist())) == 96
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -114,7 +119,8 @@ def test_accumulation_splits_the_same_batch(data, k):
     whole, split = Batches(encoded, 8, seed=1), Batches(encoded, 8, seed=1, accumulation=k)
     for step in range(7):
         a, b = whole.batch(step), split.batch(step)
-        assert b["input_ids"].shape[:2] == (k, 8 // k) and b["weights"].shape == (k, 8 // k)
+        assert b["input_ids"].shape[:2] == (k, 8 // k)
+        assert b["weights"].shape == (k, 8 // k)
         assert equal(a, {name: array.reshape(8, *array.shape[2:]) for name, array in b.items()})
 
 
@@ -142,7 +148,8 @@ def test_labels_and_types_of_tokens(encoded_of):
     assert batch["token_type_ids"].tolist() == [[1, 0, 0, 0], [1, 0, 1, 0], [0] * 4]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
     kinds = {name: array.dtype for name, array in batch.items()}
-    assert kinds.pop("weights") == np.float32 and set(kinds.values()) == {np.dtype(np.int32)}
+    assert kinds.pop("weights") == np.float32
+    assert set(kinds.values()) == {np.dtype(np.int32)}
 
 
 def test_a_last_row_that_is_shorter_than_its_batch_reads_nothing_beyond(encoded_of):

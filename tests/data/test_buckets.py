@@ -21,7 +21,8 @@ def test_no_other_choice_pads_less(seed):
     chosen = choose_lengths(lengths, 128)
     steps = [8, 16, 24, 32, 40, 48, 56, 64]
     others = [(*c, 96) for n in range(4) for c in itertools.combinations(steps, n)]
-    assert len(chosen) <= 4 and chosen[-1] == 96
+    assert len(chosen) <= 4
+    assert chosen[-1] == 96
     assert slots(lengths, chosen) == min(slots(lengths, other) for other in others)
 
 

@@ -24,15 +24,18 @@ def test_classification_is_stored_ragged(classified, bert):
     assert (made.tokens.dtype, made.offsets.tolist(), len(made)) == (np.int32, [0, 4, 9, 12], 3)
     assert made.tokens[4:9].tolist() == bert("c d e")["input_ids"]
     assert (made.labels.tolist(), made.labels.dtype) == ([0, 1, 0], np.int32)
-    assert made.type_ids.tolist() == [0] * 12 and not made.per_token
+    assert made.type_ids.tolist() == [0] * 12
+    assert not made.per_token
     assert made.counts == {"rows": 3, "sequences": 3, "tokens": 12, "truncated": 0}
     assert (made.cache, made.label_names, made.max_length) == ("off", ("x", "y"), 8)
 
 
 def test_text_is_stored_with_a_label_a_token(documents, llama):
     made = encode(documents("a b c d e f g h i j", "k"), llama, **OFF)
-    assert made.lengths.tolist() == [8, 3, 2] and made.source.tolist() == [0, 0, 1]
-    assert made.per_token and (made.labels == made.tokens).all()
+    assert made.lengths.tolist() == [8, 3, 2]
+    assert made.source.tolist() == [0, 0, 1]
+    assert made.per_token
+    assert (made.labels == made.tokens).all()
     assert made.type_ids is None
     assert made.counts == {"rows": 2, "sequences": 3, "tokens": 13, "truncated": 0}
 
@@ -117,6 +120,12 @@ def test_options_that_do_not_fit_are_refused_at_once(classified, documents, bert
         "add_eos=True is for text, not for classification; remove it",
         "max_length=2 leaves no room for text; give at least 3",
     ]
+
+
+def test_a_slow_tokenizer_is_refused(documents, plain, monkeypatch):
+    monkeypatch.setattr(type(plain), "is_fast", False)
+    with pytest.raises(ConfigError, match=r"not a fast tokenizer; give one that has a tokenizer.json"):
+        encode(documents("a"), plain, **OFF)
 
 
 def test_a_tokenizer_that_joins_words_is_refused_for_words(rows_of, plain):

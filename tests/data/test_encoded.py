@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def test_the_second_time_is_a_hit(run, tmp_path):
     first, _ = run()
     second, calls = run()
     assert (first.cache, second.cache, calls) == ("miss", "hit", 1)
-    assert same(first, second) and first.fingerprint == second.fingerprint
+    assert same(first, second)
+    assert first.fingerprint == second.fingerprint
     assert only_file(tmp_path).name == f"{first.fingerprint}.npz"
 
 
@@ -85,37 +87,31 @@ def test_a_damaged_file_is_built_again(run, tmp_path, damage, caplog):
     assert run()[0].cache == "hit"
 
 
-def test_any_flipped_byte_is_found_or_harmless(run, tmp_path):
-    first, _ = run()
-    path = only_file(tmp_path)
-    good = path.read_bytes()
-    expected = load_arrays(path)
-    for i in range(0, len(good), 7):
-        path.write_bytes(good[:i] + bytes([good[i] ^ 0x10]) + good[i + 1 :])
-        arrays = load_arrays(path)
-        assert arrays is None or all(np.array_equal(arrays[name], expected[name]) for name in expected), i
-    assert len(first) == 3
-
-
-def test_a_changed_array_is_found_by_the_checksum(run, tmp_path):
+def test_any_flipped_byte_is_found(run, tmp_path):
     run()
     path = only_file(tmp_path)
-    with np.load(path) as file:
-        arrays = dict(file)
-    arrays["tokens"] = arrays["tokens"] + 1
-    np.savez(path, **arrays)
-    assert load_arrays(path) is None
+    good = path.read_bytes()
+    assert load_arrays(path) is not None
+    for i in range(0, len(good), 7):
+        path.write_bytes(good[:i] + bytes([good[i] ^ 0x10]) + good[i + 1 :])
+        assert load_arrays(path) is None, i
+
+
+def test_the_cache_is_an_npz_that_anybody_can_open(run, tmp_path):
+    made, _ = run()
+    with np.load(only_file(tmp_path), allow_pickle=False) as file:
+        assert np.array_equal(file["tokens"], made.tokens)
 
 
 def test_no_half_written_file_is_left(tmp_path, monkeypatch, caplog):
-    def fail(file, **_):
-        file.write(b"half")
+    def fail(self, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     save_arrays(tmp_path / "x" / "key.npz", {"tokens": np.zeros(3, np.int32)})
     assert list((tmp_path / "x").iterdir()) == []
-    assert "the tokens could not be cached" in caplog.text and "No space left" in caplog.text
+    assert "the tokens could not be cached" in caplog.text
+    assert "No space left" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(run, tmp_path, caplog):

@@ -25,7 +25,8 @@ def refusal(rows_of):
 def test_string_labels_are_sorted_and_stored(classified):
     examples = classified(("a", "y"), ("b", "x"), ("c", "y"))
     assert (examples.label_names, examples.problem, examples.num_labels) == (("x", "y"), "single_label", 2)
-    assert examples.labels.tolist() == [1, 0, 1] and examples.labels.dtype == np.int32
+    assert examples.labels.tolist() == [1, 0, 1]
+    assert examples.labels.dtype == np.int32
     assert len(examples) == 3
 
 
@@ -50,17 +51,18 @@ def test_another_split_uses_the_labels_of_the_training_split(classified):
 def test_an_unknown_label_is_refused_with_its_row_and_the_nearest(classified, refusal):
     train = classified(("a", "billing"), ("b", "refund"))
     said = refusal({"text": "d", "label": "billing"}, {"text": "e", "label": "biling"}, like=train)
-    assert said == [
-        "rows.jsonl:2:1 (row 2): field 'label' holds 'biling', which is not one of the 2 labels of the training split: "
-        '\'{"text": "e", "label": "biling"}\'; did you mean \'billing\'?'
-    ]
+    where = (
+        "rows.jsonl:2:1 (row 2): field 'label' holds 'biling', which is not one of the 2 labels of the training split"
+    )
+    assert said == [f"""{where}: '{{"text": "e", "label": "biling"}}'; did you mean 'billing'?"""]
 
 
 def test_lists_of_labels_are_multi_hot(rows_of, refusal):
     rows = rows_of({"text": "a", "labels": ["y", "x"]}, {"text": "b", "labels": []}, {"text": "c", "labels": ["z"]})
     examples = make_examples(rows, kind="classification")
     assert (examples.problem, examples.label_names) == ("multi_label", ("x", "y", "z"))
-    assert examples.labels.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]] and examples.labels.dtype == np.float32
+    assert examples.labels.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    assert examples.labels.dtype == np.float32
     other = make_examples(rows_of({"text": "a", "labels": ["z", "y"]}), kind="classification", like=examples)
     assert other.labels.tolist() == [[0, 1, 1]]
     assert "holds 'q', which is not one" in refusal({"text": "a", "labels": ["x", "q"]}, like=examples)[0]
@@ -70,7 +72,8 @@ def test_numbers_with_a_point_are_regression(rows_of):
     rows = rows_of({"text": "a", "score": 1.5}, {"text": "b", "score": 2})
     examples = make_examples(rows, kind="classification")
     assert (examples.problem, examples.num_labels, examples.label_names) == ("regression", 1, ())
-    assert examples.labels.tolist() == [1.5, 2.0] and examples.labels.dtype == np.float32
+    assert examples.labels.tolist() == [1.5, 2.0]
+    assert examples.labels.dtype == np.float32
     asked = make_examples(rows_of({"text": "a", "score": "0.25"}), kind="classification", problem="regression")
     assert asked.labels.tolist() == [0.25]
 
@@ -79,6 +82,18 @@ def test_numbers_with_a_point_are_regression(rows_of):
 def test_a_regression_target_must_be_finite(refusal, value):
     (said,) = refusal({"text": "a", "score": value}, problem="regression")
     assert f"field 'score' holds {value!r}, which is not finite" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("high", "holds a str, not a number"),
+        (True, "holds a bool, not a number"),
+        ([1.0], "holds a list, not a number"),
+    ],
+)
+def test_a_regression_target_must_be_a_number(refusal, value, said):
+    assert said in refusal({"text": "a", "score": value}, problem="regression")[0]
 
 
 def test_pairs_are_read(rows_of):
@@ -109,6 +124,11 @@ def test_every_bad_row_is_reported(refusal):
     assert said[0] == (
         "rows.jsonl:2:1 (row 2): field 'text' is missing: '{\"label\": \"y\"}'; add it or leave the row out"
     )
+
+
+def test_an_empty_label_is_refused(refusal):
+    said = refusal({"text": "a", "label": ""}, {"text": "b", "label": "x"})
+    assert "field 'label' holds an empty string, not a string or a whole number" in said[0]
 
 
 def test_one_label_is_not_a_classification(refusal):
@@ -158,7 +178,7 @@ def test_the_hash_follows_content_columns_and_labels(rows_of, classified):
 
 
 def test_unknown_kinds_and_problems_are_refused(rows_of):
-    with pytest.raises(ConfigError, match="kind='classificaton' is not one of .*did you mean 'classification'"):
+    with pytest.raises(ConfigError, match=r"kind='classificaton' is not one of .*did you mean 'classification'"):
         make_examples(rows_of({"text": "a"}), kind="classificaton")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="problem='regression' is for kind='classification', not 'text'; remove it"):
         make_examples(rows_of({"text": "a"}), kind="text", problem="regression")

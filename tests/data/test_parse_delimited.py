@@ -39,6 +39,8 @@ def test_tsv_is_read(write):
     ("content", "fault"),
     [
         ("text,text\na,b\n", "F:1:6: the header names 'text' twice: 'text,text'; rename one of them"),
+        ('"text,label\na,b\n', "F:1:1: broken quoting (unexpected end of data); close the quotes"),
+        ("\ntext,label\n", "F:1:1: the first line is blank; begin with the header"),
         ("text,\na,b\n", "F:1:6: header field 2 has no name: 'text,'; name every column"),
         ("text,label\na,b,c\n", "F:2:1: 3 fields where the header names 2 (text, label): 'a,b,c'; quote a field"),
         ("text,label\na,b\nc", "F:3:1: 1 fields where the header names 2 (text, label): 'c'; quote a field"),

@@ -66,7 +66,9 @@ def test_a_long_line_is_cut_around_the_fault(write):
     path = write("a.jsonl", '{"text": "' + "x" * 500 + '", "label": NaN}\n')
     (said,) = message(path)
     assert said.startswith("F:1:523: NaN is not JSON: ")
-    assert "NaN}'" in said and "x" * 20 in said and "x" * 40 not in said
+    assert "NaN}'" in said
+    assert "x" * 20 in said
+    assert "x" * 40 not in said
 
 
 def test_the_first_twenty_problems_are_listed_and_the_rest_counted(write):

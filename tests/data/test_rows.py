@@ -30,12 +30,29 @@ def test_rows_carry_name_hash_lines_and_columns(write):
     assert read_rows(Path(path)) == rows
 
 
-def test_parquet_and_text_are_read(tmp_path, write):
-    import pyarrow
-    import pyarrow.parquet
+def test_some_rows_keep_their_lines_and_have_a_hash_of_their_own(write):
+    rows = read_rows(write("x.csv", "a\n1\n2\n3\n"))
+    some = rows.take([2, 0])
+    assert (some.records, some.lines, some.name) == ([{"a": "3"}, {"a": "1"}], (4, 2), rows.name)
+    assert len({rows.sha256, some.sha256, rows.take([0, 2]).sha256}) == 3
+    assert rows.take([2, 0]) == some
 
-    table = pyarrow.table({"text": ["a", "b"], "label": [0.5, None]})
-    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+
+def test_a_file_that_cannot_be_read_is_refused(write, monkeypatch):
+    def fail(self):
+        raise PermissionError(13, "Permission denied")
+
+    path = write("x.csv", "a\n1\n")
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert refusal(path) == f"{path}: cannot be read (Permission denied); check the path and its permissions"
+
+
+def test_parquet_and_text_are_read(tmp_path, write):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"text": ["a", "b"], "label": [0.5, None]})
+    pq.write_table(table, tmp_path / "x.parquet")
     assert read_rows(tmp_path / "x.parquet").records == [{"text": "a", "label": 0.5}, {"text": "b", "label": None}]
     assert read_rows(write("x.txt", "one\ntwo\n")).records == [{"text": "one\ntwo\n"}]
     assert refusal(write("y.parquet", "<html>")).startswith(f"{tmp_path}/y.parquet:1:1: not a parquet file (")
@@ -101,6 +118,14 @@ def test_a_hub_id_is_loaded_with_names_for_class_labels(tmp_path, monkeypatch):
     assert asked["revision"] is None
 
 
+def test_a_hub_split_without_rows_is_refused(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": []}))
+    assert refusal("org/name") == "org/name[train]: the split has no rows; choose another"
+
+
 def test_a_hub_id_that_cannot_be_loaded_is_refused(tmp_path, monkeypatch):
     import datasets
 
@@ -131,4 +156,5 @@ def test_the_package_imports_neither_jax_nor_the_heavy_libraries():
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     for file in Path(module.__file__).parent.glob("*.py"):
-        assert "import jax\n" not in file.read_text() and "jax.numpy" not in file.read_text(), file
+        assert "import jax\n" not in file.read_text(), file
+        assert "jax.numpy" not in file.read_text(), file

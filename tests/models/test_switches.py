@@ -1,0 +1,154 @@
+"""What a config asks for and jaxpeft does not have is refused by name, all at once."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxpeft import models
+from jaxpeft.errors import ConfigError
+from jaxpeft.models.base import Options
+
+
+def build(config: dict[str, Any], task: str = "encoder", **options: Any) -> Any:
+    return models.build(
+        config, Options(task=task, num_labels=options.pop("num_labels", None), dtype=jnp.float32, **options)
+    )
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+     "rope_scaling: rope_type 'yarn' is not supported (supported: default, linear, dynamic, llama3)"),
+    ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+     "rope_parameters: rope_type 'longrope' is not supported (supported: default, linear, dynamic, llama3)"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+     "rope_parameters: another rope for each of full_attention is not supported (supported: one)"),
+    ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: must be a positive number, is None"),
+    ("llama", {"rope_scaling": "linear"}, "rope_scaling: must be a mapping, is 'linear'"),
+    ("llama", {"rope_theta": 0}, "rope_theta: must be a positive number, is 0"),
+    ("llama", {"partial_rotary_factor": 0.5}, "rope_parameters: partial_rotary_factor 0.5 is not supported (supported: 1)"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is not supported: load the unquantized model"),
+    ("llama", {"hidden_act": "prelu"}, "hidden_act: 'prelu' is not supported (supported: gelu, gelu_10,"),
+    ("llama", {"hidden_act": ["silu"]}, "hidden_act: ['silu'] is not supported (supported: gelu, gelu_10,"),
+    ("llama", {"num_attention_heads": 0}, "num_attention_heads: must be a whole number of at least 1, is 0"),
+    ("llama", {"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide num_attention_heads 4"),
+    ("llama", {"num_key_value_heads": "two"}, "num_key_value_heads: must be a whole number of at least 1, is 'two'"),
+    ("llama", {"hidden_size": 30}, "num_attention_heads: 4 does not divide hidden_size 30"),
+    ("llama", {"hidden_size": None}, "hidden_size: must be a whole number of at least 1, is None"),
+    ("llama", {"head_dim": 7}, "head_dim: must be even, to rotate pairs, is 7"),
+    ("llama", {"attention_bias": "false"}, "attention_bias: must be true or false, is 'false'"),
+    ("llama", {"attention_dropout": 1.0}, "attention_dropout: must be a rate of at least 0 and below 1, is 1.0"),
+    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps: must be a positive number, is nan"),
+    ("mistral", {"sliding_window": 4.5}, "sliding_window: must be a whole number of at least 1, is 4.5"),
+    ("qwen2", {"layer_types": ["chunked_attention"] * 2},
+     "layer_types: ['chunked_attention', 'chunked_attention'] is not supported (supported: full_attention or sliding_attention, 2 times)"),
+    ("qwen2", {"layer_types": ["full_attention"]},
+     "layer_types: ['full_attention'] is not supported (supported: full_attention or sliding_attention, 2 times)"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 2},
+     "layer_types: sliding_attention needs use_sliding_window true and sliding_window a number"),
+    ("bert", {"is_decoder": True}, "is_decoder: True is not supported: only encoders are"),
+    ("bert", {"position_embedding_type": "relative_key"},
+     "position_embedding_type: 'relative_key' is not supported (supported: absolute)"),
+    ("roberta", {"add_cross_attention": True}, "add_cross_attention: True is not supported: only encoders are"),
+    ("roberta", {"pad_token_id": None}, "pad_token_id: must be a whole number of at least 0, is None"),
+    ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads: {'0': [1]} is not supported: all layers must have all heads"),
+    ("bert", {"num_attention_heads": 5}, "num_attention_heads: 5 does not divide hidden_size 32"),
+    ("distilbert", {"n_heads": 5}, "n_heads: 5 does not divide dim 32"),
+    ("distilbert", {"activation": "snake"}, "activation: 'snake' is not supported (supported: gelu, gelu_10,"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "switches", "text"), REFUSED, ids=[f"{k}-{json.dumps(s)[:40]}" for k, s, _ in REFUSED]
+)
+def test_an_unsupported_switch_is_refused_by_name(tiny_config, kind, switches, text):
+    with pytest.raises(ConfigError) as caught:
+        build(tiny_config(kind, **switches))
+    assert [str(p) for p in caught.value.problems if f"config.json of a {kind} model: {text}" in p]
+
+
+def test_everything_is_reported_at_once(tiny_config):
+    switches = {"hidden_act": "snake", "rope_scaling": {"type": "yarn"}, "quantization_config": {"bits": 4}}
+    with pytest.raises(ConfigError) as caught:
+        build(tiny_config("llama", **switches), "fill_mask", remat="some", pooling="pooler")
+    fields = ("task", "pooling", "remat", "hidden_act", "rope_scaling", "quantization_config")
+    assert len(caught.value.problems) == len(fields)
+    assert len(str(caught.value).splitlines()) == len(fields)
+    for field in fields:
+        assert any(f"{field}: " in problem for problem in caught.value.problems)
+
+
+def test_one_wrong_number_is_one_problem(tiny_config):
+    with pytest.raises(ConfigError) as caught:
+        build(tiny_config("llama", num_attention_heads=0))
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [("lama", "; did you mean 'llama'?"), ("berta", "; did you mean 'bert' or 'roberta'"), (None, ""), ([], "")],
+)
+def test_an_unknown_architecture_names_the_known_ones(kind, hint):
+    with pytest.raises(ConfigError) as caught:
+        build({"model_type": kind})
+    assert str(caught.value).startswith(f"config.json: model_type {kind!r} is not supported{hint}")
+    assert "(supported: llama, mistral, qwen2, qwen3, bert, roberta, distilbert)" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_an_encoder_is_no_language_model(tiny_config, kind):
+    with pytest.raises(
+        ConfigError, match=f"task: 'causal_lm' is not one of a {kind} model \\(it has sequence_classification"
+    ):
+        build(tiny_config(kind), "causal_lm")
+
+
+@pytest.mark.parametrize("labels", [None, 0, -1, True])
+def test_a_classifier_needs_labels(tiny_config, labels):
+    with pytest.raises(ConfigError, match="num_labels: must be at least 1, is"):
+        build(tiny_config("bert"), "sequence_classification", num_labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [("llama", "pooler"), ("roberta", "pooler"), ("bert", "last"), ("bert", "max")]
+)
+def test_a_pooling_that_the_architecture_has_not(tiny_config, kind, how):
+    with pytest.raises(ConfigError, match=f"pooling: '{how}' is not one of a {kind} model"):
+        build(tiny_config(kind), "sequence_classification", num_labels=2, pooling=how)
+
+
+def test_pooling_goes_with_sequence_classification_only(tiny_config):
+    with pytest.raises(ConfigError, match="pooling: goes with task 'sequence_classification' only, task is 'encoder'"):
+        build(tiny_config("bert"), "encoder", pooling="mean")
+
+
+@pytest.mark.parametrize("field", ["pretraining_tp", "initializer_range", "use_cache", "something_new"])
+def test_what_does_not_change_the_numbers_is_not_refused(tiny_config, field):
+    build(tiny_config("llama", **{field: 3}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_tree_mirrors_the_names_of_hugging_face(tiny_config, kind, scan_layers):
+    from jaxpeft.core import paths
+
+    task = "sequence_classification"
+    model = build(tiny_config(kind), task, num_labels=3, scan_layers=scan_layers)
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    tree = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    names = {paths.text(path) for path, _ in paths.walk(tree)}
+    number = "" if scan_layers else "1/"
+    wanted = {
+        "bert": f"bert/encoder/layer/{number}attention/self/query/kernel",
+        "roberta": f"roberta/encoder/layer/{number}attention/output/LayerNorm/scale",
+        "distilbert": f"distilbert/transformer/layer/{number}attention/q_lin/kernel",
+    }.get(kind, f"model/layers/{number}self_attn/q_proj/kernel")
+    assert wanted in names
+    assert {name.split("/")[-1] for name in names} <= {"kernel", "bias", "embedding", "scale"}
+    heads = [leaf for path, leaf in paths.walk(tree) if paths.is_head(path)]
+    assert heads
+    assert all(leaf.dtype == jnp.float32 for leaf in heads)
