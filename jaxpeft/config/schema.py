@@ -44,7 +44,9 @@ class DataConfig:
     train: str = option("", "training rows: a file, 'package:support_tickets/train', or a hub id")
     validation: str = option("", "rows to choose the best step by; empty to hold out a share of the training rows")
     test: str = option("", "rows for the final figures; empty to give the validation rows' figures")
-    validation_share: float = option(0.1, "share of the training rows held out when there is no validation", above=0, below=1)
+    validation_share: float = option(
+        0.1, "share of the training rows held out when there is no validation", above=0, below=1
+    )
     text_column: str | None = option(None, "name of the text column; None to find it")
     pair_column: str | None = option(None, "name of the second text's column, for pairs")
     label_column: str | None = option(None, "name of the label column; None to find it")
@@ -52,7 +54,9 @@ class DataConfig:
         "auto", "kind of classification; auto tells it from the labels"
     )
     max_length: int = option(128, "tokens a row; longer rows are cut (classification) or split (text)", at_least=2)
-    lengths: tuple[int, ...] = option((), "the padded lengths, ascending; empty to choose them from the data", at_least=2)
+    lengths: tuple[int, ...] = option(
+        (), "the padded lengths, ascending; empty to choose them from the data", at_least=2
+    )
     add_bos: bool = option(True, "begin a text with the tokenizer's beginning-of-text token, if it has one")
     add_eos: bool = option(True, "end a text with the tokenizer's end-of-text token, if it has one")
     max_rows: int | None = option(None, "use only so many rows of each file, chosen by the seed", at_least=1)
@@ -79,7 +83,9 @@ class OptimizerConfig:
     b2: float = option(0.999, "decay of the second moment (adamw, lion)", at_least=0, below=1)
     eps: float = option(1e-8, "added to the denominator (adamw)", above=0)
     momentum: float = option(0.0, "momentum (sgd)", at_least=0, below=1)
-    clip_norm: float | None = option(1.0, "global norm of the trainable gradients is clipped to this; None for not", above=0)
+    clip_norm: float | None = option(
+        1.0, "global norm of the trainable gradients is clipped to this; None for not", above=0
+    )
     schedule: Literal["linear", "cosine", "constant", "wsd"] = option(
         "linear", "of the learning rate after warm-up; wsd is warmup, stable, decay"
     )
@@ -91,10 +97,8 @@ class OptimizerConfig:
     def problems(self) -> list[str]:
         """Lists what is wrong across options."""
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            return [
-                f"warmup_steps: {self.warmup_steps} and warmup_ratio {self.warmup_ratio} exclude each other; "
-                "set one of them to None"
-            ]
+            both = f"{self.warmup_steps} and warmup_ratio {self.warmup_ratio}"
+            return [f"warmup_steps: {both} exclude each other; set one of them to None"]
         return []
 
 

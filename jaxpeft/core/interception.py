@@ -26,7 +26,10 @@ def interceptor(computes: Mapping[str, Compute]) -> Callable[..., Any]:
     """
 
     def intercept(
-        next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
     ) -> Any:
         module = context.module
         if context.method_name != "__call__" or module.scope is None or len(args) != 1 or kwargs:

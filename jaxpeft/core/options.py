@@ -103,7 +103,9 @@ def convert(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
         if type(value) in {type(choice) for choice in get_args(hint)} and value in get_args(hint):
             return value, []
         choices = ", ".join(map(repr, get_args(hint)))
-        return value, [f"{where}: must be one of {choices}, is {value!r}{nearest(str(value), map(str, get_args(hint)))}"]
+        return value, [
+            f"{where}: must be one of {choices}, is {value!r}{nearest(str(value), map(str, get_args(hint)))}"
+        ]
     if origin is tuple:
         return _convert_tuple(value, get_args(hint)[0], where)
     if origin is dict:

@@ -94,7 +94,9 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
         raise TargetError([f"modules_to_save: {m!r} names no module of the model" for m in unused])
     mask = [(path, _trains(method, path, params, leaf)) for path, leaf in leaves]
     if not any(flag for _, flag in mask):
-        raise ConfigError(f"method {method.name!r} trains nothing here: the model has no head and the method adds no leaf")
+        raise ConfigError(
+            f"method {method.name!r} trains nothing here: the model has no head and the method adds no leaf"
+        )
     return paths.build(mask)
 
 
@@ -128,7 +130,9 @@ def merge(method: Method, params: Mapping[str, Any]) -> Tree:
     tree = paths.build(list(paths.walk(params)))
     modules = adapted_modules(method, params)
     if method.leaf_names and not modules:
-        raise ConfigError(f"nothing to merge: no module holds {method.name} leaves (merged already, or never rewritten)")
+        raise ConfigError(
+            f"nothing to merge: no module holds {method.name} leaves (merged already, or never rewritten)"
+        )
     for path in modules:
         node = paths.get(tree, path)
         folded = method.fold(dict(node))

@@ -33,7 +33,9 @@ def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree,
     differing = flags.keys() ^ {path for path, _ in items}
     if differing:
         named = ", ".join(sorted(map(paths.text, differing))[:5])
-        raise ValueError(f"mask and params have different leaves ({len(differing)}): {named}; make the mask from params")
+        raise ValueError(
+            f"mask and params have different leaves ({len(differing)}): {named}; make the mask from params"
+        )
     chosen = [(path, leaf) for path, leaf in items if flags[path]]
     others = [(path, leaf) for path, leaf in items if not flags[path]]
     return paths.build(chosen), paths.build(others)

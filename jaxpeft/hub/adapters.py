@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -110,7 +109,7 @@ def _replace(target: FilePath, write: Callable[[FilePath], object]) -> None:
     """Writes a file beside its place and moves it there, so that it is never seen half-written."""
     temporary = target.with_name(f".{target.name}.tmp")
     write(temporary)
-    os.replace(temporary, target)
+    temporary.replace(target)
 
 
 def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, Any]) -> tuple[Method, Tree]:
@@ -133,7 +132,9 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
         raise AdapterError(f"{folder}: no such adapter folder")
     if not (folder / WEIGHTS).is_file():
         pickles = [p.name for p in folder.glob("*.bin")]
-        why = f"holds {pickles[0]}, a pickle, which is never read; save it as safetensors" if pickles else "is incomplete"
+        why = (
+            f"holds {pickles[0]}, a pickle, which is never read; save it as safetensors" if pickles else "is incomplete"
+        )
         raise AdapterError(f"{folder}: no {WEIGHTS}: the folder {why}")
     try:
         config = read_json(folder / CONFIG)

@@ -97,7 +97,7 @@ def _labels_of(config: dict[str, Any], task: str) -> int | None:
     if task in ("causal_lm", "encoder"):
         return None
     named = config.get("id2label")
-    return len(named) if isinstance(named, dict) and named else int(config.get("num_labels", 2))  # pyright: ignore[reportUnknownArgumentType]
+    return len(named) if isinstance(named, dict) and named else int(config.get("num_labels", 2))
 
 
 def _pooling(config: dict[str, Any], task: str, tensors: Mapping[str, Any]) -> str | None:

@@ -105,7 +105,9 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
 
 
 def _plain(value: Any) -> Any:
-    return tuple(sorted(map(str, value))) if isinstance(value, set) else tuple(value) if isinstance(value, list) else value
+    return (
+        tuple(sorted(map(str, value))) if isinstance(value, set) else tuple(value) if isinstance(value, list) else value
+    )
 
 
 def _modules_to_save(config: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]:

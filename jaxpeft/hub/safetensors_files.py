@@ -62,7 +62,7 @@ class Tensor:
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         out = aligned_empty(shape, self.dtype)
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         done, fd = 0, os.open(self.file, os.O_RDONLY)
         try:
             while done < len(view):
@@ -115,7 +115,7 @@ def _open_sharded(folder: Path) -> dict[str, Tensor]:
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise WeightsError(f"{folder / INDEX}: has no weight_map")
-    where: dict[str, str] = {str(k): str(v) for k, v in index.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    where: dict[str, str] = {str(k): str(v) for k, v in index.items()}
     found: dict[str, Tensor] = {}
     problems: list[str] = []
     for file in sorted(set(where.values())):
@@ -130,7 +130,9 @@ def _open_sharded(folder: Path) -> dict[str, Tensor]:
         problems += [f"{name}: is in both {found[name].file.name} and {file}" for name in tensors.keys() & found.keys()]
         found |= tensors
     if not problems:
-        problems = [f"{name}: {INDEX} says {file}, which does not hold it" for name, file in where.items() if name not in found]
+        problems = [
+            f"{name}: {INDEX} says {file}, which does not hold it" for name, file in where.items() if name not in found
+        ]
     if problems:
         raise WeightsError(problems)
     return found
@@ -161,12 +163,14 @@ def read_header(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: not safetensors: its header is not JSON; fetch it again") from error
     if not isinstance(header, dict):
         raise WeightsError(f"{path}: not safetensors: its header is not a JSON object")
-    return _tensors(path, header, 8 + length, size)  # pyright: ignore[reportUnknownArgumentType]
+    return _tensors(path, header, 8 + length, size)
 
 
 def _impostor(start: bytes) -> str | None:
     if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or fetch the file from the hub"
+        return (
+            "a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or fetch the file from the hub"
+        )
     if start.lstrip()[:1] == b"<":
         return "an HTML or XML page, not the weights: the download was refused or redirected; fetch it again"
     if start[:2] == b"PK" or start[:1] == b"\x80":

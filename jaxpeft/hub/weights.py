@@ -43,16 +43,17 @@ class LeafSource:
     stacked: bool
     transposed: bool
 
-    def read(self, index: Index) -> np.ndarray[Any, Any]:
+    def read(self, index: Index | None) -> np.ndarray[Any, Any]:
         """Reads a slice of the leaf.
 
         Args:
-            index: a slice for each axis of the leaf.
+            index: a slice for each axis of the leaf; None for all of it.
 
         Returns:
             Array of the slice's shape, in the leaf's dtype.
         """
-        spans = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
+        whole = (slice(None),) * len(self.shape) if index is None else index
+        spans = [s.indices(n)[:2] for s, n in zip(whole, self.shape, strict=True)]
         out = aligned_empty(tuple(stop - start for start, stop in spans), self.dtype)
         if not self.stacked:
             self._fill(out, self.tensors[0], spans)
@@ -147,7 +148,11 @@ def plan(abstract: Tree, tensors: Mapping[str, Tensor], family: Family, dtype: A
 
 def _shown(problems: list[str], folder: Any, most: int = 60) -> list[str]:
     more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
-    return [f"{folder}: the weights do not fit the model in config.json ({len(problems)} problems):"] + problems[:most] + more
+    return (
+        [f"{folder}: the weights do not fit the model in config.json ({len(problems)} problems):"]
+        + problems[:most]
+        + more
+    )
 
 
 def _canonical_names(tensors: Mapping[str, Tensor], abstract: Tree, family: Family) -> dict[str, Tensor]:

@@ -42,7 +42,9 @@ class LoRA(Method):
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) in place of alpha / rank")
     bias: Literal["none", "all", "lora_only"] = option("none", "which biases of the base are trained as well")
-    targets: str | tuple[str, ...] = option("all-linear", "list of name suffixes, a regular expression, or 'all-linear'")
+    targets: str | tuple[str, ...] = option(
+        "all-linear", "list of name suffixes, a regular expression, or 'all-linear'"
+    )
     exclude: str | tuple[str, ...] = option((), "names or expression of sites to leave alone")
     layers_to_transform: tuple[int, ...] | None = option(None, "layer numbers to adapt; None for all", at_least=0)
     layers_pattern: tuple[str, ...] = option((), "names of the container whose numbers count, such as 'layers'")
@@ -63,9 +65,7 @@ class LoRA(Method):
 
     def where(self) -> Targets:
         """Gives the target options."""
-        return Targets(
-            self.targets, self.exclude, self.layers_to_transform, self.layers_pattern, self.modules_to_save
-        )
+        return Targets(self.targets, self.exclude, self.layers_to_transform, self.layers_pattern, self.modules_to_save)
 
     def check_sites(self, names: tuple[str, ...]) -> None:
         """Refuses a rank or alpha pattern that matches no adapted site.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import jax
 
 from jaxpeft.core import paths
 
@@ -45,7 +43,7 @@ def _matrix_parameters(tree: Any) -> int:
     return sum(int(leaf.size) for path, leaf in paths.walk(tree) if leaf.ndim >= 2 and path[-1] != "embedding")
 
 
-def peak(devices: list[jax.Device]) -> float | None:
+def peak(devices: Sequence[Any]) -> float | None:
     """Gives the FLOP/s that the devices could do, or None where it is not known (a CPU)."""
     kind = devices[0].device_kind
     known = [flops for name, flops in PEAK_FLOPS.items() if name in kind]

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +108,7 @@ class Run:
         stop: asked before each step and each evaluation batch.
     """
 
-    def __init__(
-        self, setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest
-    ) -> None:
+    def __init__(self, setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest) -> None:
         self.setup, self.method, self.stop, self.folder = setup, method, stop, folder
         folder.mkdir(parents=True, exist_ok=True)
         trainable, self.frozen = split_for(setup, method)
@@ -212,7 +210,7 @@ class Run:
                     self._save(wait=self._finished())
 
     @contextmanager
-    def _progress_shown(self) -> Iterator[Callable[[], None]]:
+    def _progress_shown(self) -> Generator[Callable[[], None]]:
         shown = StepProgress(self.setup.config.log.progress, self.method.name, self.setup.steps, self.step)
         last = [time.perf_counter()]
 
@@ -229,7 +227,7 @@ class Run:
             shown.close()
 
     def _figures(self, loss: float, tokens_per_second: float) -> str:
-        rate = float(self.rate(self.step - 1))
+        rate = self._rate(self.step)
         work, most = tokens_per_second * self.flops_per_token, flops.peak(jax.local_devices())
         used = f"MFU {work / most:.1%}" if most else f"{work / 1e9:.1f} GFLOP/s"
         self._write(self.step, {"tokens_per_second": tokens_per_second, "model_flops_per_second": work})
@@ -249,10 +247,13 @@ class Run:
                     f"step {step}: loss is {loss}, gradient norm is {norm}; the newest checkpoint is step "
                     f"{self.checkpoints.latest()}; lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows"
                 )
-            figures = {"loss": loss, "grad_norm": norm, "learning_rate": float(self.rate(step - 1)), "tokens": tokens}
+            figures = {"loss": loss, "grad_norm": norm, "learning_rate": self._rate(step), "tokens": tokens}
             self._write(step, figures)
         self.pending.clear()
         return loss
+
+    def _rate(self, step: int) -> float:
+        return float(np.asarray(self.rate(step - 1)))
 
     def _write(self, step: int, figures: Mapping[str, float]) -> None:
         for writer in self.writers:

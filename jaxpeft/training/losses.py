@@ -90,6 +90,6 @@ def loss_for(task: str, problem: str | None) -> Loss:
         return causal_lm
     if task == "token_classification":
         return tokens
-    if task == "sequence_classification" and problem in _BY_PROBLEM:
+    if task == "sequence_classification" and problem is not None and problem in _BY_PROBLEM:
         return _BY_PROBLEM[problem]
     raise ConfigError(f"task {task!r} with problem {problem!r} has no loss")

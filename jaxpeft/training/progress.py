@@ -6,7 +6,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def timed(what: str) -> Iterator[None]:
+def timed(what: str) -> Generator[None]:
     """Logs what is being done, and how long it took."""
     _log.info("%s ...", what)
     started = time.perf_counter()

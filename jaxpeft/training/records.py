@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +39,7 @@ class JsonLines:
         kept = [line for line in read_lines(path) if line["step"] <= resume_at] if resume_at else []
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        temporary.replace(path)
         self._file = path.open("a")
 
     def write(self, step: int, figures: Figures) -> None:

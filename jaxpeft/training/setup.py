@@ -78,9 +78,7 @@ def prepare(config: Config, progress: Callable[[int, int], None] | None = None) 
     vocab = _vocabulary(model_config, source)
     tokenizer = load_tokenizer(source)
     splits = _examples(config)
-    train, validation, test = (
-        _encode(examples, tokenizer, config.data, vocab, progress) for examples in splits
-    )
+    train, validation, test = (_encode(examples, tokenizer, config.data, vocab, progress) for examples in splits)
     labels = splits[0].label_names
     model, params = load(
         config.model.path,
@@ -148,7 +146,9 @@ def _vocabulary(model_config: Mapping[str, Any], source: sources.Source) -> int:
 def _check_positions(model: Pretrained, length: int) -> None:
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and length > most:
-        raise ConfigError(f"data.max_length: rows of {length} tokens, the model has {most} positions; set it to {most} or less")
+        raise ConfigError(
+            f"data.max_length: rows of {length} tokens, the model has {most} positions; set it to {most} or less"
+        )
 
 
 def _dtype(name: str) -> Any:
@@ -188,7 +188,11 @@ def _split(rows: data.Rows, share: float, seed: int) -> tuple[data.Rows, data.Ro
 
 
 def _encode(
-    examples: data.Examples, tokenizer: Any, options: DataConfig, vocab: int, progress: Callable[[int, int], None] | None
+    examples: data.Examples,
+    tokenizer: Any,
+    options: DataConfig,
+    vocab: int,
+    progress: Callable[[int, int], None] | None,
 ) -> Encoded:
     text = examples.kind == "text"
     encoded = data.encode(

@@ -42,7 +42,8 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, seed: i
 
 def make_loss_sum(model: nn.Module, loss: Loss) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Makes `(trainable, frozen, batch, dropout_key or None) -> (loss sum, weight)`, to be differentiated in its first
-    argument: the frozen part is a constant to it, so no gradient of a base weight is ever computed."""
+    argument: the frozen part is a constant to it, so no gradient of a base weight is ever computed.
+    """
 
     def loss_sum(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         return loss(logits_of(model, combine(trainable, frozen), batch, key), batch)
@@ -95,7 +96,7 @@ def make_train_step(
         weight_or_one = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight_or_one, sums)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": total / weight_or_one, "weight": weight, "grad_norm": optax.global_norm(grads)}
         return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
 
