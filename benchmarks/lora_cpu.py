@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,9 @@ def main() -> None:
         "labels": rng.integers(0, LABELS, args.batch).astype(np.int32),
         "weights": np.ones(args.batch, np.float32),
     }
-    ours, torch_step = jaxpeft_step(batch, args.rank), peft_step(batch, args.rank, args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = jaxpeft_step(batch, args.rank, folder)
+        torch_step = peft_step(batch, args.threads, folder)
     sides: dict[str, Callable[[], float]] = {"jaxpeft": ours, "peft": torch_step}
     first = {name: step() for name, step in sides.items()}
     for step in sides.values():
@@ -66,8 +69,8 @@ def main() -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
-def jaxpeft_step(batch: dict[str, np.ndarray[Any, Any]], rank: int) -> Callable[[], float]:
-    """Makes our step on a fixed batch; a call runs it and gives the loss."""
+def jaxpeft_step(batch: dict[str, np.ndarray[Any, Any]], rank: int, folder: str) -> Callable[[], float]:
+    """Makes our step on a fixed batch, and saves its fresh adapter in `folder`; a call runs it and gives the loss."""
     import jax
     import optax
 
@@ -79,6 +82,7 @@ def jaxpeft_step(batch: dict[str, np.ndarray[Any, Any]], rank: int) -> Callable[
     model = model.clone(config=without_dropout(model.config))
     method = jaxpeft.LoRA(rank=rank, alpha=16, targets="all-linear")
     params = jaxpeft.rewrite(method, params, jax.random.key(0))
+    jaxpeft.save_adapter(folder, method, params, model)
     trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
     optimizer = optax.adamw(1e-3, weight_decay=0.0)
     step = jax.jit(make_train_step(model, single_label, optimizer, 1), donate_argnums=0)
@@ -98,10 +102,10 @@ def without_dropout(config: Any) -> Any:
     return dataclasses.replace(config, hidden_dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
 
 
-def peft_step(batch: dict[str, np.ndarray[Any, Any]], rank: int, threads: int) -> Callable[[], float]:
-    """Makes the same step of torch `peft`."""
+def peft_step(batch: dict[str, np.ndarray[Any, Any]], threads: int, folder: str) -> Callable[[], float]:
+    """Makes the same step of torch `peft`, from the adapter in `folder`."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import PeftModel
     from transformers import BertForSequenceClassification
 
     from jaxpeft.hub.sources import resolve
@@ -110,8 +114,7 @@ def peft_step(batch: dict[str, np.ndarray[Any, Any]], rank: int, threads: int) -
     base = BertForSequenceClassification.from_pretrained(
         resolve(MODEL).folder, num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-    config = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
-    model: Any = get_peft_model(base, config).train()
+    model: Any = PeftModel.from_pretrained(base, folder, is_trainable=True).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     ids = torch.tensor(batch["input_ids"], dtype=torch.long)
     mask, labels = torch.tensor(batch["attention_mask"]), torch.tensor(batch["labels"], dtype=torch.long)

@@ -20,6 +20,7 @@ from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, Targets, pattern_value, require_patterns
 from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.low_rank import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +111,7 @@ class LoRA(Method):
         x = call.x.astype(y.dtype)
         if "lora_dropout" in leaves and call.dropout_key is not None:
             x = dropout(call.dropout_key(), leaves["lora_dropout"], x)
-        scaled_b = leaves["lora_scale"] * leaves["lora_b"]
-        return y + (x @ leaves["lora_a"].astype(y.dtype)) @ scaled_b.astype(y.dtype)
+        return y + low_rank(x, leaves["lora_a"], leaves["lora_scale"] * leaves["lora_b"])
 
     @staticmethod
     def fold(leaves: Leaves) -> dict[str, Any]:

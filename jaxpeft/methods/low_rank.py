@@ -1,0 +1,54 @@
+r"""The product with a low-rank matrix, `x A B`, and its gradient written for speed.
+
+Differentiating `(x @ a) @ b` by rule gives `B`'s gradient as `(dy^T h)^T`: XLA then copies the large `dy` into transposed
+order, and computes again, element by element in that order, whatever `dy` was fused from. Here each large array is the
+operand that stays as it is, and only the narrow ones are transposed:
+
+    h = x A,    dh = dy B^T,    dA = (dh^T x)^T,    dB = h^T dy,    dx = dh A^T
+
+On a CPU this makes a LoRA step of MiniLM 1.6 times as fast (`python -m benchmarks.lora_cpu`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jaxpeft.lazy import jax, jnp
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+def low_rank(x: Array, a: Array, b: Array) -> Array:
+    """Computes `(x A) B`.
+
+    Args:
+        x: `[..., in]`, floating.
+        a: `[in, r]`; cast to the dtype of `x`, its gradient is summed in its own dtype.
+        b: `[r, out]`, likewise.
+
+    Returns:
+        `[..., out]`, in the dtype of `x`.
+    """
+    product = jax.custom_vjp(lambda x, a, b: _forward(x, a, b)[0])
+    product.defvjp(_forward, _backward)
+    return product(x, a, b)
+
+
+def _forward(x: Array, a: Array, b: Array) -> tuple[Array, Any]:
+    h = x @ a.astype(x.dtype)
+    return h @ b.astype(x.dtype), (x, h, a, b)
+
+
+def _backward(kept: Any, dy: Array) -> tuple[Array, Array, Array]:
+    x, h, a, b = kept
+    dh = dy @ b.astype(dy.dtype).T
+    # without the barrier XLA turns (dh^T x)^T back into x^T dh
+    da_transposed = jax.lax.optimization_barrier(_over_rows(dh, x, a.dtype))
+    return dh @ a.astype(dy.dtype).T, da_transposed.T, _over_rows(h, dy, b.dtype)
+
+
+def _over_rows(narrow: Array, wide: Array, dtype: Any) -> Array:
+    """Computes `narrow^T wide`, summed over all axes but the last: `[..., r]`, `[..., n]` to `[r, n]`."""
+    rows = tuple(range(narrow.ndim - 1))
+    return jax.lax.dot_general(narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.dtype(dtype))
