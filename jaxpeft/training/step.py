@@ -95,9 +95,10 @@ def make_train_step(
         total, weight, sums = whole(state, frozen, batch)
         weight_or_one = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight_or_one, sums)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to the power of an integer step
+            updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": total / weight_or_one, "weight": weight, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": total / weight_or_one, "weight": weight, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
 
     return step
