@@ -13,7 +13,6 @@ Tree = dict[str, Any]
 Path = tuple[str, ...]
 
 LAYER_CONTAINERS = frozenset({"layers", "layer", "h", "block", "blocks"})
-BACKBONES = frozenset({"model", "bert", "roberta", "distilbert", "transformer"})
 _TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 

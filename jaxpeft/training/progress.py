@@ -6,7 +6,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,29 @@ def timed(what: str) -> Generator[None]:
     started = time.perf_counter()
     yield
     _log.info("%s: %.1f s", what, time.perf_counter() - started)
+
+
+@contextmanager
+def rows_shown(kind: str, what: str) -> Generator[Callable[[int, int], None] | None]:
+    """Gives a function `(rows done, rows in all)` that shows a bar, or None where no bar is wanted.
+
+    Args:
+        kind: `auto`, `bar`, `plain` or `off`.
+        what: is being done.
+    """
+    if _resolved(kind) != "bar":
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} rows"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _resolved(kind: str) -> str:
+    if kind != "auto":
+        return kind
+    return "bar" if sys.stderr.isatty() else "plain"
 
 
 def memory_gb() -> float:
@@ -45,8 +68,7 @@ class StepProgress:
     """
 
     def __init__(self, kind: str, name: str, total: int, done: int) -> None:
-        if kind == "auto":
-            kind = "bar" if sys.stderr.isatty() else "plain"
+        kind = _resolved(kind)
         self._kind, self._name, self._total = kind, name, total
         self._started, self._first = time.perf_counter(), done
         self._bar: Progress | None = None

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpeft import data
-from jaxpeft.config.schema import Config, DataConfig, as_dict
+from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.paths import Tree
+from jaxpeft.data import plan
 from jaxpeft.errors import ConfigError, DataError
 from jaxpeft.hub import sources
 from jaxpeft.hub.loading import load
 from jaxpeft.models.base import Pretrained
 from jaxpeft.training.losses import Loss, loss_for
+from jaxpeft.training.progress import rows_shown
 
 _log = logging.getLogger(__name__)
 _KINDS = {
@@ -63,12 +64,11 @@ class Setup:
     identity: Mapping[str, Any]
 
 
-def prepare(config: Config, progress: Callable[[int, int], None] | None = None) -> Setup:
+def prepare(config: Config) -> Setup:
     """Reads tokenizer, rows and weights.
 
     Args:
         config: a checked config.
-        progress: called with rows done and rows in all while they are tokenised.
 
     Raises:
         JaxpeftError: whatever cannot be used, named.
@@ -78,7 +78,7 @@ def prepare(config: Config, progress: Callable[[int, int], None] | None = None) 
     vocab = _vocabulary(model_config, source)
     tokenizer = load_tokenizer(source)
     splits = _examples(config)
-    train, validation, test = (_encode(examples, tokenizer, config.data, vocab, progress) for examples in splits)
+    train, validation, test = (_encode(examples, tokenizer, config, vocab) for examples in splits)
     labels = splits[0].label_names
     model, params = load(
         config.model.path,
@@ -176,34 +176,29 @@ def _rows(path: str, split: str, config: Config) -> data.Rows:
     rows, most = data.read_rows(path, split=split if data.is_hub_id(path) else None), config.data.max_rows
     if most is None or most >= len(rows):
         return rows
-    return rows.take(sorted(np.random.default_rng(config.train.seed).permutation(len(rows))[:most].tolist()))
+    return rows.take(sorted(plan.order(len(rows), config.train.seed)[:most].tolist()))
 
 
 def _split(rows: data.Rows, share: float, seed: int) -> tuple[data.Rows, data.Rows]:
-    order = np.random.default_rng(seed).permutation(len(rows))
+    order = plan.order(len(rows), seed)
     held = max(1, round(share * len(rows)))
     if held >= len(rows):
         raise DataError(f"{rows.name}: {len(rows)} rows are too few to hold out {share:.0%} for validation")
     return rows.take(sorted(order[held:].tolist())), rows.take(sorted(order[:held].tolist()))
 
 
-def _encode(
-    examples: data.Examples,
-    tokenizer: Any,
-    options: DataConfig,
-    vocab: int,
-    progress: Callable[[int, int], None] | None,
-) -> Encoded:
-    text = examples.kind == "text"
-    encoded = data.encode(
-        examples,
-        tokenizer,
-        max_length=options.max_length,
-        vocab_size=vocab,
-        add_bos=text and options.add_bos and tokenizer.bos_token_id is not None,
-        add_eos=text and options.add_eos and tokenizer.eos_token_id is not None,
-        progress=progress,
-    )
+def _encode(examples: data.Examples, tokenizer: Any, config: Config, vocab: int) -> Encoded:
+    text, options = examples.kind == "text", config.data
+    with rows_shown(config.log.progress, f"tokenising {examples.rows.name}") as progress:
+        encoded = data.encode(
+            examples,
+            tokenizer,
+            max_length=options.max_length,
+            vocab_size=vocab,
+            add_bos=text and options.add_bos and tokenizer.bos_token_id is not None,
+            add_eos=text and options.add_eos and tokenizer.eos_token_id is not None,
+            progress=progress,
+        )
     counts = encoded.counts
     cut = f", {counts['truncated']} cut at {options.max_length} tokens" if counts["truncated"] else ""
     _log.info("%s: %d rows, %d tokens%s (%s)", examples.rows.name, counts["rows"], counts["tokens"], cut,

@@ -1,0 +1,40 @@
+"""LoRA on all linear layers of Llama-3.1-8B for following instructions, on one accelerator of 80 GB.
+
+Command:   python -m jaxpeft.train --config configs/llama3_8b_lora.py
+Data:      tatsu-lab/alpaca from the hub, its column `text`; a hundredth of the rows is held out
+Model:     meta-llama/Llama-3.1-8B from the hub, which asks for a login (`hf auth login`); 16 GB as bfloat16
+Hardware:  one GPU or TPU with 80 GB
+Time:      see docs/results.md
+Expected:  see docs/results.md
+
+With less memory: --config.model.remat=full --config.train.accumulation=16
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpeft.config import defaults
+
+
+def get_config() -> ConfigDict:
+    """Gives the options that differ from the defaults."""
+    config = defaults("lora")
+    config.model.path = "meta-llama/Llama-3.1-8B"
+    config.model.task = "causal_lm"
+    config.model.dtype = "bfloat16"
+    config.model.scan_layers = True
+    config.model.remat = "attention"
+    config.method.rank = 16
+    config.method.alpha = 32
+    config.data.train = "tatsu-lab/alpaca"
+    config.data.text_column = "text"
+    config.data.validation_share = 0.01
+    config.data.max_length = 512
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_ratio = 0.03
+    config.train.epochs = 1
+    config.train.batch_size = 32
+    config.train.accumulation = 4
+    config.evaluation.every_steps = 200
+    config.evaluation.batch_size = 8
+    return config

