@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     try:
         config, workdir, path = parse_arguments(argv)
         if FLAGS.validate:
-            logging.getLogger(__name__).info("%s is valid", path)
+            logging.getLogger("jaxpeft").info("%s is valid", path)
             return 0
         return _run(config, workdir)
     except JaxpeftError as error:

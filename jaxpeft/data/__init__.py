@@ -9,6 +9,7 @@ from jaxpeft.data.columns import Columns
 from jaxpeft.data.encode import encode, pad_id
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.examples import Examples, make_examples
+from jaxpeft.data.holdout import hold_out, hold_out_text
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "choose_lengths",
     "encode",
     "eval_batches",
+    "hold_out",
+    "hold_out_text",
     "is_hub_id",
     "make_examples",
     "pad_id",

@@ -101,8 +101,7 @@ def _finish(setup: Setup, before: Mapping[str, float], results: Mapping[str, Res
         share = result.trainable_parameters / result.total_parameters
         rows.append(f"  {name:<18}{result.test[metric]:>9.4f}   {share:>8.3%} trained   {result.seconds:>6.1f} s")
     _log.info("\ntest %s\n%s\n\nin %s: %s", metric, "\n".join(rows), workdir, ", ".join(left))
-    _log.info("next: try another rank, --config.method.rank=16 --workdir %s_rank16, or the adapter:\n%s",
-              workdir, _usage(setup, workdir))  # fmt: skip
+    _log.info("next, use the adapter:\n%s", _usage(setup, workdir))
 
 
 def _usage(setup: Setup, workdir: Path) -> str:

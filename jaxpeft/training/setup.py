@@ -78,7 +78,8 @@ def prepare(config: Config) -> Setup:
     vocab = _vocabulary(model_config, source)
     tokenizer = load_tokenizer(source)
     splits = _examples(config)
-    train, validation, test = (_encode(examples, tokenizer, config, vocab) for examples in splits)
+    train, validation = (_encode(examples, tokenizer, config, vocab) for examples in splits[:2])
+    test = _encode(splits[2], tokenizer, config, vocab) if splits[2] is not splits[1] else validation
     labels = splits[0].label_names
     model, params = load(
         config.model.path,
@@ -161,7 +162,9 @@ def _examples(config: Config) -> tuple[data.Examples, data.Examples, data.Exampl
     problem = None if options.problem == "auto" else options.problem
     rows = _rows(options.train, "train", config)
     if not options.validation:
-        rows, held_out = _split(rows, options.validation_share, config.train.seed)
+        share, seed = options.validation_share, config.train.seed
+        text = kind == "text"
+        rows, held_out = data.hold_out_text(rows, share, seed, columns) if text else data.hold_out(rows, share, seed)
     else:
         held_out = _rows(options.validation, "validation", config)
     train = data.make_examples(rows, kind=kind, problem=problem, columns=columns)  # pyright: ignore[reportArgumentType]
@@ -177,14 +180,6 @@ def _rows(path: str, split: str, config: Config) -> data.Rows:
     if most is None or most >= len(rows):
         return rows
     return rows.take(sorted(plan.order(len(rows), config.train.seed)[:most].tolist()))
-
-
-def _split(rows: data.Rows, share: float, seed: int) -> tuple[data.Rows, data.Rows]:
-    order = plan.order(len(rows), seed)
-    held = max(1, round(share * len(rows)))
-    if held >= len(rows):
-        raise DataError(f"{rows.name}: {len(rows)} rows are too few to hold out {share:.0%} for validation")
-    return rows.take(sorted(order[held:].tolist())), rows.take(sorted(order[:held].tolist()))
 
 
 def _encode(examples: data.Examples, tokenizer: Any, config: Config, vocab: int) -> Encoded:

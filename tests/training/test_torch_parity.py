@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tests.models.conftest import tiny_config
 
 import jaxpeft
 from jaxpeft.config.schema import OptimizerConfig
 from jaxpeft.training import losses, optimizers
 from jaxpeft.training.step import init_state, make_train_step
+from tests.models.conftest import tiny_config
 
 STEPS, ROWS, LENGTH, LABELS = 50, 8, 12, 4
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -34,9 +34,7 @@ def batches(task: str) -> list[dict[str, np.ndarray[Any, Any]]]:
         ids = np.where(mask == 1, ids, 1).astype(np.int32)
         labels = np.where(mask == 1, ids, -100) if task == "causal_lm" else ids[:, 1] % LABELS
         weights = np.ones(ROWS, np.float32)
-        out.append(
-            {"input_ids": ids, "attention_mask": mask, "labels": labels.astype(np.int32), "weights": weights}
-        )
+        out.append({"input_ids": ids, "attention_mask": mask, "labels": labels.astype(np.int32), "weights": weights})
     return out * (STEPS // 5)
 
 
