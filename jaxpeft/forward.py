@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core.interception import interceptor
@@ -31,7 +32,7 @@ def apply(
     Args:
         model: what `load` gave.
         params: its parameters, rewritten or not.
-        input_ids: `[batch, length]`, integer token ids.
+        input_ids: `[batch, length]`, integer token ids; an array or nested lists.
         attention_mask: `[batch, length]`, 1 for a token and 0 for padding; None for no padding.
         rngs: `{"dropout": key}` makes this a training call; None computes without dropout.
         **kw: further inputs of the model, such as `token_type_ids`, `position_ids`, `segment_ids`.
@@ -41,22 +42,33 @@ def apply(
         `[batch, length, num_labels]` (token_classification); or hidden states `[batch, length, d]` (encoder).
 
     Raises:
-        DataError: concrete token ids lie outside the vocabulary, which an embedding look-up would not notice.
+        DataError: the shapes are not `[batch, length]`, or concrete token ids lie outside the vocabulary, which an
+            embedding look-up would not notice.
     """
-    _check_ids(model, input_ids)
-    arguments = (input_ids,) if attention_mask is None else (input_ids, attention_mask)
+    ids = _checked_ids(model, input_ids)
+    arguments = (ids,) if attention_mask is None else (ids, _checked_mask(attention_mask, ids))
     with nn.intercept_methods(_intercept):
         return model.apply({"params": params}, *arguments, rngs=dict(rngs) if rngs else None, **kw)
 
 
-def _check_ids(model: nn.Module, input_ids: Any) -> None:
-    vocab = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocab is None or isinstance(input_ids, jax.core.Tracer) or np.size(input_ids) == 0:
-        return
+def _checked_ids(model: nn.Module, input_ids: Any) -> Any:
+    if isinstance(input_ids, jax.core.Tracer):
+        return input_ids
     ids = np.asarray(input_ids)
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise DataError(f"input_ids: must be integers, are {ids.dtype}")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab:
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"input_ids: must be integers [batch, length], are {ids.dtype} {list(ids.shape)}")
+    vocab = getattr(getattr(model, "config", None), "vocab_size", None)
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if vocab is not None and (low < 0 or high >= vocab):
         wrong = low if low < 0 else high
         raise DataError(f"input_ids: {wrong} is outside the vocabulary of {vocab}; is this the model's own tokenizer?")
+    return input_ids if isinstance(input_ids, jax.Array) else jnp.asarray(ids, jnp.int32)
+
+
+def _checked_mask(attention_mask: Any, ids: Any) -> Any:
+    mask = attention_mask if isinstance(attention_mask, jax.Array) else jnp.asarray(np.asarray(attention_mask))
+    if mask.shape != ids.shape:
+        raise DataError(
+            f"attention_mask: has shape {list(mask.shape)}, input_ids has {list(ids.shape)}; they must be equal"
+        )
+    return mask

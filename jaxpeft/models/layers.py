@@ -99,7 +99,7 @@ def allowed(attention_mask: Array | None, segment_ids: Array | None, length: int
     """
     parts: list[Array] = []
     if attention_mask is not None:
-        parts.append(attention_mask[:, None, None, :] != 0)
+        parts.append(attention_mask.astype(bool)[:, None, None, :])
     if segment_ids is not None:
         parts.append((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None])
     if causal:

@@ -1,0 +1,64 @@
+"""The data set inside the package: enough rows, no near-duplicates, the same labels in every split."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from itertools import combinations
+
+import pytest
+
+from jaxpeft.data import make_examples, read_rows
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[tuple[str, str]]]:
+    read = {split: read_rows(f"package:support_tickets/{split}") for split in SPLITS}
+    return {split: [(r["text"], r["label"]) for r in part.records] for split, part in read.items()}
+
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def grams(text: str) -> frozenset[str]:
+    plain = re.sub(r"[^a-z0-9 ]", "", text.lower())
+    return frozenset(plain[i : i + 5] for i in range(max(1, len(plain) - 4)))
+
+
+def test_there_are_a_thousand_rows_of_twelve_labels_in_three_splits(rows: dict[str, list[tuple[str, str]]]) -> None:
+    assert sum(map(len, rows.values())) >= 1000
+    labels = {split: Counter(label for _, label in part) for split, part in rows.items()}
+    assert len(labels["train"]) == 12
+    for split in SPLITS:
+        assert labels[split].keys() == labels["train"].keys()
+        assert min(labels[split].values()) >= 5
+
+
+def test_no_two_rows_are_nearly_the_same(rows: dict[str, list[tuple[str, str]]]) -> None:
+    texts = [text for split in SPLITS for text, _ in rows[split]]
+    for shared, most in ((words, 0.6), (grams, 0.5)):
+        parts = [shared(text) for text in texts]
+        near = [
+            (texts[i], texts[j])
+            for (i, a), (j, b) in combinations(enumerate(parts), 2)
+            if len(a & b) >= most * (len(a) + len(b) - len(a & b))
+        ]
+        assert not near
+
+
+def test_the_rows_are_plain_text_without_addresses(rows: dict[str, list[tuple[str, str]]]) -> None:
+    for part in rows.values():
+        for text, _ in part:
+            assert text == " ".join(text.split())
+            assert "@" not in text
+            assert 2 <= len(text.split()) <= 80
+
+
+def test_the_labels_get_the_same_ids_in_every_split() -> None:
+    train = make_examples(read_rows("package:support_tickets/train"), kind="classification")
+    test = make_examples(read_rows("package:support_tickets/test"), kind="classification", like=train)
+    assert train.num_labels == 12
+    assert train.label_names == test.label_names
