@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -11,9 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
+import jaxpeft
 from jaxpeft.core import paths
+from jaxpeft.core.rewriting import trainable_mask
+from jaxpeft.errors import AdapterError
+from jaxpeft.methods.lora import LoRA
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
@@ -74,13 +80,96 @@ def assert_bit_equal(a: Any, b: Any) -> None:
         assert one.tobytes() == other.tobytes(), path
 
 
-def perturbed(params: Any, mask: Any, seed: int = 0) -> Any:
-    """Adds noise to the leaves that are trained, as training would; what is exactly zero padding must be put back."""
-    rng = np.random.default_rng(seed)
+def trained(method: Any, params: Any, seed: int = 0) -> Any:
+    """Adds noise to the leaves that are trained, as training would; zero padding stays zero, as it does in training."""
+    mask, rng = trainable_mask(method, params), np.random.default_rng(seed)
 
     def change(path: tuple[str, ...], leaf: Any) -> Any:
         if not paths.get(mask, path):
             return leaf
-        return leaf + jax.numpy.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
+        noise = 0.2 * rng.standard_normal(leaf.shape)
+        if path[-1] in ("lora_a", "lora_b"):
+            used = np.any(np.asarray(paths.get(params, path[:-1])["lora_a"]) != 0, axis=-2)
+            noise = noise * (used[..., None, :] if path[-1] == "lora_a" else used[..., None])
+        return leaf + jax.numpy.asarray(noise, leaf.dtype)
 
     return paths.map_with_path(change, params)
+
+
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
+METHOD = LoRA(rank=4, alpha=6.0, targets=("query", "value"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A trained adapter on disk, and what it was made from."""
+
+    folder: Path
+    model: Any
+    base: Any
+    params: Any
+
+    def load(self, **options: Any) -> Any:
+        """Loads it onto the base that it was made from, or onto one loaded anew with these options."""
+        model, params = self.model, self.base
+        if options:
+            given = {"task": "sequence_classification", "dtype": jax.numpy.float32} | options
+            model, params = jaxpeft.load(given.pop("base", self.model.source.folder), **given)
+        return jaxpeft.load_adapter(self.folder, model, params)
+
+    def problems(self, **options: Any) -> list[str]:
+        """Gives why it is refused."""
+        with pytest.raises(AdapterError) as caught:
+            self.load(**options)
+        return list(caught.value.problems)
+
+    def edit(self, change: Callable[[Tensors], Any]) -> None:
+        """Changes its tensors in place."""
+        file = self.folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    def config(self, **values: Any) -> None:
+        """Changes its adapter_config.json in place."""
+        edit_json(self.folder / "adapter_config.json", lambda config: config.update(values))
+
+
+# ---------------------------------------------------------------------------------------------------------------- peft
+
+_CLASSES = {
+    "causal_lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
+    "sequence_classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "token_classification": ("AutoModelForTokenClassification", "TOKEN_CLS"),
+    "encoder": ("AutoModel", "FEATURE_EXTRACTION"),
+}
+
+
+def torch_base(folder: Path, task: str) -> Any:
+    """Loads a fresh torch model: peft changes the one that it is given."""
+    import transformers
+
+    return getattr(transformers, _CLASSES[task][0]).from_pretrained(folder).eval()
+
+
+def peft_load(folder: Path, task: str, adapter: Path) -> Any:
+    """Loads an adapter folder with the real peft."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(torch_base(folder, task), adapter).eval()
+
+
+def peft_save(folder: Path, task: str, adapter: Path, **options: Any) -> Any:
+    """Makes an adapter with the real peft, trained leaves random, and saves it; gives the torch model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    options = {"task_type": _CLASSES[task][1], **options}
+    model = get_peft_model(torch_base(folder, task), LoraConfig(**options)).eval()
+    with torch.no_grad():
+        for leaf in model.parameters():
+            if leaf.requires_grad:
+                leaf.add_(0.2 * torch.randn_like(leaf))
+    model.save_pretrained(adapter)
+    return model

@@ -1,0 +1,186 @@
+"""A run interrupted after any step and started again is the uninterrupted run, bit for bit; another run is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxpeft.checkpoint.manager import Checkpoints
+from jaxpeft.config.schema import Config
+from jaxpeft.errors import CheckpointError, ConfigError
+from jaxpeft.training import job, loop
+from jaxpeft.training.records import read_lines
+from jaxpeft.training.signals import Stopped, StopRequest
+
+MakeConfig = Callable[..., Config]
+STEPS = 6
+OPTIONS: dict[str, Any] = {
+    "method": "lora", "train__steps": STEPS, "train__accumulation": 2, "evaluation__every_steps": 2,
+    "checkpoint__every_steps": 2,
+}  # fmt: skip
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(make_config: MakeConfig) -> Config:
+    """A run with dropout (the model's and LoRA's), accumulation, evaluations and several checkpoints."""
+    made = make_config(**OPTIONS)
+    return dataclasses.replace(made, method=dataclasses.replace(made.method, dropout=0.1))  # type: ignore[call-arg]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
+    """Makes the next run stop, as SIGTERM would, after so many steps."""
+    fit = loop.Run._train
+
+    def train(self: Any, compiled: Any) -> None:
+        def check() -> None:
+            if step is not None and self.step >= step:
+                raise Stopped(15)
+
+        self.stop.raise_if_requested = check
+        fit(self, compiled)
+
+    monkeypatch.setattr(loop.Run, "_train", train)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """Reads the newest checkpoint, as plain arrays by path."""
+    import orbax.checkpoint as ocp
+
+    newest = max((p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    tree = ocp.StandardCheckpointer().restore(newest / "state")
+    leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {"step": int(newest.name), **leaves}
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    timing = {"tokens_per_second", "model_flops_per_second"}
+    lines = [{k: v for k, v in line.items() if k not in timing} for line in read_lines(folder / "metrics.jsonl")]
+    return [line for line in lines if len(line) > 1]
+
+
+def test_interrupted_after_any_step_it_is_bit_equal(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = job.run(config, tmp_path / "whole")["lora"]
+    for step in range(STEPS):
+        folder = tmp_path / f"stopped{step}"
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(Stopped):
+                job.run(config, folder)
+        again = job.run(config, folder)["lora"]
+        jax.tree.map(np.testing.assert_array_equal, again.trainable, whole.trainable)
+        assert (again.test, again.best_step, again.steps) == (whole.test, whole.best_step, STEPS)
+        ours, theirs = state_of(folder), state_of(tmp_path / "whole")
+        assert ours.keys() == theirs.keys()
+        assert any("optimizer" in name or "[2]" in name for name in ours)
+        for name, value in theirs.items():
+            np.testing.assert_array_equal(ours[name], value, err_msg=f"stopped at {step}: {name}")
+        assert figures(folder) == figures(tmp_path / "whole")
+
+
+def test_a_finished_run_started_again_gives_its_result_without_training(config: Config, tmp_path: Path) -> None:
+    first = job.run(config, tmp_path / "run")["lora"]
+    again = job.run(config, tmp_path / "run")["lora"]
+    assert again.test == first.test
+    jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
+    assert figures(tmp_path / "run").count(figures(tmp_path / "run")[0]) == 1
+
+
+def test_the_checkpoint_holds_no_base_weight(config: Config, tmp_path: Path) -> None:
+    job.run(config, tmp_path / "run")
+    held = state_of(tmp_path / "run")
+    assert any("lora_a" in name for name in held)
+    assert not any("embeddings" in name or ("kernel" in name and "classifier" not in name) for name in held)
+    resolved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert resolved["method"] == {"name": "lora", **resolved["method"]}
+    assert resolved["method"]["dropout"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        ({"method": {"rank": 4}}, r"config.method.rank: was 8, is 4"),
+        ({"method": {"rank": 4}}, r"tree.*lora_a: was 'float32\[32, 8\]', is 'float32\[32, 4\]'"),
+        ({"train": {"seed": 5}}, r"config.train.seed: was 0, is 5"),
+        ({"optimizer": {"learning_rate": 1.0}}, r"config.optimizer.learning_rate: was 0.01, is 1.0"),
+        ({"data": {"max_length": 14}}, r"config.data.max_length: was 16, is 14"),
+    ],
+)
+def test_a_changed_run_is_refused_field_by_field(
+    config: Config, tmp_path: Path, change: dict[str, Any], row: str
+) -> None:
+    job.run(config, tmp_path / "run")
+    before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    ((section, values),) = change.items()
+    changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+    with pytest.raises(ConfigError, match="holds step 6 of another run.*give another --workdir") as caught:
+        job.run(changed, tmp_path / "run")
+    assert re.search(row, "\n".join(caught.value.problems))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
+
+
+def test_changed_rows_and_a_changed_base_are_refused(config: Config, tmp_path: Path) -> None:
+    job.run(config, tmp_path / "run")
+    rows = Path(config.data.train)
+    original = rows.read_text()
+    rows.write_text(original.replace("word30", "word31"))
+    with pytest.raises(ConfigError, match=r"data.train: was '[0-9a-f]{64}', is '[0-9a-f]{64}'"):
+        job.run(config, tmp_path / "run")
+    rows.write_text(original)
+
+    base = tmp_path / "base"
+    shutil.copytree(config.model.path, base)
+    tensors = load_file(base / "model.safetensors")
+    first = sorted(tensors)[0]
+    tensors[first] = tensors[first] + np.float32(1e-3)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    moved = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(base)))
+    with pytest.raises(ConfigError, match=r"base.sha256: was '[0-9a-f]{64}', is '[0-9a-f]{64}'"):
+        job.run(moved, tmp_path / "run")
+
+
+def test_what_only_logs_may_change_on_resume(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Stopped):
+            job.run(config, tmp_path / "run")
+    chattier = dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=2))
+    assert job.run(chattier, tmp_path / "run")["lora"].steps == STEPS
+
+
+def test_files_that_cannot_be_read_are_named_with_what_to_do(config: Config, tmp_path: Path) -> None:
+    job.run(config, tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / "6" / "meta").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"{")
+    manager = Checkpoints(tmp_path / "run" / "checkpoints", 2)
+    with pytest.raises(CheckpointError, match=r"checkpoints/6: cannot be read .*remove this folder to resume"):
+        manager.read_meta(6)
+    manager.close()
+
+
+def test_a_signal_is_noted_and_a_second_acts_as_usual() -> None:
+    import os
+    import signal
+
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped) as caught:
+            stop.raise_if_requested()
+        assert caught.value.exit_code == 143
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

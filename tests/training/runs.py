@@ -1,0 +1,101 @@
+"""What the tests of whole runs share: tiny model folders with a tokenizer, rows to train on, and configs of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.models.conftest import tiny_config
+
+from jaxpeft.config import defaults
+from jaxpeft.config.files import parse_config
+from jaxpeft.config.schema import Config
+
+WORDS = [f"word{i}" for i in range(60)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LABELS = ("red", "green", "blue")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer that knows `WORDS`, one token each."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        bos_token="[CLS]", eos_token="[SEP]", model_max_length=40,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Folders of a tiny BERT and a tiny Llama, each with a tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    folders: dict[str, Path] = {}
+    for kind, loader in (("bert", AutoModel), ("llama", AutoModelForCausalLM)):
+        torch.manual_seed(0)
+        values = tiny_config(kind)
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        loader.from_config(config).float().save_pretrained(folders[kind])
+        write_tokenizer(folders[kind])
+    return folders
+
+
+def write_rows(path: Path, kind: str, n: int = 60) -> Path:
+    """Writes rows whose first word tells the label."""
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for i in range(n):
+        label = i % len(LABELS)
+        text = " ".join([WORDS[label], *rng.choice(WORDS[3:], rng.integers(2, 12))])
+        values: dict[str, dict[str, Any]] = {
+            "single": {"text": text, "label": LABELS[label]},
+            "pair": {"sentence1": text, "sentence2": WORDS[label], "label": LABELS[label]},
+            "regression": {"text": text, "label": float(label)},
+            "text": {"text": text},
+        }
+        rows.append(values[kind])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def make_config(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Config]:
+    """Makes the config of a short run; options by `section__option=value`."""
+
+    def make(kind: str = "single", method: str = "lora", **options: Any) -> Config:
+        values = defaults(method).to_dict()
+        text = kind == "text"
+        values["model"] |= {"path": str(tiny_models["llama" if text else "bert"])}
+        values["model"]["task"] = "causal_lm" if text else "sequence_classification"
+        values["data"] |= {"train": str(write_rows(tmp_path / f"{kind}.jsonl", kind)), "max_length": 16}
+        values["data"]["validation_share"] = 0.2
+        values["train"] |= {"steps": 6, "batch_size": 8}
+        values["optimizer"] |= {"learning_rate": 1e-2, "warmup_steps": 2}
+        values["log"] |= {"every_steps": 1, "tensorboard": False, "plot": False, "progress": "off"}
+        for name, value in options.items():
+            section, _, option = name.partition("__")
+            if option:
+                values[section][option] = value
+            else:
+                values[section] = value
+        config, problems = parse_config(values)
+        assert not problems
+        assert config is not None
+        return config
+
+    return make

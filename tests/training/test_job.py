@@ -1,0 +1,115 @@
+"""Whole runs on tiny models: what they leave behind, and that options are obeyed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxpeft
+from jaxpeft.config.schema import Config
+from jaxpeft.errors import ConfigError, TrainingError
+from jaxpeft.training import job
+from jaxpeft.training.records import read_lines
+
+MakeConfig = Callable[..., Config]
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(
+        train__steps=60, baselines=["head"], log__tensorboard=True, log__plot=True, log__progress="plain",
+            optimizer__head_learning_rate=0.1,
+    )
+    results = job.run(config, tmp_path / "run")
+    assert list(results) == ["head", "lora"]
+    run = tmp_path / "run"
+    for name in ("config.json", "metrics.jsonl", "summary.json", "curves.png", "adapter/adapter_config.json",
+                 "adapter/adapter_model.safetensors", "head/metrics.jsonl", "head/adapter/jaxpeft.json"):  # fmt: skip
+        assert (run / name).is_file(), name
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.*"))
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["before"]["accuracy"] < 0.7
+    assert summary["methods"]["lora"]["test"]["accuracy"] > 0.9
+    assert results["lora"].test["accuracy"] == summary["methods"]["lora"]["test"]["accuracy"]
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
+    assert lines[-1].keys() >= {"test/accuracy", "test/f1_macro", "test/mcc"}
+
+
+def test_the_saved_adapter_gives_the_numbers_of_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(train__steps=10)
+    result = job.run(config, tmp_path / "run")["lora"]
+    model, base = jaxpeft.load(config.model.path, task="sequence_classification", num_labels=3)
+    _, params = jaxpeft.load_adapter(tmp_path / "run" / "adapter", model, base)
+    jax.tree.map(np.testing.assert_array_equal, params, result.params)
+
+
+def test_the_best_step_is_kept_not_the_last(make_config: MakeConfig, tmp_path: Path) -> None:
+    # a rate so high that later steps are worse
+    config = make_config(
+        train__steps=12, evaluation__every_steps=1, optimizer__learning_rate=3.0, evaluation__metric="loss"
+    )
+    result = job.run(config, tmp_path / "run")["lora"]
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    by_step = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+    assert result.best_step == min(by_step, key=lambda step: by_step[step]) < 12
+    assert math.isclose(result.test["loss"], by_step[result.best_step], rel_tol=1e-6)
+
+
+def test_patience_stops_early(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(
+        train__steps=50, evaluation__every_steps=1, optimizer__learning_rate=3.0, evaluation__patience=3
+    )
+    result = job.run(config, tmp_path / "run")["lora"]
+    assert result.steps == result.best_step + 3 < 50
+    again = job.run(config, tmp_path / "run")["lora"]  # and stays stopped
+    assert (again.steps, again.test) == (result.steps, result.test)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "figure"),
+    [
+        ("pair", {}, "accuracy"),
+        ("regression", {"data__problem": "regression"}, "pearson"),
+        ("text", {}, "perplexity"),
+        ("single", {"method": "bitfit"}, "accuracy"),
+        ("single", {"method": "full", "model__scan_layers": True, "model__remat": "full"}, "accuracy"),
+        ("text", {"train__accumulation": 4, "model__compute_dtype": "bfloat16"}, "loss"),
+    ],
+)
+def test_every_kind_of_data_and_method_runs(
+    make_config: MakeConfig, tmp_path: Path, kind: str, options: dict[str, Any], figure: str
+) -> None:
+    method = options.pop("method", "lora")
+    result = job.run(make_config(kind, method, **options), tmp_path / "run")[method]
+    assert math.isfinite(result.test[figure])
+
+
+def test_a_run_that_blows_up_stops_with_the_step_and_a_way_out(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(
+        "regression", "full", data__problem="regression", optimizer__learning_rate=1e30, optimizer__clip_norm=None,
+        optimizer__name="sgd", optimizer__schedule="constant", train__steps=40,
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match=r"step \d+: loss is (nan|inf).*lower optimizer.learning_rate"):
+        job.run(config, tmp_path / "run")
+
+
+def test_a_metric_that_is_not_computed_is_named_with_those_that_are(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(evaluation__metric="accurcy")
+    with pytest.raises((ConfigError, TrainingError), match=r"evaluation.metric: 'accurcy'.*accuracy"):
+        job.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # before anything was trained
+
+
+def test_weights_and_biases_that_is_not_installed_is_refused_first(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"log.wandb: project 'mine' asks for the package wandb"):
+        job.run(make_config(log__wandb="mine"), tmp_path / "run")
