@@ -12,6 +12,15 @@ from jaxpeft.errors import ConfigError, DataError
 Problem = Literal["single_label", "multi_label", "regression", "token"]
 Metrics = dict[str, float]
 
+FIGURES: dict[str, tuple[str, ...]] = {
+    "single_label": ("accuracy", "f1_macro", "mcc"),
+    "multi_label": ("f1_micro", "f1_macro", "accuracy"),
+    "regression": ("pearson", "spearman", "mse"),
+    "token": ("f1", "accuracy"),
+    "lm": ("perplexity",),
+}
+"""The metrics of each kind of problem, beside `loss`; two classes have `f1` as well."""
+
 IGNORED = -100
 # exp(700) is about 1e304: the loss beyond which a perplexity would be infinite, which JSON cannot hold.
 _LARGEST_EXPONENT = 700.0

@@ -13,7 +13,8 @@ from jaxpeft import data
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.paths import Tree
 from jaxpeft.data import plan
-from jaxpeft.errors import ConfigError, DataError
+from jaxpeft.errors import ConfigError, DataError, nearest
+from jaxpeft.evaluation.metrics import FIGURES
 from jaxpeft.hub import sources
 from jaxpeft.hub.loading import load
 from jaxpeft.models.base import Pretrained
@@ -78,6 +79,8 @@ def prepare(config: Config) -> Setup:
     vocab = _vocabulary(model_config, source)
     tokenizer = load_tokenizer(source)
     splits = _examples(config)
+    problem = _problem(splits[0])
+    _check_metric(config.evaluation.metric, problem, splits[0].num_labels)
     train, validation = (_encode(examples, tokenizer, config, vocab) for examples in splits[:2])
     test = _encode(splits[2], tokenizer, config, vocab) if splits[2] is not splits[1] else validation
     labels = splits[0].label_names
@@ -111,7 +114,7 @@ def prepare(config: Config) -> Setup:
         steps=config.train.steps or max(1, round((config.train.epochs or 0) * batches.steps_per_epoch)),
         pad_id=pad,
         labels=labels,
-        problem={"text": "lm", "token_classification": "token"}.get(train.kind, str(train.problem)),
+        problem=problem,
         identity={
             "config": as_dict(config),
             "base": {"sha256": sources.fingerprint(source)},
@@ -149,6 +152,18 @@ def _check_positions(model: Pretrained, length: int) -> None:
     if most is not None and length > most:
         raise ConfigError(
             f"data.max_length: rows of {length} tokens, the model has {most} positions; set it to {most} or less"
+        )
+
+
+def _problem(examples: data.Examples) -> str:
+    return {"text": "lm", "token_classification": "token"}.get(examples.kind, str(examples.problem))
+
+
+def _check_metric(metric: str | None, problem: str, labels: int) -> None:
+    known = ("loss", *FIGURES[problem], *(("f1",) if problem == "single_label" and labels == 2 else ()))
+    if metric is not None and metric not in known:
+        raise ConfigError(
+            f"evaluation.metric: {metric!r} is not a figure of this data{nearest(metric, known)} (known: {', '.join(known)})"
         )
 
 

@@ -151,9 +151,7 @@ def test_changed_rows_and_a_changed_base_are_refused(config: Config, tmp_path: P
         job.run(moved, tmp_path / "run")
 
 
-def test_what_only_logs_may_change_on_resume(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_only_logs_may_change_on_resume(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         with pytest.raises(Stopped):

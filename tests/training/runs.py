@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.models.conftest import tiny_config
 
 from jaxpeft.config import defaults
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config
+from tests.models.conftest import tiny_config
 
 WORDS = [f"word{i}" for i in range(60)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

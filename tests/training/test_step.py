@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.models.conftest import tiny_config
 
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.models.base import REMAT_POLICIES, Options
 from jaxpeft.training.losses import causal_lm
 from jaxpeft.training.step import TrainState, init_state, make_loss_sum, make_train_step
+from tests.models.conftest import tiny_config
 
 ROWS, LENGTH = 8, 12
 WIDE = {"hidden_size": 64, "intermediate_size": 160}

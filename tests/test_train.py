@@ -1,0 +1,201 @@
+"""The command line: every problem at once, exit codes, early and without JAX; signals save."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxpeft import train
+from jaxpeft.training.records import read_lines
+from tests.training.runs import tiny_models, write_rows
+
+__all__ = ["tiny_models"]
+GOOD = """
+from jaxpeft.config import defaults
+
+def get_config():
+    config = defaults("lora")
+    config.model.path = {model!r}
+    config.model.task = "sequence_classification"
+    config.data.train = {rows!r}
+    config.data.max_length = 16
+    config.data.validation_share = 0.2
+    config.train.steps = {steps}
+    config.train.batch_size = 8
+    config.log.every_steps = 1
+    return config
+"""
+
+
+def run(*arguments: str, wrapper: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command; `wrapper` is Python to run in its place."""
+    command = [sys.executable, "-m", "jaxpeft.train"] if wrapper is None else [sys.executable, "-c", wrapper]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Path:
+    file = tmp_path / "mine.py"
+    rows = write_rows(tmp_path / "rows.jsonl", "single", 100)
+    file.write_text(GOOD.format(model=str(tiny_models["bert"]), rows=str(rows), steps=400))
+    return file
+
+
+WRONG = (
+    "--config.train.batchsize=8", "--config.optimizer.learning_rate=fast", "--config.method.rank=0",
+    "--config.train.epochs=3", "--config.method.dropout=1.5", "--config.model.task=classify",
+)  # fmt: skip
+
+
+def test_every_problem_at_once_with_exit_code_2_in_two_seconds_and_without_jax(config_file: Path) -> None:
+    check = (
+        "import sys; from jaxpeft.train import main; code = main(sys.argv[1:]); "
+        "loaded = [m for m in ('jax', 'flax', 'torch', 'transformers') if m in sys.modules]; "
+        "print('LOADED', loaded); sys.exit(code)"
+    )
+    started = time.perf_counter()
+    done = run("--config", str(config_file), *WRONG, wrapper=check)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 2
+    assert "LOADED []" in done.stdout
+    for text in (
+        "6 problems",
+        "config.train.batchsize: no such option; did you mean",
+        "config.optimizer.learning_rate: must be a number, is 'fast' (str)",
+        "config.method.rank: must be at least 1, is 0",
+        "config.train.steps: 400 and epochs 3.0 exclude each other",
+        "config.method.dropout: must be below 1, is 1.5",
+        "config.model.task: must be one of",
+    ):
+        assert text in done.stderr, text
+    assert "Traceback" not in done.stderr
+    assert seconds < 2, seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((), "--config: is not given; try --config configs/quickstart.py"),
+        (("--config", "configs/quikstart.py"), "no such file; did you mean configs/quickstart.py"),
+        (("--confg", "x.py"), "Unknown command line flag 'confg'"),
+        (("--config", "configs/quickstart.py", "stray"), "'stray': not an option"),
+        (("--config", "configs/quickstart.py", "--config.method.name=lorra"), "'lorra' is not a method; did you mean"),
+        (("--config", "configs/quickstart.py", "--workdir", "/proc/nowhere"), "--workdir /proc/nowhere: cannot be"),
+        (("--config", "configs/quickstart.py", "--config.model"), "config.model"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert train.main(list(arguments)) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("def get_config(:\n", ":1: SyntaxError"),
+        ("import nothing_like_it\n", ":1: ModuleNotFoundError"),
+        ("x = 1\n", "get_config"),
+        ("def get_config():\n    return 3\n", "must return a ConfigDict, returns a int"),
+        ("from jaxpeft.config import defaults\ndef get_config():\n    c = defaults()\n    c.trian.steps = 3\n    return c\n",
+         ":4: AttributeError"),
+    ],
+)  # fmt: skip
+def test_a_broken_config_file_is_named_with_the_line(
+    content: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.py").write_text(content)
+    assert train.main(["--config", str(tmp_path / "broken.py")]) == 2
+    assert f"{tmp_path}/broken.py" in (error := capsys.readouterr().err)
+    assert text in error
+
+
+def test_overrides_are_read_as_their_options_types(config_file: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.optimizer.learning_rate=1e-3",
+        "--config.method.targets=query,value", "--config.optimizer.clip_norm", "None", "--config.method.rslora=true",
+        "--config.method.rank_pattern={'query': 2}", "--config.data.lengths=8,16", "--config.baselines=head",
+    ]  # fmt: skip
+    config, workdir, _ = train.parse_arguments(arguments)
+    assert workdir == tmp_path / "run"
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.optimizer.clip_norm is None
+    assert config.method.targets == ("query", "value")  # type: ignore[attr-defined]
+    assert config.method.rslora is True  # type: ignore[attr-defined]
+    assert config.method.rank_pattern == {"query": 2}  # type: ignore[attr-defined]
+    assert config.data.lengths == (8, 16)
+    assert config.baselines == ("head",)
+
+
+def test_another_method_on_the_command_line_takes_its_own_options(config_file: Path) -> None:
+    config, _, _ = train.parse_arguments(["--config", str(config_file), "--config.method.name=full"])
+    assert config.method.name == "full"
+
+
+def test_validate_stops_after_the_check(config_file: Path, tmp_path: Path) -> None:
+    done = run("--config", str(config_file), "--workdir", str(tmp_path / "run"), "--validate")
+    assert done.returncode == 0
+    assert "mine.py is valid" in done.stderr
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_missing_rows_are_told_in_one_line_and_a_traceback_only_if_asked(config_file: Path, tmp_path: Path) -> None:
+    arguments = ("--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.data.train=gone.jsonl")
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "gone.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in run(*arguments, "--traceback").stderr
+
+
+def stopped_by(signum: int, config_file: Path, workdir: Path) -> subprocess.Popen[str]:
+    """Runs until a few steps are done, and sends the signal."""
+    command = [sys.executable, "-m", "jaxpeft.train", "--config", str(config_file), "--workdir", str(workdir)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 20/" in line:
+            os.kill(process.pid, signum)
+            break
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
+    signum: int, code: int, config_file: Path, tmp_path: Path
+) -> None:
+    process = stopped_by(signum, config_file, tmp_path / "stopped")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == code, error
+    assert "is saved, the same command goes on from it" in error
+    assert "Traceback" not in error
+
+    done = run("--config", str(config_file), "--workdir", str(tmp_path / "stopped"))
+    assert done.returncode == 0, done.stderr
+    assert "restoring step" in done.stderr
+    whole = run("--config", str(config_file), "--workdir", str(tmp_path / "whole"))
+    assert whole.returncode == 0
+    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("stopped", "whole")]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        np.testing.assert_array_equal(tensor, adapters[1][name], err_msg=name)
+    losses = [
+        [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("stopped", "whole")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 400
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["methods"]["lora"]["steps"] == 400
