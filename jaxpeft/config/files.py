@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -149,7 +150,10 @@ def _read(text: str, hint: Any) -> Any:
         literal = named[text.lower()] if text.lower() in named else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         literal = text
-    for candidate in (literal, text, tuple(part.strip() for part in text.split(",")) if "," in text else (text,)):
+    names = tuple(part.strip() for part in text.split(",")) if "," in text else (text,)
+    # names with commas between them are a list, also where one string would do: a target list, not an expression
+    listed = (names,) if re.fullmatch(r"[\w.-]+(,\s*[\w.-]+)+", text) else ()
+    for candidate in (*listed, literal, text, names):
         if not convert(candidate, hint, "")[1]:
             return candidate
     return literal

@@ -125,7 +125,7 @@ def test_a_changed_run_is_refused_field_by_field(
     before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     ((section, values),) = change.items()
     changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
-    with pytest.raises(ConfigError, match="holds step 6 of another run.*give another --workdir") as caught:
+    with pytest.raises(ConfigError, match=r"holds step 6 of another run.*give another --workdir") as caught:
         job.run(changed, tmp_path / "run")
     assert re.search(row, "\n".join(caught.value.problems))
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before

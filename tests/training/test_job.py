@@ -42,10 +42,11 @@ def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Pa
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["before"]["accuracy"] < 0.7
-    assert summary["methods"]["lora"]["test"]["accuracy"] > 0.9
     assert results["lora"].test["accuracy"] == summary["methods"]["lora"]["test"]["accuracy"]
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     assert lines[-1].keys() >= {"test/accuracy", "test/f1_macro", "test/mcc"}
 
 
