@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from jaxpeft.errors import nearest
+from jaxpeft.errors import ConfigError, nearest
 
 T = TypeVar("T")
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -62,7 +62,10 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
         found += problems or _out_of_bounds(taken[key], fields[key].metadata, f"{where}.{key}")
     if found:
         return None, found
-    instance = cls(**taken)
+    try:
+        instance = cls(**taken)
+    except ConfigError as error:  # a method checks itself when it is made
+        return None, [f"{where}.{problem.partition('.')[2]}" for problem in error.problems]
     check: Callable[[], list[str]] | None = getattr(instance, "problems", None)
     found = [f"{where}.{problem}" for problem in check()] if check else []
     return (None, found) if found else (instance, [])

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import paths, targets
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import trainable_mask
+from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.methods.lora import LoRA
 
 PREFIX = "base_model.model."
@@ -111,11 +113,42 @@ def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
     wanted = {entry.name: entry for entry in entries(method, params)}
     problems = [f"missing: {name}" for name in wanted if name not in tensors]
     problems += [f"extra: {name}" for name in tensors if name not in wanted]
+    for name, tensor in tensors.items():
+        if name in wanted and (not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2):
+            problems.append(f"not floating: {name} is {tensor.dtype}")
     for name, entry in wanted.items():
         shape = entry.shape(paths.get(params, entry.path))
         if name in tensors and tuple(tensors[name].shape) != shape:
             problems.append(f"misshaped: {name} is {list(tensors[name].shape)}, must be {list(shape)}")
     return problems
+
+
+def without_copies(header: Mapping[str, Tensor], base: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Leaves out what PEFT writes beside an adapter: a saved module's other names, and equal copies of base weights.
+
+    Args:
+        header: the tensors of the file.
+        base: the parameters that the adapter is for.
+    """
+    leaves = {name: (path, i) for path, leaf in paths.walk(base) for i, name in enumerate(_names(path, leaf))}
+    kept: dict[str, Tensor] = {}
+    for name, tensor in header.items():
+        plain = name.replace(".modules_to_save.", ".")
+        if ".original_module." in name or (plain != name and plain in header):
+            continue
+        own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if own.endswith(".weight") and ".base_layer." in name and own in leaves:
+            path, row = leaves[own]
+            leaf = np.asarray(paths.get(base, path))
+            leaf = leaf[row] if paths.layer_axis(path) is not None else leaf
+            if np.array_equal(tensor.read(), leaf.T if path[-1] == "kernel" else leaf):
+                continue
+        kept[name] = tensor
+    return kept
+
+
+def _names(path: Path, leaf: Any) -> tuple[str, ...]:
+    return paths.hf_names(path, leaf.shape[0] if paths.layer_axis(path) is not None else None)
 
 
 def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> Tree:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import jaxpeft
 from jaxpeft.core import paths
@@ -63,7 +63,7 @@ def save_adapter(
     )
     config["target_modules"] = _target_names(config, tensors)
     extra = _extra(model, labels)
-    _replace(folder / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
+    _replace(folder / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
     _replace(folder / EXTRA, lambda file: file.write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n"))
     _replace(folder / CARD, lambda file: file.write_text(_card(method, config)))
     _replace(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
@@ -139,14 +139,15 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
     try:
         config = read_json(folder / CONFIG)
         header = read_header(folder / WEIGHTS)
+        _check_base(folder, config, model)
     except WeightsError as error:
         raise AdapterError(error.problems) from error
-    _check_base(folder, config, model)
     method = peft_config.read(config, str(folder / CONFIG), params)
     rewritten = rewrite(method, params, jax.random.key(0))
+    header = adapter_tensors.without_copies(header, params)
     problems = adapter_tensors.differences(method, rewritten, header)
     if not problems:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = {name: tensor.read() for name, tensor in header.items()}
         problems = [f"not finite: {name}" for name, tensor in tensors.items() if not _finite(tensor)]
         if not problems:
             loaded = adapter_tensors.put_tensors(method, rewritten, tensors)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft import models
 from jaxpeft.core import paths, tree
@@ -66,7 +67,9 @@ def load(
     tensors = open_folder(source.folder)
     floats = [t for t in tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)]
     own = max(floats, key=lambda t: t.nbytes).dtype if floats else jnp.float32
-    compute = jnp.dtype(compute_dtype or dtype or own)
+    own = jnp.dtype(jnp.float32) if own == np.float64 else own
+    dtype, compute_dtype = _floating("dtype", dtype), _floating("compute_dtype", compute_dtype)
+    compute = compute_dtype or dtype or own
     labels = num_labels if num_labels is not None else _labels_of(config, task)
     options = Options(
         task=task,
@@ -79,7 +82,7 @@ def load(
     model = models.build(config, options).clone(source=source)
     family = models.FAMILIES[config["model_type"]]
     abstract = abstract_params(model)
-    plan = weights.plan(abstract, tensors, family, dtype)
+    plan = weights.plan(abstract, tensors, family, dtype, source.folder)
     new = _new_leaves(model, plan.new, seed)
     params = weights.read(abstract, plan, new)
     _report(source, config, params, plan, time.perf_counter() - started)
@@ -92,12 +95,24 @@ def abstract_params(model: Pretrained) -> Tree:
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
 
 
+def _floating(name: str, dtype: Any) -> Any:
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        raise ConfigError(f"{name}: {dtype!r} is no dtype; give float32, bfloat16 or float16") from None
+    if found not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ConfigError(f"{name}: must be float32, bfloat16 or float16, is {found}")
+    return found
+
+
 def _labels_of(config: dict[str, Any], task: str) -> int | None:
     """Gives the number of labels that `config.json` names, or transformers' default, 2."""
     if task in ("causal_lm", "encoder"):
         return None
     named = config.get("id2label")
-    return len(named) if isinstance(named, dict) and named else int(config.get("num_labels", 2))
+    return len(named) if isinstance(named, dict) and named else config.get("num_labels", 2)
 
 
 def _pooling(config: dict[str, Any], task: str, tensors: Mapping[str, Any]) -> str | None:

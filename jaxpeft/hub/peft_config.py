@@ -84,12 +84,15 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
     kind = str(config.get("peft_type"))
     plain = [name for name in METHODS if name != "lora"]
     if kind.lower() in plain:
+        unknown = _unsupported({k: v for k, v in config.items() if k != "modules_to_save"}, kind.lower(), {})
+        if unknown:
+            raise AdapterError([f"{where}: {problem}" for problem in unknown])
         return METHODS[kind.lower()](modules_to_save=_modules_to_save(config, head))
     if kind != "LORA":
         known = ", ".join(["LORA", *(name.upper() for name in plain)])
         raise AdapterError(f"{where}: peft_type {kind!r} is not supported (supported: {known})")
-    problems = _unsupported(config)
-    values = {ours: _plain(config[peft]) for peft, ours in _LORA_OPTIONS.items() if config.get(peft) is not None}
+    problems = _unsupported(config, "lora", _LORA_OPTIONS)
+    values = {ours: _plain(config[peft]) for peft, ours in _LORA_OPTIONS.items() if config.get(peft) not in (None, "")}
     values.setdefault("alpha", 8)
     values["modules_to_save"] = _modules_to_save(config, head)
     if isinstance(values.get("layers_to_transform"), int):
@@ -116,12 +119,12 @@ def _modules_to_save(config: Mapping[str, Any], head: Mapping[str, Any]) -> tupl
     return tuple(name for name in named if not paths.is_head((name,)) or (name in head and not paths.is_head((name,))))
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
+def _unsupported(config: Mapping[str, Any], method: str, options: Mapping[str, str]) -> list[str]:
     problems: list[str] = []
     for key, value in config.items():
-        if key in _LORA_OPTIONS or key in _HARMLESS or not value:
+        if key in options or key in _HARMLESS or not value:
             continue
-        problems.append(f"{key}: {value!r} is not supported by the lora method; nothing was loaded")
+        problems.append(f"{key}: {value!r} is not supported by the {method} method; nothing was loaded")
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(_BASE_CHANGING_INITS):
         problems.append(

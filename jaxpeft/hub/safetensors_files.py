@@ -7,6 +7,8 @@ would be held twice.
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Reads `tensor[start:stop]` along the first axis.
@@ -59,6 +61,10 @@ class Tensor:
         row = self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
         return self._read(self.offset + start * row, shape)
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """Reads the whole tensor."""
+        return self._read(self.offset, self.shape)
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         out = aligned_empty(shape, self.dtype)
@@ -192,17 +198,24 @@ def _tensors(path: Path, header: Mapping[str, Any], data: int, size: int) -> dic
             problems.append(f"{path}: {name}: truncated: {missing} bytes are missing; fetch the file again")
         else:
             found[name] = tensor
+    problems += _overlaps(path, found)
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise WeightsError(shown)
     return found
 
 
+def _overlaps(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    placed = sorted(((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes))
+    pairs = zip(placed, placed[1:], strict=False)
+    return [f"{path}: {b[2]}: overlaps {a[2]} in the file; fetch it again" for a, b in pairs if b[0] < a[1]]
+
+
 def _tensor(path: Path, entry: Any, data: int) -> Tensor | None:
     try:
-        begin, end = entry["data_offsets"]
+        begin, end = map(operator.index, entry["data_offsets"])
         shape = tuple(int(n) for n in entry["shape"])
-        tensor = Tensor(path, data + int(begin), shape, np.dtype(_DTYPES[entry["dtype"]]))
+        tensor = Tensor(path, data + begin, shape, np.dtype(_DTYPES[entry["dtype"]]))
     except (KeyError, TypeError, ValueError):
         return None
     return tensor if 0 <= begin <= end and end - begin == tensor.nbytes and min(shape, default=0) >= 0 else None

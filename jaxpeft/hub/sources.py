@@ -70,13 +70,20 @@ def resolve(name: str | Path, revision: str | None = None) -> Source:
     """
     text = str(name)
     if text.startswith("package:"):
+        _refuse_revision(text, revision)
         return _packaged(text.removeprefix("package:"))
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
+        _refuse_revision(text, revision)
         return Source(text, folder.resolve())
     if folder.is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "~")):
         raise WeightsError(f"model path {text!r}: no such folder; give a folder with config.json, or a hub id org/name")
     return _from_hub(text, revision)
+
+
+def _refuse_revision(text: str, revision: str | None) -> None:
+    if revision is not None:
+        raise WeightsError(f"revision: {revision!r} goes with a hub id, {text!r} is on this machine; remove it")
 
 
 def _packaged(name: str) -> Source:

@@ -117,14 +117,17 @@ class WeightPlan:
     replaced: tuple[str, ...]
 
 
-def plan(abstract: Tree, tensors: Mapping[str, Tensor], family: Family, dtype: Any | None) -> WeightPlan:
+def plan(
+    abstract: Tree, tensors: Mapping[str, Tensor], family: Family, dtype: Any | None, folder: Any = None
+) -> WeightPlan:
     """Matches a model's leaves to a checkpoint's tensors.
 
     Args:
         abstract: the model's tree of `ShapeDtypeStruct`.
         tensors: the checkpoint's, by name.
         family: the architecture: its prefix, and what may be left over.
-        dtype: of the loaded leaves; None keeps each tensor's own.
+        dtype: of the loaded leaves; None keeps each tensor's own, float64 apart, which becomes float32.
+        folder: what to call the checkpoint in messages.
 
     Raises:
         WeightsError: listing every missing, extra, misshaped or non-floating tensor with the nearest names.
@@ -153,7 +156,8 @@ def plan(abstract: Tree, tensors: Mapping[str, Tensor], family: Family, dtype: A
         problems += [f"misshaped: {name} is {list(t.shape)}, must be {list(wanted)}" for name, t in wrong.items()]
         problems += [_not_floating(name, named[name]) for name in names if _is_integer(named.get(name))]
         if there:
-            target = np.dtype(dtype) if dtype is not None else there[0].dtype
+            own = np.dtype(np.float32) if there[0].dtype == np.float64 else there[0].dtype
+            target = np.dtype(dtype) if dtype is not None else own
             sources[path] = LeafSource(tuple(there), leaf.shape, target, layers is not None, path[-1] == "kernel")
     known = [*used]
     headless = not any(paths.is_head(path) for path, _ in paths.walk(abstract)) and family.prefix not in abstract
@@ -166,7 +170,8 @@ def plan(abstract: Tree, tensors: Mapping[str, Tensor], family: Family, dtype: A
     ]
     problems += [f"extra: {name} belongs to no part of this model{nearest(name, known)}" for name in extra]
     if problems:
-        raise WeightsError(_shown(problems, next(iter(tensors.values())).file.parent if tensors else None))
+        where = next(iter(tensors.values())).file.parent if tensors and folder is None else folder
+        raise WeightsError(_shown(problems, where))
     return WeightPlan(sources, tuple(new), tuple(replaced))
 
 
@@ -202,7 +207,7 @@ def _tensor_shape(path: Path, leaf: Any, layers: int | None) -> tuple[int, ...]:
 
 
 def _is_integer(tensor: Tensor | None) -> bool:
-    return tensor is not None and not jnp.issubdtype(tensor.dtype, jnp.floating)
+    return tensor is not None and (not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2)
 
 
 def _not_floating(name: str, tensor: Tensor) -> str:

@@ -159,12 +159,16 @@ def option_problems(options: Options, model_type: str, tasks: Sequence[str], poo
         tasks: that it has.
         poolings: that its sequence classifier has.
     """
-    task, labels, pooling = options.task, options.num_labels, options.pooling
+    task, pooling = options.task, options.pooling
+    labels: Any = options.num_labels
     problems: list[str] = []
     if task not in tasks:
         problems.append(f"task: {task!r} is not one of a {model_type} model (it has {', '.join(tasks)})")
-    if "classification" in task and (labels is None or isinstance(labels, bool) or labels < 1):
+    whole = isinstance(labels, int) and not isinstance(labels, bool)
+    if "classification" in task and (not whole or labels < 1):
         problems.append(f"num_labels: must be at least 1, is {labels}")
+    if "classification" not in task and labels is not None:
+        problems.append(f"num_labels: {labels} goes with classification, task is {task!r}")
     if pooling is not None and pooling not in poolings:
         problems.append(f"pooling: {pooling!r} is not one of a {model_type} model (it has {', '.join(poolings)})")
     elif pooling is not None and task != "sequence_classification":
