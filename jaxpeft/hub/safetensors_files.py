@@ -6,6 +6,7 @@ would be held twice.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import operator
@@ -207,7 +208,7 @@ def _tensors(path: Path, header: Mapping[str, Any], data: int, size: int) -> dic
 
 def _overlaps(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
     placed = sorted(((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes))
-    pairs = zip(placed, placed[1:], strict=False)
+    pairs = itertools.pairwise(placed)
     return [f"{path}: {b[2]}: overlaps {a[2]} in the file; fetch it again" for a, b in pairs if b[0] < a[1]]
 
 

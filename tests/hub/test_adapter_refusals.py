@@ -75,7 +75,6 @@ def test_a_truncated_adapter_is_refused(save):
     assert "truncated: 8 bytes are missing" in problem
 
 
-@pytest.mark.xfail(strict=True, reason="a raw SafetensorError of safetensors.numpy.load_file")
 def test_an_adapter_of_overlapping_tensors_is_refused(save):
     saved = save()
     tensors = load_file(saved.folder / WEIGHTS)
@@ -88,9 +87,7 @@ def test_an_adapter_of_overlapping_tensors_is_refused(save):
     "name",
     [
         "adapter_config.json",
-        pytest.param(
-            "jaxpeft.json", marks=pytest.mark.xfail(strict=True, reason="a WeightsError, where an AdapterError is due")
-        ),
+        "jaxpeft.json",
     ],
 )
 def test_a_broken_json_file_is_refused_by_line(save, name):
@@ -186,7 +183,6 @@ def test_every_tensor_that_is_not_finite_is_listed_at_once(save):
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="whole numbers are taken for weights in silence")
 def test_tensors_of_whole_numbers_are_refused(save):
     saved = save()
     saved.edit(lambda tensors: tensors.update({f"{HEAD}.bias": np.arange(3)}))

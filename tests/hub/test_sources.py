@@ -27,7 +27,7 @@ def test_a_relative_folder_and_a_home_folder_are_made_absolute(tmp_path, monkeyp
     assert sources.resolve("~/org").folder == wanted.parent
 
 
-EMPTY = pytest.param("", marks=pytest.mark.xfail(strict=True, reason="an empty path is taken for the working folder"))
+EMPTY = ""
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "a/b/c", "./models", "~/no-such", EMPTY, "a model", "../no-such"])
