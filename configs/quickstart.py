@@ -34,4 +34,5 @@ def get_config() -> ConfigDict:
     config.train.epochs = 6
     config.train.batch_size = 32
     config.baselines = ("head",)
+    config.baseline_learning_rates = {"full": 2e-4}
     return config

@@ -172,12 +172,18 @@ class Config:
     baselines: tuple[Literal["head", "bitfit", "full"], ...] = option(
         (), "methods to train first, with the same budget, for comparison"
     )
+    baseline_learning_rates: dict[str, float] = option(
+        {}, "peak learning rates of baselines, by name, where another than the optimizer's suits them", above=0
+    )
 
     def problems(self) -> list[str]:
         """Lists what is wrong across sections."""
         found: list[str] = []
         if self.model.task == "causal_lm" and (self.method.name == "head" or "head" in self.baselines):
             found.append("method.name: 'head' trains a classification head, task is 'causal_lm'")
+        for name in self.baseline_learning_rates:
+            if name not in ("head", "bitfit", "full"):
+                found.append(f"baseline_learning_rates: {name!r} is not one of 'head', 'bitfit', 'full'")
         return found
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxpeft.config.schema import Config
+from jaxpeft.config.schema import Config, OptimizerConfig
 from jaxpeft.core.method import Method
 from jaxpeft.hub.adapters import save_adapter
 from jaxpeft.methods import METHODS
@@ -48,8 +49,10 @@ def run(config: Config, workdir: Path) -> dict[str, Result]:
         before = _before(setup, config.method, stop)
         results: dict[str, Result] = {}
         for name in config.baselines:
-            results[name] = _fit(setup, METHODS[name](), workdir / name, stop)
-        results[config.method.name] = _fit(setup, config.method, workdir, stop)
+            rate = config.baseline_learning_rates.get(name, config.optimizer.learning_rate)
+            options = replace(config.optimizer, learning_rate=rate)
+            results[name] = _fit(setup, METHODS[name](), options, workdir / name, stop)
+        results[config.method.name] = _fit(setup, config.method, config.optimizer, workdir, stop)
     _finish(setup, before, results, workdir)
     return results
 
@@ -73,8 +76,7 @@ def _before(setup: Setup, method: Method, stop: StopRequest) -> dict[str, float]
     return figures
 
 
-def _fit(setup: Setup, method: Method, folder: Path, stop: StopRequest) -> Result:
-    options = setup.config.optimizer
+def _fit(setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest) -> Result:
     if method.name == "head":
         options = optimizers.for_head_alone(options)
     result = Run(setup, method, options, folder, stop).fit()
