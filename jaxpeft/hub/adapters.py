@@ -24,6 +24,7 @@ from jaxpeft.hub.sources import fingerprint, read_json
 from jaxpeft.models.base import Pretrained
 
 CONFIG, WEIGHTS, EXTRA, CARD = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json", "README.md"
+TIED_HEAD = f"{adapter_tensors.PREFIX}lm_head.weight"
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +54,9 @@ def save_adapter(
     folder = FilePath(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = adapter_tensors.to_tensors(method, params)
+    tied = _tied_embedding(model, params)
+    if tied in tensors:
+        tensors[TIED_HEAD] = tensors[tied].copy()
     broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if broken:
         raise AdapterError([f"{folder}: {name} holds NaN or infinity; not saved" for name in broken])
@@ -62,12 +66,24 @@ def save_adapter(
         method, model.options.task, source.name if source else "", source.revision if source else None, whole
     )
     config["target_modules"] = _target_names(config, tensors)
+    config["ensure_weight_tying"] = tied in tensors
     extra = _extra(model, labels)
     _replace(folder / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
     _replace(folder / EXTRA, lambda file: file.write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n"))
     _replace(folder / CARD, lambda file: file.write_text(_card(method, config)))
     _replace(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), (folder / WEIGHTS).stat().st_size / 1e3, folder)
+
+
+def _tied_embedding(model: Pretrained, params: Mapping[str, Any]) -> str:
+    """Gives the file's name of the embedding that is the language-model head as well, "" where the head is its own.
+
+    PEFT unties the two where only one is saved, and ties them by `ensure_weight_tying` and a copy as `lm_head`.
+    """
+    if model.options.task != "causal_lm" or "lm_head" in params:
+        return ""
+    (embedding,) = (paths.hf_names(path, None)[0] for path, _ in paths.walk(params) if path[-1] == "embedding")
+    return adapter_tensors.PREFIX + embedding
 
 
 def _finite(tensor: Any) -> bool:
@@ -145,6 +161,9 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
     method = peft_config.read(config, str(folder / CONFIG), params)
     rewritten = rewrite(method, params, jax.random.key(0))
     header = adapter_tensors.without_copies(header, params)
+    tied = _tied_embedding(model, params)
+    if tied in header:
+        header = _without_tied_head(header, tied, folder)
     problems = adapter_tensors.differences(method, rewritten, header)
     if not problems:
         tensors = {name: tensor.read() for name, tensor in header.items()}
@@ -154,6 +173,17 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
             _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
             return method, loaded
     raise AdapterError([f"{folder / WEIGHTS}: {problem}" for problem in problems])
+
+
+def _without_tied_head(header: Mapping[str, Any], tied: str, folder: FilePath) -> dict[str, Any]:
+    head = header.get(TIED_HEAD)
+    if head is None or not np.array_equal(head.read(), header[tied].read()):
+        why = "is as in the base" if head is None else "is another one"
+        raise AdapterError(
+            f"{folder / WEIGHTS}: {tied} was trained and {TIED_HEAD} {why}: PEFT untied them, and this model ties them; "
+            "train it with ensure_weight_tying=True"
+        )
+    return {name: tensor for name, tensor in header.items() if name != TIED_HEAD}
 
 
 def _size(header: Mapping[str, Any]) -> int:

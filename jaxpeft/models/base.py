@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +149,13 @@ class ConfigReader:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def with_pooling(options: Options, own: str) -> Options:
+    """Names the architecture's own pooling where none was asked for, so that saying it and leaving it out are the same."""
+    if options.task != "sequence_classification" or options.pooling is not None:
+        return options
+    return dataclasses.replace(options, pooling=own)
 
 
 def option_problems(options: Options, model_type: str, tasks: Sequence[str], poolings: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxpeft.models import rope
 from jaxpeft.models.activations import ACTIVATIONS
-from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, option_problems
+from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, option_problems, with_pooling
 from jaxpeft.models.layers import (
     RMSNorm,
     allowed,
@@ -273,7 +273,7 @@ class DecoderWithHead(Pretrained):
         labels = options.num_labels or 0
         if options.task == "token_classification":
             return head_dense(labels, "score", bias=c.classifier_bias)(dropout(self, c.classifier_dropout, x))
-        return head_dense(labels, "score", bias=False)(pool(x, attention_mask, options.pooling or "last"))
+        return head_dense(labels, "score", bias=False)(pool(x, attention_mask, options.pooling))
 
 
 def build(config: Mapping[str, Any], options: Options) -> Pretrained:
@@ -285,7 +285,7 @@ def build(config: Mapping[str, Any], options: Options) -> Pretrained:
     tasks = ("causal_lm", "sequence_classification", "token_classification", "encoder")
     problems = option_problems(options, config["model_type"], tasks, ("last", "mean", "cls"))
     kind = DecoderBackbone if options.task == "encoder" else DecoderWithHead
-    return kind(read_config(config, problems), options)
+    return kind(read_config(config, problems), with_pooling(options, "last"))
 
 
 FAMILY = Family(

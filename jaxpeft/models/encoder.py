@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxpeft.errors import DataError
 from jaxpeft.models.activations import ACTIVATIONS
-from jaxpeft.models.base import Family, Options, Pretrained, option_problems
+from jaxpeft.models.base import Family, Options, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import EncoderConfig, read_config
 from jaxpeft.models.layers import (
     LayerNorm,
@@ -229,7 +229,7 @@ class EncoderWithHead(Pretrained):
     def __call__(self, input_ids: Array, attention_mask: Array | None = None, **inputs: Any) -> Array:
         """Gives float32 logits: `[batch, labels]`, or of every token for token classification."""
         c, options = self.config, self.options
-        how = options.pooling or ("pooler" if c.kind == "bert" else "cls")
+        how = options.pooling
         sequence = options.task == "sequence_classification"
         pooler = sequence and how == "pooler"
         x = EncoderBackbone(c, options, with_pooler=pooler, name=c.kind)(input_ids, attention_mask, **inputs)
@@ -253,7 +253,9 @@ def build(config: Mapping[str, Any], options: Options) -> Pretrained:
     poolings = ("pooler", "cls", "mean") if kind == "bert" else ("cls", "mean")
     problems = option_problems(options, kind, ("sequence_classification", "token_classification", "encoder"), poolings)
     parsed = read_config(config, options.task, problems)
-    return (EncoderBackbone if options.task == "encoder" else EncoderWithHead)(parsed, options)
+    return (EncoderBackbone if options.task == "encoder" else EncoderWithHead)(
+        parsed, with_pooling(options, poolings[0])
+    )
 
 
 _PRETRAINING = (

@@ -207,7 +207,7 @@ class _Unrolled(nn.Module):
         return x
 
 
-def pool(x: Array, attention_mask: Array | None, how: str) -> Array:
+def pool(x: Array, attention_mask: Array | None, how: str | None) -> Array:
     """Gives one vector a row.
 
     Args:

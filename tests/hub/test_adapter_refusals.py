@@ -129,7 +129,6 @@ def test_another_pooling_is_refused(save):
     assert_bit_equal(saved.load(pooling="mean")[1], saved.params)
 
 
-@pytest.mark.xfail(strict=True, reason="None, the architecture's own pooling, is not told to be the pooler")
 def test_the_architecture_s_own_pooling_may_be_named(save):
     saved = save()
     assert_bit_equal(saved.load(pooling="pooler")[1], saved.params)

@@ -176,7 +176,6 @@ UNTIES = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`
 
 
 @UNTIES
-@pytest.mark.xfail(strict=True, reason="peft needs ensure_weight_tying and a copy as lm_head; else it unties the head")
 def test_a_tied_embedding_that_is_saved_whole_stays_tied_in_peft(reference, tmp_path):
     torch_model = reference("llama", CAUSAL, tie_word_embeddings=True)
     model, params = torch_model.load()
@@ -191,7 +190,6 @@ def tied_in_peft(torch_model, folder, **options):
     )
 
 
-@pytest.mark.xfail(strict=True, raises=AdapterError, reason="the copy of the embedding as lm_head.weight is refused")
 def test_a_tied_embedding_that_peft_saved_stays_tied(reference, tmp_path):
     torch_model = reference("llama", CAUSAL, tie_word_embeddings=True)
     adapted = tied_in_peft(torch_model, tmp_path, ensure_weight_tying=True)
@@ -200,7 +198,6 @@ def test_a_tied_embedding_that_peft_saved_stays_tied(reference, tmp_path):
 
 
 @UNTIES
-@pytest.mark.xfail(strict=True, reason="loaded in silence, with other logits: the head here follows the embedding")
 def test_an_embedding_that_peft_untied_is_refused(reference, tmp_path):
     torch_model = reference("llama", CAUSAL, tie_word_embeddings=True)
     tied_in_peft(torch_model, tmp_path)
