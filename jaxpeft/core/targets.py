@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from jaxpeft.core import paths
@@ -111,9 +112,12 @@ def matches(name: str, wanted: Targets) -> bool:
 
 
 def under(name: str, modules: Iterable[str]) -> bool:
-    """Says whether a name is one of `modules`, or lies below one, at whatever depth."""
-    dotted = f".{name}."
-    return any(f".{module}." in dotted for module in modules)
+    """Says whether a name, or the name of a module around it, ends with one of `modules`: `norm` takes `input_layernorm`.
+
+    That is how PEFT reads `modules_to_save`; in `targets` an entry begins at a dot.
+    """
+    wanted = tuple(modules)
+    return any(around.endswith(wanted) for around in accumulate(name.split("."), "{}.{}".format))
 
 
 def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:

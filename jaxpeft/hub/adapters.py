@@ -19,7 +19,7 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite
 from jaxpeft.errors import AdapterError, WeightsError
 from jaxpeft.hub import adapter_tensors, peft_config
-from jaxpeft.hub.safetensors_files import read_header
+from jaxpeft.hub.safetensors_files import Tensor, read_header
 from jaxpeft.hub.sources import fingerprint, read_json
 from jaxpeft.models.base import Pretrained
 
@@ -158,6 +158,8 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
         _check_base(folder, config, model)
     except WeightsError as error:
         raise AdapterError(error.problems) from error
+    if model.options.task == "encoder":
+        config, header = _without_pooler(config, header)
     method = peft_config.read(config, str(folder / CONFIG), params)
     rewritten = rewrite(method, params, jax.random.key(0))
     header = adapter_tensors.without_copies(header, params)
@@ -173,6 +175,14 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
             _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
             return method, loaded
     raise AdapterError([f"{folder / WEIGHTS}: {problem}" for problem in problems])
+
+
+def _without_pooler(config: dict[str, Any], header: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Leaves out what PEFT trains in the pooler of an encoder: hidden states do not depend on it, so it is not built."""
+    targets = config.get("target_modules")
+    if isinstance(targets, list):
+        config = config | {"target_modules": [name for name in targets if "pooler" not in str(name).split(".")]}
+    return config, {name: tensor for name, tensor in header.items() if ".pooler." not in name}
 
 
 def _without_tied_head(header: Mapping[str, Any], tied: str, folder: FilePath) -> dict[str, Any]:

@@ -46,5 +46,6 @@ def _matrix_parameters(tree: Any) -> int:
 def peak(devices: Sequence[Any]) -> float | None:
     """Gives the FLOP/s that the devices could do, or None where it is not known (a CPU)."""
     kind = devices[0].device_kind
-    known = [flops for name, flops in PEAK_FLOPS.items() if name in kind]
-    return max(known) * len(devices) if known else None
+    known = [name for name in PEAK_FLOPS if name in kind]
+    # the longest name: a "TPU v5 lite" is no "TPU v5"
+    return PEAK_FLOPS[max(known, key=len)] * len(devices) if known else None

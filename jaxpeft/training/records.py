@@ -68,12 +68,13 @@ class TensorBoard:
 
     Args:
         folder: where they go.
+        resume_at: the step that a run goes on from; TensorBoard drops what was written of later steps.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resume_at: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder))
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_at + 1 if resume_at else None)
 
     def write(self, step: int, figures: Figures) -> None:
         """Writes a scalar for each figure."""
@@ -126,7 +127,7 @@ def open_writers(log: LogConfig, folder: Path, resume_at: int) -> list[Writer]:
     """
     writers: list[Writer] = [JsonLines(folder / "metrics.jsonl", resume_at)]
     if log.tensorboard:
-        writers.append(TensorBoard(folder / "tensorboard"))
+        writers.append(TensorBoard(folder / "tensorboard", resume_at))
     if log.wandb is not None:
         writers.append(WeightsAndBiases(log.wandb, folder))
     return writers

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxpeft
-from jaxpeft.errors import AdapterError, JaxpeftError
+from jaxpeft.errors import AdapterError
 from jaxpeft.methods.lora import LoRA
 from tests.hub.helpers import peft_load, peft_save, trained
 from tests.models.conftest import Reference, make_batch
@@ -48,6 +48,7 @@ CASES = {
     "lm_head whole": Case("llama", CAUSAL, {"targets": QV, "modules_to_save": ("lm_head",)}),
     "embedding whole": Case("llama", CAUSAL, {"targets": QV, "modules_to_save": ("embed_tokens",)}),
     "attention whole": Case("llama", CAUSAL, {"targets": "all-linear", "modules_to_save": ("self_attn",)}),
+    "norms whole": Case("llama", CAUSAL, {"targets": QV, "modules_to_save": ("norm",)}),
     "llama classes": Case("llama", SEQUENCE, {"targets": "all-linear"}),
     "bert": Case("bert", SEQUENCE, {"targets": ("query", "dense")}),
     "bias lora_only": Case("bert", SEQUENCE, {"targets": ("query", "dense"), "bias": "lora_only"}),
@@ -159,9 +160,6 @@ def test_all_linear_leaves_the_head_out_for_peft_too(reference, tmp_path, kind):
     assert_same(torch_model, peft_load(torch_model.folder, SEQUENCE, tmp_path), model, params)
 
 
-# ---------------------------------------------------------------------------------------------------------- known gaps
-
-
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_the_first_of_two_patterns_that_match_still_wins_after_saving(reference, tmp_path, field):
     model, params = reference("llama", CAUSAL).load()
@@ -205,11 +203,10 @@ def test_an_embedding_that_peft_untied_is_refused(reference, tmp_path):
         jaxpeft.load_adapter(tmp_path, *torch_model.load())
 
 
-REFUSED = pytest.mark.xfail(strict=True, raises=JaxpeftError, reason="refused, though it is a whole and usual adapter")
-GAPS = {
+FROM_PEFT = {
     "pooler of an encoder": ("bert", ENCODER, {"target_modules": "all-linear"}),  # hidden states do not depend on it
     "biases of an encoder": ("bert", ENCODER, {"target_modules": ["query"], "bias": "all"}),
-    # in peft modules_to_save matches any end of a name: all norms, not the one of this name
+    # modules_to_save matches any end of a name: every norm
     "modules_to_save by ending": ("llama", CAUSAL, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
     # peft also writes lm_head.base_layer.weight, as it is in the base
     "language-model head": ("llama", CAUSAL, {"target_modules": ["q_proj", "lm_head"]}),
@@ -219,10 +216,7 @@ GAPS = {
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 @pytest.mark.parametrize(
     ("kind", "task", "options"),
-    [
-        pytest.param(*gap, marks=[] if name == "language-model head" else [REFUSED], id=name)
-        for name, gap in GAPS.items()
-    ],
+    [pytest.param(*case, id=name) for name, case in FROM_PEFT.items()],
 )
 def test_what_peft_saves_is_loaded(reference, tmp_path, kind, task, options):
     torch_model = reference(kind, task)

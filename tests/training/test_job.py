@@ -50,6 +50,19 @@ def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Pa
     assert lines[-1].keys() >= {"test/accuracy", "test/f1_macro", "test/mcc"}
 
 
+def test_a_baseline_is_trained_at_its_own_learning_rate(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(
+        baselines=["full"], baseline_learning_rates={"full": 1e-4}, optimizer__learning_rate=1e-2, train__steps=3
+    )
+    job.run(config, tmp_path / "run")
+    highest = {
+        name: max(line["learning_rate"] for line in read_lines(tmp_path / "run" / folder / "metrics.jsonl")
+                  if "learning_rate" in line)
+        for name, folder in (("lora", ""), ("full", "full"))
+    }  # fmt: skip
+    assert highest == pytest.approx({"lora": 1e-2, "full": 1e-4})
+
+
 def test_the_saved_adapter_gives_the_numbers_of_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(train__steps=10)
     result = job.run(config, tmp_path / "run")["lora"]
