@@ -49,7 +49,7 @@ def run(folder: Path, workdir: Path, steps: int, overrides: list[str]) -> None:
     """Runs the config in a process of its own."""
     command = [sys.executable, "-m", "jaxpeft.train", "--config", CONFIG, "--workdir", str(workdir)]
     options = {
-        "model.path": folder, "data.train": folder / "rows.jsonl", "train.epochs": None, "train.steps": steps,
+        "model.path": folder, "data.train": folder / "rows.jsonl", "data.format": "text", "train.epochs": None, "train.steps": steps,
         "evaluation.every_steps": steps, "log.every_steps": 1, "log.tensorboard": False, "log.plot": False,
     }  # fmt: skip
     given = [f"--config.{name}={value}" for name, value in options.items()]

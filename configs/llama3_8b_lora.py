@@ -1,7 +1,7 @@
 """LoRA on all linear layers of Llama-3.1-8B for following instructions, on one accelerator.
 
 Command:   python -m jaxpeft.train --config configs/llama3_8b_lora.py
-Data:      tatsu-lab/alpaca from the hub, its column `text`; a hundredth of the rows is held out
+Data:      tatsu-lab/alpaca from the hub, only the outputs are learned; a hundredth of the rows is held out
 Model:     meta-llama/Llama-3.1-8B from the hub, which asks for a login (`hf auth login`); 16 GB as bfloat16
 Hardware:  one GPU or TPU with 40 GB or more; the peak is 22 GB on an H100
 Time:      0.6 s a step on an H100, 6,900 tokens/s (`python -m benchmarks.llama_8b`: random weights, made-up texts)
@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
     config.method.rank = 16
     config.method.alpha = 32
     config.data.train = "tatsu-lab/alpaca"
-    config.data.text_column = "text"
+    config.data.format = "instruction"
+    config.data.chat_template = "alpaca"
     config.data.validation_share = 0.01
     config.data.max_length = 512
     config.optimizer.learning_rate = 2e-4

@@ -9,8 +9,13 @@ from typing import Any, Literal
 
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
+from jaxpeft.errors import nearest
 from jaxpeft.methods.lora import LoRA
 
+DATA_FIELDS = (
+    "text", "text_pair", "label", "prompt", "completion", "instruction", "input", "output", "messages", "chosen",
+    "rejected",
+)  # fmt: skip
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -47,23 +52,37 @@ class DataConfig:
     validation_share: float = option(
         0.1, "share of the training rows held out when there is no validation", above=0, below=1
     )
-    text_column: str | None = option(None, "name of the text column; None to find it")
-    pair_column: str | None = option(None, "name of the second text's column, for pairs")
-    label_column: str | None = option(None, "name of the label column; None to find it")
+    format: Literal["auto", "text", "prompt_completion", "instruction", "messages", "preference"] = option(
+        "auto", "of a language model's rows; auto tells it from the columns"
+    )
+    columns: dict[str, str] = option(
+        {}, f"column of each field, where it has not a usual name; fields: {', '.join(DATA_FIELDS)}"
+    )
+    chat_template: str | None = option(
+        None, "'chatml', 'alpaca' or a file of jinja to write chats with; None for the tokenizer's own"
+    )
     problem: Literal["auto", "single_label", "multi_label", "regression"] = option(
         "auto", "kind of classification; auto tells it from the labels"
     )
-    max_length: int = option(128, "tokens a row; longer rows are cut (classification) or split (text)", at_least=2)
+    max_length: int = option(128, "tokens a row; longer rows are cut, texts are split", at_least=2)
     lengths: tuple[int, ...] = option(
         (), "the padded lengths, ascending; empty to choose them from the data", at_least=2
     )
     add_bos: bool = option(True, "begin a text with the tokenizer's beginning-of-text token, if it has one")
-    add_eos: bool = option(True, "end a text with the tokenizer's end-of-text token, if it has one")
+    add_eos: bool = option(True, "end a text or an answer with the tokenizer's end-of-text token, if it has one")
+    most_dropped: float = option(
+        0.05, "share of rows that may have no learned token left once they are cut", at_least=0, at_most=1
+    )
     max_rows: int | None = option(None, "use only so many rows of each file, chosen by the seed", at_least=1)
 
     def problems(self) -> list[str]:
         """Lists what is wrong across options."""
         found = [] if self.train else ["train: is not set; name a file of rows"]
+        for name in self.columns:
+            if name not in DATA_FIELDS:
+                found.append(
+                    f"columns: {name!r} is not a field{nearest(name, DATA_FIELDS)} (known: {', '.join(DATA_FIELDS)})"
+                )
         if list(self.lengths) != sorted(set(self.lengths)):
             found.append(f"lengths: must ascend, are {list(self.lengths)}")
         if self.lengths and self.lengths[-1] != self.max_length:

@@ -5,7 +5,7 @@
 
 from jaxpeft.data.batches import Batches, eval_batches
 from jaxpeft.data.buckets import choose_lengths, padding_share
-from jaxpeft.data.columns import Columns
+from jaxpeft.data.columns import Columns, Kind, find_format
 from jaxpeft.data.encode import encode, pad_id
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.examples import Examples, make_examples
@@ -17,10 +17,12 @@ __all__ = [
     "Columns",
     "Encoded",
     "Examples",
+    "Kind",
     "Rows",
     "choose_lengths",
     "encode",
     "eval_batches",
+    "find_format",
     "hold_out",
     "hold_out_text",
     "is_hub_id",

@@ -9,7 +9,7 @@ import numpy as np
 from jaxpeft.data.buckets import assign, choose_lengths, padding_share
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.plan import FILLER, Plan, make_plan
-from jaxpeft.data.tokens import IGNORED
+from jaxpeft.data.supervise import IGNORED
 from jaxpeft.errors import ConfigError
 
 Batch = dict[str, np.ndarray]

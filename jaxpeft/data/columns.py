@@ -1,12 +1,18 @@
-"""Which columns hold the text, the second text and the label: named by the user or found by their usual names."""
+"""Which columns hold what: named by the user, or found by their usual names; and with them the format of the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from jaxpeft.errors import DataError, nearest
 
+Kind = Literal[
+    "classification", "token_classification", "text", "prompt_completion", "instruction", "messages", "preference"
+]
+GENERATIVE: tuple[Kind, ...] = ("text", "prompt_completion", "instruction", "messages", "preference")
 PAIRS = (
     ("text", "text_pair"),
     ("sentence1", "sentence2"),
@@ -21,6 +27,31 @@ DOCUMENTS = ("text", "content", "document", "story", "body")
 WORDS = ("tokens", "words")
 LABELS = ("label", "labels", "category", "intent", "class", "target", "topic", "sentiment", "score")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels", "label")
+COMPLETIONS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("input", "output"),
+    ("source", "target"),
+)
+OUTPUTS = ("output", "response", "completion", "answer")
+INPUTS = ("input", "context")
+MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
+PROMPTS = ("prompt", "question", "instruction")
+REQUIRED: Mapping[str, Sequence[Mapping[str, str]]] = {
+    "text": [{"text": name} for name in DOCUMENTS],
+    "prompt_completion": [{"prompt": p, "completion": c} for p, c in COMPLETIONS],
+    "instruction": [{"instruction": "instruction", "output": name} for name in OUTPUTS],
+    "messages": [{"messages": name} for name in MESSAGES],
+    "preference": [{"chosen": "chosen", "rejected": "rejected"}],
+}
+"""For each format of a language model's rows, the usual columns of the fields that it must have."""
+OPTIONAL: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "instruction": {"input": INPUTS},
+    "preference": {"prompt": PROMPTS},
+}
+"""Fields that a format may have."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +61,47 @@ class Columns:
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    messages: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+
+    def given(self) -> dict[str, str]:
+        """Gives the fields that have a column."""
+        return {field: column for field, column in dataclasses.asdict(self).items() if column is not None}
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Columns))
+
+
+def find_format(present: Sequence[str], asked: Columns, name: str) -> Kind:
+    """Tells the format of a language model's rows by their columns.
+
+    Args:
+        present: the columns of the rows.
+        asked: the columns that the user named.
+        name: what to call the rows in messages.
+
+    Raises:
+        DataError: the columns fit no format, or several.
+    """
+    _raise_if_absent(present, asked, name)
+    fitting: list[Kind] = [kind for kind in GENERATIVE if _alternatives(present, asked, kind)]
+    if "preference" in fitting:
+        return "preference"
+    if "instruction" in fitting and "prompt_completion" in fitting:
+        fitting.remove("prompt_completion")  # alpaca's `input` and `output` are fields of the instruction
+    if len(fitting) == 1:
+        return fitting[0]
+    said = f"could be {' or '.join(fitting)}" if fitting else f"is none of {', '.join(GENERATIVE)}"
+    raise DataError(
+        f"{name}: the format {said}; set data.format, or data.columns such as "
+        f"{{'prompt': ..., 'completion': ...}}. Columns present: {', '.join(present)}"
+    )
 
 
 def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -> Columns:
@@ -38,17 +110,18 @@ def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -
     Args:
         present: the columns of the rows.
         asked: the columns that the user named.
-        kind: `classification`, `token_classification` or `text`.
+        kind: one of `Kind`.
         name: what to call the rows in messages.
 
     Raises:
         DataError: a named column is absent, or none or several could be meant; lists the columns present.
     """
-    problems: list[str] = []
-    given = _check_given(present, asked, name, problems)
-    text, pair = _find_texts(present, given, kind, name, problems)
-    label = given.label
-    if kind != "text" and label is None:
+    if kind not in get_args(Kind)[:2]:
+        return _find_fields(present, asked, kind, name)
+    problems = _absent(present, asked, name)
+    text, pair = _find_texts(present, asked, kind, name, problems)
+    label = asked.label
+    if label is None:
         usual = TAGS if kind == "token_classification" else LABELS
         label = _find("label", [u for u in usual if u not in (text, pair)], present, name, problems)
     if problems:
@@ -56,13 +129,49 @@ def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -
     return Columns(text, pair, label)
 
 
-def _check_given(present: Sequence[str], asked: Columns, name: str, problems: list[str]) -> Columns:
-    for role in ("text", "text_pair", "label"):
-        column = getattr(asked, role)
-        if column is not None and column not in present:
-            hint = nearest(column, present)
-            problems.append(f"{name}: no column {column!r} (for {role}){hint} Columns present: {', '.join(present)}")
-    return asked
+def _find_fields(present: Sequence[str], asked: Columns, kind: str, name: str) -> Columns:
+    _raise_if_absent(present, asked, name)
+    found = _alternatives(present, asked, kind)
+    if len(found) == 1:
+        return Columns(**found[0])
+    fields = {*REQUIRED[kind][0], *OPTIONAL.get(kind, ())}
+    if foreign := [field for field in asked.given() if field not in fields]:
+        raise DataError(f"{name}: data.columns names {', '.join(foreign)}, which rows of format {kind} do not have")
+    usual = [" with ".join(columns.values()) for columns in found or REQUIRED[kind]]
+    said = f"could be {' or '.join(usual)}" if found else f"is none of the usual names ({', '.join(usual)})"
+    needed = " and ".join(REQUIRED[kind][0])
+    raise DataError(f"{name}: the {needed} column {said}; name it. Columns present: {', '.join(present)}")
+
+
+def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dict[str, str]]:
+    """Lists the ways in which the columns are rows of a format."""
+    given, optional = asked.given(), OPTIONAL.get(kind, {})
+    if not given.keys() <= {*REQUIRED[kind][0], *optional}:
+        return []
+    found: list[dict[str, str]] = []
+    for usual in REQUIRED[kind]:
+        fields = {**usual, **{field: column for field, column in given.items() if field in usual}}
+        if fields not in found and set(fields.values()) <= set(present):
+            found.append(fields)
+    for fields in found:
+        for field, names in optional.items():
+            there = [given[field]] if field in given else [n for n in names if n in present]
+            if there and there[0] not in fields.values():
+                fields[field] = there[0]
+    return found
+
+
+def _absent(present: Sequence[str], asked: Columns, name: str) -> list[str]:
+    return [
+        f"{name}: no column {column!r} (for {field}){nearest(column, present)} Columns present: {', '.join(present)}"
+        for field, column in asked.given().items()
+        if column not in present
+    ]
+
+
+def _raise_if_absent(present: Sequence[str], asked: Columns, name: str) -> None:
+    if problems := _absent(present, asked, name):
+        raise DataError(problems)
 
 
 def _find_texts(
@@ -78,7 +187,7 @@ def _find_texts(
             fix = f"name the columns text and text_pair. Columns present: {', '.join(present)}"
             problems.append(f"{name}: the texts could be {' or '.join(map(str, pairs))}; {fix}")
             return None, None
-    usual = {"classification": TEXTS, "token_classification": WORDS, "text": DOCUMENTS}[kind]
+    usual = {"classification": TEXTS, "token_classification": WORDS}[kind]
     candidates = [column for column in usual if column != asked.text_pair]
     return _find("text", candidates, present, name, problems), asked.text_pair
 

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.data.dialogs import Dialog
 from jaxpeft.data.encoded import Arrays, CacheState, Encoded, cache_folder, load_arrays, save_arrays, to_arrays
 from jaxpeft.data.examples import Examples
 from jaxpeft.data.problems import Problems, excerpt
+from jaxpeft.data.supervise import IGNORED
+from jaxpeft.data.templates import template_source
 from jaxpeft.data.tokens import Batch, Options, tokenize
 from jaxpeft.errors import ConfigError, DataError
 
-FORMAT = 1
+FORMAT = 2
 BATCH = 1000
-COUNTS = ("rows", "sequences", "tokens", "truncated")
+COUNTS = ("dropped", "learned", "rows", "sequences", "tokens", "truncated")
 
 Progress = Callable[[int, int], None]
 
@@ -32,6 +35,8 @@ def encode(
     vocab_size: int,
     add_bos: bool = False,
     add_eos: bool = False,
+    chat_template: str | None = None,
+    most_dropped: float = 0.05,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
     use_cache: bool = True,
@@ -39,15 +44,20 @@ def encode(
     """Tokenises examples, or takes them from the cache.
 
     Classification: one sequence a row, cut to `max_length`. Token classification: the same, the tag of a word on its
-    first sub-token and -100 on the rest. Text: every document split into consecutive sequences, nothing lost.
+    first sub-token and -100 on the rest. Text: every document split into consecutive sequences, nothing lost. Dialogs:
+    one sequence a row, cut to `max_length`; only what the assistant says is learned, and a row of which nothing that is
+    learned is left is dropped.
 
     Args:
         examples: the examples of one split.
         tokenizer: a fast tokenizer of `transformers`.
         max_length: the most tokens of a sequence.
         vocab_size: of the model; every token must be below it.
-        add_bos: for text, begin each document with BOS; where the tokenizer does so itself, it is not doubled.
-        add_eos: for text, end each document with EOS, likewise.
+        add_bos: for text, begin each document with BOS; where the tokenizer does so itself, it is not doubled. For prompts
+            with completions, keep the BOS that the tokenizer begins a text with.
+        add_eos: end each document, or each answer that the template has not ended, with EOS; never doubled.
+        chat_template: name of a built-in template, or a file of jinja; None for the tokenizer's.
+        most_dropped: the share of rows that may be dropped.
         progress: called with the rows done and the rows in all, after every thousand.
         cache_dir: where the cache is; `JAXPEFT_CACHE` or `~/.cache/jaxpeft` where not given.
         use_cache: False neither reads nor writes it.
@@ -56,7 +66,9 @@ def encode(
         ConfigError: an option does not fit the tokenizer.
         DataError: a row gives no token, or a token is not below `vocab_size`.
     """
-    options = Options(max_length, add_bos, add_eos)
+    chat = any(isinstance(text, Dialog) for text in examples.texts)
+    template = template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
+    options = Options(max_length, add_bos, add_eos, template)
     _check_options(examples, tokenizer, options)
     key = fingerprint(examples, tokenizer, options)
     path = cache_folder(cache_dir) / f"{key}.npz"
@@ -69,6 +81,7 @@ def encode(
         encoded = _from_arrays(examples, _build(examples, tokenizer, options, progress), max_length, key, state)
         if use_cache:
             save_arrays(path, to_arrays(encoded))
+    _check_dropped(examples, encoded, most_dropped)
     _check_vocabulary(encoded, tokenizer, vocab_size)
     return encoded
 
@@ -96,15 +109,21 @@ def pad_id(tokenizer: Any, vocab_size: int) -> int:
 
 def _check_options(examples: Examples, tokenizer: Any, options: Options) -> None:
     name, problems = _name(tokenizer), list[str]()
+    if examples.kind == "preference":
+        problems.append(f"{examples.rows.name}: preference pairs are checked, and not trained on yet; set data.format")
     if not getattr(tokenizer, "is_fast", False):
         problems.append(f"tokenizer {name}: not a fast tokenizer; give one that has a tokenizer.json")
     for end in ("bos", "eos"):
         if getattr(options, f"add_{end}"):
-            if examples.kind != "text":
+            if "classification" in examples.kind:
                 problems.append(f"add_{end}=True is for text, not for {examples.kind}; remove it")
             elif getattr(tokenizer, f"{end}_token_id") is None:
                 problems.append(f"add_{end}=True, but the tokenizer {name} has no {end}_token; remove it")
-    least = 2 if examples.kind == "text" else 1 + tokenizer.num_special_tokens_to_add(examples.pairs is not None)
+    least = (
+        2
+        if "classification" not in examples.kind
+        else 1 + tokenizer.num_special_tokens_to_add(examples.pairs is not None)
+    )
     if options.max_length < least:
         problems.append(f"max_length={options.max_length} leaves no room for text; give at least {least}")
     if examples.kind == "token_classification" and _joins_words(tokenizer):
@@ -130,7 +149,9 @@ def _build(examples: Examples, tokenizer: Any, options: Options, progress: Progr
     labels = [ids for batch in batches for ids in batch.labels]
     truncated = sum(batch.truncated for batch in batches)
     arrays = {"tokens": tokens, "offsets": offsets, "source": source}
-    arrays["counts"] = np.array([len(examples), len(lengths), len(tokens), truncated], np.int64)
+    dropped = sum(len(batch.dropped) for batch in batches)
+    learned = sum(t != IGNORED for of_row in labels for t in of_row)
+    arrays["counts"] = np.array([dropped, learned, len(examples), len(lengths), len(tokens), truncated], np.int64)
     if types:
         arrays["type_ids"] = _flat(types)
     per_row: Any = examples.labels
@@ -177,8 +198,21 @@ def _check_lengths(examples: Examples, tokenizer: Any, empty: np.ndarray) -> Non
     problems.raise_if_any()
 
 
+def _check_dropped(examples: Examples, encoded: Encoded, most: float) -> None:
+    dropped, rows, length = encoded.counts["dropped"], encoded.counts["rows"], encoded.max_length
+    if dropped <= most * rows:
+        return
+    kept = set(encoded.source.tolist())
+    first = next(row for row in range(rows) if row not in kept)
+    raise DataError(
+        f"{examples.rows.name}: {dropped} of {rows} rows ({dropped / rows:.1%}) have no learned token among their first "
+        f"{length}, as {examples.rows.where(first)}; at most {most:.1%} may be dropped: raise data.max_length, shorten the "
+        "prompts, or raise data.most_dropped"
+    )
+
+
 def _check_vocabulary(encoded: Encoded, tokenizer: Any, vocab_size: int) -> None:
-    highest = int(encoded.tokens.max())
+    highest = int(encoded.tokens.max(initial=0))
     if highest >= vocab_size:
         word = tokenizer.convert_ids_to_tokens(highest)
         raise DataError(

@@ -26,7 +26,7 @@ class Encoded:
     """Token sequences in one flat array. Sequence `i` is `tokens[offsets[i]:offsets[i + 1]]`.
 
     Attributes:
-        kind: `classification`, `token_classification` or `text`.
+        kind: the format of the rows.
         problem: `single_label`, `multi_label` or `regression` of a classification, else None.
         tokens: int32 [tokens].
         offsets: int64 [sequences + 1].
@@ -35,7 +35,7 @@ class Encoded:
         type_ids: int32 [tokens], None where the tokenizer makes none.
         source: int32 [sequences], the row that each sequence comes from; a long document of text has several.
         label_names: the name of each label id.
-        counts: `rows`, `truncated` (rows), `sequences`, `tokens`.
+        counts: `rows`, `truncated` and `dropped` (rows), `sequences`, `tokens`, `learned` (tokens).
         max_length: the most tokens that a sequence may have.
         fingerprint: the hash of tokenizer, options and data, the key of the cache.
         cache: whether the cache held it.
@@ -108,7 +108,7 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def to_arrays(encoded: Encoded) -> Arrays:
-    """Gives what the cache stores: the arrays, and the counts, int64 [4], in the order of their names."""
+    """Gives what the cache stores: the arrays, and the counts, int64 [6], in the order of their names."""
     counts = np.array([encoded.counts[name] for name in sorted(encoded.counts)], np.int64)
     arrays = {"tokens": encoded.tokens, "offsets": encoded.offsets, "source": encoded.source, "counts": counts}
     if encoded.type_ids is not None:

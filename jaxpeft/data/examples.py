@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
-from jaxpeft.data.columns import Columns, find_columns
+from jaxpeft.data.columns import Columns, Kind, find_columns
+from jaxpeft.data.dialogs import (
+    Completion,
+    Dialog,
+    Preference,
+    read_completion,
+    read_dialog,
+    read_instruction,
+    read_preference,
+    read_text,
+)
 from jaxpeft.data.labels import (
     Problem,
     guess_problem,
@@ -21,12 +31,18 @@ from jaxpeft.data.labels import (
     multi_hot,
     sort_names,
 )
-from jaxpeft.data.problems import Problems, RowError, excerpt
+from jaxpeft.data.problems import Problems, Record, RowError, excerpt
 from jaxpeft.data.rows import Rows
 from jaxpeft.errors import ConfigError, DataError, nearest
 
-Kind = Literal["classification", "token_classification", "text"]
+Text = str | list[str] | Dialog | Completion | Preference
 T = TypeVar("T")
+_DIALOGS: Mapping[str, Callable[[Record, Columns], Text]] = {
+    "prompt_completion": read_completion,
+    "instruction": read_instruction,
+    "messages": read_dialog,
+    "preference": read_preference,
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +50,9 @@ class Examples:
     """Examples of one kind.
 
     Attributes:
-        kind: `classification`, `token_classification` or `text`.
+        kind: the format of the rows.
         problem: of a classification, else None.
-        texts: one string an example, or one list of words of a token classification.
+        texts: one an example: a string, a list of words of a token classification, a dialog or a preference pair.
         pairs: the second text of each example, None where there is none.
         labels: single_label int32 [n]; multi_label float32 [n, labels]; regression float32 [n]; token classification
             one int32 [words] an example; None for text.
@@ -47,7 +63,7 @@ class Examples:
 
     kind: Kind
     problem: Problem | None
-    texts: list[str] | list[list[str]]
+    texts: list[Any]
     pairs: list[str] | None
     labels: np.ndarray | list[np.ndarray] | None
     label_names: tuple[str, ...]
@@ -65,8 +81,7 @@ class Examples:
     @property
     def sha256(self) -> str:
         """The hash of everything that the examples are made from."""
-        columns = [self.columns.text, self.columns.text_pair, self.columns.label]
-        made = [self.rows.sha256, self.kind, self.problem, columns, self.label_names]
+        made = [self.rows.sha256, self.kind, self.problem, self.columns.given(), self.label_names]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
@@ -82,7 +97,7 @@ def make_examples(
 
     Args:
         rows: the rows of one split.
-        kind: `classification`, `token_classification` or `text`.
+        kind: the format of the rows.
         problem: of a classification; found from the labels where not given (lists: multi_label, numbers with a point:
             regression, else single_label; numbers that a CSV holds are strings, hence single_label).
         columns: the columns to use; those not given are found by their usual names.
@@ -97,11 +112,15 @@ def make_examples(
     asked = columns or (like.columns if like else Columns())
     found = find_columns(rows.columns(), asked, kind, rows.name)
     problems = Problems()
+    if kind in _DIALOGS:
+        dialogs = _dialogs(rows, found, _DIALOGS[kind], problems)
+        problems.raise_if_any()
+        return Examples(kind, None, dialogs, None, None, (), found, rows)
     if kind == "token_classification":
         texts, pairs = _column(rows, found.text, _words, problems), None
     else:
-        texts = _column(rows, found.text, _text, problems)
-        pairs = _column(rows, found.text_pair, _text, problems) if found.text_pair else None
+        texts = _column(rows, found.text, read_text, problems)
+        pairs = _column(rows, found.text_pair, read_text, problems) if found.text_pair else None
     if kind == "text":
         problems.raise_if_any()
         return Examples(kind, None, texts, None, None, (), found, rows)
@@ -141,26 +160,24 @@ def _column(rows: Rows, column: str | None, read: Callable[[Any], T], problems: 
     return values
 
 
+def _dialogs(rows: Rows, columns: Columns, read: Callable[[Record, Columns], Text], problems: Problems) -> list[Text]:
+    values: list[Text] = []
+    for i, record in enumerate(rows.records):
+        try:
+            values.append(read(record, columns))
+        except RowError as fault:
+            problems.add(rows.where(i), fault.fault, _shown(record), fault.fix)
+    return values
+
+
 def _shown(record: dict[str, Any]) -> str:
     return excerpt(json.dumps(record, ensure_ascii=False, default=str))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"holds a {type(value).__name__}, not a string", "write the text as a string")
-    if not value.strip():
-        raise RowError("is empty", "fill it or leave the row out")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError("holds half of a surrogate pair", "write the whole character") from None
-    return value
 
 
 def _words(value: Any) -> list[str]:
     if not isinstance(value, list) or not value:
         raise RowError("holds no list of words", 'write it as ["word", ...], such as in JSONL or parquet')
-    return [_text(word) for word in value]
+    return [read_text(word) for word in value]
 
 
 def _labels(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from jaxpeft.data.examples import Examples
-
-IGNORED = -100
+from jaxpeft.data.problems import Problems, excerpt
+from jaxpeft.data.supervise import IGNORED, Script, label, write
+from jaxpeft.data.templates import RenderError, Template
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Options:
     max_length: int
     add_bos: bool
     add_eos: bool
+    template: str | None = None
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Batch:
         labels: their labels, empty where a label belongs to an example.
         source: the row of each sequence.
         truncated: how many rows lost tokens.
+        dropped: the rows that are left out, since no token of theirs is learned.
     """
 
     ids: list[list[int]]
@@ -39,12 +42,13 @@ class Batch:
     labels: list[list[int]]
     source: list[int]
     truncated: int = 0
+    dropped: list[int] = field(default_factory=list[int])
 
 
 def tokenize(examples: Examples, tokenizer: Any, start: int, stop: int, options: Options) -> Batch:
     """Tokenises the rows from `start` up to `stop`."""
-    kind = {"classification": _sentences, "token_classification": _words, "text": _documents}
-    return kind[examples.kind](examples, tokenizer, range(start, stop), options)
+    kinds = {"classification": _sentences, "token_classification": _words, "text": _documents}
+    return kinds.get(examples.kind, _dialogs)(examples, tokenizer, range(start, stop), options)
 
 
 def _sentences(examples: Examples, tokenizer: Any, rows: range, options: Options) -> Batch:
@@ -72,6 +76,52 @@ def _documents(examples: Examples, tokenizer: Any, rows: range, options: Options
         batch.source += [row] * len(chunks)
     batch.labels = batch.ids
     return batch
+
+
+def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: Options) -> Batch:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    begin = prefix(tokenizer) if options.add_bos else [t for t in prefix(tokenizer) if t != bos]
+    scripts = _scripts(examples, tokenizer, rows, options)
+    batch = Batch([], [], [], [])
+    for row, made in zip(
+        rows, label(scripts, tokenizer, begin=begin, end=eos if options.add_eos else None), strict=True
+    ):
+        ids, labels = made.ids[: options.max_length], made.labels[: options.max_length]
+        batch.truncated += len(made.ids) > options.max_length
+        if all(token == IGNORED for token in labels[1:]):
+            batch.dropped.append(row)
+            continue
+        batch.ids.append(ids)
+        batch.labels.append(labels)
+        batch.source.append(row)
+    return batch
+
+
+def _scripts(examples: Examples, tokenizer: Any, rows: range, options: Options) -> list[Script]:
+    template = Template(options.template, special_tokens(tokenizer)) if options.template else None
+    problems, scripts = Problems(), list[Script]()
+    dialogs: Any = examples.texts
+    for row in rows:
+        try:
+            scripts.append(write(dialogs[row], template))
+        except RenderError as error:
+            problems.add(
+                examples.rows.where(row), str(error), excerpt(str(examples.rows.records[row])), "correct the row"
+            )
+    problems.raise_if_any()
+    return scripts
+
+
+def prefix(tokenizer: Any) -> list[int]:
+    """Gives the tokens that a tokenizer puts before a text by itself, such as BOS."""
+    whole, alone = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
+    return whole[:at]
+
+
+def special_tokens(tokenizer: Any) -> dict[str, str]:
+    """Gives a tokenizer's special tokens by name, such as `bos_token`."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 
 def _with_ends(ids: Sequence[int], tokenizer: Any, options: Options) -> list[int]:

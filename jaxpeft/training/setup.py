@@ -22,8 +22,7 @@ from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.progress import rows_shown
 
 _log = logging.getLogger(__name__)
-_KINDS = {
-    "causal_lm": "text",
+_KINDS: dict[str, data.Kind] = {
     "sequence_classification": "classification",
     "token_classification": "token_classification",
 }
@@ -156,7 +155,7 @@ def _check_positions(model: Pretrained, length: int) -> None:
 
 
 def _problem(examples: data.Examples) -> str:
-    return {"text": "lm", "token_classification": "token"}.get(examples.kind, str(examples.problem))
+    return {"classification": str(examples.problem), "token_classification": "token"}.get(examples.kind, "lm")
 
 
 def _check_metric(metric: str | None, problem: str, labels: int) -> None:
@@ -172,22 +171,33 @@ def _dtype(name: str) -> Any:
 
 
 def _examples(config: Config) -> tuple[data.Examples, data.Examples, data.Examples]:
-    options, kind = config.data, _KINDS[config.model.task]
-    columns = data.Columns(options.text_column, options.pair_column, options.label_column)
+    options, columns = config.data, data.Columns(**config.data.columns)
     problem = None if options.problem == "auto" else options.problem
     rows = _rows(options.train, "train", config)
+    kind = _kind(config, rows, columns)
     if not options.validation:
         share, seed = options.validation_share, config.train.seed
         text = kind == "text"
         rows, held_out = data.hold_out_text(rows, share, seed, columns) if text else data.hold_out(rows, share, seed)
     else:
         held_out = _rows(options.validation, "validation", config)
-    train = data.make_examples(rows, kind=kind, problem=problem, columns=columns)  # pyright: ignore[reportArgumentType]
-    validation = data.make_examples(held_out, kind=kind, like=train)  # pyright: ignore[reportArgumentType]
+    train = data.make_examples(rows, kind=kind, problem=problem, columns=columns)
+    validation = data.make_examples(held_out, kind=kind, like=train)
     if not options.test:
         return train, validation, validation
-    test = data.make_examples(_rows(options.test, "test", config), kind=kind, like=train)  # pyright: ignore[reportArgumentType]
+    test = data.make_examples(_rows(options.test, "test", config), kind=kind, like=train)
     return train, validation, test
+
+
+def _kind(config: Config, rows: data.Rows, columns: data.Columns) -> data.Kind:
+    task, given = config.model.task, config.data.format
+    if task in _KINDS:
+        if given != "auto":
+            raise ConfigError(f"data.format: {given!r} is for task 'causal_lm', task is {task!r}; set it to 'auto'")
+        return _KINDS[task]
+    kind = data.find_format(rows.columns(), columns, rows.name) if given == "auto" else given
+    _log.info("%s: rows of format %s", rows.name, kind)
+    return kind
 
 
 def _rows(path: str, split: str, config: Config) -> data.Rows:
@@ -198,7 +208,7 @@ def _rows(path: str, split: str, config: Config) -> data.Rows:
 
 
 def _encode(examples: data.Examples, tokenizer: Any, config: Config, vocab: int) -> Encoded:
-    text, options = examples.kind == "text", config.data
+    text, options = "classification" not in examples.kind, config.data
     with rows_shown(config.log.progress, f"tokenising {examples.rows.name}") as progress:
         encoded = data.encode(
             examples,
@@ -207,10 +217,14 @@ def _encode(examples: data.Examples, tokenizer: Any, config: Config, vocab: int)
             vocab_size=vocab,
             add_bos=text and options.add_bos and tokenizer.bos_token_id is not None,
             add_eos=text and options.add_eos and tokenizer.eos_token_id is not None,
+            chat_template=options.chat_template,
+            most_dropped=options.most_dropped,
             progress=progress,
         )
     counts = encoded.counts
     cut = f", {counts['truncated']} cut at {options.max_length} tokens" if counts["truncated"] else ""
-    _log.info("%s: %d rows, %d tokens%s (%s)", examples.rows.name, counts["rows"], counts["tokens"], cut,
-              "from the cache" if encoded.cache == "hit" else "tokenised")  # fmt: skip
+    learned = f", {counts['learned'] / max(1, counts['tokens']):.0%} of them learned" if text else ""
+    dropped = f", {counts['dropped']} rows dropped: nothing learned is left of them" if counts["dropped"] else ""
+    _log.info("%s: %d rows, %d tokens%s%s%s (%s)", examples.rows.name, counts["rows"], counts["tokens"], learned, cut,
+              dropped, "from the cache" if encoded.cache == "hit" else "tokenised")  # fmt: skip
     return encoded

@@ -1,0 +1,192 @@
+"""Dialogs to tokens and labels: what the model sees, and which of its tokens it learns.
+
+The text of a dialog is cut where an answer of the assistant begins. A cut is where generation would begin, so the tokens
+up to it must be those that generation would see. They are: each piece of the text is tokenised with all that comes before
+it, and where that would change a token before the cut (`"A: "` and `"A: 42"` split differently), the piece is tokenised
+behind a short anchor instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpeft.data.dialogs import Completion, Dialog
+from jaxpeft.data.templates import RenderError, Template
+
+IGNORED = -100
+ANCHOR = "\n"
+
+
+@dataclass(frozen=True)
+class Script:
+    """A dialog written out.
+
+    Attributes:
+        text: all of it.
+        learned: `(start, end)` of each part that is learned, in characters, in order.
+        begun: whether the text holds the tokens that a text begins with: a template writes them itself.
+        ended: whether the text marks its end: a template does so itself.
+    """
+
+    text: str
+    learned: tuple[tuple[int, int], ...]
+    begun: bool
+    ended: bool
+
+    @property
+    def cuts(self) -> list[int]:
+        """Where the pieces of the text end: where each learned part begins, and the end."""
+        return [*(start for start, _ in self.learned), len(self.text)]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Tokens and labels of one dialog, both of the same length; -100 where nothing is learned."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def write(dialog: Dialog | Completion, template: Template | None) -> Script:
+    """Writes a dialog out.
+
+    The learned part of a turn of the assistant is what the template adds to what it writes of the turns before, with a
+    prompt to generate, up to where the turn ends. No mark in the template is needed.
+
+    Args:
+        dialog: the dialog.
+        template: of its chat; None for a completion.
+
+    Raises:
+        RenderError: the template cannot write it, or writes earlier turns otherwise once later ones follow.
+    """
+    if isinstance(dialog, Completion):
+        start, text = len(dialog.prompt), dialog.prompt + dialog.completion
+        return Script(text, ((start, len(text)),), begun=False, ended=False)
+    if template is None:
+        raise RenderError("there is no chat template to write messages with")
+    text = template.render(dialog.messages, generate=False, tools=dialog.tools)
+    learned = _learned(dialog, text, template)
+    return Script(text, learned, begun=True, ended=_ended(text, learned, dialog.messages[-1]))
+
+
+def write_prompt(dialog: Dialog | Completion, template: Template | None) -> Script:
+    """Writes out what an answer is to be generated from; its tokens are those that training has before the answer.
+
+    Args:
+        dialog: the turns so far; of a completion, its prompt counts.
+        template: of its chat; None for a completion.
+
+    Raises:
+        RenderError: as `write` does.
+    """
+    if isinstance(dialog, Completion):
+        return Script(dialog.prompt, (), begun=False, ended=True)
+    if template is None:
+        raise RenderError("there is no chat template to write messages with")
+    text = template.render(dialog.messages, generate=True, tools=dialog.tools)
+    return Script(text, _learned(dialog, text, template), begun=True, ended=True)
+
+
+def _learned(dialog: Dialog, text: str, template: Template) -> tuple[tuple[int, int], ...]:
+    """Finds the answers in the text of a dialog."""
+    messages, tools = dialog.messages, dialog.tools
+    learned: list[tuple[int, int]] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = template.render(messages[:i], generate=True, tools=tools)
+        if not text.startswith(before) or (learned and len(before) < learned[-1][1]):
+            raise RenderError(f"the chat template writes the turns before turn {i + 1} otherwise once it follows")
+        learned.append((len(before), _end(text, len(before), dialog, i, template)))
+    return tuple(learned)
+
+
+def _end(text: str, start: int, dialog: Dialog, i: int, template: Template) -> int:
+    """Finds where turn `i` ends in the whole text."""
+    messages = dialog.messages
+    upto = template.render(messages[: i + 1], generate=False, tools=dialog.tools)
+    if text.startswith(upto):
+        return len(upto)
+    # Some templates write the last turn of a chat otherwise than those before (thoughts kept or dropped); what follows
+    # its content is the same.
+    content = str(messages[i]["content"]).strip()
+    at, alone = text.find(content, start), upto.rfind(content)
+    tail = upto[alone + len(content) :]
+    if content and at >= 0 and alone >= 0 and text.startswith(tail, at + len(content)):
+        return at + len(content) + len(tail)
+    raise RenderError(f"the chat template writes turn {i + 1} otherwise once another follows")
+
+
+def _ended(text: str, learned: Sequence[tuple[int, int]], last: Mapping[str, Any]) -> bool:
+    """Says whether something stands behind the last answer's content."""
+    start, end = learned[-1]
+    if end < len(text) or last["role"] != "assistant":
+        return True
+    return not text[start:end].rstrip().endswith(str(last["content"]).strip() or "\0")
+
+
+def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], end: int | None) -> list[Labelled]:
+    """Tokenises dialogs and labels what is learned.
+
+    Args:
+        scripts: the dialogs, written out.
+        tokenizer: a fast tokenizer of `transformers`.
+        begin: tokens that a text begins with, where a template has not written them.
+        end: token that a text ends with, where a template has not marked the end and the end is learned; None for none.
+    """
+    texts = [script.text[:cut] for script in scripts for cut in script.cuts]
+    made = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+    pieces = iter(zip(made["input_ids"], made["offset_mapping"], strict=True))
+    out: list[Labelled] = []
+    for script in scripts:
+        ids, places = _join(script, [next(pieces) for _ in script.cuts], tokenizer)
+        labels = [t if _inside(at, script.learned) else IGNORED for t, at in zip(ids, places, strict=True)]
+        if not script.begun:
+            ids, labels = [*begin, *ids], [IGNORED] * len(begin) + labels
+        if end is not None and not script.ended and labels[-1:] not in ([IGNORED], [end], []):
+            ids.append(end)
+            labels.append(end)
+        doubled = _doubled(ids, tokenizer.bos_token_id)
+        out.append(Labelled(ids[doubled:], labels[doubled:]))
+    return out
+
+
+def _doubled(ids: Sequence[int], bos: int | None) -> int:
+    """Counts the BOS before the last BOS of those that a text begins with."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair == (bos, bos), itertools.pairwise(ids)))
+
+
+def _join(script: Script, pieces: Sequence[tuple[Any, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Joins the tokens up to each cut, never changing those before it; gives tokens and where each begins."""
+    ids: list[int] = []
+    places: list[int] = []
+    for before, cut, (tokens, offsets) in zip([0, *script.cuts], script.cuts, pieces, strict=False):
+        if tokens[: len(ids)] == ids:
+            added, starts = tokens[len(ids) :], [start for start, _ in offsets[len(ids) :]]
+        else:
+            added, starts = _behind_anchor(script.text[before:cut], tokenizer)
+            starts = [start + before for start in starts]
+        ids += added
+        places += starts
+    return ids, places
+
+
+def _behind_anchor(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokenises a text as if something stood before it: some tokenizers begin a text with a mark of their own."""
+
+    def tokens(text: str) -> tuple[list[int], list[int]]:
+        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+        return made["input_ids"], [start for start, _ in made["offset_mapping"]]
+
+    anchor, (ids, starts) = tokens(ANCHOR)[0], tokens(ANCHOR + text)
+    if ids[: len(anchor)] == anchor:
+        return ids[len(anchor) :], [start - len(ANCHOR) for start in starts[len(anchor) :]]
+    return tokens(text)
+
+
+def _inside(place: int, spans: Sequence[tuple[int, int]]) -> bool:
+    return any(start <= place < end for start, end in spans)

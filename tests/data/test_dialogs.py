@@ -1,0 +1,137 @@
+"""Rows to dialogs: every usual way of writing them, and what is wrong with a row by its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxpeft.data.columns import Columns, find_format
+from jaxpeft.data.dialogs import Completion, Dialog, Preference
+from jaxpeft.data.examples import Examples, make_examples
+from jaxpeft.data.rows import read_rows
+from jaxpeft.errors import DataError
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+SHARE = [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("present", "asked", "kind"),
+    [
+        ("text", {}, "text"),
+        ("story title", {}, "text"),
+        ("prompt completion", {}, "prompt_completion"),
+        ("question answer", {}, "prompt_completion"),
+        ("instruction input output id", {}, "instruction"),
+        ("instruction context response category", {}, "instruction"),
+        ("messages", {}, "messages"),
+        ("id conversations", {}, "messages"),
+        ("chosen rejected", {}, "preference"),
+        ("prompt chosen rejected", {}, "preference"),
+        ("mr ref", {"prompt": "mr", "completion": "ref"}, "prompt_completion"),
+        ("instruction output text", {"text": "text"}, "text"),
+        ("body turns", {"messages": "turns"}, "messages"),
+        ("a b c", {"instruction": "a", "input": "b", "output": "c"}, "instruction"),
+    ],
+)
+def test_the_format_is_told_by_the_columns(present: str, asked: dict[str, str], kind: str) -> None:
+    assert find_format(present.split(), Columns(**asked), "F") == kind
+
+
+@pytest.mark.parametrize(
+    ("present", "asked", "text"),
+    [
+        ("instruction output text", {}, "the format could be text or instruction; set data.format, or data.columns"),
+        ("mr ref", {}, "the format is none of text, prompt_completion, instruction, messages, preference"),
+        ("mr ref", {"prompt": "mrr"}, "no column 'mrr' (for prompt); did you mean 'mr'?"),
+    ],
+)
+def test_columns_that_fit_no_format_or_several_are_refused(present: str, asked: dict[str, str], text: str) -> None:
+    with pytest.raises(DataError) as caught:
+        find_format(present.split(), Columns(**asked), "F")
+    assert text in str(caught.value)
+
+
+def examples(path: Path, rows: list[dict[str, Any]], kind: Any, **columns: str) -> Examples:
+    file = path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_examples(read_rows(file), kind=kind, columns=Columns(**columns))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "dialog"),
+    [
+        ("prompt_completion", {"prompt": "hi", "completion": " hello"}, Completion("hi", " hello")),
+        ("prompt_completion", {"question": "hi", "answer": "hello"}, Completion("hi", "hello")),
+        ("prompt_completion", {"prompt": TURNS[:1], "completion": TURNS[1:]}, Dialog(tuple(TURNS))),
+        ("prompt_completion", {"prompt": TURNS[:1], "completion": "hello"}, Dialog(tuple(TURNS))),
+        ("instruction", {"instruction": "add", "input": "1 2", "output": "3"},
+         Dialog(({"role": "user", "content": "add\n\n1 2", "instruction": "add", "input": "1 2"},
+                 {"role": "assistant", "content": "3"}))),
+        ("instruction", {"instruction": "add", "input": "", "output": "3"},
+         Dialog(({"role": "user", "content": "add", "instruction": "add", "input": ""},
+                 {"role": "assistant", "content": "3"}))),
+        ("messages", {"messages": TURNS}, Dialog(tuple(TURNS))),
+        ("messages", {"conversations": SHARE},
+         Dialog(({"role": "system", "content": "be kind"}, *TURNS))),
+        ("messages", {"messages": TURNS, "tools": [{"name": "f"}]}, Dialog(tuple(TURNS), ({"name": "f"},))),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TURNS[1]]},
+         Dialog(tuple(TURNS))),
+        ("preference", {"prompt": "hi", "chosen": "hello", "rejected": "go"},
+         Preference(Completion("hi", "hello"), Completion("hi", "go"))),
+        ("preference", {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "go"}]},
+         Preference(Dialog(tuple(TURNS)), Dialog((TURNS[0], {"role": "assistant", "content": "go"})))),
+    ],
+)  # fmt: skip
+def test_rows_of_every_format_are_read(tmp_path: Path, kind: str, row: dict[str, Any], dialog: Any) -> None:
+    assert examples(tmp_path, [row], kind).texts == [dialog]
+
+
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+
+
+def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
+    (dialog,) = examples(tmp_path, [{"messages": [TURNS[0], CALL]}], "messages").texts
+    assert dialog.messages[1] == {**CALL, "content": ""}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "text"),
+    [
+        ("messages", {"messages": "hi"}, "field 'messages' holds no list of messages"),
+        ("messages", {"messages": []}, "field 'messages' holds no list of messages"),
+        ("messages", {"messages": ["hi"]}, "holds a str as turn 1, not an object"),
+        ("messages", {"messages": [{"role": "usr", "content": "hi"}]}, "has the unknown role 'usr' in turn 1"),
+        ("messages", {"messages": [{"role": "usr", "content": "hi"}]}, "did you mean 'user'?"),
+        ("messages", {"messages": [{"from": "humann", "value": "hi"}]}, "has the unknown role 'humann' in turn 1"),
+        ("messages", {"messages": [{"content": "hi"}]}, "has no role in turn 1"),
+        ("messages", {"messages": [*TURNS, {"role": "user", "content": 3}]}, "holds a int as the content of turn 3"),
+        (
+            "messages",
+            {"messages": [TURNS[0], {"role": "assistant", "content": " "}]},
+            "has an empty turn 2 (assistant)",
+        ),
+        ("messages", {"messages": [TURNS[0]]}, "'messages' has no turn of the assistant"),
+        ("messages", {"messages": [*TURNS, {"role": "system", "content": "x"}]}, "has its system turn at place 3"),
+        ("messages", {"messages": [{"role": "system", "content": "x"}] * 2 + TURNS}, "has 2 system turns (1, 2)"),
+        ("messages", {"messages": TURNS, "tools": "f"}, "'tools' holds a str, not a list of objects"),
+        ("prompt_completion", {"prompt": "hi", "completion": ""}, "field 'completion' is empty"),
+        ("prompt_completion", {"prompt": "hi", "completion": None}, "field 'completion' is missing"),
+        ("prompt_completion", {"prompt": 3, "completion": "x"}, "field 'prompt' holds no list of messages"),
+        ("prompt_completion", {"prompt": "hi", "completion": TURNS}, "'completion' begins with a turn of user"),
+        ("instruction", {"instruction": "", "output": "x"}, "field 'instruction' is empty"),
+        ("preference", {"prompt": "hi", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same"),
+    ],
+)
+def test_a_wrong_row_is_named_with_its_line_and_turn(tmp_path: Path, kind: str, row: dict[str, Any], text: str) -> None:
+    good = {"messages": TURNS, "prompt": "a", "completion": "b", "instruction": "a", "output": "b", "chosen": "a",
+            "rejected": "b"}  # fmt: skip
+    columns = {"prompt_completion": {"prompt": "prompt", "completion": "completion"},
+               "instruction": {"instruction": "instruction", "output": "output"}}  # fmt: skip
+    with pytest.raises(DataError) as caught:
+        examples(tmp_path, [good, good | row], kind, **columns.get(kind, {}))
+    assert text in str(caught.value)
+    assert "rows.jsonl:2:1 (row 2): " in str(caught.value)
