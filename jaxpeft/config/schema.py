@@ -68,6 +68,7 @@ class DataConfig:
     lengths: tuple[int, ...] = option(
         (), "the padded lengths, ascending; empty to choose them from the data", at_least=2
     )
+    packing: bool = option(False, "put several texts or dialogs into one row of max_length, none seeing another")
     add_bos: bool = option(True, "begin a text with the tokenizer's beginning-of-text token, if it has one")
     add_eos: bool = option(True, "end a text or an answer with the tokenizer's end-of-text token, if it has one")
     most_dropped: float = option(
@@ -85,6 +86,8 @@ class DataConfig:
                 )
         if list(self.lengths) != sorted(set(self.lengths)):
             found.append(f"lengths: must ascend, are {list(self.lengths)}")
+        if self.packing and self.lengths:
+            found.append("lengths: packed rows are all of max_length; remove one of lengths and packing")
         if self.lengths and self.lengths[-1] != self.max_length:
             found.append(f"lengths: the last must be max_length {self.max_length}, is {self.lengths[-1]}")
         return found
@@ -200,6 +203,8 @@ class Config:
         found: list[str] = []
         if self.model.task == "causal_lm" and (self.method.name == "head" or "head" in self.baselines):
             found.append("method.name: 'head' trains a classification head, task is 'causal_lm'")
+        if self.data.packing and self.model.task != "causal_lm":
+            found.append(f"data.packing: is for task 'causal_lm', task is {self.model.task!r}")
         for name in self.baseline_learning_rates:
             if name not in ("head", "bitfit", "full"):
                 found.append(f"baseline_learning_rates: {name!r} is not one of 'head', 'bitfit', 'full'")

@@ -10,6 +10,7 @@ from jaxpeft.data.encode import encode, pad_id
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.examples import Examples, make_examples
 from jaxpeft.data.holdout import hold_out, hold_out_text
+from jaxpeft.data.packing import fill, pack
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "choose_lengths",
     "encode",
     "eval_batches",
+    "fill",
     "find_format",
     "hold_out",
     "hold_out_text",
     "is_hub_id",
     "make_examples",
+    "pack",
     "pad_id",
     "padding_share",
     "read_rows",

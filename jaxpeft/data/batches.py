@@ -85,6 +85,7 @@ class Batches:
 
         Returns:
             input_ids, attention_mask: int32 [batch, T]. token_type_ids: the same, where the tokenizer makes them.
+            segment_ids: the same, where documents are packed: the number of the document, 0 for padding.
             labels: int32 [batch] (single_label), float32 [batch] (regression), float32 [batch, labels] (multi_label)
             or int32 [batch, T] with -100 where there is no loss. weights: float32 [batch], 0 for filler rows.
 
@@ -163,6 +164,8 @@ def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Bat
         else encoded.labels[rows],
         "weights": real.astype(np.float32),
     }
+    if encoded.segments is not None:
+        batch["segment_ids"] = np.where(inside, encoded.segments[at], np.int32(0))
     if encoded.type_ids is not None:
         batch["token_type_ids"] = np.where(inside, encoded.type_ids[at], np.int32(0))
     return batch

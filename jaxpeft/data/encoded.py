@@ -33,11 +33,14 @@ class Encoded:
         labels: a sequence: int32 [sequences], float32 [sequences] or float32 [sequences, labels]; a token (where
             `per_token`): int32 [tokens], -100 where there is no loss. The label of a token of text is the token itself.
         type_ids: int32 [tokens], None where the tokenizer makes none.
-        source: int32 [sequences], the row that each sequence comes from; a long document of text has several.
+        source: int32 [sequences], the row that each sequence comes from; a long document of text has several. Of a packed
+            sequence, the row of its first document.
         label_names: the name of each label id.
         counts: `rows`, `truncated` and `dropped` (rows), `sequences`, `tokens`, `learned` (tokens).
         max_length: the most tokens that a sequence may have.
         fingerprint: the hash of tokenizer, options and data, the key of the cache.
+        segments: int32 [tokens], the document of a packed sequence that a token belongs to, from 1; None where nothing is
+            packed.
         cache: whether the cache held it.
     """
 
@@ -52,6 +55,7 @@ class Encoded:
     counts: Mapping[str, int]
     max_length: int
     fingerprint: str
+    segments: np.ndarray | None = None
     cache: CacheState = field(default="off", compare=False)
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from jaxpeft import data
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
 from jaxpeft.evaluation.metrics import classification_metrics, lm_metrics
-from jaxpeft.training.setup import Encoded, Setup
+from jaxpeft.training.setup import Encoded, Setup, padded_lengths
 from jaxpeft.training.step import logits_of
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse"})
@@ -47,7 +47,7 @@ class Evaluator:
         """
         setup = self._setup
         options = setup.config.evaluation
-        lengths = setup.config.data.lengths or data.choose_lengths(split.lengths, setup.config.data.max_length)
+        lengths = padded_lengths(setup.config, split)
         total = weight = 0.0
         logits: list[np.ndarray[Any, Any]] = []
         labels: list[np.ndarray[Any, Any]] = []

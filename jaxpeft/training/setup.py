@@ -96,7 +96,7 @@ def prepare(config: Config) -> Setup:
         seed=config.train.seed,
     )
     pad = data.pad_id(tokenizer, vocab)
-    lengths = config.data.lengths or data.choose_lengths(train.lengths, config.data.max_length)
+    lengths = padded_lengths(config, train)
     batches = data.Batches(
         train, config.train.batch_size, lengths, config.train.seed, pad, accumulation=config.train.accumulation
     )
@@ -120,6 +120,13 @@ def prepare(config: Config) -> Setup:
             "data": {name: e.fingerprint for name, e in (("train", train), ("validation", validation), ("test", test))},
         },
     )
+
+
+def padded_lengths(config: Config, split: Encoded) -> tuple[int, ...]:
+    """Gives the lengths that the rows of a split are padded to."""
+    if config.data.packing:
+        return (config.data.max_length,)
+    return config.data.lengths or data.choose_lengths(split.lengths, config.data.max_length)
 
 
 def load_tokenizer(source: sources.Source) -> Any:
@@ -227,4 +234,10 @@ def _encode(examples: data.Examples, tokenizer: Any, config: Config, vocab: int)
     dropped = f", {counts['dropped']} rows dropped: nothing learned is left of them" if counts["dropped"] else ""
     _log.info("%s: %d rows, %d tokens%s%s%s (%s)", examples.rows.name, counts["rows"], counts["tokens"], learned, cut,
               dropped, "from the cache" if encoded.cache == "hit" else "tokenised")  # fmt: skip
-    return encoded
+    if not options.packing:
+        return encoded
+    packed = data.pack(encoded, options.max_length)
+    full = data.fill(packed, options.max_length)
+    _log.info("packed %d sequences into %d rows of %d tokens, %.1f%% full",
+              len(encoded), len(packed), options.max_length, 100 * full)  # fmt: skip
+    return packed
