@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxpeft.core.options import option, problems_of
+from jaxpeft.core.options import option, settle
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, Targets
 from jaxpeft.errors import ConfigError
@@ -60,7 +60,7 @@ class Method:
     modules_to_save: tuple[str, ...] = option((), "names of modules trained and saved whole, beside the adapter")
 
     def __post_init__(self) -> None:
-        found = problems_of(self, self.name)
+        found = settle(self, self.name)
         if found:
             raise ConfigError(found)
 

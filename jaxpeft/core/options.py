@@ -71,14 +71,19 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
     return (None, found) if found else (instance, [])
 
 
-def problems_of(instance: Any, where: str) -> list[str]:
-    """Lists what is wrong with the values of an instance made directly, as `LoRA(rank=0)`."""
+def settle(instance: Any, where: str) -> list[str]:
+    """Gives an instance made directly, as `LoRA(targets=["query"])`, its values as the annotated types.
+
+    Returns:
+        What is wrong with them.
+    """
     hints = typing.get_type_hints(type(instance))
     found: list[str] = []
     for field in dataclasses.fields(instance):
         name = f"{where}.{field.name}"
         value, problems = convert(getattr(instance, field.name), hints[field.name], name)
         found += problems or _out_of_bounds(value, field.metadata, name)
+        object.__setattr__(instance, field.name, value)
     return found or [f"{where}.{problem}" for problem in instance.problems()]
 
 
@@ -127,6 +132,8 @@ def _convert_union(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
 
 
 def _convert_tuple(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str]]:
+    if isinstance(value, (set, frozenset)):
+        value = sorted(typing.cast(set[Any], value), key=str)
     if not isinstance(value, (list, tuple)):
         return value, [f"{where}: must be a list of {_words(item_hint)}, is {value!r} ({type(value).__name__})"]
     pairs = [convert(item, item_hint, f"{where}[{i}]") for i, item in enumerate(typing.cast(list[Any], value))]
@@ -156,6 +163,13 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
         return None, []
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value, []
+    if (
+        hint in (int, float)
+        and not isinstance(value, (str, bool))
+        and hasattr(value, "item")
+        and not getattr(value, "shape", 1)
+    ):
+        return convert(value.item(), hint, where)  # a number of NumPy's
     quoted = isinstance(value, str) and hint in (int, float)
     fix = "; write the number without quotes" if quoted else ""
     return value, [f"{where}: must be {_words(hint)}, is {value!r} ({type(value).__name__}){fix}"]

@@ -104,7 +104,16 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
     names = ["." + ".".join(path) for path, _ in leaves]
     unused = [m for m in method.modules_to_save if not any(targets.under(name, [m]) for name in names)]
     if unused:
-        raise TargetError([f"modules_to_save: {m!r} names no module of the model" for m in unused])
+        stacked = any(paths.layer_axis(path) is not None for path, _ in leaves)
+        hint = (
+            "; the layers are stacked: to train one of them, load the model with scan_layers=False" if stacked else ""
+        )
+        raise TargetError(
+            [
+                f"modules_to_save: {m!r} names no module of the model{hint if any(map(str.isdigit, m.split('.'))) else ''}"
+                for m in unused
+            ]
+        )
     mask = [(path, _trains(method, path, params, leaf)) for path, leaf in leaves]
     if not any(flag for _, flag in mask):
         raise ConfigError(

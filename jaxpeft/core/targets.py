@@ -120,6 +120,15 @@ def under(name: str, modules: Iterable[str]) -> bool:
     return any(around.endswith(wanted) for around in accumulate(name.split("."), "{}.{}".format))
 
 
+def broken_expression(text: Any) -> str | None:
+    """Says why a text is no regular expression, None where it is one (or no text)."""
+    try:
+        re.compile(text if isinstance(text, str) else "")
+    except re.error as error:
+        return f"{text!r} is no regular expression ({error})"
+    return None
+
+
 def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """Gives the value of the first pattern that matches the end of a name, as `rank_pattern` means it in PEFT."""
     for pattern, value in patterns.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,42 @@ def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
     return out
 
 
+def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
+    """Lists where a rewritten tree is not as the method would have made it: a file of it would be another adapter.
+
+    Args:
+        method: what the tree is to be saved as.
+        params: the rewritten tree.
+    """
+    where = method.where()
+    if where is None or not isinstance(method, LoRA):
+        return []
+    problems: list[str] = []
+    for site in targets.find_sites(params):
+        leaves = paths.get(params, site.path)
+        own = [np.asarray(leaves[leaf]) for leaf in ("lora_a", "lora_b", "lora_scale") if leaf in leaves]
+        for row, name in enumerate(site.names):
+            wanted = targets.matches(name, where)
+            if own:
+                problems += _site_mismatches(
+                    method, name, wanted, *(leaf[row] if site.stacked else leaf for leaf in own)
+                )
+            elif wanted:
+                problems.append(f"{name}: is not adapted in the tree")
+    return problems
+
+
+def _site_mismatches(method: LoRA, name: str, wanted: bool, a: Array, b: Array, scale: Array) -> list[str]:
+    rank = method.site_rank(name) if wanted else 0
+    if a.shape[-1] < rank or a[:, rank:].any() or b[rank:].any():
+        what = f"the method gives it rank {rank}" if wanted else "the method does not adapt it"
+        used = int(np.flatnonzero(a.any(0) | b.any(1)).max(initial=-1)) + 1
+        return [f"{name}: has rank {used} in the tree, {what}"] if used or wanted else []
+    if wanted and not np.isclose(scale, method.site_scale(name), rtol=1e-5):
+        return [f"{name}: has scale {float(scale):g} in the tree, the method gives it {method.site_scale(name):g}"]
+    return []
+
+
 def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
     """Lists every tensor that is missing, extra or misshaped in an adapter file for a rewritten tree."""
     wanted = {entry.name: entry for entry in entries(method, params)}
@@ -135,7 +172,7 @@ def without_copies(header: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
     leaves = {name: (path, i) for path, leaf in paths.walk(base) for i, name in enumerate(_names(path, leaf))}
     kept: dict[str, Tensor] = {}
     for name, tensor in header.items():
-        plain = name.replace(".modules_to_save.", ".")
+        plain = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
         if ".original_module." in name or (plain != name and plain in header):
             continue
         own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -161,12 +198,15 @@ def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
         params: the rewritten tree.
         tensors: as `differences` found them to fit.
     """
-    import jax
-
     host: dict[Path, Array] = {}
     for entry in entries(method, params):
         leaf = paths.get(params, entry.path)
         entry.put(host.setdefault(entry.path, np.zeros(leaf.shape, np.float32)), tensors[entry.name])
-    return paths.map_with_path(
-        lambda path, leaf: jax.device_put(host[path], leaf.sharding) if path in host else leaf, params
-    )
+    return paths.map_with_path(lambda path, leaf: _as_placed(host[path], leaf) if path in host else leaf, params)
+
+
+def _as_placed(value: Array, leaf: Any) -> Any:
+    """Puts an array where a leaf is; a leaf that is free to move, as a fresh one beside a sharded base, stays so."""
+    import jax
+
+    return jax.device_put(value, leaf.sharding) if leaf.committed else jnp.asarray(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -17,8 +18,9 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite
-from jaxpeft.errors import AdapterError, WeightsError
+from jaxpeft.errors import AdapterError, TargetError, WeightsError
 from jaxpeft.hub import adapter_tensors, peft_config
+from jaxpeft.hub.loading import abstract_params
 from jaxpeft.hub.safetensors_files import Tensor, read_header
 from jaxpeft.hub.sources import fingerprint, read_json
 from jaxpeft.models.base import Pretrained
@@ -52,6 +54,9 @@ def save_adapter(
         AdapterError: a leaf that is to be saved is not finite.
     """
     folder = FilePath(path)
+    if folder.exists() and not folder.is_dir():
+        raise AdapterError(f"{folder}: is a file; give a folder to save the adapter to")
+    _check_whole(method, params, model)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = adapter_tensors.to_tensors(method, params)
     tied = _tied_embedding(model, params)
@@ -65,14 +70,31 @@ def save_adapter(
     config = peft_config.write(
         method, model.options.task, source.name if source else "", source.revision if source else None, whole
     )
-    config["target_modules"] = _target_names(config, tensors)
+    config |= _named_targets(config, tensors)
     config["ensure_weight_tying"] = tied in tensors
     extra = _extra(model, labels)
     _replace(folder / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
     _replace(folder / EXTRA, lambda file: file.write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n"))
-    _replace(folder / CARD, lambda file: file.write_text(_card(method, config)))
+    _replace(folder / CARD, lambda file: file.write_text(_card(method, config) + _pooling_note(model)))
     _replace(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), (folder / WEIGHTS).stat().st_size / 1e3, folder)
+
+
+def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -> None:
+    """Refuses a tree that is not what the method made of the model."""
+    there = {p for p, _ in paths.walk(params)}
+    missing = [p for p, _ in paths.walk(abstract_params(model)) if p not in there]
+    if missing:
+        shown = ", ".join(paths.text(p) for p in missing[:3])
+        raise AdapterError(
+            f"params: {len(missing)} leaves of the model are missing, such as {shown}; give the whole tree"
+        )
+    problems = adapter_tensors.mismatches(method, params)
+    if problems:
+        more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
+        raise AdapterError(
+            ["params are not what this method makes; save with the method that rewrote them", *problems[:5], *more]
+        )
 
 
 def _tied_embedding(model: Pretrained, params: Mapping[str, Any]) -> str:
@@ -90,14 +112,20 @@ def _finite(tensor: Any) -> bool:
     return bool(np.isfinite(tensor).all())
 
 
-def _target_names(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
-    """Expands `all-linear` to full names, as PEFT does: the shorthand would mean other modules in another model."""
-    wanted = config.get("target_modules")
-    if wanted is None or not isinstance(wanted, str) or wanted.lower() != "all-linear":
-        return wanted
-    suffix = ".lora_A.weight"
-    names = (n.removeprefix(adapter_tensors.PREFIX).removesuffix(suffix) for n in tensors if n.endswith(suffix))
-    return sorted(names)
+def _named_targets(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives full names of sites where PEFT would read the target options otherwise.
+
+    `all-linear` would mean other modules in another model, and the numbers of layers that no dot stands before
+    (`layers.0` of a backbone alone) PEFT does not see.
+    """
+    wanted, suffix = config.get("target_modules"), ".lora_A.weight"
+    names = sorted(n.removeprefix(adapter_tensors.PREFIX).removesuffix(suffix) for n in tensors if n.endswith(suffix))
+    unseen = config.get("layers_to_transform") is not None and any(
+        re.match(r".*\.[^.]*\.\d+\.", name) is None for name in names
+    )
+    if unseen:
+        return {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
+    return {"target_modules": names} if isinstance(wanted, str) and wanted.lower() == "all-linear" else {}
 
 
 def _extra(model: Pretrained, labels: tuple[str, ...]) -> dict[str, Any]:
@@ -119,6 +147,16 @@ def _card(method: Method, config: Mapping[str, Any]) -> str:
         f"# {method.name} adapter for {base}\n\nTrained with jaxpeft {jaxpeft.__version__}; "
         f"`{CONFIG}` and `{WEIGHTS}` are in the file format of Hugging Face PEFT.\n"
     )
+
+
+def _pooling_note(model: Pretrained) -> str:
+    """Says where a classifier reads what `transformers` does not, so that its logits in `peft` are others."""
+    how, own = model.options.pooling, model.config.own_pooling
+    if model.options.task != "sequence_classification" or how == own:
+        return ""
+    note = f"the classifier reads pooling={how!r}; transformers reads {own!r}, so in peft its logits are others"
+    _log.warning("%s; load the adapter with jaxpeft.load(..., pooling=%r)", note, how)
+    return f"\nNote: {note}. Load it with `jaxpeft.load(..., pooling={how!r})` and `jaxpeft.load_adapter`.\n"
 
 
 def _replace(target: FilePath, write: Callable[[FilePath], object]) -> None:
@@ -151,6 +189,8 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
         why = (
             f"holds {pickles[0]}, a pickle, which is never read; save it as safetensors" if pickles else "is incomplete"
         )
+        inside = [f"{p.parent}" for p in sorted(folder.glob(f"*/{WEIGHTS}"))]
+        why = f"holds adapters in {' and '.join(inside)}; name one of them" if inside and not pickles else why
         raise AdapterError(f"{folder}: no {WEIGHTS}: the folder {why}")
     try:
         config = read_json(folder / CONFIG)
@@ -161,7 +201,10 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
     if model.options.task == "encoder":
         config, header = _without_pooler(config, header)
     method = peft_config.read(config, str(folder / CONFIG), params)
-    rewritten = rewrite(method, params, jax.random.key(0))
+    try:
+        rewritten = rewrite(method, params, jax.random.key(0))
+    except TargetError as error:
+        raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
     header = adapter_tensors.without_copies(header, params)
     tied = _tied_embedding(model, params)
     if tied in header:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import models
+from jaxpeft import logs, models
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import ConfigError
@@ -60,6 +60,7 @@ def load(
         ConfigError: the architecture, one of its switches, or the task is not supported.
     """
     started = time.perf_counter()
+    logs.show()
     if task not in TASKS:
         raise ConfigError(f"task: must be one of {', '.join(TASKS)}, is {task!r}")
     source = sources.resolve(path_or_hub_id, revision)
@@ -82,7 +83,9 @@ def load(
     model = models.build(config, options).clone(source=source)
     family = models.FAMILIES[config["model_type"]]
     abstract = abstract_params(model)
-    plan = weights.plan(abstract, tensors, family, dtype, source.folder)
+    if task == "causal_lm" and model.config.tie_word_embeddings:
+        tensors = weights.untie(tensors, source.folder)
+    plan = weights.plan(abstract, tensors, family, dtype, source.folder, relabel=num_labels is not None)
     new = _new_leaves(model, plan.new, seed)
     params = weights.read(abstract, plan, new)
     _report(source, config, params, plan, time.perf_counter() - started)

@@ -81,7 +81,9 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
     Raises:
         AdapterError: another kind of adapter, or a setting that is not supported; every problem is named.
     """
-    kind = str(config.get("peft_type"))
+    kind, saved = str(config.get("peft_type")), config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, (str, list)) and all(isinstance(name, str) for name in saved)):
+        raise AdapterError(f"{where}: modules_to_save: must be a list of names, is {saved!r}")
     plain = [name for name in METHODS if name != "lora"]
     if kind.lower() in plain:
         unknown = _unsupported({k: v for k, v in config.items() if k != "modules_to_save"}, kind.lower(), {})
@@ -97,6 +99,8 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
     values["modules_to_save"] = _modules_to_save(config, head)
     if isinstance(values.get("layers_to_transform"), int):
         values["layers_to_transform"] = (values["layers_to_transform"],)
+    if values.get("layers_to_transform") == ():
+        del values["layers_to_transform"]
     if isinstance(values.get("layers_pattern"), str):
         values["layers_pattern"] = (values["layers_pattern"],)
     if "targets" not in values:
@@ -115,7 +119,8 @@ def _plain(value: Any) -> Any:
 
 def _modules_to_save(config: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]:
     """Drops the head's own names, which are always saved, and PEFT's stock names of heads that the model has not."""
-    named: list[str] = list(config.get("modules_to_save") or ())
+    given = config.get("modules_to_save") or ()
+    named: list[str] = [given] if isinstance(given, str) else list(given)
     return tuple(name for name in named if not paths.is_head((name,)) or (name in head and not paths.is_head((name,))))
 
 

@@ -138,7 +138,9 @@ def _open_sharded(folder: Path) -> dict[str, Tensor]:
         found |= tensors
     if not problems:
         problems = [
-            f"{name}: {INDEX} says {file}, which does not hold it" for name, file in where.items() if name not in found
+            f"{name}: {INDEX} says {file}, which does not hold it"
+            for name, file in where.items()
+            if name not in found or found[name].file.name != file
         ]
     if problems:
         raise WeightsError(problems)
@@ -165,12 +167,27 @@ def read_header(path: Path) -> dict[str, Tensor]:
         file.seek(8)
         raw = file.read(length)
     try:
-        header: object = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        header: object = json.loads(raw, object_pairs_hook=_once)
+    except _TwiceError as error:
+        raise WeightsError(f"{path}: not safetensors: its header names {error} twice; fetch it again") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsError(f"{path}: not safetensors: its header is not JSON; fetch it again") from error
     if not isinstance(header, dict):
         raise WeightsError(f"{path}: not safetensors: its header is not a JSON object")
     return _tensors(path, header, 8 + length, size)
+
+
+class _TwiceError(Exception):
+    """A key stands twice in one object."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _TwiceError(repr(key))
+        found[key] = value
+    return found
 
 
 def _impostor(start: bytes) -> str | None:
@@ -200,6 +217,8 @@ def _tensors(path: Path, header: Mapping[str, Any], data: int, size: int) -> dic
         else:
             found[name] = tensor
     problems += _overlaps(path, found)
+    if not problems and (left := size - data - sum(tensor.nbytes for tensor in found.values())):
+        problems.append(f"{path}: {left} bytes belong to no tensor; fetch the file again")
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise WeightsError(shown)
@@ -217,6 +236,6 @@ def _tensor(path: Path, entry: Any, data: int) -> Tensor | None:
         begin, end = map(operator.index, entry["data_offsets"])
         shape = tuple(int(n) for n in entry["shape"])
         tensor = Tensor(path, data + begin, shape, np.dtype(_DTYPES[entry["dtype"]]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return tensor if 0 <= begin <= end and end - begin == tensor.nbytes and min(shape, default=0) >= 0 else None

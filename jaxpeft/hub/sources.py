@@ -16,6 +16,7 @@ from typing import Any
 from jaxpeft.errors import WeightsError, nearest
 
 _log = logging.getLogger(__name__)
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.model", "*.jinja", "*.txt")
 
 
@@ -145,7 +146,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; a model folder holds config.json and model.safetensors")
     try:
-        value: object = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        if text.startswith("version https://git-lfs"):
+            raise WeightsError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` in its repository")
+        value: object = json.loads(text)
+    except RecursionError as error:
+        raise WeightsError(f"{path}: nested too deeply to be a config") from error
     except json.JSONDecodeError as error:
         raise WeightsError(f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
@@ -156,14 +162,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(source: Source) -> str:
-    """Gives the SHA-256 of a model's config and weight files, its identity in checkpoints and adapters."""
-    files = sorted([source.folder / "config.json", *source.folder.glob("*.safetensors")])
+    """Gives the SHA-256 of a model's config and weight files, its identity in checkpoints and adapters.
+
+    Files that the model does not read, and who wrote the config, do not change it.
+    """
+    from jaxpeft.hub.safetensors_files import open_folder
+
+    config = {k: v for k, v in read_json(source.folder / "config.json").items() if k not in _NOT_THE_MODEL}
+    files = sorted({tensor.file for tensor in open_folder(source.folder).values()})
     stamps = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return _fingerprint(stamps)
+    return _fingerprint(json.dumps(config, sort_keys=True), stamps)
 
 
 @functools.lru_cache(maxsize=8)
-def _fingerprint(stamps: tuple[tuple[str, int, int], ...]) -> str:
+def _fingerprint(config: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
     """Hashes the files once for each state of them."""
     digests = [f"{Path(name).name} {file_sha256(Path(name))}" for name, _, _ in stamps]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return hashlib.sha256("\n".join([config, *digests]).encode()).hexdigest()

@@ -118,7 +118,13 @@ class WeightPlan:
 
 
 def plan(
-    abstract: Tree, tensors: Mapping[str, Tensor], family: Family, dtype: Any | None, folder: Any = None
+    abstract: Tree,
+    tensors: Mapping[str, Tensor],
+    family: Family,
+    dtype: Any | None,
+    folder: Any = None,
+    *,
+    relabel: bool = True,
 ) -> WeightPlan:
     """Matches a model's leaves to a checkpoint's tensors.
 
@@ -128,6 +134,7 @@ def plan(
         family: the architecture: its prefix, and what may be left over.
         dtype: of the loaded leaves; None keeps each tensor's own, float64 apart, which becomes float32.
         folder: what to call the checkpoint in messages.
+        relabel: whether a head for another number of labels may be made newly.
 
     Raises:
         WeightsError: listing every missing, extra, misshaped or non-floating tensor with the nearest names.
@@ -138,41 +145,61 @@ def plan(
     new: list[Path] = []
     replaced: list[str] = []
     used: set[str] = set()
+    heads = [path for path, _ in paths.walk(abstract) if paths.is_head(path)]
+    headless = not any(name in named for path in heads for name in paths.hf_names(path, None))
     for path, leaf in paths.walk(abstract):
         layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
         names = paths.hf_names(path, layers)
         used.update(names)
         there = [named[name] for name in names if name in named]
-        if not there and paths.is_head(path):
+        if headless and path in heads:
             new.append(path)
             continue
         problems += [f"missing: {name}{nearest(name, named)}" for name in names if name not in named]
         wanted = _tensor_shape(path, leaf, layers)
         wrong = {name: named[name] for name in names if name in named and named[name].shape != wanted}
-        if wrong and paths.is_head(path):
-            new.append(path)
-            replaced += wrong
+        if wrong and path in heads and all(t.shape[1:] == wanted[1:] for t in wrong.values()):
+            if relabel:
+                new.append(path)
+                replaced += wrong
+                continue
+            problems += [_other_labels(name, t.shape[0], wanted[0]) for name, t in wrong.items()]
             continue
         problems += [f"misshaped: {name} is {list(t.shape)}, must be {list(wanted)}" for name, t in wrong.items()]
         problems += [_not_floating(name, named[name]) for name in names if _is_integer(named.get(name))]
         if there:
-            own = np.dtype(np.float32) if there[0].dtype == np.float64 else there[0].dtype
+            own = _common_dtype(there)
             target = np.dtype(dtype) if dtype is not None else own
             sources[path] = LeafSource(tuple(there), leaf.shape, target, layers is not None, path[-1] == "kernel")
     known = [*used]
-    headless = not any(paths.is_head(path) for path, _ in paths.walk(abstract)) and family.prefix not in abstract
     extra = [
         name
         for name in named
-        if name not in used
-        and not any(re.fullmatch(pattern, name) for pattern in family.ignored)
-        and not (headless and paths.is_head(tuple(name.split("."))))
+        if name not in used and not any(re.fullmatch(pattern, name) for pattern in family.ignored)
     ]
-    problems += [f"extra: {name} belongs to no part of this model{nearest(name, known)}" for name in extra]
+    # the head of another task is left out; where this task has one, a tensor of a like name may be a misspelt one
+    others = [name for name in extra if paths.is_head(tuple(name.split("."))) and (not heads or headless)]
+    problems += [
+        f"extra: {name} belongs to no part of this model{nearest(name, known)}" for name in extra if name not in others
+    ]
     if problems:
         where = next(iter(tensors.values())).file.parent if tensors and folder is None else folder
         raise WeightsError(_shown(problems, where))
     return WeightPlan(sources, tuple(new), tuple(replaced))
+
+
+def _other_labels(name: str, there: int, wanted: int) -> str:
+    return (
+        f"misshaped: {name} is for {there} labels, config.json has {wanted}; give num_labels={there} to keep the head, or "
+        f"num_labels={wanted} to make it newly"
+    )
+
+
+def _common_dtype(tensors: Sequence[Tensor]) -> np.dtype[Any]:
+    """Gives the dtype that holds every layer's numbers; float64 becomes float32."""
+    kinds = {tensor.dtype for tensor in tensors}
+    (kind,) = kinds if len(kinds) == 1 else (np.dtype(np.float32),)
+    return np.dtype(np.float32) if kind == np.float64 else kind
 
 
 def _shown(problems: list[str], folder: Any, most: int = 60) -> list[str]:
@@ -181,6 +208,36 @@ def _shown(problems: list[str], folder: Any, most: int = 60) -> list[str]:
         [f"{folder}: the weights do not fit the model in config.json ({len(problems)} problems):"]
         + problems[:most]
         + more
+    )
+
+
+def untie(tensors: Mapping[str, Tensor], folder: Any) -> dict[str, Tensor]:
+    """Gives the tensors of a model whose head is its embedding: one of the two, under the embedding's name.
+
+    Raises:
+        WeightsError: both are there and differ.
+    """
+    head = next((name for name in tensors if name == "lm_head.weight"), None)
+    embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), None)
+    kept = {name: tensor for name, tensor in tensors.items() if name != head}
+    if head is None:
+        return kept
+    if embedding is None:
+        return kept | {"model.embed_tokens.weight": tensors[head]}
+    if tensors[head].shape != tensors[embedding].shape or not _equal(tensors[head], tensors[embedding]):
+        raise WeightsError(
+            f"{folder}: config.json ties the head to the embedding, and lm_head.weight differs from {embedding}; set "
+            "tie_word_embeddings to false in config.json"
+        )
+    return kept
+
+
+def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
+    """Compares two tensors of one shape, a few rows at a time."""
+    starts = range(0, a.shape[0], rows)
+    return all(
+        np.array_equal(a.read_rows(i, min(i + rows, a.shape[0])), b.read_rows(i, min(i + rows, a.shape[0])))
+        for i in starts
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from jaxpeft.core.method import Call, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import Site, Targets, pattern_value, require_patterns
+from jaxpeft.core.targets import Site, Targets, broken_expression, pattern_value, require_patterns
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.low_rank import low_rank
 
@@ -47,7 +47,7 @@ class LoRA(Method):
         "all-linear", "list of name suffixes, a regular expression, or 'all-linear'"
     )
     exclude: str | tuple[str, ...] = option((), "names or expression of sites to leave alone")
-    layers_to_transform: tuple[int, ...] | None = option(None, "layer numbers to adapt; None for all", at_least=0)
+    layers_to_transform: tuple[int, ...] | int | None = option(None, "layer numbers to adapt; None for all", at_least=0)
     layers_pattern: tuple[str, ...] = option((), "names of the container whose numbers count, such as 'layers'")
     rank_pattern: dict[str, int] = option({}, "other ranks, by the end of a site's name", at_least=1)
     alpha_pattern: dict[str, float] = option({}, "other alphas, by the end of a site's name", above=0)
@@ -62,11 +62,21 @@ class LoRA(Method):
             found.append("layers_pattern: needs layers_to_transform")
         if self.targets == ():
             found.append("targets: is empty; name at least one site, or 'all-linear'")
+        expressions = {"targets": [self.targets] if expression else [], "exclude": [self.exclude]}
+        patterns = {
+            "layers_pattern": self.layers_pattern,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+        }
+        for field, texts in (expressions | patterns).items():
+            found += [f"{field}: {why}" for text in texts if (why := broken_expression(text))]
         return found
 
     def where(self) -> Targets:
         """Gives the target options."""
-        return Targets(self.targets, self.exclude, self.layers_to_transform, self.layers_pattern, self.modules_to_save)
+        layers = self.layers_to_transform
+        numbers = (layers,) if isinstance(layers, int) else layers or None
+        return Targets(self.targets, self.exclude, numbers, self.layers_pattern, self.modules_to_save)
 
     def check_sites(self, names: tuple[str, ...]) -> None:
         """Refuses a rank or alpha pattern that matches no adapted site.

@@ -61,6 +61,12 @@ class DecoderConfig:
     mlp_bias: bool
     qk_norm: bool
     windows: tuple[int, ...] | None
+    pad_token_id: int | None
+
+    @property
+    def own_pooling(self) -> str:
+        """What the sequence classifier of `transformers` reads."""
+        return "last"
 
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -111,6 +117,7 @@ def read_config(config: Mapping[str, Any], problems: Sequence[str] = ()) -> Deco
         mlp_bias=reader.flag("mlp_bias") and kind == "llama",
         qk_norm=kind == "qwen3",
         windows=_windows(reader, kind, layers),
+        pad_token_id=None if reader.get("pad_token_id") is None else reader.integer("pad_token_id", least=0),
     )
     reader.finish()
     return parsed
@@ -135,7 +142,7 @@ def _heads(reader: ConfigReader) -> tuple[int, int, int]:
 
 
 def _windows(reader: ConfigReader, kind: str, layers: int) -> tuple[int, ...] | None:
-    named = reader.get("layer_types") if kind in ("qwen2", "qwen3") else None
+    named = reader.get("layer_types") if kind != "llama" else None
     used = kind == "mistral" or (kind != "llama" and reader.flag("use_sliding_window"))
     window = reader.integer("sliding_window") if used and reader.get("sliding_window") is not None else 0
     if named is not None:
@@ -273,6 +280,10 @@ class DecoderWithHead(Pretrained):
         labels = options.num_labels or 0
         if options.task == "token_classification":
             return head_dense(labels, "score", bias=c.classifier_bias)(dropout(self, c.classifier_dropout, x))
+        if options.pooling == "last" and c.pad_token_id is not None:
+            # as in transformers, which tells padding by the token
+            text = input_ids != c.pad_token_id
+            attention_mask = text if attention_mask is None else text & (attention_mask > 0)
         return head_dense(labels, "score", bias=False)(pool(x, attention_mask, options.pooling))
 
 
@@ -285,7 +296,8 @@ def build(config: Mapping[str, Any], options: Options) -> Pretrained:
     tasks = ("causal_lm", "sequence_classification", "token_classification", "encoder")
     problems = option_problems(options, config["model_type"], tasks, ("last", "mean", "cls"))
     kind = DecoderBackbone if options.task == "encoder" else DecoderWithHead
-    return kind(read_config(config, problems), with_pooling(options, "last"))
+    parsed = read_config(config, problems)
+    return kind(parsed, with_pooling(options, parsed.own_pooling))
 
 
 FAMILY = Family(

@@ -254,12 +254,13 @@ def build(config: Mapping[str, Any], options: Options) -> Pretrained:
     problems = option_problems(options, kind, ("sequence_classification", "token_classification", "encoder"), poolings)
     parsed = read_config(config, options.task, problems)
     return (EncoderBackbone if options.task == "encoder" else EncoderWithHead)(
-        parsed, with_pooling(options, poolings[0])
+        parsed, with_pooling(options, parsed.own_pooling)
     )
 
 
 _PRETRAINING = (
     r"cls\..*",
+    r"qa_outputs\..*",
     r"lm_head\..*",
     r"vocab_\w+\..*",
     r".*\.position_ids",

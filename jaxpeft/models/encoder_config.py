@@ -35,6 +35,11 @@ class EncoderConfig:
     attention_dropout: float
     classifier_dropout: float
 
+    @property
+    def own_pooling(self) -> str:
+        """What the sequence classifier of `transformers` reads."""
+        return "pooler" if self.kind == "bert" else "cls"
+
 
 _BERT_DEFAULTS: Mapping[str, Any] = {
     "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "type_vocab_size": 2,

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxpeft import LoRA, models
@@ -117,3 +118,25 @@ def test_every_wrong_option_is_told_at_once() -> None:
         assert field in text
     with pytest.raises(ConfigError, match="layers_to_transform: cannot go with a regular expression"):
         LoRA(targets=".*q_proj", layers_to_transform=(0,))
+
+
+def test_lists_sets_and_numpy_numbers_are_taken_as_peft_takes_them() -> None:
+    same = LoRA(
+        rank=4, targets=("k_proj", "q_proj"), layers_to_transform=(1,), exclude=("x",), modules_to_save=("norm",)
+    )
+    made: Any = LoRA(rank=np.int64(4), targets={"q_proj", "k_proj"}, layers_to_transform=[1], exclude=["x"],
+                     modules_to_save=["norm"])  # type: ignore[arg-type] # fmt: skip
+    assert made == same
+    assert hash(made.targets) == hash(same.targets)
+    number = LoRA(targets=["q_proj", "k_proj"], layers_to_transform=1)  # type: ignore[arg-type]
+    assert number.where().layers_to_transform == (1,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"targets": "*.q_proj"}, {"exclude": "("}, {"rank_pattern": {"*.q": 4}}, {"alpha_pattern": {"[": 4.0}},
+     {"layers_to_transform": (1,), "targets": ("q",), "layers_pattern": ("(",)}],
+)  # fmt: skip
+def test_what_is_no_regular_expression_is_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.\w+: .* is no regular expression"):
+        LoRA(**options)

@@ -208,6 +208,7 @@ FROM_PEFT = {
     "biases of an encoder": ("bert", ENCODER, {"target_modules": ["query"], "bias": "all"}),
     # modules_to_save matches any end of a name: every norm
     "modules_to_save by ending": ("llama", CAUSAL, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "biases of two layers of a head": ("roberta", SEQUENCE, {"target_modules": ["query"], "bias": "all"}),
     # peft also writes lm_head.base_layer.weight, as it is in the base
     "language-model head": ("llama", CAUSAL, {"target_modules": ["q_proj", "lm_head"]}),
 }
@@ -223,3 +224,69 @@ def test_what_peft_saves_is_loaded(reference, tmp_path, kind, task, options):
     adapted = peft_save(torch_model.folder, task, tmp_path, **options)
     model, params = torch_model.load()
     assert_same(torch_model, adapted, model, jaxpeft.load_adapter(tmp_path, model, params)[1])
+
+
+@pytest.mark.parametrize(
+    ("saved_as", "text"),
+    [
+        ({"rank": 2}, "layers.0.self_attn.q_proj: has rank 4 in the tree, the method gives it rank 2"),
+        ({"alpha": 99.0}, "has scale 1.5 in the tree, the method gives it 24.75"),
+        ({"rank": 8, "alpha": 12.0}, "has rank 4 in the tree, the method gives it rank 8"),
+        ({"targets": ("q_proj", "k_proj")}, "layers.0.self_attn.k_proj: is not adapted in the tree"),
+        ({"targets": ("q_proj",)}, "v_proj: has rank 4 in the tree, the method does not adapt it"),
+    ],
+)
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_method_that_did_not_make_the_tree_is_refused_before_a_byte_is_written(
+    reference, tmp_path, saved_as, text, scan
+):
+    model, params = reference("llama", CAUSAL).load(scan_layers=scan)
+    options = {"rank": 4, "alpha": 6.0, "targets": QV}
+    params = trained(LoRA(**options), jaxpeft.rewrite(LoRA(**options), params, jax.random.key(0)))
+    with pytest.raises(AdapterError) as caught:
+        jaxpeft.save_adapter(tmp_path / "adapter", LoRA(**options | saved_as), params, model)
+    assert text in str(caught.value)
+    assert "save with the method that rewrote them" in str(caught.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_trained_part_alone_is_refused(reference, tmp_path):
+    model, params = reference("llama", CAUSAL).load()
+    method = LoRA(targets=QV)
+    params = jaxpeft.rewrite(method, params, jax.random.key(0))
+    part, _ = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
+    with pytest.raises(AdapterError, match=r"leaves of the model are missing, such as .*; give the whole tree"):
+        jaxpeft.save_adapter(tmp_path, method, part, model)
+
+
+def test_an_adapter_loads_onto_a_sharded_base(reference, tmp_path):
+    torch_model = reference("llama", CAUSAL)
+    model, params = torch_model.load()
+    method = LoRA(targets=QV)
+    adapted = trained(method, jaxpeft.rewrite(method, params, jax.random.key(0)))
+    jaxpeft.save_adapter(tmp_path, method, adapted, model)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    loaded = jaxpeft.load_adapter(tmp_path, model, jax.device_put(params, spread))[1]
+    np.testing.assert_allclose(ours(model, loaded), ours(model, adapted), atol=1e-6)
+    jaxpeft.merge(method, loaded)
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [("bert", "mean"), ("llama", "mean"), ("distilbert", "mean")])
+def test_a_pooling_that_peft_does_not_know_is_said(reference, tmp_path, caplog, kind, pooling):
+    model, params = reference(kind, SEQUENCE).load(pooling=pooling)
+    method = LoRA()
+    params = jaxpeft.rewrite(method, params, jax.random.key(0))
+    jaxpeft.save_adapter(tmp_path, method, params, model)
+    assert "in peft its logits are others" in caplog.text
+    assert "pooling='mean'" in (tmp_path / "README.md").read_text()
+
+
+def test_layers_of_a_backbone_alone_are_saved_by_name(reference, tmp_path):
+    """peft cannot count them: no dot stands before `layers`."""
+    torch_model = reference("llama", ENCODER)
+    model, params = torch_model.load()
+    method = LoRA(targets=QV, layers_to_transform=(1,))
+    params = trained(method, jaxpeft.rewrite(method, params, jax.random.key(0)))
+    jaxpeft.save_adapter(tmp_path, method, params, model)
+    assert_same(torch_model, peft_load(torch_model.folder, ENCODER, tmp_path), model, params)

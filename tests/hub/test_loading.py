@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -239,3 +241,14 @@ def test_a_file_of_no_tensors_is_refused(bert, tmp_path):
     with pytest.raises(WeightsError, match=r"missing: bert\.embeddings\.word_embeddings\.weight") as caught:
         jaxpeft.load(folder, task=SEQUENCE, pooling="cls")
     assert caught.value.problems[0].startswith(f"{folder}: the weights do not fit")
+
+
+def test_a_script_that_sets_up_no_logging_is_told_what_is_loaded(reference):
+    folder = reference("bert", "encoder").folder
+    code = f"import jaxpeft; jaxpeft.load({str(folder)!r}, task='encoder')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert f"loaded {folder} (bert)" in done.stderr
+    assert " MB as float32" in done.stderr
+    quiet = f"import logging; logging.getLogger('jaxpeft').setLevel('ERROR'); {code}"
+    done = subprocess.run([sys.executable, "-c", quiet], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""

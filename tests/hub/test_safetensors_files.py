@@ -200,3 +200,19 @@ def test_many_problems_are_counted(tmp_path):
     found = problems(tmp_path)
     assert len(found) == 21
     assert found[-1] == "... and 30 more"
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "text"),
+    [
+        ({"a": entry(0, 4, [1])}, b"1234more", "4 bytes belong to no tensor"),
+        ({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"1" * 12, "4 bytes belong to no tensor"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+         b"1234", "its header names 'a' twice"),
+        ({"a": entry(0, 4, [1e400])}, b"1234", "malformed header entry"),
+        (b"{" + b'"a":[' * 5000 + b"]" * 5000 + b"}", b"", "its header is not JSON"),
+    ],
+)  # fmt: skip
+def test_what_the_official_library_refuses_is_refused(tmp_path, header, data, text):
+    with pytest.raises(WeightsError, match=text):
+        read_header(write_raw(tmp_path / "model.safetensors", header, data))

@@ -4,7 +4,9 @@ import importlib.metadata
 import json
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxpeft.errors import WeightsError
 from jaxpeft.hub import sources
@@ -173,24 +175,26 @@ def test_what_is_not_a_json_object_is_refused(tmp_path, content, message):
 
 
 def test_the_fingerprint_is_of_config_and_weights_wherever_they_are(tmp_path):
-    def folder(name, config="{}", weights=b"abc", extra=b""):
+    def folder(name, config='{"model_type": "bert"}', weights=0.0, extra=b""):
         made = tmp_path / name
         made.mkdir()
         (made / "config.json").write_text(config)
-        (made / "model.safetensors").write_bytes(weights)
+        save_file({"w": np.full(3, weights)}, made / "model.safetensors")
         (made / "tokenizer.json").write_bytes(extra)
+        (made / "adapter_model.safetensors").write_bytes(extra)
         return sources.fingerprint(sources.Source(name, made))
 
     first = folder("a")
     assert len(first) == 64
     assert folder("b", extra=b"other") == first
-    assert len({first, folder("c", config="{ }"), folder("d", weights=b"abd")}) == 3
+    assert folder("c", config='{"transformers_version": "5.24.0",  "model_type": "bert"}') == first
+    assert len({first, folder("d", config='{"model_type": "llama"}'), folder("e", weights=1.0)}) == 3
 
 
 def test_the_fingerprint_sees_a_change_in_place(tmp_path):
     source = sources.Source("m", tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    save_file({"w": np.zeros(3)}, tmp_path / "model.safetensors")
     before = sources.fingerprint(source)
-    (tmp_path / "model.safetensors").write_bytes(b"abcd")
+    save_file({"w": np.zeros(4)}, tmp_path / "model.safetensors")
     assert sources.fingerprint(source) != before

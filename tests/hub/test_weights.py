@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 import jaxpeft
 from jaxpeft.core import paths
+from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import WeightsError
 from tests.hub.helpers import assert_bit_equal, edited
 from tests.models.conftest import LABELS, make_batch, tiny_config
@@ -187,3 +188,69 @@ def test_old_names_of_layer_norms_are_read(reference, tmp_path, task):
     old = edited(source, tmp_path / "old", age)
     assert not any("LayerNorm.weight" in name for name in load_file(old / "model.safetensors"))
     assert_bit_equal(load(old, task)[1], load(source, task)[1])
+
+
+SEQUENCE = "sequence_classification"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "text"),
+    [
+        ("bert", lambda t: t.pop("classifier.weight"), "missing: classifier.weight"),
+        ("bert", lambda t: t.pop("classifier.bias"), "missing: classifier.bias"),
+        ("roberta", lambda t: t.pop("classifier.dense.weight"), "missing: classifier.dense.weight"),
+        ("bert", lambda t: t.update({"classifier.weight": t["classifier.weight"][:, :5]}), "misshaped: classifier.weight"),
+        ("bert", lambda t: t.update({"classifer.weight": t.pop("classifier.weight")}), "extra: classifer.weight"),
+        ("roberta", lambda t: t.update({"classifier.dense.weight": t["classifier.dense.weight"][:5, :7]}),
+         "misshaped: classifier.dense.weight"),
+    ],
+)  # fmt: skip
+def test_a_head_that_is_there_in_part_is_refused(reference, tmp_path, kind, change, text):
+    folder = edited(reference(kind, SEQUENCE).folder, tmp_path / "m", weights=change)
+    with pytest.raises(WeightsError) as caught:
+        jaxpeft.load(folder, task=SEQUENCE)
+    assert text in str(caught.value)
+
+
+def test_a_trained_head_is_not_thrown_away_for_a_config_of_other_labels(reference, tmp_path):
+    def labels(config):
+        config["id2label"] = {str(i): str(i) for i in range(5)}
+
+    folder = edited(reference("bert", SEQUENCE).folder, tmp_path / "m", config=labels)
+    with pytest.raises(WeightsError, match=r"is for 3 labels, config\.json has 5; give num_labels=3 to keep the head"):
+        jaxpeft.load(folder, task=SEQUENCE)
+    jaxpeft.load(folder, task=SEQUENCE, num_labels=3)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("token_classification", SEQUENCE), (SEQUENCE, "encoder")])
+def test_the_head_of_another_task_is_left_out(reference, saved, loaded):
+    labels = 4 if loaded == SEQUENCE else None
+    model, params = jaxpeft.load(reference("roberta", saved).folder, task=loaded, num_labels=labels)
+    assert jaxpeft.apply(model, params, [[5, 6, 7]]).shape[-1] == (4 if labels else 32)
+
+
+def test_a_tied_head_that_differs_is_refused_and_one_alone_is_the_embedding(reference, tmp_path):
+    tied = reference("llama", "causal_lm", tie_word_embeddings=True)
+    other = edited(
+        tied.folder, tmp_path / "a", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})
+    )
+    with pytest.raises(WeightsError, match=r"ties the head to the embedding, and lm_head\.weight differs"):
+        jaxpeft.load(other, task="causal_lm")
+    alone = edited(
+        tied.folder, tmp_path / "b", lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})
+    )
+    same = edited(tied.folder, tmp_path / "c", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    for folder in (alone, same):
+        assert_bit_equal(jaxpeft.load(folder, task="causal_lm")[1], jaxpeft.load(tied.folder, task="causal_lm")[1])
+
+
+def test_layers_of_several_dtypes_keep_their_numbers_when_stacked(reference, tmp_path):
+    def halve(tensors):
+        for name in [n for n in tensors if ".layer.0." in n]:
+            tensors[name] = tensors[name].astype(np.float16)
+
+    folder = edited(reference("bert", "encoder").folder, tmp_path / "m", weights=halve)
+    stacked = jaxpeft.load(folder, task="encoder", scan_layers=True)[1]
+    plain = jaxpeft.load(folder, task="encoder", scan_layers=False)[1]
+    for path, leaf in paths.walk(unstack_layers(stacked)):
+        np.testing.assert_array_equal(leaf, paths.get(plain, path).astype(leaf.dtype))

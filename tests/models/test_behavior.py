@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxpeft
+from jaxpeft.errors import DataError
 from jaxpeft.models.layers import positions
 
 ALL = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
@@ -154,3 +155,26 @@ def test_a_mask_may_be_bools_and_absent(load, padded, kind):
     plain = jaxpeft.apply(model, params, ids)
     for mask in (np.ones(ids.shape, bool), np.ones(ids.shape, np.float32), jnp.ones(ids.shape, jnp.int8)):
         np.testing.assert_allclose(plain, jaxpeft.apply(model, params, ids, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "text"),
+    [
+        ("bert", {"token_type_ids": [[0, 5, 0]]}, "token_type_ids: 5 is outside the model's table of 2"),
+        ("bert", {"position_ids": [[0, 1, 99]]}, "position_ids: 99 is outside the model's table of 40"),
+        ("llama", {"position_ids": [[0, 1, -1]]}, "position_ids: -1 is outside"),
+        ("roberta", {"token_type_ids": [[0, 2, 0]]}, "token_type_ids: 2 is outside"),
+        ("bert", {"token_type_ids": [[0, 0]]}, r"token_type_ids: has shape \[1, 2\], input_ids has \[1, 3\]"),
+    ],
+)
+def test_inputs_that_no_table_holds_are_refused(load, kind, inputs, text):
+    model, params = load(kind)
+    with pytest.raises(DataError, match=text):
+        jaxpeft.apply(model, params, [[4, 5, 6]], **inputs)
+
+
+@pytest.mark.parametrize("ids", [[[4, 5], [6]], [], [[]]])
+def test_ragged_and_empty_ids_are_refused(load, ids):
+    model, params = load("bert")
+    with pytest.raises(DataError, match=r"input_ids: (the rows differ in length|must be integers)"):
+        jaxpeft.apply(model, params, ids)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
+
+import jaxpeft
+from tests.models.conftest import PAD, TOLERANCE, make_batch
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -156,3 +161,28 @@ def test_activations(act):
     ours, theirs = ACTIVATIONS[act](jnp.asarray(x)), ACT2FN[act](torch.tensor(x)).numpy()
     np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=2e-6)
     assert ACTIVATIONS[act](jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("mask", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_classifier_reads_the_last_token_that_is_not_padding(reference, side, mask):
+    """transformers tells padding by the token: also without a mask, and where the text itself ends with that token."""
+    torch_model = reference("llama", "sequence_classification")
+    batch = make_batch(side)
+    if mask and side == "right":
+        batch.ids[1, 6] = PAD  # pad == eos, and a text that ends in it
+    model, params = torch_model.load()
+    given = dataclasses.replace(batch, mask=batch.mask if mask else np.ones_like(batch.mask))
+    np.testing.assert_allclose(
+        jaxpeft.apply(model, params, given.ids, given.mask if mask else None), torch_model(given), atol=TOLERANCE
+    )
+
+
+def test_mistral_takes_the_kinds_of_its_layers(reference):
+    from transformers import AutoModelForCausalLM
+
+    kinds = ["full_attention", "sliding_attention"]
+    made = reference("mistral", "causal_lm", lambda config: config.update(layer_types=kinds), sliding_window=4)
+    alternating = AutoModelForCausalLM.from_pretrained(made.folder).eval()  # another class of transformers
+    torch_model = dataclasses.replace(made, model=alternating)
+    assert torch_model.difference([make_batch("none")], *torch_model.load()) < TOLERANCE
