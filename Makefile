@@ -59,7 +59,7 @@ docs: $(VENV)/.installed-docs ## build the documentation into site/
 clean: ## remove caches and build products; .venv/ and runs/ stay
 	@echo "== removing caches, build products and coverage data"
 	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
-	@find jaxpeft tests configs benchmarks launch -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find jaxpeft tests configs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ------------------------------------------------------------------------------------------------------------- installing
 

@@ -1,4 +1,4 @@
-"""What a library call says where its user has set up no logging: on standard error, as Python does with warnings."""
+"""Where log lines go: to standard error, as it is when the line is written (a progress bar puts itself in its place)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import logging
 import sys
 
 
-class _Fallback(logging.StreamHandler):  # type: ignore[type-arg]
+class StderrHandler(logging.Handler):
+    """Writes each record as a line to the present `sys.stderr`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record."""
+        sys.stderr.write(self.format(record) + "\n")
+
+
+class _Fallback(StderrHandler):
     """Writes what no handler of the user's would."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a record, unless the user's own handlers do."""
         if not logging.getLogger().handlers:
-            self.setStream(sys.stderr)
             super().emit(record)
 
 

@@ -10,11 +10,13 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 from absl import flags
 
 from jaxpeft import config as configs
+from jaxpeft import logs
 from jaxpeft.errors import ConfigError, JaxpeftError
 
 FLAGS = flags.FlagValues()
@@ -43,15 +45,21 @@ def parse_arguments(argv: list[str]) -> tuple[configs.Config, Path, str]:
         left = FLAGS(["jaxpeft.train", *rest])[1:]
     except flags.Error as error:
         raise ConfigError(f"{error}; see --help") from error
-    if FLAGS["help"].value if "help" in FLAGS else False:
-        raise ConfigError(str(__doc__))
     if left:
         raise ConfigError(f"{left[0]!r}: not an option; options are --config, --config.SECTION.OPTION and --workdir")
     if FLAGS.config is None:
         raise ConfigError("--config: is not given; try --config configs/quickstart.py")
-    config = configs.load(FLAGS.config, overrides)
     workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.config).stem)
-    _check_writable(workdir)
+    problems: list[str] = []
+    config = None
+    try:
+        config = configs.load(FLAGS.config, overrides)
+    except ConfigError as error:
+        problems += error.problems
+    if not FLAGS.validate:
+        problems += _unwritable(workdir)
+    if problems or config is None:
+        raise ConfigError(problems)
     return config, workdir, FLAGS.config
 
 
@@ -70,19 +78,25 @@ def _split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]
     return overrides, rest
 
 
-def _check_writable(workdir: Path) -> None:
+def _unwritable(workdir: Path) -> list[str]:
+    """Says why a folder cannot be written, or made."""
+    there = next((folder for folder in (workdir, *workdir.absolute().parents) if folder.exists()), workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
+        with tempfile.TemporaryFile(dir=there):
+            return []
     except OSError as error:
-        raise ConfigError(f"--workdir {workdir}: cannot be written ({error.strerror}); give another folder") from error
+        return [f"--workdir {workdir}: cannot be written ({error.strerror}); give another folder"]
 
 
 def main(argv: list[str]) -> int:
     """Runs the job; gives the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
     logging.getLogger("jaxpeft").setLevel(logging.INFO)
+    if "--traceback" not in argv:
+        _hush()
+    if {"--help", "-h", "-help"} & set(argv):
+        sys.stdout.write(f"{__doc__}\n{FLAGS.main_module_help()}")
+        return 0
     try:
         config, workdir, path = parse_arguments(argv)
         if FLAGS.validate:
@@ -96,6 +110,13 @@ def main(argv: list[str]) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
+def _hush() -> None:
+    """Silences what the threads of a failed save say: the error comes back to us, and is told once."""
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
 def _complain(error: JaxpeftError) -> None:
     many = f"{len(error.problems)} problems:\n" if len(error.problems) > 1 else ""
     sys.stderr.write(f"jaxpeft: {many}{error}\n")
@@ -104,13 +125,16 @@ def _complain(error: JaxpeftError) -> None:
 def _run(config: configs.Config, workdir: Path) -> int:
     """Imports JAX, now that the config is good, and runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from jaxpeft.training.job import run
-    from jaxpeft.training.signals import Stopped
+    from jaxpeft.training.signals import Stopped, StopRequest
 
-    try:
-        run(config, workdir)
-    except Stopped as stopped:
-        return stopped.exit_code
+    with StopRequest() as stop:
+        from jaxpeft.training.job import run
+
+        try:
+            stop.raise_if_requested()
+            run(config, workdir, stop)
+        except Stopped as stopped:
+            return stopped.exit_code
     return 0
 
 

@@ -148,7 +148,7 @@ def test_validate_stops_after_the_check(config_file: Path, tmp_path: Path) -> No
     done = run("--config", str(config_file), "--workdir", str(tmp_path / "run"), "--validate")
     assert done.returncode == 0
     assert "mine.py is valid" in done.stderr
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_rows_are_told_in_one_line_and_a_traceback_only_if_asked(config_file: Path, tmp_path: Path) -> None:
@@ -199,3 +199,56 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
     assert losses[0] == losses[1]
     assert len(losses[0]) == 400
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["methods"]["lora"]["steps"] == 400
+
+
+def test_help_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--config configs/NAME.py" in shown
+    assert "--workdir" in shown
+
+
+def test_a_bad_folder_is_told_beside_a_bad_config(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(config_file), "--workdir", "/proc/nowhere", "--config.method.rank=0"]
+    assert train.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert "2 problems" in shown
+    assert "config.method.rank: must be at least 1" in shown
+    assert "--workdir /proc/nowhere: cannot be written" in shown
+
+
+def test_a_signal_while_python_still_imports_ends_with_143(config_file: Path, tmp_path: Path) -> None:
+    early = (
+        "import os, signal, sys, builtins; real = builtins.__import__\n"
+        "def slow(name, *args, **kw):\n"
+        "    if name == 'jaxpeft.training.job': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return real(name, *args, **kw)\n"
+        "builtins.__import__ = slow\n"
+        "from jaxpeft.train import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = run("--config", str(config_file), "--workdir", str(tmp_path / "run"), wrapper=early)
+    assert done.returncode == 143, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_told_in_one_line_and_the_run_goes_on_later(config_file: Path, tmp_path: Path) -> None:
+    full = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from jaxpeft.checkpoint import manager; save = manager.Checkpoints.save\n"
+        "def limited(self, step, *args):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY) if step > 2 else (-1, -1))\n"
+        "    save(self, step, *args)\n"
+        "manager.Checkpoints.save = limited\n"
+        "from jaxpeft.train import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ("--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.train.steps=4",
+                 "--config.checkpoint.every_steps=2", "--config.log.plot=false", "--config.log.tensorboard=false")  # fmt: skip
+    done = run(*arguments, wrapper=full)
+    assert done.returncode == 1, done.stderr
+    # threads of Orbax and TensorStore write to the terminal as well, in no order
+    assert f"jaxpeft: {tmp_path}/run/checkpoints: " in done.stderr
+    assert "could not be saved" in done.stderr
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "restoring step 2" in again.stderr

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class Checkpoints:
         items: dict[str, Any] = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(dict(meta))}
         if best is not None:
             items["best"] = ocp.args.StandardSave(best)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with self._writing(step):
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def latest(self) -> int | None:
         """Gives the newest step that is saved, or None."""
@@ -105,13 +107,36 @@ class Checkpoints:
             ) from error
 
     def wait(self) -> None:
-        """Waits for the saves in the background; an error in one is raised here."""
-        self._manager.wait_until_finished()
+        """Waits for the saves in the background.
+
+        Raises:
+            CheckpointError: one of them failed.
+        """
+        with self._writing(None):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and frees Orbax's threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits, and frees Orbax's threads.
+
+        Raises:
+            CheckpointError: a save in the background failed.
+        """
+        with self._writing(None):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    @contextmanager
+    def _writing(self, step: int | None) -> Generator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            what = "a checkpoint" if step is None else f"step {step}"
+            raise CheckpointError(
+                f"{self._folder}: {what} could not be saved ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
+                "make room or mend the disk, and give the same command again: it goes on from the newest saved step"
+            ) from error
 
 
 def _abstract(tree: Any) -> Any:

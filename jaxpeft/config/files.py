@@ -38,7 +38,8 @@ def defaults(method: str = "lora") -> ml_collections.ConfigDict:
             f"method.name: {method!r} is not a method{nearest(method, METHODS)} (known: {', '.join(METHODS)})"
         )
     plain = as_dict(dataclasses.replace(Config(), method=METHODS[method]()))
-    return ml_collections.ConfigDict(plain)
+    # a wrong type or name is not refused at its line, but with all other problems of the file at once
+    return ml_collections.ConfigDict(plain, type_safe=False)
 
 
 def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -67,12 +68,8 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     if not isinstance(section, Mapping):
         return None, [f"config.method: must be a section with options, is {section!r}"]
     method, problems = _parse_method(dict(typing.cast(Mapping[str, Any], section)))
-    config, found = parse(Config, rest, "config")
-    if method is None or config is None:
-        return None, problems + found
-    config = dataclasses.replace(config, method=method)
-    across = [f"config.{problem}" for problem in config.problems()]
-    return (None, across) if across else (config, [])
+    config, found = parse(Config, {**rest, "method": method} if method else rest, "config")
+    return (None, [*problems, *found]) if problems or found else (config, [])
 
 
 def _parse_method(section: dict[str, Any]) -> tuple[Method | None, list[str]]:
@@ -90,6 +87,10 @@ def read_file(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not Python, fails, or has no `get_config()` that returns a ConfigDict.
     """
     if not path.is_file():
+        if path.is_dir():
+            raise ConfigError(
+                f"--config {path}: a folder; name one of its files: {', '.join(p.name for p in path.glob('*.py'))}"
+            )
         there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.3)
         raise ConfigError(f"--config {path}: no such file" + (f"; did you mean {' or '.join(near)}?" if near else ""))
@@ -100,7 +101,7 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         spec.loader.exec_module(module)
         config: object = module.get_config()
-    except (SyntaxError, NameError, AttributeError, ImportError, TypeError, KeyError, ValueError) as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}{_line_of(error, path)}: {type(error).__name__}: {error}") from error
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
@@ -127,20 +128,40 @@ def _methods_first(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]
 
 def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
     """Sets one option from the command line; gives the problem, if any."""
-    if option == "method.name" and text != values["method"].get("name"):
-        dropped = ", ".join(key for key in values["method"] if key != "name")
+    method = values.setdefault("method", {"name": "lora"})
+    if option == "method":
+        return ["--config.method: is a section; set --config.method.name=NAME"]
+    if not isinstance(method, dict):
+        return []  # told with the file's other problems
+    if option == "method.name" and text != method.get("name"):
+        dropped = ", ".join(key for key in method if key != "name")
         _log.info("--config.method.name=%s: the file's options of its own method do not apply (%s)", text, dropped)
         values["method"] = {"name": text}
         return []
+    option, key = _split_key(option, values)
     *sections, last = option.split(".")
     node: Any = values
     for section in sections:
         node = node.get(section) if isinstance(node, dict) else None
     hint = _hint(option, values)
+    if isinstance(node, dict) and hint is not None and key:
+        node[last] = {**(node.get(last) or {}), key: _read(text, typing.get_args(hint)[1])}
+        return []
     if not isinstance(node, dict) or hint is None:
         return [f"--config.{option}: no such option{nearest(option, _all_options(values))}"]
-    node[last] = _read(text, hint)
-    return []
+    if not isinstance(node.get(last), dict) or typing.get_origin(hint) is dict:
+        node[last] = _read(text, hint)
+        return []
+    return [f"--config.{option}: is a section; set one of its options: {', '.join(node[last])}"]
+
+
+def _split_key(option: str, values: Mapping[str, Any]) -> tuple[str, str]:
+    """Splits `method.rank_pattern.q_proj` into the option, a mapping, and a key of it; the key is empty elsewhere."""
+    parts = option.split(".")
+    for n in range(1, len(parts)):
+        if typing.get_origin(_hint(".".join(parts[:n]), values)) is dict:
+            return ".".join(parts[:n]), ".".join(parts[n:])
+    return option, ""
 
 
 def _read(text: str, hint: Any) -> Any:
@@ -153,7 +174,7 @@ def _read(text: str, hint: Any) -> Any:
     names = tuple(part.strip() for part in text.split(",") if part.strip()) if "," in text or not text else (text,)
     # names with commas between them are a list, also where one string would do: a target list, not an expression
     listed = (names,) if re.fullmatch(r"[\w.-]+(,\s*[\w.-]+)+", text) else ()
-    for candidate in (*listed, literal, text, names):
+    for candidate in (*listed, literal, text, (literal,), names):
         if not convert(candidate, hint, "")[1]:
             return candidate
     return literal
@@ -168,7 +189,9 @@ def _hint(option: str, values: Mapping[str, Any]) -> Any:
             return str
         if key not in hints:
             return None
-        cls = METHODS.get(values["method"].get("name", "lora"), Method) if hints[key] is Method else hints[key]
+        section = values.get("method")
+        name = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
+        cls = METHODS.get(str(name), Method) if hints[key] is Method else hints[key]
     return cls
 
 

@@ -49,6 +49,8 @@ class DataConfig:
     train: str = option("", "training rows: a file, 'package:support_tickets/train', or a hub id")
     validation: str = option("", "rows to choose the best step by; empty to hold out a share of the training rows")
     test: str = option("", "rows for the final figures; empty to give the validation rows' figures")
+    subset: str | None = option(None, "configuration of a hub data set, such as 'mrpc' of 'nyu-mll/glue'")
+    revision: str | None = option(None, "branch, tag or commit of a hub data set")
     validation_share: float = option(
         0.1, "share of the training rows held out when there is no validation", above=0, below=1
     )
@@ -156,7 +158,10 @@ class EvaluationConfig:
 
     every_steps: int | None = option(None, "evaluate every so many steps; None for the end of each epoch", at_least=1)
     batch_size: int = option(64, "rows a batch", at_least=1)
-    metric: str | None = option(None, "figure to choose the best step by; None for accuracy, pearson or loss")
+    metric: (
+        Literal["loss", "perplexity", "accuracy", "f1", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "mse"]
+        | None
+    ) = option(None, "figure to choose the best step by; None for accuracy, pearson or loss")
     patience: int | None = option(None, "stop after so many evaluations without a better one", at_least=1)
 
 
@@ -203,6 +208,17 @@ class Config:
         found: list[str] = []
         if self.model.task == "causal_lm" and (self.method.name == "head" or "head" in self.baselines):
             found.append("method.name: 'head' trains a classification head, task is 'causal_lm'")
+        for name in sorted(
+            {n for n in (*self.baselines, self.method.name) if (*self.baselines, self.method.name).count(n) > 1}
+        ):
+            found.append(f"baselines: {name!r} would be trained twice; name it once")
+        if self.model.task == "causal_lm" and self.optimizer.head_learning_rate is not None:
+            found.append("optimizer.head_learning_rate: a language model has no new head; remove it")
+        if self.model.task != "sequence_classification" and self.data.problem != "auto":
+            found.append(f"data.problem: is for task 'sequence_classification', task is {self.model.task!r}; remove it")
+        warmup, steps = self.optimizer.warmup_steps, self.train.steps
+        if warmup is not None and steps is not None and warmup >= steps:
+            found.append(f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps} steps")
         if self.data.packing and self.model.task != "causal_lm":
             found.append(f"data.packing: is for task 'causal_lm', task is {self.model.task!r}")
         for name in self.baseline_learning_rates:

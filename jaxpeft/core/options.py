@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -60,14 +61,17 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
             continue
         taken[key], problems = convert(value, hints[key], f"{where}.{key}")
         found += problems or _out_of_bounds(taken[key], fields[key].metadata, f"{where}.{key}")
-    if found:
-        return None, found
+    wrong = [problem.removeprefix(f"{where}.").partition(":")[0].split(".")[0].split("[")[0] for problem in found]
     try:
-        instance = cls(**taken)
+        instance = cls(**{key: value for key, value in taken.items() if key not in wrong})
     except ConfigError as error:  # a method checks itself when it is made
-        return None, [f"{where}.{problem.partition('.')[2]}" for problem in error.problems]
-    check: Callable[[], list[str]] | None = getattr(instance, "problems", None)
-    found = [f"{where}.{problem}" for problem in check()] if check else []
+        across = [problem.partition(".")[2] for problem in error.problems]
+        instance = None
+    else:
+        check: Callable[[], list[str]] | None = getattr(instance, "problems", None)
+        across = check() if check else []
+    # what is said of an option whose value is wrong, or stands at its default for that, is no news
+    found += [f"{where}.{p}" for p in across if not any(re.search(rf"\b{re.escape(name)}\b", p) for name in wrong)]
     return (None, found) if found else (instance, [])
 
 

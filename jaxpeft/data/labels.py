@@ -61,11 +61,24 @@ def label_float(value: Any) -> float:
 
 
 def guess_problem(values: Iterable[Any]) -> Problem:
-    """Tells the problem from the labels of the training split: lists, numbers with a point, or anything else."""
-    kinds = {type(value) for value in values if value is not None}
-    if kinds == {list}:
+    """Tells the problem from the labels of the training split: lists, numbers that are not all whole, or anything else.
+
+    Numbers count as numbers also where a CSV file gives them as strings; whole ones, `1.0` too, are the names of classes.
+    """
+    given = [value for value in values if value is not None]
+    if {type(value) for value in given} == {list}:
         return "multi_label"
-    return "regression" if float in kinds and kinds <= {int, float} else "single_label"
+    numbers = [_number(value) for value in given]
+    whole = all(number is not None and number.is_integer() for number in numbers)
+    return "regression" if given and None not in numbers and not whole else "single_label"
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def sort_names(names: Iterable[str]) -> tuple[str, ...]:

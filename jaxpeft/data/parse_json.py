@@ -72,7 +72,9 @@ def _load(text: str) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise RowError(f"not JSON ({error.msg})", "write valid JSON", error.pos + 1) from None
+        lines = error.msg == "Extra data"
+        fix = "name the file .jsonl if each line is an object of its own" if lines else "write valid JSON"
+        raise RowError(f"not JSON ({error.msg})", fix, error.pos + 1) from None
     except RecursionError:
         raise RowError("not JSON that can be read (nested too deeply)", "flatten it") from None
     except ValueError as error:

@@ -16,6 +16,8 @@ def body_of(data: bytes, name: str) -> bytes:
     Raises:
         DataError: nothing but white space is left, or it is a Git LFS pointer.
     """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{name}:1:1: UTF-16, not UTF-8; save the file as UTF-8, such as by `iconv -f utf-16 -t utf-8`")
     body = data.removeprefix(_BOM)
     if not body.strip():
         raise DataError(f"{name}:1:1: the file is empty; give a file with at least one row")

@@ -20,7 +20,7 @@ _DEFAULT_METRIC = {"lm": "loss", "regression": "pearson", "multi_label": "f1_mic
 
 
 class Evaluator:
-    """Evaluates, with one compiled program for each padded length.
+    """Evaluates, with one compiled program for each method and padded length.
 
     Args:
         setup: the prepared run.
@@ -61,7 +61,9 @@ class Evaluator:
                 labels += _by_row(batch["labels"][kept], setup.problem)
         if setup.problem == "lm":
             return lm_metrics(total, weight)
-        figures = classification_metrics(np.concatenate(logits), np.concatenate(labels), setup.problem)  # pyright: ignore[reportArgumentType]
+        outside = setup.labels.index("O") if setup.problem == "token" and "O" in setup.labels else None
+        made, wanted = np.concatenate(logits), np.concatenate(labels)
+        figures = classification_metrics(made, wanted, setup.problem, outside=outside)  # pyright: ignore[reportArgumentType]
         return {"loss": total / max(weight, 1.0)} | figures
 
 

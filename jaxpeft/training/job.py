@@ -16,15 +16,16 @@ from jaxpeft.core.method import Method
 from jaxpeft.hub.adapters import save_adapter
 from jaxpeft.methods import METHODS
 from jaxpeft.training import optimizers, plot, records
-from jaxpeft.training.evaluation import metric_of
-from jaxpeft.training.loop import Result, Run, split_for
+from jaxpeft.training.evaluation import Evaluator, metric_of
+from jaxpeft.training.lock import Lock
+from jaxpeft.training.loop import Result, Run, devices_of, split_for
 from jaxpeft.training.setup import Setup, prepare
 from jaxpeft.training.signals import StopRequest
 
 _log = logging.getLogger(__name__)
 
 
-def run(config: Config, workdir: Path) -> dict[str, Result]:
+def run(config: Config, workdir: Path, stop: StopRequest | None = None) -> dict[str, Result]:
     """Runs a config from end to end.
 
     Leaves in `workdir`: `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`, `tensorboard/`, `checkpoints/` and
@@ -33,6 +34,7 @@ def run(config: Config, workdir: Path) -> dict[str, Result]:
     Args:
         config: a checked config.
         workdir: the run's folder; what an earlier run of the same command left there is gone on from.
+        stop: a request to stop that is entered already; None to listen from here to the end.
 
     Returns:
         The results by method name, baselines first.
@@ -41,45 +43,58 @@ def run(config: Config, workdir: Path) -> dict[str, Result]:
         JaxpeftError: whatever cannot be used, named.
         Stopped: on SIGTERM or SIGINT, after saving.
     """
+    if stop is None:
+        with StopRequest() as stop:
+            return run(config, workdir, stop)
     records.check(config.log)
-    with StopRequest() as stop:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with Lock(workdir):
         setup = prepare(config)
         stop.raise_if_requested()
         _log_setup(setup)
-        before = _before(setup, config.method, stop)
+        evaluator = Evaluator(setup, stop.raise_if_requested)
+        before = _before(setup, config.method, evaluator)
         results: dict[str, Result] = {}
         for name in config.baselines:
-            rate = config.baseline_learning_rates.get(name, config.optimizer.learning_rate)
-            options = replace(config.optimizer, learning_rate=rate)
-            results[name] = _fit(setup, METHODS[name](), options, workdir / name, stop)
-        results[config.method.name] = _fit(setup, config.method, config.optimizer, workdir, stop)
-    _finish(setup, before, results, workdir)
+            options = _baseline_options(config, name)
+            results[name] = _fit(setup, METHODS[name](), options, workdir / name, stop, evaluator)
+        options = optimizers.for_head_alone(config.optimizer) if config.method.name == "head" else config.optimizer
+        results[config.method.name] = _fit(setup, config.method, options, workdir, stop, evaluator)
+        _finish(setup, before, results, workdir)
     return results
 
 
+def _baseline_options(config: Config, name: str) -> OptimizerConfig:
+    """Gives a baseline's own learning rate, where it has one, to all that it trains."""
+    own = config.baseline_learning_rates.get(name)
+    if name == "head":
+        options = optimizers.for_head_alone(config.optimizer)
+        return options if own is None else replace(options, learning_rate=own)
+    return config.optimizer if own is None else replace(config.optimizer, learning_rate=own)
+
+
 def _log_setup(setup: Setup) -> None:
-    batches, devices = setup.batches, jax.devices()
+    batches, there, used = setup.batches, jax.devices(), devices_of(setup.params)
+    rows = f"{setup.problem}, {len(setup.labels)} classes" if setup.labels else setup.problem
     _log.info(
-        "%d steps of %d rows padded to %s (%.0f%% padding), %d device(s): %s, jax %s",
-        setup.steps, setup.config.train.batch_size, " or ".join(map(str, batches.lengths)),
-        100 * batches.padding_share, len(devices), devices[0].device_kind, jax.__version__,
+        "%s: %d steps of %d rows padded to %s (%.0f%% padding), on %d of %d device(s): %s, jax %s",
+        rows, setup.steps, setup.config.train.batch_size, " or ".join(map(str, batches.lengths)),
+        100 * batches.padding_share, len(used), len(there), there[0].device_kind, jax.__version__,
     )  # fmt: skip
 
 
-def _before(setup: Setup, method: Method, stop: StopRequest) -> dict[str, float]:
+def _before(setup: Setup, method: Method, evaluator: Evaluator) -> dict[str, float]:
     """Evaluates the test rows before any training, with the fresh adapter."""
-    from jaxpeft.training.evaluation import Evaluator
-
     trainable, frozen = split_for(setup, method)
-    figures = Evaluator(setup, stop.raise_if_requested)(trainable, frozen, setup.test)
+    figures = evaluator(trainable, frozen, setup.test)
     _log.info("before training: %s", _shown(figures))
     return figures
 
 
-def _fit(setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest) -> Result:
-    if method.name == "head":
-        options = optimizers.for_head_alone(options)
-    result = Run(setup, method, options, folder, stop).fit()
+def _fit(
+    setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest, evaluator: Evaluator
+) -> Result:
+    result = Run(setup, method, options, folder, stop, evaluator).fit()
     save_adapter(folder / "adapter", method, result.params, setup.model, labels=setup.labels)
     _log.info("%s on the test rows: %s", method.name, _shown(result.test))
     return result

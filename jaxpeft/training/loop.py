@@ -46,6 +46,7 @@ class Progress:
         best: that figure.
         worse: evaluations since then.
         stopped_early: whether `evaluation.patience` has run out.
+        seconds: spent so far.
     """
 
     evaluated: int = -1
@@ -53,6 +54,7 @@ class Progress:
     best: float | None = None
     worse: int = 0
     stopped_early: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Result:
         steps: steps done.
         best_step: the step of `trainable`.
         test: the figures of the test rows.
-        seconds: spent in this process on training, evaluations included, compilation not.
+        seconds: spent on training, evaluations included, compilation not, over all resumptions.
         trainable_parameters: how many.
         total_parameters: how many in all, adapter included.
     """
@@ -105,10 +107,19 @@ class Run:
         method: what to train.
         options: the optimizer's.
         folder: where checkpoints and figures go.
-        stop: asked before each step and each evaluation batch.
+        stop: asked before each step.
+        evaluator: of the setup.
     """
 
-    def __init__(self, setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        method: Method,
+        options: OptimizerConfig,
+        folder: Path,
+        stop: StopRequest,
+        evaluator: Evaluator,
+    ) -> None:
         self.setup, self.method, self.stop, self.folder = setup, method, stop, folder
         folder.mkdir(parents=True, exist_ok=True)
         trainable, self.frozen = split_for(setup, method)
@@ -117,7 +128,7 @@ class Run:
         self.state = init_state(trainable, self.optimizer, setup.config.train.seed)
         self.best: Tree | None = None
         self.progress = Progress()
-        self.evaluator = Evaluator(setup, stop.raise_if_requested)
+        self.evaluator = evaluator
         self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
         self.identity = dict(setup.identity) | {
             "method": {"name": method.name, **dataclasses.asdict(method)},
@@ -127,6 +138,8 @@ class Run:
         self.step = 0
         self.pending: list[tuple[int, int, dict[str, jax.Array]]] = []
         self.writers: list[records.Writer] = []
+        self.started = time.perf_counter()
+        self.aside = 0.0
         self.flops_per_token = flops.per_token(trainable, self.frozen)
         self.sizes = tree.count(trainable), tree.count(trainable) + tree.count(self.frozen)
 
@@ -143,13 +156,11 @@ class Run:
         share = f"{self.sizes[0]:,} of {self.sizes[1]:,} parameters ({self.sizes[0] / self.sizes[1]:.2%})"
         _log.info("%s trains %s", self.method.name, share)
         self.writers = records.open_writers(self.setup.config.log, self.folder, self.step)
-        started = time.perf_counter()
         try:
             if not self._finished():
                 step = self._compiled()
-                started = time.perf_counter()
+                self.started = time.perf_counter() - self.progress.seconds
                 self._train(step)
-            seconds = time.perf_counter() - started
             best = self.best if self.best is not None else self.state.trainable
             test = self.evaluator(best, self.frozen, self.setup.test)
             final = {f"test/{name}": value for name, value in test.items()}
@@ -163,6 +174,7 @@ class Run:
             for writer in self.writers:
                 writer.close()
         best_step = self.progress.best_step if self.progress.best_step is not None else self.step
+        seconds = self.progress.seconds
         return Result(self.method, best, self.frozen, self.step, best_step, test, seconds, *self.sizes)
 
     def _resume(self) -> None:
@@ -202,24 +214,35 @@ class Run:
                 self.state, metrics = compiled[batch["input_ids"].shape[-1]](self.state, self.frozen, batch)
                 self.step += 1
                 self.pending.append((self.step, _tokens(batch), metrics))
-                if self.step % self.setup.config.log.every_steps == 0 or self.step == self.setup.steps:
-                    report()
-                if self._evaluation_due():
-                    self._evaluate()
-                if self.step % self.setup.config.checkpoint.every_steps == 0 or self._finished():
-                    self._save(wait=self._finished())
+                last = self.step == self.setup.steps
+                report(_tokens(batch), last or self.step % self.setup.config.log.every_steps == 0)
+                with self._aside():
+                    if self._evaluation_due():
+                        self._evaluate()
+                    if self.step % self.setup.config.checkpoint.every_steps == 0 or self._finished():
+                        self._save(wait=self._finished())
 
     @contextmanager
-    def _progress_shown(self) -> Generator[Callable[[], None]]:
-        shown = StepProgress(self.setup.config.log.progress, self.method.name, self.setup.steps, self.step)
-        last = [time.perf_counter()]
+    def _aside(self) -> Generator[None]:
+        """Counts the time that is spent on something else than steps."""
+        began = time.perf_counter()
+        yield
+        self.aside += time.perf_counter() - began
 
-        def report() -> None:
-            tokens = sum(n for _, n, _ in self.pending)
+    @contextmanager
+    def _progress_shown(self) -> Generator[Callable[[int, bool], None]]:
+        shown = StepProgress(self.setup.config.log.progress, self.method.name, self.setup.steps, self.step)
+        last, tokens = [time.perf_counter()], [0]
+
+        def report(new: int, due: bool) -> None:
+            tokens[0] += new
+            if not due:
+                return
             loss = self._flush()
-            now = time.perf_counter()
-            shown.update(self.step, self._figures(loss, tokens / (now - last[0])))
-            last[0] = now
+            # what evaluating and saving took is not the training's speed
+            seconds = time.perf_counter() - last[0] - self.aside
+            shown.update(self.step, self._figures(loss, tokens[0] / max(seconds, 1e-9)))
+            last[0], tokens[0], self.aside = time.perf_counter(), 0, 0.0
 
         try:
             yield report
@@ -228,7 +251,10 @@ class Run:
 
     def _figures(self, loss: float, tokens_per_second: float) -> str:
         rate = self._rate(self.step)
-        work, most = tokens_per_second * self.flops_per_token, flops.peak(jax.local_devices())
+        work, most = (
+            tokens_per_second * self.flops_per_token,
+            flops.peak(devices_of(self.frozen) or devices_of(self.state.trainable)),
+        )
         used = f"MFU {work / most:.1%}" if most else f"{work / 1e9:.1f} GFLOP/s"
         memory = memory_gb()
         speed = {"tokens_per_second": tokens_per_second, "model_flops_per_second": work, "memory_gb": memory}
@@ -246,13 +272,16 @@ class Run:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
-                    f"step {step}: loss is {loss}, gradient norm is {norm}; the newest checkpoint is step "
-                    f"{self.checkpoints.latest()}; lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows"
+                    f"step {step}: loss is {loss}, gradient norm is {norm}; {self._newest()}; lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows"
                 )
             figures = {"loss": loss, "grad_norm": norm, "learning_rate": self._rate(step), "tokens": tokens}
             self._write(step, figures)
         self.pending.clear()
         return loss
+
+    def _newest(self) -> str:
+        latest = self.checkpoints.latest()
+        return "no step is saved yet" if latest is None else f"the newest checkpoint is step {latest}"
 
     def _rate(self, step: int) -> float:
         return float(np.asarray(self.rate(step - 1)))
@@ -283,6 +312,7 @@ class Run:
             best=figures[metric] if won else self.progress.best,
             worse=worse,
             stopped_early=patience is not None and worse >= patience,
+            seconds=self.progress.seconds,
         )
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         _log.info("%s step %d validation: %s%s", self.method.name, self.step, shown, "  (best so far)" if won else "")
@@ -291,10 +321,17 @@ class Run:
 
     def _save(self, *, wait: bool) -> None:
         self._flush()
+        self.progress = dataclasses.replace(self.progress, seconds=time.perf_counter() - self.started)
         meta = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
         self.checkpoints.save(self.step, self.state, self.best, meta)
         if wait:
             self.checkpoints.wait()
+
+
+def devices_of(params: Tree) -> list[Any]:
+    """Gives the devices that a tree's leaves are on."""
+    found = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    return sorted(found, key=lambda device: device.id)
 
 
 def _tokens(batch: Mapping[str, np.ndarray[Any, Any]]) -> int:

@@ -89,8 +89,11 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
             rate, config.b1, config.b2, config.eps, weight_decay=decay, mask=_decayed, mu_dtype=jnp.float32
         ),
         "lion": lambda: optax.lion(rate, config.b1, config.b2, weight_decay=decay, mask=_decayed),
-        "adafactor": lambda: optax.adafactor(
-            rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None, weight_decay_mask=_decayed
+        # optax's own weight decay comes behind the learning rate, and would not follow it
+        "adafactor": lambda: optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False),
+            optax.add_decayed_weights(-decay, _decayed),
+            optax.scale_by_learning_rate(rate, flip_sign=False),
         ),
         "sgd": lambda: optax.chain(
             optax.add_decayed_weights(decay, _decayed), optax.sgd(rate, config.momentum or None)

@@ -73,7 +73,7 @@ class StepProgress:
         self._started, self._first = time.perf_counter(), done
         self._bar: Progress | None = None
         if kind == "bar":
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+            columns = (TextColumn("{task.description}"), BarColumn(12), TextColumn("{task.completed}/{task.total}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
                                  console=Console(stderr=True))  # fmt: skip
             self._task = self._bar.add_task(name, total=total, completed=done, figures="")

@@ -36,7 +36,10 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_at: int) -> None:
-        kept = [line for line in read_lines(path) if line["step"] <= resume_at] if resume_at else []
+        # the figures of the test rows come last, and are written again
+        kept = (
+            [line for line in read_lines(path) if line["step"] <= resume_at and not _of_test(line)] if resume_at else []
+        )
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
@@ -50,6 +53,10 @@ class JsonLines:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _of_test(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("test/") for name in line)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -180,19 +180,22 @@ def _dtype(name: str) -> Any:
 def _examples(config: Config) -> tuple[data.Examples, data.Examples, data.Examples]:
     options, columns = config.data, data.Columns(**config.data.columns)
     problem = None if options.problem == "auto" else options.problem
-    rows = _rows(options.train, "train", config)
+    rows = _read(options.train, "train", config)
     kind = _kind(config, rows, columns)
+    # labels are those of all rows: which of them are drawn to be trained on or held out must not change the classes
+    whole = data.make_examples(rows, kind=kind, problem=problem, columns=columns) if "class" in kind else None
+    rows = _drawn(rows, config)
     if not options.validation:
         share, seed = options.validation_share, config.train.seed
         text = kind == "text"
         rows, held_out = data.hold_out_text(rows, share, seed, columns) if text else data.hold_out(rows, share, seed)
     else:
-        held_out = _rows(options.validation, "validation", config)
-    train = data.make_examples(rows, kind=kind, problem=problem, columns=columns)
+        held_out = _drawn(_read(options.validation, "validation", config), config)
+    train = data.make_examples(rows, kind=kind, problem=problem, columns=columns, like=whole)
     validation = data.make_examples(held_out, kind=kind, like=train)
     if not options.test:
         return train, validation, validation
-    test = data.make_examples(_rows(options.test, "test", config), kind=kind, like=train)
+    test = data.make_examples(_drawn(_read(options.test, "test", config), config), kind=kind, like=train)
     return train, validation, test
 
 
@@ -207,8 +210,14 @@ def _kind(config: Config, rows: data.Rows, columns: data.Columns) -> data.Kind:
     return kind
 
 
-def _rows(path: str, split: str, config: Config) -> data.Rows:
-    rows, most = data.read_rows(path, split=split if data.is_hub_id(path) else None), config.data.max_rows
+def _read(path: str, split: str, config: Config) -> data.Rows:
+    if not data.is_hub_id(path):
+        return data.read_rows(path)
+    return data.read_rows(path, split=split, config=config.data.subset, revision=config.data.revision)
+
+
+def _drawn(rows: data.Rows, config: Config) -> data.Rows:
+    most = config.data.max_rows
     if most is None or most >= len(rows):
         return rows
     return rows.take(sorted(plan.order(len(rows), config.train.seed)[:most].tolist()))

@@ -112,7 +112,7 @@ def test_the_checkpoint_holds_no_base_weight(config: Config, tmp_path: Path) -> 
     ("change", "row"),
     [
         ({"method": {"rank": 4}}, r"config.method.rank: was 8, is 4"),
-        ({"method": {"rank": 4}}, r"tree.*lora_a: was 'float32\[32, 8\]', is 'float32\[32, 4\]'"),
+        ({"method": {"rank": 4}}, r"^((?!tree\.)[^\n]*\n?)+$"),  # which leaves differ since the method does is no news
         ({"train": {"seed": 5}}, r"config.train.seed: was 0, is 5"),
         ({"optimizer": {"learning_rate": 1.0}}, r"config.optimizer.learning_rate: was 0.01, is 1.0"),
         ({"data": {"max_length": 14}}, r"config.data.max_length: was 16, is 14"),

@@ -55,12 +55,21 @@ def file(tmp_path: Path) -> Path:
         ("data.train", "8.jsonl", "8.jsonl"),
         ("data.train", "2024", "2024"),
         ("model.path", "true", "true"),
+        ("data.lengths", "32", (32,)),
+        ("method.rank_pattern.query", "4", 4),
+        ("method.rank_pattern.layer.0.attention.self.query", "4", 4),
+        ("baseline_learning_rates.full", "1e-5", 1e-5),
+        ("data.columns.text", "body", "body"),
     ],
 )
 def test_text_becomes_what_the_option_is(file: Path, option: str, text: str, value: Any) -> None:
     config: Any = configs.load(file, [(option, text)])
-    for key in option.split("."):
-        config = getattr(config, key)
+    path = option.split(".")
+    while path:
+        if isinstance(config, dict):
+            config, path = config[".".join(path)], []
+        else:
+            config, path = getattr(config, path[0]), path[1:]
     assert config == value
     assert type(config) is type(value)
 
@@ -83,7 +92,20 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ([("train.batch_size", "10"), ("train.accumulation", "4")], "4 does not divide batch_size 10; it could be 1, 2, 5"),
         ([("train.epochs", "None")], "neither epochs nor steps is set"),
         ([("method.rank", "[8]")], "config.method.rank: must be an integer"),
-        ([("method", "lora")], "config.method"),
+        ([("method", "lora")], "--config.method: is a section; set --config.method.name=NAME"),
+        ([("method", "bitfit"), ("method.rank", "4")], "--config.method: is a section"),
+        ([("train", "3")], "--config.train: is a section; set one of its options: accumulation, batch_size, epochs"),
+        ([("evaluation.metric", "acuracy")], "evaluation.metric: must be one of 'loss', 'perplexity', 'accuracy'"),
+        ([("baselines", "head,head")], "baselines: 'head' would be trained twice"),
+        ([("baselines", "full"), ("method.name", "full")], "baselines: 'full' would be trained twice"),
+        ([("model.task", "causal_lm"), ("baselines", ""), ("optimizer.head_learning_rate", "1e-3")],
+         "head_learning_rate: a language model has no new head"),
+        ([("model.task", "causal_lm"), ("baselines", ""), ("data.problem", "regression")],
+         "data.problem: is for task 'sequence_classification'"),
+        ([("train.epochs", "None"), ("train.steps", "10"), ("optimizer.warmup_steps", "100")],
+         "100 steps of warm-up leave none of the run's 10 steps"),
+        ([("data.packing", "true")], "data.packing: is for task 'causal_lm'"),
+        ([("data.columns", "{'txt': 'a'}")], "columns: 'txt' is not a field; did you mean 'text'"),
         ([("metod.rank", "8")], "--config.metod.rank: no such option; did you mean"),
     ],
 )  # fmt: skip
@@ -105,3 +127,51 @@ def test_a_method_that_does_not_exist_is_named_in_the_file_too(tmp_path: Path) -
 def test_another_method_drops_the_options_of_the_first_whatever_the_order(file: Path) -> None:
     config = configs.load(file, [("method.modules_to_save", "pooler"), ("method.name", "bitfit")])
     assert (config.method.name, config.method.modules_to_save) == ("bitfit", ("pooler",))
+
+
+def test_what_is_wrong_in_a_section_and_across_it_is_told_at_once(file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configs.load(file, [("train.steps", "5"), ("train.batch_size", "0"), ("method.rank", "0"),
+                            ("method.layers_pattern", "layers")])  # fmt: skip
+    text = str(caught.value)
+    for part in ("batch_size: must be at least 1", "steps: 5 and epochs 1.0 exclude each other", "rank: must be at least 1",
+                 "layers_pattern: needs layers_to_transform"):  # fmt: skip
+        assert part in text
+    assert len(caught.value.problems) == 4
+
+
+def test_every_wrong_line_of_a_file_is_told_at_once(tmp_path: Path) -> None:
+    lines = (
+        "    config.train.steps = '5'\n",
+        "    config.optimizer.learning_rate = '1e-4'\n",
+        "    config.train.stepps = 4\n",
+    )
+    body = FILE.format(method="lora").replace("    return config", "".join(lines) + "    return config")
+    (tmp_path / "mine.py").write_text(body)
+    with pytest.raises(ConfigError) as caught:
+        configs.load(tmp_path / "mine.py")
+    text = str(caught.value)
+    for part in ("config.train.steps: must be an integer or None, is '5'", "learning_rate: must be a number, is '1e-4'",
+                 "config.train.stepps: no such option; did you mean 'steps'"):  # fmt: skip
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "line", ["1 / 0", "raise RuntimeError('no')", "open('/nowhere')", "import sys; sys.exit(7)", "assert False"]
+)
+def test_a_file_that_fails_is_named_with_the_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "mine.py").write_text(f"\n{line}\n")
+    with pytest.raises(ConfigError, match=r"mine\.py:2: "):
+        configs.load(tmp_path / "mine.py")
+
+
+def test_a_file_without_a_method_takes_the_default(tmp_path: Path) -> None:
+    body = "def get_config():\n    return {'model': {'path': 'x'}, 'data': {'train': 'x'}, 'train': {'steps': 3}}\n"
+    (tmp_path / "mine.py").write_text(body)
+    config: Any = configs.load(tmp_path / "mine.py", [("method.rank", "3")])
+    assert (config.method.name, config.method.rank) == ("lora", 3)
+
+
+def test_a_folder_in_place_of_a_file_is_told_with_its_files(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a folder; name one of its files: mine\.py"):
+        configs.load(file.parent)

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from jaxpeft.data.batches import Batches
+from jaxpeft.data.encode import encode
 from jaxpeft.data.encoded import Encoded
+from jaxpeft.data.examples import make_examples
 from jaxpeft.data.packing import fill, first_fit, pack
+from jaxpeft.data.rows import read_rows
 from jaxpeft.data.supervise import IGNORED
 
 
@@ -81,6 +85,19 @@ def test_a_batch_has_segments_and_padding_is_none_of_them() -> None:
 def test_another_capacity_is_another_fingerprint() -> None:
     plain = documents([3, 4])
     assert len({plain.fingerprint, pack(plain, 10).fingerprint, pack(plain, 8).fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gsm8k/train.jsonl", "prompt_completion"), ("tinystories-2mb/train.jsonl", "text"), ("dolly-150/test.jsonl", "instruction")],
+)  # fmt: skip
+def test_real_rows_fill_97_percent_of_1024(asset: Any, name: str, kind: Any) -> None:
+    examples = make_examples(read_rows(asset(name)), kind=kind)
+    tokenizer = AutoTokenizer.from_pretrained(asset("stories260K/hf"))
+    encoded = encode(
+        examples, tokenizer, max_length=1024, vocab_size=512, add_eos=True, most_dropped=1.0, use_cache=False
+    )
+    assert fill(pack(encoded, 1024), 1024) > 0.97
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def make_config(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[...
             else:
                 values[section] = value
         config, problems = parse_config(values)
-        assert not problems
+        assert not problems, problems
         assert config is not None
         return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,55 @@ def test_a_baseline_is_trained_at_its_own_learning_rate(make_config: MakeConfig,
         for name, folder in (("lora", ""), ("full", "full"))
     }  # fmt: skip
     assert highest == pytest.approx({"lora": 1e-2, "full": 1e-4})
+
+
+def test_a_head_as_a_baseline_takes_its_own_rate_too(make_config: MakeConfig, tmp_path: Path) -> None:
+    options = {"baselines": ["head"], "optimizer__head_learning_rate": 5e-3, "train__steps": 3}
+    job.run(make_config(**options, baseline_learning_rates={"head": 1e-5}), tmp_path / "own")
+    job.run(make_config(**options), tmp_path / "heads")
+    rates = [
+        max(line.get("learning_rate", 0.0) for line in read_lines(tmp_path / run / "head" / "metrics.jsonl"))
+        for run in ("own", "heads")
+    ]
+    assert rates == pytest.approx([1e-5, 5e-3])
+
+
+def test_a_finished_run_given_again_says_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(train__steps=3, baselines=["head"])
+    first = job.run(config, tmp_path / "run")
+    lines, summary = (read_lines(tmp_path / "run" / "metrics.jsonl"), (tmp_path / "run" / "summary.json").read_text())
+    second = job.run(config, tmp_path / "run")
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
+    assert (tmp_path / "run" / "summary.json").read_text() == summary
+    assert first["lora"].seconds == pytest.approx(second["lora"].seconds) != 0
+
+
+def test_every_class_counts_whatever_is_held_out_or_drawn(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(train__steps=3)
+    rows = [json.dumps({"text": f"word{i} word{i + 1}", "label": f"c{i // 2}"}) for i in range(40)]
+    Path(config.data.train).write_text("\n".join(rows))
+    for options in ({"data__validation_share": 0.5}, {"data__max_rows": 8}):
+        changed = make_config(train__steps=3, **options)
+        Path(changed.data.train).write_text("\n".join(rows))
+        result = job.run(changed, tmp_path / next(iter(options)))["lora"]
+        assert result.params["classifier"]["bias"].shape == (20,)
+
+
+def test_speed_is_that_of_steps_not_of_evaluations(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = job.Evaluator.__call__
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return real(*args)
+
+    monkeypatch.setattr(job.Evaluator, "__call__", slow)
+    job.run(make_config(train__steps=6, evaluation__every_steps=2), tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    tokens = [line["tokens"] for line in lines if "tokens" in line]
+    rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    assert all(n / rate < 0.4 for n, rate in zip(tokens[2:], rates[2:], strict=True))
 
 
 def test_the_saved_adapter_gives_the_numbers_of_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -122,10 +172,10 @@ def test_a_run_that_blows_up_stops_with_the_step_and_a_way_out(make_config: Make
 
 
 def test_a_metric_that_is_not_computed_is_named_with_those_that_are(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(evaluation__metric="accurcy")
-    with pytest.raises(ConfigError, match=r"evaluation.metric: 'accurcy' is not a figure of this data.*accuracy"):
+    config = make_config(evaluation__metric="pearson")
+    with pytest.raises(ConfigError, match=r"evaluation.metric: 'pearson' is not a figure of this data.*accuracy"):
         job.run(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()  # before anything was trained
+    assert not (tmp_path / "run" / "checkpoints").exists()  # before anything was trained
 
 
 def test_weights_and_biases_that_is_not_installed_is_refused_first(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -130,3 +130,20 @@ def test_adam_holds_two_moments_of_what_is_trained_and_nothing_else() -> None:
 def test_the_head_alone_gets_the_heads_rate() -> None:
     config = optimizers.for_head_alone(OptimizerConfig(learning_rate=0.1, head_learning_rate=0.5))
     assert (config.learning_rate, config.head_learning_rate) == (0.5, None)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+def test_weight_decay_follows_the_learning_rate_of_each_part(name: str) -> None:
+    """Without a gradient a kernel shrinks by `rate * decay` a step, whatever the optimizer."""
+    options = OptimizerConfig(
+        name=name, learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.1, schedule="constant"  # type: ignore[arg-type]
+    )  # fmt: skip
+    optimizer = optimizers.build(options, 100)
+    params = {"bert": {"query": {"kernel": jnp.ones((4, 4))}}, "classifier": {"kernel": jnp.ones((4, 2))}}
+    state = optimizer.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(10):
+            updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+            params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["bert"]["query"]["kernel"], (1 - 1e-4) ** 10, rtol=1e-5)
+    np.testing.assert_allclose(params["classifier"]["kernel"], (1 - 1e-3) ** 10, rtol=1e-5)
