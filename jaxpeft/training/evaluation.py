@@ -11,8 +11,9 @@ import numpy as np
 from jaxpeft import data
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
+from jaxpeft.data.pipeline import padded_lengths
 from jaxpeft.evaluation.metrics import classification_metrics, lm_metrics
-from jaxpeft.training.setup import Encoded, Setup, padded_lengths
+from jaxpeft.training.setup import Encoded, Setup
 from jaxpeft.training.step import logits_of
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse"})
