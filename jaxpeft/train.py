@@ -17,6 +17,7 @@ from absl import flags
 
 from jaxpeft import config as configs
 from jaxpeft import logs
+from jaxpeft.command import complain, split_overrides
 from jaxpeft.errors import ConfigError, JaxpeftError
 
 FLAGS = flags.FlagValues()
@@ -40,7 +41,7 @@ def parse_arguments(argv: list[str]) -> tuple[configs.Config, Path, str]:
     Raises:
         ConfigError: listing every problem.
     """
-    overrides, rest = _split_overrides(argv)
+    overrides, rest = split_overrides(argv)
     try:
         left = FLAGS(["jaxpeft.train", *rest])[1:]
     except flags.Error as error:
@@ -61,21 +62,6 @@ def parse_arguments(argv: list[str]) -> tuple[configs.Config, Path, str]:
     if problems or config is None:
         raise ConfigError(problems)
     return config, workdir, FLAGS.config
-
-
-def _split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Takes the `--config.x.y=value` and `--config.x.y value` out of the arguments."""
-    overrides: list[tuple[str, str]] = []
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name = word.lstrip("-")
-        if word.startswith("-") and name.startswith("config."):
-            option, equals, value = name.removeprefix("config.").partition("=")
-            overrides.append((option, value if equals else next(words, "")))
-        else:
-            rest.append(word)
-    return overrides, rest
 
 
 def _unwritable(workdir: Path) -> list[str]:
@@ -106,8 +92,7 @@ def main(argv: list[str]) -> int:
     except JaxpeftError as error:
         if "--traceback" in argv:
             raise
-        _complain(error)
-        return 2 if isinstance(error, ValueError) else 1
+        return complain(error)
 
 
 def _hush() -> None:
@@ -115,11 +100,6 @@ def _hush() -> None:
     for name in ("asyncio", "absl"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-def _complain(error: JaxpeftError) -> None:
-    many = f"{len(error.problems)} problems:\n" if len(error.problems) > 1 else ""
-    sys.stderr.write(f"jaxpeft: {many}{error}\n")
 
 
 def _run(config: configs.Config, workdir: Path) -> int:

@@ -1,0 +1,64 @@
+"""`python -m jaxpeft.data --config configs/NAME.py [--show 3] [--config.SECTION.OPTION=VALUE ...]`: what would be trained on.
+
+Prints rows as the model will see them, the learned tokens set off from the rest, and what there is to know of the data
+before money is spent on it: lengths, what is cut and dropped, packing, labels. No weights are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import nullcontext
+
+from absl import flags
+from rich.console import Console
+
+from jaxpeft import config as configs
+from jaxpeft import logs
+from jaxpeft.command import complain, split_overrides
+from jaxpeft.errors import ConfigError, JaxpeftError
+
+
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "the config file, as for jaxpeft.train", flag_values=values)
+    flags.DEFINE_integer("show", 3, "rows to show", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", flag_values=values)
+    return values
+
+
+def main(argv: list[str]) -> int:
+    """Shows the data of a config; gives the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
+    try:
+        overrides, rest = split_overrides(argv)
+        given = _flags()
+        try:
+            left = given(["jaxpeft.data", *rest])[1:]
+        except flags.Error as error:
+            raise ConfigError(f"{error}; see the head of jaxpeft/data/__main__.py") from error
+        if left or given.config is None:
+            raise ConfigError(f"{left[0]!r}: not an option" if left else "--config: is not given")
+        config = configs.load(given.config, overrides)
+        _show(config, given.show)
+    except JaxpeftError as error:
+        if "--traceback" in argv:
+            raise
+        return complain(error)
+    return 0
+
+
+def _show(config: configs.Config, rows: int) -> None:
+    from jaxpeft.data import pipeline, report
+    from jaxpeft.hub import sources
+
+    source = sources.resolve(config.model.path, config.model.revision)
+    splits = pipeline.read_splits(config, source, lambda what: nullcontext())
+    console = Console(highlight=False, soft_wrap=True)
+    for part in report.rows(splits, rows, colour=console.is_terminal):
+        console.print(part)
+    console.print(report.statistics(config, splits))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

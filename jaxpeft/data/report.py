@@ -1,0 +1,128 @@
+"""What people look at before they train: rows as the model sees them, and the figures of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from jaxpeft.config.schema import Config
+from jaxpeft.data.encoded import Encoded
+from jaxpeft.data.packing import fill
+from jaxpeft.data.pipeline import Splits, make_batches
+from jaxpeft.data.supervise import IGNORED
+
+MOST_LABELS = 20
+
+
+def rows(splits: Splits, n: int, *, colour: bool) -> Iterator[Text]:
+    """Yields the first training rows, token by token as text.
+
+    Learned tokens are green, the rest dim; without colours learned text stands between `⟦` and `⟧`. Documents that share
+    a packed row are parted by a line.
+
+    Args:
+        splits: the data of a run.
+        n: how many rows.
+        colour: whether the terminal shows colours.
+    """
+    encoded = splits.train
+    for row in range(min(n, len(encoded))):
+        at = slice(*encoded.offsets[row : row + 2].tolist())
+        learned = encoded.labels[at] != IGNORED if encoded.per_token else np.zeros(encoded.lengths[row], bool)
+        told = f"{encoded.lengths[row]} tokens" + (f", {int(learned.sum())} learned" if encoded.per_token else "")
+        yield Text(f"--- row {row + 1}: {told}{_label(splits, row)}", style="bold")
+        yield _written(splits.tokenizer, encoded, at, learned, colour)
+
+
+def _label(splits: Splits, row: int) -> str:
+    encoded = splits.train
+    if encoded.per_token:
+        return ""
+    label: Any = encoded.labels[row]
+    names = encoded.label_names
+    if encoded.problem == "multi_label":
+        return f", labels {', '.join(names[i] for i in np.flatnonzero(label)) or 'none'}"
+    return f", label {names[int(label)]}" if names else f", target {float(label):g}"
+
+
+def _written(tokenizer: Any, encoded: Encoded, at: slice, learned: np.ndarray, colour: bool) -> Text:
+    ids = encoded.tokens[at]
+    segments = np.ones(len(ids), np.int32) if encoded.segments is None else encoded.segments[at]
+    # decoded by runs of one kind, not token by token: a character may be spread over several
+    edges = np.flatnonzero((np.diff(learned.astype(np.int8)) != 0) | (np.diff(segments) != 0)) + 1
+    text = Text()
+    for run in np.split(np.arange(len(ids)), edges):
+        first = int(run[0])
+        if first and segments[first] != segments[first - 1]:
+            text.append("\n- - -\n", style="bold")
+        part = tokenizer.decode(ids[run].tolist())
+        if colour:
+            text.append(part, style="green" if learned[first] or not encoded.per_token else "dim")
+        else:
+            text.append(f"⟦{part}⟧" if learned[first] else part)
+    return text
+
+
+def statistics(config: Config, splits: Splits) -> Table:
+    """Gives the figures of the splits: rows, lengths, what is cut, dropped and learned, packing, padding, labels.
+
+    Args:
+        config: of the run.
+        splits: its data.
+    """
+    table = Table(title=f"{splits.examples.rows.name}: {splits.examples.kind}", title_justify="left")
+    parts = {"train": splits.train, "validation": splits.validation}
+    if splits.test is not splits.validation:
+        parts["test"] = splits.test
+    table.add_column("")
+    for name in parts:
+        table.add_column(name, justify="right")
+    for field in ("rows", "truncated", "dropped", "tokens", "learned"):
+        table.add_row(field, *(f"{part.counts[field]:,}" for part in parts.values()))
+    for name, share in (("shortest", 0.0), ("median", 0.5), ("95 of 100", 0.95), ("longest", 1.0)):
+        table.add_row(f"length, {name}", *(f"{np.quantile(_documents(part), share):.0f}" for part in parts.values()))
+    if config.data.packing:
+        length = config.data.max_length
+        table.add_row("packed rows", *(f"{len(part):,}" for part in parts.values()))
+        table.add_row("places filled", *(f"{fill(part, length):.1%}" for part in parts.values()))
+    batches = make_batches(config, splits)
+    blank = [""] * (len(parts) - 1)
+    table.add_row("padded to", " or ".join(map(str, batches.lengths)), *blank)
+    table.add_row("padding", f"{batches.padding_share:.1%}", *blank)
+    table.add_row("steps an epoch", f"{batches.steps_per_epoch:,}", *blank)
+    for label, counts in _labels(parts):
+        table.add_row(f"label {label}", *(f"{count:,}" for count in counts))
+    return table
+
+
+def _documents(encoded: Encoded) -> np.ndarray:
+    """Gives the length of each document, packed or not."""
+    if encoded.segments is None:
+        return encoded.lengths
+    begins = np.zeros(len(encoded.tokens), bool)
+    begins[encoded.offsets[:-1]] = True
+    begins[1:] |= np.diff(encoded.segments) != 0
+    return np.diff(np.append(np.flatnonzero(begins), len(encoded.tokens)))
+
+
+def _labels(parts: dict[str, Encoded]) -> list[tuple[str, list[int]]]:
+    first = next(iter(parts.values()))
+    names = first.label_names
+    if not names:
+        return []
+    counts = [_counts(part, len(names)) for part in parts.values()]
+    order = np.argsort(-counts[0], kind="stable")
+    shown = [(names[i], [int(count[i]) for count in counts]) for i in order[:MOST_LABELS]]
+    left = order[MOST_LABELS:]
+    return [*shown, (f"({len(left)} more)", [int(c[left].sum()) for c in counts])] if len(left) else shown
+
+
+def _counts(encoded: Encoded, size: int) -> np.ndarray:
+    labels = encoded.labels
+    if encoded.problem == "multi_label":
+        return labels.sum(0).astype(np.int64)
+    return np.bincount(labels[labels != IGNORED].ravel().astype(np.int64), minlength=size)

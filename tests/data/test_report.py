@@ -1,0 +1,98 @@
+"""`python -m jaxpeft.data`: the rows as the model sees them, and the figures of the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxpeft.data.__main__ import main
+from tests.training.runs import tiny_models
+
+__all__ = ["tiny_models"]
+CONFIG = """
+from jaxpeft.config import defaults
+
+def get_config():
+    config = defaults()
+    config.model.path = {model!r}
+    config.data.train = {rows!r}
+    config.data.max_length = 16
+    config.data.validation_share = 0.5
+    config.train.steps = 3
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Path:
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"word{i} word2", "completion": " word3 word4"}) + "\n" for i in range(8))
+    )
+    file = tmp_path / "mine.py"
+    file.write_text(CONFIG.format(model=str(tiny_models["llama"]), rows=str(tmp_path / "rows.jsonl")))
+    return file
+
+
+def table(shown: str) -> dict[str, list[str]]:
+    """Gives the cells of each row of the printed table."""
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    return {name: values for name, *values in cells}
+
+
+def test_learned_text_is_set_off_and_the_figures_are_those_of_the_rows(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(config_file), "--show", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "--- row 1: 6 tokens, 3 learned" in shown
+    assert shown.count("⟦word3 word4 [SEP]⟧") == shown.count("--- row") == 2
+    figures = table(shown)
+    assert figures["rows"] == ["4", "4"]
+    assert figures["tokens"] == ["24", "24"]
+    assert figures["learned"] == ["12", "12"]
+    assert figures["length, median"] == ["6", "6"]
+    assert figures["steps an epoch"] == ["1", ""]
+
+
+def test_packed_documents_are_parted_and_the_fill_is_told(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(config_file), "--config.data.packing=true", "--show=9"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--- row") == 2
+    assert shown.count("- - -\n") == 2
+    assert table(shown)["packed rows"] == ["2", "2"]
+    assert table(shown)["places filled"] == [f"{24 / 32:.1%}"] * 2
+    assert table(shown)["length, longest"] == ["6", "6"]
+
+
+@pytest.mark.usefixtures("minilm")
+def test_labels_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[2]
+    assert main(["--config", str(root / "configs" / "quickstart.py"), "--show", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert ", label " in shown
+    assert "[CLS] " in shown
+    counts = [int(values[0]) for name, values in table(shown).items() if name.startswith("label ")]
+    assert np.sum(counts) == int(table(shown)["rows"][0].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "--config: is not given"),
+        (["--config", "nowhere.py"], "no such file"),
+        (["--config", "configs/quickstart.py", "--shw=2"], "Unknown command line flag 'shw'"),
+        (["--config", "configs/quickstart.py", "--config.data.train=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert main(arguments) == 2
+    assert text in capsys.readouterr().err
