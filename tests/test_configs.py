@@ -95,7 +95,9 @@ def test_the_config_is_valid_and_its_step_can_be_traced(path: Path) -> None:
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
-    assert {name: value.shape for name, value in metrics.items()} == {"loss": (), "weight": (), "grad_norm": ()}
+    assert {name: value.shape for name, value in metrics.items()} == {
+        "loss": (), "weight": (), "grad_norm": (), "broken": (len(jax.tree.leaves(trainable)),),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -134,6 +134,9 @@ class TrainConfig:
     steps: int | None = option(None, "optimizer steps; in place of epochs", at_least=1)
     batch_size: int = option(32, "rows an optimizer step", at_least=1)
     accumulation: int = option(1, "parts that a batch is computed in, one after the other", at_least=1)
+    most_skipped: int = option(
+        5, "stop after so many steps in a row whose loss or gradient is not finite; fewer are skipped", at_least=1
+    )
     seed: int = option(0, "of the head, the adapter, the order of the rows and dropout", at_least=0)
 
     def problems(self) -> list[str]:

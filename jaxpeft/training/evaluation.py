@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,4 +81,6 @@ def metric_of(setup: Setup) -> str:
 
 def better(metric: str, value: float, than: float | None) -> bool:
     """Says whether a figure beats the best so far."""
+    if math.isnan(value):
+        return False
     return than is None or (value < than if metric in LOWER_IS_BETTER else value > than)

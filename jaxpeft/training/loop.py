@@ -140,6 +140,7 @@ class Run:
         self.writers: list[records.Writer] = []
         self.started = time.perf_counter()
         self.aside = 0.0
+        self.bad_steps: list[int] = []
         self.flops_per_token = flops.per_token(trainable, self.frozen)
         self.sizes = tree.count(trainable), tree.count(trainable) + tree.count(self.frozen)
 
@@ -265,19 +266,42 @@ class Run:
         """Writes the figures of the steps since the last time; they are read here, not step by step.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: too many steps in a row were skipped.
         """
         loss = math.nan
         for step, tokens, metrics in self.pending:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"step {step}: loss is {loss}, gradient norm is {norm}; {self._newest()}; lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows"
-                )
             figures = {"loss": loss, "grad_norm": norm, "learning_rate": self._rate(step), "tokens": tokens}
-            self._write(step, figures)
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.bad_steps.clear()
+                self._write(step, figures)
+            else:
+                self._write(step, {"skipped": 1, "tokens": tokens})
+                self._skipped(step, loss, norm, np.asarray(metrics["broken"]))
         self.pending.clear()
         return loss
+
+    def _skipped(self, step: int, loss: float, norm: float, broken: np.ndarray[Any, Any]) -> None:
+        """Counts a step whose loss or gradient is not finite: the program has not applied it.
+
+        Raises:
+            TrainingError: it is one too many in a row.
+        """
+        leaves = jax.tree.leaves_with_path(self.state.trainable)
+        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        bad = [name for name, flag in zip(names, broken, strict=True) if flag]
+        self.bad_steps.append(step)
+        what = f"loss is {loss}, gradient norm is {norm}"
+        if len(self.bad_steps) < self.setup.config.train.most_skipped:
+            _log.warning("step %d is skipped: %s", step, what)
+            return
+        rows = self.setup.batches.rows(self.bad_steps[0] - 1)
+        raise TrainingError(
+            f"step {step}: {what}, the last of {len(self.bad_steps)} steps in a row that were skipped, the first of them step "
+            f"{self.bad_steps[0]} (sequences {', '.join(map(str, rows[:4].tolist()))}, ...); not finite: {', '.join(bad[:3])}"
+            f"{' and others' if len(bad) > 3 else ''}; {self._newest()}, and is finite; lower optimizer.learning_rate, set "
+            "optimizer.clip_norm, or look at the rows"
+        )
 
     def _newest(self) -> str:
         latest = self.checkpoints.latest()

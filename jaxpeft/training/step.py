@@ -73,7 +73,10 @@ def make_train_step(
         accumulation: number of parts.
 
     Returns:
-        The step; its metrics are float32 scalars: `loss`, `weight`, `grad_norm` (before clipping).
+        The step. A batch whose loss or gradient is not finite changes nothing but the step's number, so the parameters and
+        the optimizer's state stay finite. Its metrics are float32 scalars, `loss`, `weight`, `grad_norm` (before
+        clipping), and `broken`, bool [leaves]: whose gradients are not finite, in the order of `jax.tree.leaves`; all of
+        them where the loss alone is not.
     """
     grad = jax.value_and_grad(make_loss_sum(model, loss), has_aux=True)
 
@@ -98,7 +101,15 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to the power of an integer step
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": total / weight_or_one, "weight": weight, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
+        loss, norm = total / weight_or_one, optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        # chosen, not multiplied: 0 * NaN is NaN
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (trainable, opt_state), (state.trainable, state.optimizer)
+        )
+        broken = jnp.stack([~jnp.isfinite(g).all() for g in jax.tree.leaves(grads)])
+        broken = jnp.where(jnp.isfinite(loss), broken, True)
+        metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "broken": broken}
+        return TrainState(state.step + 1, kept[0], kept[1], state.rng), metrics
 
     return step

@@ -64,7 +64,7 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    timing = {"tokens_per_second", "model_flops_per_second"}
+    timing = {"tokens_per_second", "model_flops_per_second", "memory_gb"}
     lines = [{k: v for k, v in line.items() if k not in timing} for line in read_lines(folder / "metrics.jsonl")]
     return [line for line in lines if len(line) > 1]
 

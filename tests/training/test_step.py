@@ -174,3 +174,24 @@ def losses_of_seeds() -> Callable[[int], float]:
 def test_dropout_follows_the_seed(losses_of_seeds: Callable[[int], float]) -> None:
     assert losses_of_seeds(1) == losses_of_seeds(1)
     assert losses_of_seeds(1) != losses_of_seeds(2)
+
+
+@pytest.mark.parametrize("where", ["loss", "one leaf"])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(where: str) -> None:
+    model, trainable, frozen = setup(jaxpeft.LoRA(rank=4))
+    optimizer = optax.adamw(0.1)
+
+    def loss(logits: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
+        total, weight = causal_lm(logits, rows)
+        return (total * jnp.nan if where == "loss" else total), weight
+
+    if where == "one leaf":
+        # an infinite gradient of one B: its A times the output's gradient overflows
+        trainable["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_a"] = jnp.full((64, 4), 3e38)
+    step = jax.jit(make_train_step(model, loss, optimizer, 1))
+    state = init_state(trainable, optimizer, 0)
+    after, metrics = step(state, frozen, batch())
+    assert int(after.step) == 1
+    for part in ("trainable", "optimizer", "rng"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(state, part))
+    assert metrics["broken"].any()
