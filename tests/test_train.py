@@ -247,8 +247,7 @@ def test_a_disk_that_is_full_is_told_in_one_line_and_the_run_goes_on_later(confi
     done = run(*arguments, wrapper=full)
     assert done.returncode == 1, done.stderr
     # threads of Orbax and TensorStore write to the terminal as well, in no order
-    assert f"jaxpeft: {tmp_path}/run/checkpoints: " in done.stderr
-    assert "could not be saved" in done.stderr
+    assert f"jaxpeft: {tmp_path}/run/checkpoints/4: could not be saved" in done.stderr
     again = run(*arguments)
     assert again.returncode == 0, again.stderr
     assert "restoring step 2" in again.stderr

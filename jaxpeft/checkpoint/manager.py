@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +13,20 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxpeft.checkpoint import manifest
 from jaxpeft.checkpoint.identity import differences
 from jaxpeft.errors import CheckpointError, ConfigError
 
 _log = logging.getLogger(__name__)
+ASIDE = ".set-aside"
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint holds `state` and, once there was an evaluation, `best` (trees of arrays), and `meta` (plain values: the
-    run's identity and its progress). The data position is the step: batches are a function of seed and step.
+    A checkpoint holds `state` and, once there was an evaluation, `best` (trees of arrays), and a manifest with the plain
+    values `meta` (the run's identity and its progress). The data position is the step: batches are a function of seed and
+    step. What is not good (see `manifest`) is never used and never deleted, but put aside under another name.
 
     Args:
         folder: of the run's checkpoints.
@@ -29,38 +34,92 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self._folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._folder, self._keep = folder.absolute(), keep
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        # Saved before training goes on: an adapter is small, and the manifest can follow at once. Deleted by us: an old
+        # step may go only once the new one is committed.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, enable_async_checkpointing=False)
+        return ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, state: Any, best: Any | None, meta: Mapping[str, Any]) -> None:
-        """Saves a step in the background; arrays are copied off the device before it returns.
+        """Saves a step: arrays, then the manifest, which commits it; then old steps are deleted.
 
         Args:
             step: optimizer steps done.
             state: tree of arrays.
             best: tree of arrays, or None while there is none.
             meta: plain JSON values.
-        """
-        if step in self._manager.all_steps():
-            return
-        items: dict[str, Any] = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(dict(meta))}
-        if best is not None:
-            items["best"] = ocp.args.StandardSave(best)
-        with self._writing(step):
-            self._manager.save(step, args=ocp.args.Composite(**items))
-
-    def latest(self) -> int | None:
-        """Gives the newest step that is saved, or None."""
-        return self._manager.latest_step()
-
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """Reads the plain values of a step.
 
         Raises:
-            CheckpointError: they cannot be read.
+            CheckpointError: it could not be written; the steps saved before are as they were.
         """
-        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        target = self._folder / str(step)
+        if (target / manifest.NAME).is_file():
+            return
+        items: dict[str, Any] = {"state": ocp.args.StandardSave(state)}
+        if best is not None:
+            items["best"] = ocp.args.StandardSave(best)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            manifest.write(target, meta)
+            self._delete_old()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{target}: could not be saved ({type(error).__name__}: {str(error).splitlines()[0][:200]}); make room or mend "
+                "the disk, and give the same command again: it goes on from the newest saved step"
+            ) from error
+
+    def _delete_old(self) -> None:
+        for step in self._steps()[self._keep :]:
+            # without its manifest first, so that a half-deleted step is none
+            (self._folder / str(step) / manifest.NAME).unlink(missing_ok=True)
+            shutil.rmtree(self._folder / str(step))
+
+    def _steps(self) -> list[int]:
+        """Lists the steps that there are folders of, the newest first."""
+        there = self._folder.iterdir() if self._folder.is_dir() else ()
+        return sorted((int(path.name) for path in there if path.is_dir() and path.name.isdecimal()), reverse=True)
+
+    def latest(self) -> int | None:
+        """Gives the newest good step, None where none was ever saved; says which newer ones are not good, and why.
+
+        Raises:
+            CheckpointError: steps were saved, and none of them is good.
+        """
+        bad: list[tuple[int, str]] = []
+        for step in self._steps():
+            why = manifest.problem(self._folder / str(step))
+            if why is None:
+                for other, reason in bad:
+                    _log.warning("%s: %s; going on from step %d", self._folder / str(other), reason, step)
+                return step
+            bad.append((step, why))
+        if any(why != manifest.UNFINISHED for _, why in bad):
+            rows = [f"{self._folder / str(step)}: {why}" for step, why in bad]
+            fix = "no saved step is good; restore one from a copy, or give another --workdir to start anew"
+            raise CheckpointError([*rows, fix])
+        for step, why in bad:
+            _log.warning("%s: %s; starting anew", self._folder / str(step), why)
+        return None
+
+    def put_aside(self, after: int | None) -> None:
+        """Puts the folders of steps beyond the one that is gone on from under another name, so that they can be saved again.
+
+        Args:
+            after: that step, None for a new run.
+        """
+        for step in self._steps():
+            if after is None or step > after:
+                source, n = self._folder / str(step), 0
+                while (target := source.with_name(f"{step}{ASIDE}{n or ''}")).exists():
+                    n += 1
+                source.rename(target)
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """Reads the plain values of a good step."""
+        return manifest.read(self._folder / str(step))
 
     def check_identity(self, step: int, identity: Mapping[str, Any]) -> None:
         """Refuses to resume another run.
@@ -90,53 +149,28 @@ class Checkpoints:
         Raises:
             CheckpointError: the files cannot be read, or hold other leaves.
         """
-        has_best = bool(self.read_meta(step)["progress"].get("best_step") is not None)
+        has_best = (self._folder / str(step) / "best").is_dir()
         wanted: dict[str, Any] = {"state": ocp.args.StandardRestore(_abstract(state))}
         if has_best:
             wanted["best"] = ocp.args.StandardRestore(_abstract(best))
-        restored = self._restore(step, **wanted)
+        with self._reading(step):
+            restored: Any = self._manager.restore(step, args=ocp.args.Composite(**wanted))
         return restored["state"], restored["best"] if has_best else None
 
-    def _restore(self, step: int, **items: Any) -> Any:
+    @contextmanager
+    def _reading(self, step: int) -> Generator[None]:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            yield
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(
                 f"{self._folder / str(step)}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
                 "remove this folder to resume from the one before it"
             ) from error
 
-    def wait(self) -> None:
-        """Waits for the saves in the background.
-
-        Raises:
-            CheckpointError: one of them failed.
-        """
-        with self._writing(None):
-            self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Waits, and frees Orbax's threads.
-
-        Raises:
-            CheckpointError: a save in the background failed.
-        """
-        with self._writing(None):
-            try:
-                self._manager.wait_until_finished()
-            finally:
-                self._manager.close()
-
-    @contextmanager
-    def _writing(self, step: int | None) -> Generator[None]:
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError) as error:
-            what = "a checkpoint" if step is None else f"step {step}"
-            raise CheckpointError(
-                f"{self._folder}: {what} could not be saved ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
-                "make room or mend the disk, and give the same command again: it goes on from the newest saved step"
-            ) from error
+        """Frees Orbax's threads."""
+        if "_manager" in self.__dict__:
+            self._manager.close()
 
 
 def _abstract(tree: Any) -> Any:

@@ -167,7 +167,7 @@ class Run:
             final = {f"test/{name}": value for name, value in test.items()}
             self._write(self.step, final)
         except Stopped:
-            self._save(wait=True)
+            self._save()
             _log.info("stopped on request; step %d is saved, the same command goes on from it", self.step)
             raise
         finally:
@@ -180,9 +180,11 @@ class Run:
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()
+        if latest is not None:
+            self.checkpoints.check_identity(latest, self.identity)
+        self.checkpoints.put_aside(latest)
         if latest is None:
             return
-        self.checkpoints.check_identity(latest, self.identity)
         with timed(f"restoring step {latest} from {self.folder / 'checkpoints'}"):
             state, self.best = self.checkpoints.restore(latest, self.state, self.state.trainable)
         self.state = TrainState(*state)
@@ -214,14 +216,15 @@ class Run:
                 batch = self.setup.batches.batch(self.step)
                 self.state, metrics = compiled[batch["input_ids"].shape[-1]](self.state, self.frozen, batch)
                 self.step += 1
-                self.pending.append((self.step, _tokens(batch), metrics))
+                tokens = _tokens(batch)
+                self.pending.append((self.step, tokens, metrics))
                 last = self.step == self.setup.steps
-                report(_tokens(batch), last or self.step % self.setup.config.log.every_steps == 0)
+                report(tokens, last or self.step % self.setup.config.log.every_steps == 0)
                 with self._aside():
                     if self._evaluation_due():
                         self._evaluate()
                     if self.step % self.setup.config.checkpoint.every_steps == 0 or self._finished():
-                        self._save(wait=self._finished())
+                        self._save()
 
     @contextmanager
     def _aside(self) -> Generator[None]:
@@ -343,13 +346,11 @@ class Run:
         if self.progress.stopped_early:
             _log.info("stopping early: no better %s in %d evaluations", metric, worse)
 
-    def _save(self, *, wait: bool) -> None:
+    def _save(self) -> None:
         self._flush()
         self.progress = dataclasses.replace(self.progress, seconds=time.perf_counter() - self.started)
         meta = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
         self.checkpoints.save(self.step, self.state, self.best, meta)
-        if wait:
-            self.checkpoints.wait()
 
 
 def devices_of(params: Tree) -> list[Any]:

@@ -1,0 +1,56 @@
+"""The main job with a fault at a named point: `python -m tests.faults.entry POINT:N -- ARGUMENTS OF jaxpeft.train`.
+
+`POINT:N` is where, the Nth time: `after_arrays` (saved, no manifest yet), `in_save` (Orbax has begun), `in_delete` (an old
+step's manifest is gone, its folder is not), `in_eval`, `in_compile`, `in_step`. The fault is a kill, or what stands behind a
+second colon: `in_eval:1:term`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def main(argv: list[str]) -> int:
+    """Sets the fault and runs the job."""
+    at, arguments = argv[0], argv[argv.index("--") + 1 :]
+    point, number, *kind = at.split(":")
+    from jaxpeft.checkpoint import manager, manifest
+    from jaxpeft.training import evaluation, loop
+
+    count = [0]
+    number_of = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[kind[0] if kind else "kill"]
+
+    def fault() -> None:
+        count[0] += 1
+        if count[0] == int(number):
+            os.kill(os.getpid(), number_of)
+
+    def before(owner: Any, name: str) -> None:
+        real: Callable[..., Any] = getattr(owner, name)
+
+        def replaced(*args: Any, **options: Any) -> Any:
+            fault()
+            return real(*args, **options)
+
+        setattr(owner, name, replaced)
+
+    points: dict[str, Callable[[], None]] = {
+        "after_arrays": lambda: before(manifest, "write"),
+        "in_save": lambda: before(manager.ocp.CheckpointManager, "save"),
+        "in_delete": lambda: before(manager.shutil, "rmtree"),
+        "in_eval": lambda: before(evaluation.Evaluator, "__call__"),
+        "in_compile": lambda: before(loop, "_abstract_batch"),
+        "in_step": lambda: before(loop, "_tokens"),
+    }
+    points[point]()
+    from jaxpeft.train import main as train
+
+    return train(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
