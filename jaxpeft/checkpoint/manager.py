@@ -26,7 +26,8 @@ class Checkpoints:
 
     A checkpoint holds `state` and, once there was an evaluation, `best` (trees of arrays), and a manifest with the plain
     values `meta` (the run's identity and its progress). The data position is the step: batches are a function of seed and
-    step. What is not good (see `manifest`) is never used and never deleted, but put aside under another name.
+    step. What is not good (see `manifest`) is never used; where it is newer than the step that a run goes on
+    from, it is put aside under another name.
 
     Args:
         folder: of the run's checkpoints.

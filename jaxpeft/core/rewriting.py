@@ -101,7 +101,7 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
         TargetError: an entry of `modules_to_save` names no module.
     """
     leaves = list(paths.walk(params))
-    names = ["." + ".".join(path) for path, _ in leaves]
+    names = {".".join(path[:-1]) for path, _ in leaves}
     unused = [m for m in method.modules_to_save if not any(targets.under(name, [m]) for name in names)]
     if unused:
         stacked = any(paths.layer_axis(path) is not None for path, _ in leaves)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from jaxpeft.errors import DataError, nearest
 
@@ -116,7 +116,7 @@ def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -
     Raises:
         DataError: a named column is absent, or none or several could be meant; lists the columns present.
     """
-    if kind not in get_args(Kind)[:2]:
+    if kind in GENERATIVE:
         return _find_fields(present, asked, kind, name)
     problems = _absent(present, asked, name)
     text, pair = _find_texts(present, asked, kind, name, problems)

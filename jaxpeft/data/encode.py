@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.data.columns import GENERATIVE
 from jaxpeft.data.dialogs import Dialog
 from jaxpeft.data.encoded import Arrays, CacheState, Encoded, cache_folder, load_arrays, save_arrays, to_arrays
 from jaxpeft.data.examples import Examples
@@ -115,15 +116,11 @@ def _check_options(examples: Examples, tokenizer: Any, options: Options) -> None
         problems.append(f"tokenizer {name}: not a fast tokenizer; give one that has a tokenizer.json")
     for end in ("bos", "eos"):
         if getattr(options, f"add_{end}"):
-            if "classification" in examples.kind:
+            if examples.kind not in GENERATIVE:
                 problems.append(f"add_{end}=True is for text, not for {examples.kind}; remove it")
             elif getattr(tokenizer, f"{end}_token_id") is None:
                 problems.append(f"add_{end}=True, but the tokenizer {name} has no {end}_token; remove it")
-    least = (
-        2
-        if "classification" not in examples.kind
-        else 1 + tokenizer.num_special_tokens_to_add(examples.pairs is not None)
-    )
+    least = 2 if examples.kind in GENERATIVE else 1 + tokenizer.num_special_tokens_to_add(examples.pairs is not None)
     if options.max_length < least:
         problems.append(f"max_length={options.max_length} leaves no room for text; give at least {least}")
     if examples.kind == "token_classification" and _joins_words(tokenizer):

@@ -12,7 +12,7 @@ from jaxpeft.config.schema import Config
 from jaxpeft.data import plan
 from jaxpeft.data.batches import Batches
 from jaxpeft.data.buckets import choose_lengths
-from jaxpeft.data.columns import Columns, Kind, find_format
+from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_format
 from jaxpeft.data.encode import encode, pad_id
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.examples import Examples, make_examples
@@ -124,7 +124,7 @@ def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
     rows = _read(options.train, "train", config)
     kind = _kind(config, rows, columns)
     # labels are those of all rows: which of them are drawn to be trained on or held out must not change the classes
-    whole = make_examples(rows, kind=kind, problem=problem, columns=columns) if "class" in kind else None
+    whole = make_examples(rows, kind=kind, problem=problem, columns=columns) if kind not in GENERATIVE else None
     rows = _drawn(rows, config)
     if not options.validation:
         share, seed = options.validation_share, config.train.seed
@@ -163,7 +163,7 @@ def _drawn(rows: Rows, config: Config) -> Rows:
 
 
 def _encode(examples: Examples, tokenizer: Any, config: Config, vocab: int, shown: Shown) -> Encoded:
-    text, options = "classification" not in examples.kind, config.data
+    text, options = examples.kind in GENERATIVE, config.data
     with shown(f"tokenising {examples.rows.name}") as progress:
         encoded = encode(
             examples,

@@ -66,11 +66,8 @@ def load(
     source = sources.resolve(path_or_hub_id, revision)
     config = sources.read_json(source.folder / "config.json")
     tensors = open_folder(source.folder)
-    floats = [t for t in tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)]
-    own = max(floats, key=lambda t: t.nbytes).dtype if floats else jnp.float32
-    own = jnp.dtype(jnp.float32) if own == np.float64 else own
     dtype, compute_dtype = _floating("dtype", dtype), _floating("compute_dtype", compute_dtype)
-    compute = compute_dtype or dtype or own
+    compute = compute_dtype or dtype or _own_dtype(tensors)
     labels = num_labels if num_labels is not None else _labels_of(config, task)
     options = Options(
         task=task,
@@ -96,6 +93,13 @@ def abstract_params(model: Pretrained) -> Tree:
     """Gives the shapes and dtypes of a model's parameters without making them."""
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+
+
+def _own_dtype(tensors: Mapping[str, Any]) -> Any:
+    """Gives the dtype of the largest tensor of a checkpoint, float32 in place of float64."""
+    floats = [t for t in tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)]
+    own = max(floats, key=lambda t: t.nbytes).dtype if floats else jnp.dtype(jnp.float32)
+    return jnp.dtype(jnp.float32) if own == np.float64 else own
 
 
 def _floating(name: str, dtype: Any) -> Any:

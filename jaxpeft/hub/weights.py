@@ -171,21 +171,23 @@ def plan(
             own = _common_dtype(there)
             target = np.dtype(dtype) if dtype is not None else own
             sources[path] = LeafSource(tuple(there), leaf.shape, target, layers is not None, path[-1] == "kernel")
-    known = [*used]
-    extra = [
-        name
-        for name in named
-        if name not in used and not any(re.fullmatch(pattern, name) for pattern in family.ignored)
-    ]
-    # the head of another task is left out; where this task has one, a tensor of a like name may be a misspelt one
-    others = [name for name in extra if paths.is_head(tuple(name.split("."))) and (not heads or headless)]
-    problems += [
-        f"extra: {name} belongs to no part of this model{nearest(name, known)}" for name in extra if name not in others
-    ]
+    problems += _extra(named, used, family, head_wanted=bool(heads) and not headless)
     if problems:
         where = next(iter(tensors.values())).file.parent if tensors and folder is None else folder
         raise WeightsError(_shown(problems, where))
     return WeightPlan(sources, tuple(new), tuple(replaced))
+
+
+def _extra(named: Mapping[str, Tensor], used: set[str], family: Family, *, head_wanted: bool) -> list[str]:
+    """Says which tensors belong to nothing. The head of another task is left out without a word; where this task's head is
+    in the checkpoint, a tensor that looks like a head's may be a misspelt one of it.
+    """
+    extra = [n for n in named if n not in used and not any(re.fullmatch(pattern, n) for pattern in family.ignored)]
+    return [
+        f"extra: {name} belongs to no part of this model{nearest(name, used)}"
+        for name in extra
+        if head_wanted or not paths.is_head(tuple(name.split(".")))
+    ]
 
 
 def _other_labels(name: str, there: int, wanted: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jaxpeft.data.columns import Columns, find_columns
+from jaxpeft.config import schema
+from jaxpeft.data.columns import FIELDS, Columns, find_columns
 from jaxpeft.errors import DataError
 
 
@@ -51,3 +52,7 @@ def test_all_missing_columns_are_reported_at_once():
     with pytest.raises(DataError) as caught:
         find_columns(["x"], Columns(), "classification", "F")
     assert [line.split(" column")[0] for line in str(caught.value).splitlines()] == ["F: the text", "F: the label"]
+
+
+def test_the_config_knows_the_fields_of_the_columns():
+    assert schema.DATA_FIELDS == FIELDS
