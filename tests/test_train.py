@@ -17,24 +17,9 @@ from safetensors.numpy import load_file
 
 from jaxpeft import train
 from jaxpeft.training.records import read_lines
-from tests.training.runs import tiny_models, write_rows
+from tests.training.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
-GOOD = """
-from jaxpeft.config import defaults
-
-def get_config():
-    config = defaults("lora")
-    config.model.path = {model!r}
-    config.model.task = "sequence_classification"
-    config.data.train = {rows!r}
-    config.data.max_length = 16
-    config.data.validation_share = 0.2
-    config.train.steps = {steps}
-    config.train.batch_size = 8
-    config.log.every_steps = 1
-    return config
-"""
 
 
 def run(*arguments: str, wrapper: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -47,8 +32,7 @@ def run(*arguments: str, wrapper: str | None = None) -> subprocess.CompletedProc
 def config_file(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Path:
     file = tmp_path / "mine.py"
     rows = write_rows(tmp_path / "rows.jsonl", "single", 100)
-    file.write_text(GOOD.format(model=str(tiny_models["bert"]), rows=str(rows), steps=400))
-    return file
+    return write_config(file, tiny_models["bert"], rows, train__steps=400, log__every_steps=1)
 
 
 WRONG = (

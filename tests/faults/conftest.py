@@ -13,30 +13,15 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.training.runs import tiny_models, write_rows
+from tests.training.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
 ROOT = Path(__file__).parents[2]
 STEPS = 8
-CONFIG = """
-from jaxpeft.config import defaults
-
-def get_config():
-    config = defaults("lora")
-    config.model.path = {model!r}
-    config.model.task = "sequence_classification"
-    config.data.train = {rows!r}
-    config.data.max_length = 16
-    config.data.validation_share = 0.2
-    config.method.dropout = 0.1
-    config.train.steps = {steps}
-    config.train.batch_size = 8
-    config.evaluation.every_steps = 3
-    config.checkpoint.every_steps = 2
-    config.log.tensorboard = False
-    config.log.plot = False
-    return config
-"""
+OPTIONS = {
+    "method__dropout": 0.1, "train__steps": STEPS, "evaluation__every_steps": 3, "checkpoint__every_steps": 2,
+    "log__tensorboard": False, "log__plot": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,8 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_models: Mapping[str, Pa
     """The run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     rows = write_rows(folder / "rows.jsonl", "single", 60)
-    config = folder / "mine.py"
-    config.write_text(CONFIG.format(model=str(tiny_models["bert"]), rows=str(rows), steps=STEPS))
+    config = write_config(folder / "mine.py", tiny_models["bert"], rows, **OPTIONS)
     made = Job(config, folder / "run")
     done = made()
     assert done.returncode == 0, done.stderr

@@ -73,6 +73,18 @@ def write_rows(path: Path, kind: str, n: int = 60) -> Path:
     return path
 
 
+def write_config(path: Path, model: Path, rows: Path, **options: Any) -> Path:
+    """Writes the config file of a short classification, for tests of commands; further options by `section__option=value`."""
+    given = {
+        "model__path": str(model), "model__task": "sequence_classification", "data__train": str(rows),
+        "data__max_length": 16, "data__validation_share": 0.2, "train__batch_size": 8, **options,
+    }  # fmt: skip
+    lines = "".join(f"    config.{name.replace('__', '.')} = {value!r}\n" for name, value in given.items())
+    start = 'from jaxpeft.config import defaults\n\ndef get_config():\n    config = defaults("lora")\n'
+    path.write_text(f"{start}{lines}    return config\n")
+    return path
+
+
 @pytest.fixture
 def make_config(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Config]:
     """Makes the config of a short run; options by `section__option=value`."""
