@@ -26,6 +26,10 @@ class DataError(JaxpeftError, ValueError):
     """Data rows cannot be used."""
 
 
+class WorkerError(JaxpeftError, RuntimeError):
+    """A process that makes batches has ended, or hangs."""
+
+
 class WeightsError(JaxpeftError, ValueError):
     """A weight file cannot be used, or does not fit the model."""
 

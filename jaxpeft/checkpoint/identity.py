@@ -7,7 +7,10 @@ from typing import Any
 
 from jaxpeft.core import paths
 
-CHANGEABLE = ("config.log.", "config.checkpoint.", "config.evaluation.batch_size")
+CHANGEABLE = (
+    "config.log.", "config.checkpoint.", "config.evaluation.batch_size", "config.mesh.", "config.data.workers",
+    "config.data.worker_timeout",
+)  # fmt: skip
 """Fields that may differ between a run and its resumption, by how they begin: they do not touch what is computed."""
 
 

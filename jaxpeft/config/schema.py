@@ -46,7 +46,13 @@ class ModelConfig:
 class DataConfig:
     """Which rows, and how they become token ids."""
 
-    train: str = option("", "training rows: a file, 'package:support_tickets/train', or a hub id")
+    train: str | tuple[str, ...] = option(
+        "", "training rows: a file, a folder of files, 'package:support_tickets/train', a hub id, or a list of several"
+    )
+    weights: tuple[float, ...] = option(
+        (), "shares of the training sources, in their order; as many rows as they allow, none twice; empty for all rows",
+        above=0,
+    )  # fmt: skip
     validation: str = option("", "rows to choose the best step by; empty to hold out a share of the training rows")
     test: str = option("", "rows for the final figures; empty to give the validation rows' figures")
     subset: str | None = option(None, "configuration of a hub data set, such as 'mrpc' of 'nyu-mll/glue'")
@@ -71,16 +77,35 @@ class DataConfig:
         (), "the padded lengths, ascending; empty to choose them from the data", at_least=2
     )
     packing: bool = option(False, "put several texts or dialogs into one row of max_length, none seeing another")
+    separator: str = option("", "what stands between a prompt and its completion, such as '\\n'; not learned")
     add_bos: bool = option(True, "begin a text with the tokenizer's beginning-of-text token, if it has one")
     add_eos: bool = option(True, "end a text or an answer with the tokenizer's end-of-text token, if it has one")
     most_dropped: float = option(
         0.05, "share of rows that may have no learned token left once they are cut", at_least=0, at_most=1
     )
-    max_rows: int | None = option(None, "use only so many rows of each file, chosen by the seed", at_least=1)
+    max_rows: int | None = option(None, "use only so many rows of each source, chosen by the seed", at_least=1)
+    streaming: bool = option(False, "read the training rows while training, for what fits neither memory nor disk")
+    buffer_rows: int = option(
+        10_000, "streamed rows that are tokenised, shuffled and packed together, over all sources", at_least=1
+    )
+    workers: int = option(0, "processes that prepare batches, of a stream its tokens; 0 for a thread", at_least=0)
+    worker_timeout: float = option(60.0, "seconds to wait for worker processes before giving up", above=0)
 
     def problems(self) -> list[str]:
         """Lists what is wrong across options."""
-        found = [] if self.train else ["train: is not set; name a file of rows"]
+        found = [] if self.train and all(self.sources) else ["train: is not set; name a file of rows"]
+        if self.weights and len(self.weights) != len(self.sources):
+            found.append(
+                f"weights: {len(self.weights)} weights for {len(self.sources)} training sources; give each one"
+            )
+        if self.streaming and not self.validation:
+            found.append("streaming: no share of a stream can be held out; name the rows of data.validation")
+        if self.streaming and len(self.sources) > 1 and not self.weights:
+            found.append("weights: several streamed sources need the share of each; set it")
+        if self.streaming and self.max_rows is not None:
+            found.append("max_rows: a stream is not drawn from; remove it, and set train.steps")
+        if not self.streaming and self.buffer_rows != DataConfig.buffer_rows:
+            found.append(f"buffer_rows: {self.buffer_rows} is for data.streaming, which is off; remove it")
         for name in self.columns:
             if name not in DATA_FIELDS:
                 found.append(
@@ -93,6 +118,22 @@ class DataConfig:
         if self.lengths and self.lengths[-1] != self.max_length:
             found.append(f"lengths: the last must be max_length {self.max_length}, is {self.lengths[-1]}")
         return found
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The training sources."""
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How a run is spread over devices."""
+
+    data: int = option(1, "devices that the rows of a batch are spread over; -1 for all there are", at_least=-1)
+
+    def problems(self) -> list[str]:
+        """Lists what is wrong across options."""
+        return ["data: must be -1 or at least 1, is 0"] if self.data == 0 else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +235,7 @@ class Config:
     model: ModelConfig = option(ModelConfig, "the pretrained model")
     method: Method = option(LoRA, "the fine-tuning method: `name` and its hyperparameters")
     data: DataConfig = option(DataConfig, "the rows")
+    mesh: MeshConfig = option(MeshConfig, "devices")
     optimizer: OptimizerConfig = option(OptimizerConfig, "the optimizer")
     train: TrainConfig = option(TrainConfig, "length and batches")
     evaluation: EvaluationConfig = option(EvaluationConfig, "evaluation")
@@ -222,11 +264,32 @@ class Config:
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
         if warmup is not None and steps is not None and warmup >= steps:
             found.append(f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps} steps")
-        if self.data.packing and self.model.task != "causal_lm":
-            found.append(f"data.packing: is for task 'causal_lm', task is {self.model.task!r}")
+        for name in ("packing", "streaming", "separator"):
+            if getattr(self.data, name) and self.model.task != "causal_lm":
+                found.append(f"data.{name}: is for task 'causal_lm', task is {self.model.task!r}; remove it")
+        if self.data.streaming and self.train.epochs is not None:
+            found.append(f"train.epochs: {self.train.epochs} of a stream whose length is not known; set train.steps")
+        found += self._mesh_problems()
         for name in self.baseline_learning_rates:
             if name not in ("head", "bitfit", "full"):
                 found.append(f"baseline_learning_rates: {name!r} is not one of 'head', 'bitfit', 'full'")
+        return found
+
+    def _mesh_problems(self) -> list[str]:
+        found: list[str] = []
+        parts = self.mesh.data * self.train.accumulation
+        if parts > 0 and self.train.batch_size % parts:
+            below = self.train.batch_size // parts * parts
+            near = " or ".join(str(size) for size in (below, below + parts) if size)
+            if self.train.batch_size % self.train.accumulation == 0:
+                found.append(
+                    f"train.batch_size: {self.train.batch_size} is not divisible by mesh.data {self.mesh.data} x "
+                    f"accumulation {self.train.accumulation} = {parts}; it could be {near}"
+                )
+        if self.mesh.data > 0 and self.evaluation.batch_size % self.mesh.data:
+            found.append(
+                f"evaluation.batch_size: {self.evaluation.batch_size} is not divisible by mesh.data {self.mesh.data}"
+            )
         return found
 
 

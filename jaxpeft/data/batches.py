@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 
+from jaxpeft.data.ahead import ahead
 from jaxpeft.data.buckets import assign, choose_lengths, padding_share
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.plan import FILLER, Plan, make_plan
@@ -13,6 +16,8 @@ from jaxpeft.data.supervise import IGNORED
 from jaxpeft.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
+Position = dict[str, int]
+"""Where the next batch is: plain numbers, saved with each checkpoint."""
 
 
 class Batches:
@@ -30,6 +35,10 @@ class Batches:
         shuffle: False keeps the order of the rows inside each length, in every epoch.
         accumulation: micro-batches a step; more than one gives every array a leading axis of micro-batches.
         drop_remainder: leave out the last batch of an epoch where it is not full.
+        shard: `(process, processes)`: of each micro-batch this process gets so many rows; all of them together make the
+            batch that one process would have.
+        workers: processes that make batches ahead of `feed`; 0 for a thread.
+        timeout: seconds that `feed` waits for them.
 
     Raises:
         ConfigError: a number is out of range, or `lengths` do not hold the longest sequence.
@@ -45,8 +54,13 @@ class Batches:
         shuffle: bool = True,
         accumulation: int = 1,
         drop_remainder: bool = False,
+        shard: tuple[int, int] = (0, 1),
+        workers: int = 0,
+        timeout: float = 60.0,
     ) -> None:
         _check(len(encoded), batch_size, seed, pad_id, accumulation, drop_remainder)
+        _check_shard(shard, batch_size, accumulation)
+        self._shard, self._workers, self._timeout = shard, workers, timeout
         self._encoded, self._batch_size, self._seed = encoded, batch_size, seed
         self._pad_id, self._shuffle, self._accumulation = pad_id, shuffle, accumulation
         self._drop = drop_remainder
@@ -93,11 +107,40 @@ class Batches:
             ConfigError: the step is negative.
         """
         plan, i = self._at(step)
-        arrays = collate(self._encoded, plan.rows[i], int(plan.lengths[i]), self._pad_id)
-        if self._accumulation == 1:
+        k, (process, processes) = self._accumulation, self._shard
+        rows = plan.rows[i].reshape(k, processes, -1)[:, process].ravel()
+        arrays = collate(self._encoded, rows, int(plan.lengths[i]), self._pad_id)
+        if k == 1:
             return arrays
-        k = self._accumulation
         return {name: a.reshape(k, len(a) // k, *a.shape[1:]) for name, a in arrays.items()}
+
+    def sample(self) -> Batch:
+        """Gives a batch, for its shapes."""
+        return self.batch(0)
+
+    def told(self, position: Position) -> str:
+        """Names the sequences of the batch before a position, for a message."""
+        rows = self.rows(position["step"] - 1)
+        return f"sequences {', '.join(map(str, rows[:4].tolist()))}{', ...' if len(rows) > 4 else ''}"
+
+    def feed(
+        self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None
+    ) -> Generator[tuple[Batch, Position]]:
+        """Yields the batches of a run from a position on, each with the position behind it.
+
+        Args:
+            position: `step` of the next batch; empty for the beginning.
+            steps: of the run.
+            waiting: called while a batch is waited for; may raise to stop.
+
+        Raises:
+            WorkerError: a worker process has ended or hangs.
+        """
+        start = position.get("step", 0)
+        batches = ahead(_Steps(self, start, steps), self._workers, timeout=self._timeout, waiting=waiting)
+        with closing(batches):
+            for step, batch in enumerate(batches, start + 1):
+                yield batch, {"step": step}
 
     def _at(self, step: int) -> tuple[Plan, int]:
         if step < 0:
@@ -113,6 +156,21 @@ class Batches:
     def _make_plan(self, epoch: int) -> Plan:
         seeds = (self._seed, epoch) if self._shuffle else None
         return make_plan(self._bucket_of, self._buckets, self._batch_size, seeds, self._drop)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The batches of the steps from one on, as numbered items."""
+
+    batches: Batches
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __getitem__(self, i: int) -> Batch:
+        return self.batches.batch(self.start + i)
 
 
 def eval_batches(
@@ -173,6 +231,19 @@ def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Bat
 
 def _default_lengths(encoded: Encoded) -> tuple[int, ...]:
     return choose_lengths(encoded.lengths, encoded.max_length)
+
+
+def _check_shard(shard: tuple[int, int], batch_size: int, accumulation: int) -> None:
+    process, processes = shard
+    if not 0 <= process < processes:
+        raise ConfigError(f"shard={shard}: the process must be from 0 to {processes - 1}")
+    parts = processes * accumulation
+    if batch_size % parts and batch_size % accumulation == 0:
+        near = " or ".join(
+            str(size) for size in (batch_size // parts * parts, (batch_size // parts + 1) * parts) if size
+        )
+        said = f"{processes} processes x accumulation={accumulation} = {parts}"
+        raise ConfigError(f"batch_size={batch_size} is not divisible by {said}; give {near}")
 
 
 def _check(n: int, batch_size: int, seed: int, pad_id: int, accumulation: int, drop: bool) -> None:

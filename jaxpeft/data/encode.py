@@ -21,7 +21,7 @@ from jaxpeft.data.templates import template_source
 from jaxpeft.data.tokens import Batch, Options, tokenize
 from jaxpeft.errors import ConfigError, DataError
 
-FORMAT = 2
+FORMAT = 3
 BATCH = 1000
 COUNTS = ("dropped", "learned", "rows", "sequences", "tokens", "truncated")
 
@@ -37,6 +37,7 @@ def encode(
     add_bos: bool = False,
     add_eos: bool = False,
     chat_template: str | None = None,
+    separator: str = "",
     most_dropped: float = 0.05,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
@@ -58,6 +59,7 @@ def encode(
             with completions, keep the BOS that the tokenizer begins a text with.
         add_eos: end each document, or each answer that the template has not ended, with EOS; never doubled.
         chat_template: name of a built-in template, or a file of jinja; None for the tokenizer's.
+        separator: stands between a prompt and its completion.
         most_dropped: the share of rows that may be dropped.
         progress: called with the rows done and the rows in all, after every thousand.
         cache_dir: where the cache is; `JAXPEFT_CACHE` or `~/.cache/jaxpeft` where not given.
@@ -69,7 +71,7 @@ def encode(
     """
     chat = any(isinstance(text, Dialog) for text in examples.texts)
     template = template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
-    options = Options(max_length, add_bos, add_eos, template)
+    options = Options(max_length, add_bos, add_eos, template, separator)
     _check_options(examples, tokenizer, options)
     key = fingerprint(examples, tokenizer, options)
     path = cache_folder(cache_dir) / f"{key}.npz"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -43,6 +45,7 @@ _DIALOGS: Mapping[str, Callable[[Record, Columns], Text]] = {
     "messages": read_dialog,
     "preference": read_preference,
 }
+_CHATS = frozenset({"prompt_completion", "instruction", "messages"})
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,40 @@ def make_examples(
         _check_lengths(rows, texts, labels, problems)
     problems.raise_if_any()
     return Examples(kind, problem, texts, pairs, _arrays(labels, problem, len(names)), names, found, rows)
+
+
+def join(parts: Sequence[Examples]) -> Examples:
+    """Puts examples of several sources behind one another; different formats of dialogs become chats.
+
+    Args:
+        parts: at least one; of one problem and one label list.
+
+    Raises:
+        DataError: their formats cannot be trained on together, or only some have a second text.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    kinds = {part.kind for part in parts}
+    told = ", ".join(f"{part.rows.name} ({part.kind})" for part in parts)
+    if len(kinds) > 1 and not kinds <= _CHATS:
+        raise DataError(f"{told}: these formats cannot be trained on together; leave one out, or set data.format")
+    if len({part.pairs is None for part in parts}) > 1:
+        raise DataError(f"{told}: some have a second text, others none; name the columns, or leave one out")
+    first, labels = parts[0], [part.labels for part in parts]
+    joined: Any = labels[0]
+    if isinstance(joined, list):
+        joined = [tags for of_part in labels for tags in typing.cast(Any, of_part)]
+    elif joined is not None:
+        joined = np.concatenate(typing.cast(Any, labels))
+    return dataclasses.replace(
+        first,
+        kind=first.kind if len(kinds) == 1 else "messages",
+        texts=[text for part in parts for text in part.texts],
+        pairs=None if first.pairs is None else [pair for part in parts for pair in part.pairs or ()],
+        labels=joined,
+        columns=first.columns if len({part.columns for part in parts}) == 1 else Columns(),
+        rows=Rows.join([part.rows for part in parts], ", ".join(part.rows.name for part in parts)),
+    )
 
 
 def _check_names(kind: str, problem: str | None) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from jaxpeft.data.problems import Parsed, Problems, Record, RowError, excerpt
 from jaxpeft.data.utf8 import body_of, decode
 from jaxpeft.errors import DataError
+
+Fields = list[str] | RowError
 
 
 def parse_delimited(data: bytes, name: str, delimiter: str) -> Parsed:
@@ -18,24 +20,39 @@ def parse_delimited(data: bytes, name: str, delimiter: str) -> Parsed:
         DataError: the file is empty, not UTF-8, or its header or some row is broken.
     """
     body = body_of(data, name)
-    rows = _delimited_rows(decode(body, name).rstrip("\r\n"), delimiter)
+    text = decode(body, name).rstrip("\r\n")
+    rows = fields_of(io.StringIO(text, newline=""), delimiter)
     _, first = next(rows)
-    header = _header(first, name)
-    problems, records, lines = Problems(), list[Record](), list[int]()
+    found = list(rows)
+    return parse_fields(found, header_of(first, name), name, delimiter), tuple(number for number, _ in found)
+
+
+def parse_fields(rows: Sequence[tuple[int, Fields]], header: list[str], name: str, delimiter: str) -> list[Record]:
+    """Gives the fields of rows their names.
+
+    Args:
+        rows: `(line, fields)`, as `fields_of` yields them.
+        header: the names.
+        name: of the file.
+        delimiter: between fields.
+
+    Raises:
+        DataError: some row is broken, or has more or fewer fields.
+    """
+    problems, records = Problems(), list[Record]()
     for number, row in rows:
         try:
             records.append(_record(row, header))
-            lines.append(number)
         except RowError as fault:
             text = "" if isinstance(row, RowError) else excerpt(delimiter.join(row))
             problems.add(f"{name}:{number}:{fault.column}", fault.fault, text, fault.fix)
     problems.raise_if_any()
-    return records, tuple(lines)
+    return records
 
 
-def _delimited_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | RowError]]:
-    """Yields the line at which each row begins, and the row or what is wrong with it."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def fields_of(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, Fields]]:
+    """Yields the line at which each row begins, and its fields or what is wrong with it."""
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     while True:
         number = reader.line_num + 1
         try:
@@ -47,7 +64,12 @@ def _delimited_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] 
             yield number, RowError(f"broken quoting ({error})", fix)
 
 
-def _header(row: list[str] | RowError, name: str) -> list[str]:
+def header_of(row: Fields, name: str) -> list[str]:
+    """Gives the names of a file's first row.
+
+    Raises:
+        DataError: a name is missing or stands twice.
+    """
     if isinstance(row, RowError):
         raise DataError(f"{name}:1:1: {row.fault}; {row.fix}")
     if not row:
@@ -63,7 +85,7 @@ def _header(row: list[str] | RowError, name: str) -> list[str]:
     return row
 
 
-def _record(row: list[str] | RowError, header: list[str]) -> Record:
+def _record(row: Fields, header: list[str]) -> Record:
     if isinstance(row, RowError):
         raise row
     if not row:

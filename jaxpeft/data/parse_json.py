@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jaxpeft.data.problems import Parsed, Problems, Record, RowError, excerpt
@@ -22,19 +23,32 @@ def parse_jsonl(data: bytes, name: str) -> Parsed:
         DataError: the file is empty or some line is not a JSON object in UTF-8.
     """
     body = body_of(data, name)
-    problems, records, lines = Problems(), list[Record](), list[int]()
-    raws = body.rstrip().split(b"\n")
-    for number, raw in enumerate(raws, 1):
+    lines = list(enumerate(body.rstrip().split(b"\n"), 1))
+    return parse_lines(lines, name, cut=len(lines) if not body.endswith(b"\n") else None), tuple(n for n, _ in lines)
+
+
+def parse_lines(lines: Sequence[tuple[int, bytes]], name: str, cut: int | None = None) -> list[Record]:
+    """Reads lines of one JSON object each.
+
+    Args:
+        lines: `(1-based number, bytes)`.
+        name: of the file.
+        cut: the number of a last line without a newline, which may be cut off.
+
+    Raises:
+        DataError: some line is not a JSON object in UTF-8.
+    """
+    problems, records = Problems(), list[Record]()
+    for number, raw in lines:
         try:
             records.append(_json_row(raw))
-            lines.append(number)
         except RowError as fault:
-            cut = number == len(raws) and not body.endswith(b"\n") and fault.fault.startswith("not JSON")
+            off = number == cut and fault.fault.startswith("not JSON")
             where = f"{name}:{number}:{fault.column}"
             text = excerpt(raw.decode("utf-8", "replace"), fault.column)
-            problems.add(where, fault.fault, text, _CUT_OFF if cut else fault.fix)
+            problems.add(where, fault.fault, text, _CUT_OFF if off else fault.fix)
     problems.raise_if_any()
-    return records, tuple(lines)
+    return records
 
 
 def parse_json(data: bytes, name: str) -> Parsed:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.config.schema import Config
-from jaxpeft.data import plan
 from jaxpeft.data.batches import Batches
-from jaxpeft.data.buckets import choose_lengths
-from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_format
-from jaxpeft.data.encode import encode, pad_id
 from jaxpeft.data.encoded import Encoded
-from jaxpeft.data.examples import Examples, make_examples
-from jaxpeft.data.holdout import hold_out, hold_out_text
-from jaxpeft.data.packing import fill, pack
-from jaxpeft.data.rows import Rows, is_hub_id, read_rows
+from jaxpeft.data.encoding import Encoding, padded_lengths, told
+from jaxpeft.data.examples import Examples
+from jaxpeft.data.reading import read_examples, read_held
+from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, DataError
 from jaxpeft.hub import sources
 
 _log = logging.getLogger(__name__)
-_KINDS: Mapping[str, Kind] = {
-    "sequence_classification": "classification",
-    "token_classification": "token_classification",
-}
 Shown = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
 """Makes, of what is being done, a context that gives a function `(rows done, rows in all)`, or None to show nothing."""
 
@@ -43,6 +37,7 @@ class Splits:
         tokenizer: of the model.
         pad_id: token to pad with.
         problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
+        stream: the training rows where they are streamed: `examples` and `train` are its first buffer.
     """
 
     examples: Examples
@@ -52,10 +47,11 @@ class Splits:
     tokenizer: Any
     pad_id: int
     problem: str
+    stream: Stream | None = None
 
 
 def read_splits(config: Config, source: sources.Source, shown: Shown) -> Splits:
-    """Reads and tokenises the rows of a config.
+    """Reads and tokenises the rows of a config; of a stream, its first buffer.
 
     Args:
         config: a checked config.
@@ -70,29 +66,39 @@ def read_splits(config: Config, source: sources.Source, shown: Shown) -> Splits:
     vocab = model_config.get("vocab_size")
     if not isinstance(vocab, int):
         raise ConfigError(f"{source.folder / 'config.json'}: vocab_size must be an integer, is {vocab!r}")
-    tokenizer = load_tokenizer(source)
-    train, validation, test = read_examples(config)
-    encoded = _encode(train, tokenizer, config, vocab, shown)
-    held_out = _encode(validation, tokenizer, config, vocab, shown)
-    last = _encode(test, tokenizer, config, vocab, shown) if test is not validation else held_out
+    encoding = Encoding(config.data, load_tokenizer(source), vocab)
+
+    def tokens(examples: Examples) -> Encoded:
+        with shown(f"tokenising {examples.rows.name}") as progress:
+            encoded = encoding(examples, progress)
+        _log.info("%s: %s", examples.rows.name, told(encoded))
+        return encoded
+
+    stream = None
+    if config.data.streaming:
+        stream = Stream(config, dataclasses.replace(encoding, use_cache=False))
+        (train, encoded), (validation, test) = stream.first, read_held(config, stream.first[0])
+        _log.info("%s, its first rows: %s", train.rows.name, told(encoded))
+        named = hashlib.sha256(f"{encoded.fingerprint} {stream.identity}".encode()).hexdigest()
+        encoded = dataclasses.replace(encoded, fingerprint=named)
+    else:
+        train, validation, test = read_examples(config)
+        encoded = tokens(train)
+    held_out = tokens(validation)
+    last = tokens(test) if test is not validation else held_out
     problem = {"classification": str(train.problem), "token_classification": "token"}.get(train.kind, "lm")
-    return Splits(train, encoded, held_out, last, tokenizer, pad_id(tokenizer, vocab), problem)
+    return Splits(train, encoded, held_out, last, encoding.tokenizer, encoding.pad_id, problem, stream)
 
 
-def make_batches(config: Config, splits: Splits) -> Batches:
+def make_batches(config: Config, splits: Splits) -> Batches | Stream:
     """Makes the training batches of a run."""
+    if splits.stream is not None:
+        return splits.stream
     options = config.train
-    lengths = padded_lengths(config, splits.train)
     return Batches(
-        splits.train, options.batch_size, lengths, options.seed, splits.pad_id, accumulation=options.accumulation
-    )
-
-
-def padded_lengths(config: Config, split: Encoded) -> tuple[int, ...]:
-    """Gives the lengths that the rows of a split are padded to."""
-    if config.data.packing:
-        return (config.data.max_length,)
-    return config.data.lengths or choose_lengths(split.lengths, config.data.max_length)
+        splits.train, options.batch_size, padded_lengths(config, splits.train), options.seed, splits.pad_id,
+        accumulation=options.accumulation, workers=config.data.workers, timeout=config.data.worker_timeout,
+    )  # fmt: skip
 
 
 def load_tokenizer(source: sources.Source) -> Any:
@@ -110,86 +116,3 @@ def load_tokenizer(source: sources.Source) -> Any:
             f"{source.folder}: no tokenizer that can be used ({str(error).splitlines()[0][:200]}); "
             "the folder must hold tokenizer.json and tokenizer_config.json"
         ) from error
-
-
-def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
-    """Reads the rows of the three splits; the validation split stands for a test split that is not given.
-
-    Raises:
-        ConfigError: an option does not fit the rows.
-        DataError: rows cannot be used.
-    """
-    options, columns = config.data, Columns(**config.data.columns)
-    problem = None if options.problem == "auto" else options.problem
-    rows = _read(options.train, "train", config)
-    kind = _kind(config, rows, columns)
-    # labels are those of all rows: which of them are drawn to be trained on or held out must not change the classes
-    whole = make_examples(rows, kind=kind, problem=problem, columns=columns) if kind not in GENERATIVE else None
-    rows = _drawn(rows, config)
-    if not options.validation:
-        share, seed = options.validation_share, config.train.seed
-        rows, held_out = hold_out_text(rows, share, seed, columns) if kind == "text" else hold_out(rows, share, seed)
-    else:
-        held_out = _drawn(_read(options.validation, "validation", config), config)
-    train = make_examples(rows, kind=kind, problem=problem, columns=columns, like=whole)
-    validation = make_examples(held_out, kind=kind, like=train)
-    if not options.test:
-        return train, validation, validation
-    return train, validation, make_examples(_drawn(_read(options.test, "test", config), config), kind=kind, like=train)
-
-
-def _kind(config: Config, rows: Rows, columns: Columns) -> Kind:
-    task, given = config.model.task, config.data.format
-    if task in _KINDS:
-        if given != "auto":
-            raise ConfigError(f"data.format: {given!r} is for task 'causal_lm', task is {task!r}; set it to 'auto'")
-        return _KINDS[task]
-    kind = find_format(rows.columns(), columns, rows.name) if given == "auto" else given
-    _log.info("%s: rows of format %s", rows.name, kind)
-    return kind
-
-
-def _read(path: str, split: str, config: Config) -> Rows:
-    if not is_hub_id(path):
-        return read_rows(path)
-    return read_rows(path, split=split, config=config.data.subset, revision=config.data.revision)
-
-
-def _drawn(rows: Rows, config: Config) -> Rows:
-    most = config.data.max_rows
-    if most is None or most >= len(rows):
-        return rows
-    return rows.take(sorted(plan.order(len(rows), config.train.seed)[:most].tolist()))
-
-
-def _encode(examples: Examples, tokenizer: Any, config: Config, vocab: int, shown: Shown) -> Encoded:
-    text, options = examples.kind in GENERATIVE, config.data
-    with shown(f"tokenising {examples.rows.name}") as progress:
-        encoded = encode(
-            examples,
-            tokenizer,
-            max_length=options.max_length,
-            vocab_size=vocab,
-            add_bos=text and options.add_bos and tokenizer.bos_token_id is not None,
-            add_eos=text and options.add_eos and tokenizer.eos_token_id is not None,
-            chat_template=options.chat_template,
-            most_dropped=options.most_dropped,
-            progress=progress,
-        )
-    _log.info("%s: %s", examples.rows.name, _told(encoded, text))
-    if not options.packing:
-        return encoded
-    packed = pack(encoded, options.max_length)
-    full = fill(packed, options.max_length)
-    _log.info("packed %d sequences into %d rows of %d tokens, %.1f%% full",
-              len(encoded), len(packed), options.max_length, 100 * full)  # fmt: skip
-    return packed
-
-
-def _told(encoded: Encoded, text: bool) -> str:
-    counts = encoded.counts
-    parts = [f"{counts['rows']} rows", f"{counts['tokens']} tokens"]
-    parts += [f"{counts['learned'] / max(1, counts['tokens']):.0%} of them learned"] if text else []
-    parts += [f"{counts['truncated']} cut at {encoded.max_length} tokens"] if counts["truncated"] else []
-    parts += [f"{counts['dropped']} rows dropped: nothing learned is left of them"] if counts["dropped"] else []
-    return f"{', '.join(parts)} ({'from the cache' if encoded.cache == 'hit' else 'tokenised'})"

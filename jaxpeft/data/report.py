@@ -93,7 +93,8 @@ def statistics(config: Config, splits: Splits) -> Table:
     blank = [""] * (len(parts) - 1)
     table.add_row("padded to", " or ".join(map(str, batches.lengths)), *blank)
     table.add_row("padding", f"{batches.padding_share:.1%}", *blank)
-    table.add_row("steps an epoch", f"{batches.steps_per_epoch:,}", *blank)
+    steps = batches.steps_per_epoch
+    table.add_row("steps an epoch", "not known: streamed" if steps is None else f"{steps:,}", *blank)
     for label, counts in _labels(parts):
         table.add_row(f"label {label}", *(f"{count:,}" for count in counts))
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.resources
 import json
@@ -18,6 +19,8 @@ from jaxpeft.errors import DataError, nearest
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGE_PATH = re.compile(r"package:([A-Za-z0-9_-]+)/([A-Za-z0-9_-]+)")
 _ENDINGS = ", ".join(PARSERS)
+_SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+           "dev": "validation", "eval": "validation", "test": "test"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,41 +32,67 @@ class Rows:
         name: what to call them in messages: the path or hub id.
         sha256: of the file's bytes, or of the hub's rows written as JSON.
         lines: the 1-based line at which each row begins; empty where the format has no lines.
+        places: `(file, 1-based number in it)` of each row; empty where they are all those of `name`, in order.
     """
 
     records: list[Record]
     name: str
     sha256: str
     lines: tuple[int, ...] = ()
+    places: tuple[tuple[str, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
 
     def where(self, row: int) -> str:
         """Gives the place of row `row` (from 0) for a message: `file:line:1 (row N)`, N counted from 1."""
-        line = f":{self.lines[row]}:1" if self.lines else ""
-        return f"{self.name}{line} (row {row + 1})"
+        name, number = self.places[row] if self.places else (self.name, row + 1)
+        line = f":{self.lines[row]}:1" if self.lines and self.lines[row] else ""
+        return f"{name}{line} (row {number})"
 
     def take(self, chosen: Sequence[int]) -> Rows:
         """Gives some of the rows, by number from 0; they count as other content, so their hash is another."""
         digest = hashlib.sha256(f"{self.sha256} {list(chosen)}".encode()).hexdigest()
         lines = tuple(self.lines[i] for i in chosen) if self.lines else ()
-        return Rows([self.records[i] for i in chosen], self.name, digest, lines)
+        places = tuple(self._place(i) for i in chosen)
+        return Rows([self.records[i] for i in chosen], self.name, digest, lines, places)
+
+    def _place(self, row: int) -> tuple[str, int]:
+        return self.places[row] if self.places else (self.name, row + 1)
+
+    @staticmethod
+    def join(parts: Sequence[Rows], name: str) -> Rows:
+        """Puts rows behind one another; each keeps its place.
+
+        Args:
+            parts: at least one.
+            name: what to call all of them in messages.
+        """
+        if len(parts) == 1:
+            return dataclasses.replace(parts[0], name=name, places=_places(parts))
+        digest = hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
+        lines = tuple(line for part in parts for line in part.lines or (0,) * len(part))
+        return Rows([r for part in parts for r in part.records], name, digest, lines, _places(parts))
 
     def columns(self) -> list[str]:
         """Gives the columns that any row has, in the order of first appearance."""
         return list(dict.fromkeys(key for record in self.records for key in record))
 
 
+def _places(parts: Sequence[Rows]) -> tuple[tuple[str, int], ...]:
+    return tuple(place for part in parts for place in part.places or [(part.name, i + 1) for i in range(len(part))])
+
+
 def read_rows(
     path: str | Path, *, split: str | None = None, config: str | None = None, revision: str | None = None
 ) -> Rows:
-    """Reads the rows of one file or of one split of a hub data set.
+    """Reads the rows of one file, of a folder of files or of one split of a hub data set.
 
     Args:
-        path: a JSONL, JSON, CSV, TSV, parquet or txt file; `package:NAME/SPLIT` for a data set inside jaxpeft; or a
-            hub id, `name` or `org/name`, loaded with `datasets`. What exists as a file is never looked up on the hub.
-        split: the hub data set's split, `train` where not given.
+        path: a JSONL, JSON, CSV, TSV, parquet or txt file; a folder of them (see `files_of`); `package:NAME/SPLIT` for a
+            data set inside jaxpeft; or a hub id, `name` or `org/name`, loaded with `datasets`. What exists as a file is
+            never looked up on the hub.
+        split: the split of a hub data set or of a folder whose files are named by split, `train` where not given.
         config: the hub data set's configuration, such as `mrpc` of `nyu-mll/glue`.
         revision: the hub data set's commit, tag or branch.
 
@@ -74,8 +103,14 @@ def read_rows(
     packaged = text.startswith("package:")
     if is_hub_id(path):
         return _read_hub(text, split or "train", config, revision)
-    if given := [k for k, v in {"split": split, "config": config, "revision": revision}.items() if v is not None]:
-        raise DataError(f"{text}: {', '.join(given)} is for hub ids, this is a file; remove it")
+    folder = local.is_dir() and not packaged
+    named = {"split": None if folder else split, "config": config, "revision": revision}
+    if given := [k for k, v in named.items() if v is not None]:
+        raise DataError(
+            f"{text}: {', '.join(given)} is for hub ids, this is a {'folder' if folder else 'file'}; remove it"
+        )
+    if folder:
+        return Rows.join([_read_file(file, str(file)) for file in files_of(local, split or "train")], text)
     return _read_package(text) if packaged else _read_file(local, text)
 
 
@@ -88,14 +123,42 @@ def is_hub_id(path: str | Path) -> bool:
     return "/" not in path or not Path(path).parent.is_dir()
 
 
+def files_of(folder: Path, split: str) -> list[Path]:
+    """Lists the data files of a folder, in the order of their names: those of its split where files are named by split.
+
+    A file belongs to a split that its name begins with: `train.jsonl`, `train-00000-of-00002.parquet`,
+    `test/part1.csv`; `val`, `valid` and `dev` are names of `validation`.
+
+    Args:
+        folder: with data files, or folders of them.
+        split: `train`, `validation` or `test`.
+
+    Raises:
+        DataError: it has no data files, or none of that split though others are named by split.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PARSERS and path.is_file())
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    files = [path for path in files if not path.name.startswith("dataset_info")]  # written by `datasets`, no rows
+    if not files:
+        raise DataError(f"{folder}: a folder without data files; give one with files of {_ENDINGS}")
+    splits = [_split_of(path.relative_to(folder).parts[0]) for path in files]
+    if not any(splits):
+        return files
+    chosen = [path for path, named in zip(files, splits, strict=True) if named == split]
+    if not chosen:
+        there = ", ".join(sorted({named for named in splits if named}))
+        raise DataError(f"{folder}: no data file is named for the split {split!r} (there are: {there}); name one file")
+    return chosen
+
+
+def _split_of(name: str) -> str | None:
+    word = re.match(r"[a-z]*", name.lower())
+    return _SPLITS.get(word[0] if word else "")
+
+
 def _read_file(path: Path, name: str) -> Rows:
-    if path.is_dir():
-        files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in PARSERS)
-        raise DataError(
-            f"{name}: a folder, not a file; name one of its data files: {', '.join(files) or 'it has none'}"
-        )
     if not path.exists():
-        raise DataError(_missing(path, name))
+        raise DataError(missing(path, name))
     if path.suffix.lower() not in PARSERS:
         raise DataError(f"{name}: files of the ending {path.suffix!r} are not read; convert it to one of {_ENDINGS}")
     try:
@@ -112,7 +175,8 @@ def _rows(data: bytes, ending: str, name: str) -> Rows:
     return Rows(records, name, hashlib.sha256(data).hexdigest(), lines)
 
 
-def _missing(path: Path, name: str) -> str:
+def missing(path: Path, name: str) -> str:
+    """Says that there is no such file, with the nearest name."""
     folder = path.parent
     if not folder.is_dir():
         return f"{name}: no such file, and no folder {str(folder)!r}; check the path"
@@ -136,29 +200,41 @@ def _read_package(text: str) -> Rows:
     return _rows(file.read_bytes(), ".jsonl", text)
 
 
-def _read_hub(hub_id: str, split: str, config: str | None, revision: str | None) -> Rows:
+def load_hub(hub_id: str, split: str, config: str | None, revision: str | None, *, streaming: bool = False) -> Any:
+    """Opens one split of a hub data set.
+
+    Raises:
+        DataError: there is none.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
 
-    name = f"{hub_id}[{':'.join(filter(None, (config, split)))}]"
     try:
-        data: Any = datasets.load_dataset(hub_id, config, split=split, revision=revision)
+        return datasets.load_dataset(hub_id, config, split=split, revision=revision, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         near = nearest(Path(hub_id).name, [p.name for p in Path.cwd().iterdir()])
         raise DataError(
-            f"{name}: neither a file here nor loaded from the hub ({reason}){near or '; check it'}"
+            f"{_hub_name(hub_id, split, config)}: neither a file here nor loaded from the hub ({reason}){near or '; check it'}"
         ) from None
-    records = [_named(record, data.features) for record in data]
+
+
+def _hub_name(hub_id: str, split: str, config: str | None) -> str:
+    return f"{hub_id}[{':'.join(filter(None, (config, split)))}]"
+
+
+def _read_hub(hub_id: str, split: str, config: str | None, revision: str | None) -> Rows:
+    name, data = _hub_name(hub_id, split, config), load_hub(hub_id, split, config, revision)
+    records = [hub_record(record, data.features) for record in data]
     if not records:
         raise DataError(f"{name}: the split has no rows; choose another")
     content = json.dumps([data.column_names, records], sort_keys=True, default=str).encode()
     return Rows(records, name, hashlib.sha256(content).hexdigest())
 
 
-def _named(record: Record, features: Any) -> Record:
+def hub_record(record: Record, features: Any) -> Record:
     """Gives a record with the numbers of class labels replaced by their names; -1, a hidden label, by None."""
-    return {key: _label_names(value, features[key]) for key, value in record.items()}
+    return {key: _label_names(value, features[key]) for key, value in record.items()} if features else record
 
 
 def _label_names(value: Any, feature: Any) -> Any:

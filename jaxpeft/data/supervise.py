@@ -50,7 +50,7 @@ class Labelled:
     labels: list[int]
 
 
-def write(dialog: Dialog | Completion, template: Template | None) -> Script:
+def write(dialog: Dialog | Completion, template: Template | None, separator: str = "") -> Script:
     """Writes a dialog out.
 
     The learned part of a turn of the assistant is what the template adds to what it writes of the turns before, with a
@@ -59,13 +59,15 @@ def write(dialog: Dialog | Completion, template: Template | None) -> Script:
     Args:
         dialog: the dialog.
         template: of its chat; None for a completion.
+        separator: stands between a prompt and its completion.
 
     Raises:
         RenderError: the template cannot write it, or writes earlier turns otherwise once later ones follow.
     """
     if isinstance(dialog, Completion):
-        start, text = len(dialog.prompt), dialog.prompt + dialog.completion
-        return Script(text, ((start, len(text)),), begun=False, ended=False)
+        prompt = dialog.prompt + separator
+        text = prompt + dialog.completion
+        return Script(text, ((len(prompt), len(text)),), begun=False, ended=False)
     if template is None:
         raise RenderError("there is no chat template to write messages with")
     text = template.render(dialog.messages, generate=False, tools=dialog.tools)
@@ -73,18 +75,19 @@ def write(dialog: Dialog | Completion, template: Template | None) -> Script:
     return Script(text, learned, begun=True, ended=_ended(text, learned, dialog.messages[-1]))
 
 
-def write_prompt(dialog: Dialog | Completion, template: Template | None) -> Script:
+def write_prompt(dialog: Dialog | Completion, template: Template | None, separator: str = "") -> Script:
     """Writes out what an answer is to be generated from; its tokens are those that training has before the answer.
 
     Args:
         dialog: the turns so far; of a completion, its prompt counts.
         template: of its chat; None for a completion.
+        separator: stands behind a prompt.
 
     Raises:
         RenderError: as `write` does.
     """
     if isinstance(dialog, Completion):
-        return Script(dialog.prompt, (), begun=False, ended=True)
+        return Script(dialog.prompt + separator, (), begun=False, ended=True)
     if template is None:
         raise RenderError("there is no chat template to write messages with")
     text = template.render(dialog.messages, generate=True, tools=dialog.tools)

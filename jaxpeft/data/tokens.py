@@ -22,6 +22,7 @@ class Options:
     add_bos: bool
     add_eos: bool
     template: str | None = None
+    separator: str = ""
 
 
 @dataclass
@@ -103,7 +104,7 @@ def _scripts(examples: Examples, tokenizer: Any, rows: range, options: Options) 
     dialogs: Any = examples.texts
     for row in rows:
         try:
-            scripts.append(write(dialogs[row], template))
+            scripts.append(write(dialogs[row], template, options.separator))
         except RenderError as error:
             problems.add(
                 examples.rows.where(row), str(error), excerpt(str(examples.rows.records[row])), "correct the row"

@@ -16,11 +16,21 @@ def body_of(data: bytes, name: str) -> bytes:
     Raises:
         DataError: nothing but white space is left, or it is a Git LFS pointer.
     """
+    body = check_start(data, name)
+    if not body.strip():
+        raise DataError(f"{name}:1:1: the file is empty; give a file with at least one row")
+    return body
+
+
+def check_start(data: bytes, name: str) -> bytes:
+    """Gives the first bytes of a file, or all of them, without a byte order mark.
+
+    Raises:
+        DataError: it is UTF-16, or a Git LFS pointer.
+    """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{name}:1:1: UTF-16, not UTF-8; save the file as UTF-8, such as by `iconv -f utf-16 -t utf-8`")
     body = data.removeprefix(_BOM)
-    if not body.strip():
-        raise DataError(f"{name}:1:1: the file is empty; give a file with at least one row")
     if body.startswith(_LFS):
         raise DataError(f"{name}:1:1: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
     return body

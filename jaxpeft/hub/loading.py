@@ -37,6 +37,7 @@ def load(
     remat: str = "none",
     revision: str | None = None,
     seed: int = 0,
+    sharding: Any = None,
 ) -> tuple[Pretrained, Tree]:
     """Loads a pretrained model: a Linen module and its parameters.
 
@@ -51,6 +52,7 @@ def load(
         remat: what the backward pass computes again: `none`, `full`, `attention`, `dots`.
         revision: of a hub id: branch, tag or commit.
         seed: for the leaves of a newly made head.
+        sharding: a `jax.sharding.Sharding` for all leaves; None for the first device.
 
     Returns:
         `(model, params)`; `model` records where it came from in `model.source`.
@@ -84,7 +86,7 @@ def load(
         tensors = weights.untie(tensors, source.folder)
     plan = weights.plan(abstract, tensors, family, dtype, source.folder, relabel=num_labels is not None)
     new = _new_leaves(model, plan.new, seed)
-    params = weights.read(abstract, plan, new)
+    params = weights.read(abstract, plan, new, sharding)
     _report(source, config, params, plan, time.perf_counter() - started)
     return model, params
 

@@ -12,8 +12,9 @@ import numpy as np
 from jaxpeft import data
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
-from jaxpeft.data.pipeline import padded_lengths
+from jaxpeft.data.encoding import padded_lengths
 from jaxpeft.evaluation.metrics import classification_metrics, lm_metrics
+from jaxpeft.sharding.mesh import place
 from jaxpeft.training.setup import Encoded, Setup
 from jaxpeft.training.step import logits_of
 
@@ -55,7 +56,7 @@ class Evaluator:
         labels: list[np.ndarray[Any, Any]] = []
         for batch, rows in data.eval_batches(split, options.batch_size, lengths, setup.pad_id):
             self._on_batch()
-            batch_total, batch_weight, out = self._run(trainable, frozen, batch)
+            batch_total, batch_weight, out = self._run(trainable, frozen, place(setup.mesh, batch))
             total, weight = total + float(batch_total), weight + float(batch_weight)
             if out is not None:
                 kept = rows >= 0

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxpeft.checkpoint.identity import tree_spec
 from jaxpeft.checkpoint.manager import Checkpoints
@@ -24,7 +25,9 @@ from jaxpeft.core import tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite, trainable_mask
+from jaxpeft.data.batches import Position
 from jaxpeft.errors import TrainingError
+from jaxpeft.sharding.mesh import by_rows, place, replicated
 from jaxpeft.training import flops, optimizers, records
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
 from jaxpeft.training.progress import StepProgress, memory_gb, timed
@@ -96,7 +99,8 @@ def split_for(setup: Setup, method: Method) -> tuple[Tree, Tree]:
     """
     params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
     trainable, frozen = tree.partition(params, trainable_mask(method, params))
-    return jax.tree.map(jnp.copy, trainable), frozen
+    where = replicated(setup.mesh)
+    return jax.tree.map(jnp.copy, jax.device_put(trainable, where)), jax.device_put(frozen, where)
 
 
 class Run:
@@ -125,7 +129,10 @@ class Run:
         trainable, self.frozen = split_for(setup, method)
         self.optimizer = optimizers.build(options, setup.steps)
         self.rate = optimizers.schedule(options, options.learning_rate, setup.steps)
-        self.state = init_state(trainable, self.optimizer, setup.config.train.seed)
+        state = init_state(trainable, self.optimizer, setup.config.train.seed)
+        self.state = jax.device_put(state, replicated(setup.mesh))
+        self.row_axis = int(setup.config.train.accumulation > 1)
+        self.position: Position = {}
         self.best: Tree | None = None
         self.progress = Progress()
         self.evaluator = evaluator
@@ -136,11 +143,11 @@ class Run:
             "steps": setup.steps,
         }
         self.step = 0
-        self.pending: list[tuple[int, int, dict[str, jax.Array]]] = []
+        self.pending: list[tuple[int, int, Position, dict[str, jax.Array]]] = []
         self.writers: list[records.Writer] = []
         self.started = time.perf_counter()
         self.aside = 0.0
-        self.bad_steps: list[int] = []
+        self.bad_steps: list[tuple[int, str]] = []
         self.flops_per_token = flops.per_token(trainable, self.frozen)
         self.sizes = tree.count(trainable), tree.count(trainable) + tree.count(self.frozen)
 
@@ -188,8 +195,8 @@ class Run:
         with timed(f"restoring step {latest} from {self.folder / 'checkpoints'}"):
             state, self.best = self.checkpoints.restore(latest, self.state, self.state.trainable)
         self.state = TrainState(*state)
-        self.progress = Progress(**self.checkpoints.read_meta(latest)["progress"])
-        self.step = latest
+        meta = self.checkpoints.read_meta(latest)
+        self.progress, self.position, self.step = Progress(**meta["progress"]), meta["position"], latest
 
     def _finished(self) -> bool:
         return self.progress.stopped_early or (self.step >= self.setup.steps and not self._evaluation_due())
@@ -198,26 +205,30 @@ class Run:
         """Compiles the step for every padded length, so that nothing is compiled while training."""
         setup = self.setup
         parts = setup.config.train.accumulation
-        step = jax.jit(make_train_step(setup.model, setup.loss, self.optimizer, parts), donate_argnums=0)
+        train_step = make_train_step(setup.model, setup.loss, self.optimizer, parts)
+        step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(setup.mesh))
         compiled: dict[int, Step] = {}
         for length in setup.batches.lengths:
             self.stop.raise_if_requested()
             with timed(f"compiling the {self.method.name} step for length {length}"):
-                batch = _abstract_batch(setup.batches.batch(0), length)
+                batch = _abstract_batch(setup.batches.sample(), length, by_rows(setup.mesh, self.row_axis))
                 compiled[length] = step.lower(self.state, self.frozen, batch).compile()
         return compiled
 
     def _train(self, compiled: Mapping[int, Step]) -> None:
         if self._evaluation_due():
             self._evaluate()
-        with self._progress_shown() as report:
+        mesh, feed = self.setup.mesh, self.setup.batches.feed
+        batches = feed(self.position, self.setup.steps, self.stop.raise_if_requested)
+        with self._progress_shown() as report, closing(batches):
             while not self._finished():
                 self.stop.raise_if_requested()
-                batch = self.setup.batches.batch(self.step)
-                self.state, metrics = compiled[batch["input_ids"].shape[-1]](self.state, self.frozen, batch)
-                self.step += 1
+                batch, position = next(batches)
+                run = compiled[batch["input_ids"].shape[-1]]
+                self.state, metrics = run(self.state, self.frozen, place(mesh, batch, self.row_axis))
+                self.step, self.position = self.step + 1, position
                 tokens = _tokens(batch)
-                self.pending.append((self.step, tokens, metrics))
+                self.pending.append((self.step, tokens, position, metrics))
                 last = self.step == self.setup.steps
                 report(tokens, last or self.step % self.setup.config.log.every_steps == 0)
                 with self._aside():
@@ -272,7 +283,7 @@ class Run:
             TrainingError: too many steps in a row were skipped.
         """
         loss = math.nan
-        for step, tokens, metrics in self.pending:
+        for step, tokens, position, metrics in self.pending:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             figures = {"loss": loss, "grad_norm": norm, "learning_rate": self._rate(step), "tokens": tokens}
             if math.isfinite(loss) and math.isfinite(norm):
@@ -280,11 +291,11 @@ class Run:
                 self._write(step, figures)
             else:
                 self._write(step, {"skipped": 1, "tokens": tokens})
-                self._skipped(step, loss, norm, np.asarray(metrics["broken"]))
+                self._skipped(step, position, loss, norm, np.asarray(metrics["broken"]))
         self.pending.clear()
         return loss
 
-    def _skipped(self, step: int, loss: float, norm: float, broken: np.ndarray[Any, Any]) -> None:
+    def _skipped(self, step: int, position: Position, loss: float, norm: float, broken: np.ndarray[Any, Any]) -> None:
         """Counts a step whose loss or gradient is not finite: the program has not applied it.
 
         Raises:
@@ -293,15 +304,15 @@ class Run:
         leaves = jax.tree.leaves_with_path(self.state.trainable)
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
         bad = [name for name, flag in zip(names, broken, strict=True) if flag]
-        self.bad_steps.append(step)
+        self.bad_steps.append((step, self.setup.batches.told(position)))
         what = f"loss is {loss}, gradient norm is {norm}"
         if len(self.bad_steps) < self.setup.config.train.most_skipped:
             _log.warning("step %d is skipped: %s", step, what)
             return
-        rows = self.setup.batches.rows(self.bad_steps[0] - 1)
+        first, rows = self.bad_steps[0]
         raise TrainingError(
             f"step {step}: {what}, the last of {len(self.bad_steps)} steps in a row that were skipped, the first of them step "
-            f"{self.bad_steps[0]} (sequences {', '.join(map(str, rows[:4].tolist()))}, ...); not finite: {', '.join(bad[:3])}"
+            f"{first} ({rows}); not finite: {', '.join(bad[:3])}"
             f"{' and others' if len(bad) > 3 else ''}; {self._newest()}, and is finite; lower optimizer.learning_rate, set "
             "optimizer.clip_norm, or look at the rows"
         )
@@ -319,7 +330,7 @@ class Run:
 
     def _evaluation_due(self) -> bool:
         every = self.setup.config.evaluation.every_steps or self.setup.batches.steps_per_epoch
-        on_this_step = self.step == self.setup.steps or (self.step > 0 and self.step % every == 0)
+        on_this_step = self.step == self.setup.steps or (every is not None and self.step > 0 and self.step % every == 0)
         return on_this_step and self.progress.evaluated != self.step
 
     def _evaluate(self) -> None:
@@ -349,7 +360,8 @@ class Run:
     def _save(self) -> None:
         self._flush()
         self.progress = dataclasses.replace(self.progress, seconds=time.perf_counter() - self.started)
-        meta = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
+        progress = dataclasses.asdict(self.progress)
+        meta = {"identity": self.identity, "progress": progress, "position": self.position}
         self.checkpoints.save(self.step, self.state, self.best, meta)
 
 
@@ -363,10 +375,13 @@ def _tokens(batch: Mapping[str, np.ndarray[Any, Any]]) -> int:
     return int((batch["attention_mask"] * batch["weights"][..., None]).sum())
 
 
-def _abstract_batch(batch: Mapping[str, np.ndarray[Any, Any]], length: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(
+    batch: Mapping[str, np.ndarray[Any, Any]], length: int, sharding: NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Gives the shapes of a batch whose rows are padded to `length`."""
-    own = batch["input_ids"].ndim
-    return {
-        name: jax.ShapeDtypeStruct((*a.shape[:-1], length) if a.ndim == own and a.shape[-1] == batch["input_ids"].shape[-1] and name != "weights" else a.shape, a.dtype)
-        for name, a in batch.items()
-    }  # fmt: skip
+    ids = batch["input_ids"].shape
+
+    def shape(name: str, own: tuple[int, ...]) -> tuple[int, ...]:
+        return (*ids[:-1], length) if own == ids and name != "weights" else own
+
+    return {name: jax.ShapeDtypeStruct(shape(name, a.shape), a.dtype, sharding=sharding) for name, a in batch.items()}

@@ -9,16 +9,19 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxpeft import data
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.pipeline import make_batches, read_splits
+from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.evaluation.metrics import FIGURES
 from jaxpeft.hub import sources
 from jaxpeft.hub.loading import load
 from jaxpeft.models.base import Pretrained
+from jaxpeft.sharding.mesh import make_mesh, replicated
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.progress import rows_shown
 
@@ -38,7 +41,8 @@ class Setup:
         train: the training rows as tokens.
         validation: the rows to choose the best step by.
         test: the rows for the final figures.
-        batches: the training batches by step.
+        batches: the training batches.
+        mesh: the devices.
         steps: optimizer steps of the whole run.
         pad_id: token to pad with.
         labels: names of the classes.
@@ -53,7 +57,8 @@ class Setup:
     train: Encoded
     validation: Encoded
     test: Encoded
-    batches: data.Batches
+    batches: data.Batches | Stream
+    mesh: Mesh
     steps: int
     pad_id: int
     labels: tuple[str, ...]
@@ -70,6 +75,7 @@ def prepare(config: Config) -> Setup:
     Raises:
         JaxpeftError: whatever cannot be used, named.
     """
+    mesh = make_mesh(config)
     source = sources.resolve(config.model.path, config.model.revision)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
@@ -84,6 +90,7 @@ def prepare(config: Config) -> Setup:
         remat=config.model.remat,
         revision=config.model.revision,
         seed=config.train.seed,
+        sharding=replicated(mesh),
     )
     batches = make_batches(config, splits)
     _check_positions(model, batches.lengths[-1])
@@ -96,7 +103,8 @@ def prepare(config: Config) -> Setup:
         validation=splits.validation,
         test=splits.test,
         batches=batches,
-        steps=config.train.steps or max(1, round((config.train.epochs or 0) * batches.steps_per_epoch)),
+        mesh=mesh,
+        steps=config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0))),
         pad_id=splits.pad_id,
         labels=splits.examples.label_names,
         problem=splits.problem,

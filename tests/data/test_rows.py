@@ -67,8 +67,10 @@ def test_a_missing_file_names_the_nearest(tmp_path, write):
 
 
 def test_what_is_not_a_data_file_is_refused(tmp_path, write):
-    write("train.csv", "a\n1\n")
-    assert refusal(tmp_path) == f"{tmp_path}: a folder, not a file; name one of its data files: train.csv"
+    (tmp_path / "empty").mkdir()
+    assert refusal(tmp_path / "empty").startswith(
+        f"{tmp_path}/empty: a folder without data files; give one with files of"
+    )
     assert "files of the ending '.pkl' are not read; convert it to one of .jsonl, " in refusal(write("x.pkl", "x"))
     assert refusal(write("x.csv", "a\n1\n"), split="train", revision="v1").endswith(
         "x.csv: split, revision is for hub ids, this is a file; remove it"
@@ -108,7 +110,7 @@ def test_a_hub_id_is_loaded_with_names_for_class_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = read_rows("org/name", split="test", config="mrpc", revision="abc")
-    assert asked == {"path": "org/name", "name": "mrpc", "split": "test", "revision": "abc"}
+    assert asked == {"path": "org/name", "name": "mrpc", "split": "test", "revision": "abc", "streaming": False}
     assert rows.records == [
         {"text": "a", "label": "good", "tags": ["bad", "good"]},
         {"text": "b", "label": None, "tags": []},

@@ -1,0 +1,90 @@
+"""How the rows of a run become tokens: the same for those that are held and those that are streamed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpeft.config.schema import Config, DataConfig
+from jaxpeft.data.buckets import choose_lengths
+from jaxpeft.data.columns import GENERATIVE
+from jaxpeft.data.encode import Progress, encode, pad_id
+from jaxpeft.data.encoded import Encoded
+from jaxpeft.data.examples import Examples
+from jaxpeft.data.packing import fill, pack
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Makes token sequences of examples, packed if the config asks for it.
+
+    Attributes:
+        options: of the data.
+        tokenizer: of the model.
+        vocab: size of the model's vocabulary.
+        use_cache: whether the tokens are kept on disk.
+    """
+
+    options: DataConfig
+    tokenizer: Any
+    vocab: int
+    use_cache: bool = True
+
+    @property
+    def pad_id(self) -> int:
+        """The token to pad with."""
+        return pad_id(self.tokenizer, self.vocab)
+
+    def __call__(self, examples: Examples, progress: Progress | None = None) -> Encoded:
+        """Tokenises examples.
+
+        Args:
+            examples: of one split.
+            progress: called with the rows done and the rows in all.
+
+        Raises:
+            ConfigError: an option does not fit the tokenizer.
+            DataError: rows cannot be used.
+        """
+        text, options = examples.kind in GENERATIVE, self.options
+        encoded = encode(
+            examples,
+            self.tokenizer,
+            max_length=options.max_length,
+            vocab_size=self.vocab,
+            add_bos=text and options.add_bos and self.tokenizer.bos_token_id is not None,
+            add_eos=text and options.add_eos and self.tokenizer.eos_token_id is not None,
+            chat_template=options.chat_template,
+            separator=options.separator,
+            most_dropped=options.most_dropped,
+            progress=progress,
+            use_cache=self.use_cache,
+        )
+        if not options.packing:
+            return encoded
+        return pack(encoded, options.max_length)
+
+
+def padded_lengths(config: Config, split: Encoded) -> tuple[int, ...]:
+    """Gives the lengths that the rows of a split are padded to."""
+    if config.data.packing or (config.data.streaming and not config.data.lengths):
+        return (config.data.max_length,)
+    return config.data.lengths or choose_lengths(split.lengths, config.data.max_length)
+
+
+def told(encoded: Encoded) -> str:
+    """Says in one line what became of the rows."""
+    counts = encoded.counts
+    parts = [f"{counts['rows']} rows", f"{counts['tokens']} tokens"]
+    if encoded.kind in GENERATIVE:
+        parts.append(f"{counts['learned'] / max(1, counts['tokens']):.0%} of them learned")
+    parts += [f"{counts['truncated']} cut at {encoded.max_length} tokens"] if counts["truncated"] else []
+    parts += [f"{counts['dropped']} rows dropped: nothing learned is left of them"] if counts["dropped"] else []
+    line = f"{', '.join(parts)} ({'from the cache' if encoded.cache == 'hit' else 'tokenised'})"
+    if encoded.segments is not None:
+        full = fill(encoded, encoded.max_length)
+        line += f"; packed into {len(encoded)} rows of {encoded.max_length} tokens, {full:.1%} full"
+    return line

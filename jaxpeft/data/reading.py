@@ -1,0 +1,144 @@
+"""From the data options of a config to the examples of three splits: sources read, drawn, held out and mixed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxpeft.config.schema import Config
+from jaxpeft.data import plan
+from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_format
+from jaxpeft.data.examples import Examples, join, make_examples
+from jaxpeft.data.holdout import hold_out, hold_out_text
+from jaxpeft.data.rows import Rows, is_hub_id, read_rows
+from jaxpeft.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_KINDS: Mapping[str, Kind] = {
+    "sequence_classification": "classification",
+    "token_classification": "token_classification",
+}
+
+
+def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
+    """Reads the rows of the three splits; the validation split stands for a test split that is not given.
+
+    Raises:
+        ConfigError: an option does not fit the rows.
+        DataError: rows cannot be used.
+    """
+    options = config.data
+    sources = [read_source(path, "train", config) for path in options.sources]
+    kinds: list[Kind] = [kind_of(config, rows) for rows in sources]
+    # labels are those of all rows: which of them are drawn to be trained on or held out must not change the classes
+    whole = None if kinds[0] in GENERATIVE else _examples(Rows.join(sources, _name(sources)), kinds[0], config)
+    sources = [_drawn(rows, config) for rows in sources]
+    held: list[Rows] = []
+    if not options.validation:
+        pairs = [_held_out(rows, kind, config) for rows, kind in zip(sources, kinds, strict=True)]
+        sources, held = [kept for kept, _ in pairs], [out for _, out in pairs]
+    sources = mix(sources, options.weights, config.train.seed)
+    train = join([_examples(rows, kind, config, whole) for rows, kind in zip(sources, kinds, strict=True)])
+    if not held:
+        return train, *read_held(config, whole or train)
+    validation = join([_examples(rows, kind, config, whole) for rows, kind in zip(held, kinds, strict=True)])
+    return train, validation, _other(options.test, "test", config, whole or train) if options.test else validation
+
+
+def read_held(config: Config, like: Examples) -> tuple[Examples, Examples]:
+    """Reads the validation and the test rows; the first stand for a test split that is not given.
+
+    Args:
+        config: of the run, with validation rows.
+        like: the training examples.
+
+    Raises:
+        DataError: rows cannot be used.
+    """
+    validation = _other(config.data.validation, "validation", config, like)
+    return validation, _other(config.data.test, "test", config, like) if config.data.test else validation
+
+
+def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Rows]:
+    """Takes rows of each source in the proportion of the weights: as many as there can be without one taken twice.
+
+    Args:
+        sources: rows of each source.
+        weights: share of each source; empty to take all rows.
+        seed: of the draw.
+
+    Raises:
+        ConfigError: so few rows of a source are asked for that it would have none.
+    """
+    if not weights:
+        return list(sources)
+    scale = min(len(rows) / weight for rows, weight in zip(sources, weights, strict=True))
+    taken: list[Rows] = []
+    for i, (rows, weight) in enumerate(zip(sources, weights, strict=True)):
+        count = min(len(rows), round(scale * weight))
+        if count == 0:
+            raise ConfigError(f"data.weights: {weight} leaves no row of {rows.name}; raise it, or leave the source out")
+        taken.append(rows if count == len(rows) else rows.take(sorted(plan.order(len(rows), seed, i)[:count].tolist())))
+        _log.info("%s: %d of %d rows", rows.name, count, len(rows))
+    return taken
+
+
+def kind_of(config: Config, rows: Rows) -> Kind:
+    """Gives the format of rows, told from their columns where the config does not name it.
+
+    Raises:
+        ConfigError: a format is named where the task has only one.
+        DataError: the columns fit no format, or several.
+    """
+    task, given = config.model.task, config.data.format
+    if task in _KINDS:
+        if given != "auto":
+            raise ConfigError(f"data.format: {given!r} is for task 'causal_lm', task is {task!r}; set it to 'auto'")
+        return _KINDS[task]
+    kind = find_format(rows.columns(), Columns(**config.data.columns), rows.name) if given == "auto" else given
+    _log.info("%s: rows of format %s", rows.name, kind)
+    return kind
+
+
+def read_source(path: str, split: str, config: Config) -> Rows:
+    """Reads the rows of a file, a folder or a hub id.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if is_hub_id(path):
+        return read_rows(path, split=split, config=config.data.subset, revision=config.data.revision)
+    return read_rows(path, split=split if Path(path).expanduser().is_dir() else None)
+
+
+def _examples(rows: Rows, kind: Kind, config: Config, like: Examples | None = None) -> Examples:
+    problem = None if config.data.problem == "auto" else config.data.problem
+    return make_examples(rows, kind=kind, problem=problem, columns=Columns(**config.data.columns), like=like)
+
+
+def _other(path: str, split: str, config: Config, like: Examples) -> Examples:
+    """Reads another split; its columns are those of the training rows, or found as theirs were."""
+    rows = _drawn(read_source(path, split, config), config)
+    columns = set(like.columns.given().values())
+    if like.kind not in GENERATIVE or (columns and columns <= set(rows.columns())):
+        return make_examples(rows, kind=like.kind, like=like)
+    return _examples(rows, kind_of(config, rows), config)
+
+
+def _held_out(rows: Rows, kind: Kind, config: Config) -> tuple[Rows, Rows]:
+    share, seed = config.data.validation_share, config.train.seed
+    if kind == "text":
+        return hold_out_text(rows, share, seed, Columns(**config.data.columns))
+    return hold_out(rows, share, seed)
+
+
+def _drawn(rows: Rows, config: Config) -> Rows:
+    most = config.data.max_rows
+    if most is None or most >= len(rows):
+        return rows
+    return rows.take(sorted(plan.order(len(rows), config.train.seed)[:most].tolist()))
+
+
+def _name(sources: Sequence[Rows]) -> str:
+    return ", ".join(rows.name for rows in sources)
