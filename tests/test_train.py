@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from jaxpeft import train
-from jaxpeft.training.records import read_lines
 from tests.training.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
@@ -156,35 +151,6 @@ def stopped_by(signum: int, config_file: Path, workdir: Path) -> subprocess.Pope
     return process
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
-    signum: int, code: int, config_file: Path, tmp_path: Path
-) -> None:
-    process = stopped_by(signum, config_file, tmp_path / "stopped")
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == code, error
-    assert "is saved, the same command goes on from it" in error
-    assert "Traceback" not in error
-
-    done = run("--config", str(config_file), "--workdir", str(tmp_path / "stopped"))
-    assert done.returncode == 0, done.stderr
-    assert "restoring step" in done.stderr
-    whole = run("--config", str(config_file), "--workdir", str(tmp_path / "whole"))
-    assert whole.returncode == 0
-    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("stopped", "whole")]
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, tensor in adapters[0].items():
-        np.testing.assert_array_equal(tensor, adapters[1][name], err_msg=name)
-    losses = [
-        [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
-        for name in ("stopped", "whole")
-    ]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 400
-    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["methods"]["lora"]["steps"] == 400
-
-
 def test_help_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -213,25 +179,3 @@ def test_a_signal_while_python_still_imports_ends_with_143(config_file: Path, tm
     done = run("--config", str(config_file), "--workdir", str(tmp_path / "run"), wrapper=early)
     assert done.returncode == 143, done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_is_told_in_one_line_and_the_run_goes_on_later(config_file: Path, tmp_path: Path) -> None:
-    full = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from jaxpeft.checkpoint import manager; save = manager.Checkpoints.save\n"
-        "def limited(self, step, *args):\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY) if step > 2 else (-1, -1))\n"
-        "    save(self, step, *args)\n"
-        "manager.Checkpoints.save = limited\n"
-        "from jaxpeft.train import main; sys.exit(main(sys.argv[1:]))"
-    )
-    arguments = ("--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.train.steps=4",
-                 "--config.checkpoint.every_steps=2", "--config.log.plot=false", "--config.log.tensorboard=false")  # fmt: skip
-    done = run(*arguments, wrapper=full)
-    assert done.returncode == 1, done.stderr
-    # threads of Orbax and TensorStore write to the terminal as well, in no order
-    assert f"jaxpeft: {tmp_path}/run/checkpoints/4: could not be saved" in done.stderr
-    again = run(*arguments)
-    assert again.returncode == 0, again.stderr
-    assert "restoring step 2" in again.stderr

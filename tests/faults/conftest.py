@@ -1,27 +1,131 @@
-"""What the fault tests share: a short run with a fault in it, and the run that nothing happened to."""
+"""What the fault tests share: a short run with a fault in it, the run that nothing happened to, and the four marks.
+
+`@pytest.mark.case(12)` says which case of `cases.py` a test shows. The fixture `marks` checks, and notes what it has
+checked: `python -m tests.faults.report` makes docs/reliability.md of it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import logging
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
+from jaxpeft import logs
+from tests.faults.cases import CASES
 from tests.training.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
 ROOT = Path(__file__).parents[2]
 STEPS = 8
+MOST_LINES = 5
+IN_TIME = 60.0
 OPTIONS = {
     "method__dropout": 0.1, "train__steps": STEPS, "evaluation__every_steps": 3, "checkpoint__every_steps": 2,
     "log__tensorboard": False, "log__plot": False,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    returncode: int
+    stderr: str
+    seconds: float
+
+    @property
+    def error(self) -> str:
+        """What it complained of at the end."""
+        at = self.stderr.rfind("jaxpeft: ")
+        return self.stderr[at:] if at >= 0 else ""
+
+
+class Marks:
+    """Checks one test's four marks, and notes each."""
+
+    def __init__(self, node: pytest.Item) -> None:
+        self._node = node
+
+    def _note(self, mark: str) -> None:
+        self._node.user_properties.append(("mark", mark))
+
+    def exit(self, done: Done, code: int) -> None:
+        """C: the exit code."""
+        assert done.returncode == code, done.stderr
+        self._note("C")
+
+    def message(self, done: Done, *texts: str, most: int = MOST_LINES) -> None:
+        """M: what is said; of an error at most so many lines, and no traceback."""
+        for text in texts:
+            assert text in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        lines = done.error.strip().splitlines()
+        assert len(lines) <= most, done.error
+        assert not lines or not re.match(r"(\w+\.)+\w*(Error|Exception)\b", lines[-1]), done.error
+        self._note("M")
+
+    def early(self, done: Done) -> None:
+        """T, of a refusal: before anything is compiled."""
+        assert "compiling the" not in done.stderr
+        self.in_time(done)
+
+    def in_time(self, done: Done) -> None:
+        """T: in the time that the case allows."""
+        assert done.seconds < IN_TIME
+        self._note("T")
+
+    def kept(self, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> None:
+        """L: every file that was there is there, byte for byte."""
+        assert {name: after.get(name) == data for name, data in before.items()} == dict.fromkeys(before, True)
+        self._note("L")
+
+    def same_end(self, job: Job, whole: Job) -> None:
+        """L: the run has ended as the one that nothing happened to."""
+        assert job.digest() == whole.digest()
+        self._note("L")
+
+
+@pytest.fixture
+def marks(request: pytest.FixtureRequest) -> Marks:
+    """Checks that are noted for the table."""
+    marker = request.node.get_closest_marker("case")
+    assert marker and set(marker.args) <= CASES.keys(), "give the test a @pytest.mark.case(NUMBER)"
+    for number in marker.args:
+        request.node.user_properties.append(("case", number))
+    return Marks(request.node)
+
+
+def files(folder: Path, names: Sequence[str] = ("*",)) -> dict[str, bytes]:
+    """Reads every file below a folder."""
+    found = (path for name in names for path in folder.rglob(name))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found if path.is_file()}
+
+
+def here(*arguments: str) -> Done:
+    """Runs the main job in this process: for what is refused, where starting another would take the time."""
+    from jaxpeft.train import main
+
+    said, logger, handler = io.StringIO(), logging.getLogger("jaxpeft"), logs.StderrHandler()
+    handlers, level = logger.handlers[:], logger.level
+    logger.handlers, began = [handler], time.perf_counter()
+    try:
+        with contextlib.redirect_stderr(said):
+            code = main(list(arguments))
+    finally:
+        logger.handlers, _ = handlers, logger.setLevel(level)
+    return Done(code, said.getvalue(), time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -31,7 +135,7 @@ class Job:
     config: Path
     workdir: Path
 
-    def __call__(self, *arguments: str, fault: str | None = None) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *arguments: str, fault: str | None = None) -> Done:
         """Runs it, with a fault or without."""
         command = (
             [sys.executable, "-m", "tests.faults.entry", fault, "--"]
@@ -43,15 +147,21 @@ class Job:
             "JAX_COMPILATION_CACHE_DIR": str(self.config.parent / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        return subprocess.run(
+        began = time.perf_counter()
+        done = subprocess.run(
             [*command, *given],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
             cwd=ROOT,
             env=os.environ | cache,
         )
+        return Done(done.returncode, done.stderr, time.perf_counter() - began)
+
+    def here(self, *arguments: str) -> Done:
+        """Runs it in this process."""
+        return here("--config", str(self.config), "--workdir", str(self.workdir), *arguments)
 
     def at(self, workdir: Path) -> Job:
         """Gives the same command in another folder."""

@@ -2,16 +2,35 @@
 
 `POINT:N` is where, the Nth time: `after_arrays` (saved, no manifest yet), `in_save` (Orbax has begun), `in_delete` (an old
 step's manifest is gone, its folder is not), `in_eval`, `in_compile`, `in_step`. The fault is a kill, or what stands behind a
-second colon: `in_eval:1:term`.
+second colon: `in_eval:1:term`; several signals are parted by commas; `full` fills the disk.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+
+
+def _signal(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def _fill_disk() -> None:
+    """Lets no file grow beyond 2,000 bytes from now on."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "kill": _signal(signal.SIGKILL),
+    "term": _signal(signal.SIGTERM),
+    "int": _signal(signal.SIGINT),
+    "full": _fill_disk,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -22,12 +41,13 @@ def main(argv: list[str]) -> int:
     from jaxpeft.training import evaluation, loop
 
     count = [0]
-    number_of = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[kind[0] if kind else "kill"]
+    kinds = (kind[0] if kind else "kill").split(",")
 
     def fault() -> None:
         count[0] += 1
         if count[0] == int(number):
-            os.kill(os.getpid(), number_of)
+            for name in kinds:
+                FAULTS[name]()
 
     def before(owner: Any, name: str) -> None:
         real: Callable[..., Any] = getattr(owner, name)

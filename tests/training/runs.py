@@ -79,6 +79,8 @@ def write_config(path: Path, model: Path, rows: Path, **options: Any) -> Path:
         "model__path": str(model), "model__task": "sequence_classification", "data__train": str(rows),
         "data__max_length": 16, "data__validation_share": 0.2, "train__batch_size": 8, **options,
     }  # fmt: skip
+    if not given.get("data__packing"):
+        given.setdefault("data__lengths", (given["data__max_length"],))  # one program to compile, not two
     lines = "".join(f"    config.{name.replace('__', '.')} = {value!r}\n" for name, value in given.items())
     start = 'from jaxpeft.config import defaults\n\ndef get_config():\n    config = defaults("lora")\n'
     path.write_text(f"{start}{lines}    return config\n")
@@ -99,6 +101,8 @@ def make_config(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[...
         values["train"] |= {"steps": 6, "batch_size": 8}
         values["optimizer"] |= {"learning_rate": 1e-2, "warmup_steps": 2}
         values["log"] |= {"every_steps": 1, "tensorboard": False, "plot": False, "progress": "off"}
+        if not options.get("data__packing"):
+            values["data"]["lengths"] = (options.get("data__max_length", 16),)
         for name, value in options.items():
             section, _, option = name.partition("__")
             if option:
