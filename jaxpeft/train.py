@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -26,6 +27,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME_OF_THE_CONFIG by default", flag_values=FLAGS)
 flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", flag_values=FLAGS)
+flags.DEFINE_multi_string(
+    "allow_change", [], "--allow-change=FIELD: go on though this field of the config has changed", flag_values=FLAGS
+)
 flags.DEFINE_bool("validate", False, "check the config and stop", flag_values=FLAGS)
 
 
@@ -41,7 +45,10 @@ def parse_arguments(argv: list[str]) -> tuple[configs.Config, Path, str]:
     Raises:
         ConfigError: listing every problem.
     """
+    FLAGS.unparse_flags()
+    FLAGS.set_default("allow_change", [])
     overrides, rest = split_overrides(argv)
+    rest = [re.sub("^--?allow-change", "--allow_change", word) for word in rest]
     try:
         left = FLAGS(["jaxpeft.train", *rest])[1:]
     except flags.Error as error:
@@ -88,7 +95,7 @@ def main(argv: list[str]) -> int:
         if FLAGS.validate:
             logging.getLogger("jaxpeft").info("%s is valid", path)
             return 0
-        return _run(config, workdir)
+        return _run(config, workdir, FLAGS.allow_change)
     except JaxpeftError as error:
         if "--traceback" in argv:
             raise
@@ -99,10 +106,18 @@ def _hush() -> None:
     """Silences what the threads of a failed save say: the error comes back to us, and is told once."""
     for name in ("asyncio", "absl"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    usual = sys.unraisablehook
+
+    def unraisable(what: sys.UnraisableHookArgs) -> None:
+        # TensorStore's threads end after the loop that waited for them
+        if str(what.exc_value) != "Event loop is closed":
+            usual(what)
+
+    sys.unraisablehook = unraisable
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
-def _run(config: configs.Config, workdir: Path) -> int:
+def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
     """Imports JAX, now that the config is good, and runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from jaxpeft.training.signals import Stopped, StopRequest
@@ -112,7 +127,7 @@ def _run(config: configs.Config, workdir: Path) -> int:
 
         try:
             stop.raise_if_requested()
-            run(config, workdir, stop)
+            run(config, workdir, stop, allowed)
         except Stopped as stopped:
             return stopped.exit_code
     return 0

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.core import paths
+from jaxpeft.errors import ConfigError, nearest
 
 CHANGEABLE = (
     "config.log.", "config.checkpoint.", "config.evaluation.batch_size", "config.mesh.", "config.data.workers",
-    "config.data.worker_timeout",
+    "config.data.worker_timeout", "config.model.path", "config.model.revision", "config.data.train",
+    "config.data.validation", "config.data.test",
 )  # fmt: skip
-"""Fields that may differ between a run and its resumption, by how they begin: they do not touch what is computed."""
+"""Fields that may differ between a run and its resumption, by how they begin: they do not touch what is computed. What
+lies at a path does: it is compared by its hash, wherever it lies."""
+_CAUSES = {
+    "data.": ("config.data.", "config.train.seed"),
+    "tree.": ("config.method.",),
+    "method.": ("config.method.",),
+    "steps": ("config.train.", "config.data."),
+}
+"""What differs only since something else does is no news."""
 
 
 def tree_spec(tree: Any) -> dict[str, str]:
@@ -19,25 +29,45 @@ def tree_spec(tree: Any) -> dict[str, str]:
     return {paths.text(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in paths.walk(tree)}
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
     """Lists every field whose value differs, as `field: was ..., is ...`.
 
     Args:
         saved: nested plain values, from the checkpoint.
         now: the same of this run.
+        allowed: fields that may differ, by their name or how it begins, with or without `config.`.
+
+    Returns:
+        `(those that may not differ, those that are allowed to)`. The leaves' shapes can never be allowed to.
+
+    Raises:
+        ConfigError: a name in `allowed` is no field.
     """
     old, new = _flat(saved), _flat(now)
     absent = object()
-    rows: list[str] = []
+    changed: dict[str, str] = {}
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, absent), new.get(key, absent)
         if before != after and not key.startswith(CHANGEABLE):
             shown = ["not there" if value is absent else repr(value) for value in (before, after)]
-            rows.append(f"{key}: was {shown[0]}, is {shown[1]}")
-    if any(row.startswith("config.method.") for row in rows):
-        # the leaves differ since the method does
-        rows = [row for row in rows if not row.startswith(("tree.", "method."))]
-    return rows
+            changed[key] = f"{key}: was {shown[0]}, is {shown[1]}"
+    let = {key for key in old.keys() | new.keys() if any(_names(name, key) for name in allowed)}
+    unknown = [name for name in allowed if not any(_names(name, key) for key in old.keys() | new.keys())]
+    if unknown:
+        raise ConfigError([f"--allow-change={name}: no such field{nearest(name, old)}" for name in unknown])
+    causes = {kind: [key for key in changed if key.startswith(of)] for kind, of in _CAUSES.items()}
+    refused: list[str] = []
+    for key, row in changed.items():
+        cause = next((found for kind, found in causes.items() if key.startswith(kind)), [])
+        if key not in let and (not cause or (key.startswith("tree.") and set(cause) <= let)):
+            refused.append(row)
+    return refused, [row for key, row in changed.items() if key in let]
+
+
+def _names(name: str, key: str) -> bool:
+    return any(key == full or key.startswith(f"{full}.") for full in (name, f"config.{name}"))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

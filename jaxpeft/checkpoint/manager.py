@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jaxpeft.errors import CheckpointError, ConfigError
 
 _log = logging.getLogger(__name__)
 ASIDE = ".set-aside"
+MOST_SHOWN = 3
 
 
 class Checkpoints:
@@ -122,19 +123,27 @@ class Checkpoints:
         """Reads the plain values of a good step."""
         return manifest.read(self._folder / str(step))
 
-    def check_identity(self, step: int, identity: Mapping[str, Any]) -> None:
+    def check_identity(self, step: int, identity: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
         """Refuses to resume another run.
 
+        Args:
+            step: the step to go on from.
+            identity: of this run.
+            allowed: fields that may differ; said in a warning where they do.
+
         Raises:
-            ConfigError: a row for every field that changed since the checkpoint.
+            ConfigError: names every field that changed since the checkpoint, up to a few.
         """
-        rows = differences(self.read_meta(step)["identity"], identity)
+        rows, let = differences(self.read_meta(step)["identity"], identity, allowed)
         if rows:
-            head = (
-                f"{self._folder} holds step {step} of another run; to resume it, undo these changes; "
-                "to start anew, give another --workdir:"
+            more = [f"and {len(rows) - MOST_SHOWN} more"] if len(rows) > MOST_SHOWN else []
+            shown = "".join(f"\n  {row}" for row in [*rows[:MOST_SHOWN], *more])
+            raise ConfigError(
+                f"{self._folder} holds step {step} of another run; undo these changes, allow one by --allow-change=FIELD, or "
+                f"give another --workdir to start anew:{shown}"
             )
-            raise ConfigError([head, *(f"  {row}" for row in rows)])
+        for row in let:
+            _log.warning("going on from step %d with another %s", step, row)
 
     def restore(self, step: int, state: Any, best: Any) -> tuple[Any, Any | None]:
         """Restores the arrays of a step, onto the devices of the examples.

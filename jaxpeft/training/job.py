@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from jaxpeft.methods import METHODS
 from jaxpeft.training import optimizers, plot, records
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import Lock
-from jaxpeft.training.loop import Result, Run, devices_of, split_for
+from jaxpeft.training.loop import Result, Run, check_resumable, devices_of, split_for
 from jaxpeft.training.setup import Setup, prepare
 from jaxpeft.training.signals import StopRequest
 
 _log = logging.getLogger(__name__)
 
 
-def run(config: Config, workdir: Path, stop: StopRequest | None = None) -> dict[str, Result]:
+def run(
+    config: Config, workdir: Path, stop: StopRequest | None = None, allowed: Sequence[str] = ()
+) -> dict[str, Result]:
     """Runs a config from end to end.
 
     Leaves in `workdir`: `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`, `tensorboard/`, `checkpoints/` and
@@ -35,6 +37,7 @@ def run(config: Config, workdir: Path, stop: StopRequest | None = None) -> dict[
         config: a checked config.
         workdir: the run's folder; what an earlier run of the same command left there is gone on from.
         stop: a request to stop that is entered already; None to listen from here to the end.
+        allowed: fields that may differ from those of the run that is gone on from.
 
     Returns:
         The results by method name, baselines first.
@@ -45,21 +48,22 @@ def run(config: Config, workdir: Path, stop: StopRequest | None = None) -> dict[
     """
     if stop is None:
         with StopRequest() as stop:
-            return run(config, workdir, stop)
+            return run(config, workdir, stop, allowed)
     records.check(config.log)
     workdir.mkdir(parents=True, exist_ok=True)
     with Lock(workdir):
         setup = prepare(config)
         stop.raise_if_requested()
+        check_resumable(setup, config.method, workdir, allowed)
         _log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
         before = _before(setup, config.method, evaluator)
         results: dict[str, Result] = {}
         for name in config.baselines:
             options = _baseline_options(config, name)
-            results[name] = _fit(setup, METHODS[name](), options, workdir / name, stop, evaluator)
+            results[name] = _fit(setup, METHODS[name](), options, workdir / name, stop, evaluator, allowed)
         options = optimizers.for_head_alone(config.optimizer) if config.method.name == "head" else config.optimizer
-        results[config.method.name] = _fit(setup, config.method, options, workdir, stop, evaluator)
+        results[config.method.name] = _fit(setup, config.method, options, workdir, stop, evaluator, allowed)
         _finish(setup, before, results, workdir)
     return results
 
@@ -92,9 +96,10 @@ def _before(setup: Setup, method: Method, evaluator: Evaluator) -> dict[str, flo
 
 
 def _fit(
-    setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest, evaluator: Evaluator
-) -> Result:
-    result = Run(setup, method, options, folder, stop, evaluator).fit()
+    setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest, evaluator: Evaluator,
+    allowed: Sequence[str],
+) -> Result:  # fmt: skip
+    result = Run(setup, method, options, folder, stop, evaluator, allowed).fit()
     save_adapter(folder / "adapter", method, result.params, setup.model, labels=setup.labels)
     _log.info("%s on the test rows: %s", method.name, _shown(result.test))
     return result

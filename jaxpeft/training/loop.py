@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +97,40 @@ def split_for(setup: Setup, method: Method) -> tuple[Tree, Tree]:
 
     The trainable leaves are copies: the step is given them for good (they are donated), the base stays as it was.
     """
-    params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
-    trainable, frozen = tree.partition(params, trainable_mask(method, params))
+    trainable, frozen = _rewritten(setup, method)
     where = replicated(setup.mesh)
     return jax.tree.map(jnp.copy, jax.device_put(trainable, where)), jax.device_put(frozen, where)
+
+
+def _rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:
+    params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
+    return tree.partition(params, trainable_mask(method, params))
+
+
+def identity_of(setup: Setup, method: Method, trainable: Tree) -> dict[str, Any]:
+    """Gives what makes a run this run."""
+    method_values = {"name": method.name, **dataclasses.asdict(method)}
+    return dict(setup.identity) | {"method": method_values, "tree": tree_spec(trainable), "steps": setup.steps}
+
+
+def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequence[str]) -> None:
+    """Refuses, before anything is computed, to go on from another run's checkpoints.
+
+    Args:
+        setup: the prepared run.
+        method: that will be trained.
+        folder: of the run.
+        allowed: fields that may differ.
+
+    Raises:
+        ConfigError: the checkpoints are another run's.
+        CheckpointError: none of them is good.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
+    latest = checkpoints.latest()
+    if latest is not None:
+        trainable, _ = jax.eval_shape(lambda: _rewritten(setup, method))
+        checkpoints.check_identity(latest, identity_of(setup, method, trainable), allowed)
 
 
 class Run:
@@ -113,6 +143,7 @@ class Run:
         folder: where checkpoints and figures go.
         stop: asked before each step.
         evaluator: of the setup.
+        allowed: fields that may differ from those of the checkpoint that is gone on from.
     """
 
     def __init__(
@@ -123,7 +154,9 @@ class Run:
         folder: Path,
         stop: StopRequest,
         evaluator: Evaluator,
+        allowed: Sequence[str] = (),
     ) -> None:
+        self.allowed = allowed
         self.setup, self.method, self.stop, self.folder = setup, method, stop, folder
         folder.mkdir(parents=True, exist_ok=True)
         trainable, self.frozen = split_for(setup, method)
@@ -137,11 +170,7 @@ class Run:
         self.progress = Progress()
         self.evaluator = evaluator
         self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
-        self.identity = dict(setup.identity) | {
-            "method": {"name": method.name, **dataclasses.asdict(method)},
-            "tree": tree_spec(trainable),
-            "steps": setup.steps,
-        }
+        self.identity = identity_of(setup, method, trainable)
         self.step = 0
         self.pending: list[tuple[int, int, Position, dict[str, jax.Array]]] = []
         self.writers: list[records.Writer] = []
@@ -188,7 +217,7 @@ class Run:
     def _resume(self) -> None:
         latest = self.checkpoints.latest()
         if latest is not None:
-            self.checkpoints.check_identity(latest, self.identity)
+            self.checkpoints.check_identity(latest, self.identity, self.allowed)
         self.checkpoints.put_aside(latest)
         if latest is None:
             return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import pytest
 
 from jaxpeft.checkpoint.identity import differences, tree_spec
+from jaxpeft.errors import ConfigError
 
 SAVED = {"config": {"train": {"seed": 0}, "log": {"every_steps": 10}, "data": {"lengths": [16, 32]}}, "steps": 6}
 
@@ -14,25 +16,45 @@ def changed(**fields: object) -> dict[str, object]:
 
 
 def test_equal_runs_do_not_differ_whatever_the_kind_of_sequence() -> None:
-    assert differences(SAVED, changed(config={**SAVED["config"], "data": {"lengths": (16, 32)}})) == []  # type: ignore[dict-item]
+    assert differences(SAVED, changed(config={**SAVED["config"], "data": {"lengths": (16, 32)}})) == ([], [])  # type: ignore[dict-item]
 
 
 def test_every_changed_field_is_a_row_with_both_values() -> None:
     now = changed(config={"train": {"seed": 3}, "log": {"every_steps": 10}, "data": {"lengths": [16]}}, steps=7)
-    assert differences(SAVED, now) == [
-        "config.data.lengths: was [16, 32], is [16]",
-        "config.train.seed: was 0, is 3",
-        "steps: was 6, is 7",
-    ]
+    rows = ["config.data.lengths: was [16, 32], is [16]", "config.train.seed: was 0, is 3"]
+    assert differences(SAVED, now) == (rows, [])  # the steps differ since these do
+    assert differences(SAVED, changed(steps=7)) == (["steps: was 6, is 7"], [])
+
+
+def test_what_is_allowed_to_differ_is_told_apart_with_all_that_follows_from_it() -> None:
+    now = changed(config={"train": {"seed": 3}, "log": {}, "data": {"lengths": [16]}}, steps=7)
+    seed, lengths = "config.train.seed: was 0, is 3", "config.data.lengths: was [16, 32], is [16]"
+    assert differences(SAVED, now, ["train.seed"]) == ([lengths], [seed])
+    assert differences(SAVED, now, ["config.train", "data.lengths"]) == ([], [lengths, seed])
+
+
+def test_shapes_of_leaves_are_never_allowed_to_differ() -> None:
+    old = {"config": {"method": {"rank": 8}}, "tree": {"q/lora_a": "float32[4, 8]"}}
+    now = {"config": {"method": {"rank": 4}}, "tree": {"q/lora_a": "float32[4, 4]"}}
+    assert differences(old, now) == (["config.method.rank: was 8, is 4"], [])
+    rank, leaf = "config.method.rank: was 8, is 4", "tree.q/lora_a: was 'float32[4, 8]', is 'float32[4, 4]'"
+    assert differences(old, now, ["method.rank"]) == ([leaf], [rank])
+
+
+def test_an_unknown_field_cannot_be_allowed() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--allow-change=train.sede: no such field; did you mean 'config.train.seed'"
+    ):
+        differences(SAVED, SAVED, ["train.sede"])
 
 
 def test_a_field_that_came_or_went_is_told() -> None:
-    assert differences({"a": 1}, {"b": 2}) == ["a: was 1, is not there", "b: was not there, is 2"]
+    assert differences({"a": 1}, {"b": 2}) == (["a: was 1, is not there", "b: was not there, is 2"], [])
 
 
 def test_what_only_logs_may_change() -> None:
     now = changed(config={**SAVED["config"], "log": {"every_steps": 1}})  # type: ignore[dict-item]
-    assert differences(SAVED, now) == []
+    assert differences(SAVED, now) == ([], [])
 
 
 def test_a_tree_is_told_by_path_dtype_and_shape() -> None:

@@ -7,12 +7,15 @@ second colon: `in_eval:1:term`; several signals are parted by commas; `full` fil
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from jaxpeft import logs
 
 
 def _signal(number: int) -> Callable[[], None]:
@@ -37,6 +40,8 @@ def main(argv: list[str]) -> int:
     """Sets the fault and runs the job."""
     at, arguments = argv[0], argv[argv.index("--") + 1 :]
     point, number, *kind = at.split(":")
+    # Orbax, imported before the command has set up logging, would do so itself
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
     from jaxpeft.checkpoint import manager, manifest
     from jaxpeft.training import evaluation, loop
 
