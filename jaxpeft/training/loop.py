@@ -26,7 +26,6 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.data.batches import Position
-from jaxpeft.errors import TrainingError
 from jaxpeft.sharding.mesh import by_rows, place, replicated
 from jaxpeft.training import flops, optimizers, records
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
@@ -34,6 +33,7 @@ from jaxpeft.training.progress import StepProgress, memory_gb, timed
 from jaxpeft.training.setup import Setup
 from jaxpeft.training.signals import Stopped, StopRequest
 from jaxpeft.training.step import TrainState, init_state, make_train_step
+from jaxpeft.training.watch import Watch
 
 _log = logging.getLogger(__name__)
 Step = Callable[[TrainState, Tree, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
@@ -176,7 +176,7 @@ class Run:
         self.writers: list[records.Writer] = []
         self.started = time.perf_counter()
         self.aside = 0.0
-        self.bad_steps: list[tuple[int, str]] = []
+        self.watch = Watch(_names(trainable), setup.config.train.most_skipped, _chance(setup))
         self.flops_per_token = flops.per_token(trainable, self.frozen)
         self.sizes = tree.count(trainable), tree.count(trainable) + tree.count(self.frozen)
 
@@ -313,42 +313,15 @@ class Run:
         """
         loss = math.nan
         for step, tokens, position, metrics in self.pending:
-            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-            figures = {"loss": loss, "grad_norm": norm, "learning_rate": self._rate(step), "tokens": tokens}
-            if math.isfinite(loss) and math.isfinite(norm):
-                self.bad_steps.clear()
-                self._write(step, figures)
-            else:
-                self._write(step, {"skipped": 1, "tokens": tokens})
-                self._skipped(step, position, loss, norm, np.asarray(metrics["broken"]))
+            loss = float(metrics["loss"])
+            seen = self.watch.see(step, self.setup.batches.told(position), metrics, self._newest)
+            self._write(step, seen | {"learning_rate": self._rate(step), "tokens": tokens})
         self.pending.clear()
         return loss
 
-    def _skipped(self, step: int, position: Position, loss: float, norm: float, broken: np.ndarray[Any, Any]) -> None:
-        """Counts a step whose loss or gradient is not finite: the program has not applied it.
-
-        Raises:
-            TrainingError: it is one too many in a row.
-        """
-        leaves = jax.tree.leaves_with_path(self.state.trainable)
-        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-        bad = [name for name, flag in zip(names, broken, strict=True) if flag]
-        self.bad_steps.append((step, self.setup.batches.told(position)))
-        what = f"loss is {loss}, gradient norm is {norm}"
-        if len(self.bad_steps) < self.setup.config.train.most_skipped:
-            _log.warning("step %d is skipped: %s", step, what)
-            return
-        first, rows = self.bad_steps[0]
-        raise TrainingError(
-            f"step {step}: {what}, the last of {len(self.bad_steps)} steps in a row that were skipped, the first of them step "
-            f"{first} ({rows}); not finite: {', '.join(bad[:3])}"
-            f"{' and others' if len(bad) > 3 else ''}; {self._newest()}, and is finite; lower optimizer.learning_rate, set "
-            "optimizer.clip_norm, or look at the rows"
-        )
-
     def _newest(self) -> str:
         latest = self.checkpoints.latest()
-        return "no step is saved yet" if latest is None else f"the newest checkpoint is step {latest}"
+        return "no step is saved yet" if latest is None else f"the newest checkpoint is step {latest}, and is finite"
 
     def _rate(self, step: int) -> float:
         return float(np.asarray(self.rate(step - 1)))
@@ -392,6 +365,17 @@ class Run:
         progress = dataclasses.asdict(self.progress)
         meta = {"identity": self.identity, "progress": progress, "position": self.position}
         self.checkpoints.save(self.step, self.state, self.best, meta)
+
+
+def _names(trainable: Tree) -> list[str]:
+    leaves = jax.tree.leaves_with_path(trainable)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
+def _chance(setup: Setup) -> float | None:
+    """Gives the loss of a guess: of a classification into n classes, ln n."""
+    classes = setup.model.config.vocab_size if setup.problem == "lm" else len(setup.labels)
+    return math.log(classes) if setup.problem in ("lm", "single_label", "token") else None
 
 
 def devices_of(params: Tree) -> list[Any]:

@@ -1,0 +1,145 @@
+"""Numerics: what is not finite is skipped, counted, and stops the run in the end; what cannot be right is said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpeft.data import Batches
+from jaxpeft.training import job as jobs
+from jaxpeft.training import losses, setup
+from jaxpeft.training.records import read_lines
+from tests.faults.conftest import Job, Marks, files
+
+pytestmark = pytest.mark.slow
+Change = Callable[[int, dict[str, Any]], dict[str, Any]]
+
+
+def change_batches(patch: pytest.MonkeyPatch, change: Change) -> None:
+    """Changes the batches by step."""
+    real = Batches.batch
+    patch.setattr(Batches, "batch", lambda self, step: change(step, real(self, step)))
+
+
+@pytest.mark.case(24)
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(
+    job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a label that the model has not gives NaN
+    change_batches(monkeypatch, lambda step, made: made | {"labels": made["labels"] + 1000} if step in (1, 3) else made)
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(jobs, "save_adapter", lambda folder, method, params, *_, **__: kept.update(params=params))
+    done = job.here()
+    marks.exit(done, 0)
+    marks.message(done, "step 2 is skipped: loss is nan", "step 4 is skipped: loss is nan")
+    marks.in_time(done)
+    lines = read_lines(job.workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines if "skipped" in line] == [2, 4]
+    assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(kept["params"]))
+    marks.kept({}, files(job.workdir))
+
+
+@pytest.mark.case(25)
+def test_several_in_a_row_stop_the_run_with_their_place_and_a_finite_checkpoint(
+    job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_batches(monkeypatch, lambda step, made: made | {"labels": made["labels"] + 1000} if step >= 4 else made)
+    done = job.here("--config.train.most_skipped=3")
+    marks.exit(done, 1)
+    marks.message(
+        done, "the last of 3 steps in a row that were skipped, the first of them step 5 (sequences ", "not finite: bert/",
+        "the newest checkpoint is step ", "lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows",
+    )  # fmt: skip
+    marks.in_time(done)
+    before = files(job.checkpoints)
+    monkeypatch.undo()
+    again = job.here("--config.train.most_skipped=3")
+    assert again.returncode == 0, again.stderr
+    assert all(math.isfinite(line["loss"]) for line in read_lines(job.workdir / "metrics.jsonl") if "loss" in line)
+    marks.kept({k: v for k, v in before.items() if k.startswith("4/")}, before)
+
+
+@pytest.mark.case(26)
+def test_a_batch_without_a_label_is_told_and_leaves_all_finite(
+    job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_batches(monkeypatch, lambda step, made: made | {"weights": made["weights"] * 0} if step == 2 else made)
+    done = job.here()
+    marks.exit(done, 0)
+    marks.message(done, "step 3: no label in its batch (sequences ", "nothing is learned from it")
+    marks.in_time(done)
+    lines = read_lines(job.workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines if "empty" in line] == [3]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    marks.kept({}, files(job.workdir))
+
+
+@pytest.mark.case(27)
+def test_a_first_loss_far_above_chance_is_warned_of(job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = losses.loss_for
+    monkeypatch.setattr(setup, "loss_for", lambda *args: _scaled(real(*args), 10.0))
+    done = job.here()
+    marks.exit(done, 0)
+    marks.message(
+        done, "step 1: loss 1", "is far above that of a guess, 1.10: likely another tokenizer or chat template"
+    )
+    marks.in_time(done)
+    marks.kept({}, files(job.workdir))
+
+
+@pytest.mark.case(27)
+def test_a_gradient_of_zero_for_ten_steps_is_warned_of(job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = losses.loss_for
+
+    def constant(*args: Any) -> losses.Loss:
+        loss = real(*args)
+
+        def of(logits: Any, batch: Any) -> Any:
+            total, weight = loss(jax.lax.stop_gradient(logits), batch)
+            return total, weight
+
+        return of
+
+    monkeypatch.setattr(setup, "loss_for", constant)
+    done = job.here("--config.train.steps=12")
+    marks.exit(done, 0)
+    marks.message(
+        done, "step 10: the gradient was exactly 0 for 10 steps: nothing is learned; likely no label is learned"
+    )
+    assert "far above" not in done.stderr
+
+
+def _scaled(loss: losses.Loss, by: float) -> losses.Loss:
+    def of(logits: Any, batch: Any) -> Any:
+        total, weight = loss(logits, batch)
+        return total * by, weight
+
+    return of
+
+
+@pytest.mark.case(36)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("--config.mesh.data=3", "train.batch_size: 8 is not divisible by mesh.data 3 x accumulation 1 = 3; it could be 6 or 9"),
+        ("--config.mesh.data=16 --config.train.batch_size=16", "mesh.data: 16 devices, there are 8 (cpu); set it to 8 or less"),
+        ("--config.mesh.data=-1 --config.train.batch_size=12", "train.batch_size: 12 is not divisible by 8 devices = 8; it could be 8 or 16"),
+        ("--config.train.accumulation=3", "train.accumulation: 3 does not divide batch_size 8; it could be 1, 2, 4, 8"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_the_devices_do_not_divide_is_refused_with_the_arithmetic(
+    job: Job, marks: Marks, tmp_path: Path, change: str, said: str
+) -> None:
+    job.workdir.mkdir()
+    (job.workdir / "note").write_text("mine")
+    done = job.here(*change.split())
+    marks.exit(done, 2)
+    marks.message(done, said)
+    marks.early(done)
+    marks.kept({"note": b"mine"}, files(job.workdir))

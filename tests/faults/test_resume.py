@@ -1,0 +1,262 @@
+"""Resume identity: a run that goes on is the run that was never stopped, and another run is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxpeft.checkpoint import identity
+from jaxpeft.config.schema import Config
+from jaxpeft.training import job as jobs
+from jaxpeft.training import loop
+from jaxpeft.training.records import read_lines
+from jaxpeft.training.signals import Stopped
+from tests.faults.conftest import Done, Job, Marks, files
+from tests.training.runs import make_config, write_config
+
+__all__ = ["make_config"]
+pytestmark = pytest.mark.slow
+STEPS = 20
+TIMING = {"tokens_per_second", "model_flops_per_second", "memory_gb"}
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """Reads the figures of a run, without how long they took."""
+    lines = [{k: v for k, v in line.items() if k not in TIMING} for line in read_lines(folder / "metrics.jsonl")]
+    return [line for line in lines if len(line) > 1]
+
+
+def arrays(folder: Path, step: int) -> dict[str, bytes]:
+    """Reads the arrays of a checkpoint."""
+    import orbax.checkpoint as ocp
+
+    state = ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(step) / "state")
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def compile_once(patch: pytest.MonkeyPatch) -> None:
+    """Lets runs of one config share their compiled step: it is the same program."""
+    made: dict[str, Any] = {}
+    compiled = loop.Run._compiled
+    patch.setattr(
+        loop.Run,
+        "_compiled",
+        lambda self: made.setdefault("step", None) or made.update(step=compiled(self)) or made["step"],
+    )
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Makes the next run stop, as SIGTERM would, after so many steps."""
+    fit = loop.Run._train
+
+    def train(self: Any, compiled: Any) -> None:
+        def check() -> None:
+            if self.step >= step:
+                raise Stopped(15)
+
+        self.stop.raise_if_requested = check
+        fit(self, compiled)
+
+    patch.setattr(loop.Run, "_train", train)
+
+
+@pytest.mark.case(18)
+def test_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout_and_accumulation(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
+) -> None:
+    config = make_config(
+        "text", data__packing=True, data__max_length=24, train__steps=STEPS, train__accumulation=2, train__batch_size=4,
+        evaluation__every_steps=10, checkpoint__every_steps=1, checkpoint__keep=STEPS,
+    )  # fmt: skip
+    config = dataclasses.replace(config, method=dataclasses.replace(config.method, dropout=0.1))  # type: ignore[call-arg]
+    compile_once(monkeypatch)
+    whole = tmp_path / "whole"
+    jobs.run(config, whole)
+    wanted, told = arrays(whole, STEPS), figures(whole)
+    for step in range(1, STEPS):
+        folder = tmp_path / f"stopped{step}"
+        shutil.copytree(whole / "checkpoints" / str(step), folder / "checkpoints" / str(step))
+        again = jobs.run(config, folder)["lora"]
+        assert again.steps == STEPS
+        assert arrays(folder, STEPS) == wanted, f"stopped after step {step}"
+        assert figures(folder) == [line for line in told if line["step"] > step or "test/loss" in line]
+    done = Done(0, "", 0.0)
+    marks.exit(done, 0)
+    marks.message(done)
+    marks.in_time(done)
+    marks.kept(wanted, arrays(folder, STEPS))
+
+
+@pytest.mark.case(19)
+def test_on_other_numbers_of_devices_the_batches_are_the_same_and_the_losses_close(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
+) -> None:
+    seen: list[str] = []
+    place = loop.place
+
+    def placed(mesh: Any, batch: Mapping[str, Any], axis: int) -> Any:
+        seen.append(f"{hashlib.sha256(batch['input_ids'].tobytes()).hexdigest()}")
+        return place(mesh, batch, axis)
+
+    monkeypatch.setattr(loop, "place", placed)
+    config = make_config("text", train__steps=9, checkpoint__every_steps=3)
+    jobs.run(config, tmp_path / "whole")
+    ids, seen[:] = list(seen), []
+    for devices, stop in ((2, 3), (4, 6), (1, None)):
+        on = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=devices))
+        with monkeypatch.context() as patch:
+            if stop is not None:
+                stop_after(patch, stop)
+                with pytest.raises(Stopped) as stopped:
+                    jobs.run(on, tmp_path / "run")
+            else:
+                jobs.run(on, tmp_path / "run")
+    assert seen == ids
+    losses = [[line["loss"] for line in figures(tmp_path / name) if "loss" in line] for name in ("whole", "run")]
+    assert len(losses[0]) == len(losses[1]) == 9
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    done = Done(stopped.value.exit_code, "", 0.0)
+    marks.exit(done, 143)
+    marks.message(done)
+    marks.in_time(done)
+    marks.kept({}, {})
+
+
+CHANGES = [
+    pytest.param("--config.train.seed=7", "config.train.seed: was 0, is 7", id="seed"),
+    pytest.param(
+        "--config.data.max_length=14 --config.data.lengths=(14,)", "config.data.max_length: was 16, is 14", id="length"
+    ),
+    pytest.param("--config.train.batch_size=4", "config.train.batch_size: was 8, is 4", id="batch"),
+]
+
+
+@pytest.mark.case(20)
+@pytest.mark.parametrize(("change", "row"), CHANGES)
+def test_another_seed_length_or_batch_is_refused(job: Job, whole: Job, marks: Marks, change: str, row: str) -> None:
+    _refused(job, whole, marks, row, *change.split())
+
+
+@pytest.mark.case(21)
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        ("--config.method.rank=4", "config.method.rank: was 8, is 4"),
+        ("--config.method.alpha=4", "config.method.alpha: was 16.0, is 4.0"),
+        ("--config.method.targets=('query',)", "config.method.targets: was 'all-linear', is ['query']"),
+    ],
+)
+def test_another_rank_alpha_or_targets_is_refused(job: Job, whole: Job, marks: Marks, change: str, row: str) -> None:
+    _refused(job, whole, marks, row, change)
+
+
+def _refused(job: Job, whole: Job, marks: Marks, row: str, *change: str) -> None:
+    shutil.copytree(whole.workdir, job.workdir)
+    before = files(job.workdir)
+    done = job.here(*change)
+    marks.exit(done, 2)
+    marks.message(done, f"{job.checkpoints} holds step 8 of another run; undo", f"\n  {row}", "--allow-change=FIELD")
+    marks.early(done)
+    marks.kept(before, files(job.workdir))
+
+
+@pytest.mark.case(20)
+def test_a_change_that_is_allowed_is_told_and_gone_on_with(job: Job, whole: Job, marks: Marks) -> None:
+    assert job(fault="in_step:3:term").returncode == 143
+    done = job.here("--config.optimizer.learning_rate=1e-3", "--allow-change=optimizer.learning_rate")
+    marks.exit(done, 0)
+    marks.message(done, "going on from step 3 with another config.optimizer.learning_rate: was 0.0002, is 0.001")
+    wrong = job.here("--config.optimizer.learning_rate=1e-3", "--allow-change=learning_rat")
+    marks.exit(wrong, 2)
+    marks.message(wrong, "--allow-change=learning_rat: no such field")
+
+
+@pytest.mark.case(20)
+@pytest.mark.parametrize("what", ["rows", "tokenizer", "template"])
+def test_other_rows_tokenizer_or_template_are_refused(
+    tiny_models: Mapping[str, Path], tmp_path: Path, marks: Marks, what: str
+) -> None:
+    model, rows, template = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "mine.jinja"
+    shutil.copytree(tiny_models["llama"], model)
+    turns = [{"messages": [{"role": "user", "content": f"word{i} word{i + 1}"},
+                           {"role": "assistant", "content": f"word{i + 2}"}]} for i in range(40)]  # fmt: skip
+    rows.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    config = write_config(
+        tmp_path / "mine.py", model, rows, model__task="causal_lm", data__chat_template=str(template), train__steps=2,
+        log__tensorboard=False, log__plot=False,
+    )  # fmt: skip
+    job = Job(config, tmp_path / "run")
+    assert job.here().returncode == 0
+    if what == "rows":
+        rows.write_text(rows.read_text().replace("word30", "word31"))
+    elif what == "tokenizer":
+        file = model / "tokenizer.json"
+        file.write_text(
+            file.read_text().replace('"word50": 55', '"word50": 56').replace('"word51": 56', '"word51": 55')
+        )
+    else:
+        template.write_text("{% for m in messages %}{{ m.content }} word1 {% endfor %}")
+    before = files(job.workdir)
+    done = job.here()
+    marks.exit(done, 2)
+    marks.message(done, f"{job.checkpoints} holds step 2 of another run; undo these changes", "data.train: was '")
+    marks.early(done)
+    marks.kept(before, files(job.workdir))
+
+
+@pytest.mark.case(22)
+def test_a_checkpoint_of_another_dtype_is_refused_not_cast(
+    job: Job, whole: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole.workdir, job.workdir)
+    before = files(job.workdir)
+    spec = identity.tree_spec
+    # adapters are always float32: only a later version of the program could want another dtype
+    monkeypatch.setattr(
+        loop, "tree_spec", lambda tree: {k: v.replace("float32", "bfloat16") for k, v in spec(tree).items()}
+    )
+    done = job.here()
+    marks.exit(done, 2)
+    marks.message(done, "lora_a: was 'float32[", "is 'bfloat16[")
+    marks.early(done)
+    marks.kept(before, files(job.workdir))
+
+
+@pytest.mark.case(22)
+def test_the_dtype_of_the_base_is_part_of_the_run(job: Job, whole: Job, marks: Marks) -> None:
+    _refused(job, whole, marks, "config.model.dtype: was 'auto', is 'bfloat16'", "--config.model.dtype=bfloat16")
+
+
+@pytest.mark.case(23)
+def test_other_base_weights_are_refused(
+    job: Job, whole: Job, marks: Marks, tiny_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_models["bert"], base)
+    _same_base_elsewhere(job, whole, base)
+    tensors = load_file(base / "model.safetensors")
+    first = sorted(tensors)[0]
+    tensors[first] = tensors[first] + np.float32(1e-3)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    before = files(job.workdir)
+    done = job.here(f"--config.model.path={base}")
+    marks.exit(done, 2)
+    marks.message(done, "base.sha256: was '")
+    marks.early(done)
+    marks.kept(before, files(job.workdir))
+
+
+def _same_base_elsewhere(job: Job, whole: Job, base: Path) -> None:
+    shutil.copytree(whole.workdir, job.workdir)
+    assert job.here(f"--config.model.path={base}").returncode == 0
