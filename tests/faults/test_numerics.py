@@ -27,6 +27,14 @@ def change_batches(patch: pytest.MonkeyPatch, change: Change) -> None:
     patch.setattr(Batches, "batch", lambda self, step: change(step, real(self, step)))
 
 
+def _goes_on(job: Job, marks: Marks) -> None:
+    """Gives the command again: it goes on from what is saved, and leaves that as it is."""
+    before = files(job.checkpoints)
+    again = job.here()
+    assert (again.returncode, "restoring step 8" in again.stderr) == (0, True), again.stderr
+    marks.kept(before, files(job.checkpoints))
+
+
 @pytest.mark.case(24)
 def test_a_batch_that_is_not_finite_is_skipped_and_counted(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
@@ -42,7 +50,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(
     lines = read_lines(job.workdir / "metrics.jsonl")
     assert [line["step"] for line in lines if "skipped" in line] == [2, 4]
     assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(kept["params"]))
-    marks.kept({}, files(job.workdir))
+    _goes_on(job, marks)
 
 
 @pytest.mark.case(25)
@@ -57,12 +65,13 @@ def test_several_in_a_row_stop_the_run_with_their_place_and_a_finite_checkpoint(
         "the newest checkpoint is step ", "lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows",
     )  # fmt: skip
     marks.in_time(done)
+    assert job.steps[-1] == 6  # with nothing of steps 5 and 6 in it
     before = files(job.checkpoints)
     monkeypatch.undo()
-    again = job.here("--config.train.most_skipped=3")
+    again = job.here("--config.train.most_skipped=3", "--config.checkpoint.keep=9")
     assert again.returncode == 0, again.stderr
     assert all(math.isfinite(line["loss"]) for line in read_lines(job.workdir / "metrics.jsonl") if "loss" in line)
-    marks.kept({k: v for k, v in before.items() if k.startswith("4/")}, before)
+    marks.kept({k: v for k, v in before.items() if k.startswith("6/")}, files(job.checkpoints))
 
 
 @pytest.mark.case(26)
@@ -77,7 +86,7 @@ def test_a_batch_without_a_label_is_told_and_leaves_all_finite(
     lines = read_lines(job.workdir / "metrics.jsonl")
     assert [line["step"] for line in lines if "empty" in line] == [3]
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
-    marks.kept({}, files(job.workdir))
+    _goes_on(job, marks)
 
 
 @pytest.mark.case(27)
@@ -90,7 +99,7 @@ def test_a_first_loss_far_above_chance_is_warned_of(job: Job, marks: Marks, monk
         done, "step 1: loss 1", "is far above that of a guess, 1.10: likely another tokenizer or chat template"
     )
     marks.in_time(done)
-    marks.kept({}, files(job.workdir))
+    _goes_on(job, marks)
 
 
 @pytest.mark.case(27)

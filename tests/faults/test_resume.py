@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxpeft.checkpoint import identity
-from jaxpeft.config.schema import Config
-from jaxpeft.training import job as jobs
 from jaxpeft.training import loop
 from jaxpeft.training.records import read_lines
 from jaxpeft.training.signals import Stopped
-from tests.faults.conftest import Done, Job, Marks, files
-from tests.training.runs import make_config, write_config
+from tests.faults.conftest import Job, Marks, files
+from tests.training.runs import write_config, write_rows
 
-__all__ = ["make_config"]
 pytestmark = pytest.mark.slow
 STEPS = 20
 TIMING = {"tokens_per_second", "model_flops_per_second", "memory_gb"}
@@ -46,13 +42,14 @@ def arrays(folder: Path, step: int) -> dict[str, bytes]:
 
 def compile_once(patch: pytest.MonkeyPatch) -> None:
     """Lets runs of one config share their compiled step: it is the same program."""
-    made: dict[str, Any] = {}
+    made: list[Any] = []
     compiled = loop.Run._compiled
-    patch.setattr(
-        loop.Run,
-        "_compiled",
-        lambda self: made.setdefault("step", None) or made.update(step=compiled(self)) or made["step"],
-    )
+
+    def shared(self: Any) -> Any:
+        made.extend([] if made else [compiled(self)])
+        return made[0]
+
+    patch.setattr(loop.Run, "_compiled", shared)
 
 
 def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
@@ -70,66 +67,69 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(loop.Run, "_train", train)
 
 
+def text_config(folder: Path, models: Mapping[str, Path], **options: Any) -> Path:
+    """Writes the config of a short run of a language model."""
+    rows = write_rows(folder / "rows.jsonl", "text", 60)
+    options = {"log__tensorboard": False, "log__plot": False, "optimizer__learning_rate": 1e-2, **options}
+    return write_config(folder / "mine.py", models["llama"], rows, model__task="causal_lm", **options)
+
+
 @pytest.mark.case(18)
 def test_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout_and_accumulation(
-    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
+    tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
 ) -> None:
-    config = make_config(
-        "text", data__packing=True, data__max_length=24, train__steps=STEPS, train__accumulation=2, train__batch_size=4,
-        evaluation__every_steps=10, checkpoint__every_steps=1, checkpoint__keep=STEPS,
+    config = text_config(
+        tmp_path, tiny_models, data__packing=True, data__max_length=24, train__steps=STEPS, train__accumulation=2,
+        train__batch_size=4, evaluation__every_steps=10, checkpoint__every_steps=1, checkpoint__keep=STEPS,
+        method__dropout=0.1,
     )  # fmt: skip
-    config = dataclasses.replace(config, method=dataclasses.replace(config.method, dropout=0.1))  # type: ignore[call-arg]
     compile_once(monkeypatch)
-    whole = tmp_path / "whole"
-    jobs.run(config, whole)
-    wanted, told = arrays(whole, STEPS), figures(whole)
+    whole = Job(config, tmp_path / "whole")
+    assert whole.here().returncode == 0
+    wanted, told = arrays(whole.workdir, STEPS), figures(whole.workdir)
     for step in range(1, STEPS):
-        folder = tmp_path / f"stopped{step}"
-        shutil.copytree(whole / "checkpoints" / str(step), folder / "checkpoints" / str(step))
-        again = jobs.run(config, folder)["lora"]
-        assert again.steps == STEPS
-        assert arrays(folder, STEPS) == wanted, f"stopped after step {step}"
-        assert figures(folder) == [line for line in told if line["step"] > step or "test/loss" in line]
-    done = Done(0, "", 0.0)
-    marks.exit(done, 0)
-    marks.message(done)
-    marks.in_time(done)
-    marks.kept(wanted, arrays(folder, STEPS))
+        stopped = Job(config, tmp_path / f"stopped{step}")
+        shutil.copytree(whole.checkpoints / str(step), stopped.checkpoints / str(step))
+        done = stopped.here()
+        marks.exit(done, 0)
+        marks.message(done, f"restoring step {step} from {stopped.checkpoints}")
+        marks.in_time(done)
+        marks.kept(wanted, arrays(stopped.workdir, STEPS))
+        assert figures(stopped.workdir) == [line for line in told if line["step"] > step or "test/loss" in line]
+        marks.same_end(stopped, whole)
 
 
 @pytest.mark.case(19)
 def test_on_other_numbers_of_devices_the_batches_are_the_same_and_the_losses_close(
-    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
+    tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
 ) -> None:
     seen: list[str] = []
     place = loop.place
 
     def placed(mesh: Any, batch: Mapping[str, Any], axis: int) -> Any:
-        seen.append(f"{hashlib.sha256(batch['input_ids'].tobytes()).hexdigest()}")
+        seen.append(hashlib.sha256(batch["input_ids"].tobytes()).hexdigest())
         return place(mesh, batch, axis)
 
     monkeypatch.setattr(loop, "place", placed)
-    config = make_config("text", train__steps=9, checkpoint__every_steps=3)
-    jobs.run(config, tmp_path / "whole")
+    config = text_config(tmp_path, tiny_models, train__steps=9, checkpoint__every_steps=3, log__every_steps=1)
+    whole, job = Job(config, tmp_path / "whole"), Job(config, tmp_path / "run")
+    assert whole.here().returncode == 0
     ids, seen[:] = list(seen), []
-    for devices, stop in ((2, 3), (4, 6), (1, None)):
-        on = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=devices))
+    for devices, stop in ((2, 3), (4, 6)):
         with monkeypatch.context() as patch:
-            if stop is not None:
-                stop_after(patch, stop)
-                with pytest.raises(Stopped) as stopped:
-                    jobs.run(on, tmp_path / "run")
-            else:
-                jobs.run(on, tmp_path / "run")
+            stop_after(patch, stop)
+            done = job.here(f"--config.mesh.data={devices}")
+        marks.exit(done, 143)
+        marks.message(done, f"step {stop} is saved", f"on {devices} of 8 device(s)")
+    before = files(job.checkpoints / "6")
+    done = job.here()
+    marks.exit(done, 0)
+    marks.in_time(done)
+    marks.kept(before, files(job.checkpoints / "6"))
     assert seen == ids
-    losses = [[line["loss"] for line in figures(tmp_path / name) if "loss" in line] for name in ("whole", "run")]
+    losses = [[line["loss"] for line in figures(of.workdir) if "loss" in line] for of in (whole, job)]
     assert len(losses[0]) == len(losses[1]) == 9
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    done = Done(stopped.value.exit_code, "", 0.0)
-    marks.exit(done, 143)
-    marks.message(done)
-    marks.in_time(done)
-    marks.kept({}, {})
 
 
 CHANGES = [

@@ -15,7 +15,6 @@ import pytest
 
 import jaxpeft
 from jaxpeft.config.schema import Config
-from jaxpeft.data import Batches
 from jaxpeft.errors import ConfigError, TrainingError
 from jaxpeft.training import job
 from jaxpeft.training.records import read_lines
@@ -178,25 +177,6 @@ def test_a_run_that_blows_up_stops_with_the_steps_and_a_way_out(make_config: Mak
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert sum(line.get("skipped", 0) for line in lines) == 3
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
-
-
-def test_a_bad_batch_now_and_then_is_skipped_and_counted(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    real = Batches.batch
-
-    def batch(self: Batches, step: int) -> Any:
-        made = real(self, step)
-        # a label that the model has not gives NaN
-        return {**made, "labels": made["labels"] + 1000} if step in (1, 3) else made
-
-    monkeypatch.setattr(Batches, "batch", batch)
-    config = make_config(train__steps=6, train__most_skipped=2)
-    result = job.run(config, tmp_path / "run")["lora"]
-    assert "step 2 is skipped: loss is nan" in caplog.text
-    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines if "skipped" in line] == [2, 4]
-    assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(result.trainable))
 
 
 def test_a_metric_that_is_not_computed_is_named_with_those_that_are(make_config: MakeConfig, tmp_path: Path) -> None:
