@@ -87,4 +87,5 @@ def told(encoded: Encoded) -> str:
     if encoded.segments is not None:
         full = fill(encoded, encoded.max_length)
         line += f"; packed into {len(encoded)} rows of {encoded.max_length} tokens, {full:.1%} full"
+        line += f", by cutting texts in {counts['cut']} places" if counts["cut"] else ""
     return line

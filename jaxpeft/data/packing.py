@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.supervise import IGNORED
+
+FORMAT = 2
+SHORTEST = 64
+Piece = tuple[int, int, int]
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -43,10 +49,55 @@ def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return [sorted(items) for items in bins]
 
 
+def pour(bins: Sequence[Sequence[int]], lengths: np.ndarray, capacity: int) -> list[list[Piece]]:
+    """Cuts the sequences of the emptiest bins, to fill the rooms of the others with them.
+
+    Texts of two thirds of a row leave a third of each row empty, however they are packed. A text that is longer than a row
+    is cut anyway; here a few others are, too. None is cut to less than 64 tokens.
+
+    Args:
+        bins: the sequences of each bin, as `first_fit` gives them.
+        lengths: of the sequences, int [n].
+        capacity: of a bin.
+
+    Returns:
+        The pieces of each bin, each `(sequence, start, stop)`; every token stands in exactly one.
+    """
+    pieces = [[(i, 0, int(lengths[i])) for i in items] for items in bins]
+    rooms = [(sum(stop for _, _, stop in of) - capacity, number) for number, of in enumerate(pieces)]
+    heapq.heapify(rooms)
+    while len(rooms) > 1:
+        _, emptiest = heapq.heappop(rooms)
+        moved = _spread(pieces[emptiest], rooms)
+        if moved is None:
+            break
+        pieces[emptiest] = []
+        for number, piece in moved:
+            pieces[number].append(piece)
+    return [sorted(of) for of in pieces if of]
+
+
+def _spread(pieces: Sequence[Piece], rooms: list[tuple[int, int]]) -> list[tuple[int, Piece]] | None:
+    """Cuts pieces into the largest rooms, a heap of `(-room, bin)`; gives None where they do not fit."""
+    out: list[tuple[int, Piece]] = []
+    for sequence, first, stop in pieces:
+        start = first
+        while start < stop:
+            room, number = -rooms[0][0], rooms[0][1]
+            size = stop - start if stop - start <= room else min(room, stop - start - SHORTEST)
+            if size < min(SHORTEST, stop - start):
+                return None
+            heapq.heapreplace(rooms, (size - room, number))
+            out.append((number, (sequence, start, start + size)))
+            start += size
+    return out
+
+
 def pack(encoded: Encoded, capacity: int) -> Encoded:
     """Packs documents into rows.
 
-    A document's first token has no label any more: it would be predicted from another document.
+    A document's first token has no label any more: it would be predicted from another document. Texts, of which long ones
+    are split anyway, are cut where that fills rows; a dialog stays whole.
 
     Args:
         encoded: sequences with a label a token, none longer than `capacity`.
@@ -55,13 +106,15 @@ def pack(encoded: Encoded, capacity: int) -> Encoded:
     Returns:
         Rows of one or more documents, with `segments`; the documents of a row keep their order.
     """
-    rows = first_fit(encoded.lengths, capacity)
-    order = np.fromiter((i for row in rows for i in row), np.int64, len(encoded))
-    sizes = encoded.lengths[order]
+    bins = first_fit(encoded.lengths, capacity)
+    whole = [[(i, 0, int(encoded.lengths[i])) for i in items] for items in bins]
+    rows = pour(bins, encoded.lengths, capacity) if encoded.kind == "text" else whole
+    pieces = np.array([piece for row in rows for piece in row], np.int64).reshape(-1, 3)
+    order, sizes = pieces[:, 0], pieces[:, 2] - pieces[:, 1]
     ends = np.cumsum(sizes)
     starts = ends - sizes
     # where in the old arrays each token of the new ones stands
-    take = np.arange(len(encoded.tokens)) + np.repeat(encoded.offsets[:-1][order] - starts, sizes)
+    take = np.arange(len(encoded.tokens)) + np.repeat(encoded.offsets[:-1][order] + pieces[:, 1] - starts, sizes)
     counts = np.fromiter(map(len, rows), np.int64, len(rows))
     last = np.cumsum(counts) - 1
     number = np.arange(len(order)) - np.repeat(last + 1 - counts, counts) + 1
@@ -75,8 +128,8 @@ def pack(encoded: Encoded, capacity: int) -> Encoded:
         type_ids=None if encoded.type_ids is None else encoded.type_ids[take],
         source=encoded.source[order][last + 1 - counts],
         segments=np.repeat(number, sizes).astype(np.int32),
-        counts={**encoded.counts, "sequences": len(rows)},
-        fingerprint=hashlib.sha256(f"{encoded.fingerprint} packed {capacity}".encode()).hexdigest(),
+        counts={**encoded.counts, "sequences": len(rows), "cut": len(pieces) - len(encoded)},
+        fingerprint=hashlib.sha256(f"{encoded.fingerprint} packed {FORMAT} {capacity}".encode()).hexdigest(),
     )
 
 
