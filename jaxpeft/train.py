@@ -7,7 +7,6 @@ The same command again goes on where it was stopped. Exit codes: 0 done, 2 bad i
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import tempfile
@@ -119,7 +118,6 @@ def _hush() -> None:
 
 def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
     """Imports JAX, now that the config is good, and runs."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from jaxpeft.training.signals import Stopped, StopRequest
 
     with StopRequest() as stop:
