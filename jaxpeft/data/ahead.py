@@ -1,23 +1,29 @@
-"""Items made ahead of their use, in their order, by a thread or by worker processes of Grain."""
+"""Items made ahead of their use, in their order, by a thread or by worker processes."""
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import signal
+import threading
 import time
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, cast
+from multiprocessing.connection import Connection
+from queue import Empty, Queue
+from typing import Any, Generic, Protocol, TypeVar
 
-from jaxpeft.errors import JaxpeftError, WorkerError
+from jaxpeft.errors import WorkerError
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-_END = object()
+_END: Any = object()
 _POLL = 0.2
+_GRACE = 2.0
 _KILLED = " (killed, as a system does that is out of memory)"
+_LOOK = "set data.workers=0 to see what happens"
 AHEAD = 2
 
 
@@ -33,28 +39,6 @@ class Source(Protocol[T_co]):
         ...
 
 
-@dataclass(frozen=True)
-class _Sealed(Generic[T]):
-    """An item that Grain passes on as it is: what it does not know as an array it does not put into shared memory."""
-
-    item: T
-
-
-@dataclass(frozen=True)
-class _Sealing(Generic[T]):
-    source: Source[T]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> _Sealed[T | JaxpeftError]:
-        try:
-            return _Sealed(self.source[i])
-        except JaxpeftError as error:
-            # passed on whole: Grain would write another message around it
-            return _Sealed(error)
-
-
 def ahead(
     source: Source[T], workers: int = 0, *, timeout: float = 60.0, waiting: Callable[[], None] = lambda: None
 ) -> Generator[T]:
@@ -62,80 +46,154 @@ def ahead(
 
     Args:
         source: of the items; with workers it is sent to each of them, and item `i` is made by worker `i % workers`.
-        workers: how many processes make items; 0 for a thread of this one.
+        workers: how many processes make items; 0 for a thread of this one, which may still make one when this is closed.
         timeout: seconds that an item may take, once the workers have given the first.
         waiting: called several times a second while an item is waited for; may raise to stop.
 
     Raises:
         WorkerError: a worker has ended, or gives nothing within `timeout`.
-        JaxpeftError: an item cannot be made.
+        Exception: an item cannot be made: what the source raised.
     """
-    others = set(multiprocessing.active_children())
-    iterator = _iterator(source, workers)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="data")
-    stuck = False
+    processes = _Processes(source, workers)
+    taker = _Taker(processes.items() if workers else (source[i] for i in range(len(source))))
+    # the first item waits for the processes to start, however slow the machine
+    limit = timeout + 60
     try:
-        began = False
         while True:
-            future = pool.submit(next, iterator, _END)
-            stuck = True
-            # the first item waits for the processes to start, however slow the machine
-            sealed = _wait(future, timeout if began or not workers else timeout + 60, workers, waiting)
-            stuck, began = False, True
-            if sealed is _END:
+            future, began = taker.next(), time.monotonic()
+            while not wait([future], _POLL).done:
+                waiting()
+                if workers and time.monotonic() - began > limit:
+                    raise WorkerError(
+                        f"data.workers: the worker processes have given nothing for {limit:.0f} s; raise data.worker_timeout, "
+                        f"lower data.buffer_rows, or {_LOOK}"
+                    )
+            item, limit = future.result(), timeout
+            if item is _END:
                 return
-            item = cast(_Sealed[T], sealed).item
-            if isinstance(item, JaxpeftError):
-                raise item
             yield item
     finally:
-        if stuck:
-            # one that hangs would not end by itself
-            for process in set(multiprocessing.active_children()) - others:
+        processes.end()
+        taker.close()
+
+
+class _Taker(Generic[T]):
+    """A thread that takes items of a generator ahead of their use; a daemon, since a source may hang."""
+
+    def __init__(self, items: Generator[T]) -> None:
+        self._items, self._closed = items, threading.Event()
+        self._futures: Queue[Future[T]] = Queue(AHEAD)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="data")
+        self._thread.start()
+
+    def next(self) -> Future[T]:
+        """Gives the next item, or `_END`, made or not."""
+        return self._futures.get()
+
+    def close(self) -> None:
+        """Ends the thread, if it does so in time."""
+        self._closed.set()
+        try:
+            while True:
+                self._futures.get_nowait()
+        except Empty:
+            self._thread.join(_GRACE)
+
+    def _run(self) -> None:
+        while True:
+            future = Future[T]()
+            self._futures.put(future)
+            if self._closed.is_set():
+                return self._items.close()
+            try:
+                future.set_result(next(self._items, _END))
+            except BaseException as error:  # noqa: BLE001 - raised where the item is asked for
+                future.set_exception(error)
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a worker raised."""
+
+    error: Exception
+
+
+class _Processes(Generic[T]):
+    """Worker processes, each of which makes every n-th item of a source.
+
+    Each writes to a pipe of its own, whose other end nothing else holds: its death ends the pipe, half a message or not.
+    Grain's workers share a queue, whose reader waits forever for the rest of what a killed worker had begun to write.
+    """
+
+    def __init__(self, source: Source[T], n: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._source = source
+        self._pipes: list[tuple[Connection, Connection]] = [context.Pipe(duplex=False) for _ in range(n)]
+        self._all = [
+            context.Process(target=_work, args=(source, i, n, pipe), daemon=True)
+            for i, (_, pipe) in enumerate(self._pipes)
+        ]
+
+    def items(self) -> Generator[T]:
+        """Starts them and yields what they make.
+
+        Raises:
+            WorkerError: one has ended.
+        """
+        try:
+            self._start()
+            for i in range(len(self._source)):
+                made = self._receive(i % len(self._all))
+                if isinstance(made, _Failed):
+                    raise made.error
+                yield made
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Kills those that have not ended by themselves: they hold nothing that could be lost."""
+        for process in self._all:
+            if process.pid is not None:
                 process.kill()
-        pool.shutdown(wait=True)
-        iterator.close()
+                process.join(_GRACE)
+        atexit.unregister(self.end)
+
+    def _start(self) -> None:
+        try:
+            with ThreadPoolExecutor(len(self._all)) as pool:
+                list(pool.map(lambda process: process.start(), self._all))
+        except OSError as error:
+            raise WorkerError(f"data.workers: a worker process cannot be started ({error}); {_LOOK}") from error
+        atexit.register(self.end)  # before multiprocessing's own, which waits for them
+        for _, theirs in self._pipes:
+            theirs.close()
+
+    def _receive(self, number: int) -> Any:
+        try:
+            return self._pipes[number][0].recv()
+        except (EOFError, OSError):
+            process = self._all[number]
+            process.join(_GRACE)
+            code = process.exitcode
+            killed = _KILLED if code == -signal.SIGKILL else ""
+            raise WorkerError(f"data.workers: a worker process ended with exit code {code}{killed}; {_LOOK}") from None
 
 
-def _iterator(source: Source[T], workers: int) -> Any:
-    # here, not at the top: whoever only reads rows need not wait for it
-    import grain
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own, and jaxpeft's commands keep theirs to themselves
-    items = grain.MapDataset.source(cast(Any, _Sealing(source)))
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
-    made = items.to_iter_dataset(options)
-    if workers:
-        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-        made = made.mp_prefetch(processes, worker_init_fn=_begin)
-    return iter(made)
-
-
-def _begin(number: int, of: int) -> None:
-    """Leaves signals to the main process, which ends its workers itself."""
+def _work(source: Source[Any], first: int, step: int, pipe: Connection) -> None:
+    """Makes items in a worker process; signals are left to the main process, without which the pipe breaks."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
+    try:
+        for made in _made(source, range(first, len(source), step)):
+            pipe.send(made)
+    except BrokenPipeError:
+        return
 
 
-def _wait(future: Future[Any], timeout: float, workers: int, waiting: Callable[[], None]) -> Any:
-    began = time.monotonic()
-    while True:
-        try:
-            return future.result(_POLL)
-        except NotYet:
-            waiting()
-            if workers and time.monotonic() - began > timeout:
-                raise WorkerError(
-                    f"data.workers: the worker processes have given nothing for {timeout:.0f} s; raise data.worker_timeout, "
-                    "lower data.buffer_rows, or set data.workers=0 to see what happens"
-                ) from None
-        except RuntimeError as error:
-            if "exit code" not in str(error):
-                raise
-            code = str(error).partition("exit code ")[2].partition(".")[0]
-            raise WorkerError(
-                f"data.workers: a worker process ended with exit code {code}{_KILLED if code == '-9' else ''}; set data.workers=0 "
-                "to see what happens"
-            ) from error
+def _made(source: Source[Any], numbers: range) -> Iterator[Any]:
+    try:
+        for i in numbers:
+            yield source[i]
+    except Exception as error:  # noqa: BLE001 - raised in the main process
+        error.add_note(f"in a worker process:\n{''.join(traceback.format_exception(error))}")
+        yield _Failed(error)
