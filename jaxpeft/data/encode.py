@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,13 @@ def _build(examples: Examples, tokenizer: Any, options: Options, progress: Progr
     truncated = sum(batch.truncated for batch in batches)
     arrays = {"tokens": tokens, "offsets": offsets, "source": source}
     dropped = sum(len(batch.dropped) for batch in batches)
-    learned = sum(t != IGNORED for of_row in labels for t in of_row)
+    flat = _flat(labels)
+    learned = int((flat != IGNORED).sum())
     arrays["counts"] = np.array([dropped, learned, len(examples), len(lengths), len(tokens), truncated], np.int64)
     if types:
         arrays["type_ids"] = _flat(types)
     per_row: Any = examples.labels
-    arrays["labels"] = per_row if examples.kind == "classification" else _flat(labels)
+    arrays["labels"] = per_row if examples.kind == "classification" else flat
     return arrays
 
 
@@ -168,8 +170,7 @@ def _batches(examples: Examples, tokenizer: Any, options: Options, progress: Pro
 
 
 def _flat(lists: list[list[int]]) -> np.ndarray:
-    size = sum(map(len, lists))
-    return np.fromiter((item for of_row in lists for item in of_row), np.int32, size)
+    return np.fromiter(chain.from_iterable(lists), np.int32, sum(map(len, lists)))
 
 
 def _from_arrays(examples: Examples, arrays: Arrays, max_length: int, key: str, state: CacheState) -> Encoded:

@@ -142,12 +142,13 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
         end: token that a text ends with, where a template has not marked the end and the end is learned; None for none.
     """
     texts = [script.text[:cut] for script in scripts for cut in script.cuts]
-    made = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-    pieces = iter(zip(made["input_ids"], made["offset_mapping"], strict=True))
+    pieces = iter(encodings(tokenizer, texts))
     out: list[Labelled] = []
     for script in scripts:
-        ids, places = _join(script, [next(pieces) for _ in script.cuts], tokenizer)
-        labels = [t if _inside(at, script.learned) else IGNORED for t, at in zip(ids, places, strict=True)]
+        ids, learned = _join(script, [next(pieces) for _ in script.cuts], tokenizer)
+        labels = [IGNORED] * len(ids)
+        for start, stop in learned:
+            labels[start:stop] = ids[start:stop]
         if not script.begun:
             ids, labels = [*begin, *ids], [IGNORED] * len(begin) + labels
         if end is not None and not script.ended and labels[-1:] not in ([IGNORED], [end], []):
@@ -158,38 +159,53 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
     return out
 
 
+def encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+    """Tokenises texts without special tokens, as `tokenizers` gives them: what is not asked for is not made.
+
+    Args:
+        tokenizer: a fast tokenizer of `transformers`.
+        texts: the texts.
+    """
+    backend = tokenizer.backend_tokenizer
+    # a call with truncation leaves these set
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return backend.encode_batch(list(texts), add_special_tokens=False)
+
+
 def _doubled(ids: Sequence[int], bos: int | None) -> int:
     """Counts the BOS before the last BOS of those that a text begins with."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair == (bos, bos), itertools.pairwise(ids)))
 
 
-def _join(script: Script, pieces: Sequence[tuple[Any, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Joins the tokens up to each cut, never changing those before it; gives tokens and where each begins."""
+def _join(script: Script, pieces: Sequence[Any], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Joins the tokens up to each cut, never changing those before it; gives tokens, and from which to which is learned."""
     ids: list[int] = []
-    places: list[int] = []
-    for before, cut, (tokens, offsets) in zip([0, *script.cuts], script.cuts, pieces, strict=False):
-        if tokens[: len(ids)] == ids:
-            added, starts = tokens[len(ids) :], [start for start, _ in offsets[len(ids) :]]
-        else:
-            added, starts = _behind_anchor(script.text[before:cut], tokenizer)
-            starts = [start + before for start in starts]
-        ids += added
-        places += starts
-    return ids, places
+    learned: list[tuple[int, int]] = []
+    ends = [None, *(end for _, end in script.learned)]
+    for before, cut, end, piece in zip([0, *script.cuts], script.cuts, ends, pieces, strict=False):
+        start, tokens, anchored = len(ids), piece.ids, None
+        known = start
+        if tokens[:known] != ids:
+            anchored, known = _behind_anchor(script.text[before:cut], tokenizer), 0
+            tokens = anchored[0]
+        ids += tokens[known:]
+        if end is None:
+            continue
+        inside = len(tokens)
+        if end < cut:  # something of the template stands between the answer and the next cut
+            offsets, shift = (anchored[1], before) if anchored else (piece.offsets, 0)
+            inside = sum(at + shift < end for at, _ in offsets)
+        learned.append((start, start + max(0, inside - known)))
+    return ids, learned
 
 
-def _behind_anchor(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _behind_anchor(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokenises a text as if something stood before it: some tokenizers begin a text with a mark of their own."""
-
-    def tokens(text: str) -> tuple[list[int], list[int]]:
-        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-        return made["input_ids"], [start for start, _ in made["offset_mapping"]]
-
-    anchor, (ids, starts) = tokens(ANCHOR)[0], tokens(ANCHOR + text)
-    if ids[: len(anchor)] == anchor:
-        return ids[len(anchor) :], [start - len(ANCHOR) for start in starts[len(anchor) :]]
-    return tokens(text)
-
-
-def _inside(place: int, spans: Sequence[tuple[int, int]]) -> bool:
-    return any(start <= place < end for start, end in spans)
+    anchor, whole = encodings(tokenizer, [ANCHOR, ANCHOR + text])
+    known = len(anchor.ids)
+    if whole.ids[:known] == anchor.ids:
+        return whole.ids[known:], [(start - len(ANCHOR), end - len(ANCHOR)) for start, end in whole.offsets[known:]]
+    (alone,) = encodings(tokenizer, [text])
+    return alone.ids, alone.offsets
