@@ -77,7 +77,9 @@ class DataConfig:
         (), "the padded lengths, ascending; empty to choose them from the data", at_least=2
     )
     packing: bool = option(False, "put several texts or dialogs into one row of max_length, none seeing another")
-    separator: str = option("", "what stands between a prompt and its completion, such as '\\n'; not learned")
+    separator: str = option(
+        "", "what stands between a prompt and its completion, such as '\\nA: '; texts are cut there; not learned"
+    )
     add_bos: bool = option(True, "begin a text with the tokenizer's beginning-of-text token, if it has one")
     add_eos: bool = option(True, "end a text or an answer with the tokenizer's end-of-text token, if it has one")
     most_dropped: float = option(
@@ -202,6 +204,8 @@ class EvaluationConfig:
 
     every_steps: int | None = option(None, "evaluate every so many steps; None for the end of each epoch", at_least=1)
     batch_size: int = option(64, "rows a batch", at_least=1)
+    samples: int = option(0, "test rows whose answers are generated and shown, before training and after", at_least=0)
+    sample_tokens: int = option(64, "tokens of such an answer at most", at_least=1)
     metric: (
         Literal["loss", "perplexity", "accuracy", "f1", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "mse"]
         | None
@@ -269,6 +273,8 @@ class Config:
                 found.append(f"data.{name}: is for task 'causal_lm', task is {self.model.task!r}; remove it")
         if self.data.streaming and self.train.epochs is not None:
             found.append(f"train.epochs: {self.train.epochs} of a stream whose length is not known; set train.steps")
+        if self.evaluation.samples and self.model.task != "causal_lm":
+            found.append(f"evaluation.samples: is for task 'causal_lm', task is {self.model.task!r}; remove it")
         found += self._mesh_problems()
         for name in self.baseline_learning_rates:
             if name not in ("head", "bitfit", "full"):

@@ -59,6 +59,13 @@ class Preference:
     rejected: Dialog | Completion
 
 
+def last_answer(dialog: Dialog | Completion) -> str:
+    """Gives what the assistant says last."""
+    if isinstance(dialog, Completion):
+        return dialog.completion
+    return next(str(message["content"]) for message in reversed(dialog.messages) if message["role"] == "assistant")
+
+
 def read_text(value: Any) -> str:
     """Reads a text.
 

@@ -70,9 +70,7 @@ def encode(
         ConfigError: an option does not fit the tokenizer.
         DataError: a row gives no token, or a token is not below `vocab_size`.
     """
-    chat = any(isinstance(text, Dialog) for text in examples.texts)
-    template = template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
-    options = Options(max_length, add_bos, add_eos, template, separator)
+    options = make_options(examples, tokenizer, max_length, add_bos, add_eos, chat_template, separator)
     _check_options(examples, tokenizer, options)
     key = fingerprint(examples, tokenizer, options)
     path = cache_folder(cache_dir) / f"{key}.npz"
@@ -88,6 +86,16 @@ def encode(
     _check_dropped(examples, encoded, most_dropped)
     _check_vocabulary(encoded, tokenizer, vocab_size)
     return encoded
+
+
+def make_options(
+    examples: Examples, tokenizer: Any, max_length: int, add_bos: bool, add_eos: bool, chat_template: str | None,
+    separator: str,
+) -> Options:  # fmt: skip
+    """Gives what changes the tokens; the chat template where there are chats."""
+    chat = any(isinstance(text, Dialog) for text in examples.texts)
+    template = template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
+    return Options(max_length, add_bos, add_eos, template, separator)
 
 
 def fingerprint(examples: Examples, tokenizer: Any, options: Options) -> str:

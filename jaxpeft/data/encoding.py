@@ -9,10 +9,11 @@ from typing import Any
 from jaxpeft.config.schema import Config, DataConfig
 from jaxpeft.data.buckets import choose_lengths
 from jaxpeft.data.columns import GENERATIVE
-from jaxpeft.data.encode import Progress, encode, pad_id
+from jaxpeft.data.encode import Progress, encode, make_options, pad_id
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.examples import Examples
 from jaxpeft.data.packing import fill, pack
+from jaxpeft.data.tokens import prompt_ids
 
 _log = logging.getLogger(__name__)
 
@@ -49,23 +50,33 @@ class Encoding:
             ConfigError: an option does not fit the tokenizer.
             DataError: rows cannot be used.
         """
-        text, options = examples.kind in GENERATIVE, self.options
+        options = self.options
         encoded = encode(
             examples,
             self.tokenizer,
-            max_length=options.max_length,
             vocab_size=self.vocab,
-            add_bos=text and options.add_bos and self.tokenizer.bos_token_id is not None,
-            add_eos=text and options.add_eos and self.tokenizer.eos_token_id is not None,
-            chat_template=options.chat_template,
-            separator=options.separator,
             most_dropped=options.most_dropped,
             progress=progress,
             use_cache=self.use_cache,
+            **self._of(examples),
         )
         if not options.packing:
             return encoded
         return pack(encoded, options.max_length)
+
+    def prompt(self, examples: Examples, row: int) -> list[int]:
+        """Gives the tokens that the answer of a row is generated from."""
+        return prompt_ids(examples, row, self.tokenizer, make_options(examples, self.tokenizer, **self._of(examples)))
+
+    def _of(self, examples: Examples) -> dict[str, Any]:
+        text, options, tokenizer = examples.kind in GENERATIVE, self.options, self.tokenizer
+        return {
+            "max_length": options.max_length,
+            "add_bos": text and options.add_bos and tokenizer.bos_token_id is not None,
+            "add_eos": text and options.add_eos and tokenizer.eos_token_id is not None,
+            "chat_template": options.chat_template,
+            "separator": options.separator,
+        }
 
 
 def padded_lengths(config: Config, split: Encoded) -> tuple[int, ...]:

@@ -45,7 +45,8 @@ _DIALOGS: Mapping[str, Callable[[Record, Columns], Text]] = {
     "messages": read_dialog,
     "preference": read_preference,
 }
-_CHATS = frozenset({"prompt_completion", "instruction", "messages"})
+CHATS = frozenset({"prompt_completion", "instruction", "messages"})
+"""Formats with answers, which can be trained on together."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,31 @@ def make_examples(
     return Examples(kind, problem, texts, pairs, _arrays(labels, problem, len(names)), names, found, rows)
 
 
+def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:
+    r"""Cuts each text at the first separator into `prompt` and `completion`.
+
+    Args:
+        rows: rows of text.
+        separator: such as `"\nA: "`.
+        columns: the text column, if it is named.
+
+    Raises:
+        DataError: a text does not hold the separator.
+    """
+    column = find_columns(rows.columns(), columns, "text", rows.name).text or ""
+    problems, records = Problems(), list[Record]()
+    for i, record in enumerate(rows.records):
+        prompt, there, completion = str(record.get(column) or "").partition(separator)
+        if not there:
+            fault = f"field {column!r} does not hold data.separator {separator!r}"
+            problems.add(rows.where(i), fault, _shown(record), "correct the row, or the separator")
+        records.append({"prompt": prompt, "completion": completion})
+    problems.raise_if_any()
+    return dataclasses.replace(
+        rows, records=records, sha256=hashlib.sha256(f"{rows.sha256} {separator}".encode()).hexdigest()
+    )
+
+
 def join(parts: Sequence[Examples]) -> Examples:
     """Puts examples of several sources behind one another; different formats of dialogs become chats.
 
@@ -151,7 +177,7 @@ def join(parts: Sequence[Examples]) -> Examples:
         return parts[0]
     kinds = {part.kind for part in parts}
     told = ", ".join(f"{part.rows.name} ({part.kind})" for part in parts)
-    if len(kinds) > 1 and not kinds <= _CHATS:
+    if len(kinds) > 1 and not kinds <= CHATS:
         raise DataError(f"{told}: these formats cannot be trained on together; leave one out, or set data.format")
     if len({part.pairs is None for part in parts}) > 1:
         raise DataError(f"{told}: some have a second text, others none; name the columns, or leave one out")

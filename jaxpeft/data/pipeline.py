@@ -37,6 +37,8 @@ class Splits:
         tokenizer: of the model.
         pad_id: token to pad with.
         problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
+        asked: the test rows, to be answered.
+        encoding: how rows become tokens.
         stream: the training rows where they are streamed: `examples` and `train` are its first buffer.
     """
 
@@ -47,6 +49,8 @@ class Splits:
     tokenizer: Any
     pad_id: int
     problem: str
+    asked: Examples
+    encoding: Encoding
     stream: Stream | None = None
 
 
@@ -87,7 +91,7 @@ def read_splits(config: Config, source: sources.Source, shown: Shown) -> Splits:
     held_out = tokens(validation)
     last = tokens(test) if test is not validation else held_out
     problem = {"classification": str(train.problem), "token_classification": "token"}.get(train.kind, "lm")
-    return Splits(train, encoded, held_out, last, encoding.tokenizer, encoding.pad_id, problem, stream)
+    return Splits(train, encoded, held_out, last, encoding.tokenizer, encoding.pad_id, problem, test, encoding, stream)
 
 
 def make_batches(config: Config, splits: Splits) -> Batches | Stream:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxpeft.config.schema import Config
 from jaxpeft.data import plan
 from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_format
-from jaxpeft.data.examples import Examples, join, make_examples
+from jaxpeft.data.examples import Examples, join, make_examples, split_at
 from jaxpeft.data.holdout import hold_out, hold_out_text
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
 from jaxpeft.errors import ConfigError
@@ -29,8 +29,9 @@ def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
         DataError: rows cannot be used.
     """
     options = config.data
-    sources = [read_source(path, "train", config) for path in options.sources]
-    kinds: list[Kind] = [kind_of(config, rows) for rows in sources]
+    told = [recognize(config, read_source(path, "train", config)) for path in options.sources]
+    sources = [rows for rows, _ in told]
+    kinds: list[Kind] = [kind for _, kind in told]
     # labels are those of all rows: which of them are drawn to be trained on or held out must not change the classes
     whole = None if kinds[0] in GENERATIVE else _examples(Rows.join(sources, _name(sources)), kinds[0], config)
     sources = [_drawn(rows, config) for rows in sources]
@@ -84,6 +85,26 @@ def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Ro
     return taken
 
 
+def recognize(config: Config, rows: Rows) -> tuple[Rows, Kind]:
+    """Gives rows with their format; texts that hold the separator become prompts with completions.
+
+    Raises:
+        ConfigError: a format is named where the task has only one.
+        DataError: the columns fit no format, or several.
+    """
+    kind = kind_of(config, rows)
+    if kind == "text" and config.data.separator:
+        return split_at(rows, config.data.separator, columns_of(config, kind)), "prompt_completion"
+    return rows, kind
+
+
+def columns_of(config: Config, kind: Kind) -> Columns:
+    """Gives the columns that the config names; of texts that were cut, the text has none any more."""
+    named = config.data.columns
+    cut = kind == "prompt_completion" and config.data.separator
+    return Columns(**{field: column for field, column in named.items() if not (cut and field == "text")})
+
+
 def kind_of(config: Config, rows: Rows) -> Kind:
     """Gives the format of rows, told from their columns where the config does not name it.
 
@@ -114,12 +135,14 @@ def read_source(path: str, split: str, config: Config) -> Rows:
 
 def _examples(rows: Rows, kind: Kind, config: Config, like: Examples | None = None) -> Examples:
     problem = None if config.data.problem == "auto" else config.data.problem
-    return make_examples(rows, kind=kind, problem=problem, columns=Columns(**config.data.columns), like=like)
+    return make_examples(rows, kind=kind, problem=problem, columns=columns_of(config, kind), like=like)
 
 
 def _other(path: str, split: str, config: Config, like: Examples) -> Examples:
     """Reads another split; its columns are those of the training rows, or found as theirs were."""
     rows = _drawn(read_source(path, split, config), config)
+    if config.data.separator:
+        return _examples(*recognize(config, rows), config)
     columns = set(like.columns.given().values())
     if like.kind not in GENERATIVE or (columns and columns <= set(rows.columns())):
         return make_examples(rows, kind=like.kind, like=like)

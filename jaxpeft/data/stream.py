@@ -16,7 +16,7 @@ from jaxpeft.data.columns import Columns, Kind
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.encoding import Encoding, padded_lengths
 from jaxpeft.data.examples import Examples, join, make_examples
-from jaxpeft.data.reading import kind_of
+from jaxpeft.data.reading import columns_of, recognize
 from jaxpeft.data.row_streams import RowStream
 from jaxpeft.data.rows import is_hub_id
 from jaxpeft.errors import DataError
@@ -29,12 +29,14 @@ class StreamedSource:
     """One source of a stream.
 
     Attributes:
+        config: of the run.
         rows: its rows.
         kind: their format.
         columns: the columns that are used.
         count: how many of its rows a buffer holds.
     """
 
+    config: Config
     rows: RowStream
     kind: Kind
     columns: Columns
@@ -43,7 +45,9 @@ class StreamedSource:
     def examples(self, buffer: int) -> Examples | None:
         """Makes the examples of a buffer, None where the rows have ended."""
         rows = self.rows.rows(buffer * self.count, self.count)
-        return make_examples(rows, kind=self.kind, columns=self.columns) if len(rows) else None
+        if not len(rows):
+            return None
+        return make_examples(recognize(self.config, rows)[0], kind=self.kind, columns=self.columns)
 
 
 class Stream:
@@ -76,9 +80,9 @@ class Stream:
             first = stream.rows(0, count)
             if not len(first):
                 raise DataError(f"{path}: has no rows; give a source with at least one row")
-            kind = kind_of(config, first)
-            found = make_examples(first, kind=kind, columns=Columns(**config.data.columns))
-            self._sources.append(StreamedSource(stream, kind, found.columns, count))
+            ready, kind = recognize(config, first)
+            found = make_examples(ready, kind=kind, columns=columns_of(config, kind))
+            self._sources.append(StreamedSource(config, stream, kind, found.columns, count))
 
     @cached_property
     def first(self) -> tuple[Examples, Encoded]:

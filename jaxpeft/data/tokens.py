@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.data.dialogs import Dialog
 from jaxpeft.data.examples import Examples
 from jaxpeft.data.problems import Problems, excerpt
-from jaxpeft.data.supervise import IGNORED, Script, label, write
+from jaxpeft.data.supervise import IGNORED, Script, label, write, write_prompt
 from jaxpeft.data.templates import RenderError, Template
 
 
@@ -80,8 +81,7 @@ def _documents(examples: Examples, tokenizer: Any, rows: range, options: Options
 
 
 def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: Options) -> Batch:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    begin = prefix(tokenizer) if options.add_bos else [t for t in prefix(tokenizer) if t != bos]
+    eos, begin = tokenizer.eos_token_id, _begin(tokenizer, options)
     scripts = _scripts(examples, tokenizer, rows, options)
     batch = Batch([], [], [], [])
     for row, made in zip(
@@ -98,8 +98,37 @@ def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: Options) 
     return batch
 
 
+def prompt_ids(examples: Examples, row: int, tokenizer: Any, options: Options) -> list[int]:
+    """Gives the tokens that the last answer of a dialog is generated from: those that training has before it.
+
+    Args:
+        examples: of dialogs.
+        row: which, from 0.
+        tokenizer: a fast tokenizer of `transformers`.
+        options: as `encode` makes them.
+    """
+    dialog: Any = examples.texts[row]
+    if isinstance(dialog, Dialog):
+        turns = [i for i, message in enumerate(dialog.messages) if message["role"] == "assistant"]
+        dialog = Dialog(dialog.messages[: turns[-1]], dialog.tools)
+    (made,) = label(
+        [write_prompt(dialog, _template(options, tokenizer), options.separator)], tokenizer,
+        begin=_begin(tokenizer, options), end=None,
+    )  # fmt: skip
+    return made.ids
+
+
+def _begin(tokenizer: Any, options: Options) -> list[int]:
+    own = prefix(tokenizer)
+    return own if options.add_bos else [token for token in own if token != tokenizer.bos_token_id]
+
+
+def _template(options: Options, tokenizer: Any) -> Template | None:
+    return Template(options.template, special_tokens(tokenizer)) if options.template else None
+
+
 def _scripts(examples: Examples, tokenizer: Any, rows: range, options: Options) -> list[Script]:
-    template = Template(options.template, special_tokens(tokenizer)) if options.template else None
+    template = _template(options, tokenizer)
     problems, scripts = Problems(), list[Script]()
     dialogs: Any = examples.texts
     for row in rows:

@@ -13,6 +13,8 @@ import jax
 
 from jaxpeft.config.schema import Config, OptimizerConfig
 from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Tree
+from jaxpeft.evaluation.generation import greedy
 from jaxpeft.hub.adapters import save_adapter
 from jaxpeft.methods import METHODS
 from jaxpeft.training import optimizers, plot, records
@@ -58,12 +60,15 @@ def run(
         _log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
         before = _before(setup, config.method, evaluator)
+        answers = {"before training": _answers(setup, setup.params)}
         results: dict[str, Result] = {}
         for name in config.baselines:
             options = _baseline_options(config, name)
             results[name] = _fit(setup, METHODS[name](), options, workdir / name, stop, evaluator, allowed)
         options = optimizers.for_head_alone(config.optimizer) if config.method.name == "head" else config.optimizer
         results[config.method.name] = _fit(setup, config.method, options, workdir, stop, evaluator, allowed)
+        answers["after"] = _answers(setup, results[config.method.name].params)
+        _show_answers(setup, answers)
         _finish(setup, before, results, workdir)
     return results
 
@@ -103,6 +108,22 @@ def _fit(
     save_adapter(folder / "adapter", method, result.params, setup.model, labels=setup.labels)
     _log.info("%s on the test rows: %s", method.name, _shown(result.test))
     return result
+
+
+def _answers(setup: Setup, params: Tree) -> list[str]:
+    """Answers the sample rows by the likeliest tokens."""
+    if not setup.samples:
+        return []
+    prompts, end = [prompt for prompt, _ in setup.samples], setup.tokenizer.eos_token_id
+    made = greedy(setup.model, params, prompts, most=setup.config.evaluation.sample_tokens, end=end)
+    return [setup.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+
+
+def _show_answers(setup: Setup, answers: Mapping[str, list[str]]) -> None:
+    for i, (prompt, wanted) in enumerate(setup.samples):
+        told = [("asked", setup.tokenizer.decode(prompt, skip_special_tokens=True)), ("wanted", wanted)]
+        told += [(name, of[i]) for name, of in answers.items()]
+        _log.info("\nsample %d\n%s", i + 1, "\n".join(f"  {name}: {text.strip()!r}" for name, text in told))
 
 
 def _shown(figures: Mapping[str, float]) -> str:

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from jaxpeft import data
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.paths import Tree
-from jaxpeft.data.pipeline import make_batches, read_splits
+from jaxpeft.data.dialogs import last_answer
+from jaxpeft.data.examples import CHATS
+from jaxpeft.data.pipeline import Splits, make_batches, read_splits
 from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.evaluation.metrics import FIGURES
@@ -47,6 +49,8 @@ class Setup:
         pad_id: token to pad with.
         labels: names of the classes.
         problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
+        samples: a few test rows to answer: the prompt's tokens, and the answer as it is in the rows.
+        tokenizer: of the model.
         identity: what makes this run this run, for the checkpoints.
     """
 
@@ -63,6 +67,8 @@ class Setup:
     pad_id: int
     labels: tuple[str, ...]
     problem: str
+    samples: tuple[tuple[list[int], str], ...]
+    tokenizer: Any
     identity: Mapping[str, Any]
 
 
@@ -108,6 +114,8 @@ def prepare(config: Config) -> Setup:
         pad_id=splits.pad_id,
         labels=splits.examples.label_names,
         problem=splits.problem,
+        samples=_samples(config, splits),
+        tokenizer=splits.tokenizer,
         identity={
             "config": as_dict(config),
             "base": {"sha256": sources.fingerprint(source)},
@@ -117,6 +125,15 @@ def prepare(config: Config) -> Setup:
             },
         },
     )
+
+
+def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...]:
+    rows, asked = min(config.evaluation.samples, len(splits.asked)), splits.asked
+    if rows and asked.kind not in CHATS:
+        raise ConfigError(
+            f"evaluation.samples: {asked.rows.name} holds rows of format {asked.kind}, which have no answers; set it to 0"
+        )
+    return tuple((splits.encoding.prompt(asked, row), last_answer(asked.texts[row])) for row in range(rows))
 
 
 def _check_positions(model: Pretrained, length: int) -> None:

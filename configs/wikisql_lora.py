@@ -1,0 +1,40 @@
+"""LoRA on stories260K to write SQL: questions about tables, of which only the query is learned, packed.
+
+Command:   JAXPEFT_ASSETS=FOLDER python -m jaxpeft.train --config configs/wikisql_lora.py
+Data:      FOLDER/wikisql-lora: 998 rows of WikiSQL as mlx-examples has them, 100 to validate, 100 to test
+Model:     FOLDER/stories260K/hf: llama2.c's stories260K as config.json, model.safetensors and tokenizer.json
+Hardware:  a CPU with 2 cores
+Time:      TIME
+Expected:  EXPECTED
+"""
+
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jaxpeft.config import defaults
+
+ASSETS = Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
+
+
+def get_config() -> ConfigDict:
+    """Gives the options that differ from the defaults."""
+    config = defaults("lora")
+    config.model.path = str(ASSETS / "stories260K" / "hf")
+    config.model.task = "causal_lm"
+    config.method.rank = 32
+    config.method.alpha = 64
+    config.method.targets = "all-linear"
+    for split, name in (("train", "train"), ("validation", "dev"), ("test", "test")):
+        config.data[split] = str(ASSETS / "wikisql-lora" / f"{name}.jsonl")
+    config.data.separator = "\nA: "
+    config.data.max_length = 512
+    config.data.packing = True
+    config.optimizer.learning_rate = 5e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_ratio = 0.05
+    config.train.epochs = 10
+    config.train.batch_size = 16
+    config.evaluation.samples = 1
+    return config

@@ -1,0 +1,56 @@
+"""Generating text by taking the likeliest token, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.forward import apply
+
+
+def greedy(
+    model: nn.Module, params: Mapping[str, Any], prompts: Sequence[Sequence[int]], *, most: int, end: int | None
+) -> list[list[int]]:
+    """Continues prompts by the likeliest token each.
+
+    The whole row is computed anew for every token, with one program for all of them: for a few samples, not for many.
+
+    Args:
+        model: a decoder with a language-model head.
+        params: its parameters, adapters included.
+        prompts: token ids of each prompt, at least one each.
+        most: how many tokens to add at most.
+        end: the token that ends an answer; None for none.
+
+    Returns:
+        The added tokens of each prompt, without `end`.
+    """
+    sizes = np.array([len(prompt) for prompt in prompts])
+    length = int(sizes.max()) + most
+    rows = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+
+    @jax.jit
+    def step(params: Mapping[str, Any], rows: jax.Array, at: jax.Array) -> jax.Array:
+        # what stands behind a place is not seen from it, so padding needs no mask
+        logits = apply(model, params, rows, jnp.ones_like(rows))
+        last = jnp.take_along_axis(logits, (at - 1)[:, None, None], axis=1)[:, 0]
+        return rows.at[jnp.arange(len(rows)), at].set(last.argmax(-1).astype(rows.dtype))
+
+    made = jnp.asarray(rows)
+    for i in range(most):
+        made = step(params, made, jnp.asarray(sizes + i))
+        if end is not None and all(end in _added(made, sizes, row, i + 1) for row in range(len(prompts))):
+            break
+    out = [_added(made, sizes, row, most).tolist() for row in range(len(prompts))]
+    return [ids[: ids.index(end)] if end in ids else ids for ids in out]
+
+
+def _added(rows: jax.Array, sizes: np.ndarray[Any, Any], row: int, count: int) -> np.ndarray[Any, Any]:
+    return np.asarray(rows[row, int(sizes[row]) : int(sizes[row]) + count])
