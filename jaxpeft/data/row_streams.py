@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from functools import cached_property
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxpeft.data.parse_delimited import fields_of, header_of, parse_fields
+from jaxpeft.data.parse import no_parquet
+from jaxpeft.data.parse_delimited import Fields, fields_of, header_of, parse_fields
 from jaxpeft.data.parse_json import parse_lines
 from jaxpeft.data.problems import Record
-from jaxpeft.data.rows import Rows, files_of, hub_record, is_hub_id, load_hub, missing
-from jaxpeft.data.utf8 import check_start
+from jaxpeft.data.rows import Rows, files_of, hub_name, hub_record, is_hub_id, load_hub, missing, unreadable
+from jaxpeft.data.utf8 import check_start, first_fault
 from jaxpeft.errors import DataError
 
 _EDGE = 1 << 20
+_HEAD = 1 << 10
 Raw = tuple[int, Any]
 """The 1-based line of a row, 0 where there are no lines, and the row before it is parsed."""
 
@@ -62,6 +66,7 @@ class RowStream:
             files = files_of(local, split) if local.is_dir() else [local]
             self._readers = [_reader(file) for file in files]
         self._at, self._rest = 0, iter(())
+        self._identity = ""
 
     def rows(self, start: int, count: int) -> Rows:
         """Gives `count` rows from row `start` on, fewer where they end; goes on from the last call where it can.
@@ -70,31 +75,56 @@ class RowStream:
             DataError: a row cannot be read.
         """
         if start < self._at or self._at == 0:
-            self._at, self._rest = 0, ((reader, raw) for reader in self._readers for raw in reader.raw())
-        for _ in islice(self._rest, start - self._at):
+            self._at, self._rest = 0, self._all()
+        at, self._at = self._at, 0  # what fails on the way begins anew
+        for _ in islice(self._rest, start - at):
             pass
         taken = list(islice(self._rest, count))
-        self._at = start + len(taken)
         records: list[Record] = []
-        for reader in self._readers:
-            raws = [raw for of, raw in taken if of is reader]
-            records += reader.parse(raws) if raws else []
-        places = tuple((of.name, start + i + 1) for i, (of, _) in enumerate(taken))
-        lines = tuple(line for _, (line, _) in taken)
+        for reader, group in groupby(taken, itemgetter(0)):
+            records += reader.parse([raw for _, _, raw in group])
+        self._at = start + len(taken)
+        places = tuple((of.name, number) for of, number, _ in taken)
+        lines = tuple(line for _, _, (line, _) in taken)
         return Rows(records, self.name, f"{self.identity()} {start} {len(taken)}", lines, places)
 
+    def _all(self) -> Iterator[tuple[_Reader, int, Raw]]:
+        """Yields every row with its 1-based number in its file."""
+        return ((reader, i, raw) for reader in self._readers for i, raw in enumerate(reader.raw(), 1))
+
     def identity(self) -> str:
-        """Gives the SHA-256 of what tells this source from another without reading all of it."""
-        return hashlib.sha256(" ".join(reader.identity() for reader in self._readers).encode()).hexdigest()
+        """Gives the SHA-256 of what tells this source from another without reading all of it; looked up once."""
+        if not self._identity:
+            told = " ".join(reader.identity() for reader in self._readers)
+            self._identity = hashlib.sha256(told.encode()).hexdigest()
+        return self._identity
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves open files behind: another process opens them itself."""
-        return {"name": self.name, "_readers": self._readers, "_at": 0, "_rest": iter(())}
+        return self.__dict__ | {"_at": 0, "_rest": iter(())}
 
 
 class _File:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
+
+    def raw(self) -> Iterator[Raw]:
+        """Yields the rows, but not the blank ones that a file may end with."""
+        blank: list[Raw] = []
+        try:
+            with self.path.open("rb") as file:
+                check_start(file.read(_HEAD), self.name)
+            for number, row in self._raw():
+                blank.append((number, row))
+                if row and not (isinstance(row, bytes) and row.isspace()):
+                    yield from blank
+                    blank.clear()
+        except OSError as error:
+            raise DataError(unreadable(self.name, error)) from None
+
+    def _raw(self) -> Iterator[Raw]:
+        """Yields every row; a blank one is false, or white space."""
+        raise NotImplementedError
 
     def identity(self) -> str:
         """Gives the hash of the size, the first and the last MiB: a change in between is not seen."""
@@ -107,17 +137,10 @@ class _File:
 
 
 class _Jsonl(_File):
-    def raw(self) -> Iterator[Raw]:
-        blank: list[Raw] = []
+    def _raw(self) -> Iterator[Raw]:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                raw = check_start(line, self.name) if number == 1 else line
-                if not raw.strip():
-                    blank.append((number, raw))  # at the end of the file they are no rows
-                    continue
-                yield from blank
-                blank.clear()
-                yield number, raw.removesuffix(b"\n")
+                yield number, (check_start(line, self.name) if number == 1 else line).removesuffix(b"\n")
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
         return parse_lines(raws, self.name)
@@ -128,24 +151,27 @@ class _Delimited(_File):
         super().__init__(path)
         self._delimiter = delimiter
 
-    def raw(self) -> Iterator[Raw]:
-        with self.path.open("rb") as file:
-            check_start(file.readline(), self.name)
+    @cached_property
+    def _header(self) -> list[str]:
+        return header_of(next(self._fields(), (1, []))[1], self.name)
+
+    def _fields(self) -> Iterator[tuple[int, Fields]]:
         with self.path.open(encoding="utf-8-sig", newline="") as text:
-            rows = fields_of(text, self._delimiter)
             try:
-                header = header_of(next(rows)[1], self.name)
-                yield from ((number, (header, fields)) for number, fields in rows)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{self.name}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+                yield from fields_of(text, self._delimiter)
+            except UnicodeDecodeError:
+                with self.path.open("rb") as file:
+                    raise DataError(first_fault(file, self.name)) from None
+
+    def _raw(self) -> Iterator[Raw]:
+        return islice(self._fields(), 1, None)
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
-        rows = [(number, fields) for number, (_, fields) in raws]
-        return parse_fields(rows, raws[0][1][0], self.name, self._delimiter)
+        return parse_fields(raws, self._header, self.name, self._delimiter)
 
 
 class _Parquet(_File):
-    def raw(self) -> Iterator[Raw]:
+    def _raw(self) -> Iterator[Raw]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -154,8 +180,7 @@ class _Parquet(_File):
                 for batch in file.iter_batches(batch_size=1024):
                     yield from ((0, record) for record in batch.to_pylist())
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{self.name}: not a parquet file ({reason}); write or download it again") from None
+            raise DataError(no_parquet(self.name, error)) from None
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
         return [record for _, record in raws]
@@ -163,13 +188,18 @@ class _Parquet(_File):
 
 class _Hub:
     def __init__(self, hub_id: str, split: str, config: str | None, revision: str | None) -> None:
-        self.name = hub_id
+        self.name = hub_name(hub_id, split, config)
         self._where = (hub_id, split, config, revision)
         self._hash = ""
 
     def raw(self) -> Iterator[Raw]:
         data = load_hub(*self._where, streaming=True)
-        return ((0, hub_record(record, data.features)) for record in data)
+        try:
+            yield from ((0, hub_record(record, data.features)) for record in data)
+        except OSError as error:
+            raise DataError(
+                f"{self.name}: cannot be read on ({error}); check the network, then run it again"
+            ) from error
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
         return [record for _, record in raws]

@@ -126,8 +126,8 @@ def is_hub_id(path: str | Path) -> bool:
 def files_of(folder: Path, split: str) -> list[Path]:
     """Lists the data files of a folder, in the order of their names: those of its split where files are named by split.
 
-    A file belongs to a split that its name begins with: `train.jsonl`, `train-00000-of-00002.parquet`,
-    `test/part1.csv`; `val`, `valid` and `dev` are names of `validation`.
+    A file belongs to a split that its name, or that of a folder above it, begins with: `train.jsonl`,
+    `data/train-00000-of-00002.parquet`, `test/part1.csv`; `val`, `valid` and `dev` are names of `validation`.
 
     Args:
         folder: with data files, or folders of them.
@@ -141,7 +141,7 @@ def files_of(folder: Path, split: str) -> list[Path]:
     files = [path for path in files if not path.name.startswith("dataset_info")]  # written by `datasets`, no rows
     if not files:
         raise DataError(f"{folder}: a folder without data files; give one with files of {_ENDINGS}")
-    splits = [_split_of(path.relative_to(folder).parts[0]) for path in files]
+    splits = [_split_of(path.relative_to(folder)) for path in files]
     if not any(splits):
         return files
     chosen = [path for path, named in zip(files, splits, strict=True) if named == split]
@@ -151,9 +151,9 @@ def files_of(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def _split_of(name: str) -> str | None:
-    word = re.match(r"[a-z]*", name.lower())
-    return _SPLITS.get(word[0] if word else "")
+def _split_of(path: Path) -> str | None:
+    words = [re.sub(r"[^a-z].*", "", part.lower()) for part in path.parts]
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
 
 def _read_file(path: Path, name: str) -> Rows:
@@ -164,7 +164,7 @@ def _read_file(path: Path, name: str) -> Rows:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise DataError(unreadable(name, error)) from None
     return _rows(data, path.suffix.lower(), name)
 
 
@@ -183,6 +183,11 @@ def missing(path: Path, name: str) -> str:
     names = sorted(p.name for p in folder.iterdir())
     hint = nearest(path.name, names)
     return f"{name}: no such file in {str(folder.resolve())!r}{hint or '; check the path'}"
+
+
+def unreadable(name: str, error: OSError) -> str:
+    """Says that a file cannot be read."""
+    return f"{name}: cannot be read ({error.strerror}); check the path and its permissions"
 
 
 def _read_package(text: str) -> Rows:
@@ -215,16 +220,17 @@ def load_hub(hub_id: str, split: str, config: str | None, revision: str | None, 
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         near = nearest(Path(hub_id).name, [p.name for p in Path.cwd().iterdir()])
         raise DataError(
-            f"{_hub_name(hub_id, split, config)}: neither a file here nor loaded from the hub ({reason}){near or '; check it'}"
+            f"{hub_name(hub_id, split, config)}: neither a file here nor loaded from the hub ({reason}){near or '; check it'}"
         ) from None
 
 
-def _hub_name(hub_id: str, split: str, config: str | None) -> str:
+def hub_name(hub_id: str, split: str, config: str | None) -> str:
+    """Names one split of a hub data set, for messages."""
     return f"{hub_id}[{':'.join(filter(None, (config, split)))}]"
 
 
 def _read_hub(hub_id: str, split: str, config: str | None, revision: str | None) -> Rows:
-    name, data = _hub_name(hub_id, split, config), load_hub(hub_id, split, config, revision)
+    name, data = hub_name(hub_id, split, config), load_hub(hub_id, split, config, revision)
     records = [hub_record(record, data.features) for record in data]
     if not records:
         raise DataError(f"{name}: the split has no rows; choose another")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from jaxpeft.data.problems import Problems, RowError, excerpt
 from jaxpeft.errors import DataError
 
@@ -47,6 +49,16 @@ def decode_line(raw: bytes) -> str:
     except UnicodeDecodeError as error:
         column = len(raw[: error.start].decode("utf-8")) + 1
         raise RowError(f"not UTF-8 (byte 0x{raw[error.start]:02x})", _UTF8_FIX, column) from None
+
+
+def first_fault(lines: Iterable[bytes], name: str) -> str:
+    """Says where the first line is that is not UTF-8."""
+    for number, raw in enumerate(lines, 1):
+        try:
+            decode_line(raw)
+        except RowError as fault:
+            return f"{name}:{number}:{fault.column}: {fault.fault}; {fault.fix}"
+    return f"{name}: not UTF-8; {_UTF8_FIX}"
 
 
 def decode(body: bytes, name: str) -> str:

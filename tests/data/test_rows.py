@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxpeft.data import rows as module
-from jaxpeft.data.rows import read_rows
+from jaxpeft.data.rows import Rows, files_of, read_rows
 from jaxpeft.errors import DataError
 
 
@@ -36,6 +36,98 @@ def test_some_rows_keep_their_lines_and_have_a_hash_of_their_own(write):
     assert (some.records, some.lines, some.name) == ([{"a": "3"}, {"a": "1"}], (4, 2), rows.name)
     assert len({rows.sha256, some.sha256, rows.take([0, 2]).sha256}) == 3
     assert rows.take([2, 0]) == some
+
+
+def test_some_rows_keep_the_places_that_they_had_among_all(write):
+    one, two = read_rows(write("1.csv", "a\n1\n2\n")), read_rows(write("2.jsonl", '{"a": 3}\n{"a": 4}\n'))
+    some = Rows.join([one.take([1]), two], "both").take([2, 0]).take([1, 0])
+    assert [some.where(i) for i in (0, 1)] == [f"{one.name}:3:1 (row 2)", f"{two.name}:2:1 (row 2)"]
+
+
+def test_joined_rows_keep_their_places_and_have_a_hash_of_their_own(write):
+    one, two = read_rows(write("1.csv", "a\n1\n2\n")), read_rows(write("2.json", '[{"b": 3}]'))
+    both = Rows.join([one, two], "both")
+    assert (both.name, both.records, both.columns()) == ("both", [*one.records, *two.records], ["a", "b"])
+    places = [f"{one.name}:2:1 (row 1)", f"{one.name}:3:1 (row 2)", f"{two.name} (row 1)"]
+    assert [both.where(i) for i in range(3)] == places
+    others = [Rows.join([two, one], "both"), Rows.join([one, two.take([0])], "both"), one, two]
+    assert both.sha256 not in [rows.sha256 for rows in others]
+    assert Rows.join([one, two], "both") == both
+
+
+def test_one_part_joined_is_itself_by_another_name(write):
+    rows = read_rows(write("1.csv", "a\n1\n"))
+    joined = Rows.join([rows], "folder")
+    assert (joined.name, joined.sha256, joined.where(0)) == ("folder", rows.sha256, f"{rows.name}:2:1 (row 1)")
+
+
+NAMED = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation.jsonl", "test_a.csv"]
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "chosen"),
+    [
+        (["b.jsonl", "a.csv", "sub/c.tsv", "README.md", "LICENSE"], "train", ["a.csv", "b.jsonl", "sub/c.tsv"]),
+        (NAMED, "train", NAMED[:2]),
+        (NAMED, "validation", NAMED[2:3]),
+        (NAMED, "test", NAMED[3:]),
+        (["train/part1.csv", "train/test_case.csv", "test/part1.csv"], "train", ["train/part1.csv", "train/test_case.csv"]),
+        (["data/train-0.parquet", "data/test-0.parquet"], "train", ["data/train-0.parquet"]),
+        (["en/Train.JSONL", "de/train.jsonl", "de/dev.jsonl"], "train", ["de/train.jsonl", "en/Train.JSONL"]),
+        (["training.csv", "val.csv"], "train", ["training.csv"]),
+        (["train.csv", "val.csv"], "validation", ["val.csv"]),
+        (["train.csv", "dev.csv"], "validation", ["dev.csv"]),
+        (["train.csv", "valid1.csv"], "validation", ["valid1.csv"]),
+        (["train.csv", "eval.csv"], "validation", ["eval.csv"]),
+        (["trainers.csv", "tests.csv"], "train", ["tests.csv", "trainers.csv"]),
+        ([".hidden.csv", ".git/x.csv", "dataset_info.json", "dataset_infos.json", "a.csv"], "train", ["a.csv"]),
+    ],
+)  # fmt: skip
+def test_the_files_of_a_folder_are_those_of_its_split(tmp_path, names, split, chosen):
+    folder = tmp_path / ".hidden" / "train"  # what is above the folder says nothing of its files
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    (folder / "folder.csv").mkdir()
+    assert [str(path.relative_to(folder)) for path in files_of(folder, split)] == chosen
+
+
+def test_a_folder_without_the_split_or_without_files_is_refused(tmp_path):
+    for name in ("test.csv", "dev.csv", "other.csv"):
+        (tmp_path / name).write_text("a\n1\n")
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: no data file is named for the split 'train' (there are: test, validation); name one file"
+    )
+    assert refusal(tmp_path, split="test", revision="v1", config="x") == (
+        f"{tmp_path}: config, revision is for hub ids, this is a folder; remove it"
+    )
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "dataset_info.json").write_text("{}")
+    (tmp_path / "only" / "README.md").write_text("# Data")
+    assert refusal(tmp_path / "only").startswith(
+        f"{tmp_path}/only: a folder without data files; give one with files of"
+    )
+
+
+def test_a_folder_is_read_whole_each_row_with_its_file(tmp_path, write):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write("a.jsonl", '{"text": "1"}\n{"text": "2"}\n')
+    write("b.csv", "text,label\n3,x\n")
+    pq.write_table(pa.table({"text": ["4"]}), tmp_path / "c.parquet")
+    write("README.md", "no rows")
+    rows = read_rows(tmp_path)
+    assert rows.records == [{"text": "1"}, {"text": "2"}, {"text": "3", "label": "x"}, {"text": "4"}]
+    assert rows.name == str(tmp_path)
+    places = [f"{tmp_path}/a.jsonl:1:1 (row 1)", f"{tmp_path}/a.jsonl:2:1 (row 2)", f"{tmp_path}/b.csv:2:1 (row 1)",
+              f"{tmp_path}/c.parquet (row 1)"]  # fmt: skip
+    assert [rows.where(i) for i in range(4)] == places
+    before = rows.sha256
+    write("b.csv", "text,label\n3,y\n")
+    assert read_rows(tmp_path).sha256 != before
+    write("d.jsonl", "{")
+    assert refusal(tmp_path).startswith(f"{tmp_path}/d.jsonl:1:2: not JSON")
 
 
 def test_a_file_that_cannot_be_read_is_refused(write, monkeypatch):
