@@ -1,4 +1,9 @@
-"""Items made ahead of their use, in their order, by a thread or by worker processes."""
+"""Items of a Grain dataset, made ahead of their use, in their order, by a thread or by worker processes.
+
+Grain says which items there are and which of them a worker makes. The processes are ours: Grain 0.2.18's own leave a thread
+and a block of shared memory behind at every end, take 25 s to close where items are large, and a reader of half an item,
+whose writer was killed, waits forever.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,12 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import Empty, Queue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from jaxpeft.errors import WorkerError
 
@@ -55,7 +60,7 @@ def ahead(
         Exception: an item cannot be made: what the source raised.
     """
     processes = _Processes(source, workers)
-    taker = _Taker(processes.items() if workers else (source[i] for i in range(len(source))))
+    taker = _Taker(processes.items() if workers else _opened(_dataset(source, 0, 1)))
     # the first item waits for the processes to start, however slow the machine
     limit = timeout + 60
     try:
@@ -112,17 +117,52 @@ class _Taker(Generic[T]):
 
 
 @dataclass(frozen=True)
-class _Failed:
-    """What a worker raised."""
+class _Sealed(Generic[T]):
+    """An item, or what was raised instead of it."""
 
-    error: Exception
+    item: T | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class _Sealing(Generic[T]):
+    """The items of a source, sealed: Grain would leave out None, and write another message around an error."""
+
+    source: Source[T]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> _Sealed[T]:
+        try:
+            return _Sealed(self.source[i])
+        except Exception as error:  # noqa: BLE001 - raised where the item is asked for
+            return _Sealed(error=error)
+
+
+def _dataset(source: Source[T], first: int, step: int) -> Iterator[_Sealed[T]]:
+    """Iterates over every `step`-th item from the first on."""
+    # here, not at the top: whoever only reads rows need not wait for it
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, and jaxpeft's commands keep theirs to themselves
+    items = grain.MapDataset.source(cast(Any, _Sealing(source)))[first::step]
+    return iter(items.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+
+
+def _opened(items: Iterable[_Sealed[T]]) -> Generator[T]:
+    for sealed in items:
+        if sealed.error is not None:
+            raise sealed.error
+        yield cast(T, sealed.item)
 
 
 class _Processes(Generic[T]):
     """Worker processes, each of which makes every n-th item of a source.
 
     Each writes to a pipe of its own, whose other end nothing else holds: its death ends the pipe, half a message or not.
-    Grain's workers share a queue, whose reader waits forever for the rest of what a killed worker had begun to write.
     """
 
     def __init__(self, source: Source[T], n: int) -> None:
@@ -142,11 +182,7 @@ class _Processes(Generic[T]):
         """
         try:
             self._start()
-            for i in range(len(self._source)):
-                made = self._receive(i % len(self._all))
-                if isinstance(made, _Failed):
-                    raise made.error
-                yield made
+            yield from _opened(self._receive(i % len(self._all)) for i in range(len(self._source)))
         finally:
             self.end()
 
@@ -168,7 +204,7 @@ class _Processes(Generic[T]):
         for _, theirs in self._pipes:
             theirs.close()
 
-    def _receive(self, number: int) -> Any:
+    def _receive(self, number: int) -> _Sealed[T]:
         try:
             return self._pipes[number][0].recv()
         except (EOFError, OSError):
@@ -184,16 +220,10 @@ def _work(source: Source[Any], first: int, step: int, pipe: Connection) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     try:
-        for made in _made(source, range(first, len(source), step)):
-            pipe.send(made)
+        for sealed in _dataset(source, first, step):
+            if sealed.error is not None:
+                told = "".join(traceback.format_exception(sealed.error))
+                sealed.error.add_note(f"in a worker process:\n{told}")
+            pipe.send(sealed)
     except BrokenPipeError:
         return
-
-
-def _made(source: Source[Any], numbers: range) -> Iterator[Any]:
-    try:
-        for i in numbers:
-            yield source[i]
-    except Exception as error:  # noqa: BLE001 - raised in the main process
-        error.add_note(f"in a worker process:\n{''.join(traceback.format_exception(error))}")
-        yield _Failed(error)
