@@ -7,9 +7,11 @@ checked: `python -m tests.faults.report` makes docs/reliability.md of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import logging
+import multiprocessing
 import os
 import re
 import subprocess
@@ -18,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
@@ -113,6 +116,37 @@ def files(folder: Path, names: Sequence[str] = ("*",)) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found if path.is_file()}
 
 
+@functools.cache
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.preload"])
+    return context
+
+
+def run(arguments: list[str], fault: str | None, said: str, cache: str) -> None:
+    """Runs the main job in a process forked for it."""
+    with open(said, "w") as file:  # noqa: PTH123
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import jax
+
+    from jaxpeft.train import main
+    from tests.faults import entry
+
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    sys.exit(entry.main([fault, "--", *arguments]) if fault else main(arguments))
+
+
+def command(words: Sequence[str]) -> Done:
+    """Runs Python, in the folder of the project."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=600, check=False, cwd=ROOT
+    )
+    return Done(done.returncode, done.stderr, time.perf_counter() - began)
+
+
 def here(*arguments: str) -> Done:
     """Runs the main job in this process: for what is refused, where starting another would take the time."""
     from jaxpeft.train import main
@@ -135,29 +169,32 @@ class Job:
     config: Path
     workdir: Path
 
-    def __call__(self, *arguments: str, fault: str | None = None) -> Done:
-        """Runs it, with a fault or without."""
-        command = (
-            [sys.executable, "-m", "tests.faults.entry", fault, "--"]
-            if fault
-            else [sys.executable, "-m", "jaxpeft.train"]
-        )
+    def __call__(self, *arguments: str, fault: str | None = None, kill_after: float | None = None) -> Done:
+        """Runs it in a process of its own, with a fault or without.
+
+        Args:
+            arguments: more of them.
+            fault: at a named point, see `entry`.
+            kill_after: seconds until it is killed, wherever it is then.
+        """
+        said = self.config.parent / f"said-{os.getpid()}.txt"
         given = ["--config", str(self.config), "--workdir", str(self.workdir), *arguments]
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(self.config.parent / "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        process = _context().Process(target=run, args=(given, fault, str(said), str(self.config.parent / "jax")))
         began = time.perf_counter()
-        done = subprocess.run(
-            [*command, *given],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-            cwd=ROOT,
-            env=os.environ | cache,
-        )
-        return Done(done.returncode, done.stderr, time.perf_counter() - began)
+        process.start()
+        process.join(kill_after or 600)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        seconds, code = time.perf_counter() - began, process.exitcode
+        assert code is not None
+        return Done(code, said.read_text() if said.exists() else "", seconds)
+
+    def command(self, *arguments: str, fault: str | None = None) -> Done:
+        """Runs it as a person does: the whole command, from the start of Python to its end."""
+        words = ["-m", "tests.faults.entry", fault, "--"] if fault else ["-m", "jaxpeft.train"]
+        words += ["--config", str(self.config), "--workdir", str(self.workdir), *arguments]
+        return command(words)
 
     def here(self, *arguments: str) -> Done:
         """Runs it in this process."""

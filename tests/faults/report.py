@@ -5,6 +5,7 @@ Further arguments go to pytest, such as `-n 2`.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections import defaultdict
@@ -74,6 +75,7 @@ def page(results: Results) -> str:
 
 def main(argv: list[str]) -> int:
     """Runs the tests and writes the page."""
+    os.environ.setdefault("JAXPEFT_KILLS", "50")
     results = Results()
     code = pytest.main([str(Path(__file__).parent), "-q", *argv], plugins=[results])
     OUT.write_text(page(results))

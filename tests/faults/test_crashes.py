@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -12,6 +14,8 @@ from jaxpeft.training.lock import Lock
 from tests.faults.conftest import Job, Marks, damage, files, largest
 
 pytestmark = pytest.mark.slow
+KILLS = int(os.environ.get("JAXPEFT_KILLS", "2"))
+"""How often a run is killed at random: the table of docs/reliability.md is made with 50."""
 
 
 @pytest.mark.case(1)
@@ -25,6 +29,21 @@ def test_a_kill_anywhere_and_the_same_command_ends_as_if_nothing_had_happened(
     marks.message(done, "restoring step")
     marks.in_time(done)
     marks.same_end(job, whole)
+
+
+@pytest.mark.case(1)
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(job: Job, whole: Job, marks: Marks) -> None:
+    began, random, kills = time.perf_counter(), Random(0), 0
+    assert job().returncode == 0
+    whole_time = time.perf_counter() - began
+    while kills < KILLS:
+        shutil.rmtree(job.workdir)
+        while (done := job(kill_after=random.uniform(0.3, 0.9) * whole_time)).returncode == -9:
+            kills += 1
+        marks.exit(done, 0)
+        marks.message(done)
+        marks.in_time(done)
+        marks.same_end(job, whole)
 
 
 @pytest.mark.case(2)
@@ -98,7 +117,7 @@ def test_two_signals_and_a_kill_leave_the_newest_step_as_it_was(job: Job, whole:
 
 @pytest.mark.case(10)
 def test_a_full_disk_is_told_once_and_the_run_goes_on_later(job: Job, whole: Job, marks: Marks) -> None:
-    done = job(fault="in_save:3:full")
+    done = job.command(fault="in_save:3:full")
     marks.exit(done, 1)
     marks.message(done, f"jaxpeft: {job.checkpoints}/6: could not be saved (", "make room")
     marks.in_time(done)
