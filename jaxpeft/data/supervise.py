@@ -9,12 +9,12 @@ behind a short anchor instead.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.data.dialogs import Completion, Dialog
-from jaxpeft.data.templates import RenderError, Template
+from jaxpeft.data.templates import Cut, RenderError, Request, Template
 
 IGNORED = -100
 ANCHOR = "\n"
@@ -50,29 +50,51 @@ class Labelled:
     labels: list[int]
 
 
-def write(dialog: Dialog | Completion, template: Template | None, separator: str = "") -> Script:
-    """Writes a dialog out.
+Written = Mapping[Cut, str]
+"""The text of a dialog at each cut."""
+
+
+def write_all(
+    dialogs: Sequence[Dialog | Completion], template: Template | None, separator: str = ""
+) -> Iterator[Script | RenderError]:
+    """Writes dialogs out, or says why one cannot be; what makes all of them fail is the last thing said.
 
     The learned part of a turn of the assistant is what the template adds to what it writes of the turns before, with a
     prompt to generate, up to where the turn ends. No mark in the template is needed.
 
     Args:
-        dialog: the dialog.
-        template: of its chat; None for a completion.
+        dialogs: the dialogs.
+        template: of their chats; None where there are only completions.
         separator: stands between a prompt and its completion.
+
+    Raises:
+        ConfigError: the template is no jinja.
+    """
+    chats = [dialog for dialog in dialogs if isinstance(dialog, Dialog)]
+    rendered = _rendered(chats, [_cuts(chat, len(chat.messages), generate=False) for chat in chats], template)
+    for dialog in dialogs:
+        if isinstance(dialog, Completion):
+            yield _completion(dialog, separator)
+            continue
+        made = next(rendered)
+        try:
+            yield made if isinstance(made, RenderError) else _chat(dialog, made)
+        except RenderError as error:
+            yield error
+        if isinstance(made, RenderError) and made.fatal:
+            return
+
+
+def write(dialog: Dialog | Completion, template: Template | None, separator: str = "") -> Script:
+    """Writes one dialog out: see `write_all`.
 
     Raises:
         RenderError: the template cannot write it, or writes earlier turns otherwise once later ones follow.
     """
-    if isinstance(dialog, Completion):
-        prompt = dialog.prompt + separator
-        text = prompt + dialog.completion
-        return Script(text, ((len(prompt), len(text)),), begun=False, ended=False)
-    if template is None:
-        raise RenderError("there is no chat template to write messages with")
-    text = template.render(dialog.messages, generate=False, tools=dialog.tools)
-    learned = _learned(dialog, text, template)
-    return Script(text, learned, begun=True, ended=_ended(text, learned, dialog.messages[-1]))
+    (made,) = write_all([dialog], template, separator)
+    if isinstance(made, RenderError):
+        raise made
+    return made
 
 
 def write_prompt(dialog: Dialog | Completion, template: Template | None, separator: str = "") -> Script:
@@ -88,35 +110,64 @@ def write_prompt(dialog: Dialog | Completion, template: Template | None, separat
     """
     if isinstance(dialog, Completion):
         return Script(dialog.prompt + separator, (), begun=False, ended=True)
+    end = len(dialog.messages)
+    (made,) = _rendered([dialog], [_cuts(dialog, end, generate=True)], template)
+    if isinstance(made, RenderError):
+        raise made
+    return Script(made[end, True], _learned(dialog, made[end, True], made), begun=True, ended=True)
+
+
+def _completion(dialog: Completion, separator: str) -> Script:
+    prompt = dialog.prompt + separator
+    text = prompt + dialog.completion
+    return Script(text, ((len(prompt), len(text)),), begun=False, ended=False)
+
+
+def _chat(dialog: Dialog, written: Written) -> Script:
+    text = written[len(dialog.messages), False]
+    learned = _learned(dialog, text, written)
+    return Script(text, learned, begun=True, ended=_ended(text, learned, dialog.messages[-1]))
+
+
+def _answers(dialog: Dialog) -> list[int]:
+    return [i for i, message in enumerate(dialog.messages) if message["role"] == "assistant"]
+
+
+def _cuts(dialog: Dialog, end: int, *, generate: bool) -> list[Cut]:
+    """Lists the cuts at which a dialog is to be rendered: its end, and where each answer begins and ends."""
+    around = [cut for i in _answers(dialog) for cut in ((i, True), (i + 1, False))]
+    return list(dict.fromkeys([(end, generate), *around]))
+
+
+def _rendered(
+    dialogs: Sequence[Dialog], cuts: Sequence[Sequence[Cut]], template: Template | None
+) -> Iterator[Written | RenderError]:
     if template is None:
-        raise RenderError("there is no chat template to write messages with")
-    text = template.render(dialog.messages, generate=True, tools=dialog.tools)
-    return Script(text, _learned(dialog, text, template), begun=True, ended=True)
+        yield from (RenderError("there is no chat template to write messages with") for _ in dialogs)
+        return
+    requests = [Request(dialog.messages, dialog.tools, of) for dialog, of in zip(dialogs, cuts, strict=True)]
+    for made, of in zip(template.render_all(requests), cuts, strict=False):  # nothing follows a fatal error
+        yield made if isinstance(made, RenderError) else dict(zip(of, made, strict=True))
 
 
-def _learned(dialog: Dialog, text: str, template: Template) -> tuple[tuple[int, int], ...]:
+def _learned(dialog: Dialog, text: str, written: Written) -> tuple[tuple[int, int], ...]:
     """Finds the answers in the text of a dialog."""
-    messages, tools = dialog.messages, dialog.tools
     learned: list[tuple[int, int]] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = template.render(messages[:i], generate=True, tools=tools)
+    for i in _answers(dialog):
+        before = written[i, True]
         if not text.startswith(before) or (learned and len(before) < learned[-1][1]):
             raise RenderError(f"the chat template writes the turns before turn {i + 1} otherwise once it follows")
-        learned.append((len(before), _end(text, len(before), dialog, i, template)))
+        learned.append((len(before), _end(text, len(before), dialog, i, written[i + 1, False])))
     return tuple(learned)
 
 
-def _end(text: str, start: int, dialog: Dialog, i: int, template: Template) -> int:
-    """Finds where turn `i` ends in the whole text."""
-    messages = dialog.messages
-    upto = template.render(messages[: i + 1], generate=False, tools=dialog.tools)
+def _end(text: str, start: int, dialog: Dialog, i: int, upto: str) -> int:
+    """Finds where turn `i` ends in the whole text; `upto` is what the template writes if it is the last."""
     if text.startswith(upto):
         return len(upto)
     # Some templates write the last turn of a chat otherwise than those before (thoughts kept or dropped); what follows
     # its content is the same.
-    content = str(messages[i]["content"]).strip()
+    content = str(dialog.messages[i]["content"]).strip()
     at, alone = text.find(content, start), upto.rfind(content)
     tail = upto[alone + len(content) :]
     if content and at >= 0 and alone >= 0 and text.startswith(tail, at + len(content)):

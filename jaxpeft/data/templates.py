@@ -1,34 +1,21 @@
-"""Chat templates, rendered in jinja's immutable sandbox, in limited time.
-
-A template comes with a model's tokenizer, from whoever made it, and is a program: it may loop for ever, ask for Python's
-internals or multiply strings. It gets no access to attributes that begin with an underscore, cannot change what it is
-given, and is stopped after `SECONDS`.
-"""
+"""Chat templates: which one is taken, and rendering with it in a process of its own (see `sandbox`)."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import Extension
-from jinja2.ext import loopcontrols as LoopControls  # noqa: N812
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from jaxpeft.data import sandbox
 from jaxpeft.errors import ConfigError
 
-SECONDS = 2.0
-LONGEST = 10_000_000
-DAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
-"""What a template that asks for the date is told: Llama's own default, since tokens must not depend on the day."""
 BUILT_IN: Mapping[str, str] = {
     "chatml": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -47,14 +34,36 @@ BUILT_IN: Mapping[str, str] = {
     ),
 }
 """Templates for tokenizers that have none."""
+Cut = tuple[int, bool]
+"""The first so many messages, and whether what an answer of the assistant begins with stands behind them."""
 
 
 class RenderError(Exception):
-    """Why a template cannot be rendered for some messages: kept inside `jaxpeft.data`."""
+    """Why a template cannot be rendered for some messages: kept inside `jaxpeft.data`.
+
+    Args:
+        reason: what to say.
+        fatal: whether the template is at fault, whatever the messages: no further ones were rendered.
+    """
+
+    def __init__(self, reason: str, fatal: bool = False) -> None:
+        super().__init__(reason)
+        self.fatal = fatal
+
+
+@dataclass(frozen=True)
+class Request:
+    """A chat to write out, as far as each of the cuts."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]]
+    cuts: Sequence[Cut]
 
 
 class Template:
-    """A compiled chat template.
+    """A chat template, compiled and rendered in a process of its own.
+
+    The process is started at once, and again after a chat that it has not survived.
 
     Args:
         source: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the special tokens.
@@ -65,11 +74,32 @@ class Template:
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        self.source, self._tokens = source, {"bos_token": "", "eos_token": "", **tokens}
-        try:
-            self._template = _environment().from_string(source)
-        except TemplateError as error:
-            raise ConfigError(f"chat template: line {getattr(error, 'lineno', '?')}: {error}") from error
+        self.source = source
+        self._begin = {"source": source, "tokens": dict(tokens)}
+        self._lock = threading.Lock()
+        self._process = self._start()
+
+    def render_all(self, requests: Sequence[Request]) -> Iterator[list[str] | RenderError]:
+        """Yields for each chat its text at each cut, or why it cannot be rendered; a fatal error is the last.
+
+        Raises:
+            ConfigError: it is no jinja.
+        """
+        with self._lock:
+            if self._process.poll() is not None:
+                self._process = self._start()
+            _send(self._process, [{"messages": r.messages, "tools": r.tools, "cuts": r.cuts} for r in requests])
+            left = len(requests)
+            try:
+                for _ in requests:
+                    reply = _receive(self._process) or {"error": sandbox.TOO_MUCH, "fatal": True}
+                    left = 0 if reply.get("fatal") else left - 1
+                    yield reply["texts"] if "texts" in reply else RenderError(reply["error"], reply["fatal"])
+                    if reply.get("fatal"):
+                        return
+            finally:
+                if left:  # replies that nobody has waited for must not be taken for those of the next
+                    _end(self._process)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, generate: bool, tools: Sequence[Mapping[str, Any]] = ()
@@ -83,94 +113,53 @@ class Template:
 
         Raises:
             RenderError: the template refuses the messages, breaks, does what it may not, or takes too long.
-            ConfigError: not in the main thread, where alone a template can be interrupted.
         """
-        _require_main_thread()
-        try:
-            with _limited(SECONDS):
-                parts: list[str] = []
-                size = 0
-                for part in self._template.generate(
-                    messages=messages, add_generation_prompt=generate, tools=list(tools) or None, **self._tokens
-                ):
-                    parts.append(part)
-                    size += len(part)
-                    if size > LONGEST:
-                        raise RenderError(f"the chat template writes more than {LONGEST:,} characters")
-                return "".join(parts)
-        except TimeoutError:
-            raise RenderError(f"the chat template takes more than {SECONDS:.0f} s") from None
-        except SecurityError as error:
-            raise RenderError(f"the chat template does what a template may not: {error}") from None
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-            raise RenderError(f"the chat template fails: {error}") from None
-        except (MemoryError, RecursionError) as error:
-            raise RenderError(f"the chat template takes too much: {type(error).__name__}") from None
+        (made,) = self.render_all([Request(messages, tools, [(len(messages), generate)])])
+        if isinstance(made, RenderError):
+            raise made
+        return made[0]
+
+    def _start(self) -> subprocess.Popen[str]:
+        process = subprocess.Popen(  # noqa: S603 - this Python, and a file of jaxpeft
+            [sys.executable, "-P", sandbox.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, encoding="utf-8", start_new_session=True,
+        )  # fmt: skip
+        weakref.finalize(self, _end, process)
+        _send(process, self._begin)
+        reply = _receive(process) or {"error": sandbox.TOO_MUCH}
+        if reply["error"] is not None:
+            _end(process)
+            raise ConfigError(f"chat template: {reply['error']}; mend it, or name another as data.chat_template")
+        return process
 
 
-def _require_main_thread() -> None:
-    if threading.current_thread() is not threading.main_thread():
-        raise ConfigError("chat templates are rendered in the main thread, where the time they take can be limited")
-
-
-@contextmanager
-def _limited(seconds: float) -> Generator[None]:
-    """Raises TimeoutError in the block after so many seconds."""
-    before = signal.signal(signal.SIGALRM, _stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _send(process: subprocess.Popen[str], values: Any) -> None:
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        pipe = cast(IO[str], process.stdin)
+        pipe.write(json.dumps(values, default=str) + "\n")
+        pipe.flush()
+    except BrokenPipeError:
+        return  # it has ended: there will be no answer
 
 
-def _stop(number: int, frame: object) -> None:
-    raise TimeoutError
+def _receive(process: subprocess.Popen[str]) -> dict[str, Any] | None:
+    line = cast(IO[str], process.stdout).readline()
+    return json.loads(line) if line.endswith("\n") else None
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, without products that could fill the memory in one step."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Multiplies numbers and short sequences."""
-        sizes = [len(side) * n for side, n in ((left, right), (right, left)) if hasattr(side, "__len__") and _whole(n)]
-        if max(sizes, default=0) > LONGEST or (operator == "**" and _whole(right) and abs(right) > 1000):
-            raise SecurityError(f"a product of more than {LONGEST:,} items")
-        return super().call_binop(context, operator, left, right)
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int)
+@lru_cache(maxsize=4)
+def compiled(source: str, tokens: tuple[tuple[str, str], ...]) -> Template:
+    """Gives the template of a source and special tokens, as long as it is in use: each has a process.
 
-
-class _Generation(Extension):
-    """Lets `{% generation %}` pass: the turns that are learned are found without it."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
-        """Gives the body as it is."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
-    environment.filters["tojson"] = _to_json
-    functions: dict[str, Any] = {"raise_exception": _refuse, "strftime_now": DAY.strftime}
-    environment.globals.update(functions)
-    return environment
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    Raises:
+        ConfigError: it is no jinja.
+    """
+    return Template(source, dict(tokens))
 
 
 def template_source(own: Any, given: str | None, kind: str) -> str:

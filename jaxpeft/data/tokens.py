@@ -11,8 +11,8 @@ import numpy as np
 from jaxpeft.data.dialogs import Dialog
 from jaxpeft.data.examples import Examples
 from jaxpeft.data.problems import Problems, excerpt
-from jaxpeft.data.supervise import IGNORED, Script, label, write, write_prompt
-from jaxpeft.data.templates import RenderError, Template
+from jaxpeft.data.supervise import IGNORED, Script, label, write_all, write_prompt
+from jaxpeft.data.templates import Template, compiled
 
 
 @dataclass(frozen=True)
@@ -124,20 +124,20 @@ def _begin(tokenizer: Any, options: Options) -> list[int]:
 
 
 def _template(options: Options, tokenizer: Any) -> Template | None:
-    return Template(options.template, special_tokens(tokenizer)) if options.template else None
+    return compiled(options.template, tuple(special_tokens(tokenizer).items())) if options.template else None
 
 
 def _scripts(examples: Examples, tokenizer: Any, rows: range, options: Options) -> list[Script]:
-    template = _template(options, tokenizer)
     problems, scripts = Problems(), list[Script]()
-    dialogs: Any = examples.texts
-    for row in rows:
-        try:
-            scripts.append(write(dialogs[row], template, options.separator))
-        except RenderError as error:
-            problems.add(
-                examples.rows.where(row), str(error), excerpt(str(examples.rows.records[row])), "correct the row"
-            )
+    dialogs: Any = examples.texts[rows.start : rows.stop]
+    for made, row in zip(write_all(dialogs, _template(options, tokenizer), options.separator), rows, strict=False):
+        if isinstance(made, Script):
+            scripts.append(made)
+            continue
+        text = excerpt(str(examples.rows.records[row]))
+        problems.add(
+            examples.rows.where(row), str(made), text, "mend the template" if made.fatal else "correct the row"
+        )
     problems.raise_if_any()
     return scripts
 

@@ -141,9 +141,7 @@ def run(arguments: list[str], fault: str | None, said: str, cache: str) -> None:
 def command(words: Sequence[str]) -> Done:
     """Runs Python, in the folder of the project."""
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=600, check=False, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
     return Done(done.returncode, done.stderr, time.perf_counter() - began)
 
 

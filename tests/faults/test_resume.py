@@ -90,7 +90,7 @@ def test_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout_and_acc
     for step in range(1, STEPS):
         stopped = Job(config, tmp_path / f"stopped{step}")
         shutil.copytree(whole.checkpoints / str(step), stopped.checkpoints / str(step))
-        done = stopped.here()
+        done = stopped.here(f"--config.checkpoint.every_steps={STEPS}")
         marks.exit(done, 0)
         marks.message(done, f"restoring step {step} from {stopped.checkpoints}")
         marks.in_time(done)

@@ -1,0 +1,183 @@
+"""The process in which chat templates are rendered: in jinja's immutable sandbox, with a limit of time and of memory.
+
+A template comes with a model's tokenizer, from whoever made it, and is a program: it may loop for ever, ask for Python's
+internals or fill the memory. It gets no access to attributes that begin with an underscore and cannot change what it is given.
+What can't be stopped from inside, such as one formatting of a thousand million characters, ends with the process.
+
+Run by path, with nothing of jaxpeft: `templates.Template` talks to it by lines of JSON. The first is
+`{"source", "tokens"}`, answered by `{"error"}`; each further one is a list of `{"messages", "tools", "cuts"}`, answered by a
+line for each: `{"texts"}`, or `{"error", "fatal"}`, of which a fatal one is the last.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import resource
+import signal
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension
+from jinja2.ext import loopcontrols as LoopControls  # noqa: N812
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS = 2
+LONGEST = 10_000_000
+MEMORY = 512 << 20
+DAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
+"""What a template that asks for the date is told: Llama's own default, since tokens must not depend on the day."""
+TOO_LONG = f"the chat template takes more than {SECONDS} s"
+TOO_MUCH = "the chat template takes too much memory, time or recursion"
+Reply = dict[str, Any]
+
+
+class Renderer:
+    """A compiled template.
+
+    Args:
+        source: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the special tokens.
+        tokens: the tokenizer's special tokens by name, such as `bos_token`.
+
+    Raises:
+        TemplateError: it is no jinja.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        self._tokens = {"bos_token": "", "eos_token": "", **tokens}
+        self._template = _environment().from_string(source)
+
+    def reply(self, messages: Sequence[Any], tools: Sequence[Any], cuts: Sequence[tuple[int, bool]]) -> Reply:
+        """Writes out the first so many messages of each cut, with or without what an answer begins with."""
+        try:
+            with _limited():
+                return {"texts": [self._text(messages[:n], tools, generate) for n, generate in cuts]}
+        except TimeoutError:
+            return {"error": TOO_LONG, "fatal": True}
+        except SecurityError as error:
+            return {"error": f"the chat template does what a template may not: {error}", "fatal": True}
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            return {"error": f"the chat template fails: {error}", "fatal": False}
+        except (MemoryError, RecursionError):
+            return {"error": TOO_MUCH, "fatal": True}
+
+    def _text(self, messages: Sequence[Any], tools: Sequence[Any], generate: bool) -> str:
+        parts: list[str] = []
+        size = 0
+        for part in self._template.generate(
+            messages=messages, add_generation_prompt=generate, tools=list(tools) or None, **self._tokens
+        ):
+            parts.append(part)
+            size += len(part)
+            if size > LONGEST:
+                raise SecurityError(f"it writes more than {LONGEST:,} characters")
+        return "".join(parts)
+
+
+@contextmanager
+def _limited() -> Generator[None]:
+    """Raises TimeoutError in the block after `SECONDS` of the processor's time, and ends the process a little later."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS + 2)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _limit(what: int, most: int) -> None:
+    """Lowers a limit of the process, on systems that have it."""
+    with suppress(ValueError, OSError):
+        hard = resource.getrlimit(what)[1]
+        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _stop(number: int, frame: object) -> None:
+    raise TimeoutError
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox, without products that could fill the memory in one step."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Multiplies numbers and short sequences."""
+        sizes = [len(side) * n for side, n in ((left, right), (right, left)) if hasattr(side, "__len__") and _whole(n)]
+        if max(sizes, default=0) > LONGEST or (operator == "**" and _whole(right) and abs(right) > 1000):
+            raise SecurityError(f"a product of more than {LONGEST:,} items")
+        return super().call_binop(context, operator, left, right)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int)
+
+
+class _Generation(Extension):
+    """Lets `{% generation %}` pass: the turns that are learned are found without it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
+        """Gives the body as it is."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
+    environment.filters["tojson"] = _to_json
+    functions: dict[str, Any] = {"raise_exception": _refuse, "strftime_now": DAY.strftime}
+    environment.globals.update(functions)
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _replies(lines: Iterator[str]) -> Iterator[Reply]:
+    first = next(lines, None)
+    if first is None:
+        return
+    try:
+        with _limited():
+            renderer = Renderer(**json.loads(first))
+    except TemplateError as error:
+        yield {"error": f"line {getattr(error, 'lineno', '?')}: {error}"}
+        return
+    except (TimeoutError, MemoryError, RecursionError):
+        yield {"error": TOO_MUCH}
+        return
+    yield {"error": None}
+    for line in lines:
+        for request in json.loads(line):
+            reply = renderer.reply(**request)
+            yield reply
+            if reply.get("fatal"):
+                break
+
+
+def main() -> None:
+    """Answers the lines of standard input; ends where it ends, so also with whoever started it."""
+    signal.signal(signal.SIGPROF, _stop)
+    _limit(resource.RLIMIT_AS, MEMORY)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_CORE, 0)
+    for reply in _replies(iter(sys.stdin.readline, "")):
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
