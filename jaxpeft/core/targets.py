@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any
 
 from jaxpeft.core import paths
+from jaxpeft.core.expressions import require_fast
 from jaxpeft.core.paths import Path
 from jaxpeft.errors import TargetError, nearest
 
@@ -90,6 +91,7 @@ def resolve(params: Mapping[str, Any], wanted: Targets) -> dict[Site, tuple[bool
     """
     sites = find_sites(params)
     names = [name for site in sites for name in site.names]
+    _require_fast(wanted, names)
     _require_all_used(wanted, names)
     chosen = {site: tuple(matches(name, wanted) for name in site.names) for site in sites}
     chosen = {site: flags for site, flags in chosen.items() if any(flags)}
@@ -97,6 +99,17 @@ def resolve(params: Mapping[str, Any], wanted: Targets) -> dict[Site, tuple[bool
         raise TargetError(f"targets {wanted.targets!r} with exclude {wanted.exclude!r} leave no site; {_sample(names)}")
     _report_coverage(sites, chosen)
     return chosen
+
+
+def _require_fast(wanted: Targets, names: Sequence[str]) -> None:
+    """Refuses targets whose expressions take too long on one of the names.
+
+    Raises:
+        TargetError: naming the expression.
+    """
+    for field, entries in (("targets", wanted.targets), ("exclude", wanted.exclude)):
+        require_fast(field, {entries: entries} if isinstance(entries, str) else {}, names)
+    require_fast("layers_pattern", {of: _layer_expression(of) + ".*" for of in wanted.layers_pattern}, names)
 
 
 def matches(name: str, wanted: Targets) -> bool:
@@ -120,30 +133,26 @@ def under(name: str, modules: Iterable[str]) -> bool:
     return any(around.endswith(wanted) for around in accumulate(name.split("."), "{}.{}".format))
 
 
-def broken_expression(text: Any) -> str | None:
-    """Says why a text is no regular expression, None where it is one (or no text)."""
-    try:
-        re.compile(text if isinstance(text, str) else "")
-    except re.error as error:
-        return f"{text!r} is no regular expression ({error})"
-    return None
-
-
 def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """Gives the value of the first pattern that matches the end of a name, as `rank_pattern` means it in PEFT."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.fullmatch(_at_end(pattern), name):
             return value
     return default
 
 
+def _at_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})"
+
+
 def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuses a pattern that matches none of the adapted sites.
+    """Refuses a pattern that matches none of the adapted sites, or takes too long to.
 
     Raises:
         TargetError: naming the pattern and the nearest names.
     """
-    unused = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
+    require_fast(field, {p: _at_end(p) for p in patterns}, names)
+    unused = [p for p in patterns if not any(re.fullmatch(_at_end(p), name) for name in names)]
     if unused:
         raise TargetError([f"{field}: {p!r} matches no adapted site{_hint(p, names)}" for p in unused])
 
@@ -156,10 +165,14 @@ def _named(name: str, entries: str | tuple[str, ...]) -> bool:
 
 def _layer_number(name: str, containers: Sequence[str]) -> int | None:
     for container in containers or (r"[^.]*",):
-        found = re.match(rf"(?:^|.*?\.){container}\.(\d+)\.", name)
+        found = re.match(_layer_expression(container), name)
         if found:
             return int(found[1])
     return None
+
+
+def _layer_expression(container: str) -> str:
+    return rf"(?:^|.*?\.){container}\.(\d+)\."
 
 
 def _in_layers(name: str, wanted: Targets) -> bool:

@@ -15,10 +15,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from jaxpeft.core.expressions import broken_expression
 from jaxpeft.core.method import Call, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import Site, Targets, broken_expression, pattern_value, require_patterns
+from jaxpeft.core.targets import Site, Targets, pattern_value, require_patterns
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.low_rank import low_rank
 
