@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import traceback
+from collections.abc import Callable
 
 from jaxpeft.errors import JaxpeftError
+
+_LONGEST = 400
 
 
 def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -26,8 +31,43 @@ def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     return overrides, rest
 
 
-def complain(error: JaxpeftError) -> int:
-    """Writes an error to standard error; gives the exit code: 2 for bad input, 1 for any other failure."""
-    many = f"{len(error.problems)} problems:\n" if len(error.problems) > 1 else ""
-    sys.stderr.write(f"jaxpeft: {many}{error}\n")
-    return 2 if isinstance(error, ValueError) else 1
+def guarded(body: Callable[[], int], *, show_traceback: bool) -> int:
+    """Runs a command; an error is told in a few lines, without Python's traceback unless it is asked for.
+
+    Args:
+        body: gives the exit code.
+        show_traceback: whether to let errors through.
+
+    Returns:
+        The exit code: of `body`, 2 for bad input, 1 for any other failure.
+    """
+    try:
+        return body()
+    except JaxpeftError as error:
+        if show_traceback:
+            raise
+        many = f"{len(error.problems)} problems:\n" if len(error.problems) > 1 else ""
+        sys.stderr.write(f"jaxpeft: {many}{error}\n")
+        return 2 if isinstance(error, ValueError) else 1
+    except Exception as error:
+        if show_traceback:
+            raise
+        sys.stderr.write(f"jaxpeft: {unexpected(error)}\n")
+        return 1
+
+
+def unexpected(error: Exception) -> str:
+    """Says in one line what an error is that no check has foreseen, and where it comes from."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+    if "RESOURCE_EXHAUSTED" in said or isinstance(error, MemoryError):
+        fix = "lower train.batch_size or data.max_length, raise train.accumulation, or set model.remat"
+        return f"out of memory: {said}; {fix}"
+    return f"{type(error).__name__}: {said or 'no reason given'} ({_place(error)}); run it with --traceback to see more"
+
+
+def _place(error: Exception) -> str:
+    """Gives file and line that raised an error; of a worker process's, those in its note."""
+    noted = re.findall(r'File "(.+?)", line (\d+)', "\n".join(getattr(error, "__notes__", ())))
+    frames = traceback.extract_tb(error.__traceback__)
+    return ":".join(noted[-1]) if noted else f"{frames[-1].filename}:{frames[-1].lineno}"

@@ -11,20 +11,22 @@ import re
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from absl import flags
 
 from jaxpeft import config as configs
-from jaxpeft import logs
-from jaxpeft.command import complain, split_overrides
-from jaxpeft.errors import ConfigError, JaxpeftError
+from jaxpeft import logs, names
+from jaxpeft.command import guarded, split_overrides
+from jaxpeft.errors import ConfigError
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
     "config", None, "the config file; its options are set by --config.SECTION.OPTION=VALUE", flag_values=FLAGS
 )
 flags.DEFINE_string("workdir", None, "folder of the run; runs/NAME_OF_THE_CONFIG by default", flag_values=FLAGS)
+flags.DEFINE_string("name", None, "name of the run, in place of --workdir: its folder is runs/NAME", flag_values=FLAGS)
 flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", flag_values=FLAGS)
 flags.DEFINE_multi_string(
     "allow_change", [], "--allow-change=FIELD: go on though this field of the config has changed", flag_values=FLAGS
@@ -56,28 +58,48 @@ def parse_arguments(argv: list[str]) -> tuple[configs.Config, Path, str]:
         raise ConfigError(f"{left[0]!r}: not an option; options are --config, --config.SECTION.OPTION and --workdir")
     if FLAGS.config is None:
         raise ConfigError("--config: is not given; try --config configs/quickstart.py")
-    workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.config).stem)
     problems: list[str] = []
-    config = None
+    config, workdir = None, Path("runs") / Path(FLAGS.config).stem
+    try:
+        workdir = _workdir(workdir)
+    except ConfigError as error:
+        problems += error.problems
     try:
         config = configs.load(FLAGS.config, overrides)
     except ConfigError as error:
         problems += error.problems
-    if not FLAGS.validate:
-        problems += _unwritable(workdir)
     if problems or config is None:
         raise ConfigError(problems)
     return config, workdir, FLAGS.config
 
 
-def _unwritable(workdir: Path) -> list[str]:
-    """Says why a folder cannot be written, or made."""
-    there = next((folder for folder in (workdir, *workdir.absolute().parents) if folder.exists()), workdir)
+def _workdir(default: Path) -> Path:
+    """Gives the folder of the run.
+
+    Raises:
+        ConfigError: it cannot be written, or made, or the name is none.
+    """
+    if FLAGS.name is not None and FLAGS.workdir is not None:
+        raise ConfigError("--name: goes without --workdir; give one of them")
+    workdir = Path(FLAGS.workdir or default)
+    if FLAGS.name is not None:
+        workdir = names.folder_named(default.parent, FLAGS.name)
+    if FLAGS.validate:
+        return workdir
     try:
+        with suppress(FileNotFoundError):
+            workdir.stat()
+        there = next((folder for folder in (workdir, *workdir.absolute().parents) if folder.exists()), workdir)
         with tempfile.TemporaryFile(dir=there):
-            return []
-    except OSError as error:
-        return [f"--workdir {workdir}: cannot be written ({error.strerror}); give another folder"]
+            names.require_no_way_out(workdir)
+            return workdir
+    except (OSError, ValueError) as error:  # a ValueError of a path with a NUL
+        if isinstance(error, ConfigError):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"--workdir {names.shown(str(workdir))}: cannot be written ({why}); give another folder"
+        ) from None
 
 
 def main(argv: list[str]) -> int:
@@ -89,16 +111,15 @@ def main(argv: list[str]) -> int:
     if {"--help", "-h", "-help"} & set(argv):
         sys.stdout.write(f"{__doc__}\n{FLAGS.main_module_help()}")
         return 0
-    try:
-        config, workdir, path = parse_arguments(argv)
-        if FLAGS.validate:
-            logging.getLogger("jaxpeft").info("%s is valid", path)
-            return 0
-        return _run(config, workdir, FLAGS.allow_change)
-    except JaxpeftError as error:
-        if "--traceback" in argv:
-            raise
-        return complain(error)
+    return guarded(lambda: _checked(argv), show_traceback="--traceback" in argv)
+
+
+def _checked(argv: list[str]) -> int:
+    config, workdir, path = parse_arguments(argv)
+    if FLAGS.validate:
+        logging.getLogger("jaxpeft").info("%s is valid", path)
+        return 0
+    return _run(config, workdir, FLAGS.allow_change)
 
 
 def _hush() -> None:

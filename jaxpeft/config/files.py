@@ -17,7 +17,7 @@ import ml_collections
 
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.method import Method
-from jaxpeft.core.options import convert, parse
+from jaxpeft.core.options import convert, no_option, parse
 from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.methods import METHODS
 
@@ -148,7 +148,7 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
         node[last] = {**(node.get(last) or {}), key: _read(text, typing.get_args(hint)[1])}
         return []
     if not isinstance(node, dict) or hint is None:
-        return [f"--config.{option}: no such option{nearest(option, _all_options(values))}"]
+        return [f"--config.{option}: {no_option(option, _all_options(values))}"]
     if not isinstance(node.get(last), dict) or typing.get_origin(hint) is dict:
         node[last] = _read(text, hint)
         return []

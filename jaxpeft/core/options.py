@@ -10,7 +10,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from jaxpeft.errors import ConfigError, nearest
@@ -22,6 +22,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "below": (lambda value, bound: value < bound, "below"),
     "at_most": (lambda value, bound: value <= bound, "at most"),
 }
+_REFUSED = {"trust_remote_code": "no code of a model, a data set or an adapter is ever run; remove it"}
 
 
 def option(default: Any, doc: str, **bounds: float) -> Any:
@@ -38,6 +39,17 @@ def option(default: Any, doc: str, **bounds: float) -> Any:
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def no_option(key: str, known: Iterable[str]) -> str:
+    """Says that there is no such option, with the nearest ones, or why there is none of that name.
+
+    Args:
+        key: what was written, with its section or without.
+        known: the options that there are.
+    """
+    why = _REFUSED.get(key.rpartition(".")[2])
+    return f"refused: {why}" if why else f"no such option{nearest(key, known)}"
 
 
 def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None, list[str]]:
@@ -57,7 +69,7 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
     for key, value in values.items():
         if key not in fields:
             known = ", ".join(sorted(fields))
-            found.append(f"{where}.{key}: no such option{nearest(key, fields)} (known: {known})")
+            found.append(f"{where}.{key}: {no_option(key, fields)} (known: {known})")
             continue
         taken[key], problems = convert(value, hints[key], f"{where}.{key}")
         found += problems or _out_of_bounds(taken[key], fields[key].metadata, f"{where}.{key}")

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from jaxpeft import config as configs
 from jaxpeft import logs
-from jaxpeft.command import complain, split_overrides
-from jaxpeft.errors import ConfigError, JaxpeftError
+from jaxpeft.command import guarded, split_overrides
+from jaxpeft.errors import ConfigError
 
 
 def _flags() -> flags.FlagValues:
@@ -30,21 +30,19 @@ def _flags() -> flags.FlagValues:
 def main(argv: list[str]) -> int:
     """Shows the data of a config; gives the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
+    return guarded(lambda: _checked(argv), show_traceback="--traceback" in argv)
+
+
+def _checked(argv: list[str]) -> int:
+    overrides, rest = split_overrides(argv)
+    given = _flags()
     try:
-        overrides, rest = split_overrides(argv)
-        given = _flags()
-        try:
-            left = given(["jaxpeft.data", *rest])[1:]
-        except flags.Error as error:
-            raise ConfigError(f"{error}; see the head of jaxpeft/data/__main__.py") from error
-        if left or given.config is None:
-            raise ConfigError(f"{left[0]!r}: not an option" if left else "--config: is not given")
-        config = configs.load(given.config, overrides)
-        _show(config, given.show)
-    except JaxpeftError as error:
-        if "--traceback" in argv:
-            raise
-        return complain(error)
+        left = given(["jaxpeft.data", *rest])[1:]
+    except flags.Error as error:
+        raise ConfigError(f"{error}; see the head of jaxpeft/data/__main__.py") from error
+    if left or given.config is None:
+        raise ConfigError(f"{left[0]!r}: not an option" if left else "--config: is not given")
+    _show(configs.load(given.config, overrides), given.show)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -61,7 +62,59 @@ def load(
         WeightsError: files are missing, are not safetensors, or do not fit the model; all problems at once.
         ConfigError: the architecture, one of its switches, or the task is not supported.
     """
-    started = time.perf_counter()
+    outlined = outline(
+        path_or_hub_id, task=task, num_labels=num_labels, dtype=dtype, compute_dtype=compute_dtype,
+        scan_layers=scan_layers, pooling=pooling, remat=remat, revision=revision,
+    )  # fmt: skip
+    return outlined.model, outlined.read(seed, sharding)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A pretrained model of which everything is known but the numbers.
+
+    Attributes:
+        model: the Linen module.
+        abstract: shape and dtype of every leaf, as the module has them.
+        config: the content of `config.json`.
+        plan: where each leaf is to be read from.
+    """
+
+    model: Pretrained
+    abstract: Tree
+    config: Mapping[str, Any]
+    plan: weights.WeightPlan
+
+    def read(self, seed: int = 0, sharding: Any = None) -> Tree:
+        """Reads the numbers, slice by slice: see `load`.
+
+        Raises:
+            WeightsError: a file cannot be read.
+        """
+        started = time.perf_counter()
+        logs.show()
+        new = _new_leaves(self.model, self.plan.new, seed)
+        params = weights.read(self.abstract, self.plan, new, sharding)
+        _report(self, params, time.perf_counter() - started)
+        return params
+
+
+def outline(
+    path_or_hub_id: str | FilePath,
+    *,
+    task: Task,
+    num_labels: int | None = None,
+    dtype: Any = None,
+    compute_dtype: Any = None,
+    scan_layers: bool = False,
+    pooling: str | None = None,
+    remat: str = "none",
+    revision: str | None = None,
+) -> Outline:
+    """Finds out everything about a pretrained model but its numbers: what can be refused is, before any is read.
+
+    The arguments are those of `load`, and so is what it raises.
+    """
     logs.show()
     if task not in TASKS:
         raise ConfigError(f"task: must be one of {', '.join(TASKS)}, is {task!r}")
@@ -85,10 +138,7 @@ def load(
     if task == "causal_lm" and model.config.tie_word_embeddings:
         tensors = weights.untie(tensors, source.folder)
     plan = weights.plan(abstract, tensors, family, dtype, source.folder, relabel=num_labels is not None)
-    new = _new_leaves(model, plan.new, seed)
-    params = weights.read(abstract, plan, new, sharding)
-    _report(source, config, params, plan, time.perf_counter() - started)
-    return model, params
+    return Outline(model, abstract, config, plan)
 
 
 def abstract_params(model: Pretrained) -> Tree:
@@ -147,15 +197,14 @@ def _new_leaves(model: Pretrained, wanted: tuple[Path, ...], seed: int) -> dict[
     return dict(zip(wanted, make(jax.random.key(seed)), strict=True))
 
 
-def _report(
-    source: sources.Source, config: dict[str, Any], params: Tree, plan: weights.WeightPlan, seconds: float
-) -> None:
+def _report(loaded: Outline, params: Tree, seconds: float) -> None:
     size = sum(leaf.nbytes for _, leaf in paths.walk(params))
     dtypes = "/".join(sorted({str(leaf.dtype) for _, leaf in paths.walk(params)}))
-    revision = f" at {source.revision}" if source.revision else ""
+    source, plan = loaded.model.source, loaded.plan
+    name = "" if source is None else source.name + (f" at {source.revision}" if source.revision else "")
     _log.info(
-        "loaded %s%s (%s): %.1f M parameters, %.1f MB as %s, in %.1f s",
-        source.name, revision, config["model_type"], tree.count(params) / 1e6, size / 1e6, dtypes, seconds,
+        "loaded %s (%s): %.1f M parameters, %.1f MB as %s, in %.1f s",
+        name, loaded.config["model_type"], tree.count(params) / 1e6, size / 1e6, dtypes, seconds,
     )  # fmt: skip
     if plan.new:
         _log.info("newly made head: %s", ", ".join(sorted({paths.text(path[:-1]) for path in plan.new})))

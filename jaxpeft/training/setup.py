@@ -8,23 +8,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpeft import data
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.paths import Tree
+from jaxpeft.core.rewriting import rewrite
 from jaxpeft.data.dialogs import last_answer
 from jaxpeft.data.examples import CHATS
 from jaxpeft.data.pipeline import Splits, make_batches, read_splits
 from jaxpeft.data.stream import Stream
-from jaxpeft.errors import ConfigError, nearest
+from jaxpeft.errors import ConfigError, TargetError, nearest
 from jaxpeft.evaluation.metrics import FIGURES
 from jaxpeft.hub import sources
-from jaxpeft.hub.loading import load
+from jaxpeft.hub.loading import Outline, outline
+from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.mesh import make_mesh, replicated
 from jaxpeft.training.losses import Loss, loss_for
+from jaxpeft.training.optimizers import schedule
 from jaxpeft.training.progress import rows_shown
 
 _log = logging.getLogger(__name__)
@@ -85,7 +89,7 @@ def prepare(config: Config) -> Setup:
     source = sources.resolve(config.model.path, config.model.revision)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
-    model, params = load(
+    outlined = outline(
         config.model.path,
         task=config.model.task,
         num_labels=splits.examples.num_labels or None,
@@ -95,11 +99,11 @@ def prepare(config: Config) -> Setup:
         pooling=config.model.pooling,
         remat=config.model.remat,
         revision=config.model.revision,
-        seed=config.train.seed,
-        sharding=replicated(mesh),
     )
     batches = make_batches(config, splits)
-    _check_positions(model, batches.lengths[-1])
+    steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
+    _check(config, outlined, batches.lengths[-1], steps)
+    model, params = outlined.model, outlined.read(config.train.seed, replicated(mesh))
     return Setup(
         config=config,
         model=model,
@@ -110,7 +114,7 @@ def prepare(config: Config) -> Setup:
         test=splits.test,
         batches=batches,
         mesh=mesh,
-        steps=config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0))),
+        steps=steps,
         pad_id=splits.pad_id,
         labels=splits.examples.label_names,
         problem=splits.problem,
@@ -136,12 +140,20 @@ def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...
     return tuple((splits.encoding.prompt(asked, row), last_answer(asked.texts[row])) for row in range(rows))
 
 
-def _check_positions(model: Pretrained, length: int) -> None:
-    most = getattr(model.config, "max_position_embeddings", None)
+def _check(config: Config, outlined: Outline, length: int, steps: int) -> None:
+    """Refuses, before weights are read, what the model, its sites or the length of the run do not allow."""
+    most = getattr(outlined.model.config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise ConfigError(
             f"data.max_length: rows of {length} tokens, the model has {most} positions; set it to {most} or less"
         )
+    schedule(config.optimizer, config.optimizer.learning_rate, steps)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for method in (*(METHODS[name]() for name in config.baselines), config.method):
+        try:
+            jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
+        except TargetError as error:
+            raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
 
 
 def _check_metric(metric: str | None, problem: str, labels: int) -> None:

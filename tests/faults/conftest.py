@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import logging
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ OPTIONS = {
     "method__dropout": 0.1, "train__steps": STEPS, "evaluation__every_steps": 3, "checkpoint__every_steps": 2,
     "log__tensorboard": False, "log__plot": False,
 }  # fmt: skip
+OPTIONS_OFF = {name: value for name, value in OPTIONS.items() if name.startswith("log__")}
+CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+GOOD = [{"role": "user", "content": "word1 word2"}, {"role": "assistant", "content": "word3"}]
+"""A chat that can be trained on."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +154,24 @@ def here(*arguments: str) -> Done:
     """Runs the main job in this process: for what is refused, where starting another would take the time."""
     from jaxpeft.train import main
 
+    return told(lambda: main(list(arguments)))
+
+
+def library(call: Callable[[], Any]) -> Done:
+    """Calls the library, and tells what it raises as every command of jaxpeft does."""
+    from jaxpeft.command import guarded
+
+    return told(lambda: guarded(lambda: (call(), 0)[1], show_traceback=False))
+
+
+def told(body: Callable[[], int]) -> Done:
+    """Gives what a command says in this process."""
     said, logger, handler = io.StringIO(), logging.getLogger("jaxpeft"), logs.StderrHandler()
     handlers, level = logger.handlers[:], logger.level
     logger.handlers, began = [handler], time.perf_counter()
     try:
         with contextlib.redirect_stderr(said):
-            code = main(list(arguments))
+            code = body()
     finally:
         logger.handlers, _ = handlers, logger.setLevel(level)
     return Done(code, said.getvalue(), time.perf_counter() - began)
@@ -216,6 +233,26 @@ class Job:
         """Gives the hash of the adapter that the run has saved."""
         tensors = load_file(self.workdir / "adapter" / "adapter_model.safetensors")
         return hashlib.sha256(b"".join(name.encode() + tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
+
+
+@pytest.fixture
+def chats(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Callable[..., Job]:
+    """Makes a run of chats: lists of messages, and a template; further options as for `write_config`."""
+
+    def make(rows: Sequence[Sequence[Mapping[str, Any]]], template: str = CHAT, **options: Any) -> Job:
+        file, jinja = tmp_path / "rows.jsonl", tmp_path / "mine.jinja"
+        file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        jinja.write_text(template)
+        given = {
+            "model__task": "causal_lm",
+            "data__chat_template": str(jinja),
+            "data__max_length": 32,
+            "train__steps": 2,
+        }
+        config = write_config(tmp_path / "chats.py", tiny_models["llama"], file, **given | OPTIONS_OFF | options)
+        return Job(config, tmp_path / "run")
+
+    return make
 
 
 @pytest.fixture

@@ -52,6 +52,9 @@ def test_a_worker_that_raises_is_told_with_its_own_error(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "Batches", workers.Raising)
-    with pytest.raises(ZeroDivisionError, match="three is too many"):
-        job.here(*OPTIONS)
-    assert multiprocessing.active_children() == []
+    done = job.here(*OPTIONS)
+    marks.exit(done, 1)
+    marks.message(
+        done, "jaxpeft: ZeroDivisionError: three is too many (", "workers.py:19); run it with --traceback to see more"
+    )
+    _goes_on(job, marks, done, monkeypatch)

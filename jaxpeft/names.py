@@ -1,0 +1,54 @@
+"""Names that become folders: checked, so that nothing is written where nobody meant it to be."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jaxpeft.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def folder_named(root: Path, name: str) -> Path:
+    """Gives the folder of a name below a root.
+
+    Args:
+        root: the folder that holds all of them.
+        name: 1 to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit.
+
+    Raises:
+        ConfigError: the name is another, or a link that leads out of the root stands there.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"name {shown(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
+        )
+    folder = root / name
+    if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"name {name}: {folder} is a link that leads out of {root}; give another name")
+    return folder
+
+
+def require_no_way_out(folder: Path) -> None:
+    """Refuses a folder that holds links to somewhere else: what is written there would land elsewhere.
+
+    Raises:
+        ConfigError: naming each link.
+    """
+    if not folder.is_dir():
+        return
+    inside = folder.resolve()
+    links = [
+        path for path in sorted(folder.iterdir()) if path.is_symlink() and not path.resolve().is_relative_to(inside)
+    ]
+    if links:
+        raise ConfigError(
+            [f"{path}: a link that leads out of the run's folder, to {path.resolve()}; remove it" for path in links]
+        )
+
+
+def shown(text: str, most: int = 200) -> str:
+    """Gives a text for a message: quoted where it has what cannot be printed, and cut where it is long."""
+    plain = text if text and text.isprintable() else repr(text)
+    return plain if len(plain) <= most else f"{plain[:most]}... ({len(text):,} characters)"
