@@ -59,7 +59,7 @@ class Renderer:
                 return {"texts": [self._text(messages[:n], tools, generate) for n, generate in cuts]}
         except TimeoutError:
             return {"error": TOO_LONG, "fatal": True}
-        except SecurityError as error:
+        except (SecurityError, OverflowError) as error:  # of a range that is too long
             return {"error": f"the chat template does what a template may not: {error}", "fatal": True}
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             return {"error": f"the chat template fails: {error}", "fatal": False}

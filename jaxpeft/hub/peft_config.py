@@ -95,7 +95,6 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
         raise AdapterError(f"{where}: peft_type {kind!r} is not supported (supported: {known})")
     problems = _unsupported(config, "lora", _LORA_OPTIONS)
     values = {ours: _plain(config[peft]) for peft, ours in _LORA_OPTIONS.items() if config.get(peft) not in (None, "")}
-    values.setdefault("alpha", 8)
     values["modules_to_save"] = _modules_to_save(config, head)
     if isinstance(values.get("layers_to_transform"), int):
         values["layers_to_transform"] = (values["layers_to_transform"],)
@@ -105,6 +104,9 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
         values["layers_pattern"] = (values["layers_pattern"],)
     if "targets" not in values:
         problems.append("target_modules: is not set; name the modules that the adapter holds")
+    # PEFT always writes both; its defaults in their place would be another adapter, without a word
+    problems += [f"{peft}: is not set; take it from where the adapter was trained" for peft in ("r", "lora_alpha")
+                 if _LORA_OPTIONS[peft] not in values]  # fmt: skip
     method, found = parse(LoRA, values, "lora")
     if problems or found or method is None:
         raise AdapterError([f"{where}: {problem}" for problem in (*problems, *found)])

@@ -49,7 +49,7 @@ def test_the_day_does_not_change_the_tokens() -> None:
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "may not", True),
         ("{{ messages.append(1) }}", "may not", True),
         ("{{ raise_exception.__globals__.items() }}", "may not", True),
-        ("{% for i in range(10**9) %}{% endfor %}", "fails: Range too big", False),
+        ("{% for i in range(10**9) %}{% endfor %}", "may not: Range too big", True),
         ("{{ 'a' * 10**10 }}", "more than 10,000,000 items", True),
         ("{{ 9 ** (9 ** 9) }}", "more than 10,000,000 items", True),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 2 s", True),
@@ -67,20 +67,15 @@ def test_the_day_does_not_change_the_tokens() -> None:
 )  # fmt: skip
 def test_a_hostile_or_broken_template_is_stopped(source: str, text: str, fatal: bool) -> None:
     template, started = Template(source, {}), time.perf_counter()
-    before, largest = _peak(resource.RUSAGE_SELF), _peak(resource.RUSAGE_CHILDREN)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RenderError, match=text) as caught:
         template.render([USER], generate=False)
     assert caught.value.fatal == fatal
     assert time.perf_counter() - started < 60  # of the processor's time it may take 4 s; the machine may be busy
-    assert _peak(resource.RUSAGE_SELF) - before < 100_000
-    template._process.kill()
-    template._process.wait()
-    assert _peak(resource.RUSAGE_CHILDREN) <= max(largest, 600_000)
-
-
-def _peak(who: int) -> int:
-    """Gives the most memory of this process, or of the largest that it has waited for, in kB."""
-    return resource.getrusage(who).ru_maxrss
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    if template._process.poll() is None:
+        status = Path(f"/proc/{template._process.pid}/status").read_text()
+        assert int(status.partition("VmHWM:")[2].split()[0]) < 600_000  # kB
 
 
 def test_nothing_is_rendered_behind_a_template_that_hangs_and_the_next_one_is(tmp_path: Path) -> None:

@@ -82,12 +82,11 @@ def test_methods_without_a_peft_counterpart_come_back_by_name(name):
 def test_absent_keys_mean_what_they_mean_in_peft():
     from peft import LoraConfig
 
-    method = peft_config.read({"peft_type": "LORA", "target_modules": ["q_proj"]}, "x", {})
-    peft = LoraConfig(target_modules=["q_proj"])
-    assert (method.rank, method.alpha, method.dropout) == (peft.r, peft.lora_alpha, peft.lora_dropout) == (8, 8, 0.0)
+    method = peft_config.read(MINIMUM, "x", {})
+    peft = LoraConfig(r=4, target_modules=["q_proj"])
+    assert (method.rank, method.alpha, method.dropout) == (peft.r, peft.lora_alpha, peft.lora_dropout) == (4, 8, 0.0)
     assert (method.rslora, method.bias) == (peft.use_rslora, peft.bias)
-    assert method == LoRA(rank=8, alpha=8, targets=("q_proj",))
-    assert peft_config.read(MINIMUM, "x", {}) == LoRA(rank=4, alpha=8, targets=("q_proj",))
+    assert method == LoRA(rank=4, alpha=8, targets=("q_proj",))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +143,12 @@ def test_what_peft_writes_is_read(options, wanted):
 def test_what_is_not_supported_is_refused(options, message):
     (problem,) = problems(peft_lora(target_modules=["q_proj"]) | options)
     assert problem.startswith(message)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_rank_and_alpha_must_be_there(key):
+    (problem,) = problems({k: v for k, v in MINIMUM.items() if k != key})
+    assert problem.startswith(f"{key}: is not set; take it from where the adapter was trained")
 
 
 def test_a_setting_of_a_later_peft_is_refused_when_it_is_on():
