@@ -314,8 +314,9 @@ class Run:
         loss = math.nan
         for step, tokens, position, metrics in self.pending:
             loss = float(metrics["loss"])
-            seen = self.watch.see(step, self.setup.batches.told(position), metrics, self._newest)
+            seen = self.watch.see(step, self.setup.batches.told(position), metrics)
             self._write(step, seen | {"learning_rate": self._rate(step), "tokens": tokens})
+            self.watch.stop_if_too_many(self._newest)
         self.pending.clear()
         return loss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,24 +28,23 @@ class Watch:
 
     def __init__(self, leaves: Sequence[str], most_skipped: int, chance: float | None) -> None:
         self._leaves, self._most, self._chance = leaves, most_skipped, chance
-        self._skipped: list[tuple[int, str]] = []
+        self._skipped: list[_Skipped] = []
         self._zeros = 0
 
-    def see(self, step: int, rows: str, metrics: Mapping[str, Any], newest: Callable[[], str]) -> dict[str, float]:
+    def see(self, step: int, rows: str, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Takes the figures of a step; gives those that are to be written.
 
         Args:
             step: its number, from 1.
             rows: names its rows.
             metrics: what the step gave: `loss`, `grad_norm`, `weight` and `broken`.
-            newest: names the newest checkpoint, if it is asked.
-
-        Raises:
-            TrainingError: too many steps in a row were skipped.
         """
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._skip(step, rows, f"loss is {loss}, gradient norm is {norm}", np.asarray(metrics["broken"]), newest)
+            bad = [name for name, flag in zip(self._leaves, np.asarray(metrics["broken"]), strict=True) if flag]
+            skipped = _Skipped(step, rows, f"loss is {loss}, gradient norm is {norm}", bad)
+            _log.warning("step %d is skipped: %s", step, skipped.what)
+            self._skipped.append(skipped)
             return {"skipped": 1}
         self._skipped.clear()
         if float(metrics["weight"]) == 0:
@@ -63,16 +63,31 @@ class Watch:
             )  # fmt: skip
         return {"loss": loss, "grad_norm": norm}
 
-    def _skip(self, step: int, rows: str, what: str, broken: np.ndarray[Any, Any], newest: Callable[[], str]) -> None:
-        """Counts a step whose loss or gradient is not finite: the program has not applied it."""
-        self._skipped.append((step, rows))
+    def stop_if_too_many(self, newest: Callable[[], str]) -> None:
+        """Stops the run where too many steps in a row were not finite: the program has applied none of them.
+
+        Args:
+            newest: names the newest checkpoint, if it is asked.
+
+        Raises:
+            TrainingError: naming the first of them, its rows and the leaves.
+        """
         if len(self._skipped) < self._most:
-            _log.warning("step %d is skipped: %s", step, what)
             return
-        bad = [name for name, flag in zip(self._leaves, broken, strict=True) if flag]
-        first, of = self._skipped[0]
+        first, last = self._skipped[0], self._skipped[-1]
+        leaves = f"{', '.join(last.leaves[:3])}{' and others' if len(last.leaves) > 3 else ''}"
         raise TrainingError(
-            f"step {step}: {what}, the last of {len(self._skipped)} steps in a row that were skipped, the first of them step "
-            f"{first} ({of}); not finite: {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}; {newest()}; lower "
-            "optimizer.learning_rate, set optimizer.clip_norm, or look at the rows"
+            f"step {last.step}: {last.what}, the last of {len(self._skipped)} steps in a row that were skipped, the first of them "
+            f"step {first.step} ({first.rows}); not finite: {leaves}; {newest()}; lower optimizer.learning_rate, set "
+            "optimizer.clip_norm, or look at the rows"
         )
+
+
+@dataclass(frozen=True)
+class _Skipped:
+    """A step that was skipped: its number and rows, what was wrong, and with which leaves."""
+
+    step: int
+    rows: str
+    what: str
+    leaves: list[str]
