@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 
 class StderrHandler(logging.Handler):
@@ -21,6 +24,19 @@ class _Fallback(StderrHandler):
         """Writes a record, unless the user's own handlers do."""
         if not logging.getLogger().handlers:
             super().emit(record)
+
+
+@contextmanager
+def timed(what: str) -> Generator[Callable[[str], None]]:
+    """Logs what is being done, and then how long it took; a step that fails says so itself.
+
+    Gives a function that takes what came of it, to be said with the time.
+    """
+    log, told = logging.getLogger("jaxpeft"), list[str]()
+    log.info("%s ...", what)
+    started = time.perf_counter()
+    yield told.append
+    log.info("%s: %s", what, ", ".join([*told, f"{time.perf_counter() - started:.1f} s"]))
 
 
 def show() -> None:

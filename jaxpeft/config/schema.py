@@ -72,6 +72,9 @@ class DataConfig:
     problem: Literal["auto", "single_label", "multi_label", "regression"] = option(
         "auto", "kind of classification; auto tells it from the labels"
     )
+    labels: tuple[str, ...] = option(
+        (), "names of the classes, in their order; empty to take them from the rows, of a stream from the validation rows"
+    )
     max_length: int = option(128, "tokens a row; longer rows are cut, texts are split", at_least=2)
     lengths: tuple[int, ...] = option(
         (), "the padded lengths, ascending; empty to choose them from the data", at_least=2
@@ -108,6 +111,8 @@ class DataConfig:
             found.append("max_rows: a stream is not drawn from; remove it, and set train.steps")
         if not self.streaming and self.buffer_rows != DataConfig.buffer_rows:
             found.append(f"buffer_rows: {self.buffer_rows} is for data.streaming, which is off; remove it")
+        if twice := [name for name in dict.fromkeys(self.labels) if self.labels.count(name) > 1]:
+            found.append(f"labels: {twice[0]!r} stands there twice; name it once")
         for name in self.columns:
             if name not in DATA_FIELDS:
                 found.append(
@@ -263,12 +268,14 @@ class Config:
             found.append(f"baselines: {name!r} would be trained twice; name it once")
         if self.model.task == "causal_lm" and self.optimizer.head_learning_rate is not None:
             found.append("optimizer.head_learning_rate: a language model has no new head; remove it")
+        if self.data.labels and (self.model.task == "causal_lm" or self.data.problem == "regression"):
+            found.append("data.labels: is for classification; remove it")
         if self.model.task != "sequence_classification" and self.data.problem != "auto":
             found.append(f"data.problem: is for task 'sequence_classification', task is {self.model.task!r}; remove it")
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
         if warmup is not None and steps is not None and warmup >= steps:
             found.append(f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps} steps")
-        for name in ("packing", "streaming", "separator"):
+        for name in ("packing", "separator"):
             if getattr(self.data, name) and self.model.task != "causal_lm":
                 found.append(f"data.{name}: is for task 'causal_lm', task is {self.model.task!r}; remove it")
         if self.data.streaming and self.train.epochs is not None:

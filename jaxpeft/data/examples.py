@@ -95,6 +95,7 @@ def make_examples(
     kind: Kind,
     problem: Problem | None = None,
     columns: Columns | None = None,
+    labels: tuple[str, ...] = (),
     like: Examples | None = None,
 ) -> Examples:
     """Makes examples of rows.
@@ -105,6 +106,7 @@ def make_examples(
         problem: of a classification; found from the labels where not given (lists: multi_label, numbers with a point:
             regression, else single_label; numbers that a CSV holds are strings, hence single_label).
         columns: the columns to use; those not given are found by their usual names.
+        labels: the names of the classes, in their order; those of the rows, sorted, where not given.
         like: the training split's examples, where these are of another split: its problem, columns and label list
             are used, and a label that it does not have is refused.
 
@@ -113,7 +115,7 @@ def make_examples(
         DataError: columns are missing or ambiguous, or rows have missing, mistyped, empty or unknown fields.
     """
     _check_names(kind, problem)
-    asked = columns or (like.columns if like else Columns())
+    asked = columns or (like.columns if like is not None else Columns())
     found = find_columns(rows.columns(), asked, kind, rows.name)
     problems = Problems()
     if kind in _DIALOGS:
@@ -129,14 +131,14 @@ def make_examples(
         problems.raise_if_any()
         return Examples(kind, None, texts, None, None, (), found, rows)
     if kind == "classification":
-        known = problem or (like.problem if like else None)
+        known = problem or (like.problem if like is not None else None)
         problem = known or guess_problem(record.get(found.label or "") for record in rows.records)
-    names = like.label_names if like else None
-    labels, names = _labels(rows, found.label, problem, names, problems)
+    names = like.label_names if like is not None else labels or None
+    ids, names = _labels(rows, found.label, problem, names, problems)
     if kind == "token_classification":
-        _check_lengths(rows, texts, labels, problems)
+        _check_lengths(rows, texts, ids, problems)
     problems.raise_if_any()
-    return Examples(kind, problem, texts, pairs, _arrays(labels, problem, len(names)), names, found, rows)
+    return Examples(kind, problem, texts, pairs, _arrays(ids, problem, len(names)), names, found, rows)
 
 
 def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:

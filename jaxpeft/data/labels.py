@@ -97,9 +97,8 @@ def label_id(name: str, ids: dict[str, int]) -> int:
     """
     if name not in ids:
         hint = nearest(name, ids)
-        known = f"the {len(ids)} labels of the training split"
         raise RowError(
-            f"holds {name!r}, which is not one of {known}", hint.removeprefix("; ") or "correct it or leave it out"
+            f"holds {name!r}, which is not one of the {len(ids)} labels known", hint.removeprefix("; ") or "correct it or leave it out"
         )
     return ids[name]
 

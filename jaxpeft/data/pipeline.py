@@ -19,6 +19,7 @@ from jaxpeft.data.reading import read_examples, read_held
 from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, DataError
 from jaxpeft.hub import sources
+from jaxpeft.logs import timed
 
 _log = logging.getLogger(__name__)
 Shown = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
@@ -73,15 +74,16 @@ def read_splits(config: Config, source: sources.Source, shown: Shown) -> Splits:
     encoding = Encoding(config.data, load_tokenizer(source), vocab)
 
     def tokens(examples: Examples) -> Encoded:
-        with shown(f"tokenising {examples.rows.name}") as progress:
+        what = f"tokenising {examples.rows.name}"
+        with timed(what) as note, shown(what) as progress:
             encoded = encoding(examples, progress)
-        _log.info("%s: %s", examples.rows.name, told(encoded))
+            note(told(encoded))
         return encoded
 
     stream = None
     if config.data.streaming:
-        stream = Stream(config, dataclasses.replace(encoding, use_cache=False))
-        (train, encoded), (validation, test) = stream.first, read_held(config, stream.first[0])
+        stream, (validation, test) = _streamed(config, dataclasses.replace(encoding, use_cache=False))
+        train, encoded = stream.first
         _log.info("%s, its first rows: %s", train.rows.name, told(encoded))
         named = hashlib.sha256(f"{encoded.fingerprint} {stream.identity}".encode()).hexdigest()
         encoded = dataclasses.replace(encoded, fingerprint=named)
@@ -92,6 +94,17 @@ def read_splits(config: Config, source: sources.Source, shown: Shown) -> Splits:
     last = tokens(test) if test is not validation else held_out
     problem = {"classification": str(train.problem), "token_classification": "token"}.get(train.kind, "lm")
     return Splits(train, encoded, held_out, last, encoding.tokenizer, encoding.pad_id, problem, test, encoding, stream)
+
+
+def _streamed(config: Config, encoding: Encoding) -> tuple[Stream, tuple[Examples, Examples]]:
+    """Opens a stream and reads the rows that are held out; labels are those of the latter: a stream is not read through."""
+    if config.model.task == "causal_lm":
+        stream = Stream(config, encoding)
+        return stream, read_held(config, stream.first[0])
+    held = read_held(config, None)
+    # what is known of the labels, without the rows: worker processes are sent it
+    like = dataclasses.replace(held[0], texts=[], pairs=None, labels=None, rows=held[0].rows.take([]))
+    return Stream(config, encoding, like), held
 
 
 def make_batches(config: Config, splits: Splits) -> Batches | Stream:

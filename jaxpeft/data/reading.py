@@ -47,17 +47,18 @@ def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
     return train, validation, _other(options.test, "test", config, whole or train) if options.test else validation
 
 
-def read_held(config: Config, like: Examples) -> tuple[Examples, Examples]:
+def read_held(config: Config, like: Examples | None) -> tuple[Examples, Examples]:
     """Reads the validation and the test rows; the first stand for a test split that is not given.
 
     Args:
         config: of the run, with validation rows.
-        like: the training examples.
+        like: the training examples; None where the validation rows are to tell the labels.
 
     Raises:
         DataError: rows cannot be used.
     """
     validation = _other(config.data.validation, "validation", config, like)
+    like = validation if like is None else like
     return validation, _other(config.data.test, "test", config, like) if config.data.test else validation
 
 
@@ -135,14 +136,18 @@ def read_source(path: str, split: str, config: Config) -> Rows:
 
 def _examples(rows: Rows, kind: Kind, config: Config, like: Examples | None = None) -> Examples:
     problem = None if config.data.problem == "auto" else config.data.problem
-    return make_examples(rows, kind=kind, problem=problem, columns=columns_of(config, kind), like=like)
+    return make_examples(
+        rows, kind=kind, problem=problem, columns=columns_of(config, kind), labels=config.data.labels, like=like
+    )
 
 
-def _other(path: str, split: str, config: Config, like: Examples) -> Examples:
+def _other(path: str, split: str, config: Config, like: Examples | None) -> Examples:
     """Reads another split; its columns are those of the training rows, or found as theirs were."""
     rows = _drawn(read_source(path, split, config), config)
     if config.data.separator:
         return _examples(*recognize(config, rows), config)
+    if like is None:
+        return _examples(rows, kind_of(config, rows), config)
     columns = set(like.columns.given().values())
     if like.kind not in GENERATIVE or (columns and columns <= set(rows.columns())):
         return make_examples(rows, kind=like.kind, like=like)

@@ -15,6 +15,7 @@ from typing import Any
 from jaxpeft.data.parse import PARSERS
 from jaxpeft.data.problems import Record
 from jaxpeft.errors import DataError, nearest
+from jaxpeft.logs import timed
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGE_PATH = re.compile(r"package:([A-Za-z0-9_-]+)/([A-Za-z0-9_-]+)")
@@ -215,7 +216,8 @@ def load_hub(hub_id: str, split: str, config: str | None, revision: str | None, 
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(hub_id, config, split=split, revision=revision, streaming=streaming)
+        with timed(f"fetching {hub_name(hub_id, split, config)} from the hub"):
+            return datasets.load_dataset(hub_id, config, split=split, revision=revision, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         near = nearest(Path(hub_id).name, [p.name for p in Path.cwd().iterdir()])

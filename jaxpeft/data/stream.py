@@ -34,6 +34,7 @@ class StreamedSource:
         kind: their format.
         columns: the columns that are used.
         count: how many of its rows a buffer holds.
+        like: examples whose labels these rows have; None where there are none.
     """
 
     config: Config
@@ -41,13 +42,14 @@ class StreamedSource:
     kind: Kind
     columns: Columns
     count: int
+    like: Examples | None
 
     def examples(self, buffer: int) -> Examples | None:
         """Makes the examples of a buffer, None where the rows have ended."""
         rows = self.rows.rows(buffer * self.count, self.count)
         if not len(rows):
             return None
-        return make_examples(recognize(self.config, rows)[0], kind=self.kind, columns=self.columns)
+        return make_examples(recognize(self.config, rows)[0], kind=self.kind, columns=self.columns, like=self.like)
 
 
 class Stream:
@@ -60,6 +62,7 @@ class Stream:
     Args:
         config: a checked config.
         encoding: of rows as tokens.
+        like: examples whose labels the rows have; None where there are none.
         shard: `(process, processes)`: this process gets so many rows of each batch.
 
     Raises:
@@ -69,7 +72,9 @@ class Stream:
     steps_per_epoch: int | None = None
     """How many batches an epoch has: not known."""
 
-    def __init__(self, config: Config, encoding: Encoding, shard: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, config: Config, encoding: Encoding, like: Examples | None = None, shard: tuple[int, int] = (0, 1)
+    ) -> None:
         self._config, self._encoding, self._shard = config, encoding, shard
         weights = config.data.weights or (1.0,)
         shares = [weight / sum(weights) for weight in weights]
@@ -81,8 +86,8 @@ class Stream:
             if not len(first):
                 raise DataError(f"{path}: has no rows; give a source with at least one row")
             ready, kind = recognize(config, first)
-            found = make_examples(ready, kind=kind, columns=columns_of(config, kind))
-            self._sources.append(StreamedSource(config, stream, kind, found.columns, count))
+            found = make_examples(ready, kind=kind, columns=columns_of(config, kind), like=like)
+            self._sources.append(StreamedSource(config, stream, kind, found.columns, count, like))
 
     @cached_property
     def first(self) -> tuple[Examples, Encoded]:

@@ -93,6 +93,7 @@ class Outline:
         """
         started = time.perf_counter()
         logs.show()
+        _log.info("loading %s ...", self.model.source.name if self.model.source else "the model")
         new = _new_leaves(self.model, self.plan.new, seed)
         params = weights.read(self.abstract, self.plan, new, sharding)
         _report(self, params, time.perf_counter() - started)

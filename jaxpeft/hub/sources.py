@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.errors import WeightsError, nearest
+from jaxpeft.logs import timed
 
 _log = logging.getLogger(__name__)
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path")
@@ -121,12 +122,12 @@ def _from_hub(name: str, revision: str | None) -> Source:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    _log.info("fetching %s from the hub%s", name, f" at {revision}" if revision else "")
     try:
-        # some versions ask the hub for the files of a pinned commit even where it is offline and they are all there
-        folder = hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=hub.constants.HF_HUB_OFFLINE
-        )
+        with timed(f"fetching {name} from the hub{f' at {revision}' if revision else ''}"):
+            # some versions ask the hub for the files of a pinned commit even where it is offline and they are all there
+            folder = hub.snapshot_download(
+                name, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=hub.constants.HF_HUB_OFFLINE
+            )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         raise WeightsError(
             f"model {name!r}: neither a folder here nor to be had from the hub "

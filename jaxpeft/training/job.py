@@ -16,6 +16,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.evaluation.generation import greedy
 from jaxpeft.hub.adapters import save_adapter
+from jaxpeft.logs import timed
 from jaxpeft.methods import METHODS
 from jaxpeft.training import optimizers, plot, records
 from jaxpeft.training.evaluation import Evaluator, metric_of
@@ -95,8 +96,9 @@ def _log_setup(setup: Setup) -> None:
 def _before(setup: Setup, method: Method, evaluator: Evaluator) -> dict[str, float]:
     """Evaluates the test rows before any training, with the fresh adapter."""
     trainable, frozen = split_for(setup, method)
-    figures = evaluator(trainable, frozen, setup.test)
-    _log.info("before training: %s", _shown(figures))
+    with timed("evaluating before training") as note:
+        figures = evaluator(trainable, frozen, setup.test)
+        note(_shown(figures))
     return figures
 
 

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.data.batches import Position
+from jaxpeft.logs import timed
 from jaxpeft.sharding.mesh import by_rows, place, replicated
 from jaxpeft.training import flops, optimizers, records
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
-from jaxpeft.training.progress import StepProgress, memory_gb, timed
+from jaxpeft.training.progress import StepProgress, memory_gb
 from jaxpeft.training.setup import Setup
 from jaxpeft.training.signals import Stopped, StopRequest
 from jaxpeft.training.step import TrainState, init_state, make_train_step
@@ -250,11 +251,15 @@ class Run:
         mesh, feed = self.setup.mesh, self.setup.batches.feed
         batches = feed(self.position, self.setup.steps, self.stop.raise_if_requested)
         with self._progress_shown() as report, closing(batches):
+            first = True
             while not self._finished():
                 self.stop.raise_if_requested()
-                batch, position = next(batches)
-                run = compiled[batch["input_ids"].shape[-1]]
-                self.state, metrics = run(self.state, self.frozen, place(mesh, batch, self.row_axis))
+                with timed("the first batch and step") if first else nullcontext():
+                    batch, position = next(batches)
+                    run = compiled[batch["input_ids"].shape[-1]]
+                    self.state, metrics = run(self.state, self.frozen, place(mesh, batch, self.row_axis))
+                    jax.block_until_ready(metrics if first else ())
+                    first = False
                 self.step, self.position = self.step + 1, position
                 tokens = _tokens(batch)
                 self.pending.append((self.step, tokens, position, metrics))

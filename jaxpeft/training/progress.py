@@ -18,15 +18,6 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def timed(what: str) -> Generator[None]:
-    """Logs what is being done, and how long it took."""
-    _log.info("%s ...", what)
-    started = time.perf_counter()
-    yield
-    _log.info("%s: %.1f s", what, time.perf_counter() - started)
-
-
-@contextmanager
 def rows_shown(kind: str, what: str) -> Generator[Callable[[int, int], None] | None]:
     """Gives a function `(rows done, rows in all)` that shows a bar, or None where no bar is wanted.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ import pytest
 from jaxpeft.config import defaults
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config
-from jaxpeft.data.encoding import Encoding
-from jaxpeft.data.pipeline import load_tokenizer
+from jaxpeft.data.pipeline import read_splits
 from jaxpeft.data.stream import Stream
 from jaxpeft.errors import DataError
 from jaxpeft.hub import sources
@@ -40,7 +40,9 @@ def make_stream(tiny_models: Mapping[str, Path], tmp_path: Path) -> MakeStream:
 
     def make(**options: Any) -> Stream:
         values = defaults("lora").to_dict()
-        values["model"] |= {"path": str(tiny_models["llama"]), "task": "causal_lm"}
+        task = options.pop("task", "causal_lm")
+        model = tiny_models["llama" if task == "causal_lm" else "bert"]
+        values["model"] |= {"path": str(model), "task": task}
         values["data"] |= {
             "train": str(train),
             "validation": str(train),
@@ -53,8 +55,9 @@ def make_stream(tiny_models: Mapping[str, Path], tmp_path: Path) -> MakeStream:
             values["train" if name in values["train"] else "data"][name] = value
         config, problems = parse_config(values)
         assert isinstance(config, Config), problems
-        tokenizer = load_tokenizer(sources.resolve(str(tiny_models["llama"])))
-        return Stream(config, Encoding(config.data, tokenizer, 99, use_cache=False))
+        splits = read_splits(config, sources.resolve(str(model)), lambda what: nullcontext())
+        assert splits.stream is not None
+        return splits.stream
 
     return make
 
@@ -136,3 +139,72 @@ def test_processes_get_parts_of_the_same_batches(make_stream: MakeStream) -> Non
         parts.append(fed(stream, 6))
     for (batch, _), (first, _), (second, _) in zip(whole, *parts, strict=True):
         assert np.array_equal(batch["input_ids"], np.concatenate([first["input_ids"], second["input_ids"]]))
+
+
+def write_chats(path: Path, rows: int) -> Path:
+    """Writes chats of two turns."""
+    turns = [[{"role": "user", "content": WORDS[i]}, {"role": "assistant", "content": WORDS[i + 1]}] for i in range(rows)]
+    path.write_text("".join(json.dumps({"messages": of}) + "\n" for of in turns))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_chats_are_streamed_by_a_thread_and_by_processes(make_stream: MakeStream, tmp_path: Path, workers: int) -> None:
+    path = write_chats(tmp_path / "chats.jsonl", 23)
+    stream = make_stream(train=str(path), validation=str(path), chat_template="chatml", max_length=32, workers=workers)
+    made = [batch for batch, position in fed(stream, 8) if position["epoch"] == 0]
+    assert sum(int((batch["labels"] != -100).any(-1).sum()) for batch in made) == 23
+
+
+def write_labelled(path: Path, kind: str, rows: int, labels: list[Any]) -> Path:
+    """Writes rows of a classification, or of a token classification."""
+    tokens = kind == "token_classification"
+    made = [{"tokens": [WORDS[i], WORDS[i + 1]], "tags": ["O", labels[i % len(labels)]]} if tokens
+            else {"text": WORDS[i], "label": labels[i % len(labels)]} for i in range(rows)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "names"),
+    [
+        ("sequence_classification", ["b", "a", "c"], ("a", "b", "c")),
+        ("sequence_classification", [["b"], ["a", "c"], []], ("a", "b", "c")),
+        ("sequence_classification", [0.5, 1.5, 2.0], ()),
+        ("token_classification", ["X", "Y"], ("O", "X", "Y")),
+    ],
+    ids=["one", "several", "numbers", "tokens"],
+)
+def test_labels_of_a_stream_are_those_of_the_validation_rows(
+    make_stream: MakeStream, tmp_path: Path, task: str, labels: list[Any], names: tuple[str, ...]
+) -> None:
+    train = write_labelled(tmp_path / "labelled.jsonl", task, 23, labels)
+    held = write_labelled(tmp_path / "held.jsonl", task, 6, labels)
+    stream = make_stream(task=task, train=str(train), validation=str(held))
+    assert stream.first[0].label_names == names
+    made = [batch for batch, position in fed(stream, 9) if position["epoch"] == 0]
+    kept = {int(ids[1]): label.tolist() for b in made for ids, label, weight in zip(
+        b["input_ids"], b["labels"], b["weights"], strict=True) if weight}  # fmt: skip
+    assert len(kept) == 23
+    for i in range(23):
+        wanted = labels[i % len(labels)]
+        got = kept[5 + i]
+        if task == "token_classification":
+            assert got[1:3] == [names.index("O"), names.index(wanted)]
+        elif names and isinstance(wanted, list):
+            assert got == [float(name in wanted) for name in names]
+        else:
+            assert got == (names.index(wanted) if names else wanted)
+
+
+def test_a_label_that_the_validation_rows_have_not_is_told_and_may_be_named(
+    make_stream: MakeStream, tmp_path: Path
+) -> None:
+    train = write_labelled(tmp_path / "labelled.jsonl", "sequence_classification", 20, list("aaaabbbbc"))
+    held = write_labelled(tmp_path / "held.jsonl", "sequence_classification", 8, list("aaaabbbb"))
+    options = {"task": "sequence_classification", "train": str(train), "validation": str(held)}
+    with pytest.raises(DataError, match=r"labelled.jsonl:9:1 \(row 9\): field 'label' holds 'c', which is not one of the 2"):
+        fed(make_stream(**options), 9)
+    named = make_stream(**options, labels=("c", "b", "a"))
+    assert named.first[0].label_names == ("c", "b", "a")
+    assert len(fed(named, 9)) == 9

@@ -1,7 +1,7 @@
 """What the fault tests share: a short run with a fault in it, the run that nothing happened to, and the four marks.
 
-`@pytest.mark.case(12)` says which case of `cases.py` a test shows. The fixture `marks` checks, and notes what it has
-checked: `python -m tests.faults.report` makes docs/reliability.md of it.
+The name of a test says which case of `cases.py` it shows: `test_case_12_...`. The fixture `marks` checks, and notes what it
+has checked: `python -m tests.faults.report` makes docs/reliability.md of it.
 """
 
 from __future__ import annotations
@@ -108,10 +108,9 @@ class Marks:
 @pytest.fixture
 def marks(request: pytest.FixtureRequest) -> Marks:
     """Checks that are noted for the table."""
-    marker = request.node.get_closest_marker("case")
-    assert marker and set(marker.args) <= CASES.keys(), "give the test a @pytest.mark.case(NUMBER)"
-    for number in marker.args:
-        request.node.user_properties.append(("case", number))
+    named = re.match(r"test_case_(\d+)_", request.node.name)
+    assert named and int(named[1]) in CASES, "name the test test_case_NUMBER_..."
+    request.node.user_properties.append(("case", int(named[1])))
     return Marks(request.node)
 
 

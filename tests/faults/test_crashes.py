@@ -18,9 +18,8 @@ KILLS = int(os.environ.get("JAXPEFT_KILLS", "2"))
 """How often a run is killed at random: the table of docs/reliability.md is made with 50."""
 
 
-@pytest.mark.case(1)
 @pytest.mark.parametrize("fault", ["in_step:5", "in_save:3", "in_eval:3"])
-def test_a_kill_anywhere_and_the_same_command_ends_as_if_nothing_had_happened(
+def test_case_1_a_kill_anywhere_and_the_same_command_ends_as_if_nothing_had_happened(
     job: Job, whole: Job, marks: Marks, fault: str
 ) -> None:
     assert job(fault=fault).returncode == -9
@@ -31,8 +30,7 @@ def test_a_kill_anywhere_and_the_same_command_ends_as_if_nothing_had_happened(
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(1)
-def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_1_killed_at_random_moments_it_ends_as_if_nothing_had_happened(job: Job, whole: Job, marks: Marks) -> None:
     began, random, kills = time.perf_counter(), Random(0), 0
     assert job().returncode == 0
     whole_time = time.perf_counter() - began
@@ -46,8 +44,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(job: Job, w
         marks.same_end(job, whole)
 
 
-@pytest.mark.case(2)
-def test_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_2_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="after_arrays:2").returncode == -9
     assert job.steps == [2, 4]
     done = job()
@@ -59,8 +56,7 @@ def test_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, marks: Mark
     assert (job.checkpoints / "4.set-aside").is_dir()
 
 
-@pytest.mark.case(2)
-def test_a_first_step_without_a_manifest_starts_anew_and_says_so(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_2_a_first_step_without_a_manifest_starts_anew_and_says_so(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="after_arrays:1").returncode == -9
     done = job()
     marks.exit(done, 0)
@@ -68,8 +64,7 @@ def test_a_first_step_without_a_manifest_starts_anew_and_says_so(job: Job, whole
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(3)
-def test_killed_while_an_old_step_is_deleted_a_good_one_is_left(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_3_killed_while_an_old_step_is_deleted_a_good_one_is_left(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="in_delete:1").returncode == -9
     done = job()
     marks.exit(done, 0)
@@ -78,9 +73,8 @@ def test_killed_while_an_old_step_is_deleted_a_good_one_is_left(job: Job, whole:
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(4)
 @pytest.mark.parametrize(("signal", "code"), [("term", 143), ("int", 130)])
-def test_a_signal_in_a_step_saves_that_step(job: Job, whole: Job, marks: Marks, signal: str, code: int) -> None:
+def test_case_4_a_signal_in_a_step_saves_that_step(job: Job, whole: Job, marks: Marks, signal: str, code: int) -> None:
     done = job(fault=f"in_step:3:{signal}")
     marks.exit(done, code)
     marks.message(done, "stopped on request; step 3 is saved, the same command goes on from it")
@@ -90,9 +84,8 @@ def test_a_signal_in_a_step_saves_that_step(job: Job, whole: Job, marks: Marks, 
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(5)
 @pytest.mark.parametrize("fault", ["in_compile:1:term", "in_eval:3:term", "after_arrays:2:term"])
-def test_a_signal_anywhere_else_loses_nothing(job: Job, whole: Job, marks: Marks, fault: str) -> None:
+def test_case_5_a_signal_anywhere_else_loses_nothing(job: Job, whole: Job, marks: Marks, fault: str) -> None:
     done = job(fault=fault)
     marks.exit(done, 143)
     marks.message(done, "stopped on request")
@@ -101,8 +94,7 @@ def test_a_signal_anywhere_else_loses_nothing(job: Job, whole: Job, marks: Marks
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(6)
-def test_two_signals_and_a_kill_leave_the_newest_step_as_it_was(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_6_two_signals_and_a_kill_leave_the_newest_step_as_it_was(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     before = files(job.checkpoints)
     done = job(fault="in_eval:2:term,term,kill")
@@ -115,8 +107,7 @@ def test_two_signals_and_a_kill_leave_the_newest_step_as_it_was(job: Job, whole:
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(10)
-def test_a_full_disk_is_told_once_and_the_run_goes_on_later(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_10_a_full_disk_is_told_once_and_the_run_goes_on_later(job: Job, whole: Job, marks: Marks) -> None:
     done = job.command(fault="in_save:3:full")
     marks.exit(done, 1)
     marks.message(done, f"jaxpeft: {job.checkpoints}/6: could not be saved (", "make room")
@@ -127,14 +118,12 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on_later(job: Job, whole: Job
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(12)
-def test_a_flipped_bit_is_found_and_the_step_before_is_taken(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_12_a_flipped_bit_is_found_and_the_step_before_is_taken(job: Job, whole: Job, marks: Marks) -> None:
     _damaged(job, whole, marks, "flipped", "is damaged: its checksum does not match")
 
 
-@pytest.mark.case(13)
 @pytest.mark.parametrize(("how", "what"), [("gone", "is missing"), ("cut", "is damaged: its checksum does not match")])
-def test_a_missing_or_cut_file_is_found_and_the_step_before_is_taken(
+def test_case_13_a_missing_or_cut_file_is_found_and_the_step_before_is_taken(
     job: Job, whole: Job, marks: Marks, how: str, what: str
 ) -> None:
     _damaged(job, whole, marks, how, what)
@@ -155,8 +144,7 @@ def _damaged(job: Job, whole: Job, marks: Marks, how: str, what: str) -> None:
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(13)
-def test_an_empty_folder_and_junk_are_no_steps(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_13_an_empty_folder_and_junk_are_no_steps(job: Job, whole: Job, marks: Marks) -> None:
     shutil.copytree(whole.workdir, job.workdir)
     (job.checkpoints / "99").mkdir()
     (job.checkpoints / "98").write_text("junk")
@@ -167,8 +155,7 @@ def test_an_empty_folder_and_junk_are_no_steps(job: Job, whole: Job, marks: Mark
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(13)
-def test_a_manifest_that_is_not_json_is_found(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_13_a_manifest_that_is_not_json_is_found(job: Job, whole: Job, marks: Marks) -> None:
     shutil.copytree(whole.workdir, job.workdir)
     newest = job.steps[-1]
     (job.checkpoints / str(newest) / "manifest.json").write_text('{"body": ')
@@ -176,8 +163,7 @@ def test_a_manifest_that_is_not_json_is_found(job: Job, whole: Job, marks: Marks
     marks.message(done, f"{job.checkpoints}/{newest}: manifest.json is damaged: it cannot be read; going on from step")
 
 
-@pytest.mark.case(14)
-def test_all_damaged_is_an_error_that_lists_each(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_14_all_damaged_is_an_error_that_lists_each(job: Job, whole: Job, marks: Marks) -> None:
     shutil.copytree(whole.workdir, job.workdir)
     for step in job.steps:
         damage(largest(job.checkpoints / str(step)), "flipped")
@@ -190,8 +176,7 @@ def test_all_damaged_is_an_error_that_lists_each(job: Job, whole: Job, marks: Ma
     marks.kept(before, files(job.checkpoints))
 
 
-@pytest.mark.case(15)
-def test_a_copied_checkpoint_is_as_good(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_15_a_copied_checkpoint_is_as_good(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     moved = job.at(tmp_path / "elsewhere")
     moved.workdir.mkdir()
@@ -203,8 +188,7 @@ def test_a_copied_checkpoint_is_as_good(job: Job, whole: Job, marks: Marks, tmp_
     marks.same_end(moved, whole)
 
 
-@pytest.mark.case(16)
-def test_a_second_run_in_the_folder_is_refused(job: Job, marks: Marks) -> None:
+def test_case_16_a_second_run_in_the_folder_is_refused(job: Job, marks: Marks) -> None:
     job.workdir.mkdir()
     with Lock(job.workdir):
         before = files(job.workdir)
@@ -215,8 +199,7 @@ def test_a_second_run_in_the_folder_is_refused(job: Job, marks: Marks) -> None:
         marks.kept(before, files(job.workdir))
 
 
-@pytest.mark.case(17)
-def test_the_newest_step_is_the_highest_whatever_the_clock_said(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_17_the_newest_step_is_the_highest_whatever_the_clock_said(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     for n, step in enumerate(reversed(job.steps)):
         os.utime(job.checkpoints / str(step), (1e9 + n, 1e9 + n))

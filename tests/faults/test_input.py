@@ -30,9 +30,8 @@ def refused(job: Job, marks: Marks, *texts: str, arguments: tuple[str, ...] = ()
 # ---------------------------------------------------------------------------------------------------------------- folders
 
 
-@pytest.mark.case(11)
 @pytest.mark.parametrize("inside", ["", "deep/er"])
-def test_a_folder_that_cannot_be_written_is_refused_before_jax_is_imported(
+def test_case_11_a_folder_that_cannot_be_written_is_refused_before_jax_is_imported(
     job: Job, marks: Marks, tmp_path: Path, inside: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
@@ -48,8 +47,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_jax_is_imported(
     marks.kept({"file": b"mine"}, files(tmp_path, ["file"]))
 
 
-@pytest.mark.case(11)
-def test_a_folder_that_is_missing_is_made(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_11_a_folder_that_is_missing_is_made(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
     deep = job.at(tmp_path / "a" / "b" / "c")
     done = deep()
     marks.exit(done, 0)
@@ -59,7 +57,6 @@ def test_a_folder_that_is_missing_is_made(job: Job, whole: Job, marks: Marks, tm
 # ------------------------------------------------------------------------------------------------------------------- rows
 
 
-@pytest.mark.case(28)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -77,7 +74,7 @@ def test_a_folder_that_is_missing_is_made(job: Job, whole: Job, marks: Marks, tm
     ],
     ids=["empty", "blank", "cut", "latin1", "nan", "missing", "type", "list", "nothing", "utf16", "pointer"],
 )
-def test_a_broken_row_is_told_with_file_line_column_text_and_fix(
+def test_case_28_a_broken_row_is_told_with_file_line_column_text_and_fix(
     job: Job, marks: Marks, tmp_path: Path, content: bytes, said: str
 ) -> None:
     rows = tmp_path / "mine.jsonl"
@@ -85,8 +82,7 @@ def test_a_broken_row_is_told_with_file_line_column_text_and_fix(
     refused(job, marks, f"{rows}{said}", "; ", arguments=(f"--config.data.train={rows}",))
 
 
-@pytest.mark.case(28)
-def test_the_first_20_are_told_at_once_and_the_rest_counted(job: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_28_the_first_20_are_told_at_once_and_the_rest_counted(job: Job, marks: Marks, tmp_path: Path) -> None:
     rows = tmp_path / "mine.jsonl"
     rows.write_bytes(ROW + b'{"text": "' + b"x" * 300 + b"\n" * 1 + b"{]\n" * 24)
     texts = [f"{rows}:{line}:" for line in range(2, 22)]
@@ -101,8 +97,7 @@ def test_the_first_20_are_told_at_once_and_the_rest_counted(job: Job, marks: Mar
     )
 
 
-@pytest.mark.case(28)
-def test_a_mark_and_line_ends_of_windows_do_no_harm(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_28_a_mark_and_line_ends_of_windows_do_no_harm(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
     rows = tmp_path / "mine.jsonl"
     given = Path(whole.config.parent / "rows.jsonl").read_bytes()
     rows.write_bytes(b"\xef\xbb\xbf" + given.replace(b"\n", b"\r\n"))
@@ -125,9 +120,8 @@ def model_with(source: Path, target: Path, file: str, change: Callable[[dict[str
     return target
 
 
-@pytest.mark.case(29)
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_a_token_that_the_model_has_not_is_refused(
+def test_case_29_a_token_that_the_model_has_not_is_refused(
     job: Job, chats: Any, tiny_models: Mapping[str, Path], marks: Marks, tmp_path: Path, kind: str
 ) -> None:
     vocab = json.loads((tiny_models[kind] / "config.json").read_text())["vocab_size"]
@@ -141,9 +135,8 @@ def test_a_token_that_the_model_has_not_is_refused(
     refused(run, marks, said, "use the model's own tokenizer", arguments=(f"--config.model.path={model}",))
 
 
-@pytest.mark.case(29)
 @pytest.mark.parametrize("pad", [None, "[SEP]"])
-def test_no_pad_token_or_one_that_is_eos_does_no_harm(
+def test_case_29_no_pad_token_or_one_that_is_eos_does_no_harm(
     chats: Any, tiny_models: Mapping[str, Path], marks: Marks, tmp_path: Path, pad: str | None
 ) -> None:
     def change(tokenizer: dict[str, Any]) -> None:
@@ -163,7 +156,6 @@ def test_no_pad_token_or_one_that_is_eos_does_no_harm(
 ASKED, ANSWER, SYSTEM = GOOD[0], GOOD[1], {"role": "system", "content": "word5"}
 
 
-@pytest.mark.case(30)
 @pytest.mark.parametrize(
     ("messages", "said", "fix"),
     [
@@ -176,7 +168,7 @@ ASKED, ANSWER, SYSTEM = GOOD[0], GOOD[1], {"role": "system", "content": "word5"}
         ([{"role": "user", "content": "fail"}, ANSWER], "the chat template fails: word4 must not fail", "correct the row"),
     ],
 )  # fmt: skip
-def test_a_chat_that_cannot_be_written_is_told_with_row_turn_and_reason(
+def test_case_30_a_chat_that_cannot_be_written_is_told_with_row_turn_and_reason(
     chats: Any, marks: Marks, tmp_path: Path, messages: list[dict[str, Any]], said: str, fix: str
 ) -> None:
     template = (
@@ -201,8 +193,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.case(35)
-def test_every_wrong_option_is_told_at_once_without_importing_jax(job: Job, marks: Marks) -> None:
+def test_case_35_every_wrong_option_is_told_at_once_without_importing_jax(job: Job, marks: Marks) -> None:
     job.workdir.mkdir()
     (job.workdir / "note").write_text("mine")
     check = (
@@ -217,9 +208,8 @@ def test_every_wrong_option_is_told_at_once_without_importing_jax(job: Job, mark
     marks.kept({"note": b"mine"}, files(job.workdir))
 
 
-@pytest.mark.case(35)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_wrong_option_is_told_alone(job: Job, marks: Marks, option: str) -> None:
+def test_case_35_a_wrong_option_is_told_alone(job: Job, marks: Marks, option: str) -> None:
     refused(job, marks, OPTIONS[option], arguments=(option,))
 
 
@@ -230,9 +220,8 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.mark.case(39)
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
-def test_a_name_that_leads_elsewhere_is_refused(
+def test_case_39_a_name_that_leads_elsewhere_is_refused(
     job: Job, marks: Marks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     inside = tmp_path / "here" / "deep"
@@ -248,9 +237,8 @@ def test_a_name_that_leads_elsewhere_is_refused(
     marks.kept({}, {})
 
 
-@pytest.mark.case(39)
 @pytest.mark.parametrize("name", [HOSTILE["long"], HOSTILE["nul"]], ids=["long", "nul"])
-def test_a_folder_that_no_system_has_is_refused(job: Job, marks: Marks, tmp_path: Path, name: str) -> None:
+def test_case_39_a_folder_that_no_system_has_is_refused(job: Job, marks: Marks, tmp_path: Path, name: str) -> None:
     refused(
         job.at(tmp_path / "run"),
         marks,
@@ -260,9 +248,8 @@ def test_a_folder_that_no_system_has_is_refused(job: Job, marks: Marks, tmp_path
     )
 
 
-@pytest.mark.case(39)
 @pytest.mark.parametrize("link", ["run", "adapter", "checkpoints", "config.json"])
-def test_a_link_out_of_the_folder_is_refused(
+def test_case_39_a_link_out_of_the_folder_is_refused(
     job: Job, marks: Marks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str
 ) -> None:
     outside, runs = tmp_path / "outside", tmp_path / "here" / "runs"

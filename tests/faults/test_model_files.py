@@ -48,8 +48,7 @@ def change(file: Path, edit: Callable[[Tensors], Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.case(32)
-def test_every_misfit_of_the_weights_is_in_one_message_with_the_nearest_names(
+def test_case_32_every_misfit_of_the_weights_is_in_one_message_with_the_nearest_names(
     job: Job, marks: Marks, model: Path
 ) -> None:
     name = next(name for name in load_file(model / WEIGHTS) if name.endswith("layer.0.attention.self.query.weight"))
@@ -85,17 +84,15 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.case(32)
 @pytest.mark.parametrize("how", FILES)
-def test_a_file_that_holds_something_else_is_refused_saying_what(job: Job, marks: Marks, model: Path, how: str) -> None:
+def test_case_32_a_file_that_holds_something_else_is_refused_saying_what(job: Job, marks: Marks, model: Path, how: str) -> None:
     spoil, said = FILES[how]
     spoil(model / WEIGHTS)
     refused(job, marks, str(model), said, arguments=(f"--config.model.path={model}",))
 
 
-@pytest.mark.case(32)
 @pytest.mark.parametrize("how", ["missing", "twice"])
-def test_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(job: Job, marks: Marks, model: Path, how: str) -> None:
+def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(job: Job, marks: Marks, model: Path, how: str) -> None:
     tensors = load_file(model / WEIGHTS)
     (model / WEIGHTS).unlink()
     names = sorted(tensors)
@@ -113,7 +110,6 @@ def test_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(job: Job, marks: 
 # ---------------------------------------------------------------------------------------------------------------- targets
 
 
-@pytest.mark.case(33)
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
@@ -128,14 +124,13 @@ def test_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(job: Job, marks: 
     ],
     ids=["name", "norm", "embedding", "expression", "broken"],
 )
-def test_targets_that_match_nothing_are_refused_with_what_there_is(
+def test_case_33_targets_that_match_nothing_are_refused_with_what_there_is(
     job: Job, marks: Marks, targets: str, said: tuple[str, ...]
 ) -> None:
     refused(job, marks, *said, arguments=(f"--config.method.targets={targets}",))
 
 
-@pytest.mark.case(33)
-def test_modules_to_save_that_are_none_are_refused(job: Job, marks: Marks) -> None:
+def test_case_33_modules_to_save_that_are_none_are_refused(job: Job, marks: Marks) -> None:
     said = "config.method.modules_to_save: 'poler' names no module of the model"
     refused(job, marks, said, arguments=("--config.method.modules_to_save=poler",))
 
@@ -175,9 +170,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.case(34)
 @pytest.mark.parametrize("what", CONFIGS)
-def test_an_adapter_with_what_is_not_known_is_refused_by_name(
+def test_case_34_an_adapter_with_what_is_not_known_is_refused_by_name(
     marks: Marks, tiny_models: Models, adapter: Path, what: str
 ) -> None:
     values, said = CONFIGS[what]
@@ -185,15 +179,13 @@ def test_an_adapter_with_what_is_not_known_is_refused_by_name(
     load_it(marks, tiny_models, adapter, str(adapter), said)
 
 
-@pytest.mark.case(34)
-def test_an_adapter_without_alpha_is_refused(marks: Marks, tiny_models: Models, adapter: Path) -> None:
+def test_case_34_an_adapter_without_alpha_is_refused(marks: Marks, tiny_models: Models, adapter: Path) -> None:
     edit_json(adapter / "adapter_config.json", lambda config: config.pop("lora_alpha"))
     load_it(marks, tiny_models, adapter, f"{adapter}/adapter_config.json: lora_alpha: is not set; take it from where")
 
 
-@pytest.mark.case(34)
 @pytest.mark.parametrize("how", ["missing", "extra", "misshaped", "not finite"])
-def test_an_adapter_whose_tensors_do_not_fit_is_not_loaded_by_half(
+def test_case_34_an_adapter_whose_tensors_do_not_fit_is_not_loaded_by_half(
     marks: Marks, tiny_models: Models, adapter: Path, how: str
 ) -> None:
     def spoil(tensors: Tensors) -> None:
@@ -211,8 +203,7 @@ def test_an_adapter_whose_tensors_do_not_fit_is_not_loaded_by_half(
     load_it(marks, tiny_models, adapter, f"{adapter}/adapter_model.safetensors: {how}: ", "self.query")
 
 
-@pytest.mark.case(34)
-def test_an_adapter_of_another_base_is_refused(marks: Marks, tiny_models: Models, adapter: Path, model: Path) -> None:
+def test_case_34_an_adapter_of_another_base_is_refused(marks: Marks, tiny_models: Models, adapter: Path, model: Path) -> None:
     change(model / WEIGHTS, lambda tensors: tensors.update({k: v + 1 for k, v in list(tensors.items())[:1]}))
     load_it(marks, tiny_models, adapter, "the adapter was trained on another base: base_sha256 ", base=model)
 
@@ -230,9 +221,8 @@ class Canary:
         return Path.touch, (self._file,)
 
 
-@pytest.mark.case(38)
 @pytest.mark.parametrize("name", [WEIGHTS, "pytorch_model.bin"])
-def test_a_pickle_is_refused_and_not_read(job: Job, marks: Marks, model: Path, tmp_path: Path, name: str) -> None:
+def test_case_38_a_pickle_is_refused_and_not_read(job: Job, marks: Marks, model: Path, tmp_path: Path, name: str) -> None:
     canary = tmp_path / "canary"
     (model / WEIGHTS).unlink()
     (model / name).write_bytes(pickle.dumps({"x": Canary(canary)}))
@@ -240,8 +230,7 @@ def test_a_pickle_is_refused_and_not_read(job: Job, marks: Marks, model: Path, t
     assert not canary.exists()
 
 
-@pytest.mark.case(38)
-def test_a_pickled_adapter_is_refused_and_not_read(
+def test_case_38_a_pickled_adapter_is_refused_and_not_read(
     marks: Marks, tiny_models: Models, adapter: Path, tmp_path: Path
 ) -> None:
     (adapter / "adapter_model.safetensors").unlink()
@@ -250,8 +239,7 @@ def test_a_pickled_adapter_is_refused_and_not_read(
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.case(38)
-def test_code_in_a_model_folder_is_not_run_whatever_its_config_asks(
+def test_case_38_code_in_a_model_folder_is_not_run_whatever_its_config_asks(
     job: Job, whole: Job, marks: Marks, model: Path, tmp_path: Path
 ) -> None:
     (model / "modeling_mine.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
@@ -269,16 +257,14 @@ def test_code_in_a_model_folder_is_not_run_whatever_its_config_asks(
     marks.same_end(job, whole)
 
 
-@pytest.mark.case(38)
-def test_trust_remote_code_is_refused_by_name(job: Job, marks: Marks) -> None:
+def test_case_38_trust_remote_code_is_refused_by_name(job: Job, marks: Marks) -> None:
     said = (
         "config.model.trust_remote_code: refused: no code of a model, a data set or an adapter is ever run; remove it"
     )
     refused(job, marks, said, arguments=("--config.model.trust_remote_code=true",))
 
 
-@pytest.mark.case(38)
-def test_code_in_a_checkpoint_is_not_run(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_38_code_in_a_checkpoint_is_not_run(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     code = f"open({str(tmp_path / 'canary')!r}, 'w')\n"
     for folder in (job.workdir, job.checkpoints, job.checkpoints / str(job.steps[-1])):
@@ -313,9 +299,8 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.case(40)
 @pytest.mark.parametrize("how", TEMPLATES)
-def test_a_hostile_template_is_refused_in_time(chats: Any, marks: Marks, how: str) -> None:
+def test_case_40_a_hostile_template_is_refused_in_time(chats: Any, marks: Marks, how: str) -> None:
     template, said = TEMPLATES[how]
     began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(
@@ -325,16 +310,14 @@ def test_a_hostile_template_is_refused_in_time(chats: Any, marks: Marks, how: st
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
-@pytest.mark.case(40)
-def test_a_catastrophic_expression_is_refused_in_time(job: Job, marks: Marks) -> None:
+def test_case_40_a_catastrophic_expression_is_refused_in_time(job: Job, marks: Marks) -> None:
     began = time.process_time()
     said = "config.method.targets: the regular expression '(.*.*)*x' takes more than 2 s on the names"
     refused(job, marks, said, arguments=("--config.method.targets=(.*.*)*x",))
     assert time.process_time() - began < SECONDS
 
 
-@pytest.mark.case(40)
-def test_a_header_of_10_gb_is_refused_without_reading_it(job: Job, marks: Marks, model: Path) -> None:
+def test_case_40_a_header_of_10_gb_is_refused_without_reading_it(job: Job, marks: Marks, model: Path) -> None:
     with (model / WEIGHTS).open("wb") as file:
         file.write(struct.pack("<Q", 10 << 30) + b"{")
         file.truncate(8 + (10 << 30))  # a hole: it takes no place on the disk

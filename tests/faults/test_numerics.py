@@ -15,7 +15,7 @@ from jaxpeft.data import Batches
 from jaxpeft.training import job as jobs
 from jaxpeft.training import losses, setup
 from jaxpeft.training.records import read_lines
-from tests.faults.conftest import Job, Marks, files
+from tests.faults.conftest import GOOD, Job, Marks, files
 
 pytestmark = pytest.mark.slow
 Change = Callable[[int, dict[str, Any]], dict[str, Any]]
@@ -35,8 +35,7 @@ def _goes_on(job: Job, marks: Marks) -> None:
     marks.kept(before, files(job.checkpoints))
 
 
-@pytest.mark.case(24)
-def test_a_batch_that_is_not_finite_is_skipped_and_counted(
+def test_case_24_a_batch_that_is_not_finite_is_skipped_and_counted(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a label that the model has not gives NaN
@@ -53,8 +52,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(
     _goes_on(job, marks)
 
 
-@pytest.mark.case(25)
-def test_several_in_a_row_stop_the_run_with_their_place_and_a_finite_checkpoint(
+def test_case_25_several_in_a_row_stop_the_run_with_their_place_and_a_finite_checkpoint(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_batches(monkeypatch, lambda step, made: made | {"labels": made["labels"] + 1000} if step >= 4 else made)
@@ -74,8 +72,7 @@ def test_several_in_a_row_stop_the_run_with_their_place_and_a_finite_checkpoint(
     marks.kept({k: v for k, v in before.items() if k.startswith("6/")}, files(job.checkpoints))
 
 
-@pytest.mark.case(26)
-def test_a_batch_without_a_label_is_told_and_leaves_all_finite(
+def test_case_26_a_batch_without_a_label_is_told_and_leaves_all_finite(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_batches(monkeypatch, lambda step, made: made | {"weights": made["weights"] * 0} if step == 2 else made)
@@ -89,8 +86,7 @@ def test_a_batch_without_a_label_is_told_and_leaves_all_finite(
     _goes_on(job, marks)
 
 
-@pytest.mark.case(27)
-def test_a_first_loss_far_above_chance_is_warned_of(job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_27_a_first_loss_far_above_chance_is_warned_of(job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
     real = losses.loss_for
     monkeypatch.setattr(setup, "loss_for", lambda *args: _scaled(real(*args), 10.0))
     done = job.here()
@@ -102,8 +98,7 @@ def test_a_first_loss_far_above_chance_is_warned_of(job: Job, marks: Marks, monk
     _goes_on(job, marks)
 
 
-@pytest.mark.case(27)
-def test_a_gradient_of_zero_for_ten_steps_is_warned_of(job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_27_a_gradient_of_zero_for_ten_steps_is_warned_of(job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
     real = losses.loss_for
 
     def constant(*args: Any) -> losses.Loss:
@@ -132,7 +127,6 @@ def _scaled(loss: losses.Loss, by: float) -> losses.Loss:
     return of
 
 
-@pytest.mark.case(36)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -142,7 +136,7 @@ def _scaled(loss: losses.Loss, by: float) -> losses.Loss:
         ("--config.train.accumulation=3", "train.accumulation: 3 does not divide batch_size 8; it could be 1, 2, 4, 8"),
     ],
 )  # fmt: skip
-def test_a_batch_that_the_devices_do_not_divide_is_refused_with_the_arithmetic(
+def test_case_36_a_batch_that_the_devices_do_not_divide_is_refused_with_the_arithmetic(
     job: Job, marks: Marks, tmp_path: Path, change: str, said: str
 ) -> None:
     job.workdir.mkdir()
@@ -152,3 +146,22 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused_with_the_arithmetic(
     marks.message(done, said)
     marks.early(done)
     marks.kept({"note": b"mine"}, files(job.workdir))
+
+
+LONG = [{"role": "user", "content": " ".join(f"word{i}" for i in range(40))}, {"role": "assistant", "content": "word3"}]
+
+
+def test_case_26_rows_cut_before_any_label_are_dropped_counted_and_too_many_refused(chats: Any, marks: Marks) -> None:
+    job = chats([GOOD] * 19 + [LONG])
+    done = job.here("--config.data.most_dropped=0.2", "--config.data.validation_share=0.5")
+    marks.exit(done, 0)
+    marks.message(done, "1 cut at 32 tokens, 1 rows dropped: nothing learned is left of them")
+    before = files(job.workdir)
+    refused = job.here("--config.data.most_dropped=0.01", "--config.data.validation_share=0.5")
+    marks.exit(refused, 2)
+    marks.message(
+        refused, "1 of 10 rows (10.0%) have no learned token among their first 32, as ", "rows.jsonl:20:1 (row 20)",
+        "at most 1.0% may be dropped: raise data.max_length, shorten the prompts, or raise data.most_dropped",
+    )  # fmt: skip
+    marks.early(refused)
+    marks.kept(before, files(job.workdir))

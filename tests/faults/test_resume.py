@@ -74,8 +74,7 @@ def text_config(folder: Path, models: Mapping[str, Path], **options: Any) -> Pat
     return write_config(folder / "mine.py", models["llama"], rows, model__task="causal_lm", **options)
 
 
-@pytest.mark.case(18)
-def test_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout_and_accumulation(
+def test_case_18_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout_and_accumulation(
     tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
 ) -> None:
     config = text_config(
@@ -99,8 +98,7 @@ def test_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout_and_acc
         marks.same_end(stopped, whole)
 
 
-@pytest.mark.case(19)
-def test_on_other_numbers_of_devices_the_batches_are_the_same_and_the_losses_close(
+def test_case_19_on_other_numbers_of_devices_the_batches_are_the_same_and_the_losses_close(
     tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
 ) -> None:
     seen: list[str] = []
@@ -141,13 +139,11 @@ CHANGES = [
 ]
 
 
-@pytest.mark.case(20)
 @pytest.mark.parametrize(("change", "row"), CHANGES)
-def test_another_seed_length_or_batch_is_refused(job: Job, whole: Job, marks: Marks, change: str, row: str) -> None:
+def test_case_20_another_seed_length_or_batch_is_refused(job: Job, whole: Job, marks: Marks, change: str, row: str) -> None:
     _refused(job, whole, marks, row, *change.split())
 
 
-@pytest.mark.case(21)
 @pytest.mark.parametrize(
     ("change", "row"),
     [
@@ -156,7 +152,7 @@ def test_another_seed_length_or_batch_is_refused(job: Job, whole: Job, marks: Ma
         ("--config.method.targets=('query',)", "config.method.targets: was 'all-linear', is ['query']"),
     ],
 )
-def test_another_rank_alpha_or_targets_is_refused(job: Job, whole: Job, marks: Marks, change: str, row: str) -> None:
+def test_case_21_another_rank_alpha_or_targets_is_refused(job: Job, whole: Job, marks: Marks, change: str, row: str) -> None:
     _refused(job, whole, marks, row, change)
 
 
@@ -170,8 +166,7 @@ def _refused(job: Job, whole: Job, marks: Marks, row: str, *change: str) -> None
     marks.kept(before, files(job.workdir))
 
 
-@pytest.mark.case(20)
-def test_a_change_that_is_allowed_is_told_and_gone_on_with(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_20_a_change_that_is_allowed_is_told_and_gone_on_with(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="in_step:3:term").returncode == 143
     done = job.here("--config.optimizer.learning_rate=1e-3", "--allow-change=optimizer.learning_rate")
     marks.exit(done, 0)
@@ -181,9 +176,8 @@ def test_a_change_that_is_allowed_is_told_and_gone_on_with(job: Job, whole: Job,
     marks.message(wrong, "--allow-change=learning_rat: no such field")
 
 
-@pytest.mark.case(20)
 @pytest.mark.parametrize("what", ["rows", "tokenizer", "template"])
-def test_other_rows_tokenizer_or_template_are_refused(
+def test_case_20_other_rows_tokenizer_or_template_are_refused(
     tiny_models: Mapping[str, Path], tmp_path: Path, marks: Marks, what: str
 ) -> None:
     model, rows, template = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "mine.jinja"
@@ -215,8 +209,7 @@ def test_other_rows_tokenizer_or_template_are_refused(
     marks.kept(before, files(job.workdir))
 
 
-@pytest.mark.case(22)
-def test_a_checkpoint_of_another_dtype_is_refused_not_cast(
+def test_case_22_a_checkpoint_of_another_dtype_is_refused_not_cast(
     job: Job, whole: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(whole.workdir, job.workdir)
@@ -233,13 +226,11 @@ def test_a_checkpoint_of_another_dtype_is_refused_not_cast(
     marks.kept(before, files(job.workdir))
 
 
-@pytest.mark.case(22)
-def test_the_dtype_of_the_base_is_part_of_the_run(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_22_the_dtype_of_the_base_is_part_of_the_run(job: Job, whole: Job, marks: Marks) -> None:
     _refused(job, whole, marks, "config.model.dtype: was 'auto', is 'bfloat16'", "--config.model.dtype=bfloat16")
 
 
-@pytest.mark.case(23)
-def test_other_base_weights_are_refused(
+def test_case_23_other_base_weights_are_refused(
     job: Job, whole: Job, marks: Marks, tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     base = tmp_path / "base"

@@ -26,7 +26,6 @@ def _goes_on(job: Job, marks: Marks, done: Done, monkeypatch: pytest.MonkeyPatch
     marks.kept(before, files(job.checkpoints))
 
 
-@pytest.mark.case(31)
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -37,7 +36,7 @@ def _goes_on(job: Job, marks: Marks, done: Done, monkeypatch: pytest.MonkeyPatch
         (workers.Hanging, "data.workers: the worker processes have given nothing for 5 s; raise data.worker_timeout"),
     ],
 )
-def test_a_worker_that_ends_or_hangs_is_told(
+def test_case_31_a_worker_that_ends_or_hangs_is_told(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch, kind: type, said: str
 ) -> None:
     monkeypatch.setattr(pipeline, "Batches", kind)
@@ -47,8 +46,7 @@ def test_a_worker_that_ends_or_hangs_is_told(
     _goes_on(job, marks, done, monkeypatch)
 
 
-@pytest.mark.case(31)
-def test_a_worker_that_raises_is_told_with_its_own_error(
+def test_case_31_a_worker_that_raises_is_told_with_its_own_error(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "Batches", workers.Raising)

@@ -54,12 +54,5 @@ def test_rows_are_shown_only_by_a_bar(capsys: pytest.CaptureFixture[str]) -> Non
     capsys.readouterr()
 
 
-def test_timed_says_what_and_how_long(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), progress.timed("compiling"):
-        pass
-    assert caplog.messages[0] == "compiling ..."
-    assert caplog.messages[1].startswith("compiling: 0.0 s")
-
-
 def test_memory_is_known() -> None:
     assert 0.05 < progress.memory_gb() < 1000

@@ -1,0 +1,23 @@
+"""What long steps say: what is being done, what came of it, and how long it took."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+
+from jaxpeft.logs import timed
+
+
+def test_a_step_says_what_it_does_and_then_how_long_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), timed("tokenising") as note:
+        assert caplog.messages == ["tokenising ..."]
+        note("7 rows")
+    assert re.fullmatch(r"tokenising: 7 rows, 0\.\d s", caplog.messages[1])
+
+
+def test_a_step_that_fails_says_no_time(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), pytest.raises(OSError, match="gone"), timed("reading"):
+        raise OSError("gone")
+    assert caplog.messages == ["reading ..."]
