@@ -73,7 +73,8 @@ class DataConfig:
         "auto", "kind of classification; auto tells it from the labels"
     )
     labels: tuple[str, ...] = option(
-        (), "names of the classes, in their order; empty to take them from the rows, of a stream from the validation rows"
+        (),
+        "names of the classes, in their order; empty to take them from the rows, of a stream from the validation rows",
     )
     max_length: int = option(128, "tokens a row; longer rows are cut, texts are split", at_least=2)
     lengths: tuple[int, ...] = option(
@@ -268,24 +269,28 @@ class Config:
             found.append(f"baselines: {name!r} would be trained twice; name it once")
         if self.model.task == "causal_lm" and self.optimizer.head_learning_rate is not None:
             found.append("optimizer.head_learning_rate: a language model has no new head; remove it")
+        warmup, steps = self.optimizer.warmup_steps, self.train.steps
+        if warmup is not None and steps is not None and warmup >= steps:
+            found.append(f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps} steps")
+        if self.data.streaming and self.train.epochs is not None:
+            found.append(f"train.epochs: {self.train.epochs} of a stream whose length is not known; set train.steps")
+        found += self._task_problems() + self._mesh_problems()
+        for name in self.baseline_learning_rates:
+            if name not in ("head", "bitfit", "full"):
+                found.append(f"baseline_learning_rates: {name!r} is not one of 'head', 'bitfit', 'full'")
+        return found
+
+    def _task_problems(self) -> list[str]:
+        found: list[str] = []
         if self.data.labels and (self.model.task == "causal_lm" or self.data.problem == "regression"):
             found.append("data.labels: is for classification; remove it")
         if self.model.task != "sequence_classification" and self.data.problem != "auto":
             found.append(f"data.problem: is for task 'sequence_classification', task is {self.model.task!r}; remove it")
-        warmup, steps = self.optimizer.warmup_steps, self.train.steps
-        if warmup is not None and steps is not None and warmup >= steps:
-            found.append(f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps} steps")
         for name in ("packing", "separator"):
             if getattr(self.data, name) and self.model.task != "causal_lm":
                 found.append(f"data.{name}: is for task 'causal_lm', task is {self.model.task!r}; remove it")
-        if self.data.streaming and self.train.epochs is not None:
-            found.append(f"train.epochs: {self.train.epochs} of a stream whose length is not known; set train.steps")
         if self.evaluation.samples and self.model.task != "causal_lm":
             found.append(f"evaluation.samples: is for task 'causal_lm', task is {self.model.task!r}; remove it")
-        found += self._mesh_problems()
-        for name in self.baseline_learning_rates:
-            if name not in ("head", "bitfit", "full"):
-                found.append(f"baseline_learning_rates: {name!r} is not one of 'head', 'bitfit', 'full'")
         return found
 
     def _mesh_problems(self) -> list[str]:

@@ -98,7 +98,8 @@ def label_id(name: str, ids: dict[str, int]) -> int:
     if name not in ids:
         hint = nearest(name, ids)
         raise RowError(
-            f"holds {name!r}, which is not one of the {len(ids)} labels known", hint.removeprefix("; ") or "correct it or leave it out"
+            f"holds {name!r}, which is not one of the {len(ids)} labels known",
+            hint.removeprefix("; ") or "correct it or leave it out",
         )
     return ids[name]
 

@@ -51,9 +51,7 @@ def test_another_split_uses_the_labels_of_the_training_split(classified):
 def test_an_unknown_label_is_refused_with_its_row_and_the_nearest(classified, refusal):
     train = classified(("a", "billing"), ("b", "refund"))
     said = refusal({"text": "d", "label": "billing"}, {"text": "e", "label": "biling"}, like=train)
-    where = (
-        "rows.jsonl:2:1 (row 2): field 'label' holds 'biling', which is not one of the 2 labels known"
-    )
+    where = "rows.jsonl:2:1 (row 2): field 'label' holds 'biling', which is not one of the 2 labels known"
     assert said == [f"""{where}: '{{"text": "e", "label": "biling"}}'; did you mean 'billing'?"""]
 
 

@@ -143,7 +143,9 @@ def test_processes_get_parts_of_the_same_batches(make_stream: MakeStream) -> Non
 
 def write_chats(path: Path, rows: int) -> Path:
     """Writes chats of two turns."""
-    turns = [[{"role": "user", "content": WORDS[i]}, {"role": "assistant", "content": WORDS[i + 1]}] for i in range(rows)]
+    turns = [
+        [{"role": "user", "content": WORDS[i]}, {"role": "assistant", "content": WORDS[i + 1]}] for i in range(rows)
+    ]
     path.write_text("".join(json.dumps({"messages": of}) + "\n" for of in turns))
     return path
 
@@ -203,7 +205,9 @@ def test_a_label_that_the_validation_rows_have_not_is_told_and_may_be_named(
     train = write_labelled(tmp_path / "labelled.jsonl", "sequence_classification", 20, list("aaaabbbbc"))
     held = write_labelled(tmp_path / "held.jsonl", "sequence_classification", 8, list("aaaabbbb"))
     options = {"task": "sequence_classification", "train": str(train), "validation": str(held)}
-    with pytest.raises(DataError, match=r"labelled.jsonl:9:1 \(row 9\): field 'label' holds 'c', which is not one of the 2"):
+    with pytest.raises(
+        DataError, match=r"labelled.jsonl:9:1 \(row 9\): field 'label' holds 'c', which is not one of the 2"
+    ):
         fed(make_stream(**options), 9)
     named = make_stream(**options, labels=("c", "b", "a"))
     assert named.first[0].label_names == ("c", "b", "a")

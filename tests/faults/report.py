@@ -24,8 +24,9 @@ What happens to a run when something goes wrong, and what is promised then. Each
 
 The four marks: **C** the exit code is the one promised (0 done, 2 bad input: do not restart, 143 and 130 stopped by a
 signal and saved, 1 any other failure), or the run recovers; **M** the message names field, value, file and fix, in at most
-five lines, or a line for each of several problems, and without a traceback; **T** in time: refused before anything is compiled, within a minute; **L** nothing is
-lost: what was saved is there, byte for byte, and the run that goes on ends as the one that nothing happened to.
+five lines, or in a line for each of several problems, and without a traceback; **T** in time: refused before anything is
+compiled, within a minute; **L** nothing is lost: what was saved is there, byte for byte, and the run that goes on ends as the
+one that nothing happened to.
 """
 
 

@@ -85,14 +85,18 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("how", FILES)
-def test_case_32_a_file_that_holds_something_else_is_refused_saying_what(job: Job, marks: Marks, model: Path, how: str) -> None:
+def test_case_32_a_file_that_holds_something_else_is_refused_saying_what(
+    job: Job, marks: Marks, model: Path, how: str
+) -> None:
     spoil, said = FILES[how]
     spoil(model / WEIGHTS)
     refused(job, marks, str(model), said, arguments=(f"--config.model.path={model}",))
 
 
 @pytest.mark.parametrize("how", ["missing", "twice"])
-def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(job: Job, marks: Marks, model: Path, how: str) -> None:
+def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(
+    job: Job, marks: Marks, model: Path, how: str
+) -> None:
     tensors = load_file(model / WEIGHTS)
     (model / WEIGHTS).unlink()
     names = sorted(tensors)
@@ -203,7 +207,9 @@ def test_case_34_an_adapter_whose_tensors_do_not_fit_is_not_loaded_by_half(
     load_it(marks, tiny_models, adapter, f"{adapter}/adapter_model.safetensors: {how}: ", "self.query")
 
 
-def test_case_34_an_adapter_of_another_base_is_refused(marks: Marks, tiny_models: Models, adapter: Path, model: Path) -> None:
+def test_case_34_an_adapter_of_another_base_is_refused(
+    marks: Marks, tiny_models: Models, adapter: Path, model: Path
+) -> None:
     change(model / WEIGHTS, lambda tensors: tensors.update({k: v + 1 for k, v in list(tensors.items())[:1]}))
     load_it(marks, tiny_models, adapter, "the adapter was trained on another base: base_sha256 ", base=model)
 
@@ -222,7 +228,9 @@ class Canary:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "pytorch_model.bin"])
-def test_case_38_a_pickle_is_refused_and_not_read(job: Job, marks: Marks, model: Path, tmp_path: Path, name: str) -> None:
+def test_case_38_a_pickle_is_refused_and_not_read(
+    job: Job, marks: Marks, model: Path, tmp_path: Path, name: str
+) -> None:
     canary = tmp_path / "canary"
     (model / WEIGHTS).unlink()
     (model / name).write_bytes(pickle.dumps({"x": Canary(canary)}))

@@ -86,7 +86,9 @@ def test_case_26_a_batch_without_a_label_is_told_and_leaves_all_finite(
     _goes_on(job, marks)
 
 
-def test_case_27_a_first_loss_far_above_chance_is_warned_of(job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_27_a_first_loss_far_above_chance_is_warned_of(
+    job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = losses.loss_for
     monkeypatch.setattr(setup, "loss_for", lambda *args: _scaled(real(*args), 10.0))
     done = job.here()
@@ -98,7 +100,9 @@ def test_case_27_a_first_loss_far_above_chance_is_warned_of(job: Job, marks: Mar
     _goes_on(job, marks)
 
 
-def test_case_27_a_gradient_of_zero_for_ten_steps_is_warned_of(job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_27_a_gradient_of_zero_for_ten_steps_is_warned_of(
+    job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = losses.loss_for
 
     def constant(*args: Any) -> losses.Loss:

@@ -140,7 +140,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("change", "row"), CHANGES)
-def test_case_20_another_seed_length_or_batch_is_refused(job: Job, whole: Job, marks: Marks, change: str, row: str) -> None:
+def test_case_20_another_seed_length_or_batch_is_refused(
+    job: Job, whole: Job, marks: Marks, change: str, row: str
+) -> None:
     _refused(job, whole, marks, row, *change.split())
 
 
@@ -152,7 +154,9 @@ def test_case_20_another_seed_length_or_batch_is_refused(job: Job, whole: Job, m
         ("--config.method.targets=('query',)", "config.method.targets: was 'all-linear', is ['query']"),
     ],
 )
-def test_case_21_another_rank_alpha_or_targets_is_refused(job: Job, whole: Job, marks: Marks, change: str, row: str) -> None:
+def test_case_21_another_rank_alpha_or_targets_is_refused(
+    job: Job, whole: Job, marks: Marks, change: str, row: str
+) -> None:
     _refused(job, whole, marks, row, change)
 
 

@@ -24,7 +24,9 @@ LOGGER = "jaxpeft.hub.loading"
 
 
 def messages(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == LOGGER]
+    first, *rest = [r.getMessage() for r in caplog.records if r.name == LOGGER]
+    assert first.startswith("loading ")
+    return rest
 
 
 @pytest.fixture
