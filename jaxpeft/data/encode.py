@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -170,11 +171,25 @@ def _build(examples: Examples, tokenizer: Any, options: Options, progress: Progr
 
 def _batches(examples: Examples, tokenizer: Any, options: Options, progress: Progress | None) -> Iterator[Batch]:
     total = len(examples)
-    for start in range(0, total, BATCH):
-        stop = min(start + BATCH, total)
-        yield tokenize(examples, tokenizer, start, stop, options)
-        if progress:
-            progress(stop, total)
+    stops = [min(start + BATCH, total) for start in range(0, total, BATCH)]
+
+    def made(stop: int) -> Batch:
+        return tokenize(examples, tokenizer, stop - (stop - 1) % BATCH - 1, stop, options)
+
+    def in_order() -> Iterator[Batch]:
+        # The tokenizer works without Python's lock: what Python does with one batch goes on beside the next one's tokens. The
+        # first is made alone, since a tokenizer may be set up in it, and not while another thread uses it.
+        yield from map(made, stops[:1])
+        yield from pool.map(made, stops[1:])
+
+    pool = ThreadPoolExecutor(2, thread_name_prefix="tokens")
+    try:
+        for stop, batch in zip(stops, in_order(), strict=True):
+            yield batch
+            if progress:
+                progress(stop, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _flat(lists: list[list[int]]) -> np.ndarray:

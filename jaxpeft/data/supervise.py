@@ -218,10 +218,13 @@ def encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
         texts: the texts.
     """
     backend = tokenizer.backend_tokenizer
-    # a call with truncation leaves these set
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = False
+    # a call with truncation leaves these set; they must not be touched while another thread uses the tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens:
+        backend.encode_special_tokens = False
     return backend.encode_batch(list(texts), add_special_tokens=False)
 
 
@@ -238,10 +241,12 @@ def _join(script: Script, pieces: Sequence[Any], tokenizer: Any) -> tuple[list[i
     for before, cut, end, piece in zip([0, *script.cuts], script.cuts, ends, pieces, strict=False):
         start, tokens, anchored = len(ids), piece.ids, None
         known = start
-        if tokens[:known] != ids:
+        if tokens[:known] == ids:
+            ids = tokens
+        else:
             anchored, known = _behind_anchor(script.text[before:cut], tokenizer), 0
             tokens = anchored[0]
-        ids += tokens[known:]
+            ids = ids + tokens
         if end is None:
             continue
         inside = len(tokens)

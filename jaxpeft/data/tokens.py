@@ -89,7 +89,7 @@ def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: Options) 
     ):
         ids, labels = made.ids[: options.max_length], made.labels[: options.max_length]
         batch.truncated += len(made.ids) > options.max_length
-        if all(token == IGNORED for token in labels[1:]):
+        if (rest := labels[1:]).count(IGNORED) == len(rest):
             batch.dropped.append(row)
             continue
         batch.ids.append(ids)
