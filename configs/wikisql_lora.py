@@ -4,8 +4,8 @@ Command:   JAXPEFT_ASSETS=FOLDER python -m jaxpeft.train --config configs/wikisq
 Data:      FOLDER/wikisql-lora: 998 rows of WikiSQL as mlx-examples has them, 100 to validate, 100 to test
 Model:     FOLDER/stories260K/hf: llama2.c's stories260K as config.json, model.safetensors and tokenizer.json
 Hardware:  a CPU with 2 cores
-Time:      TIME
-Expected:  EXPECTED
+Time:      4 minutes
+Expected:  loss of the answers of the test split 7.36 before training, 1.91 after; SQL in the right form, wrong in its names
 """
 
 import os
