@@ -265,11 +265,14 @@ class Run:
                 self.pending.append((self.step, tokens, position, metrics))
                 last = self.step == self.setup.steps
                 report(tokens, last or self.step % self.setup.config.log.every_steps == 0)
-                with self._aside():
-                    if self._evaluation_due():
-                        self._evaluate()
-                    if self.step % self.setup.config.checkpoint.every_steps == 0 or self._finished():
-                        self._save()
+                saves = self.step % self.setup.config.checkpoint.every_steps == 0
+                if self._evaluation_due() or saves or self._finished():
+                    jax.block_until_ready(self.state)  # steps that are only dispatched are no part of what follows
+                    with self._aside():
+                        if self._evaluation_due():
+                            self._evaluate()
+                        if saves or self._finished():
+                            self._save()
 
     @contextmanager
     def _aside(self) -> Generator[None]:
