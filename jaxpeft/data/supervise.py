@@ -205,8 +205,9 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
         if end is not None and not script.ended and labels[-1:] not in ([IGNORED], [end], []):
             ids.append(end)
             labels.append(end)
-        doubled = _doubled(ids, tokenizer.bos_token_id)
-        out.append(Labelled(ids[doubled:], labels[doubled:]))
+        if doubled := _doubled(ids, tokenizer.bos_token_id):
+            ids, labels = ids[doubled:], labels[doubled:]
+        out.append(Labelled(ids, labels))
     return out
 
 

@@ -87,8 +87,10 @@ def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: Options) 
     for row, made in zip(
         rows, label(scripts, tokenizer, begin=begin, end=eos if options.add_eos else None), strict=True
     ):
-        ids, labels = made.ids[: options.max_length], made.labels[: options.max_length]
-        batch.truncated += len(made.ids) > options.max_length
+        ids, labels = made.ids, made.labels
+        if len(ids) > options.max_length:
+            ids, labels = ids[: options.max_length], labels[: options.max_length]
+            batch.truncated += 1
         if (rest := labels[1:]).count(IGNORED) == len(rest):
             batch.dropped.append(row)
             continue
