@@ -168,10 +168,12 @@ def _end(text: str, start: int, dialog: Dialog, i: int, upto: str) -> int:
     # Some templates write the last turn of a chat otherwise than those before (thoughts kept or dropped); what follows
     # its content is the same.
     content = str(dialog.messages[i]["content"]).strip()
-    at, alone = text.find(content, start), upto.rfind(content)
-    tail = upto[alone + len(content) :]
-    if content and at >= 0 and alone >= 0 and text.startswith(tail, at + len(content)):
-        return at + len(content) + len(tail)
+    begin = upto.find(content, start) if content else -1
+    while begin >= 0:  # the content may stand in what is left out, too
+        at = text.find(upto[begin:], start)
+        if at >= 0:
+            return at + len(upto) - begin
+        begin = upto.find(content, begin + 1)
     raise RenderError(f"the chat template writes turn {i + 1} otherwise once another follows")
 
 

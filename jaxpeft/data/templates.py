@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,8 +79,8 @@ class Template:
         self._lock = threading.Lock()
         self._process = self._start()
 
-    def render_all(self, requests: Sequence[Request]) -> Iterator[list[str] | RenderError]:
-        """Yields for each chat its text at each cut, or why it cannot be rendered; a fatal error is the last.
+    def render_all(self, requests: Sequence[Request]) -> list[list[str] | RenderError]:
+        """Gives for each chat its text at each cut, or why it cannot be rendered; a fatal error is the last.
 
         Raises:
             ConfigError: it is no jinja.
@@ -89,17 +89,17 @@ class Template:
             if self._process.poll() is not None:
                 self._process = self._start()
             _send(self._process, [{"messages": r.messages, "tools": r.tools, "cuts": r.cuts} for r in requests])
-            left = len(requests)
+            made: list[list[str] | RenderError] = []
+            fatal = False
             try:
-                for _ in requests:
+                while not fatal and len(made) < len(requests):
                     reply = _receive(self._process) or {"error": sandbox.TOO_MUCH, "fatal": True}
-                    left = 0 if reply.get("fatal") else left - 1
-                    yield reply["texts"] if "texts" in reply else RenderError(reply["error"], reply["fatal"])
-                    if reply.get("fatal"):
-                        return
+                    fatal = bool(reply.get("fatal"))
+                    made.append(reply["texts"] if "texts" in reply else RenderError(reply["error"], fatal))
             finally:
-                if left:  # replies that nobody has waited for must not be taken for those of the next
-                    _end(self._process)
+                if not fatal and len(made) < len(requests):
+                    _end(self._process)  # replies that nobody has read must not be taken for those of the next
+            return made
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, generate: bool, tools: Sequence[Mapping[str, Any]] = ()

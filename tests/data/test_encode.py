@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +63,24 @@ def test_batches_of_the_tokenizer_change_nothing(classified, minilm, monkeypatch
     parts = encode(examples, minilm, **options)
     for field in ("tokens", "offsets", "labels", "type_ids", "source"):
         assert np.array_equal(getattr(whole, field), getattr(parts, field))
+
+
+def test_a_row_that_fails_in_a_later_batch_is_told_and_nothing_hangs(rows_of, plain, monkeypatch):
+    monkeypatch.setattr(MODULE, "BATCH", 2)
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": good} for _ in range(20)]
+    for at in (5, 9, 13):
+        rows[at] = {"messages": [{"role": "user", "content": "fail"}, good[1]]}
+    template = "{% for m in messages %}{% if m.content == 'fail' %}{{ raise_exception('no') }}{% endif %}{{ m.content }} {% endfor %}"
+    examples = make_examples(rows_of(*rows), kind="messages")
+    with pytest.raises(DataError, match=r"\(row 6\): the chat template fails: no"):
+        encode(examples, plain, chat_template=write_template(template), **OFF)
+
+
+def write_template(source):
+    file = Path(tempfile.mkdtemp()) / "mine.jinja"
+    file.write_text(source)
+    return str(file)
 
 
 def test_the_fingerprint_follows_tokenizer_template_options_and_data(classified, bert, plain):

@@ -137,6 +137,14 @@ def test_a_template_that_rewrites_what_came_before_is_refused() -> None:
         write(Dialog((USER, PARIS)), Template(counting, {}))
 
 
+@pytest.mark.parametrize("said", ["d", "k", "im_end", "<", "\n think"])
+def test_an_answer_that_stands_in_the_marks_of_the_template_is_found(said: str) -> None:
+    tokenizer = tokenizer_of("bytes")
+    turns = ({**USER}, {"role": "assistant", "content": said}, USER, LIST)
+    first, _ = (tokenizer.decode(run) for run in answers(labelled("thoughts", turns, tokenizer)))
+    assert first == f"{said}<|im_end|>\n"
+
+
 def test_an_earlier_turn_is_learned_as_it_is_written_there() -> None:
     tokenizer = tokenizer_of("bytes")
     first, last = (tokenizer.decode(run) for run in answers(labelled("thoughts", (USER, PARIS, USER, LIST), tokenizer)))

@@ -7,9 +7,11 @@ import resource
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jaxpeft.data import templates
 from jaxpeft.data.templates import BUILT_IN, RenderError, Request, Template, template_source
 from jaxpeft.errors import ConfigError
 from tests.data.chats import CHATS, TEMPLATES, USER, tokenizer_of
@@ -97,11 +99,21 @@ def test_a_renderer_that_has_died_is_started_again() -> None:
         template._process.wait()
 
 
-def test_replies_that_are_not_waited_for_are_not_taken_for_others() -> None:
+def test_replies_that_are_not_waited_for_are_not_taken_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     template = Template("{{ messages[0].content }}", {})
-    some = template.render_all([Request([{"content": text}], (), [(1, False)]) for text in "abc"])
-    assert next(some) == ["a"]
-    some.close()
+    read, seen = templates._receive, list[str]()
+
+    def interrupted(process: Any) -> Any:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append("a")
+        return read(process)
+
+    requests = [Request([{"content": text}], (), [(1, False)]) for text in "abc"]
+    with monkeypatch.context() as patch:
+        patch.setattr(templates, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            template.render_all(requests)
     assert template.render([{"content": "d"}], generate=False) == "d"
 
 
