@@ -16,7 +16,9 @@ CHANGEABLE = (
 """Fields that may differ between a run and its resumption, by how they begin: they do not touch what is computed. What
 lies at a path does: it is compared by its hash, wherever it lies."""
 _CAUSES = {
-    "data.": ("config.data.", "config.train.seed"),
+    "data.tokens.": ("config.data.", "config.train.seed", "data.sources.", "data.tokenizer", "data.template"),
+    "data.sources.": ("config.data.subset", "config.data.streaming"),
+    "data.template": ("data.tokenizer", "config.data.chat_template"),
     "tree.": ("config.method.",),
     "method.": ("config.method.",),
     "steps": ("config.train.", "config.data."),

@@ -173,7 +173,7 @@ def _read(text: str, hint: Any) -> Any:
         literal = text
     names = tuple(part.strip() for part in text.split(",") if part.strip()) if "," in text or not text else (text,)
     # names with commas between them are a list, also where one string would do: a target list, not an expression
-    listed = (names,) if re.fullmatch(r"[\w.-]+(,\s*[\w.-]+)+", text) else ()
+    listed = (names,) if re.fullmatch(r"[\w./:~-]+(,\s*[\w./:~-]+)+", text) else ()
     for candidate in (*listed, literal, text, (literal,), names):
         if not convert(candidate, hint, "")[1]:
             return candidate

@@ -47,12 +47,20 @@ def _checked(argv: list[str]) -> int:
 
 
 def _show(config: configs.Config, rows: int) -> None:
-    from jaxpeft.data import pipeline, report
+    from jaxpeft.data import pipeline, reading, report
     from jaxpeft.hub import sources
 
-    source = sources.resolve(config.model.path, config.model.revision)
-    splits = pipeline.read_splits(config, source, lambda what: nullcontext())
     console = Console(highlight=False, soft_wrap=True)
+    source = sources.resolve(config.model.path, config.model.revision)
+    read = None if config.data.streaming else reading.read_examples(config)
+    if read is not None and read[0].kind == "preference":
+        for part in report.pairs(read[0], rows):
+            console.print(part)
+        console.print(
+            f"{read[0].rows.name}: {len(read[0])} preference pairs, all of them whole; no method trains on them yet"
+        )
+        return
+    splits = pipeline.read_splits(config, source, lambda what: nullcontext(), read)
     for part in report.rows(splits, rows, colour=console.is_terminal):
         console.print(part)
     console.print(report.statistics(config, splits))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,7 +196,12 @@ def _message(turn: Any, number: int) -> Message:
     if not content.strip() and not calls and role in ("assistant", "user"):
         raise RowError(f"has an empty turn {number} ({role})", "fill it or leave the row out")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
-    return {**rest, "role": role, "content": content}
+    message = {**rest, "role": role, "content": content}
+    try:
+        json.dumps(message, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise RowError(f"holds half of a surrogate pair in turn {number}", "write the whole character") from None
+    return message
 
 
 def _role(turn: Mapping[str, Any], number: int) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from jaxpeft.data.templates import template_source
 from jaxpeft.data.tokens import Batch, Options, tokenize
 from jaxpeft.errors import ConfigError, DataError
 
-FORMAT = 3
+FORMAT = 4
 BATCH = 1000
 COUNTS = ("dropped", "learned", "rows", "sequences", "tokens", "truncated")
 
@@ -101,13 +103,20 @@ def make_options(
 
 def fingerprint(examples: Examples, tokenizer: Any, options: Options) -> str:
     """Gives the SHA-256 of what the tokens depend on: this format, the tokenizer, its template, options, data."""
+    return _hash([FORMAT, tokenizer_hash(tokenizer), dataclasses.asdict(options), examples.sha256])
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Gives the SHA-256 of what a tokenizer does."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # A call with truncation leaves these two set on the tokenizer, so the second run would miss the cache of the first.
     state.pop("truncation", None)
     state.pop("padding", None)
     settings = [tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.model_input_names]
-    sides = [tokenizer.truncation_side, getattr(tokenizer, "add_prefix_space", None)]
-    parts = [FORMAT, state, settings, sides, dataclasses.asdict(options), examples.sha256]
+    return _hash([state, settings, tokenizer.truncation_side, getattr(tokenizer, "add_prefix_space", None)])
+
+
+def _hash(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -123,7 +132,10 @@ def pad_id(tokenizer: Any, vocab_size: int) -> int:
 def _check_options(examples: Examples, tokenizer: Any, options: Options) -> None:
     name, problems = _name(tokenizer), list[str]()
     if examples.kind == "preference":
-        problems.append(f"{examples.rows.name}: preference pairs are checked, and not trained on yet; set data.format")
+        problems.append(
+            f"{examples.rows.name}: {len(examples)} preference pairs, all of them whole; no method trains on pairs yet: give rows "
+            "of another format, or look at them with `python -m jaxpeft.data`"
+        )
     if not getattr(tokenizer, "is_fast", False):
         problems.append(f"tokenizer {name}: not a fast tokenizer; give one that has a tokenizer.json")
     for end in ("bos", "eos"):
@@ -147,8 +159,21 @@ def _joins_words(tokenizer: Any) -> bool:
     return before.get("type") == "ByteLevel" and not before.get("add_prefix_space")
 
 
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Keeps Python from looking for cycles, again and again, among millions of numbers that have none."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def _build(examples: Examples, tokenizer: Any, options: Options, progress: Progress | None) -> Arrays:
-    batches = list(_batches(examples, tokenizer, options, progress))
+    with _uncollected():
+        batches = list(_batches(examples, tokenizer, options, progress))
     lengths = [len(ids) for batch in batches for ids in batch.ids]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     source = _flat([batch.source for batch in batches])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from jaxpeft.config.schema import Config, DataConfig
 from jaxpeft.data.buckets import choose_lengths
 from jaxpeft.data.columns import GENERATIVE
-from jaxpeft.data.encode import Progress, encode, make_options, pad_id
+from jaxpeft.data.encode import Progress, encode, make_options, pad_id, tokenizer_hash
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.examples import Examples
 from jaxpeft.data.packing import fill, pack
@@ -39,12 +40,13 @@ class Encoding:
         """The token to pad with."""
         return pad_id(self.tokenizer, self.vocab)
 
-    def __call__(self, examples: Examples, progress: Progress | None = None) -> Encoded:
+    def __call__(self, examples: Examples, progress: Progress | None = None, *, judged: bool = True) -> Encoded:
         """Tokenises examples.
 
         Args:
             examples: of one split.
             progress: called with the rows done and the rows in all.
+            judged: whether too many dropped rows are refused.
 
         Raises:
             ConfigError: an option does not fit the tokenizer.
@@ -55,7 +57,7 @@ class Encoding:
             examples,
             self.tokenizer,
             vocab_size=self.vocab,
-            most_dropped=options.most_dropped,
+            most_dropped=options.most_dropped if judged else 1.0,
             progress=progress,
             use_cache=self.use_cache,
             **self._of(examples),
@@ -63,6 +65,14 @@ class Encoding:
         if not options.packing:
             return encoded
         return pack(encoded, options.max_length)
+
+    def identity(self, examples: Examples) -> dict[str, str]:
+        """Gives the hashes of the tokenizer and of the chat template that examples are written with."""
+        template = make_options(examples, self.tokenizer, **self._of(examples)).template or ""
+        return {
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "template": hashlib.sha256(template.encode()).hexdigest(),
+        }
 
     def prompt(self, examples: Examples, row: int) -> list[int]:
         """Gives the tokens that the answer of a row is generated from."""

@@ -161,9 +161,7 @@ def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:
             problems.add(rows.where(i), fault, _shown(record), "correct the row, or the separator")
         records.append({"prompt": prompt, "completion": completion})
     problems.raise_if_any()
-    return dataclasses.replace(
-        rows, records=records, sha256=hashlib.sha256(f"{rows.sha256} {separator}".encode()).hexdigest()
-    )
+    return rows.remade(column, separator, records=records)
 
 
 def join(parts: Sequence[Examples]) -> Examples:
@@ -189,6 +187,7 @@ def join(parts: Sequence[Examples]) -> Examples:
         joined = [tags for of_part in labels for tags in typing.cast(Any, of_part)]
     elif joined is not None:
         joined = np.concatenate(typing.cast(Any, labels))
+    rows = Rows.join([part.rows for part in parts], ", ".join(part.rows.name for part in parts))
     return dataclasses.replace(
         first,
         kind=first.kind if len(kinds) == 1 else "messages",
@@ -196,7 +195,7 @@ def join(parts: Sequence[Examples]) -> Examples:
         pairs=None if first.pairs is None else [pair for part in parts for pair in part.pairs or ()],
         labels=joined,
         columns=first.columns if len({part.columns for part in parts}) == 1 else Columns(),
-        rows=Rows.join([part.rows for part in parts], ", ".join(part.rows.name for part in parts)),
+        rows=rows.remade(*(part.sha256 for part in parts)),  # each may have columns of its own
     )
 
 

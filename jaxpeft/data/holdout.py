@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
 
 from jaxpeft.data.columns import Columns, find_columns
@@ -66,5 +64,4 @@ def _cut(text: str, share: float) -> tuple[str, str]:
 
 def _with_texts(rows: Rows, column: str, texts: tuple[str, ...], part: str) -> Rows:
     records: list[Record] = [{**record, column: text} for record, text in zip(rows.records, texts, strict=True)]
-    digest = hashlib.sha256("\0".join([rows.sha256, part, *texts]).encode()).hexdigest()
-    return dataclasses.replace(rows, records=records, name=f"{rows.name} ({part})", sha256=digest)
+    return rows.remade(part, *texts, records=records, name=f"{rows.name} ({part})")

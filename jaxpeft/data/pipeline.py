@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +39,7 @@ class Splits:
         problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
         asked: the test rows, to be answered.
         encoding: how rows become tokens.
+        identity: hashes of what was read, of what turns it into tokens, and of the tokens: what makes this data this data.
         stream: the training rows where they are streamed: `examples` and `train` are its first buffer.
     """
 
@@ -52,16 +52,20 @@ class Splits:
     problem: str
     asked: Examples
     encoding: Encoding
+    identity: Mapping[str, Any]
     stream: Stream | None = None
 
 
-def read_splits(config: Config, source: sources.Source, shown: Shown) -> Splits:
+def read_splits(
+    config: Config, source: sources.Source, shown: Shown, read: tuple[Examples, Examples, Examples] | None = None
+) -> Splits:
     """Reads and tokenises the rows of a config; of a stream, its first buffer.
 
     Args:
         config: a checked config.
         source: the model, whose tokenizer is used.
         shown: shows how far the tokenising is.
+        read: what `read_examples` gives, where it is there.
 
     Raises:
         ConfigError: an option does not fit the rows, the tokenizer or the model.
@@ -85,15 +89,24 @@ def read_splits(config: Config, source: sources.Source, shown: Shown) -> Splits:
         stream, (validation, test) = _streamed(config, dataclasses.replace(encoding, use_cache=False))
         train, encoded = stream.first
         _log.info("%s, its first rows: %s", train.rows.name, told(encoded))
-        named = hashlib.sha256(f"{encoded.fingerprint} {stream.identity}".encode()).hexdigest()
-        encoded = dataclasses.replace(encoded, fingerprint=named)
     else:
-        train, validation, test = read_examples(config)
+        train, validation, test = read or read_examples(config)
         encoded = tokens(train)
     held_out = tokens(validation)
     last = tokens(test) if test is not validation else held_out
     problem = {"classification": str(train.problem), "token_classification": "token"}.get(train.kind, "lm")
-    return Splits(train, encoded, held_out, last, encoding.tokenizer, encoding.pad_id, problem, test, encoding, stream)
+    named = zip(("train", "validation", "test"), (train, validation, test), (encoded, held_out, last), strict=True)
+    hashes = {name: (examples.rows.source, tokens.fingerprint) for name, examples, tokens in named}
+    if stream is not None:
+        hashes["train"] = (stream.identity, hashes["train"][1])
+    identity: dict[str, Any] = {
+        "sources": {name: read for name, (read, _) in hashes.items()},
+        **encoding.identity(train),
+        "tokens": {name: made for name, (_, made) in hashes.items()},
+    }
+    return Splits(
+        train, encoded, held_out, last, encoding.tokenizer, encoding.pad_id, problem, test, encoding, identity, stream
+    )
 
 
 def _streamed(config: Config, encoding: Encoding) -> tuple[Stream, tuple[Examples, Examples]]:

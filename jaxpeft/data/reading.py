@@ -93,7 +93,15 @@ def recognize(config: Config, rows: Rows) -> tuple[Rows, Kind]:
         ConfigError: a format is named where the task has only one.
         DataError: the columns fit no format, or several.
     """
-    kind = kind_of(config, rows)
+    return cut(config, rows, kind_of(config, rows))
+
+
+def cut(config: Config, rows: Rows, kind: Kind) -> tuple[Rows, Kind]:
+    """Gives rows of a format with their format; texts that hold the separator become prompts with completions.
+
+    Raises:
+        DataError: a text does not hold the separator.
+    """
     if kind == "text" and config.data.separator:
         return split_at(rows, config.data.separator, columns_of(config, kind)), "prompt_completion"
     return rows, kind

@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxpeft.config.schema import Config
+from jaxpeft.data.dialogs import Completion, Dialog
 from jaxpeft.data.encoded import Encoded
+from jaxpeft.data.examples import Examples
 from jaxpeft.data.packing import fill
 from jaxpeft.data.pipeline import Splits, make_batches
 from jaxpeft.data.supervise import IGNORED
@@ -36,6 +38,28 @@ def rows(splits: Splits, n: int, *, colour: bool) -> Iterator[Text]:
         told = f"{encoded.lengths[row]} tokens" + (f", {int(learned.sum())} learned" if encoded.per_token else "")
         yield Text(f"--- row {row + 1}: {told}{_label(splits, row)}", style="bold")
         yield _written(splits.tokenizer, encoded, at, learned, colour)
+
+
+def pairs(examples: Examples, n: int) -> Iterator[Text]:
+    """Yields the first preference pairs: what both answers begin with, the better one in green, the other in red.
+
+    Args:
+        examples: of preference pairs.
+        n: how many.
+    """
+    for row, pair in enumerate(examples.texts[:n], 1):
+        yield Text(f"--- pair {row}", style="bold")
+        chosen, rejected = _told(pair.chosen), _told(pair.rejected)
+        shared = [turn for turn, other in zip(chosen, rejected, strict=False) if turn == other]
+        yield Text("\n".join([*shared, ""]), style="dim", end="")
+        for name, turns, style in (("chosen", chosen, "green"), ("rejected", rejected, "red")):
+            yield Text(f"{name}: " + "\n".join(turns[len(shared) :]), style=style)
+
+
+def _told(answer: Dialog | Completion) -> list[str]:
+    if isinstance(answer, Completion):
+        return [*([answer.prompt] if answer.prompt else []), answer.completion]
+    return [f"{message['role']}: {message['content']}" for message in answer.messages]
 
 
 def _label(splits: Splits, row: int) -> str:

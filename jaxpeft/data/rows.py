@@ -34,6 +34,7 @@ class Rows:
         sha256: of the file's bytes, or of the hub's rows written as JSON.
         lines: the 1-based line at which each row begins; empty where the format has no lines.
         places: `(file, 1-based number in it)` of each row; empty where they are all those of `name`, in order.
+        origin: the hash of all that was read, where these rows are drawn or made from it; empty where it is `sha256`.
     """
 
     records: list[Record]
@@ -41,9 +42,25 @@ class Rows:
     sha256: str
     lines: tuple[int, ...] = ()
     places: tuple[tuple[str, int], ...] = ()
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def source(self) -> str:
+        """The hash of all that was read: the same whichever rows of it these are."""
+        return self.origin or self.sha256
+
+    def remade(self, *made_by: str, **changes: Any) -> Rows:
+        """Gives rows that were made from these.
+
+        Args:
+            made_by: what made them: other words give another hash.
+            changes: attributes that are other ones now.
+        """
+        digest = hashlib.sha256(json.dumps([self.sha256, *made_by]).encode()).hexdigest()
+        return dataclasses.replace(self, sha256=digest, origin=self.source, **changes)
 
     def where(self, row: int) -> str:
         """Gives the place of row `row` (from 0) for a message: `file:line:1 (row N)`, N counted from 1."""
@@ -53,10 +70,9 @@ class Rows:
 
     def take(self, chosen: Sequence[int]) -> Rows:
         """Gives some of the rows, by number from 0; they count as other content, so their hash is another."""
-        digest = hashlib.sha256(f"{self.sha256} {list(chosen)}".encode()).hexdigest()
         lines = tuple(self.lines[i] for i in chosen) if self.lines else ()
         places = tuple(self._place(i) for i in chosen)
-        return Rows([self.records[i] for i in chosen], self.name, digest, lines, places)
+        return self.remade(str(list(chosen)), records=[self.records[i] for i in chosen], lines=lines, places=places)
 
     def _place(self, row: int) -> tuple[str, int]:
         return self.places[row] if self.places else (self.name, row + 1)
@@ -73,7 +89,8 @@ class Rows:
             return dataclasses.replace(parts[0], name=name, places=_places(parts))
         digest = hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
         lines = tuple(line for part in parts for line in part.lines or (0,) * len(part))
-        return Rows([r for part in parts for r in part.records], name, digest, lines, _places(parts))
+        origin = hashlib.sha256(" ".join(part.source for part in parts).encode()).hexdigest()
+        return Rows([r for part in parts for r in part.records], name, digest, lines, _places(parts), origin)
 
     def columns(self) -> list[str]:
         """Gives the columns that any row has, in the order of first appearance."""

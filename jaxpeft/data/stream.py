@@ -12,11 +12,11 @@ from typing import Any
 from jaxpeft.config.schema import Config
 from jaxpeft.data.ahead import ahead
 from jaxpeft.data.batches import Batch, Batches, Position
-from jaxpeft.data.columns import Columns, Kind
+from jaxpeft.data.columns import OPTIONAL, Columns, Kind
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.encoding import Encoding, padded_lengths
 from jaxpeft.data.examples import Examples, join, make_examples
-from jaxpeft.data.reading import columns_of, recognize
+from jaxpeft.data.reading import columns_of, cut, kind_of
 from jaxpeft.data.row_streams import RowStream
 from jaxpeft.data.rows import is_hub_id
 from jaxpeft.errors import DataError
@@ -31,7 +31,8 @@ class StreamedSource:
     Attributes:
         config: of the run.
         rows: its rows.
-        kind: their format.
+        format: of its rows.
+        kind: the same, of those that are cut at a separator that of the pieces.
         columns: the columns that are used.
         count: how many of its rows a buffer holds.
         like: examples whose labels these rows have; None where there are none.
@@ -39,6 +40,7 @@ class StreamedSource:
 
     config: Config
     rows: RowStream
+    format: Kind
     kind: Kind
     columns: Columns
     count: int
@@ -49,7 +51,11 @@ class StreamedSource:
         rows = self.rows.rows(buffer * self.count, self.count)
         if not len(rows):
             return None
-        return make_examples(recognize(self.config, rows)[0], kind=self.kind, columns=self.columns, like=self.like)
+        rows = cut(self.config, rows, self.format)[0]
+        # a column that a format may do without may be missing in a whole buffer
+        optional, there = OPTIONAL.get(self.kind, {}), set(rows.columns())
+        given = {field: c for field, c in self.columns.given().items() if field not in optional or c in there}
+        return make_examples(rows, kind=self.kind, columns=Columns(**given), like=self.like)
 
 
 class Stream:
@@ -85,9 +91,10 @@ class Stream:
             first = stream.rows(0, count)
             if not len(first):
                 raise DataError(f"{path}: has no rows; give a source with at least one row")
-            ready, kind = recognize(config, first)
+            told = kind_of(config, first)
+            ready, kind = cut(config, first, told)
             found = make_examples(ready, kind=kind, columns=columns_of(config, kind), like=like)
-            self._sources.append(StreamedSource(config, stream, kind, found.columns, count, like))
+            self._sources.append(StreamedSource(config, stream, told, kind, found.columns, count, like))
 
     @cached_property
     def first(self) -> tuple[Examples, Encoded]:
@@ -128,7 +135,11 @@ class Stream:
     def buffer(self, number: int) -> Encoded | None:
         """Reads and tokenises a buffer, None where there is none."""
         examples = self._examples(number)
-        return None if examples is None else self._encoding(examples)
+        if examples is None:
+            return None
+        # of the few rows that are left at the end, one is a large share
+        whole = number == 0 or len(examples) >= sum(source.count for source in self._sources)
+        return self._encoding(examples, judged=whole)
 
     def feed(
         self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None

@@ -28,13 +28,13 @@ class Script:
         text: all of it.
         learned: `(start, end)` of each part that is learned, in characters, in order.
         begun: whether the text holds the tokens that a text begins with: a template writes them itself.
-        ended: whether the text marks its end: a template does so itself.
+        tail: what the template writes behind the content of the answer that the text ends with; None where it ends with none.
     """
 
     text: str
     learned: tuple[tuple[int, int], ...]
     begun: bool
-    ended: bool
+    tail: str | None
 
     @property
     def cuts(self) -> list[int]:
@@ -109,24 +109,24 @@ def write_prompt(dialog: Dialog | Completion, template: Template | None, separat
         RenderError: as `write` does.
     """
     if isinstance(dialog, Completion):
-        return Script(dialog.prompt + separator, (), begun=False, ended=True)
+        return Script(dialog.prompt + separator, (), begun=False, tail=None)
     end = len(dialog.messages)
     (made,) = _rendered([dialog], [_cuts(dialog, end, generate=True)], template)
     if isinstance(made, RenderError):
         raise made
-    return Script(made[end, True], _learned(dialog, made[end, True], made), begun=True, ended=True)
+    return Script(made[end, True], _learned(dialog, made[end, True], made), begun=True, tail=None)
 
 
 def _completion(dialog: Completion, separator: str) -> Script:
     prompt = dialog.prompt + separator
     text = prompt + dialog.completion
-    return Script(text, ((len(prompt), len(text)),), begun=False, ended=False)
+    return Script(text, ((len(prompt), len(text)),), begun=False, tail="")
 
 
 def _chat(dialog: Dialog, written: Written) -> Script:
     text = written[len(dialog.messages), False]
     learned = _learned(dialog, text, written)
-    return Script(text, learned, begun=True, ended=_ended(text, learned, dialog.messages[-1]))
+    return Script(text, learned, begun=True, tail=_tail(text, learned, dialog.messages[-1]))
 
 
 def _answers(dialog: Dialog) -> list[int]:
@@ -177,12 +177,17 @@ def _end(text: str, start: int, dialog: Dialog, i: int, upto: str) -> int:
     raise RenderError(f"the chat template writes turn {i + 1} otherwise once another follows")
 
 
-def _ended(text: str, learned: Sequence[tuple[int, int]], last: Mapping[str, Any]) -> bool:
-    """Says whether something stands behind the last answer's content."""
+def _tail(text: str, learned: Sequence[tuple[int, int]], last: Mapping[str, Any]) -> str | None:
     start, end = learned[-1]
     if end < len(text) or last["role"] != "assistant":
-        return True
-    return not text[start:end].rstrip().endswith(str(last["content"]).strip() or "\0")
+        return None
+    content = str(last["content"]).strip()
+    return text[start:end].rpartition(content)[2] if content else text[start:end]
+
+
+def marks_of(tokenizer: Any) -> set[str]:
+    """Gives the texts that are one token each, whatever stands around them: EOS, the marks of a chat template, and so on."""
+    return {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
 
 
 def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], end: int | None) -> list[Labelled]:
@@ -192,8 +197,10 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
         scripts: the dialogs, written out.
         tokenizer: a fast tokenizer of `transformers`.
         begin: tokens that a text begins with, where a template has not written them.
-        end: token that a text ends with, where a template has not marked the end and the end is learned; None for none.
+        end: token that an answer at the end is followed by, where the template has put no mark there that is a token of its
+            own, such as `<|im_end|>` where the tokenizer knows it; None for none.
     """
+    marks = marks_of(tokenizer)
     texts = [script.text[:cut] for script in scripts for cut in script.cuts]
     pieces = iter(encodings(tokenizer, texts))
     out: list[Labelled] = []
@@ -204,7 +211,8 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
             labels[start:stop] = ids[start:stop]
         if not script.begun:
             ids, labels = [*begin, *ids], [IGNORED] * len(begin) + labels
-        if end is not None and not script.ended and labels[-1:] not in ([IGNORED], [end], []):
+        unmarked = script.tail is not None and not any(mark in script.tail for mark in marks)
+        if end is not None and unmarked and labels[-1:] not in ([IGNORED], [end], []):
             ids.append(end)
             labels.append(end)
         if doubled := _doubled(ids, tokenizer.bos_token_id):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from jaxpeft.forward import apply
 
 
 def greedy(
-    model: nn.Module, params: Mapping[str, Any], prompts: Sequence[Sequence[int]], *, most: int, end: int | None
+    model: nn.Module, params: Mapping[str, Any], prompts: Sequence[Sequence[int]], *, most: int, ends: Set[int]
 ) -> list[list[int]]:
     """Continues prompts by the likeliest token each.
 
@@ -25,10 +26,10 @@ def greedy(
         params: its parameters, adapters included.
         prompts: token ids of each prompt, at least one each.
         most: how many tokens to add at most.
-        end: the token that ends an answer; None for none.
+        ends: the tokens that end an answer.
 
     Returns:
-        The added tokens of each prompt, without `end`.
+        The added tokens of each prompt, up to the first of `ends`.
     """
     sizes = np.array([len(prompt) for prompt in prompts])
     length = int(sizes.max()) + most
@@ -46,11 +47,11 @@ def greedy(
     made = jnp.asarray(rows)
     for i in range(most):
         made = step(params, made, jnp.asarray(sizes + i))
-        if end is not None and all(end in _added(made, sizes, row, i + 1) for row in range(len(prompts))):
+        if all(ends & set(_added(made, sizes, row, i + 1)) for row in range(len(prompts))):
             break
-    out = [_added(made, sizes, row, most).tolist() for row in range(len(prompts))]
-    return [ids[: ids.index(end)] if end in ids else ids for ids in out]
+    out = [_added(made, sizes, row, most) for row in range(len(prompts))]
+    return [list(itertools.takewhile(lambda token: token not in ends, ids)) for ids in out]
 
 
-def _added(rows: jax.Array, sizes: np.ndarray[Any, Any], row: int, count: int) -> np.ndarray[Any, Any]:
-    return np.asarray(rows[row, int(sizes[row]) : int(sizes[row]) + count])
+def _added(rows: jax.Array, sizes: np.ndarray[Any, Any], row: int, count: int) -> list[int]:
+    return np.asarray(rows[row, int(sizes[row]) : int(sizes[row]) + count]).tolist()

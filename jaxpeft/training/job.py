@@ -116,8 +116,10 @@ def _answers(setup: Setup, params: Tree) -> list[str]:
     """Answers the sample rows by the likeliest tokens."""
     if not setup.samples:
         return []
-    prompts, end = [prompt for prompt, _ in setup.samples], setup.tokenizer.eos_token_id
-    made = greedy(setup.model, params, prompts, most=setup.config.evaluation.sample_tokens, end=end)
+    # a chat's turns end with marks of their own: `<|im_end|>`, `<end_of_turn>`
+    prompts, ends = [prompt for prompt, _ in setup.samples], set(setup.tokenizer.all_special_ids)
+    ends |= {number for number, token in setup.tokenizer.added_tokens_decoder.items() if token.special}
+    made = greedy(setup.model, params, prompts, most=setup.config.evaluation.sample_tokens, ends=ends)
     return [setup.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
 
 

@@ -123,10 +123,7 @@ def prepare(config: Config) -> Setup:
         identity={
             "config": as_dict(config),
             "base": {"sha256": sources.fingerprint(source)},
-            "data": {
-                name: e.fingerprint
-                for name, e in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
-            },
+            "data": splits.identity,
         },
     )
 

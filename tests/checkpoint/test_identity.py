@@ -41,6 +41,18 @@ def test_shapes_of_leaves_are_never_allowed_to_differ() -> None:
     assert differences(old, now, ["method.rank"]) == ([leaf], [rank])
 
 
+def test_what_was_read_is_not_excused_by_an_option_that_may_change_and_its_tokens_are() -> None:
+    old = {"config": {"data": {"max_length": 8}}, "data": {"sources": {"train": "a"}, "tokens": {"train": "x"}}}
+    now = {"config": {"data": {"max_length": 9}}, "data": {"sources": {"train": "b"}, "tokens": {"train": "y"}}}
+    length, rows = "config.data.max_length: was 8, is 9", "data.sources.train: was 'a', is 'b'"
+    assert differences(old, now) == ([length, rows], [])
+    assert differences(old, now, ["data.max_length"]) == ([rows], [length])
+    now["data"]["sources"]["train"] = "a"
+    assert differences(old, now, ["data.max_length"]) == ([], [length])
+    tokens = "data.tokens.train: was 'x', is 'y'"
+    assert differences({"data": old["data"]}, {"data": now["data"]}) == ([tokens], [])
+
+
 def test_an_unknown_field_cannot_be_allowed() -> None:
     with pytest.raises(
         ConfigError, match=r"--allow-change=train.sede: no such field; did you mean 'config.train.seed'"

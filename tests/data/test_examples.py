@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.data.columns import Columns
-from jaxpeft.data.examples import make_examples
+from jaxpeft.data.examples import join, make_examples, split_at
 from jaxpeft.errors import ConfigError, DataError
 
 
@@ -46,6 +46,20 @@ def test_another_split_uses_the_labels_of_the_training_split(classified):
     train = classified(("a", "x"), ("b", "y"), ("c", "z"))
     test = classified(("d", "z"), like=train)
     assert (test.labels.tolist(), test.label_names) == ([2], train.label_names)
+
+
+def test_what_is_cut_or_joined_from_other_columns_is_another_data_set(rows_of):
+    rows = rows_of({"t1": "one: a", "t2": "two: b"})
+    cut = [split_at(rows, ": ", Columns(text=column)) for column in ("t1", "t2")]
+    assert len({of.sha256 for of in cut} | {rows.sha256}) == 3
+    assert {of.source for of in cut} == {rows.sha256}
+    two = rows_of({"q1": "one", "q2": "two", "answer": "c"}), rows_of({"q1": "one", "q2": "two", "completion": "d"})
+    joined = [
+        join([make_examples(two[0], kind="prompt_completion", columns=Columns(prompt=column, completion="answer")),
+              make_examples(two[1], kind="prompt_completion", columns=Columns(prompt=column, completion="completion"))])
+        for column in ("q1", "q2")
+    ]  # fmt: skip
+    assert joined[0].sha256 != joined[1].sha256
 
 
 def test_an_unknown_label_is_refused_with_its_row_and_the_nearest(classified, refusal):

@@ -212,3 +212,35 @@ def test_a_label_that_the_validation_rows_have_not_is_told_and_may_be_named(
     named = make_stream(**options, labels=("c", "b", "a"))
     assert named.first[0].label_names == ("c", "b", "a")
     assert len(fed(named, 9)) == 9
+
+
+def write_rows_of(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["in the first rows", "later"])
+def test_a_column_that_may_be_missing_may_be_missing_in_a_buffer(
+    make_stream: MakeStream, tmp_path: Path, first: bool
+) -> None:
+    rows = [{"instruction": WORDS[i], "output": WORDS[i + 1]} | ({"input": WORDS[50]} if (i < 7) == first else {})
+            for i in range(20)]  # fmt: skip
+    path = write_rows_of(tmp_path / "alpaca.jsonl", rows)
+    stream = make_stream(train=str(path), validation=str(path), chat_template="alpaca", max_length=64)
+    made = [batch for batch, position in fed(stream, 8) if position["epoch"] == 0]
+    with_input = sum(int((batch["input_ids"] == 55).any(-1).sum()) for batch in made)
+    assert with_input == (7 if first else 13)
+
+
+def test_a_long_row_among_the_few_at_the_end_is_dropped(make_stream: MakeStream, tmp_path: Path) -> None:
+    def write(at: int) -> str:
+        rows = [{"prompt": " ".join(WORDS[: 20 if i == at else 2]), "completion": f" {WORDS[9]}"} for i in range(30)]
+        return str(write_rows_of(tmp_path / "prompts.jsonl", rows))
+
+    options = {"buffer_rows": 28, "max_length": 16}
+    path = write(29)
+    assert len(fed(make_stream(train=path, validation=path, **options), 9)) == 9
+    path = write(3)
+    assert len(fed(make_stream(train=path, validation=path, **options), 9)) == 9
+    with pytest.raises(DataError, match=r"1 of 28 rows \(3.6%\) have no learned token"):
+        make_stream(train=path, validation=str(write_texts(tmp_path / "v.jsonl", 9)), most_dropped=0.03, **options)
