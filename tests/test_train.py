@@ -106,6 +106,7 @@ def test_overrides_are_read_as_their_options_types(config_file: Path, tmp_path: 
         "--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.optimizer.learning_rate=1e-3",
         "--config.method.targets=query,value", "--config.optimizer.clip_norm", "None", "--config.method.rslora=true",
         "--config.method.rank_pattern={'query': 2}", "--config.data.lengths=8,16", "--config.baselines=head",
+        "--config.data.train=/a/b.jsonl,~/c.csv,org/name",
     ]  # fmt: skip
     config, workdir, _ = train.parse_arguments(arguments)
     assert workdir == tmp_path / "run"
@@ -116,6 +117,7 @@ def test_overrides_are_read_as_their_options_types(config_file: Path, tmp_path: 
     assert config.method.rank_pattern == {"query": 2}  # type: ignore[attr-defined]
     assert config.data.lengths == (8, 16)
     assert config.baselines == ("head",)
+    assert config.data.train == ("/a/b.jsonl", "~/c.csv", "org/name")
 
 
 def test_another_method_on_the_command_line_takes_its_own_options(config_file: Path) -> None:

@@ -51,7 +51,7 @@ def pairs(examples: Examples, n: int) -> Iterator[Text]:
         yield Text(f"--- pair {row}", style="bold")
         chosen, rejected = _told(pair.chosen), _told(pair.rejected)
         shared = [turn for turn, other in zip(chosen, rejected, strict=False) if turn == other]
-        yield Text("\n".join([*shared, ""]), style="dim", end="")
+        yield Text("\n".join(shared), style="dim")
         for name, turns, style in (("chosen", chosen, "green"), ("rejected", rejected, "red")):
             yield Text(f"{name}: " + "\n".join(turns[len(shared) :]), style=style)
 

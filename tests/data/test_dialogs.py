@@ -105,6 +105,7 @@ def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
         ("messages", {"messages": []}, "field 'messages' holds no list of messages"),
         ("messages", {"messages": ["hi"]}, "holds a str as turn 1, not an object"),
         ("messages", {"messages": [{"role": "usr", "content": "hi"}]}, "has the unknown role 'usr' in turn 1"),
+        ("messages", {"messages": [{"role": "user", "content": "\ud83d"}]}, "holds half of a surrogate pair in turn 1"),
         ("messages", {"messages": [{"role": "usr", "content": "hi"}]}, "did you mean 'user'?"),
         ("messages", {"messages": [{"from": "humann", "value": "hi"}]}, "has the unknown role 'humann' in turn 1"),
         ("messages", {"messages": [{"content": "hi"}]}, "has no role in turn 1"),

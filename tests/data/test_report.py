@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.data.__main__ import main
+from jaxpeft.train import main as train
 from tests.training.runs import tiny_models
 
 __all__ = ["tiny_models"]
@@ -79,6 +80,23 @@ def test_labels_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> Non
     assert "[CLS] " in shown
     counts = [int(values[0]) for name, values in table(shown).items() if name.startswith("label ")]
     assert np.sum(counts) == int(table(shown)["rows"][0].replace(",", ""))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_preference_pairs_are_shown_and_not_trained_on(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], chat: bool
+) -> None:
+    answers = [{"chosen": "word1", "rejected": "word2"} for _ in range(6)]
+    if chat:
+        answers = [{k: [{"role": "assistant", "content": v}] for k, v in answer.items()} for answer in answers]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "word0 ?"} | a) + "\n" for a in answers))
+    assert main(["--config", str(config_file), "--show=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "--- pair 1" in shown
+    assert ("user: word0 ?\nchosen: assistant: word1" if chat else "word0 ?\nchosen: word1") in shown
+    assert "rows.jsonl: 3 preference pairs, all of them whole; no method trains on them yet" in shown
+    assert train(["--config", str(config_file), "--workdir", str(tmp_path / "run")]) == 2
+    assert "3 preference pairs, all of them whole; no method trains on pairs yet: give rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,20 @@ def test_a_template_that_writes_eos_gets_no_second_one() -> None:
     assert made.labels[-1] == tokenizer.eos_token_id
 
 
+UNKNOWN = "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@pytest.mark.parametrize("said", ["42", "I say </s> now"], ids=["plain", "with the mark inside"])
+def test_marks_that_are_no_tokens_of_the_tokenizer_end_no_answer_so_eos_is_added(kind: str, said: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    script = write(Dialog((USER, {"role": "assistant", "content": said})), Template(UNKNOWN, special_tokens(tokenizer)))
+    (made,) = label([script], tokenizer, begin=prefix(tokenizer), end=tokenizer.eos_token_id)
+    assert made.ids[-1] == made.labels[-1] == tokenizer.eos_token_id
+    (without,) = label([script], tokenizer, begin=prefix(tokenizer), end=None)
+    assert without.ids == made.ids[:-1]
+
+
 def test_eos_is_learned_where_it_is_the_pad_token_too() -> None:
     tokenizer = tokenizer_of("bytes")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
