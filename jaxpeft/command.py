@@ -36,7 +36,7 @@ def guarded(body: Callable[[], int], *, show_traceback: bool) -> int:
 
     Args:
         body: gives the exit code.
-        show_traceback: whether to let errors through.
+        show_traceback: whether to write Python's traceback first.
 
     Returns:
         The exit code: of `body`, 2 for bad input, 1 for any other failure.
@@ -45,13 +45,13 @@ def guarded(body: Callable[[], int], *, show_traceback: bool) -> int:
         return body()
     except JaxpeftError as error:
         if show_traceback:
-            raise
+            traceback.print_exc()
         many = f"{len(error.problems)} problems:\n" if len(error.problems) > 1 else ""
         sys.stderr.write(f"jaxpeft: {many}{error}\n")
         return 2 if isinstance(error, ValueError) else 1
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the end of the command: told, and not gone on from
         if show_traceback:
-            raise
+            traceback.print_exc()
         sys.stderr.write(f"jaxpeft: {unexpected(error)}\n")
         return 1
 

@@ -138,7 +138,10 @@ def test_missing_rows_are_told_in_one_line_and_a_traceback_only_if_asked(config_
     assert done.returncode == 2
     assert "gone.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "Traceback" in run(*arguments, "--traceback").stderr
+    asked = run(*arguments, "--traceback")
+    assert asked.returncode == 2
+    assert "Traceback" in asked.stderr
+    assert asked.stderr.endswith(done.stderr)
 
 
 def stopped_by(signum: int, config_file: Path, workdir: Path) -> subprocess.Popen[str]:

@@ -13,8 +13,8 @@ CHANGEABLE = (
     "config.data.worker_timeout", "config.model.path", "config.model.revision", "config.data.train",
     "config.data.validation", "config.data.test",
 )  # fmt: skip
-"""Fields that may differ between a run and its resumption, by how they begin: they do not touch what is computed. What
-lies at a path does: it is compared by its hash, wherever it lies."""
+"""Fields, and sections, that may differ between a run and its resumption: they do not touch what is computed. What lies at a
+path does: it is compared by its hash, wherever it lies."""
 _CAUSES = {
     "data.tokens.": ("config.data.", "config.train.seed", "data.sources.", "data.tokenizer", "data.template"),
     "data.sources.": ("config.data.subset", "config.data.streaming"),
@@ -52,7 +52,9 @@ def differences(
     changed: dict[str, str] = {}
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, absent), new.get(key, absent)
-        if before != after and not key.startswith(CHANGEABLE):
+        if before != after and not any(
+            key == field or (key.startswith(field) and field[-1] == ".") for field in CHANGEABLE
+        ):
             shown = ["not there" if value is absent else repr(value) for value in (before, after)]
             changed[key] = f"{key}: was {shown[0]}, is {shown[1]}"
     let = {key for key in old.keys() | new.keys() if any(_names(name, key) for name in allowed)}

@@ -118,6 +118,7 @@ def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -
     """
     if kind in GENERATIVE:
         return _find_fields(present, asked, kind, name)
+    _refuse_foreign(asked, {"text", "label"} | ({"text_pair"} if kind == "classification" else set()), kind, name)
     problems = _absent(present, asked, name)
     text, pair = _find_texts(present, asked, kind, name, problems)
     label = asked.label
@@ -134,13 +135,18 @@ def _find_fields(present: Sequence[str], asked: Columns, kind: str, name: str) -
     found = _alternatives(present, asked, kind)
     if len(found) == 1:
         return Columns(**found[0])
-    fields = {*REQUIRED[kind][0], *OPTIONAL.get(kind, ())}
-    if foreign := [field for field in asked.given() if field not in fields]:
-        raise DataError(f"{name}: data.columns names {', '.join(foreign)}, which rows of format {kind} do not have")
+    _refuse_foreign(asked, {*REQUIRED[kind][0], *OPTIONAL.get(kind, ())}, kind, name)
     usual = [" with ".join(columns.values()) for columns in found or REQUIRED[kind]]
     said = f"could be {' or '.join(usual)}" if found else f"is none of the usual names ({', '.join(usual)})"
     needed = " and ".join(REQUIRED[kind][0])
     raise DataError(f"{name}: the {needed} column {said}; name it. Columns present: {', '.join(present)}")
+
+
+def _refuse_foreign(asked: Columns, fields: set[str], kind: str, name: str) -> None:
+    if foreign := [field for field in asked.given() if field not in fields]:
+        raise DataError(
+            f"{name}: data.columns names {', '.join(foreign)}, which rows of format {kind} do not have; remove it"
+        )
 
 
 def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dict[str, str]]:

@@ -42,7 +42,7 @@ def encode(
     add_eos: bool = False,
     chat_template: str | None = None,
     separator: str = "",
-    most_dropped: float = 0.05,
+    most_dropped: float | None = 0.05,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
     use_cache: bool = True,
@@ -64,7 +64,7 @@ def encode(
         add_eos: end each document, or each answer that the template has not ended, with EOS; never doubled.
         chat_template: name of a built-in template, or a file of jinja; None for the tokenizer's.
         separator: stands between a prompt and its completion.
-        most_dropped: the share of rows that may be dropped.
+        most_dropped: the share of rows that may be dropped, never all; None to let any be dropped.
         progress: called with the rows done and the rows in all, after every thousand.
         cache_dir: where the cache is; `JAXPEFT_CACHE` or `~/.cache/jaxpeft` where not given.
         use_cache: False neither reads nor writes it.
@@ -86,7 +86,8 @@ def encode(
         encoded = _from_arrays(examples, _build(examples, tokenizer, options, progress), max_length, key, state)
         if use_cache:
             save_arrays(path, to_arrays(encoded))
-    _check_dropped(examples, encoded, most_dropped)
+    if most_dropped is not None:
+        _check_dropped(examples, encoded, most_dropped)
     _check_vocabulary(encoded, tokenizer, vocab_size)
     return encoded
 
@@ -134,7 +135,7 @@ def _check_options(examples: Examples, tokenizer: Any, options: Options) -> None
     if examples.kind == "preference":
         problems.append(
             f"{examples.rows.name}: {len(examples)} preference pairs, all of them whole; no method trains on pairs yet: give rows "
-            "of another format, or look at them with `python -m jaxpeft.data`"
+            "of another format"
         )
     if not getattr(tokenizer, "is_fast", False):
         problems.append(f"tokenizer {name}: not a fast tokenizer; give one that has a tokenizer.json")
@@ -248,14 +249,19 @@ def _check_lengths(examples: Examples, tokenizer: Any, empty: np.ndarray) -> Non
 
 def _check_dropped(examples: Examples, encoded: Encoded, most: float) -> None:
     dropped, rows, length = encoded.counts["dropped"], encoded.counts["rows"], encoded.max_length
-    if dropped <= most * rows:
+    if dropped <= most * rows and dropped < rows:
         return
     kept = set(encoded.source.tolist())
     first = next(row for row in range(rows) if row not in kept)
+    told, fix = (
+        f"at most {most:.1%} may be dropped",
+        "raise data.max_length, shorten the prompts, or raise data.most_dropped",
+    )
+    if dropped == rows:
+        told, fix = "none is left", "raise data.max_length, or shorten the prompts"
     raise DataError(
         f"{examples.rows.name}: {dropped} of {rows} rows ({dropped / rows:.1%}) have no learned token among their first "
-        f"{length}, as {examples.rows.where(first)}; at most {most:.1%} may be dropped: raise data.max_length, shorten the "
-        "prompts, or raise data.most_dropped"
+        f"{length}, as {examples.rows.where(first)}; {told}: {fix}"
     )
 
 

@@ -57,7 +57,7 @@ class Encoding:
             examples,
             self.tokenizer,
             vocab_size=self.vocab,
-            most_dropped=options.most_dropped if judged else 1.0,
+            most_dropped=options.most_dropped if judged else None,
             progress=progress,
             use_cache=self.use_cache,
             **self._of(examples),

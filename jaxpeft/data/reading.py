@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxpeft.config.schema import Config
 from jaxpeft.data import plan
-from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_format
+from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_columns, find_format
 from jaxpeft.data.examples import Examples, join, make_examples, split_at
 from jaxpeft.data.holdout import hold_out, hold_out_text
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
@@ -33,7 +33,7 @@ def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
     sources = [rows for rows, _ in told]
     kinds: list[Kind] = [kind for _, kind in told]
     # labels are those of all rows: which of them are drawn to be trained on or held out must not change the classes
-    whole = None if kinds[0] in GENERATIVE else _examples(Rows.join(sources, _name(sources)), kinds[0], config)
+    whole = None if kinds[0] in GENERATIVE else _examples(_joined(sources, kinds[0], config), kinds[0], config)
     sources = [_drawn(rows, config) for rows in sources]
     held: list[Rows] = []
     if not options.validation:
@@ -45,6 +45,20 @@ def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
         return train, *read_held(config, whole or train)
     validation = join([_examples(rows, kind, config, whole) for rows, kind in zip(held, kinds, strict=True)])
     return train, validation, _other(options.test, "test", config, whole or train) if options.test else validation
+
+
+def _joined(sources: Sequence[Rows], kind: Kind, config: Config) -> Rows:
+    """Puts the rows of all sources behind one another; where their columns have other names, under the names of the fields."""
+    found = [find_columns(rows.columns(), columns_of(config, kind), kind, rows.name).given() for rows in sources]
+    if all(of == found[0] for of in found):
+        return Rows.join(sources, _name(sources))
+    renamed = [
+        rows.remade(
+            "fields", records=[{field: record.get(column) for field, column in of.items()} for record in rows.records]
+        )
+        for rows, of in zip(sources, found, strict=True)
+    ]
+    return Rows.join(renamed, _name(sources))
 
 
 def read_held(config: Config, like: Examples | None) -> tuple[Examples, Examples]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,9 +21,10 @@ from jaxpeft.data.examples import Examples, join, make_examples
 from jaxpeft.data.reading import columns_of, cut, kind_of
 from jaxpeft.data.row_streams import RowStream
 from jaxpeft.data.rows import is_hub_id
-from jaxpeft.errors import DataError
+from jaxpeft.errors import ConfigError, DataError
 
 _ENDLESS = 1 << 40
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Stream:
 
     Raises:
         DataError: a source cannot be streamed.
+        ConfigError: the weight of a source leaves it no row in a buffer.
     """
 
     steps_per_epoch: int | None = None
@@ -87,7 +91,15 @@ class Stream:
         self._sources: list[StreamedSource] = []
         for path, share in zip(config.data.sources, shares, strict=True):
             hub = (config.data.subset, config.data.revision) if is_hub_id(path) else (None, None)
-            stream, count = RowStream(path, "train", *hub), max(1, round(share * config.data.buffer_rows))
+            stream, count = RowStream(path, "train", *hub), round(share * config.data.buffer_rows)
+            if count < 1:
+                least = math.ceil(0.5 / share) + 1
+                raise ConfigError(
+                    f"data.weights: a share of {share:.2%} is no row of {path} in a buffer of {config.data.buffer_rows}; raise "
+                    f"data.buffer_rows to {least} or more, or leave the source out"
+                )
+            if len(shares) > 1:
+                _log.info("%s: %d of each %d rows", path, count, config.data.buffer_rows)
             first = stream.rows(0, count)
             if not len(first):
                 raise DataError(f"{path}: has no rows; give a source with at least one row")

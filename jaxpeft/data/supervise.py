@@ -28,13 +28,13 @@ class Script:
         text: all of it.
         learned: `(start, end)` of each part that is learned, in characters, in order.
         begun: whether the text holds the tokens that a text begins with: a template writes them itself.
-        tail: what the template writes behind the content of the answer that the text ends with; None where it ends with none.
+        answer: what is written of the answer that the text ends with, and its content; None where it ends with none.
     """
 
     text: str
     learned: tuple[tuple[int, int], ...]
     begun: bool
-    tail: str | None
+    answer: tuple[str, str] | None
 
     @property
     def cuts(self) -> list[int]:
@@ -109,24 +109,26 @@ def write_prompt(dialog: Dialog | Completion, template: Template | None, separat
         RenderError: as `write` does.
     """
     if isinstance(dialog, Completion):
-        return Script(dialog.prompt + separator, (), begun=False, tail=None)
+        return Script(dialog.prompt + separator, (), begun=False, answer=None)
     end = len(dialog.messages)
     (made,) = _rendered([dialog], [_cuts(dialog, end, generate=True)], template)
     if isinstance(made, RenderError):
         raise made
-    return Script(made[end, True], _learned(dialog, made[end, True], made), begun=True, tail=None)
+    return Script(made[end, True], _learned(dialog, made[end, True], made), begun=True, answer=None)
 
 
 def _completion(dialog: Completion, separator: str) -> Script:
     prompt = dialog.prompt + separator
     text = prompt + dialog.completion
-    return Script(text, ((len(prompt), len(text)),), begun=False, tail="")
+    return Script(text, ((len(prompt), len(text)),), begun=False, answer=(dialog.completion, dialog.completion))
 
 
 def _chat(dialog: Dialog, written: Written) -> Script:
     text = written[len(dialog.messages), False]
     learned = _learned(dialog, text, written)
-    return Script(text, learned, begun=True, tail=_tail(text, learned, dialog.messages[-1]))
+    (start, end), last = learned[-1], dialog.messages[-1]
+    answer = (text[start:], str(last["content"]).strip()) if end == len(text) and last["role"] == "assistant" else None
+    return Script(text, learned, begun=True, answer=answer)
 
 
 def _answers(dialog: Dialog) -> list[int]:
@@ -177,17 +179,21 @@ def _end(text: str, start: int, dialog: Dialog, i: int, upto: str) -> int:
     raise RenderError(f"the chat template writes turn {i + 1} otherwise once another follows")
 
 
-def _tail(text: str, learned: Sequence[tuple[int, int]], last: Mapping[str, Any]) -> str | None:
-    start, end = learned[-1]
-    if end < len(text) or last["role"] != "assistant":
-        return None
-    content = str(last["content"]).strip()
-    return text[start:end].rpartition(content)[2] if content else text[start:end]
-
-
 def marks_of(tokenizer: Any) -> set[str]:
     """Gives the texts that are one token each, whatever stands around them: EOS, the marks of a chat template, and so on."""
     return {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+
+
+def _marked(answer: tuple[str, str], marks: set[str]) -> bool:
+    """Says whether a mark stands behind the content of an answer; one that is part of the content is none."""
+    written, content = answer
+    bare = written
+    for mark in sorted(marks, key=len, reverse=True):
+        if mark not in content:
+            bare = bare.replace(mark, "\0" * len(mark))  # the content may stand in a mark, too: `d` in `<|im_end|>`
+    at = bare.rfind(content) if content else 0
+    tail = written[max(0, at) + len(content) :]
+    return any(mark in tail for mark in marks)
 
 
 def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], end: int | None) -> list[Labelled]:
@@ -211,7 +217,7 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
             labels[start:stop] = ids[start:stop]
         if not script.begun:
             ids, labels = [*begin, *ids], [IGNORED] * len(begin) + labels
-        unmarked = script.tail is not None and not any(mark in script.tail for mark in marks)
+        unmarked = script.answer is not None and not _marked(script.answer, marks)
         if end is not None and unmarked and labels[-1:] not in ([IGNORED], [end], []):
             ids.append(end)
             labels.append(end)

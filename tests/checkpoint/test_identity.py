@@ -64,6 +64,11 @@ def test_a_field_that_came_or_went_is_told() -> None:
     assert differences({"a": 1}, {"b": 2}) == (["a: was 1, is not there", "b: was not there, is 2"], [])
 
 
+def test_a_field_is_not_taken_for_another_that_begins_as_it() -> None:
+    old, new = ({"config": {"data": {"validation": f"{x}.jsonl", "validation_share": x}}} for x in (0.3, 0.4))
+    assert differences(old, new) == (["config.data.validation_share: was 0.3, is 0.4"], [])
+
+
 def test_what_only_logs_may_change() -> None:
     now = changed(config={**SAVED["config"], "log": {"every_steps": 1}})  # type: ignore[dict-item]
     assert differences(SAVED, now) == ([], [])

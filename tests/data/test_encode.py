@@ -163,3 +163,11 @@ def test_the_pad_id_is_the_tokenizer_s_where_the_model_knows_it(plain, bert):
     assert (pad_id(plain, 42), pad_id(plain, 5)) == (5, 0)
     plain.pad_token = None
     assert pad_id(plain, 42) == 0
+
+
+def test_no_row_that_is_left_is_refused_whatever_may_be_dropped(rows_of, plain):
+    rows = rows_of(*({"prompt": "a b c d e f g h i", "completion": " j"} for _ in range(3)))
+    with pytest.raises(DataError) as caught:
+        encode(make_examples(rows, kind="prompt_completion"), plain, most_dropped=1.0, **OFF)
+    assert "3 of 3 rows (100.0%) have no learned token among their first 8, as " in str(caught.value)
+    assert str(caught.value).endswith("none is left: raise data.max_length, or shorten the prompts")

@@ -62,6 +62,15 @@ def test_what_is_cut_or_joined_from_other_columns_is_another_data_set(rows_of):
     assert joined[0].sha256 != joined[1].sha256
 
 
+@pytest.mark.parametrize(("kind", "field"), [("classification", "prompt"), ("token_classification", "text_pair")])
+def test_columns_of_fields_that_a_format_has_not_are_refused(rows_of, kind, field):
+    rows = rows_of({"text": "a", "tokens": ["a"], "label": "x"})
+    with pytest.raises(
+        DataError, match=f"data.columns names {field}, which rows of format {kind} do not have; remove it"
+    ):
+        make_examples(rows, kind=kind, columns=Columns(**{field: "text"}))
+
+
 def test_an_unknown_label_is_refused_with_its_row_and_the_nearest(classified, refusal):
     train = classified(("a", "billing"), ("b", "refund"))
     said = refusal({"text": "d", "label": "billing"}, {"text": "e", "label": "biling"}, like=train)

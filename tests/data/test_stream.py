@@ -17,7 +17,7 @@ from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config
 from jaxpeft.data.pipeline import read_splits
 from jaxpeft.data.stream import Stream
-from jaxpeft.errors import DataError
+from jaxpeft.errors import ConfigError, DataError
 from jaxpeft.hub import sources
 from tests.training.runs import WORDS, tiny_models
 
@@ -212,6 +212,15 @@ def test_a_label_that_the_validation_rows_have_not_is_told_and_may_be_named(
     named = make_stream(**options, labels=("c", "b", "a"))
     assert named.first[0].label_names == ("c", "b", "a")
     assert len(fed(named, 9)) == 9
+
+
+def test_a_share_of_no_row_in_a_buffer_is_refused(make_stream: MakeStream, tmp_path: Path) -> None:
+    paths = tuple(str(write_texts(tmp_path / f"{name}.jsonl", 40)) for name in "ab")
+    with pytest.raises(
+        ConfigError, match=r"data.weights: a share of 0.99% is no row of .*b.jsonl in a buffer of 12; raise"
+    ):
+        make_stream(train=paths, weights=(100.0, 1.0), buffer_rows=12)
+    assert make_stream(train=paths, weights=(100.0, 1.0), buffer_rows=52).first[0].rows.records
 
 
 def write_rows_of(path: Path, rows: list[dict[str, Any]]) -> Path:

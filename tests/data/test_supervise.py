@@ -139,6 +139,14 @@ def test_marks_that_are_no_tokens_of_the_tokenizer_end_no_answer_so_eos_is_added
     assert without.ids == made.ids[:-1]
 
 
+@pytest.mark.parametrize("said", ["d", "e", "s", "end", "A", "|", "Yes"])
+@pytest.mark.parametrize("family", ["marks", "brackets", "headers", "turns", "thoughts"])
+def test_an_answer_ends_once_though_it_stands_in_the_mark_of_its_end(family: str, said: str) -> None:
+    tokenizer = tokenizer_of("bytes")
+    made = labelled(family, (USER, {"role": "assistant", "content": said}), tokenizer)
+    assert made.ids.count(tokenizer.eos_token_id) == (family == "brackets")
+
+
 def test_eos_is_learned_where_it_is_the_pad_token_too() -> None:
     tokenizer = tokenizer_of("bytes")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
