@@ -62,6 +62,9 @@ class Renderer:
         except (SecurityError, OverflowError) as error:  # of a range that is too long
             return {"error": f"the chat template does what a template may not: {error}", "fatal": True}
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            # jinja looks for the line of a TimeoutError in the template, and breaks where it was raised between two lines
+            if isinstance(error.__context__, TimeoutError):
+                return {"error": TOO_LONG, "fatal": True}
             return {"error": f"the chat template fails: {error}", "fatal": False}
         except (MemoryError, RecursionError):
             return {"error": TOO_MUCH, "fatal": True}

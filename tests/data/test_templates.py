@@ -6,12 +6,13 @@ import gc
 import resource
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxpeft.data import templates
+from jaxpeft.data import sandbox, templates
 from jaxpeft.data.templates import BUILT_IN, RenderError, Request, Template, template_source
 from jaxpeft.errors import ConfigError
 from tests.data.chats import CHATS, TEMPLATES, USER, tokenizer_of
@@ -148,3 +149,15 @@ def test_which_template_is_taken(tmp_path: Path) -> None:
         template_source(None, None, "messages")
     with pytest.raises(ConfigError, match=r"'chatmll' is not one of chatml, alpaca, and no file .*No such file"):
         template_source(None, "chatmll", "messages")
+
+
+def test_a_time_limit_is_told_as_one_where_jinja_breaks_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def text(*args: Any) -> str:
+        try:
+            raise TimeoutError
+        except TimeoutError:
+            raise TypeError("'<=' not supported between instances of 'int' and 'NoneType'")  # noqa: B904 - as jinja does
+
+    monkeypatch.setattr(sandbox, "_limited", nullcontext)
+    monkeypatch.setattr(sandbox.Renderer, "_text", text)
+    assert sandbox.Renderer("x", {}).reply([], [], [(0, True)]) == {"error": sandbox.TOO_LONG, "fatal": True}
