@@ -11,31 +11,32 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core.interception import interceptor
+from jaxpeft.core.interception import Hooks, interceptor
 from jaxpeft.errors import DataError
-from jaxpeft.methods import COMPUTES
-
-_intercept = interceptor(COMPUTES)
+from jaxpeft.methods import MARKERS
+from jaxpeft.models.base import Pretrained
 
 
 def apply(
     model: nn.Module,
     params: Mapping[str, Any],
-    input_ids: Any,
-    attention_mask: Any | None = None,
-    *,
+    *args: Any,
     rngs: Mapping[str, jax.Array] | None = None,
+    adapter: Any | None = None,
     **kw: Any,
 ) -> Any:
     """Runs a model with whatever adapter leaves its tree holds.
 
     Args:
-        model: what `load` gave.
+        model: what `load` gave, or any Linen module.
         params: its parameters, rewritten or not.
-        input_ids: `[batch, length]`, integer token ids; an array or nested lists.
-        attention_mask: `[batch, length]`, 1 for a token and 0 for padding; None for no padding.
+        *args: of a model that `load` gave, `input_ids` and `attention_mask`, both `[batch, length]`: integer token ids, and 1
+            for a token and 0 for padding; of another module whatever it is called with.
         rngs: `{"dropout": key}` makes this a training call; None computes without dropout.
-        **kw: further inputs of the model, such as `token_type_ids`, `position_ids`, `segment_ids`.
+        adapter: for a tree whose adapter leaves are a bank (`jaxpeft.bank`): the number of the adapter to compute with, or
+            `[batch]`, one for each row.
+        **kw: further inputs of the model, such as `token_type_ids`, `position_ids`, `segment_ids`; `variables`, other
+            collections of another module, such as `batch_stats`, and what else `flax.linen.Module.apply` takes.
 
     Returns:
         Logits, float32: `[batch, length, vocab]` (causal_lm), `[batch, num_labels]` (sequence_classification),
@@ -44,12 +45,26 @@ def apply(
     Raises:
         DataError: the shapes are not `[batch, length]`, or concrete token ids lie outside the vocabulary, which an
             embedding look-up would not notice.
+        ConfigError: a module that holds adapter leaves is of a type that their method cannot adapt.
     """
-    ids = _checked_ids(model, input_ids)
-    arguments = (ids,) if attention_mask is None else (ids, _checked_mask(attention_mask, ids))
-    kw = {name: _checked_input(model, name, value, ids) for name, value in kw.items()}
-    with nn.intercept_methods(_intercept):
-        return model.apply({"params": params}, *arguments, rngs=dict(rngs) if rngs else None, **kw)
+    if isinstance(model, Pretrained):
+        args, kw = _checked(model, args, kw)
+    rows = None if adapter is None else jnp.asarray(adapter, jnp.int32)
+    hooks = Hooks(MARKERS, {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)}, rows)
+    variables = {"params": params, **kw.pop("variables", {})}
+    with nn.intercept_methods(interceptor(hooks)):
+        return model.apply(variables, *args, rngs=dict(rngs) if rngs else None, **kw)
+
+
+def _checked(model: Pretrained, args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Checks the inputs of a pretrained model, and makes them arrays."""
+    named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kw
+    if len(args) > 2 or "input_ids" not in named:
+        raise DataError(f"apply takes input_ids and an attention_mask, and others by name; {len(args)} were given")
+    ids = _checked_ids(model, named.pop("input_ids"))
+    mask = named.pop("attention_mask", None)
+    first = (ids,) if mask is None else (ids, _checked_mask(mask, ids))
+    return first, {name: _checked_input(model, name, value, ids) for name, value in named.items()}
 
 
 def _checked_ids(model: nn.Module, input_ids: Any) -> Any:

@@ -1,29 +1,84 @@
 """How a Linen model computes with adapter leaves: one interceptor, no change to the model.
 
-Flax calls the interceptor for every module method. A module whose own scope holds a method's marker leaf is computed by
-that method; every other module runs as written. It works under `jit`, `grad`, `nn.scan` and `nn.remat`, because the
-leaves are read from the scope, like any parameter.
+Flax calls the interceptor for every method of every module. A module whose own scope holds a method's marker leaf is computed
+by that method; every other module runs as written. It works under `jit`, `grad`, `nn.scan`, `nn.vmap` and `nn.remat`, because
+the leaves are read from the scope, like any parameter. Leaves at the root of the tree, which sites share, come in from
+outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
+import jax.numpy as jnp
 
-from jaxpeft.core.method import Call
+from jaxpeft.core import kernels, views
+from jaxpeft.core.method import Call, Method
+from jaxpeft.errors import ConfigError
 
-Compute = Callable[[Call], jax.Array]
 
+@dataclass(frozen=True)
+class Hooks:
+    """What computes a module that holds adapter leaves.
 
-def interceptor(computes: Mapping[str, Compute]) -> Callable[..., Any]:
-    """Makes the function for `flax.linen.intercept_methods`.
-
-    Args:
-        computes: from a marker leaf's name to the function that computes a site which holds it.
+    Attributes:
+        methods: by their marker leaves.
+        root: the leaves at the root of the tree.
+        rows: which adapter of a bank to compute with: int32, a scalar or `[batch]`; None where leaves are no bank.
     """
+
+    methods: Mapping[str, type[Method]]
+    root: Mapping[str, Any]
+    rows: Any = None
+
+    def wrap(
+        self, module: Any, name: str, leaves: Mapping[str, Any], base: Callable[..., Any], key: Callable[[], Any] | None
+    ) -> Callable[..., Any]:
+        """Gives what to call in place of a method of a module.
+
+        Args:
+            module: a Linen or an NNX module.
+            name: of its method.
+            leaves: of its own.
+            base: the method itself.
+            key: makes a dropout key, None outside of training calls.
+
+        Raises:
+            ConfigError: the module's type is not one that the method can adapt.
+        """
+        wrapped = base
+        for marker, method in self.methods.items():
+            if marker in leaves and name in method.hooks:
+                wrapped = self._site(module, name, leaves, wrapped, key, method)
+        return wrapped
+
+    def _site(
+        self, module: Any, name: str, leaves: Mapping[str, Any], base: Callable[..., Any], key: Any, method: type[Method]
+    ) -> Callable[..., Any]:
+        compute = getattr(method, method.hooks[name])
+        own = {k: leaves[k] for k in method.leaf_names if k in leaves} | {
+            k: self.root[k] for k in method.root_names if k in self.root
+        }
+        if self.rows is not None and self.rows.ndim == 0:
+            own = {k: leaf[self.rows] for k, leaf in own.items()}
+        rows = self.rows if self.rows is not None and self.rows.ndim else None
+        on = leaves.get(method.site_names()[-1]) if method.leaf_names else None
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen = views.look(module, name, leaves, args, base, method)
+            made = Call(own, seen.args, seen.base, seen.kernel, kwargs, key, rows)
+            out = seen.restore(compute(made))
+            return out if on is None else jnp.where(on, out, base(*args, **kwargs))
+
+        return call
+
+
+def interceptor(hooks: Hooks) -> Callable[..., Any]:
+    """Makes the function for `flax.linen.intercept_methods`."""
+    names = {name for method in hooks.methods.values() for name in method.hooks}
 
     def intercept(
         next_fun: Callable[..., Any],
@@ -32,18 +87,12 @@ def interceptor(computes: Mapping[str, Compute]) -> Callable[..., Any]:
         context: nn.module.InterceptorContext,
     ) -> Any:
         module = context.module
-        if context.method_name != "__call__" or module.scope is None or len(args) != 1 or kwargs:
+        if context.method_name not in names or module.scope is None:
             return next_fun(*args, **kwargs)
         leaves = module.variables.get("params", {})
-        base: Callable[[Any], Any] = next_fun
-        for marker, compute in computes.items():
-            if marker in leaves:
-                base = _wrap(compute, leaves, base, module)
-        return base(*args)
+        if not any(marker in leaves for marker in hooks.methods):
+            return next_fun(*args, **kwargs)
+        key = (lambda: module.make_rng("dropout")) if module.has_rng("dropout") else None
+        return hooks.wrap(module, context.method_name, leaves, next_fun, key)(*args, **kwargs)
 
     return intercept
-
-
-def _wrap(compute: Compute, leaves: Mapping[str, Any], base: Callable[[Any], Any], module: nn.Module) -> Compute:
-    key = (lambda: module.make_rng("dropout")) if module.has_rng("dropout") else None
-    return lambda x: compute(Call(leaves=leaves, x=x, base=base, dropout_key=key))  # type: ignore[arg-type]

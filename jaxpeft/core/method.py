@@ -1,12 +1,14 @@
 """The `Method` type: a frozen dataclass of hyperparameters with pure functions over one site.
 
 A method never sees the layer axis, a mesh or the train loop. It says, for one site of one layer, which leaves it adds
-(`init`), how the site computes with them (`compute`) and how they fold into the base (`fold`); the functions of
-`jaxpeft.core.rewriting` and `jaxpeft.core.interception` lift that to a whole tree.
+(`init`), how the site computes with them (`compute`), how they fold into the base (`fold`) and how files call them (`pack`,
+`unpack`); the functions of `jaxpeft.core.rewriting`, `jaxpeft.core.interception` and `jaxpeft.hub.adapter_tensors` lift that
+to a whole tree.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,8 +20,11 @@ from jaxpeft.errors import ConfigError
 
 if TYPE_CHECKING:
     import jax
+    import optax
 
 Leaves = Mapping[str, Any]
+Kernel = Callable[[], Any]
+"""Gives a site's kernel, float32 `[in, out]` (of an embedding `[vocab, d]`), however it is stored."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +32,41 @@ class Call:
     """One call of one site while the model runs.
 
     Attributes:
-        leaves: the leaves of the site's own module, adapter leaves among them, without a layer axis.
-        x: `[..., in]`, what the site is called with.
-        base: computes the site without the adapter, `[..., in] -> [..., out]`.
+        leaves: the adapter leaves of the site and those that its method keeps at the root of the tree, without a layer axis.
+        args: what the module's method is called with; of a linear site one array, `[..., in]`.
+        kwargs: the same, by name.
+        base: the module's method without the adapter, `[..., in] -> [..., out]` of a linear site.
+        kernel: gives the base's kernel, float32 `[in, out]`.
         dropout_key: makes a fresh key in a training call, None otherwise.
+        rows: `[batch]` int32, which adapter of a stacked bank each row of a batch takes; None where there is one.
     """
 
     leaves: Leaves
-    x: jax.Array
-    base: Callable[[jax.Array], jax.Array]
-    dropout_key: Callable[[], jax.Array] | None
+    args: tuple[Any, ...]
+    base: Callable[..., Any]
+    kernel: Kernel
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dropout_key: Callable[[], jax.Array] | None = None
+    rows: Any = None
+
+    @property
+    def x(self) -> Any:
+        """What a linear site is called with, `[..., in]`."""
+        return self.args[0]
+
+    def each(self, fn: Callable[..., Any], *arrays: Any) -> Any:
+        """Computes `fn(leaves, *arrays)`; where each row of the batch has an adapter of its own, row by row.
+
+        Args:
+            fn: a pure function of adapter leaves and arrays.
+            *arrays: with a leading batch axis.
+        """
+        if self.rows is None:
+            return fn(self.leaves, *arrays)
+        import jax
+
+        own = {key: leaf[self.rows] for key, leaf in self.leaves.items()}
+        return jax.vmap(fn)(own, *arrays)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +78,38 @@ class Method:
 
     Class attributes:
         name: its name in configs and files.
+        paper: where it comes from.
         leaf_names: the names of the leaves that it adds to a site, its marker first; a site that holds the marker
             computes with the method.
+        root_names: the names of the leaves that it adds at the root of the tree: what sites share, or what the whole model
+            computes with.
         trained_leaves: those of them that are trained.
+        kinds: of sites that it can adapt: `linear`, `embedding`, `norm`.
+        hooks: which methods of a module it computes, and by which of its own functions.
+        mergeable: whether `fold` gives plain leaves that compute the same.
+        fresh_is_base: whether a fresh adapter leaves every output as it was, bit by bit.
+        zero_is_base: whether leaves of zeros compute the base: how stacked layers that are not adapted are padded. Where not,
+            a leaf beside them says which layers are.
+        peft_type: of Hugging Face PEFT's `adapter_config.json`, None where PEFT has no such method.
+        peft_options: from PEFT's names of options to the method's.
+        files: from a leaf's name to its tensor's in an adapter file; a leaf of two axes is stored as its transpose.
+        root_files: the same for leaves at the root.
     """
 
     name: ClassVar[str]
+    paper: ClassVar[str] = ""
     leaf_names: ClassVar[tuple[str, ...]] = ()
+    root_names: ClassVar[tuple[str, ...]] = ()
     trained_leaves: ClassVar[frozenset[str]] = frozenset()
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    hooks: ClassVar[Mapping[str, str]] = {"__call__": "compute"}
+    mergeable: ClassVar[bool] = True
+    fresh_is_base: ClassVar[bool] = True
+    zero_is_base: ClassVar[bool] = True
+    peft_type: ClassVar[str | None] = None
+    peft_options: ClassVar[Mapping[str, str]] = {}
+    files: ClassVar[Mapping[str, str]] = {}
+    root_files: ClassVar[Mapping[str, str]] = {}
 
     modules_to_save: tuple[str, ...] = option((), "names of modules trained and saved whole, beside the adapter")
 
@@ -68,8 +122,24 @@ class Method:
         """Lists what is wrong across options, each as `field: why`."""
         return []
 
-    def where(self) -> Targets | None:
-        """Gives the target options, or None for a method that adds no leaves."""
+    def parts(self) -> tuple[Method, ...]:
+        """Gives the methods that this one is made of: itself, but for a method made of methods."""
+        return (self,)
+
+    # ------------------------------------------------------------------------------------------------------------- sites
+
+    @classmethod
+    def site_names(cls) -> tuple[str, ...]:
+        """Gives the names of all leaves that a site may hold, that which says which layers are adapted among them."""
+        return (*cls.leaf_names, f"{cls.leaf_names[0]}_on") if cls.leaf_names else ()
+
+    def where(self, names: tuple[str, ...]) -> Targets | None:
+        """Gives the target options, or None for a method that adds no leaves to sites.
+
+        Args:
+            names: the Hugging Face names of all sites of the method's kinds, for defaults that depend on the model.
+        """
+        del names
         return None
 
     def check_sites(self, names: tuple[str, ...]) -> None:
@@ -80,16 +150,28 @@ class Method:
         """
         del names
 
-    def init(self, name: str, site: Site, base: Leaves, rng: jax.Array) -> dict[str, jax.Array]:
+    # ------------------------------------------------------------------------------------------------------------ leaves
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Makes the adapter leaves of one site of one layer, float32.
 
         Args:
-            name: the Hugging Face name of the site, with its layer number.
-            site: the site.
-            base: its own leaves, for this layer.
+            site: one layer of a site: `site.name` is its Hugging Face name, with the layer number.
+            kernel: gives its kernel.
             rng: a key of its own.
         """
         raise NotImplementedError(f"{self.name} adds no leaves")  # pragma: no cover - where() is None
+
+    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes the leaves at the root of the tree, float32.
+
+        Args:
+            params: the base; abstract leaves will do.
+            sites: that are adapted, one a layer.
+            rng: a key of its own.
+        """
+        del params, sites, rng
+        return {}
 
     def trains(self, path: Path, siblings: Leaves) -> bool:
         """Says whether the method trains a leaf of the base or of its own.
@@ -102,11 +184,134 @@ class Method:
         return path[-1] in self.trained_leaves
 
     @staticmethod
-    def compute(call: Call) -> jax.Array:
+    def compute(call: Call) -> Any:
         """Computes a site with its adapter: `[..., in] -> [..., out]`."""
-        return call.base(call.x)
+        return call.base(*call.args, **call.kwargs)
 
     @staticmethod
-    def fold(leaves: Leaves) -> dict[str, Any]:
-        """Folds the adapter leaves of a module into its base leaves, in float32; a leading layer axis is allowed."""
-        return dict(leaves)
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Folds the adapter leaves of one site of one layer into its base leaves.
+
+        Args:
+            leaves: the site's adapter leaves, and those at the root.
+            base: its base leaves, float32; `kernel` is `[in, out]`, of an embedding `[vocab, d]`.
+
+        Returns:
+            Those of the base leaves that are changed, float32.
+        """
+        del leaves
+        return dict(base)
+
+    # ---------------------------------------------------------------------------------------------------------- training
+
+    def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
+        """Gives an adapter its start from data, where the method asks for that; nothing of it is done again on resuming.
+
+        Args:
+            params: the rewritten tree.
+            run: model, tokenizer and batches: a `jaxpeft.training.start.Start`.
+
+        Returns:
+            `(method, params)`: the method, whose options may depend on the data, and the tree.
+        """
+        del run
+        return self, params
+
+    def penalty(self, trainable: Leaves) -> Any:
+        """Gives what is added to the mean loss: a float32 scalar, or None.
+
+        Args:
+            trainable: the trained part of the tree.
+        """
+        del trainable
+        return None
+
+    def rate(self, path: Path) -> float:
+        """Gives the learning rate of a trained leaf as a multiple of the others'."""
+        del path
+        return 1.0
+
+    def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        """Wraps the optimizer, for a method whose update is not that of the gradient alone.
+
+        Args:
+            inner: the optimizer, over the trained part of the tree.
+            steps: of the whole run.
+        """
+        del steps
+        return inner
+
+    # ------------------------------------------------------------------------------------------------------------- files
+
+    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives the tensors of one site of one layer as adapter files have them, by the end of their names.
+
+        Args:
+            site: one layer of a site.
+            leaves: its adapter leaves, without padding.
+        """
+        del site
+        return {self.files[key]: _torch(leaf) for key, leaf in leaves.items() if key in self.files}
+
+    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives the adapter leaves that `pack` would pack like this.
+
+        Args:
+            site: one layer of a site.
+            tensors: by the end of their names.
+            fresh: the leaves as `init` made them; what no file holds stays so.
+        """
+        del site
+        return {**fresh, **{key: _torch(tensors[name]) for key, name in self.files.items() if name in tensors}}
+
+    def pack_root(self, leaves: Leaves) -> dict[str, Any]:
+        """Gives the tensors of the leaves at the root, by name."""
+        return {self.root_files[key]: _torch(leaf) for key, leaf in leaves.items() if key in self.root_files}
+
+    def unpack_root(self, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives the leaves at the root that `pack_root` would pack like this."""
+        return {**fresh, **{key: _torch(tensors[name]) for key, name in self.root_files.items() if name in tensors}}
+
+    def wrapping(self, path: Path, adapted: bool) -> str:
+        """Gives what stands in a file between the name of a module and that of a leaf of the base that is trained.
+
+        Args:
+            path: of the leaf.
+            adapted: whether its module is a site that the method adapts: PEFT keeps the module itself inside another then.
+        """
+        del path
+        return "base_layer." if adapted else ""
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options as `adapter_config.json` has them, those in common to all methods apart."""
+        return {peft: getattr(self, ours) for peft, ours in self.peft_options.items()}
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Says whether an `adapter_config.json` is one of this method's."""
+        return str(config.get("peft_type")) == (cls.peft_type or cls.name.upper())
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads `adapter_config.json`.
+
+        Args:
+            config: its content, without the fields that all methods have in common.
+
+        Returns:
+            `(options, problems)`: what is set and not supported is a problem.
+        """
+        values = {ours: config[peft] for peft, ours in cls.peft_options.items() if config.get(peft) is not None}
+        rest = {key: value for key, value in config.items() if key not in cls.peft_options and value}
+        return values, [f"{key}: {value!r} is not supported by the {cls.name} method; nothing was loaded" for key, value in rest.items()]
+
+    # ------------------------------------------------------------------------------------------------------------ plainly
+
+    def as_dict(self) -> dict[str, Any]:
+        """Gives the options as plain values, with the method's name."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+
+def _torch(leaf: Any) -> Any:
+    """Turns a leaf to the tensor of a file, and back: `[in, out]` here is `[out, in]` there."""
+    return leaf.T if leaf.ndim == 2 else leaf

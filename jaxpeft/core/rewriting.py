@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxpeft.core import paths, targets
+from jaxpeft.core import kernels, paths, targets
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError, TargetError
 
 
-def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array) -> Tree:
+def rewrite(
+    method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites: Sequence[Site] | None = None
+) -> Tree:
     """Adds the method's adapter leaves to a parameter tree, and makes every trainable leaf float32.
 
     A leaf depends on `rng` and on its site's Hugging Face name only, so scanned and unrolled layers start from the same
@@ -27,27 +31,62 @@ def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array) -> Tree:
         method: what to add.
         params: the base; nothing of it is changed or copied but the trainable leaves that are not float32 yet.
         rng: a key.
+        sites: of a model that is not jaxpeft's own, as `jaxpeft.find_sites` gives them; None to find them in the tree.
 
     Raises:
         TargetError: the targets do not name sites of this model.
         ConfigError: the tree is already rewritten, nothing would be trained, or a stacked bias would be trained for the
             sake of some of its layers.
     """
-    wanted = method.where()
     tree = paths.build(list(paths.walk(params)))
-    if wanted is not None:
-        present = adapted_modules(method, params)
+    for part in method.parts():
+        present = adapted_modules(part, tree)
         if present:
-            raise ConfigError(
-                f"{paths.text(present[0])} already holds {method.name} leaves; rewrite the base, or merge first"
-            )
-        chosen = targets.resolve(params, wanted)
-        method.check_sites(tuple(n for s, on in chosen.items() for n, yes in zip(s.names, on, strict=True) if yes))
-        for site, on in chosen.items():
-            _require_separable(method, site, on, paths.get(params, site.path))
-            paths.get(tree, site.path).update(_site_leaves(method, site, on, paths.get(params, site.path), rng))
+            where = paths.text(present[0]) or "the root of the tree"
+            raise ConfigError(f"{where} already holds {part.name} leaves; rewrite the base, or merge first")
+        _add(part, params, tree, rng, chosen_sites(part, params, sites))
     mask = dict(paths.walk(trainable_mask(method, tree)))
     return paths.map_with_path(lambda path, leaf: leaf.astype(jnp.float32) if mask[path] else leaf, tree)
+
+
+def chosen_sites(
+    method: Method, params: Mapping[str, Any], sites: Sequence[Site] | None = None
+) -> dict[Site, tuple[bool, ...]]:
+    """Finds the sites that a method adapts, and for each which of its layers.
+
+    Args:
+        method: one that is not made of others.
+        params: the tree, rewritten or not.
+        sites: of a model that is not jaxpeft's own; None to find them in the tree.
+
+    Raises:
+        TargetError: the targets do not name sites of this model, or sites of a kind that the method cannot adapt.
+    """
+    found = list(targets.find_sites(params, targets.KINDS) if sites is None else sites)
+    wanted = method.where(tuple(n for site in found if site.kind in method.kinds for n in site.names))
+    if wanted is None:
+        return {}
+    targets.require_kinds(method.name, wanted, found, method.kinds)
+    chosen = targets.resolve(params, wanted, method.kinds, found)
+    method.check_sites(tuple(n for s, on in chosen.items() for n, yes in zip(s.names, on, strict=True) if yes))
+    return chosen
+
+
+def _add(
+    method: Method, params: Mapping[str, Any], tree: Tree, rng: jax.Array, chosen: Mapping[Site, tuple[bool, ...]]
+) -> None:
+    """Puts the leaves of one method into a tree whose dicts are its own."""
+    targets.report_coverage(targets.find_sites(params, method.kinds), chosen)
+    for site, on in chosen.items():
+        _require_separable(method, site, on, paths.get(params, site.path))
+        node = paths.get(tree, site.path)
+        made = site_leaves(method, site, on, paths.get(params, site.path), rng)
+        twice = sorted(made.keys() & node.keys())
+        if twice:
+            raise ConfigError(f"{paths.text(site.path)} would hold two {twice[0]} leaves; let the methods' targets not overlap")
+        node.update(made)
+    adapted = tuple(site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes)
+    tree.update(method.init_root(params, adapted, jax.random.fold_in(rng, zlib.crc32(method.name.encode()) & 0x7FFFFFFF)))
 
 
 def _require_separable(method: Method, site: Site, on: tuple[bool, ...], base: Leaves) -> None:
@@ -61,13 +100,40 @@ def _require_separable(method: Method, site: Site, on: tuple[bool, ...], base: L
         )
 
 
-def _site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, rng: jax.Array) -> dict[str, Any]:
+def site_leaves(
+    method: Method, site: Site, on: tuple[bool, ...], base: Leaves, rng: jax.Array
+) -> dict[str, Any]:
+    """Makes the leaves of a site, stacked over its layers; a layer that is not adapted is one of zeros.
+
+    Args:
+        method: what to add.
+        site: where.
+        on: which of its layers.
+        base: the leaves of its module.
+        rng: a key.
+    """
     layers: list[dict[str, jax.Array] | None] = []
     for i, (name, wanted) in enumerate(zip(site.names, on, strict=True)):
-        own = {k: v[i] for k, v in base.items() if not isinstance(v, Mapping)} if site.stacked else base
         key = jax.random.fold_in(rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-        layers.append(method.init(name, site, own, key) if wanted else None)
-    return _stack_padded(layers) if site.stacked else dict(layers[0] or {})
+        layers.append(method.init(site.one(i), partial(_kernel, site, base, i), key) if wanted else None)
+    if not site.layers:
+        return dict(layers[0] or {})
+    stacked = _stack_padded(layers)
+    if not all(on) and not method.zero_is_base:
+        stacked[method.site_names()[-1]] = jnp.asarray(on)
+    return {key: leaf.reshape(*site.layers, *leaf.shape[1:]) for key, leaf in stacked.items()}
+
+
+def _kernel(site: Site, base: Leaves, i: int) -> jax.Array:
+    """Gives the kernel of layer `i` of a site."""
+    return kernels.read(layer_of(site, base, i), site.shape)
+
+
+def layer_of(site: Site, leaves: Leaves, i: int) -> dict[str, Any]:
+    """Gives the leaves of layer `i` of a site, those of modules inside it apart."""
+    own = {key: leaf for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}
+    where = np.unravel_index(i, site.layers) if site.layers else ()
+    return {key: leaf[tuple(map(int, where))] for key, leaf in own.items()} if site.layers else own
 
 
 def _stack_padded(layers: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array]:
@@ -102,7 +168,8 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
     """
     leaves = list(paths.walk(params))
     names = {".".join(path[:-1]) for path, _ in leaves}
-    unused = [m for m in method.modules_to_save if not any(targets.under(name, [m]) for name in names)]
+    saved = tuple(name for part in method.parts() for name in part.modules_to_save)
+    unused = [m for m in dict.fromkeys(saved) if not any(targets.under(name, [m]) for name in names)]
     if unused:
         stacked = any(paths.layer_axis(path) is not None for path, _ in leaves)
         hint = (
@@ -125,39 +192,72 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
 def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) -> bool:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
-    adapter_leaf = path[-1] in method.leaf_names
-    whole = paths.is_head(path) or targets.under(".".join(path[:-1]), method.modules_to_save)
-    return (whole and not adapter_leaf) or method.trains(path, paths.get(params, path[:-1]))
+    siblings = paths.get(params, path[:-1])
+    for part in method.parts():
+        if path[-1] in (*part.site_names(), *part.root_names):
+            return part.trains(path, siblings)
+    whole = any(targets.under(".".join(path[:-1]), part.modules_to_save) for part in method.parts())
+    return paths.is_head(path) or whole or any(part.trains(path, siblings) for part in method.parts())
 
 
 def adapted_modules(method: Method, params: Mapping[str, Any]) -> list[Path]:
-    """Lists the modules of a tree that hold the method's leaves."""
-    marker = method.leaf_names[:1]
-    return [path[:-1] for path, _ in paths.walk(params) if path[-1:] == marker]
+    """Lists the modules of a tree that hold the leaves of a method, the root as `()`."""
+    markers = {part.leaf_names[0] for part in method.parts() if part.leaf_names}
+    markers |= {part.root_names[0] for part in method.parts() if part.root_names and not part.leaf_names}
+    return [path[:-1] for path, _ in paths.walk(params) if path[-1] in markers]
 
 
-def merge(method: Method, params: Mapping[str, Any]) -> Tree:
+def merge(method: Method, params: Mapping[str, Any], *, sites: Sequence[Site] | None = None) -> Tree:
     """Folds the adapter into the base, giving plain params: the inverse of `rewrite` in structure.
 
     Args:
         method: the method that rewrote `params`.
         params: the rewritten tree.
+        sites: of a model that is not jaxpeft's own, as given to `rewrite`.
 
     Returns:
         The tree without adapter leaves; sums are made in float32 and cast to the base leaf's dtype once.
 
     Raises:
-        ConfigError: the tree holds no leaf of this method: it was never rewritten, or is merged already.
+        ConfigError: the tree holds no leaf of this method: it was never rewritten, or is merged already; or the method
+            computes what no plain leaf computes.
     """
     tree = paths.build(list(paths.walk(params)))
-    modules = adapted_modules(method, params)
-    if method.leaf_names and not modules:
-        raise ConfigError(
-            f"nothing to merge: no module holds {method.name} leaves (merged already, or never rewritten)"
-        )
-    for path in modules:
-        node = paths.get(tree, path)
-        folded = method.fold(dict(node))
-        node.clear()
-        node.update({key: value for key, value in folded.items() if key not in method.leaf_names})
+    adding = [part for part in method.parts() if part.leaf_names or part.root_names]
+    for part in adding:
+        if not part.mergeable:
+            raise ConfigError(f"{part.name} cannot be merged: no plain weights compute what it does; keep the adapter")
+        if not adapted_modules(part, params):
+            raise ConfigError(
+                f"nothing to merge: no module holds {part.name} leaves (merged already, or never rewritten)"
+            )
+    found = targets.find_sites(params, targets.KINDS) if sites is None else sites
+    for part in adding:
+        shared = {key: tree.pop(key) for key in part.root_names if key in tree}
+        for site in found:
+            node = paths.get(tree, site.path)
+            own = {key: node.pop(key) for key in part.site_names() if key in node}
+            if own:
+                node.update(_folded(part, site, own, shared, node))
     return tree
+
+
+def _folded(method: Method, site: Site, own: Leaves, shared: Leaves, node: Leaves) -> dict[str, Any]:
+    """Gives the base leaves of a site with its adapter folded in, layer by layer."""
+    form = kernels.form_of(node) or "kernel"
+    plain = {key: leaf for key, leaf in node.items() if not isinstance(leaf, Mapping)}
+    if form not in ("kernel", "embedding"):
+        raise ConfigError(f"{paths.text(site.path)} is stored as {form}; merge into the base that is not quantised")
+    layers: list[dict[str, Any]] = []
+    for i in range(len(site.names)):
+        mine, base = layer_of(site, own, i), layer_of(site, plain, i)
+        given = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
+        on = mine.pop(method.site_names()[-1], True)
+        whole = {**given, "kernel": given[form].reshape(site.shape)}
+        folded = method.fold({**shared, **mine}, whole) if bool(on) else whole
+        kept = {form if key == "kernel" else key: value for key, value in folded.items()}
+        layers.append({key: kept[key].reshape(leaf.shape).astype(leaf.dtype) for key, leaf in base.items() if key in kept})
+    if not site.layers:
+        return layers[0]
+    stacked = {key: jnp.stack([layer[key] for layer in layers]) for key in layers[0]}
+    return {key: leaf.reshape(*site.layers, *leaf.shape[1:]) for key, leaf in stacked.items()}

@@ -9,14 +9,15 @@ What PEFT lets pass in silence is refused here: an entry, a layer number or a pa
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
-from jaxpeft.core import paths
+from jaxpeft.core import kernels, paths
 from jaxpeft.core.expressions import require_fast
 from jaxpeft.core.paths import Path
 from jaxpeft.errors import TargetError, nearest
@@ -32,14 +33,25 @@ class Site:
     Attributes:
         path: of the module, `("model", "layers", "self_attn", "q_proj")`.
         names: its Hugging Face names: one, or one a layer where the layers are stacked.
-        shape: `(in, out)` of its kernel, without the layer axis.
-        stacked: whether its leaves have a leading layer axis.
+        shape: `(in, out)` of its kernel, `(vocab, d)` of an embedding, `(d, d)` of a norm; without layer axes.
+        layers: sizes of the leading axes of its leaves that count layers; empty where they are not stacked.
+        kind: `linear`, `embedding` or `norm`.
     """
 
     path: Path
     names: tuple[str, ...]
     shape: tuple[int, int]
-    stacked: bool
+    layers: tuple[int, ...] = ()
+    kind: str = "linear"
+
+    @property
+    def name(self) -> str:
+        """The Hugging Face name of a site of one layer."""
+        return self.names[0]
+
+    def one(self, i: int) -> Site:
+        """Gives one layer of the site, as a site that is not stacked."""
+        return dataclasses.replace(self, names=(self.names[i],), layers=())
 
 
 @dataclass(frozen=True)
@@ -61,26 +73,52 @@ class Targets:
     modules_to_save: tuple[str, ...] = ()
 
 
-def find_sites(params: Mapping[str, Any]) -> list[Site]:
-    """Lists the linear modules of a tree: those that hold a two-dimensional kernel, below the layer axis if any."""
+KINDS = ("linear", "embedding", "norm")
+
+
+def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) -> list[Site]:
+    """Lists the modules of a tree that can be adapted, by the leaves that they hold, below the layer axis if any.
+
+    Args:
+        params: the parameter tree; abstract leaves will do.
+        kinds: of sites: `linear` for those that hold a two-dimensional kernel, `embedding`, `norm`.
+    """
     sites: list[Site] = []
-    for path, leaf in paths.walk(params):
-        if path[-1] != "kernel":
-            continue
-        stacked = paths.layer_axis(path) is not None
-        if leaf.ndim == 2 + stacked:
-            layers = leaf.shape[0] if stacked else None
-            names = paths.hf_names(path[:-1], layers)
-            sites.append(Site(path[:-1], names, (leaf.shape[-2], leaf.shape[-1]), stacked))
+    for path, node in _modules(params):
+        layers = () if paths.layer_axis((*path, "")) is None else _leading(node)
+        found = kernels.describe(node, len(layers))
+        if found is not None and found[0] in kinds:
+            names = paths.hf_names(path, layers[0] if layers else None)
+            sites.append(Site(path, names, found[1], layers, found[0]))
     return sites
 
 
-def resolve(params: Mapping[str, Any], wanted: Targets) -> dict[Site, tuple[bool, ...]]:
+def _modules(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Yields the modules that hold leaves of their own."""
+    if prefix and any(not isinstance(value, Mapping) for value in tree.values()):
+        yield prefix, tree
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _modules(cast(Mapping[str, Any], value), (*prefix, key))
+
+
+def _leading(node: Mapping[str, Any]) -> tuple[int, ...]:
+    return next((leaf.shape[:1] for leaf in node.values() if not isinstance(leaf, Mapping)), ())
+
+
+def resolve(
+    params: Mapping[str, Any],
+    wanted: Targets,
+    kinds: Sequence[str] = ("linear",),
+    sites: Sequence[Site] | None = None,
+) -> dict[Site, tuple[bool, ...]]:
     """Finds the sites to adapt, and for each which of its layers.
 
     Args:
         params: the parameter tree; abstract leaves will do.
         wanted: the target options.
+        kinds: of sites that can be adapted.
+        sites: of a model that is not jaxpeft's own; None to find them in the tree.
 
     Returns:
         The matched sites; the value has one flag a name of the site.
@@ -89,15 +127,14 @@ def resolve(params: Mapping[str, Any], wanted: Targets) -> dict[Site, tuple[bool
         TargetError: an entry, a layer number or an expression matches nothing, or no site is left; the message lists
             the nearest site names.
     """
-    sites = find_sites(params)
+    sites = find_sites(params, kinds) if sites is None else [site for site in sites if site.kind in kinds]
     names = [name for site in sites for name in site.names]
     _require_fast(wanted, names)
     _require_all_used(wanted, names)
-    chosen = {site: tuple(matches(name, wanted) for name in site.names) for site in sites}
+    chosen = {site: tuple(matches(name, wanted, site.kind) for name in site.names) for site in sites}
     chosen = {site: flags for site, flags in chosen.items() if any(flags)}
     if not chosen:
         raise TargetError(f"targets {wanted.targets!r} with exclude {wanted.exclude!r} leave no site; {_sample(names)}")
-    _report_coverage(sites, chosen)
     return chosen
 
 
@@ -112,13 +149,55 @@ def _require_fast(wanted: Targets, names: Sequence[str]) -> None:
     require_fast("layers_pattern", {of: _layer_expression(of) + ".*" for of in wanted.layers_pattern}, names)
 
 
-def matches(name: str, wanted: Targets) -> bool:
-    """Says whether the module of this Hugging Face name is to be adapted."""
+def usual(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Gives those of the usual targets of a method that a model has.
+
+    Args:
+        entries: ends of site names.
+        names: of all sites.
+    """
+    return tuple(entry for entry in entries if any(_named(name, (entry,)) for name in names))
+
+
+def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Sequence[str]) -> None:
+    """Refuses targets that name sites of a kind that the method cannot adapt: leaving them out would be silent.
+
+    Args:
+        method: its name.
+        wanted: the target options.
+        sites: of all kinds.
+        kinds: of sites that it can adapt.
+
+    Raises:
+        TargetError: naming the sites.
+    """
+    if isinstance(wanted.targets, str) and wanted.targets.lower() == ALL_LINEAR:
+        return
+    entries = wanted.targets if isinstance(wanted.targets, tuple) else (wanted.targets,)
+    others = [(site.kind, name) for site in sites if site.kind not in kinds for name in site.names]
+    own = [name for site in sites if site.kind in kinds for name in site.names]
+    problems: list[str] = []
+    for entry in entries:
+        one = entry if isinstance(wanted.targets, str) else (entry,)
+        hit = [(kind, name) for kind, name in others if _named(name, one)]
+        # an entry that names sites of both kinds, as a regular expression may, takes those that can be adapted
+        if hit and not any(_named(name, one) for name in own):
+            kind, name = hit[0]
+            problems.append(
+                f"targets: {entry!r} names {name}, which is {'an' if kind[0] in 'aeiou' else 'a'} {kind} site; {method} adapts "
+                f"{' and '.join(kinds)} sites"
+            )
+    if problems:
+        raise TargetError(problems)
+
+
+def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
+    """Says whether the module of this Hugging Face name and kind is to be adapted."""
     if _named(name, wanted.exclude) or under(name, wanted.modules_to_save) or paths.is_head(tuple(name.split("."))):
         return False
     if isinstance(wanted.targets, str):
         if wanted.targets.lower() == ALL_LINEAR:
-            return name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
+            return kind == "linear" and name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
         return re.fullmatch(wanted.targets, name) is not None
     # PEFT: an entry that is the whole name is taken at its word, whatever layers_to_transform says
     return name in wanted.targets or (_named(name, wanted.targets) and _in_layers(name, wanted))
@@ -211,7 +290,7 @@ def _sample(names: Sequence[str], n: int = 8) -> str:
     return f"the model has {len(names)} site names, such as {shown}" if names else "the model has no linear site"
 
 
-def _report_coverage(sites: Sequence[Site], chosen: Mapping[Site, tuple[bool, ...]]) -> None:
+def report_coverage(sites: Sequence[Site], chosen: Mapping[Site, tuple[bool, ...]]) -> None:
     """Logs, where a kind of site is adapted in some layers only, a table of how many of each kind are adapted."""
     there: dict[str, int] = {}
     taken: dict[str, int] = {}

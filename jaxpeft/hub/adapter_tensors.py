@@ -3,112 +3,160 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import paths, targets
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
-from jaxpeft.core.rewriting import trainable_mask
-from jaxpeft.errors import AdapterError
+from jaxpeft.core.rewriting import chosen_sites, layer_of, trainable_mask
+from jaxpeft.core.targets import Site
 from jaxpeft.hub.safetensors_files import Tensor
-from jaxpeft.methods.lora import LoRA
 
 PREFIX = "base_model.model."
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of an adapter file, and the part of a leaf that it is.
+class Whole:
+    """One tensor of an adapter file that is a leaf of the base, trained whole, or one layer of it.
 
     Attributes:
         name: the tensor's name in the file.
         path: of the leaf.
         layer: row of a stacked leaf, None where the leaf is not stacked.
-        region: slices of the leaf's (layer's) axes; what lies outside is zero padding.
-        transposed: whether the tensor is the transpose of the region.
     """
 
     name: str
     path: Path
     layer: int | None
-    region: tuple[slice, ...]
-    transposed: bool
+
+    @property
+    def transposed(self) -> bool:
+        """Whether torch stores the transpose."""
+        return self.path[-1] == "kernel"
 
     def take(self, leaf: Array) -> Array:
-        """Gives the tensor, C-contiguous, from the leaf: safetensors writes other layouts scrambled."""
-        part = (leaf if self.layer is None else leaf[self.layer])[self.region]
-        return np.ascontiguousarray(part.T if self.transposed else part)
+        """Gives the tensor from the leaf."""
+        part = leaf if self.layer is None else leaf[self.layer]
+        return part.T if self.transposed else part
 
     def put(self, leaf: Array, tensor: Array) -> None:
-        """Writes the tensor into the leaf."""
-        part = leaf if self.layer is None else leaf[self.layer]
-        part[self.region] = tensor.T if self.transposed else tensor
-
-    def shape(self, leaf: Any) -> tuple[int, ...]:
-        """Gives the tensor's shape, from the leaf's."""
-        full = leaf.shape if self.layer is None else leaf.shape[1:]
-        cut = tuple(len(range(*s.indices(n))) for s, n in zip(self.region, full, strict=True))
-        return cut[::-1] if self.transposed else cut
+        """Writes the tensor into the leaf, in place."""
+        leaf[... if self.layer is None else self.layer] = tensor.T if self.transposed else tensor
 
 
-def entries(method: Method, params: Mapping[str, Any]) -> list[Entry]:
-    """Lists the tensors of the adapter file of a rewritten tree: whatever is trained, and nothing else.
+@dataclass(frozen=True)
+class Adapted:
+    """One layer of a site, whose tensors the method packs.
+
+    Attributes:
+        method: that adapts it.
+        site: one layer of it; `()` as its path is the root of the tree.
+        index: which layer of a stacked site, None where it is not stacked.
+        fresh: its leaves as the method makes them, abstract: without the padding of a stack.
+    """
+
+    method: Method
+    site: Site
+    index: tuple[int, ...] | None
+    fresh: Mapping[str, Any]
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with."""
+        return f"{PREFIX}{self.site.name}." if self.site.path else ""
+
+    def take(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
+        """Gives the tensors from the leaves of the tree, by name."""
+        own = {key: np.asarray(leaves[key])[self._region(like)] for key, like in self.fresh.items()}
+        packed = self.method.pack(self.site, own) if self.site.path else self.method.pack_root(own)
+        return {self.prefix + name: np.asarray(tensor) for name, tensor in packed.items()}
+
+    def put(self, leaves: Mapping[str, Array], tensors: Mapping[str, Array]) -> None:
+        """Writes the tensors into the leaves of the tree, in place."""
+        own = {key: leaves[key][self._region(like)] for key, like in self.fresh.items()}
+        given = {name.removeprefix(self.prefix): tensors[name] for name in self.shapes()}
+        found = self.method.unpack(self.site, given, own) if self.site.path else self.method.unpack_root(given, own)
+        for key, like in self.fresh.items():
+            leaves[key][self._region(like)] = found[key]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Gives the shapes of the tensors, by name."""
+        pack = partial(self.method.pack, self.site) if self.site.path else self.method.pack_root
+        return {self.prefix + name: tensor.shape for name, tensor in jax.eval_shape(pack, dict(self.fresh)).items()}
+
+    def _region(self, like: Any) -> tuple[Any, ...]:
+        return (*(self.index or ()), *(slice(0, n) for n in like.shape))
+
+
+def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
+    """Lists the leaves of the base that are trained whole: those of heads, of `modules_to_save`, biases.
 
     Args:
         method: the method that rewrote `params`.
         params: the rewritten tree; abstract leaves will do.
     """
-    mask = trainable_mask(method, params)
-    out: list[Entry] = []
-    for path, flag in paths.walk(mask):
-        if flag:
-            out += _leaf_entries(method, path, paths.get(params, path), paths.get(params, path[:-1]))
+    adding = [name for part in method.parts() for name in (*part.site_names(), *part.root_names)]
+    wrapped = {name for part in method.parts() for name in _adapted_names(part, params)}
+    out: list[Whole] = []
+    for path, flag in paths.walk(trainable_mask(method, params)):
+        if not flag or path[-1] in adding:
+            continue
+        layers = paths.get(params, path).shape[0] if paths.layer_axis(path) is not None else None
+        leaf_name = paths.hf_names(path[-1:], None)[0]
+        for row, module in enumerate(paths.hf_names(path[:-1], layers)):
+            middle = method.wrapping(path, module in wrapped)
+            out.append(Whole(f"{PREFIX}{module}.{middle}{leaf_name}", path, None if layers is None else row))
     return out
 
 
-def _leaf_entries(method: Method, path: Path, leaf: Any, siblings: Mapping[str, Any]) -> Iterator[Entry]:
-    layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
-    modules = paths.hf_names(path[:-1], layers)
-    where = method.where()
-    for row, module in enumerate(modules):
-        layer = None if layers is None else row
-        ndim = leaf.ndim - (layers is not None)
-        if path[-1] in method.leaf_names:
-            if where is not None and targets.matches(module, where):
-                yield _lora_entry(method, module, path, layer)
-        else:
-            adapted = any(name in siblings for name in method.leaf_names) and where is not None
-            wrapped = adapted and where is not None and targets.matches(module, where)
-            leaf_name = paths.hf_names(path[-1:], None)[0]
-            middle = "base_layer." if wrapped else ""
-            name = f"{PREFIX}{module}.{middle}{leaf_name}"
-            yield Entry(name, path, layer, (slice(None),) * ndim, transposed=path[-1] == "kernel")
+def _adapted_names(method: Method, params: Mapping[str, Any]) -> list[str]:
+    return [n for s, on in chosen_sites(method, params).items() for n, yes in zip(s.names, on, strict=True) if yes]
 
 
-def _lora_entry(method: Method, module: str, path: Path, layer: int | None) -> Entry:
-    if not isinstance(method, LoRA):
-        raise AdapterError(f"{method.name}: its adapter has no place in PEFT's file format yet; merge it instead")
-    used, full = slice(0, method.site_rank(module)), slice(None)
-    if path[-1] == "lora_a":
-        return Entry(f"{PREFIX}{module}.lora_A.weight", path, layer, (full, used), transposed=True)
-    return Entry(f"{PREFIX}{module}.lora_B.weight", path, layer, (used, full), transposed=True)
+def adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
+    """Lists the adapted sites, layer by layer, and the roots of the methods that keep leaves there.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree; abstract leaves will do.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    out: list[Adapted] = []
+    for part in method.parts():
+        for site, on in chosen_sites(part, params).items():
+            for i, wanted in enumerate(on):
+                if wanted:
+                    one = site.one(i)
+                    kernel = partial(jnp.zeros, site.shape, jnp.float32)
+                    fresh = jax.eval_shape(partial(part.init, one, kernel), key)
+                    index = tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else None
+                    out.append(Adapted(part, one, index, fresh))
+        root = {name: params[name] for name in part.root_names if name in params}
+        if root:
+            like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in root.items()}
+            out.append(Adapted(part, Site((), ("",), (0, 0)), None, like))
+    return out
 
 
 def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
-    """Gives the tensors of the adapter file, float32, by name."""
-    host: dict[Path, Array] = {}
+    """Gives the tensors of the adapter file, float32, by name, C-contiguous: safetensors writes other layouts scrambled."""
     out: dict[str, Array] = {}
-    for entry in entries(method, params):
+    host: dict[Path, Array] = {}
+    for entry in wholes(method, params):
         if entry.path not in host:
             host[entry.path] = np.asarray(paths.get(params, entry.path), np.float32)
         out[entry.name] = entry.take(host[entry.path])
-    return out
+    for entry in adapted(method, params):
+        out |= entry.take(paths.get(params, entry.site.path))
+    return {name: np.ascontiguousarray(tensor) for name, tensor in out.items()}
 
 
 def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
@@ -118,45 +166,67 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
         method: what the tree is to be saved as.
         params: the rewritten tree.
     """
-    where = method.where()
-    if where is None or not isinstance(method, LoRA):
-        return []
     problems: list[str] = []
-    for site in targets.find_sites(params):
-        leaves = paths.get(params, site.path)
-        own = [np.asarray(leaves[leaf]) for leaf in ("lora_a", "lora_b", "lora_scale") if leaf in leaves]
-        for row, name in enumerate(site.names):
-            wanted = targets.matches(name, where)
-            if own:
-                problems += _site_mismatches(
-                    method, name, wanted, *(leaf[row] if site.stacked else leaf for leaf in own)
-                )
-            elif wanted:
-                problems.append(f"{name}: is not adapted in the tree")
+    for part in method.parts():
+        chosen = chosen_sites(part, params)
+        for site in targets.find_sites(params, targets.KINDS):
+            leaves = paths.get(params, site.path)
+            there = {key: leaves[key] for key in part.leaf_names if key in leaves}
+            on = chosen.get(site, (False,) * len(site.names))
+            for i, (name, wanted) in enumerate(zip(site.names, on, strict=True)):
+                if there:
+                    problems += _site_mismatches(part, site.one(i), wanted, layer_of(site, there, i))
+                elif wanted:
+                    problems.append(f"{name}: is not adapted in the tree")
     return problems
 
 
-def _site_mismatches(method: LoRA, name: str, wanted: bool, a: Array, b: Array, scale: Array) -> list[str]:
-    rank = method.site_rank(name) if wanted else 0
-    if a.shape[-1] < rank or a[:, rank:].any() or b[rank:].any():
-        what = f"the method gives it rank {rank}" if wanted else "the method does not adapt it"
-        used = int(np.flatnonzero(a.any(0) | b.any(1)).max(initial=-1)) + 1
-        return [f"{name}: has rank {used} in the tree, {what}"] if used or wanted else []
-    if wanted and not np.isclose(scale, method.site_scale(name), rtol=1e-5):
-        return [f"{name}: has scale {float(scale):g} in the tree, the method gives it {method.site_scale(name):g}"]
+def _site_mismatches(method: Method, site: Site, wanted: bool, leaves: Mapping[str, Any]) -> list[str]:
+    """Compares the leaves of one layer of a site with those that the method makes: shapes, padding, and scalars."""
+    if not wanted:
+        trained = [key for key in leaves if key in method.trained_leaves and np.asarray(leaves[key]).any()]
+        return [f"{site.name}: holds {trained[0]} in the tree, the method does not adapt it"] if trained else []
+    fresh = jax.eval_shape(
+        partial(method.init, site, partial(jnp.zeros, site.shape, jnp.float32)), jax.eval_shape(lambda: jax.random.key(0))
+    )
+    if fresh.keys() != leaves.keys() - {method.site_names()[-1]}:
+        odd = ", ".join(sorted(fresh.keys() ^ leaves.keys()))
+        return [f"{site.name}: differs from what the method makes in the leaves {odd}"]
+    for key, like in fresh.items():
+        leaf = np.asarray(leaves[key])
+        inside = tuple(slice(0, n) for n in like.shape)
+        rest = leaf.copy()
+        rest[inside] = 0
+        if leaf[inside].shape != like.shape or rest.any():
+            used = [int(np.flatnonzero(leaf.any(tuple(b for b in range(leaf.ndim) if b != a))).max(initial=-1)) + 1
+                    for a in range(leaf.ndim)]  # fmt: skip
+            return [f"{site.name}: {key} is {used} in the tree, the method makes it {list(like.shape)}"]
+        if not like.shape and key not in method.trained_leaves:
+            made = float(method.init(site, partial(jnp.ones, site.shape, jnp.float32), jax.random.key(0))[key])
+            if not np.isclose(leaf, made, rtol=1e-5):
+                return [f"{site.name}: {key} is {float(leaf):g} in the tree, the method makes it {made:g}"]
     return []
+
+
+def _shapes(method: Method, params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    wanted: dict[str, tuple[int, ...]] = {}
+    for entry in wholes(method, params):
+        shape = paths.get(params, entry.path).shape[0 if entry.layer is None else 1 :]
+        wanted[entry.name] = shape[::-1] if entry.transposed else shape
+    for entry in adapted(method, params):
+        wanted |= entry.shapes()
+    return wanted
 
 
 def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
     """Lists every tensor that is missing, extra or misshaped in an adapter file for a rewritten tree."""
-    wanted = {entry.name: entry for entry in entries(method, params)}
+    wanted = _shapes(method, params)
     problems = [f"missing: {name}" for name in wanted if name not in tensors]
     problems += [f"extra: {name}" for name in tensors if name not in wanted]
     for name, tensor in tensors.items():
         if name in wanted and (not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2):
             problems.append(f"not floating: {name} is {tensor.dtype}")
-    for name, entry in wanted.items():
-        shape = entry.shape(paths.get(params, entry.path))
+    for name, shape in wanted.items():
         if name in tensors and tuple(tensors[name].shape) != shape:
             problems.append(f"misshaped: {name} is {list(tensors[name].shape)}, must be {list(shape)}")
     return problems
@@ -199,14 +269,16 @@ def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
         tensors: as `differences` found them to fit.
     """
     host: dict[Path, Array] = {}
-    for entry in entries(method, params):
+    for entry in wholes(method, params):
         leaf = paths.get(params, entry.path)
         entry.put(host.setdefault(entry.path, np.zeros(leaf.shape, np.float32)), tensors[entry.name])
+    for entry in adapted(method, params):
+        node = paths.get(params, entry.site.path)
+        own = {key: host.setdefault((*entry.site.path, key), np.array(node[key])) for key in entry.fresh}
+        entry.put(own, tensors)
     return paths.map_with_path(lambda path, leaf: _as_placed(host[path], leaf) if path in host else leaf, params)
 
 
 def _as_placed(value: Array, leaf: Any) -> Any:
     """Puts an array where a leaf is; a leaf that is free to move, as a fresh one beside a sharded base, stays so."""
-    import jax
-
     return jax.device_put(value, leaf.sharding) if leaf.committed else jnp.asarray(value)

@@ -70,7 +70,8 @@ def save_adapter(
     config = peft_config.write(
         method, model.options.task, source.name if source else "", source.revision if source else None, whole
     )
-    config |= _named_targets(config, tensors)
+    sites = sorted({entry.site.name for entry in adapter_tensors.adapted(method, params) if entry.site.path})
+    config |= _named_targets(config, sites)
     config["ensure_weight_tying"] = tied in tensors
     extra = _extra(model, labels)
     _replace(folder / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
@@ -112,20 +113,19 @@ def _finite(tensor: Any) -> bool:
     return bool(np.isfinite(tensor).all())
 
 
-def _named_targets(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """Gives full names of sites where PEFT would read the target options otherwise.
 
     `all-linear` would mean other modules in another model, and the numbers of layers that no dot stands before
     (`layers.0` of a backbone alone) PEFT does not see.
     """
-    wanted, suffix = config.get("target_modules"), ".lora_A.weight"
-    names = sorted(n.removeprefix(adapter_tensors.PREFIX).removesuffix(suffix) for n in tensors if n.endswith(suffix))
+    wanted = config.get("target_modules")
     unseen = config.get("layers_to_transform") is not None and any(
         re.match(r".*\.[^.]*\.\d+\.", name) is None for name in names
     )
     if unseen:
         return {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
-    return {"target_modules": names} if isinstance(wanted, str) and wanted.lower() == "all-linear" else {}
+    return {"target_modules": names} if isinstance(wanted, str) and wanted.lower() in ("all-linear", "default") else {}
 
 
 def _extra(model: Pretrained, labels: tuple[str, ...]) -> dict[str, Any]:

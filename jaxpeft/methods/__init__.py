@@ -1,4 +1,4 @@
-"""The methods, one file each. A new method is one file, and one line in `METHODS`."""
+"""The methods, one file each. A new method is one file, and one line in `_ALL`."""
 
 from __future__ import annotations
 
@@ -15,5 +15,9 @@ _ALL: tuple[type[Method], ...] = (LoRA, BitFit, Head, Full)
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name in configs and files."""
 
-COMPUTES = {method.leaf_names[0]: method.compute for method in _ALL if method.leaf_names}
-"""How a site that holds a method's marker leaf computes."""
+MARKERS: Mapping[str, type[Method]] = {
+    (method.leaf_names or method.root_names)[0]: method
+    for method in reversed(_ALL)  # of methods that compute alike, such as LoRA's, the first
+    if method.leaf_names or method.root_names
+}
+"""The method that computes a module which holds a marker leaf."""

@@ -3,134 +3,225 @@ r"""LoRA: a low-rank update beside a frozen kernel.
     y = x W + s (D(x) A) B,    A: [in, r],  B: [r, out],  s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
 `D` is dropout. `A` starts uniform, `B` at zero, so a fresh adapter leaves every output as it was. `A` and `B` are float32
-whatever the base is; the products run in the model's compute dtype.
+whatever the base is; the products run in the model's compute dtype. On an embedding `x` is the one-hot row of a token.
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1 (arXiv:2106.09685); the scaling of
-rsLoRA is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732).
+`init_weights` chooses another start. One that begins in a part of `W` takes that part off again, `- s (D(x) A0) B0` with the
+frozen start `A0`, `B0`, so the base is never changed; in files such an adapter is a plain LoRA of twice the rank.
+
+* `gaussian`: `A ~ N(0, 1/r^2)`; `orthogonal`: neither factor is zero, their product is;
+* `pissa`: the r largest singular triples of `W` (Meng et al. 2024, equations 2 to 4, arXiv:2404.02948);
+* `olora`: the first r columns and rows of the QR factors of `W'` (Büyükakyüz 2024, section 3, arXiv:2406.01775);
+* `eva`: the directions in which the site's inputs vary most over the first batches, and the ranks given to those sites where
+  they explain most (Paischer et al. 2024, section 3, arXiv:2410.07170).
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1 (arXiv:2106.09685); the scaling of rsLoRA is
+Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732); `lora_plus_ratio` is
+Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", section 4 (arXiv:2402.12354).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from jaxpeft.core.expressions import broken_expression
-from jaxpeft.core.method import Call, Leaves, Method
+from jaxpeft.core.method import Call, Kernel, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import Site, Targets, pattern_value, require_patterns
+from jaxpeft.core.targets import Site, pattern_value
 from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods import eva, starts
 from jaxpeft.methods.low_rank import low_rank
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked
+
+# what PEFT writes for the start of an adapter that is trained already says nothing of what it computes
+_PAST = frozenset({"init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "qalora_group_size",
+                   "megatron_core", "ensure_weight_tying"})  # fmt: skip
+_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
-    """Low-rank adaptation of linear sites.
+class LoRA(Ranked):
+    """Low-rank adaptation of linear sites and embeddings.
 
-    Leaves of a site: `lora_a [in, r]` and `lora_b [r, out]`, trained; `lora_scale []`, and `lora_dropout []` where the
-    rate is not zero, not trained. All float32.
+    Leaves of a site: `lora_a [in, r]`, `lora_b [r, out]` and, if asked for, `lora_bias [out]`, trained; `lora_scale []`,
+    `lora_dropout []` where the rate is not zero, and the start `lora_a0`, `lora_b0` where it is a part of the base, not
+    trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
     """
 
     name: ClassVar[str] = "lora"
-    leaf_names: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b", "lora_scale", "lora_dropout")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"lora_a", "lora_b"})
+    paper: ClassVar[str] = "arXiv:2106.09685"
+    leaf_names: ClassVar[tuple[str, ...]] = (
+        "lora_a", "lora_b", "lora_scale", "lora_dropout", "lora_a0", "lora_b0", "lora_bias",
+    )  # fmt: skip
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"lora_a", "lora_b", "lora_bias"})
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
+    peft_type: ClassVar[str | None] = "LORA"
+    peft_options: ClassVar[Mapping[str, str]] = TARGET_OPTIONS | {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "use_rslora": "rslora",
+        "bias": "bias",
+        "lora_bias": "lora_bias",
+        "rank_pattern": "rank_pattern",
+        "alpha_pattern": "alpha_pattern",
+    }
 
-    rank: int = option(8, "rank r of the update", at_least=1)
-    alpha: float = option(16.0, "numerator of the scaling", above=0)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) in place of alpha / rank")
     bias: Literal["none", "all", "lora_only"] = option("none", "which biases of the base are trained as well")
-    targets: str | tuple[str, ...] = option(
-        "all-linear", "list of name suffixes, a regular expression, or 'all-linear'"
+    lora_bias: bool = option(False, "train a bias beside B as well")
+    init_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = option(
+        "default", "how A and B begin"
     )
-    exclude: str | tuple[str, ...] = option((), "names or expression of sites to leave alone")
-    layers_to_transform: tuple[int, ...] | int | None = option(None, "layer numbers to adapt; None for all", at_least=0)
-    layers_pattern: tuple[str, ...] = option((), "names of the container whose numbers count, such as 'layers'")
-    rank_pattern: dict[str, int] = option({}, "other ranks, by the end of a site's name", at_least=1)
-    alpha_pattern: dict[str, float] = option({}, "other alphas, by the end of a site's name", above=0)
+    lora_plus_ratio: float = option(1.0, "learning rate of B as a multiple of that of A", above=0)
+    eva_batches: int = option(8, "batches that the start 'eva' looks at", at_least=1)
+    eva_rho: float = option(2.0, "most rank that the start 'eva' gives a site, as a multiple of rank", at_least=1)
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other, as in PEFT."""
-        expression = isinstance(self.targets, str) and self.targets.lower() != "all-linear"
-        found: list[str] = []
-        if expression and (self.layers_to_transform is not None or self.layers_pattern):
-            found.append("layers_to_transform: cannot go with a regular expression in targets; put the layers into it")
-        if self.layers_pattern and self.layers_to_transform is None:
-            found.append("layers_pattern: needs layers_to_transform")
-        if self.targets == ():
-            found.append("targets: is empty; name at least one site, or 'all-linear'")
-        expressions = {"targets": [self.targets] if expression else [], "exclude": [self.exclude]}
-        patterns = {
-            "layers_pattern": self.layers_pattern,
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern,
-        }
-        for field, texts in (expressions | patterns).items():
-            found += [f"{field}: {why}" for text in texts if (why := broken_expression(text))]
+        """Lists options that exclude each other."""
+        found = super().problems()
+        for name, usual in (("eva_batches", 8), ("eva_rho", 2.0)):
+            if self.init_weights != "eva" and getattr(self, name) != usual:
+                found.append(f"{name}: is for init_weights 'eva', which is {self.init_weights!r}; remove it")
         return found
-
-    def where(self) -> Targets:
-        """Gives the target options."""
-        layers = self.layers_to_transform
-        numbers = (layers,) if isinstance(layers, int) else layers or None
-        return Targets(self.targets, self.exclude, numbers, self.layers_pattern, self.modules_to_save)
-
-    def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuses a rank or alpha pattern that matches no adapted site.
-
-        Raises:
-            TargetError: naming the pattern.
-        """
-        require_patterns("rank_pattern", self.rank_pattern, names)
-        require_patterns("alpha_pattern", self.alpha_pattern, names)
-
-    def site_rank(self, name: str) -> int:
-        """Gives the rank at the site of this Hugging Face name."""
-        return pattern_value(name, self.rank_pattern, self.rank)
 
     def site_scale(self, name: str) -> float:
         """Gives the scaling s at the site of this Hugging Face name."""
         rank, alpha = self.site_rank(name), pattern_value(name, self.alpha_pattern, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
-    def init(self, name: str, site: Site, base: Leaves, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes `A` uniform within 1/sqrt(in) (Kaiming with a = sqrt(5), as PEFT has it) and `B` zero."""
-        del base
-        rank, (n_in, n_out) = self.site_rank(name), site.shape
-        bound = 1 / math.sqrt(n_in)
-        leaves = {
-            "lora_a": jax.random.uniform(rng, (n_in, rank), jnp.float32, -bound, bound),
-            "lora_b": jnp.zeros((rank, n_out), jnp.float32),
-            "lora_scale": jnp.asarray(self.site_scale(name), jnp.float32),
-        }
-        return leaves | ({"lora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes A and B as `init_weights` says."""
+        rank, scale = self.site_rank(site.name), self.site_scale(site.name)
+        a, b = starts.STARTS[self.init_weights](site, kernel, rank, scale, rng)
+        leaves = {"lora_a": a, "lora_b": b, "lora_scale": jnp.asarray(scale, jnp.float32)}
+        if self.init_weights in starts.FROM_KERNEL:
+            leaves |= {"lora_a0": a, "lora_b0": b}
+        if self.dropout:
+            leaves["lora_dropout"] = jnp.asarray(self.dropout, jnp.float32)
+        if self.lora_bias:
+            leaves["lora_bias"] = jnp.zeros((site.shape[1],), jnp.float32)
+        return leaves
 
     def trains(self, path: Path, siblings: Leaves) -> bool:
         """Trains A and B, and the biases that `bias` names."""
         if path[-1] == "bias":
-            return self.bias == "all" or (self.bias == "lora_only" and "lora_a" in siblings)
+            return self.bias == "all" or (self.bias == "lora_only" and self.leaf_names[0] in siblings)
         return super().trains(path, siblings)
 
-    @staticmethod
-    def compute(call: Call) -> jax.Array:
-        """Computes `x W + (D(x) A) (s B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
-        y, leaves = call.base(call.x), call.leaves
-        x = call.x.astype(y.dtype)
-        if "lora_dropout" in leaves and call.dropout_key is not None:
-            x = dropout(call.dropout_key(), leaves["lora_dropout"], x)
-        return y + low_rank(x, leaves["lora_a"], leaves["lora_scale"] * leaves["lora_b"])
+    def rate(self, path: Path) -> float:
+        """Gives B the learning rate of LoRA+."""
+        return self.lora_plus_ratio if path[-1].endswith("_b") else 1.0
+
+    def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
+        """Gives A the directions of the data, where `init_weights` is `eva`."""
+        return eva.start(self, params, run) if self.init_weights == "eva" else (self, params)
 
     @staticmethod
-    def fold(leaves: Leaves) -> dict[str, Any]:
-        """Gives `W + s A B`, summed in float32 and cast to the dtype of `W` once."""
-        scale = leaves["lora_scale"][..., None, None]
-        delta = jnp.matmul(leaves["lora_a"], scale * leaves["lora_b"], precision="highest")
-        kernel = leaves["kernel"]
-        return {**leaves, "kernel": (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)}
+    def compute(call: Call) -> Any:
+        """Computes `x W + (D(x) A) (s B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        x = call.x if jnp.issubdtype(call.x.dtype, jnp.integer) else dropped(call, call.x.astype(y.dtype))
+        return y + call.each(_update, x).astype(y.dtype)
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + s A B`, less the start that was a part of `W`."""
+        scale = leaves["lora_scale"]
+        kernel = base["kernel"] + product(leaves["lora_a"], scale * leaves["lora_b"])
+        if "lora_a0" in leaves:
+            kernel = kernel - product(leaves["lora_a0"], scale * leaves["lora_b0"])
+        if "lora_bias" not in leaves:
+            return {"kernel": kernel}
+        return {"kernel": kernel, "bias": base.get("bias", 0.0) + scale * leaves["lora_bias"]}
+
+    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives A and B; the start that is taken off makes them those of twice the rank."""
+        a, b = leaves["lora_a"], leaves["lora_b"]
+        if "lora_a0" in leaves:
+            a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
+            b = jnp.concatenate([b, -leaves["lora_b0"]])
+        names = _names(site)
+        return {names[0]: a.T, names[1]: b.T} | (
+            {"lora_B.bias": leaves["lora_bias"]} if "lora_bias" in leaves else {}
+        )
+
+    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives A and B."""
+        names = _names(site)
+        found = {"lora_a": tensors[names[0]].T, "lora_b": tensors[names[1]].T}
+        return {**fresh, **found} | ({"lora_bias": tensors["lora_B.bias"]} if "lora_bias" in fresh else {})
+
+    def saved(self) -> LoRA:
+        """Gives the plain LoRA that the files of this one are."""
+        if self.init_weights not in starts.FROM_KERNEL:
+            return dataclasses.replace(self, init_weights="default", eva_batches=8, eva_rho=2.0)
+        more = math.sqrt(2) if self.rslora else 2
+        return dataclasses.replace(
+            self,
+            init_weights="default",
+            rank=2 * self.rank,
+            alpha=more * self.alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: more * alpha for key, alpha in self.alpha_pattern.items()},
+        )
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options of the plain LoRA that the files are."""
+        return super(LoRA, self.saved()).to_peft() | {"init_lora_weights": True, "fan_in_fan_out": False}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads LoRA's options; what changed the base when training began is refused."""
+        past = str(config.get("init_lora_weights", "")).lower()
+        values, problems = super().from_peft({key: value for key, value in config.items() if key not in _PAST})
+        if past.startswith(_BASE_CHANGING):
+            problems.append(
+                f"init_lora_weights: {past!r} changed the base when training began; save it converted to plain LoRA "
+                "(in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            )
+        # PEFT always writes both; its defaults in their place would be another adapter, without a word
+        problems += [f"{peft}: is not set; take it from where the adapter was trained" for peft in ("r", "lora_alpha")
+                     if config.get(peft) is None]  # fmt: skip
+        return values, problems
+
+
+def _update(leaves: Leaves, x: Any) -> Any:
+    """Gives `s (x A) B`, less the start, of `x` `[..., in]` or of token ids."""
+    scale = leaves["lora_scale"]
+    out = _product(x, leaves["lora_a"], scale * leaves["lora_b"])
+    if "lora_a0" in leaves:
+        out = out - _product(x, leaves["lora_a0"], scale * leaves["lora_b0"])
+    return out + (scale * leaves["lora_bias"]).astype(out.dtype) if "lora_bias" in leaves else out
+
+
+def _product(x: Any, a: Any, b: Any) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.take(a, x, axis=0) @ b
+    return low_rank(x, a, b)
+
+
+def product(a: Any, b: Any) -> Any:
+    """Multiplies float32 matrices without rounding them on the way."""
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _names(site: Site) -> tuple[str, str]:
+    return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+
+
+def dropped(call: Call, x: Any, rate: str = "lora_dropout") -> Any:
+    """Applies dropout to `x` in a training call, at the rate of a leaf, where there is one."""
+    if rate not in call.leaves or call.dropout_key is None:
+        return x
+    return dropout(call.dropout_key(), jnp.max(call.leaves[rate]), x)
 
 
 def dropout(key: jax.Array, rate: jax.Array, x: jax.Array) -> jax.Array:

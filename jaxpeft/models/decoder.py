@@ -19,11 +19,14 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, option_problems, with_pooling
 from jaxpeft.models.layers import (
     RMSNorm,
+    Virtual,
     allowed,
     attend,
+    before,
     dense,
     dropout,
     head_dense,
+    joining,
     pool,
     positions,
     run_layers,
@@ -174,8 +177,17 @@ class Attention(nn.Module):
     options: Options
 
     @nn.compact
-    def __call__(self, x: Array, cos: Array, sin: Array, mask: Array) -> Array:
-        """Attends: `x [batch, length, d]`, the rotation tables, `mask` broadcast to `[batch, 1, query, key]`."""
+    def __call__(self, x: Array, residual: Array, past: Array | None, cos: Array, sin: Array, mask: Array) -> Array:
+        """Attends, and joins the residual stream.
+
+        Args:
+            x: `[batch, length, d]`.
+            residual: the same before the norm.
+            past: keys and values of virtual positions, see `Virtual`.
+            cos: the rotation tables.
+            sin: likewise.
+            mask: bool, broadcast to `[batch, 1, query, key]`.
+        """
         c, batch, length = self.config, *x.shape[:2]
         bias = c.qkv_bias
 
@@ -189,8 +201,10 @@ class Attention(nn.Module):
             q = RMSNorm(c.rms_norm_eps, self.options.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.options.dtype, name="k_norm")(k)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        k, v = before(past, k, v)
         out = attend(self, q, k, v, mask, c.attention_dropout)
-        return dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)(out)
+        o_proj = joining(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
+        return o_proj.join(o_proj(out), residual)
 
 
 class FeedForward(nn.Module):
@@ -200,12 +214,13 @@ class FeedForward(nn.Module):
     options: Options
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps `[..., d]` to `[..., d]`."""
+    def __call__(self, x: Array, residual: Array) -> Array:
+        """Maps `x [..., d]` to `[..., d]`, and joins the residual stream."""
         c, options = self.config, self.options
         gate = dense(c.intermediate_size, "gate_proj", options, bias=c.mlp_bias)(x)
         up = dense(c.intermediate_size, "up_proj", options, bias=c.mlp_bias)(x)
-        return dense(c.hidden_size, "down_proj", options, bias=c.mlp_bias)(ACTIVATIONS[c.hidden_act](gate) * up)
+        down_proj = joining(c.hidden_size, "down_proj", options, bias=c.mlp_bias)
+        return down_proj.join(down_proj(ACTIVATIONS[c.hidden_act](gate) * up), residual)
 
 
 class Block(nn.Module):
@@ -215,17 +230,20 @@ class Block(nn.Module):
     options: Options
 
     @nn.compact
-    def __call__(self, x: Array, window: Array | None, cos: Array, sin: Array, mask: Array) -> tuple[Array, None]:
-        """Runs the layer; `window` is an int32 scalar, 0 for no limit."""
+    def __call__(
+        self, x: Array, per_layer: tuple[Array | None, Array | None], cos: Array, sin: Array, mask: Array
+    ) -> tuple[Array, None]:
+        """Runs the layer; `per_layer` is its window, an int32 scalar, 0 for no limit, and its past."""
         c, options = self.config, self.options
+        window, past = per_layer
         if window is not None:
-            index = jnp.arange(x.shape[1])
-            near = (index[:, None] - index[None, :] < window) | (window == 0)
+            keys = jnp.arange(mask.shape[-1])
+            near = (keys[-x.shape[1] :, None] - keys[None, :] < window) | (window == 0)
             mask = mask & near
         h = RMSNorm(c.rms_norm_eps, options.dtype, name="input_layernorm")(x)
-        x = x + Attention(c, options, name="self_attn")(h, cos, sin, mask)
+        x = Attention(c, options, name="self_attn")(h, x, past, cos, sin, mask)
         h = RMSNorm(c.rms_norm_eps, options.dtype, name="post_attention_layernorm")(x)
-        return x + FeedForward(c, options, name="mlp")(h), None
+        return FeedForward(c, options, name="mlp")(h, x), None
 
 
 class DecoderBackbone(Pretrained):
@@ -248,20 +266,21 @@ class DecoderBackbone(Pretrained):
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
         segment_ids: Array | None = None,
+        virtual: Virtual = Virtual(),  # noqa: B008 - frozen
     ) -> Array:
         """Gives the hidden states after the final norm, `[batch, length, d]`; `token_type_ids` mean nothing here."""
         del token_type_ids
         c, options = self.config, self.options
         batch, length = input_ids.shape
         where = positions(segment_ids, batch, length) if position_ids is None else position_ids
-        cos, sin = rope.tables(c.rope, c.head_dim, c.max_position_embeddings, where)
-        mask = allowed(attention_mask, segment_ids, length, causal=True)
+        cos, sin = rope.tables(c.rope, c.head_dim, c.max_position_embeddings, virtual.positions(where))
+        mask = virtual.mask(allowed(attention_mask, segment_ids, length, causal=True), length, causal=True)
         windows = None if c.windows is None else jnp.asarray(c.windows, jnp.int32)
         fields = {"config": c, "options": options}
-        x = run_layers(
-            Block, fields, c.num_hidden_layers, "layers", options, self.embed_tokens(input_ids), windows, cos, sin, mask
-        )
-        return RMSNorm(c.rms_norm_eps, options.dtype, name="norm")(x)
+        per_layer = windows, virtual.past
+        x = virtual.prepend(self.embed_tokens(input_ids))
+        x = run_layers(Block, fields, c.num_hidden_layers, "layers", options, x, per_layer, cos, sin, mask)
+        return RMSNorm(c.rms_norm_eps, options.dtype, name="norm")(x)[:, virtual.prompted :]
 
 
 class DecoderWithHead(Pretrained):

@@ -5,7 +5,8 @@ Devlin et al. 2018 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692), Sanh 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -18,11 +19,14 @@ from jaxpeft.models.base import Family, Options, Pretrained, option_problems, wi
 from jaxpeft.models.encoder_config import EncoderConfig, read_config
 from jaxpeft.models.layers import (
     LayerNorm,
+    Virtual,
     allowed,
     attend,
+    before,
     dense,
     dropout,
     head_dense,
+    joining,
     pool,
     positions,
     run_layers,
@@ -41,11 +45,12 @@ class _Part(nn.Module):
         """Applies a layer norm of this name."""
         return LayerNorm(self.config.layer_norm_eps, self.options.dtype, name=name)(x)
 
-    def attention(self, x: Array, mask: Array | None, names: tuple[str, str, str]) -> Array:
+    def attention(self, x: Array, past: Array | None, mask: Array | None, names: tuple[str, str, str]) -> Array:
         """Projects and attends: `[batch, length, d]` to the same, before the output projection."""
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         q, k, v = (dense(c.hidden_size, name, self.options)(x).reshape(shape) for name in names)
+        k, v = before(past, k, v)
         return attend(self, q, k, v, mask, c.attention_dropout)
 
 
@@ -53,16 +58,19 @@ class Embeddings(_Part):
     """Word, position and token-type embeddings, summed and normalised."""
 
     @nn.compact
-    def __call__(self, input_ids: Array, token_type_ids: Array | None, position_ids: Array) -> Array:
-        """Gives `[batch, length, d]`."""
+    def __call__(
+        self, input_ids: Array, token_type_ids: Array | None, position_ids: Array, virtual: Virtual
+    ) -> Array:
+        """Gives `[batch, length, d]`, a prompt in front if there is one, whose token type is 0."""
         c = self.config
 
         def embed(count: int, name: str, ids: Array) -> Array:
             return nn.Embed(count, c.hidden_size, dtype=self.options.dtype, name=name)(ids)
 
-        x = embed(c.vocab_size, "word_embeddings", input_ids)
+        x = virtual.prepend(embed(c.vocab_size, "word_embeddings", input_ids))
         if c.type_vocab_size:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            types = jnp.pad(types, ((0, 0), (virtual.prompted, 0)))
             x = x + embed(c.type_vocab_size, "token_type_embeddings", types)
         x = x + embed(c.max_position_embeddings, "position_embeddings", position_ids)
         return dropout(self, c.hidden_dropout, self.norm("LayerNorm", x))
@@ -70,8 +78,8 @@ class Embeddings(_Part):
 
 class _SelfAttention(_Part):
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> Array:
-        return self.attention(x, mask, ("query", "key", "value"))
+    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> Array:
+        return self.attention(x, past, mask, ("query", "key", "value"))
 
 
 class _Output(_Part):
@@ -79,14 +87,15 @@ class _Output(_Part):
 
     @nn.compact
     def __call__(self, x: Array, residual: Array) -> Array:
-        x = dense(self.config.hidden_size, "dense", self.options)(x)
-        return self.norm("LayerNorm", dropout(self, self.config.hidden_dropout, x) + residual)
+        out = joining(self.config.hidden_size, "dense", self.options)
+        h = dropout(self, self.config.hidden_dropout, out(x))
+        return out.join(h, residual, partial(self.norm, "LayerNorm"))
 
 
 class _Attention(_Part):
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> Array:
-        h = _SelfAttention(self.config, self.options, name="self")(x, mask)
+    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> Array:
+        h = _SelfAttention(self.config, self.options, name="self")(x, past, mask)
         return _Output(self.config, self.options, name="output")(h, x)
 
 
@@ -100,51 +109,51 @@ class BertBlock(_Part):
     """One layer of BERT or RoBERTa."""
 
     @nn.compact
-    def __call__(self, x: Array, per_layer: None, mask: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> tuple[Array, None]:
         """Runs the layer on `[batch, length, d]`."""
-        del per_layer
-        x = _Attention(self.config, self.options, name="attention")(x, mask)
+        x = _Attention(self.config, self.options, name="attention")(x, past, mask)
         h = _Intermediate(self.config, self.options, name="intermediate")(x)
         return _Output(self.config, self.options, name="output")(h, x), None
 
 
 class _DistilAttention(_Part):
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> Array:
-        h = self.attention(x, mask, ("q_lin", "k_lin", "v_lin"))
-        return dense(self.config.hidden_size, "out_lin", self.options)(h)
+    def __call__(self, x: Array, past: Array | None, mask: Array | None, norm: Callable[[Array], Array]) -> Array:
+        h = self.attention(x, past, mask, ("q_lin", "k_lin", "v_lin"))
+        out = joining(self.config.hidden_size, "out_lin", self.options)
+        return out.join(out(h), x, norm)
 
 
 class _DistilFeedForward(_Part):
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, norm: Callable[[Array], Array]) -> Array:
         c = self.config
         h = ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, "lin1", self.options)(x))
-        return dropout(self, c.hidden_dropout, dense(c.hidden_size, "lin2", self.options)(h))
+        out = joining(c.hidden_size, "lin2", self.options)
+        return out.join(dropout(self, c.hidden_dropout, out(h)), x, norm)
 
 
 class DistilBertBlock(_Part):
     """One layer of DistilBERT."""
 
     @nn.compact
-    def __call__(self, x: Array, per_layer: None, mask: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> tuple[Array, None]:
         """Runs the layer on `[batch, length, d]`."""
-        del per_layer
-        h = _DistilAttention(self.config, self.options, name="attention")(x, mask)
-        x = self.norm("sa_layer_norm", h + x)
-        h = _DistilFeedForward(self.config, self.options, name="ffn")(x)
-        return self.norm("output_layer_norm", h + x), None
+        c, options = self.config, self.options
+        norms = (LayerNorm(c.layer_norm_eps, options.dtype, name=f"{name}_layer_norm") for name in ("sa", "output"))
+        x = _DistilAttention(c, options, name="attention")(x, past, mask, next(norms))
+        return _DistilFeedForward(c, options, name="ffn")(x, next(norms)), None
 
 
 class _Stack(_Part):
     """The module that holds the layers: `encoder` in BERT, `transformer` in DistilBERT."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> Array:
+    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> Array:
         c, options = self.config, self.options
         block = DistilBertBlock if c.kind == "distilbert" else BertBlock
         fields = {"config": c, "options": options}
-        return run_layers(block, fields, c.num_hidden_layers, "layer", options, x, None, mask)
+        return run_layers(block, fields, c.num_hidden_layers, "layer", options, x, past, mask)
 
 
 class _Pooler(_Part):
@@ -171,22 +180,33 @@ class EncoderBackbone(Pretrained):
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
         segment_ids: Array | None = None,
+        virtual: Virtual = Virtual(),  # noqa: B008 - frozen
     ) -> Array:
-        """Gives hidden states `[batch, length, d]`, or the pooler's `[batch, d]`.
+        """Gives hidden states `[batch, length, d]`, a prompt's in front if there is one, or the pooler's `[batch, d]`.
 
         Raises:
-            DataError: rows are longer than the position table.
+            DataError: rows are longer than the position table, or a prompt stands before rows of several documents.
         """
         c, options = self.config, self.options
         batch, length = input_ids.shape
         where = position_ids
         if where is None:
-            _check_length(c, length, segment_ids)
+            _check_length(c, length + virtual.count, segment_ids)
             where = _offset(c, input_ids, positions(segment_ids, batch, length), segment_ids)
-        x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where)
-        mask = allowed(attention_mask, segment_ids, length, causal=False)
-        x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(x, mask)
+        if virtual.prompted and segment_ids is not None:
+            raise DataError("segment_ids: a prompt sees all tokens of a row, so a row can hold one text; do not pack")
+        where = virtual.positions(where) if c.kind != "roberta" else _shifted(c, virtual, where)
+        x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where, virtual)
+        mask = virtual.mask(allowed(attention_mask, segment_ids, length, causal=False), length, causal=False)
+        x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(x, virtual.past, mask)
         return _Pooler(c, options, name="pooler")(x) if self.with_pooler else x
+
+
+def _shifted(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
+    """RoBERTa's positions behind virtual ones: pad tokens stay at their place, and a prompt begins behind it."""
+    shifted = virtual.positions(where)
+    prompt, tokens = shifted[:, : virtual.prompted] + c.pad_token_id + 1, shifted[:, virtual.prompted :]
+    return jnp.concatenate([prompt, jnp.where(where == c.pad_token_id, where, tokens)], axis=1)
 
 
 def _check_length(c: EncoderConfig, length: int, segment_ids: Array | None) -> None:
@@ -233,6 +253,8 @@ class EncoderWithHead(Pretrained):
         sequence = options.task == "sequence_classification"
         pooler = sequence and how == "pooler"
         x = EncoderBackbone(c, options, with_pooler=pooler, name=c.kind)(input_ids, attention_mask, **inputs)
+        if not pooler and how != "cls":
+            x = x[:, x.shape[1] - input_ids.shape[1] :]
         if sequence and not pooler:
             x = pool(x, attention_mask, how)
         labels = options.num_labels or 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -80,6 +81,26 @@ def dense(features: int, name: str, options: Options, *, bias: bool = True) -> n
     return nn.Dense(features, use_bias=bias, dtype=options.dtype, name=name)
 
 
+class Joining(nn.Dense):
+    """A linear module that writes to the residual stream: where a sub-layer's output joins it is a method of its own."""
+
+    def join(self, h: Array, residual: Array, norm: Callable[[Array], Array] | None = None) -> Array:
+        """Gives `residual + h`, normalised where a layer normalises behind the sum.
+
+        Args:
+            h: `[..., d]`, the sub-layer's output.
+            residual: `[..., d]`, what the sub-layer was given, before its own norm.
+            norm: the norm behind the sum, if there is one.
+        """
+        out = residual + h
+        return out if norm is None else norm(out)
+
+
+def joining(features: int, name: str, options: Options, *, bias: bool = True) -> Joining:
+    """Makes a linear module that writes to the residual stream."""
+    return Joining(features, use_bias=bias, dtype=options.dtype, name=name)
+
+
 def head_dense(features: int, name: str, *, bias: bool = True) -> nn.Dense:
     """Makes a linear module of a task head: float32, whatever the base."""
     return nn.Dense(features, use_bias=bias, dtype=jnp.float32, name=name, kernel_init=nn.initializers.normal(0.02))
@@ -108,6 +129,84 @@ def allowed(attention_mask: Array | None, segment_ids: Array | None, length: int
     for part in parts:
         mask = part if mask is None else mask & part
     return mask
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """Positions in front of a row's tokens that no token stands at; every token sees them, in each segment of a packed row.
+
+    Attributes:
+        past: `[layers, 2, batch or 1, n, kv_heads * d]`: the keys (rotated already) and values of each layer; or None.
+        prompt: `[batch or 1, n, hidden]`: embeddings that run through all layers; or None.
+    """
+
+    past: Array | None = None
+    prompt: Array | None = None
+
+    @property
+    def count(self) -> int:
+        """How many positions they take."""
+        return sum(part.shape[-2] for part in (self.past, self.prompt) if part is not None)
+
+    @property
+    def prompted(self) -> int:
+        """How many of them run through the layers."""
+        return 0 if self.prompt is None else self.prompt.shape[-2]
+
+    def prepend(self, x: Array) -> Array:
+        """Puts the prompt in front of embeddings `[batch, length, hidden]`."""
+        if self.prompt is None:
+            return x
+        prompt = jnp.broadcast_to(self.prompt.astype(x.dtype), (x.shape[0], *self.prompt.shape[-2:]))
+        return jnp.concatenate([prompt, x], axis=1)
+
+    def positions(self, where: Array) -> Array:
+        """Gives the positions of prompt and tokens `[batch, prompted + length]`, from the tokens' own, which are shifted."""
+        where = where + self.count
+        if self.prompt is None:
+            return where
+        own = jnp.arange(self.count - self.prompted, self.count, dtype=where.dtype)
+        return jnp.concatenate([jnp.broadcast_to(own, (where.shape[0], self.prompted)), where], axis=1)
+
+    def mask(self, mask: Array | None, length: int, *, causal: bool) -> Array | None:
+        """Widens what may be attended to by the virtual positions, which every query sees but a prompt's its future.
+
+        Args:
+            mask: bool, broadcast to `[batch, 1, length, length]`, None where everything is allowed.
+            length: of the tokens.
+            causal: whether a position sees only itself and those before it.
+
+        Returns:
+            bool, broadcast to `[batch, 1, prompted + length, count + length]`, or None.
+        """
+        if mask is None or not self.count:
+            return mask
+        lead = mask.shape[:2]
+        mask = jnp.broadcast_to(mask, (*lead, length, length))
+        past = self.count - self.prompted
+        if self.prompted:
+            # a prompt sees the tokens that the last query sees: all but padding, where rows are no documents
+            after = jnp.zeros((*lead, self.prompted, length), bool) if causal else mask[:, :, -1:].repeat(self.prompted, 2)
+            mask = jnp.concatenate([after, mask], axis=2)
+            own = jnp.ones((self.prompted + length, self.prompted), bool)
+            own = jnp.tril(own) if causal else own
+            mask = jnp.concatenate([jnp.broadcast_to(own, (*lead, *own.shape)), mask], axis=3)
+        return jnp.concatenate([jnp.ones((*mask.shape[:3], past), bool), mask], axis=3)
+
+
+def before(past: Array | None, k: Array, v: Array) -> tuple[Array, Array]:
+    """Puts keys and values of virtual positions in front of a layer's own.
+
+    Args:
+        past: `[2, batch or 1, n, kv_heads * d]`, or None.
+        k: `[batch, length, kv_heads, d]`.
+        v: likewise.
+    """
+    if past is None:
+        return k, v
+    own = jnp.broadcast_to(past.astype(k.dtype), (2, k.shape[0], *past.shape[2:]))
+    own = own.reshape(*own.shape[:3], *k.shape[2:])
+    return jnp.concatenate([own[0], k], axis=1), jnp.concatenate([own[1], v], axis=1)
 
 
 def positions(segment_ids: Array | None, batch: int, length: int) -> Array:

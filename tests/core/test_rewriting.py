@@ -208,17 +208,13 @@ class Foreign(nn.Module):
 
 
 def test_a_foreign_module_is_adapted_unchanged_under_jit_grad_scan_remat_and_vmap() -> None:
-    from jaxpeft.core.interception import interceptor
-    from jaxpeft.methods import COMPUTES
-
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
     model = Foreign()
     base = model.init(jax.random.key(0), x)["params"]
     params = moved(jaxpeft.rewrite(jaxpeft.LoRA(rank=2), base, jax.random.key(1)))
 
     def run(p: Any, x: jax.Array) -> jax.Array:
-        with nn.intercept_methods(interceptor(COMPUTES)):
-            return model.apply({"params": p}, x)
+        return jaxpeft.apply(model, p, x)
 
     merged = jaxpeft.merge(jaxpeft.LoRA(rank=2), params)
     np.testing.assert_allclose(jax.jit(run)(params, x), run(merged, x), atol=1e-5)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import jax
 import pytest
 
 from jaxpeft import LoRA, models
@@ -81,7 +82,7 @@ def test_the_sites_are_those_that_peft_adapts(kind: str, options: dict[str, Any]
     [
         ({"targets": ("q_prj",)}, r"targets: 'q_prj' matches no site; did you mean 'q_proj'"),
         ({"targets": ("q_proj", "qproj", "zzz")}, r"'qproj' matches no site[\s\S]*'zzz' matches no site"),
-        ({"targets": "q_proj"}, r"the regular expression 'q_proj' matches no whole site name; the model has 15 site"),
+        ({"targets": "q_proj"}, r"the regular expression 'q_proj' matches no whole site name; the model has 16 site"),
         ({"targets": ("q_proj",), "layers_to_transform": (1, 7)}, r"no layer 7; the model has 0 to 1"),
         ({"targets": ("q_proj",), "exclude": ("q_proj",)}, r"leave no site"),
         ({"rank_pattern": {"q_prj": 2}}, r"rank_pattern: 'q_prj' matches no adapted site"),
@@ -98,7 +99,9 @@ def test_what_matches_nothing_is_refused_with_the_nearest_names(options: dict[st
 
 def test_a_partial_match_prints_a_coverage_table(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        resolve(tree("llama"), Targets(("q_proj",), layers_to_transform=(1,)))
+        jax.eval_shape(
+            lambda p: rewrite(LoRA(targets=("q_proj",), layers_to_transform=(1,)), p, jax.random.key(0)), tree("llama")
+        )
     assert "adapted in part of the layers only" in caplog.text
     assert "1 of    2  model.layers.*.self_attn.q_proj" in caplog.text
     assert "0 of    2  model.layers.*.mlp.up_proj" in caplog.text
@@ -107,7 +110,7 @@ def test_a_partial_match_prints_a_coverage_table(caplog: pytest.LogCaptureFixtur
 def test_sites_have_hugging_faces_names_and_flaxs_shapes() -> None:
     site = next(s for s in find_sites(tree("llama", scan=True)) if s.path[-1] == "gate_proj")
     assert site.names == ("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj")
-    assert (site.shape, site.stacked) == ((32, 48), True)
+    assert (site.shape, site.layers, site.kind) == ((32, 48), (2,), "linear")
 
 
 def test_every_wrong_option_is_told_at_once() -> None:
@@ -129,7 +132,7 @@ def test_lists_sets_and_numpy_numbers_are_taken_as_peft_takes_them() -> None:
     assert made == same
     assert hash(made.targets) == hash(same.targets)
     number = LoRA(targets=["q_proj", "k_proj"], layers_to_transform=1)  # type: ignore[arg-type]
-    assert number.where().layers_to_transform == (1,)
+    assert number.where(()).layers_to_transform == (1,)
 
 
 @pytest.mark.parametrize(

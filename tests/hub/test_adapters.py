@@ -229,11 +229,11 @@ def test_what_peft_saves_is_loaded(reference, tmp_path, kind, task, options):
 @pytest.mark.parametrize(
     ("saved_as", "text"),
     [
-        ({"rank": 2}, "layers.0.self_attn.q_proj: has rank 4 in the tree, the method gives it rank 2"),
-        ({"alpha": 99.0}, "has scale 1.5 in the tree, the method gives it 24.75"),
-        ({"rank": 8, "alpha": 12.0}, "has rank 4 in the tree, the method gives it rank 8"),
+        ({"rank": 2}, "layers.0.self_attn.q_proj: lora_a is [32, 4] in the tree, the method makes it [32, 2]"),
+        ({"alpha": 99.0}, "lora_scale is 1.5 in the tree, the method makes it 24.75"),
+        ({"rank": 8, "alpha": 12.0}, "lora_a is [32, 4] in the tree, the method makes it [32, 8]"),
         ({"targets": ("q_proj", "k_proj")}, "layers.0.self_attn.k_proj: is not adapted in the tree"),
-        ({"targets": ("q_proj",)}, "v_proj: has rank 4 in the tree, the method does not adapt it"),
+        ({"targets": ("q_proj",)}, "v_proj: holds lora_a in the tree, the method does not adapt it"),
     ],
 )
 @pytest.mark.parametrize("scan", [False, True])

@@ -123,8 +123,7 @@ def test_what_peft_writes_is_read(options, wanted):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "use_dora: True is not supported by the lora method; nothing was loaded"),
-        ({"lora_bias": True}, "lora_bias: True is not supported"),
+        ({"use_qalora": True}, "use_qalora: True is not supported by the lora method; nothing was loaded"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out: True is not supported"),
         ({"trainable_token_indices": [3, 4]}, "trainable_token_indices: [3, 4] is not supported"),
         ({"target_parameters": ["mlp.experts"]}, "target_parameters: ['mlp.experts'] is not supported"),
@@ -157,9 +156,9 @@ def test_a_setting_of_a_later_peft_is_refused_when_it_is_on():
 
 
 def test_every_problem_comes_at_once():
-    config = {"peft_type": "LORA", "r": 0, "lora_alpha": "8", "lora_dropout": 1.0, "bias": "some", "use_dora": True}
+    config = {"peft_type": "LORA", "r": 0, "lora_alpha": "8", "lora_dropout": 1.0, "bias": "some", "use_qalora": True}
     found = problems({**config, "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 0}})
-    starts = ["use_dora: ", "init_lora_weights: 'pissa'", "target_modules: is not set; name the modules"]
+    starts = ["use_qalora: ", "init_lora_weights: 'pissa'", "target_modules: is not set; name the modules"]
     starts += [
         "lora.rank: must be at least 1, is 0",
         "lora.alpha: must be a number, is '8'",
@@ -176,12 +175,12 @@ def test_options_that_exclude_each_other_are_refused():
     assert problem.startswith("lora.layers_to_transform: cannot go with a regular expression in targets")
 
 
-@pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING", "lora", None, ["LORA"]])
+@pytest.mark.parametrize("kind", ["POLY", "lora", None, ["LORA"]])
 def test_another_kind_of_adapter_is_refused_with_what_is_supported(kind):
     (problem,) = problems({**MINIMUM, "peft_type": kind})
     assert problem.startswith(f"peft_type {str(kind)!r} is not supported (supported: LORA, ")
-    for name in METHODS:
-        assert name.upper() in problem
+    for name, method in METHODS.items():
+        assert (method.peft_type or name.upper()) in problem
 
 
 @pytest.mark.parametrize("empty", [None, [], ""])

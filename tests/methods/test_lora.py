@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 import jaxpeft
-from jaxpeft.core.interception import interceptor
-from jaxpeft.methods import COMPUTES
 from jaxpeft.methods.low_rank import low_rank
 
 RNG = np.random.default_rng(0)
@@ -73,8 +71,7 @@ def dense_site(dropout: float) -> tuple[Any, Any]:
 
 
 def call(model: Any, params: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    with nn.intercept_methods(interceptor(COMPUTES)):
-        return model.apply({"params": params}, x, rngs=None if key is None else {"dropout": key})
+    return jaxpeft.apply(model, params, x, rngs=None if key is None else {"dropout": key})
 
 
 def test_dropout_is_on_the_adapters_input_alone_in_a_training_call_and_unbiased() -> None:

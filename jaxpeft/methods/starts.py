@@ -1,0 +1,80 @@
+"""How A `[in, r]` and B `[r, out]` of a low-rank update begin: one function a way, `(site, kernel, rank, scale, rng) -> (A, B)`.
+
+A new start is one function and one line in `STARTS`; one that begins in a part of the kernel stands in `FROM_KERNEL` as well,
+and what it began with is then taken off the base's product again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from jaxpeft.core.method import Kernel
+from jaxpeft.core.targets import Site
+from jaxpeft.lazy import jax, jnp
+
+if TYPE_CHECKING:
+    from jax import Array
+
+    Pair = tuple[Array, Array]
+
+
+def default(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
+    """`A` uniform within 1/sqrt(in) (Kaiming with a = sqrt(5), as PEFT has it), normal for an embedding with `B`; one is zero."""
+    del kernel, scale
+    n_in, n_out = site.shape
+    if site.kind == "embedding":
+        return jnp.zeros((n_in, rank), jnp.float32), jax.random.normal(rng, (rank, n_out), jnp.float32)
+    bound = 1 / math.sqrt(n_in)
+    return jax.random.uniform(rng, (n_in, rank), jnp.float32, -bound, bound), jnp.zeros((rank, n_out), jnp.float32)
+
+
+def gaussian(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
+    """`A ~ N(0, 1/r^2)`, `B` zero."""
+    if site.kind == "embedding":
+        return default(site, kernel, rank, scale, rng)
+    n_in, n_out = site.shape
+    return jax.random.normal(rng, (n_in, rank), jnp.float32) / rank, jnp.zeros((rank, n_out), jnp.float32)
+
+
+def orthogonal(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
+    """`A = X Q_odd`, `B = Q_even' Y` with `Q` `[r, r]` orthogonal: `Q_odd Q_even'` and so `A B` is zero, neither factor is."""
+    del kernel, scale
+    n_in, n_out = site.shape
+    half = max(1, rank // 2)
+    keys = jax.random.split(rng, 3)
+    q = jnp.linalg.qr(jax.random.normal(keys[0], (rank, rank), jnp.float32))[0]
+    odd, even = q[0::2, :][:half], q[1::2, :][:half]
+    if rank == 1:  # one direction has no two that are orthogonal
+        return default(site, lambda: None, rank, 1.0, rng)
+    x = jax.random.normal(keys[1], (n_in, half), jnp.float32) / math.sqrt(half)
+    y = jax.random.normal(keys[2], (half, n_out), jnp.float32) / math.sqrt(half)
+    return x @ odd / 10.0, even.T @ y / 10.0
+
+
+def pissa(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
+    """The r largest singular triples of the kernel, the square root of each value in either factor."""
+    del rng
+    u, values, v = jnp.linalg.svd(kernel(), full_matrices=False)
+    root = jnp.sqrt(values[:rank] / scale)
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def olora(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
+    """The first r columns of `Q` and rows of `R` of the kernel's transpose, `W' = Q R`."""
+    del rng, scale
+    q, r = jnp.linalg.qr(kernel().T)
+    return r[:rank].T, q[:, :rank].T
+
+
+Start = Callable[[Site, Kernel, int, float, "Array"], "Pair"]
+STARTS: Mapping[str, Start] = {
+    "default": default,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "pissa": pissa,
+    "olora": olora,
+    "eva": default,  # until the data are seen
+}
+FROM_KERNEL = frozenset({"pissa", "olora"})

@@ -1,0 +1,131 @@
+"""What the methods that adapt chosen sites have in common: the target options, as in Hugging Face PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxpeft.core.expressions import broken_expression
+from jaxpeft.core.method import Method
+from jaxpeft.core.options import option
+from jaxpeft.core.targets import ALL_LINEAR, Targets, pattern_value, require_patterns, usual
+from jaxpeft.errors import TargetError
+
+TARGET_OPTIONS: Mapping[str, str] = {
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers_to_transform",
+    "layers_pattern": "layers_pattern",
+}
+"""From PEFT's names of the target options to ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targeted(Method):
+    """A method that adds leaves to chosen sites.
+
+    Class attributes:
+        usual_targets: the ends of site names that `targets="default"` stands for, those that the model has.
+    """
+
+    usual_targets: ClassVar[tuple[str, ...]] = ()
+
+    targets: str | tuple[str, ...] = option(
+        ALL_LINEAR, "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's usual sites"
+    )
+    exclude: str | tuple[str, ...] = option((), "names or expression of sites to leave alone")
+    layers_to_transform: tuple[int, ...] | int | None = option(None, "layer numbers to adapt; None for all", at_least=0)
+    layers_pattern: tuple[str, ...] = option((), "names of the container whose numbers count, such as 'layers'")
+
+    def problems(self) -> list[str]:
+        """Lists options that exclude each other, as in PEFT."""
+        expression = isinstance(self.targets, str) and self.targets.lower() not in (ALL_LINEAR, "default")
+        found: list[str] = []
+        if expression and (self.layers_to_transform is not None or self.layers_pattern):
+            found.append("layers_to_transform: cannot go with a regular expression in targets; put the layers into it")
+        if self.layers_pattern and self.layers_to_transform is None:
+            found.append("layers_pattern: needs layers_to_transform")
+        if self.targets == ():
+            found.append("targets: is empty; name at least one site, or 'all-linear'")
+        if self.targets == "default" and not self.usual_targets:
+            found.append(f"targets: {self.name} has no usual sites; name them, or 'all-linear'")
+        for field, texts in self.expressions(expression).items():
+            found += [f"{field}: {why}" for text in texts if (why := broken_expression(text))]
+        return found
+
+    def expressions(self, whole: bool) -> dict[str, Any]:
+        """Gives the options that hold regular expressions.
+
+        Args:
+            whole: whether `targets` is one.
+        """
+        return {
+            "targets": [self.targets] if whole else [],
+            "exclude": [self.exclude],
+            "layers_pattern": self.layers_pattern,
+        }
+
+    def where(self, names: tuple[str, ...]) -> Targets:
+        """Gives the target options."""
+        layers = self.layers_to_transform
+        numbers = (layers,) if isinstance(layers, int) else layers or None
+        targets = self.targets
+        if targets == "default":
+            targets = usual(self.usual_targets, names)
+            if not targets:
+                raise TargetError(
+                    f"targets: the model has none of the usual sites of {self.name} ({', '.join(self.usual_targets)}); "
+                    "name its sites"
+                )
+        return Targets(targets, self.exclude, numbers, self.layers_pattern, self.modules_to_save)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads `adapter_config.json`; the modules must be named in it."""
+        values, problems = super().from_peft(config)
+        if isinstance(values.get("layers_to_transform"), int):
+            values["layers_to_transform"] = (values["layers_to_transform"],)
+        if values.get("layers_to_transform") in ((), []):
+            del values["layers_to_transform"]
+        if isinstance(values.get("layers_pattern"), str):
+            values["layers_pattern"] = (values["layers_pattern"],) if values["layers_pattern"] else ()
+        if not values.get("targets"):
+            problems.append("target_modules: is not set; name the modules that the adapter holds")
+        return values, problems
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; an empty list is PEFT's null."""
+        values = super().to_peft()
+        return values | {key: values[key] or None for key in ("exclude_modules", "layers_pattern") if key in values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked(Targeted):
+    """A targeted method with a rank and a scaling `s`, `alpha / rank` or, with rsLoRA, `alpha / sqrt(rank)`."""
+
+    rank: int = option(8, "rank r of the update", at_least=1)
+    alpha: float = option(16.0, "numerator of the scaling", above=0)
+    rank_pattern: dict[str, int] = option({}, "other ranks, by the end of a site's name", at_least=1)
+    alpha_pattern: dict[str, float] = option({}, "other alphas, by the end of a site's name", above=0)
+
+    def expressions(self, whole: bool) -> dict[str, Any]:
+        """Gives the options that hold regular expressions."""
+        return super().expressions(whole) | {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+
+    def check_sites(self, names: tuple[str, ...]) -> None:
+        """Refuses a rank or alpha pattern that matches no adapted site.
+
+        Raises:
+            TargetError: naming the pattern.
+        """
+        require_patterns("rank_pattern", self.rank_pattern, names)
+        require_patterns("alpha_pattern", self.alpha_pattern, names)
+
+    def site_rank(self, name: str) -> int:
+        """Gives the rank at the site of this Hugging Face name."""
+        return pattern_value(name, self.rank_pattern, self.rank)
+
+    def site_scale(self, name: str) -> float:
+        """Gives the scaling s at the site of this Hugging Face name."""
+        return pattern_value(name, self.alpha_pattern, self.alpha) / self.site_rank(name)
