@@ -59,7 +59,11 @@ def logits_of(model: nn.Module, params: Mapping[str, Any], batch: Batch, key: ja
 
 
 def make_train_step(
-    model: nn.Module, loss: Loss, optimizer: optax.GradientTransformation, accumulation: int
+    model: nn.Module,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    accumulation: int,
+    penalty: Callable[[Tree], Any] | None = None,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the step `(state, frozen, batch) -> (state, metrics)`, to be jitted with its first argument donated.
 
@@ -71,6 +75,7 @@ def make_train_step(
         loss: gives `(sum, weight)` from logits and batch.
         optimizer: over the trainable part.
         accumulation: number of parts.
+        penalty: of the trainable part alone, added to the mean loss; gives a scalar, or None for none.
 
     Returns:
         The step. A batch whose loss or gradient is not finite changes nothing but the step's number, so the parameters and
@@ -98,10 +103,14 @@ def make_train_step(
         total, weight, sums = whole(state, frozen, batch)
         weight_or_one = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight_or_one, sums)
+        added = jnp.zeros(())
+        if penalty is not None and jax.eval_shape(penalty, state.trainable) is not None:
+            added, of_penalty = jax.value_and_grad(penalty)(state.trainable)
+            grads = jax.tree.map(jnp.add, grads, of_penalty)
         with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to the power of an integer step
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        loss, norm = total / weight_or_one, optax.tree.norm(grads)
+        loss, norm = total / weight_or_one + added, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         # chosen, not multiplied: 0 * NaN is NaN
         kept = jax.tree.map(

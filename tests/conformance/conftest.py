@@ -1,0 +1,149 @@
+"""One subject a row, model and way to run the layers: what its properties are read off is computed once."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxpeft
+from jaxpeft.core import paths
+from jaxpeft.core.tree import combine
+from jaxpeft.hub import adapter_tensors
+from jaxpeft.training.losses import loss_for
+from jaxpeft.training.step import init_state, make_train_step
+from tests.conformance.rows import ROWS, Row
+from tests.core.helpers import BATCH, QUICK, load, run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method on a model.
+
+    Attributes:
+        row: of the table.
+        kind: of the model.
+        scan: whether its layers are scanned.
+    """
+
+    row: Row
+    kind: str
+    scan: bool
+
+    @property
+    def method(self) -> Any:
+        return self.row.method
+
+    @functools.cached_property
+    def loaded(self) -> Any:
+        return load(self.kind, scan_layers=self.scan)
+
+    @property
+    def model(self) -> Any:
+        return self.loaded[0]
+
+    @property
+    def base(self) -> Any:
+        return self.loaded[1]
+
+    @functools.cached_property
+    def fresh(self) -> Any:
+        """The rewritten tree."""
+        return jaxpeft.rewrite(self.method, self.base, jax.random.key(0))
+
+    @functools.cached_property
+    def moved(self) -> Any:
+        """The rewritten tree with every trained leaf moved, as training would."""
+        return moved(self.method, self.fresh, size=self.row.moved)
+
+    @functools.cached_property
+    def mask(self) -> Any:
+        return jaxpeft.trainable_mask(self.method, self.fresh)
+
+    def logits(self, params: Any, **options: Any) -> np.ndarray[Any, Any]:
+        """Gives the logits of the real tokens."""
+        out = np.asarray(run(self.model, params, **options))
+        return out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
+
+    def batch(self) -> dict[str, Any]:
+        """Gives a training batch."""
+        labels = np.where(BATCH.mask, BATCH.ids, -100) if self.kind == "llama" else np.array([0, 1, 2], np.int32)
+        return {
+            "input_ids": BATCH.ids,
+            "attention_mask": BATCH.mask,
+            "labels": labels.astype(np.int32),
+            "weights": np.ones(3, np.float32),
+        }
+
+    @functools.cached_property
+    def trained(self) -> Any:
+        """Three steps: `(state, frozen, gradients' program count)`."""
+        trainable, frozen = jaxpeft.partition(self.fresh, self.mask)
+        optimizer = self.method.optimizer(optax.adamw(1e-2), 3)
+        task = self.model.options.task
+        loss = loss_for(task, "single_label" if task == "sequence_classification" else None)
+        step = jax.jit(make_train_step(self.model, loss, optimizer, 1, self.method.penalty), compiler_options=QUICK)
+        state = init_state(jax.tree.map(jnp.copy, trainable), optimizer, 0)
+        for _ in range(3):
+            state, metrics = step(state, frozen, self.batch())
+        assert np.isfinite(float(metrics["loss"]))
+        return state, frozen, step._cache_size()
+
+    @functools.cached_property
+    def after(self) -> Any:
+        """The tree after three steps."""
+        state, frozen, _ = self.trained
+        return combine(state.trainable, frozen)
+
+
+def moved(method: Any, params: Any, *, size: float = 0.2, seed: int = 0) -> Any:
+    """Adds noise to every trained leaf, to that part of a stacked one that its method made: padding stays zero."""
+    rng = np.random.default_rng(seed)
+    host: dict[Any, Any] = {}
+
+    def add(path: Any, region: Any) -> None:
+        leaf = host.setdefault(path, np.array(paths.get(params, path)))
+        leaf[region] += size * rng.standard_normal(leaf[region].shape).astype(leaf.dtype)
+
+    inside = {name for part in method.parts() for name in (*part.site_names(), *part.root_names)}
+    mask = dict(paths.walk(jaxpeft.trainable_mask(method, params)))
+    for path, flag in mask.items():
+        if flag and path[-1] not in inside:
+            add(path, ...)
+    for entry in adapter_tensors.adapted(method, params):
+        for key, like in entry.fresh.items():
+            path = (*entry.site.path, key)
+            if mask[path]:
+                add(path, (*(entry.index or ()), *(slice(0, n) for n in like.shape)))
+    return paths.map_with_path(lambda path, leaf: jnp.asarray(host[path]) if path in host else leaf, params)
+
+
+@functools.cache
+def subject_of(name: str, kind: str, scan: bool) -> Subject:
+    return Subject(ROWS[name], kind, scan)
+
+
+SUBJECTS = [
+    pytest.param(name, kind, scan, id=f"{name}-{kind}-{'scanned' if scan else 'unrolled'}")
+    for name, row in ROWS.items()
+    for kind in row.models
+    for scan in ((False, True) if row.scanned else (False,))
+]
+
+
+@pytest.fixture
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return subject_of(*request.param)
+
+
+def every_subject(test: Any) -> Any:
+    """Runs a test on every method, model, and way to run the layers."""
+    return pytest.mark.parametrize(
+        "subject", [pytest.param(p.values, id=p.id) for p in SUBJECTS], indirect=True
+    )(test)

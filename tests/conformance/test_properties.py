@@ -1,0 +1,166 @@
+"""The table of properties: every method, scanned and unrolled, decoder and encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft
+from jaxpeft.core import paths
+from jaxpeft.core.tree import combine
+from jaxpeft.errors import ConfigError
+from tests.conformance.conftest import Subject, every_subject, subject_of
+from tests.conformance.rows import ROWS
+from tests.core.helpers import BATCH, QUICK, assert_bits, largest, load
+
+TOLERANCE = 1e-4
+
+
+def close(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
+    scale = max(1.0, float(np.abs(b).max()))
+    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max()) < tolerance * scale
+
+
+@every_subject
+def test_a_fresh_adapter_leaves_the_output_bit_identical_or_says_why_not(subject: Subject) -> None:
+    fresh, base = subject.logits(subject.fresh), subject.logits(subject.base)
+    if subject.method.fresh_is_base:
+        np.testing.assert_array_equal(fresh, base)
+    else:
+        assert subject.row.why
+        assert np.isfinite(fresh).all()
+
+
+@every_subject
+def test_a_moved_adapter_changes_the_output(subject: Subject) -> None:
+    assert not close(subject.logits(subject.moved), subject.logits(subject.base), 1e-3)
+
+
+@every_subject
+def test_only_trained_leaves_receive_gradient_and_every_one_does(subject: Subject) -> None:
+    state, frozen, _ = subject.trained
+    trainable, _ = jaxpeft.partition(subject.fresh, subject.mask)
+    before, after = dict(paths.walk(trainable)), dict(paths.walk(state.trainable))
+    assert before.keys() == after.keys()
+    assert not before.keys() & dict(paths.walk(frozen)).keys()
+    still = [paths.text(path) for path, leaf in after.items() if np.array_equal(leaf, before[path])]
+    assert not [name for name in still if not may_stand_still(name)]
+
+
+def may_stand_still(name: str) -> bool:
+    """Says whether a leaf has no influence on these outputs: types and positions that no token has, unread poolers."""
+    return any(part in name for part in ("token_type_embeddings", "pooler", "embed_tokens", "word_embeddings"))
+
+
+@every_subject
+def test_the_base_is_bit_unchanged_after_training(subject: Subject) -> None:
+    trained = dict(paths.walk(subject.mask))
+    after = dict(paths.walk(subject.after))
+    for path, leaf in paths.walk(subject.base):
+        if not trained[path]:
+            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(after[path]), err_msg=paths.text(path))
+
+
+@every_subject
+def test_the_optimizer_holds_no_array_for_a_frozen_leaf(subject: Subject) -> None:
+    state, _, _ = subject.trained
+    sizes = {leaf.shape for _, leaf in paths.walk(state.trainable)}
+    held = {leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim}
+    assert held <= sizes
+
+
+@every_subject
+def test_no_second_program_is_compiled_at_the_second_step(subject: Subject) -> None:
+    assert subject.trained[2] == 1
+
+
+@every_subject
+def test_merged_is_unmerged_or_merging_refuses(subject: Subject) -> None:
+    if not subject.method.mergeable:
+        with pytest.raises(ConfigError, match="cannot be merged: no plain weights compute what it does"):
+            jaxpeft.merge(subject.method, subject.moved)
+        return
+    merged = jaxpeft.merge(subject.method, subject.moved)
+    assert {p: x.shape for p, x in paths.walk(merged)} == {p: x.shape for p, x in paths.walk(subject.base)}
+    assert close(subject.logits(merged), subject.logits(subject.moved))
+    if subject.method.parts()[0].leaf_names:
+        with pytest.raises(ConfigError, match="nothing to merge"):
+            jaxpeft.merge(subject.method, merged)
+
+
+@every_subject
+def test_rewriting_twice_is_refused(subject: Subject) -> None:
+    if any(part.leaf_names or part.root_names for part in subject.method.parts()):
+        with pytest.raises(ConfigError, match="already holds"):
+            jaxpeft.rewrite(subject.method, subject.fresh, jax.random.key(0))
+
+
+@every_subject
+def test_saved_and_loaded_computes_the_same_bits(subject: Subject, tmp_path: Any) -> None:
+    jaxpeft.save_adapter(tmp_path / "adapter", subject.method, subject.after, subject.model)
+    method, loaded = jaxpeft.load_adapter(tmp_path / "adapter", subject.model, subject.base)
+    if {p for p, _ in paths.walk(loaded)} == {p for p, _ in paths.walk(subject.after)}:
+        assert_bits(loaded, subject.after)
+    jaxpeft.save_adapter(tmp_path / "again", method, loaded, subject.model)
+    again = jaxpeft.load_adapter(tmp_path / "again", subject.model, subject.base)[1]
+    assert_bits(again, loaded)
+    assert close(subject.logits(loaded), subject.logits(subject.after), 1e-5)
+
+
+@every_subject
+def test_scanned_and_unrolled_layers_give_the_same_numbers(subject: Subject) -> None:
+    if subject.scan:
+        name = next(name for name, row in ROWS.items() if row is subject.row)
+        other = subject_of(name, subject.kind, False)
+        assert_bits(jaxpeft.unstack_layers(subject.fresh), other.fresh)
+        unrolled = jaxpeft.unstack_layers(subject.moved)
+        assert close(subject.logits(subject.moved), other.logits(unrolled), 1e-5)
+
+
+@every_subject
+def test_it_works_under_remat_vmap_bfloat16_and_sharding(subject: Subject) -> None:
+    model, params = subject.model, subject.moved
+    plain = subject.logits(params)
+
+    halved = load(subject.kind, dtype=jnp.bfloat16, scan_layers=subject.scan)[0]
+    out = np.asarray(jax.jit(lambda p: jaxpeft.apply(halved, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)(params))
+    out = out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
+    assert np.isfinite(out).all()
+    assert close(out, plain, 0.15)
+
+    remat = load(subject.kind, scan_layers=subject.scan, remat="full")[0]
+    trainable, frozen = jaxpeft.partition(params, subject.mask)
+
+    def total(m: Any, p: Any) -> Any:
+        return jnp.sum(jnp.square(jaxpeft.apply(m, combine(p, frozen), BATCH.ids, BATCH.mask)))
+
+    grads = [jax.jit(jax.grad(lambda p, m=m: total(m, p)), compiler_options=QUICK)(trainable) for m in (model, remat)]
+    size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads[0]))
+    assert largest(*grads) < 1e-4 * max(1.0, size)
+
+    pair = jnp.stack([BATCH.ids, BATCH.ids[::-1]])
+    rows = jax.jit(jax.vmap(lambda ids: jaxpeft.apply(model, params, ids)), compiler_options=QUICK)(pair)
+    assert close(rows[0], jnp.flip(rows[1], 0), 1e-5)
+
+    assert close(sharded(model, params), plain, 1e-5)
+
+
+def sharded(model: Any, params: Any) -> Any:
+    """Computes with the base spread over eight devices."""
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def place(path: Any, leaf: Any) -> Any:
+        split = path[-1] == "kernel" and leaf.shape[-1] % 8 == 0
+        spec = PartitionSpec(*(None,) * (leaf.ndim - 1), "x") if split else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    placed = paths.map_with_path(place, params)
+    out = np.asarray(jax.jit(lambda p: jaxpeft.apply(model, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)(placed))
+    return out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
+
