@@ -30,11 +30,8 @@ if TYPE_CHECKING:
     from jaxpeft.hub.adapters import load_adapter as load_adapter
     from jaxpeft.hub.adapters import save_adapter as save_adapter
     from jaxpeft.hub.loading import load as load
+    from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
     from jaxpeft.methods import METHODS as METHODS
-    from jaxpeft.methods.bitfit import BitFit as BitFit
-    from jaxpeft.methods.full import Full as Full
-    from jaxpeft.methods.head import Head as Head
-    from jaxpeft.methods.lora import LoRA as LoRA
 
 _WHERE = {
     "Method": "core.method",
@@ -51,10 +48,6 @@ _WHERE = {
     "save_adapter": "hub.adapters",
     "load": "hub.loading",
     "METHODS": "methods",
-    "BitFit": "methods.bitfit",
-    "Full": "methods.full",
-    "Head": "methods.head",
-    "LoRA": "methods.lora",
 }
 
 __all__ = ["__version__", *_WHERE]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -62,10 +55,17 @@ __all__ = ["__version__", *_WHERE]  # pyright: ignore[reportUnsupportedDunderAll
 
 def __getattr__(name: str) -> Any:
     """Imports a public name at its first use: `jaxpeft.train` checks a config before JAX is imported."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"jaxpeft.{_WHERE[name]}"), name)
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"jaxpeft.{_WHERE[name]}"), name)
+    if name in _methods():
+        return _methods()[name]
+    raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_methods()])
+
+
+def _methods() -> dict[str, Any]:
+    """Gives the classes of the methods by their names, which the table of methods alone knows."""
+    return {cls.__name__: cls for cls in importlib.import_module("jaxpeft.methods").METHODS.values()}

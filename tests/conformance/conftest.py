@@ -124,7 +124,7 @@ def moved(method: Any, params: Any, *, size: float = 0.2, seed: int = 0) -> Any:
     return paths.map_with_path(lambda path, leaf: jnp.asarray(host[path]) if path in host else leaf, params)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def subject_of(name: str, kind: str, scan: bool) -> Subject:
     return Subject(ROWS[name], kind, scan)
 
@@ -137,7 +137,7 @@ SUBJECTS = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # so that the tests of one subject run one after the other, and share what it has computed
 def subject(request: pytest.FixtureRequest) -> Subject:
     return subject_of(*request.param)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jaxpeft
@@ -23,6 +23,7 @@ class Row:
         moved: how far its trained leaves are moved from where they begin.
         why: why a fresh adapter changes the outputs, for a method that says so.
         scanned: whether stacked layers will do.
+        padding: side of the rows that are compared with the real `peft`.
     """
 
     method: Any
@@ -31,16 +32,16 @@ class Row:
     moved: float = 0.2
     why: str = ""
     scanned: bool = True
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    padding: str = "right"
 
 
-LINEAR = ("q_proj", "down_proj", "query", "output.dense")
-"""Sites of both tiny models; those that a model has not are left out by `for_model`."""
+LINEAR = r".*\.(q_proj|down_proj|query|output\.dense)"
+"""Some linear sites of both tiny models."""
 
 ROWS: Mapping[str, Row] = {
     "lora": Row(
-        jaxpeft.LoRA(rank=4, alpha=6.0, targets="all-linear"),
-        peft=("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}),
+        jaxpeft.LoRA(rank=4, alpha=6.0, targets=LINEAR),
+        peft=("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": LINEAR}),
     ),
     "lora pissa": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="pissa")),
     "lora olora": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="olora")),

@@ -159,17 +159,19 @@ def peft_load(folder: Path, task: str, adapter: Path) -> Any:
     return PeftModel.from_pretrained(torch_base(folder, task), adapter).eval()
 
 
-def peft_save(folder: Path, task: str, adapter: Path, **options: Any) -> Any:
+def peft_save(
+    folder: Path, task: str, adapter: Path, *, config: str = "LoraConfig", size: float = 0.2, **options: Any
+) -> Any:
     """Makes an adapter with the real peft, trained leaves random, and saves it; gives the torch model."""
+    import peft
     import torch
-    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
     options = {"task_type": _CLASSES[task][1], **options}
-    model = get_peft_model(torch_base(folder, task), LoraConfig(**options)).eval()
+    model = peft.get_peft_model(torch_base(folder, task), getattr(peft, config)(**options)).eval()
     with torch.no_grad():
         for leaf in model.parameters():
             if leaf.requires_grad:
-                leaf.add_(0.2 * torch.randn_like(leaf))
+                leaf.add_(size * torch.randn_like(leaf))
     model.save_pretrained(adapter)
     return model

@@ -1,0 +1,100 @@
+"""Adapters of every method that Hugging Face PEFT has go both ways, with the same logits; the gaps are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxpeft
+from tests.conformance.conftest import moved
+from tests.conformance.rows import ROWS
+from tests.hub.helpers import peft_load, peft_save
+from tests.models.conftest import Batch, Reference, make_batch, reference  # noqa: F401 - a fixture
+
+# peft 0.21 asks transformers 5.23 for an attribute that it calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+TASKS = {"llama": "causal_lm", "bert": "sequence_classification", "roberta": "sequence_classification"}
+MARK = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one model, as both sides call it."""
+
+    method: Any
+    kind: str
+    peft: tuple[str, Mapping[str, Any]]
+    size: float
+    padding: str
+
+    @property
+    def task(self) -> str:
+        return TASKS[self.kind]
+
+    @property
+    def batch(self) -> Batch:
+        return make_batch(self.padding)
+
+
+CASES = {
+    f"{name}-{kind}": Case(row.method, kind, row.peft, row.moved, row.padding)
+    for name, row in ROWS.items()
+    if row.peft is not None
+    for kind in row.models
+}
+every_case = pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+
+
+def theirs(case: Case, torch_model: Any) -> Any:
+    out = Reference(Path(), case.task, torch_model)(case.batch)
+    return real(case, out[:, -case.batch.ids.shape[1] :] if out.ndim == 3 else out)
+
+
+def ours(case: Case, model: Any, params: Any) -> Any:
+    run = jax.jit(lambda ids, mask: jaxpeft.apply(model, params, ids, mask))
+    return real(case, np.asarray(run(case.batch.ids, case.batch.mask)))
+
+
+def real(case: Case, out: Any) -> Any:
+    return out[case.batch.mask.astype(bool)] if out.ndim == 3 else out
+
+
+def check(record: Any, case: Case, wanted: Any, plain: Any, found: Any) -> None:
+    gap = float(np.abs(found - wanted).max())
+    record("gap", gap)
+    assert np.abs(wanted - plain).max() > 0.02, "the adapter changes too little to tell anything"
+    assert gap <= MARK * max(1.0, float(np.abs(wanted).max()))
+
+
+@every_case
+def test_the_real_peft_gives_the_logits_of_what_jaxpeft_saved(
+    reference: Any, tmp_path: Path, record_property: Any, case: Case  # noqa: F811
+) -> None:
+    torch_model = reference(case.kind, case.task)
+    model, base = torch_model.load()
+    params = moved(case.method, jaxpeft.rewrite(case.method, base, jax.random.key(0)), size=case.size)
+    jaxpeft.save_adapter(tmp_path, case.method, params, model)
+    loaded = theirs(case, peft_load(torch_model.folder, case.task, tmp_path))
+    check(record_property, case, loaded, theirs(case, torch_model.model), ours(case, model, params))
+
+
+@every_case
+def test_jaxpeft_gives_the_logits_of_what_the_real_peft_saved(
+    reference: Any, tmp_path: Path, record_property: Any, case: Case  # noqa: F811
+) -> None:
+    torch_model = reference(case.kind, case.task)
+    config, options = case.peft
+    adapted = peft_save(torch_model.folder, case.task, tmp_path, config=config, size=case.size, **options)
+    wanted = theirs(case, adapted)
+    for scan in (False, True):
+        model, base = torch_model.load(scan_layers=scan)
+        method, params = jaxpeft.load_adapter(tmp_path, model, base)
+        assert method.name == case.method.name
+        check(record_property, case, wanted, theirs(case, torch_model.model), ours(case, model, params))
