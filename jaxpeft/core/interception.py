@@ -69,7 +69,7 @@ class Hooks:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             seen = views.look(module, name, leaves, args, base, method)
-            made = Call(own, seen.args, seen.base, seen.kernel, kwargs, key, rows)
+            made = Call(own, seen.args, seen.base, seen.kernel, seen.bias, kwargs, key, rows)
             out = seen.restore(compute(made))
             return out if on is None else jnp.where(on, out, base(*args, **kwargs))
 

@@ -37,6 +37,7 @@ class Call:
         kwargs: the same, by name.
         base: the module's method without the adapter, `[..., in] -> [..., out]` of a linear site.
         kernel: gives the base's kernel, float32 `[in, out]`.
+        bias: the base's bias `[out]`, None where it has none.
         dropout_key: makes a fresh key in a training call, None otherwise.
         rows: `[batch]` int32, which adapter of a stacked bank each row of a batch takes; None where there is one.
     """
@@ -45,6 +46,7 @@ class Call:
     args: tuple[Any, ...]
     base: Callable[..., Any]
     kernel: Kernel
+    bias: Any = None
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dropout_key: Callable[[], jax.Array] | None = None
     rows: Any = None

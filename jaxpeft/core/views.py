@@ -23,12 +23,14 @@ class Seen:
         args: what it is called with; of a linear module one array, `[..., in]`.
         base: computes the module, `[..., in] -> [..., out]`.
         kernel: gives its kernel, float32 `[in, out]`.
+        bias: `[out]`, or None.
         restore: brings `[..., out]` to the shape that the module gives.
     """
 
     args: tuple[Any, ...]
     base: Callable[..., Any]
     kernel: Kernel
+    bias: Any
     restore: Callable[[Any], Any]
 
 
@@ -57,4 +59,4 @@ def look(
         shape = kernels.FORMS[form].shape(leaves[form].shape) if form else ()
         return kernels.read(leaves, (shape[0], shape[1]))
 
-    return Seen(args, base, kernel, lambda y: y)
+    return Seen(args, base, kernel, leaves.get("bias"), lambda y: y)
