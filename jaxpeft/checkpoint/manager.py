@@ -25,7 +25,7 @@ MOST_SHOWN = 3
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint holds `state` and, once there was an evaluation, `best` (trees of arrays), and a manifest with the plain
+    A checkpoint holds `state`, once there was an evaluation `best`, and `fixed` (trees of arrays), and a manifest with the plain
     values `meta` (the run's identity and its progress). The data position is the step: batches are a function of seed and
     step. What is not good (see `manifest`) is never used; where it is newer than the step that a run goes on
     from, it is put aside under another name.
@@ -45,7 +45,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, enable_async_checkpointing=False)
         return ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, step: int, state: Any, best: Any | None, meta: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: Any, best: Any | None, meta: Mapping[str, Any], fixed: Mapping[str, Any] | None = None
+    ) -> None:
         """Saves a step: arrays, then the manifest, which commits it; then old steps are deleted.
 
         Args:
@@ -53,6 +55,7 @@ class Checkpoints:
             state: tree of arrays.
             best: tree of arrays, or None while there is none.
             meta: plain JSON values.
+            fixed: arrays by name that do not change during the run and cannot be made again with certainty.
 
         Raises:
             CheckpointError: it could not be written; the steps saved before are as they were.
@@ -63,6 +66,8 @@ class Checkpoints:
         items: dict[str, Any] = {"state": ocp.args.StandardSave(state)}
         if best is not None:
             items["best"] = ocp.args.StandardSave(best)
+        if fixed:
+            items["fixed"] = ocp.args.StandardSave(dict(fixed))
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             manifest.write(target, meta)
@@ -145,16 +150,19 @@ class Checkpoints:
         for row in let:
             _log.warning("going on from step %d with another %s", step, row)
 
-    def restore(self, step: int, state: Any, best: Any) -> tuple[Any, Any | None]:
+    def restore(
+        self, step: int, state: Any, best: Any, fixed: Mapping[str, Any] | None = None
+    ) -> tuple[Any, Any | None, dict[str, Any]]:
         """Restores the arrays of a step, onto the devices of the examples.
 
         Args:
             step: which.
             state: the tree of arrays to restore into, for structure, dtype and sharding.
             best: the same for `best`.
+            fixed: the same for the arrays that do not change.
 
         Returns:
-            `(state, best or None)`.
+            `(state, best or None, fixed)`.
 
         Raises:
             CheckpointError: the files cannot be read, or hold other leaves.
@@ -163,9 +171,11 @@ class Checkpoints:
         wanted: dict[str, Any] = {"state": ocp.args.StandardRestore(_abstract(state))}
         if has_best:
             wanted["best"] = ocp.args.StandardRestore(_abstract(best))
+        if fixed:
+            wanted["fixed"] = ocp.args.StandardRestore(_abstract(dict(fixed)))
         with self._reading(step):
             restored: Any = self._manager.restore(step, args=ocp.args.Composite(**wanted))
-        return restored["state"], restored["best"] if has_best else None
+        return restored["state"], restored["best"] if has_best else None, dict(restored["fixed"]) if fixed else {}
 
     @contextmanager
     def _reading(self, step: int) -> Generator[None]:

@@ -56,7 +56,13 @@ class Hooks:
         return wrapped
 
     def _site(
-        self, module: Any, name: str, leaves: Mapping[str, Any], base: Callable[..., Any], key: Any, method: type[Method]
+        self,
+        module: Any,
+        name: str,
+        leaves: Mapping[str, Any],
+        base: Callable[..., Any],
+        key: Any,
+        method: type[Method],
     ) -> Callable[..., Any]:
         compute = getattr(method, method.hooks[name])
         own = {k: leaves[k] for k in method.leaf_names if k in leaves} | {

@@ -305,7 +305,10 @@ class Method:
         """
         values = {ours: config[peft] for peft, ours in cls.peft_options.items() if config.get(peft) is not None}
         rest = {key: value for key, value in config.items() if key not in cls.peft_options and value}
-        return values, [f"{key}: {value!r} is not supported by the {cls.name} method; nothing was loaded" for key, value in rest.items()]
+        return values, [
+            f"{key}: {value!r} is not supported by the {cls.name} method; nothing was loaded"
+            for key, value in rest.items()
+        ]
 
     # ------------------------------------------------------------------------------------------------------------ plainly
 

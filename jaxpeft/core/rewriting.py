@@ -18,9 +18,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError, TargetError
 
 
-def rewrite(
-    method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites: Sequence[Site] | None = None
-) -> Tree:
+def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites: Sequence[Site] | None = None) -> Tree:
     """Adds the method's adapter leaves to a parameter tree, and makes every trainable leaf float32.
 
     A leaf depends on `rng` and on its site's Hugging Face name only, so scanned and unrolled layers start from the same
@@ -83,10 +81,14 @@ def _add(
         made = site_leaves(method, site, on, paths.get(params, site.path), rng)
         twice = sorted(made.keys() & node.keys())
         if twice:
-            raise ConfigError(f"{paths.text(site.path)} would hold two {twice[0]} leaves; let the methods' targets not overlap")
+            raise ConfigError(
+                f"{paths.text(site.path)} would hold two {twice[0]} leaves; let the methods' targets not overlap"
+            )
         node.update(made)
     adapted = tuple(site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes)
-    tree.update(method.init_root(params, adapted, jax.random.fold_in(rng, zlib.crc32(method.name.encode()) & 0x7FFFFFFF)))
+    tree.update(
+        method.init_root(params, adapted, jax.random.fold_in(rng, zlib.crc32(method.name.encode()) & 0x7FFFFFFF))
+    )
 
 
 def _require_separable(method: Method, site: Site, on: tuple[bool, ...], base: Leaves) -> None:
@@ -100,9 +102,7 @@ def _require_separable(method: Method, site: Site, on: tuple[bool, ...], base: L
         )
 
 
-def site_leaves(
-    method: Method, site: Site, on: tuple[bool, ...], base: Leaves, rng: jax.Array
-) -> dict[str, Any]:
+def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, rng: jax.Array) -> dict[str, Any]:
     """Makes the leaves of a site, stacked over its layers; a layer that is not adapted is one of zeros.
 
     Args:
@@ -256,7 +256,9 @@ def _folded(method: Method, site: Site, own: Leaves, shared: Leaves, node: Leave
         whole = {**given, "kernel": given[form].reshape(site.shape)}
         folded = method.fold({**shared, **mine}, whole) if bool(on) else whole
         kept = {form if key == "kernel" else key: value for key, value in folded.items()}
-        layers.append({key: kept[key].reshape(leaf.shape).astype(leaf.dtype) for key, leaf in base.items() if key in kept})
+        layers.append(
+            {key: kept[key].reshape(leaf.shape).astype(leaf.dtype) for key, leaf in base.items() if key in kept}
+        )
     if not site.layers:
         return layers[0]
     stacked = {key: jnp.stack([layer[key] for layer in layers]) for key in layers[0]}

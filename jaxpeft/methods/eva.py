@@ -1,9 +1,9 @@
 """EVA: A begins in the directions in which a site's inputs vary most, and ranks go where they explain most.
 
-For each site the inputs `X [tokens, in]` of the first batches are reduced to their leading right singular vectors, a batch
-merged into those before it (Ross et al. 2008, incremental SVD). `A` takes the first of them; `B` stays zero. With `eva_rho`
-above 1 the total rank, that of `rank` at every site, is given to the sites by the share of variance that a direction
-explains, `eva_rho * rank` at most to one; the scaling of each site stays what it was.
+For each site the inputs `X [tokens, in]` of the first batches are reduced to their leading right singular vectors, each batch
+merged into those before it (incremental SVD). `A` takes the first of them; `B` stays zero. The total rank, `rank` times the
+number of sites, is given to the directions that explain the largest shares of their site's variance, `eva_rho * rank` at most
+to one site; the scaling of each site stays what it was, and a site that gets no rank is left out.
 
 Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", section 3 and
 algorithm 1 (arXiv:2410.07170).
@@ -12,17 +12,19 @@ algorithm 1 (arXiv:2410.07170).
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxpeft.core.method import Leaves, Method
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jnp
 
 if TYPE_CHECKING:
     from jaxpeft.methods.lora import LoRA
-
-Array = np.ndarray[Any, Any]
 
 
 def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
@@ -31,59 +33,68 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     Args:
         method: LoRA with `init_weights="eva"`.
         params: the base, rewritten with it.
-        run: model, batches and seed: a `jaxpeft.training.start.Start`.
+        run: model, base and batches: a `jaxpeft.training.start.Start`.
 
     Returns:
-        `(method, params)`: a LoRA with these ranks, and the tree with these A.
+        `(method, params)`: a plain LoRA with these ranks, and the tree with these A.
+
+    Raises:
+        ConfigError: there is no batch to look at.
     """
     from jaxpeft.core import paths
     from jaxpeft.core.rewriting import chosen_sites
 
     most = max(1, round(method.eva_rho * method.rank))
-    found: dict[str, tuple[Array, Array]] = {}
-    for inputs in run.inputs_of_sites(params, method, method.eva_batches):
-        for name, rows in inputs.items():
-            found[name] = _merged(found.get(name), rows, most)
-    ranks = _ranks({name: share for name, (share, _) in found.items()}, method.rank * len(found), most)
-    kept = {name: rank for name, rank in ranks.items() if rank}
-    alphas = {name: method.site_scale(name) * (rank**0.5 if method.rslora else rank) for name, rank in kept.items()}
-    rank_of = {_whole(name): rank for name, rank in kept.items()}
-    alpha_of = {_whole(name): alpha for name, alpha in alphas.items()}
-    made = dataclasses.replace(
-        method, targets=tuple(kept), exclude=(), layers_to_transform=None, layers_pattern=(), init_weights="default",
-        rank_pattern=rank_of, alpha_pattern=alpha_of, eva_batches=8, eva_rho=2.0,
-    )  # fmt: skip
+
+    def update(state: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _merged(state and state[name], x, most) for name, x in inputs.items()}
+
+    found = run.over_inputs(params, method.leaf_names[0], update, method.eva_batches)
+    if not found:
+        raise ConfigError("method.init_weights: 'eva' looks at training batches, and there is none; give another start")
+    ranks = _ranks({name: np.asarray(values) for name, (values, _) in found.items()}, method.rank * len(found))
+    made = _with_ranks(method, ranks)
     rewritten = run.rewrite(made)
     for site, on in chosen_sites(made, rewritten).items():
         node = paths.get(rewritten, site.path)
-        a = np.array(node["lora_a"])
+        a = node["lora_a"]
         for i, name in enumerate(site.names):
             if on[i]:
-                where = np.unravel_index(i, site.layers) if site.layers else ()
-                a[(*where, slice(None), slice(0, kept[name]))] = found[name][1][: kept[name]].T
-        node["lora_a"] = run.place(a)
+                index = (*(np.unravel_index(i, site.layers) if site.layers else ()), slice(None), slice(0, ranks[name]))
+                a = a.at[index].set(found[name][1][: ranks[name]].T)
+        node["lora_a"] = a
     return made, rewritten
 
 
-def _merged(before: tuple[Array, Array] | None, rows: Array, most: int) -> tuple[Array, Array]:
-    """Gives the variances and directions `[k, in]` of the rows so far.
-
-    Args:
-        before: `(variances, directions)` of the rows before.
-        rows: `[tokens, in]` float32.
-        most: how many directions are kept.
-    """
-    stacked = rows if before is None else np.concatenate([np.sqrt(before[0])[:, None] * before[1], rows])
-    _, values, directions = np.linalg.svd(stacked, full_matrices=False)
-    return values[:most] ** 2, directions[:most]
+def _merged(before: Any, rows: Any, most: int) -> tuple[Any, Any]:
+    """Gives the variances `[k]` and directions `[k, in]` of the rows so far, from those before and rows `[tokens, in]`."""
+    stacked = rows if before is None else jnp.concatenate([jnp.sqrt(before[0])[:, None] * before[1], rows])
+    _, values, directions = jnp.linalg.svd(stacked, full_matrices=False)
+    return jnp.square(values[:most]), directions[:most]
 
 
-def _ranks(variances: Mapping[str, Array], total: int, most: int) -> dict[str, int]:
-    """Gives each site its rank: the `total` directions that explain the largest share of their site's variance."""
-    shares = [(float(v / values.sum()), name) for name, values in variances.items() for v in values[:most]]
-    chosen = sorted(shares, key=lambda pair: -pair[0])[:total]
-    return {name: sum(1 for _, other in chosen if other == name) for name in variances}
+def _ranks(variances: Mapping[str, Any], total: int) -> dict[str, int]:
+    """Gives each site its rank: the `total` directions that explain the largest shares of their sites' variance."""
+    shares = [(float(value / values.sum()), name) for name, values in variances.items() for value in values]
+    chosen = [name for _, name in sorted(shares, key=lambda pair: -pair[0])[:total]]
+    return {name: rank for name in variances if (rank := chosen.count(name))}
 
 
-def _whole(name: str) -> str:
-    return "^" + name.replace(".", r"\.")
+def _with_ranks(method: LoRA, ranks: Mapping[str, int]) -> LoRA:
+    """Gives the plain LoRA with these ranks at these sites, and the scaling that each had."""
+
+    def alpha(name: str, rank: int) -> float:
+        return method.site_scale(name) * (math.sqrt(rank) if method.rslora else rank)
+
+    return dataclasses.replace(
+        method,
+        targets=tuple(ranks),
+        exclude=(),
+        layers_to_transform=None,
+        layers_pattern=(),
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
+        alpha_pattern={re.escape(name): alpha(name, rank) for name, rank in ranks.items()},
+        init_weights="default",
+        eva_batches=8,
+        eva_rho=2.0,
+    )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ from jax.sharding import NamedSharding
 from jaxpeft.checkpoint.identity import tree_spec
 from jaxpeft.checkpoint.manager import Checkpoints
 from jaxpeft.config.schema import OptimizerConfig
-from jaxpeft.core import tree
+from jaxpeft.core import paths, tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.data.batches import Position
 from jaxpeft.logs import timed
+from jaxpeft.methods import from_dict
 from jaxpeft.sharding.mesh import by_rows, place, replicated
 from jaxpeft.training import flops, optimizers, records
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
 from jaxpeft.training.progress import StepProgress, memory_gb
 from jaxpeft.training.setup import Setup
+from jaxpeft.training.start import Start
 from jaxpeft.training.signals import Stopped, StopRequest
 from jaxpeft.training.step import TrainState, init_state, make_train_step
 from jaxpeft.training.watch import Watch
@@ -108,10 +111,53 @@ def _rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:
     return tree.partition(params, trainable_mask(method, params))
 
 
+def _begun(setup: Setup, method: Method, meta: Mapping[str, Any] | None) -> tuple[Method, Tree, Tree]:
+    """Gives what a run trains: `(method, trainable, frozen)`, with the start that the method takes from the data.
+
+    Args:
+        setup: the prepared run.
+        method: as the config has it.
+        meta: of the checkpoint that is gone on from: the method as it was started; None for a new run.
+    """
+    if meta is not None:
+        method = from_dict(meta["method"])
+        return (method, *split_for(setup, method))
+    key = jax.random.key(setup.config.train.seed)
+    run = Start(setup.model, setup.params, key, setup.tokenizer, partial(_first_batches, setup))
+    method, params = method.start(rewrite(method, setup.params, key), run)
+    trainable, frozen = tree.partition(params, trainable_mask(method, params))
+    where = replicated(setup.mesh)
+    return method, jax.tree.map(jnp.copy, jax.device_put(trainable, where)), jax.device_put(frozen, where)
+
+
+def _first_batches(setup: Setup) -> Generator[Mapping[str, Any]]:
+    """Yields the training batches from the first on, their parts one after the other."""
+    with closing(setup.batches.feed({}, setup.steps, lambda: None)) as feed:
+        for batch, _ in feed:
+            if setup.config.train.accumulation == 1:
+                yield batch
+            else:
+                for i in range(setup.config.train.accumulation):
+                    yield {name: value[i] for name, value in batch.items()}
+
+
+def fixed_leaves(method: Method, frozen: Tree) -> dict[str, jax.Array]:
+    """Gives the adapter leaves that are not trained, by path: what a checkpoint must hold beside the trained ones.
+
+    They were made from the base, from data, or from a key, which another machine may do otherwise. Scalars follow from the
+    method's options.
+    """
+    own = {name for part in method.parts() for name in (*part.site_names(), *part.root_names)}
+    return {
+        paths.text(path): leaf
+        for path, leaf in paths.walk(frozen)
+        if path[-1] in own and leaf.ndim > (paths.layer_axis(path) is not None)
+    }
+
+
 def identity_of(setup: Setup, method: Method, trainable: Tree) -> dict[str, Any]:
     """Gives what makes a run this run."""
-    method_values = {"name": method.name, **dataclasses.asdict(method)}
-    return dict(setup.identity) | {"method": method_values, "tree": tree_spec(trainable), "steps": setup.steps}
+    return dict(setup.identity) | {"method": method.as_dict(), "tree": tree_spec(trainable), "steps": setup.steps}
 
 
 def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequence[str]) -> None:
@@ -130,7 +176,8 @@ def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequenc
     checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
     latest = checkpoints.latest()
     if latest is not None:
-        trainable, _ = jax.eval_shape(lambda: _rewritten(setup, method))
+        started = from_dict(checkpoints.read_meta(latest)["method"])
+        trainable, _ = jax.eval_shape(lambda: _rewritten(setup, started))
         checkpoints.check_identity(latest, identity_of(setup, method, trainable), allowed)
 
 
@@ -158,10 +205,13 @@ class Run:
         allowed: Sequence[str] = (),
     ) -> None:
         self.allowed = allowed
-        self.setup, self.method, self.stop, self.folder = setup, method, stop, folder
+        self.setup, self.stop, self.folder = setup, stop, folder
         folder.mkdir(parents=True, exist_ok=True)
-        trainable, self.frozen = split_for(setup, method)
-        self.optimizer = optimizers.build(options, setup.steps)
+        self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
+        self.latest = self.checkpoints.latest()
+        meta = None if self.latest is None else self.checkpoints.read_meta(self.latest)
+        self.method, trainable, self.frozen = _begun(setup, method, meta)
+        self.optimizer = optimizers.build(options, setup.steps, self.method)
         self.rate = optimizers.schedule(options, options.learning_rate, setup.steps)
         state = init_state(trainable, self.optimizer, setup.config.train.seed)
         self.state = jax.device_put(state, replicated(setup.mesh))
@@ -170,7 +220,6 @@ class Run:
         self.best: Tree | None = None
         self.progress = Progress()
         self.evaluator = evaluator
-        self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
         self.identity = identity_of(setup, method, trainable)
         self.step = 0
         self.pending: list[tuple[int, int, Position, dict[str, jax.Array]]] = []
@@ -216,15 +265,17 @@ class Run:
         return Result(self.method, best, self.frozen, self.step, best_step, test, seconds, *self.sizes)
 
     def _resume(self) -> None:
-        latest = self.checkpoints.latest()
+        latest = self.latest
         if latest is not None:
             self.checkpoints.check_identity(latest, self.identity, self.allowed)
         self.checkpoints.put_aside(latest)
         if latest is None:
             return
         with timed(f"restoring step {latest} from {self.folder / 'checkpoints'}"):
-            state, self.best = self.checkpoints.restore(latest, self.state, self.state.trainable)
+            fixed = fixed_leaves(self.method, self.frozen)
+            state, self.best, fixed = self.checkpoints.restore(latest, self.state, self.state.trainable, fixed)
         self.state = TrainState(*state)
+        self.frozen = paths.map_with_path(lambda path, leaf: fixed.get(paths.text(path), leaf), self.frozen)
         meta = self.checkpoints.read_meta(latest)
         self.progress, self.position, self.step = Progress(**meta["progress"]), meta["position"], latest
 
@@ -235,7 +286,7 @@ class Run:
         """Compiles the step for every padded length, so that nothing is compiled while training."""
         setup = self.setup
         parts = setup.config.train.accumulation
-        train_step = make_train_step(setup.model, setup.loss, self.optimizer, parts)
+        train_step = make_train_step(setup.model, setup.loss, self.optimizer, parts, self.method.penalty)
         step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(setup.mesh))
         compiled: dict[int, Step] = {}
         for length in setup.batches.lengths:
@@ -372,8 +423,13 @@ class Run:
         self._flush()
         self.progress = dataclasses.replace(self.progress, seconds=time.perf_counter() - self.started)
         progress = dataclasses.asdict(self.progress)
-        meta = {"identity": self.identity, "progress": progress, "position": self.position}
-        self.checkpoints.save(self.step, self.state, self.best, meta)
+        meta = {
+            "identity": self.identity,
+            "progress": progress,
+            "position": self.position,
+            "method": self.method.as_dict(),
+        }
+        self.checkpoints.save(self.step, self.state, self.best, meta, fixed_leaves(self.method, self.frozen))
 
 
 def _names(trainable: Tree) -> list[str]:

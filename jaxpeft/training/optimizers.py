@@ -11,6 +11,7 @@ import optax
 
 from jaxpeft.config.schema import OptimizerConfig
 from jaxpeft.core import paths
+from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError
 
@@ -53,7 +54,7 @@ def _stable_decay(peak: float, end: float, left: int, decay: int) -> optax.Sched
     )
 
 
-def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def build(config: OptimizerConfig, steps: int, method: Method | None = None) -> optax.GradientTransformation:
     """Makes the optimizer: clipping by the global norm, then the update, with a learning rate of its own for the head.
 
     It is given the trainable part of the tree, and so holds no state for a frozen leaf.
@@ -61,13 +62,28 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     Args:
         config: the optimizer's options.
         steps: of the whole run.
+        method: what is trained, which may give leaves rates of their own, and the optimizer more to do.
     """
     update = _update(config, schedule(config, config.learning_rate, steps))
     if config.head_learning_rate is not None:
         head = _update(config, schedule(config, config.head_learning_rate, steps))
         update = optax.partition({"base": update, "head": head}, _labels)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
-    return optax.chain(clip, update)
+    if method is None:
+        return optax.chain(clip, update)
+    return method.optimizer(optax.chain(clip, update, _at_rates(method)), steps)
+
+
+def _at_rates(method: Method) -> optax.GradientTransformation:
+    """Scales updates by the rate that the method gives each leaf: as if its learning rate were so many times the others'."""
+
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        return paths.map_with_path(
+            lambda path, leaf: leaf if (rate := method.rate(path)) == 1.0 else rate * leaf, updates
+        )
+
+    return optax.stateless(scale)
 
 
 def _labels(tree: Tree) -> Tree:

@@ -137,13 +137,13 @@ SUBJECTS = [
 ]
 
 
-@pytest.fixture(scope="module")  # so that the tests of one subject run one after the other, and share what it has computed
+@pytest.fixture(
+    scope="module"
+)  # so that the tests of one subject run one after the other, and share what it has computed
 def subject(request: pytest.FixtureRequest) -> Subject:
     return subject_of(*request.param)
 
 
 def every_subject(test: Any) -> Any:
     """Runs a test on every method, model, and way to run the layers."""
-    return pytest.mark.parametrize(
-        "subject", [pytest.param(p.values, id=p.id) for p in SUBJECTS], indirect=True
-    )(test)
+    return pytest.mark.parametrize("subject", [pytest.param(p.values, id=p.id) for p in SUBJECTS], indirect=True)(test)

@@ -75,7 +75,10 @@ def check(record: Any, case: Case, wanted: Any, plain: Any, found: Any) -> None:
 
 @every_case
 def test_the_real_peft_gives_the_logits_of_what_jaxpeft_saved(
-    reference: Any, tmp_path: Path, record_property: Any, case: Case  # noqa: F811
+    reference: Any,
+    tmp_path: Path,
+    record_property: Any,
+    case: Case,  # noqa: F811
 ) -> None:
     torch_model = reference(case.kind, case.task)
     model, base = torch_model.load()
@@ -87,7 +90,10 @@ def test_the_real_peft_gives_the_logits_of_what_jaxpeft_saved(
 
 @every_case
 def test_jaxpeft_gives_the_logits_of_what_the_real_peft_saved(
-    reference: Any, tmp_path: Path, record_property: Any, case: Case  # noqa: F811
+    reference: Any,
+    tmp_path: Path,
+    record_property: Any,
+    case: Case,  # noqa: F811
 ) -> None:
     torch_model = reference(case.kind, case.task)
     config, options = case.peft

@@ -168,4 +168,3 @@ def sharded(model: Any, params: Any) -> Any:
     placed = paths.map_with_path(place, params)
     out = np.asarray(jax.jit(lambda p: jaxpeft.apply(model, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)(placed))
     return out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
-

@@ -1,0 +1,92 @@
+"""What a method may look at to give its adapter a start: the model, the tokenizer, and the first training batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core import paths
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.rewriting import rewrite
+from jaxpeft.core.tree import unstack_layers
+from jaxpeft.forward import apply
+from jaxpeft.models.base import Pretrained
+
+_log = logging.getLogger(__name__)
+_INPUTS = ("token_type_ids", "position_ids", "segment_ids")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a method's `start` is given.
+
+    Attributes:
+        model: the Linen module.
+        base: its parameters, not rewritten.
+        key: that the tree was rewritten with.
+        tokenizer: of the model, None where there is none.
+        batches: the first training batches, each a dict of arrays with `input_ids` and `attention_mask` `[rows, length]`;
+            iterated anew each time.
+    """
+
+    model: Pretrained
+    base: Mapping[str, Any]
+    key: jax.Array
+    tokenizer: Any = None
+    batches: Callable[[], Iterable[Mapping[str, Any]]] = lambda: ()
+
+    def rewrite(self, method: Method) -> Tree:
+        """Rewrites the base with another method, from the same key."""
+        return rewrite(method, self.base, self.key)
+
+    def over_inputs(
+        self, params: Mapping[str, Any], marker: str, update: Callable[[Any, Mapping[str, jax.Array]], Any], most: int
+    ) -> Any:
+        """Folds a function over what the sites are called with, batch by batch, compiled.
+
+        Args:
+            params: the rewritten tree.
+            marker: name of the leaf that tells a site.
+            update: `(state or None, inputs) -> state`; the inputs are `[tokens, in]` float32 by the site's Hugging Face name,
+                rows of zeros for padding.
+            most: how many batches are looked at.
+
+        Returns:
+            The last state; None where there was no batch.
+        """
+        model = self.model.clone(options=dataclasses.replace(self.model.options, scan_layers=False))
+
+        def seen(params: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+            found: dict[str, jax.Array] = {}
+            real = batch["attention_mask"].astype(bool).reshape(-1, 1)
+
+            def look(fn: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+                module = context.module
+                if context.method_name == "__call__" and marker in module.variables.get("params", {}):
+                    x = args[0].astype(jnp.float32).reshape(-1, args[0].shape[-1])
+                    (name,) = paths.hf_names(module.path, None)
+                    found[name] = jnp.where(real, x, 0.0) if len(x) == len(real) else x
+                return fn(*args, **kwargs)
+
+            with nn.intercept_methods(look):
+                extra = {name: batch[name] for name in _INPUTS if name in batch}
+                apply(model, unstack_layers(params), batch["input_ids"], batch["attention_mask"], **extra)
+            return found
+
+        first = jax.jit(lambda params, batch: update(None, seen(params, batch)))
+        later = jax.jit(lambda state, params, batch: update(state, seen(params, batch)))
+        state: Any = None
+        for i, batch in enumerate(self.batches()):
+            if i == most:
+                break
+            given = {name: jnp.asarray(value) for name, value in batch.items()}
+            state = first(params, given) if state is None else later(state, params, given)
+        return state
