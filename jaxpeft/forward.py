@@ -36,7 +36,8 @@ def apply(
         adapter: for a tree whose adapter leaves are a bank (`jaxpeft.bank`): the number of the adapter to compute with, or
             `[batch]`, one for each row.
         **kw: further inputs of the model, such as `token_type_ids`, `position_ids`, `segment_ids`; `variables`, other
-            collections of another module, such as `batch_stats`, and what else `flax.linen.Module.apply` takes.
+            collections of another module, such as `batch_stats`; `mutable`, the names of collections to give beside the
+            result; and, for another module, what else `flax.linen.Module.apply` takes.
 
     Returns:
         Logits, float32: `[batch, length, vocab]` (causal_lm), `[batch, num_labels]` (sequence_classification),
@@ -47,13 +48,14 @@ def apply(
             embedding look-up would not notice.
         ConfigError: a module that holds adapter leaves is of a type that their method cannot adapt.
     """
+    asked = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
     if isinstance(model, Pretrained):
         args, kw = _checked(model, args, kw)
     rows = None if adapter is None else jnp.asarray(adapter, jnp.int32)
     hooks = Hooks(MARKERS, {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)}, rows)
     variables = {"params": params, **kw.pop("variables", {})}
     with nn.intercept_methods(interceptor(hooks)):
-        return model.apply(variables, *args, rngs=dict(rngs) if rngs else None, **kw)
+        return model.apply(variables, *args, rngs=dict(rngs) if rngs else None, **asked, **kw)
 
 
 def _checked(model: Pretrained, args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

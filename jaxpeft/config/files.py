@@ -67,17 +67,9 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     section = values.get("method", {})
     if not isinstance(section, Mapping):
         return None, [f"config.method: must be a section with options, is {section!r}"]
-    method, problems = _parse_method(dict(typing.cast(Mapping[str, Any], section)))
+    method, problems = Method.read(typing.cast(Mapping[str, Any], section), "config.method")
     config, found = parse(Config, {**rest, "method": method} if method else rest, "config")
     return (None, [*problems, *found]) if problems or found else (config, [])
-
-
-def _parse_method(section: dict[str, Any]) -> tuple[Method | None, list[str]]:
-    name = section.pop("name", "lora")
-    if name not in METHODS:
-        hint = nearest(str(name), METHODS)
-        return None, [f"config.method.name: {name!r} is not a method{hint} (known: {', '.join(METHODS)})"]
-    return parse(METHODS[name], section, "config.method")
 
 
 def read_file(path: Path) -> dict[str, Any]:

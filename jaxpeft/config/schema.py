@@ -314,5 +314,5 @@ class Config:
 def as_dict(config: Config) -> dict[str, Any]:
     """Gives a config as plain JSON values, the method's name included: what is saved beside each checkpoint."""
     plain: dict[str, Any] = dataclasses.asdict(config)
-    plain["method"] = {"name": config.method.name} | plain["method"]
+    plain["method"] = config.method.as_dict()
     return json.loads(json.dumps(plain))

@@ -8,6 +8,7 @@ outside.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,7 @@ class Hooks:
         key: Any,
         method: type[Method],
     ) -> Callable[..., Any]:
+        _require_inputs(module, name, method)
         compute = getattr(method, method.hooks[name])
         own = {k: leaves[k] for k in method.leaf_names if k in leaves} | {
             k: self.root[k] for k in method.root_names if k in self.root
@@ -80,6 +82,21 @@ class Hooks:
             return out if on is None else jnp.where(on, out, base(*args, **kwargs))
 
         return call
+
+
+def _require_inputs(module: Any, name: str, method: type[Method]) -> None:
+    """Refuses a module whose method does not take the inputs that an adapter gives it.
+
+    Raises:
+        ConfigError: naming the module's type and the input.
+    """
+    takes = inspect.signature(getattr(type(module), name)).parameters if method.needed_inputs else {}
+    for wanted in method.needed_inputs:
+        if wanted not in takes:
+            raise ConfigError(
+                f"{type(module).__name__}.{name} takes no input {wanted!r}, which the {method.name} method gives; it works on "
+                "the models that jaxpeft.load gives"
+            )
 
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:

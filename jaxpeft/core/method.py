@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxpeft.core.options import option, settle
+from jaxpeft.core.options import option, parse, settle
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, Targets
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import jax
@@ -94,8 +94,13 @@ class Method:
             a leaf beside them says which layers are.
         peft_type: of Hugging Face PEFT's `adapter_config.json`, None where PEFT has no such method.
         peft_options: from PEFT's names of options to the method's.
+        peft_required: those of PEFT's names without which a file cannot be read, as defaults differ.
+        peft_ignored: PEFT's names of options that say nothing of what a trained adapter computes, such as how it began, or
+            that the method's own `from_peft` reads.
         files: from a leaf's name to its tensor's in an adapter file; a leaf of two axes is stored as its transpose.
         root_files: the same for leaves at the root.
+        module_prefix: what the names of the base's modules begin with in an adapter file.
+        needed_inputs: what a module's method must take by name, beside its own inputs, to be computed by this one.
     """
 
     name: ClassVar[str]
@@ -110,8 +115,12 @@ class Method:
     zero_is_base: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = None
     peft_options: ClassVar[Mapping[str, str]] = {}
+    peft_required: ClassVar[tuple[str, ...]] = ()
+    peft_ignored: ClassVar[frozenset[str]] = frozenset()
     files: ClassVar[Mapping[str, str]] = {}
     root_files: ClassVar[Mapping[str, str]] = {}
+    module_prefix: ClassVar[str] = "base_model.model."
+    needed_inputs: ClassVar[tuple[str, ...]] = ()
 
     modules_to_save: tuple[str, ...] = option((), "names of modules trained and saved whole, beside the adapter")
 
@@ -127,6 +136,11 @@ class Method:
     def parts(self) -> tuple[Method, ...]:
         """Gives the methods that this one is made of: itself, but for a method made of methods."""
         return (self,)
+
+    @property
+    def virtual_positions(self) -> int:
+        """How many positions it takes in front of a row's tokens."""
+        return 0
 
     # ------------------------------------------------------------------------------------------------------------- sites
 
@@ -175,14 +189,17 @@ class Method:
         del params, sites, rng
         return {}
 
-    def trains(self, path: Path, siblings: Leaves) -> bool:
+    def trains(self, path: Path, params: Leaves) -> bool:
         """Says whether the method trains a leaf of the base or of its own.
 
         Args:
             path: of the leaf.
-            siblings: the leaves of the same module.
+            params: the whole tree, rewritten; abstract leaves will do.
+
+        Raises:
+            ConfigError: the leaf is stacked, and some of its layers only would be trained.
         """
-        del siblings
+        del params
         return path[-1] in self.trained_leaves
 
     @staticmethod
@@ -286,7 +303,24 @@ class Method:
 
     def to_peft(self) -> dict[str, Any]:
         """Gives the options as `adapter_config.json` has them, those in common to all methods apart."""
-        return {peft: getattr(self, ours) for peft, ours in self.peft_options.items()}
+        return {peft: getattr(self, ours) for peft, ours in self.file_options().items()}
+
+    def peft_sizes(self, params: Leaves, config: Any) -> dict[str, Any]:
+        """Gives what `adapter_config.json` says of the base beside the options.
+
+        Args:
+            params: the rewritten tree; abstract leaves will do.
+            config: the model's, whose names are those of its `config.json`.
+        """
+        del params, config
+        return {}
+
+    @classmethod
+    def file_options(cls) -> Mapping[str, str]:
+        """Gives the method's options by what `adapter_config.json` calls them: where PEFT has no such method, as they are."""
+        if cls.peft_type is not None:
+            return cls.peft_options
+        return {f.name: f.name for f in dataclasses.fields(cls) if f.name != "modules_to_save"}
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -303,11 +337,14 @@ class Method:
         Returns:
             `(options, problems)`: what is set and not supported is a problem.
         """
-        values = {ours: config[peft] for peft, ours in cls.peft_options.items() if config.get(peft) is not None}
-        rest = {key: value for key, value in config.items() if key not in cls.peft_options and value}
+        options = cls.file_options()
+        values = {ours: config[peft] for peft, ours in options.items() if config.get(peft) is not None}
+        known = options.keys() | cls.peft_ignored
+        rest = {key: value for key, value in config.items() if key not in known and value}
+        missing = [key for key in cls.peft_required if config.get(key) is None]
         return values, [
-            f"{key}: {value!r} is not supported by the {cls.name} method; nothing was loaded"
-            for key, value in rest.items()
+            *(f"{key}: {value!r} is not supported by the {cls.name} method; nothing was loaded" for key, value in rest.items()),
+            *(f"{key}: is not set; take it from where the adapter was trained" for key in missing),
         ]
 
     # ------------------------------------------------------------------------------------------------------------ plainly
@@ -315,6 +352,24 @@ class Method:
     def as_dict(self) -> dict[str, Any]:
         """Gives the options as plain values, with the method's name."""
         return {"name": self.name, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str]]:
+        """Makes a method of plain values, of which `name` says which, finding every problem at once.
+
+        Args:
+            values: as `as_dict` gives them.
+            where: what to call them in a message, such as `config.method`.
+
+        Returns:
+            `(method, [])`, or `(None, problems)`.
+        """
+        from jaxpeft.methods import METHODS
+
+        name = str(values.get("name", "lora"))
+        if name not in METHODS:
+            return None, [f"{where}.name: {name!r} is not a method{nearest(name, METHODS)} (known: {', '.join(METHODS)})"]
+        return parse(METHODS[name], {key: value for key, value in values.items() if key != "name"}, where)
 
 
 def _torch(leaf: Any) -> Any:

@@ -167,6 +167,9 @@ def _convert_dict(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str
 def _convert_dataclass(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
     if isinstance(value, hint):
         return value, []
+    read = getattr(hint, "read", None)  # of a type that stands for several, as methods do
+    if read is not None and isinstance(value, Mapping):
+        return read(value, where)
     if not isinstance(value, Mapping):
         return value, [f"{where}: must be a section with options, is {value!r} ({type(value).__name__})"]
     return parse(hint, typing.cast(Mapping[str, Any], value), where)

@@ -37,11 +37,11 @@ def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites:
             sake of some of its layers.
     """
     tree = paths.build(list(paths.walk(params)))
+    present = adapted_modules(method, params)
+    if present:
+        where = paths.text(present[0]) or "the root of the tree"
+        raise ConfigError(f"{where} already holds {method.name} leaves; rewrite the base, or merge first")
     for part in method.parts():
-        present = adapted_modules(part, tree)
-        if present:
-            where = paths.text(present[0]) or "the root of the tree"
-            raise ConfigError(f"{where} already holds {part.name} leaves; rewrite the base, or merge first")
         _add(part, params, tree, rng, chosen_sites(part, params, sites))
     mask = dict(paths.walk(trainable_mask(method, tree)))
     return paths.map_with_path(lambda path, leaf: leaf.astype(jnp.float32) if mask[path] else leaf, tree)
@@ -76,7 +76,6 @@ def _add(
     """Puts the leaves of one method into a tree whose dicts are its own."""
     targets.report_coverage(targets.find_sites(params, method.kinds), chosen)
     for site, on in chosen.items():
-        _require_separable(method, site, on, paths.get(params, site.path))
         node = paths.get(tree, site.path)
         made = site_leaves(method, site, on, paths.get(params, site.path), rng)
         twice = sorted(made.keys() & node.keys())
@@ -89,17 +88,6 @@ def _add(
     tree.update(
         method.init_root(params, adapted, jax.random.fold_in(rng, zlib.crc32(method.name.encode()) & 0x7FFFFFFF))
     )
-
-
-def _require_separable(method: Method, site: Site, on: tuple[bool, ...], base: Leaves) -> None:
-    """Refuses to train a stacked bias for the sake of some of its layers: the others would be trained with it."""
-    path = (*site.path, "bias")
-    of_adapted = method.trains(path, dict.fromkeys(method.leaf_names)) and not method.trains(path, {})
-    if "bias" in base and of_adapted and not all(on):
-        raise ConfigError(
-            f"{method.name}: the biases of {paths.text(site.path)} are one stacked leaf, and {sum(on)} of its {len(on)} "
-            "layers are adapted; adapt all of them, or load the model with scan_layers=False"
-        )
 
 
 def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, rng: jax.Array) -> dict[str, Any]:
@@ -118,6 +106,11 @@ def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, 
         layers.append(method.init(site.one(i), partial(_kernel, site, base, i), key) if wanted else None)
     if not site.layers:
         return dict(layers[0] or {})
+    if len({frozenset(layer) for layer in layers if layer is not None}) > 1:
+        raise ConfigError(
+            f"{method.name}: the layers of {paths.text(site.path)} are stacked, and with these options some hold other leaves "
+            "than others; load the model with scan_layers=False"
+        )
     stacked = _stack_padded(layers)
     if not all(on) and not method.zero_is_base:
         stacked[method.site_names()[-1]] = jnp.asarray(on)
@@ -168,7 +161,7 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
     """
     leaves = list(paths.walk(params))
     names = {".".join(path[:-1]) for path, _ in leaves}
-    saved = tuple(name for part in method.parts() for name in part.modules_to_save)
+    saved = modules_to_save(method)
     unused = [m for m in dict.fromkeys(saved) if not any(targets.under(name, [m]) for name in names)]
     if unused:
         stacked = any(paths.layer_axis(path) is not None for path, _ in leaves)
@@ -192,12 +185,16 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
 def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) -> bool:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
-    siblings = paths.get(params, path[:-1])
     for part in method.parts():
         if path[-1] in (*part.site_names(), *part.root_names):
-            return part.trains(path, siblings)
-    whole = any(targets.under(".".join(path[:-1]), part.modules_to_save) for part in method.parts())
-    return paths.is_head(path) or whole or any(part.trains(path, siblings) for part in method.parts())
+            return part.trains(path, params)
+    whole = targets.under(".".join(path[:-1]), modules_to_save(method))
+    return paths.is_head(path) or whole or any(part.trains(path, params) for part in method.parts())
+
+
+def modules_to_save(method: Method) -> tuple[str, ...]:
+    """Gives the names of the modules that a method, or one of those that it is made of, trains and saves whole."""
+    return tuple(dict.fromkeys(name for part in (method, *method.parts()) for name in part.modules_to_save))
 
 
 def adapted_modules(method: Method, params: Mapping[str, Any]) -> list[Path]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
@@ -20,9 +20,9 @@ from typing import Any, cast
 from jaxpeft.core import kernels, paths
 from jaxpeft.core.expressions import require_fast
 from jaxpeft.core.paths import Path
-from jaxpeft.errors import TargetError, nearest
+from jaxpeft.errors import ConfigError, TargetError, nearest
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL = "all-linear", "all"
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +59,7 @@ class Targets:
     """The target options of a method, as in PEFT's config.
 
     Attributes:
-        targets: list of name suffixes, or a regular expression, or `"all-linear"`.
+        targets: list of name suffixes, or a regular expression, or `"all-linear"`, or `"all"`.
         exclude: the same, for what must not be adapted; it wins.
         layers_to_transform: layer numbers; None for all.
         layers_pattern: names of the container whose numbers count; empty for the first number in a name.
@@ -149,6 +149,11 @@ def _require_fast(wanted: Targets, names: Sequence[str]) -> None:
     require_fast("layers_pattern", {of: _layer_expression(of) + ".*" for of in wanted.layers_pattern}, names)
 
 
+def is_keyword(targets: str | tuple[str, ...]) -> bool:
+    """Says whether targets are `"all-linear"`, or `"all"` sites of the method's kinds, and so no regular expression."""
+    return isinstance(targets, str) and targets.lower() in (ALL_LINEAR, ALL)
+
+
 def usual(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     """Gives those of the usual targets of a method that a model has.
 
@@ -171,7 +176,7 @@ def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Se
     Raises:
         TargetError: naming the sites.
     """
-    if isinstance(wanted.targets, str) and wanted.targets.lower() == ALL_LINEAR:
+    if is_keyword(wanted.targets):
         return
     entries = wanted.targets if isinstance(wanted.targets, tuple) else (wanted.targets,)
     others = [(site.kind, name) for site in sites if site.kind not in kinds for name in site.names]
@@ -196,11 +201,35 @@ def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
     if _named(name, wanted.exclude) or under(name, wanted.modules_to_save) or paths.is_head(tuple(name.split("."))):
         return False
     if isinstance(wanted.targets, str):
+        if wanted.targets == ALL:
+            return _in_layers(name, wanted)
         if wanted.targets.lower() == ALL_LINEAR:
             return kind == "linear" and name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
         return re.fullmatch(wanted.targets, name) is not None
     # PEFT: an entry that is the whole name is taken at its word, whatever layers_to_transform says
     return name in wanted.targets or (_named(name, wanted.targets) and _in_layers(name, wanted))
+
+
+def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]) -> bool:
+    """Says whether a leaf of the base is to be trained, which a stacked one can be for all of its layers only.
+
+    Args:
+        method: the name of the method that trains it.
+        path: of the leaf.
+        leaf: itself; abstract will do.
+        wanted: whether the module of a Hugging Face name is one whose leaf is trained.
+
+    Raises:
+        ConfigError: some layers of a stacked leaf are wanted, and others not.
+    """
+    layers = None if paths.layer_axis(path) is None else leaf.shape[0]
+    flags = [wanted(name) for name in paths.hf_names(path[:-1], layers)]
+    if any(flags) and not all(flags):
+        raise ConfigError(
+            f"{method}: {paths.text(path)} is one stacked leaf, and it is to be trained in {sum(flags)} of its {len(flags)} "
+            "layers; take all of them, or load the model with scan_layers=False"
+        )
+    return all(flags)
 
 
 def under(name: str, modules: Iterable[str]) -> bool:
@@ -266,7 +295,7 @@ def _require_all_used(wanted: Targets, names: Sequence[str]) -> None:
         for entry in wanted.targets:
             if not any(_named(name, (entry,)) for name in names):
                 problems.append(f"targets: {entry!r} matches no site{_hint(entry, names)}")
-    elif wanted.targets.lower() != ALL_LINEAR and not any(re.fullmatch(wanted.targets, name) for name in names):
+    elif not is_keyword(wanted.targets) and not any(re.fullmatch(wanted.targets, name) for name in names):
         problems.append(
             f"targets: the regular expression {wanted.targets!r} matches no whole site name; {_sample(names)}"
         )

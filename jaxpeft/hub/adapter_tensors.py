@@ -19,7 +19,6 @@ from jaxpeft.core.rewriting import chosen_sites, layer_of, trainable_mask
 from jaxpeft.core.targets import Site
 from jaxpeft.hub.safetensors_files import Tensor
 
-PREFIX = "base_model.model."
 Array = np.ndarray[Any, Any]
 
 
@@ -71,7 +70,7 @@ class Adapted:
     @property
     def prefix(self) -> str:
         """What the names of its tensors begin with."""
-        return f"{PREFIX}{self.site.name}." if self.site.path else ""
+        return f"{self.method.module_prefix}{self.site.name}." if self.site.path else ""
 
     def take(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
         """Gives the tensors from the leaves of the tree, by name."""
@@ -113,7 +112,7 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
         leaf_name = paths.hf_names(path[-1:], None)[0]
         for row, module in enumerate(paths.hf_names(path[:-1], layers)):
             middle = method.wrapping(path, module in wrapped)
-            out.append(Whole(f"{PREFIX}{module}.{middle}{leaf_name}", path, None if layers is None else row))
+            out.append(Whole(f"{method.module_prefix}{module}.{middle}{leaf_name}", path, None if layers is None else row))
     return out
 
 
@@ -166,19 +165,38 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
         method: what the tree is to be saved as.
         params: the rewritten tree.
     """
-    problems: list[str] = []
-    for part in method.parts():
+    problems = [problem for part in method.parts() for problem in _root_mismatches(part, params)]
+    for part in (part for part in method.parts() if part.leaf_names):
         chosen = chosen_sites(part, params)
+        alike = [other for other in method.parts() if other is not part and other.leaf_names == part.leaf_names]
+        elsewhere = {name for other in alike for name in _adapted_names(other, params)}
         for site in targets.find_sites(params, targets.KINDS):
             leaves = paths.get(params, site.path)
             there = {key: leaves[key] for key in part.leaf_names if key in leaves}
             on = chosen.get(site, (False,) * len(site.names))
             for i, (name, wanted) in enumerate(zip(site.names, on, strict=True)):
+                if name in elsewhere:
+                    continue
                 if there:
                     problems += _site_mismatches(part, site.one(i), wanted, layer_of(site, there, i))
                 elif wanted:
                     problems.append(f"{name}: is not adapted in the tree")
     return problems
+
+
+def _root_mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
+    """Compares the leaves at the root with those that the method makes."""
+    if not method.root_names:
+        return []
+    sites = tuple(site.one(i) for site, on in chosen_sites(method, params).items() for i, yes in enumerate(on) if yes)
+    made = jax.eval_shape(partial(method.init_root, params, sites), jax.eval_shape(lambda: jax.random.key(0)))
+    wanted = {key: list(leaf.shape) for key, leaf in made.items()}
+    there = {key: list(params[key].shape) for key in method.root_names if key in params}
+    return [
+        f"{key}: is {there.get(key, 'not')} in the tree, the method makes it {wanted.get(key, 'not')}"
+        for key in method.root_names
+        if there.get(key) != wanted.get(key)
+    ]
 
 
 def _site_mismatches(method: Method, site: Site, wanted: bool, leaves: Mapping[str, Any]) -> list[str]:
@@ -232,26 +250,34 @@ def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
     return problems
 
 
-def without_copies(header: Mapping[str, Tensor], base: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Leaves out what PEFT writes beside an adapter: a saved module's other names, and equal copies of base weights.
+def without_copies(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Leaves out what PEFT writes beside an adapter.
+
+    That is a saved module's other names, equal copies of base weights, and equal copies at each site of what sites share.
 
     Args:
+        method: what the adapter is.
         header: the tensors of the file.
         base: the parameters that the adapter is for.
     """
+    roots = [name for part in method.parts() for name in part.root_files.values() if name in header]
+    shared = {name.rpartition(".")[2]: header[name].read() for name in roots}
     leaves = {name: (path, i) for path, leaf in paths.walk(base) for i, name in enumerate(_names(path, leaf))}
     kept: dict[str, Tensor] = {}
     for name, tensor in header.items():
         plain = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
         if ".original_module." in name or (plain != name and plain in header):
             continue
-        own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        own = name.removeprefix(method.module_prefix).replace(".base_layer.", ".")
         if own.endswith(".weight") and ".base_layer." in name and own in leaves:
             path, row = leaves[own]
             leaf = np.asarray(paths.get(base, path))
             leaf = leaf[row] if paths.layer_axis(path) is not None else leaf
             if np.array_equal(tensor.read(), leaf.T if path[-1] == "kernel" else leaf):
                 continue
+        copied = shared.get(name.rpartition(".")[2])
+        if copied is not None and name not in roots and np.array_equal(tensor.read(), copied):
+            continue
         kept[name] = tensor
     return kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -17,16 +18,17 @@ import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import rewrite
+from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.errors import AdapterError, TargetError, WeightsError
 from jaxpeft.hub import adapter_tensors, peft_config
 from jaxpeft.hub.loading import abstract_params
 from jaxpeft.hub.safetensors_files import Tensor, read_header
 from jaxpeft.hub.sources import fingerprint, read_json
+from jaxpeft.methods import from_dict
 from jaxpeft.models.base import Pretrained
 
 CONFIG, WEIGHTS, EXTRA, CARD = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json", "README.md"
-TIED_HEAD = f"{adapter_tensors.PREFIX}lm_head.weight"
+PARTS = "jaxpeft_parts.json"
 _log = logging.getLogger(__name__)
 
 
@@ -57,11 +59,19 @@ def save_adapter(
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder}: is a file; give a folder to save the adapter to")
     _check_whole(method, params, model)
+    save = _save_one if method.parts() == (method,) else _save_parts
+    save(folder, method, params, model, labels)
+
+
+def _save_one(
+    folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, labels: tuple[str, ...]
+) -> None:
+    """Saves one method's adapter, of a tree that may hold others'."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = adapter_tensors.to_tensors(method, params)
-    tied = _tied_embedding(model, params)
+    tied, head = _tied_names(method, model, params)
     if tied in tensors:
-        tensors[TIED_HEAD] = tensors[tied].copy()
+        tensors[head] = tensors[tied].copy()
     broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if broken:
         raise AdapterError([f"{folder}: {name} holds NaN or infinity; not saved" for name in broken])
@@ -71,14 +81,43 @@ def save_adapter(
         method, model.options.task, source.name if source else "", source.revision if source else None, whole
     )
     sites = sorted({entry.site.name for entry in adapter_tensors.adapted(method, params) if entry.site.path})
-    config |= _named_targets(config, sites)
-    config["ensure_weight_tying"] = tied in tensors
+    config |= _named_targets(config, sites) | method.peft_sizes(params, model.config)
+    if tied in tensors:
+        config["ensure_weight_tying"] = True
     extra = _extra(model, labels)
     _replace(folder / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
     _replace(folder / EXTRA, lambda file: file.write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n"))
     _replace(folder / CARD, lambda file: file.write_text(_card(method, config) + _pooling_note(model)))
     _replace(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), (folder / WEIGHTS).stat().st_size / 1e3, folder)
+
+
+def _save_parts(
+    folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, labels: tuple[str, ...]
+) -> None:
+    """Saves a method made of methods as one adapter folder a part, each of which `peft` loads, and the list of them."""
+    names: list[str] = []
+    for part in method.parts():
+        name = part.name if part.name not in names else f"{part.name}_{len(names)}"
+        names.append(name)
+        own = dataclasses.replace(part, modules_to_save=(*method.modules_to_save, *part.modules_to_save))
+        _save_one(folder / name, own, params, model, labels)
+    content = {"jaxpeft_version": jaxpeft.__version__, "parts": names, "method": method.as_dict()}
+    _replace(folder / PARTS, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def _load_parts(folder: FilePath, model: Pretrained, params: Mapping[str, Any]) -> tuple[Method, Tree]:
+    """Loads what `_save_parts` saved: the adapter leaves of each part, and the leaves of the base that it trained."""
+    content = read_json(folder / PARTS)
+    method = from_dict(content["method"])
+    tree = rewrite(method, params, jax.random.key(0))
+    for name in content["parts"]:
+        part, loaded = load_adapter(folder / str(name), model, params)
+        mask = dict(paths.walk(trainable_mask(part, loaded)))
+        base = {path for path, _ in paths.walk(params)}
+        taken = {path: leaf for path, leaf in paths.walk(loaded) if mask[path] or path not in base}
+        tree = paths.map_with_path(lambda path, leaf, taken=taken: taken.get(path, leaf), tree)
+    return method, tree
 
 
 def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -> None:
@@ -98,15 +137,15 @@ def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -
         )
 
 
-def _tied_embedding(model: Pretrained, params: Mapping[str, Any]) -> str:
-    """Gives the file's name of the embedding that is the language-model head as well, "" where the head is its own.
+def _tied_names(method: Method, model: Pretrained, params: Mapping[str, Any]) -> tuple[str, str]:
+    """Gives the file's names of the embedding that is the language-model head as well, and of that head; "" where it is not.
 
     PEFT unties the two where only one is saved, and ties them by `ensure_weight_tying` and a copy as `lm_head`.
     """
     if model.options.task != "causal_lm" or "lm_head" in params:
-        return ""
+        return "", ""
     (embedding,) = (paths.hf_names(path, None)[0] for path, _ in paths.walk(params) if path[-1] == "embedding")
-    return adapter_tensors.PREFIX + embedding
+    return method.module_prefix + embedding, f"{method.module_prefix}lm_head.weight"
 
 
 def _finite(tensor: Any) -> bool:
@@ -184,6 +223,8 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
     folder = FilePath(path)
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
+    if (folder / PARTS).is_file():
+        return _load_parts(folder, model, params)
     if not (folder / WEIGHTS).is_file():
         pickles = [p.name for p in folder.glob("*.bin")]
         why = (
@@ -205,10 +246,10 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
         rewritten = rewrite(method, params, jax.random.key(0))
     except TargetError as error:
         raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
-    header = adapter_tensors.without_copies(header, params)
-    tied = _tied_embedding(model, params)
+    header = adapter_tensors.without_copies(method, header, params)
+    tied, head = _tied_names(method, model, params)
     if tied in header:
-        header = _without_tied_head(header, tied, folder)
+        header = _without_tied_head(header, tied, head, folder)
     problems = adapter_tensors.differences(method, rewritten, header)
     if not problems:
         tensors = {name: tensor.read() for name, tensor in header.items()}
@@ -228,15 +269,15 @@ def _without_pooler(config: dict[str, Any], header: Mapping[str, Tensor]) -> tup
     return config, {name: tensor for name, tensor in header.items() if ".pooler." not in name}
 
 
-def _without_tied_head(header: Mapping[str, Any], tied: str, folder: FilePath) -> dict[str, Any]:
-    head = header.get(TIED_HEAD)
-    if head is None or not np.array_equal(head.read(), header[tied].read()):
-        why = "is as in the base" if head is None else "is another one"
+def _without_tied_head(header: Mapping[str, Any], tied: str, head: str, folder: FilePath) -> dict[str, Any]:
+    own = header.get(head)
+    if own is None or not np.array_equal(own.read(), header[tied].read()):
+        why = "is as in the base" if own is None else "is another one"
         raise AdapterError(
-            f"{folder / WEIGHTS}: {tied} was trained and {TIED_HEAD} {why}: PEFT untied them, and this model ties them; "
+            f"{folder / WEIGHTS}: {tied} was trained and {head} {why}: PEFT untied them, and this model ties them; "
             "train it with ensure_weight_tying=True"
         )
-    return {name: tensor for name, tensor in header.items() if name != TIED_HEAD}
+    return {name: tensor for name, tensor in header.items() if name != head}
 
 
 def _size(header: Mapping[str, Any]) -> int:

@@ -40,7 +40,7 @@ def write(method: Method, task: str, base: str, revision: str | None, names: lis
         "revision": revision,
         "inference_mode": True,
         "peft_type": method.peft_type or method.name.upper(),
-        "modules_to_save": names or None,
+        **({"modules_to_save": names} if names else {}),
     } | values
 
 
@@ -62,7 +62,7 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
     if kind is None:
         known = ", ".join(dict.fromkeys(method.peft_type or name.upper() for name, method in METHODS.items()))
         raise AdapterError(f"{where}: peft_type {str(config.get('peft_type'))!r} is not supported (supported: {known})")
-    own = {key: value for key, value in config.items() if key not in _COMMON}
+    own = {key: value for key, value in config.items() if key not in _COMMON - kind.peft_ignored}
     values, problems = kind.from_peft(own)
     values = {key: _plain(value) for key, value in values.items()} | {"modules_to_save": _modules_to_save(config, head)}
     method, found = parse(kind, values, kind.name)

@@ -6,14 +6,55 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.core.method import Method
-from jaxpeft.core.options import parse
-from jaxpeft.errors import ConfigError, nearest
+from jaxpeft.errors import ConfigError
+from jaxpeft.methods.adalora import AdaLoRA
 from jaxpeft.methods.bitfit import BitFit
+from jaxpeft.methods.boft import BOFT
+from jaxpeft.methods.dora import DoRA
+from jaxpeft.methods.freeze import Freeze
 from jaxpeft.methods.full import Full
 from jaxpeft.methods.head import Head
+from jaxpeft.methods.hra import HRA
+from jaxpeft.methods.ia3 import IA3
+from jaxpeft.methods.ln_tuning import LNTuning
+from jaxpeft.methods.loha import LoHa
+from jaxpeft.methods.lokr import LoKr
 from jaxpeft.methods.lora import LoRA
+from jaxpeft.methods.lora_fa import LoRAFA
+from jaxpeft.methods.mixed import Mixed
+from jaxpeft.methods.oft import OFT
+from jaxpeft.methods.prefix import PrefixTuning, PTuningV2
+from jaxpeft.methods.prompt import PromptTuning
+from jaxpeft.methods.ptuning import PTuning
+from jaxpeft.methods.randlora import RandLora
+from jaxpeft.methods.trainable_tokens import TrainableTokens
+from jaxpeft.methods.vera import VeRA
 
-_ALL: tuple[type[Method], ...] = (LoRA, BitFit, Head, Full)
+_ALL: tuple[type[Method], ...] = (
+    LoRA,
+    DoRA,
+    LoRAFA,
+    VeRA,
+    AdaLoRA,
+    RandLora,
+    IA3,
+    LoHa,
+    LoKr,
+    OFT,
+    BOFT,
+    HRA,
+    PrefixTuning,
+    PTuningV2,
+    PromptTuning,
+    PTuning,
+    BitFit,
+    LNTuning,
+    Freeze,
+    TrainableTokens,
+    Head,
+    Full,
+    Mixed,
+)
 
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name in configs and files."""
@@ -25,10 +66,7 @@ def from_dict(values: Mapping[str, Any]) -> Method:
     Raises:
         ConfigError: there is no such method, or an option of it is wrong.
     """
-    name = str(values.get("name"))
-    if name not in METHODS:
-        raise ConfigError(f"method.name: {name!r} is not a method{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
-    method, problems = parse(METHODS[name], {key: value for key, value in values.items() if key != "name"}, "method")
+    method, problems = Method.read(values, "method")
     if method is None:
         raise ConfigError(problems)
     return method

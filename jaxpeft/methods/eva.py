@@ -57,12 +57,12 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     rewritten = run.rewrite(made)
     for site, on in chosen_sites(made, rewritten).items():
         node = paths.get(rewritten, site.path)
-        a = node["lora_a"]
+        a = node[method.leaf_names[0]]
         for i, name in enumerate(site.names):
             if on[i]:
                 index = (*(np.unravel_index(i, site.layers) if site.layers else ()), slice(None), slice(0, ranks[name]))
                 a = a.at[index].set(found[name][1][: ranks[name]].T)
-        node["lora_a"] = a
+        node[method.leaf_names[0]] = a
     return made, rewritten
 
 

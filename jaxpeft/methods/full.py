@@ -15,7 +15,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
 
-    def trains(self, path: Path, siblings: Leaves) -> bool:
+    def trains(self, path: Path, params: Leaves) -> bool:
         """Trains every leaf."""
-        del path, siblings
+        del path, params
         return True

@@ -27,10 +27,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from jaxpeft.core import paths
 from jaxpeft.core.method import Call, Kernel, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import Site, pattern_value
+from jaxpeft.core.targets import Site, matches, pattern_value, whole_leaf
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import eva, starts
 from jaxpeft.methods.low_rank import low_rank
@@ -110,11 +111,12 @@ class LoRA(Ranked):
             leaves["lora_bias"] = jnp.zeros((site.shape[1],), jnp.float32)
         return leaves
 
-    def trains(self, path: Path, siblings: Leaves) -> bool:
+    def trains(self, path: Path, params: Leaves) -> bool:
         """Trains A and B, and the biases that `bias` names."""
-        if path[-1] == "bias":
-            return self.bias == "all" or (self.bias == "lora_only" and self.leaf_names[0] in siblings)
-        return super().trains(path, siblings)
+        if path[-1] != "bias" or self.bias != "lora_only":
+            return super().trains(path, params) or (path[-1] == "bias" and self.bias == "all")
+        adapted = self.leaf_names[0] in paths.get(params, path[:-1])
+        return adapted and whole_leaf(self.name, path, paths.get(params, path), lambda name: matches(name, self.where(())))
 
     def rate(self, path: Path) -> float:
         """Gives B the learning rate of LoRA+."""
@@ -129,7 +131,7 @@ class LoRA(Ranked):
         """Computes `x W + (D(x) A) (s B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         x = call.x if jnp.issubdtype(call.x.dtype, jnp.integer) else dropped(call, call.x.astype(y.dtype))
-        return y + call.each(_update, x).astype(y.dtype)
+        return y + call.each(update, x).astype(y.dtype)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
@@ -149,9 +151,7 @@ class LoRA(Ranked):
             a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
             b = jnp.concatenate([b, -leaves["lora_b0"]])
         names = _names(site)
-        return {names[0]: a.T, names[1]: b.T} | (
-            {"lora_B.bias": leaves["lora_bias"]} if "lora_bias" in leaves else {}
-        )
+        return {names[0]: a.T, names[1]: b.T} | ({"lora_B.bias": leaves["lora_bias"]} if "lora_bias" in leaves else {})
 
     def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
         """Gives A and B."""
@@ -178,6 +178,11 @@ class LoRA(Ranked):
         return super(LoRA, self.saved()).to_peft() | {"init_lora_weights": True, "fan_in_fan_out": False}
 
     @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Says whether an `adapter_config.json` is of a LoRA; with `use_dora` it is DoRA's."""
+        return super().reads(config) and not config.get("use_dora")
+
+    @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Reads LoRA's options; what changed the base when training began is refused."""
         past = str(config.get("init_lora_weights", "")).lower()
@@ -193,7 +198,7 @@ class LoRA(Ranked):
         return values, problems
 
 
-def _update(leaves: Leaves, x: Any) -> Any:
+def update(leaves: Leaves, x: Any) -> Any:
     """Gives `s (x A) B`, less the start, of `x` `[..., in]` or of token ids."""
     scale = leaves["lora_scale"]
     out = _product(x, leaves["lora_a"], scale * leaves["lora_b"])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from jaxpeft.core.expressions import broken_expression
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
-from jaxpeft.core.targets import ALL_LINEAR, Targets, pattern_value, require_patterns, usual
+from jaxpeft.core.targets import ALL_LINEAR, Targets, is_keyword, pattern_value, require_patterns, usual
 from jaxpeft.errors import TargetError
 
 TARGET_OPTIONS: Mapping[str, str] = {
@@ -40,7 +40,7 @@ class Targeted(Method):
 
     def problems(self) -> list[str]:
         """Lists options that exclude each other, as in PEFT."""
-        expression = isinstance(self.targets, str) and self.targets.lower() not in (ALL_LINEAR, "default")
+        expression = isinstance(self.targets, str) and not is_keyword(self.targets) and self.targets != "default"
         found: list[str] = []
         if expression and (self.layers_to_transform is not None or self.layers_pattern):
             found.append("layers_to_transform: cannot go with a regular expression in targets; put the layers into it")

@@ -201,7 +201,7 @@ class Attention(nn.Module):
             q = RMSNorm(c.rms_norm_eps, self.options.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.options.dtype, name="k_norm")(k)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        k, v = before(past, k, v)
+        k, v = before(self, past, k, v)
         out = attend(self, q, k, v, mask, c.attention_dropout)
         o_proj = joining(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         return o_proj.join(o_proj(out), residual)
@@ -231,14 +231,29 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, per_layer: tuple[Array | None, Array | None], cos: Array, sin: Array, mask: Array
+        self,
+        x: Array,
+        per_layer: tuple[Array | None, Array | None],
+        cos: Array,
+        sin: Array,
+        mask: Array,
+        places: Array | None,
     ) -> tuple[Array, None]:
-        """Runs the layer; `per_layer` is its window, an int32 scalar, 0 for no limit, and its past."""
+        """Runs the layer.
+
+        Args:
+            x: `[batch, length, d]`.
+            per_layer: its window, an int32 scalar, 0 for no limit, and its past.
+            cos: the rotation tables.
+            sin: likewise.
+            mask: bool, broadcast to `[batch, 1, query, key]`.
+            places: `[batch or 1, key]`, which windows are counted in; None without windows.
+        """
         c, options = self.config, self.options
         window, past = per_layer
-        if window is not None:
-            keys = jnp.arange(mask.shape[-1])
-            near = (keys[-x.shape[1] :, None] - keys[None, :] < window) | (window == 0)
+        if window is not None and places is not None:
+            queries = places[:, -x.shape[1] :]
+            near = (queries[:, None, :, None] - places[:, None, None, :] < window) | (window == 0)
             mask = mask & near
         h = RMSNorm(c.rms_norm_eps, options.dtype, name="input_layernorm")(x)
         x = Attention(c, options, name="self_attn")(h, x, past, cos, sin, mask)
@@ -276,10 +291,11 @@ class DecoderBackbone(Pretrained):
         cos, sin = rope.tables(c.rope, c.head_dim, c.max_position_embeddings, virtual.positions(where))
         mask = virtual.mask(allowed(attention_mask, segment_ids, length, causal=True), length, causal=True)
         windows = None if c.windows is None else jnp.asarray(c.windows, jnp.int32)
+        places = None if windows is None else virtual.places(segment_ids, length)
         fields = {"config": c, "options": options}
         per_layer = windows, virtual.past
         x = virtual.prepend(self.embed_tokens(input_ids))
-        x = run_layers(Block, fields, c.num_hidden_layers, "layers", options, x, per_layer, cos, sin, mask)
+        x = run_layers(Block, fields, c.num_hidden_layers, "layers", options, x, per_layer, cos, sin, mask, places)
         return RMSNorm(c.rms_norm_eps, options.dtype, name="norm")(x)[:, virtual.prompted :]
 
 
@@ -287,11 +303,18 @@ class DecoderWithHead(Pretrained):
     """A decoder with a language-model or classification head."""
 
     @nn.compact
-    def __call__(self, input_ids: Array, attention_mask: Array | None = None, **inputs: Any) -> Array:
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        virtual: Virtual = Virtual(),  # noqa: B008 - frozen
+        **inputs: Any,
+    ) -> Array:
         """Gives float32 logits: of every position, or one row a text for sequence classification."""
         c, options = self.config, self.options
         backbone = DecoderBackbone(c, options, name="model")
-        x = backbone(input_ids, attention_mask, **inputs)
+        x = backbone(input_ids, attention_mask, virtual=virtual, **inputs)
         if options.task == "causal_lm":
             tied = c.tie_word_embeddings
             out = backbone.logits(x) if tied else dense(c.vocab_size, "lm_head", options, bias=False)(x)

@@ -50,7 +50,7 @@ class _Part(nn.Module):
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         q, k, v = (dense(c.hidden_size, name, self.options)(x).reshape(shape) for name in names)
-        k, v = before(past, k, v)
+        k, v = before(self, past, k, v)
         return attend(self, q, k, v, mask, c.attention_dropout)
 
 
@@ -167,9 +167,11 @@ class EncoderBackbone(Pretrained):
 
     Attributes:
         with_pooler: whether to give the pooler's vector in place of the hidden states.
+        with_prompt: whether to give a prompt's hidden states as well, in front of the tokens'.
     """
 
     with_pooler: bool = False
+    with_prompt: bool = False
 
     @nn.compact
     def __call__(
@@ -182,7 +184,7 @@ class EncoderBackbone(Pretrained):
         segment_ids: Array | None = None,
         virtual: Virtual = Virtual(),  # noqa: B008 - frozen
     ) -> Array:
-        """Gives hidden states `[batch, length, d]`, a prompt's in front if there is one, or the pooler's `[batch, d]`.
+        """Gives hidden states `[batch, length, d]`, or the pooler's vector `[batch, d]`.
 
         Raises:
             DataError: rows are longer than the position table, or a prompt stands before rows of several documents.
@@ -191,37 +193,50 @@ class EncoderBackbone(Pretrained):
         batch, length = input_ids.shape
         where = position_ids
         if where is None:
-            _check_length(c, length + virtual.count, segment_ids)
-            where = _offset(c, input_ids, positions(segment_ids, batch, length), segment_ids)
+            _check_length(c, length, virtual.count, segment_ids)
+            counted = positions(segment_ids, batch, length)
+            where = _offset(c, input_ids, counted, segment_ids, by_token=not virtual.prompted)
         if virtual.prompted and segment_ids is not None:
             raise DataError("segment_ids: a prompt sees all tokens of a row, so a row can hold one text; do not pack")
-        where = virtual.positions(where) if c.kind != "roberta" else _shifted(c, virtual, where)
+        where = _shifted(c, virtual, where)
         x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where, virtual)
         mask = virtual.mask(allowed(attention_mask, segment_ids, length, causal=False), length, causal=False)
         x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(x, virtual.past, mask)
-        return _Pooler(c, options, name="pooler")(x) if self.with_pooler else x
+        if self.with_pooler:
+            return _Pooler(c, options, name="pooler")(x)
+        return x if self.with_prompt else x[:, virtual.prompted :]
 
 
 def _shifted(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
-    """RoBERTa's positions behind virtual ones: pad tokens stay at their place, and a prompt begins behind it."""
+    """Gives the positions of prompt and tokens; RoBERTa's begin behind that of pad tokens, which virtual ones do not shift."""
     shifted = virtual.positions(where)
+    if c.kind != "roberta" or not virtual.count:
+        return shifted
     prompt, tokens = shifted[:, : virtual.prompted] + c.pad_token_id + 1, shifted[:, virtual.prompted :]
     return jnp.concatenate([prompt, jnp.where(where == c.pad_token_id, where, tokens)], axis=1)
 
 
-def _check_length(c: EncoderConfig, length: int, segment_ids: Array | None) -> None:
+def _check_length(c: EncoderConfig, length: int, virtual: int, segment_ids: Array | None) -> None:
     """Refuses rows beyond the position table, whose look-up would give NaN."""
     most = c.max_position_embeddings - (c.pad_token_id + 1 if c.kind == "roberta" else 0)
-    if length > most and segment_ids is None:
+    if length + virtual > most and segment_ids is None:
+        beside = f" behind {virtual} virtual ones" if virtual else ""
         raise DataError(
-            f"input_ids: a row has {length} tokens and the {c.kind} model reads at most {most}; cut the texts"
+            f"input_ids: a row has {length} tokens{beside} and the {c.kind} model reads at most {most}; cut the texts"
         )
 
 
-def _offset(c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None) -> Array:
-    """RoBERTa's positions: tokens count from `pad_token_id + 1`, a pad token is at `pad_token_id`."""
+def _offset(
+    c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None, *, by_token: bool
+) -> Array:
+    """RoBERTa's positions: tokens count from `pad_token_id + 1`, a pad token is at `pad_token_id`.
+
+    Behind a prompt all places count, pad tokens too: so does `transformers`, which is given embeddings then, not tokens.
+    """
     if c.kind != "roberta":
         return counted
+    if not by_token:
+        return counted + c.pad_token_id + 1
     real = (input_ids != c.pad_token_id).astype(jnp.int32)
     if segment_ids is not None:
         return (counted + 1) * real + c.pad_token_id
@@ -246,15 +261,25 @@ class EncoderWithHead(Pretrained):
     """An encoder with a classification head."""
 
     @nn.compact
-    def __call__(self, input_ids: Array, attention_mask: Array | None = None, **inputs: Any) -> Array:
-        """Gives float32 logits: `[batch, labels]`, or of every token for token classification."""
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        virtual: Virtual = Virtual(),  # noqa: B008 - frozen
+        **inputs: Any,
+    ) -> Array:
+        """Gives float32 logits: `[batch, labels]`, or of every token for token classification.
+
+        The pooling `cls` reads the first place, which is a prompt's if there is one.
+        """
         c, options = self.config, self.options
         how = options.pooling
         sequence = options.task == "sequence_classification"
         pooler = sequence and how == "pooler"
-        x = EncoderBackbone(c, options, with_pooler=pooler, name=c.kind)(input_ids, attention_mask, **inputs)
-        if not pooler and how != "cls":
-            x = x[:, x.shape[1] - input_ids.shape[1] :]
+        first = sequence and how == "cls"
+        backbone = EncoderBackbone(c, options, with_pooler=pooler, with_prompt=first, name=c.kind)
+        x = backbone(input_ids, attention_mask, virtual=virtual, **inputs)
         if sequence and not pooler:
             x = pool(x, attention_mask, how)
         labels = options.num_labels or 0

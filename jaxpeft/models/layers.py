@@ -193,15 +193,28 @@ class Virtual:
             mask = jnp.concatenate([jnp.broadcast_to(own, (*lead, *own.shape)), mask], axis=3)
         return jnp.concatenate([jnp.ones((*mask.shape[:3], past), bool), mask], axis=3)
 
+    def places(self, segment_ids: Array | None, length: int) -> Array:
+        """Gives the place of each key, `[batch or 1, count + length]`: virtual positions, then tokens, in each segment anew."""
+        own = positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], length) + self.count
+        front = jnp.broadcast_to(jnp.arange(self.count, dtype=own.dtype), (own.shape[0], self.count))
+        return jnp.concatenate([front, own], axis=1)
 
-def before(past: Array | None, k: Array, v: Array) -> tuple[Array, Array]:
+
+PAST = "past"
+"""The collection in which a caller finds the keys and values of each layer, `[2, batch, length, kv_heads * d]`, if it asks."""
+
+
+def before(module: nn.Module, past: Array | None, k: Array, v: Array) -> tuple[Array, Array]:
     """Puts keys and values of virtual positions in front of a layer's own.
 
     Args:
+        module: the attention, which keeps its own keys and values for a caller that asks for them.
         past: `[2, batch or 1, n, kv_heads * d]`, or None.
-        k: `[batch, length, kv_heads, d]`.
-        v: likewise.
+        k: `[batch, length, kv_heads, d]`, rotated.
+        v: likewise, not rotated.
     """
+    if module.is_mutable_collection(PAST) and not module.is_initializing():
+        module.sow(PAST, "kv", jnp.stack([k, v]).reshape(2, *k.shape[:2], -1))
     if past is None:
         return k, v
     own = jnp.broadcast_to(past.astype(k.dtype), (2, k.shape[0], *past.shape[2:]))
@@ -271,7 +284,7 @@ def run_layers(
     axes: Any = (0, *(nn.broadcast for _ in inputs[2:]))
     scanned = nn.scan(
         remat_block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, PAST: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=axes,
         length=count,

@@ -140,9 +140,11 @@ def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...
 def _check(config: Config, outlined: Outline, length: int, steps: int) -> None:
     """Refuses, before weights are read, what the model, its sites or the length of the run do not allow."""
     most = getattr(outlined.model.config, "max_position_embeddings", None)
-    if most is not None and length > most:
+    virtual = sum(part.virtual_positions for part in config.method.parts())
+    if most is not None and length + virtual > most:
+        behind = f" behind {virtual} virtual ones" if virtual else ""
         raise ConfigError(
-            f"data.max_length: rows of {length} tokens, the model has {most} positions; set it to {most} or less"
+            f"data.max_length: rows of {length} tokens{behind}, the model has {most} positions; set it to {most - virtual} or less"
         )
     schedule(config.optimizer, config.optimizer.learning_rate, steps)
     key = jax.eval_shape(lambda: jax.random.key(0))

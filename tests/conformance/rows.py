@@ -23,6 +23,7 @@ class Row:
         moved: how far its trained leaves are moved from where they begin.
         why: why a fresh adapter changes the outputs, for a method that says so.
         scanned: whether stacked layers will do.
+        peft_models: those on which the real `peft` can do it.
         padding: side of the rows that are compared with the real `peft`.
     """
 
@@ -33,10 +34,13 @@ class Row:
     why: str = ""
     scanned: bool = True
     padding: str = "right"
+    peft_models: tuple[str, ...] = (DECODER, ENCODER)
 
 
 LINEAR = r".*\.(q_proj|down_proj|query|output\.dense)"
 """Some linear sites of both tiny models."""
+
+ATTENDED = "every token attends to the virtual ones, whatever they hold"
 
 ROWS: Mapping[str, Row] = {
     "lora": Row(
@@ -45,7 +49,100 @@ ROWS: Mapping[str, Row] = {
     ),
     "lora pissa": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="pissa")),
     "lora olora": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="olora")),
+    "ln_tuning": Row(jaxpeft.LNTuning(), peft=("LNTuningConfig", {"target_modules": r".*(norm|LayerNorm)$"})),
+    "freeze": Row(jaxpeft.Freeze(layers=1), scanned=False),
+    "trainable_tokens": Row(
+        jaxpeft.TrainableTokens(tokens=(5, 17, 40)),
+        peft=("TrainableTokensConfig", {"token_indices": [5, 17, 40]}),
+        peft_models=(DECODER,),  # its TrainableTokens saves no heads
+        moved=1.0,
+    ),
+    "mixed": Row(
+        jaxpeft.Mixed(
+            methods=(
+                jaxpeft.LoRA(rank=4, targets=r".*(q_proj|query)"),
+                jaxpeft.LoRA(rank=2, targets=r".*(up_proj|intermediate\.dense)"),
+                jaxpeft.LNTuning(),
+            )
+        )
+    ),
     "bitfit": Row(jaxpeft.BitFit(), models=(ENCODER,)),
     "head": Row(jaxpeft.Head(), models=(ENCODER,)),
     "full": Row(jaxpeft.Full()),
+    "ia3": Row(
+        jaxpeft.IA3(targets=LINEAR, feedforward=r".*(down_proj|\.output\.dense)"),
+        peft=("IA3Config", {"target_modules": LINEAR, "feedforward_modules": r".*(down_proj|\.output\.dense)"}),
+    ),
+    "loha": Row(
+        jaxpeft.LoHa(rank=4, alpha=6.0, targets=LINEAR),
+        peft=("LoHaConfig", {"r": 4, "alpha": 6, "target_modules": LINEAR}),
+    ),
+    "lokr": Row(
+        jaxpeft.LoKr(rank=2, alpha=3.0, targets=LINEAR, decompose_both=True, decompose_factor=6),
+        peft=(
+            "LoKrConfig",
+            {"r": 2, "alpha": 3, "target_modules": LINEAR, "decompose_both": True, "decompose_factor": 6},
+        ),
+    ),
+    "dora": Row(
+        jaxpeft.DoRA(rank=4, alpha=6.0, targets=LINEAR),
+        peft=("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "use_dora": True}),
+    ),
+    "lora_fa": Row(jaxpeft.LoRAFA(rank=4, alpha=6.0, targets=LINEAR)),
+    "vera": Row(
+        jaxpeft.VeRA(rank=16, targets=LINEAR), peft=("VeraConfig", {"r": 16, "target_modules": LINEAR}), moved=0.1
+    ),
+    "adalora": Row(
+        jaxpeft.AdaLoRA(rank=4, target_rank=3, alpha=6.0, final_steps=1, targets=LINEAR),
+        peft=("AdaLoraConfig", {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 9, "target_modules": LINEAR}),
+        moved=0.4,
+    ),
+    "randlora": Row(
+        jaxpeft.RandLora(rank=5, alpha=2.0, targets=LINEAR),
+        peft=("RandLoraConfig", {"r": 5, "randlora_alpha": 2, "target_modules": LINEAR}),
+        moved=0.1,
+    ),
+    "oft": Row(
+        jaxpeft.OFT(block_size=8, targets=LINEAR),
+        peft=("OFTConfig", {"oft_block_size": 8, "target_modules": LINEAR}),
+        moved=0.1,
+    ),
+    "boft": Row(
+        jaxpeft.BOFT(block_size=4, targets=LINEAR),
+        peft=("BOFTConfig", {"boft_block_size": 4, "target_modules": LINEAR}),
+    ),
+    "boft butterfly": Row(jaxpeft.BOFT(block_size=4, factors=3, targets=LINEAR)),
+    "hra": Row(
+        jaxpeft.HRA(rank=4, targets=LINEAR),
+        peft=("HRAConfig", {"r": 4, "target_modules": LINEAR}),
+    ),
+    "prefix": Row(
+        jaxpeft.PrefixTuning(num_virtual_tokens=5),
+        peft=("PrefixTuningConfig", {"num_virtual_tokens": 5}),
+        why=ATTENDED,
+    ),
+    "prefix projection": Row(
+        jaxpeft.PrefixTuning(num_virtual_tokens=5, projection=True, encoder_hidden_size=12),
+        peft=("PrefixTuningConfig", {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 12}),
+        why=ATTENDED,
+    ),
+    "ptuning_v2": Row(jaxpeft.PTuningV2(num_virtual_tokens=5), why=ATTENDED),
+    "prompt": Row(
+        jaxpeft.PromptTuning(num_virtual_tokens=5),
+        peft=("PromptTuningConfig", {"num_virtual_tokens": 5}),
+        why=ATTENDED,
+    ),
+    "ptuning": Row(
+        jaxpeft.PTuning(num_virtual_tokens=5, encoder_hidden_size=12),
+        peft=("PromptEncoderConfig", {"num_virtual_tokens": 5, "encoder_hidden_size": 12}),
+        why=ATTENDED,
+    ),
+    "ptuning lstm": Row(
+        jaxpeft.PTuning(num_virtual_tokens=5, encoder="lstm", encoder_hidden_size=12),
+        peft=(
+            "PromptEncoderConfig",
+            {"num_virtual_tokens": 5, "encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM"},
+        ),
+        why=ATTENDED,
+    ),
 }

@@ -149,7 +149,26 @@ def torch_base(folder: Path, task: str) -> Any:
     """Loads a fresh torch model: peft changes the one that it is given."""
     import transformers
 
-    return getattr(transformers, _CLASSES[task][0]).from_pretrained(folder).eval()
+    return _past_by_its_old_name(getattr(transformers, _CLASSES[task][0]).from_pretrained(folder).eval())
+
+
+def _past_by_its_old_name(model: Any) -> Any:
+    """Lets a model take `past_key_values`, which transformers 5.24 calls `cache`.
+
+    peft 0.21 looks for the old name in the signature of a classifier, and refuses prefix tuning where it is not there.
+    """
+    import inspect
+
+    if "cache" not in inspect.signature(model.base_model.forward).parameters:
+        return model
+    forward = model.forward
+
+    def called(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        past = {} if past_key_values is None else {"cache": past_key_values}
+        return forward(*args, **kwargs, **past)
+
+    model.forward = called
+    return model
 
 
 def peft_load(folder: Path, task: str, adapter: Path) -> Any:

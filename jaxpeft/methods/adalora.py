@@ -1,0 +1,209 @@
+r"""AdaLoRA: an update in the form of a singular value decomposition, whose rank is given to the sites where it counts most.
+
+    y = x W + s (D(x) A diag(e)) B,    A: [in, r],  e: [r],  B: [r, out],  s = alpha / (r + 1e-5)
+
+In the paper's words A is Q', e is Lambda and B is P' (equation 3). `e` starts at zero, so a fresh adapter leaves every output as
+it was; `D` is dropout. The loss is raised by `orthogonality` times the mean of ||A'A - I|| and ||B B' - I|| over the sites
+(equation 4). r stays in `s` what it was at first, however many entries of `e` are left.
+
+The optimizer is wrapped: it scores the entries of `e` and sets the worst of all sites to zero, ever more of them, until their
+mean number is `target_rank` a site (`rank_allocation`).
+
+Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", section 3 (arXiv:2303.10512).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from jaxpeft.core import paths
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import TargetError, nearest
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods import rank_allocation
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.lora import dropped, product
+from jaxpeft.methods.low_rank import low_rank
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+
+if TYPE_CHECKING:
+    import optax
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRA(Targeted):
+    """Low-rank adaptation of linear sites whose ranks are allocated during training.
+
+    Leaves of a site: `adalora_a [in, r]`, `adalora_e [r]`, `adalora_b [r, out]`, trained; `adalora_scale []`,
+    `adalora_dropout []` where the rate is not zero. All float32. A file holds all r entries, those that are set to zero among
+    them; of a file of PEFT's that was cut, `rank_pattern` says what is left.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "adalora"
+    paper: ClassVar[str] = "arXiv:2303.10512"
+    leaf_names: ClassVar[tuple[str, ...]] = ("adalora_a", "adalora_e", "adalora_b", "adalora_scale", "adalora_dropout")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"adalora_a", "adalora_e", "adalora_b"})
+    peft_type: ClassVar[str | None] = "ADALORA"
+    peft_options: ClassVar[Mapping[str, str]] = TARGET_OPTIONS | {
+        "init_r": "rank",
+        "target_r": "target_rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "bias": "bias",
+        "tinit": "initial_steps",
+        "tfinal": "final_steps",
+        "deltaT": "interval",
+        "beta1": "beta1",
+        "beta2": "beta2",
+        "orth_reg_weight": "orthogonality",
+        "rank_pattern": "rank_pattern",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("init_r", "lora_alpha")
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({
+        "r", "total_step", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config",
+        "qalora_group_size", "megatron_core", "ensure_weight_tying", "fan_in_fan_out",
+    })  # fmt: skip
+
+    rank: int = option(12, "rank r of every site at first", at_least=1)
+    target_rank: int = option(8, "mean rank of the sites in the end", at_least=1)
+    alpha: float = option(16.0, "numerator of the scaling", above=0)
+    dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
+    bias: Literal["none", "all", "lora_only"] = option("none", "which biases of the base are trained as well")
+    initial_steps: int = option(0, "steps at the start in which no rank is cut", at_least=0)
+    final_steps: int = option(0, "steps at the end in which the ranks stay as they are", at_least=0)
+    interval: int = option(1, "steps between two allocations", at_least=1)
+    beta1: float = option(0.85, "decay of the average of the sensitivity", above=0, below=1)
+    beta2: float = option(0.85, "decay of the average of its uncertainty", above=0, below=1)
+    orthogonality: float = option(0.5, "weight of the penalty that keeps A and B orthogonal", at_least=0)
+    rank_pattern: dict[str, int] = option({}, "ranks that are left of single sites, by whole names", at_least=0)
+
+    def problems(self) -> list[str]:
+        """Lists options that exclude each other."""
+        found = super().problems()
+        if self.target_rank > self.rank:
+            found.append(f"target_rank: is {self.target_rank}, above rank {self.rank}, which it is reached from")
+        found += [f"rank_pattern: {name!r} is {left}, above rank {self.rank}, which is cut"
+                  for name, left in self.rank_pattern.items() if left > self.rank]  # fmt: skip
+        return found
+
+    def check_sites(self, names: tuple[str, ...]) -> None:
+        """Refuses a rank of what is no adapted site.
+
+        Raises:
+            TargetError: naming it.
+        """
+        unknown = [name for name in self.rank_pattern if name not in names]
+        if unknown:
+            raise TargetError([f"rank_pattern: {name!r} is no adapted site{nearest(name, names)}" for name in unknown])
+
+    # ------------------------------------------------------------------------------------------------------------ leaves
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes A and B normal and e zero; what is left of a site whose rank is cut to zero is one entry of zeros."""
+        del kernel
+        left = self.rank_pattern.get(site.name, self.rank)
+        (n_in, n_out), r = site.shape, max(1, left)
+        keys, size = jax.random.split(rng), 0.02 if left else 0.0
+        leaves = {
+            "adalora_a": size * jax.random.normal(keys[0], (n_in, r), jnp.float32),
+            "adalora_e": jnp.zeros((r,), jnp.float32),
+            "adalora_b": size * jax.random.normal(keys[1], (r, n_out), jnp.float32),
+            "adalora_scale": jnp.asarray(self.alpha / (self.rank + 1e-5), jnp.float32),
+        }
+        return leaves | ({"adalora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains A, e and B, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W + (D(x) A) (s e B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "adalora_dropout"))
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + s A diag(e) B`."""
+        return {"kernel": base["kernel"] + product(leaves["adalora_a"], _scaled(leaves))}
+
+    # ---------------------------------------------------------------------------------------------------------- training
+
+    def penalty(self, trainable: Leaves) -> Any:
+        """Gives `orthogonality` times the mean of ||A'A - I|| and ||B B' - I||, padding left out."""
+        if not self.orthogonality:
+            return None
+        total, count = jnp.zeros(()), jnp.zeros(())
+        for site in _sites(trainable):
+            a, b = site["adalora_a"], site["adalora_b"]
+            there = rank_allocation.entries(a)
+            for gram in (jnp.swapaxes(a, -1, -2), b):
+                gap = product(gram, jnp.swapaxes(gram, -1, -2)) - jnp.eye(gram.shape[-2]) * there[..., None].astype(jnp.float32)
+                squares = jnp.sum(jnp.square(gap), (-2, -1))
+                some = squares > 0  # the root of zero has no gradient
+                total += jnp.sum(jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0))
+                count += jnp.sum(there.any(-1).astype(jnp.float32))
+        return self.orthogonality * total / jnp.maximum(count, 1.0)
+
+    def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        """Wraps the optimizer so that it allocates the ranks.
+
+        Raises:
+            ConfigError: the run is too short for its first and last steps.
+        """
+        return rank_allocation.allocating(self, inner, steps)
+
+    # ------------------------------------------------------------------------------------------------------------- files
+
+    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives the tensors, as PEFT has them."""
+        left = self.rank_pattern.get(site.name, self.rank)
+        a, e, b = (leaves[name] for name in ("adalora_a", "adalora_e", "adalora_b"))
+        return {"lora_A": a.T[:left], "lora_E": e[:left, None], "lora_B": b.T[:, :left]}
+
+    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives the leaves; a site of rank zero keeps its zeros."""
+        if not self.rank_pattern.get(site.name, self.rank):
+            return dict(fresh)
+        a, e, b = tensors["lora_A"].T, tensors["lora_E"][:, 0], tensors["lora_B"].T
+        return {**fresh, "adalora_a": a, "adalora_e": e, "adalora_b": b}
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; PEFT wants a number of steps that its schedule fits in, and reads none from it."""
+        pattern = {f"{name}.lora_E": [True] * left + [False] * (self.rank - left) for name, left in self.rank_pattern.items()}
+        steps = {"total_step": self.initial_steps + self.final_steps + 1, "init_lora_weights": True}
+        return super().to_peft() | steps | {"rank_pattern": pattern or None}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options; of the entries that were kept, how many there are."""
+        values, problems = super().from_peft(config)
+        pattern: Any = values.pop("rank_pattern", None) or {}
+        if not isinstance(pattern, Mapping) or not all(isinstance(kept, list) for kept in pattern.values()):
+            return values, [*problems, "rank_pattern: must give a list of true and false for each site"]
+        values["rank_pattern"] = {key.partition(".lora_E")[0]: sum(map(bool, kept)) for key, kept in pattern.items()}
+        if isinstance(values.get("target_rank"), int) and isinstance(values.get("rank"), int):
+            values["target_rank"] = min(values["target_rank"], values["rank"])
+        return values, problems
+
+
+def _sites(tree: Leaves) -> list[Leaves]:
+    """Gives the modules of a tree that hold the method's leaves."""
+    return [paths.get(tree, path[:-1]) for path, _ in paths.walk(tree) if path[-1] == "adalora_a"]
+
+
+def _scaled(leaves: Leaves) -> Any:
+    return (leaves["adalora_scale"] * leaves["adalora_e"])[:, None] * leaves["adalora_b"]
+
+
+def _update(leaves: Leaves, x: Any) -> Any:
+    """Gives `(x A) (s e B)`, `[..., in] -> [..., out]`, in the dtype of `x`."""
+    return low_rank(x, leaves["adalora_a"], _scaled(leaves))

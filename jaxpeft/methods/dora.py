@@ -1,0 +1,138 @@
+r"""DoRA: the magnitude and the direction of a kernel's columns are trained apart.
+
+    y = m / n (x W + s (x A) B),    n = ||W + s A B||,    A: [in, r],  B: [r, out],  m, n: [out]
+
+The norm is that of each column, and a constant to the gradient (section 4.3). `m` begins as `n0 = ||W||` and `B` at zero, so
+`m / n` is one. With dropout, `D(x)` stands in place of `x` everywhere but in the base's own product, as in PEFT:
+
+    y = x W + (m / n - 1) D(x) W + m / n s (D(x) A) B
+
+`n` is computed without the matrix `W + s A B`, which for one site is as large as its kernel:
+
+    n = n0 + e / (n0 + sqrt(n0^2 + e)),    e = n^2 - n0^2 = sum over r of C (2 A'W + A'A C),    C = s B
+
+so that it is `n0` bit by bit where `B` is zero, and a fresh adapter leaves every output as it was.
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", sections 4.1 to 4.3 (arXiv:2402.09353).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.targets import Site
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.lora import LoRA, dropped, product, update
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """Weight-decomposed low-rank adaptation of linear sites and embeddings.
+
+    Leaves of a site: those of LoRA under this name, without `dora_bias`; `dora_magnitude [out]`, trained; `dora_norm [out]`,
+    the norm of the kernel's columns, not trained. All float32.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "dora"
+    paper: ClassVar[str] = "arXiv:2402.09353"
+    leaf_names: ClassVar[tuple[str, ...]] = (
+        "dora_a", "dora_b", "dora_magnitude", "dora_scale", "dora_dropout", "dora_norm", "dora_a0", "dora_b0",
+    )  # fmt: skip
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"dora_a", "dora_b", "dora_magnitude"})
+    zero_is_base: ClassVar[bool] = False
+
+    def problems(self) -> list[str]:
+        """Lists options that exclude each other."""
+        without = ["lora_bias: DoRA has no bias beside B; remove it"] if self.lora_bias else []
+        return super().problems() + without
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes A and B as LoRA does, and the magnitude that of the kernel."""
+        norm = _norm(kernel())
+        return _dora(super().init(site, kernel, rng)) | {"dora_magnitude": norm, "dora_norm": norm}
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W + (m / n - 1) D(x) W + m / n s (D(x) A) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        if jnp.issubdtype(call.x.dtype, jnp.integer):
+            return call.each(partial(_scaled, call.kernel), call.x, y, y)
+        x = call.x.astype(y.dtype)
+        plain = y
+        if "dora_dropout" in call.leaves and call.dropout_key is not None:
+            x = dropped(call, x, "dora_dropout")
+            plain = call.base(x)
+        if call.bias is not None:
+            plain = plain - call.bias.astype(y.dtype)
+        return call.each(partial(_scaled, call.kernel), x, y, plain)
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `m / n (W + s A B)`."""
+        whole = LoRA.fold(_lora(leaves), base)["kernel"]
+        return {"kernel": leaves["dora_magnitude"] / _positive(_norm(whole)) * whole}
+
+    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives LoRA's tensors and the magnitude."""
+        return super().pack(site, _lora(leaves)) | {"lora_magnitude_vector": leaves["dora_magnitude"]}
+
+    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives LoRA's leaves and the magnitude."""
+        leaves = super().unpack(site, tensors, _lora(fresh))
+        return _dora(leaves) | {"dora_magnitude": tensors["lora_magnitude_vector"]}
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives LoRA's options, and the one that makes it this method."""
+        return super().to_peft() | {"use_dora": True}
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Says whether an `adapter_config.json` is of a LoRA with `use_dora`."""
+        return str(config.get("peft_type")) == cls.peft_type and bool(config.get("use_dora"))
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads LoRA's options."""
+        return super().from_peft({key: value for key, value in config.items() if key != "use_dora"})
+
+
+def _scaled(kernel: Kernel, leaves: Leaves, x: Any, y: Any, plain: Any) -> Any:
+    """Gives `y + f plain + (1 + f) s (x A) B`, `f = (m - n) / n`, in the dtype of `y` `[..., out]`."""
+    norm = _column_norms(jax.lax.stop_gradient(dict(leaves)), kernel())
+    f = ((leaves["dora_magnitude"] - norm) / norm).astype(y.dtype)
+    return y + f * plain + (1 + f) * update(_lora(leaves), x).astype(y.dtype)
+
+
+def _column_norms(leaves: Leaves, kernel: Any) -> Any:
+    """Gives n `[out]` from the kernel `[in, out]` and its norm n0."""
+    a, b, before = leaves["dora_a"], leaves["dora_scale"] * leaves["dora_b"], leaves["dora_norm"]
+    if "dora_a0" in leaves:
+        a = jnp.concatenate([a, leaves["dora_a0"]], axis=1)
+        b = jnp.concatenate([b, -leaves["dora_scale"] * leaves["dora_b0"]])
+    more = jnp.sum(b * (2 * product(a.T, kernel) + product(product(a.T, a), b)), axis=0)
+    after = jnp.sqrt(jnp.maximum(before * before + more, 0))
+    return _positive(before + more / _positive(before + after))
+
+
+def _norm(kernel: Any) -> Any:
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=0))
+
+
+def _positive(norm: Any) -> Any:
+    """Gives one for zero: a column of zeros, or padding, has no direction."""
+    return jnp.where(norm > 0, norm, jnp.ones_like(norm))
+
+
+def _lora(leaves: Leaves) -> dict[str, Any]:
+    return {key.replace("dora_", "lora_", 1): leaf for key, leaf in leaves.items()}
+
+
+def _dora(leaves: Leaves) -> dict[str, Any]:
+    return {key.replace("lora_", "dora_", 1): leaf for key, leaf in leaves.items()}

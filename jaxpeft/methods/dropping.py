@@ -1,0 +1,54 @@
+"""What is left out of an update in a training call other than its input, at the rates that leaves of the site hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jaxpeft.core.method import Call
+from jaxpeft.lazy import jax, jnp
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+def leaves(name: str, rank_dropout: float, module_dropout: float) -> dict[str, Array]:
+    """Makes the leaves that hold the rates, of those that are not zero.
+
+    Args:
+        name: of the method.
+        rank_dropout: how likely an output of the update is left out.
+        module_dropout: how likely the update is left out as a whole.
+    """
+    rates = {f"{name}_rank_dropout": rank_dropout, f"{name}_module_dropout": module_dropout}
+    return {key: jnp.asarray(rate, jnp.float32) for key, rate in rates.items() if rate}
+
+
+def kept(call: Call, name: str, update: Array, *, scaled: bool) -> Array:
+    """Gives what is left of the update of a site; outside of a training call all of it.
+
+    Args:
+        call: of the site.
+        name: of the method.
+        update: `[..., out]`.
+        scaled: whether outputs that stay grow by as much as others are left out.
+    """
+    module, outputs = rate(call, f"{name}_module_dropout"), rate(call, f"{name}_rank_dropout")
+    if outputs is not None:
+        stay = jax.random.bernoulli(outputs[0], 1 - outputs[1], update.shape[-1:]).astype(jnp.float32)
+        stay = stay / jnp.maximum(jnp.mean(stay), 1 / stay.size) if scaled else stay
+        update = update * stay.astype(update.dtype)
+    if module is not None:
+        update = jnp.where(jax.random.bernoulli(module[0], 1 - module[1]), update, jnp.zeros_like(update))
+    return update
+
+
+def rate(call: Call, leaf: str) -> tuple[Any, Any] | None:
+    """Gives a key and the rate that a leaf holds, None where nothing is left out.
+
+    Args:
+        call: of a site.
+        leaf: its name.
+    """
+    if leaf not in call.leaves or call.dropout_key is None:
+        return None
+    return call.dropout_key(), jnp.max(call.leaves[leaf])

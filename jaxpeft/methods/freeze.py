@@ -1,0 +1,64 @@
+"""Freezing all but the last layers: the layers near the output are trained whole, those below stay as they are.
+
+Lee et al. 2019, "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", section 3 (arXiv:1911.03090).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxpeft.core import paths
+from jaxpeft.core.method import Leaves, Method
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import whole_leaf
+from jaxpeft.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Freeze(Method):
+    """Trains every leaf of the last `layers` layers, and what stands behind them; adds no leaves.
+
+    Layers that are stacked for a scan are trained together or not at all.
+    """
+
+    name: ClassVar[str] = "freeze"
+    paper: ClassVar[str] = "arXiv:1911.03090"
+
+    layers: int = option(2, "how many of the last layers are trained", at_least=1)
+    final_norm: bool = option(True, "train the norm and the pooler behind the last layer as well")
+    lm_head: bool = option(False, "train the language-model head as well")
+    embeddings: bool = option(False, "train the embeddings, and the norm behind them, as well")
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains the leaves of the last layers.
+
+        Raises:
+            ConfigError: the model has fewer layers, or they are stacked and some of them only would be trained.
+        """
+        at = next((i for i, key in enumerate(path[:-1]) if key in paths.LAYER_CONTAINERS), None)
+        if at is None:
+            return self._around(path)
+        count = _count(params, path, at)
+        if self.layers > count:
+            raise ConfigError(f"freeze.layers: {self.layers} layers are to be trained, the model has {count}")
+        first = count - self.layers
+
+        def last(name: str) -> bool:
+            number = re.search(rf"\b{path[at]}\.(\d+)\.", f"{name}.")
+            return number is not None and int(number[1]) >= first
+
+        return whole_leaf(self.name, path, paths.get(params, path), last)
+
+    def _around(self, path: Path) -> bool:
+        """Says whether a leaf outside the layers is trained."""
+        if any("embed" in key for key in path):
+            return self.embeddings
+        return self.lm_head if path[0] == "lm_head" else self.final_norm
+
+
+def _count(params: Leaves, path: Path, at: int) -> int:
+    node: Any = paths.get(params, path[: at + 1])
+    return len(node) if path[at + 1].isdigit() else paths.get(params, path).shape[0]

@@ -1,0 +1,118 @@
+r"""HRA: the input of a frozen kernel is reflected an even number of times, which is a rotation of low rank.
+
+    y = (x Hr ... H1) W + b,    Hi = I - 2 ui ui' / |ui|^2,    ui: [in], the columns of U: [in, r]
+
+Two reflections that follow one another, at `u` and `v` of length one with `e = v - u`, are
+
+    x -> x + [x u, x e] [2 e - 2 |e|^2 v; -2 v]'
+
+so a fresh adapter, whose columns are equal in pairs (`e = 0`), leaves every output as it was, bit by bit. The products of all
+pairs are gathered into one, `x + (x P) K` with `P: [in, r]` and `K: [r, in]`. With `gram_schmidt` the columns are made
+orthonormal first, and all are one reflection at a subspace, `x - 2 (x Q) Q'`; it begins anywhere, not at the base.
+
+Yuan et al. 2024, "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation", section 3
+(arXiv:2405.17484).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods import rotations
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.loha import uniform
+from jaxpeft.methods.lora import product
+from jaxpeft.methods.low_rank import low_rank
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRA(Targeted):
+    """Householder reflections of the inputs of linear sites.
+
+    Leaves of a site: `hra_u [in, r]`, trained; `hra_gram_schmidt []` where it is asked for, not trained. All float32.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "hra"
+    paper: ClassVar[str] = "arXiv:2405.17484"
+    leaf_names: ClassVar[tuple[str, ...]] = ("hra_u", "hra_gram_schmidt")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"hra_u"})
+    zero_is_base: ClassVar[bool] = False
+    peft_type: ClassVar[str | None] = "HRA"
+    peft_options: ClassVar[Mapping[str, str]] = {**TARGET_OPTIONS, "r": "rank", "apply_GS": "gram_schmidt", "bias": "bias"}
+    peft_required: ClassVar[tuple[str, ...]] = ("r",)
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    rank: int = option(8, "number r of reflections, even", at_least=2)
+    gram_schmidt: bool = option(False, "make the columns of U orthonormal first")
+    bias: Literal["none", "all", "hra_only"] = option("none", "which biases of the base are trained as well")
+
+    def problems(self) -> list[str]:
+        """Refuses an odd rank."""
+        odd = self.rank % 2 == 1 and not self.gram_schmidt
+        why = f"rank: is {self.rank}; must be even, as only pairs of reflections can begin at the base"
+        return super().problems() + ([why] if odd else [])
+
+    def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
+        """Makes U uniform, its columns equal in pairs; with Gram-Schmidt, which needs them to differ, all on their own."""
+        del kernel
+        n_in = site.shape[0]
+        if self.gram_schmidt:
+            return {"hra_u": uniform(rng, (n_in, self.rank), self.rank), "hra_gram_schmidt": jnp.ones((), jnp.float32)}
+        return {"hra_u": jnp.repeat(uniform(rng, (n_in, self.rank // 2), self.rank // 2), 2, axis=1)}
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains U, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `(x + (x P) K) W + b`, `[..., in] -> [..., out]`."""
+        return rotations.into(call, lambda leaves, x: x + low_rank(x, *_factors(leaves)))
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + P (K W)`."""
+        p, k = _factors(leaves)
+        return {"kernel": base["kernel"] + product(p, product(k, base["kernel"]))}
+
+    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives U as it is: `[in, r]` here and there."""
+        del site
+        return {"hra_u": leaves["hra_u"]}
+
+    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives U."""
+        del site
+        return {**fresh, "hra_u": tensors["hra_u"]}
+
+
+def _factors(leaves: Leaves) -> tuple[Any, Any]:
+    """Gives `P [in, r]` and `K [r, in]` of the rotation `x -> x + (x P) K`."""
+    units = leaves["hra_u"] / jnp.linalg.norm(leaves["hra_u"], axis=0)
+    if "hra_gram_schmidt" in leaves:
+        q = jnp.linalg.qr(units)[0]
+        return q, -2.0 * q.T
+    # x Hr ... H1: the last column reflects first
+    u, v = units[:, 1::2][:, ::-1], units[:, 0::2][:, ::-1]
+    e = v - u
+    p = jnp.stack([u, e], axis=2).reshape(units.shape)
+    k = jnp.stack([2.0 * e - 2.0 * jnp.sum(e * e, axis=0) * v, -2.0 * v], axis=2).reshape(units.shape).T
+    # what a pair is given has gone through the pairs before it: z = x P + z N, with N what they add to its x u and x e
+    rank = units.shape[1]
+    before = (jnp.arange(rank) // 2)[:, None] < (jnp.arange(rank) // 2)[None, :]
+    added = jnp.where(before, product(k, p), 0.0)
+    return p, jax.scipy.linalg.solve_triangular(jnp.eye(rank, dtype=k.dtype) - added, k, lower=False)

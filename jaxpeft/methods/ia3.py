@@ -1,0 +1,144 @@
+r"""(IA)^3: what modules put out or take in, rescaled element by element.
+
+    y = (x W + b) * l,    l: [1, out]       of keys and values
+    y = (x * l') W + b,   l: [in, 1]        of the module that ends a feed-forward layer
+
+`l` starts at one, so a fresh adapter leaves every output as it was. Which of the two a site computes is told by the shape of
+its leaf.
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section 3.3
+(arXiv:2205.05638).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxpeft.core.expressions import require_fast
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import TargetError
+from jaxpeft.lazy import jnp
+from jaxpeft.methods.targeted import Targeted
+
+if TYPE_CHECKING:
+    import jax
+
+_FEEDFORWARD = ("down_proj", "output.dense", "lin2", "fc2", "wo", "mlp.c_proj", "dense_4h_to_h")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(Targeted):
+    """Rescaling of linear sites.
+
+    Leaf of a site: `ia3_l`, `[in, 1]` where `feedforward` names it, `[1, out]` elsewhere; float32, trained.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "ia3"
+    paper: ClassVar[str] = "arXiv:2205.05638"
+    leaf_names: ClassVar[tuple[str, ...]] = ("ia3_l",)
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"ia3_l"})
+    zero_is_base: ClassVar[bool] = False
+    files: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
+    usual_targets: ClassVar[tuple[str, ...]] = (
+        "k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "k", "v", "c_attn", "query_key_value", *_FEEDFORWARD,
+    )  # fmt: skip
+    peft_type: ClassVar[str | None] = "IA3"
+    peft_options: ClassVar[Mapping[str, str]] = {
+        "target_modules": "targets",
+        "exclude_modules": "exclude",
+        "feedforward_modules": "feedforward",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("feedforward_modules",)
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights", "fan_in_fan_out"})
+
+    targets: str | tuple[str, ...] = option(
+        "default", "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's usual sites"
+    )
+    feedforward: str | tuple[str, ...] = option(
+        "default", "names, or expression, of the sites whose input is rescaled; 'default' for the usual ones"
+    )
+
+    def expressions(self, whole: bool) -> dict[str, Any]:
+        """Gives the options that hold regular expressions."""
+        return super().expressions(whole) | {"feedforward": [self.feedforward]}
+
+    @property
+    def feedforward_expression(self) -> str:
+        """The expression of the whole names of the sites whose input is rescaled.
+
+        As in PEFT, an entry of a list is how a name ends, be it after a dot or not.
+        """
+        if isinstance(self.feedforward, str) and self.feedforward != "default":
+            return self.feedforward
+        ends = _FEEDFORWARD if self.feedforward == "default" else self.feedforward
+        return f".*({'|'.join(map(re.escape, ends))})" if ends else r"(?!)"
+
+    def check_sites(self, names: tuple[str, ...]) -> None:
+        """Refuses a `feedforward` that matches no adapted site, or takes some layers of a site only.
+
+        Raises:
+            TargetError: naming what it matches.
+        """
+        if isinstance(self.feedforward, str):
+            require_fast("feedforward", {self.feedforward: self.feedforward_expression}, names)
+        taken = [name for name in names if self.rescales_input(name)]
+        if self.feedforward not in ("default", ()) and not taken:
+            raise TargetError(f"feedforward: {self.feedforward!r} matches no adapted site, such as {names[0]}")
+        kinds = {_any_layer(name) for name in taken} & {_any_layer(name) for name in names if name not in taken}
+        if kinds:
+            raise TargetError(f"feedforward: takes some layers of {min(kinds)} and not others; take all or none")
+
+    def rescales_input(self, name: str) -> bool:
+        """Says whether the input of the site of this Hugging Face name is rescaled, in place of its output."""
+        return re.fullmatch(self.feedforward_expression, name) is not None
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes `l` of ones."""
+        del kernel, rng
+        n_in, n_out = site.shape
+        return {"ia3_l": jnp.ones((n_in, 1) if self.rescales_input(site.name) else (1, n_out), jnp.float32)}
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Rescales what the site takes in, or what it puts out, `[..., in] -> [..., out]`."""
+        if call.leaves["ia3_l"].shape[-2:] == (call.x.shape[-1], 1):
+            return call.base(call.each(_rescaled, call.x))
+        return call.each(_rescaled, call.base(call.x))
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `l * W`, and `l * b` of a site whose output is rescaled."""
+        scale = leaves["ia3_l"]
+        folded = {"kernel": scale * base["kernel"]}
+        if "bias" in base and scale.shape != (base["kernel"].shape[0], 1):
+            folded["bias"] = scale.reshape(-1) * base["bias"]
+        return folded
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; PEFT takes a list of feed-forward modules where it is a part of the targets only.
+
+        It has no `layers_to_transform` here, so with it the file names the sites one by one, as it does for the usual ones.
+        """
+        options = super().to_peft()
+        if self.layers_to_transform is not None:
+            options["target_modules"] = "default"
+        plain = isinstance(options["target_modules"], tuple) and set(self.feedforward) <= set(self.targets)
+        if self.feedforward and not (plain and isinstance(self.feedforward, tuple)):
+            options["feedforward_modules"] = self.feedforward_expression
+        return options
+
+
+def _rescaled(leaves: Leaves, x: Any) -> Any:
+    return x * leaves["ia3_l"].reshape(-1).astype(x.dtype)
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"(^|\.)\d+\.", r"\1*.", name)

@@ -1,0 +1,82 @@
+"""Several methods at once, on different sites: one method made of methods.
+
+    LoRA on attention, adapters on feed-forward, BitFit on norms
+
+Each computes its own sites; what is trained is what any of them trains. Mao et al. 2021, "UniPELT: A Unified Framework for
+Parameter-Efficient Language Model Tuning", section 3, without its gates (arXiv:2110.07577).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jaxpeft.core.method as core
+from jaxpeft.core.method import Leaves, Method
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed(Method):
+    """A method made of methods, in the order in which they are applied.
+
+    Two of them may not put the same leaves at one site; where they are of the same kind, their targets must not overlap.
+    """
+
+    name: ClassVar[str] = "mixed"
+    paper: ClassVar[str] = "arXiv:2110.07577"
+
+    methods: tuple[core.Method, ...] = option((), "the methods, each a section with its `name` and options")
+
+    def problems(self) -> list[str]:
+        """Lists what cannot be put together."""
+        found = ["methods: names fewer than two; use the method itself"] if len(self.methods) < 2 else []
+        found += ["methods: holds a mixed method; write its methods out" for m in self.methods if isinstance(m, Mixed)]
+        whole = [m.name for m in self.methods if m.root_names]
+        if len(set(whole)) < len(whole) or len(whole) > 1:
+            found.append(f"methods: {' and '.join(whole)} each keep leaves for the whole model; take one of them")
+        for part in self.methods:
+            if getattr(part, "init_weights", "") == "eva":
+                found.append("methods: init_weights 'eva' gives ranks to the sites of one method alone; take another start")
+        return found
+
+    def parts(self) -> tuple[Method, ...]:
+        """Gives the methods, the first with the modules that the whole saves."""
+        return self.methods
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains what any of the methods trains."""
+        return any(part.trains(path, params) for part in self.methods)
+
+    def rate(self, path: Path) -> float:
+        """Gives the rate of the method that the leaf is of."""
+        owners = [m for m in self.methods if path[-1] in (*m.site_names(), *m.root_names)]
+        return owners[0].rate(path) if owners else 1.0
+
+    def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
+        """Starts each method; each sees the model with those before it."""
+        made: list[Method] = []
+        for part in self.methods:
+            begun, params = part.start(params, run)
+            made.append(begun)
+        return Mixed(methods=tuple(made), modules_to_save=self.modules_to_save), params
+
+    def penalty(self, trainable: Leaves) -> Any:
+        """Adds up the methods' penalties."""
+        given = [value for part in self.methods if (value := part.penalty(trainable)) is not None]
+        return sum(given[1:], given[0]) if given else None
+
+    def optimizer(self, inner: Any, steps: int) -> Any:
+        """Lets each method wrap the optimizer."""
+        for part in self.methods:
+            inner = part.optimizer(inner, steps)
+        return inner
+
+    def as_dict(self) -> dict[str, Any]:
+        """Gives the options as plain values."""
+        return {
+            "name": self.name,
+            "modules_to_save": self.modules_to_save,
+            "methods": tuple(part.as_dict() for part in self.methods),
+        }

@@ -1,0 +1,207 @@
+r"""OFT: the input of a frozen kernel is rotated, block by block, so that the angles between its columns stay as they are.
+
+    y = (x R) W + b,    R = diag(R1, ..., Rb),    Ri: [k, k] orthogonal,  in = b k
+
+A block is the Cayley transform of a skew-symmetric matrix `S`, of which the numbers above the diagonal are trained:
+`R = (I - S) (I + S)^-1`, or, much cheaper and nearly orthogonal, some terms of the Neumann series of its inverse (as in PEFT):
+
+    R = I + 2 S + 2 S^2 + ... + 2 S^(n-2) + S^(n-1),    n = neumann_terms
+
+With `eps` (COFT) each `S` is kept within a ball about zero, of radius `eps / sqrt(b)` in Frobenius norm. `S` starts at zero, so
+a fresh adapter leaves every output as it was.
+
+Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", section 3 (arXiv:2306.07280); on the input's
+side and with the Neumann series, Qiu et al. 2025, "Orthogonal Finetuning Made Scalable" (arXiv:2506.19847).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods import dropping, rotations
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+
+if TYPE_CHECKING:
+    from jax import Array
+
+_SIZE, _TERMS = 32, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFT(Targeted):
+    """Orthogonal fine-tuning of linear sites.
+
+    A size or number of blocks that does not divide `in` gives way to the nearest that does, as in PEFT.
+
+    Leaves of a site: `oft_r [b, k (k - 1) / 2]`, or `[1, ...]` where blocks share, trained; `oft_terms [n]` of the Neumann
+    series, `oft_eps []` and `oft_dropout []` where they are asked for, not trained. All float32.
+
+    Raises:
+        ConfigError: an option is out of range, options exclude each other, or blocks would be of one element.
+    """
+
+    name: ClassVar[str] = "oft"
+    paper: ClassVar[str] = "arXiv:2306.07280"
+    leaf_names: ClassVar[tuple[str, ...]] = ("oft_r", "oft_terms", "oft_eps", "oft_dropout")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"oft_r"})
+    peft_type: ClassVar[str | None] = "OFT"
+    peft_options: ClassVar[Mapping[str, str]] = {
+        **TARGET_OPTIONS,
+        "r": "blocks",
+        "oft_block_size": "block_size",
+        "block_share": "block_share",
+        "module_dropout": "dropout",
+        "bias": "bias",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("r", "oft_block_size", "use_cayley_neumann")
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({
+        "init_weights", "fan_in_fan_out", "peft_version", "use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps",
+    })  # fmt: skip
+
+    block_size: int | None = option(None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2)
+    blocks: int | None = option(None, "number b of blocks, in place of block_size", at_least=1)
+    block_share: bool = option(False, "rotate all blocks of a site alike")
+    neumann_terms: int = option(_TERMS, "terms n of the Neumann series; 0 for the exact Cayley transform", at_least=0)
+    eps: float | None = option(None, "radius that COFT keeps S within, times sqrt(b); None for no limit", above=0)
+    dropout: float = option(0.0, "rate at which a block is not rotated", at_least=0, below=1)
+    bias: Literal["none", "all", "oft_only"] = option("none", "which biases of the base are trained as well")
+
+    def problems(self) -> list[str]:
+        """Lists options that exclude each other."""
+        found = super().problems()
+        if self.blocks is not None and self.block_size is not None:
+            found.append("blocks: is in place of block_size; remove one of them")
+        if self.neumann_terms == 1:
+            found.append("neumann_terms: one term is the identity, which trains nothing; give at least 2, or 0")
+        return found
+
+    def site_block_size(self, site: Site) -> int:
+        """Gives the size of the blocks at a site.
+
+        Raises:
+            ConfigError: it would be one, which nothing rotates in.
+        """
+        n_in = site.shape[0]
+        if self.blocks is None:
+            size = rotations.nearest_divisor(n_in, self.block_size or _SIZE)
+        else:
+            size = n_in // rotations.nearest_divisor(n_in, self.blocks)
+        if size == 1:
+            raise ConfigError(f"oft: {site.name} takes {n_in} inputs, which would make blocks of one; choose other blocks")
+        return size
+
+    def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
+        """Makes `S` of zeros."""
+        del kernel, rng
+        size = self.site_block_size(site)
+        count = 1 if self.block_share else site.shape[0] // size
+        leaves = {"oft_r": jnp.zeros((count, size * (size - 1) // 2), jnp.float32)}
+        if self.neumann_terms:
+            # three terms are PEFT's four
+            ends = [2.0] if self.neumann_terms == 2 else [2.0] * (max(self.neumann_terms, 4) - 2) + [1.0]
+            leaves["oft_terms"] = jnp.asarray(ends, jnp.float32)
+        if self.eps is not None:
+            leaves["oft_eps"] = jnp.asarray(self.eps, jnp.float32)
+        if self.dropout:
+            leaves["oft_dropout"] = jnp.asarray(self.dropout, jnp.float32)
+        return leaves
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains `S`, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `(x R) W + b`, `[..., in] -> [..., out]`; dropout leaves whole blocks as they are."""
+        drawn, stay = dropping.rate(call, "oft_dropout"), None
+        if drawn is not None:
+            size = _size(call.leaves["oft_r"].shape[-1])
+            stay = jax.random.bernoulli(drawn[0], 1 - drawn[1], (call.x.shape[-1] // size, 1, 1)).astype(jnp.float32)
+        return rotations.into(call, partial(_turned, stay=stay))
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `R W`."""
+        return {"kernel": rotations.turned_kernel(base["kernel"], _difference(leaves))}
+
+    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives `S` as it is: one row a block here and there."""
+        del site
+        return {"oft_R.weight": leaves["oft_r"]}
+
+    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives `S`."""
+        del site
+        return {**fresh, "oft_r": tensors["oft_R.weight"]}
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; the version says that the Neumann series is that of PEFT since 0.18."""
+        size = 0 if self.blocks else self.block_size or _SIZE
+        own = {"r": self.blocks or 0, "oft_block_size": size, "peft_version": "0.18.0", "coft": self.eps is not None}
+        own |= {"use_cayley_neumann": self.neumann_terms > 0, "num_cayley_neumann_terms": self.neumann_terms or _TERMS}
+        return super().to_peft() | own | ({} if self.eps is None else {"eps": self.eps})
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads OFT's options; the Neumann series from before PEFT 0.18, which was another, is refused."""
+        values, problems = super().from_peft(config)
+        values = {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}
+        series = bool(config.get("use_cayley_neumann"))
+        values["neumann_terms"] = config.get("num_cayley_neumann_terms", _TERMS) if series else 0
+        if config.get("coft"):
+            values["eps"] = config.get("eps", 6e-5)
+        version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+        if series and (version is None or (int(version[1]), int(version[2])) < (0, 18)):
+            problems.append(
+                f"use_cayley_neumann: peft_version is {config.get('peft_version')!r}, and before PEFT 0.18 the series was another one; "
+                "train it anew, or merge it there"
+            )
+        return values, problems
+
+
+def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:
+    difference = _difference(leaves)
+    return rotations.turned(x, difference if stay is None else difference * stay)
+
+
+def _difference(leaves: Leaves) -> Any:
+    """Gives `R - I` of each block, float32."""
+    skew = _skew(_within(leaves["oft_r"], leaves["oft_eps"]) if "oft_eps" in leaves else leaves["oft_r"])
+    if "oft_terms" not in leaves:
+        return rotations.cayley(skew)
+    terms, total = leaves["oft_terms"], jnp.zeros_like(skew)
+    for i in reversed(range(terms.shape[0])):
+        total = terms[i] * skew + jnp.matmul(skew, total, precision="highest")
+    return total
+
+
+def _within(vectors: Any, eps: Any) -> Any:
+    """Shrinks each `S` that is outside of the ball of COFT onto it."""
+    radius = eps / math.sqrt(vectors.shape[0])
+    squares = 2.0 * jnp.sum(jnp.square(vectors), axis=1, keepdims=True)
+    return vectors * radius / jnp.sqrt(jnp.maximum(squares, jnp.square(radius)))
+
+
+def _size(numbers: int) -> int:
+    """Gives the size of a block of which so many numbers stand above the diagonal."""
+    return (1 + math.isqrt(1 + 8 * numbers)) // 2
+
+
+def _skew(vectors: Any) -> Any:
+    """Makes skew-symmetric matrices of the numbers above their diagonals, row by row: `[b, k (k - 1) / 2] -> [b, k, k]`."""
+    size = _size(vectors.shape[1])
+    rows, columns = jnp.triu_indices(size, 1)
+    upper = jnp.zeros((vectors.shape[0], size, size), vectors.dtype).at[:, rows, columns].set(vectors)
+    return upper - jnp.swapaxes(upper, 1, 2)

@@ -1,0 +1,144 @@
+r"""RandLora: an update of full rank, made of random bases that all sites share and scaled by trained diagonals.
+
+    y = x W + s D(x) sum_j (G_j A' L_j) B_j',    s = alpha / r,  j < n = ceil(min(in, out) / r)
+
+`A [r, 1, m]` and `B [M, n, r]` are frozen and stand once at the root of the tree, as large as the largest adapted site, m and M
+being the smaller and the larger of its two sizes; a smaller site takes its part of them (`A'`, `B'`). `L_j = diag(lambda[j])`
+`[r]` and `G_j = diag(gamma[:, j])` `[min(in, out)]` are trained. This is for in <= out; otherwise the product is transposed, so
+that the trained numbers are always on the smaller side. `lambda` starts at zero, so a fresh adapter leaves every output as it
+was. `D` is dropout.
+
+PEFT pairs row `k` of the flattened bases, counted `(i, j)` over ranks and bases in A and `(j, i)` in B. Its files mean that, and
+so it is done here; for a random B it is only another order of the basis.
+
+Albert et al. 2025, "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", section 4 (arXiv:2502.00987).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.lora import dropped, product
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.vera import VeRA, largest, without_projections
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLora(Targeted):
+    """Trained diagonals around shared random bases.
+
+    Leaves of a site: `randlora_lambda [n, r]`, `randlora_gamma [min(in, out), n]`, trained; `randlora_scale []`,
+    `randlora_dropout []` where the rate is not zero. At the root: `randlora_a [r, 1, m]`, `randlora_b [M, n, r]`, not trained.
+    All float32.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "randlora"
+    paper: ClassVar[str] = "arXiv:2502.00987"
+    leaf_names: ClassVar[tuple[str, ...]] = ("randlora_lambda", "randlora_gamma", "randlora_scale", "randlora_dropout")
+    root_names: ClassVar[tuple[str, ...]] = ("randlora_a", "randlora_b")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"randlora_lambda", "randlora_gamma"})
+    peft_type: ClassVar[str | None] = "RANDLORA"
+    peft_options: ClassVar[Mapping[str, str]] = {key: ours for key, ours in TARGET_OPTIONS.items() if ours != "exclude"} | {
+        "r": "rank",
+        "randlora_alpha": "alpha",
+        "randlora_dropout": "dropout",
+        "bias": "bias",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("r", "randlora_alpha")
+    peft_ignored: ClassVar[frozenset[str]] = VeRA.peft_ignored | {"sparse", "very_sparse"}
+    files: ClassVar[Mapping[str, str]] = {"randlora_lambda": "randlora_lambda", "randlora_gamma": "randlora_gamma"}
+    root_files: ClassVar[Mapping[str, str]] = {
+        "randlora_a": "base_model.randlora_A",
+        "randlora_b": "base_model.randlora_B",
+    }
+
+    rank: int = option(32, "rank r of one random basis; the smaller, the more is trained", at_least=1)
+    alpha: float = option(640.0, "numerator of the scaling alpha / rank", above=0)
+    dropout: float = option(0.0, "rate of dropout on the input of the update", at_least=0, below=1)
+    bases: Literal["dense", "sparse", "very_sparse"] = option(
+        "dense", "uniform bases, or of -1, 0 and 1: two thirds zeros, or all but 1 / sqrt(m) of them"
+    )
+    bias: Literal["none", "all", "randlora_only"] = option("none", "which biases of the base are trained as well")
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes lambda zero and gamma constant."""
+        del kernel, rng
+        smaller = min(site.shape)
+        n = math.ceil(smaller / self.rank)
+        leaves = {
+            "randlora_lambda": jnp.zeros((n, self.rank), jnp.float32),
+            "randlora_gamma": jnp.full((smaller, n), 1 / smaller, jnp.float32),
+            "randlora_scale": jnp.asarray(self.alpha / self.rank, jnp.float32),
+        }
+        return leaves | ({"randlora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+
+    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes the bases, of unit variance."""
+        del params
+        smaller, larger = sorted(largest(sites))
+        shapes = (self.rank, 1, smaller), (larger, math.ceil(smaller / self.rank), self.rank)
+        a, b = (self._basis(key, shape, smaller) for key, shape in zip(jax.random.split(rng), shapes, strict=True))
+        return {"randlora_a": a, "randlora_b": b}
+
+    def _basis(self, key: jax.Array, shape: tuple[int, ...], smaller: int) -> jax.Array:
+        drawn = jax.random.uniform(key, shape, jnp.float32, -1, 1)
+        if self.bases != "dense":
+            share = 1 / 3 if self.bases == "sparse" else 1 / math.sqrt(smaller)
+            drawn = jnp.where(jnp.abs(drawn) > 1 - share, jnp.sign(drawn), 0.0)
+        return drawn / jnp.std(drawn)
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains lambda and gamma, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W + s (D(x) P) Q`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "randlora_dropout"), y)
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + s P Q`."""
+        first, second = _factors(leaves, *base["kernel"].shape)
+        return {"kernel": base["kernel"] + leaves["randlora_scale"] * product(first, second)}
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; the bases are always in the file, and what is excluded is left out of the named targets."""
+        kinds = {"sparse": self.bases == "sparse", "very_sparse": self.bases == "very_sparse", "save_projection": True}
+        return super().to_peft() | kinds | ({"target_modules": "default"} if self.exclude else {})
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options; a file without its bases is refused."""
+        kinds = [kind for kind in ("very_sparse", "sparse") if config.get(kind)]  # in PEFT the first of them wins
+        values, problems = super().from_peft(config)
+        return values | ({"bases": kinds[0]} if kinds else {}), [*problems, *without_projections(config)]
+
+
+def _factors(leaves: Leaves, n_in: int, n_out: int) -> tuple[Any, Any]:
+    """Gives P `[in, n r]` and Q `[n r, out]` of the update."""
+    gamma, weights = leaves["randlora_gamma"], leaves["randlora_lambda"]
+    smaller, n = gamma.shape
+    a = leaves["randlora_a"][:, 0, :smaller].T  # [m, r]
+    scaled = (a[:, :, None] * weights.T * gamma[:, None, :]).reshape(smaller, -1)
+    plain = leaves["randlora_b"][: max(n_in, n_out), :n].reshape(max(n_in, n_out), -1)
+    return (scaled, plain.T) if n_in <= n_out else (plain, scaled.T)
+
+
+def _update(leaves: Leaves, x: Any, y: Any) -> Any:
+    """Gives `s (x P) Q`, `[..., in] -> [..., out]`, in the dtype of `x`."""
+    first, second = _factors(leaves, x.shape[-1], y.shape[-1])
+    return (x @ first.astype(x.dtype)) @ (leaves["randlora_scale"] * second).astype(x.dtype)

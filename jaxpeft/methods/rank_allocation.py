@@ -1,0 +1,126 @@
+r"""AdaLoRA's allocation of ranks: an optimizer around the optimizer, whose state holds all that it goes by.
+
+It keeps, for each element w of A, e and B, with its gradient g and its new value w,
+
+    I = |w g|,    I1 = beta1 I1 + (1 - beta1) I,    I2 = beta2 I2 + (1 - beta2) |I - I1|        (equations 8 to 10)
+
+and scores entry i of a site by the sum of I1 I2 of e[i] and the means of it over A[:, i] and over B[i] (equation 11). Every
+`interval` steps all but the best `budget` entries of all sites are set to zero, where, with c running from 1 to 0 (equation 12),
+
+    budget = target + (initial - target) c^3,    initial = entries there are,    target = target_rank sites
+
+In the first `initial_steps` none is; in the last `final_steps` those that were set to zero stay so. The steps of a run are 1, 2,
+... The gradient is that which the optimizer is given, before clipping.
+
+Zhang et al. 2023, section 3.2 and 3.3 (arXiv:2303.10512).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxpeft.core import paths
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jnp
+
+if TYPE_CHECKING:
+    import optax
+
+    from jaxpeft.methods.adalora import AdaLoRA
+
+
+class Allocation(NamedTuple):
+    """The state of the optimizer.
+
+    Attributes:
+        step: steps done, int32 scalar.
+        sensitivity: average of |w g| of each element of A, e and B.
+        uncertainty: average of how far from it the values were.
+        kept: bool, the entries of e that the last allocation left.
+        inner: the state of the optimizer that is wrapped.
+    """
+
+    step: Any
+    sensitivity: Tree
+    uncertainty: Tree
+    kept: Tree
+    inner: Any
+
+
+def allocating(method: AdaLoRA, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    """Wraps an optimizer so that it allocates the ranks.
+
+    Args:
+        method: with the schedule.
+        inner: the optimizer, over the trained part of the tree.
+        steps: of the whole run.
+
+    Raises:
+        ConfigError: the run is too short for its first and last steps.
+    """
+    import optax
+
+    end = steps - method.final_steps
+    if method.initial_steps >= end:
+        raise ConfigError(
+            f"method.initial_steps: {method.initial_steps} steps at the start and {method.final_steps} at the end "
+            f"(final_steps) leave none of the run's {steps} steps to allocate ranks in"
+        )
+
+    def init(params: Any) -> Allocation:
+        own = [(path, leaf) for path, leaf in paths.walk(params) if path[-1] in method.trained_leaves]
+        first, second = (paths.build([(path, jnp.zeros_like(leaf)) for path, leaf in own]) for _ in range(2))
+        kept = paths.build([(path, jnp.ones_like(leaf, bool)) for path, leaf in own if path[-1] == "adalora_e"])
+        return Allocation(jnp.zeros((), jnp.int32), first, second, kept, inner.init(params))
+
+    def update(grads: Any, state: Allocation, params: Any = None) -> tuple[Any, Allocation]:
+        updates, below = inner.update(grads, state.inner, params)
+        step, old, moves, given = state.step + 1, *(dict(paths.walk(tree)) for tree in (params, updates, grads))
+
+        def average(decay: float, before: Any, now: Any) -> Any:
+            return jnp.where(step < end, decay * before + (1 - decay) * now, before)
+
+        size = {path: jnp.abs((old[path] + moves[path]) * given[path]) for path, _ in paths.walk(state.sensitivity)}
+        first = paths.map_with_path(lambda path, leaf: average(method.beta1, leaf, size[path]), state.sensitivity)
+        gap = {path: jnp.abs(size[path] - leaf) for path, leaf in paths.walk(first)}
+        second = paths.map_with_path(lambda path, leaf: average(method.beta2, leaf, gap[path]), state.uncertainty)
+
+        there = {path: entries(old[(*path[:-1], "adalora_a")]) for path, _ in paths.walk(state.kept)}
+        due = (step > method.initial_steps) & (step < end) & (step % method.interval == 0) | (step == end)
+        best = _best(first, second, there, _cut(method, step, end, there))
+        kept = paths.map_with_path(lambda path, before: jnp.where(due, best[path], before), state.kept)
+        for path, keep in paths.walk(kept):
+            moves[path] = jnp.where(keep | ~(due | (step > end)), moves[path], -old[path])
+        return paths.build(list(moves.items())), Allocation(step, first, second, kept, below)
+
+    return optax.GradientTransformation(init, update)
+
+
+def entries(a: Any) -> Any:
+    """Says which entries are no padding of a stack, `[..., in, r]` to `[..., r]`: those whose column of A is not zero."""
+    return jnp.any(a != 0, axis=-2)
+
+
+def _cut(method: AdaLoRA, step: Any, end: int, there: Mapping[Path, Any]) -> Any:
+    """Gives how many entries are to be zero at a step, int32; none where it is below one."""
+    initial = sum(jnp.sum(flags.astype(jnp.int32)) for flags in there.values())
+    target = method.target_rank * sum(jnp.sum(flags.any(-1).astype(jnp.int32)) for flags in there.values())
+    share = 1 - (step - method.initial_steps).astype(jnp.float32) / (end - method.initial_steps)
+    above = (initial - target).astype(jnp.float32)
+    return initial - target - jnp.floor(above * share**3).astype(jnp.int32)
+
+
+def _best(first: Tree, second: Tree, there: Mapping[Path, Any], cut: Any) -> dict[Path, Any]:
+    """Gives for each e which entries are kept: all but the `cut` worst of all sites, and those that are as bad as they."""
+    scores: dict[Path, Any] = {}
+    for path, flags in there.items():
+        a, e, b = (
+            paths.get(first, (*path[:-1], name)) * paths.get(second, (*path[:-1], name))
+            for name in ("adalora_a", "adalora_e", "adalora_b")
+        )
+        scores[path] = jnp.where(flags, e + jnp.mean(a, -2) + jnp.mean(b, -1), jnp.inf)
+    ordered = jnp.sort(jnp.concatenate([score.reshape(-1) for score in scores.values()]))
+    bar = jnp.where(cut > 0, ordered[jnp.maximum(cut - 1, 0)], -jnp.inf)
+    return {path: score > bar for path, score in scores.items()}

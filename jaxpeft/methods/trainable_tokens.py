@@ -1,0 +1,129 @@
+"""Trainable tokens: the rows of a few tokens are trained, those of all others stay as they are.
+
+    E' = E, but for the rows of the chosen tokens, which are trained
+
+In an embedding they are rows; in a language-model head `W [d, vocab]` they are columns. A tied head computes with the trained
+rows as well. Tokens that are new to a model are added by `jaxpeft.load(..., vocab_size=N)` first.
+
+PEFT's documentation of `TrainableTokens`; nothing of it is in a paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jnp
+from jaxpeft.methods.targeted import Targeted
+
+if TYPE_CHECKING:
+    import jax
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableTokens(Targeted):
+    """Trains the rows of chosen tokens.
+
+    Leaves of a site: `token_rows [n, d]` float32, trained, which begin as the base's; `token_ids [n]` int32.
+    """
+
+    name: ClassVar[str] = "trainable_tokens"
+    leaf_names: ClassVar[tuple[str, ...]] = ("token_rows", "token_ids")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"token_rows"})
+    kinds: ClassVar[tuple[str, ...]] = ("embedding", "linear")
+    hooks: ClassVar[Mapping[str, str]] = {"__call__": "compute", "attend": "compute_head"}
+    zero_is_base: ClassVar[bool] = False
+    usual_targets: ClassVar[tuple[str, ...]] = ("embed_tokens", "word_embeddings")
+    peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
+    peft_options: ClassVar[Mapping[str, str]] = {"token_indices": "tokens", "target_modules": "targets"}
+
+    tokens: tuple[int, ...] = option((), "ids of the tokens", at_least=0)
+    targets: str | tuple[str, ...] = option(
+        "default", "embeddings and heads by the end of their names; 'default' for the input embedding"
+    )
+
+    def problems(self) -> list[str]:
+        """Lists what is wrong with the tokens."""
+        found = super().problems()
+        if not self.tokens:
+            found.append("tokens: is empty; name the ids of the tokens to train")
+        if len(set(self.tokens)) < len(self.tokens):
+            found.append("tokens: names a token twice")
+        return found
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Takes the rows of the base.
+
+        Raises:
+            ConfigError: the model has no such token.
+        """
+        del rng
+        vocab = site.shape[0 if site.kind == "embedding" else 1]
+        if max(self.tokens) >= vocab:
+            raise ConfigError(
+                f"trainable_tokens.tokens: {max(self.tokens)} is outside the {vocab} tokens of {site.name}; "
+                f"load the model with vocab_size={max(self.tokens) + 1}"
+            )
+        ids = jnp.asarray(self.tokens, jnp.int32)
+        whole = kernel() if site.kind == "embedding" else kernel().T
+        return {"token_rows": whole[ids], "token_ids": ids}
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Gives the embeddings of token ids, or the logits of `x`, with the trained rows in place."""
+        base = call.base(*call.args)
+        if not jnp.issubdtype(call.x.dtype, jnp.integer):
+            return _with_logits(call, base, call.kernel().T)
+
+        def chosen(leaves: Leaves, ids: Any, plain: Any) -> Any:
+            hit = ids[..., None] == leaves["token_ids"]
+            rows = leaves["token_rows"].astype(plain.dtype)[jnp.argmax(hit, axis=-1)]
+            return jnp.where(hit.any(axis=-1)[..., None], rows, plain)
+
+        return call.each(chosen, call.x, base)
+
+    @staticmethod
+    def compute_head(call: Call) -> Any:
+        """Gives the logits of a head that is tied to the embedding."""
+        return _with_logits(call, call.base(*call.args), call.kernel())
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Puts the rows in their places."""
+        kernel, rows, ids = base["kernel"], leaves["token_rows"], leaves["token_ids"]
+        if kernel.shape[-1] == rows.shape[-1] and "embedding" in base:
+            return {"kernel": kernel.at[ids].set(rows)}
+        return {"kernel": kernel.at[:, ids].set(rows.T)}
+
+    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives the rows, as they are."""
+        del site
+        return {"trainable_tokens_delta": leaves["token_rows"]}
+
+    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives the rows."""
+        del site
+        return {**fresh, "token_rows": tensors["trainable_tokens_delta"]}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads PEFT's options; how the rows began says nothing of what they are."""
+        given = {key: value for key, value in config.items() if key != "init_weights"}
+        values, problems = super().from_peft(given | {"target_modules": given.get("target_modules") or "default"})
+        return values, problems
+
+
+def _with_logits(call: Call, logits: Any, rows: Any) -> Any:
+    """Adds to logits `[..., vocab]` what the trained rows differ by from the base's `rows [vocab, d]`."""
+
+    def added(leaves: Leaves, x: Any, plain: Any) -> Any:
+        ids = leaves["token_ids"]
+        change = x.astype(jnp.float32) @ (leaves["token_rows"] - rows[ids]).T
+        return plain.at[..., ids].add(change.astype(plain.dtype))
+
+    return call.each(added, call.x, logits)

@@ -1,0 +1,129 @@
+r"""VeRA: two vectors a site are trained, around a pair of random matrices that all sites share.
+
+    y = x W + (((D(x) A') * d) B') * b,    A' = A[:in] [in, r],  B' = B[:, :out] [r, out],  d: [r],  b: [out]
+
+`A` and `B` are frozen and stand once at the root of the tree, as wide as the widest adapted site; a narrower site takes its
+part of them. `d` starts at a small constant and `b` at zero, so a fresh adapter leaves every output as it was. `D` is dropout.
+
+PEFT may leave `A` and `B` out of a file and make them again from torch's random numbers. Here they are always written out, and
+a file without them is refused.
+
+Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation", section 3 (arXiv:2310.11454).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.lora import dropped, product
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(Targeted):
+    """Trained vectors around shared random projections.
+
+    Leaves of a site: `vera_lambda_d [r]`, `vera_lambda_b [out]`, trained; `vera_dropout []` where the rate is not zero. At the
+    root: `vera_a [in, r]`, `vera_b [r, out]` of the largest sizes, not trained. All float32.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "vera"
+    paper: ClassVar[str] = "arXiv:2310.11454"
+    leaf_names: ClassVar[tuple[str, ...]] = ("vera_lambda_b", "vera_lambda_d", "vera_dropout")
+    root_names: ClassVar[tuple[str, ...]] = ("vera_a", "vera_b")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"vera_lambda_b", "vera_lambda_d"})
+    peft_type: ClassVar[str | None] = "VERA"
+    peft_options: ClassVar[Mapping[str, str]] = {key: ours for key, ours in TARGET_OPTIONS.items() if ours != "exclude"} | {
+        "r": "rank",
+        "vera_dropout": "dropout",
+        "d_initial": "d_initial",
+        "bias": "bias",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("r",)
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"save_projection", "projection_prng_key", "init_weights"})
+    files: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}
+    root_files: ClassVar[Mapping[str, str]] = {"vera_a": "base_model.vera_A", "vera_b": "base_model.vera_B"}
+
+    rank: int = option(256, "rank r of the shared projections", at_least=1)
+    dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
+    d_initial: float = option(0.1, "what each entry of d begins as")
+    bias: Literal["none", "all", "vera_only"] = option("none", "which biases of the base are trained as well")
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes d constant and b zero."""
+        del kernel, rng
+        leaves = {
+            "vera_lambda_b": jnp.zeros((site.shape[1],), jnp.float32),
+            "vera_lambda_d": jnp.full((self.rank,), self.d_initial, jnp.float32),
+        }
+        return leaves | ({"vera_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+
+    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes A and B uniform within sqrt(6 / fan_in), as He et al. 2015 have it."""
+        del params
+        keys, n_in, n_out = jax.random.split(rng), *largest(sites)
+        return {
+            "vera_a": math.sqrt(6 / n_in) * jax.random.uniform(keys[0], (n_in, self.rank), jnp.float32, -1, 1),
+            "vera_b": math.sqrt(6 / self.rank) * jax.random.uniform(keys[1], (self.rank, n_out), jnp.float32, -1, 1),
+        }
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains d and b, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W + (((D(x) A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "vera_dropout"))
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + (A * d) (B * b)`."""
+        n_in, n_out = base["kernel"].shape
+        a, b = leaves["vera_a"][:n_in] * leaves["vera_lambda_d"], leaves["vera_b"][:, :n_out] * leaves["vera_lambda_b"]
+        return {"kernel": base["kernel"] + product(a, b)}
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; the projections are always in the file, and what is excluded is left out of the named targets."""
+        return super().to_peft() | {"save_projection": True} | ({"target_modules": "default"} if self.exclude else {})
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options; a file without its projections is refused."""
+        values, problems = super().from_peft(config)
+        return values, [*problems, *without_projections(config)]
+
+
+def without_projections(config: Mapping[str, Any]) -> list[str]:
+    """Gives why a file whose random matrices are left out cannot be read, if they are."""
+    if config.get("save_projection", True):
+        return []
+    return [
+        "save_projection: is false, so the shared random matrices are not in the file, and torch's random numbers are not made "
+        "here; load it in PEFT, set save_projection to True before the adapter is made, and save it again"
+    ]
+
+
+def largest(sites: tuple[Site, ...]) -> tuple[int, int]:
+    """Gives the largest `in` and the largest `out` of sites."""
+    return max(site.shape[0] for site in sites), max(site.shape[1] for site in sites)
+
+
+def _update(leaves: Leaves, x: Any) -> Any:
+    """Gives `(((x A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x`."""
+    b = leaves["vera_lambda_b"].astype(x.dtype)
+    h = x @ leaves["vera_a"][: x.shape[-1]].astype(x.dtype) * leaves["vera_lambda_d"].astype(x.dtype)
+    return h @ leaves["vera_b"][:, : b.shape[-1]].astype(x.dtype) * b
