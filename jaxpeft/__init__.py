@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxpeft.core.bank import bank as bank
+    from jaxpeft.core.bank import pick as pick
     from jaxpeft.core.method import Method as Method
     from jaxpeft.core.rewriting import merge as merge
     from jaxpeft.core.rewriting import rewrite as rewrite
     from jaxpeft.core.rewriting import trainable_mask as trainable_mask
+    from jaxpeft.core.rewriting import without_adapter as without_adapter
     from jaxpeft.core.tree import combine as combine
     from jaxpeft.core.tree import partition as partition
     from jaxpeft.core.tree import stack_layers as stack_layers
     from jaxpeft.core.tree import unstack_layers as unstack_layers
+    from jaxpeft.methods.weighted import merge_adapters as merge_adapters
     from jaxpeft.errors import JaxpeftError as JaxpeftError
     from jaxpeft.forward import apply as apply
     from jaxpeft.hub.adapters import load_adapter as load_adapter
@@ -34,6 +38,10 @@ if TYPE_CHECKING:
     from jaxpeft.methods import METHODS as METHODS
 
 _WHERE = {
+    "bank": "core.bank",
+    "pick": "core.bank",
+    "merge_adapters": "methods.weighted",
+    "without_adapter": "core.rewriting",
     "Method": "core.method",
     "merge": "core.rewriting",
     "rewrite": "core.rewriting",

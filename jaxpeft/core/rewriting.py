@@ -204,6 +204,22 @@ def adapted_modules(method: Method, params: Mapping[str, Any]) -> list[Path]:
     return [path[:-1] for path, _ in paths.walk(params) if path[-1] in markers]
 
 
+def adapter_names(method: Method) -> frozenset[str]:
+    """Gives the names of all leaves that a method adds, to sites and at the root of the tree."""
+    return frozenset(name for part in method.parts() for name in (*part.site_names(), *part.root_names))
+
+
+def without_adapter(method: Method, params: Mapping[str, Any]) -> Tree:
+    """Drops the adapter leaves: the tree computes as the base, with the leaves of the base that were trained as they are now.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree.
+    """
+    names = adapter_names(method)
+    return paths.build([(path, leaf) for path, leaf in paths.walk(params) if path[-1] not in names])
+
+
 def merge(method: Method, params: Mapping[str, Any], *, sites: Sequence[Site] | None = None) -> Tree:
     """Folds the adapter into the base, giving plain params: the inverse of `rewrite` in structure.
 

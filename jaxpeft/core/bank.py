@@ -1,0 +1,120 @@
+"""Several adapters in one tree: a bank, whose adapter leaves have an axis that counts the adapters.
+
+One program serves them all: which adapter computes is an argument of `jaxpeft.apply`, a number for the whole batch or one for
+each row, so switching compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.core import paths
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.core.rewriting import adapter_names, trainable_mask
+from jaxpeft.errors import ConfigError
+
+
+def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> Tree:
+    """Puts adapters of one base into one tree.
+
+    A leaf `[...]` becomes `[n, ...]`, below the layer axis where there is one; leaves that differ in rank are padded by zeros
+    to the largest.
+
+    Args:
+        adapters: `(method, params)` each, of the same kind of method on the same base.
+
+    Returns:
+        A tree for `jaxpeft.apply(model, tree, ..., adapter=i)`.
+
+    Raises:
+        ConfigError: the methods are of different kinds, adapt other sites, or train leaves of the base, which only one of
+            them can have.
+    """
+    if not adapters:
+        raise ConfigError("bank: no adapter is given")
+    first, params = adapters[0]
+    kinds = {method.name for method, _ in adapters}
+    if len({_kinds(method) for method, _ in adapters}) > 1:
+        raise ConfigError(
+            f"bank: the adapters are of different methods ({', '.join(sorted(kinds))}); make a bank of each"
+        )
+    leaves = [dict(paths.walk(tree)) for _, tree in adapters]
+    for i, other in enumerate(leaves):
+        odd = sorted(leaves[0].keys() ^ other.keys())
+        if odd:
+            raise ConfigError(
+                f"bank: adapters 0 and {i} hold other leaves, such as {paths.text(odd[0])}; give all the same targets and options"
+            )
+    require_same_base(adapters)
+    names = adapter_names(first)
+    out: list[tuple[Path, Any]] = []
+    for path, leaf in paths.walk(params):
+        if path[-1] in names:
+            axis = int(paths.layer_axis(path) is not None)
+            out.append((path, jnp.stack(_padded([other[path] for other in leaves], path, first), axis=axis)))
+        else:
+            out.append((path, leaf))
+    return paths.build(out)
+
+
+def pick(method: Method, tree: Mapping[str, Any], i: int) -> Tree:
+    """Gives the tree of one adapter of a bank, padded as it is there.
+
+    Args:
+        method: one of those that the bank was made of.
+        tree: the bank.
+        i: which adapter.
+    """
+    names = adapter_names(method)
+
+    def one(path: Path, leaf: Any) -> Any:
+        if path[-1] not in names:
+            return leaf
+        return leaf[:, i] if paths.layer_axis(path) is not None else leaf[i]
+
+    return paths.map_with_path(one, tree)
+
+
+def _kinds(method: Method) -> tuple[str, ...]:
+    return tuple((part.leaf_names or part.root_names or (part.name,))[0] for part in method.parts())
+
+
+def require_same_base(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> None:
+    """Refuses adapters that trained leaves of the base to different numbers: one tree can hold one of them only.
+
+    Raises:
+        ConfigError: naming the leaf.
+    """
+    first = dict(paths.walk(adapters[0][1]))
+    for i, (method, tree) in enumerate(adapters):
+        names = adapter_names(method)
+        own = dict(paths.walk(tree))
+        trained = [path for path, flag in paths.walk(trainable_mask(method, tree)) if flag and path[-1] not in names]
+        changed = [path for path in trained if path not in first or not _equal(first[path], own[path])]
+        if changed:
+            raise ConfigError(
+                f"{paths.text(changed[0])} is a leaf of the base, and adapters 0 and {i} trained it to different numbers; "
+                "adapter leaves alone can be put together"
+            )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def _padded(found: Sequence[Any], path: Path, method: Method) -> list[Any]:
+    shapes = {leaf.shape for leaf in found}
+    if len(shapes) == 1:
+        return list(found)
+    if not hasattr(method, "rank_pattern"):
+        raise ConfigError(
+            f"bank: {paths.text(path)} has the shapes {' and '.join(str(list(s)) for s in sorted(shapes))}, which {method.name} "
+            "cannot pad; give all adapters the same options"
+        )
+    shape = tuple(max(sizes) for sizes in zip(*(leaf.shape for leaf in found), strict=True))
+    return [jnp.pad(leaf, [(0, n - m) for n, m in zip(shape, leaf.shape, strict=True)]) for leaf in found]

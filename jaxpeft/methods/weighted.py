@@ -1,0 +1,189 @@
+"""Weighted merges of LoRA adapters into one LoRA adapter.
+
+Of each site the updates `s_i A_i B_i` of the adapters that adapt it are combined with weights `w_i`:
+
+* `linear`: the factors apart, `A = sum sign(w_i s_i) sqrt|w_i s_i| A_i`, `B = sum sqrt|w_i s_i| B_i`: equal ranks, an approximation;
+* `cat`: `A = [w_1 s_1 A_1 | w_2 s_2 A_2 | ...]`, `B` below one another: exact, the ranks add up;
+* `svd`: the best approximation of rank r of `sum w_i s_i A_i B_i`;
+* `ties`: only the largest entries of each are kept, a sign is elected for each entry, and those that have it are averaged
+  (Yadav et al. 2023, "TIES-Merging", section 4, arXiv:2306.01708);
+* `dare_linear`, `dare_ties`: entries are dropped at random and the others scaled up first (Yu et al. 2023, "Language Models are
+  Super Mario", section 3, arXiv:2311.03099); `magnitude_prune`: the smallest are dropped;
+* with `_svd`: the same on whole updates in place of the factors, then `svd`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core import paths
+from jaxpeft.core.bank import require_same_base
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.rewriting import chosen_sites, layer_of, rewrite, without_adapter
+from jaxpeft.errors import ConfigError
+from jaxpeft.methods.lora import LoRA
+
+How = Literal[
+    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+]  # fmt: skip
+Array = jax.Array
+
+
+def merge_adapters(
+    adapters: Sequence[tuple[LoRA, Mapping[str, Any]]],
+    weights: Sequence[float],
+    how: How = "svd",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    sign: Literal["total", "frequency"] = "total",
+    rng: Array | None = None,
+) -> tuple[LoRA, Tree]:
+    """Merges LoRA adapters of one base into one.
+
+    Args:
+        adapters: `(method, params)` each.
+        weights: one an adapter; negative ones take its effect away.
+        how: see the module.
+        rank: of the result, for those with `svd`; None for the largest of the adapters'.
+        density: share of the entries that are kept, for those that drop some.
+        sign: elected by the sum of the entries, or by their number.
+        rng: a key, for those that drop at random.
+
+    Returns:
+        `(method, params)`, the scaling of whose every site is 1.
+
+    Raises:
+        ConfigError: the adapters are not LoRA's, their ranks do not fit, or an argument is missing or out of range.
+    """
+    _check(adapters, weights, how, density, rng)
+    found = [_sites(method, params) for method, params in adapters]
+    names = list(dict.fromkeys(name for sites in found for name in sites))
+    merged: dict[str, tuple[Array, Array]] = {}
+    most = rank or max(a.shape[1] for sites in found for a, _, _ in sites.values())
+    for i, name in enumerate(names):
+        held = [(sites[name], w) for sites, w in zip(found, weights, strict=True) if name in sites]
+        key = None if rng is None else jax.random.fold_in(rng, i)
+        merged[name] = _merged([h for h, _ in held], [w for _, w in held], how, most, density or 1.0, sign, key)
+    top = max(a.shape[1] for a, _ in merged.values())
+    ranks = {re.escape(name): a.shape[1] for name, (a, _) in merged.items() if a.shape[1] != top}
+    alphas = {name: float(r) for name, r in ranks.items()}
+    method = LoRA(rank=top, alpha=float(top), targets=tuple(names), rank_pattern=ranks, alpha_pattern=alphas)
+    first, params = adapters[0]
+    tree = rewrite(method, without_adapter(first, params), jax.random.key(0))
+    for site, on in chosen_sites(method, tree).items():
+        node = paths.get(tree, site.path)
+        for i, name in enumerate(site.names):
+            if on[i]:
+                a, b = merged[name]
+                at = (i,) if site.layers else ()
+                node["lora_a"] = node["lora_a"].at[(*at, slice(None), slice(0, a.shape[1]))].set(a)
+                node["lora_b"] = node["lora_b"].at[(*at, slice(0, b.shape[0]))].set(b)
+    return method, tree
+
+
+def _check(
+    adapters: Sequence[tuple[LoRA, Any]], weights: Sequence[float], how: str, density: float | None, rng: Array | None
+) -> None:
+    problems: list[str] = []
+    if how not in get_args(How):
+        problems.append(f"how: must be one of {', '.join(get_args(How))}, is {how!r}")
+    if not adapters or len(weights) != len(adapters):
+        problems.append(f"weights: {len(weights)} for {len(adapters)} adapters; give each one")
+    others = [method.name for method, _ in adapters if type(method) is not LoRA]
+    if others:
+        problems.append(f"adapters: {others[0]} adapters cannot be merged with weights, LoRA's can")
+    if any(getattr(method, "lora_bias", False) for method, _ in adapters):
+        problems.append("adapters: one of them trains lora_bias, which has no part in a weighted merge")
+    drops = how.split("_")[0] in ("ties", "dare", "magnitude")
+    if drops and (density is None or not 0 < density <= 1):
+        problems.append(f"density: {how} keeps a share of the entries above 0 and at most 1, is {density}")
+    if how.startswith("dare") and rng is None:
+        problems.append(f"rng: {how} drops entries at random; give a key")
+    if problems:
+        raise ConfigError([f"merge_adapters: {problem}" for problem in problems])
+    require_same_base(adapters)
+
+
+def _sites(method: LoRA, params: Mapping[str, Any]) -> dict[str, tuple[Array, Array, float]]:
+    """Gives `(A [in, r], B [r, out], s)` of each adapted site of each layer, a start that is taken off among them."""
+    out: dict[str, tuple[Array, Array, float]] = {}
+    for site, on in chosen_sites(method, params).items():
+        for i, name in enumerate(site.names):
+            if on[i]:
+                leaves = layer_of(site, paths.get(params, site.path), i)
+                r = method.site_rank(name)
+                a, b = leaves["lora_a"][:, :r], leaves["lora_b"][:r]
+                if "lora_a0" in leaves:
+                    a = jnp.concatenate([a, leaves["lora_a0"][:, :r]], axis=1)
+                    b = jnp.concatenate([b, -leaves["lora_b0"][:r]])
+                out[name] = a, b, method.site_scale(name)
+    return out
+
+
+def _merged(
+    held: Sequence[tuple[Array, Array, float]],
+    weights: Sequence[float],
+    how: str,
+    rank: int,
+    density: float,
+    sign: str,
+    key: Array | None,
+) -> tuple[Array, Array]:
+    """Merges the updates of one site; gives A and B."""
+    if how == "cat":
+        return (
+            jnp.concatenate([w * s * a for (a, _, s), w in zip(held, weights, strict=True)], axis=1),
+            jnp.concatenate([b for _, b, _ in held]),
+        )
+    kind = how.removesuffix("_svd")
+    if how == "svd" or how.endswith("_svd"):
+        whole = [s * jnp.matmul(a, b, precision="highest") for a, b, s in held]
+        total = _combined(whole, weights, "linear" if how == "svd" else kind, density, sign, key)
+        u, values, v = jnp.linalg.svd(total, full_matrices=False)
+        return u[:, :rank], values[:rank, None] * v[:rank]
+    ranks = {a.shape[1] for a, _, _ in held}
+    if len(ranks) > 1:
+        raise ConfigError(
+            f"merge_adapters: {how} needs equal ranks, they are {' and '.join(map(str, sorted(ranks)))}; take svd or cat"
+        )
+    roots = [math.sqrt(abs(w * s)) for (_, _, s), w in zip(held, weights, strict=True)]
+    signed = [math.copysign(root, w) for root, w in zip(roots, weights, strict=True)]
+    keys = (None, None) if key is None else jax.random.split(key)
+    return (
+        _combined([a for a, _, _ in held], signed, kind, density, sign, keys[0]),
+        _combined([b for _, b, _ in held], roots, kind, density, sign, keys[1]),
+    )
+
+
+def _combined(
+    tensors: Sequence[Array], weights: Sequence[float], kind: str, density: float, sign: str, key: Array | None
+) -> Array:
+    """Combines tensors of one shape with weights, as `kind` says."""
+    stacked = jnp.stack(tensors)
+    if kind.startswith("dare") and key is not None:
+        stacked = jnp.where(jax.random.bernoulli(key, density, stacked.shape), stacked / density, 0.0)
+    elif kind != "linear":
+        stacked = jnp.stack([_largest(tensor, density) for tensor in stacked])
+    weighted = stacked * jnp.asarray(weights, jnp.float32).reshape(-1, *(1,) * tensors[0].ndim)
+    if not kind.endswith("ties"):
+        return weighted.sum(0)
+    votes = stacked if sign == "total" else jnp.sign(stacked)
+    elected = jnp.where(votes.sum(0) >= 0, 1.0, -1.0)
+    agree = jnp.sign(stacked) == elected
+    return jnp.where(agree, weighted, 0.0).sum(0) / jnp.maximum(agree.sum(0), 1).astype(jnp.float32)
+
+
+def _largest(tensor: Array, density: float) -> Array:
+    """Keeps the share `density` of the entries that are the largest, and zeroes the others."""
+    kept = int(density * tensor.size)
+    flat = tensor.reshape(-1)
+    chosen = jnp.argsort(-jnp.abs(flat), stable=True)[:kept]
+    return jnp.zeros_like(flat).at[chosen].set(flat[chosen]).reshape(tensor.shape)
