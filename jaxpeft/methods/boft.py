@@ -65,10 +65,14 @@ class BOFT(Targeted):
     peft_required: ClassVar[tuple[str, ...]] = ("boft_block_size", "boft_block_num")
     peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "fan_in_fan_out"})
 
-    block_size: int | None = option(None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2)
+    block_size: int | None = option(
+        None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2
+    )
     blocks: int | None = option(None, "number d of blocks, in place of block_size", at_least=1)
     factors: int = option(1, "number m of butterfly factors", at_least=1)
-    dropout: float = option(0.0, "rate at which a block of one factor, drawn anew each time, is not rotated", at_least=0, below=1)
+    dropout: float = option(
+        0.0, "rate at which a block of one factor, drawn anew each time, is not rotated", at_least=0, below=1
+    )
     bias: Literal["none", "all", "boft_only"] = option("none", "which biases of the base are trained as well")
 
     def problems(self) -> list[str]:
@@ -87,7 +91,9 @@ class BOFT(Targeted):
         spread = 2 ** (self.factors - 1)
         if over or not count or count % spread or (self.factors > 1 and (n_in // count) % 2):
             blocks = f"{self.blocks} blocks" if self.blocks else f"blocks of {size}"
-            even = f" of even size, {spread} or a multiple of them, for {self.factors} factors" if self.factors > 1 else ""
+            even = (
+                f" of even size, {spread} or a multiple of them, for {self.factors} factors" if self.factors > 1 else ""
+            )
             raise ConfigError(f"boft: the {n_in} inputs of {site.name} do not split into {blocks}{even}")
         return count, n_in // count
 

@@ -52,7 +52,12 @@ class HRA(Targeted):
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"hra_u"})
     zero_is_base: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = "HRA"
-    peft_options: ClassVar[Mapping[str, str]] = {**TARGET_OPTIONS, "r": "rank", "apply_GS": "gram_schmidt", "bias": "bias"}
+    peft_options: ClassVar[Mapping[str, str]] = {
+        **TARGET_OPTIONS,
+        "r": "rank",
+        "apply_GS": "gram_schmidt",
+        "bias": "bias",
+    }
     peft_required: ClassVar[tuple[str, ...]] = ("r",)
     peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 

@@ -60,7 +60,8 @@ class IA3(Targeted):
     peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights", "fan_in_fan_out"})
 
     targets: str | tuple[str, ...] = option(
-        "default", "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's usual sites"
+        "default",
+        "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's usual sites",
     )
     feedforward: str | tuple[str, ...] = option(
         "default", "names, or expression, of the sites whose input is rescaled; 'default' for the usual ones"

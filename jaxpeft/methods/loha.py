@@ -60,7 +60,9 @@ class LoHa(Ranked):
         "module_dropout": "module_dropout",
     }
     peft_required: ClassVar[tuple[str, ...]] = ("r", "alpha")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "use_effective_conv2d"})  # of convolutions alone
+    peft_ignored: ClassVar[frozenset[str]] = frozenset(
+        {"init_weights", "use_effective_conv2d"}
+    )  # of convolutions alone
 
     rank_dropout: float = option(0.0, "rate at which outputs of the update are left out", at_least=0, below=1)
     module_dropout: float = option(0.0, "rate at which the whole update of a site is left out", at_least=0, below=1)

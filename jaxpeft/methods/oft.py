@@ -70,7 +70,9 @@ class OFT(Targeted):
         "init_weights", "fan_in_fan_out", "peft_version", "use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps",
     })  # fmt: skip
 
-    block_size: int | None = option(None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2)
+    block_size: int | None = option(
+        None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2
+    )
     blocks: int | None = option(None, "number b of blocks, in place of block_size", at_least=1)
     block_share: bool = option(False, "rotate all blocks of a site alike")
     neumann_terms: int = option(_TERMS, "terms n of the Neumann series; 0 for the exact Cayley transform", at_least=0)
@@ -99,7 +101,9 @@ class OFT(Targeted):
         else:
             size = n_in // rotations.nearest_divisor(n_in, self.blocks)
         if size == 1:
-            raise ConfigError(f"oft: {site.name} takes {n_in} inputs, which would make blocks of one; choose other blocks")
+            raise ConfigError(
+                f"oft: {site.name} takes {n_in} inputs, which would make blocks of one; choose other blocks"
+            )
         return size
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:

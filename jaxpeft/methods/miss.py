@@ -1,0 +1,144 @@
+r"""MiSS: one small matrix that all shards of a frozen kernel share.
+
+    y = x W + (x1 + ... + xn) D,    x = [x1, ..., xn], shards of r inputs each,  D: [r, out]
+
+The inputs are filled up with zeros where r does not divide them. `variant` chooses another form of `D`:
+
+* `mini`: `D` is `[r, mini_rank]`, repeated along the outputs;
+* `bat`: the update of the shard of r inputs and r outputs `Wij` of the kernel depends on the shard, `Dj' Wij + Dj'`, with one
+  `Dj: [r, r]` for each r outputs.
+
+`D` starts at zero, so a fresh adapter leaves every output as it was.
+
+Kang and Yin 2024, "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing", section 3 (arXiv:2409.15371).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jnp
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.lora import dropped
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiSS(Targeted):
+    """Shard sharing at linear sites.
+
+    Leaves of a site: `miss_block`, `[r, out]`, of `mini` `[r, mini_rank]`, of `bat` `[out / r, r, r]`, trained;
+    `miss_dropout []` where the rate is not zero, not trained. All float32.
+
+    Raises:
+        ConfigError: an option is out of range, options exclude each other, or the shards do not fit a site.
+    """
+
+    name: ClassVar[str] = "miss"
+    paper: ClassVar[str] = "arXiv:2409.15371"
+    leaf_names: ClassVar[tuple[str, ...]] = ("miss_block", "miss_dropout")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"miss_block"})
+    peft_type: ClassVar[str | None] = "MISS"
+    peft_options: ClassVar[Mapping[str, str]] = {
+        **TARGET_OPTIONS,
+        "r": "rank",
+        "mini_r": "mini_rank",
+        "miss_dropout": "dropout",
+        "bias": "bias",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("r",)
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    rank: int = option(64, "size r of the shards", at_least=1)
+    variant: Literal["balance", "mini", "bat"] = option("balance", "form of the shared matrix")
+    mini_rank: int = option(1, "columns of the matrix of the variant 'mini'", at_least=1)
+    dropout: float = option(0.0, "rate of dropout on the input of the update", at_least=0, below=1)
+    bias: Literal["none", "all", "MiSS_only"] = option("none", "which biases of the base are trained as well")
+
+    def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
+        """Makes the shared matrix of zeros.
+
+        Raises:
+            ConfigError: the shards do not fit the site.
+        """
+        del kernel, rng
+        (n_in, n_out), rank = site.shape, self.rank
+        shapes = {"balance": (rank, n_out), "mini": (rank, self.mini_rank), "bat": (n_out // rank, rank, rank)}
+        whole = {"balance": True, "mini": n_out % self.mini_rank == 0, "bat": not (n_in % rank or n_out % rank)}
+        if rank > n_in or not whole[self.variant]:
+            shards = f"rank {rank}" + (f" and mini_rank {self.mini_rank}" if self.variant == "mini" else "")
+            raise ConfigError(f"miss: the kernel of {site.name}, {n_in} by {n_out}, does not split by {shards}")
+        leaves = {"miss_block": jnp.zeros(shapes[self.variant], jnp.float32)}
+        return leaves | ({"miss_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains the shared matrix, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W` and the update, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(call.x)
+        x = dropped(call, call.x.astype(y.dtype), "miss_dropout")
+        bat = call.leaves["miss_block"].ndim - (call.rows is not None) == 3
+        kernel, width = call.kernel() if bat else None, y.shape[-1]
+        return y + call.each(lambda leaves, x: _update(leaves["miss_block"], x, kernel, width), x).astype(y.dtype)
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives the kernel with the update of each shard."""
+        block, kernel = leaves["miss_block"], base["kernel"]
+        if block.ndim == 3:
+            return {"kernel": kernel + _bat(block, kernel)}
+        n_in, n_out = kernel.shape
+        whole = jnp.tile(block, (-(-n_in // block.shape[0]), n_out // block.shape[1]))
+        return {"kernel": kernel + whole[:n_in]}
+
+    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives the shared matrix as it is."""
+        del site
+        return {"miss_block": leaves["miss_block"]}
+
+    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives the shared matrix."""
+        del site
+        return {**fresh, "miss_block": tensors["miss_block"]}
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; PEFT names the variant in `init_weights`."""
+        return super().to_peft() | {"init_weights": True if self.variant == "balance" else self.variant}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads MiSS's options; any other start than that of a variant is the one in balance."""
+        values, problems = super().from_peft(config)
+        start = config.get("init_weights")
+        return values | {"variant": start if isinstance(start, str) else "balance"}, problems
+
+
+def _update(block: Any, x: Any, kernel: Any, width: int) -> Any:
+    """Gives the update of `x` `[..., in]`, `[..., width]`."""
+    if kernel is not None:
+        return x @ _bat(block, kernel).astype(x.dtype)
+    rank, columns = block.shape
+    x = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, -x.shape[-1] % rank)))
+    update = jnp.sum(x.reshape(*x.shape[:-1], -1, rank), axis=-2) @ block.astype(x.dtype)
+    return jnp.tile(update, width // columns)
+
+
+def _bat(block: Any, kernel: Any) -> Any:
+    """Gives the update of a kernel `[in, out]`, shard by shard."""
+    count, rank, _ = block.shape
+    shards = kernel.reshape(-1, rank, count, rank)
+    update = jnp.einsum("aibo,bij->ajbo", shards, block) + jnp.transpose(block, (2, 0, 1))
+    return update.reshape(kernel.shape)
