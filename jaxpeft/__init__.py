@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from jaxpeft.core.bank import bank as bank
     from jaxpeft.core.bank import pick as pick
     from jaxpeft.core.method import Method as Method
+    from jaxpeft.core.nnx import params_of as params_of
+    from jaxpeft.core.nnx import with_params as with_params
+    from jaxpeft.core.probing import find_sites as find_sites
     from jaxpeft.core.rewriting import merge as merge
     from jaxpeft.core.rewriting import rewrite as rewrite
     from jaxpeft.core.rewriting import trainable_mask as trainable_mask
@@ -41,6 +44,9 @@ _WHERE = {
     "bank": "core.bank",
     "pick": "core.bank",
     "merge_adapters": "methods.weighted",
+    "find_sites": "core.probing",
+    "params_of": "core.nnx",
+    "with_params": "core.nnx",
     "without_adapter": "core.rewriting",
     "Method": "core.method",
     "merge": "core.rewriting",

@@ -10,7 +10,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from jaxpeft.core import nnx as nnx_trees
 from jaxpeft.core.interception import Hooks, interceptor
 from jaxpeft.errors import DataError
 from jaxpeft.methods import MARKERS
@@ -18,7 +20,7 @@ from jaxpeft.models.base import Pretrained
 
 
 def apply(
-    model: nn.Module,
+    model: Any,
     params: Mapping[str, Any],
     *args: Any,
     rngs: Mapping[str, jax.Array] | None = None,
@@ -28,7 +30,7 @@ def apply(
     """Runs a model with whatever adapter leaves its tree holds.
 
     Args:
-        model: what `load` gave, or any Linen module.
+        model: what `load` gave, or any Linen or NNX module.
         params: its parameters, rewritten or not.
         *args: of a model that `load` gave, `input_ids` and `attention_mask`, both `[batch, length]`: integer token ids, and 1
             for a token and 0 for padding; of another module whatever it is called with.
@@ -53,8 +55,10 @@ def apply(
         args, kw = _checked(model, args, kw)
     rows = None if adapter is None else jnp.asarray(adapter, jnp.int32)
     hooks = Hooks(MARKERS, {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)}, rows)
-    variables = {"params": params, **kw.pop("variables", {})}
+    if isinstance(model, nnx.Module):
+        return nnx_trees.run(model, params, hooks, (rngs or {}).get("dropout"), args, kw)
     with nn.intercept_methods(interceptor(hooks)):
+        variables = {"params": params, **kw.pop("variables", {})}
         return model.apply(variables, *args, rngs=dict(rngs) if rngs else None, **asked, **kw)
 
 

@@ -111,7 +111,7 @@ def _padded(found: Sequence[Any], path: Path, method: Method) -> list[Any]:
     shapes = {leaf.shape for leaf in found}
     if len(shapes) == 1:
         return list(found)
-    if not hasattr(method, "rank_pattern"):
+    if not (method.rank_pads and hasattr(method, "rank_pattern")):
         raise ConfigError(
             f"bank: {paths.text(path)} has the shapes {' and '.join(str(list(s)) for s in sorted(shapes))}, which {method.name} "
             "cannot pad; give all adapters the same options"

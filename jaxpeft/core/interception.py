@@ -52,7 +52,7 @@ class Hooks:
         """
         wrapped = base
         for marker, method in self.methods.items():
-            if marker in leaves and name in method.hooks:
+            if marker in leaves and method.computes(module, name):
                 wrapped = self._site(module, name, leaves, wrapped, key, method)
         return wrapped
 
@@ -74,12 +74,16 @@ class Hooks:
             own = {k: leaf[self.rows] for k, leaf in own.items()}
         rows = self.rows if self.rows is not None and self.rows.ndim else None
         on = leaves.get(method.site_names()[-1]) if method.leaf_names else None
+        if on is not None and self.rows is not None:
+            on = on[self.rows]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             seen = views.look(module, name, leaves, args, base, method)
             made = Call(own, seen.args, seen.base, seen.kernel, seen.bias, kwargs, key, rows)
             out = seen.restore(compute(made))
-            return out if on is None else jnp.where(on, out, base(*args, **kwargs))
+            if on is None:
+                return out
+            return jnp.where(on.reshape(*on.shape, *(1,) * (out.ndim - on.ndim)), out, base(*args, **kwargs))
 
         return call
 
@@ -116,6 +120,20 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
         if not any(marker in leaves for marker in hooks.methods):
             return next_fun(*args, **kwargs)
         key = (lambda: module.make_rng("dropout")) if module.has_rng("dropout") else None
-        return hooks.wrap(module, context.method_name, leaves, next_fun, key)(*args, **kwargs)
+        return hooks.wrap(module, context.method_name, leaves, _repeatable(module, next_fun), key)(*args, **kwargs)
 
     return intercept
+
+
+def _repeatable(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a method of a Linen module run more than once in a call: each run names its parameters anew."""
+    runs = 0
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        nonlocal runs
+        if runs and module.scope is not None:
+            object.__setattr__(module, "scope", module.scope.rewound())
+        runs += 1
+        return run(*args, **kwargs)
+
+    return again

@@ -18,10 +18,12 @@ class Form:
     Attributes:
         read: gives it as one floating array, from the leaves of its module without layer axes.
         shape: its shape, from that of the leaf that tells the form.
+        store: gives the leaves that hold a float32 kernel `[in, out]` in this form; None where it is held as it is.
     """
 
     read: Callable[[Leaves], Any]
     shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
+    store: Callable[[Any], Leaves] | None = None
 
 
 FORMS: Mapping[str, Form] = {
@@ -36,12 +38,13 @@ def form_of(leaves: Leaves) -> str | None:
     return next((name for name in FORMS if name in leaves), None)
 
 
-def read(leaves: Leaves, shape: tuple[int, int]) -> Any:
+def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) -> Any:
     """Gives the kernel of one site of one layer, float32 `[in, out]`.
 
     Args:
         leaves: of the module, without layer axes.
         shape: `(in, out)`, which a kernel of more axes is brought to.
+        order: the kernel's axes, those that are contracted first; empty where they are in that order.
 
     Raises:
         KeyError: the module holds no kernel in a known form.
@@ -49,7 +52,16 @@ def read(leaves: Leaves, shape: tuple[int, int]) -> Any:
     name = form_of(leaves)
     if name is None:
         raise KeyError(f"no kernel among {', '.join(leaves)}")
-    return FORMS[name].read(leaves).astype(jnp.float32).reshape(shape)
+    kernel = FORMS[name].read(leaves).astype(jnp.float32)
+    return (jnp.transpose(kernel, order) if order else kernel).reshape(shape)
+
+
+def as_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:
+    """Gives a kernel `[in, out]` the axes of the leaf that it comes from; the inverse of `read` for a plain one."""
+    if not order:
+        return kernel.reshape(like.shape)
+    back = [order.index(axis) for axis in range(len(order))]
+    return jnp.transpose(kernel.reshape([like.shape[axis] for axis in order]), back)
 
 
 def describe(leaves: Leaves, axes: int) -> tuple[str, tuple[int, int]] | None:

@@ -90,8 +90,9 @@ class Method:
         hooks: which methods of a module it computes, and by which of its own functions.
         mergeable: whether `fold` gives plain leaves that compute the same.
         fresh_is_base: whether a fresh adapter leaves every output as it was, bit by bit.
-        zero_is_base: whether leaves of zeros compute the base: how stacked layers that are not adapted are padded. Where not,
-            a leaf beside them says which layers are.
+        zero_is_base: whether leaves of zeros compute the base, and stay zero in training: how stacked layers that are not
+            adapted are padded. Where not, a leaf beside them says which layers are.
+        rank_pads: whether leaves of two adapters that differ in shape differ in rank alone, so that zeros make them alike.
         peft_type: of Hugging Face PEFT's `adapter_config.json`, None where PEFT has no such method.
         peft_options: from PEFT's names of options to the method's.
         peft_required: those of PEFT's names without which a file cannot be read, as defaults differ.
@@ -100,6 +101,7 @@ class Method:
         files: from a leaf's name to its tensor's in an adapter file; a leaf of two axes is stored as its transpose.
         root_files: the same for leaves at the root.
         module_prefix: what the names of the base's modules begin with in an adapter file.
+        layout: of adapter folders: `peft`, or a key of `jaxpeft.hub.adapters.LAYOUTS` for the files of another library.
         needed_inputs: what a module's method must take by name, beside its own inputs, to be computed by this one.
     """
 
@@ -113,6 +115,7 @@ class Method:
     mergeable: ClassVar[bool] = True
     fresh_is_base: ClassVar[bool] = True
     zero_is_base: ClassVar[bool] = True
+    rank_pads: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = None
     peft_options: ClassVar[Mapping[str, str]] = {}
     peft_required: ClassVar[tuple[str, ...]] = ()
@@ -121,6 +124,7 @@ class Method:
     root_files: ClassVar[Mapping[str, str]] = {}
     module_prefix: ClassVar[str] = "base_model.model."
     needed_inputs: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[str] = "peft"
 
     modules_to_save: tuple[str, ...] = option((), "names of modules trained and saved whole, beside the adapter")
 
@@ -201,6 +205,17 @@ class Method:
         """
         del params
         return path[-1] in self.trained_leaves
+
+    @classmethod
+    def computes(cls, module: Any, name: str) -> bool:
+        """Says whether the method computes a module's method, by the function that `hooks` gives.
+
+        Args:
+            module: a Linen or an NNX module that holds the marker leaf.
+            name: of its method.
+        """
+        del module
+        return name in cls.hooks
 
     @staticmethod
     def compute(call: Call) -> Any:

@@ -119,7 +119,7 @@ def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, 
 
 def _kernel(site: Site, base: Leaves, i: int) -> jax.Array:
     """Gives the kernel of layer `i` of a site."""
-    return kernels.read(layer_of(site, base, i), site.shape)
+    return kernels.read(layer_of(site, base, i), site.shape, site.order)
 
 
 def layer_of(site: Site, leaves: Leaves, i: int) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def merge(method: Method, params: Mapping[str, Any], *, sites: Sequence[Site] | 
             computes what no plain leaf computes.
     """
     tree = paths.build(list(paths.walk(params)))
-    adding = [part for part in method.parts() if part.leaf_names or part.root_names]
+    adding = adding_parts(method)
     for part in adding:
         if not part.mergeable:
             raise ConfigError(f"{part.name} cannot be merged: no plain weights compute what it does; keep the adapter")
@@ -255,6 +255,20 @@ def merge(method: Method, params: Mapping[str, Any], *, sites: Sequence[Site] | 
     return tree
 
 
+def adding_parts(method: Method) -> list[Method]:
+    """Lists the methods that add leaves, in the order in which they compute a site that several of them adapt."""
+    from jaxpeft.methods import MARKERS  # they are made of what this package defines
+
+    order = {marker: i for i, marker in enumerate(MARKERS)}
+    adding = [part for part in method.parts() if part.leaf_names or part.root_names]
+    return sorted(adding, key=lambda part: order.get((part.leaf_names or part.root_names)[0], len(order)))
+
+
+def _as_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array:
+    """Gives a folded leaf the axes and the dtype of the base's."""
+    return (kernels.as_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)).astype(leaf.dtype)
+
+
 def _folded(method: Method, site: Site, own: Leaves, shared: Leaves, node: Leaves) -> dict[str, Any]:
     """Gives the base leaves of a site with its adapter folded in, layer by layer."""
     form = kernels.form_of(node) or "kernel"
@@ -266,11 +280,17 @@ def _folded(method: Method, site: Site, own: Leaves, shared: Leaves, node: Leave
         mine, base = layer_of(site, own, i), layer_of(site, plain, i)
         given = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
         on = mine.pop(method.site_names()[-1], True)
-        whole = {**given, "kernel": given[form].reshape(site.shape)}
+        whole = {**given, "kernel": kernels.read(base, site.shape, site.order)}
+        whole |= {"bias": given["bias"].reshape(-1)} if "bias" in given else {}
         folded = method.fold({**shared, **mine}, whole) if bool(on) else whole
         kept = {form if key == "kernel" else key: value for key, value in folded.items()}
+        lost = sorted(kept.keys() - base.keys() - {"kernel"})
+        if lost:
+            raise ConfigError(
+                f"{site.names[i]}: {method.name} needs a {lost[0]} there when it is merged, and the module has none; keep the adapter"
+            )
         layers.append(
-            {key: kept[key].reshape(leaf.shape).astype(leaf.dtype) for key, leaf in base.items() if key in kept}
+            {key: _as_base(kept[key], leaf, site, key == form) for key, leaf in base.items() if key in kept}
         )
     if not site.layers:
         return layers[0]

@@ -35,7 +35,9 @@ class Site:
         names: its Hugging Face names: one, or one a layer where the layers are stacked.
         shape: `(in, out)` of its kernel, `(vocab, d)` of an embedding, `(d, d)` of a norm; without layer axes.
         layers: sizes of the leading axes of its leaves that count layers; empty where they are not stacked.
-        kind: `linear`, `embedding` or `norm`.
+        kind: `linear`, `embedding` or `norm`; of a model that is not jaxpeft's own, the module's type where no method can
+            adapt it.
+        order: the axes of its kernel, those that are contracted first; empty where they are in that order.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Site:
     shape: tuple[int, int]
     layers: tuple[int, ...] = ()
     kind: str = "linear"
+    order: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

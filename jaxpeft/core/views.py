@@ -1,18 +1,42 @@
 """A linear module of any type seen as `[..., in] -> [..., out]`, so that a method needs to know one kind of linear site only.
 
-`Dense` is that already. `DenseGeneral`, `Einsum` and `Conv` (their NNX counterparts as well) are brought to it by reshaping
-what goes in and what comes out: the axes that are contracted become one, and so do those that are made. A convolution is the
-product of its patches, `[..., window * in]`, with its kernel.
+`Dense` is that already. `DenseGeneral`, `Einsum` and `Conv` (and NNX's `LinearGeneral`, `Einsum`, `Conv`) are brought to it by
+reshaping what goes in and what comes out: the axes that are contracted become one, and so do those that are made. A convolution
+is the product of its patches, `[..., in * window]`, with its kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
 from jaxpeft.core import kernels
 from jaxpeft.core.method import Kernel, Method
+from jaxpeft.errors import ConfigError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the kernel of a module becomes `[in, out]`.
+
+    Attributes:
+        kind: `linear`, `embedding`, `norm`, or the type's name where no method can adapt it.
+        shape: `(in, out)`.
+        order: the kernel's axes, those that are contracted first; empty where it is in that order.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,6 +58,86 @@ class Seen:
     restore: Callable[[Any], Any]
 
 
+_DENSE = (nn.Dense, nnx.Linear)
+_GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
+_EINSUM = (nn.Einsum, nnx.Einsum)
+_CONV = (nn.Conv, nnx.Conv)
+_EMBED = (nn.Embed, nnx.Embed)
+_NORM = (nn.LayerNorm, nn.RMSNorm, nnx.LayerNorm, nnx.RMSNorm)
+
+
+def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) -> Plan | None:
+    """Says what kind of site a module is, and how its kernel is laid out.
+
+    Args:
+        module: a Linen or an NNX module.
+        leaves: the shapes of its own leaves, without layer axes.
+        einsum: the equation that an `Einsum` is called with, where it is not its own.
+
+    Returns:
+        None for a module without leaves.
+    """
+    if not leaves:
+        return None
+    unknown = Plan(type(module).__name__, (0, 0))
+    form = kernels.form_of(leaves)
+    if form is None:
+        width = leaves["scale"][-1] if "scale" in leaves and leaves["scale"] else 0
+        return Plan("norm", (width, width)) if width and (isinstance(module, _NORM) or len(leaves) <= 2) else unknown
+    full = kernels.FORMS[form].shape(leaves[form])
+    if isinstance(module, _EMBED):
+        return Plan("embedding", (full[0], full[1]))
+    if isinstance(module, _DENSE):
+        return Plan("linear", (full[0], full[1]))
+    found = _laid_out(module, full, einsum)
+    if found is None:
+        return unknown
+    contracted, made, order = found
+    shape = (math.prod(full[i] for i in contracted), math.prod(full[i] for i in made))
+    return Plan("linear", shape, () if order == tuple(range(len(full))) else order)
+
+
+def _laid_out(module: Any, full: Shape, einsum: str | None) -> tuple[Shape, Shape, Shape] | None:
+    """Gives the contracted and the made axes of a kernel, and both in that order; None for what is not supported."""
+    if isinstance(module, _GENERAL):
+        n = len(_tuple(module.axis))
+        if module.batch_dims if isinstance(module, nn.DenseGeneral) else module.batch_axis:
+            return None
+        axes = tuple(range(len(full)))
+        return axes[:n], axes[n:], axes
+    if isinstance(module, _CONV):
+        others = module.feature_group_count != 1 or getattr(module, "mask", None) is not None
+        if others or module.padding in ("CIRCULAR", "REFLECT"):
+            return None
+        window, (n_in, n_out) = tuple(range(len(full) - 2)), (len(full) - 2, len(full) - 1)
+        return (n_in, *window), (n_out,), (n_in, *window, n_out)
+    if isinstance(module, _EINSUM):
+        equation = _equation(module, einsum)
+        if equation is None:
+            return None
+        _, kernel, _, contracted, made = equation
+        order = tuple(kernel.index(c) for c in contracted + made)
+        return order[: len(contracted)], order[len(contracted) :], order
+    return None
+
+
+def _tuple(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+def _equation(module: Any, einsum: str | None) -> tuple[str, str, str, str, str] | None:
+    """Takes an equation `x,kernel->y` apart: `(x, kernel, y, contracted letters, made letters)`."""
+    text = einsum or getattr(module, "einsum_str", None)
+    if text is None or "." in text:
+        return None
+    inputs, y = text.replace(" ", "").split("->")
+    x, kernel = inputs.split(",")
+    contracted = "".join(c for c in kernel if c in x and c not in y)
+    made = "".join(c for c in kernel if c in y and c not in x)
+    whole = len(contracted) + len(made) == len(kernel) and set(x) == set(contracted) | (set(x) & set(y)) and contracted
+    return (x, kernel, y, contracted, made) if whole and len(set(x)) == len(x) else None
+
+
 def look(
     module: Any,
     name: str,
@@ -51,12 +155,133 @@ def look(
         args: of the call.
         base: the module's method.
         method: that adapts it.
+
+    Raises:
+        ConfigError: the module is of a type that the method cannot adapt.
     """
-    del module, name, method
+    if not method.leaf_names:  # what computes the whole model
+        return Seen(args, base, lambda: None, None, lambda y: y)
+    einsum = args[1] if isinstance(module, _EINSUM) and len(args) > 1 and isinstance(args[1], str) else None
+    found = plan(module, {key: leaf.shape for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}, einsum)
+    if found is None or found.kind not in method.kinds:
+        what = type(module).__name__
+        raise ConfigError(f"{method.name} cannot adapt a {what} ({_where(module)}); leave it out of its targets")
+    shape, order = found.shape, found.order
 
     def kernel() -> Any:
-        form = kernels.form_of(leaves)
-        shape = kernels.FORMS[form].shape(leaves[form].shape) if form else ()
-        return kernels.read(leaves, (shape[0], shape[1]))
+        return kernels.read(leaves, shape, order)
 
-    return Seen(args, base, kernel, leaves.get("bias"), lambda y: y)
+    bias = leaves.get("bias")
+    if name != "__call__" or found.kind != "linear" or isinstance(module, _DENSE):
+        return Seen(args, base, kernel, bias, lambda y: y)
+    x, *rest = args
+    if isinstance(module, _CONV):
+        return _convolution(module, x, base, kernel, bias)
+    if isinstance(module, _EINSUM):
+        return _einsum(_equation(module, einsum) or ("",) * 5, x, rest, base, kernel, bias, leaves["kernel"].shape)
+    axes = tuple(axis % x.ndim for axis in _tuple(module.axis))
+    made = leaves["kernel"].shape[len(axes) :]
+    flat = None if bias is None else bias.reshape(-1)
+    return _moved(x, axes, tuple(range(-len(made), 0)), made, lambda moved: base(moved, *rest), kernel, flat)
+
+
+def _moved(
+    x: Any, axes: Shape, places: Shape, made: Shape, base: Callable[[Any], Any], kernel: Kernel, bias: Any
+) -> Seen:
+    """Sees a contraction: the axes of `x` that are contracted go last and become one, and so do those that are made.
+
+    Args:
+        x: what the module is called with.
+        axes: of `x` that are contracted, in the kernel's order.
+        places: where the axes that are made stand in the result, in the kernel's order.
+        made: their sizes.
+        base: the module.
+        kernel: gives its kernel as `[in, out]`.
+        bias: `[out]`, or None.
+    """
+    last = tuple(range(-len(axes), 0))
+    sizes = tuple(x.shape[axis] for axis in axes)
+
+    def flat(value: Any) -> Any:
+        value = jnp.moveaxis(value, axes, last)
+        return value.reshape(*value.shape[: value.ndim - len(axes)], -1)
+
+    def back(value: Any) -> Any:
+        return jnp.moveaxis(value.reshape(*value.shape[:-1], *sizes), last, axes)
+
+    def flat_out(y: Any) -> Any:
+        y = jnp.moveaxis(y, places, tuple(range(-len(made), 0)))
+        return y.reshape(*y.shape[: y.ndim - len(made)], -1)
+
+    def restore(y: Any) -> Any:
+        return jnp.moveaxis(y.reshape(*y.shape[:-1], *made), tuple(range(-len(made), 0)), places)
+
+    return Seen((flat(x),), lambda value: flat_out(base(back(value))), kernel, bias, restore)
+
+
+def _einsum(
+    equation: tuple[str, str, str, str, str], x: Any, rest: Sequence[Any], base: Any, kernel: Kernel, bias: Any, full: Shape
+) -> Seen:
+    letters, of_kernel, y, contracted, made = equation
+    axes = tuple(letters.index(c) for c in contracted)
+    kept = [c for c in letters if c not in contracted]
+    # the axes that stay must come out in the order in which they went in: others are put so by the einsum itself
+    order = [*kept, *made]
+    places = tuple(y.index(c) for c in made)
+    straight = [c for c in y if c not in made] == kept
+
+    def plain(value: Any) -> Any:
+        out = base(value, *rest)
+        return out if straight else jnp.transpose(out, [y.index(c) for c in order])
+
+    if bias is not None:
+        bias = jnp.transpose(
+            bias, [[c for c in y if c in made].index(c) for c in made]
+        ).reshape(-1)
+    sizes = tuple(full[of_kernel.index(c)] for c in made)
+    if straight:
+        return _moved(x, axes, places, sizes, plain, kernel, bias)
+    seen = _moved(x, axes, tuple(range(-len(made), 0)), sizes, plain, kernel, bias)
+    return Seen(seen.args, seen.base, kernel, bias, lambda v: jnp.transpose(seen.restore(v), [order.index(c) for c in y]))
+
+
+def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, bias: Any) -> Seen:
+    """Sees a convolution: patches `[..., in * window]` times the kernel."""
+    window = _tuple(module.kernel_size)
+    n = len(window)
+    lead = x.shape[: x.ndim - n - 1]
+    given = x.reshape(-1, *x.shape[x.ndim - n - 1 :])
+    padding = module.padding
+    if padding == "CAUSAL":
+        (dilation,) = _each(module.kernel_dilation, 1)
+        given, padding = jnp.pad(given, [(0, 0), (dilation * (window[0] - 1), 0), (0, 0)]), "VALID"
+    elif isinstance(padding, int):
+        padding = [(padding, padding)] * n
+    elif not isinstance(padding, str):
+        padding = [(side, side) if isinstance(side, int) else tuple(side) for side in padding]
+    spatial = "DHW"[-n:]
+    patches = jax.lax.conv_general_dilated_patches(
+        given, window, _each(module.strides, n), padding,
+        lhs_dilation=_each(module.input_dilation, n), rhs_dilation=_each(module.kernel_dilation, n),
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+    )  # fmt: skip
+    patches = patches.reshape(*lead, *patches.shape[1:])
+
+    def product(value: Any) -> Any:
+        if value is patches:
+            return base(x)
+        y = value @ kernel().astype(value.dtype)
+        return y if bias is None else y + bias.astype(y.dtype)
+
+    return Seen((patches,), product, kernel, bias, lambda y: y)
+
+
+def _each(value: Any, n: int) -> tuple[int, ...]:
+    """Gives a number for each of `n` axes, from one for all, None for 1, or a number for each."""
+    return (value or 1,) * n if value is None or isinstance(value, int) else tuple(value)
+
+
+def _where(module: Any) -> str:
+    """Says where a module stands, as far as it knows."""
+    path = getattr(module, "path", ())
+    return "/".join(map(str, path)) or "at the root"

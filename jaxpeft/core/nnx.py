@@ -1,0 +1,149 @@
+"""NNX modules: their parameters as a plain tree, their sites, and computing with adapter leaves.
+
+An NNX module holds its arrays itself. `params_of` takes them out as the nested dict that every function here works on;
+`run` puts a tree into a copy of the module, made for the call, whose sites are of a class that computes with what they hold.
+The module that was given is not touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxpeft.core import paths
+from jaxpeft.core.interception import Hooks
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.errors import ConfigError
+
+
+def params_of(model: nnx.Module) -> Tree:
+    """Gives the parameters of a module as a nested dict of arrays; numbers of a list's items become strings."""
+    return _plain(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def _plain(node: Any) -> Any:
+    return {str(key): _plain(value) for key, value in node.items()} if isinstance(node, Mapping) else node
+
+
+def with_params(model: nnx.Module, params: Mapping[str, Any]) -> nnx.Module:
+    """Gives a copy of a module that holds these parameters.
+
+    Args:
+        model: a module; it is not changed.
+        params: a tree of plain leaves, as `params_of` or `jaxpeft.merge` gives it.
+
+    Raises:
+        ConfigError: a leaf has no place in the module.
+    """
+    copy = nnx.clone(model)
+    for path, leaf in paths.walk(params):
+        holder = _at(copy, path[:-1])
+        variable = getattr(holder, path[-1], None)
+        if not isinstance(variable, nnx.Variable):
+            raise ConfigError(f"{paths.text(path)} has no place in this module; merge the adapter first")
+        variable[...] = leaf
+    return copy
+
+
+def _at(model: Any, path: Path) -> Any:
+    node = model
+    for key in path:
+        node = node[int(key)] if key.isdigit() and not hasattr(node, key) else _attribute(node, key)
+    return node
+
+
+def _attribute(node: Any, key: str) -> Any:
+    return node[key] if isinstance(node, Mapping) else getattr(node, key)
+
+
+def modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
+    """Yields the modules inside a module with their paths, itself first."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            yield tuple(map(str, path)), node
+
+
+def own_leaves(module: Any) -> dict[str, Any]:
+    """Gives the arrays of a module's own parameters."""
+    return {
+        name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Param) and value.get_value() is not None
+    }
+
+
+def run(
+    model: nnx.Module, params: Mapping[str, Any], hooks: Hooks, key: jax.Array | None, args: Any, kwargs: Any
+) -> Any:
+    """Calls a module with the leaves of a tree, adapter leaves among them.
+
+    Args:
+        model: the module; it is not changed, and what it would change of itself (statistics, caches) is dropped.
+        params: the tree, rewritten or not.
+        hooks: what computes a site that holds adapter leaves.
+        key: for dropout of the adapters; None where there is none.
+        args: what it is called with.
+        kwargs: the same, by name.
+    """
+    copy = nnx.clone(model)
+    for path, node in list(_nodes(params)):
+        holder = _at(copy, path)
+        held = {name for name in node if isinstance(getattr(holder, name, None), nnx.Variable)}
+        for name in held:
+            getattr(holder, name)[...] = node[name]
+        added = {name: leaf for name, leaf in node.items() if name not in held}
+        if added and path:
+            _adapt(holder, added)
+    whole = {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)}
+    count = itertools.count()
+    keys = None if key is None else lambda: jax.random.fold_in(key, next(count))
+    token = _ACTIVE.set((hooks, keys))
+    try:
+        return hooks.wrap(copy, "__call__", whole, copy, keys)(*args, **kwargs)
+    finally:
+        _ACTIVE.reset(token)
+
+
+def _nodes(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    own = {key: value for key, value in tree.items() if not isinstance(value, Mapping)}
+    if own:
+        yield prefix, own
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _nodes(value, (*prefix, key))
+
+
+def _adapt(holder: Any, added: Mapping[str, Any]) -> None:
+    """Gives a module of the copy its adapter leaves, as parameters of its own, and a class that computes with them.
+
+    As parameters they are split and stacked like the module's others under `nnx.scan` and `nnx.vmap`.
+    """
+    for name, leaf in added.items():
+        setattr(holder, name, nnx.Param(leaf))
+    holder.__class__ = _adapted_class(type(holder))
+
+
+@functools.cache
+def _adapted_class(cls: type) -> type:
+    """Gives a subclass whose methods compute with the adapter leaves that an instance holds.
+
+    It is made once for each class: NNX and JAX keep what they know of a class for good.
+    """
+
+    def computed(name: str) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            hooks, key = _ACTIVE.get()
+            base = functools.partial(getattr(cls, name), self)
+            return hooks.wrap(self, name, own_leaves(self), base, key)(*args, **kwargs)
+
+        return call
+
+    own = {name: computed(name) for name in ("__call__", "attend") if hasattr(cls, name)}
+    return type(f"Adapted{cls.__name__}", (cls,), own)
+
+
+_ACTIVE: ContextVar[tuple[Hooks, Callable[[], jax.Array] | None]] = ContextVar("what computes adapted NNX modules")
