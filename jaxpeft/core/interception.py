@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxpeft.core import kernels, views
+from jaxpeft.core import views
 from jaxpeft.core.method import Call, Method
 from jaxpeft.errors import ConfigError
 

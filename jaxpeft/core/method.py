@@ -358,7 +358,10 @@ class Method:
         rest = {key: value for key, value in config.items() if key not in known and value}
         missing = [key for key in cls.peft_required if config.get(key) is None]
         return values, [
-            *(f"{key}: {value!r} is not supported by the {cls.name} method; nothing was loaded" for key, value in rest.items()),
+            *(
+                f"{key}: {value!r} is not supported by the {cls.name} method; nothing was loaded"
+                for key, value in rest.items()
+            ),
             *(f"{key}: is not set; take it from where the adapter was trained" for key in missing),
         ]
 
@@ -383,7 +386,9 @@ class Method:
 
         name = str(values.get("name", "lora"))
         if name not in METHODS:
-            return None, [f"{where}.name: {name!r} is not a method{nearest(name, METHODS)} (known: {', '.join(METHODS)})"]
+            return None, [
+                f"{where}.name: {name!r} is not a method{nearest(name, METHODS)} (known: {', '.join(METHODS)})"
+            ]
         return parse(METHODS[name], {key: value for key, value in values.items() if key != "name"}, where)
 
 

@@ -72,7 +72,9 @@ def modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
 def own_leaves(module: Any) -> dict[str, Any]:
     """Gives the arrays of a module's own parameters."""
     return {
-        name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Param) and value.get_value() is not None
+        name: value[...]
+        for name, value in vars(module).items()
+        if isinstance(value, nnx.Param) and value.get_value() is not None
     }
 
 
@@ -142,7 +144,7 @@ def _adapted_class(cls: type) -> type:
 
         return call
 
-    own = {name: computed(name) for name in ("__call__", "attend") if hasattr(cls, name)}
+    own = {name: computed(name) for name in ("__call__", "attend", "join") if hasattr(cls, name)}
     return type(f"Adapted{cls.__name__}", (cls,), own)
 
 

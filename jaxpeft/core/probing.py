@@ -41,7 +41,9 @@ def find_sites(
         ConfigError: layers are stacked along another axis than the first.
     """
     if isinstance(model, nnx.Module):
-        found = {path: (module, _shapes(nnx_trees.own_leaves(module)), None) for path, module in nnx_trees.modules(model)}
+        found = {
+            path: (module, _shapes(nnx_trees.own_leaves(module)), None) for path, module in nnx_trees.modules(model)
+        }
         return tuple(
             site for path, (module, shapes, _) in found.items() if shapes for site in _of_nnx(path, module, shapes)
         )

@@ -289,9 +289,7 @@ def _folded(method: Method, site: Site, own: Leaves, shared: Leaves, node: Leave
             raise ConfigError(
                 f"{site.names[i]}: {method.name} needs a {lost[0]} there when it is merged, and the module has none; keep the adapter"
             )
-        layers.append(
-            {key: _as_base(kept[key], leaf, site, key == form) for key, leaf in base.items() if key in kept}
-        )
+        layers.append({key: _as_base(kept[key], leaf, site, key == form) for key, leaf in base.items() if key in kept})
     if not site.layers:
         return layers[0]
     stacked = {key: jnp.stack([layer[key] for layer in layers]) for key in layers[0]}

@@ -82,7 +82,7 @@ def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) ->
     unknown = Plan(type(module).__name__, (0, 0))
     form = kernels.form_of(leaves)
     if form is None:
-        width = leaves["scale"][-1] if "scale" in leaves and leaves["scale"] else 0
+        width = leaves["scale"][-1] if leaves.get("scale") else 0
         return Plan("norm", (width, width)) if width and (isinstance(module, _NORM) or len(leaves) <= 2) else unknown
     full = kernels.FORMS[form].shape(leaves[form])
     if isinstance(module, _EMBED):
@@ -174,11 +174,12 @@ def look(
     bias = leaves.get("bias")
     if name != "__call__" or found.kind != "linear" or isinstance(module, _DENSE):
         return Seen(args, base, kernel, bias, lambda y: y)
-    x, *rest = args
+    x, rest = args[0], args[1:]
     if isinstance(module, _CONV):
         return _convolution(module, x, base, kernel, bias)
-    if isinstance(module, _EINSUM):
-        return _einsum(_equation(module, einsum) or ("",) * 5, x, rest, base, kernel, bias, leaves["kernel"].shape)
+    equation = _equation(module, einsum) if isinstance(module, _EINSUM) else None
+    if equation is not None:
+        return _einsum(equation, x, rest, base, kernel, bias, leaves["kernel"].shape)
     axes = tuple(axis % x.ndim for axis in _tuple(module.axis))
     made = leaves["kernel"].shape[len(axes) :]
     flat = None if bias is None else bias.reshape(-1)
@@ -220,7 +221,13 @@ def _moved(
 
 
 def _einsum(
-    equation: tuple[str, str, str, str, str], x: Any, rest: Sequence[Any], base: Any, kernel: Kernel, bias: Any, full: Shape
+    equation: tuple[str, str, str, str, str],
+    x: Any,
+    rest: Sequence[Any],
+    base: Any,
+    kernel: Kernel,
+    bias: Any,
+    full: Shape,
 ) -> Seen:
     letters, of_kernel, y, contracted, made = equation
     axes = tuple(letters.index(c) for c in contracted)
@@ -235,14 +242,14 @@ def _einsum(
         return out if straight else jnp.transpose(out, [y.index(c) for c in order])
 
     if bias is not None:
-        bias = jnp.transpose(
-            bias, [[c for c in y if c in made].index(c) for c in made]
-        ).reshape(-1)
+        bias = jnp.transpose(bias, [[c for c in y if c in made].index(c) for c in made]).reshape(-1)
     sizes = tuple(full[of_kernel.index(c)] for c in made)
     if straight:
         return _moved(x, axes, places, sizes, plain, kernel, bias)
     seen = _moved(x, axes, tuple(range(-len(made), 0)), sizes, plain, kernel, bias)
-    return Seen(seen.args, seen.base, kernel, bias, lambda v: jnp.transpose(seen.restore(v), [order.index(c) for c in y]))
+    return Seen(
+        seen.args, seen.base, kernel, bias, lambda v: jnp.transpose(seen.restore(v), [order.index(c) for c in y])
+    )
 
 
 def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, bias: Any) -> Seen:

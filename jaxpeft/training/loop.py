@@ -34,8 +34,8 @@ from jaxpeft.training import flops, optimizers, records
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
 from jaxpeft.training.progress import StepProgress, memory_gb
 from jaxpeft.training.setup import Setup
-from jaxpeft.training.start import Start
 from jaxpeft.training.signals import Stopped, StopRequest
+from jaxpeft.training.start import Start
 from jaxpeft.training.step import TrainState, init_state, make_train_step
 from jaxpeft.training.watch import Watch
 

@@ -30,7 +30,12 @@ def moved(method: Any, params: Any) -> Any:
     )
 
 
-METHODS = [jaxpeft.LoRA(rank=2), jaxpeft.DoRA(rank=2), jaxpeft.OFT(block_size=2), jaxpeft.IA3(targets=("m",), feedforward=())]
+METHODS = [
+    jaxpeft.LoRA(rank=2),
+    jaxpeft.DoRA(rank=2),
+    jaxpeft.OFT(block_size=2),
+    jaxpeft.IA3(targets=("m",), feedforward=()),
+]
 
 
 class One(nn.Module):
@@ -54,7 +59,10 @@ LINEN = {
     "Conv 1": (lambda name: nn.Conv(6, (3,), name=name), (2, 9, 4)),
     "Conv 1 causal": (lambda name: nn.Conv(6, (3,), padding="CAUSAL", kernel_dilation=2, name=name), (2, 9, 4)),
     "Conv 2": (lambda name: nn.Conv(6, (3, 2), strides=2, name=name), (2, 8, 9, 4)),
-    "Conv 2 valid": (lambda name: nn.Conv(6, (3, 3), padding=[(1, 0), (2, 1)], name=name, use_bias=False), (2, 8, 9, 4)),
+    "Conv 2 valid": (
+        lambda name: nn.Conv(6, (3, 3), padding=[(1, 0), (2, 1)], name=name, use_bias=False),
+        (2, 8, 9, 4),
+    ),
     "Conv lone": (lambda name: nn.Conv(6, (3, 3), padding="VALID", name=name), (8, 9, 4)),
 }
 
@@ -110,7 +118,9 @@ class Stack(nn.Module):
         if self.lifted:
             lift = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
             return lift(name="stack")(x, None)[0]
-        several = nn.vmap(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(None, None), axis_size=3)
+        several = nn.vmap(
+            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(None, None), axis_size=3
+        )
         return several(name="stack")(x, None)[0].sum(0)
 
 
@@ -146,28 +156,34 @@ def test_what_no_method_adapts_is_named() -> None:
     class Holder(nn.Module):
         @nn.compact
         def __call__(self, x: Any) -> Any:
-            return nn.Conv(6, (3,), feature_group_count=2, name="grouped")(Own(name="own")(nn.Dense(8, name="dense")(x)))
+            return nn.Conv(6, (3,), feature_group_count=2, name="grouped")(
+                Own(name="own")(nn.Dense(8, name="dense")(x))
+            )
 
     model, x = Holder(), random(2, 9, 8)
     base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     for target, kind in (("own", "Own"), ("grouped", "Conv")):
-        with pytest.raises(TargetError, match=f"'{target}' names {target}, which is a {kind} site; lora adapts linear and emb"):
+        with pytest.raises(
+            TargetError, match=f"'{target}' names {target}, which is a {kind} site; lora adapts linear and emb"
+        ):
             jaxpeft.rewrite(jaxpeft.LoRA(targets=(target,)), base, jax.random.key(0), sites=sites)
     unseen = jaxpeft.rewrite(jaxpeft.LoRA(targets=("own",)), base, jax.random.key(0))
     with pytest.raises(ConfigError, match=r"lora cannot adapt a Own \(own\); leave it out of its targets"):
         jaxpeft.apply(model, unseen, x)
+
+
+def test_layers_that_are_stacked_along_another_axis_are_refused() -> None:
+    class Behind(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            scan = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+            return scan(name="stack")(x, None)[0]
+
+    model, x = Behind(), random(2, 5, 8)
+    tree = model.init(jax.random.key(0), x)["params"]
     with pytest.raises(ConfigError, match=r"stacked along another axis than the first"):
-
-        class Behind(nn.Module):
-            @nn.compact
-            def __call__(self, x: Any) -> Any:
-                scan = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
-                return scan(name="stack")(x, None)[0]
-
-        wrong = Behind()
-        tree = wrong.init(jax.random.key(0), random(2, 5, 8))["params"]
-        jaxpeft.find_sites(wrong, tree, random(2, 5, 8))
+        jaxpeft.find_sites(model, tree, x)
 
 
 # ------------------------------------------------------------------------------------------------------------------- NNX
@@ -229,7 +245,9 @@ class NnxStack(nnx.Module):
             for layer in self.layers:
                 x = layer(x)
             return x
-        return nnx.scan(nnx.remat(lambda x, layer: layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+        return nnx.scan(nnx.remat(lambda x, layer: layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            x, self.layers
+        )
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["a list", "scan of remat"])

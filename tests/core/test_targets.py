@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import jax
 import pytest
 
 from jaxpeft import LoRA, models
