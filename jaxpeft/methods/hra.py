@@ -35,6 +35,8 @@ from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
 if TYPE_CHECKING:
     from jax import Array
 
+_TINY = 1e-30
+
 
 @dataclass(frozen=True, kw_only=True)
 class HRA(Targeted):
@@ -50,7 +52,6 @@ class HRA(Targeted):
     paper: ClassVar[str] = "arXiv:2405.17484"
     leaf_names: ClassVar[tuple[str, ...]] = ("hra_u", "hra_gram_schmidt")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"hra_u"})
-    zero_is_base: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = "HRA"
     peft_options: ClassVar[Mapping[str, str]] = {
         **TARGET_OPTIONS,
@@ -106,11 +107,12 @@ class HRA(Targeted):
 
 
 def _factors(leaves: Leaves) -> tuple[Any, Any]:
-    """Gives `P [in, r]` and `K [r, in]` of the rotation `x -> x + (x P) K`."""
-    units = leaves["hra_u"] / jnp.linalg.norm(leaves["hra_u"], axis=0)
+    """Gives `P [in, r]` and `K [r, in]` of `x -> x + (x P) K`; columns of zeros reflect nothing."""
+    columns = leaves["hra_u"]
     if "hra_gram_schmidt" in leaves:
-        q = jnp.linalg.qr(units)[0]
+        q = _orthonormal(columns)
         return q, -2.0 * q.T
+    units = _unit(columns)
     # x Hr ... H1: the last column reflects first
     u, v = units[:, 1::2][:, ::-1], units[:, 0::2][:, ::-1]
     e = v - u
@@ -121,3 +123,17 @@ def _factors(leaves: Leaves) -> tuple[Any, Any]:
     before = (jnp.arange(rank) // 2)[:, None] < (jnp.arange(rank) // 2)[None, :]
     added = jnp.where(before, product(k, p), 0.0)
     return p, jax.scipy.linalg.solve_triangular(jnp.eye(rank, dtype=k.dtype) - added, k, lower=False)
+
+
+def _orthonormal(columns: Any) -> Any:
+    """Makes columns orthonormal, one after the other: each is taken off those behind it."""
+    out: list[Any] = []
+    for i in range(columns.shape[1]):
+        out.append(_unit(columns[:, i : i + 1]))
+        columns = columns - out[-1] * product(out[-1].T, columns)
+    return jnp.concatenate(out, axis=1)
+
+
+def _unit(columns: Any) -> Any:
+    """Gives columns of length one; zeros stay so."""
+    return columns / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(columns), axis=0), _TINY))

@@ -52,6 +52,7 @@ class LoKr(Ranked):
         "lokr_scale", *_FACTORS, "lokr_rank_dropout", "lokr_rank_dropout_scale", "lokr_module_dropout",
     )  # fmt: skip
     trained_leaves: ClassVar[frozenset[str]] = frozenset(_FACTORS)
+    rank_pads: ClassVar[bool] = False  # the sizes of the factors are options as well
     files: ClassVar[Mapping[str, str]] = {leaf: leaf for leaf in _FACTORS}
     peft_type: ClassVar[str | None] = "LOKR"
     peft_options: ClassVar[Mapping[str, str]] = {

@@ -48,6 +48,7 @@ class MiSS(Targeted):
     paper: ClassVar[str] = "arXiv:2409.15371"
     leaf_names: ClassVar[tuple[str, ...]] = ("miss_block", "miss_dropout")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"miss_block"})
+    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
     peft_type: ClassVar[str | None] = "MISS"
     peft_options: ClassVar[Mapping[str, str]] = {
         **TARGET_OPTIONS,

@@ -36,7 +36,7 @@ from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
 if TYPE_CHECKING:
     from jax import Array
 
-_SIZE, _TERMS = 32, 5
+_SIZE, _TERMS, _TINY = 32, 5, 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ class OFT(Targeted):
     paper: ClassVar[str] = "arXiv:2306.07280"
     leaf_names: ClassVar[tuple[str, ...]] = ("oft_r", "oft_terms", "oft_eps", "oft_dropout")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"oft_r"})
+    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
     peft_type: ClassVar[str | None] = "OFT"
     peft_options: ClassVar[Mapping[str, str]] = {
         **TARGET_OPTIONS,
@@ -195,7 +196,7 @@ def _within(vectors: Any, eps: Any) -> Any:
     """Shrinks each `S` that is outside of the ball of COFT onto it."""
     radius = eps / math.sqrt(vectors.shape[0])
     squares = 2.0 * jnp.sum(jnp.square(vectors), axis=1, keepdims=True)
-    return vectors * radius / jnp.sqrt(jnp.maximum(squares, jnp.square(radius)))
+    return vectors * radius / jnp.sqrt(jnp.maximum(jnp.maximum(squares, jnp.square(radius)), _TINY))
 
 
 def _size(numbers: int) -> int:
