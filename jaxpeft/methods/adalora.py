@@ -52,7 +52,8 @@ class AdaLoRA(Targeted):
     leaf_names: ClassVar[tuple[str, ...]] = ("adalora_a", "adalora_e", "adalora_b", "adalora_scale", "adalora_dropout")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"adalora_a", "adalora_e", "adalora_b"})
     peft_type: ClassVar[str | None] = "ADALORA"
-    peft_options: ClassVar[Mapping[str, str]] = TARGET_OPTIONS | {
+    peft_options: ClassVar[Mapping[str, str]] = {
+        **TARGET_OPTIONS,
         "init_r": "rank",
         "target_r": "target_rank",
         "lora_alpha": "alpha",
@@ -145,8 +146,9 @@ class AdaLoRA(Targeted):
         for site in _sites(trainable):
             a, b = site["adalora_a"], site["adalora_b"]
             there = rank_allocation.entries(a)
-            for gram in (jnp.swapaxes(a, -1, -2), b):
-                gap = product(gram, jnp.swapaxes(gram, -1, -2)) - jnp.eye(gram.shape[-2]) * there[..., None].astype(jnp.float32)
+            unit = jnp.where(there[..., None], jnp.eye(there.shape[-1]), 0.0)
+            for rows in (jnp.swapaxes(a, -1, -2), b):
+                gap = product(rows, jnp.swapaxes(rows, -1, -2)) - unit
                 squares = jnp.sum(jnp.square(gap), (-2, -1))
                 some = squares > 0  # the root of zero has no gradient
                 total += jnp.sum(jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0))
@@ -178,7 +180,8 @@ class AdaLoRA(Targeted):
 
     def to_peft(self) -> dict[str, Any]:
         """Gives the options; PEFT wants a number of steps that its schedule fits in, and reads none from it."""
-        pattern = {f"{name}.lora_E": [True] * left + [False] * (self.rank - left) for name, left in self.rank_pattern.items()}
+        left = self.rank_pattern.items()
+        pattern = {f"{name}.lora_E": [True] * kept + [False] * (self.rank - kept) for name, kept in left}
         steps = {"total_step": self.initial_steps + self.final_steps + 1, "init_lora_weights": True}
         return super().to_peft() | steps | {"rank_pattern": pattern or None}
 

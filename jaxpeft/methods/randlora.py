@@ -28,7 +28,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import trains_bias
 from jaxpeft.methods.lora import dropped, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import Targeted
 from jaxpeft.methods.vera import VeRA, largest, without_projections
 
 
@@ -50,7 +50,10 @@ class RandLora(Targeted):
     root_names: ClassVar[tuple[str, ...]] = ("randlora_a", "randlora_b")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"randlora_lambda", "randlora_gamma"})
     peft_type: ClassVar[str | None] = "RANDLORA"
-    peft_options: ClassVar[Mapping[str, str]] = {key: ours for key, ours in TARGET_OPTIONS.items() if ours != "exclude"} | {
+    peft_options: ClassVar[Mapping[str, str]] = {
+        "target_modules": "targets",
+        "layers_to_transform": "layers_to_transform",
+        "layers_pattern": "layers_pattern",
         "r": "rank",
         "randlora_alpha": "alpha",
         "randlora_dropout": "dropout",

@@ -18,7 +18,7 @@ Zhang et al. 2023, section 3.2 and 3.3 (arXiv:2303.10512).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
@@ -75,9 +75,10 @@ def allocating(method: AdaLoRA, inner: optax.GradientTransformation, steps: int)
         kept = paths.build([(path, jnp.ones_like(leaf, bool)) for path, leaf in own if path[-1] == "adalora_e"])
         return Allocation(jnp.zeros((), jnp.int32), first, second, kept, inner.init(params))
 
-    def update(grads: Any, state: Allocation, params: Any = None) -> tuple[Any, Allocation]:
-        updates, below = inner.update(grads, state.inner, params)
-        step, old, moves, given = state.step + 1, *(dict(paths.walk(tree)) for tree in (params, updates, grads))
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Allocation]:
+        given, old, step = dict(paths.walk(updates)), dict(paths.walk(params)), state.step + 1
+        made, below = inner.update(updates, state.inner, params)
+        moves = dict(paths.walk(cast(Tree, made)))
 
         def average(decay: float, before: Any, now: Any) -> Any:
             return jnp.where(step < end, decay * before + (1 - decay) * now, before)
@@ -105,9 +106,12 @@ def entries(a: Any) -> Any:
 
 def _cut(method: AdaLoRA, step: Any, end: int, there: Mapping[Path, Any]) -> Any:
     """Gives how many entries are to be zero at a step, int32; none where it is below one."""
-    initial = sum(jnp.sum(flags.astype(jnp.int32)) for flags in there.values())
-    target = method.target_rank * sum(jnp.sum(flags.any(-1).astype(jnp.int32)) for flags in there.values())
-    share = 1 - (step - method.initial_steps).astype(jnp.float32) / (end - method.initial_steps)
+    initial, sites = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    for flags in there.values():
+        initial += jnp.sum(flags.astype(jnp.int32))
+        sites += jnp.sum(flags.any(-1).astype(jnp.int32))
+    target = method.target_rank * sites
+    share = (end - step).astype(jnp.float32) / (end - method.initial_steps)
     above = (initial - target).astype(jnp.float32)
     return initial - target - jnp.floor(above * share**3).astype(jnp.int32)
 

@@ -25,7 +25,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import trains_bias
 from jaxpeft.methods.lora import dropped, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import Targeted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,10 @@ class VeRA(Targeted):
     root_names: ClassVar[tuple[str, ...]] = ("vera_a", "vera_b")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"vera_lambda_b", "vera_lambda_d"})
     peft_type: ClassVar[str | None] = "VERA"
-    peft_options: ClassVar[Mapping[str, str]] = {key: ours for key, ours in TARGET_OPTIONS.items() if ours != "exclude"} | {
+    peft_options: ClassVar[Mapping[str, str]] = {
+        "target_modules": "targets",
+        "layers_to_transform": "layers_to_transform",
+        "layers_pattern": "layers_pattern",
         "r": "rank",
         "vera_dropout": "dropout",
         "d_initial": "d_initial",
@@ -111,10 +114,8 @@ def without_projections(config: Mapping[str, Any]) -> list[str]:
     """Gives why a file whose random matrices are left out cannot be read, if they are."""
     if config.get("save_projection", True):
         return []
-    return [
-        "save_projection: is false, so the shared random matrices are not in the file, and torch's random numbers are not made "
-        "here; load it in PEFT, set save_projection to True before the adapter is made, and save it again"
-    ]
+    why = "so the shared random matrices are not in the file, and torch's random numbers are not made here"
+    return [f"save_projection: is false, {why}; make the adapter with save_projection=True in PEFT, and save it again"]
 
 
 def largest(sites: tuple[Site, ...]) -> tuple[int, int]:

@@ -159,7 +159,7 @@ def load_it(marks: Marks, models: Models, folder: Path, *texts: str, base: Path 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported (supported: LORA, "),
-    "dora": ({"use_dora": True}, "use_dora: True is not supported by the lora method; nothing was loaded"),
+    "qalora": ({"use_qalora": True}, "use_qalora: True is not supported by the lora method; nothing was loaded"),
     "bias": ({"lora_bias": True}, "lora_bias: True is not supported"),
     "later": ({"use_something_new": True}, "use_something_new: True is not supported"),
     "init": ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changed the base"),

@@ -29,7 +29,9 @@ def exported(reference: Any, folder: Path, case: Case) -> float:
     model, base = torch_model.load()
     params = moved(case.method, jaxpeft.rewrite(case.method, base, jax.random.key(0)), size=case.size)
     jaxpeft.save_adapter(folder, case.method, params, model)
-    return gap(theirs(case, peft_load(torch_model.folder, case.task, folder)), ours(case, model, params), torch_model, case)
+    return gap(
+        theirs(case, peft_load(torch_model.folder, case.task, folder)), ours(case, model, params), torch_model, case
+    )
 
 
 def imported(reference: Any, folder: Path, case: Case) -> tuple[float, Any]:
@@ -53,5 +55,7 @@ def loaded_gap(torch_model: Any, folder: Path, case: Case, wanted: Any) -> tuple
 
 def gap(wanted: Any, found: Any, torch_model: Any, case: Case) -> float:
     """Gives the largest difference as a share of the largest logit; the adapter must change something."""
-    assert np.abs(wanted - theirs(case, torch_model.model)).max() > 0.02, "the adapter changes too little to tell anything"
+    assert np.abs(wanted - theirs(case, torch_model.model)).max() > 0.02, (
+        "the adapter changes too little to tell anything"
+    )
     return float(np.abs(found - wanted).max()) / max(1.0, float(np.abs(wanted).max()))
