@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxpeft.core.nnx import params_of as params_of
     from jaxpeft.core.nnx import with_params as with_params
     from jaxpeft.core.probing import find_sites as find_sites
+    from jaxpeft.core.rewriting import adapter_names as adapter_names
     from jaxpeft.core.rewriting import merge as merge
     from jaxpeft.core.rewriting import rewrite as rewrite
     from jaxpeft.core.rewriting import trainable_mask as trainable_mask
@@ -48,6 +49,7 @@ _WHERE = {
     "params_of": "core.nnx",
     "with_params": "core.nnx",
     "without_adapter": "core.rewriting",
+    "adapter_names": "core.rewriting",
     "Method": "core.method",
     "merge": "core.rewriting",
     "rewrite": "core.rewriting",

@@ -183,13 +183,18 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
 
 
 def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) -> bool:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return False
     for part in method.parts():
         if path[-1] in (*part.site_names(), *part.root_names):
-            return part.trains(path, params)
-    whole = targets.under(".".join(path[:-1]), modules_to_save(method))
-    return paths.is_head(path) or whole or any(part.trains(path, params) for part in method.parts())
+            return jnp.issubdtype(leaf.dtype, jnp.floating) and part.trains(path, params)
+    whole = paths.is_head(path) or targets.under(".".join(path[:-1]), modules_to_save(method))
+    wanted = whole or any(part.trains(path, params) for part in method.parts())
+    stored = kernels.form_of(paths.get(params, path[:-1]))
+    if wanted and stored not in (None, "kernel", "embedding") and path[-1] != "bias":
+        raise ConfigError(
+            f"{method.name} would train the kernel of {paths.text(path[:-1])}, which is quantised (it is held as {stored}); load "
+            "a base that is not"
+        )
+    return wanted and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def modules_to_save(method: Method) -> tuple[str, ...]:

@@ -174,13 +174,15 @@ def look(
     bias = leaves.get("bias")
     if name != "__call__" or found.kind != "linear" or isinstance(module, _DENSE):
         return Seen(args, base, kernel, bias, lambda y: y)
-    x, rest = args[0], args[1:]
+    given: Any = args
+    x, rest = given[0], given[1:]
     if isinstance(module, _CONV):
         return _convolution(module, x, base, kernel, bias)
     equation = _equation(module, einsum) if isinstance(module, _EINSUM) else None
     if equation is not None:
         return _einsum(equation, x, rest, base, kernel, bias, leaves["kernel"].shape)
-    axes = tuple(axis % x.ndim for axis in _tuple(module.axis))
+    general: Any = module
+    axes = tuple(axis % x.ndim for axis in _tuple(general.axis))
     made = leaves["kernel"].shape[len(axes) :]
     flat = None if bias is None else bias.reshape(-1)
     return _moved(x, axes, tuple(range(-len(made), 0)), made, lambda moved: base(moved, *rest), kernel, flat)

@@ -23,6 +23,8 @@ class Row:
         moved: how far its trained leaves are moved from where they begin.
         why: why a fresh adapter changes the outputs, for a method that says so.
         scanned: whether stacked layers will do.
+        alone: why several cannot serve one batch, as it is told; empty where they can.
+        unquantised: why its base cannot be quantised, as it is told; empty where it can.
         peft_models: those on which the real `peft` can do it.
         padding: side of the rows that are compared with the real `peft`.
     """
@@ -34,12 +36,15 @@ class Row:
     why: str = ""
     scanned: bool = True
     padding: str = "right"
+    alone: str = ""
+    unquantised: str = ""
     peft_models: tuple[str, ...] = (DECODER, ENCODER)
 
 
 LINEAR = r".*\.(q_proj|down_proj|query|output\.dense)"
 """Some linear sites of both tiny models."""
 
+QUANTISED = "which is quantised"
 ATTENDED = "every token attends to the virtual ones, whatever they hold"
 
 ROWS: Mapping[str, Row] = {
@@ -50,7 +55,7 @@ ROWS: Mapping[str, Row] = {
     "lora pissa": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="pissa")),
     "lora olora": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="olora")),
     "ln_tuning": Row(jaxpeft.LNTuning(), peft=("LNTuningConfig", {"target_modules": r".*(norm|LayerNorm)$"})),
-    "freeze": Row(jaxpeft.Freeze(layers=1), scanned=False),
+    "freeze": Row(jaxpeft.Freeze(layers=1), scanned=False, unquantised=QUANTISED),
     "trainable_tokens": Row(
         jaxpeft.TrainableTokens(tokens=(5, 17, 40)),
         peft=("TrainableTokensConfig", {"token_indices": [5, 17, 40]}),
@@ -68,7 +73,7 @@ ROWS: Mapping[str, Row] = {
     ),
     "bitfit": Row(jaxpeft.BitFit(), models=(ENCODER,)),
     "head": Row(jaxpeft.Head(), models=(ENCODER,)),
-    "full": Row(jaxpeft.Full()),
+    "full": Row(jaxpeft.Full(), unquantised=QUANTISED),
     "ia3": Row(
         jaxpeft.IA3(targets=LINEAR, feedforward=r".*(down_proj|\.output\.dense)"),
         peft=("IA3Config", {"target_modules": LINEAR, "feedforward_modules": r".*(down_proj|\.output\.dense)"}),
@@ -145,4 +150,31 @@ ROWS: Mapping[str, Row] = {
         ),
         why=ATTENDED,
     ),
+    "delora": Row(
+        jaxpeft.DeLoRA(rank=4, boundary=2.0, targets=LINEAR),
+        peft=("DeloraConfig", {"r": 4, "delora_lambda": 2, "target_modules": LINEAR}),
+    ),
+    "miss": Row(
+        jaxpeft.MiSS(rank=5, targets=LINEAR),
+        peft=("MissConfig", {"r": 5, "target_modules": LINEAR}),
+        moved=0.05,
+    ),
+    "miss bat": Row(
+        jaxpeft.MiSS(rank=4, variant="bat", targets=LINEAR),
+        peft=("MissConfig", {"r": 4, "init_weights": "bat", "target_modules": LINEAR}),
+        moved=0.05,
+    ),
+    "adapter houlsby": Row(jaxpeft.Adapter(placement="houlsby", reduction_factor=4, non_linearity="swish")),
+    "adapter pfeiffer": Row(jaxpeft.Adapter(reduction_factor=4, dropout=0.1)),
+    "adapter parallel": Row(jaxpeft.Adapter(placement="parallel", reduction_factor=2, scaling="learned")),
+    "adapter bert": Row(
+        jaxpeft.Adapter(reduction_factor=4, init_weights="bert"), why="both matrices begin random and small"
+    ),
+    "compacter": Row(jaxpeft.Compacter(reduction_factor=4, rule_range=0.1)),
 }
+
+SHOWN: Mapping[str, Any] = {
+    "trainable_tokens": jaxpeft.TrainableTokens(tokens=tuple(range(100))),
+    "mixed": ROWS["mixed"].method,
+}
+"""Options with which a method's share of a large model is shown, where it has no defaults for all."""

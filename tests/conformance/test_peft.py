@@ -88,7 +88,7 @@ def test_the_real_peft_gives_the_logits_of_what_jaxpeft_saved(
     reference: Any,
     tmp_path: Path,
     record_property: Any,
-    case: Case,  # noqa: F811
+    case: Case,
 ) -> None:
     torch_model = reference(case.kind, case.task)
     model, base = torch_model.load()
@@ -103,7 +103,7 @@ def test_jaxpeft_gives_the_logits_of_what_the_real_peft_saved(
     reference: Any,
     tmp_path: Path,
     record_property: Any,
-    case: Case,  # noqa: F811
+    case: Case,
 ) -> None:
     torch_model = reference(case.kind, case.task)
     config, options = case.peft

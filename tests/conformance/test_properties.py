@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 import jaxpeft
+from jaxpeft.checkpoint.manager import Checkpoints
 from jaxpeft.core import paths
 from jaxpeft.core.tree import combine
 from jaxpeft.errors import ConfigError
-from tests.conformance.conftest import Subject, every_subject, subject_of
+from jaxpeft.training import loop
+from tests.conformance.conftest import Subject, every_subject, moved, subject_of
+from tests.conformance.probing import in_one_batch, on_quantised
 from tests.conformance.rows import ROWS
 from tests.core.helpers import BATCH, QUICK, assert_bits, largest, load
 
@@ -168,3 +171,44 @@ def sharded(model: Any, params: Any) -> Any:
     placed = paths.map_with_path(place, params)
     out = np.asarray(jax.jit(lambda p: jaxpeft.apply(model, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)(placed))
     return out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
+
+
+def mover(subject: Subject) -> Any:
+    return lambda method, params, **options: moved(method, params, size=subject.row.moved, **options)
+
+
+@every_subject
+def test_one_adapter_for_each_row_of_a_batch_or_a_clear_refusal(subject: Subject) -> None:
+    if subject.scan:
+        return  # a bank's axis lies below the layers', whose number is no matter
+    why = in_one_batch(subject.method, subject.model, subject.base, mover(subject))
+    assert bool(why) == bool(subject.row.alone), why
+    assert subject.row.alone in (why or "")
+
+
+@every_subject
+def test_it_computes_on_a_quantised_base(subject: Subject) -> None:
+    if subject.row.scanned and not subject.scan:
+        return  # tried on scanned layers
+    why = on_quantised(subject.method, subject.model, subject.base, mover(subject))
+    assert bool(why) == bool(subject.row.unquantised), why
+    assert subject.row.unquantised in (why or "")
+
+
+@every_subject
+def test_interrupted_and_restored_it_goes_on_bit_by_bit(subject: Subject, tmp_path: Any) -> None:
+    if subject.scan:
+        return  # the same code as for unrolled layers
+    begun = subject.begun
+    state, _ = subject.step(begun[0], begun[1])
+    saved = Checkpoints(tmp_path, keep=1)
+    fixed = loop.fixed_leaves(subject.method, begun[1])
+    saved.save(1, state, None, {}, fixed)
+    empty = jax.tree.map(jnp.zeros_like, (state, fixed))
+    found, _, again = saved.restore(1, empty[0], None, empty[1])
+    saved.close()
+    frozen = paths.map_with_path(lambda path, leaf: again.get(paths.text(path), leaf), begun[1])
+    resumed, _ = subject.step(type(state)(*found), frozen)
+    straight, _ = subject.step(state, begun[1])
+    for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(straight), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

@@ -1,0 +1,164 @@
+"""Tries every method and writes docs/methods.md from what was found: `python -m tests.conformance.report`.
+
+Further arguments go to pytest, such as `-n 2`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+import jaxpeft
+from jaxpeft import models
+from jaxpeft.core.tree import count
+from jaxpeft.hub.loading import abstract_params
+from jaxpeft.methods import METHODS
+from jaxpeft.models.base import Options
+from tests.conformance.rows import ROWS, SHOWN
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "docs" / "methods.md"
+LLAMA_1B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
+    "tie_word_embeddings": True, "rope_theta": 500000.0,
+}  # fmt: skip
+HEAD = """# Methods
+
+Every method is one file of `jaxpeft/methods/`, a frozen dataclass of hyperparameters; `config.method.name` chooses it, and
+`python -m jaxpeft.train --config C --help` lists its options. This page is made by `python -m tests.conformance.report`, which
+tries each of them; nothing in its tables is typed by hand.
+
+A new method is one file, one line in `jaxpeft/methods/__init__.py`, one row in `tests/conformance/rows.py`, and one line in the
+list at the end of this page's script.
+"""
+
+
+class Results:
+    """A pytest plugin that gathers, by method and property, what passed and failed, and the gaps of logits."""
+
+    def __init__(self) -> None:
+        self.passed: dict[tuple[str, str], int] = defaultdict(int)
+        self.failed: dict[tuple[str, str], int] = defaultdict(int)
+        self.gaps: dict[tuple[str, str], float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Takes a test's result."""
+        found = re.match(r".*::test_(\w+)\[(.+)\]", report.nodeid)
+        if found is None or (report.when != "call" and not report.failed):
+            return
+        test, name = found[1], row_of(found[2])
+        if report.passed:
+            self.passed[name, test] += 1
+        elif report.failed:
+            self.failed[name, test] += 1
+        for key, value in report.user_properties:
+            if key == "gap" and isinstance(value, float):
+                self.gaps[name, test] = max(self.gaps[name, test], value)
+
+
+def row_of(parameters: str) -> str:
+    """Gives the row of a test's parameters, such as `lora pissa-llama-scanned`."""
+    return next(name for name in sorted(ROWS, key=len, reverse=True) if parameters.startswith(f"{name}-"))
+
+
+def share(method: Any) -> str:
+    """Gives the share of parameters that a method trains of a Llama of the 1B shape, with its default options."""
+    model = models.build(LLAMA_1B, Options("causal_lm", None, jax.numpy.bfloat16, scan_layers=False))
+    base = abstract_params(model)
+    try:
+        params = jax.eval_shape(lambda p: jaxpeft.rewrite(method, p, jax.random.key(0)), base)
+    except jaxpeft.JaxpeftError:
+        return "-"
+    trainable, _ = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
+    return f"{count(trainable) / count(base):.3%}"
+
+
+def capabilities() -> list[str]:
+    """Writes the table of what each method can do."""
+    lines = [
+        "| method | what it does | trained, 1B | merges | PEFT type | several in one batch | quantised base | paper | lines |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, cls in METHODS.items():
+        row = next(row for key, row in ROWS.items() if key == name or key.startswith(f"{name} "))
+        source = Path(sys.modules[cls.__module__].__file__ or "")
+        text = " ".join((sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0].split())
+        what = text.partition(": ")[2] or text
+        adds = any(part.leaf_names or part.root_names for part in row.method.parts())
+        yes = {True: "yes", False: "no"}
+        lines.append(
+            f"| `{name}` | {what.rstrip('.')} | {share(SHOWN[name] if name in SHOWN else cls())} | "
+            f"{yes[all(p.mergeable for p in row.method.parts())] if adds else 'is plain'} | {cls.peft_type or '-'} | "
+            f"{yes[adds and not row.alone]} | {yes[not row.unquantised]} | {paper(cls.paper)} | "
+            f"{sum(1 for _ in source.open())} |"
+        )
+    return lines
+
+
+def paper(text: str) -> str:
+    """Links a paper."""
+    return f"[{text}](https://arxiv.org/abs/{text.removeprefix('arXiv:')})" if text.startswith("arXiv:") else text or "-"
+
+
+def tables(results: Results) -> list[str]:
+    """Writes the tables of properties and of files."""
+    tests = list(dict.fromkeys(test for _, test in (*results.passed, *results.failed)))
+    ours = [test for test in tests if "peft" not in test]
+    letters = {test: chr(ord("a") + i) for i, test in enumerate(ours)}
+    lines = [f"* **{letters[test]}** {test.replace('_', ' ')}" for test in ours]
+    lines += ["", "| method | " + " | ".join(letters.values()) + " |", "|---" * (len(ours) + 1) + "|"]
+    for name in ROWS:
+        cells = [cell(results, name, test) for test in ours]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    passed, failed = sum(results.passed.values()), sum(results.failed.values())
+    lines += ["", f"{passed} of {passed + failed} checks passed, of {len(METHODS)} methods in {len(ROWS)} variants.", ""]
+    lines += ["## Files", "", FILES, "", "| method | written here, read by `peft` | written by `peft`, read here |", "|---|---|---|"]
+    for name, row in ROWS.items():
+        if row.peft is not None:
+            gaps = [results.gaps.get((name, test)) for test in tests if "peft" in test]
+            lines.append(f"| {name} | " + " | ".join("-" if gap is None else f"{gap:.1e}" for gap in gaps) + " |")
+    return lines
+
+
+FILES = (
+    "Adapters go both ways between jaxpeft and the real `peft` 0.21 on torch, with random leaves; shown is the largest difference "
+    "of a logit in float32, over the models that both have (the mark is 1e-4 of the largest logit). Resuming is exact: the check "
+    "of bits is among the properties above."
+)
+
+
+def cell(results: Results, name: str, test: str) -> str:
+    """Says how many of a method's checks of a property passed."""
+    passed, failed = results.passed[name, test], results.failed[name, test]
+    return f"{passed}/{passed + failed}" if passed + failed else ""
+
+
+def page(results: Results) -> str:
+    """Writes the page."""
+    where = f"On the CPU with jax {jax.__version__}, Python {platform.python_version()}."
+    return "\n".join(
+        [HEAD, "## What each can do", "", where, "", *capabilities(), "", "## Properties", "", *tables(results), ""]
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Runs the tests and writes the page."""
+    results = Results()
+    code = pytest.main(["-q", str(Path(__file__).parent), *argv], plugins=[results])
+    OUT.write_text(page(results))
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
