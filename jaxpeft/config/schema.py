@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxpeft.config.candidates import CandidateConfig, CompareConfig
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.errors import nearest
@@ -26,6 +27,9 @@ class ModelConfig:
     path: str = option("", "a folder, a hub id 'org/name', or 'package:NAME'")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     task: Literal["causal_lm", "sequence_classification", "token_classification"] = option("causal_lm", "which head")
+    vocab_size: int | None = option(
+        None, "of the embedding and the head, where tokens were added to the tokenizer; None for the model's", at_least=1
+    )
     pooling: Literal["pooler", "cls", "mean", "last"] | None = option(
         None, "what a sequence classifier reads; None for the architecture's own"
     )
@@ -257,6 +261,19 @@ class Config:
     baseline_learning_rates: dict[str, float] = option(
         {}, "peak learning rates of baselines, by name, where another than the optimizer's suits them", above=0
     )
+    compare: CompareConfig = option(CompareConfig, "the methods that `python -m jaxpeft.compare` compares")
+
+    def run_of(self, candidate: CandidateConfig, seed: int) -> Config:
+        """Gives the config of one run of a comparison: the candidate's method and learning rates, and the seed."""
+        rates = {"learning_rate": candidate.learning_rate, "head_learning_rate": candidate.head_learning_rate}
+        own = {name: rate for name, rate in rates.items() if rate is not None}
+        return dataclasses.replace(
+            self,
+            method=candidate.method,
+            optimizer=dataclasses.replace(self.optimizer, **own),
+            train=dataclasses.replace(self.train, seed=seed),
+            compare=CompareConfig(forgetting=self.compare.forgetting),
+        )
 
     def problems(self) -> list[str]:
         """Lists what is wrong across sections."""
@@ -278,6 +295,24 @@ class Config:
         for name in self.baseline_learning_rates:
             if name not in ("head", "bitfit", "full"):
                 found.append(f"baseline_learning_rates: {name!r} is not one of 'head', 'bitfit', 'full'")
+        return found + self._compare_problems(found)
+
+    def _compare_problems(self, without: list[str]) -> list[str]:
+        """Lists what is wrong with the runs of a comparison, beside what is wrong without it."""
+        if not self.compare.candidates:
+            return []
+        found: list[str] = []
+        if self.baselines:
+            found.append("baselines: a comparison trains its candidates alone; make each baseline one of them")
+        if self.method != LoRA():
+            found.append(
+                f"method: {self.method.name} would not be trained, a comparison trains its candidates; make it one of them"
+            )
+        if self.log.wandb is not None:
+            found.append("log.wandb: the runs of a comparison would all have one name there; remove it")
+        for i, candidate in enumerate(self.compare.candidates):
+            own = dataclasses.replace(self.run_of(candidate, 0), baselines=()).problems()
+            found += [f"compare.candidates[{i}], {candidate.title}: {why}" for why in own if why not in without]
         return found
 
     def _task_problems(self) -> list[str]:
@@ -315,4 +350,6 @@ def as_dict(config: Config) -> dict[str, Any]:
     """Gives a config as plain JSON values, the method's name included: what is saved beside each checkpoint."""
     plain: dict[str, Any] = dataclasses.asdict(config)
     plain["method"] = config.method.as_dict()
+    for section, candidate in zip(plain["compare"]["candidates"], config.compare.candidates, strict=True):
+        section["method"] = candidate.method.as_dict()
     return json.loads(json.dumps(plain))

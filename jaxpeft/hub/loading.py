@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ def load(
     pooling: str | None = None,
     remat: str = "none",
     revision: str | None = None,
+    vocab_size: int | None = None,
     seed: int = 0,
     sharding: Any = None,
 ) -> tuple[Pretrained, Tree]:
@@ -52,6 +54,8 @@ def load(
         pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`; None takes the architecture's own.
         remat: what the backward pass computes again: `none`, `full`, `attention`, `dots`.
         revision: of a hub id: branch, tag or commit.
+        vocab_size: of the embedding and the language-model head, where tokens were added to the tokenizer; the new rows begin
+            as the mean of the others. None keeps the model's.
         seed: for the leaves of a newly made head.
         sharding: a `jax.sharding.Sharding` for all leaves; None for the first device.
 
@@ -64,7 +68,7 @@ def load(
     """
     outlined = outline(
         path_or_hub_id, task=task, num_labels=num_labels, dtype=dtype, compute_dtype=compute_dtype,
-        scan_layers=scan_layers, pooling=pooling, remat=remat, revision=revision,
+        scan_layers=scan_layers, pooling=pooling, remat=remat, revision=revision, vocab_size=vocab_size,
     )  # fmt: skip
     return outlined.model, outlined.read(seed, sharding)
 
@@ -76,12 +80,14 @@ class Outline:
     Attributes:
         model: the Linen module.
         abstract: shape and dtype of every leaf, as the module has them.
+        stored: the same as the checkpoint has them: they differ where tokens are added.
         config: the content of `config.json`.
         plan: where each leaf is to be read from.
     """
 
     model: Pretrained
     abstract: Tree
+    stored: Tree
     config: Mapping[str, Any]
     plan: weights.WeightPlan
 
@@ -95,7 +101,8 @@ class Outline:
         logs.show()
         _log.info("loading %s ...", self.model.source.name if self.model.source else "the model")
         new = _new_leaves(self.model, self.plan.new, seed)
-        params = weights.read(self.abstract, self.plan, new, sharding)
+        params = weights.read(self.stored, self.plan, new, sharding)
+        params = paths.map_with_path(lambda path, leaf: _grown(leaf, paths.get(self.abstract, path).shape), params)
         _report(self, params, time.perf_counter() - started)
         return params
 
@@ -111,6 +118,7 @@ def outline(
     pooling: str | None = None,
     remat: str = "none",
     revision: str | None = None,
+    vocab_size: int | None = None,
 ) -> Outline:
     """Finds out everything about a pretrained model but its numbers: what can be refused is, before any is read.
 
@@ -134,12 +142,30 @@ def outline(
         remat=remat,
     )
     model = models.build(config, options).clone(source=source)
+    own = model.config.vocab_size
+    if vocab_size is not None and vocab_size < own:
+        raise ConfigError(f"vocab_size: {vocab_size} is less than the model's {own} tokens; tokens can be added, not removed")
     family = models.FAMILIES[config["model_type"]]
     abstract = abstract_params(model)
     if task == "causal_lm" and model.config.tie_word_embeddings:
         tensors = weights.untie(tensors, source.folder)
     plan = weights.plan(abstract, tensors, family, dtype, source.folder, relabel=num_labels is not None)
-    return Outline(model, abstract, config, plan)
+    if vocab_size in (None, own):
+        return Outline(model, abstract, abstract, config, plan)
+    grown = model.clone(config=dataclasses.replace(model.config, vocab_size=vocab_size))
+    wanted = paths.map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, paths.get(abstract, path).dtype), abstract_params(grown)
+    )
+    return Outline(grown, wanted, abstract, config, plan)
+
+
+def _grown(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Gives an embedding or a head the places of added tokens, which begin as the mean of the others."""
+    for axis, (now, then) in enumerate(zip(leaf.shape, shape, strict=True)):
+        if then > now:
+            mean = jnp.mean(leaf.astype(jnp.float32), axis=axis, keepdims=True).astype(leaf.dtype)
+            leaf = jnp.concatenate([leaf, jnp.repeat(mean, then - now, axis=axis)], axis=axis)
+    return leaf
 
 
 def abstract_params(model: Pretrained) -> Tree:

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -254,3 +256,31 @@ def test_a_script_that_sets_up_no_logging_is_told_what_is_loaded(reference):
     quiet = f"import logging; logging.getLogger('jaxpeft').setLevel('ERROR'); {code}"
     done = subprocess.run([sys.executable, "-c", quiet], capture_output=True, text=True, check=True, timeout=120)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_added_tokens_begin_as_the_mean_and_are_trained_saved_and_loaded(
+    reference: Any, tmp_path: Path, kind: str, scan: bool
+) -> None:
+    torch_model = reference(kind, "causal_lm" if kind == "llama" else "sequence_classification")
+    model, base = torch_model.load(scan_layers=scan, vocab_size=103)
+    _, plain = torch_model.load(scan_layers=scan)
+    table = "embed_tokens" if kind == "llama" else "word_embeddings"
+    (path,) = (path for path, _ in paths.walk(base) if path[-2:] == (table, "embedding"))
+    rows, own = np.asarray(paths.get(base, path)), np.asarray(paths.get(plain, path))
+    np.testing.assert_array_equal(rows[:99], own)
+    np.testing.assert_allclose(rows[99:], np.broadcast_to(own.mean(0), (4, 32)), atol=1e-6)
+    ids = np.array([[4, 99, 102, 7]], np.int32)
+    assert jaxpeft.apply(model, base, ids).shape[-1] == (103 if kind == "llama" else 3)
+    method = jaxpeft.TrainableTokens(tokens=(99, 102))
+    params = jaxpeft.rewrite(method, base, jax.random.key(0))
+    node = paths.get(params, path[:-1])
+    node["token_rows"] = node["token_rows"] + 1.0
+    jaxpeft.save_adapter(tmp_path / "adapter", method, params, model)
+    again = jaxpeft.load_adapter(tmp_path / "adapter", model, base)[1]
+    np.testing.assert_array_equal(jaxpeft.apply(model, again, ids), jaxpeft.apply(model, params, ids))
+    with pytest.raises(ConfigError, match="102 is outside the 99 tokens of .*; load the model with vocab_size=103"):
+        jaxpeft.rewrite(method, plain, jax.random.key(0))
+    with pytest.raises(ConfigError, match="vocab_size: 50 is less than the model's 99 tokens"):
+        torch_model.load(vocab_size=50)
