@@ -75,7 +75,7 @@ def read_splits(
     vocab = model_config.get("vocab_size")
     if not isinstance(vocab, int):
         raise ConfigError(f"{source.folder / 'config.json'}: vocab_size must be an integer, is {vocab!r}")
-    encoding = Encoding(config.data, load_tokenizer(source), vocab)
+    encoding = Encoding(config.data, load_tokenizer(source), config.model.vocab_size or vocab)
 
     def tokens(examples: Examples) -> Encoded:
         what = f"tokenising {examples.rows.name}"
