@@ -81,7 +81,9 @@ class PTuning(VirtualTokens):
         x = leaves["ptuning_embeddings"]
         if "ptuning_h" in leaves:
             for layer in range(2):
-                x = both_ways(x, leaves[f"ptuning_x{layer + 1}"], leaves["ptuning_h"][layer], leaves["ptuning_b"][layer])
+                x = both_ways(
+                    x, leaves[f"ptuning_x{layer + 1}"], leaves["ptuning_h"][layer], leaves["ptuning_b"][layer]
+                )
         for i in range(1, 4):
             if f"ptuning_w{i}" in leaves:
                 x = jax.nn.relu(x) if i > 1 else x

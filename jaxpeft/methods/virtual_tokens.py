@@ -40,7 +40,9 @@ class VirtualTokens(Method):
     peft_options: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "num_virtual_tokens"}
     peft_required: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
     # sizes of the base, which the shape of the table tells as well, and of networks that files leave out
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"})
+    peft_ignored: ClassVar[frozenset[str]] = frozenset(
+        {"token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"}
+    )
 
     num_virtual_tokens: int = option(20, "how many virtual tokens stand in front of a row", at_least=1)
 
@@ -141,7 +143,9 @@ def word_embedding(params: Leaves) -> Site:
     """
     found = next((site for site in find_sites(params, ("embedding",)) if site.path[-1] in _WORDS), None)
     if found is None:
-        raise ConfigError(f"the word embedding ({', '.join(_WORDS)}) is not in the tree; no token can stand beside its rows")
+        raise ConfigError(
+            f"the word embedding ({', '.join(_WORDS)}) is not in the tree; no token can stand beside its rows"
+        )
     return found
 
 
