@@ -36,9 +36,24 @@ class Mixed(Method):
         whole = [m.name for m in self.methods if m.root_names]
         if len(set(whole)) < len(whole) or len(whole) > 1:
             found.append(f"methods: {' and '.join(whole)} each keep leaves for the whole model; take one of them")
-        for part in self.methods:
+        for i, part in enumerate(self.methods):
+            for other in self.methods[:i]:
+                if (
+                    part.leaf_names
+                    and part.leaf_names == other.leaf_names
+                    and part.trained_leaves != other.trained_leaves
+                ):
+                    found.append(
+                        f"methods: {other.name} and {part.name} train other ones of the same leaves; take one of them"
+                    )
+                if type(part) is type(other) and type(part).optimizer is not Method.optimizer:
+                    found.append(
+                        f"methods: two {part.name} would each wrap the optimizer; put the sites of both into one"
+                    )
             if getattr(part, "init_weights", "") == "eva":
-                found.append("methods: init_weights 'eva' gives ranks to the sites of one method alone; take another start")
+                found.append(
+                    "methods: init_weights 'eva' gives ranks to the sites of one method alone; take another start"
+                )
         return found
 
     def parts(self) -> tuple[Method, ...]:
