@@ -107,17 +107,19 @@ def _save_parts(
 
 
 def _load_parts(folder: FilePath, model: Pretrained, params: Mapping[str, Any]) -> tuple[Method, Tree]:
-    """Loads what `_save_parts` saved: the adapter leaves of each part, and the leaves of the base that it trained."""
+    """Loads what `_save_parts` saved: the adapter leaves of each part, and the leaves of the base that it trained.
+
+    The parts are what their files say, which may be another method than was trained: a plain LoRA for one with a start.
+    """
     content = read_json(folder / PARTS)
-    method = from_dict(content["method"])
-    tree = rewrite(method, params, jax.random.key(0))
-    for name in content["parts"]:
+    leaves = dict(paths.walk(params))
+    base, parts = frozenset(leaves), list[dict[str, Any]]()
+    for name, recorded in zip(content["parts"], from_dict(content["method"]).parts(), strict=True):
         part, loaded = load_adapter(folder / str(name), model, params)
         mask = dict(paths.walk(trainable_mask(part, loaded)))
-        base = {path for path, _ in paths.walk(params)}
-        taken = {path: leaf for path, leaf in paths.walk(loaded) if mask[path] or path not in base}
-        tree = paths.map_with_path(lambda path, leaf, taken=taken: taken.get(path, leaf), tree)
-    return method, tree
+        leaves |= {path: leaf for path, leaf in paths.walk(loaded) if mask[path] or path not in base}
+        parts.append(part.as_dict() | {"modules_to_save": recorded.modules_to_save})
+    return from_dict(content["method"] | {"methods": parts}), paths.build(list(leaves.items()))
 
 
 def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -> None:
