@@ -10,6 +10,7 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.methods.adalora import AdaLoRA
 from jaxpeft.methods.bitfit import BitFit
 from jaxpeft.methods.boft import BOFT
+from jaxpeft.methods.delora import DeLoRA
 from jaxpeft.methods.dora import DoRA
 from jaxpeft.methods.freeze import Freeze
 from jaxpeft.methods.full import Full
@@ -21,6 +22,7 @@ from jaxpeft.methods.loha import LoHa
 from jaxpeft.methods.lokr import LoKr
 from jaxpeft.methods.lora import LoRA
 from jaxpeft.methods.lora_fa import LoRAFA
+from jaxpeft.methods.miss import MiSS
 from jaxpeft.methods.mixed import Mixed
 from jaxpeft.methods.oft import OFT
 from jaxpeft.methods.prefix import PrefixTuning, PTuningV2
@@ -43,6 +45,8 @@ _ALL: tuple[type[Method], ...] = (
     OFT,
     BOFT,
     HRA,
+    DeLoRA,
+    MiSS,
     PrefixTuning,
     PTuningV2,
     PromptTuning,
