@@ -46,6 +46,10 @@ class CheckpointError(JaxpeftError, RuntimeError):
     """A checkpoint cannot be resumed from."""
 
 
+class ExportError(JaxpeftError, RuntimeError):
+    """What was written does not compute what it was made from."""
+
+
 class TrainingError(JaxpeftError, RuntimeError):
     """Training cannot go on."""
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxpeft.errors import WeightsError
 
-_DTYPES: Mapping[str, Any] = {
+DTYPES: Mapping[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -235,7 +235,7 @@ def _tensor(path: Path, entry: Any, data: int) -> Tensor | None:
     try:
         begin, end = map(operator.index, entry["data_offsets"])
         shape = tuple(int(n) for n in entry["shape"])
-        tensor = Tensor(path, data + begin, shape, np.dtype(_DTYPES[entry["dtype"]]))
+        tensor = Tensor(path, data + begin, shape, np.dtype(DTYPES[entry["dtype"]]))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return tensor if 0 <= begin <= end and end - begin == tensor.nbytes and min(shape, default=0) >= 0 else None

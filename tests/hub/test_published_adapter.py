@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,11 +14,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxpeft
+from jaxpeft.hub.exporting import Request, export
 from jaxpeft.methods.lora import LoRA
-from tests.hub.helpers import assert_bit_equal, peft_load
+from tests.conftest import ROOT
+from tests.hub.helpers import assert_bit_equal, peft_load, torch_base
 from tests.models.conftest import Reference, make_batch
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, SEQUENCE = "adapter_model.safetensors", "sequence_classification"
 
 
 @pytest.fixture
@@ -27,18 +32,26 @@ def published(assets):
     return file
 
 
+def few_words(folder):
+    """Saves a RoBERTa-base with few words and thin MLPs: its attention and its head are those that the adapter is for."""
+    import torch
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"vocab_size": 99, "intermediate_size": 64, "max_position_embeddings": 40, "type_vocab_size": 1}
+    torch.manual_seed(0)
+    base = RobertaForSequenceClassification(RobertaConfig(num_labels=3, **sizes)).eval()
+    base.save_pretrained(folder)
+    return base
+
+
 @pytest.mark.slow
 def test_the_adapter_that_microsoft_published_for_mnli_goes_both_ways(published, tmp_path):
     """RoBERTa-base on MNLI by the authors of LoRA: loralib's names and numbers, on a base with few words and thin MLPs."""
     import torch
-    from transformers import RobertaConfig, RobertaForSequenceClassification
 
     numbers = {n: t.numpy() for n, t in torch.load(published, map_location="cpu", weights_only=True).items()}
     assert len(numbers) == 52 and sum(t.size for t in numbers.values()) == 887_811
-    sizes = {"vocab_size": 99, "intermediate_size": 64, "max_position_embeddings": 40, "type_vocab_size": 1}
-    torch.manual_seed(0)
-    base = RobertaForSequenceClassification(RobertaConfig(num_labels=3, **sizes)).eval()
-    base.save_pretrained(tmp_path / "base")
+    base = few_words(tmp_path / "base")
     folder = tmp_path / "adapter"
     folder.mkdir()
     tensors = {f"base_model.model.{name}{'.weight' * ('lora_' in name)}": t for name, t in numbers.items()}
@@ -64,3 +77,39 @@ def test_the_published_file_itself_is_a_pickle_and_is_refused(published, save, n
     saved = save()
     shutil.copy(published, saved.folder / WEIGHTS)
     assert "a pickle or zip file under another name" in saved.problems()[0]
+
+
+@pytest.mark.slow
+def test_it_is_converted_by_the_documented_command_and_merged_for_transformers(published, tmp_path):
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    (command,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.S) if published.name in block)
+    shutil.copy(published, tmp_path)
+    command = command.replace("python - ", f"{sys.executable} - ")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=200)
+    few_words(tmp_path / "base")
+    report = export(Request(tmp_path / "my_adapter", "merged", tmp_path / "merged", base=str(tmp_path / "base")))
+    assert report.error == 0 and report.gap < 1e-4
+    merged, adapted = (
+        torch_base(tmp_path / "merged", SEQUENCE),
+        peft_load(tmp_path / "base", SEQUENCE, tmp_path / "my_adapter"),
+    )
+    ours, theirs = (Reference(None, SEQUENCE, model)(make_batch("right")) for model in (merged, adapted))
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+def test_a_pickle_of_peft_is_converted_by_the_documented_command(save, tmp_path, no_unpickling):
+    import torch
+    from safetensors.torch import load_file as load_torch
+
+    saved = save()
+    tensors = load_torch(saved.folder / WEIGHTS)
+    torch.save(
+        {n: t.mT.contiguous().mT if t.ndim == 2 else t for n, t in tensors.items()}, saved.folder / "adapter_model.bin"
+    )
+    (saved.folder / WEIGHTS).unlink()
+    assert "adapter_model.bin, a pickle, which is never read" in saved.problems()[0]
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    (command,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.S) if "adapter_model.bin" in block)
+    command = command.replace("my_adapter", saved.folder.name).replace("python ", f"{sys.executable} ")
+    subprocess.run(["bash", "-c", command], cwd=saved.folder.parent, check=True, timeout=200)
+    assert_bit_equal(saved.load()[1], saved.params)
