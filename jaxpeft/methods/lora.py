@@ -63,7 +63,8 @@ class LoRA(Ranked):
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"lora_a", "lora_b", "lora_bias"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
     peft_type: ClassVar[str | None] = "LORA"
-    peft_options: ClassVar[Mapping[str, str]] = TARGET_OPTIONS | {
+    peft_options: ClassVar[Mapping[str, str]] = {
+        **TARGET_OPTIONS,
         "r": "rank",
         "lora_alpha": "alpha",
         "lora_dropout": "dropout",
@@ -116,7 +117,9 @@ class LoRA(Ranked):
         if path[-1] != "bias" or self.bias != "lora_only":
             return super().trains(path, params) or (path[-1] == "bias" and self.bias == "all")
         adapted = self.leaf_names[0] in paths.get(params, path[:-1])
-        return adapted and whole_leaf(self.name, path, paths.get(params, path), lambda name: matches(name, self.where(())))
+        return adapted and whole_leaf(
+            self.name, path, paths.get(params, path), lambda name: matches(name, self.where(()))
+        )
 
     def rate(self, path: Path) -> float:
         """Gives B the learning rate of LoRA+."""

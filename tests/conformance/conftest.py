@@ -21,6 +21,9 @@ from jaxpeft.training.losses import loss_for
 from jaxpeft.training.step import init_state, make_train_step
 from tests.conformance.rows import ROWS, Row
 from tests.core.helpers import BATCH, QUICK, load, run
+from tests.models import conftest as models
+
+reference = models.reference  # a fixture, of tiny torch models
 
 
 @dataclass(frozen=True)

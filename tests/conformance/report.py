@@ -108,7 +108,9 @@ def capabilities() -> list[str]:
 
 def paper(text: str) -> str:
     """Links a paper."""
-    return f"[{text}](https://arxiv.org/abs/{text.removeprefix('arXiv:')})" if text.startswith("arXiv:") else text or "-"
+    return (
+        f"[{text}](https://arxiv.org/abs/{text.removeprefix('arXiv:')})" if text.startswith("arXiv:") else text or "-"
+    )
 
 
 def tables(results: Results) -> list[str]:
@@ -122,8 +124,19 @@ def tables(results: Results) -> list[str]:
         cells = [cell(results, name, test) for test in ours]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     passed, failed = sum(results.passed.values()), sum(results.failed.values())
-    lines += ["", f"{passed} of {passed + failed} checks passed, of {len(METHODS)} methods in {len(ROWS)} variants.", ""]
-    lines += ["## Files", "", FILES, "", "| method | written here, read by `peft` | written by `peft`, read here |", "|---|---|---|"]
+    lines += [
+        "",
+        f"{passed} of {passed + failed} checks passed, of {len(METHODS)} methods in {len(ROWS)} variants.",
+        "",
+    ]
+    lines += [
+        "## Files",
+        "",
+        FILES,
+        "",
+        "| method | written here, read by `peft` | written by `peft`, read here |",
+        "|---|---|---|",
+    ]
     for name, row in ROWS.items():
         if row.peft is not None:
             gaps = [results.gaps.get((name, test)) for test in tests if "peft" in test]

@@ -99,7 +99,10 @@ ROWS: Mapping[str, Row] = {
     ),
     "adalora": Row(
         jaxpeft.AdaLoRA(rank=4, target_rank=3, alpha=6.0, final_steps=1, targets=LINEAR),
-        peft=("AdaLoraConfig", {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 9, "target_modules": LINEAR}),
+        peft=(
+            "AdaLoraConfig",
+            {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 9, "target_modules": LINEAR},
+        ),
         moved=0.4,
     ),
     "randlora": Row(

@@ -15,7 +15,7 @@ import jaxpeft
 from tests.conformance.conftest import moved
 from tests.conformance.rows import ROWS
 from tests.hub.helpers import peft_load, peft_save
-from tests.models.conftest import Batch, Reference, make_batch, reference  # noqa: F401 - a fixture
+from tests.models.conftest import Batch, Reference, make_batch
 
 pytestmark = [
     # peft 0.21 asks transformers 5.23 for an attribute that it calls deprecated.
