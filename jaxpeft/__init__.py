@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from jaxpeft.core.tree import partition as partition
     from jaxpeft.core.tree import stack_layers as stack_layers
     from jaxpeft.core.tree import unstack_layers as unstack_layers
-    from jaxpeft.methods.weighted import merge_adapters as merge_adapters
     from jaxpeft.errors import JaxpeftError as JaxpeftError
     from jaxpeft.forward import apply as apply
     from jaxpeft.hub.adapters import load_adapter as load_adapter
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from jaxpeft.hub.loading import load as load
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
     from jaxpeft.methods import METHODS as METHODS
+    from jaxpeft.methods.weighted import merge_adapters as merge_adapters
 
 _WHERE = {
     "bank": "core.bank",

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
+from jaxpeft import logs
 from jaxpeft.errors import JaxpeftError
 
 _LONGEST = 400
+
+
+def set_up_logging(*, hushed: bool) -> None:
+    """Lets what jaxpeft logs be seen on standard error.
+
+    Args:
+        hushed: whether to silence what the threads of a failed save say: the error comes back to us, and is told once.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
+    logging.getLogger("jaxpeft").setLevel(logging.INFO)
+    if not hushed:
+        return
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    usual = sys.unraisablehook
+
+    def unraisable(what: sys.UnraisableHookArgs) -> None:
+        # TensorStore's threads end after the loop that waited for them
+        if str(what.exc_value) != "Event loop is closed":
+            usual(what)
+
+    sys.unraisablehook = unraisable
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -10,6 +10,13 @@ from jaxpeft.errors import ConfigError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+def problem(name: str) -> str | None:
+    """Says why a name cannot be a folder's, None where it can."""
+    if _NAME.fullmatch(name):
+        return None
+    return f"{shown(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
+
+
 def folder_named(root: Path, name: str) -> Path:
     """Gives the folder of a name below a root.
 
@@ -20,10 +27,8 @@ def folder_named(root: Path, name: str) -> Path:
     Raises:
         ConfigError: the name is another, or a link that leads out of the root stands there.
     """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"name {shown(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
-        )
+    if why := problem(name):
+        raise ConfigError(f"name {why}")
     folder = root / name
     if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
         raise ConfigError(f"name {name}: {folder} is a link that leads out of {root}; give another name")

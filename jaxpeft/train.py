@@ -10,17 +10,18 @@ import logging
 import re
 import sys
 import tempfile
-import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from absl import flags
 
 from jaxpeft import config as configs
-from jaxpeft import logs, names
-from jaxpeft.command import guarded, split_overrides
+from jaxpeft import names
+from jaxpeft.command import guarded, set_up_logging, split_overrides
 from jaxpeft.errors import ConfigError
 
+Run = Callable[[configs.Config, Path, list[str]], int]
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
     "config", None, "the config file; its options are set by --config.SECTION.OPTION=VALUE", flag_values=FLAGS
@@ -34,11 +35,12 @@ flags.DEFINE_multi_string(
 flags.DEFINE_bool("validate", False, "check the config and stop", flag_values=FLAGS)
 
 
-def parse_arguments(argv: list[str]) -> tuple[configs.Config, Path, str]:
+def parse_arguments(argv: list[str], *, compares: bool = False) -> tuple[configs.Config, Path, str]:
     """Reads the command line and the config file, without importing JAX.
 
     Args:
         argv: the arguments, without the program's name.
+        compares: whether the config must be that of a comparison; if not, it must not be.
 
     Returns:
         `(config, workdir, path of the config file)`.
@@ -68,9 +70,18 @@ def parse_arguments(argv: list[str]) -> tuple[configs.Config, Path, str]:
         config = configs.load(FLAGS.config, overrides)
     except ConfigError as error:
         problems += error.problems
+    if config is not None and bool(config.compare.candidates) != compares:
+        problems.append(_OTHER_VERB[compares].format(count=len(config.compare.candidates), path=FLAGS.config))
     if problems or config is None:
         raise ConfigError(problems)
     return config, workdir, FLAGS.config
+
+
+_OTHER_VERB = {
+    False: "config.compare.candidates: {count} methods to compare; run `python -m jaxpeft.compare --config {path}`, or set "
+    "--config.compare.candidates=() to train config.method alone",
+    True: "config.compare.candidates: there is none to compare; list them, or run `python -m jaxpeft.train --config {path}`",
+}
 
 
 def _workdir(default: Path) -> Path:
@@ -104,37 +115,31 @@ def _workdir(default: Path) -> Path:
 
 def main(argv: list[str]) -> int:
     """Runs the job; gives the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
-    logging.getLogger("jaxpeft").setLevel(logging.INFO)
-    if "--traceback" not in argv:
-        _hush()
+    return verb(argv, __doc__, _run)
+
+
+def verb(argv: list[str], about: str | None, run: Run, *, compares: bool = False) -> int:
+    """Runs a command that takes a config; gives the exit code.
+
+    Args:
+        argv: the arguments, without the program's name.
+        about: what `--help` says first.
+        run: does the work, given the config, the folder of the run and the fields that may have changed.
+        compares: whether the config must be that of a comparison.
+    """
+    set_up_logging(hushed="--traceback" not in argv)
     if {"--help", "-h", "-help"} & set(argv):
-        sys.stdout.write(f"{__doc__}\n{FLAGS.main_module_help()}")
+        sys.stdout.write(f"{about}\n{FLAGS.module_help(FLAGS.find_module_defining_flag('config'))}")
         return 0
-    return guarded(lambda: _checked(argv), show_traceback="--traceback" in argv)
 
+    def checked() -> int:
+        config, workdir, path = parse_arguments(argv, compares=compares)
+        if FLAGS.validate:
+            logging.getLogger("jaxpeft").info("%s is valid", path)
+            return 0
+        return run(config, workdir, FLAGS.allow_change)
 
-def _checked(argv: list[str]) -> int:
-    config, workdir, path = parse_arguments(argv)
-    if FLAGS.validate:
-        logging.getLogger("jaxpeft").info("%s is valid", path)
-        return 0
-    return _run(config, workdir, FLAGS.allow_change)
-
-
-def _hush() -> None:
-    """Silences what the threads of a failed save say: the error comes back to us, and is told once."""
-    for name in ("asyncio", "absl"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    usual = sys.unraisablehook
-
-    def unraisable(what: sys.UnraisableHookArgs) -> None:
-        # TensorStore's threads end after the loop that waited for them
-        if str(what.exc_value) != "Event loop is closed":
-            usual(what)
-
-    sys.unraisablehook = unraisable
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    return guarded(checked, show_traceback="--traceback" in argv)
 
 
 def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:

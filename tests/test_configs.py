@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,24 @@ MINILM: Mapping[str, Any] = {
     "num_attention_heads": 12, "max_position_embeddings": 512,
 }  # fmt: skip
 ABSENT = {"llama3_8b_lora": LLAMA_31_8B, "stories_lora": STORIES_260K, "wikisql_lora": STORIES_260K}
-TRAINABLE = {
+TRAINABLE: Mapping[str, int | Mapping[str, int]] = {
     "quickstart": 693_197,  # rank 16 on 36 sites, and a head of 77 labels
     "banking77_minilm_lora": 693_197,
     "bert_full": 22_595_021,
     "stories_lora": 92_480,
     "wikisql_lora": 184_960,  # of twice the rank
     "llama3_8b_lora": 41_943_040,  # the figure that torch peft prints for rank 16 on all linear layers
+    "compare_banking77": {
+        "full": 22_595_021,
+        "lora": 693_197,
+        "dora": 713_933,
+        "adapter": 142_685,
+        "prefix": 1_959_245,
+        "ptuning_v2": 121_805,
+        "ia3": 45_773,
+        "bitfit": 55_373,
+        "head": 29_645,
+    },
 }
 
 
@@ -73,9 +84,20 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return {"input_ids": ids, "attention_mask": ids, "labels": labels, "weights": weights}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_config_is_valid_and_its_step_can_be_traced(path: Path) -> None:
-    config = configs.load(str(path), [])
+def runs() -> Iterator[Any]:
+    """Gives every config with each method that it trains."""
+    for path in FILES:
+        config = configs.load(str(path), [])
+        if not config.compare.candidates:
+            yield pytest.param(path, config, TRAINABLE[path.stem], id=path.stem)
+        for candidate in config.compare.candidates:
+            own, counts = config.run_of(candidate, 0), TRAINABLE[path.stem]
+            assert isinstance(counts, Mapping)
+            yield pytest.param(path, own, counts[candidate.title], id=f"{path.stem}-{candidate.title}")
+
+
+@pytest.mark.parametrize(("path", "config", "trainable_parameters"), list(runs()))
+def test_the_config_is_valid_and_its_step_can_be_traced(path: Path, config: Config, trainable_parameters: int) -> None:
     dtype = jnp.dtype("float32" if config.model.dtype == "auto" else config.model.dtype)
     labels = None if config.model.task == "causal_lm" else LABELS
     options = Options(
@@ -86,13 +108,13 @@ def test_the_config_is_valid_and_its_step_can_be_traced(path: Path) -> None:
 
     params = jax.eval_shape(lambda tree: rewrite(config.method, tree, jax.random.key(0)), base)
     trainable, frozen = partition(params, trainable_mask(config.method, params))
-    optimizer = optimizers.build(config.optimizer, 1000)
+    optimizer = optimizers.build(optimizers.options_for(config), 1000, config.method)
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer, 0), trainable)
     loss = loss_for(config.model.task, "single_label")
     step = make_train_step(model, loss, optimizer, config.train.accumulation)
     after, metrics = jax.eval_shape(step, state, frozen, abstract_batch(config))
 
-    assert count(trainable) == TRAINABLE[path.stem]
+    assert count(trainable) == trainable_parameters
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )

@@ -9,7 +9,7 @@ from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError, nearest
 
 CHANGEABLE = (
-    "config.log.", "config.checkpoint.", "config.evaluation.batch_size", "config.mesh.", "config.data.workers",
+    "config.log.", "config.checkpoint.", "config.compare.", "config.evaluation.batch_size", "config.mesh.", "config.data.workers",
     "config.data.worker_timeout", "config.model.path", "config.model.revision", "config.data.train",
     "config.data.validation", "config.data.test",
 )  # fmt: skip

@@ -28,7 +28,9 @@ class ModelConfig:
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     task: Literal["causal_lm", "sequence_classification", "token_classification"] = option("causal_lm", "which head")
     vocab_size: int | None = option(
-        None, "of the embedding and the head, where tokens were added to the tokenizer; None for the model's", at_least=1
+        None,
+        "of the embedding and the head, where tokens were added to the tokenizer; None for the model's",
+        at_least=1,
     )
     pooling: Literal["pooler", "cls", "mean", "last"] | None = option(
         None, "what a sequence classifier reads; None for the architecture's own"

@@ -21,6 +21,8 @@ FIGURES: dict[str, tuple[str, ...]] = {
 }
 """The metrics of each kind of problem, beside `loss`; two classes have `f1` as well."""
 
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse"})
+
 IGNORED = -100
 # exp(700) is about 1e304: the loss beyond which a perplexity would be infinite, which JSON cannot hold.
 _LARGEST_EXPONENT = 700.0

@@ -1,4 +1,4 @@
-"""Adapter folders in the file format of Hugging Face PEFT: `save_adapter`, `load_adapter`."""
+"""Adapter folders in the file format of Hugging Face PEFT, or of a method's own library: `save_adapter`, `load_adapter`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,14 +22,17 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.errors import AdapterError, TargetError, WeightsError
 from jaxpeft.hub import adapter_tensors, peft_config
+from jaxpeft.hub.adapterhub import AdapterHub
+from jaxpeft.hub.layout import CONFIG, EXTRA, Content, Layout
 from jaxpeft.hub.loading import abstract_params
-from jaxpeft.hub.safetensors_files import Tensor, read_header
+from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.hub.sources import fingerprint, read_json
 from jaxpeft.methods import from_dict
 from jaxpeft.models.base import Pretrained
 
-CONFIG, WEIGHTS, EXTRA, CARD = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json", "README.md"
-PARTS = "jaxpeft_parts.json"
+CARD, PARTS = "README.md", "jaxpeft_parts.json"
+LAYOUTS: Mapping[str, Layout] = {"peft": Layout(), "adapters": AdapterHub()}
+"""Every layout of adapter folders, by the name that methods give."""
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +47,9 @@ def save_adapter(
     """Saves what a method trained as a Hugging Face PEFT adapter folder: the adapter and the head, never the base.
 
     Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads, and `jaxpeft.json` with the identity
-    of the base. Each file appears whole or not at all, the weights last.
+    of the base. Bottleneck adapters are saved as the `adapters` library has them: `adapter_config.json` and
+    `adapter.safetensors`, and `head_config.json` and `model_head.safetensors`. Each file appears whole or not at all, the
+    weights last.
 
     Args:
         path: the folder; made if need be.
@@ -53,7 +59,7 @@ def save_adapter(
         labels: names of a classifier's labels, in order.
 
     Raises:
-        AdapterError: a leaf that is to be saved is not finite.
+        AdapterError: a leaf that is to be saved is not finite, or has no place in the files.
     """
     folder = FilePath(path)
     if folder.exists() and not folder.is_dir():
@@ -84,12 +90,30 @@ def _save_one(
     config |= _named_targets(config, sites) | method.peft_sizes(params, model.config)
     if tied in tensors:
         config["ensure_weight_tying"] = True
-    extra = _extra(model, labels)
-    _replace(folder / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
-    _replace(folder / EXTRA, lambda file: file.write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n"))
-    _replace(folder / CARD, lambda file: file.write_text(_card(method, config) + _pooling_note(model)))
-    _replace(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), (folder / WEIGHTS).stat().st_size / 1e3, folder)
+    layout = LAYOUTS[method.layout]
+    _require_alone(folder, layout)
+    files = layout.files(Content(config, tensors, sites, model, labels)) | {EXTRA: _extra(model, labels)}
+    _replace(folder / CARD, lambda file: file.write_text(_card(method, layout, config) + _pooling_note(layout, model)))
+    for name in sorted(files, key=lambda name: (name.endswith(".safetensors"), name == layout.weights)):
+        _replace(folder / name, partial(_write_json if name.endswith(".json") else _write_tensors, files[name]))
+    _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), sum(t.nbytes for t in tensors.values()) / 1e3, folder)
+
+
+def _write_json(content: Mapping[str, Any], file: FilePath) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_tensors(content: Mapping[str, Any], file: FilePath) -> None:
+    save_file(dict(content), file, metadata={"format": "pt"})
+
+
+def _require_alone(folder: FilePath, layout: Layout) -> None:
+    """Refuses a folder that holds an adapter in another layout: which of the two is meant, nobody could tell."""
+    for other in LAYOUTS.values():
+        if other is not layout and (folder / other.weights).is_file():
+            raise AdapterError(
+                f"{folder}: holds {other.weights}, an adapter of {other.library}; give a folder of its own"
+            )
 
 
 def _save_parts(
@@ -177,25 +201,28 @@ def _extra(model: Pretrained, labels: tuple[str, ...]) -> dict[str, Any]:
         "num_labels": options.num_labels,
         "pooling": options.pooling,
         "labels": list(labels),
+        "vocab_size": model.config.vocab_size,
         "base_sha256": fingerprint(model.source) if model.source else None,
     }
 
 
-def _card(method: Method, config: Mapping[str, Any]) -> str:
+def _card(method: Method, layout: Layout, config: Mapping[str, Any]) -> str:
     base = config["base_model_name_or_path"]
     return (
-        f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [jaxpeft, {method.name}]\n---\n\n"
+        f"---\nlibrary_name: {layout.name}\nbase_model: {base}\ntags: [jaxpeft, {method.name}]\n---\n\n"
         f"# {method.name} adapter for {base}\n\nTrained with jaxpeft {jaxpeft.__version__}; "
-        f"`{CONFIG}` and `{WEIGHTS}` are in the file format of Hugging Face PEFT.\n"
+        f"`{CONFIG}` and `{layout.weights}` are in the file format of {layout.library}.\n{layout.usage}"
     )
 
 
-def _pooling_note(model: Pretrained) -> str:
-    """Says where a classifier reads what `transformers` does not, so that its logits in `peft` are others."""
+def _pooling_note(layout: Layout, model: Pretrained) -> str:
+    """Says where a classifier reads what `transformers` does not, so that its logits in the library are others."""
     how, own = model.options.pooling, model.config.own_pooling
     if model.options.task != "sequence_classification" or how == own:
         return ""
-    note = f"the classifier reads pooling={how!r}; transformers reads {own!r}, so in peft its logits are others"
+    note = (
+        f"the classifier reads pooling={how!r}; transformers reads {own!r}, so in {layout.name} its logits are others"
+    )
     _log.warning("%s; load the adapter with jaxpeft.load(..., pooling=%r)", note, how)
     return f"\nNote: {note}. Load it with `jaxpeft.load(..., pooling={how!r})` and `jaxpeft.load_adapter`.\n"
 
@@ -227,18 +254,10 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
         raise AdapterError(f"{folder}: no such adapter folder")
     if (folder / PARTS).is_file():
         return _load_parts(folder, model, params)
-    if not (folder / WEIGHTS).is_file():
-        pickles = [p.name for p in folder.glob("*.bin")]
-        why = (
-            f"holds {pickles[0]}, a pickle, which is never read; save it as safetensors" if pickles else "is incomplete"
-        )
-        inside = [f"{p.parent}" for p in sorted(folder.glob(f"*/{WEIGHTS}"))]
-        why = f"holds adapters in {' and '.join(inside)}; name one of them" if inside and not pickles else why
-        raise AdapterError(f"{folder}: no {WEIGHTS}: the folder {why}")
+    layout = layout_of(folder)
     try:
-        config = read_json(folder / CONFIG)
-        header = read_header(folder / WEIGHTS)
-        _check_base(folder, config, model)
+        config, header = layout.read(folder, model, params)
+        check_base(folder, config, model)
     except WeightsError as error:
         raise AdapterError(error.problems) from error
     if model.options.task == "encoder":
@@ -251,7 +270,7 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
     header = adapter_tensors.without_copies(method, header, params)
     tied, head = _tied_names(method, model, params)
     if tied in header:
-        header = _without_tied_head(header, tied, head, folder)
+        header = _without_tied_head(header, tied, head, folder / layout.weights)
     problems = adapter_tensors.differences(method, rewritten, header)
     if not problems:
         tensors = {name: tensor.read() for name, tensor in header.items()}
@@ -260,7 +279,26 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
             loaded = adapter_tensors.put_tensors(method, rewritten, tensors)
             _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
             return method, loaded
-    raise AdapterError([f"{folder / WEIGHTS}: {problem}" for problem in problems])
+    raise AdapterError([f"{folder / layout.weights}: {problem}" for problem in problems])
+
+
+def layout_of(folder: FilePath) -> Layout:
+    """Gives the layout of a folder.
+
+    Raises:
+        AdapterError: its weights are missing, or are a pickle.
+    """
+    for layout in LAYOUTS.values():
+        if (folder / layout.weights).is_file():
+            return layout
+    pickles = [p.name for p in folder.glob("*.bin")]
+    layout = next((layout for layout in LAYOUTS.values() if layout.pickle in pickles), LAYOUTS["peft"])
+    inside = [str(p.parent) for layout in LAYOUTS.values() for p in sorted(folder.glob(f"*/{layout.weights}"))]
+    if pickles:
+        why = f"holds {next((n for n in pickles if n == layout.pickle), pickles[0])}, a pickle, which is never read; {layout.fix}"
+    else:
+        why = f"holds adapters in {' and '.join(inside)}; name one of them" if inside else "is incomplete"
+    raise AdapterError(f"{folder}: no {layout.weights}: the folder {why}")
 
 
 def _without_pooler(config: dict[str, Any], header: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -271,12 +309,12 @@ def _without_pooler(config: dict[str, Any], header: Mapping[str, Tensor]) -> tup
     return config, {name: tensor for name, tensor in header.items() if ".pooler." not in name}
 
 
-def _without_tied_head(header: Mapping[str, Any], tied: str, head: str, folder: FilePath) -> dict[str, Any]:
+def _without_tied_head(header: Mapping[str, Any], tied: str, head: str, file: FilePath) -> dict[str, Any]:
     own = header.get(head)
     if own is None or not np.array_equal(own.read(), header[tied].read()):
         why = "is as in the base" if own is None else "is another one"
         raise AdapterError(
-            f"{folder / WEIGHTS}: {tied} was trained and {head} {why}: PEFT untied them, and this model ties them; "
+            f"{file}: {tied} was trained and {head} {why}: PEFT untied them, and this model ties them; "
             "train it with ensure_weight_tying=True"
         )
     return {name: tensor for name, tensor in header.items() if name != head}
@@ -286,7 +324,17 @@ def _size(header: Mapping[str, Any]) -> int:
     return sum(t.nbytes // t.dtype.itemsize for t in header.values())
 
 
-def _check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained) -> None:
+def check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained) -> None:
+    """Refuses a base or a task that the adapter is not for; no weight is read, but for the base's SHA-256.
+
+    Args:
+        folder: of the adapter.
+        config: the content of its `adapter_config.json`.
+        model: what it is to be loaded for.
+
+    Raises:
+        AdapterError: listing what differs.
+    """
     task = config.get("task_type")
     wanted = peft_config.TASK_TYPES[model.options.task]
     problems: list[str] = []
@@ -295,6 +343,12 @@ def _check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained) 
     extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
     if extra.get("pooling", model.options.pooling) != model.options.pooling:
         problems.append(f"{folder / EXTRA}: pooling is {extra['pooling']!r}, the model has {model.options.pooling!r}")
+    tokens = extra.get("vocab_size", model.config.vocab_size)
+    if tokens != model.config.vocab_size:
+        problems.append(
+            f"{folder / EXTRA}: vocab_size is {tokens}, the model has {model.config.vocab_size} tokens; load it with "
+            f"vocab_size={tokens}"
+        )
     recorded = extra.get("base_sha256")
     if recorded and model.source and recorded != fingerprint(model.source):
         problems.append(

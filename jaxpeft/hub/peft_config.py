@@ -17,7 +17,7 @@ TASK_TYPES = {
     "token_classification": "TOKEN_CLS",
     "encoder": "FEATURE_EXTRACTION",
 }
-_COMMON = frozenset({
+COMMON = frozenset({
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "jaxpeft", "modules_to_save",
 })  # fmt: skip
@@ -62,7 +62,7 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
     if kind is None:
         known = ", ".join(dict.fromkeys(method.peft_type or name.upper() for name, method in METHODS.items()))
         raise AdapterError(f"{where}: peft_type {str(config.get('peft_type'))!r} is not supported (supported: {known})")
-    own = {key: value for key, value in config.items() if key not in _COMMON - kind.peft_ignored}
+    own = {key: value for key, value in config.items() if key not in COMMON - kind.peft_ignored}
     values, problems = kind.from_peft(own)
     values = {key: _plain(value) for key, value in values.items()} | {"modules_to_save": _modules_to_save(config, head)}
     method, found = parse(kind, values, kind.name)

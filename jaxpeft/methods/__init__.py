@@ -8,8 +8,10 @@ from typing import Any
 from jaxpeft.core.method import Method
 from jaxpeft.errors import ConfigError
 from jaxpeft.methods.adalora import AdaLoRA
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.bitfit import BitFit
 from jaxpeft.methods.boft import BOFT
+from jaxpeft.methods.compacter import Compacter
 from jaxpeft.methods.delora import DeLoRA
 from jaxpeft.methods.dora import DoRA
 from jaxpeft.methods.freeze import Freeze
@@ -47,6 +49,8 @@ _ALL: tuple[type[Method], ...] = (
     HRA,
     DeLoRA,
     MiSS,
+    Adapter,
+    Compacter,
     PrefixTuning,
     PTuningV2,
     PromptTuning,

@@ -6,7 +6,6 @@ Devlin et al. 2018 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692), Sanh 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -88,8 +87,8 @@ class _Output(_Part):
     @nn.compact
     def __call__(self, x: Array, residual: Array) -> Array:
         out = joining(self.config.hidden_size, "dense", self.options)
-        h = dropout(self, self.config.hidden_dropout, out(x))
-        return out.join(h, residual, partial(self.norm, "LayerNorm"))
+        norm = LayerNorm(self.config.layer_norm_eps, self.options.dtype, name="LayerNorm")  # an adapter may apply it twice
+        return out.join(dropout(self, self.config.hidden_dropout, out(x)), residual, norm)
 
 
 class _Attention(_Part):

@@ -13,12 +13,11 @@ from jaxpeft import data
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
 from jaxpeft.data.encoding import padded_lengths
-from jaxpeft.evaluation.metrics import classification_metrics, lm_metrics
+from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.sharding.mesh import place
 from jaxpeft.training.setup import Encoded, Setup
 from jaxpeft.training.step import logits_of
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse"})
 _DEFAULT_METRIC = {"lm": "loss", "regression": "pearson", "multi_label": "f1_micro"}
 
 

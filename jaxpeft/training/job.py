@@ -58,16 +58,16 @@ def run(
         setup = prepare(config)
         stop.raise_if_requested()
         check_resumable(setup, config.method, workdir, allowed)
-        _log_setup(setup)
+        log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
         before = _before(setup, config.method, evaluator)
         answers = {"before training": _answers(setup, setup.params)}
         results: dict[str, Result] = {}
         for name in config.baselines:
             options = _baseline_options(config, name)
-            results[name] = _fit(setup, METHODS[name](), options, workdir / name, stop, evaluator, allowed)
-        options = optimizers.for_head_alone(config.optimizer) if config.method.name == "head" else config.optimizer
-        results[config.method.name] = _fit(setup, config.method, options, workdir, stop, evaluator, allowed)
+            results[name] = fit(setup, METHODS[name](), options, workdir / name, stop, evaluator, allowed)
+        options = optimizers.options_for(config)
+        results[config.method.name] = fit(setup, config.method, options, workdir, stop, evaluator, allowed)
         answers["after"] = _answers(setup, results[config.method.name].params)
         _show_answers(setup, answers)
         _finish(setup, before, results, workdir)
@@ -83,7 +83,8 @@ def _baseline_options(config: Config, name: str) -> OptimizerConfig:
     return config.optimizer if own is None else replace(config.optimizer, learning_rate=own)
 
 
-def _log_setup(setup: Setup) -> None:
+def log_setup(setup: Setup) -> None:
+    """Says what is trained on, and where."""
     batches, there, used = setup.batches, jax.devices(), devices_of(setup.params)
     rows = f"{setup.problem}, {len(setup.labels)} classes" if setup.labels else setup.problem
     _log.info(
@@ -102,10 +103,11 @@ def _before(setup: Setup, method: Method, evaluator: Evaluator) -> dict[str, flo
     return figures
 
 
-def _fit(
+def fit(
     setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest, evaluator: Evaluator,
     allowed: Sequence[str],
 ) -> Result:  # fmt: skip
+    """Trains a method on a prepared setup, and saves the adapter beside its checkpoints: the arguments are those of `Run`."""
     result = Run(setup, method, options, folder, stop, evaluator, allowed).fit()
     save_adapter(folder / "adapter", method, result.params, setup.model, labels=setup.labels)
     _log.info("%s on the test rows: %s", method.name, _shown(result.test))

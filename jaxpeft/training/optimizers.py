@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxpeft.config.schema import OptimizerConfig
+from jaxpeft.config.schema import Config, OptimizerConfig
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
@@ -116,6 +116,11 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
         ),
     }
     return kinds[config.name]()
+
+
+def options_for(config: Config) -> OptimizerConfig:
+    """Gives the optimizer's options for the method of a config."""
+    return for_head_alone(config.optimizer) if config.method.name == "head" else config.optimizer
 
 
 def for_head_alone(config: OptimizerConfig) -> OptimizerConfig:

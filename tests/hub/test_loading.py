@@ -280,7 +280,7 @@ def test_added_tokens_begin_as_the_mean_and_are_trained_saved_and_loaded(
     jaxpeft.save_adapter(tmp_path / "adapter", method, params, model)
     again = jaxpeft.load_adapter(tmp_path / "adapter", model, base)[1]
     np.testing.assert_array_equal(jaxpeft.apply(model, again, ids), jaxpeft.apply(model, params, ids))
-    with pytest.raises(ConfigError, match="102 is outside the 99 tokens of .*; load the model with vocab_size=103"):
+    with pytest.raises(ConfigError, match=r"102 is outside the 99 tokens of .*; load the model with vocab_size=103"):
         jaxpeft.rewrite(method, plain, jax.random.key(0))
     with pytest.raises(ConfigError, match="vocab_size: 50 is less than the model's 99 tokens"):
         torch_model.load(vocab_size=50)

@@ -1,0 +1,41 @@
+"""`python -m jaxpeft.compare --config configs/NAME.py [--config.train.steps=100 ...] [--workdir DIR]`: methods side by side.
+
+Trains the candidates of `config.compare` with the same rows, steps and seeds, each run in a process of its own, and writes
+`comparison.md`, `comparison.json` and `comparison.png` (figure over trainable parameters) into the folder of the comparison. The
+same command again goes on where it was stopped, and repeats no run that has ended. Exit codes: 0 done, 1 a run has failed,
+2 bad input, 143 stopped by SIGTERM, 130 stopped by SIGINT.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from jaxpeft import config as configs
+from jaxpeft import train
+
+
+def main(argv: list[str]) -> int:
+    """Runs the comparison; gives the exit code."""
+    return train.verb(argv, __doc__, _run, compares=True)
+
+
+def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
+    from jaxpeft.training import comparison
+    from jaxpeft.training.signals import Stopped, StopRequest
+
+    log = logging.getLogger("jaxpeft")
+    with StopRequest() as stop:
+        try:
+            failed = comparison.run(config, workdir, stop, allowed, traceback=train.FLAGS.traceback)
+        except Stopped as stopped:
+            log.info("stopped on request; the same command goes on from there")
+            return stopped.exit_code
+    if failed:
+        log.error("%s", comparison.shown(failed, workdir))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""One run of a comparison, in a process of its own: `python -m jaxpeft.training.compared`, which the comparison starts.
+
+It is told what to run by a line of JSON on standard input. When that is closed, the comparison has ended, be it killed, and so
+the run saves and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpeft import data
+from jaxpeft.command import guarded, set_up_logging
+from jaxpeft.config.files import parse_config
+from jaxpeft.config.schema import Config, as_dict
+from jaxpeft.data.encoding import Encoding, padded_lengths
+from jaxpeft.errors import ConfigError
+from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddings
+from jaxpeft.logs import timed
+from jaxpeft.training import job, optimizers, records
+from jaxpeft.training.comparison import RESULT, other_rows
+from jaxpeft.training.evaluation import Evaluator, metric_of
+from jaxpeft.training.lock import Lock
+from jaxpeft.training.loop import Result, check_resumable
+from jaxpeft.training.progress import memory_gb
+from jaxpeft.training.setup import Setup, prepare
+from jaxpeft.training.signals import Stopped, StopRequest
+
+
+def run(config: Config, folder: Path, stop: StopRequest, allowed: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains the method of a config, and measures it.
+
+    Leaves in `folder`: `config.json`, `metrics.jsonl`, `adapter/` and `result.json`; checkpoints until that is written.
+
+    Args:
+        config: a checked config.
+        folder: of the run; what is there already is gone on from.
+        stop: a request to stop.
+        allowed: fields that may differ from those of the run that is gone on from.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        JaxpeftError: whatever cannot be used, named.
+        Stopped: on request, after saving.
+    """
+    records.check(config.log)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder):
+        setup = prepare(config)
+        stop.raise_if_requested()
+        check_resumable(setup, config.method, folder, allowed)
+        job.log_setup(setup)
+        evaluator = Evaluator(setup, stop.raise_if_requested)
+        result = job.fit(setup, config.method, optimizers.options_for(config), folder, stop, evaluator, allowed)
+        peak = memory_gb()
+        lost = _forgetting(setup, result, evaluator, stop)
+        measured = {
+            "metric": metric_of(setup),
+            "test": result.test,
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "seconds": round(result.seconds, 2),
+            "trainable_parameters": result.trainable_parameters,
+            "total_parameters": result.total_parameters,
+            "peak_memory_gb": round(peak, 3),
+            "adapter_bytes": sum(file.stat().st_size for file in (folder / "adapter").rglob("*.safetensors")),
+            "forgetting": lost
+            and {"measure": lost.measure, "before": lost.before, "after": lost.after, "lost": lost.lost},
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "config": as_dict(config),
+        }
+        temporary = folder / f".{RESULT}.tmp"
+        temporary.write_text(json.dumps(measured, indent=2) + "\n")
+        temporary.replace(folder / RESULT)
+        # of a whole model they are many times the adapter, and nothing goes on from them any more
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return measured
+
+
+def _forgetting(setup: Setup, result: Result, evaluator: Evaluator, stop: StopRequest) -> Forgetting | None:
+    """Measures what the base could do of the config's other rows, and what the adapted one can."""
+    config = setup.config
+    examples = other_rows(config)
+    if examples is None:
+        return None
+    with timed(f"what is forgotten of {examples.rows.name}") as note:
+        encoding = Encoding(config.data, setup.tokenizer, setup.model.config.vocab_size)
+        split = encoding(examples, judged=False)
+        if config.model.task == "causal_lm":
+            before, after = (
+                evaluator(*parts, split)["loss"] for parts in (({}, setup.params), (result.trainable, result.frozen))
+            )
+            found = Forgetting("loss", before, after)
+        else:
+
+            def accuracy(params: Mapping[str, Any]) -> float:
+                lengths = padded_lengths(config, split)
+                batches = data.eval_batches(split, config.evaluation.batch_size, lengths, setup.pad_id)
+                return centroid_accuracy(*embeddings(setup.model, params, _until_stopped(batches, stop)))
+
+            found = Forgetting("centroid_accuracy", accuracy(setup.params), accuracy(result.params))
+        note(f"{found.measure} {found.before:.4f} before, {found.after:.4f} after")
+    return found
+
+
+def _until_stopped(batches: Any, stop: StopRequest) -> Any:
+    for batch in batches:
+        stop.raise_if_requested()
+        yield batch
+
+
+def main() -> int:
+    """Runs what standard input says; gives the exit code."""
+    told = json.loads(sys.stdin.readline())
+    set_up_logging(hushed=not told["traceback"])
+    return guarded(lambda: _run(told), show_traceback=told["traceback"])
+
+
+def _run(told: Mapping[str, Any]) -> int:
+    config, problems = parse_config(told["config"])
+    if config is None:
+        raise ConfigError(problems)
+    with StopRequest() as stop:
+        threading.Thread(target=_stop_with_the_comparison, daemon=True).start()
+        try:
+            run(config, Path(told["folder"]), stop, told["allowed"])
+        except Stopped as stopped:
+            return stopped.exit_code
+    return 0
+
+
+def _stop_with_the_comparison() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
