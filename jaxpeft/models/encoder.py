@@ -57,9 +57,7 @@ class Embeddings(_Part):
     """Word, position and token-type embeddings, summed and normalised."""
 
     @nn.compact
-    def __call__(
-        self, input_ids: Array, token_type_ids: Array | None, position_ids: Array, virtual: Virtual
-    ) -> Array:
+    def __call__(self, input_ids: Array, token_type_ids: Array | None, position_ids: Array, virtual: Virtual) -> Array:
         """Gives `[batch, length, d]`, a prompt in front if there is one, whose token type is 0."""
         c = self.config
 
@@ -87,7 +85,8 @@ class _Output(_Part):
     @nn.compact
     def __call__(self, x: Array, residual: Array) -> Array:
         out = joining(self.config.hidden_size, "dense", self.options)
-        norm = LayerNorm(self.config.layer_norm_eps, self.options.dtype, name="LayerNorm")  # an adapter may apply it twice
+        # one module, as an adapter may apply it twice
+        norm = LayerNorm(self.config.layer_norm_eps, self.options.dtype, name="LayerNorm")
         return out.join(dropout(self, self.config.hidden_dropout, out(x)), residual, norm)
 
 
@@ -225,9 +224,7 @@ def _check_length(c: EncoderConfig, length: int, virtual: int, segment_ids: Arra
         )
 
 
-def _offset(
-    c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None, *, by_token: bool
-) -> Array:
+def _offset(c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None, *, by_token: bool) -> Array:
     """RoBERTa's positions: tokens count from `pad_token_id + 1`, a pad token is at `pad_token_id`.
 
     Behind a prompt all places count, pad tokens too: so does `transformers`, which is given embeddings then, not tokens.
