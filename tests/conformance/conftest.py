@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +152,7 @@ def subject_of(name: str, kind: str, scan: bool) -> Subject:
     return Subject(ROWS[name], kind, scan)
 
 
+FULL = os.environ.get("JAXPEFT_CONFORMANCE") == "full"
 MAIN = {f"{name} {kind}" for name, kind in (("adapter", "houlsby"),)}
 SUBJECTS = [
     pytest.param(name, kind, scan, id=f"{name}-{kind}-{'scanned' if scan else 'unrolled'}")
@@ -171,3 +173,25 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 def every_subject(test: Any) -> Any:
     """Runs a test on every method, model, and way to run the layers."""
     return pytest.mark.parametrize("subject", [pytest.param(p.values, id=p.id) for p in SUBJECTS], indirect=True)(test)
+
+
+def every_method(*, scan: bool | None = None, kind: str | None = None) -> Any:
+    """Runs a test on every method, on one model and one way to run the layers; with JAXPEFT_CONFORMANCE=full on all.
+
+    Each needs programs of its own, whose compilation is most of the time of these tests.
+
+    Args:
+        scan: whether the layers are scanned; None for either.
+        kind: of the model; None for either. A method that is not for it is tried on what it is for.
+    """
+
+    def wanted(values: Any) -> bool:
+        name, of, scanned = values
+        row = ROWS[name]
+        tried = [p.values for p in SUBJECTS if p.values[0] == name]
+        kinds = {kind} if kind in {v[1] for v in tried} else {v[1] for v in tried}
+        scans = {scan} if scan in {v[2] for v in tried} else {v[2] for v in tried}
+        return FULL or (of in kinds and scanned in scans) or not row.scanned
+
+    chosen = [pytest.param(p.values, id=p.id) for p in SUBJECTS if wanted(p.values)]
+    return pytest.mark.parametrize("subject", chosen, indirect=True)

@@ -15,7 +15,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.tree import combine
 from jaxpeft.errors import ConfigError
 from jaxpeft.training import loop
-from tests.conformance.conftest import Subject, every_subject, moved, subject_of
+from tests.conformance.conftest import Subject, every_method, every_subject, moved, subject_of
 from tests.conformance.probing import in_one_batch, on_quantised
 from tests.conformance.rows import ROWS
 from tests.core.helpers import BATCH, QUICK, assert_bits, largest, load
@@ -124,12 +124,10 @@ def test_scanned_and_unrolled_layers_give_the_same_numbers(subject: Subject) -> 
         assert close(subject.logits(subject.moved), other.logits(unrolled), 1e-5)
 
 
-@every_subject
+@every_method(scan=False, kind="bert")
 def test_it_works_in_bfloat16_and_under_vmap(subject: Subject) -> None:
-    if subject.scan:
-        return  # the other half of these programs is tried on scanned layers
     model, params = subject.model, subject.moved
-    halved = load(subject.kind, dtype=jnp.bfloat16)[0]
+    halved = load(subject.kind, dtype=jnp.bfloat16, scan_layers=subject.scan)[0]
     out = np.asarray(jax.jit(lambda p: jaxpeft.apply(halved, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)(params))
     out = out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
     assert np.isfinite(out).all()
@@ -140,10 +138,8 @@ def test_it_works_in_bfloat16_and_under_vmap(subject: Subject) -> None:
     assert close(rows[0], jnp.flip(rows[1], 0), 1e-5)
 
 
-@every_subject
+@every_method(scan=True, kind="llama")
 def test_it_works_under_remat_and_sharded(subject: Subject) -> None:
-    if subject.row.scanned and not subject.scan:
-        return
     model, params = subject.model, subject.moved
     remat = load(subject.kind, scan_layers=subject.scan, remat="full")[0]
     trainable, frozen = jaxpeft.partition(params, subject.mask)
@@ -177,28 +173,22 @@ def mover(subject: Subject) -> Any:
     return lambda method, params, **options: moved(method, params, size=subject.row.moved, **options)
 
 
-@every_subject
+@every_method(scan=False)
 def test_one_adapter_for_each_row_of_a_batch_or_a_clear_refusal(subject: Subject) -> None:
-    if subject.scan:
-        return  # a bank's axis lies below the layers', whose number is no matter
     why = in_one_batch(subject.method, subject.model, subject.base, mover(subject))
     assert bool(why) == bool(subject.row.alone), why
     assert subject.row.alone in (why or "")
 
 
-@every_subject
+@every_method(scan=True, kind="llama")
 def test_it_computes_on_a_quantised_base(subject: Subject) -> None:
-    if subject.row.scanned and not subject.scan:
-        return  # tried on scanned layers
     why = on_quantised(subject.method, subject.model, subject.base, mover(subject))
     assert bool(why) == bool(subject.row.unquantised), why
     assert subject.row.unquantised in (why or "")
 
 
-@every_subject
+@every_method(scan=False)
 def test_interrupted_and_restored_it_goes_on_bit_by_bit(subject: Subject, tmp_path: Any) -> None:
-    if subject.scan:
-        return  # the same code as for unrolled layers
     begun = subject.begun
     state, _ = subject.step(begun[0], begun[1])
     saved = Checkpoints(tmp_path, keep=1)
