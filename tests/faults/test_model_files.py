@@ -158,9 +158,9 @@ def load_it(marks: Marks, models: Models, folder: Path, *texts: str, base: Path 
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "kind": ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported (supported: LORA, "),
+    "kind": ({"peft_type": "POLY"}, "peft_type 'POLY' is not supported (supported: LORA, "),
     "qalora": ({"use_qalora": True}, "use_qalora: True is not supported by the lora method; nothing was loaded"),
-    "bias": ({"lora_bias": True}, "lora_bias: True is not supported"),
+    "alora": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: [1] is not supported"),
     "later": ({"use_something_new": True}, "use_something_new: True is not supported"),
     "init": ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changed the base"),
     "rank": ({"r": 0}, "lora.rank: must be at least 1, is 0"),

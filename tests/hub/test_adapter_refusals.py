@@ -207,8 +207,8 @@ def test_unsupported_settings_are_listed_at_once_and_nothing_is_loaded(save):
 
 def test_an_adapter_of_another_method_is_refused(save):
     saved = save()
-    saved.config(peft_type="IA3")
-    assert "peft_type 'IA3' is not supported (supported: LORA, " in saved.problems()[0]
+    saved.config(peft_type="POLY")
+    assert "peft_type 'POLY' is not supported (supported: LORA, " in saved.problems()[0]
 
 
 @pytest.mark.parametrize(

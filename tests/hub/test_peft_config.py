@@ -192,5 +192,5 @@ def test_an_empty_layers_pattern_is_none(empty):
 
 
 def test_an_unknown_setting_of_another_method_is_refused():
-    (problem,) = problems({"peft_type": "BITFIT", "use_dora": True})
+    (problem,) = problems({"peft_type": "FULL", "use_dora": True})
     assert problem.startswith("use_dora: True is not supported")
