@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,8 +168,15 @@ SUBJECTS = [
 @pytest.fixture(
     scope="module"
 )  # so that the tests of one subject run one after the other, and share what it has computed
-def subject(request: pytest.FixtureRequest) -> Subject:
-    return subject_of(*request.param)
+def subject(request: pytest.FixtureRequest) -> Generator[Subject]:
+    """One subject, whose tests run one after the other, and share what it has computed."""
+    yield subject_of(*request.param)
+    if not next(_COUNT) % 8:  # hundreds of compiled programs would fill gigabytes
+        subject_of.cache_clear()
+        jax.clear_caches()
+
+
+_COUNT = itertools.count(1)
 
 
 def every_subject(test: Any) -> Any:
