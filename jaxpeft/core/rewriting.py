@@ -64,6 +64,7 @@ def chosen_sites(
     wanted = method.where(tuple(n for site in found if site.kind in method.kinds for n in site.names))
     if wanted is None:
         return {}
+    targets.require_fast_targets(wanted, [name for site in found for name in site.names])
     targets.require_kinds(method.name, wanted, found, method.kinds)
     chosen = targets.resolve(params, wanted, method.kinds, found)
     method.check_sites(tuple(n for s, on in chosen.items() for n, yes in zip(s.names, on, strict=True) if yes))

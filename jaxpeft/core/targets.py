@@ -132,7 +132,7 @@ def resolve(
     """
     sites = find_sites(params, kinds) if sites is None else [site for site in sites if site.kind in kinds]
     names = [name for site in sites for name in site.names]
-    _require_fast(wanted, names)
+    require_fast_targets(wanted, names)
     _require_all_used(wanted, names)
     chosen = {site: tuple(matches(name, wanted, site.kind) for name in site.names) for site in sites}
     chosen = {site: flags for site, flags in chosen.items() if any(flags)}
@@ -141,7 +141,7 @@ def resolve(
     return chosen
 
 
-def _require_fast(wanted: Targets, names: Sequence[str]) -> None:
+def require_fast_targets(wanted: Targets, names: Sequence[str]) -> None:
     """Refuses targets whose expressions take too long on one of the names.
 
     Raises:
