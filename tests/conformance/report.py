@@ -1,6 +1,6 @@
 """Tries every method and writes docs/methods.md from what was found: `python -m tests.conformance.report`.
 
-Further arguments go to pytest, such as `-n 2`.
+Further arguments go to pytest, such as `-n 2`; `--capabilities` alone writes the first table, and runs no test.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Every method is one file of `jaxpeft/methods/`, a frozen dataclass of hyperparam
 `python -m jaxpeft.train --config C --help` lists its options. This page is made by `python -m tests.conformance.report`, which
 tries each of them; nothing in its tables is typed by hand.
 
-A new method is one file, one line in `jaxpeft/methods/__init__.py`, one row in `tests/conformance/rows.py`, and one line in the
-list at the end of this page's script.
+A new method is one file, its line in the table of `jaxpeft/methods/__init__.py`, and one row in `tests/conformance/rows.py`; this page
+then has it, too.
 """
 
 
@@ -158,16 +158,18 @@ def cell(results: Results, name: str, test: str) -> str:
     return f"{passed}/{passed + failed}" if passed + failed else ""
 
 
-def page(results: Results) -> str:
-    """Writes the page."""
+def page(results: Results | None) -> str:
+    """Writes the page; without results its first table alone."""
     where = f"On the CPU with jax {jax.__version__}, Python {platform.python_version()}."
-    return "\n".join(
-        [HEAD, "## What each can do", "", where, "", *capabilities(), "", "## Properties", "", *tables(results), ""]
-    )
+    tried = ["## Properties", "", *tables(results), ""] if results else []
+    return "\n".join([HEAD, "## What each can do", "", where, "", *capabilities(), "", *tried])
 
 
 def main(argv: list[str]) -> int:
     """Runs the tests and writes the page."""
+    if argv == ["--capabilities"]:
+        OUT.write_text(page(None))
+        return 0
     results = Results()
     code = pytest.main(["-q", str(Path(__file__).parent), *argv], plugins=[results])
     OUT.write_text(page(results))
