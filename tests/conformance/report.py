@@ -37,7 +37,7 @@ LLAMA_1B = {
 HEAD = """# Methods
 
 Every method is one file of `jaxpeft/methods/`, a frozen dataclass of hyperparameters; `config.method.name` chooses it, and
-`python -m jaxpeft.train --config C --help` lists its options. This page is made by `python -m tests.conformance.report`, which
+its docstring and fields say the options. This page is made by `python -m tests.conformance.report`, which
 tries each of them; nothing in its tables is typed by hand.
 
 A new method is one file, its line in the table of `jaxpeft/methods/__init__.py`, and one row in `tests/conformance/rows.py`; this page
