@@ -112,7 +112,9 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
         leaf_name = paths.hf_names(path[-1:], None)[0]
         for row, module in enumerate(paths.hf_names(path[:-1], layers)):
             middle = method.wrapping(path, module in wrapped)
-            out.append(Whole(f"{method.module_prefix}{module}.{middle}{leaf_name}", path, None if layers is None else row))
+            out.append(
+                Whole(f"{method.module_prefix}{module}.{middle}{leaf_name}", path, None if layers is None else row)
+            )
     return out
 
 
@@ -205,7 +207,8 @@ def _site_mismatches(method: Method, site: Site, wanted: bool, leaves: Mapping[s
         trained = [key for key in leaves if key in method.trained_leaves and np.asarray(leaves[key]).any()]
         return [f"{site.name}: holds {trained[0]} in the tree, the method does not adapt it"] if trained else []
     fresh = jax.eval_shape(
-        partial(method.init, site, partial(jnp.zeros, site.shape, jnp.float32)), jax.eval_shape(lambda: jax.random.key(0))
+        partial(method.init, site, partial(jnp.zeros, site.shape, jnp.float32)),
+        jax.eval_shape(lambda: jax.random.key(0)),
     )
     if fresh.keys() != leaves.keys() - {method.site_names()[-1]}:
         odd = ", ".join(sorted(fresh.keys() ^ leaves.keys()))

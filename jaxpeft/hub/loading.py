@@ -144,7 +144,9 @@ def outline(
     model = models.build(config, options).clone(source=source)
     own = model.config.vocab_size
     if vocab_size is not None and vocab_size < own:
-        raise ConfigError(f"vocab_size: {vocab_size} is less than the model's {own} tokens; tokens can be added, not removed")
+        raise ConfigError(
+            f"vocab_size: {vocab_size} is less than the model's {own} tokens; tokens can be added, not removed"
+        )
     family = models.FAMILIES[config["model_type"]]
     abstract = abstract_params(model)
     if task == "causal_lm" and model.config.tie_word_embeddings:

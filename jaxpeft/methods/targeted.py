@@ -32,7 +32,8 @@ class Targeted(Method):
     usual_targets: ClassVar[tuple[str, ...]] = ()
 
     targets: str | tuple[str, ...] = option(
-        ALL_LINEAR, "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's usual sites"
+        ALL_LINEAR,
+        "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's usual sites",
     )
     exclude: str | tuple[str, ...] = option((), "names or expression of sites to leave alone")
     layers_to_transform: tuple[int, ...] | int | None = option(None, "layer numbers to adapt; None for all", at_least=0)

@@ -186,7 +186,9 @@ class Virtual:
         past = self.count - self.prompted
         if self.prompted:
             # a prompt sees the tokens that the last query sees: all but padding, where rows are no documents
-            after = jnp.zeros((*lead, self.prompted, length), bool) if causal else mask[:, :, -1:].repeat(self.prompted, 2)
+            after = (
+                jnp.zeros((*lead, self.prompted, length), bool) if causal else mask[:, :, -1:].repeat(self.prompted, 2)
+            )
             mask = jnp.concatenate([after, mask], axis=2)
             own = jnp.ones((self.prompted + length, self.prompted), bool)
             own = jnp.tril(own) if causal else own
