@@ -115,15 +115,20 @@ def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(
     ("targets", "said"),
     [
         ("qery,value", ("config.method.targets: 'qery' matches no site; did you mean 'query'",)),
-        ("LayerNorm,query", ("config.method.targets: 'LayerNorm' matches no site",)),
-        ("word_embeddings,query", ("config.method.targets: 'word_embeddings' matches no site",)),
+        (
+            "LayerNorm,query",
+            (
+                "config.method.targets: 'LayerNorm' names bert.embeddings.LayerNorm, which is a norm site; lora adapts linear",
+            ),
+        ),
+        ("encoder,query", ("config.method.targets: 'encoder' matches no site",)),
         (
             r".*\.q",
-            ("the regular expression '.*\\\\.q' matches no whole site name", "the model has 14 site names, such as"),
+            ("the regular expression '.*\\\\.q' matches no whole site name", "the model has 17 site names, such as"),
         ),
         ("(", ("config.method.targets: '(' is no regular expression",)),
     ],
-    ids=["name", "norm", "embedding", "expression", "broken"],
+    ids=["name", "norm", "module", "expression", "broken"],
 )
 def test_case_33_targets_that_match_nothing_are_refused_with_what_there_is(
     job: Job, marks: Marks, targets: str, said: tuple[str, ...]
