@@ -19,9 +19,10 @@ from jaxpeft.hub.adapters import save_adapter
 from jaxpeft.logs import timed
 from jaxpeft.methods import METHODS
 from jaxpeft.training import optimizers, plot, records
+from jaxpeft.training.begin import split_for
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import Lock
-from jaxpeft.training.loop import Result, Run, check_resumable, devices_of, split_for
+from jaxpeft.training.loop import Result, Run, check_resumable, devices_of
 from jaxpeft.training.setup import Setup, prepare
 from jaxpeft.training.signals import StopRequest
 
@@ -109,7 +110,7 @@ def fit(
 ) -> Result:  # fmt: skip
     """Trains a method on a prepared setup, and saves the adapter beside its checkpoints: the arguments are those of `Run`."""
     result = Run(setup, method, options, folder, stop, evaluator, allowed).fit()
-    save_adapter(folder / "adapter", method, result.params, setup.model, labels=setup.labels)
+    save_adapter(folder / "adapter", result.method, result.params, setup.model, labels=setup.labels)
     _log.info("%s on the test rows: %s", method.name, _shown(result.test))
     return result
 

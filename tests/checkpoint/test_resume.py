@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxpeft.checkpoint import manifest
 from jaxpeft.config.schema import Config
 from jaxpeft.training import job, loop
 from jaxpeft.training.records import read_lines
@@ -102,3 +103,33 @@ def test_a_signal_is_noted_and_a_second_acts_as_usual() -> None:
             stop.raise_if_requested()
         assert caught.value.exit_code == 143
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_start_from_data_is_the_same_after_an_interruption(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = dataclasses.replace(config.method, rank=2, init_weights="eva", eva_batches=2, eva_rho=1.5)  # type: ignore[call-arg]
+    config = dataclasses.replace(config, method=method)
+    whole = job.run(config, tmp_path / "whole")["lora"]
+    ranks = whole.method.rank_pattern  # type: ignore[attr-defined]
+    assert sum(ranks.values()) == 2 * 13  # six sites a layer, and the pooler's
+    assert max(ranks.values()) == 3
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Stopped):
+            job.run(config, tmp_path / "run")
+    again = job.run(config, tmp_path / "run")["lora"]
+    assert again.method == whole.method
+    jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+
+
+def test_a_checkpoint_that_records_no_method_is_taken_for_the_configs(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Stopped):
+            job.run(config, tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "3"
+    manifest.write(step, {key: value for key, value in manifest.read(step).items() if key != "method"})
+    assert job.run(config, tmp_path / "run")["lora"].steps == STEPS
