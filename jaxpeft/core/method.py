@@ -99,6 +99,7 @@ class Method:
         peft_ignored: PEFT's names of options that say nothing of what a trained adapter computes, such as how it began, or
             that the method's own `from_peft` reads.
         files: from a leaf's name to its tensor's in an adapter file; a leaf of two axes is stored as its transpose.
+        as_they_are: those leaves that are not: whose axes stand in files as they do here.
         root_files: the same for leaves at the root.
         module_prefix: what the names of the base's modules begin with in an adapter file.
         layout: of adapter folders: `peft`, or a key of `jaxpeft.hub.adapters.LAYOUTS` for the files of another library.
@@ -121,6 +122,7 @@ class Method:
     peft_required: ClassVar[tuple[str, ...]] = ()
     peft_ignored: ClassVar[frozenset[str]] = frozenset()
     files: ClassVar[Mapping[str, str]] = {}
+    as_they_are: ClassVar[frozenset[str]] = frozenset()
     root_files: ClassVar[Mapping[str, str]] = {}
     module_prefix: ClassVar[str] = "base_model.model."
     needed_inputs: ClassVar[tuple[str, ...]] = ()
@@ -285,7 +287,7 @@ class Method:
             leaves: its adapter leaves, without padding.
         """
         del site
-        return {self.files[key]: _torch(leaf) for key, leaf in leaves.items() if key in self.files}
+        return {self.files[key]: self._torch(key, leaf) for key, leaf in leaves.items() if key in self.files}
 
     def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
         """Gives the adapter leaves that `pack` would pack like this.
@@ -296,15 +298,21 @@ class Method:
             fresh: the leaves as `init` made them; what no file holds stays so.
         """
         del site
-        return {**fresh, **{key: _torch(tensors[name]) for key, name in self.files.items() if name in tensors}}
+        held = {key: self._torch(key, tensors[name]) for key, name in self.files.items() if name in tensors}
+        return {**fresh, **held}
 
     def pack_root(self, leaves: Leaves) -> dict[str, Any]:
         """Gives the tensors of the leaves at the root, by name."""
-        return {self.root_files[key]: _torch(leaf) for key, leaf in leaves.items() if key in self.root_files}
+        return {self.root_files[key]: self._torch(key, leaf) for key, leaf in leaves.items() if key in self.root_files}
 
     def unpack_root(self, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
         """Gives the leaves at the root that `pack_root` would pack like this."""
-        return {**fresh, **{key: _torch(tensors[name]) for key, name in self.root_files.items() if name in tensors}}
+        held = {key: self._torch(key, tensors[name]) for key, name in self.root_files.items() if name in tensors}
+        return {**fresh, **held}
+
+    def _torch(self, key: str, leaf: Any) -> Any:
+        """Turns a leaf to the tensor of a file, and back: `[in, out]` here is `[out, in]` there."""
+        return leaf.T if leaf.ndim == 2 and key not in self.as_they_are else leaf
 
     def wrapping(self, path: Path, adapted: bool) -> str:
         """Gives what stands in a file between the name of a module and that of a leaf of the base that is trained.
@@ -390,8 +398,3 @@ class Method:
                 f"{where}.name: {name!r} is not a method{nearest(name, METHODS)} (known: {', '.join(METHODS)})"
             ]
         return parse(METHODS[name], {key: value for key, value in values.items() if key != "name"}, where)
-
-
-def _torch(leaf: Any) -> Any:
-    """Turns a leaf to the tensor of a file, and back: `[in, out]` here is `[out, in]` there."""
-    return leaf.T if leaf.ndim == 2 else leaf

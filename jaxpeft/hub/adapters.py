@@ -135,7 +135,7 @@ def _load_parts(folder: FilePath, model: Pretrained, params: Mapping[str, Any]) 
 
     The parts are what their files say, which may be another method than was trained: a plain LoRA for one with a start.
     """
-    content = read_json(folder / PARTS)
+    content = _read_parts(folder / PARTS)
     leaves = dict(paths.walk(params))
     base, parts = frozenset(leaves), list[dict[str, Any]]()
     for name, recorded in zip(content["parts"], from_dict(content["method"]).parts(), strict=True):
@@ -144,6 +144,27 @@ def _load_parts(folder: FilePath, model: Pretrained, params: Mapping[str, Any]) 
         leaves |= {path: leaf for path, leaf in paths.walk(loaded) if mask[path] or path not in base}
         parts.append(part.as_dict() | {"modules_to_save": recorded.modules_to_save})
     return from_dict(content["method"] | {"methods": parts}), paths.build(list(leaves.items()))
+
+
+def _read_parts(file: FilePath) -> dict[str, Any]:
+    """Reads the list of a mixed adapter's parts.
+
+    Raises:
+        AdapterError: it names no folders inside its own, or not one for each method.
+    """
+    try:
+        content = read_json(file)
+    except WeightsError as error:
+        raise AdapterError(error.problems) from error
+    names: Any = content.get("parts")
+    method: Any = content.get("method")
+    methods = method.get("methods") if isinstance(method, dict) else None
+    fits = isinstance(names, list) and isinstance(methods, list) and len(names) == len(methods)
+    if not fits or not all(isinstance(name, str) and FilePath(name).name == name for name in names):
+        raise AdapterError(
+            f"{file}: must name a folder for each method in 'parts', and the methods; save the adapter again"
+        )
+    return content
 
 
 def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -> None:

@@ -27,8 +27,8 @@ from jaxpeft.errors import TargetError, nearest
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import rank_allocation
 from jaxpeft.methods.biases import trains_bias
-from jaxpeft.methods.lora import dropped, product
-from jaxpeft.methods.low_rank import low_rank
+from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
 
 if TYPE_CHECKING:

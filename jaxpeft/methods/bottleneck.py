@@ -21,7 +21,7 @@ from jaxpeft.core.options import option
 from jaxpeft.core.targets import Site, Targets, usual
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.lora import dropped
+from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
 
 ATTENTION = ("self_attn.o_proj", "attention.output.dense", "attention.out_lin")

@@ -21,9 +21,9 @@ from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, pattern_value, require_patterns
 from jaxpeft.lazy import jnp
 from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.loha import uniform
-from jaxpeft.methods.lora import dropped, product
-from jaxpeft.methods.low_rank import low_rank
+from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
 
 if TYPE_CHECKING:

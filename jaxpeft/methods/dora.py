@@ -26,7 +26,9 @@ from typing import Any, ClassVar
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.lora import LoRA, dropped, product, update
+from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.lora import LoRA, update
+from jaxpeft.methods.low_rank import product
 
 
 @dataclass(frozen=True, kw_only=True)

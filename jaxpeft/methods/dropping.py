@@ -1,4 +1,4 @@
-"""What is left out of an update in a training call other than its input, at the rates that leaves of the site hold."""
+"""What is left out of an update in a training call, at the rates that leaves of the site hold: of its input, or of itself."""
 
 from __future__ import annotations
 
@@ -52,3 +52,21 @@ def rate(call: Call, leaf: str) -> tuple[Any, Any] | None:
     if leaf not in call.leaves or call.dropout_key is None:
         return None
     return call.dropout_key(), jnp.max(call.leaves[leaf])
+
+
+def dropped(call: Call, x: Any, leaf: str) -> Any:
+    """Applies dropout to `x` in a training call, at the rate of a leaf, where there is one."""
+    drawn = rate(call, leaf)
+    return x if drawn is None else dropout(*drawn, x)
+
+
+def dropout(key: Array, rate: Array, x: Array) -> Array:
+    """Zeroes each element with probability `rate` and scales the others by 1 / (1 - rate).
+
+    Args:
+        key: a key.
+        rate: scalar, below 1.
+        x: any shape, floating; the result has its shape and dtype.
+    """
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate).astype(x.dtype), jnp.zeros((), x.dtype))

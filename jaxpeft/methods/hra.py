@@ -28,8 +28,7 @@ from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import rotations
 from jaxpeft.methods.biases import trains_bias
 from jaxpeft.methods.loha import uniform
-from jaxpeft.methods.lora import product
-from jaxpeft.methods.low_rank import low_rank
+from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
 
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ class HRA(Targeted):
     paper: ClassVar[str] = "arXiv:2405.17484"
     leaf_names: ClassVar[tuple[str, ...]] = ("hra_u", "hra_gram_schmidt")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"hra_u"})
+    files: ClassVar[Mapping[str, str]] = {"hra_u": "hra_u"}
+    as_they_are: ClassVar[frozenset[str]] = frozenset({"hra_u"})
     peft_type: ClassVar[str | None] = "HRA"
     peft_options: ClassVar[Mapping[str, str]] = {
         **TARGET_OPTIONS,
@@ -94,16 +95,6 @@ class HRA(Targeted):
         """Gives `W + P (K W)`."""
         p, k = _factors(leaves)
         return {"kernel": base["kernel"] + product(p, product(k, base["kernel"]))}
-
-    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives U as it is: `[in, r]` here and there."""
-        del site
-        return {"hra_u": leaves["hra_u"]}
-
-    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives U."""
-        del site
-        return {**fresh, "hra_u": tensors["hra_u"]}
 
 
 def _factors(leaves: Leaves) -> tuple[Any, Any]:

@@ -23,8 +23,7 @@ from jaxpeft.core.options import option
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping
-from jaxpeft.methods.lora import product
-from jaxpeft.methods.low_rank import low_rank
+from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked
 
 if TYPE_CHECKING:

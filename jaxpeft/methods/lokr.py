@@ -25,7 +25,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping
 from jaxpeft.methods.loha import LoHa, uniform
-from jaxpeft.methods.lora import product
+from jaxpeft.methods.low_rank import product
 from jaxpeft.methods.targeted import Ranked
 
 if TYPE_CHECKING:

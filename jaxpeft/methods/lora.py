@@ -27,19 +27,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from jaxpeft.core import paths
 from jaxpeft.core.method import Call, Kernel, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import Site, matches, pattern_value, whole_leaf
+from jaxpeft.core.targets import Site, pattern_value
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import eva, starts
-from jaxpeft.methods.low_rank import low_rank
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked
 
-# what PEFT writes for the start of an adapter that is trained already says nothing of what it computes
-_PAST = frozenset({"init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "qalora_group_size",
-                   "megatron_core", "ensure_weight_tying"})  # fmt: skip
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -74,6 +72,12 @@ class LoRA(Ranked):
         "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern",
     }
+    # PEFT always writes both; its defaults in their place would be another adapter, without a word
+    peft_required: ClassVar[tuple[str, ...]] = ("r", "lora_alpha")
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({
+        "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "qalora_group_size",
+        "megatron_core", "ensure_weight_tying",
+    })  # fmt: skip
 
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) in place of alpha / rank")
@@ -114,12 +118,7 @@ class LoRA(Ranked):
 
     def trains(self, path: Path, params: Leaves) -> bool:
         """Trains A and B, and the biases that `bias` names."""
-        if path[-1] != "bias" or self.bias != "lora_only":
-            return super().trains(path, params) or (path[-1] == "bias" and self.bias == "all")
-        adapted = self.leaf_names[0] in paths.get(params, path[:-1])
-        return adapted and whole_leaf(
-            self.name, path, paths.get(params, path), lambda name: matches(name, self.where(()))
-        )
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     def rate(self, path: Path) -> float:
         """Gives B the learning rate of LoRA+."""
@@ -133,7 +132,11 @@ class LoRA(Ranked):
     def compute(call: Call) -> Any:
         """Computes `x W + (D(x) A) (s B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
-        x = call.x if jnp.issubdtype(call.x.dtype, jnp.integer) else dropped(call, call.x.astype(y.dtype))
+        x = (
+            call.x
+            if jnp.issubdtype(call.x.dtype, jnp.integer)
+            else dropped(call, call.x.astype(y.dtype), "lora_dropout")
+        )
         return y + call.each(update, x).astype(y.dtype)
 
     @staticmethod
@@ -189,15 +192,12 @@ class LoRA(Ranked):
     def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Reads LoRA's options; what changed the base when training began is refused."""
         past = str(config.get("init_lora_weights", "")).lower()
-        values, problems = super().from_peft({key: value for key, value in config.items() if key not in _PAST})
+        values, problems = super().from_peft(config)
         if past.startswith(_BASE_CHANGING):
             problems.append(
                 f"init_lora_weights: {past!r} changed the base when training began; save it converted to plain LoRA "
                 "(in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
             )
-        # PEFT always writes both; its defaults in their place would be another adapter, without a word
-        problems += [f"{peft}: is not set; take it from where the adapter was trained" for peft in ("r", "lora_alpha")
-                     if config.get(peft) is None]  # fmt: skip
         return values, problems
 
 
@@ -216,29 +216,5 @@ def _product(x: Any, a: Any, b: Any) -> Any:
     return low_rank(x, a, b)
 
 
-def product(a: Any, b: Any) -> Any:
-    """Multiplies float32 matrices without rounding them on the way."""
-    return jnp.matmul(a, b, precision="highest")
-
-
 def _names(site: Site) -> tuple[str, str]:
     return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-
-
-def dropped(call: Call, x: Any, rate: str = "lora_dropout") -> Any:
-    """Applies dropout to `x` in a training call, at the rate of a leaf, where there is one."""
-    if rate not in call.leaves or call.dropout_key is None:
-        return x
-    return dropout(call.dropout_key(), jnp.max(call.leaves[rate]), x)
-
-
-def dropout(key: jax.Array, rate: jax.Array, x: jax.Array) -> jax.Array:
-    """Zeroes each element with probability `rate` and scales the others by 1 / (1 - rate).
-
-    Args:
-        key: a key.
-        rate: scalar, below 1.
-        x: any shape, floating; the result has its shape and dtype.
-    """
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate).astype(x.dtype), jnp.zeros((), x.dtype))

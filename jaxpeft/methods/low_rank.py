@@ -52,3 +52,8 @@ def _over_rows(narrow: Array, wide: Array, dtype: Any) -> Array:
     """Computes `narrow^T wide`, summed over all axes but the last: `[..., r]`, `[..., n]` to `[r, n]`."""
     rows = tuple(range(narrow.ndim - 1))
     return jax.lax.dot_general(narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.dtype(dtype))
+
+
+def product(a: Any, b: Any) -> Any:
+    """Multiplies float32 matrices without rounding them on the way."""
+    return jnp.matmul(a, b, precision="highest")

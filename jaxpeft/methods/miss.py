@@ -26,7 +26,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jnp
 from jaxpeft.methods.biases import trains_bias
-from jaxpeft.methods.lora import dropped
+from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class MiSS(Targeted):
     paper: ClassVar[str] = "arXiv:2409.15371"
     leaf_names: ClassVar[tuple[str, ...]] = ("miss_block", "miss_dropout")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"miss_block"})
+    files: ClassVar[Mapping[str, str]] = {"miss_block": "miss_block"}
+    as_they_are: ClassVar[frozenset[str]] = frozenset({"miss_block"})
     zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
     peft_type: ClassVar[str | None] = "MISS"
     peft_options: ClassVar[Mapping[str, str]] = {
@@ -104,16 +106,6 @@ class MiSS(Targeted):
         n_in, n_out = kernel.shape
         whole = jnp.tile(block, (-(-n_in // block.shape[0]), n_out // block.shape[1]))
         return {"kernel": kernel + whole[:n_in]}
-
-    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives the shared matrix as it is."""
-        del site
-        return {"miss_block": leaves["miss_block"]}
-
-    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives the shared matrix."""
-        del site
-        return {**fresh, "miss_block": tensors["miss_block"]}
 
     def to_peft(self) -> dict[str, Any]:
         """Gives the options; PEFT names the variant in `init_weights`."""

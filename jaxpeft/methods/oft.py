@@ -56,6 +56,8 @@ class OFT(Targeted):
     paper: ClassVar[str] = "arXiv:2306.07280"
     leaf_names: ClassVar[tuple[str, ...]] = ("oft_r", "oft_terms", "oft_eps", "oft_dropout")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"oft_r"})
+    files: ClassVar[Mapping[str, str]] = {"oft_r": "oft_R.weight"}
+    as_they_are: ClassVar[frozenset[str]] = frozenset({"oft_r"})
     zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
     peft_type: ClassVar[str | None] = "OFT"
     peft_options: ClassVar[Mapping[str, str]] = {
@@ -140,16 +142,6 @@ class OFT(Targeted):
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `R W`."""
         return {"kernel": rotations.turned_kernel(base["kernel"], _difference(leaves))}
-
-    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives `S` as it is: one row a block here and there."""
-        del site
-        return {"oft_R.weight": leaves["oft_r"]}
-
-    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives `S`."""
-        del site
-        return {**fresh, "oft_r": tensors["oft_R.weight"]}
 
     def to_peft(self) -> dict[str, Any]:
         """Gives the options; the version says that the Neumann series is that of PEFT since 0.18."""

@@ -24,7 +24,7 @@ from jaxpeft.core.method import Call, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.lora import dropped
+from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.virtual_tokens import (
     VirtualTokens,
     call_behind,

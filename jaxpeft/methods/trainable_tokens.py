@@ -35,6 +35,8 @@ class TrainableTokens(Targeted):
     name: ClassVar[str] = "trainable_tokens"
     leaf_names: ClassVar[tuple[str, ...]] = ("token_rows", "token_ids")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"token_rows"})
+    files: ClassVar[Mapping[str, str]] = {"token_rows": "trainable_tokens_delta"}
+    as_they_are: ClassVar[frozenset[str]] = frozenset({"token_rows"})
     kinds: ClassVar[tuple[str, ...]] = ("embedding", "linear")
     hooks: ClassVar[Mapping[str, str]] = {"__call__": "compute", "attend": "compute_head"}
     zero_is_base: ClassVar[bool] = False
@@ -99,16 +101,6 @@ class TrainableTokens(Targeted):
         if kernel.shape[-1] == rows.shape[-1] and "embedding" in base:
             return {"kernel": kernel.at[ids].set(rows)}
         return {"kernel": kernel.at[:, ids].set(rows.T)}
-
-    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives the rows, as they are."""
-        del site
-        return {"trainable_tokens_delta": leaves["token_rows"]}
-
-    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives the rows."""
-        del site
-        return {**fresh, "token_rows": tensors["trainable_tokens_delta"]}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -24,7 +24,8 @@ from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import trains_bias
-from jaxpeft.methods.lora import dropped, product
+from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.low_rank import product
 from jaxpeft.methods.targeted import Targeted
 
 

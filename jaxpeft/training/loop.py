@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,15 @@ from jaxpeft.config.schema import OptimizerConfig
 from jaxpeft.core import paths, tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.data.batches import Position
 from jaxpeft.logs import timed
-from jaxpeft.methods import from_dict
 from jaxpeft.sharding.mesh import by_rows, place, replicated
 from jaxpeft.training import flops, optimizers, records
+from jaxpeft.training.begin import begun, fixed_leaves, method_of, rewritten
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
 from jaxpeft.training.progress import StepProgress, memory_gb
 from jaxpeft.training.setup import Setup
 from jaxpeft.training.signals import Stopped, StopRequest
-from jaxpeft.training.start import Start
 from jaxpeft.training.step import TrainState, init_state, make_train_step
 from jaxpeft.training.watch import Watch
 
@@ -96,65 +93,6 @@ class Result:
         return tree.combine(self.trainable, self.frozen)
 
 
-def split_for(setup: Setup, method: Method) -> tuple[Tree, Tree]:
-    """Rewrites the base and splits it: `(trainable, frozen)`.
-
-    The trainable leaves are copies: the step is given them for good (they are donated), the base stays as it was.
-    """
-    trainable, frozen = _rewritten(setup, method)
-    where = replicated(setup.mesh)
-    return jax.tree.map(jnp.copy, jax.device_put(trainable, where)), jax.device_put(frozen, where)
-
-
-def _rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:
-    params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
-    return tree.partition(params, trainable_mask(method, params))
-
-
-def _begun(setup: Setup, method: Method, meta: Mapping[str, Any] | None) -> tuple[Method, Tree, Tree]:
-    """Gives what a run trains: `(method, trainable, frozen)`, with the start that the method takes from the data.
-
-    Args:
-        setup: the prepared run.
-        method: as the config has it.
-        meta: of the checkpoint that is gone on from: the method as it was started; None for a new run.
-    """
-    if meta is not None:
-        method = from_dict(meta["method"])
-        return (method, *split_for(setup, method))
-    key = jax.random.key(setup.config.train.seed)
-    run = Start(setup.model, setup.params, key, setup.tokenizer, partial(_first_batches, setup))
-    method, params = method.start(rewrite(method, setup.params, key), run)
-    trainable, frozen = tree.partition(params, trainable_mask(method, params))
-    where = replicated(setup.mesh)
-    return method, jax.tree.map(jnp.copy, jax.device_put(trainable, where)), jax.device_put(frozen, where)
-
-
-def _first_batches(setup: Setup) -> Generator[Mapping[str, Any]]:
-    """Yields the training batches from the first on, their parts one after the other."""
-    with closing(setup.batches.feed({}, setup.steps, lambda: None)) as feed:
-        for batch, _ in feed:
-            if setup.config.train.accumulation == 1:
-                yield batch
-            else:
-                for i in range(setup.config.train.accumulation):
-                    yield {name: value[i] for name, value in batch.items()}
-
-
-def fixed_leaves(method: Method, frozen: Tree) -> dict[str, jax.Array]:
-    """Gives the adapter leaves that are not trained, by path: what a checkpoint must hold beside the trained ones.
-
-    They were made from the base, from data, or from a key, which another machine may do otherwise. Scalars follow from the
-    method's options.
-    """
-    own = {name for part in method.parts() for name in (*part.site_names(), *part.root_names)}
-    return {
-        paths.text(path): leaf
-        for path, leaf in paths.walk(frozen)
-        if path[-1] in own and leaf.ndim > (paths.layer_axis(path) is not None)
-    }
-
-
 def identity_of(setup: Setup, method: Method, trainable: Tree) -> dict[str, Any]:
     """Gives what makes a run this run."""
     return dict(setup.identity) | {"method": method.as_dict(), "tree": tree_spec(trainable), "steps": setup.steps}
@@ -176,8 +114,8 @@ def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequenc
     checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
     latest = checkpoints.latest()
     if latest is not None:
-        started = from_dict(checkpoints.read_meta(latest)["method"])
-        trainable, _ = jax.eval_shape(lambda: _rewritten(setup, started))
+        started = method_of(checkpoints.read_meta(latest), method)
+        trainable, _ = jax.eval_shape(lambda: rewritten(setup, started))
         checkpoints.check_identity(latest, identity_of(setup, method, trainable), allowed)
 
 
@@ -210,7 +148,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
         self.latest = self.checkpoints.latest()
         meta = None if self.latest is None else self.checkpoints.read_meta(self.latest)
-        self.method, trainable, self.frozen = _begun(setup, method, meta)
+        self.method, trainable, self.frozen = begun(setup, method, meta)
         self.optimizer = optimizers.build(options, setup.steps, self.method)
         self.rate = optimizers.schedule(options, options.learning_rate, setup.steps)
         state = init_state(trainable, self.optimizer, setup.config.train.seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +16,8 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite
 from jaxpeft.core.tree import unstack_layers
-from jaxpeft.forward import apply
 from jaxpeft.models.base import Pretrained
-
-_log = logging.getLogger(__name__)
-_INPUTS = ("token_type_ids", "position_ids", "segment_ids")
+from jaxpeft.training.step import logits_of
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,7 @@ class Start:
                 return fn(*args, **kwargs)
 
             with nn.intercept_methods(look):
-                extra = {name: batch[name] for name in _INPUTS if name in batch}
-                apply(model, unstack_layers(params), batch["input_ids"], batch["attention_mask"], **extra)
+                logits_of(model, unstack_layers(params), batch, None)
             return found
 
         first = jax.jit(lambda params, batch: update(None, seen(params, batch)))

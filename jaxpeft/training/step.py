@@ -103,10 +103,7 @@ def make_train_step(
         total, weight, sums = whole(state, frozen, batch)
         weight_or_one = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight_or_one, sums)
-        added = jnp.zeros(())
-        if penalty is not None and jax.eval_shape(penalty, state.trainable) is not None:
-            added, of_penalty = jax.value_and_grad(penalty)(state.trainable)
-            grads = jax.tree.map(jnp.add, grads, of_penalty)
+        added, grads = _with_penalty(penalty, state.trainable, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to the power of an integer step
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
@@ -122,3 +119,11 @@ def make_train_step(
         return TrainState(state.step + 1, kept[0], kept[1], state.rng), metrics
 
     return step
+
+
+def _with_penalty(penalty: Callable[[Tree], Any] | None, trainable: Tree, grads: Tree) -> tuple[jax.Array, Tree]:
+    """Gives what a method adds to the loss, and the gradients with its own added."""
+    if penalty is None or jax.eval_shape(penalty, trainable) is None:
+        return jnp.zeros(()), grads
+    added, own = jax.value_and_grad(penalty)(trainable)
+    return added, jax.tree.map(jnp.add, grads, own)

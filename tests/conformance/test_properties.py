@@ -14,7 +14,7 @@ from jaxpeft.checkpoint.manager import Checkpoints
 from jaxpeft.core import paths
 from jaxpeft.core.tree import combine
 from jaxpeft.errors import ConfigError
-from jaxpeft.training import loop
+from jaxpeft.training.begin import fixed_leaves
 from tests.conformance.conftest import Subject, every_method, every_subject, moved, subject_of
 from tests.conformance.probing import in_one_batch, on_quantised
 from tests.conformance.rows import ROWS
@@ -192,7 +192,7 @@ def test_interrupted_and_restored_it_goes_on_bit_by_bit(subject: Subject, tmp_pa
     begun = subject.begun
     state, _ = subject.step(begun[0], begun[1])
     saved = Checkpoints(tmp_path, keep=1)
-    fixed = loop.fixed_leaves(subject.method, begun[1])
+    fixed = fixed_leaves(subject.method, begun[1])
     saved.save(1, state, None, {}, fixed)
     empty = jax.tree.map(jnp.zeros_like, (state, fixed))
     found, _, again = saved.restore(1, empty[0], None, empty[1])

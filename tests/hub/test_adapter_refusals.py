@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxpeft
+from jaxpeft import LNTuning, Mixed
 from jaxpeft.errors import AdapterError, ConfigError, JaxpeftError, TargetError
-from tests.hub.helpers import QUERY, assert_bit_equal, edit_json, edited, entry, write_raw
+from tests.hub.helpers import METHOD, QUERY, assert_bit_equal, edit_json, edited, entry, write_raw
 
 HEAD = "base_model.model.classifier"
 WEIGHTS = "adapter_model.safetensors"
@@ -227,3 +228,20 @@ def test_settings_that_name_nothing_in_the_model_are_refused(save, values, messa
     with pytest.raises(JaxpeftError, match=message) as caught:
         saved.load()
     assert isinstance(caught.value, (AdapterError, TargetError))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": None},
+        {"parts": ["lora"]},
+        {"parts": ["lora", "../lora"]},
+        {"method": None},
+        {"method": {"name": "mixed"}},
+    ],
+    ids=lambda change: str(next(iter(change.values()))),
+)
+def test_a_mixed_adapter_names_a_folder_for_each_of_its_methods(save, change):
+    saved = save(Mixed(methods=(METHOD, LNTuning())))
+    edit_json(saved.folder / "jaxpeft_parts.json", lambda content: content.update(change))
+    assert "must name a folder for each method in 'parts', and the methods" in saved.problems()[0]

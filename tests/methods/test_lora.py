@@ -95,3 +95,19 @@ def test_a_starts_uniform_within_the_bound_and_b_at_zero() -> None:
     a = np.asarray(params["proj"]["lora_a"])
     assert np.abs(a).max() <= 1 / np.sqrt(8)
     assert np.abs(a).max() > 0.5 / np.sqrt(8)
+
+
+def test_lora_plus_multiplies_the_updates_of_b_alone() -> None:
+    from jaxpeft.config.schema import OptimizerConfig
+    from jaxpeft.training import optimizers
+
+    _, params = dense_site(0.0)
+    options = OptimizerConfig(name="sgd", learning_rate=0.1, clip_norm=None, schedule="constant")
+    grads = {"proj": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 6))}}
+    trained = {"proj": {name: params["proj"][name] for name in ("lora_a", "lora_b")}}
+    found = {}
+    for ratio in (1.0, 16.0):
+        optimizer = optimizers.build(options, 10, jaxpeft.LoRA(rank=2, lora_plus_ratio=ratio))
+        found[ratio], _ = optimizer.update(grads, optimizer.init(trained), trained)
+    np.testing.assert_array_equal(found[16.0]["proj"]["lora_a"], found[1.0]["proj"]["lora_a"])
+    np.testing.assert_allclose(found[16.0]["proj"]["lora_b"], 16 * found[1.0]["proj"]["lora_b"])
