@@ -25,14 +25,14 @@ from jaxpeft.config import defaults
 ASSETS = Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 BANKING, CLINC = ASSETS / "banking77", ASSETS / "clinc150" / "dev.jsonl"
 CANDIDATES = (
-    {"method": {"name": "full"}, "learning_rate": 2e-4},
-    {"method": {"name": "lora", "rank": 16, "alpha": 32.0}, "learning_rate": 1e-3},
+    {"method": {"name": "full"}, "learning_rate": 4e-4},
+    {"method": {"name": "lora", "rank": 16, "alpha": 32.0}, "learning_rate": 2e-3},
     {"method": {"name": "dora", "rank": 16, "alpha": 32.0}, "learning_rate": 1e-3},
     {"method": {"name": "adapter"}, "learning_rate": 2e-3},
-    {"method": {"name": "prefix", "projection": True}, "learning_rate": 1e-3},
-    {"method": {"name": "ptuning_v2"}, "learning_rate": 1e-2},
+    {"method": {"name": "prefix", "projection": True}, "learning_rate": 3e-3},
+    {"method": {"name": "ptuning_v2"}, "learning_rate": 3e-2},
     {"method": {"name": "ia3"}, "learning_rate": 1e-2},
-    {"method": {"name": "bitfit"}, "learning_rate": 5e-3},
+    {"method": {"name": "bitfit"}, "learning_rate": 2e-3},
     {"method": {"name": "head"}, "head_learning_rate": 1e-2},
 )
 

@@ -38,6 +38,11 @@ def form_of(leaves: Leaves) -> str | None:
     return next((name for name in FORMS if name in leaves), None)
 
 
+def is_quantised(leaves: Leaves) -> bool:
+    """Says whether a module holds its kernel in another form than its numbers."""
+    return form_of(leaves) not in (None, "kernel", "embedding")
+
+
 def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) -> Any:
     """Gives the kernel of one site of one layer, float32 `[in, out]`.
 

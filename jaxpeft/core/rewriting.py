@@ -104,7 +104,7 @@ def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, 
     layers: list[dict[str, jax.Array] | None] = []
     for i, (name, wanted) in enumerate(zip(site.names, on, strict=True)):
         key = jax.random.fold_in(rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-        layers.append(method.init(site.one(i), partial(_kernel, site, base, i), key) if wanted else None)
+        layers.append(method.init(site.one(i), partial(kernel_of, site, base, i), key) if wanted else None)
     if not site.layers:
         return dict(layers[0] or {})
     if len({frozenset(layer) for layer in layers if layer is not None}) > 1:
@@ -118,8 +118,8 @@ def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, 
     return {key: leaf.reshape(*site.layers, *leaf.shape[1:]) for key, leaf in stacked.items()}
 
 
-def _kernel(site: Site, base: Leaves, i: int) -> jax.Array:
-    """Gives the kernel of layer `i` of a site."""
+def kernel_of(site: Site, base: Leaves, i: int) -> jax.Array:
+    """Gives the kernel of layer `i` of a site, float32 `[in, out]`, from the leaves of its module."""
     return kernels.read(layer_of(site, base, i), site.shape, site.order)
 
 
@@ -189,11 +189,11 @@ def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) ->
             return jnp.issubdtype(leaf.dtype, jnp.floating) and part.trains(path, params)
     whole = paths.is_head(path) or targets.under(".".join(path[:-1]), modules_to_save(method))
     wanted = whole or any(part.trains(path, params) for part in method.parts())
-    stored = kernels.form_of(paths.get(params, path[:-1]))
-    if wanted and stored not in (None, "kernel", "embedding") and path[-1] != "bias":
+    module = paths.get(params, path[:-1])
+    if wanted and path[-1] != "bias" and kernels.is_quantised(module):
         raise ConfigError(
-            f"{method.name} would train the kernel of {paths.text(path[:-1])}, which is quantised (it is held as {stored}); load "
-            "a base that is not"
+            f"{method.name} would train the kernel of {paths.text(path[:-1])}, which is quantised (it is held as "
+            f"{kernels.form_of(module)}); load a base that is not"
         )
     return wanted and jnp.issubdtype(leaf.dtype, jnp.floating)
 

@@ -19,9 +19,9 @@ import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import rewrite, trainable_mask
+from jaxpeft.core.rewriting import modules_to_save, rewrite, trainable_mask
 from jaxpeft.errors import AdapterError, TargetError, WeightsError
-from jaxpeft.hub import adapter_tensors, peft_config
+from jaxpeft.hub import adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
 from jaxpeft.hub.layout import CONFIG, EXTRA, Content, Layout
 from jaxpeft.hub.loading import abstract_params
@@ -65,15 +65,16 @@ def save_adapter(
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder}: is a file; give a folder to save the adapter to")
     _check_whole(method, params, model)
-    save = _save_one if method.parts() == (method,) else _save_parts
+    save = _save_one if token_indices.split(method) else _save_parts
     save(folder, method, params, model, labels)
 
 
 def _save_one(
     folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, labels: tuple[str, ...]
 ) -> None:
-    """Saves one method's adapter, of a tree that may hold others'."""
+    """Saves one method's adapter, and trainable tokens beside it, of a tree that may hold others'."""
     folder.mkdir(parents=True, exist_ok=True)
+    main, tokens = token_indices.split(method) or (method, ())
     tensors = adapter_tensors.to_tensors(method, params)
     tied, head = _tied_names(method, model, params)
     if tied in tensors:
@@ -81,22 +82,29 @@ def _save_one(
     broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if broken:
         raise AdapterError([f"{folder}: {name} holds NaN or infinity; not saved" for name in broken])
-    whole = sorted({p[0] for p, _ in paths.walk(params) if paths.is_head(p)} | set(method.modules_to_save))
+    whole = sorted({p[0] for p, _ in paths.walk(params) if paths.is_head(p)} | set(modules_to_save(method)))
     source = model.source
     config = peft_config.write(
-        method, model.options.task, source.name if source else "", source.revision if source else None, whole
+        main, model.options.task, source.name if source else "", source.revision if source else None, whole
     )
-    sites = sorted({entry.site.name for entry in adapter_tensors.adapted(method, params) if entry.site.path})
-    config |= _named_targets(config, sites) | method.peft_sizes(params, model.config)
+    sites = sorted(_site_names(main, params))
+    config |= _named_targets(config, sites) | main.peft_sizes(params, model.config)
+    if tokens:
+        tensors = token_indices.named(tensors)
+        config |= token_indices.written({name: part for part in tokens for name in _site_names(part, params)})
     if tied in tensors:
         config["ensure_weight_tying"] = True
-    layout = LAYOUTS[method.layout]
+    layout = LAYOUTS[main.layout]
     _require_alone(folder, layout)
     files = layout.files(Content(config, tensors, sites, model, labels)) | {EXTRA: _extra(model, labels)}
-    _replace(folder / CARD, lambda file: file.write_text(_card(method, layout, config) + _pooling_note(layout, model)))
+    _replace(folder / CARD, lambda file: file.write_text(_card(main, layout, config) + _pooling_note(layout, model)))
     for name in sorted(files, key=lambda name: (name.endswith(".safetensors"), name == layout.weights)):
         _replace(folder / name, partial(_write_json if name.endswith(".json") else _write_tensors, files[name]))
     _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), sum(t.nbytes for t in tensors.values()) / 1e3, folder)
+
+
+def _site_names(method: Method, params: Mapping[str, Any]) -> set[str]:
+    return {entry.site.name for entry in adapter_tensors.adapted(method, params) if entry.site.path}
 
 
 def _write_json(content: Mapping[str, Any], file: FilePath) -> None:
@@ -288,7 +296,7 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
         rewritten = rewrite(method, params, jax.random.key(0))
     except TargetError as error:
         raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
-    header = adapter_tensors.without_copies(method, header, params)
+    header = adapter_tensors.without_copies(method, token_indices.plain(header), params)
     tied, head = _tied_names(method, model, params)
     if tied in header:
         header = _without_tied_head(header, tied, head, folder / layout.weights)
@@ -300,7 +308,8 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
             loaded = adapter_tensors.put_tensors(method, rewritten, tensors)
             _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
             return method, loaded
-    raise AdapterError([f"{folder / layout.weights}: {problem}" for problem in problems])
+    spelled = str if method.parts() == (method,) else token_indices.spelled
+    raise AdapterError([f"{folder / layout.weights}: {spelled(problem)}" for problem in problems])
 
 
 def layout_of(folder: FilePath) -> Layout:

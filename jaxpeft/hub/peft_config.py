@@ -9,6 +9,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import parse
 from jaxpeft.errors import AdapterError
+from jaxpeft.hub import token_indices
 from jaxpeft.methods import METHODS
 
 TASK_TYPES = {
@@ -63,11 +64,18 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
         known = ", ".join(dict.fromkeys(method.peft_type or name.upper() for name, method in METHODS.items()))
         raise AdapterError(f"{where}: peft_type {str(config.get('peft_type'))!r} is not supported (supported: {known})")
     own = {key: value for key, value in config.items() if key not in COMMON - kind.peft_ignored}
-    values, problems = kind.from_peft(own)
+    tokens, problems = token_indices.read(own, "lm_head" not in head) if kind.peft_type == "LORA" else ([], [])
+    if tokens or problems:
+        own.pop(token_indices.OPTION)
+    values, odd = kind.from_peft(own)
     values = {key: _plain(value) for key, value in values.items()} | {"modules_to_save": _modules_to_save(config, head)}
     method, found = parse(kind, values, kind.name)
-    if problems or found or method is None:
-        raise AdapterError([f"{where}: {problem}" for problem in (*problems, *found)])
+    problems += [*odd, *found]
+    if method is not None and tokens and not problems:
+        method, found = Method.read({"name": "mixed", "methods": (method.as_dict(), *tokens)}, "adapter")
+        problems += found
+    if problems or method is None:
+        raise AdapterError([f"{where}: {problem}" for problem in problems])
     return method
 
 

@@ -52,8 +52,14 @@ class DoRA(LoRA):
 
     def problems(self) -> list[str]:
         """Lists options that exclude each other."""
-        without = ["lora_bias: DoRA has no bias beside B; remove it"] if self.lora_bias else []
-        return super().problems() + without
+        found = super().problems()
+        if self.lora_bias:
+            found.append("lora_bias: DoRA has no bias beside B; remove it")
+        if self.init_weights == "loftq":
+            found.append(
+                "init_weights: 'loftq' would begin with magnitudes that the kernels have not; take another start"
+            )
+        return found
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Makes A and B as LoRA does, and the magnitude that of the kernel."""

@@ -12,7 +12,8 @@ frozen start `A0`, `B0`, so the base is never changed; in files such an adapter 
 * `pissa`: the r largest singular triples of `W` (Meng et al. 2024, equations 2 to 4, arXiv:2404.02948);
 * `olora`: the first r columns and rows of the QR factors of `W'` (Büyükakyüz 2024, section 3, arXiv:2406.01775);
 * `eva`: the directions in which the site's inputs vary most over the first batches, and the ranks given to those sites where
-  they explain most (Paischer et al. 2024, section 3, arXiv:2410.07170).
+  they explain most (Paischer et al. 2024, section 3, arXiv:2410.07170);
+* `loftq`: the r largest singular triples of what a quantised base lost (Li et al. 2023, section 3.2, arXiv:2310.08659).
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1 (arXiv:2106.09685); the scaling of rsLoRA is
 Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732); `lora_plus_ratio` is
@@ -32,7 +33,7 @@ from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, pattern_value
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods import eva, starts
+from jaxpeft.methods import eva, loftq, starts
 from jaxpeft.methods.biases import trains_bias
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import low_rank, product
@@ -83,7 +84,7 @@ class LoRA(Ranked):
     rslora: bool = option(False, "scale by alpha / sqrt(rank) in place of alpha / rank")
     bias: Literal["none", "all", "lora_only"] = option("none", "which biases of the base are trained as well")
     lora_bias: bool = option(False, "train a bias beside B as well")
-    init_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = option(
+    init_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"] = option(
         "default", "how A and B begin"
     )
     lora_plus_ratio: float = option(1.0, "learning rate of B as a multiple of that of A", above=0)
@@ -125,8 +126,10 @@ class LoRA(Ranked):
         return self.lora_plus_ratio if path[-1].endswith("_b") else 1.0
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Gives A the directions of the data, where `init_weights` is `eva`."""
-        return eva.start(self, params, run) if self.init_weights == "eva" else (self, params)
+        """Gives A and B the start that the data or the model's files give, where `init_weights` is `eva` or `loftq`."""
+        if self.init_weights == "eva":
+            return eva.start(self, params, run)
+        return loftq.start(self, params, run) if self.init_weights == "loftq" else (self, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

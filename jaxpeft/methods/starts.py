@@ -76,5 +76,6 @@ STARTS: Mapping[str, Start] = {
     "pissa": pissa,
     "olora": olora,
     "eva": default,  # until the data are seen
+    "loftq": default,  # until what the base lost is
 }
 FROM_KERNEL = frozenset({"pissa", "olora"})

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
 from typing import Any
+
+_ONE = 1.0
+"""Signals of one kind that come within so many seconds are one request: `timeout` and job managers send theirs to a process and to
+its group, which it is in."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -20,10 +26,11 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT are noted; a second one of the same kind acts as usual."""
+    """A context in which SIGTERM and SIGINT are noted; a second one of the same kind, a second or more later, acts as usual."""
 
     def __init__(self) -> None:
         self._signum: int | None = None
+        self._noted: dict[int, float] = {}
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -37,8 +44,13 @@ class StopRequest:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         del frame
-        self._signum = signum
+        now = time.monotonic()
+        first = self._noted.setdefault(signum, now)
+        if first == now or now - first < _ONE:
+            self._signum = signum
+            return
         signal.signal(signum, self._before[signum])
+        os.kill(os.getpid(), signum)
 
     @property
     def requested(self) -> bool:

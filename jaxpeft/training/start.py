@@ -15,7 +15,10 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite
+from jaxpeft.core.targets import Site
 from jaxpeft.core.tree import unstack_layers
+from jaxpeft.errors import ConfigError
+from jaxpeft.hub.loading import outline
 from jaxpeft.models.base import Pretrained
 from jaxpeft.training.step import logits_of
 
@@ -42,6 +45,28 @@ class Start:
     def rewrite(self, method: Method) -> Tree:
         """Rewrites the base with another method, from the same key."""
         return rewrite(method, self.base, self.key)
+
+    def original_kernels(self) -> Callable[[Site, int], jax.Array]:
+        """Gives what reads the kernel of a layer of a site as the model's files have it, float32 `[in, out]`.
+
+        Raises:
+            ConfigError: the model was not loaded from files.
+        """
+        source = self.model.source
+        if source is None:
+            raise ConfigError("the model was made, not loaded: there are no files to read its kernels from")
+        options = self.model.options
+        found = outline(
+            source.folder, task=options.task, num_labels=options.num_labels, dtype=jnp.float32,
+            scan_layers=options.scan_layers, pooling=options.pooling,
+        )  # fmt: skip
+
+        def read(site: Site, i: int) -> jax.Array:
+            leaf = found.plan.sources[*site.path, "kernel"]
+            index = (slice(i, i + 1), slice(None), slice(None)) if leaf.stacked else None
+            return jnp.asarray(leaf.read(index)).reshape(site.shape)
+
+        return read
 
     def over_inputs(
         self, params: Mapping[str, Any], marker: str, update: Callable[[Any, Mapping[str, jax.Array]], Any], most: int

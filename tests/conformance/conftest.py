@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -179,6 +180,20 @@ def subject(request: pytest.FixtureRequest) -> Generator[Subject]:
 
 
 _COUNT = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of one subject one after the other, whatever else they are parametrised by."""
+
+    def subject_of_item(item: pytest.Item) -> tuple[int, str]:
+        values = getattr(item, "callspec", None)
+        given = values.params.get("subject") if values is not None else None
+        return (0, "") if given is None else (1, str(given))
+
+    here = str(Path(__file__).parent)
+    places = [i for i, item in enumerate(items) if str(item.path).startswith(here)]
+    for i, item in zip(places, sorted((items[i] for i in places), key=subject_of_item), strict=True):
+        items[i] = item
 
 
 def every_subject(test: Any) -> Any:

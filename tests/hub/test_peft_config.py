@@ -128,7 +128,7 @@ def test_what_peft_writes_is_read(options, wanted):
     [
         ({"use_qalora": True}, "use_qalora: True is not supported by the lora method; nothing was loaded"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out: True is not supported"),
-        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices: [3, 4] is not supported"),
+        ({"trainable_token_indices": "3"}, "trainable_token_indices: must be ids of tokens"),
         ({"target_parameters": ["mlp.experts"]}, "target_parameters: ['mlp.experts'] is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: [[0, 2]] is not supported"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: [1] is not supported"),

@@ -1,0 +1,69 @@
+"""LoftQ: A and B begin as what the quantised base lost, as far as their rank reaches.
+
+    s A B = the r largest singular triples of W - Q
+
+`W` is the kernel as the model's files have it, `Q` the same kernel as the quantised base gives it. This is one round of the
+paper's alternation, which leaves `Q` as it is. The kernels are read from the files one after the other; a site whose kernel is not quantised starts as LoRA does.
+
+Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", section 3.2, algorithm 1 with T = 1
+(arXiv:2310.08659).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpeft.core.method import Leaves, Method
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jnp
+
+if TYPE_CHECKING:
+    from jaxpeft.methods.lora import LoRA
+
+
+def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
+    """Gives A and B the largest part of what the base lost.
+
+    Args:
+        method: LoRA with `init_weights="loftq"`.
+        params: the quantised base, rewritten with it.
+        run: model and base: a `jaxpeft.training.start.Start`.
+
+    Returns:
+        `(method, params)`: a plain LoRA, and the tree with these A and B.
+
+    Raises:
+        ConfigError: no kernel that is adapted is quantised, or the model has no files.
+    """
+    from jaxpeft.core import kernels, paths
+    from jaxpeft.core.rewriting import chosen_sites, kernel_of
+
+    original = run.original_kernels()
+    names = (method.leaf_names[0], method.leaf_names[1])
+    made: dict[Any, Any] = {}
+    for site, on in chosen_sites(method, params).items():
+        node = paths.get(params, site.path)
+        if not kernels.is_quantised(node):
+            continue
+        a, b = (np.array(node[name]) for name in names)
+        for i, name in enumerate(site.names):
+            if not on[i]:
+                continue
+            error = original(site, i) - kernel_of(site, node, i)
+            rank, scale = method.site_rank(name), method.site_scale(name)
+            index = tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else ()
+            u, values, v = jnp.linalg.svd(error, full_matrices=False)
+            root = jnp.sqrt(values[:rank] / scale)
+            a[*index, :, :rank] = u[:, :rank] * root
+            b[*index, :rank] = root[:, None] * v[:rank]
+        made |= {(*site.path, name): jnp.asarray(leaf) for name, leaf in zip(names, (a, b), strict=True)}
+    if not made:
+        raise ConfigError(
+            "method.init_weights: 'loftq' makes up for a quantised base, and no kernel that is adapted is quantised; "
+            "give another start"
+        )
+    tree = paths.map_with_path(made.get, params)
+    return dataclasses.replace(method, init_weights="default"), tree

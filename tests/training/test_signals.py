@@ -1,0 +1,37 @@
+"""Requests to stop: noted once, however often the sender repeats them at once; a later one acts as usual."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from jaxpeft.training import signals
+from jaxpeft.training.signals import Stopped, StopRequest
+
+
+def test_a_request_that_comes_twice_at_once_is_one_request() -> None:
+    with StopRequest() as stop:
+        assert not stop.requested
+        for _ in range(2):  # as coreutils' timeout sends it: to the process, and to its group
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
+            stop.raise_if_requested()
+    assert stopped.value.exit_code == 143
+
+
+def test_a_second_request_later_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_ONE", 1e-9)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_was_set_before_is_set_again() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
