@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ from jaxpeft.core.rewriting import rewrite
 from jaxpeft.core.targets import Site
 from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub.loading import outline
+from jaxpeft.hub.loading import Task, outline
 from jaxpeft.models.base import Pretrained
 from jaxpeft.training.step import logits_of
 
@@ -57,7 +57,7 @@ class Start:
             raise ConfigError("the model was made, not loaded: there are no files to read its kernels from")
         options = self.model.options
         found = outline(
-            source.folder, task=options.task, num_labels=options.num_labels, dtype=jnp.float32,
+            source.folder, task=cast(Task, options.task), num_labels=options.num_labels, dtype=jnp.float32,
             scan_layers=options.scan_layers, pooling=options.pooling,
         )  # fmt: skip
 
