@@ -31,6 +31,7 @@ from jaxpeft.methods.prefix import PrefixTuning, PTuningV2
 from jaxpeft.methods.prompt import PromptTuning
 from jaxpeft.methods.ptuning import PTuning
 from jaxpeft.methods.randlora import RandLora
+from jaxpeft.methods.road import RoAd
 from jaxpeft.methods.trainable_tokens import TrainableTokens
 from jaxpeft.methods.vera import VeRA
 
@@ -47,6 +48,7 @@ _ALL: tuple[type[Method], ...] = (
     OFT,
     BOFT,
     HRA,
+    RoAd,
     DeLoRA,
     MiSS,
     Adapter,

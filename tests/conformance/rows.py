@@ -124,6 +124,10 @@ ROWS: Mapping[str, Row] = {
         jaxpeft.HRA(rank=4, targets=LINEAR),
         peft=("HRAConfig", {"r": 4, "target_modules": LINEAR}),
     ),
+    "road": Row(
+        jaxpeft.RoAd(variant="road_2", group_size=8, targets=LINEAR),
+        peft=("RoadConfig", {"variant": "road_2", "group_size": 8, "target_modules": LINEAR}),
+    ),
     "prefix": Row(
         jaxpeft.PrefixTuning(num_virtual_tokens=5),
         peft=("PrefixTuningConfig", {"num_virtual_tokens": 5}),
