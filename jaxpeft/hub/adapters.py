@@ -33,6 +33,8 @@ from jaxpeft.models.base import Pretrained
 CARD, PARTS = "README.md", "jaxpeft_parts.json"
 LAYOUTS: Mapping[str, Layout] = {"peft": Layout(), "adapters": AdapterHub()}
 """Every layout of adapter folders, by the name that methods give."""
+_SHOWN = 20
+"""Of how many tensors that are not as they must be a message tells."""
 _log = logging.getLogger(__name__)
 
 
@@ -309,7 +311,9 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
             _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
             return method, loaded
     spelled = str if method.parts() == (method,) else token_indices.spelled
-    raise AdapterError([f"{folder / layout.weights}: {spelled(problem)}" for problem in problems])
+    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    shown = [*map(spelled, problems[:_SHOWN]), *more]
+    raise AdapterError([f"{folder / layout.weights}: {problem}" for problem in shown])
 
 
 def layout_of(folder: FilePath) -> Layout:

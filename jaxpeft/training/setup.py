@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from jaxpeft import data
@@ -154,6 +155,7 @@ def _check(config: Config, outlined: Outline, length: int, steps: int) -> None:
             jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
         except TargetError as error:
             raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
+        method.optimizer(optax.identity(), steps)
 
 
 def _check_metric(metric: str | None, problem: str, labels: int) -> None:

@@ -183,6 +183,15 @@ def test_every_tensor_that_is_not_finite_is_listed_at_once(save):
     ]
 
 
+def test_of_very_many_tensors_the_first_are_told_and_the_others_counted(save):
+    saved = save()
+    extra = {f"base_model.model.odd.{i}": np.zeros(1, np.float32) for i in range(100)}
+    saved.edit(lambda tensors: tensors.update(extra))
+    told = saved.problems()
+    assert len(told) == 21
+    assert told[-1] == f"{saved.folder / WEIGHTS}: ... and 80 more"
+
+
 def test_tensors_of_whole_numbers_are_refused(save):
     saved = save()
     saved.edit(lambda tensors: tensors.update({f"{HEAD}.bias": np.arange(3)}))

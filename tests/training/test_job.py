@@ -18,6 +18,7 @@ from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError, TrainingError
 from jaxpeft.training import job
 from jaxpeft.training.records import read_lines
+from jaxpeft.training.setup import prepare
 
 MakeConfig = Callable[..., Config]
 pytestmark = pytest.mark.slow
@@ -49,6 +50,15 @@ def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Pa
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     assert lines[-1].keys() >= {"test/accuracy", "test/f1_macro", "test/mcc"}
+
+
+def test_a_schedule_of_ranks_that_the_run_is_too_short_for_is_refused_before_weights_are_read(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(method="adalora", method__initial_steps=2, method__final_steps=2, train__steps=4)
+    monkeypatch.setattr("jaxpeft.hub.loading.Outline.read", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(ConfigError, match=r"method\.initial_steps: 2 steps at the start and 2 at the end"):
+        prepare(config)
 
 
 def test_a_baseline_is_trained_at_its_own_learning_rate(make_config: MakeConfig, tmp_path: Path) -> None:
