@@ -16,7 +16,7 @@ from jaxpeft.checkpoint import manifest
 from jaxpeft.config.schema import Config
 from jaxpeft.training import job, loop
 from jaxpeft.training.records import read_lines
-from jaxpeft.training.signals import Stopped, StopRequest
+from jaxpeft.training.signals import Stopped
 
 MakeConfig = Callable[..., Config]
 STEPS = 6
@@ -90,19 +90,6 @@ def test_what_only_logs_may_change_on_resume(config: Config, tmp_path: Path, mon
             job.run(config, tmp_path / "run")
     chattier = dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=2))
     assert job.run(chattier, tmp_path / "run")["lora"].steps == STEPS
-
-
-def test_a_signal_is_noted_and_a_second_acts_as_usual() -> None:
-    import os
-    import signal
-
-    with StopRequest() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped) as caught:
-            stop.raise_if_requested()
-        assert caught.value.exit_code == 143
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_start_from_data_is_the_same_after_an_interruption(

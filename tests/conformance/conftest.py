@@ -202,7 +202,7 @@ def every_subject(test: Any) -> Any:
 
 
 def every_method(*, scan: bool | None = None, kind: str | None = None) -> Any:
-    """Runs a test on every method, on one model and one way to run the layers; with JAXPEFT_CONFORMANCE=full on all.
+    """Runs a test on every method, on one model and one way to run the layers; with JAXPEFT_CONFORMANCE=full on all, and on variants.
 
     Each needs programs of its own, whose compilation is most of the time of these tests.
 
@@ -217,7 +217,9 @@ def every_method(*, scan: bool | None = None, kind: str | None = None) -> Any:
         tried = [p.values for p in SUBJECTS if p.values[0] == name]
         kinds = {kind} if kind in {v[1] for v in tried} else {v[1] for v in tried}
         scans = {scan} if scan in {v[2] for v in tried} else {v[2] for v in tried}
-        return FULL or (of in kinds and scanned in scans) or not row.scanned
+        if FULL:
+            return True
+        return (name in METHODS or name in MAIN) and ((of in kinds and scanned in scans) or not row.scanned)
 
     chosen = [pytest.param(p.values, id=p.id) for p in SUBJECTS if wanted(p.values)]
     return pytest.mark.parametrize("subject", chosen, indirect=True)

@@ -14,7 +14,7 @@ from jaxpeft.training.lock import Lock
 from tests.faults.conftest import Job, Marks, damage, files, largest
 
 pytestmark = pytest.mark.slow
-KILLS = int(os.environ.get("JAXPEFT_KILLS", "2"))
+KILLS = int(os.environ.get("JAXPEFT_KILLS", "1"))
 """How often a run is killed at random: the table of docs/reliability.md is made with 50."""
 
 
