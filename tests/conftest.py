@@ -24,7 +24,7 @@ os.environ["MPLBACKEND"] = "Agg"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads, and scikit-learn's: the test processes share the cores
 if version("jaxlib").startswith("0.10."):
-    # Tiny models compile in a third of the time, and so do those of programs that tests start. A flag that XLA does not know ends
+    # Tiny models compile much faster, and so do those of programs that tests start. A flag that XLA does not know ends
     # the process, so other versions compile as users' programs do.
     flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()

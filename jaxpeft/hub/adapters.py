@@ -69,6 +69,8 @@ def save_adapter(
     _check_whole(method, params, model)
     save = _save_one if token_indices.split(method) else _save_parts
     save(folder, method, params, model, labels)
+    if save is _save_one:
+        (folder / PARTS).unlink(missing_ok=True)  # of an earlier adapter, which would be loaded in this one's place
 
 
 def _save_one(
@@ -92,7 +94,7 @@ def _save_one(
     sites = sorted(_site_names(main, params))
     config |= _named_targets(config, sites) | main.peft_sizes(params, model.config)
     if tokens:
-        tensors = token_indices.named(tensors)
+        tensors = {token_indices.renamed(name): tensor for name, tensor in tensors.items()}
         config |= token_indices.written({name: part for part in tokens for name in _site_names(part, params)})
     if tied in tensors:
         config["ensure_weight_tying"] = True
@@ -298,7 +300,9 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
         rewritten = rewrite(method, params, jax.random.key(0))
     except TargetError as error:
         raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
-    header = adapter_tensors.without_copies(method, token_indices.plain(header), params)
+    spelled = str if method.parts() == (method,) else token_indices.renamed
+    header = {spelled(name): tensor for name, tensor in header.items()}
+    header = adapter_tensors.without_copies(method, header, params)
     tied, head = _tied_names(method, model, params)
     if tied in header:
         header = _without_tied_head(header, tied, head, folder / layout.weights)
@@ -310,7 +314,6 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
             loaded = adapter_tensors.put_tensors(method, rewritten, tensors)
             _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
             return method, loaded
-    spelled = str if method.parts() == (method,) else token_indices.spelled
     more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     shown = [*map(spelled, problems[:_SHOWN]), *more]
     raise AdapterError([f"{folder / layout.weights}: {problem}" for problem in shown])

@@ -14,8 +14,7 @@ from jaxpeft.methods.trainable_tokens import TrainableTokens
 
 OPTION = "trainable_token_indices"
 _LORA = "LORA"
-_TOKENS = re.compile(r"(?<!\.token_adapter)\.trainable_tokens_delta\b")
-_INSIDE = re.compile(r"\.token_adapter\.(?=trainable_tokens_delta$)")
+_TOKENS = re.compile(r"(\.token_adapter)?(\.trainable_tokens_delta\b)")
 
 
 def split(method: Method) -> tuple[Method, tuple[TrainableTokens, ...]] | None:
@@ -31,19 +30,12 @@ def split(method: Method) -> tuple[Method, tuple[TrainableTokens, ...]] | None:
     return (others[0], tokens) if len(others) == 1 and others[0].peft_type == _LORA and tokens else None
 
 
-def named(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives the tensors the names that PEFT has where the tokens stand beside LoRA."""
-    return {spelled(name): tensor for name, tensor in tensors.items()}
+def renamed(text: str) -> str:
+    """Turns a tensor's name, or a text that holds it, from that of a folder of trainable tokens alone to that beside LoRA, and back.
 
-
-def spelled(text: str) -> str:
-    """Gives a tensor's name, or a text that holds it, as `named` has it."""
-    return _TOKENS.sub(".token_adapter.trainable_tokens_delta", text)
-
-
-def plain(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives the tensors the names that they have in a folder of trainable tokens alone; the inverse of `named`."""
-    return {_INSIDE.sub(".", name): tensor for name, tensor in tensors.items()}
+    A name that is wrong where it stands stays wrong: it is turned as well.
+    """
+    return _TOKENS.sub(lambda found: found[2] if found[1] else f".token_adapter{found[2]}", text)
 
 
 def written(sites: Mapping[str, TrainableTokens]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jnp
+from jaxpeft.methods import starts
 
 if TYPE_CHECKING:
     from jaxpeft.methods.lora import LoRA
@@ -53,12 +54,10 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
             if not on[i]:
                 continue
             error = original(site, i) - kernel_of(site, node, i)
-            rank, scale = method.site_rank(name), method.site_scale(name)
+            own_a, own_b = starts.largest(error, method.site_rank(name), method.site_scale(name))
             index = tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else ()
-            u, values, v = jnp.linalg.svd(error, full_matrices=False)
-            root = jnp.sqrt(values[:rank] / scale)
-            a[*index, :, :rank] = u[:, :rank] * root
-            b[*index, :rank] = root[:, None] * v[:rank]
+            a[*index, :, : own_a.shape[1]] = own_a  # where the kernel has fewer, the other columns start as LoRA's do
+            b[*index, : own_b.shape[0]] = own_b
         made |= {(*site.path, name): jnp.asarray(leaf) for name, leaf in zip(names, (a, b), strict=True)}
     if not made:
         raise ConfigError(

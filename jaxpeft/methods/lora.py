@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -126,10 +126,9 @@ class LoRA(Ranked):
         return self.lora_plus_ratio if path[-1].endswith("_b") else 1.0
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Gives A and B the start that the data or the model's files give, where `init_weights` is `eva` or `loftq`."""
-        if self.init_weights == "eva":
-            return eva.start(self, params, run)
-        return loftq.start(self, params, run) if self.init_weights == "loftq" else (self, params)
+        """Gives A and B the start that the data or the model's files give, where `init_weights` asks for one."""
+        begin = _FROM_RUN.get(self.init_weights)
+        return begin(self, params, run) if begin is not None else (self, params)
 
     @staticmethod
     def compute(call: Call) -> Any:
@@ -202,6 +201,13 @@ class LoRA(Ranked):
                 "(in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
             )
         return values, problems
+
+
+_FROM_RUN: Mapping[str, Callable[[LoRA, Leaves, Any], tuple[Method, Leaves]]] = {
+    "eva": eva.start,
+    "loftq": loftq.start,
+}
+"""The starts that wait for data or for the model's files."""
 
 
 def update(leaves: Leaves, x: Any) -> Any:

@@ -56,7 +56,12 @@ def orthogonal(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) 
 def pissa(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
     """The r largest singular triples of the kernel, the square root of each value in either factor."""
     del rng
-    u, values, v = jnp.linalg.svd(kernel(), full_matrices=False)
+    return largest(kernel(), rank, scale)
+
+
+def largest(matrix: Array, rank: int, scale: float) -> Pair:
+    """The A and B whose update, times the scale, is the rank largest singular triples of a matrix `[in, out]`, all that it has."""
+    u, values, v = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values[:rank] / scale)
     return u[:, :rank] * root, root[:, None] * v[:rank]
 

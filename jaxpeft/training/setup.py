@@ -155,7 +155,7 @@ def _check(config: Config, outlined: Outline, length: int, steps: int) -> None:
             jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
         except TargetError as error:
             raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
-        method.optimizer(optax.identity(), steps)
+        method.optimizer(optax.identity(), steps)  # which refuses a schedule that does not fit the run
 
 
 def _check_metric(metric: str | None, problem: str, labels: int) -> None:

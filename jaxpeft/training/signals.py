@@ -8,7 +8,7 @@ import time
 from types import FrameType
 from typing import Any
 
-_ONE = 1.0
+_REPEATED = 1.0
 """Signals of one kind that come within so many seconds are one request: `timeout` and job managers send theirs to a process and to
 its group, which it is in."""
 
@@ -46,7 +46,7 @@ class StopRequest:
         del frame
         now = time.monotonic()
         first = self._noted.setdefault(signum, now)
-        if first == now or now - first < _ONE:
+        if first == now or now - first < _REPEATED:
             self._signum = signum
             return
         signal.signal(signum, self._before[signum])

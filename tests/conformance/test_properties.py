@@ -197,9 +197,8 @@ def test_interrupted_and_restored_it_goes_on_bit_by_bit(subject: Subject, tmp_pa
     empty = jax.tree.map(jnp.zeros_like, (state, fixed))
     found, _, again = saved.restore(1, empty[0], None, empty[1])
     saved.close()
-    found, again = jax.tree.map(
-        lambda leaf: jnp.asarray(np.asarray(leaf)), (found, again)
-    )  # placed as what was compiled for
+    # placed as what the step was compiled for
+    found, again = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), (found, again))
     frozen = paths.map_with_path(lambda path, leaf: again.get(paths.text(path), leaf), begun[1])
     resumed, _ = subject.step(type(state)(*found), frozen)
     straight, _ = subject.step(state, begun[1])

@@ -109,6 +109,27 @@ def test_it_is_saved_as_it_was_read(reference: Any, tmp_path: Path) -> None:  # 
     assert gap(wanted, ours(case, model, loaded), torch_model, case) < 1e-4
 
 
+def test_the_other_spelling_beside_the_right_one_is_not_taken_for_it(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+    from safetensors.numpy import load_file, save_file
+
+    model, base = reference("llama", "causal_lm").load()
+    jaxpeft.save_adapter(tmp_path, both(), jaxpeft.rewrite(both(), base, jax.random.key(0)), model)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    other = "base_model.model.model.embed_tokens.trainable_tokens_delta"
+    save_file(tensors | {other: np.zeros((3, 32), np.float32)}, file)
+    with pytest.raises(AdapterError, match=f"extra: {re.escape(other)}$"):
+        jaxpeft.load_adapter(tmp_path, model, base)
+
+
+def test_an_adapter_takes_the_place_of_one_of_several_folders(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+    model, base = reference("llama", "causal_lm").load()
+    for method in (jaxpeft.Mixed(methods=(jaxpeft.IA3(), trained())), both()):
+        jaxpeft.save_adapter(tmp_path, method, jaxpeft.rewrite(method, base, jax.random.key(0)), model)
+    found, _ = jaxpeft.load_adapter(tmp_path, model, base)
+    assert [part.name for part in found.parts()] == ["lora", "trainable_tokens"]
+
+
 def test_two_methods_that_peft_has_no_one_folder_for_have_one_each(reference: Any, tmp_path: Path) -> None:  # noqa: F811
     model, base = reference("llama", "causal_lm").load()
     method = jaxpeft.Mixed(methods=(jaxpeft.IA3(), trained()))

@@ -22,7 +22,7 @@ def test_a_request_that_comes_twice_at_once_is_one_request() -> None:
 
 
 def test_a_second_request_later_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "_ONE", 1e-9)
+    monkeypatch.setattr(signals, "_REPEATED", 1e-9)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
