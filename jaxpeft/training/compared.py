@@ -7,6 +7,7 @@ the run saves and stops.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -124,6 +125,7 @@ def _until_stopped(batches: Any, stop: StopRequest) -> Any:
 def main() -> int:
     """Runs what standard input says; gives the exit code."""
     told = json.loads(sys.stdin.readline())
+    logging.getLogger().handlers.clear()  # a library imported above has set its own, and ours would be left out
     set_up_logging(hushed=not told["traceback"])
     return guarded(lambda: _run(told), show_traceback=told["traceback"])
 
