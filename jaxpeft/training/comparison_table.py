@@ -16,8 +16,8 @@ from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
 Result = Mapping[str, Any]
 _NOTES = (
     "`±` is the standard deviation over seeds. Memory is the peak of the run's process on a CPU, libraries and compilation "
-    "included, and the device's own where it tells. Time is that of training with its evaluations, without compilation. The file "
-    "is the saved adapter; of `full` that is the whole model."
+    "included, and the device's own where it tells. Time is that of training with its evaluations: their "
+    "compilation counts, that of the step does not. The file is the saved adapter; of `full` that is the whole model."
 )
 
 

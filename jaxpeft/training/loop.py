@@ -72,7 +72,7 @@ class Result:
         steps: steps done.
         best_step: the step of `trainable`.
         test: the figures of the test rows.
-        seconds: spent on training, evaluations included, compilation not, over all resumptions.
+        seconds: spent on training over all resumptions, evaluations and their compilation included, that of the step not.
         trainable_parameters: how many.
         total_parameters: how many in all, adapter included.
     """
