@@ -301,6 +301,16 @@ class Method:
         held = {key: self._torch(key, tensors[name]) for key, name in self.files.items() if name in tensors}
         return {**fresh, **held}
 
+    def wrong_numbers(self, site: Site, tensors: Leaves) -> list[str]:
+        """Lists what cannot be in the tensors of a file, each as `name: why`.
+
+        Args:
+            site: one layer of a site.
+            tensors: by the end of their names, finite and of the shapes that `pack` gives.
+        """
+        del site, tensors
+        return []
+
     def pack_root(self, leaves: Leaves) -> dict[str, Any]:
         """Gives the tensors of the leaves at the root, by name."""
         return {self.root_files[key]: self._torch(key, leaf) for key, leaf in leaves.items() if key in self.root_files}

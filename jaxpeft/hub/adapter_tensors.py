@@ -81,15 +81,19 @@ class Adapted:
     def put(self, leaves: Mapping[str, Array], tensors: Mapping[str, Array]) -> None:
         """Writes the tensors into the leaves of the tree, in place."""
         own = {key: leaves[key][self._region(like)] for key, like in self.fresh.items()}
-        given = {name.removeprefix(self.prefix): tensors[name] for name in self.shapes()}
+        given = self.given(tensors)
         found = self.method.unpack(self.site, given, own) if self.site.path else self.method.unpack_root(given, own)
         for key, like in self.fresh.items():
             leaves[key][self._region(like)] = found[key]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Gives the shapes of the tensors, by name."""
+    def given(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """Gives its own of the tensors of a file, by the ends of their names."""
+        return {name.removeprefix(self.prefix): tensors[name] for name in self.tensors()}
+
+    def tensors(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Gives shapes and dtypes of the tensors, by name."""
         pack = partial(self.method.pack, self.site) if self.site.path else self.method.pack_root
-        return {self.prefix + name: tensor.shape for name, tensor in jax.eval_shape(pack, dict(self.fresh)).items()}
+        return {self.prefix + name: tensor for name, tensor in jax.eval_shape(pack, dict(self.fresh)).items()}
 
     def _region(self, like: Any) -> tuple[Any, ...]:
         return (*(self.index or ()), *(slice(0, n) for n in like.shape))
@@ -222,34 +226,54 @@ def _site_mismatches(method: Method, site: Site, wanted: bool, leaves: Mapping[s
             used = [int(np.flatnonzero(leaf.any(tuple(b for b in range(leaf.ndim) if b != a))).max(initial=-1)) + 1
                     for a in range(leaf.ndim)]  # fmt: skip
             return [f"{site.name}: {key} is {used} in the tree, the method makes it {list(like.shape)}"]
-        if not like.shape and key not in method.trained_leaves:
-            made = float(method.init(site, partial(jnp.ones, site.shape, jnp.float32), jax.random.key(0))[key])
-            if not np.isclose(leaf, made, rtol=1e-5):
-                return [f"{site.name}: {key} is {float(leaf):g} in the tree, the method makes it {made:g}"]
+        chosen = _whole(like) and key not in method.files  # by the options alone
+        if key not in method.trained_leaves and (chosen or not like.shape):
+            made = np.asarray(method.init(site, partial(jnp.ones, site.shape, jnp.float32), jax.random.key(0))[key])
+            other = ~np.isclose(leaf[inside], made, rtol=1e-5)
+            if other.any():
+                is_, makes = leaf[inside][other][0], made[other][0]
+                return [f"{site.name}: {key} is {is_:g} in the tree, the method makes it {makes:g}"]
     return []
 
 
-def _shapes(method: Method, params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    wanted: dict[str, tuple[int, ...]] = {}
+def _wanted(method: Method, params: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    wanted: dict[str, jax.ShapeDtypeStruct] = {}
     for entry in wholes(method, params):
         shape = paths.get(params, entry.path).shape[0 if entry.layer is None else 1 :]
-        wanted[entry.name] = shape[::-1] if entry.transposed else shape
+        wanted[entry.name] = jax.ShapeDtypeStruct(shape[::-1] if entry.transposed else shape, jnp.float32)
     for entry in adapted(method, params):
-        wanted |= entry.shapes()
+        wanted |= entry.tensors()
     return wanted
 
 
 def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    """Lists every tensor that is missing, extra or misshaped in an adapter file for a rewritten tree."""
-    wanted = _shapes(method, params)
+    """Lists every tensor that is missing, extra, misshaped or not of numbers in an adapter file for a rewritten tree.
+
+    Where whole numbers are wanted floating ones will do, as PEFT writes them on Windows.
+    """
+    wanted = _wanted(method, params)
     problems = [f"missing: {name}" for name in wanted if name not in tensors]
     problems += [f"extra: {name}" for name in tensors if name not in wanted]
     for name, tensor in tensors.items():
-        if name in wanted and (not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2):
+        floating = jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize >= 2
+        if name in wanted and not floating and not _whole(tensor) & _whole(wanted[name]):
             problems.append(f"not floating: {name} is {tensor.dtype}")
-    for name, shape in wanted.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            problems.append(f"misshaped: {name} is {list(tensors[name].shape)}, must be {list(shape)}")
+    for name, like in wanted.items():
+        if name in tensors and tuple(tensors[name].shape) != like.shape:
+            problems.append(f"misshaped: {name} is {list(tensors[name].shape)}, must be {list(like.shape)}")
+    return problems
+
+
+def _whole(tensor: Any) -> bool:
+    return bool(jnp.issubdtype(tensor.dtype, jnp.integer))
+
+
+def wrong_numbers(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> list[str]:
+    """Lists the tensors of an adapter file whose numbers cannot be, as `differences` found them to fit."""
+    problems = [f"not finite: {name}" for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    for entry in adapted(method, params):
+        if entry.site.path:
+            problems += [entry.prefix + why for why in entry.method.wrong_numbers(entry.site, entry.given(tensors))]
     return problems
 
 

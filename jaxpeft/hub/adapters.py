@@ -83,7 +83,7 @@ def _save_one(
     tied, head = _tied_names(method, model, params)
     if tied in tensors:
         tensors[head] = tensors[tied].copy()
-    broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
         raise AdapterError([f"{folder}: {name} holds NaN or infinity; not saved" for name in broken])
     whole = sorted({p[0] for p, _ in paths.walk(params) if paths.is_head(p)} | set(modules_to_save(method)))
@@ -207,10 +207,6 @@ def _tied_names(method: Method, model: Pretrained, params: Mapping[str, Any]) ->
     return method.module_prefix + embedding, f"{method.module_prefix}lm_head.weight"
 
 
-def _finite(tensor: Any) -> bool:
-    return bool(np.isfinite(tensor).all())
-
-
 def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """Gives full names of sites where PEFT would read the target options otherwise.
 
@@ -309,7 +305,7 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
     problems = adapter_tensors.differences(method, rewritten, header)
     if not problems:
         tensors = {name: tensor.read() for name, tensor in header.items()}
-        problems = [f"not finite: {name}" for name, tensor in tensors.items() if not _finite(tensor)]
+        problems = adapter_tensors.wrong_numbers(method, rewritten, tensors)
         if not problems:
             loaded = adapter_tensors.put_tensors(method, rewritten, tensors)
             _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))

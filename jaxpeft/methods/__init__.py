@@ -11,12 +11,16 @@ from jaxpeft.methods.adalora import AdaLoRA
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.bitfit import BitFit
 from jaxpeft.methods.boft import BOFT
+from jaxpeft.methods.c3a import C3A
 from jaxpeft.methods.compacter import Compacter
 from jaxpeft.methods.delora import DeLoRA
 from jaxpeft.methods.dora import DoRA
+from jaxpeft.methods.fourierft import FourierFT
 from jaxpeft.methods.freeze import Freeze
 from jaxpeft.methods.full import Full
+from jaxpeft.methods.gralora import GraLoRA
 from jaxpeft.methods.head import Head
+from jaxpeft.methods.hira import HiRA
 from jaxpeft.methods.hra import HRA
 from jaxpeft.methods.ia3 import IA3
 from jaxpeft.methods.ln_tuning import LNTuning
@@ -32,7 +36,9 @@ from jaxpeft.methods.prompt import PromptTuning
 from jaxpeft.methods.ptuning import PTuning
 from jaxpeft.methods.randlora import RandLora
 from jaxpeft.methods.road import RoAd
+from jaxpeft.methods.shira import SHiRA
 from jaxpeft.methods.trainable_tokens import TrainableTokens
+from jaxpeft.methods.vblora import VBLoRA
 from jaxpeft.methods.vera import VeRA
 
 _ALL: tuple[type[Method], ...] = (
@@ -42,9 +48,15 @@ _ALL: tuple[type[Method], ...] = (
     VeRA,
     AdaLoRA,
     RandLora,
+    GraLoRA,
+    VBLoRA,
+    HiRA,
     IA3,
     LoHa,
     LoKr,
+    C3A,
+    FourierFT,
+    SHiRA,
     OFT,
     BOFT,
     HRA,

@@ -24,6 +24,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping
 from jaxpeft.methods.low_rank import low_rank, product
+from jaxpeft.methods.made import through
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked
 
 if TYPE_CHECKING:
@@ -89,9 +90,7 @@ class LoHa(Ranked):
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `W + s (B1 A1) * (B2 A2)`."""
-        first = product(leaves["loha_w1_b"], leaves["loha_w1_a"])
-        second = product(leaves["loha_w2_b"], leaves["loha_w2_a"])
-        return {"kernel": base["kernel"] + leaves["loha_scale"] * first * second}
+        return {"kernel": base["kernel"] + _whole(leaves)}
 
 
 def _update(leaves: Leaves, x: Any) -> Any:
@@ -101,7 +100,13 @@ def _update(leaves: Leaves, x: Any) -> Any:
         pairs_b = (b1[:, :, None] * b2[:, None, :]).reshape(n_in, rank * rank)
         pairs_a = (a1[:, None, :] * a2[None, :, :]).reshape(rank * rank, n_out)
         return low_rank(x, pairs_b, leaves["loha_scale"] * pairs_a)
-    return x @ (leaves["loha_scale"] * (b1 @ a1) * (b2 @ a2)).astype(x.dtype)
+    return through(_whole, leaves, x)
+
+
+def _whole(leaves: Leaves) -> Any:
+    """Gives `s (B1 A1) * (B2 A2)`, `[in, out]`."""
+    first = product(leaves["loha_w1_b"], leaves["loha_w1_a"])
+    return leaves["loha_scale"] * first * product(leaves["loha_w2_b"], leaves["loha_w2_a"])
 
 
 def uniform(key: Array, shape: tuple[int, ...], fan: int) -> Array:

@@ -19,7 +19,7 @@ class Row:
         method: with options for tiny models.
         models: which of the decoder and the encoder it is for.
         other: the same kind of method with other options: another adapter of a bank, None for the same.
-        peft: what the real `peft` calls it: the name of a config class and its options; None where peft has no such method.
+        peft: what the real `peft` calls it: the name of a config class and its options; None where no file of peft's can hold it.
         moved: how far its trained leaves are moved from where they begin.
         why: why a fresh adapter changes the outputs, for a method that says so.
         scanned: whether stacked layers will do.
@@ -93,7 +93,10 @@ ROWS: Mapping[str, Row] = {
         jaxpeft.DoRA(rank=4, alpha=6.0, targets=LINEAR),
         peft=("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "use_dora": True}),
     ),
-    "lora_fa": Row(jaxpeft.LoRAFA(rank=4, alpha=6.0, targets=LINEAR)),
+    "lora_fa": Row(
+        jaxpeft.LoRAFA(rank=4, alpha=6.0, targets=LINEAR),
+        peft=("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": LINEAR}),
+    ),
     "vera": Row(
         jaxpeft.VeRA(rank=16, targets=LINEAR), peft=("VeraConfig", {"r": 16, "target_modules": LINEAR}), moved=0.1
     ),
@@ -109,6 +112,34 @@ ROWS: Mapping[str, Row] = {
         jaxpeft.RandLora(rank=5, alpha=2.0, targets=LINEAR),
         peft=("RandLoraConfig", {"r": 5, "randlora_alpha": 2, "target_modules": LINEAR}),
         moved=0.1,
+    ),
+    "gralora": Row(
+        jaxpeft.GraLoRA(rank=4, hybrid_rank=2, alpha=6.0, targets=LINEAR),
+        peft=("GraloraConfig", {"r": 4, "hybrid_r": 2, "alpha": 6, "target_modules": LINEAR}),
+    ),
+    "vblora": Row(
+        jaxpeft.VBLoRA(vectors=12, vector_length=8, targets=LINEAR),
+        peft=("VBLoRAConfig", {"num_vectors": 12, "vector_length": 8, "target_modules": LINEAR}),
+        why="no logit would have a gradient",
+    ),
+    "hira": Row(
+        jaxpeft.HiRA(rank=4, targets=LINEAR),
+        peft=("HiraConfig", {"r": 4, "target_modules": LINEAR}),
+        moved=0.5,
+    ),
+    "c3a": Row(
+        jaxpeft.C3A(block_size=8, targets=LINEAR),
+        peft=("C3AConfig", {"block_size": 8, "target_modules": LINEAR}),
+        moved=1.0,
+    ),
+    "fourierft": Row(
+        jaxpeft.FourierFT(frequencies=40, targets=LINEAR),
+        peft=("FourierFTConfig", {"n_frequency": 40, "target_modules": LINEAR}),
+        moved=1.0,
+    ),
+    "shira": Row(
+        jaxpeft.SHiRA(rank=2, targets=LINEAR),
+        peft=("ShiraConfig", {"r": 2, "target_modules": LINEAR}),
     ),
     "oft": Row(
         jaxpeft.OFT(block_size=8, targets=LINEAR),
@@ -138,7 +169,11 @@ ROWS: Mapping[str, Row] = {
         peft=("PrefixTuningConfig", {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 12}),
         why=ATTENDED,
     ),
-    "ptuning_v2": Row(jaxpeft.PTuningV2(num_virtual_tokens=5), why=ATTENDED),
+    "ptuning_v2": Row(
+        jaxpeft.PTuningV2(num_virtual_tokens=5),
+        peft=("PrefixTuningConfig", {"num_virtual_tokens": 5}),
+        why=ATTENDED,
+    ),
     "prompt": Row(
         jaxpeft.PromptTuning(num_virtual_tokens=5),
         peft=("PromptTuningConfig", {"num_virtual_tokens": 5}),

@@ -18,8 +18,6 @@ from tests.hub.helpers import peft_load, peft_save
 from tests.models.conftest import Batch, Reference, make_batch
 
 pytestmark = [
-    # peft 0.21 asks transformers 5.23 for an attribute that it calls deprecated.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     # It copies RandLora's shared bases, each as large as a kernel, to every site of a file, and misses the copies elsewhere.
     pytest.mark.filterwarnings("ignore:Found missing adapter keys .*randlora_[AB].default.*:UserWarning"),
     # It knows norms of no model.
@@ -27,6 +25,8 @@ pytestmark = [
     # BOFT looks for a CUDA extension, without which it computes one butterfly factor.
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1:UserWarning"),
+    # SHiRA makes sparse tensors, of which torch says once that it does not check them.
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
 ]
 
 TASKS = {"llama": "causal_lm", "bert": "sequence_classification", "roberta": "sequence_classification"}
@@ -112,5 +112,6 @@ def test_jaxpeft_gives_the_logits_of_what_the_real_peft_saved(
     for scan in (False, True):
         model, base = torch_model.load(scan_layers=scan)
         method, params = jaxpeft.load_adapter(tmp_path, model, base)
-        assert method.name == case.method.name
+        # The same method, or what it is a form of: a file of peft's says LORA of LoRA-FA and PREFIX_TUNING of P-tuning v2.
+        assert isinstance(case.method, type(method))
         check(record_property, case, wanted, theirs(case, torch_model.model), ours(case, model, params))

@@ -1,0 +1,134 @@
+r"""C3A: blocks of circulant matrices beside a frozen kernel, each one vector long.
+
+    y_m = (x W)_m + 1 / in sum_n x_n C(w_mn),    C(w)[i, j] = w[(i - j) mod k],    w: [out / k, in / k, k]
+
+`x_n` and `y_m` are blocks of `k` inputs and outputs. The product with `C(w)` is a circular correlation, elementwise where both are
+Fourier transformed: `k log k` work in place of `k^2`, and a rank that the number of trained numbers does not bound. `w` starts at
+zero unless asked otherwise, so a fresh adapter leaves every output as it was.
+
+Chen et al. 2025, "Parameter-Efficient Fine-Tuning via Circular Convolution", section 3 (arXiv:2407.19342).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site, pattern_value, require_patterns
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.targeted import Targeted
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class C3A(Targeted):
+    """Block-circular convolution of the inputs of linear sites.
+
+    Leaves of a site: `c3a_kernel [out / k, in / k, k]`, float32, trained.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "c3a"
+    paper: ClassVar[str] = "arXiv:2407.19342"
+    leaf_names: ClassVar[tuple[str, ...]] = ("c3a_kernel",)
+    trained_leaves: ClassVar[frozenset[str]] = frozenset(leaf_names)
+    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
+    files: ClassVar[Mapping[str, str]] = {"c3a_kernel": "c3a_kernel"}
+    peft_type: ClassVar[str | None] = "C3A"
+    peft_options: ClassVar[Mapping[str, str]] = {
+        "target_modules": "targets",
+        "layers_to_transform": "layers_to_transform",
+        "layers_pattern": "layers_pattern",
+        "block_size": "block_size",
+        "block_size_pattern": "block_size_pattern",
+        "bias": "bias",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("block_size",)
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    block_size: int = option(256, "size k of the blocks, which divides the inputs and outputs of each site", at_least=1)
+    block_size_pattern: dict[str, int] = option({}, "other block sizes, by the end of a site's name", at_least=1)
+    init_weights: Literal["zeros", "xavier_uniform", "kaiming_uniform", "gaussian"] = option(
+        "zeros", "how w begins; the three others change the outputs from the first step, PEFT's default among them"
+    )
+    bias: Literal["none", "all", "c3a_only"] = option("none", "which biases of the base are trained as well")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "fresh_is_base", self.init_weights == "zeros")
+
+    def expressions(self, whole: bool) -> dict[str, Any]:
+        """Gives the options that hold regular expressions."""
+        return super().expressions(whole) | {"block_size_pattern": self.block_size_pattern}
+
+    def check_sites(self, names: tuple[str, ...]) -> None:
+        """Refuses a pattern that matches no adapted site.
+
+        Raises:
+            TargetError: naming the pattern.
+        """
+        require_patterns("block_size_pattern", self.block_size_pattern, names)
+
+    def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
+        """Makes `w` as `init_weights` says.
+
+        Raises:
+            ConfigError: the block size does not divide the inputs and outputs of the site.
+        """
+        del kernel
+        (n_in, n_out), size = site.shape, pattern_value(site.name, self.block_size_pattern, self.block_size)
+        if n_in % size or n_out % size:
+            raise ConfigError(
+                f"c3a.block_size: {size} does not divide the {n_in} inputs and {n_out} outputs of {site.name}; give a divisor of "
+                f"both, such as {math.gcd(n_in, n_out)}, in block_size or block_size_pattern"
+            )
+        shape = (n_out // size, n_in // size, size)
+        bounds = {"xavier_uniform": math.sqrt(6 / (n_in + n_out)), "kaiming_uniform": 1 / math.sqrt(n_in)}
+        if self.init_weights == "zeros":
+            return {"c3a_kernel": jnp.zeros(shape, jnp.float32)}
+        if self.init_weights == "gaussian":
+            return {"c3a_kernel": jax.random.normal(rng, shape, jnp.float32)}
+        bound = bounds[self.init_weights]
+        return {"c3a_kernel": jax.random.uniform(rng, shape, jnp.float32, -bound, bound)}
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains `w`, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W + x C / in`, `[..., in] -> [..., out]`, in the dtype of `x W`; the transforms are of float32."""
+        y = call.base(*call.args)
+        return y + call.each(_correlated, call.x.astype(jnp.float32)).astype(y.dtype)
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + C / in`."""
+        w = leaves["c3a_kernel"]
+        places = jnp.arange(w.shape[2])
+        blocks = w[:, :, (places[:, None] - places[None, :]) % w.shape[2]]  # [out / k, in / k, k of in, k of out]
+        n_in, n_out = base["kernel"].shape
+        return {"kernel": base["kernel"] + blocks.transpose(1, 2, 0, 3).reshape(n_in, n_out) / n_in}
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; PEFT has no exclusions here, so with them the file names the sites one by one."""
+        return super().to_peft() | ({"target_modules": "default"} if self.exclude else {})
+
+
+def _correlated(leaves: Leaves, x: Any) -> Any:
+    """Gives `x C / in` of `x` `[..., in]` float32."""
+    w = leaves["c3a_kernel"]
+    blocks = jnp.fft.rfft(x.reshape(*x.shape[:-1], *w.shape[1:]))
+    mixed = jnp.einsum("...nf,mnf->...mf", blocks, jnp.conj(jnp.fft.rfft(w)), precision="highest")
+    return jnp.fft.irfft(mixed, w.shape[2]).reshape(*x.shape[:-1], -1) / x.shape[-1]

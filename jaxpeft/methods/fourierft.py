@@ -1,0 +1,131 @@
+r"""FourierFT: the update of a frozen kernel is trained by a few of its frequencies.
+
+    y = x W + x U,    U' = s Re(ifft2(F)),    F[u_k, v_k] = c_k,  zero elsewhere,    F: [out, in],  c: [n]
+
+Which frequencies is drawn by a seed, the same for all kernels of one shape; the seed alone stands in files, so that the draw is
+that of torch. `c` starts at zero unless asked otherwise, so a fresh adapter leaves every output as it was.
+
+Gao et al. 2024, "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", section 3 (arXiv:2405.03003).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site, pattern_value, require_patterns
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.made import through
+from jaxpeft.methods.sparse import as_torch_draws
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourierFT(Targeted):
+    """Trained frequencies of the update of linear sites.
+
+    Leaves of a site: `fourierft_spectrum [n]`, float32, trained; `fourierft_indices [2, n]`, int32, rows of which are frequencies
+    along the outputs and along the inputs; `fourierft_scale []`.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "fourierft"
+    paper: ClassVar[str] = "arXiv:2405.03003"
+    leaf_names: ClassVar[tuple[str, ...]] = ("fourierft_spectrum", "fourierft_indices", "fourierft_scale")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"fourierft_spectrum"})
+    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
+    files: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "fourierft_spectrum"}
+    peft_type: ClassVar[str | None] = "FOURIERFT"
+    peft_options: ClassVar[Mapping[str, str]] = {
+        **TARGET_OPTIONS,
+        "n_frequency": "frequencies",
+        "n_frequency_pattern": "frequencies_pattern",
+        "scaling": "scaling",
+        "random_loc_seed": "location_seed",
+        "bias": "bias",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "random_loc_seed")
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    frequencies: int = option(1000, "how many frequencies n of a kernel are trained", at_least=1)
+    frequencies_pattern: dict[str, int] = option({}, "other numbers, by the end of a site's name", at_least=1)
+    scaling: float = option(150.0, "factor s of the update", above=0)
+    location_seed: int = option(777, "seed of which frequencies", at_least=0, below=2**32)
+    init_weights: Literal["zeros", "gaussian"] = option(
+        "zeros", "how c begins; 'gaussian', PEFT's default, changes the outputs from the first step"
+    )
+    bias: Literal["none", "all", "fourier_only"] = option("none", "which biases of the base are trained as well")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "fresh_is_base", self.init_weights == "zeros")
+
+    def expressions(self, whole: bool) -> dict[str, Any]:
+        """Gives the options that hold regular expressions."""
+        return super().expressions(whole) | {"frequencies_pattern": self.frequencies_pattern}
+
+    def check_sites(self, names: tuple[str, ...]) -> None:
+        """Refuses a pattern that matches no adapted site.
+
+        Raises:
+            TargetError: naming the pattern.
+        """
+        require_patterns("frequencies_pattern", self.frequencies_pattern, names)
+
+    def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
+        """Draws the frequencies by the seed, and makes `c` as `init_weights` says.
+
+        Raises:
+            ConfigError: the kernel of the site has fewer frequencies.
+        """
+        del kernel
+        (n_in, n_out), count = site.shape, pattern_value(site.name, self.frequencies_pattern, self.frequencies)
+        if count > n_in * n_out:
+            raise ConfigError(
+                f"fourierft.frequencies: {count} is more than the {n_in * n_out} that the kernel of {site.name} has; give a lower "
+                "number there, in frequencies_pattern"
+            )
+        flat = as_torch_draws(count, n_in * n_out, self.location_seed)
+        zeros = self.init_weights == "zeros"
+        return {
+            "fourierft_spectrum": jnp.zeros((count,), jnp.float32) if zeros else jax.random.normal(rng, (count,)),
+            "fourierft_indices": jnp.asarray(np.stack([flat // n_in, flat % n_in]), jnp.int32),
+            "fourierft_scale": jnp.asarray(self.scaling, jnp.float32),
+        }
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains `c`, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W + x U`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        return y + call.each(partial(through, partial(_update, call.x.shape[-1], y.shape[-1])), call.x.astype(y.dtype))
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + U`."""
+        n_in, n_out = base["kernel"].shape
+        return {"kernel": base["kernel"] + _update(n_in, n_out, leaves)}
+
+
+def _update(n_in: int, n_out: int, leaves: Leaves) -> Any:
+    """Gives `U` `[in, out]`: the transform of the transpose is the transpose of the transform."""
+    of_out, of_in = leaves["fourierft_indices"]
+    spectrum = jnp.zeros((n_in, n_out), jnp.float32).at[of_in, of_out].add(leaves["fourierft_spectrum"])
+    return leaves["fourierft_scale"] * jnp.fft.ifft2(spectrum).real

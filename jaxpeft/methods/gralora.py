@@ -1,0 +1,153 @@
+r"""GraLoRA: the kernel is cut into k times k blocks, each with a low-rank update of its own.
+
+    y_j = (x W)_j + s sum_i D(x)_i A_i[:, j] B_j[i],    A: [k, in / k, r],  B: [k, r, out / k],  i, j < k,  s = alpha / (r + h)
+
+The `r` columns of `A_i` are cut in k parts, of which output block `j` takes the `j`th, and so are the rows of `B_j`: each of the
+blocks has rank `r / k`, and the whole update up to `k r`, with the number of trained numbers of LoRA of rank `r`. With a hybrid
+rank `h`, `s (D(x) A') B'` with `A': [in, h]`, `B': [h, out]` is added. `B` and `B'` start at zero, so a fresh adapter leaves every
+output as it was. `D` is dropout.
+
+Jung et al. 2025, "GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning", sections 3.2 and 3.4
+(arXiv:2505.20355).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.loha import uniform
+from jaxpeft.methods.low_rank import low_rank, product
+from jaxpeft.methods.targeted import Targeted
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraLoRA(Targeted):
+    """Granular low-rank adaptation of linear sites.
+
+    Leaves of a site: `gralora_a [k, in / k, r]`, `gralora_b [k, r, out / k]`, and with a hybrid rank `gralora_general_a [in, h]`,
+    `gralora_general_b [h, out]`, trained; `gralora_scale []`, `gralora_dropout []` where the rate is not zero. All float32.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "gralora"
+    paper: ClassVar[str] = "arXiv:2505.20355"
+    leaf_names: ClassVar[tuple[str, ...]] = (
+        "gralora_a", "gralora_b", "gralora_general_a", "gralora_general_b", "gralora_scale", "gralora_dropout",
+    )  # fmt: skip
+    trained_leaves: ClassVar[frozenset[str]] = frozenset(leaf_names[:4])
+    files: ClassVar[Mapping[str, str]] = {
+        "gralora_a": "gralora_A",
+        "gralora_b": "gralora_B",
+        "gralora_general_a": "gralora_A_general.weight",
+        "gralora_general_b": "gralora_B_general.weight",
+    }
+    peft_type: ClassVar[str | None] = "GRALORA"
+    peft_options: ClassVar[Mapping[str, str]] = {
+        "target_modules": "targets",
+        "layers_to_transform": "layers_to_transform",
+        "layers_pattern": "layers_pattern",
+        "r": "rank",
+        "hybrid_r": "hybrid_rank",
+        "alpha": "alpha",
+        "gralora_k": "blocks",
+        "gralora_dropout": "dropout",
+        "bias": "bias",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("r", "alpha", "gralora_k")
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    rank: int = option(32, "rank r, a multiple of blocks", at_least=1)
+    hybrid_rank: int = option(0, "rank h of the plain LoRA that is added", at_least=0)
+    alpha: float = option(64.0, "numerator of the scaling alpha / (rank + hybrid_rank)", above=0)
+    blocks: int = option(2, "how many blocks k the inputs and the outputs are cut into", at_least=1)
+    dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
+    bias: Literal["none", "all", "gralora_only"] = option("none", "which biases of the base are trained as well")
+
+    def problems(self) -> list[str]:
+        """Refuses a rank that the blocks do not divide."""
+        rest = self.rank % self.blocks
+        return super().problems() + (
+            [f"rank: {self.rank} is no multiple of blocks, {self.blocks}"] if self.blocks > 0 and rest else []
+        )
+
+    def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
+        """Makes A and A' uniform as PEFT has them, B and B' zero.
+
+        Raises:
+            ConfigError: the blocks do not divide the inputs and outputs of the site.
+        """
+        del kernel
+        (n_in, n_out), k = site.shape, self.blocks
+        if n_in % k or n_out % k:
+            raise ConfigError(
+                f"gralora.blocks: {k} does not divide the {n_in} inputs and {n_out} outputs of {site.name}; give a divisor of both, "
+                "or exclude the site"
+            )
+        keys = jax.random.split(rng)
+        leaves = {
+            "gralora_a": uniform(keys[0], (k, n_in // k, self.rank), n_in // k),
+            "gralora_b": jnp.zeros((k, self.rank, n_out // k), jnp.float32),
+            "gralora_scale": jnp.asarray(self.alpha / (self.rank + self.hybrid_rank), jnp.float32),
+        }
+        if self.hybrid_rank:
+            leaves["gralora_general_a"] = uniform(keys[1], (n_in, self.hybrid_rank), n_in)
+            leaves["gralora_general_b"] = jnp.zeros((self.hybrid_rank, n_out), jnp.float32)
+        return leaves | ({"gralora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains the matrices, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W` and the updates of its blocks, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "gralora_dropout"))
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives the kernel with the update of each block."""
+        a, b = _by_blocks(leaves)
+        blocks = jnp.einsum("iajs,jiso->iajo", a, b, precision="highest").reshape(base["kernel"].shape)
+        general = product(leaves["gralora_general_a"], leaves["gralora_general_b"]) if _hybrid(leaves) else 0.0
+        return {"kernel": base["kernel"] + leaves["gralora_scale"] * (blocks + general)}
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; PEFT has no exclusions here, so with them the file names the sites one by one."""
+        return super().to_peft() | ({"target_modules": "default"} if self.exclude else {})
+
+
+def _update(leaves: Leaves, x: Any) -> Any:
+    a, b = _by_blocks(leaves)
+    inputs = x.reshape(*x.shape[:-1], a.shape[0], a.shape[1])
+    h = jnp.einsum("...ia,iajs->...jis", inputs, a.astype(x.dtype))
+    y = jnp.einsum("...jis,jiso->...jo", h, (leaves["gralora_scale"] * b).astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    if _hybrid(leaves):
+        return y + low_rank(x, leaves["gralora_general_a"], leaves["gralora_scale"] * leaves["gralora_general_b"])
+    return y
+
+
+def _by_blocks(leaves: Leaves) -> tuple[Any, Any]:
+    """Gives A as `[i, in / k, j, r / k]` and B as `[j, i, r / k, out / k]`."""
+    a, b = leaves["gralora_a"], leaves["gralora_b"]
+    k = a.shape[0]
+    return a.reshape(*a.shape[:2], k, -1), b.reshape(k, k, -1, b.shape[2])
+
+
+def _hybrid(leaves: Leaves) -> bool:
+    return "gralora_general_a" in leaves

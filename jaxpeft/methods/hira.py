@@ -1,0 +1,78 @@
+r"""HiRA: a frozen kernel is multiplied, element by element, by a low-rank matrix.
+
+    y = x W + D(x) (W * (A B)),    A: [in, r],  B: [r, out]
+
+As `W` has a high rank, so has the update. `B` starts at zero, so a fresh adapter leaves every output as it was. `D` is dropout.
+
+Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", section 3
+(ICLR 2025, openreview.net/forum?id=TwJrTz9cRS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.targets import Site
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.loha import uniform
+from jaxpeft.methods.low_rank import product
+from jaxpeft.methods.made import through
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiRA(Targeted):
+    """Hadamard product of a low-rank matrix with the kernel of linear sites.
+
+    Leaves of a site: `hira_a [in, r]`, `hira_b [r, out]`, trained; `hira_dropout []` where the rate is not zero. All float32.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "hira"
+    paper: ClassVar[str] = "https://openreview.net/forum?id=TwJrTz9cRS"
+    leaf_names: ClassVar[tuple[str, ...]] = ("hira_a", "hira_b", "hira_dropout")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"hira_a", "hira_b"})
+    files: ClassVar[Mapping[str, str]] = {"hira_a": "hira_A", "hira_b": "hira_B"}
+    peft_type: ClassVar[str | None] = "HIRA"
+    peft_options: ClassVar[Mapping[str, str]] = {
+        **TARGET_OPTIONS,
+        "r": "rank",
+        "hira_dropout": "dropout",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("r",)
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "rank_pattern"})  # PEFT 0.21 makes no use of it
+
+    rank: int = option(32, "rank r of the matrix that the kernel is multiplied by", at_least=1)
+    dropout: float = option(0.0, "rate of dropout on the input of the update", at_least=0, below=1)
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes A uniform as PEFT has it, and B zero."""
+        del kernel
+        n_in, n_out = site.shape
+        leaves = {"hira_a": uniform(rng, (n_in, self.rank), n_in), "hira_b": jnp.zeros((self.rank, n_out), jnp.float32)}
+        return leaves | ({"hira_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W + D(x) (W * (A B))`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        x = dropped(call, call.x.astype(y.dtype), "hira_dropout")
+        return y + call.each(partial(through, partial(_update, call.kernel)), x)
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + W * (A B)`."""
+        kernel = base["kernel"]
+        return {"kernel": kernel + _update(lambda: kernel, leaves)}
+
+
+def _update(kernel: Kernel, leaves: Leaves) -> Any:
+    return kernel() * product(leaves["hira_a"], leaves["hira_b"])

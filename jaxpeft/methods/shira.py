@@ -1,0 +1,101 @@
+r"""SHiRA: a few entries of a frozen kernel, anywhere in it, are trained.
+
+    y = x W + x S,    S[i_k, j_k] = w_k,    w: [n],  n = r (in + out)
+
+The update is sparse and has a high rank, and as many trained numbers as LoRA of rank `r`. Which entries it takes is drawn at
+random once, one of each of `n` parts of the kernel, and kept beside `w`, in files as well. `w` starts at zero, so a fresh adapter
+leaves every output as it was.
+
+Bhardwaj et al. 2024, "Sparse High Rank Adapters", section 3, its mask SHiRA-Rand (arXiv:2406.13175).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.made import through
+from jaxpeft.methods.sparse import one_of_each_part
+from jaxpeft.methods.targeted import Targeted
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHiRA(Targeted):
+    """A sparse update of linear sites.
+
+    Leaves of a site: `shira_weight [n]`, float32, trained; `shira_indices [2, n]`, int32, rows of which are places in the outputs
+    and in the inputs.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "shira"
+    paper: ClassVar[str] = "arXiv:2406.13175"
+    leaf_names: ClassVar[tuple[str, ...]] = ("shira_weight", "shira_indices")
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"shira_weight"})
+    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
+    files: ClassVar[Mapping[str, str]] = {name: name for name in leaf_names}
+    as_they_are: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
+    peft_type: ClassVar[str | None] = "SHIRA"
+    peft_options: ClassVar[Mapping[str, str]] = {"target_modules": "targets", "r": "rank"}
+    peft_required: ClassVar[tuple[str, ...]] = ("r",)
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "mask_type", "random_seed"})
+
+    rank: int = option(32, "rank r of the LoRA that would train as many numbers", at_least=1)
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Draws the entries, and makes `w` zero.
+
+        Raises:
+            ConfigError: the kernel of the site has fewer entries.
+        """
+        del kernel
+        (n_in, n_out), count = site.shape, self.rank * sum(site.shape)
+        if count > n_in * n_out:
+            raise ConfigError(
+                f"shira.rank: {self.rank} asks for {count} entries of the kernel of {site.name}, which has {n_in * n_out}; give a "
+                "lower one, or exclude the site"
+            )
+        flat = one_of_each_part(rng, count, n_in * n_out)
+        indices = jnp.stack([flat // n_in, flat % n_in]).astype(jnp.int32)
+        return {"shira_weight": jnp.zeros((count,), jnp.float32), "shira_indices": indices}
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W + x S`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        return y + call.each(partial(through, partial(_sparse, call.x.shape[-1], y.shape[-1])), call.x.astype(y.dtype))
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + S`."""
+        n_in, n_out = base["kernel"].shape
+        return {"kernel": base["kernel"] + _sparse(n_in, n_out, leaves)}
+
+    def wrong_numbers(self, site: Site, tensors: Leaves) -> list[str]:
+        """Refuses places outside of the kernel, which would be left out without a word, and parts of one."""
+        places, (n_in, n_out) = np.asarray(tensors["shira_indices"]), site.shape
+        inside = (places >= 0) & (places < np.array([[n_out], [n_in]])) & (places == np.floor(places))
+        why = f"shira_indices: names places that the kernel, {n_out} outputs by {n_in} inputs, has not"
+        return [] if inside.all() else [why]
+
+    def to_peft(self) -> dict[str, Any]:
+        """Gives the options; PEFT has targets alone here, so where layers or exclusions choose, sites are named one by one."""
+        chosen = self.exclude or self.layers_to_transform is not None
+        return super().to_peft() | ({"target_modules": "default"} if chosen else {})
+
+
+def _sparse(n_in: int, n_out: int, leaves: Leaves) -> Any:
+    """Gives `S` `[in, out]`; of an entry that is named twice the sum, as PEFT has it."""
+    of_out, of_in = leaves["shira_indices"]
+    return jnp.zeros((n_in, n_out), jnp.float32).at[of_in, of_out].add(leaves["shira_weight"])

@@ -1,0 +1,146 @@
+r"""VB-LoRA: the matrices of LoRA are put together of vectors that all sites share.
+
+    y = x W + (D(x) A) B,    of each part of A and B of length l:  sum over the k largest of its logits of softmax(logits)_i v_i
+
+`v: [h, l]` is the bank of vectors at the root of the tree. A column of `A: [in, r]` has `in / l` parts and a row of `B: [r, out]`
+`out / l`, each with `h` logits of its own. Bank and logits are trained. A fresh adapter changes the outputs a little: bank and
+logits begin random, as with a bank of zeros no logit would have a gradient. `D` is dropout.
+
+Li et al. 2024, "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", sections 3.2 and 3.3 (arXiv:2405.15179).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.low_rank import low_rank, product
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBLoRA(Targeted):
+    """Low-rank updates of linear sites out of a shared bank of vectors.
+
+    Leaves of a site: `vblora_logits_a [r, in / l, h]`, `vblora_logits_b [out / l, r, h]`, trained; `vblora_topk [k]`, whose length
+    says how many are mixed; `vblora_dropout []` where the rate is not zero. At the root: `vblora_vector_bank [h, l]`, trained.
+    All float32.
+
+    Raises:
+        ConfigError: an option is out of range, or options exclude each other.
+    """
+
+    name: ClassVar[str] = "vblora"
+    paper: ClassVar[str] = "arXiv:2405.15179"
+    leaf_names: ClassVar[tuple[str, ...]] = ("vblora_logits_a", "vblora_logits_b", "vblora_topk", "vblora_dropout")
+    root_names: ClassVar[tuple[str, ...]] = ("vblora_vector_bank",)
+    trained_leaves: ClassVar[frozenset[str]] = frozenset({"vblora_logits_a", "vblora_logits_b", "vblora_vector_bank"})
+    fresh_is_base: ClassVar[bool] = False
+    zero_is_base: ClassVar[bool] = False
+    files: ClassVar[Mapping[str, str]] = {"vblora_logits_a": "vblora_logits_A", "vblora_logits_b": "vblora_logits_B"}
+    root_files: ClassVar[Mapping[str, str]] = {"vblora_vector_bank": "base_model.vblora_vector_bank"}
+    as_they_are: ClassVar[frozenset[str]] = frozenset({"vblora_vector_bank"})
+    peft_type: ClassVar[str | None] = "VBLORA"
+    peft_options: ClassVar[Mapping[str, str]] = {
+        **TARGET_OPTIONS,
+        "r": "rank",
+        "num_vectors": "vectors",
+        "vector_length": "vector_length",
+        "topk": "topk",
+        "vblora_dropout": "dropout",
+        "bias": "bias",
+    }
+    peft_required: ClassVar[tuple[str, ...]] = ("r", "num_vectors", "vector_length", "topk")
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({
+        "init_vector_bank_bound", "init_logits_std", "save_only_topk_weights",
+    })  # fmt: skip
+
+    rank: int = option(4, "rank r of the updates", at_least=1)
+    vectors: int = option(256, "how many vectors h the bank has", at_least=1)
+    vector_length: int = option(
+        256, "length l of the vectors, which divides the inputs and outputs of each site", at_least=1
+    )
+    topk: int = option(2, "how many vectors k a part is mixed of", at_least=1)
+    dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
+    bank_bound: float = option(0.02, "the bank begins uniform within this bound", above=0)
+    logits_std: float = option(0.1, "standard deviation of the logits as they begin", above=0)
+    bias: Literal["none", "all", "vblora_only"] = option("none", "which biases of the base are trained as well")
+
+    def problems(self) -> list[str]:
+        """Refuses to mix more vectors than there are."""
+        many = [f"topk: {self.topk} is more than vectors, {self.vectors}"] if self.topk > self.vectors else []
+        return super().problems() + many
+
+    def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes the logits normal.
+
+        Raises:
+            ConfigError: the length of the vectors does not divide the inputs and outputs of the site.
+        """
+        del kernel
+        (n_in, n_out), length = site.shape, self.vector_length
+        if n_in % length or n_out % length:
+            raise ConfigError(
+                f"vblora.vector_length: {length} does not divide the {n_in} inputs and {n_out} outputs of {site.name}; give a "
+                "divisor of both, or exclude the site"
+            )
+        shapes = (self.rank, n_in // length, self.vectors), (n_out // length, self.rank, self.vectors)
+        a, b = (self.logits_std * jax.random.normal(k, s) for k, s in zip(jax.random.split(rng), shapes, strict=True))
+        leaves = {"vblora_logits_a": a, "vblora_logits_b": b, "vblora_topk": jnp.zeros((self.topk,), jnp.float32)}
+        return leaves | ({"vblora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+
+    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+        """Makes the bank uniform."""
+        del params, sites
+        shape = (self.vectors, self.vector_length)
+        return {"vblora_vector_bank": jax.random.uniform(rng, shape, jnp.float32, -self.bank_bound, self.bank_bound)}
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Trains logits and bank, and the biases that `bias` names."""
+        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
+
+    @staticmethod
+    def compute(call: Call) -> Any:
+        """Computes `x W + (D(x) A) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        y = call.base(*call.args)
+        x = dropped(call, call.x.astype(y.dtype), "vblora_dropout")
+        return y + call.each(lambda leaves, x: low_rank(x, *_matrices(leaves)), x)
+
+    @staticmethod
+    def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
+        """Gives `W + A B`."""
+        return {"kernel": base["kernel"] + product(*_matrices(leaves))}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options; a file that holds the largest weights in place of the logits is refused."""
+        values, problems = super().from_peft(config)
+        if config.get("save_only_topk_weights"):
+            problems.append(
+                "save_only_topk_weights: the file holds no logits, which training goes on from; save it with "
+                "save_only_topk_weights=False where it was trained"
+            )
+        return values, problems
+
+
+def _matrices(leaves: Leaves) -> tuple[Any, Any]:
+    """Gives A `[in, r]` and B `[r, out]`."""
+    a, b = (_mixed(leaves, leaves[name]) for name in ("vblora_logits_a", "vblora_logits_b"))
+    return a.reshape(a.shape[0], -1).T, b.transpose(1, 0, 2).reshape(b.shape[1], -1)
+
+
+def _mixed(leaves: Leaves, logits: Any) -> Any:
+    """Mixes vectors of the bank, `[..., h] -> [..., l]`."""
+    largest, which = jax.lax.top_k(logits, leaves["vblora_topk"].shape[0])
+    return jnp.einsum(
+        "...k,...kl->...l", jax.nn.softmax(largest), leaves["vblora_vector_bank"][which], precision="highest"
+    )
