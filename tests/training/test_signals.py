@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Generator
 
 import pytest
 
@@ -21,6 +22,15 @@ def test_a_request_that_comes_twice_at_once_is_one_request() -> None:
     assert stopped.value.exit_code == 143
 
 
+@pytest.fixture
+def interruptible() -> Generator[None]:
+    """A shell that starts a program in the background has it ignore SIGINT: here it is as in the foreground."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_request_later_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "_REPEATED", 1e-9)
     with StopRequest() as stop:
