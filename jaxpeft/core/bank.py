@@ -16,10 +16,11 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import adapter_names, trainable_mask
+from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 
 
-def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> Tree:
+def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]], *, sites: Sequence[Site] | None = None) -> Tree:
     """Puts adapters of one base into one tree.
 
     A leaf `[...]` becomes `[n, ...]`, below the layer axis where there is one; leaves that differ in rank are padded by zeros
@@ -27,6 +28,7 @@ def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> Tree:
 
     Args:
         adapters: `(method, params)` each, of the same kind of method on the same base.
+        sites: of a model that is not jaxpeft's own, as given to `rewrite`: they say which leaves have axes of layers.
 
     Returns:
         A tree for `jaxpeft.apply(model, tree, ..., adapter=i)`.
@@ -55,29 +57,37 @@ def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> Tree:
     out: list[tuple[Path, Any]] = []
     for path, leaf in paths.walk(params):
         if path[-1] in names:
-            axis = int(paths.layer_axis(path) is not None)
-            out.append((path, jnp.stack(_padded([other[path] for other in leaves], path, first), axis=axis)))
+            found = _padded([other[path] for other in leaves], path, first)
+            out.append((path, jnp.stack(found, axis=_layer_axes(path, sites))))
         else:
             out.append((path, leaf))
     return paths.build(out)
 
 
-def pick(method: Method, tree: Mapping[str, Any], i: int) -> Tree:
+def pick(method: Method, tree: Mapping[str, Any], i: int, *, sites: Sequence[Site] | None = None) -> Tree:
     """Gives the tree of one adapter of a bank, padded as it is there.
 
     Args:
         method: one of those that the bank was made of.
         tree: the bank.
         i: which adapter.
+        sites: as given to `bank`.
     """
     names = adapter_names(method)
 
     def one(path: Path, leaf: Any) -> Any:
         if path[-1] not in names:
             return leaf
-        return leaf[:, i] if paths.layer_axis(path) is not None else leaf[i]
+        return leaf[(slice(None),) * _layer_axes(path, sites) + (i,)]
 
     return paths.map_with_path(one, tree)
+
+
+def _layer_axes(path: Path, sites: Sequence[Site] | None) -> int:
+    """Gives how many leading axes of a leaf count layers."""
+    if sites is None:
+        return int(paths.layer_axis(path) is not None)
+    return next((len(site.layers) for site in sites if site.path == path[:-1]), 0)
 
 
 def _kinds(method: Method) -> tuple[str, ...]:

@@ -77,7 +77,10 @@ class Hooks:
         if on is not None and self.rows is not None:
             on = on[self.rows]
 
+        takes = tuple(inspect.signature(getattr(type(module), name)).parameters)[1:]
+
         def call(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _in_order(takes[: views.operands(module)], args, kwargs)
             seen = views.look(module, name, leaves, args, base, method)
             made = Call(own, seen.args, seen.base, seen.kernel, seen.bias, kwargs, key, rows)
             out = seen.restore(compute(made))
@@ -86,6 +89,18 @@ class Hooks:
             return jnp.where(on.reshape(*on.shape, *(1,) * (out.ndim - on.ndim)), out, base(*args, **kwargs))
 
         return call
+
+
+def _in_order(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gives a call's first inputs by place, those that were given by name among them."""
+    rest = dict(kwargs)
+    for name in names[len(args) :]:
+        if name not in rest:
+            break
+        args = (*args, rest.pop(name))
+    return args, rest
 
 
 def _require_inputs(module: Any, name: str, method: type[Method]) -> None:

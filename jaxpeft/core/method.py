@@ -92,6 +92,8 @@ class Method:
         fresh_is_base: whether a fresh adapter leaves every output as it was, bit by bit.
         zero_is_base: whether leaves of zeros compute the base, and stay zero in training: how stacked layers that are not
             adapted are padded. Where not, a leaf beside them says which layers are.
+        pads: whether zeros behind its leaves add nothing and stay zero in training: how stacked layers whose leaves differ in
+            size are padded.
         rank_pads: whether leaves of two adapters that differ in shape differ in rank alone, so that zeros make them alike.
         peft_type: of Hugging Face PEFT's `adapter_config.json`, None where PEFT has no such method.
         peft_options: from PEFT's names of options to the method's.
@@ -116,6 +118,7 @@ class Method:
     mergeable: ClassVar[bool] = True
     fresh_is_base: ClassVar[bool] = True
     zero_is_base: ClassVar[bool] = True
+    pads: ClassVar[bool] = True
     rank_pads: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = None
     peft_options: ClassVar[Mapping[str, str]] = {}
@@ -230,7 +233,8 @@ class Method:
 
         Args:
             leaves: the site's adapter leaves, and those at the root.
-            base: its base leaves, float32; `kernel` is `[in, out]`, of an embedding `[vocab, d]`.
+            base: its base leaves, float32; `kernel` is `[in, out]`, of an embedding `[vocab, d]`; and `original`, where another
+                method's adapter is folded into that already: the kernel as it was, which `compute` sees.
 
         Returns:
             Those of the base leaves that are changed, float32.

@@ -137,6 +137,7 @@ def _adapted_class(cls: type) -> type:
     """
 
     def computed(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(cls, name))
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             hooks, key = _ACTIVE.get()
             base = functools.partial(getattr(cls, name), self)

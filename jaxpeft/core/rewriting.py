@@ -112,6 +112,12 @@ def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, 
             f"{method.name}: the layers of {paths.text(site.path)} are stacked, and with these options some hold other leaves "
             "than others; load the model with scan_layers=False"
         )
+    sizes = {tuple(leaf.shape for leaf in layer.values()) for layer in layers if layer is not None}
+    if len(sizes) > 1 and not method.pads:
+        raise ConfigError(
+            f"{method.name}: the layers of {paths.text(site.path)} are stacked, and with these options their leaves differ in size, "
+            "which zeros cannot fill up; load the model with scan_layers=False"
+        )
     stacked = _stack_padded(layers)
     if not all(on) and not method.zero_is_base:
         stacked[method.site_names()[-1]] = jnp.asarray(on)
@@ -226,13 +232,16 @@ def without_adapter(method: Method, params: Mapping[str, Any]) -> Tree:
     return paths.build([(path, leaf) for path, leaf in paths.walk(params) if path[-1] not in names])
 
 
-def merge(method: Method, params: Mapping[str, Any], *, sites: Sequence[Site] | None = None) -> Tree:
+def merge(
+    method: Method, params: Mapping[str, Any], *, sites: Sequence[Site] | None = None, tied: bool | None = None
+) -> Tree:
     """Folds the adapter into the base, giving plain params: the inverse of `rewrite` in structure.
 
     Args:
         method: the method that rewrote `params`.
         params: the rewritten tree.
         sites: of a model that is not jaxpeft's own, as given to `rewrite`.
+        tied: whether the embedding is the language-model head as well; None for a decoder of jaxpeft's own that has no head.
 
     Returns:
         The tree without adapter leaves; sums are made in float32 and cast to the base leaf's dtype once.
@@ -250,15 +259,65 @@ def merge(method: Method, params: Mapping[str, Any], *, sites: Sequence[Site] | 
             raise ConfigError(
                 f"nothing to merge: no module holds {part.name} leaves (merged already, or never rewritten)"
             )
-    found = targets.find_sites(params, targets.KINDS) if sites is None else sites
-    for part in adding:
-        shared = {key: tree.pop(key) for key in part.root_names if key in tree}
-        for site in found:
-            node = paths.get(tree, site.path)
-            own = {key: node.pop(key) for key in part.site_names() if key in node}
-            if own:
-                node.update(_folded(part, site, own, shared, node))
+    if tied or (tied is None and sites is None and _without_head(params)):
+        _require_untied(adding, params)
+    roots = {key: tree.pop(key) for part in adding for key in part.root_names if key in tree}
+    names = adapter_names(method)
+    for site in targets.find_sites(params, targets.KINDS) if sites is None else sites:
+        node = paths.get(tree, site.path)
+        folded = fold_site(adding, site, node, roots)
+        for key in names & node.keys():
+            del node[key]
+        node.update(folded)
     return tree
+
+
+def _without_head(params: Mapping[str, Any]) -> bool:
+    """Says whether a tree is that of a decoder which has no head but its embedding."""
+    found = [path for path, _ in paths.walk(params)]
+    return any(path[-2:-1] == ("embed_tokens",) for path in found) and not any(
+        path[0] == "lm_head" or paths.is_head(path) for path in found
+    )
+
+
+def _require_untied(adding: Sequence[Method], params: Mapping[str, Any]) -> None:
+    """Refuses an adapter that changes an embedding where tokens are looked up, and not where it is the head.
+
+    Raises:
+        ConfigError: naming the embedding.
+    """
+    for path, _ in paths.walk(params):
+        for part in adding:
+            lookups = part.leaf_names and path[-1] == part.leaf_names[0] and "attend" not in part.hooks
+            if lookups and kernels.form_of(paths.get(params, path[:-1])) == "embedding":
+                raise ConfigError(
+                    f"{paths.text(path[:-1])} is the language-model head as well, and {part.name} changes it where tokens are looked up "
+                    "alone, which no one matrix computes: `python -m jaxpeft.export --to merged` gives the head a copy of its own; "
+                    "for a model that has no such head, give tied=False"
+                )
+
+
+def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) -> dict[str, Any]:
+    """Gives the base leaves of one site with every adapter in it folded in, in their dtypes; nothing where there is none.
+
+    Args:
+        parts: the methods that add leaves, in the order in which they compute.
+        site: where.
+        node: the leaves of its module, those of its adapters among them.
+        roots: the adapters' leaves at the root of the tree.
+
+    Raises:
+        ConfigError: an adapter changes a leaf that the module has not, or the kernel is quantised.
+    """
+    adapters = {name for part in parts for name in part.site_names()}
+    before = {key: leaf for key, leaf in node.items() if key not in adapters and not isinstance(leaf, Mapping)}
+    out: dict[str, Any] = {}
+    for part in parts:
+        own = {key: node[key] for key in part.site_names() if key in node}
+        if own:
+            shared = {key: roots[key] for key in part.root_names if key in roots}
+            out |= _folded(part, site, own, shared, {**before, **out}, before if out else None)
+    return out
 
 
 def adding_parts(method: Method) -> list[Method]:
@@ -275,10 +334,11 @@ def _as_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array
     return (kernels.as_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)).astype(leaf.dtype)
 
 
-def _folded(method: Method, site: Site, own: Leaves, shared: Leaves, node: Leaves) -> dict[str, Any]:
-    """Gives the base leaves of a site with its adapter folded in, layer by layer."""
-    form = kernels.form_of(node) or "kernel"
-    plain = {key: leaf for key, leaf in node.items() if not isinstance(leaf, Mapping)}
+def _folded(
+    method: Method, site: Site, own: Leaves, shared: Leaves, plain: Leaves, before: Leaves | None
+) -> dict[str, Any]:
+    """Gives the base leaves of a site with its adapter folded in, layer by layer; `before` are those without any adapter."""
+    form = kernels.form_of(plain) or "kernel"
     if form not in ("kernel", "embedding"):
         raise ConfigError(f"{paths.text(site.path)} is stored as {form}; merge into the base that is not quantised")
     layers: list[dict[str, Any]] = []
@@ -288,8 +348,9 @@ def _folded(method: Method, site: Site, own: Leaves, shared: Leaves, node: Leave
         on = mine.pop(method.site_names()[-1], True)
         whole = {**given, "kernel": kernels.read(base, site.shape, site.order)}
         whole |= {"bias": given["bias"].reshape(-1)} if "bias" in given else {}
-        folded = method.fold({**shared, **mine}, whole) if bool(on) else whole
-        kept = {form if key == "kernel" else key: value for key, value in folded.items()}
+        whole |= {} if before is None else {"original": kernel_of(site, before, i)}
+        folded = {**whole, **method.fold({**shared, **mine}, whole)} if bool(on) else whole
+        kept = {form if key == "kernel" else key: value for key, value in folded.items() if key != "original"}
         lost = sorted(kept.keys() - base.keys() - {"kernel"})
         if lost:
             raise ConfigError(

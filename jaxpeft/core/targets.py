@@ -180,6 +180,7 @@ def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Se
         TargetError: naming the sites.
     """
     if is_keyword(wanted.targets):
+        _report_unknown(wanted, sites)
         return
     entries = wanted.targets if isinstance(wanted.targets, tuple) else (wanted.targets,)
     others = [(site.kind, name) for site in sites if site.kind not in kinds for name in site.names]
@@ -188,15 +189,26 @@ def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Se
     for entry in entries:
         one = entry if isinstance(wanted.targets, str) else (entry,)
         hit = [(kind, name) for kind, name in others if _named(name, one)]
-        # an entry that names sites of both kinds, as a regular expression may, takes those that can be adapted
-        if hit and not any(_named(name, one) for name in own):
-            kind, name = hit[0]
+        # an entry that names sites of both kinds, as a regular expression may, takes those that can be adapted; a module of a
+        # type that no method knows is no such kind
+        unknown = [(kind, name) for kind, name in hit if kind not in KINDS and not _named(name, wanted.exclude)]
+        if unknown or (hit and not any(_named(name, one) for name in own)):
+            kind, name = (unknown or hit)[0]
             problems.append(
                 f"targets: {entry!r} names {name}, which is {'an' if kind[0] in 'aeiou' else 'a'} {kind} site; {method} adapts "
                 f"{' and '.join(kinds)} sites"
             )
     if problems:
         raise TargetError(problems)
+
+
+def _report_unknown(wanted: Targets, sites: Sequence[Site]) -> None:
+    """Logs the modules that a keyword leaves out because no method knows their type."""
+    left = [f"{site.name} ({site.kind})" for site in sites if site.kind not in KINDS]
+    left = [name for name in left if not _named(name.split(" ")[0], wanted.exclude)]
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        _log.warning("left as they are, of types that no method adapts: %s%s", ", ".join(left[:5]), more)
 
 
 def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
@@ -254,6 +266,23 @@ def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
 
 def _at_end(pattern: str) -> str:
     return rf"(.*\.)?({pattern})"
+
+
+def require_ends(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses a pattern that is not the end of a site's name in plain letters: PEFT reads others in another way here.
+
+    It looks for a dot and the pattern in front of the end of the name, and does not group what the pattern may be.
+
+    Raises:
+        TargetError: naming the pattern.
+    """
+    odd = [p for p in patterns if re.fullmatch(r"[\w.]+", p) is None or p in names]
+    if odd:
+        raise TargetError([
+            f"{field}: {p!r} would be read otherwise by PEFT; give the end of a site's name, such as {'.'.join(names[0].split('.')[1:])!r}"
+            for p in odd
+        ])  # fmt: skip
+    require_patterns(field, patterns, names)
 
 
 def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> None:

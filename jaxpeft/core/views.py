@@ -138,6 +138,11 @@ def _equation(module: Any, einsum: str | None) -> tuple[str, str, str, str, str]
     return (x, kernel, y, contracted, made) if whole and len(set(x)) == len(x) else None
 
 
+def operands(module: Any) -> int:
+    """Gives how many of the inputs of a module `look` needs by place: an `Einsum` may be called with its equation."""
+    return 2 if isinstance(module, _EINSUM) else 1
+
+
 def look(
     module: Any,
     name: str,

@@ -18,7 +18,7 @@ import numpy as np
 from jaxpeft.core import kernels, paths, targets
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
-from jaxpeft.core.rewriting import adapter_names, adding_parts, merge, trainable_mask
+from jaxpeft.core.rewriting import adapter_names, adding_parts, fold_site, trainable_mask
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub import safetensors_writing
@@ -114,16 +114,8 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
 
 def _folded(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leaves) -> Leaves:
     """Gives the leaves of one module with every adapter in it folded in, float32; nothing where it is not adapted."""
-    exact: Leaves = {}
-    left = dict(node)
-    for part in adding_parts(method):
-        own = {key: left.pop(key) for key in part.site_names() if key in left}
-        if own:
-            whole = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in (exact or base).items()}
-            shared = {key: roots[key] for key in part.root_names if key in roots}
-            tree = paths.build([((*site.path, key), leaf) for key, leaf in {**whole, **own}.items()]) | shared
-            exact = paths.get(merge(part, tree, sites=[site]), site.path)
-    return exact
+    exact = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
+    return fold_site(adding_parts(method), site, {**node, **exact}, roots)
 
 
 def rounded(method: Method, params: Tree, form: str) -> None:

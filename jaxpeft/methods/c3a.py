@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import Site, pattern_value, require_patterns
+from jaxpeft.core.targets import Site, pattern_value, require_ends
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import trains_bias
@@ -44,6 +44,7 @@ class C3A(Targeted):
     leaf_names: ClassVar[tuple[str, ...]] = ("c3a_kernel",)
     trained_leaves: ClassVar[frozenset[str]] = frozenset(leaf_names)
     zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
+    pads: ClassVar[bool] = False
     files: ClassVar[Mapping[str, str]] = {"c3a_kernel": "c3a_kernel"}
     peft_type: ClassVar[str | None] = "C3A"
     peft_options: ClassVar[Mapping[str, str]] = {
@@ -73,12 +74,12 @@ class C3A(Targeted):
         return super().expressions(whole) | {"block_size_pattern": self.block_size_pattern}
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuses a pattern that matches no adapted site.
+        """Refuses a pattern that matches no adapted site, or that PEFT would read otherwise.
 
         Raises:
             TargetError: naming the pattern.
         """
-        require_patterns("block_size_pattern", self.block_size_pattern, names)
+        require_ends("block_size_pattern", self.block_size_pattern, names)
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
         """Makes `w` as `init_weights` says.

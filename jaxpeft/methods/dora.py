@@ -85,7 +85,8 @@ class DoRA(LoRA):
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `m / n (W + s A B)`."""
         whole = LoRA.fold(_lora(leaves), base)["kernel"]
-        return {"kernel": leaves["dora_magnitude"] / _positive(_norm(whole)) * whole}
+        alone = whole - base["kernel"] + base["original"] if "original" in base else whole
+        return {"kernel": leaves["dora_magnitude"] / _positive(_norm(alone)) * whole}
 
     def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
         """Gives LoRA's tensors and the magnitude."""

@@ -20,7 +20,7 @@ import numpy as np
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import Site, pattern_value, require_patterns
+from jaxpeft.core.targets import Site, pattern_value, require_ends
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import trains_bias
@@ -48,6 +48,7 @@ class FourierFT(Targeted):
     leaf_names: ClassVar[tuple[str, ...]] = ("fourierft_spectrum", "fourierft_indices", "fourierft_scale")
     trained_leaves: ClassVar[frozenset[str]] = frozenset({"fourierft_spectrum"})
     zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
+    pads: ClassVar[bool] = False
     files: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "fourierft_spectrum"}
     peft_type: ClassVar[str | None] = "FOURIERFT"
     peft_options: ClassVar[Mapping[str, str]] = {
@@ -79,12 +80,12 @@ class FourierFT(Targeted):
         return super().expressions(whole) | {"frequencies_pattern": self.frequencies_pattern}
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuses a pattern that matches no adapted site.
+        """Refuses a pattern that matches no adapted site, or that PEFT would read otherwise.
 
         Raises:
             TargetError: naming the pattern.
         """
-        require_patterns("frequencies_pattern", self.frequencies_pattern, names)
+        require_ends("frequencies_pattern", self.frequencies_pattern, names)
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
         """Draws the frequencies by the seed, and makes `c` as `init_weights` says.

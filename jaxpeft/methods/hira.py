@@ -71,7 +71,7 @@ class HiRA(Targeted):
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `W + W * (A B)`."""
         kernel = base["kernel"]
-        return {"kernel": kernel + _update(lambda: kernel, leaves)}
+        return {"kernel": kernel + _update(lambda: base.get("original", kernel), leaves)}
 
 
 def _update(kernel: Kernel, leaves: Leaves) -> Any:

@@ -102,7 +102,7 @@ class MiSS(Targeted):
         """Gives the kernel with the update of each shard."""
         block, kernel = leaves["miss_block"], base["kernel"]
         if block.ndim == 3:
-            return {"kernel": kernel + _bat(block, kernel)}
+            return {"kernel": kernel + _bat(block, base.get("original", kernel))}
         n_in, n_out = kernel.shape
         whole = jnp.tile(block, (-(-n_in // block.shape[0]), n_out // block.shape[1]))
         return {"kernel": kernel + whole[:n_in]}

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from jaxpeft.lazy import jax, jnp
 
+_FEW, _CHUNK = (2**32 - 1) // 20, 1 << 22
 
+
+@functools.lru_cache(maxsize=8)
 def as_torch_draws(count: int, total: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Gives the first numbers of `torch.randperm(total)` of a CPU generator with a seed: what files mean that hold a seed alone.
 
-    Both draw 32 bits of the Mersenne Twister a number, and swap.
+    Both draw from the Mersenne Twister, and swap: of fewer than 2^32 / 20 numbers 32 bits each, from the first number on; of more
+    64 bits each, building the permutation up from one number, so that every draw counts.
 
     Args:
         count: how many, at most `total`.
-        total: below 2^32.
+        total: of the numbers that are permuted.
         seed: from 0 to 2^32 - 1.
 
     Returns:
         `[count]` int64, below `total`, each once.
     """
-    drawn = np.random.RandomState(seed).randint(0, 2**32, count, dtype=np.uint32)
+    twister = np.random.RandomState(seed)
+    if total >= _FEW:
+        return _built_up(count, total, twister)
+    drawn = twister.randint(0, 2**32, count, dtype=np.uint32)
     moved: dict[int, int] = {}
     found = np.empty(count, np.int64)
     for i in range(count):
         other = i + int(drawn[i]) % (total - i)
         found[i] = moved.get(other, other)
         moved[other] = moved.get(i, i)
+    return found
+
+
+def _built_up(count: int, total: int, twister: np.random.RandomState) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Number `i` takes the place of one before it, which goes to the end; of the later ones those that come to the front matter."""
+    found = np.zeros(count, np.int64)
+    for start in range(0, total, _CHUNK):
+        size = min(_CHUNK, total - start)
+        halves = twister.randint(0, 2**32, 2 * size, dtype=np.uint32).astype(np.uint64)
+        places = ((halves[::2] << np.uint64(32)) | halves[1::2]) % np.arange(
+            start + 1, start + size + 1, dtype=np.uint64
+        )
+        for i in np.flatnonzero(places < count) if start >= count else range(size):
+            place, number = int(places[i]), start + int(i)
+            if number < count:
+                found[number] = found[place]
+            if place < count:
+                found[place] = number
     return found
 
 

@@ -100,7 +100,11 @@ class TrainableTokens(Targeted):
         kernel, rows, ids = base["kernel"], leaves["token_rows"], leaves["token_ids"]
         if kernel.shape[-1] == rows.shape[-1] and "embedding" in base:
             return {"kernel": kernel.at[ids].set(rows)}
-        return {"kernel": kernel.at[:, ids].set(rows.T)}
+        return (
+            {"kernel": kernel.at[:, ids].add(rows.T - base["original"][:, ids])}
+            if "original" in base
+            else {"kernel": kernel.at[:, ids].set(rows.T)}
+        )
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -95,7 +95,7 @@ class VBLoRA(Targeted):
             )
         shapes = (self.rank, n_in // length, self.vectors), (n_out // length, self.rank, self.vectors)
         a, b = (self.logits_std * jax.random.normal(k, s) for k, s in zip(jax.random.split(rng), shapes, strict=True))
-        leaves = {"vblora_logits_a": a, "vblora_logits_b": b, "vblora_topk": jnp.zeros((self.topk,), jnp.float32)}
+        leaves = {"vblora_logits_a": a, "vblora_logits_b": b, "vblora_topk": jnp.ones((self.topk,), jnp.float32)}
         return leaves | ({"vblora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:

@@ -280,3 +280,123 @@ def test_an_nnx_embedding_is_adapted_and_a_foreign_leaf_is_refused() -> None:
     np.testing.assert_allclose(jaxpeft.with_params(model, folded)(ids), jaxpeft.apply(model, params, ids), atol=1e-4)
     with pytest.raises(ConfigError, match="embed/lora_a has no place in this module; merge the adapter first"):
         jaxpeft.with_params(model, params)
+
+
+# ------------------------------------------------------------------------------------------- stacks, names, and what is left
+
+
+class Scanned(nn.Module):
+    """Layers under a scan of any name."""
+
+    called: str
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        block = nn.scan(Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return block(name=self.called)(x, None)[0]
+
+
+class Cell(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        return nn.tanh(nn.Dense(4, name="m")(x)), None
+
+
+@pytest.mark.parametrize("called", ["layers", "stack"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_bank_of_scanned_layers_of_any_name(called: str, count: int) -> None:
+    model, x, method = Scanned(called), random(3, 4), jaxpeft.LoRA(rank=2)
+    base = model.init(jax.random.key(0), x)["params"]
+    sites = jaxpeft.find_sites(model, base, x)
+    fresh = jaxpeft.rewrite(method, base, jax.random.key(0), sites=sites)
+    trees = [jax.tree.map(lambda leaf, i=i: leaf * (1 + i), moved(method, fresh)) for i in range(count)]
+    trees = [
+        paths.map_with_path(lambda p, leaf: leaf if p[-1].startswith("lora_") else paths.get(base, p), t) for t in trees
+    ]
+    tree = jaxpeft.bank([(method, one) for one in trees], sites=sites)
+    for i, alone in enumerate(trees):
+        wanted = jaxpeft.apply(model, alone, x)
+        np.testing.assert_allclose(jaxpeft.apply(model, tree, x, adapter=i), wanted, rtol=1e-5, atol=1e-6)
+        picked = jaxpeft.pick(method, tree, i, sites=sites)
+        np.testing.assert_allclose(jaxpeft.apply(model, picked, x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stack_that_is_itself_called_layers() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            keys = jax.random.split(jax.random.key(0), 3)
+            self.layers = nnx.vmap(lambda key: nnx.Linear(4, 4, rngs=nnx.Rngs(key)))(keys)
+
+        def __call__(self, x: Any) -> Any:
+            return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+    model, method, x = Model(), jaxpeft.LoRA(rank=2), random(3, 4)
+    base = jaxpeft.params_of(model)
+    sites = jaxpeft.find_sites(model, base)
+    assert [site.names for site in sites] == [("layers.0", "layers.1", "layers.2")]
+    params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(0), sites=sites))
+    merged = jaxpeft.with_params(model, jaxpeft.merge(method, params, sites=sites))
+    np.testing.assert_allclose(jaxpeft.apply(model, params, x), merged(x), rtol=1e-4, atol=1e-5)
+
+
+class ByName(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(8, name="m")(inputs=x)
+        return nn.Einsum((8, 4), name="e")(x, einsum_str="bld,dh->blh")
+
+
+class ByNameNnx(nnx.Module):
+    def __init__(self) -> None:
+        self.m = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: Any) -> Any:
+        return self.m(inputs=x)
+
+
+def test_inputs_may_be_given_by_name() -> None:
+    model, method, x = ByName(), jaxpeft.LoRA(rank=2), random(2, 3, 4)
+    base = model.init(jax.random.key(0), x)["params"]
+    sites = jaxpeft.find_sites(model, base, x)
+    params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(0), sites=sites))
+    wanted = model.apply({"params": jaxpeft.merge(method, params, sites=sites)}, x)
+    np.testing.assert_allclose(jaxpeft.apply(model, params, x), wanted, rtol=1e-4, atol=1e-5)
+    other = ByNameNnx()
+    params = moved(
+        method,
+        jaxpeft.rewrite(method, jaxpeft.params_of(other), jax.random.key(0), sites=jaxpeft.find_sites(other, {})),
+    )
+    merged = jaxpeft.with_params(other, jaxpeft.merge(method, params, sites=jaxpeft.find_sites(other, {})))
+    np.testing.assert_allclose(jaxpeft.apply(other, params, x), merged(x), rtol=1e-4, atol=1e-5)
+
+
+class Sub(nn.Module):
+    transposed: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.ConvTranspose(4, (1,), name="proj")(x) if self.transposed else nn.Dense(4, name="proj")(x)
+
+
+class Beside(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return Sub(False, name="a")(x) + Sub(True, name="b")(x)
+
+
+@pytest.mark.parametrize("targets", [("proj",), (r"a.proj", "proj"), r".*proj"])
+def test_a_module_that_no_method_knows_is_an_error_beside_one_that_is_adapted(targets: Any) -> None:
+    model, x = Beside(), random(2, 3, 4)
+    base = model.init(jax.random.key(0), x)["params"]
+    sites = jaxpeft.find_sites(model, base, x)
+    with pytest.raises(TargetError, match=r"names b\.proj, which is a ConvTranspose site; lora adapts"):
+        jaxpeft.rewrite(jaxpeft.LoRA(targets=targets), base, jax.random.key(0), sites=sites)
+    params = jaxpeft.rewrite(jaxpeft.LoRA(targets=targets, exclude=("b.proj",)), base, jax.random.key(0), sites=sites)
+    assert "lora_a" in params["a"]["proj"] and "lora_a" not in params["b"]["proj"]
+
+
+def test_a_module_that_no_method_knows_is_told_where_all_are_meant(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Beside(), random(2, 3, 4)
+    base = model.init(jax.random.key(0), x)["params"]
+    jaxpeft.rewrite(jaxpeft.LoRA(), base, jax.random.key(0), sites=jaxpeft.find_sites(model, base, x))
+    assert "left as they are, of types that no method adapts: b.proj (ConvTranspose)" in caplog.text

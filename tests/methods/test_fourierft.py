@@ -20,7 +20,7 @@ SITES = ("q_proj", "down_proj")
 
 
 def test_another_seed_and_numbers_by_site_go_both_ways(reference: Any, tmp_path: Path) -> None:  # noqa: F811
-    numbers = {"1.mlp.down_proj": 12}
+    numbers = {"mlp.down_proj": 12}
     method = jaxpeft.FourierFT(
         frequencies=30, frequencies_pattern=numbers, location_seed=5, scaling=90.0, targets=SITES
     )
@@ -46,6 +46,16 @@ def test_a_random_start_changes_the_outputs_and_says_so() -> None:
     method = jaxpeft.FourierFT(frequencies=30, targets=SITES, init_weights="gaussian")
     assert not method.fresh_is_base and jaxpeft.FourierFT().fresh_is_base
     assert np.abs(run(model, jaxpeft.rewrite(method, base, jax.random.key(0))) - run(model, base)).max() > 1e-3
+
+
+def test_numbers_by_layer_need_layers_that_are_not_stacked(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+    model, base = load("llama")
+    method = jaxpeft.FourierFT(frequencies=30, frequencies_pattern={"1.mlp.down_proj": 12}, targets=SITES)
+    params = jaxpeft.rewrite(method, base, jax.random.key(0))
+    jaxpeft.save_adapter(tmp_path, method, params, model)
+    stacked, base = load("llama", scan_layers=True)
+    with pytest.raises(ConfigError, match="fourierft: the layers of model/layers/mlp/down_proj are stacked"):
+        jaxpeft.load_adapter(tmp_path, stacked, base)
 
 
 def test_more_frequencies_than_there_are_are_refused() -> None:

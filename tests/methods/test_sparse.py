@@ -28,3 +28,13 @@ def test_one_of_each_part_is_ascending_and_within(count: int, total: int) -> Non
 def test_another_key_draws_others() -> None:
     first, second = (np.asarray(one_of_each_part(jax.random.key(i), 100, 10_000)) for i in (0, 1))
     assert (first != second).mean() > 0.9
+
+
+@pytest.mark.slow
+def test_the_draws_of_very_large_kernels_are_those_of_torch() -> None:
+    """From 2^32 / 20 numbers on torch builds its permutation in another way."""
+    import torch
+
+    total = (2**32 - 1) // 20
+    wanted = torch.randperm(total, generator=torch.Generator().manual_seed(777))[:1000]
+    np.testing.assert_array_equal(as_torch_draws(1000, total, 777), wanted.numpy())

@@ -38,6 +38,15 @@ def test_a_file_without_logits_is_refused(tmp_path: Path) -> None:
         jaxpeft.load_adapter(tmp_path, model, base)
 
 
+def test_a_tree_of_another_topk_is_not_saved(tmp_path: Path) -> None:
+    model, base = load("llama")
+    method = jaxpeft.VBLoRA(vectors=9, vector_length=16, targets=SITES)
+    params = jaxpeft.rewrite(method, base, jax.random.key(0))
+    other = jaxpeft.VBLoRA(vectors=9, vector_length=16, topk=1, targets=SITES)
+    with pytest.raises(AdapterError, match=r"vblora_topk is \[2\] in the tree, the method makes it \[1\]"):
+        jaxpeft.save_adapter(tmp_path, other, params, model)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     _, base = load("llama")
     with pytest.raises(ConfigError, match="topk: 5 is more than vectors, 4"):
