@@ -30,6 +30,11 @@ def moved(method: Any, params: Any) -> Any:
     )
 
 
+def assert_close(found: Any, wanted: Any) -> None:
+    """Two results are the same but for rounding, which is of their largest numbers."""
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-4 + 2e-5 * float(np.abs(wanted).max()))
+
+
 METHODS = [
     jaxpeft.LoRA(rank=2),
     jaxpeft.DoRA(rank=2),
@@ -82,7 +87,7 @@ def test_every_linear_linen_module_computes_as_its_merged_kernel(name: str, meth
     assert out.shape == plain.shape
     assert np.abs(out - plain).max() > 1e-2
     folded = jaxpeft.merge(method, params, sites=sites)
-    np.testing.assert_allclose(model.apply({"params": folded}, x), out, rtol=1e-4, atol=2e-4)
+    assert_close(model.apply({"params": folded}, x), out)
 
 
 def test_embeddings_are_adapted_and_tied_heads_compute_with_trained_tokens() -> None:
@@ -141,7 +146,7 @@ def test_multi_head_attention_under_scan_remat_and_vmap(lifted: bool, method: An
             node["lora_a"] = node["lora_a"].at[0].set(0).at[2].set(0)
     out = jaxpeft.apply(model, params, x)
     folded = jaxpeft.merge(method, params, sites=sites)
-    np.testing.assert_allclose(model.apply({"params": folded}, x), out, rtol=1e-4, atol=2e-4)
+    assert_close(model.apply({"params": folded}, x), out)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(jaxpeft.apply(model, p, x) ** 2)))(params)
     trained = next(iter(method.trained_leaves - {"lora_bias"}))
     assert float(jnp.abs(grads["stack"]["up"][trained]).max()) > 0
@@ -218,7 +223,7 @@ def test_every_linear_nnx_module_computes_as_its_merged_kernel(name: str, method
     out = jax.jit(lambda p, x: jaxpeft.apply(model, p, x))(params, x)
     assert np.abs(out - before).max() > 1e-2
     folded = jaxpeft.merge(method, params, sites=sites)
-    np.testing.assert_allclose(jaxpeft.with_params(model, folded)(x), out, rtol=1e-4, atol=2e-4)
+    assert_close(jaxpeft.with_params(model, folded)(x), out)
     np.testing.assert_array_equal(model(x), before)  # the module that was given is as it was
 
 
@@ -261,7 +266,7 @@ def test_nnx_attention_and_embeddings_in_lists_and_under_scan_and_remat(method: 
     out = jaxpeft.apply(model, params, ids)
     assert np.abs(out - model(ids)).max() > 1e-2
     folded = jaxpeft.merge(method, params, sites=sites)
-    np.testing.assert_allclose(jaxpeft.with_params(model, folded)(ids), out, rtol=1e-4, atol=2e-4)
+    assert_close(jaxpeft.with_params(model, folded)(ids), out)
     trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
     grads = jax.jit(jax.grad(lambda t: jnp.sum(jaxpeft.apply(model, jaxpeft.combine(t, frozen), ids) ** 2)))(trainable)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))

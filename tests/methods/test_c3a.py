@@ -41,6 +41,15 @@ def test_the_other_starts_change_the_outputs_and_say_so(begun: Any) -> None:
 
 def test_a_site_that_does_not_make_whole_blocks_is_named() -> None:
     _, base = load("llama")
+    with pytest.raises(
+        ConfigError, match=r"c3a.block_size: 256 does not divide the 32 inputs and 32 outputs of .*such as 32"
+    ):
+        jaxpeft.rewrite(jaxpeft.C3A(targets=("q_proj",)), base, jax.random.key(0))
+    with pytest.raises(
+        TargetError, match=r"'q_proj\|down_proj' would be read otherwise by PEFT; give the end of a site's name"
+    ):
+        jaxpeft.rewrite(jaxpeft.C3A(targets=SITES, block_size_pattern={"q_proj|down_proj": 2}), base, jax.random.key(0))
+    _, stacked = load("llama", scan_layers=True)
     mixed = jaxpeft.C3A(block_size=4, targets=SITES, block_size_pattern={"1.mlp.down_proj": 16})
     with pytest.raises(
         ConfigError, match=r"c3a: the layers of model/layers/mlp/down_proj are stacked, and .* differ in size"
