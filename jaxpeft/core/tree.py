@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core import paths
+from jaxpeft.core import kernels, paths
 from jaxpeft.core.paths import Path, Tree
 
 
@@ -72,8 +72,8 @@ def _copy(node: Any) -> Any:
 
 
 def count(tree: Mapping[str, Any]) -> int:
-    """Gives the number of parameters (array elements) of a tree of arrays or abstract arrays."""
-    return sum(int(leaf.size) for _, leaf in paths.walk(tree))
+    """Gives the number of parameters of a tree of arrays or abstract arrays; a quantised kernel counts as the one it stands for."""
+    return sum(kernels.parameters(path[-1], leaf.shape) for path, leaf in paths.walk(tree))
 
 
 def stack_layers(params: Mapping[str, Any]) -> Tree:

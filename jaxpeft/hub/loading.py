@@ -21,6 +21,7 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.hub import sources, weights
 from jaxpeft.hub.safetensors_files import open_folder
 from jaxpeft.models.base import Options, Pretrained
+from jaxpeft.quant.tree import Quant
 
 Task = Literal["causal_lm", "sequence_classification", "token_classification", "encoder"]
 TASKS: tuple[Task, ...] = ("causal_lm", "sequence_classification", "token_classification", "encoder")
@@ -39,6 +40,7 @@ def load(
     remat: str = "none",
     revision: str | None = None,
     vocab_size: int | None = None,
+    quant: Quant | str | None = None,
     seed: int = 0,
     sharding: Any = None,
 ) -> tuple[Pretrained, Tree]:
@@ -56,6 +58,8 @@ def load(
         revision: of a hub id: branch, tag or commit.
         vocab_size: of the embedding and the language-model head, where tokens were added to the tokenizer; the new rows begin
             as the mean of the others. None keeps the model's.
+        quant: `nf4`, `int4`, `int8`, `fp8`, or a `jaxpeft.Quant` that says which kernels: they are quantised as they are read, one
+            layer after the other, so that the model never exists as a whole in more bits. Embeddings and heads stay as they are.
         seed: for the leaves of a newly made head.
         sharding: a `jax.sharding.Sharding` for all leaves; None for the first device.
 
@@ -68,7 +72,7 @@ def load(
     """
     outlined = outline(
         path_or_hub_id, task=task, num_labels=num_labels, dtype=dtype, compute_dtype=compute_dtype,
-        scan_layers=scan_layers, pooling=pooling, remat=remat, revision=revision, vocab_size=vocab_size,
+        scan_layers=scan_layers, pooling=pooling, remat=remat, revision=revision, vocab_size=vocab_size, quant=quant,
     )  # fmt: skip
     return outlined.model, outlined.read(seed, sharding)
 
@@ -83,6 +87,7 @@ class Outline:
         stored: the same as the checkpoint has them: they differ where tokens are added.
         config: the content of `config.json`.
         plan: where each leaf is to be read from.
+        quant: which kernels are quantised as they are read, and how; None for none.
     """
 
     model: Pretrained
@@ -90,6 +95,7 @@ class Outline:
     stored: Tree
     config: Mapping[str, Any]
     plan: weights.WeightPlan
+    quant: Quant | None = None
 
     def read(self, seed: int = 0, sharding: Any = None) -> Tree:
         """Reads the numbers, slice by slice: see `load`.
@@ -101,8 +107,11 @@ class Outline:
         logs.show()
         _log.info("loading %s ...", self.model.source.name if self.model.source else "the model")
         new = _new_leaves(self.model, self.plan.new, seed)
-        params = weights.read(self.stored, self.plan, new, sharding)
-        params = paths.map_with_path(lambda path, leaf: _grown(leaf, paths.get(self.abstract, path).shape), params)
+        params = weights.read(self.stored, self.plan, new, sharding, self.quant)
+        wanted = dict(paths.walk(self.abstract))
+        params = paths.map_with_path(
+            lambda path, leaf: _grown(leaf, wanted[path].shape) if path in wanted else leaf, params
+        )
         _report(self, params, time.perf_counter() - started)
         return params
 
@@ -119,6 +128,7 @@ def outline(
     remat: str = "none",
     revision: str | None = None,
     vocab_size: int | None = None,
+    quant: Quant | str | None = None,
 ) -> Outline:
     """Finds out everything about a pretrained model but its numbers: what can be refused is, before any is read.
 
@@ -133,6 +143,7 @@ def outline(
     dtype, compute_dtype = _floating("dtype", dtype), _floating("compute_dtype", compute_dtype)
     compute = compute_dtype or dtype or _own_dtype(tensors)
     labels = num_labels if num_labels is not None else _labels_of(config, task)
+    how = Quant(quant) if isinstance(quant, str) else quant
     options = Options(
         task=task,
         num_labels=labels,
@@ -140,6 +151,7 @@ def outline(
         scan_layers=scan_layers,
         pooling=pooling or _pooling(config, task, tensors),
         remat=remat,
+        quant=how.form if how else None,
     )
     model = models.build(config, options).clone(source=source)
     own = model.config.vocab_size
@@ -152,13 +164,15 @@ def outline(
     if task == "causal_lm" and model.config.tie_word_embeddings:
         tensors = weights.untie(tensors, source.folder)
     plan = weights.plan(abstract, tensors, family, dtype, source.folder, relabel=num_labels is not None)
+    if how is not None:
+        how.sites(abstract)  # what does not fit is told before anything is read
     if vocab_size in (None, own):
-        return Outline(model, abstract, abstract, config, plan)
+        return Outline(model, abstract, abstract, config, plan, how)
     grown = model.clone(config=dataclasses.replace(model.config, vocab_size=vocab_size))
     wanted = paths.map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, paths.get(abstract, path).dtype), abstract_params(grown)
     )
-    return Outline(grown, wanted, abstract, config, plan)
+    return Outline(grown, wanted, abstract, config, plan, how)
 
 
 def _grown(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:

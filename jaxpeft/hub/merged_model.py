@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft import quant
 from jaxpeft.core import kernels, paths, targets
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
@@ -124,19 +125,19 @@ def rounded(method: Method, params: Tree, form: str) -> None:
     Args:
         method: the method that rewrote `params`; its layers are not stacked.
         params: the rewritten tree.
-        form: how the quantised base holds a kernel, a key of `jaxpeft.core.kernels.FORMS`.
+        form: how the quantised base holds a kernel, a key of `jaxpeft.quant.FORMS`.
 
     Raises:
         ConfigError: there is no such form, or numbers are not rounded in it.
     """
-    stores = {name: one.store for name, one in kernels.FORMS.items() if one.store is not None}
-    if form not in stores:
-        raise ConfigError(f"quant: {form!r} is no number format of this version (it has {', '.join(stores) or 'none'})")
+    if form not in quant.FORMS:
+        raise ConfigError(f"quant: {form!r} is no number format (known: {', '.join(quant.FORMS)})")
+    known = quant.FORMS[form]
     names = adapter_names(method)
     for site in targets.find_sites(params, ("linear",)):
         node = paths.get(params, site.path)
         if names & node.keys():
-            kernel = kernels.FORMS[form].read(stores[form](kernels.read(node, site.shape))).astype(jnp.float32)
+            kernel = known.read(known.store(kernels.read(node, site.shape)))
             node["kernel"] = kernel.reshape(node["kernel"].shape)
 
 

@@ -23,6 +23,7 @@ from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import WeightsError, nearest
 from jaxpeft.hub.safetensors_files import Tensor, aligned_empty
 from jaxpeft.models.base import Family
+from jaxpeft.quant.tree import Quant
 
 _BLOCK_BYTES = 1 << 20
 _STRIP = 32
@@ -273,19 +274,37 @@ def _not_floating(name: str, tensor: Tensor) -> str:
     return f"not floating: {name} is {tensor.dtype} (a quantized checkpoint?); use the unquantized model"
 
 
-def read(abstract: Tree, weights: WeightPlan, new: Mapping[Path, Any], sharding: Any = None) -> Tree:
-    """Reads every leaf, straight into device arrays.
+def read(
+    abstract: Tree, weights: WeightPlan, new: Mapping[Path, Any], sharding: Any = None, quant: Quant | None = None
+) -> Tree:
+    """Reads every leaf, straight into device arrays; kernels that are quantised one layer after the other.
 
     Args:
         abstract: the model's tree, for the order of the leaves.
         weights: what `plan` gave.
         new: the newly made leaves, by path.
         sharding: a `jax.sharding.Sharding` for all leaves; None for the first device.
+        quant: which kernels are quantised, and how; None for none.
     """
     place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    chosen = {} if quant is None else quant.sites(abstract)
     items: list[tuple[Path, Any]] = []
     for path, _ in paths.walk(abstract):
         source = weights.sources.get(path)
-        made = new[path] if source is None else jax.make_array_from_callback(source.shape, place, source.read)
-        items.append((path, made))
+        if source is None:
+            items.append((path, new[path]))
+        elif quant is None or path not in chosen:
+            items.append((path, jax.make_array_from_callback(source.shape, place, source.read)))
+        else:
+            layers = [functools.partial(_layer, source, place, i) for i in range(len(source.tensors))]
+            items += [((*path[:-1], key), leaf) for key, leaf in quant.stored(layers, source.stacked).items()]
     return paths.build(items)
+
+
+def _layer(source: LeafSource, place: Any, i: int) -> jax.Array:
+    """Reads one layer of a leaf, `[in, out]`."""
+    if not source.stacked:
+        return jax.make_array_from_callback(source.shape, place, source.read)
+    return jax.make_array_from_callback(
+        source.shape[1:], place, lambda index: source.read((slice(i, i + 1), *(index or ())))[0]
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.core import paths
+from jaxpeft.core import kernels, paths
 
 PEAK_FLOPS: Mapping[str, float] = {
     "TPU v4": 275e12,
@@ -40,7 +40,8 @@ def per_token(trainable: Any, frozen: Any) -> float:
 
 
 def _matrix_parameters(tree: Any) -> int:
-    return sum(int(leaf.size) for path, leaf in paths.walk(tree) if leaf.ndim >= 2 and path[-1] != "embedding")
+    leaves = ((path[-1], leaf) for path, leaf in paths.walk(tree))
+    return sum(kernels.parameters(name, leaf.shape) for name, leaf in leaves if leaf.ndim >= 2 and name != "embedding")
 
 
 def peak(devices: Sequence[Any]) -> float | None:

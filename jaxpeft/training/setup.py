@@ -101,6 +101,7 @@ def prepare(config: Config) -> Setup:
         remat=config.model.remat,
         revision=config.model.revision,
         vocab_size=config.model.vocab_size,
+        quant=_quant(config),
     )
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))

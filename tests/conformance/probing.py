@@ -2,77 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft
-from jaxpeft import forward
-from jaxpeft.core import kernels, paths
-from jaxpeft.core.method import Call, Method
+from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError
+from jaxpeft.quant.tree import dequantise, quantise
 from tests.core.helpers import BATCH, QUICK, run
 
 
-@dataclass(frozen=True, kw_only=True)
-class Int8(Method):
-    """A kernel in 8 bits, one scale a column, as a format of a quantised base would have it."""
-
-    name: ClassVar[str] = "int8"
-    leaf_names: ClassVar[tuple[str, ...]] = ("kernel_int8", "kernel_scale")
-
-    @staticmethod
-    def compute(call: Call) -> Any:
-        y = call.x @ call.kernel().astype(call.x.dtype)
-        return y if call.bias is None else y + call.bias.astype(y.dtype)
-
-
-@contextmanager
-def int8_known() -> Generator[None]:
-    """Lets the library know the format."""
-    before = kernels.FORMS, forward.MARKERS
-    form = kernels.Form(lambda leaves: leaves["kernel_int8"].astype(jnp.float32) * leaves["kernel_scale"])
-    kernels.FORMS = {**before[0], "kernel_int8": form}  # type: ignore[misc]
-    forward.MARKERS = {"kernel_int8": Int8, **before[1]}  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        kernels.FORMS, forward.MARKERS = before  # type: ignore[misc]
-
-
-def quantised(params: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Gives a tree whose kernels of the layers are in 8 bits, and the same tree with the kernels that they stand for."""
-    stored, plain = [], []
-    for path, leaf in paths.walk(params):
-        if path[-1] != "kernel" or paths.is_head(path) or path[0] == "lm_head":
-            stored.append((path, leaf))
-            plain.append((path, leaf))
-            continue
-        scale = jnp.maximum(jnp.abs(leaf).max(axis=-2, keepdims=True), 1e-9) / 127
-        codes = jnp.round(leaf / scale).astype(jnp.int8)
-        stored += [((*path[:-1], "kernel_int8"), codes), ((*path[:-1], "kernel_scale"), scale)]
-        plain.append((path, codes.astype(jnp.float32) * scale))
-    return paths.build(stored), paths.build(plain)
+def quantised(params: Mapping[str, Any], form: str = "nf4") -> tuple[Any, Any]:
+    """Gives a tree whose kernels of the layers are quantised, and the same tree with the kernels that they stand for."""
+    stored = quantise(params, form)
+    return stored, dequantise(stored)
 
 
 def on_quantised(method: Any, model: Any, base: Any, move: Any) -> str | None:
     """Tries a method on a quantised base; gives why it cannot, None where it computes as on the base that it stands for."""
-    with int8_known():
-        stored, plain = quantised(base)
-        try:
-            params = move(method, jaxpeft.rewrite(method, stored, jax.random.key(0)))
-        except ConfigError as error:
-            return str(error)
-        wanted = real(run(model, move(method, jaxpeft.rewrite(method, plain, jax.random.key(0)))))
-        compute = jax.jit(lambda p: jaxpeft.apply(model, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)
-        gap = np.abs(real(compute(params)) - wanted).max()
-        if gap > 1e-4 * max(1.0, float(np.abs(wanted).max())):
-            return f"the logits are off by {gap}"
+    stored, plain = quantised(base)
+    try:
+        params = move(method, jaxpeft.rewrite(method, stored, jax.random.key(0)))
+    except ConfigError as error:
+        return str(error)
+    wanted = real(run(model, move(method, jaxpeft.rewrite(method, plain, jax.random.key(0)))))
+    compute = jax.jit(lambda p: jaxpeft.apply(model, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)
+    gap = np.abs(real(compute(params)) - wanted).max()
+    if gap > 1e-4 * max(1.0, float(np.abs(wanted).max())):
+        return f"the logits are off by {gap}"
     return None
 
 

@@ -1,0 +1,83 @@
+r"""FP8: 8-bit floating-point weights with a scale for each output, multiplied as they are.
+
+    W[i, o] = q[o, i] * s[o],    s = max |W| / 448,    q: e4m3 (4 bits of exponent, 3 of fraction)
+
+    y = (x8 q') * sx * s,        x8 = x / sx in e4m3,          sx = max |x| / 448 of each row
+    dx = (g8 q) * sg,            g8 = (dy * s) / sg in e5m2,   sg = max |dy * s| / 57344 of each row
+
+The operands of both products have 8 bits, and are added up in 32. That is on GPUs; elsewhere the kernel is decoded, and multiplied
+in the dtype of the activations. 1 byte a weight.
+
+Micikevicius et al. 2022, "FP8 Formats for Deep Learning", sections 3 and 4 (arXiv:2209.05433).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxpeft.lazy import jax, jnp
+from jaxpeft.quant.form import Leaves, Quantised, frozen_product
+
+_LEAVES = ("kernel_fp8", "kernel_fp8_scale")
+_TINY = 1e-30
+
+
+def store(kernel: Any) -> dict[str, Any]:
+    """Quantises a kernel.
+
+    Args:
+        kernel: `[in, out]`, floating.
+
+    Returns:
+        `kernel_fp8 [out, in]` float8_e4m3fn, `kernel_fp8_scale [out]` float32.
+    """
+    codes, scale = _rows(kernel.astype(jnp.float32).T, jnp.float8_e4m3fn)
+    return {"kernel_fp8": codes, "kernel_fp8_scale": scale[:, 0]}
+
+
+def _rows(x: Any, kind: Any) -> tuple[Any, Any]:
+    """Gives `x` in 8 bits, and the scale of each row `[..., 1]`, float32."""
+    most = float(jnp.finfo(kind).max)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32), _TINY) / most
+    return jnp.clip(x.astype(jnp.float32) / scale, -most, most).astype(kind), scale
+
+
+def decoded(leaves: Leaves, dtype: Any) -> Any:
+    """Gives the transposed kernel `[out, in]`."""
+    return (leaves["kernel_fp8"].astype(jnp.float32) * leaves["kernel_fp8_scale"][:, None]).astype(dtype)
+
+
+def _product(x: Any, codes: Any, axis: int) -> Any:
+    return jax.lax.dot_general(x, codes, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _forward(x: Any, leaves: Leaves) -> tuple[Any, Leaves]:
+    rows, scale = _rows(x, jnp.float8_e4m3fn)
+    y = _product(rows, leaves["kernel_fp8"], 1) * scale * leaves["kernel_fp8_scale"]
+    return y.astype(x.dtype), leaves
+
+
+def _backward(leaves: Leaves, dy: Any) -> tuple[Any, None]:
+    rows, scale = _rows(dy * leaves["kernel_fp8_scale"].astype(dy.dtype), jnp.float8_e5m2)
+    return (_product(rows, leaves["kernel_fp8"], 0) * scale).astype(dy.dtype), None
+
+
+def product(x: Any, leaves: Leaves) -> Any:
+    """Computes `x W` in 8 bits, `[..., in] -> [..., out]` in the dtype of `x`."""
+    fn = jax.custom_vjp(lambda x, leaves: _forward(x, leaves)[0])
+    fn.defvjp(_forward, _backward)
+    return fn(x, dict(leaves))
+
+
+def matmul(x: Any, leaves: Leaves) -> Any:
+    """Computes `x W`: in 8 bits on a GPU, elsewhere in the dtype of `x`."""
+    return jax.lax.platform_dependent(x, dict(leaves), cuda=product, default=frozen_product(decoded))
+
+
+FP8 = Quantised(
+    leaves=_LEAVES,
+    read=lambda leaves: decoded(leaves, jnp.float32).T,
+    shape=lambda shape: (shape[1], shape[0]),
+    store=store,
+    matmul=matmul,
+)

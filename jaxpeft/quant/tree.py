@@ -1,0 +1,134 @@
+"""Quantising the kernels of a parameter tree: which of them, and each as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core import kernels, paths, targets
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.core.targets import ALL_LINEAR, Site, Targets
+from jaxpeft.errors import ConfigError
+from jaxpeft.quant import FORMS
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How a base is quantised.
+
+    Attributes:
+        form: a key of `jaxpeft.quant.FORMS`.
+        targets: which linear modules, as a method's targets: names, an expression, or `all-linear`, which takes no head.
+        exclude: which of them not.
+        group: how many inputs share a scale, where the form has groups; None for the form's own.
+
+    Raises:
+        ConfigError: there is no such form, or it has no groups.
+    """
+
+    form: str
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    exclude: str | tuple[str, ...] = ()
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ConfigError(f"quant: {self.form!r} is no number format (known: {', '.join(FORMS)})")
+        if self.group is not None and (not FORMS[self.form].grouped or self.group < 1):
+            with_groups = " and ".join(name for name, form in FORMS.items() if form.grouped)
+            raise ConfigError(f"quant_group: {self.group} does not go with {self.form}; {with_groups} take at least 1")
+
+    def sites(self, params: Mapping[str, Any]) -> dict[Path, Site]:
+        """Gives the sites to quantise, by the path of their kernels.
+
+        Args:
+            params: the tree of a base; abstract leaves will do.
+
+        Raises:
+            TargetError: a target matches nothing.
+            ConfigError: a kernel does not fit the form, or some layers only of a stacked one are named.
+        """
+        form, problems = FORMS[self.form], list[str]()
+        chosen = targets.resolve(params, Targets(self.targets, self.exclude))
+        for site, on in chosen.items():
+            n_in, name = site.shape[0], site.name
+            if not all(on):
+                problems.append(
+                    f"quant: {sum(on)} of the {len(on)} stacked layers of {name} are named; take all, or set scan_layers=False"
+                )
+            if form.even and n_in % 2:
+                problems.append(f"quant: {name} takes {n_in} inputs, and {self.form} needs an even number; exclude it")
+            if self.group is not None and n_in % self.group:
+                problems.append(f"quant_group: {self.group} does not divide the {n_in} inputs of {name}")
+        if problems:
+            raise ConfigError(problems)
+        return {(*site.path, "kernel"): site for site in chosen}
+
+    def stored(self, layers: list[Callable[[], jax.Array]], stacked: bool) -> dict[str, jax.Array]:
+        """Gives the leaves that hold a kernel, or one a layer: each is made, quantised and let go before the next.
+
+        Args:
+            layers: give the kernel of each layer, `[in, out]`, placed on its devices.
+            stacked: whether the leaves have an axis of layers.
+        """
+        form = FORMS[self.form]
+        grouped = {"group": self.group} if form.grouped else {}
+        store = jax.jit(partial(form.store, **grouped))
+        made = [jax.block_until_ready(store(kernel())) for kernel in layers]
+        return {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves} if stacked else made[0]
+
+
+def quantise(params: Mapping[str, Any], quant: Quant | str) -> Tree:
+    """Quantises a base that is there already; `load` does so as it reads one.
+
+    Args:
+        params: the tree of a base, without adapter leaves.
+        quant: how, or the name of a form.
+
+    Returns:
+        The tree, with the leaves of the form in place of each kernel.
+
+    Raises:
+        TargetError: a target matches nothing.
+        ConfigError: there is no such form, or a kernel does not fit it.
+    """
+    how = Quant(quant) if isinstance(quant, str) else quant
+    sites = how.sites(params)
+    items: list[tuple[Path, Any]] = []
+    for path, leaf in paths.walk(params):
+        site = sites.get(path)
+        if site is None:
+            items.append((path, leaf))
+            continue
+        layers = (
+            [partial(leaf.__getitem__, i) for i in range(len(site.names))] if site.layers else [lambda leaf=leaf: leaf]
+        )
+        items += [((*path[:-1], key), made) for key, made in how.stored(layers, bool(site.layers)).items()]
+    return paths.build(items)
+
+
+def dequantise(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
+    """Gives the base that a quantised one stands for; adapter leaves stay where they are.
+
+    Args:
+        params: a tree.
+        dtype: of the kernels.
+    """
+    items: dict[Path, Any] = dict(paths.walk(params))
+    for site in targets.find_sites(params):
+        node = {key: leaf for key, leaf in paths.get(params, site.path).items() if not isinstance(leaf, Mapping)}
+        form = kernels.form_of(node)
+        if form is None or not kernels.is_quantised(node):
+            continue
+        held = {key: items.pop((*site.path, key)) for key in kernels.FORMS[form].leaves}
+        layers = (
+            [{key: leaf[i] for key, leaf in held.items()} for i in range(len(site.names))] if site.layers else [held]
+        )
+        made = [kernels.read(layer, site.shape).astype(dtype) for layer in layers]
+        items[*site.path, "kernel"] = jnp.stack(made) if site.layers else made[0]
+    return paths.build(list(items.items()))
