@@ -40,11 +40,17 @@ if TYPE_CHECKING:
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
     from jaxpeft.methods import METHODS as METHODS
     from jaxpeft.methods.weighted import merge_adapters as merge_adapters
+    from jaxpeft.quant.tree import Quant as Quant
+    from jaxpeft.quant.tree import dequantise as dequantise
+    from jaxpeft.quant.tree import quantise as quantise
 
 _WHERE = {
     "bank": "core.bank",
     "pick": "core.bank",
     "merge_adapters": "methods.weighted",
+    "Quant": "quant.tree",
+    "quantise": "quant.tree",
+    "dequantise": "quant.tree",
     "find_sites": "core.probing",
     "params_of": "core.nnx",
     "with_params": "core.nnx",

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import jaxpeft
-from jaxpeft.core import paths
+from jaxpeft.core import kernels, paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import modules_to_save, rewrite, trainable_mask
@@ -182,6 +182,7 @@ def _read_parts(file: FilePath) -> dict[str, Any]:
 def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -> None:
     """Refuses a tree that is not what the method made of the model."""
     there = {p for p, _ in paths.walk(params)}
+    there |= {(*p[:-1], "kernel") for p in there if p[-1] in kernels.FORMS}  # whatever form holds it
     missing = [p for p, _ in paths.walk(abstract_params(model)) if p not in there]
     if missing:
         shown = ", ".join(paths.text(p) for p in missing[:3])
@@ -232,7 +233,7 @@ def _extra(model: Pretrained, labels: tuple[str, ...]) -> dict[str, Any]:
         "labels": list(labels),
         "vocab_size": model.config.vocab_size,
         "base_sha256": fingerprint(model.source) if model.source else None,
-    }
+    } | ({"quant": options.quant.as_dict()} if options.quant else {})
 
 
 def _card(method: Method, layout: Layout, config: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from jaxpeft.hub.safetensors_files import read_header
 from jaxpeft.hub.safetensors_writing import SHARD_BYTES
 from jaxpeft.hub.sources import file_sha256, read_json
 from jaxpeft.methods import METHODS
+from jaxpeft.quant.tree import Quant, read_quant
 
 MERGE = "jaxpeft_merge.json"
 """The file of a merged model that says what was merged into what."""
@@ -128,13 +129,14 @@ def require_free(out: Path) -> None:
         raise ConfigError(f"--out {out}: is a file; give a new folder")
 
 
-def quant_of(request: Request, adapter: Adapter) -> str | None:
-    """Gives the number format of the quantised base that the adapter was trained on, if there is one and it is asked for.
+def quant_of(request: Request, adapter: Adapter) -> Quant | None:
+    """Gives the form of the quantised base that the adapter was trained on, if there is one and it is asked for.
 
     Raises:
-        ConfigError: it is asked for, and there is none.
+        ConfigError: it is asked for, and there is none; or it is not of this version.
     """
-    quant = adapter.extra.get("quant")
+    recorded = adapter.extra.get("quant")
+    quant = None if recorded is None else read_quant(recorded, adapter.folder / EXTRA)
     if request.to == "merged_quantized_reference" and quant is None:
         raise ConfigError(
             f"--to {request.to}: {adapter.folder} was trained on a base that is not quantised ({EXTRA} names no quant), so there "
@@ -143,7 +145,7 @@ def quant_of(request: Request, adapter: Adapter) -> str | None:
     if request.to == "merged" and quant is not None:
         _log.warning(
             "the adapter was trained on a base rounded to %s, and is merged into the one that is not rounded; "
-            "--to merged_quantized_reference gives what it was trained with", quant,
+            "--to merged_quantized_reference gives what it was trained with", quant.form,
         )  # fmt: skip
     return quant if request.to == "merged_quantized_reference" else None
 

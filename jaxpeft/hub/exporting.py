@@ -42,6 +42,7 @@ from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
 from jaxpeft.hub.sources import fingerprint, read_json
 from jaxpeft.models.base import Pretrained
+from jaxpeft.quant.tree import Quant
 
 WARN_ABOVE = 0.01
 """The relative error of a merge above which there is a warning."""
@@ -151,11 +152,11 @@ def _adapter_usage(out: Path, method: Method) -> str:
     return f"load it: {there} or {here}"
 
 
-def _to_merged(work: _Work, folder: Path, quant: str | None) -> Report:
+def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
     request, adapter, outline, method, params = work.request, work.adapter, work.outline, work.method, work.params
     dtype = None if request.dtype is None else jnp.dtype(request.dtype)
     if quant is not None:
-        merged_model.rounded(method, params, quant)
+        merged_model.rounded(params, quant)
     wanted = logits(outline.model, params, method)
     model = merged_model.untied(method, outline.model, params)
     error = merged_model.fold(method, params, outline, dtype)
@@ -168,7 +169,12 @@ def _to_merged(work: _Work, folder: Path, quant: str | None) -> Report:
     config = merged_model.config_of(model, outline.config, adapter.extra.get("labels", ()), own)
     files = merged_model.write(folder, merged_model.tensors_of(model, params, dtype), config, request.shard_bytes)
     merged_model.copy_files(model.source.folder, adapter.folder, folder)
-    record = {"dtype": own.name, "relative_error": error, "largest_logit_difference": gap, "base_rounded_to": quant}
+    record = {
+        "dtype": own.name,
+        "relative_error": error,
+        "largest_logit_difference": gap,
+        "base_rounded_to": quant and quant.form,
+    }
     (folder / MERGE).write_text(json.dumps(_record(work) | record, indent=2) + "\n")
     params.clear()
     task: Any = model.options.task

@@ -151,7 +151,7 @@ def outline(
         scan_layers=scan_layers,
         pooling=pooling or _pooling(config, task, tensors),
         remat=remat,
-        quant=how.form if how else None,
+        quant=how,
     )
     model = models.build(config, options).clone(source=source)
     own = model.config.vocab_size

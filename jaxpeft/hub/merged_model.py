@@ -9,14 +9,14 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import quant
-from jaxpeft.core import kernels, paths, targets
+from jaxpeft.core import paths, targets
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import adapter_names, adding_parts, fold_site, trainable_mask
@@ -28,6 +28,8 @@ from jaxpeft.hub.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.safetensors_writing import Readable
 from jaxpeft.models import FAMILIES
 from jaxpeft.models.base import Pretrained
+from jaxpeft.quant import FORMS
+from jaxpeft.quant.tree import Quant
 
 HEADS = {
     "causal_lm": "ForCausalLM",
@@ -119,26 +121,19 @@ def _folded(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leave
     return fold_site(adding_parts(method), site, {**node, **exact}, roots)
 
 
-def rounded(method: Method, params: Tree, form: str) -> None:
-    """Rounds the kernels of the adapted sites as a quantised base holds them, in place; they become float32.
+def rounded(params: Tree, quant: Quant) -> None:
+    """Rounds kernels as a quantised base holds them, in place; they become float32.
 
     Args:
-        method: the method that rewrote `params`; its layers are not stacked.
-        params: the rewritten tree.
-        form: how the quantised base holds a kernel, a key of `jaxpeft.quant.FORMS`.
+        params: a tree whose layers are not stacked.
+        quant: which kernels, and how.
 
     Raises:
-        ConfigError: there is no such form, or numbers are not rounded in it.
+        ConfigError: a kernel does not fit the number format.
     """
-    if form not in quant.FORMS:
-        raise ConfigError(f"quant: {form!r} is no number format (known: {', '.join(quant.FORMS)})")
-    known = quant.FORMS[form]
-    names = adapter_names(method)
-    for site in targets.find_sites(params, ("linear",)):
-        node = paths.get(params, site.path)
-        if names & node.keys():
-            kernel = known.read(known.store(kernels.read(node, site.shape)))
-            node["kernel"] = kernel.reshape(node["kernel"].shape)
+    for path in quant.sites(params):
+        node = paths.get(params, path[:-1])
+        node["kernel"] = FORMS[quant.form].read(quant.stored([partial(node.__getitem__, "kernel")], stacked=False))
 
 
 def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:

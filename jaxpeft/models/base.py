@@ -23,7 +23,7 @@ class Options:
         scan_layers: one scanned layer in place of unrolled layers.
         pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`, or None for the architecture's own.
         remat: what the backward pass computes again: `none`, `full`, `attention`, `dots`.
-        quant: the number format of its quantised kernels, None where they are held as they are.
+        quant: which kernels of the base are quantised, and how (`jaxpeft.Quant`); None for none.
     """
 
     task: str
@@ -32,7 +32,7 @@ class Options:
     scan_layers: bool = False
     pooling: str | None = None
     remat: str = "none"
-    quant: str | None = None
+    quant: Any = None
 
 
 class Pretrained(nn.Module):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,10 @@ class Quant:
         if self.group is not None and (not FORMS[self.form].grouped or self.group < 1):
             with_groups = " and ".join(name for name, form in FORMS.items() if form.grouped)
             raise ConfigError(f"quant_group: {self.group} does not go with {self.form}; {with_groups} take at least 1")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Gives it as plain values, as they stand in `jaxpeft.json`."""
+        return dataclasses.asdict(self)
 
     def sites(self, params: Mapping[str, Any]) -> dict[Path, Site]:
         """Gives the sites to quantise, by the path of their kernels.
@@ -81,6 +86,26 @@ class Quant:
         store = jax.jit(partial(form.store, **grouped))
         made = [jax.block_until_ready(store(kernel())) for kernel in layers]
         return {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves} if stacked else made[0]
+
+
+def read_quant(values: Any, where: Any) -> Quant:
+    """Reads what `as_dict` gives.
+
+    Args:
+        values: it.
+        where: what to call the file in a message.
+
+    Raises:
+        ConfigError: it is of another version.
+    """
+    if not isinstance(values, Mapping) or not {f.name for f in dataclasses.fields(Quant)} >= values.keys():
+        raise ConfigError(f"{where}: quant: {values!r} is not of this version of jaxpeft")
+    given = cast("Mapping[str, Any]", values)
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    try:
+        return Quant(**plain)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def quantise(params: Mapping[str, Any], quant: Quant | str) -> Tree:

@@ -27,6 +27,7 @@ from jaxpeft.hub import sources
 from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Pretrained
+from jaxpeft.quant.tree import Quant
 from jaxpeft.sharding.mesh import make_mesh, replicated
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.optimizers import schedule
@@ -165,6 +166,13 @@ def _check_metric(metric: str | None, problem: str, labels: int) -> None:
         raise ConfigError(
             f"evaluation.metric: {metric!r} is not a figure of this data{nearest(metric, known)} (known: {', '.join(known)})"
         )
+
+
+def _quant(config: Config) -> Quant | None:
+    model = config.model
+    if model.quant == "none":
+        return None
+    return Quant(model.quant, model.quant_targets, model.quant_exclude, model.quant_group)
 
 
 def _dtype(name: str) -> Any:

@@ -15,10 +15,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxpeft
-from jaxpeft.core import kernels
 from jaxpeft.errors import AdapterError, ConfigError, ExportError, WeightsError
 from jaxpeft.hub import merged_model
 from jaxpeft.hub.exporting import Request, export
+from jaxpeft.quant import FORMS
 from tests.conformance.conftest import moved
 from tests.hub.helpers import edit_json, edited, peft_load, peft_save, torch_base
 from tests.models.conftest import Reference, make_batch
@@ -316,28 +316,25 @@ def test_numbers_that_float16_cannot_hold_are_refused(make, tmp_path):
 # ------------------------------------------------------------------------------------------------- quantised reference
 
 
-def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, monkeypatch, caplog):
-    form = kernels.Form(
-        lambda leaves: leaves["kernel_tenths"].astype(jnp.float32) / 10,
-        store=lambda kernel: {"kernel_tenths": jnp.round(kernel * 10).astype(jnp.int8)},
-    )
-    monkeypatch.setitem(kernels.FORMS, "kernel_tenths", form)
-    made = make(jaxpeft.LoRA(rank=4, targets=("query",)))
-    edit_json(made.folder / "jaxpeft.json", lambda extra: extra.update(quant="kernel_tenths"))
-    made.export(tmp_path / "reference", "merged_quantized_reference")
-    made.export(tmp_path / "plain")
-    assert (
-        "the adapter was trained on a base rounded to kernel_tenths, and is merged into the one that is not"
-        in caplog.text
-    )
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
+    """All kernels that were quantised, and not only those that the adapter is on."""
+    made = make(jaxpeft.LoRA(rank=4, targets=("query",)), quant=form)
+    assert json.loads((made.folder / "jaxpeft.json").read_text())["quant"]["form"] == form
+    made.export(tmp_path / "reference", "merged_quantized_reference", dtype="float32")
+    made.export(tmp_path / "plain", dtype="float32")
+    assert f"the adapter was trained on a base rounded to {form}, and is merged into the one that is not" in caplog.text
     rounded, plain, base = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "reference", tmp_path / "plain", made.base)
     )
+    linear = [name for name, tensor in base.items() if ("encoder" in name or "pooler" in name) and tensor.ndim == 2]
+    assert len(linear) == 13
     for name, tensor in base.items():
-        wanted = np.round(tensor * 10) / 10 + plain[name] - tensor if name.endswith("query.weight") else plain[name]
-        np.testing.assert_allclose(rounded[name], wanted, atol=1e-6)
+        own = FORMS[form].read(FORMS[form].store(jnp.asarray(tensor).T)).T if name in linear else tensor
+        np.testing.assert_allclose(rounded[name], own + plain[name] - tensor, atol=1e-6)
     record = json.loads((tmp_path / "reference" / "jaxpeft_merge.json").read_text())
-    assert record["base_rounded_to"] == "kernel_tenths"
+    assert record["base_rounded_to"] == form
+    assert_close(theirs(SEQUENCE, torch_base(tmp_path / "reference", SEQUENCE)), made.logits())
 
 
 def test_without_a_quantised_base_there_is_nothing_to_round(make, tmp_path):
@@ -348,9 +345,11 @@ def test_without_a_quantised_base_there_is_nothing_to_round(make, tmp_path):
 
 def test_a_number_format_of_another_version_is_refused(make, tmp_path):
     made = make()
-    edit_json(made.folder / "jaxpeft.json", lambda extra: extra.update(quant="kernel_nf3"))
+    edit_json(made.folder / "jaxpeft.json", lambda extra: extra.update(quant={"form": "nf3"}))
     text = made.refused(tmp_path / "merged", to="merged_quantized_reference")
-    assert "quant: 'kernel_nf3' is no number format of this version" in text
+    assert "jaxpeft.json: quant: 'nf3' is no number format (known: nf4, int4, int8, fp8)" in text
+    edit_json(made.folder / "jaxpeft.json", lambda extra: extra.update(quant="nf4"))
+    assert "jaxpeft.json: quant: 'nf4' is not of this version of jaxpeft" in made.refused(tmp_path / "merged")
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -1,0 +1,121 @@
+"""Quantised trees: as they are loaded and as they are made of plain ones, which kernels, and what does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxpeft
+from jaxpeft.core import paths
+from jaxpeft.core.tree import count
+from jaxpeft.errors import ConfigError, TargetError
+from jaxpeft.quant import FORMS
+from jaxpeft.training import flops
+from tests.core.helpers import load, run
+from tests.hub.helpers import assert_bit_equal
+
+every_form = pytest.mark.parametrize("form", FORMS)
+both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+
+
+@both
+@every_form
+def test_a_model_that_is_loaded_quantised_is_the_one_that_is_quantised_later(
+    reference: Any,
+    form: Any,
+    scan: bool,
+) -> None:
+    folder = reference("llama", "causal_lm").folder
+    model, plain = jaxpeft.load(folder, task="causal_lm", scan_layers=scan)
+    quantised, params = jaxpeft.load(folder, task="causal_lm", scan_layers=scan, quant=form)
+    assert_bit_equal(params, jaxpeft.quantise(plain, form))
+    assert quantised.options.quant == jaxpeft.Quant(form) and model.options.quant is None
+    held = {path[-1] for path, _ in paths.walk(params)}
+    assert {"embedding", "scale", *FORMS[form].leaves} == held - {"kernel"}
+    assert [path for path, _ in paths.walk(params) if path[-1] == "kernel"] == [("lm_head", "kernel")]
+    assert count(params) == count(plain)
+    assert flops.per_token({}, params) == flops.per_token({}, plain)
+    np.testing.assert_allclose(run(quantised, params), run(model, jaxpeft.dequantise(params)), rtol=1e-4, atol=1e-4)
+
+
+@both
+def test_of_the_kernels_one_is_there_at_a_time(reference: Any, scan: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, most = reference("llama", "causal_lm").folder, [0]
+    plain = jax.make_array_from_callback
+
+    def watched(shape: Any, *rest: Any) -> Any:
+        made = plain(shape, *rest)
+        kernels = [a for a in jax.live_arrays() if a.ndim >= 2 and a.dtype == jnp.float32 and a.shape[-2:] in SHAPES]
+        most[0] = max(most[0], sum(array.size for array in kernels))
+        return made
+
+    monkeypatch.setattr(jax, "make_array_from_callback", watched)
+    before = sum(a.size for a in jax.live_arrays() if a.ndim >= 2 and a.dtype == jnp.float32 and a.shape[-2:] in SHAPES)
+    jaxpeft.load(folder, task="causal_lm", scan_layers=scan, quant="nf4")
+    assert most[0] - before <= max(rows * columns for rows, columns in SHAPES)
+
+
+SHAPES = [(32, 32), (32, 16), (32, 48), (48, 32)]
+"""Of the kernels of the tiny Llama's layers."""
+
+
+def test_a_quantised_model_is_loaded_onto_many_devices(reference: Any) -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    folder = reference("llama", "causal_lm").folder
+    _, alone = jaxpeft.load(folder, task="causal_lm", quant="nf4")
+    _, params = jaxpeft.load(folder, task="causal_lm", quant="nf4", sharding=NamedSharding(mesh, PartitionSpec()))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
+    assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, alone))
+
+
+@both
+def test_targets_say_which_and_groups_how(scan: bool) -> None:
+    _, base = load("llama", scan_layers=scan)
+    params = jaxpeft.quantise(
+        base, jaxpeft.Quant("int8", targets=("q_proj", "down_proj"), exclude=("q_proj",), group=16)
+    )
+    held = {path[-2] for path, _ in paths.walk(params) if path[-1] == "kernel_int8"}
+    assert held == {"down_proj"}
+    shapes = {leaf.shape[-2:] for path, leaf in paths.walk(params) if path[-1] == "kernel_int8_scale"}
+    assert shapes == {(32, 3)}
+
+
+def test_what_does_not_fit_is_refused(reference: Any) -> None:
+    _, base = load("llama")
+    _, stacked = load("llama", scan_layers=True)
+    with pytest.raises(ConfigError, match=r"quant: 'nf3' is no number format \(known: nf4, int4, int8, fp8\)"):
+        jaxpeft.quantise(base, "nf3")
+    with pytest.raises(ConfigError, match="quant_group: 32 does not go with nf4; int4 and int8 take at least 1"):
+        jaxpeft.Quant("nf4", group=32)
+    with pytest.raises(ConfigError, match=r"quant_group: 7 does not divide the 32 inputs of model\.layers\.0\."):
+        jaxpeft.quantise(base, jaxpeft.Quant("int4", group=7))
+    with pytest.raises(TargetError, match="'no_proj'"):
+        jaxpeft.quantise(base, jaxpeft.Quant("int4", targets=("no_proj",)))
+    with pytest.raises(ConfigError, match=r"1 of the 2 stacked layers of model\.layers\.0\.mlp\.up_proj are named"):
+        jaxpeft.quantise(stacked, jaxpeft.Quant("int4", targets=("0.mlp.up_proj",)))
+    odd = {"layers": {"0": {"proj": {"kernel": jnp.zeros((3, 4))}}}}
+    with pytest.raises(ConfigError, match=r"layers\.0\.proj takes 3 inputs, and nf4 needs an even number; exclude it"):
+        jaxpeft.quantise(odd, "nf4")
+    with pytest.raises(ConfigError, match="no number format"):
+        jaxpeft.load(reference("llama", "causal_lm").folder, task="causal_lm", quant="q4_k")
+
+
+@every_form
+def test_training_moves_the_adapter_and_no_bit_of_the_base(form: Any) -> None:
+    model, base = load("llama", scan_layers=True)
+    method = jaxpeft.LoRA(rank=2)
+    params = jaxpeft.rewrite(method, jaxpeft.quantise(base, form), jax.random.key(0))
+    trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
+    ids = jnp.asarray([[1, 2, 3, 4]])
+
+    def loss(trainable: Any) -> Any:
+        return jnp.mean(jnp.square(jaxpeft.apply(model, jaxpeft.combine(trainable, frozen), ids)))
+
+    grads = jax.jit(jax.grad(loss))(trainable)
+    assert {path[-1] for path, _ in paths.walk(grads)} == {"lora_a", "lora_b"}
+    assert all(np.abs(g).max() > 0 for path, g in paths.walk(grads) if path[-1] == "lora_b")
