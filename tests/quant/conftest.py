@@ -1,7 +1,8 @@
-"""What the tests of quantised bases share: tiny models that torch saved."""
+"""What the tests of quantised bases share: tiny models that torch saved, and whole runs."""
 
 from __future__ import annotations
 
 from tests.models.conftest import reference
+from tests.training.runs import make_config, tiny_models
 
-__all__ = ["reference"]
+__all__ = ["make_config", "reference", "tiny_models"]
