@@ -311,9 +311,9 @@ def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) 
     """
     adapters = {name for part in parts for name in part.site_names()}
     before = {key: leaf for key, leaf in node.items() if key not in adapters and not isinstance(leaf, Mapping)}
-    out: dict[str, Any] = {}
+    left, out = dict(node), dict[str, Any]()
     for part in parts:
-        own = {key: node[key] for key in part.site_names() if key in node}
+        own = {key: left.pop(key) for key in part.site_names() if key in left}  # two parts may be of one method
         if own:
             shared = {key: roots[key] for key in part.root_names if key in roots}
             out |= _folded(part, site, own, shared, {**before, **out}, before if out else None)
