@@ -1,6 +1,6 @@
 """Tries every method and writes docs/methods.md from what was found: `python -m tests.conformance.report`.
 
-Further arguments go to pytest, such as `-n 2`; `--capabilities` alone writes the first table, and runs no test.
+Further arguments go to pytest, such as `-n 2`; `--capabilities` alone writes the first table anew, keeps the others, and runs no test.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ def peft_types() -> str:
 def main(argv: list[str]) -> int:
     """Runs the tests and writes the page."""
     if argv == ["--capabilities"]:
-        OUT.write_text(page(None))
+        _, heading, tried = OUT.read_text().partition("## Properties\n")
+        OUT.write_text(page(None) + heading + tried)
         return 0
     results = Results()
     library = [f"{ROOT / 'tests' / 'hub' / 'test_adapterhub.py'}::test_{test}" for test in LIBRARY]
