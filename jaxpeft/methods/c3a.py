@@ -20,10 +20,9 @@ from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, pattern_value, require_ends
-from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import trains_bias
-from jaxpeft.methods.targeted import Targeted
+from jaxpeft.methods.targeted import Targeted, require_divisor
 
 if TYPE_CHECKING:
     from jax import Array
@@ -89,11 +88,7 @@ class C3A(Targeted):
         """
         del kernel
         (n_in, n_out), size = site.shape, pattern_value(site.name, self.block_size_pattern, self.block_size)
-        if n_in % size or n_out % size:
-            raise ConfigError(
-                f"c3a.block_size: {size} does not divide the {n_in} inputs and {n_out} outputs of {site.name}; give a divisor of "
-                f"both, such as {math.gcd(n_in, n_out)}, in block_size or block_size_pattern"
-            )
+        require_divisor("c3a.block_size", size, site)
         shape = (n_out // size, n_in // size, size)
         bounds = {"xavier_uniform": math.sqrt(6 / (n_in + n_out)), "kaiming_uniform": 1 / math.sqrt(n_in)}
         if self.init_weights == "zeros":
@@ -121,10 +116,6 @@ class C3A(Targeted):
         blocks = w[:, :, (places[:, None] - places[None, :]) % w.shape[2]]  # [out / k, in / k, k of in, k of out]
         n_in, n_out = base["kernel"].shape
         return {"kernel": base["kernel"] + blocks.transpose(1, 2, 0, 3).reshape(n_in, n_out) / n_in}
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; PEFT has no exclusions here, so with them the file names the sites one by one."""
-        return super().to_peft() | ({"target_modules": "default"} if self.exclude else {})
 
 
 def _correlated(leaves: Leaves, x: Any) -> Any:

@@ -25,7 +25,7 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import trains_bias
 from jaxpeft.methods.made import through
-from jaxpeft.methods.sparse import as_torch_draws
+from jaxpeft.methods.sparse import as_torch_draws, scattered
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
 
 if TYPE_CHECKING:
@@ -116,17 +116,17 @@ class FourierFT(Targeted):
     def compute(call: Call) -> Any:
         """Computes `x W + x U`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
-        return y + call.each(partial(through, partial(_update, call.x.shape[-1], y.shape[-1])), call.x.astype(y.dtype))
+        return y + call.each(
+            partial(through, partial(_update, (call.x.shape[-1], y.shape[-1]))), call.x.astype(y.dtype)
+        )
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `W + U`."""
-        n_in, n_out = base["kernel"].shape
-        return {"kernel": base["kernel"] + _update(n_in, n_out, leaves)}
+        return {"kernel": base["kernel"] + _update(base["kernel"].shape, leaves)}
 
 
-def _update(n_in: int, n_out: int, leaves: Leaves) -> Any:
+def _update(shape: tuple[int, int], leaves: Leaves) -> Any:
     """Gives `U` `[in, out]`: the transform of the transpose is the transpose of the transform."""
-    of_out, of_in = leaves["fourierft_indices"]
-    spectrum = jnp.zeros((n_in, n_out), jnp.float32).at[of_in, of_out].add(leaves["fourierft_spectrum"])
+    spectrum = scattered(leaves["fourierft_indices"], leaves["fourierft_spectrum"], shape)
     return leaves["fourierft_scale"] * jnp.fft.ifft2(spectrum).real

@@ -21,13 +21,12 @@ from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
-from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import trains_bias
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import Targeted
+from jaxpeft.methods.targeted import Targeted, require_divisor
 
 if TYPE_CHECKING:
     from jax import Array
@@ -93,11 +92,7 @@ class GraLoRA(Targeted):
         """
         del kernel
         (n_in, n_out), k = site.shape, self.blocks
-        if n_in % k or n_out % k:
-            raise ConfigError(
-                f"gralora.blocks: {k} does not divide the {n_in} inputs and {n_out} outputs of {site.name}; give a divisor of both, "
-                "or exclude the site"
-            )
+        require_divisor("gralora.blocks", k, site)
         keys = jax.random.split(rng)
         leaves = {
             "gralora_a": uniform(keys[0], (k, n_in // k, self.rank), n_in // k),
@@ -126,10 +121,6 @@ class GraLoRA(Targeted):
         blocks = jnp.einsum("iajs,jiso->iajo", a, b, precision="highest").reshape(base["kernel"].shape)
         general = product(leaves["gralora_general_a"], leaves["gralora_general_b"]) if _hybrid(leaves) else 0.0
         return {"kernel": base["kernel"] + leaves["gralora_scale"] * (blocks + general)}
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; PEFT has no exclusions here, so with them the file names the sites one by one."""
-        return super().to_peft() | ({"target_modules": "default"} if self.exclude else {})
 
 
 def _update(leaves: Leaves, x: Any) -> Any:

@@ -124,13 +124,8 @@ class IA3(Targeted):
         return folded
 
     def to_peft(self) -> dict[str, Any]:
-        """Gives the options; PEFT takes a list of feed-forward modules where it is a part of the targets only.
-
-        It has no `layers_to_transform` here, so with it the file names the sites one by one, as it does for the usual ones.
-        """
+        """Gives the options; PEFT takes a list of feed-forward modules where it is a part of the targets only."""
         options = super().to_peft()
-        if self.layers_to_transform is not None:
-            options["target_modules"] = "default"
         plain = isinstance(options["target_modules"], tuple) and set(self.feedforward) <= set(self.targets)
         if self.feedforward and not (plain and isinstance(self.feedforward, tuple)):
             options["feedforward_modules"] = self.feedforward_expression

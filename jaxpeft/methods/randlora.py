@@ -120,9 +120,9 @@ class RandLora(Targeted):
         return {"kernel": base["kernel"] + leaves["randlora_scale"] * product(first, second)}
 
     def to_peft(self) -> dict[str, Any]:
-        """Gives the options; the bases are always in the file, and what is excluded is left out of the named targets."""
+        """Gives the options; the bases are always in the file."""
         kinds = {"sparse": self.bases == "sparse", "very_sparse": self.bases == "very_sparse", "save_projection": True}
-        return super().to_peft() | kinds | ({"target_modules": "default"} if self.exclude else {})
+        return super().to_peft() | kinds
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -98,11 +98,6 @@ class RoAd(Targeted):
         """Gives angles and scales by groups."""
         return {name: tensors[name].reshape(leaf.shape) for name, leaf in fresh.items()}
 
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; PEFT has no exclusions here, so with them the file names the sites one by one."""
-        chosen = self.exclude or self.layers_to_transform is not None
-        return super().to_peft() | ({"target_modules": "default"} if chosen else {})
-
 
 def _rotated(leaves: Leaves, z: Any) -> Any:
     """Gives `R z` of `z` `[..., out]`, in its dtype."""

@@ -24,7 +24,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.made import through
-from jaxpeft.methods.sparse import one_of_each_part
+from jaxpeft.methods.sparse import one_of_each_part, scattered
 from jaxpeft.methods.targeted import Targeted
 
 
@@ -74,13 +74,14 @@ class SHiRA(Targeted):
     def compute(call: Call) -> Any:
         """Computes `x W + x S`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
-        return y + call.each(partial(through, partial(_sparse, call.x.shape[-1], y.shape[-1])), call.x.astype(y.dtype))
+        return y + call.each(
+            partial(through, partial(_sparse, (call.x.shape[-1], y.shape[-1]))), call.x.astype(y.dtype)
+        )
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `W + S`."""
-        n_in, n_out = base["kernel"].shape
-        return {"kernel": base["kernel"] + _sparse(n_in, n_out, leaves)}
+        return {"kernel": base["kernel"] + _sparse(base["kernel"].shape, leaves)}
 
     def wrong_numbers(self, site: Site, tensors: Leaves) -> list[str]:
         """Refuses places outside of the kernel, which would be left out without a word, and parts of one."""
@@ -89,13 +90,7 @@ class SHiRA(Targeted):
         why = f"shira_indices: names places that the kernel, {n_out} outputs by {n_in} inputs, has not"
         return [] if inside.all() else [why]
 
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; PEFT has targets alone here, so where layers or exclusions choose, sites are named one by one."""
-        chosen = self.exclude or self.layers_to_transform is not None
-        return super().to_peft() | ({"target_modules": "default"} if chosen else {})
 
-
-def _sparse(n_in: int, n_out: int, leaves: Leaves) -> Any:
-    """Gives `S` `[in, out]`; of an entry that is named twice the sum, as PEFT has it."""
-    of_out, of_in = leaves["shira_indices"]
-    return jnp.zeros((n_in, n_out), jnp.float32).at[of_in, of_out].add(leaves["shira_weight"])
+def _sparse(shape: tuple[int, int], leaves: Leaves) -> Any:
+    """Gives `S` `[in, out]`; PEFT adds up what is named twice, too."""
+    return scattered(leaves["shira_indices"], leaves["shira_weight"], shape)

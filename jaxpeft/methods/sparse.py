@@ -58,6 +58,18 @@ def _built_up(count: int, total: int, twister: np.random.RandomState) -> np.ndar
     return found
 
 
+def scattered(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
+    """Gives a matrix `[in, out]` float32 that is zero but at some places; of one that is named twice it holds the sum.
+
+    Args:
+        indices: `[2, n]`, places in the outputs and in the inputs.
+        values: `[n]`, float32.
+        shape: `(in, out)`.
+    """
+    of_out, of_in = indices
+    return jnp.zeros(shape, jnp.float32).at[of_in, of_out].add(values)
+
+
 def one_of_each_part(key: jax.Array, count: int, total: int) -> jax.Array:
     """Draws one number of each of `count` parts, as equal as can be, that the numbers below `total` are cut into.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,8 +10,8 @@ from typing import Any, ClassVar
 from jaxpeft.core.expressions import broken_expression
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
-from jaxpeft.core.targets import ALL_LINEAR, Targets, is_keyword, pattern_value, require_patterns, usual
-from jaxpeft.errors import TargetError
+from jaxpeft.core.targets import ALL_LINEAR, Site, Targets, is_keyword, pattern_value, require_patterns, usual
+from jaxpeft.errors import ConfigError, TargetError
 
 TARGET_OPTIONS: Mapping[str, str] = {
     "target_modules": "targets",
@@ -96,9 +97,31 @@ class Targeted(Method):
         return values, problems
 
     def to_peft(self) -> dict[str, Any]:
-        """Gives the options; an empty list is PEFT's null."""
-        values = super().to_peft()
-        return values | {key: values[key] or None for key in ("exclude_modules", "layers_pattern") if key in values}
+        """Gives the options; an empty list is PEFT's null. Where PEFT lacks one that chooses, the file names the sites one by one."""
+        values, told = super().to_peft(), self.file_options().values()
+        untold = (self.exclude and "exclude" not in told) or (
+            self.layers_to_transform is not None and "layers_to_transform" not in told
+        )
+        named = {"target_modules": "default"} if untold else {}
+        return (
+            values
+            | {key: values[key] or None for key in ("exclude_modules", "layers_pattern") if key in values}
+            | named
+        )
+
+
+def require_divisor(field: str, size: int, site: Site) -> None:
+    """Refuses a size of blocks that does not divide the inputs and outputs of a site.
+
+    Raises:
+        ConfigError: naming the site, and the largest size that does.
+    """
+    n_in, n_out = site.shape
+    if n_in % size or n_out % size:
+        raise ConfigError(
+            f"{field}: {size} does not divide the {n_in} inputs and {n_out} outputs of {site.name}; give a divisor of both, such as "
+            f"{math.gcd(n_in, n_out)}, or exclude the site"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

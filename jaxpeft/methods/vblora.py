@@ -19,12 +19,11 @@ from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
-from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import trains_bias
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, require_divisor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +87,7 @@ class VBLoRA(Targeted):
         """
         del kernel
         (n_in, n_out), length = site.shape, self.vector_length
-        if n_in % length or n_out % length:
-            raise ConfigError(
-                f"vblora.vector_length: {length} does not divide the {n_in} inputs and {n_out} outputs of {site.name}; give a "
-                "divisor of both, or exclude the site"
-            )
+        require_divisor("vblora.vector_length", length, site)
         shapes = (self.rank, n_in // length, self.vectors), (n_out // length, self.rank, self.vectors)
         a, b = (self.logits_std * jax.random.normal(k, s) for k, s in zip(jax.random.split(rng), shapes, strict=True))
         leaves = {"vblora_logits_a": a, "vblora_logits_b": b, "vblora_topk": jnp.ones((self.topk,), jnp.float32)}

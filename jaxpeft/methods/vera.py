@@ -101,8 +101,8 @@ class VeRA(Targeted):
         return {"kernel": base["kernel"] + product(a, b)}
 
     def to_peft(self) -> dict[str, Any]:
-        """Gives the options; the projections are always in the file, and what is excluded is left out of the named targets."""
-        return super().to_peft() | {"save_projection": True} | ({"target_modules": "default"} if self.exclude else {})
+        """Gives the options; the projections are always in the file."""
+        return super().to_peft() | {"save_projection": True}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

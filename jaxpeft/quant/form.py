@@ -64,8 +64,21 @@ def frozen_product(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leave
         leaves, dy = jax.lax.optimization_barrier((dict(leaves), dy))
         return jax.lax.dot_general(dy, decode(leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ()))), None
 
+    return with_backward(forward, backward)
+
+
+def with_backward(
+    forward: Callable[[Any, Leaves], tuple[Any, Leaves]], backward: Callable[[Leaves, Any], tuple[Any, None]]
+) -> Callable[[Any, Leaves], Any]:
+    """Makes a product of its two passes.
+
+    Args:
+        forward: gives `y` and what is kept, from `x` and the leaves.
+        backward: gives `dx`, and None for the leaves, from what is kept and `dy`.
+    """
+
     def matmul(x: Any, leaves: Leaves) -> Any:
-        product = jax.custom_vjp(lambda x, leaves: forward(x, leaves)[0])
+        product = jax.custom_vjp(lambda x, leaves: forward(x, leaves)[0])  # made here: JAX is imported at first use
         product.defvjp(forward, backward)
         return product(x, dict(leaves))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.quant.form import Leaves, Quantised, frozen_product
+from jaxpeft.quant.form import Leaves, Quantised, frozen_product, with_backward
 
 _LEAVES = ("kernel_fp8", "kernel_fp8_scale")
 _TINY = 1e-30
@@ -62,11 +62,8 @@ def _backward(leaves: Leaves, dy: Any) -> tuple[Any, None]:
     return (_product(rows, leaves["kernel_fp8"], 0) * scale).astype(dy.dtype), None
 
 
-def product(x: Any, leaves: Leaves) -> Any:
-    """Computes `x W` in 8 bits, `[..., in] -> [..., out]` in the dtype of `x`."""
-    fn = jax.custom_vjp(lambda x, leaves: _forward(x, leaves)[0])
-    fn.defvjp(_forward, _backward)
-    return fn(x, dict(leaves))
+product = with_backward(_forward, _backward)
+"""Computes `x W` in 8 bits, `[..., in] -> [..., out]` in the dtype of `x`."""
 
 
 def matmul(x: Any, leaves: Leaves) -> Any:

@@ -44,6 +44,10 @@ class Quant:
             with_groups = " and ".join(name for name, form in FORMS.items() if form.grouped)
             raise ConfigError(f"quant_group: {self.group} does not go with {self.form}; {with_groups} take at least 1")
 
+    def __str__(self) -> str:
+        """Gives what to call `jaxpeft.load` with: the name of the form, where nothing else is chosen."""
+        return repr(self.form) if self == Quant(self.form) else f"jaxpeft.{self!r}"
+
     def as_dict(self) -> dict[str, Any]:
         """Gives it as plain values, as they stand in `jaxpeft.json`."""
         return dataclasses.asdict(self)

@@ -158,7 +158,7 @@ def _usage(setup: Setup, workdir: Path) -> str:
     options = setup.model.options
     labels = f", num_labels={options.num_labels}" if options.num_labels else ""
     pooling = f", pooling={options.pooling!r}" if options.pooling else ""
-    quant = f", quant={options.quant.form!r}" if options.quant else ""
+    quant = f", quant={options.quant}" if options.quant else ""
     return (
         f"  model, params = jaxpeft.load({setup.config.model.path!r}, task={options.task!r}{labels}{pooling}{quant})\n"
         f"  method, params = jaxpeft.load_adapter({str(workdir / 'adapter')!r}, model, params)"

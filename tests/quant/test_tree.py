@@ -101,6 +101,11 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
     odd = {"layers": {"0": {"proj": {"kernel": jnp.zeros((3, 4))}}}}
     with pytest.raises(ConfigError, match=r"layers\.0\.proj takes 3 inputs, and nf4 needs an even number; exclude it"):
         jaxpeft.quantise(odd, "nf4")
+    folder = reference("llama", "causal_lm").folder
+    with pytest.raises(
+        ConfigError, match="quant: lm_head is to be quantised, and vocab_size=120 gives it more tokens; exclude it"
+    ):
+        jaxpeft.load(folder, task="causal_lm", vocab_size=120, quant=jaxpeft.Quant("int8", targets=("lm_head",)))
     with pytest.raises(ConfigError, match="no number format"):
         jaxpeft.load(reference("llama", "causal_lm").folder, task="causal_lm", quant="q4_k")
 
@@ -119,3 +124,9 @@ def test_training_moves_the_adapter_and_no_bit_of_the_base(form: Any) -> None:
     grads = jax.jit(jax.grad(loss))(trainable)
     assert {path[-1] for path, _ in paths.walk(grads)} == {"lora_a", "lora_b"}
     assert all(np.abs(g).max() > 0 for path, g in paths.walk(grads) if path[-1] == "lora_b")
+
+
+def test_it_is_written_as_it_is_given() -> None:
+    assert str(jaxpeft.Quant("nf4")) == "'nf4'"
+    how = jaxpeft.Quant("int4", exclude=("pooler.dense",), group=32)
+    assert eval(str(how), {"jaxpeft": jaxpeft}) == how
