@@ -256,7 +256,7 @@ def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
     problems += [f"extra: {name}" for name in tensors if name not in wanted]
     for name, tensor in tensors.items():
         floating = jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize >= 2
-        if name in wanted and not floating and not _whole(tensor) & _whole(wanted[name]):
+        if name in wanted and not floating and not (_whole(tensor) and _whole(wanted[name])):
             problems.append(f"not floating: {name} is {tensor.dtype}")
     for name, like in wanted.items():
         if name in tensors and tuple(tensors[name].shape) != like.shape:
