@@ -54,6 +54,30 @@ def apply(
     asked = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
     if isinstance(model, Pretrained):
         args, kw = _checked(model, args, kw)
+    return run(model, params, *args, rngs=rngs, adapter=adapter, **asked, **kw)
+
+
+def run(
+    model: Any,
+    params: Mapping[str, Any],
+    *args: Any,
+    rngs: Mapping[str, jax.Array] | None = None,
+    adapter: Any | None = None,
+    method: str | None = None,
+    **kw: Any,
+) -> Any:
+    """Runs a model as `apply` does, on inputs that are not looked at.
+
+    Args:
+        model: as for `apply`.
+        params: likewise.
+        *args: likewise.
+        rngs: likewise.
+        adapter: likewise.
+        method: of a Linen module, in place of `__call__`.
+        **kw: likewise.
+    """
+    asked = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
     rows = None if adapter is None else jnp.asarray(adapter, jnp.int32)
     hooks = Hooks(
         {**sites.MARKERS, **MARKERS}, {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)}, rows
@@ -62,7 +86,7 @@ def apply(
         return nnx_trees.run(model, params, hooks, (rngs or {}).get("dropout"), args, kw)
     with nn.intercept_methods(interceptor(hooks)):
         variables = {"params": params, **kw.pop("variables", {})}
-        return model.apply(variables, *args, rngs=dict(rngs) if rngs else None, **asked, **kw)
+        return model.apply(variables, *args, rngs=dict(rngs) if rngs else None, method=method, **asked, **kw)
 
 
 def _checked(model: Pretrained, args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -39,7 +39,12 @@ class ModelConfig:
     dtype: Dtype = option("auto", "of the frozen base; auto keeps the file's")
     compute_dtype: Dtype = option("auto", "of the activations; auto takes the base's")
     scan_layers: bool = option(False, "one scanned layer (compiles faster) in place of unrolled layers (run faster)")
-    remat: Literal["none", "full", "attention", "dots"] = option("none", "what the backward pass computes again")
+    remat: Literal["none", "products", "attention", "full", "offload"] = option(
+        "none", "what the backward pass computes again; see docs/speed.md"
+    )
+    attention: Literal["auto", "xla", "cudnn"] = option(
+        "auto", "the kernel that computes attention where it fits; auto takes the fastest of the platform"
+    )
     quant: Literal["none", "nf4", "int4", "int8", "fp8"] = option("none", "number format of the base's linear modules")
     quant_targets: str | tuple[str, ...] = option(
         "all-linear", "which of them, as a method's targets; all-linear takes no head"
@@ -200,6 +205,12 @@ class TrainConfig:
     steps: int | None = option(None, "optimizer steps; in place of epochs", at_least=1)
     batch_size: int = option(32, "rows an optimizer step", at_least=1)
     accumulation: int = option(1, "parts that a batch is computed in, one after the other", at_least=1)
+    label_smoothing: float = option(
+        0.0, "share of a label that is spread over all classes, where the loss is a cross-entropy", at_least=0, below=1
+    )
+    z_loss: float = option(
+        0.0, "weight of the squared log of the softmax's normaliser, where the loss is a cross-entropy", at_least=0
+    )
     most_skipped: int = option(
         5, "stop after so many steps in a row whose loss or gradient is not finite; fewer are skipped", at_least=1
     )

@@ -20,6 +20,7 @@ from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub import sources, weights
 from jaxpeft.hub.safetensors_files import open_folder
+from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Options, Pretrained
 from jaxpeft.quant.tree import Quant
 
@@ -38,6 +39,7 @@ def load(
     scan_layers: bool = False,
     pooling: str | None = None,
     remat: str = "none",
+    attention: str = "auto",
     revision: str | None = None,
     vocab_size: int | None = None,
     quant: Quant | str | None = None,
@@ -54,7 +56,8 @@ def load(
         compute_dtype: of the activations; None takes `dtype`, or the file's.
         scan_layers: whether the layers are stacked and scanned (faster to compile) or unrolled (faster to run).
         pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`; None takes the architecture's own.
-        remat: what the backward pass computes again: `none`, `full`, `attention`, `dots`.
+        remat: what the backward pass computes again: `none`, `products`, `attention`, `full`, `offload`.
+        attention: the kernel that computes attention where it fits: `xla`, `cudnn`; `auto` takes the fastest of the platform.
         revision: of a hub id: branch, tag or commit.
         vocab_size: of the embedding and the language-model head, where tokens were added to the tokenizer; the new rows begin
             as the mean of the others. None keeps the model's.
@@ -72,7 +75,7 @@ def load(
     """
     outlined = outline(
         path_or_hub_id, task=task, num_labels=num_labels, dtype=dtype, compute_dtype=compute_dtype,
-        scan_layers=scan_layers, pooling=pooling, remat=remat, revision=revision, vocab_size=vocab_size, quant=quant,
+        scan_layers=scan_layers, pooling=pooling, remat=remat, attention=attention, revision=revision, vocab_size=vocab_size, quant=quant,
     )  # fmt: skip
     return outlined.model, outlined.read(seed, sharding)
 
@@ -126,13 +129,16 @@ def outline(
     scan_layers: bool = False,
     pooling: str | None = None,
     remat: str = "none",
+    attention: str = "auto",
     revision: str | None = None,
     vocab_size: int | None = None,
     quant: Quant | str | None = None,
+    right_padded: bool = False,
 ) -> Outline:
     """Finds out everything about a pretrained model but its numbers: what can be refused is, before any is read.
 
-    The arguments are those of `load`, and so is what it raises.
+    The arguments are those of `load`, and so is what it raises; `right_padded` says that rows are padded behind their tokens
+    alone, of which a decoder's attention then need not be told.
     """
     logs.show()
     if task not in TASKS:
@@ -151,6 +157,8 @@ def outline(
         scan_layers=scan_layers,
         pooling=pooling or _pooling(config, task, tensors),
         remat=remat,
+        attention=_attention(attention),
+        right_padded=right_padded,
         quant=how,
     )
     model = models.build(config, options).clone(source=source)
@@ -199,6 +207,14 @@ def _own_dtype(tensors: Mapping[str, Any]) -> Any:
     floats = [t for t in tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)]
     own = max(floats, key=lambda t: t.nbytes).dtype if floats else jnp.dtype(jnp.float32)
     return jnp.dtype(jnp.float32) if own == np.float64 else own
+
+
+def _attention(kernel: str) -> str:
+    if kernel == "auto":
+        return fastest(platform(jax.devices()[0]))
+    if kernel not in KERNELS:
+        raise ConfigError(f"attention: must be one of auto, {', '.join(KERNELS)}, is {kernel!r}")
+    return kernel
 
 
 def _floating(name: str, dtype: Any) -> Any:

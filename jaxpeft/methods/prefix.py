@@ -140,7 +140,7 @@ def _keys_and_values(model: Any, base: Leaves, ids: Any) -> jax.Array:
     from jaxpeft.core import paths
     from jaxpeft.core.tree import stack_layers
     from jaxpeft.forward import apply
-    from jaxpeft.models.layers import PAST
+    from jaxpeft.models.base import PAST
 
     _, kept = jax.jit(lambda base, ids: apply(model, base, ids, mutable=[PAST]))(base, ids[None])
     stacked = stack_layers(paths.map_with_path(lambda _, sown: sown[0], kept[PAST]))

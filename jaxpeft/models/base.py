@@ -22,7 +22,9 @@ class Options:
         dtype: of the activations.
         scan_layers: one scanned layer in place of unrolled layers.
         pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`, or None for the architecture's own.
-        remat: what the backward pass computes again: `none`, `full`, `attention`, `dots`.
+        remat: what the backward pass computes again: a key of `REMAT_POLICIES`.
+        attention: the kernel that computes attention where it fits, a key of `jaxpeft.models.attention.KERNELS`.
+        right_padded: whether rows are padded behind their tokens alone: a decoder needs no mask for it then.
         quant: which kernels of the base are quantised, and how (`jaxpeft.Quant`); None for none.
     """
 
@@ -32,6 +34,8 @@ class Options:
     scan_layers: bool = False
     pooling: str | None = None
     remat: str = "none"
+    attention: str = "xla"
+    right_padded: bool = False
     quant: Any = None
 
 
@@ -188,4 +192,14 @@ def option_problems(options: Options, model_type: str, tasks: Sequence[str], poo
     return problems
 
 
-REMAT_POLICIES = ("none", "full", "attention", "dots")
+REMAT_POLICIES: Mapping[str, str] = {
+    "none": "nothing",
+    "products": "norms and activations; kept are the results of linear modules and of attention",
+    "attention": "all but attention; kept are its results and the layers' inputs",
+    "full": "everything; kept are the layers' inputs",
+    "offload": "norms and activations; what `products` keeps waits in the host's memory",
+}
+"""What the backward pass computes again, by the name of the policy."""
+
+PAST = "past"
+"""The collection in which a caller finds the keys and values of each layer, `[2, batch, length, kv_heads * d]`, if it asks."""

@@ -16,21 +16,9 @@ import jax.numpy as jnp
 
 from jaxpeft.models import rope
 from jaxpeft.models.activations import ACTIVATIONS
+from jaxpeft.models.attention import Mask, Virtual, allowed, attend, before, positions
 from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, option_problems, with_pooling
-from jaxpeft.models.layers import (
-    RMSNorm,
-    Virtual,
-    allowed,
-    attend,
-    before,
-    dense,
-    dropout,
-    head_dense,
-    joining,
-    pool,
-    positions,
-    run_layers,
-)
+from jaxpeft.models.layers import RMSNorm, dense, dropout, head_dense, joining, kept, pool, run_layers
 
 Array = jax.Array
 
@@ -177,7 +165,7 @@ class Attention(nn.Module):
     options: Options
 
     @nn.compact
-    def __call__(self, x: Array, residual: Array, past: Array | None, cos: Array, sin: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, residual: Array, past: Array | None, cos: Array, sin: Array, mask: Mask) -> Array:
         """Attends, and joins the residual stream.
 
         Args:
@@ -186,7 +174,7 @@ class Attention(nn.Module):
             past: keys and values of virtual positions, see `Virtual`.
             cos: the rotation tables.
             sin: likewise.
-            mask: bool, broadcast to `[batch, 1, query, key]`.
+            mask: which position may attend to which.
         """
         c, batch, length = self.config, *x.shape[:2]
         bias = c.qkv_bias
@@ -200,11 +188,11 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, self.options.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.options.dtype, name="k_norm")(k)
-        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        k, v = before(self, past, k, v)
-        out = attend(self, q, k, v, mask, c.attention_dropout)
+        q, k = kept(rope.rotate(q, cos, sin)), kept(rope.rotate(k, cos, sin))
+        k, v = before(self, past, k, kept(v))
+        out = attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
         o_proj = joining(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
-        return o_proj.join(o_proj(out), residual)
+        return kept(o_proj.join(o_proj(out), residual))
 
 
 class FeedForward(nn.Module):
@@ -217,8 +205,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array, residual: Array) -> Array:
         """Maps `x [..., d]` to `[..., d]`, and joins the residual stream."""
         c, options = self.config, self.options
-        gate = dense(c.intermediate_size, "gate_proj", options, bias=c.mlp_bias)(x)
-        up = dense(c.intermediate_size, "up_proj", options, bias=c.mlp_bias)(x)
+        gate = kept(dense(c.intermediate_size, "gate_proj", options, bias=c.mlp_bias)(x))
+        up = kept(dense(c.intermediate_size, "up_proj", options, bias=c.mlp_bias)(x))
         down_proj = joining(c.hidden_size, "down_proj", options, bias=c.mlp_bias)
         return down_proj.join(down_proj(ACTIVATIONS[c.hidden_act](gate) * up), residual)
 
@@ -236,7 +224,7 @@ class Block(nn.Module):
         per_layer: tuple[Array | None, Array | None],
         cos: Array,
         sin: Array,
-        mask: Array,
+        mask: Mask,
         places: Array | None,
     ) -> tuple[Array, None]:
         """Runs the layer.
@@ -246,7 +234,7 @@ class Block(nn.Module):
             per_layer: its window, an int32 scalar, 0 for no limit, and its past.
             cos: the rotation tables.
             sin: likewise.
-            mask: bool, broadcast to `[batch, 1, query, key]`.
+            mask: which position may attend to which.
             places: `[batch or 1, key]`, which windows are counted in; None without windows.
         """
         c, options = self.config, self.options
@@ -254,7 +242,7 @@ class Block(nn.Module):
         if window is not None and places is not None:
             queries = places[:, -x.shape[1] :]
             near = (queries[:, None, :, None] - places[:, None, None, :] < window) | (window == 0)
-            mask = mask & near
+            mask = mask.within(near)
         h = RMSNorm(c.rms_norm_eps, options.dtype, name="input_layernorm")(x)
         x = Attention(c, options, name="self_attn")(h, x, past, cos, sin, mask)
         h = RMSNorm(c.rms_norm_eps, options.dtype, name="post_attention_layernorm")(x)
@@ -289,9 +277,12 @@ class DecoderBackbone(Pretrained):
         batch, length = input_ids.shape
         where = positions(segment_ids, batch, length) if position_ids is None else position_ids
         cos, sin = rope.tables(c.rope, c.head_dim, c.max_position_embeddings, virtual.positions(where))
-        mask = virtual.mask(allowed(attention_mask, segment_ids, length, causal=True), length, causal=True)
-        windows = None if c.windows is None else jnp.asarray(c.windows, jnp.int32)
+        # one window for all layers, counted from tokens alone, is left to the attention kernel
+        window = c.windows[0] if c.windows is not None and len(set(c.windows)) == 1 and not virtual.count else 0
+        windows = None if c.windows is None or window else jnp.asarray(c.windows, jnp.int32)
         places = None if windows is None else virtual.places(segment_ids, length)
+        padding = None if options.right_padded else attention_mask
+        mask = virtual.mask(allowed(padding, segment_ids, causal=True, window=window), length)
         fields = {"config": c, "options": options}
         per_layer = windows, virtual.past
         x = virtual.prepend(self.embed_tokens(input_ids))
@@ -302,31 +293,45 @@ class DecoderBackbone(Pretrained):
 class DecoderWithHead(Pretrained):
     """A decoder with a language-model or classification head."""
 
-    @nn.compact
+    def setup(self) -> None:
+        """Makes the backbone and the head."""
+        c, options = self.config, self.options
+        self.model = DecoderBackbone(c, options)
+        if options.task != "causal_lm":
+            bias = c.classifier_bias and options.task == "token_classification"
+            self.score = head_dense(options.num_labels or 0, None, bias=bias)
+        elif not c.tie_word_embeddings:
+            self.lm_head = dense(c.vocab_size, None, options, bias=False)
+
+    def head(self, x: Array) -> Array:
+        """Gives a language model's logits, float32 `[..., vocab]`, of hidden states `[..., d]`."""
+        out = self.model.logits(x) if self.config.tie_word_embeddings else self.lm_head(x)
+        return out.astype(jnp.float32)
+
     def __call__(
         self,
         input_ids: Array,
         attention_mask: Array | None = None,
         *,
         virtual: Virtual = Virtual(),  # noqa: B008 - frozen
+        hidden: bool = False,
         **inputs: Any,
     ) -> Array:
-        """Gives float32 logits: of every position, or one row a text for sequence classification."""
+        """Gives float32 logits: of every position, or one row a text for sequence classification.
+
+        Of a language model `hidden` asks for what the head reads in place of the logits, `[batch, length, d]`.
+        """
         c, options = self.config, self.options
-        backbone = DecoderBackbone(c, options, name="model")
-        x = backbone(input_ids, attention_mask, virtual=virtual, **inputs)
+        x = self.model(input_ids, attention_mask, virtual=virtual, **inputs)
         if options.task == "causal_lm":
-            tied = c.tie_word_embeddings
-            out = backbone.logits(x) if tied else dense(c.vocab_size, "lm_head", options, bias=False)(x)
-            return out.astype(jnp.float32)
-        labels = options.num_labels or 0
+            return x if hidden else self.head(x)
         if options.task == "token_classification":
-            return head_dense(labels, "score", bias=c.classifier_bias)(dropout(self, c.classifier_dropout, x))
+            return self.score(dropout(self, c.classifier_dropout, x))
         if options.pooling == "last" and c.pad_token_id is not None:
             # as in transformers, which tells padding by the token
             text = input_ids != c.pad_token_id
             attention_mask = text if attention_mask is None else text & (attention_mask > 0)
-        return head_dense(labels, "score", bias=False)(pool(x, attention_mask, options.pooling))
+        return self.score(pool(x, attention_mask, options.pooling))
 
 
 def build(config: Mapping[str, Any], options: Options) -> Pretrained:

@@ -14,22 +14,10 @@ import jax.numpy as jnp
 
 from jaxpeft.errors import DataError
 from jaxpeft.models.activations import ACTIVATIONS
+from jaxpeft.models.attention import Mask, Virtual, allowed, attend, before, positions
 from jaxpeft.models.base import Family, Options, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import EncoderConfig, read_config
-from jaxpeft.models.layers import (
-    LayerNorm,
-    Virtual,
-    allowed,
-    attend,
-    before,
-    dense,
-    dropout,
-    head_dense,
-    joining,
-    pool,
-    positions,
-    run_layers,
-)
+from jaxpeft.models.layers import LayerNorm, dense, dropout, head_dense, joining, kept, pool, run_layers
 
 Array = jax.Array
 
@@ -44,13 +32,13 @@ class _Part(nn.Module):
         """Applies a layer norm of this name."""
         return LayerNorm(self.config.layer_norm_eps, self.options.dtype, name=name)(x)
 
-    def attention(self, x: Array, past: Array | None, mask: Array | None, names: tuple[str, str, str]) -> Array:
+    def attention(self, x: Array, past: Array | None, mask: Mask, names: tuple[str, str, str]) -> Array:
         """Projects and attends: `[batch, length, d]` to the same, before the output projection."""
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        q, k, v = (dense(c.hidden_size, name, self.options)(x).reshape(shape) for name in names)
+        q, k, v = (kept(dense(c.hidden_size, name, self.options)(x)).reshape(shape) for name in names)
         k, v = before(self, past, k, v)
-        return attend(self, q, k, v, mask, c.attention_dropout)
+        return attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
 
 
 class Embeddings(_Part):
@@ -75,7 +63,7 @@ class Embeddings(_Part):
 
 class _SelfAttention(_Part):
     @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> Array:
+    def __call__(self, x: Array, past: Array | None, mask: Mask) -> Array:
         return self.attention(x, past, mask, ("query", "key", "value"))
 
 
@@ -87,12 +75,12 @@ class _Output(_Part):
         out = joining(self.config.hidden_size, "dense", self.options)
         # one module, as an adapter may apply it twice
         norm = LayerNorm(self.config.layer_norm_eps, self.options.dtype, name="LayerNorm")
-        return out.join(dropout(self, self.config.hidden_dropout, out(x)), residual, norm)
+        return kept(out.join(dropout(self, self.config.hidden_dropout, out(x)), residual, norm))
 
 
 class _Attention(_Part):
     @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> Array:
+    def __call__(self, x: Array, past: Array | None, mask: Mask) -> Array:
         h = _SelfAttention(self.config, self.options, name="self")(x, past, mask)
         return _Output(self.config, self.options, name="output")(h, x)
 
@@ -100,14 +88,15 @@ class _Attention(_Part):
 class _Intermediate(_Part):
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return ACTIVATIONS[self.config.hidden_act](dense(self.config.intermediate_size, "dense", self.options)(x))
+        wide = kept(dense(self.config.intermediate_size, "dense", self.options)(x))
+        return ACTIVATIONS[self.config.hidden_act](wide)
 
 
 class BertBlock(_Part):
     """One layer of BERT or RoBERTa."""
 
     @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
         """Runs the layer on `[batch, length, d]`."""
         x = _Attention(self.config, self.options, name="attention")(x, past, mask)
         h = _Intermediate(self.config, self.options, name="intermediate")(x)
@@ -116,17 +105,17 @@ class BertBlock(_Part):
 
 class _DistilAttention(_Part):
     @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Array | None, norm: Callable[[Array], Array]) -> Array:
+    def __call__(self, x: Array, past: Array | None, mask: Mask, norm: Callable[[Array], Array]) -> Array:
         h = self.attention(x, past, mask, ("q_lin", "k_lin", "v_lin"))
         out = joining(self.config.hidden_size, "out_lin", self.options)
-        return out.join(out(h), x, norm)
+        return kept(out.join(out(h), x, norm))
 
 
 class _DistilFeedForward(_Part):
     @nn.compact
     def __call__(self, x: Array, norm: Callable[[Array], Array]) -> Array:
         c = self.config
-        h = ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, "lin1", self.options)(x))
+        h = ACTIVATIONS[c.hidden_act](kept(dense(c.intermediate_size, "lin1", self.options)(x)))
         out = joining(c.hidden_size, "lin2", self.options)
         return out.join(dropout(self, c.hidden_dropout, out(h)), x, norm)
 
@@ -135,7 +124,7 @@ class DistilBertBlock(_Part):
     """One layer of DistilBERT."""
 
     @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
         """Runs the layer on `[batch, length, d]`."""
         c, options = self.config, self.options
         norms = (LayerNorm(c.layer_norm_eps, options.dtype, name=f"{name}_layer_norm") for name in ("sa", "output"))
@@ -147,7 +136,7 @@ class _Stack(_Part):
     """The module that holds the layers: `encoder` in BERT, `transformer` in DistilBERT."""
 
     @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Array | None) -> Array:
+    def __call__(self, x: Array, past: Array | None, mask: Mask) -> Array:
         c, options = self.config, self.options
         block = DistilBertBlock if c.kind == "distilbert" else BertBlock
         fields = {"config": c, "options": options}
@@ -198,7 +187,7 @@ class EncoderBackbone(Pretrained):
             raise DataError("segment_ids: a prompt sees all tokens of a row, so a row can hold one text; do not pack")
         where = _shifted(c, virtual, where)
         x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where, virtual)
-        mask = virtual.mask(allowed(attention_mask, segment_ids, length, causal=False), length, causal=False)
+        mask = virtual.mask(allowed(attention_mask, segment_ids, causal=False), length)
         x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(x, virtual.past, mask)
         if self.with_pooler:
             return _Pooler(c, options, name="pooler")(x)

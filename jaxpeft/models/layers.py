@@ -1,9 +1,8 @@
-"""Parts that the architectures share: norms, dropout, activations, attention, and the stack of layers."""
+"""Parts that the architectures share: norms, dropout, linear modules, and the stack of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import PAST, Options
 
 Array = jax.Array
 
@@ -76,7 +75,12 @@ def _draws(key: Array, shape: tuple[int, ...]) -> Array:
     return halves.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
 
-def dense(features: int, name: str, options: Options, *, bias: bool = True) -> nn.Dense:
+def kept(x: Array) -> Array:
+    """Marks what a layer's products give, which remat of `products` and `offload` does not compute again."""
+    return checkpoint_name(x, "product")
+
+
+def dense(features: int, name: str | None, options: Options, *, bias: bool = True) -> nn.Dense:
     """Makes a linear module that computes in the activations' dtype."""
     return nn.Dense(features, use_bias=bias, dtype=options.dtype, name=name)
 
@@ -101,167 +105,9 @@ def joining(features: int, name: str, options: Options, *, bias: bool = True) ->
     return Joining(features, use_bias=bias, dtype=options.dtype, name=name)
 
 
-def head_dense(features: int, name: str, *, bias: bool = True) -> nn.Dense:
+def head_dense(features: int, name: str | None, *, bias: bool = True) -> nn.Dense:
     """Makes a linear module of a task head: float32, whatever the base."""
     return nn.Dense(features, use_bias=bias, dtype=jnp.float32, name=name, kernel_init=nn.initializers.normal(0.02))
-
-
-def allowed(attention_mask: Array | None, segment_ids: Array | None, length: int, *, causal: bool) -> Array | None:
-    """Says which position may attend to which.
-
-    Args:
-        attention_mask: `[batch, length]`, 1 for a token.
-        segment_ids: `[batch, length]`; a position sees its own segment only.
-        length: of the rows.
-        causal: whether a position sees only itself and those before it.
-
-    Returns:
-        bool, broadcast to `[batch, 1, query, key]`; None where everything is allowed.
-    """
-    parts: list[Array] = []
-    if attention_mask is not None:
-        parts.append(attention_mask.astype(bool)[:, None, None, :])
-    if segment_ids is not None:
-        parts.append((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None])
-    if causal:
-        parts.append(jnp.tril(jnp.ones((1, 1, length, length), bool)))
-    mask: Array | None = None
-    for part in parts:
-        mask = part if mask is None else mask & part
-    return mask
-
-
-@dataclass(frozen=True)
-class Virtual:
-    """Positions in front of a row's tokens that no token stands at; every token sees them, in each segment of a packed row.
-
-    Attributes:
-        past: `[layers, 2, batch or 1, n, kv_heads * d]`: the keys (rotated already) and values of each layer; or None.
-        prompt: `[batch or 1, n, hidden]`: embeddings that run through all layers; or None.
-    """
-
-    past: Array | None = None
-    prompt: Array | None = None
-
-    @property
-    def count(self) -> int:
-        """How many positions they take."""
-        return sum(part.shape[-2] for part in (self.past, self.prompt) if part is not None)
-
-    @property
-    def prompted(self) -> int:
-        """How many of them run through the layers."""
-        return 0 if self.prompt is None else self.prompt.shape[-2]
-
-    def prepend(self, x: Array) -> Array:
-        """Puts the prompt in front of embeddings `[batch, length, hidden]`."""
-        if self.prompt is None:
-            return x
-        prompt = jnp.broadcast_to(self.prompt.astype(x.dtype), (x.shape[0], *self.prompt.shape[-2:]))
-        return jnp.concatenate([prompt, x], axis=1)
-
-    def positions(self, where: Array) -> Array:
-        """Gives the positions of prompt and tokens `[batch, prompted + length]`, from the tokens' own, which are shifted."""
-        where = where + self.count
-        if self.prompt is None:
-            return where
-        own = jnp.arange(self.count - self.prompted, self.count, dtype=where.dtype)
-        return jnp.concatenate([jnp.broadcast_to(own, (where.shape[0], self.prompted)), where], axis=1)
-
-    def mask(self, mask: Array | None, length: int, *, causal: bool) -> Array | None:
-        """Widens what may be attended to by the virtual positions, which every query sees but a prompt's its future.
-
-        Args:
-            mask: bool, broadcast to `[batch, 1, length, length]`, None where everything is allowed.
-            length: of the tokens.
-            causal: whether a position sees only itself and those before it.
-
-        Returns:
-            bool, broadcast to `[batch, 1, prompted + length, count + length]`, or None.
-        """
-        if mask is None or not self.count:
-            return mask
-        lead = mask.shape[:2]
-        mask = jnp.broadcast_to(mask, (*lead, length, length))
-        past = self.count - self.prompted
-        if self.prompted:
-            # a prompt sees the tokens that the last query sees: all but padding, where rows are no documents
-            after = (
-                jnp.zeros((*lead, self.prompted, length), bool) if causal else mask[:, :, -1:].repeat(self.prompted, 2)
-            )
-            mask = jnp.concatenate([after, mask], axis=2)
-            own = jnp.ones((self.prompted + length, self.prompted), bool)
-            own = jnp.tril(own) if causal else own
-            mask = jnp.concatenate([jnp.broadcast_to(own, (*lead, *own.shape)), mask], axis=3)
-        return jnp.concatenate([jnp.ones((*mask.shape[:3], past), bool), mask], axis=3)
-
-    def places(self, segment_ids: Array | None, length: int) -> Array:
-        """Gives the place of each key, `[batch or 1, count + length]`: virtual positions, then tokens, in each segment anew."""
-        own = positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], length) + self.count
-        front = jnp.broadcast_to(jnp.arange(self.count, dtype=own.dtype), (own.shape[0], self.count))
-        return jnp.concatenate([front, own], axis=1)
-
-
-PAST = "past"
-"""The collection in which a caller finds the keys and values of each layer, `[2, batch, length, kv_heads * d]`, if it asks."""
-
-
-def before(module: nn.Module, past: Array | None, k: Array, v: Array) -> tuple[Array, Array]:
-    """Puts keys and values of virtual positions in front of a layer's own.
-
-    Args:
-        module: the attention, which keeps its own keys and values for a caller that asks for them.
-        past: `[2, batch or 1, n, kv_heads * d]`, or None.
-        k: `[batch, length, kv_heads, d]`, rotated.
-        v: likewise, not rotated.
-    """
-    if module.is_mutable_collection(PAST) and not module.is_initializing():
-        module.sow(PAST, "kv", jnp.stack([k, v]).reshape(2, *k.shape[:2], -1))
-    if past is None:
-        return k, v
-    own = jnp.broadcast_to(past.astype(k.dtype), (2, k.shape[0], *past.shape[2:]))
-    own = own.reshape(*own.shape[:3], *k.shape[2:])
-    return jnp.concatenate([own[0], k], axis=1), jnp.concatenate([own[1], v], axis=1)
-
-
-def positions(segment_ids: Array | None, batch: int, length: int) -> Array:
-    """Gives `[batch, length]` positions that count from zero, in each segment anew."""
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    if segment_ids is None:
-        return index
-    begins = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-
-
-def attend(module: nn.Module, q: Array, k: Array, v: Array, mask: Array | None, dropout_rate: float) -> Array:
-    """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
-
-    `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32.
-
-    Args:
-        module: whose dropout key is used.
-        q: `[batch, query, heads, d]`.
-        k: `[batch, key, kv_heads, d]`, kv_heads divides heads.
-        v: `[batch, key, kv_heads, d]`.
-        mask: bool, broadcast to `[batch, 1, query, key]`; a row without any True gives an average, not NaN.
-        dropout_rate: on the attention weights.
-
-    Returns:
-        `[batch, query, heads * d]`.
-    """
-    batch, length, heads, d = q.shape
-    # Heads before length: both products are then plain batched matmuls, a fifth faster on CPU than the other order.
-    q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
-    kv_heads, keys = k.shape[1:3]
-    q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
-    scores = scores.reshape(batch, heads, length, keys)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(module, dropout_rate, jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
-    out = jnp.einsum("bhts,bhsd->bhtd", weights.reshape(batch, kv_heads, -1, keys), v)
-    out = jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
-    return checkpoint_name(out.reshape(batch, length, heads * d), "attention")
 
 
 def run_layers(
@@ -298,12 +144,29 @@ def _remat(block: type[nn.Module], options: Options) -> Any:
     """Wraps a block so that the backward pass computes again what the policy does not keep."""
     if options.remat == "none":
         return block
-    policies: dict[str, Any] = {
-        "full": None,
-        "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
-    return nn.remat(block, policy=policies[options.remat], prevent_cse=not options.scan_layers)
+    return nn.remat(block, policy=_POLICIES[options.remat], prevent_cse=not options.scan_layers)
+
+
+def _keeps(*names: str) -> Callable[..., bool]:
+    """Makes a policy that keeps what bears one of these names, and what flash attention needs for its gradient."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+    # its sums are named nowhere: without them attention would be computed again
+    return lambda primitive, *args, **how: (
+        primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *args, **how)
+    )
+
+
+_POLICIES: Mapping[str, Any] = {
+    "full": None,
+    "attention": _keeps("attention"),
+    "products": _keeps("attention", "product", "low_rank"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["low_rank"],
+        names_which_can_be_offloaded=["product", "attention"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 class _Unrolled(nn.Module):

@@ -16,7 +16,7 @@ from jaxpeft.data.encoding import padded_lengths
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.sharding.mesh import place
 from jaxpeft.training.setup import Encoded, Setup
-from jaxpeft.training.step import logits_of
+from jaxpeft.training.step import Computed
 
 _DEFAULT_METRIC = {"lm": "loss", "regression": "pearson", "multi_label": "f1_micro"}
 
@@ -34,10 +34,10 @@ class Evaluator:
         self._run = jax.jit(self._forward)
 
     def _forward(self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
-        logits = logits_of(self._setup.model, combine(trainable, frozen), batch, None)
-        total, weight = self._setup.loss(logits, batch)
+        outputs = Computed(self._setup.model, combine(trainable, frozen), batch, None)
+        total, weight = self._setup.loss(outputs, batch)
         # the logits of a language model are large, and not needed
-        return total, weight, None if self._setup.problem == "lm" else logits
+        return total, weight, None if self._setup.problem == "lm" else outputs.logits
 
     def __call__(self, trainable: Tree, frozen: Tree, split: Encoded) -> dict[str, float]:
         """Gives the figures of a split: `loss`, and those of its kind of problem.

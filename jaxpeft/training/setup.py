@@ -29,6 +29,7 @@ from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant
 from jaxpeft.sharding.mesh import make_mesh, replicated
+from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.optimizers import schedule
 from jaxpeft.training.progress import rows_shown
@@ -100,6 +101,8 @@ def prepare(config: Config) -> Setup:
         scan_layers=config.model.scan_layers,
         pooling=config.model.pooling,
         remat=config.model.remat,
+        attention=config.model.attention,
+        right_padded=True,
         revision=config.model.revision,
         vocab_size=config.model.vocab_size,
         quant=_quant(config),
@@ -112,7 +115,9 @@ def prepare(config: Config) -> Setup:
         config=config,
         model=model,
         params=params,
-        loss=loss_for(config.model.task, splits.train.problem),
+        loss=loss_for(
+            config.model.task, splits.train.problem, CrossEntropy(config.train.label_smoothing, config.train.z_loss)
+        ),
         train=splits.train,
         validation=splits.validation,
         test=splits.test,

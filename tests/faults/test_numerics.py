@@ -108,9 +108,9 @@ def test_case_27_a_gradient_of_zero_for_ten_steps_is_warned_of(
     def constant(*args: Any) -> losses.Loss:
         loss = real(*args)
 
-        def of(logits: Any, batch: Any) -> Any:
-            total, weight = loss(jax.lax.stop_gradient(logits), batch)
-            return total, weight
+        def of(outputs: Any, batch: Any) -> Any:
+            total, weight = loss(outputs, batch)
+            return jax.lax.stop_gradient(total), weight
 
         return of
 

@@ -150,7 +150,7 @@ ARGUMENTS = [
         {"task": "encoder", "pooling": "cls"},
         r"pooling: goes with task 'sequence_classification' only, task is 'encoder'",
     ),
-    ({"remat": "some"}, r"remat: must be one of none, full, attention, dots, is 'some'"),
+    ({"remat": "some"}, r"remat: must be one of none, products, attention, full, offload, is 'some'"),
     ({"num_labels": "3"}, r"num_labels: "),
     ({"num_labels": 2.5}, r"num_labels: "),
     ({"dtype": "float17"}, r"dtype: "),

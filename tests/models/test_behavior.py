@@ -9,7 +9,7 @@ import pytest
 
 import jaxpeft
 from jaxpeft.errors import DataError
-from jaxpeft.models.layers import positions
+from jaxpeft.models.attention import positions
 
 ALL = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -52,7 +52,7 @@ def test_scanned_and_unrolled_layers_agree_in_loss_and_gradient(load, padded, ki
 def test_remat_changes_no_gradient_dropout_included(load, padded, kind, scan_layers):
     key = jax.random.key(3)
     plain = loss_and_gradient(*load(kind, scan_layers=scan_layers), padded[2], key)
-    for remat in ("full", "attention", "dots"):
+    for remat in ("full", "attention", "products"):
         model, params = load(kind, scan_layers=scan_layers, remat=remat)
         assert_close(plain, loss_and_gradient(model, params, padded[2], key), 1e-6)
 
@@ -63,8 +63,8 @@ def test_remat_keeps_what_its_policy_names(load, padded, scan_layers):
         model, params = load("llama", scan_layers=scan_layers, remat=remat)
         return count_kept(lambda p: jaxpeft.apply(model, p, padded[0].ids, padded[0].mask).sum(), params)
 
-    kept = {remat: saved(remat) for remat in ("none", "full", "attention", "dots")}
-    assert kept["full"] < kept["attention"] < kept["dots"] < kept["none"]
+    kept = {remat: saved(remat) for remat in ("none", "full", "attention", "products")}
+    assert kept["full"] < kept["attention"] < kept["products"] < kept["none"]
 
 
 def count_kept(function, params):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.models.layers import attend, dropout
+from jaxpeft.models.attention import Mask, attend
+from jaxpeft.models.layers import dropout
 
 
 class _Dropped(nn.Module):
@@ -24,7 +25,7 @@ class _Attended(nn.Module):
     rate: float = 0.0
 
     def __call__(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-        return attend(self, q, k, v, mask, self.rate)
+        return attend(self, "xla", q, k, v, Mask(mask), self.rate)
 
 
 def drop(rate: float, x: Any, seed: int = 0) -> Any:

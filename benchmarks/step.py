@@ -1,0 +1,248 @@
+"""One training step of a model of a true shape: tokens/s, memory, compilation, utilisation, loss; beside torch's if asked for.
+
+    python -m benchmarks.step [--shape llama3_8b] [--batch 4] [--length 2048] [--method lora] [--quant none] [--remat none]
+                              [--scan] [--steps 12] [--peer peft ...] [--set OPTION=VALUE ...]
+
+Prints one JSON line, and one for each peer, which runs in a process of its own afterwards. The weights are random numbers of the
+model's shape, the tokens random ids; the step is that of the main job (`jaxpeft.training.step`), with AdamW and clipping. Method
+`none` trains the embedding of one token: the gradient goes through all layers, and no linear site is adapted.
+
+Peers, torch with Hugging Face PEFT: `peft` (eager), `peft-compile`, `peft-checkpoint`, `peft-nf4`, `peft-nf4-checkpoint`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "llama3_8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+    "llama3_1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""The shapes of Llama-3.1-8B and Llama-3.2-1B, and one to try the program with."""
+COMMON = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072}
+GIB = 2**30
+
+
+def flops(shape: Mapping[str, Any], batch: int, length: int, adapter: int) -> float:
+    """Gives the FLOPs that a step cannot do without: 4 a frozen and 6 a trained weight and token, and causal attention's.
+
+    Args:
+        shape: of the model.
+        batch: rows.
+        length: tokens a row.
+        adapter: number of trained weights that are multiplied with each token.
+    """
+    d, wide = shape["hidden_size"], shape["intermediate_size"]
+    kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    layer = 2 * d * d + 2 * d * kv + 3 * d * wide
+    frozen = shape["num_hidden_layers"] * layer + d * shape["vocab_size"]
+    # of the scores and of the values, forward 2 and backward 4 a pair of positions that see each other
+    attention = shape["num_hidden_layers"] * 2 * (2 + 4) * d * length / 2
+    return batch * length * (4.0 * frozen + 6.0 * adapter + attention)
+
+
+def main(argv: list[str]) -> None:
+    """Runs what is asked for."""
+    parser = argparse.ArgumentParser(prog="benchmarks.step")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama3_8b")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--method", default="lora")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--quant", default="none")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--scan", action="store_true")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--peer", nargs="*", default=[])
+    parser.add_argument("--only-peers", action="store_true")
+    parser.add_argument("--trace", type=Path, help="a folder for a profile of three steps")
+    options = parser.parse_args(argv)
+    if not options.only_peers:
+        emit(ours(options))
+    for peer in options.peer:
+        # a process of its own: the device's memory is free again, and a failure is that peer's alone
+        command = [sys.executable, "-m", "benchmarks.step_peer", peer, *argv]
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        emit(json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"program": peer, "failed": True})
+
+
+def emit(line: Mapping[str, Any]) -> None:
+    """Prints one JSON line."""
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def figures(options: Any, adapter: int, seconds: list[float], peak: float, kind: str) -> dict[str, Any]:
+    """Gives what every program reports.
+
+    Args:
+        options: of the command.
+        adapter: number of trained weights.
+        seconds: of the measured steps.
+        peak: bytes of the device's memory.
+        kind: of the device.
+    """
+    median = statistics.median(seconds)
+    work = flops(SHAPES[options.shape], options.batch, options.length, adapter) / median
+    return {
+        "shape": options.shape, "batch": options.batch, "length": options.length, "method": options.method, "quant": options.quant,
+        "tokens_per_second": round(options.batch * options.length / median), "step_ms": round(1e3 * median, 2),
+        "step_ms_range": [round(1e3 * min(seconds), 2), round(1e3 * max(seconds), 2)], "steps": len(seconds),
+        "peak_gib": round(peak / GIB, 2), "tflops_per_second": round(work / 1e12, 1), "device": kind,
+        "mfu": round(work / bf16_peak(kind), 4) if bf16_peak(kind) else None,
+    }  # fmt: skip
+
+
+def bf16_peak(kind: str) -> float:
+    """Gives the bf16 FLOP/s of a device by its vendor's data sheet, 0 where they are not known."""
+    from jaxpeft.training.flops import PEAK_FLOPS
+
+    return next((most for name, most in PEAK_FLOPS.items() if name in kind), 0.0)
+
+
+def token_ids(options: Any) -> Any:
+    """Gives the random ids of the batch, `[batch, length]` int32: the same in every program."""
+    import numpy as np
+
+    vocab = SHAPES[options.shape]["vocab_size"]
+    return np.random.default_rng(0).integers(0, vocab, (options.batch, options.length)).astype(np.int32)
+
+
+def ours(options: Any) -> dict[str, Any]:
+    """Measures jaxpeft."""
+    began = time.perf_counter()
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from jaxpeft.core import tree
+    from jaxpeft.core.rewriting import rewrite, trainable_mask
+    from jaxpeft.training.losses import loss_for
+    from jaxpeft.training.step import init_state, make_train_step
+
+    model, base = random_model(options)
+    method = method_of(options)
+    params = jax.jit(lambda base: rewrite(method, base, jax.random.key(0)), donate_argnums=0)(base)
+    trainable, frozen = tree.partition(params, trainable_mask(method, params))
+    del base, params
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+    state = jax.jit(lambda trainable: init_state(trainable, optimizer, 0), donate_argnums=0)(trainable)
+    step = jax.jit(make_train_step(model, loss_for("causal_lm", None), optimizer, 1), donate_argnums=0)
+    ids = jnp.asarray(token_ids(options))
+    batch = {
+        "input_ids": ids, "attention_mask": jnp.ones_like(ids), "labels": ids,
+        "weights": jnp.ones(options.batch, jnp.float32),
+    }  # fmt: skip
+    ready = time.perf_counter()
+    lowered = step.lower(state, frozen, batch)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    compiled_at = time.perf_counter()
+    losses: list[Any] = []
+    seconds: list[float] = []
+    for _ in range(options.steps + 2):
+        start = time.perf_counter()
+        state, metrics = compiled(state, frozen, batch)
+        losses.append(jax.block_until_ready(metrics["loss"]))
+        seconds.append(time.perf_counter() - start)
+    if options.trace:
+        with jax.profiler.trace(str(options.trace)):
+            for _ in range(3):
+                state, metrics = compiled(state, frozen, batch)
+            jax.block_until_ready(metrics)
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    adapted = tree.count(state.trainable) if options.method != "none" else 0
+    planned = compiled.memory_analysis()
+    return {
+        "program": "jaxpeft", "remat": options.remat, "layers": "scanned" if options.scan else "unrolled",
+        "attention": model.options.attention,
+        **figures(options, adapted, seconds[2:], stats.get("peak_bytes_in_use", 0), device.device_kind),
+        "planned_gib": round(_planned(planned) / GIB, 2), "trace_s": round(traced - ready, 1),
+        "compile_s": round(compiled_at - traced, 1), "first_step_s": round(compiled_at + seconds[0] - began, 1),
+        "loss": [round(float(losses[0]), 4), round(float(losses[-1]), 4)],
+        "jax": jax.__version__,
+    }  # fmt: skip
+
+
+def _planned(analysis: Any) -> float:
+    """Gives the bytes that the compiled step plans with: arguments, results that are not donated, and temporaries."""
+    if analysis is None:
+        return math.nan
+    sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
+    return sum(sizes) - analysis.alias_size_in_bytes
+
+
+def method_of(options: Any) -> Any:
+    """Gives the method of the command."""
+    import jaxpeft
+
+    if options.method == "none":
+        return jaxpeft.METHODS["trainable_tokens"](tokens=(0,))
+    ranked = {"rank": options.rank} if options.method in ("lora", "dora", "lora_fa", "adalora") else {}
+    return jaxpeft.METHODS[options.method](targets="all-linear", **ranked)
+
+
+def random_model(options: Any) -> tuple[Any, Any]:
+    """Gives a model of the shape, and its base: normal numbers, leaf by leaf, quantised as each is there."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxpeft import models
+    from jaxpeft.core import paths
+    from jaxpeft.hub.loading import abstract_params
+    from jaxpeft.models.attention import fastest, platform
+    from jaxpeft.models.base import Options
+    from jaxpeft.quant.tree import Quant
+
+    quant = None if options.quant == "none" else Quant(options.quant)
+    attention = fastest(platform(jax.devices()[0])) if options.attention == "auto" else options.attention
+    how = Options(
+        "causal_lm", None, jnp.bfloat16, scan_layers=options.scan, remat=options.remat, attention=attention,
+        right_padded=True, quant=quant,
+    )  # fmt: skip
+    model = models.build(COMMON | dict(SHAPES[options.shape]), how)
+    abstract = abstract_params(model)
+    sites = quant.sites(abstract) if quant else {}
+
+    @partial(jax.jit, static_argnums=0)
+    def normal(shape: tuple[int, ...], seed: int) -> Any:
+        return 0.02 * jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+    items: list[Any] = []
+    for i, (path, leaf) in enumerate(paths.walk(abstract)):
+        site = sites.get(path)
+        if path[-1] == "scale":
+            items.append((path, jnp.ones(leaf.shape, jnp.bfloat16)))
+        elif site is None or quant is None:
+            items.append((path, normal(leaf.shape, i)))
+        else:
+            count = leaf.shape[0] if site.layers else 1
+            layers = [lambda i=i, n=n: normal(leaf.shape[-2:], 1000 * n + i) for n in range(count)]
+            items += [((*path[:-1], name), made) for name, made in quant.stored(layers, bool(site.layers)).items()]
+    return model, paths.build(items)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
