@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--peer", nargs="*", default=[])
     parser.add_argument("--only-peers", action="store_true")
+    parser.add_argument("--xla", nargs="*", default=[], help="XLA options of the compilation, NAME=VALUE")
     parser.add_argument("--trace", type=Path, help="a folder for a profile of three steps")
     options = parser.parse_args(argv)
     if not options.only_peers:
@@ -157,7 +158,7 @@ def ours(options: Any) -> dict[str, Any]:
     ready = time.perf_counter()
     lowered = step.lower(state, frozen, batch)
     traced = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=dict(item.split("=") for item in options.xla))
     compiled_at = time.perf_counter()
     losses: list[Any] = []
     seconds: list[float] = []

@@ -16,9 +16,13 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxpeft.core import views
+from jaxpeft.core import joint, kernels, views
 from jaxpeft.core.method import Call, Method
 from jaxpeft.errors import ConfigError
+
+
+TOGETHER = "together"
+"""The method of a linear module that computes others with it, which read the same input."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,47 @@ class Hooks:
         Raises:
             ConfigError: the module's type is not one that the method can adapt.
         """
+        if name == TOGETHER:
+            return self._together(module, base, key is not None)
+        alone = self._linear(module, key is not None) if name == "__call__" else None
+        if alone is not None and alone.factors is not None:
+            return lambda x: joint.products(x.astype(module.dtype), [alone])[0]
         wrapped = base
         for marker, method in self.methods.items():
             if marker in leaves and method.computes(module, name):
                 wrapped = self._site(module, name, leaves, wrapped, key, method)
         return wrapped
+
+    def _together(self, module: Any, base: Callable[..., Any], training: bool) -> Callable[..., Any]:
+        """Computes sites that read the same input at once, where all of them can be, and one has an adapter."""
+
+        def call(x: Any, *others: Any) -> Any:
+            sites = [self._linear(each, training) for each in (module, *others)]
+            found = [site for site in sites if site is not None]
+            if len(found) < len(sites) or all(site.factors is None for site in found):
+                return base(x, *others)
+            return joint.products(x.astype(module.dtype), found)
+
+        return call
+
+    def _linear(self, module: Any, training: bool) -> joint.Linear | None:
+        """Sees a module as `x W + x A B`; None where it computes anything else."""
+        if not hasattr(type(module), TOGETHER) or self.rows is not None:
+            return None
+        leaves = module.variables.get("params", {})
+        form = kernels.form_of(leaves)
+        adapters = [method for marker, method in self.methods.items() if marker in leaves and marker not in kernels.FORMS]
+        if form is None or len(adapters) > 1:
+            return None
+        factors = None
+        if adapters:
+            (method,) = adapters
+            if method.site_names()[-1] in leaves or not method.computes(module, "__call__"):
+                return None
+            factors = method.factors({key: leaves[key] for key in method.leaf_names if key in leaves}, training)
+            if factors is None:
+                return None
+        return joint.Linear({key: leaves[key] for key in kernels.FORMS[form].leaves}, factors, leaves.get("bias"))
 
     def _site(
         self,
@@ -120,7 +160,7 @@ def _require_inputs(module: Any, name: str, method: type[Method]) -> None:
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:
     """Makes the function for `flax.linen.intercept_methods`."""
-    names = {name for method in hooks.methods.values() for name in method.hooks}
+    names = {TOGETHER, *(name for method in hooks.methods.values() for name in method.hooks)}
 
     def intercept(
         next_fun: Callable[..., Any],
@@ -132,7 +172,7 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
         if context.method_name not in names or module.scope is None:
             return next_fun(*args, **kwargs)
         leaves = module.variables.get("params", {})
-        if not any(marker in leaves for marker in hooks.methods):
+        if context.method_name != TOGETHER and not any(marker in leaves for marker in hooks.methods):
             return next_fun(*args, **kwargs)
         key = (lambda: module.make_rng("dropout")) if module.has_rng("dropout") else None
         return hooks.wrap(module, context.method_name, leaves, _repeatable(module, next_fun), key)(*args, **kwargs)

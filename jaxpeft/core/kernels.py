@@ -8,12 +8,18 @@ from typing import Any
 
 from jaxpeft import quant
 from jaxpeft.lazy import jnp
-from jaxpeft.quant.form import Form
+from jaxpeft.quant.form import Form, over_rows
 
 Leaves = Mapping[str, Any]
 
 _PLAIN = (
-    Form(("kernel",), lambda leaves: leaves["kernel"]),
+    Form(
+        ("kernel",),
+        lambda leaves: leaves["kernel"],
+        forward=lambda x, leaves: x @ leaves["kernel"].astype(x.dtype),
+        backward=lambda leaves, dy: dy @ leaves["kernel"].astype(dy.dtype).T,
+        trained=lambda x, leaves, dy: {"kernel": over_rows(x, dy, leaves["kernel"].dtype)},
+    ),
     Form(("embedding",), lambda leaves: leaves["embedding"]),
 )
 FORMS: Mapping[str, Form] = {form.leaves[0]: form for form in (*_PLAIN, *quant.FORMS.values())}

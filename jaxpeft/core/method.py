@@ -228,6 +228,19 @@ class Method:
         return call.base(*call.args, **call.kwargs)
 
     @staticmethod
+    def factors(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
+        """Gives `A [in, r]` and `B [r, out]` of a linear site where `compute` is `x W + x A B`: see `jaxpeft.core.joint`.
+
+        Args:
+            leaves: as `compute` is given them.
+            training: whether it is a training call.
+
+        Returns:
+            None where `compute` is anything else.
+        """
+        del leaves, training
+
+    @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Folds the adapter leaves of one site of one layer into its base leaves.
 

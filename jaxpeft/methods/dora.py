@@ -67,6 +67,11 @@ class DoRA(LoRA):
         return _dora(super().init(site, kernel, rng)) | {"dora_magnitude": norm, "dora_norm": norm}
 
     @staticmethod
+    def factors(leaves: Leaves, training: bool) -> None:
+        """Gives None: the update is scaled together with the kernel."""
+        del leaves, training
+
+    @staticmethod
     def compute(call: Call) -> Any:
         """Computes `x W + (m / n - 1) D(x) W + m / n s (D(x) A) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)

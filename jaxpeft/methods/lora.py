@@ -142,6 +142,17 @@ class LoRA(Ranked):
         return y + call.each(update, x).astype(y.dtype)
 
     @staticmethod
+    def factors(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
+        """Gives A and s B, less the start that was a part of `W`; None with dropout, or with a bias of B's own."""
+        if "lora_bias" in leaves or (training and "lora_dropout" in leaves):
+            return None
+        a, b, scale = leaves["lora_a"], leaves["lora_b"], leaves["lora_scale"]
+        if "lora_a0" in leaves:
+            a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
+            b = jnp.concatenate([b, -leaves["lora_b0"]])
+        return a, scale * b
+
+    @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `W + s A B`, less the start that was a part of `W`."""
         scale = leaves["lora_scale"]

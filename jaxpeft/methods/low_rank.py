@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from jaxpeft.lazy import jax, jnp
+from jaxpeft.quant.form import over_rows
 
 if TYPE_CHECKING:
     from jax import Array
@@ -46,14 +47,8 @@ def _backward(kept: Any, dy: Array) -> tuple[Array, Array, Array]:
     x, h, a, b = kept
     dh = dy @ b.astype(dy.dtype).T
     # without the barrier XLA turns (dh^T x)^T back into x^T dh
-    da_transposed = jax.lax.optimization_barrier(_over_rows(dh, x, a.dtype))
-    return dh @ a.astype(dy.dtype).T, da_transposed.T, _over_rows(h, dy, b.dtype)
-
-
-def _over_rows(narrow: Array, wide: Array, dtype: Any) -> Array:
-    """Computes `narrow^T wide`, summed over all axes but the last: `[..., r]`, `[..., n]` to `[r, n]`."""
-    rows = tuple(range(narrow.ndim - 1))
-    return jax.lax.dot_general(narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.dtype(dtype))
+    da_transposed = jax.lax.optimization_barrier(over_rows(dh, x, a.dtype))
+    return dh @ a.astype(dy.dtype).T, da_transposed.T, over_rows(h, dy, b.dtype)
 
 
 def product(a: Any, b: Any) -> Any:

@@ -177,14 +177,9 @@ class Attention(nn.Module):
             mask: which position may attend to which.
         """
         c, batch, length = self.config, *x.shape[:2]
-        bias = c.qkv_bias
-
-        def project(heads: int, name: str) -> Array:
-            out = dense(heads * c.head_dim, name, self.options, bias=bias)(x)
-            return out.reshape(batch, length, heads, c.head_dim)
-
-        q, k = project(c.num_attention_heads, "q_proj"), project(c.num_key_value_heads, "k_proj")
-        v = project(c.num_key_value_heads, "v_proj")
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads, "v_proj": c.num_key_value_heads}
+        first, *others = (dense(n * c.head_dim, name, self.options, bias=c.qkv_bias) for name, n in heads.items())
+        q, k, v = (y.reshape(batch, length, -1, c.head_dim) for y in first.together(x, *others))
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, self.options.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.options.dtype, name="k_norm")(k)
@@ -205,8 +200,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array, residual: Array) -> Array:
         """Maps `x [..., d]` to `[..., d]`, and joins the residual stream."""
         c, options = self.config, self.options
-        gate = kept(dense(c.intermediate_size, "gate_proj", options, bias=c.mlp_bias)(x))
-        up = kept(dense(c.intermediate_size, "up_proj", options, bias=c.mlp_bias)(x))
+        gate_proj, up_proj = (dense(c.intermediate_size, name, options, bias=c.mlp_bias) for name in ("gate_proj", "up_proj"))
+        gate, up = (kept(y) for y in gate_proj.together(x, up_proj))
         down_proj = joining(c.hidden_size, "down_proj", options, bias=c.mlp_bias)
         return down_proj.join(down_proj(ACTIVATIONS[c.hidden_act](gate) * up), residual)
 

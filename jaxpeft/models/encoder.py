@@ -36,7 +36,8 @@ class _Part(nn.Module):
         """Projects and attends: `[batch, length, d]` to the same, before the output projection."""
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        q, k, v = (kept(dense(c.hidden_size, name, self.options)(x)).reshape(shape) for name in names)
+        first, *others = (dense(c.hidden_size, name, self.options) for name in names)
+        q, k, v = (kept(y).reshape(shape) for y in first.together(x, *others))
         k, v = before(self, past, k, v)
         return attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
 

@@ -80,12 +80,20 @@ def kept(x: Array) -> Array:
     return checkpoint_name(x, "product")
 
 
-def dense(features: int, name: str | None, options: Options, *, bias: bool = True) -> nn.Dense:
+class Linear(nn.Dense):
+    """A linear module; where others read the same input, computing them with it is a method of its own."""
+
+    def together(self, x: Array, *others: nn.Dense) -> tuple[Array, ...]:
+        """Gives what this module and others give for `x`."""
+        return self(x), *(other(x) for other in others)
+
+
+def dense(features: int, name: str | None, options: Options, *, bias: bool = True) -> Linear:
     """Makes a linear module that computes in the activations' dtype."""
-    return nn.Dense(features, use_bias=bias, dtype=options.dtype, name=name)
+    return Linear(features, use_bias=bias, dtype=options.dtype, name=name)
 
 
-class Joining(nn.Dense):
+class Joining(Linear):
     """A linear module that writes to the residual stream: where a sub-layer's output joins it is a method of its own."""
 
     def join(self, h: Array, residual: Array, norm: Callable[[Array], Array] | None = None) -> Array:

@@ -1,4 +1,4 @@
-"""How a kernel is stored, and how a linear site computes with one in few bits; the product with a kernel that is never trained."""
+"""How a kernel is stored, and how a linear site computes with it: with one in few bits, which is never trained, too."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ Leaves = Mapping[str, Any]
 Shape = tuple[int, ...]
 
 
+def _untrained(x: Any, leaves: Leaves, dy: Any) -> None:
+    del x, leaves, dy
+
+
 @dataclass(frozen=True)
 class Form:
-    """One way to store a kernel.
+    """One way to store a kernel, and to compute with it.
 
     Attributes:
         leaves: the names of the leaves that hold it; the first tells the form.
         read: gives it as one floating array, from the leaves of its module without layer axes.
         shape: its shape, from that of the leaf that tells the form.
+        forward: gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, from `x` and the leaves; None where it is a table.
+        backward: gives `dy W'`, `[..., out] -> [..., in]` in the dtype of `dy`, from the leaves and `dy`.
+        trained: gives the gradients of the leaves from `x`, the leaves and `dy`; None where they have none.
     """
 
     leaves: tuple[str, ...]
     read: Callable[[Leaves], Any]
     shape: Callable[[Shape], Shape] = tuple
+    forward: Callable[[Any, Leaves], Any] | None = None
+    backward: Callable[[Leaves, Any], Any] | None = None
+    trained: Callable[[Any, Leaves, Any], Any] = _untrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,56 +43,49 @@ class Quantised(Form):
 
     Attributes:
         store: gives the leaves that hold a floating kernel `[in, out]`.
-        matmul: gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, from `x` and the leaves, with a gradient for `x` alone.
         grouped: whether `store` takes `group`, how many inputs share a scale.
         even: whether the inputs must be of an even number.
     """
 
     store: Callable[..., dict[str, Any]]
-    matmul: Callable[[Any, Leaves], Any]
     grouped: bool = False
     even: bool = False
 
+    def matmul(self, x: Any, leaves: Leaves) -> Any:
+        """Gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, with a gradient for `x` alone."""
+        run = jax.custom_vjp(lambda x, leaves: self.forward(x, leaves))
+        run.defvjp(lambda x, leaves: (self.forward(x, leaves), leaves), lambda leaves, dy: (self.backward(leaves, dy), None))
+        return run(x, dict(leaves))
 
-def frozen_product(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], Any]:
-    """Makes the product with a kernel that is decoded for it, and again for the backward pass.
 
-        y = x W,    dx = dy W'
-
-    No gradient of the leaves is computed, and no decoded kernel is kept between the two.
+def forward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], Any]:
+    """Makes `x W` with a kernel that is decoded for it.
 
     Args:
         decode: gives the transposed kernel `[out, in]` in a dtype, from its leaves.
     """
-
-    def forward(x: Any, leaves: Leaves) -> tuple[Any, Leaves]:
-        kernel = decode(leaves, x.dtype)
-        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ()))), leaves
-
-    def backward(leaves: Leaves, dy: Any) -> tuple[Any, None]:
-        # without the barrier XLA decodes once for both passes, and keeps every kernel of the model
-        leaves, dy = jax.lax.optimization_barrier((dict(leaves), dy))
-        return jax.lax.dot_general(dy, decode(leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ()))), None
-
-    return with_backward(forward, backward)
+    return lambda x, leaves: jax.lax.dot_general(x, decode(leaves, x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def with_backward(
-    forward: Callable[[Any, Leaves], tuple[Any, Leaves]], backward: Callable[[Leaves, Any], tuple[Any, None]]
-) -> Callable[[Any, Leaves], Any]:
-    """Makes a product of its two passes.
+def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any], Any]:
+    """Makes `dy W'` with a kernel that is decoded again for it: no decoded kernel is kept from the forward pass.
 
     Args:
-        forward: gives `y` and what is kept, from `x` and the leaves.
-        backward: gives `dx`, and None for the leaves, from what is kept and `dy`.
+        decode: as for `forward_of`.
     """
 
-    def matmul(x: Any, leaves: Leaves) -> Any:
-        product = jax.custom_vjp(lambda x, leaves: forward(x, leaves)[0])  # made here: JAX is imported at first use
-        product.defvjp(forward, backward)
-        return product(x, dict(leaves))
+    def backward(leaves: Leaves, dy: Any) -> Any:
+        # without the barrier XLA decodes once for both passes, and keeps every kernel of the model
+        leaves, dy = jax.lax.optimization_barrier((dict(leaves), dy))
+        return jax.lax.dot_general(dy, decode(leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ())))
 
-    return matmul
+    return backward
+
+
+def over_rows(narrow: Any, wide: Any, dtype: Any) -> Any:
+    """Computes `narrow^T wide`, summed over all axes but the last: `[..., r]`, `[..., n]` to `[r, n]`."""
+    rows = tuple(range(narrow.ndim - 1))
+    return jax.lax.dot_general(narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.dtype(dtype))
 
 
 def selected(index: Any, values: tuple[float, ...], dtype: Any) -> Any:

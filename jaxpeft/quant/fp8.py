@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.quant.form import Leaves, Quantised, frozen_product, with_backward
+from jaxpeft.quant.form import Leaves, Quantised, backward_of, forward_of
 
 _LEAVES = ("kernel_fp8", "kernel_fp8_scale")
 _TINY = 1e-30
@@ -47,28 +47,31 @@ def decoded(leaves: Leaves, dtype: Any) -> Any:
     return (leaves["kernel_fp8"].astype(jnp.float32) * leaves["kernel_fp8_scale"][:, None]).astype(dtype)
 
 
-def _product(x: Any, codes: Any, axis: int) -> Any:
-    return jax.lax.dot_general(x, codes, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+def _product(x: Any, codes: Any, axis: int, dtype: Any) -> Any:
+    return jax.lax.dot_general(x, codes, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=dtype)
 
 
-def _forward(x: Any, leaves: Leaves) -> tuple[Any, Leaves]:
+def _forward(x: Any, leaves: Leaves) -> Any:
     rows, scale = _rows(x, jnp.float8_e4m3fn)
-    y = _product(rows, leaves["kernel_fp8"], 1) * scale * leaves["kernel_fp8_scale"]
-    return y.astype(x.dtype), leaves
+    # in the dtype of x already: the rounding is far below that of the operands, and half as much is written
+    y = _product(rows, leaves["kernel_fp8"], 1, x.dtype)
+    return (y.astype(jnp.float32) * scale * leaves["kernel_fp8_scale"]).astype(x.dtype)
 
 
-def _backward(leaves: Leaves, dy: Any) -> tuple[Any, None]:
+def _backward(leaves: Leaves, dy: Any) -> Any:
     rows, scale = _rows(dy * leaves["kernel_fp8_scale"].astype(dy.dtype), jnp.float8_e5m2)
-    return (_product(rows, leaves["kernel_fp8"], 0) * scale).astype(dy.dtype), None
+    dx = _product(rows, leaves["kernel_fp8"], 0, dy.dtype)
+    return (dx.astype(jnp.float32) * scale).astype(dy.dtype)
 
 
-product = with_backward(_forward, _backward)
-"""Computes `x W` in 8 bits, `[..., in] -> [..., out]` in the dtype of `x`."""
-
-
-def matmul(x: Any, leaves: Leaves) -> Any:
+def forward(x: Any, leaves: Leaves) -> Any:
     """Computes `x W`: in 8 bits on a GPU, elsewhere in the dtype of `x`."""
-    return jax.lax.platform_dependent(x, dict(leaves), cuda=product, default=frozen_product(decoded))
+    return jax.lax.platform_dependent(x, dict(leaves), cuda=_forward, default=forward_of(decoded))
+
+
+def backward(leaves: Leaves, dy: Any) -> Any:
+    """Computes `dy W'`, likewise."""
+    return jax.lax.platform_dependent(dict(leaves), dy, cuda=_backward, default=backward_of(decoded))
 
 
 FP8 = Quantised(
@@ -76,5 +79,6 @@ FP8 = Quantised(
     read=lambda leaves: decoded(leaves, jnp.float32).T,
     shape=lambda shape: (shape[1], shape[0]),
     store=store,
-    matmul=matmul,
+    forward=forward,
+    backward=backward,
 )

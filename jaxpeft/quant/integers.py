@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxpeft.lazy import jnp
-from jaxpeft.quant.form import Leaves, Quantised, frozen_product, packed, unpacked
+from jaxpeft.quant.form import Leaves, Quantised, backward_of, forward_of, packed, unpacked
 
 _GROUP = 64
 
@@ -78,7 +78,8 @@ INT8 = Quantised(
     read=lambda leaves: decoded_int8(leaves, jnp.float32).T,
     shape=lambda shape: (shape[1], shape[0]),
     store=store_int8,
-    matmul=frozen_product(decoded_int8),
+    forward=forward_of(decoded_int8),
+    backward=backward_of(decoded_int8),
     grouped=True,
 )
 INT4 = Quantised(
@@ -86,7 +87,8 @@ INT4 = Quantised(
     read=lambda leaves: decoded_int4(leaves, jnp.float32).T,
     shape=lambda shape: (2 * shape[1], shape[0]),
     store=store_int4,
-    matmul=frozen_product(decoded_int4),
+    forward=forward_of(decoded_int4),
+    backward=backward_of(decoded_int4),
     grouped=True,
     even=True,
 )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.lazy import jnp
-from jaxpeft.quant.form import Leaves, Quantised, frozen_product, packed, selected, unpacked
+from jaxpeft.quant.form import Leaves, Quantised, backward_of, forward_of, packed, selected, unpacked
 
 BLOCK, SECOND = 64, 256
 CODES = (
@@ -112,6 +112,7 @@ NF4 = Quantised(
     read=lambda leaves: decoded(leaves, jnp.float32).T,
     shape=lambda shape: (2 * shape[1], shape[0]),
     store=store,
-    matmul=frozen_product(decoded),
+    forward=forward_of(decoded),
+    backward=backward_of(decoded),
     even=True,
 )
