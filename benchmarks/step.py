@@ -158,7 +158,7 @@ def ours(options: Any) -> dict[str, Any]:
     ready = time.perf_counter()
     lowered = step.lower(state, frozen, batch)
     traced = time.perf_counter()
-    compiled = lowered.compile(compiler_options=dict(item.split("=") for item in options.xla))
+    compiled = lowered.compile(compiler_options={name: json.loads(value) for name, value in (item.split("=") for item in options.xla)})
     compiled_at = time.perf_counter()
     losses: list[Any] = []
     seconds: list[float] = []
