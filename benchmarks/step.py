@@ -139,6 +139,7 @@ def ours(options: Any) -> dict[str, Any]:
 
     from jaxpeft.core import tree
     from jaxpeft.core.rewriting import rewrite, trainable_mask
+    from jaxpeft.training import compiling
     from jaxpeft.training.losses import loss_for
     from jaxpeft.training.step import init_state, make_train_step
 
@@ -158,7 +159,8 @@ def ours(options: Any) -> dict[str, Any]:
     ready = time.perf_counter()
     lowered = step.lower(state, frozen, batch)
     traced = time.perf_counter()
-    compiled = lowered.compile(compiler_options={name: json.loads(value) for name, value in (item.split("=") for item in options.xla)})
+    asked = {name: json.loads(value) for name, value in (item.split("=") for item in options.xla)}
+    compiled = lowered.compile(compiler_options=compiling.options(jax.devices()[0]) | asked)
     compiled_at = time.perf_counter()
     losses: list[Any] = []
     seconds: list[float] = []

@@ -58,7 +58,10 @@ def products(x: Any, sites: Sequence[Linear]) -> tuple[Any, ...]:
     def forward(x: Any, stored: list[Leaves], factors: list[Any]) -> tuple[tuple[Any, ...], Any]:
         h = _narrow(x, factors)
         out = [form.forward(x, leaves) for form, leaves in zip(forms, stored, strict=True)]
-        made = [y if own is None else y + part @ own[1].astype(x.dtype) for y, own, part in zip(out, factors, h, strict=True)]
+        made = list(out)
+        for i, own in enumerate(factors):
+            if own is not None:
+                made[i] = out[i] + _there(h[i] @ own[1].astype(x.dtype), [forms[i]])
         return tuple(made), (x, h, stored, factors)
 
     def backward(saved: Any, dys: tuple[Any, ...]) -> tuple[Any, list[Any], list[Any]]:
@@ -71,7 +74,7 @@ def products(x: Any, sites: Sequence[Linear]) -> tuple[Any, ...]:
             narrow = jnp.concatenate([dh[i] for i in adapted], axis=-1) if len(adapted) > 1 else dh[adapted[0]]
             # without the barrier XLA turns (dh^T x)^T back into x^T dh
             da = jax.lax.optimization_barrier(over_rows(narrow, x, factors[adapted[0]][0].dtype))
-            dx = narrow @ _beside([factors[i][0] for i in adapted], narrow.dtype).T
+            dx = _there(narrow @ _beside([factors[i][0] for i in adapted], narrow.dtype).T, forms)
             ends = [0]
             for i in adapted:
                 ends.append(ends[-1] + factors[i][0].shape[1])
@@ -85,6 +88,11 @@ def products(x: Any, sites: Sequence[Linear]) -> tuple[Any, ...]:
     run.defvjp(forward, backward)
     made = run(x, [dict(site.stored) for site in sites], [site.factors for site in sites])
     return tuple(y if site.bias is None else y + site.bias.astype(y.dtype) for y, site in zip(made, sites, strict=True))
+
+
+def _there(update: Any, forms: list[Any]) -> Any:
+    """Gives an update that large products are added to; apart, where they cannot add themselves: else it would add itself to them."""
+    return update if all(form.adds for form in forms) else jax.lax.optimization_barrier(update)
 
 
 def _narrow(x: Any, factors: list[Any]) -> list[Any]:

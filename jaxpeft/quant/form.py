@@ -26,6 +26,7 @@ class Form:
         shape: its shape, from that of the leaf that tells the form.
         forward: gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, from `x` and the leaves; None where it is a table.
         backward: gives `dy W'`, `[..., out] -> [..., in]` in the dtype of `dy`, from the leaves and `dy`.
+        adds: whether either product can add itself to what is there: it ends in the product itself, not in a scaling.
         trained: gives the gradients of the leaves from `x`, the leaves and `dy`; None where they have none.
     """
 
@@ -34,6 +35,7 @@ class Form:
     shape: Callable[[Shape], Shape] = tuple
     forward: Callable[[Any, Leaves], Any] | None = None
     backward: Callable[[Leaves, Any], Any] | None = None
+    adds: bool = True
     trained: Callable[[Any, Leaves, Any], Any] = _untrained
 
 
@@ -64,7 +66,14 @@ def forward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], 
     Args:
         decode: gives the transposed kernel `[out, in]` in a dtype, from its leaves.
     """
-    return lambda x, leaves: jax.lax.dot_general(x, decode(leaves, x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+    def forward(x: Any, leaves: Leaves) -> Any:
+        # decoded once x is there, not ahead of time: a kernel is needed one product long
+        leaves, x = jax.lax.optimization_barrier((dict(leaves), x))
+        return jax.lax.dot_general(x, _decoded(decode, leaves, x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+    return forward
 
 
 def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any], Any]:
@@ -77,9 +86,14 @@ def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any],
     def backward(leaves: Leaves, dy: Any) -> Any:
         # without the barrier XLA decodes once for both passes, and keeps every kernel of the model
         leaves, dy = jax.lax.optimization_barrier((dict(leaves), dy))
-        return jax.lax.dot_general(dy, decode(leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ())))
+        return jax.lax.dot_general(dy, _decoded(decode, leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ())))
 
     return backward
+
+
+def _decoded(decode: Callable[[Leaves, Any], Any], leaves: Leaves, dtype: Any) -> Any:
+    """Decodes a kernel in a function of its own, which is traced once for all kernels of a shape."""
+    return jax.jit(decode, static_argnums=1)(leaves, jnp.dtype(dtype))
 
 
 def over_rows(narrow: Any, wide: Any, dtype: Any) -> Any:

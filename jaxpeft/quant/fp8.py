@@ -81,4 +81,5 @@ FP8 = Quantised(
     store=store,
     forward=forward,
     backward=backward,
+    adds=False,
 )

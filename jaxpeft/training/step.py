@@ -139,13 +139,14 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to the power of an integer step
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        loss, norm = total / weight_or_one + added, optax.tree.norm(grads)
+        squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
+        loss, norm = total / weight_or_one + added, jnp.sqrt(sum(squares, jnp.zeros(())))
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         # chosen, not multiplied: 0 * NaN is NaN
         kept = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (trainable, opt_state), (state.trainable, state.optimizer)
         )
-        broken = jnp.stack([~jnp.isfinite(g).all() for g in jax.tree.leaves(grads)])
+        broken = ~jnp.isfinite(jnp.stack(squares))
         broken = jnp.where(jnp.isfinite(loss), broken, True)
         metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "broken": broken}
         return TrainState(state.step + 1, kept[0], kept[1], state.rng), metrics
