@@ -1,6 +1,6 @@
 """Where the device's time goes: the kernels of a profile that `benchmarks.step --trace FOLDER` left, by their sum.
 
-    python -m benchmarks.kernels FOLDER [--top 40] [--steps 3]
+python -m benchmarks.kernels FOLDER [--top 40] [--steps 3]
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ def random_model(options: Any) -> tuple[Any, Any]:
             items.append((path, normal(leaf.shape, i)))
         else:
             count = leaf.shape[0] if site.layers else 1
-            layers = [lambda i=i, n=n: normal(leaf.shape[-2:], 1000 * n + i) for n in range(count)]
+            layers = [partial(normal, leaf.shape[-2:], 1000 * n + i) for n in range(count)]
             items += [((*path[:-1], name), made) for name, made in quant.stored(layers, bool(site.layers)).items()]
     return model, paths.build(items)
 

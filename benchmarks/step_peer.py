@@ -105,7 +105,9 @@ def made(how: Peer, options: Any) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
-    return get_peft_model(model, LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear")).train()
+    return get_peft_model(
+        model, LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear")
+    ).train()
 
 
 def _to_nf4(model: Any) -> None:

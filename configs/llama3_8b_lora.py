@@ -21,8 +21,6 @@ def get_config() -> ConfigDict:
     config.model.path = "meta-llama/Llama-3.1-8B"
     config.model.task = "causal_lm"
     config.model.dtype = "bfloat16"
-    config.model.scan_layers = True
-    config.model.remat = "attention"
     config.method.rank = 16
     config.method.alpha = 32
     config.data.train = "tatsu-lab/alpaca"

@@ -38,9 +38,16 @@ class ModelConfig:
     )
     dtype: Dtype = option("auto", "of the frozen base; auto keeps the file's")
     compute_dtype: Dtype = option("auto", "of the activations; auto takes the base's")
-    scan_layers: bool = option(False, "one scanned layer (compiles faster) in place of unrolled layers (run faster)")
-    remat: Literal["none", "products", "attention", "full", "offload"] = option(
-        "none", "what the backward pass computes again; see docs/speed.md"
+    scan_layers: bool | None = option(
+        None,
+        "one scanned layer (compiles faster) in place of unrolled layers (run faster); None unrolls, but many layers for few steps",
+    )
+    remat: Literal["auto", "none", "products", "attention", "full", "offload"] = option(
+        "auto",
+        "what the backward pass computes again (docs/speed.md); auto as little as memory allows, on a CPU nothing",
+    )
+    memory_gb: float | None = option(
+        None, "memory of a device that a step may take, where remat is auto; None for what the device has", above=0
     )
     attention: Literal["auto", "xla", "cudnn"] = option(
         "auto", "the kernel that computes attention where it fits; auto takes the fastest of the platform"
@@ -210,6 +217,10 @@ class TrainConfig:
     )
     z_loss: float = option(
         0.0, "weight of the squared log of the softmax's normaliser, where the loss is a cross-entropy", at_least=0
+    )
+    compiled: str = option(
+        "auto",
+        "folder where compiled programs are kept for the next run; auto for one of the user's, on accelerators; off",
     )
     most_skipped: int = option(
         5, "stop after so many steps in a row whose loss or gradient is not finite; fewer are skipped", at_least=1

@@ -20,7 +20,6 @@ from jaxpeft.core import joint, kernels, views
 from jaxpeft.core.method import Call, Method
 from jaxpeft.errors import ConfigError
 
-
 TOGETHER = "together"
 """The method of a linear module that computes others with it, which read the same input."""
 
@@ -83,7 +82,9 @@ class Hooks:
             return None
         leaves = module.variables.get("params", {})
         form = kernels.form_of(leaves)
-        adapters = [method for marker, method in self.methods.items() if marker in leaves and marker not in kernels.FORMS]
+        adapters = [
+            method for marker, method in self.methods.items() if marker in leaves and marker not in kernels.FORMS
+        ]
         if form is None or len(adapters) > 1:
             return None
         factors = None
@@ -91,7 +92,9 @@ class Hooks:
             (method,) = adapters
             if method.site_names()[-1] in leaves or not method.computes(module, "__call__"):
                 return None
-            factors = method.factors({key: leaves[key] for key in method.leaf_names if key in leaves}, training)
+            factors = method.low_rank_factors(
+                {key: leaves[key] for key in method.leaf_names if key in leaves}, training
+            )
             if factors is None:
                 return None
         return joint.Linear({key: leaves[key] for key in kernels.FORMS[form].leaves}, factors, leaves.get("bias"))

@@ -66,12 +66,12 @@ def products(x: Any, sites: Sequence[Linear]) -> tuple[Any, ...]:
 
     def backward(saved: Any, dys: tuple[Any, ...]) -> tuple[Any, list[Any], list[Any]]:
         x, h, stored, factors = saved
-        dh = [None if own is None else dy @ own[1].astype(dy.dtype).T for own, dy in zip(factors, dys, strict=True)]
         adapted = [i for i, own in enumerate(factors) if own is not None]
+        dh = [dys[i] @ factors[i][1].astype(dys[i].dtype).T for i in adapted]
         dfactors: list[Any] = [None] * len(dys)
         dx = None
         if adapted:
-            narrow = jnp.concatenate([dh[i] for i in adapted], axis=-1) if len(adapted) > 1 else dh[adapted[0]]
+            narrow = jnp.concatenate(dh, axis=-1) if len(dh) > 1 else dh[0]
             # without the barrier XLA turns (dh^T x)^T back into x^T dh
             da = jax.lax.optimization_barrier(over_rows(narrow, x, factors[adapted[0]][0].dtype))
             dx = _there(narrow @ _beside([factors[i][0] for i in adapted], narrow.dtype).T, forms)

@@ -228,7 +228,7 @@ class Method:
         return call.base(*call.args, **call.kwargs)
 
     @staticmethod
-    def factors(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
+    def low_rank_factors(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
         """Gives `A [in, r]` and `B [r, out]` of a linear site where `compute` is `x W + x A B`: see `jaxpeft.core.joint`.
 
         Args:

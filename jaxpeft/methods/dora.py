@@ -67,7 +67,7 @@ class DoRA(LoRA):
         return _dora(super().init(site, kernel, rng)) | {"dora_magnitude": norm, "dora_norm": norm}
 
     @staticmethod
-    def factors(leaves: Leaves, training: bool) -> None:
+    def low_rank_factors(leaves: Leaves, training: bool) -> None:
         """Gives None: the update is scaled together with the kernel."""
         del leaves, training
 

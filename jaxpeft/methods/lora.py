@@ -142,7 +142,7 @@ class LoRA(Ranked):
         return y + call.each(update, x).astype(y.dtype)
 
     @staticmethod
-    def factors(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
+    def low_rank_factors(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
         """Gives A and s B, less the start that was a part of `W`; None with dropout, or with a bias of B's own."""
         if "lora_bias" in leaves or (training and "lora_dropout" in leaves):
             return None

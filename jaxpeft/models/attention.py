@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft.models.base import PAST
+from jaxpeft.models.base import PAST, Options
 from jaxpeft.models.layers import dropout
 
 Array = jax.Array
@@ -272,3 +272,14 @@ def platform(device: Any) -> str:
 def fastest(platform: str) -> str:
     """Gives the kernel to try first on a platform: `cuda`, `rocm`, `tpu` or `cpu`."""
     return next((name for name, kernel in KERNELS.items() if kernel.platform == platform), "xla")
+
+
+def lacks(options: Options, config: Any) -> str:
+    """Says why the kernel that a model is to attend with does not fit it; empty if it does.
+
+    Args:
+        options: of the model.
+        config: its architecture.
+    """
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KERNELS[options.attention].lacks(options.dtype, size, getattr(config, "attention_dropout", 0.0))

@@ -200,7 +200,9 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array, residual: Array) -> Array:
         """Maps `x [..., d]` to `[..., d]`, and joins the residual stream."""
         c, options = self.config, self.options
-        gate_proj, up_proj = (dense(c.intermediate_size, name, options, bias=c.mlp_bias) for name in ("gate_proj", "up_proj"))
+        gate_proj, up_proj = (
+            dense(c.intermediate_size, name, options, bias=c.mlp_bias) for name in ("gate_proj", "up_proj")
+        )
         gate, up = (kept(y) for y in gate_proj.together(x, up_proj))
         down_proj = joining(c.hidden_size, "down_proj", options, bias=c.mlp_bias)
         return down_proj.join(down_proj(ACTIVATIONS[c.hidden_act](gate) * up), residual)

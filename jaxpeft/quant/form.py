@@ -12,6 +12,15 @@ Leaves = Mapping[str, Any]
 Shape = tuple[int, ...]
 
 
+def _no_product(*given: Any) -> Any:
+    """Stands for the product of a table, which has none.
+
+    Raises:
+        TypeError: always.
+    """
+    raise TypeError(f"a table is looked up, not multiplied: {len(given)} operands")
+
+
 def _untrained(x: Any, leaves: Leaves, dy: Any) -> None:
     del x, leaves, dy
 
@@ -24,7 +33,7 @@ class Form:
         leaves: the names of the leaves that hold it; the first tells the form.
         read: gives it as one floating array, from the leaves of its module without layer axes.
         shape: its shape, from that of the leaf that tells the form.
-        forward: gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, from `x` and the leaves; None where it is a table.
+        forward: gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, from `x` and the leaves.
         backward: gives `dy W'`, `[..., out] -> [..., in]` in the dtype of `dy`, from the leaves and `dy`.
         adds: whether either product can add itself to what is there: it ends in the product itself, not in a scaling.
         trained: gives the gradients of the leaves from `x`, the leaves and `dy`; None where they have none.
@@ -33,8 +42,8 @@ class Form:
     leaves: tuple[str, ...]
     read: Callable[[Leaves], Any]
     shape: Callable[[Shape], Shape] = tuple
-    forward: Callable[[Any, Leaves], Any] | None = None
-    backward: Callable[[Leaves, Any], Any] | None = None
+    forward: Callable[[Any, Leaves], Any] = _no_product
+    backward: Callable[[Leaves, Any], Any] = _no_product
     adds: bool = True
     trained: Callable[[Any, Leaves, Any], Any] = _untrained
 
@@ -55,8 +64,9 @@ class Quantised(Form):
 
     def matmul(self, x: Any, leaves: Leaves) -> Any:
         """Gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, with a gradient for `x` alone."""
-        run = jax.custom_vjp(lambda x, leaves: self.forward(x, leaves))
-        run.defvjp(lambda x, leaves: (self.forward(x, leaves), leaves), lambda leaves, dy: (self.backward(leaves, dy), None))
+        forward, backward = self.forward, self.backward
+        run = jax.custom_vjp(forward)
+        run.defvjp(lambda x, leaves: (forward(x, leaves), leaves), lambda leaves, dy: (backward(leaves, dy), None))
         return run(x, dict(leaves))
 
 
@@ -66,7 +76,6 @@ def forward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], 
     Args:
         decode: gives the transposed kernel `[out, in]` in a dtype, from its leaves.
     """
-
 
     def forward(x: Any, leaves: Leaves) -> Any:
         # decoded once x is there, not ahead of time: a kernel is needed one product long

@@ -29,6 +29,11 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxpeft"
 
 
+def kept_in() -> str | None:
+    """Gives the folder where compiled programs are kept, None for nowhere."""
+    return jax.config.read("jax_compilation_cache_dir")
+
+
 def keep_programs(where: str) -> str | None:
     """Keeps compiled programs on disk, so that the next run of the same shapes need not compile them.
 
@@ -39,7 +44,7 @@ def keep_programs(where: str) -> str | None:
     Returns:
         The folder, None where nothing is kept.
     """
-    told = jax.config.jax_compilation_cache_dir
+    told = kept_in()
     if where == "off" or told:
         return told if where != "off" else None
     if where == "auto" and jax.default_backend() == "cpu":

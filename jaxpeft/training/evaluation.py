@@ -15,8 +15,9 @@ from jaxpeft.core.tree import combine
 from jaxpeft.data.encoding import padded_lengths
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.sharding.mesh import place
+from jaxpeft.training import compiling
+from jaxpeft.training.outputs import Outputs
 from jaxpeft.training.setup import Encoded, Setup
-from jaxpeft.training.step import Computed
 
 _DEFAULT_METRIC = {"lm": "loss", "regression": "pearson", "multi_label": "f1_micro"}
 
@@ -31,10 +32,10 @@ class Evaluator:
 
     def __init__(self, setup: Setup, on_batch: Callable[[], None] = lambda: None) -> None:
         self._setup, self._on_batch = setup, on_batch
-        self._run = jax.jit(self._forward)
+        self._run = jax.jit(self._forward, compiler_options=compiling.options(setup.mesh.devices.flat[0]))
 
     def _forward(self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
-        outputs = Computed(self._setup.model, combine(trainable, frozen), batch, None)
+        outputs = Outputs(self._setup.model, combine(trainable, frozen), batch, None)
         total, weight = self._setup.loss(outputs, batch)
         # the logits of a language model are large, and not needed
         return total, weight, None if self._setup.problem == "lm" else outputs.logits

@@ -156,7 +156,7 @@ def through_head(
         return own, (dx, dclosed)
 
     def backward(kept: Any, by: Array) -> Any:
-        return jax.tree.map(lambda leaf: (leaf * by.astype(leaf.dtype)), kept)
+        return jax.tree.map(lambda leaf: leaf * by.astype(leaf.dtype), kept)
 
     total.defvjp(forward, backward)
     return total(chunks[0], closed), jnp.sum(_counted(labels, weights)[1])

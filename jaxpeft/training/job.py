@@ -18,7 +18,8 @@ from jaxpeft.evaluation.generation import greedy
 from jaxpeft.hub.adapters import save_adapter
 from jaxpeft.logs import timed
 from jaxpeft.methods import METHODS
-from jaxpeft.training import optimizers, plot, records
+from jaxpeft.models import attention
+from jaxpeft.training import compiling, optimizers, plot, records
 from jaxpeft.training.begin import split_for
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import Lock
@@ -93,6 +94,17 @@ def log_setup(setup: Setup) -> None:
         rows, setup.steps, setup.config.train.batch_size, " or ".join(map(str, batches.lengths)),
         100 * batches.padding_share, len(used), len(there), there[0].device_kind, jax.__version__,
     )  # fmt: skip
+    _log.info("%s", _computing(setup))
+
+
+def _computing(setup: Setup) -> str:
+    """Says how the model is computed: its layers, remat, attention, and where compiled programs are kept."""
+    options = setup.model.options
+    lacks = attention.lacks(options, setup.model.config)
+    kernel = options.attention if not lacks else f"xla ({options.attention}: {lacks})"
+    layers = "scanned" if options.scan_layers else "unrolled"
+    kept = compiling.kept_in()
+    return f"layers {layers}, remat {options.remat}, attention {kernel}, compiled programs {f'in {kept}' if kept else 'not kept'}"
 
 
 def _before(setup: Setup, method: Method, evaluator: Evaluator) -> dict[str, float]:

@@ -27,7 +27,7 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.data.batches import Position
 from jaxpeft.logs import timed
 from jaxpeft.sharding.mesh import by_rows, place, replicated
-from jaxpeft.training import flops, optimizers, records
+from jaxpeft.training import compiling, flops, optimizers, records
 from jaxpeft.training.begin import begun, fixed_leaves, method_of, rewritten
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
 from jaxpeft.training.progress import StepProgress, memory_gb
@@ -225,7 +225,8 @@ class Run:
         setup = self.setup
         parts = setup.config.train.accumulation
         train_step = make_train_step(setup.model, setup.loss, self.optimizer, parts, self.method.penalty)
-        step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(setup.mesh))
+        how = compiling.options(setup.mesh.devices.flat[0])
+        step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(setup.mesh), compiler_options=how)
         compiled: dict[int, Step] = {}
         for length in setup.batches.lengths:
             self.stop.raise_if_requested()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +11,7 @@ import optax
 
 from jaxpeft.errors import ConfigError
 from jaxpeft.training.head_loss import IGNORE, CrossEntropy, through_head
-
-Batch = Mapping[str, jax.Array]
-
-
-class Outputs(Protocol):
-    """What a model makes of a batch, computed where a loss asks for it: see `jaxpeft.training.step.Computed`."""
-
-    @property
-    def logits(self) -> jax.Array:
-        """Its logits, `[..., classes]`."""
-        ...
-
-    @property
-    def hidden(self) -> jax.Array:
-        """What the head of a language model reads, `[batch, length, d]`."""
-        ...
-
-    def head(self, x: jax.Array, chunk: jax.Array) -> jax.Array:
-        """Gives the logits of hidden states; `chunk`, an int32 scalar, tells one call's dropout from another's."""
-        ...
-
+from jaxpeft.training.outputs import Batch, Outputs
 
 Loss = Callable[[Outputs, Batch], tuple[jax.Array, jax.Array]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from jax.sharding import Mesh
 
 from jaxpeft import data
 from jaxpeft.config.schema import Config, as_dict
+from jaxpeft.core import tree
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import rewrite
+from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.data.dialogs import last_answer
 from jaxpeft.data.examples import CHATS
 from jaxpeft.data.pipeline import Splits, make_batches, read_splits
@@ -29,6 +31,7 @@ from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant
 from jaxpeft.sharding.mesh import make_mesh, replicated
+from jaxpeft.training import compiling, memory
 from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.optimizers import schedule
@@ -89,27 +92,16 @@ def prepare(config: Config) -> Setup:
         JaxpeftError: whatever cannot be used, named.
     """
     mesh = make_mesh(config)
+    compiling.keep_programs(config.train.compiled)
     source = sources.resolve(config.model.path, config.model.revision)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
-    outlined = outline(
-        config.model.path,
-        task=config.model.task,
-        num_labels=splits.examples.num_labels or None,
-        dtype=_dtype(config.model.dtype),
-        compute_dtype=_dtype(config.model.compute_dtype),
-        scan_layers=config.model.scan_layers,
-        pooling=config.model.pooling,
-        remat=config.model.remat,
-        attention=config.model.attention,
-        right_padded=True,
-        revision=config.model.revision,
-        vocab_size=config.model.vocab_size,
-        quant=_quant(config),
-    )
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
-    _check(config, outlined, batches.lengths[-1], steps)
+    outlined = _outlined(config, splits, steps, batches.lengths[-1])
+    length = batches.lengths[-1]
+    trained = _check(config, outlined, length, steps)
+    outlined = _with_remat(config, outlined, trained, length, mesh)
     model, params = outlined.model, outlined.read(config.train.seed, replicated(mesh))
     return Setup(
         config=config,
@@ -146,8 +138,71 @@ def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...
     return tuple((splits.encoding.prompt(asked, row), last_answer(asked.texts[row])) for row in range(rows))
 
 
-def _check(config: Config, outlined: Outline, length: int, steps: int) -> None:
-    """Refuses, before weights are read, what the model, its sites or the length of the run do not allow."""
+_MANY_LAYERS, _FEW_STEPS = 12, 200
+"""Of more layers and fewer steps than these, unrolled layers take longer to compile than they save."""
+
+
+def _outlined(config: Config, splits: Splits, steps: int, length: int) -> Outline:
+    """Outlines the model, with its layers scanned or unrolled as the config says or as suits the length of the run."""
+    found = _outline(config, splits, bool(config.model.scan_layers))
+    if (
+        config.model.scan_layers is not None
+        or found.model.config.num_hidden_layers <= _MANY_LAYERS
+        or steps >= _FEW_STEPS
+    ):
+        return found
+    scanned = _outline(config, splits, True)
+    try:
+        _check(config, scanned, length, steps)
+    except TargetError:  # layers that differ cannot be stacked
+        return found
+    return scanned
+
+
+def _outline(config: Config, splits: Splits, scan_layers: bool) -> Outline:
+    return outline(
+        config.model.path,
+        task=config.model.task,
+        num_labels=splits.examples.num_labels or None,
+        dtype=_dtype(config.model.dtype),
+        compute_dtype=_dtype(config.model.compute_dtype),
+        scan_layers=scan_layers,
+        pooling=config.model.pooling,
+        remat="none" if config.model.remat == "auto" else config.model.remat,
+        attention=config.model.attention,
+        right_padded=True,
+        revision=config.model.revision,
+        vocab_size=config.model.vocab_size,
+        quant=_quant(config),
+    )
+
+
+def _with_remat(config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh) -> Outline:
+    """Chooses what the backward pass computes again, where the config leaves it open and memory is known."""
+    budget = memory.budget_of(mesh.devices.flat[0], config.model.memory_gb)
+    if config.model.remat != "auto" or budget is None:
+        return outlined
+    rows = config.train.batch_size // (config.train.accumulation * mesh.devices.size)
+    needs = memory.estimate(outlined, trained, max(1, rows), length)
+    remat = needs.fastest(budget)
+    _log.info("remat %s: %.1f GB estimated of %.1f GB", remat, needs.total(remat) / 1e9, budget / 1e9)
+    if needs.total(remat) > budget:
+        _log.warning(
+            "a step may not fit: %.1f GB estimated of %.1f GB; lower train.batch_size or data.max_length, or raise train.accumulation",
+            needs.total(remat) / 1e9, budget / 1e9,
+        )  # fmt: skip
+    return dataclasses.replace(
+        outlined, model=outlined.model.clone(options=dataclasses.replace(outlined.model.options, remat=remat))
+    )
+
+
+def _check(config: Config, outlined: Outline, length: int, steps: int) -> int:
+    """Refuses, before weights are read, what the model, its sites or the length of the run do not allow.
+
+    Returns:
+        How many parameters the method trains; of several, those of the one that trains most.
+    """
+    trained = 0
     most = getattr(outlined.model.config, "max_position_embeddings", None)
     virtual = sum(part.virtual_positions for part in config.method.parts())
     if most is not None and length + virtual > most:
@@ -159,10 +214,13 @@ def _check(config: Config, outlined: Outline, length: int, steps: int) -> None:
     key = jax.eval_shape(lambda: jax.random.key(0))
     for method in (*(METHODS[name]() for name in config.baselines), config.method):
         try:
-            jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
+            params = jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
+            mask = trainable_mask(method, params)
+            trained = max(trained, tree.count(tree.partition(params, mask)[0]))
         except TargetError as error:
             raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
         method.optimizer(optax.identity(), steps)  # which refuses a schedule that does not fit the run
+    return trained
 
 
 def _check_metric(metric: str | None, problem: str, labels: int) -> None:

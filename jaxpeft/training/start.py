@@ -20,7 +20,7 @@ from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import Task, outline
 from jaxpeft.models.base import Pretrained
-from jaxpeft.training.step import Computed
+from jaxpeft.training.outputs import Outputs
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Start:
                 return fn(*args, **kwargs)
 
             with nn.intercept_methods(look):
-                _ = Computed(model, unstack_layers(params), batch, None).logits
+                _ = Outputs(model, unstack_layers(params), batch, None).logits
             return found
 
         first = jax.jit(lambda params, batch: update(None, seen(params, batch)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,10 +12,8 @@ import optax
 
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
-from jaxpeft.forward import run
-from jaxpeft.training.losses import Batch, Loss
-
-_INPUTS = ("token_type_ids", "position_ids", "segment_ids")
+from jaxpeft.training.losses import Loss
+from jaxpeft.training.outputs import Batch, Outputs
 
 
 class TrainState(NamedTuple):
@@ -42,50 +38,13 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, seed: i
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
-@dataclass(frozen=True)
-class Computed:
-    """What a model makes of a batch, each part computed once, where it is asked for.
-
-    Attributes:
-        model: the Linen module.
-        params: its whole tree.
-        batch: `input_ids` and `attention_mask` `[rows, length]`, and further inputs.
-        key: makes it a training call; None computes without dropout.
-    """
-
-    model: nn.Module
-    params: Mapping[str, Any]
-    batch: Batch
-    key: jax.Array | None
-
-    @cached_property
-    def logits(self) -> jax.Array:
-        """The logits."""
-        return self._run({})
-
-    @cached_property
-    def hidden(self) -> jax.Array:
-        """What the head of a language model reads, `[rows, length, d]`."""
-        return self._run({"hidden": True})
-
-    def head(self, x: jax.Array, chunk: jax.Array) -> jax.Array:
-        """Gives the logits of hidden states; `chunk`, an int32 scalar, tells one call's dropout from another's."""
-        rngs = None if self.key is None else {"dropout": jax.random.fold_in(self.key, chunk)}
-        return run(self.model, self.params, x, rngs=rngs, method="head")
-
-    def _run(self, asked: Mapping[str, Any]) -> jax.Array:
-        batch, extra = self.batch, {name: self.batch[name] for name in _INPUTS if name in self.batch}
-        rngs = None if self.key is None else {"dropout": self.key}
-        return run(self.model, self.params, batch["input_ids"], batch["attention_mask"], rngs=rngs, **extra, **asked)
-
-
 def make_loss_sum(model: nn.Module, loss: Loss) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Makes `(trainable, frozen, batch, dropout_key or None) -> (loss sum, weight)`, to be differentiated in its first
     argument: the frozen part is a constant to it, so no gradient of a base weight is ever computed.
     """
 
     def loss_sum(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        return loss(Computed(model, combine(trainable, frozen), batch, key), batch)
+        return loss(Outputs(model, combine(trainable, frozen), batch, key), batch)
 
     return loss_sum
 

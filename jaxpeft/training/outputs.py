@@ -1,0 +1,53 @@
+"""What a model makes of a batch, computed where a loss asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxpeft.forward import run
+
+Batch = Mapping[str, jax.Array]
+_INPUTS = ("token_type_ids", "position_ids", "segment_ids")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of a batch, each part computed once, where it is asked for.
+
+    Attributes:
+        model: the Linen module.
+        params: its whole tree.
+        batch: `input_ids` and `attention_mask` `[rows, length]`, and further inputs.
+        key: makes it a training call; None computes without dropout.
+    """
+
+    model: nn.Module
+    params: Mapping[str, Any]
+    batch: Batch
+    key: jax.Array | None
+
+    @cached_property
+    def logits(self) -> jax.Array:
+        """The logits."""
+        return self._run({})
+
+    @cached_property
+    def hidden(self) -> jax.Array:
+        """What the head of a language model reads, `[rows, length, d]`."""
+        return self._run({"hidden": True})
+
+    def head(self, x: jax.Array, chunk: jax.Array) -> jax.Array:
+        """Gives the logits of hidden states; `chunk`, an int32 scalar, tells one call's dropout from another's."""
+        rngs = None if self.key is None else {"dropout": jax.random.fold_in(self.key, chunk)}
+        return run(self.model, self.params, x, rngs=rngs, method="head")
+
+    def _run(self, asked: Mapping[str, Any]) -> jax.Array:
+        batch, extra = self.batch, {name: self.batch[name] for name in _INPUTS if name in self.batch}
+        rngs = None if self.key is None else {"dropout": self.key}
+        return run(self.model, self.params, batch["input_ids"], batch["attention_mask"], rngs=rngs, **extra, **asked)
