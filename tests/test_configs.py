@@ -100,9 +100,8 @@ def runs() -> Iterator[Any]:
 def test_the_config_is_valid_and_its_step_can_be_traced(path: Path, config: Config, trainable_parameters: int) -> None:
     dtype = jnp.dtype("float32" if config.model.dtype == "auto" else config.model.dtype)
     labels = None if config.model.task == "causal_lm" else LABELS
-    options = Options(
-        config.model.task, labels, dtype, config.model.scan_layers, config.model.pooling, config.model.remat
-    )
+    remat = "products" if config.model.remat == "auto" else config.model.remat
+    options = Options(config.model.task, labels, dtype, bool(config.model.scan_layers), config.model.pooling, remat)
     model = models.build(model_config(config, path.stem), options)
     base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
 

@@ -18,6 +18,9 @@ _OPTIONS: Mapping[str, Mapping[str, bool]] = {
 }
 
 
+_FOLDER = "jax_compilation_cache_dir"
+
+
 def options(device: Any) -> dict[str, bool]:
     """Gives XLA's options for programs of a device: `compiler_options` of `jax.jit`."""
     return dict(_OPTIONS.get(platform(device), {}))
@@ -31,7 +34,7 @@ def cache_folder() -> Path:
 
 def kept_in() -> str | None:
     """Gives the folder where compiled programs are kept, None for nowhere."""
-    return jax.config.read("jax_compilation_cache_dir")
+    return getattr(jax.config, _FOLDER)
 
 
 def keep_programs(where: str) -> str | None:
@@ -50,5 +53,5 @@ def keep_programs(where: str) -> str | None:
     if where == "auto" and jax.default_backend() == "cpu":
         return None
     folder = str(cache_folder() / "compiled") if where == "auto" else where
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update(_FOLDER, folder)
     return folder

@@ -94,7 +94,7 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ([("method.rank", "[8]")], "config.method.rank: must be an integer"),
         ([("method", "lora")], "--config.method: is a section; set --config.method.name=NAME"),
         ([("method", "bitfit"), ("method.rank", "4")], "--config.method: is a section"),
-        ([("train", "3")], "--config.train: is a section; set one of its options: accumulation, batch_size, epochs"),
+        ([("train", "3")], "--config.train: is a section; set one of its options: accumulation, batch_size, compiled, epochs"),
         ([("evaluation.metric", "acuracy")], "evaluation.metric: must be one of 'loss', 'perplexity', 'accuracy'"),
         ([("baselines", "head,head")], "baselines: 'head' would be trained twice"),
         ([("baselines", "full"), ("method.name", "full")], "baselines: 'full' would be trained twice"),
