@@ -18,7 +18,7 @@ from jaxpeft import logs, models
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import ConfigError, WeightsError
-from jaxpeft.hub import bitsandbytes, sources, weights
+from jaxpeft.hub import bitsandbytes, quantised_cache, sources, weights
 from jaxpeft.hub.safetensors_files import open_folder
 from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Options, Pretrained
@@ -45,6 +45,7 @@ def load(
     quant: Quant | str | None = None,
     seed: int = 0,
     sharding: Any = None,
+    cache: bool = True,
 ) -> tuple[Pretrained, Tree]:
     """Loads a pretrained model: a Linen module and its parameters.
 
@@ -66,6 +67,8 @@ def load(
             A checkpoint that `bitsandbytes` has quantised to NF4 is read as it is, with None or `nf4`.
         seed: for the leaves of a newly made head.
         sharding: a `jax.sharding.Sharding` for all leaves; None for the first device.
+        cache: whether quantised kernels of more than a gigabyte are kept on disk, and read from there the next time; the
+            environment's `JAXPEFT_CACHE` says where, or `off`.
 
     Returns:
         `(model, params)`; `model` records where it came from in `model.source`.
@@ -78,7 +81,7 @@ def load(
         path_or_hub_id, task=task, num_labels=num_labels, dtype=dtype, compute_dtype=compute_dtype,
         scan_layers=scan_layers, pooling=pooling, remat=remat, attention=attention, revision=revision, vocab_size=vocab_size, quant=quant,
     )  # fmt: skip
-    return outlined.model, outlined.read(seed, sharding)
+    return outlined.model, outlined.read(seed, sharding, cache=cache)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Outline:
     plan: weights.WeightPlan
     quant: Quant | None = None
 
-    def read(self, seed: int = 0, sharding: Any = None) -> Tree:
+    def read(self, seed: int = 0, sharding: Any = None, *, cache: bool = True) -> Tree:
         """Reads the numbers, slice by slice: see `load`.
 
         Raises:
@@ -111,13 +114,23 @@ class Outline:
         logs.show()
         _log.info("loading %s ...", self.model.source.name if self.model.source else "the model")
         new = _new_leaves(self.model, self.plan.new, seed)
-        params = weights.read(self.stored, self.plan, new, sharding, self.quant)
+        place = self._cached() if cache else None
+        cached = place.opened() if place else None
+        params = weights.read(self.stored, cached or self.plan, new, sharding, self.quant)
+        if place and not cached:
+            place.write(params)
         wanted = dict(paths.walk(self.abstract))
         params = paths.map_with_path(
             lambda path, leaf: _grown(leaf, wanted[path].shape) if path in wanted else leaf, params
         )
         _report(self, params, time.perf_counter() - started)
         return params
+
+    def _cached(self) -> quantised_cache.Entry | None:
+        """Gives the place of the quantised kernels on disk; None where there are none, or the files have them."""
+        if self.quant is None or self.plan.held:
+            return None
+        return quantised_cache.entry(self.plan, self.quant, self.quant.sites(self.stored))
 
 
 def outline(
