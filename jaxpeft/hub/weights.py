@@ -356,7 +356,9 @@ def _whole(source: LeafSource, place: Any) -> jax.Array:
     """Reads a leaf of a quantised kernel, onto every device whole where its axes are not those that are spread."""
     try:
         place.shard_shape(source.shape)
-    except ValueError:
+    except (ValueError, IndexError):  # IndexError where the leaf has fewer axes
+        if not isinstance(place, NamedSharding):
+            raise
         place = NamedSharding(place.mesh, PartitionSpec())
     return jax.make_array_from_callback(source.shape, place, source.read)
 
