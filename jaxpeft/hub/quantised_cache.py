@@ -68,9 +68,10 @@ class Entry:
         if not self.folder.is_dir():
             return None
         try:
-            with timed(f"reading the quantised kernels from {self.folder}"):
+            with timed(f"reading the quantised kernels from {self.folder}") as told:
                 tensors = open_folder(self.folder)
                 self._require_whole(tensors)
+                told("checked")
         except (WeightsError, OSError) as error:
             _log.warning("%s: the cached kernels are damaged (%s); quantising again", self.folder, error)
             shutil.rmtree(self.folder, ignore_errors=True)
