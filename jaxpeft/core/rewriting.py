@@ -340,7 +340,9 @@ def _folded(
     """Gives the base leaves of a site with its adapter folded in, layer by layer; `before` are those without any adapter."""
     form = kernels.form_of(plain) or "kernel"
     if form not in ("kernel", "embedding"):
-        raise ConfigError(f"{paths.text(site.path)} is stored as {form}; merge into the base that is not quantised")
+        raise ConfigError(
+            f"{paths.text(site.path)} is stored as {form}; merge into the base that is not quantised, or jaxpeft.dequantise it"
+        )
     layers: list[dict[str, Any]] = []
     for i in range(len(site.names)):
         mine, base = layer_of(site, own, i), layer_of(site, plain, i)

@@ -66,7 +66,7 @@ def encode(
         separator: stands between a prompt and its completion.
         most_dropped: the share of rows that may be dropped, never all; None to let any be dropped.
         progress: called with the rows done and the rows in all, after every thousand.
-        cache_dir: where the cache is; `JAXPEFT_CACHE` or `~/.cache/jaxpeft` where not given.
+        cache_dir: where the cache is; where `JAXPEFT_CACHE` says, or in `~/.cache/jaxpeft`, where not given.
         use_cache: False neither reads nor writes it.
 
     Raises:
@@ -76,15 +76,16 @@ def encode(
     options = make_options(examples, tokenizer, max_length, add_bos, add_eos, chat_template, separator)
     _check_options(examples, tokenizer, options)
     key = fingerprint(examples, tokenizer, options)
-    path = cache_folder(cache_dir) / f"{key}.npz"
-    existed = use_cache and path.exists()
-    arrays = load_arrays(path) if existed else None
+    folder = cache_folder(cache_dir) if use_cache else None
+    path = folder / f"{key}.npz" if folder else None
+    existed = path is not None and path.exists()
+    arrays = load_arrays(path) if path is not None and existed else None
     if arrays is not None:
         encoded = _from_arrays(examples, arrays, max_length, key, "hit")
     else:
-        state: CacheState = "off" if not use_cache else "rebuilt" if existed else "miss"
+        state: CacheState = "off" if path is None else "rebuilt" if existed else "miss"
         encoded = _from_arrays(examples, _build(examples, tokenizer, options, progress), max_length, key, state)
-        if use_cache:
+        if path is not None:
             save_arrays(path, to_arrays(encoded))
     if most_dropped is not None:
         _check_dropped(examples, encoded, most_dropped)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from jaxpeft import cache
 
 Arrays = dict[str, np.ndarray]
 CacheState = Literal["off", "hit", "miss", "rebuilt"]
@@ -72,9 +73,10 @@ class Encoded:
         return self.kind != "classification"
 
 
-def cache_folder(folder: str | Path | None) -> Path:
-    """Gives the folder of the cache: `folder`, else the environment's `JAXPEFT_CACHE`, else `~/.cache/jaxpeft`."""
-    return Path(folder or os.environ.get("JAXPEFT_CACHE") or "~/.cache/jaxpeft").expanduser() / "encoded"
+def cache_folder(folder: str | Path | None) -> Path | None:
+    """Gives the folder of the cache, None for none: in `folder`, else in that of `jaxpeft.cache`."""
+    found = Path(folder).expanduser() if folder else cache.folder()
+    return None if found is None else found / "encoded"
 
 
 def load_arrays(path: Path) -> Arrays | None:

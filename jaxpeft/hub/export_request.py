@@ -129,12 +129,16 @@ def require_free(out: Path) -> None:
         raise ConfigError(f"--out {out}: is a file; give a new folder")
 
 
-def quant_of(request: Request, adapter: Adapter) -> Quant | None:
-    """Gives the form of the quantised base that the adapter was trained on, if there is one and it is asked for.
+def quant_of(request: Request, adapter: Adapter, outline: Outline) -> Quant | None:
+    """Gives how the base is to be rounded: as the one that the adapter was trained on, if that is asked for; None for not at all.
+
+    A base that is quantised in its files is not rounded again.
 
     Raises:
         ConfigError: it is asked for, and there is none; or it is not of this version.
     """
+    if outline.plan.held:
+        return None
     recorded = adapter.extra.get("quant")
     quant = None if recorded is None else read_quant(recorded, adapter.folder / EXTRA)
     if request.to == "merged_quantized_reference" and quant is None:

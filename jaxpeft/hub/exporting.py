@@ -42,7 +42,7 @@ from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
 from jaxpeft.hub.sources import fingerprint, read_json
 from jaxpeft.models.base import Pretrained
-from jaxpeft.quant.tree import Quant
+from jaxpeft.quant.tree import Quant, dequantise
 
 WARN_ABOVE = 0.01
 """The relative error of a merge above which there is a warning."""
@@ -86,8 +86,8 @@ def export(request: Request) -> Report:
     """
     require_free(request.out)
     adapter = read_adapter(request.adapter)
-    quant = quant_of(request, adapter)
     outline = outline_of(request, adapter)
+    quant = quant_of(request, adapter, outline)
     if request.to != "peft":
         require_mergeable(adapter)
         require_unmerged(adapter, outline)
@@ -99,6 +99,9 @@ def export(request: Request) -> Report:
         work = _Work(request, adapter, outline, method, params)
         if request.to == "peft":
             return _to_peft(work, folder, base)
+        if outline.plan.held:  # in float32 the base is what its files stand for, exactly
+            work = dataclasses.replace(work, params=dequantise(params))
+            del params
         del base  # the tree alone holds it now, and gives it up leaf by leaf
         return _to_merged(work, folder, quant)
 
@@ -173,7 +176,7 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
         "dtype": own.name,
         "relative_error": error,
         "largest_logit_difference": gap,
-        "base_rounded_to": quant and quant.form,
+        "base_rounded_to": "nf4" if outline.plan.held else quant and quant.form,
     }
     (folder / MERGE).write_text(json.dumps(_record(work) | record, indent=2) + "\n")
     params.clear()

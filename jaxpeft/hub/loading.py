@@ -17,8 +17,8 @@ import numpy as np
 from jaxpeft import logs, models
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
-from jaxpeft.errors import ConfigError
-from jaxpeft.hub import sources, weights
+from jaxpeft.errors import ConfigError, WeightsError
+from jaxpeft.hub import bitsandbytes, quantised_cache, sources, weights
 from jaxpeft.hub.safetensors_files import open_folder
 from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Options, Pretrained
@@ -45,6 +45,7 @@ def load(
     quant: Quant | str | None = None,
     seed: int = 0,
     sharding: Any = None,
+    cache: bool = True,
 ) -> tuple[Pretrained, Tree]:
     """Loads a pretrained model: a Linen module and its parameters.
 
@@ -63,8 +64,11 @@ def load(
             as the mean of the others. None keeps the model's.
         quant: `nf4`, `int4`, `int8`, `fp8`, or a `jaxpeft.Quant` that says which kernels: they are quantised as they are read, one
             layer after the other, so that the model never exists as a whole in more bits. Embeddings and heads stay as they are.
+            A checkpoint that `bitsandbytes` has quantised to NF4 is read as it is, with None or `nf4`.
         seed: for the leaves of a newly made head.
         sharding: a `jax.sharding.Sharding` for all leaves; None for the first device.
+        cache: whether quantised kernels of more than a gigabyte are kept on disk, and read from there the next time; the
+            environment's `JAXPEFT_CACHE` says where, or `off`.
 
     Returns:
         `(model, params)`; `model` records where it came from in `model.source`.
@@ -77,7 +81,7 @@ def load(
         path_or_hub_id, task=task, num_labels=num_labels, dtype=dtype, compute_dtype=compute_dtype,
         scan_layers=scan_layers, pooling=pooling, remat=remat, attention=attention, revision=revision, vocab_size=vocab_size, quant=quant,
     )  # fmt: skip
-    return outlined.model, outlined.read(seed, sharding)
+    return outlined.model, outlined.read(seed, sharding, cache=cache)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Outline:
     plan: weights.WeightPlan
     quant: Quant | None = None
 
-    def read(self, seed: int = 0, sharding: Any = None) -> Tree:
+    def read(self, seed: int = 0, sharding: Any = None, *, cache: bool = True) -> Tree:
         """Reads the numbers, slice by slice: see `load`.
 
         Raises:
@@ -110,13 +114,23 @@ class Outline:
         logs.show()
         _log.info("loading %s ...", self.model.source.name if self.model.source else "the model")
         new = _new_leaves(self.model, self.plan.new, seed)
-        params = weights.read(self.stored, self.plan, new, sharding, self.quant)
+        place = self._cached() if cache else None
+        cached = place.opened() if place else None
+        params = weights.read(self.stored, cached or self.plan, new, sharding, self.quant)
+        if place and not cached:
+            place.write(params)
         wanted = dict(paths.walk(self.abstract))
         params = paths.map_with_path(
             lambda path, leaf: _grown(leaf, wanted[path].shape) if path in wanted else leaf, params
         )
         _report(self, params, time.perf_counter() - started)
         return params
+
+    def _cached(self) -> quantised_cache.Entry | None:
+        """Gives the place of the quantised kernels on disk; None where there are none, or the files have them."""
+        if self.quant is None or self.plan.held:
+            return None
+        return quantised_cache.entry(self.plan, self.quant, self.quant.sites(self.stored))
 
 
 def outline(
@@ -145,7 +159,7 @@ def outline(
         raise ConfigError(f"task: must be one of {', '.join(TASKS)}, is {task!r}")
     source = sources.resolve(path_or_hub_id, revision)
     config = sources.read_json(source.folder / "config.json")
-    tensors = open_folder(source.folder)
+    tensors: weights.Tensors = bitsandbytes.gathered(open_folder(source.folder))
     dtype, compute_dtype = _floating("dtype", dtype), _floating("compute_dtype", compute_dtype)
     compute = compute_dtype or dtype or _own_dtype(tensors)
     labels = num_labels if num_labels is not None else _labels_of(config, task)
@@ -172,6 +186,9 @@ def outline(
     if task == "causal_lm" and model.config.tie_word_embeddings:
         tensors = weights.untie(tensors, source.folder)
     plan = weights.plan(abstract, tensors, family, dtype, source.folder, relabel=num_labels is not None)
+    if plan.held or config.get("quantization_config"):
+        how = _quantised_already(source.folder, abstract, plan, how)
+        model = model.clone(options=dataclasses.replace(model.options, quant=how))
     quantised = how.sites(abstract) if how else {}  # what does not fit is told before anything is read
     if vocab_size in (None, own):
         return Outline(model, abstract, abstract, config, plan, how)
@@ -185,6 +202,21 @@ def outline(
                 f"quant: {quantised[path].name} is to be quantised, and vocab_size={vocab_size} gives it more tokens; exclude it"
             )
     return Outline(grown, wanted, abstract, config, plan, how)
+
+
+def _quantised_already(folder: FilePath, abstract: Tree, plan: weights.WeightPlan, asked: Quant | None) -> Quant:
+    """Says which kernels of a checkpoint are quantised, and how, and refuses to quantise them otherwise."""
+    if not plan.held:
+        raise WeightsError(
+            f"{folder}: quantization_config of config.json says that the weights are quantised, and none is; remove it there, and "
+            "give quant='nf4' to quantise them"
+        )
+    found = Quant.of("nf4", abstract, plan.held.keys())
+    if asked not in (None, Quant("nf4"), found):
+        raise ConfigError(
+            f"quant: is {asked}, and {folder} is quantised already, as {found}; leave quant out, or give the unquantised model"
+        )
+    return found
 
 
 def _grown(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -202,7 +234,7 @@ def abstract_params(model: Pretrained) -> Tree:
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
 
 
-def _own_dtype(tensors: Mapping[str, Any]) -> Any:
+def _own_dtype(tensors: weights.Tensors) -> Any:
     """Gives the dtype of the largest tensor of a checkpoint, float32 in place of float64."""
     floats = [t for t in tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)]
     own = max(floats, key=lambda t: t.nbytes).dtype if floats else jnp.dtype(jnp.float32)

@@ -42,6 +42,7 @@ _TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "spiece.model", "sentencepiece*",
 )  # fmt: skip
+_NOT_MERGED = ("torch_dtype", "num_labels", "_name_or_path", "quantization_config")
 _TEXT = (".json", ".txt", ".model", ".jinja")
 
 # ---------------------------------------------------------------------------------------------------------------- merging
@@ -63,7 +64,7 @@ class _Drift:
 
 
 def dtype_of(outline: Outline, dtype: Any) -> np.dtype[Any]:
-    """Gives the dtype that a merged model has: the one that is asked for, or that of the base's largest leaf."""
+    """Gives the dtype that a merged model has: the one that is asked for, or that of the base's largest leaf that is not quantised."""
     if dtype is not None:
         return np.dtype(dtype)
     return max(outline.plan.sources.values(), key=lambda source: math.prod(source.shape)).dtype
@@ -225,7 +226,7 @@ def config_of(model: Pretrained, base: Mapping[str, Any], labels: Sequence[str],
         dtype: of the weights.
     """
     task, count = model.options.task, model.options.num_labels
-    config = {key: value for key, value in base.items() if key not in ("torch_dtype", "num_labels", "_name_or_path")}
+    config = {key: value for key, value in base.items() if key not in _NOT_MERGED}
     config |= {"dtype": np.dtype(dtype).name, "vocab_size": model.config.vocab_size}
     stems = [re.sub(r"(For[A-Z]\w*|Model)$", "", str(name)) for name in base.get("architectures") or ()]
     if stems:

@@ -11,16 +11,18 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import WeightsError, nearest
+from jaxpeft.hub.bitsandbytes import Packed, Rows
 from jaxpeft.hub.safetensors_files import Tensor, aligned_empty
 from jaxpeft.models.base import Family
 from jaxpeft.quant.tree import Quant
@@ -29,6 +31,7 @@ _BLOCK_BYTES = 1 << 20
 _STRIP = 32
 _THREADS = 8
 Index = tuple[slice, ...]
+Tensors = Mapping[str, Tensor | Packed]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class LeafSource:
         transposed: whether the leaf is the transpose of the tensors (a kernel).
     """
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Rows, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     stacked: bool
@@ -76,7 +79,7 @@ class LeafSource:
         return out
 
     def _blocks(
-        self, out: np.ndarray[Any, Any], tensor: Tensor, spans: Sequence[tuple[int, int]]
+        self, out: np.ndarray[Any, Any], tensor: Rows, spans: Sequence[tuple[int, int]]
     ) -> Iterator[Callable[[], None]]:
         """Yields functions that each read a block of the tensor's rows into its place in `out`."""
         if not spans:
@@ -92,7 +95,7 @@ class LeafSource:
             yield functools.partial(_copy, place, tensor, start, stop, columns)
 
 
-def _copy(place: np.ndarray[Any, Any], tensor: Tensor, start: int, stop: int, columns: Index) -> None:
+def _copy(place: np.ndarray[Any, Any], tensor: Rows, start: int, stop: int, columns: Index) -> None:
     """Reads rows of a tensor into their place, a few at a time: a transposed copy is then six times as fast."""
     block = tensor.read_rows(start, stop)[columns]
     if block.dtype == place.dtype:
@@ -111,16 +114,18 @@ class WeightPlan:
         sources: by path, for every leaf that the checkpoint holds.
         new: the paths of the head's leaves that it does not hold, to be made newly.
         replaced: names of head tensors that the checkpoint holds for another number of labels.
+        held: of each kernel that is there in few bits, by its path, the leaves that hold it, by their names.
     """
 
     sources: Mapping[Path, LeafSource]
     new: tuple[Path, ...]
     replaced: tuple[str, ...]
+    held: Mapping[Path, Mapping[str, LeafSource]] = field(default_factory=dict[Path, Mapping[str, LeafSource]])
 
 
 def plan(
     abstract: Tree,
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     family: Family,
     dtype: Any | None,
     folder: Any = None,
@@ -133,16 +138,19 @@ def plan(
         abstract: the model's tree of `ShapeDtypeStruct`.
         tensors: the checkpoint's, by name.
         family: the architecture: its prefix, and what may be left over.
-        dtype: of the loaded leaves; None keeps each tensor's own, float64 apart, which becomes float32.
+        dtype: of the loaded leaves; None keeps each tensor's own, float64 apart, which becomes float32. Kernels that are
+            quantised stay as they are.
         folder: what to call the checkpoint in messages.
         relabel: whether a head for another number of labels may be made newly.
 
     Raises:
-        WeightsError: listing every missing, extra, misshaped or non-floating tensor with the nearest names.
+        WeightsError: listing every missing, extra, misshaped or non-floating tensor with the nearest names, and what is wrong
+            with one that is quantised.
     """
     named = _canonical_names(tensors, abstract, family)
     problems: list[str] = []
     sources: dict[Path, LeafSource] = {}
+    held: dict[Path, Mapping[str, LeafSource]] = {}
     new: list[Path] = []
     replaced: list[str] = []
     used: set[str] = set()
@@ -157,6 +165,11 @@ def plan(
             new.append(path)
             continue
         problems += [f"missing: {name}{nearest(name, named)}" for name in names if name not in named]
+        packed = {name: t for name in names if isinstance(t := named.get(name), Packed)}
+        broken = [problem for t in packed.values() for problem in t.problems] or _unfit(path, packed, len(there))
+        if broken:
+            problems += broken
+            continue
         wanted = _tensor_shape(path, leaf, layers)
         wrong = {name: named[name] for name in names if name in named and named[name].shape != wanted}
         if wrong and path in heads and all(t.shape[1:] == wanted[1:] for t in wrong.values()):
@@ -168,18 +181,52 @@ def plan(
             continue
         problems += [f"misshaped: {name} is {list(t.shape)}, must be {list(wanted)}" for name, t in wrong.items()]
         problems += [_not_floating(name, named[name]) for name in names if _is_integer(named.get(name))]
-        if there:
-            own = _common_dtype(there)
+        if packed:
+            held[path] = _held(list(packed.values()), stacked=layers is not None)
+        elif there:
+            plain = [tensor for tensor in there if isinstance(tensor, Tensor)]
+            own = _common_dtype(plain)
             target = np.dtype(dtype) if dtype is not None else own
-            sources[path] = LeafSource(tuple(there), leaf.shape, target, layers is not None, path[-1] == "kernel")
+            sources[path] = LeafSource(tuple(plain), leaf.shape, target, layers is not None, path[-1] == "kernel")
     problems += _extra(named, used, family, head_wanted=bool(heads) and not headless)
     if problems:
         where = next(iter(tensors.values())).file.parent if tensors and folder is None else folder
         raise WeightsError(_shown(problems, where))
-    return WeightPlan(sources, tuple(new), tuple(replaced))
+    return WeightPlan(sources, tuple(new), tuple(replaced), held)
 
 
-def _extra(named: Mapping[str, Tensor], used: set[str], family: Family, *, head_wanted: bool) -> list[str]:
+def _unfit(path: Path, packed: Mapping[str, Packed], there: int) -> list[str]:
+    """Says where a leaf cannot be held as its tensors are."""
+    if packed and path[-1] != "kernel":
+        return [f"quantised: {name} is, and belongs to no linear module" for name in packed]
+    if packed and len(packed) < there:
+        few = f"quantised: {next(iter(packed))} is, and {there - len(packed)} of the {there} layers stacked with it are not"
+        return [f"{few}; set scan_layers=False"]
+    if len({frozenset((key, t.dtype) for key, t in one.leaves.items()) for one in packed.values()}) > 1:
+        return [
+            f"quantised: {next(iter(packed))} and the layers stacked with it have scales of different dtypes; set scan_layers=False"
+        ]
+    return []
+
+
+def _held(packed: Sequence[Packed], *, stacked: bool) -> dict[str, LeafSource]:
+    """Gives the leaves that hold a quantised kernel, or one a layer."""
+    return {key: joined([one.leaves[key] for one in packed], stacked=stacked) for key in packed[0].leaves}
+
+
+def joined(tensors: Sequence[Rows], *, stacked: bool) -> LeafSource:
+    """Gives the leaf that tensors of one shape and dtype make as they are.
+
+    Args:
+        tensors: one, or one a layer.
+        stacked: whether the leaf has an axis of layers.
+    """
+    first = tensors[0]
+    shape = (len(tensors), *first.shape) if stacked else first.shape
+    return LeafSource(tuple(tensors), shape, first.dtype, stacked, transposed=False)
+
+
+def _extra(named: Tensors, used: set[str], family: Family, *, head_wanted: bool) -> list[str]:
     """Says which tensors belong to nothing. The head of another task is left out without a word; where this task's head is
     in the checkpoint, a tensor that looks like a head's may be a misspelt one of it.
     """
@@ -214,7 +261,7 @@ def _shown(problems: list[str], folder: Any, most: int = 60) -> list[str]:
     )
 
 
-def untie(tensors: Mapping[str, Tensor], folder: Any) -> dict[str, Tensor]:
+def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
     """Gives the tensors of a model whose head is its embedding: one of the two, under the embedding's name.
 
     Raises:
@@ -227,7 +274,7 @@ def untie(tensors: Mapping[str, Tensor], folder: Any) -> dict[str, Tensor]:
         return kept
     if embedding is None:
         return kept | {"model.embed_tokens.weight": tensors[head]}
-    if tensors[head].shape != tensors[embedding].shape or not _equal(tensors[head], tensors[embedding]):
+    if not _equal(tensors[head], tensors[embedding]):
         raise WeightsError(
             f"{folder}: config.json ties the head to the embedding, and lm_head.weight differs from {embedding}; set "
             "tie_word_embeddings to false in config.json"
@@ -235,8 +282,10 @@ def untie(tensors: Mapping[str, Tensor], folder: Any) -> dict[str, Tensor]:
     return kept
 
 
-def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
-    """Compares two tensors of one shape, a few rows at a time."""
+def _equal(a: Tensor | Packed, b: Tensor | Packed, rows: int = 4096) -> bool:
+    """Compares two tensors, a few rows at a time."""
+    if isinstance(a, Packed) or isinstance(b, Packed) or a.shape != b.shape:
+        return False
     starts = range(0, a.shape[0], rows)
     return all(
         np.array_equal(a.read_rows(i, min(i + rows, a.shape[0])), b.read_rows(i, min(i + rows, a.shape[0])))
@@ -244,12 +293,12 @@ def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
     )
 
 
-def _canonical_names(tensors: Mapping[str, Tensor], abstract: Tree, family: Family) -> dict[str, Tensor]:
+def _canonical_names(tensors: Tensors, abstract: Tree, family: Family) -> dict[str, Tensor | Packed]:
     """Renames the checkpoint's tensors to the names that the model's paths mirror, with or without the prefix."""
     prefix = family.prefix + "."
     has_prefix = any(name.startswith(prefix) for name in tensors)
     wants_prefix = family.prefix in abstract
-    out: dict[str, Tensor] = {}
+    out: dict[str, Tensor | Packed] = {}
     for name, tensor in tensors.items():
         for pattern, replacement in family.renamed:
             name = re.sub(pattern, replacement, name)  # noqa: PLW2901
@@ -266,11 +315,11 @@ def _tensor_shape(path: Path, leaf: Any, layers: int | None) -> tuple[int, ...]:
     return shape[::-1] if path[-1] == "kernel" else shape
 
 
-def _is_integer(tensor: Tensor | None) -> bool:
+def _is_integer(tensor: Tensor | Packed | None) -> bool:
     return tensor is not None and (not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2)
 
 
-def _not_floating(name: str, tensor: Tensor) -> str:
+def _not_floating(name: str, tensor: Tensor | Packed) -> str:
     return f"not floating: {name} is {tensor.dtype} (a quantized checkpoint?); use the unquantized model"
 
 
@@ -291,7 +340,9 @@ def read(
     items: list[tuple[Path, Any]] = []
     for path, _ in paths.walk(abstract):
         source = weights.sources.get(path)
-        if source is None:
+        if path in weights.held:
+            items += [((*path[:-1], key), _whole(leaf, place)) for key, leaf in weights.held[path].items()]
+        elif source is None:
             items.append((path, new[path]))
         elif quant is None or path not in chosen:
             items.append((path, jax.make_array_from_callback(source.shape, place, source.read)))
@@ -299,6 +350,17 @@ def read(
             layers = [functools.partial(_layer, source, place, i) for i in range(len(source.tensors))]
             items += [((*path[:-1], key), leaf) for key, leaf in quant.stored(layers, source.stacked).items()]
     return paths.build(items)
+
+
+def _whole(source: LeafSource, place: Any) -> jax.Array:
+    """Reads a leaf of a quantised kernel, onto every device whole where its axes are not those that are spread."""
+    try:
+        place.shard_shape(source.shape)
+    except (ValueError, IndexError):  # IndexError where the leaf has fewer axes
+        if not isinstance(place, NamedSharding):
+            raise
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.make_array_from_callback(source.shape, place, source.read)
 
 
 def _layer(source: LeafSource, place: Any, i: int) -> jax.Array:

@@ -141,6 +141,25 @@ class ConfigReader:
         if self.get(key):
             self.problems.append(f"{key}: {self.get(key)!r} is not supported: {why}")
 
+    def quantised(self) -> None:
+        """Notes a problem where the checkpoint is quantised, and not as `bitsandbytes` does it in NF4."""
+        found: Any = self.get("quantization_config")
+        if not found:
+            return
+        settings: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+        if settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None) != "bitsandbytes":
+            self.refuse("quantization_config", "load the unquantized model")
+            return
+        kind, instead = settings.get("bnb_4bit_quant_type", "fp4"), "load the unquantized model, with quant="
+        if settings.get("load_in_8bit"):
+            self.problems.append(f"quantization_config: load_in_8bit is not supported; {instead}'int8'")
+        elif not settings.get("load_in_4bit"):
+            self.problems.append(
+                f"quantization_config: of bitsandbytes load_in_4bit alone is supported; {instead}'nf4'"
+            )
+        elif kind != "nf4":
+            self.problems.append(f"quantization_config: bnb_4bit_quant_type {kind!r} is not supported; {instead}'nf4'")
+
     def finish(self) -> None:
         """Raises what was found.
 

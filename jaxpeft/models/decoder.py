@@ -83,7 +83,7 @@ def read_config(config: Mapping[str, Any], problems: Sequence[str] = ()) -> Deco
     """
     kind = config["model_type"]
     reader = ConfigReader(config, {**_DEFAULTS, **_OWN_DEFAULTS.get(kind, {})}, problems)
-    reader.refuse("quantization_config", "load the unquantized model")
+    reader.quantised()
     layers = reader.integer("num_hidden_layers")
     heads, kv_heads, head_dim = _heads(reader)
     bias = reader.flag("attention_bias") and kind in ("llama", "qwen3")

@@ -68,7 +68,7 @@ def read_config(config: Mapping[str, Any], task: str, problems: Sequence[str] = 
     """
     kind = config["model_type"]
     reader = ConfigReader(config, _DEFAULTS[kind], problems)
-    reader.refuse("quantization_config", "load the unquantized model")
+    reader.quantised()
     reader.refuse("is_decoder", "only encoders are")
     reader.refuse("add_cross_attention", "only encoders are")
     reader.refuse("pruned_heads", "all layers must have all heads")

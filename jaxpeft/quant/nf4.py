@@ -7,6 +7,9 @@ r"""NF4: 4 bits a weight, which are quantiles of a normal distribution, with a s
 `bitsandbytes` stores it: along the inputs, where 64 divides them. In all 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight,
 0.516 bytes. Codes and scales are those of `bitsandbytes`, bit by bit.
 
+Where a checkpoint has the `a` themselves (no double quantisation), `kernel_nf4_absmax` holds them in float32, with `s = 1` and
+`m = 0`, which changes none of them.
+
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 (arXiv:2305.14314); the 8-bit type is that of
 Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1 (arXiv:2110.02861).
 """
@@ -95,12 +98,15 @@ def _nearest(values: Any) -> Any:
     return jnp.searchsorted(jnp.asarray((table[:-1] + table[1:]) / 2), values).astype(jnp.uint8)
 
 
+def _dynamic(places: Any) -> Any:
+    return jnp.take(jnp.asarray(dynamic(), jnp.float32), places.astype(jnp.int32))
+
+
 def decoded(leaves: Leaves, dtype: Any) -> Any:
     """Gives the transposed kernel `[out, in]`."""
     data, places = leaves["kernel_nf4"], leaves["kernel_nf4_absmax"]
     scale = jnp.repeat(leaves["kernel_nf4_absmax_scale"], SECOND)[: places.size].reshape(places.shape)
-    absmax = jnp.take(jnp.asarray(dynamic(), jnp.float32), places.astype(jnp.int32)) * scale
-    absmax = absmax + leaves["kernel_nf4_absmax_mean"]
+    absmax = (places if places.dtype == jnp.float32 else _dynamic(places)) * scale + leaves["kernel_nf4_absmax_mean"]
     values = selected(unpacked(data), CODES, jnp.float32)
     if places.ndim == 2:  # blocks keep to rows
         return (values.reshape(*places.shape, BLOCK) * absmax[..., None]).reshape(values.shape).astype(dtype)

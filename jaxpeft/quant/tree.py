@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -78,6 +78,36 @@ class Quant:
             raise ConfigError(problems)
         return {(*site.path, "kernel"): site for site in chosen}
 
+    @classmethod
+    def of(cls, form: str, params: Mapping[str, Any], kernels: Set[Path]) -> Quant:
+        """Gives it for kernels that are quantised already, named as shortly as they can be.
+
+        Args:
+            form: a key of `jaxpeft.quant.FORMS`.
+            params: the tree of a base; abstract leaves will do.
+            kernels: their paths, at least one.
+        """
+        sites = targets.find_sites(params)
+        linear = list(targets.resolve(params, Targets(ALL_LINEAR)))
+        held = {site for site in sites if (*site.path, "kernel") in kernels}
+        left = [site for site in linear if site not in held]
+        if held <= set(linear):
+            return cls(form, exclude=_suffixes(left, sites))
+        return cls(form, targets=_suffixes(list(held), sites))
+
+    def abstract(self, shape: tuple[int, int], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Gives shape and dtype of the leaves that hold a kernel of one layer.
+
+        Args:
+            shape: of the kernel, `(in, out)`.
+            dtype: of the kernel.
+        """
+        return jax.eval_shape(self._store(), jax.ShapeDtypeStruct(shape, dtype))
+
+    def _store(self) -> Callable[[Any], dict[str, Any]]:
+        form = FORMS[self.form]
+        return partial(form.store, group=self.group) if form.grouped else form.store
+
     def stored(self, layers: list[Callable[[], jax.Array]], stacked: bool) -> dict[str, jax.Array]:
         """Gives the leaves that hold a kernel, or one a layer: each is made, quantised and let go before the next.
 
@@ -86,10 +116,17 @@ class Quant:
             stacked: whether the leaves have an axis of layers.
         """
         form = FORMS[self.form]
-        grouped = {"group": self.group} if form.grouped else {}
-        store = jax.jit(partial(form.store, **grouped))
+        store = jax.jit(self._store())
         made = [jax.block_until_ready(store(kernel())) for kernel in layers]
         return {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves} if stacked else made[0]
+
+
+def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:
+    """Names sites: by the last component where all that have it are chosen, else by their whole names."""
+    last = {site: site.name.rpartition(".")[2] for site in sites}
+    shared = {last[site] for site in sites if site not in chosen}
+    found = {name for site in chosen for name in ([last[site]] if last[site] not in shared else site.names)}
+    return tuple(sorted(found))
 
 
 def read_quant(values: Any, where: Any) -> Quant:

@@ -50,7 +50,7 @@ class Start:
         """Gives what reads the kernel of a layer of a site as the model's files have it, float32 `[in, out]`.
 
         Raises:
-            ConfigError: the model was not loaded from files.
+            ConfigError: the model was not loaded from files, or they hold it quantised.
         """
         source = self.model.source
         if source is None:
@@ -60,6 +60,8 @@ class Start:
             source.folder, task=cast(Task, options.task), num_labels=options.num_labels, dtype=jnp.float32,
             scan_layers=options.scan_layers, pooling=options.pooling,
         )  # fmt: skip
+        if found.plan.held:
+            raise ConfigError(f"{source.folder}: holds the model quantised, and not the kernels that it was made from")
 
         def read(site: Site, i: int) -> jax.Array:
             leaf = found.plan.sources[*site.path, "kernel"]

@@ -130,6 +130,9 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXPEFT_CACHE", str(tmp_path / "env"))
     assert cache_folder(tmp_path) == tmp_path / "encoded"
     assert cache_folder(None) == tmp_path / "env" / "encoded"
+    monkeypatch.setenv("JAXPEFT_CACHE", "off")
+    assert cache_folder(None) is None
     monkeypatch.delenv("JAXPEFT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder(None) == tmp_path / ".cache" / "jaxpeft" / "encoded"

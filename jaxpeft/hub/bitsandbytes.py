@@ -1,0 +1,225 @@
+"""Weights that `bitsandbytes` has quantised to NF4, as Hugging Face checkpoints hold them: found and checked, not yet read.
+
+A matrix `X.weight [out, in]` is there as its codes, two a byte, row by row, and beside it
+
+    X.weight.absmax                            of each block of 64: uint8, or float32 without double quantisation
+    X.weight.quant_map                         the 16 values of the codes
+    X.weight.nested_absmax, .nested_quant_map  with double quantisation: of 256 blocks, and the 256 values of the 8-bit type
+    X.weight.quant_state.bitsandbytes__nf4     JSON: shape, dtype, sizes of the blocks, `nested_offset`
+
+which are the leaves of `jaxpeft.quant.nf4` in the same order, byte for byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from jaxpeft.hub.safetensors_files import DTYPES, Tensor
+from jaxpeft.quant import nf4
+
+_STATE = ".quant_state.bitsandbytes__"
+_COMPANION = re.compile(
+    r"^(.*\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
+)
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_MOST_STATE = 1 << 16
+_INSTEAD = "load the unquantized model, with quant='nf4'"
+
+
+class Rows(Protocol):
+    """A tensor that is read by its rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Row-major shape."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        ...
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Reads `tensor[start:stop]` along the first axis."""
+        ...
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A tensor of one number, which no file holds.
+
+    Attributes:
+        shape: row-major shape.
+        value: the number.
+    """
+
+    shape: tuple[int, ...]
+    value: float
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32."""
+        return np.dtype(np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return 4 * math.prod(self.shape)
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Gives `tensor[start:stop]` along the first axis."""
+        return np.full((stop - start, *self.shape[1:]) if self.shape else (), self.value, np.float32)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix of a checkpoint that is quantised.
+
+    Attributes:
+        file: that holds its codes.
+        shape: of the matrix, `[out, in]`.
+        dtype: that it was quantised from.
+        leaves: what holds it, by the names of `jaxpeft.quant.nf4.NF4.leaves`.
+        problems: what is wrong with it; then there are no leaves.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    leaves: Mapping[str, Rows]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes of the matrix that it stands for."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
+    """Puts the tensors that hold one quantised matrix together; of their numbers the tables and the JSON text are read.
+
+    Args:
+        tensors: of a checkpoint, by name.
+
+    Returns:
+        The same without the companions, and `Packed` in place of the tensors that have them.
+    """
+    companions: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := _COMPANION.match(name):
+            companions.setdefault(match[1], {})[match[2]] = tensor
+    found: dict[str, Tensor | Packed] = {name: t for name, t in tensors.items() if not _COMPANION.match(name)}
+    for name, beside in companions.items():
+        codes = tensors.get(name)
+        found[name] = _broken(beside, f"missing: {name}") if codes is None else _packed(name, codes, beside)
+    return found
+
+
+def _broken(beside: Mapping[str, Tensor], *problems: str) -> Packed:
+    return Packed(next(iter(beside.values())).file, (), np.dtype(np.float32), {}, problems)
+
+
+def _packed(name: str, codes: Tensor, beside: Mapping[str, Tensor]) -> Packed:
+    stated = [key for key in beside if key.startswith(_STATE[1:])]
+    if not stated:
+        return _broken(beside, f"missing: {name}{_STATE}nf4")
+    (state, *others) = stated
+    if others or state != f"{_STATE[1:]}nf4":
+        return _broken(beside, f"quantised: {name} is in {state.partition('__')[2]}, only nf4 is supported; {_INSTEAD}")
+    parsed = _parse(beside[state])
+    if parsed is None:
+        return _broken(beside, f"quantised: {name}.{state} is not what bitsandbytes writes; fetch the file again")
+    nested = "nested_absmax" in beside or "nested_blocksize" in parsed
+    needed = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ()))
+    problems = [f"missing: {name}.{key}" for key in needed if key not in beside]
+    problems += [f"quantised: {name}: {problem}" for problem in _state_problems(parsed, nested)]
+    if problems:
+        return _broken(beside, *problems)
+    return _checked(name, codes, beside, parsed, nested)
+
+
+def _parse(state: Tensor) -> Mapping[str, Any] | None:
+    if state.dtype != np.uint8 or state.nbytes > _MOST_STATE:
+        return None
+    try:
+        parsed: object = json.loads(state.read().tobytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return cast("Mapping[str, Any]", parsed) if isinstance(parsed, dict) else None
+
+
+def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
+    """Says what of the JSON text is not this format."""
+    wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": nf4.BLOCK}
+    wanted |= {"nested_blocksize": nf4.SECOND, "nested_dtype": "float32"} if nested else {}
+    problems = [
+        f"{key} is {state.get(key)!r}, must be {value!r}; {_INSTEAD}"
+        for key, value in wanted.items()
+        if state.get(key) != value
+    ]
+    shape: Any = state.get("shape")
+    if not isinstance(shape, list) or [_counts(n) for n in cast("list[Any]", shape)] != [True, True]:
+        problems.append(f"shape is {shape!r}, must be [out, in]")
+    elif shape[1] % 2:
+        problems.append(f"shape is {shape!r}, and nf4 needs an even number of inputs; {_INSTEAD}")
+    if state.get("dtype") not in _DTYPES:
+        problems.append(f"dtype is {state.get('dtype')!r}, must be one of {', '.join(_DTYPES)}")
+    offset: Any = state.get("nested_offset")
+    if nested and not (isinstance(offset, int | float) and math.isfinite(offset)):
+        problems.append(f"nested_offset is {offset!r}, must be a number")
+    return problems
+
+
+def _counts(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n > 0
+
+
+def _checked(name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapping[str, Any], nested: bool) -> Packed:
+    """Gives the leaves, of tensors that have the sizes and the tables that they must have."""
+    out, n_in = state["shape"]
+    blocks = math.ceil(out * n_in / nf4.BLOCK)
+    seconds = math.ceil(blocks / nf4.SECOND)
+    problems: list[str] = []
+    if codes.nbytes != out * n_in // 2:
+        problems.append(
+            f"misshaped: {name} has {codes.nbytes} bytes, must have {out * n_in // 2} for [{out}, {n_in}] in nf4"
+        )
+    kind, wide = np.dtype(np.uint8 if nested else np.float32), np.dtype(np.float32)
+    wanted = {"absmax": (kind, blocks), "quant_map": (wide, 16)}
+    wanted |= {"nested_absmax": (wide, seconds), "nested_quant_map": (wide, 256)} if nested else {}
+    for key, (dtype, size) in wanted.items():
+        tensor = beside[key]
+        if tensor.dtype != dtype or tensor.shape != (size,):
+            problems.append(f"misshaped: {name}.{key} is {tensor.dtype} {list(tensor.shape)}, must be {dtype} [{size}]")
+    tables = {"quant_map": nf4.CODES, "nested_quant_map": nf4.dynamic()}
+    problems += [
+        f"quantised: {name}.{key} is not the table of nf4; {_INSTEAD}"
+        for key, table in tables.items()
+        if not problems and key in wanted and not np.allclose(beside[key].read(), table, rtol=1e-5, atol=0)
+    ]
+    if problems:
+        return _broken(beside, *problems)
+    rows = (out, n_in // nf4.BLOCK) if n_in % nf4.BLOCK == 0 else (blocks,)
+    leaves: tuple[Rows, ...] = (
+        # some checkpoints hold the bytes of the codes as numbers of another dtype (`bnb_4bit_quant_storage`)
+        dataclasses.replace(codes, shape=(out, n_in // 2), dtype=np.dtype(np.uint8)),
+        dataclasses.replace(beside["absmax"], shape=rows),
+        beside["nested_absmax"] if nested else Filled((seconds,), 1.0),
+        Filled((), float(state["nested_offset"]) if nested else 0.0),
+    )
+    dtype = np.dtype(DTYPES[_DTYPES[state["dtype"]]])
+    return Packed(codes.file, (out, n_in), dtype, dict(zip(nf4.NF4.leaves, leaves, strict=True)))
