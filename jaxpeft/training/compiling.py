@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxpeft import cache
 from jaxpeft.models.attention import platform
 
 _OPTIONS: Mapping[str, Mapping[str, bool]] = {
@@ -24,12 +23,6 @@ _FOLDER = "jax_compilation_cache_dir"
 def options(device: Any) -> dict[str, bool]:
     """Gives XLA's options for programs of a device: `compiler_options` of `jax.jit`."""
     return dict(_OPTIONS.get(platform(device), {}))
-
-
-def cache_folder() -> Path:
-    """Gives the folder for what can be made again: `JAXPEFT_CACHE`, or `jaxpeft` in `XDG_CACHE_HOME` or `~/.cache`."""
-    own = os.environ.get("JAXPEFT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxpeft"
 
 
 def kept_in() -> str | None:
@@ -50,8 +43,9 @@ def keep_programs(where: str) -> str | None:
     told = kept_in()
     if where == "off" or told:
         return told if where != "off" else None
-    if where == "auto" and jax.default_backend() == "cpu":
+    own = cache.folder()
+    if where == "auto" and (own is None or jax.default_backend() == "cpu"):
         return None
-    folder = str(cache_folder() / "compiled") if where == "auto" else where
+    folder = str(own / "compiled") if where == "auto" and own else where
     jax.config.update(_FOLDER, folder)
     return folder

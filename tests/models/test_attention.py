@@ -1,0 +1,126 @@
+"""What a position may see, and which kernel computes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpeft import models
+from jaxpeft.models import attention
+from jaxpeft.models.attention import KERNELS, AttentionKernel, Mask, allowed, fastest
+from jaxpeft.models.base import Options
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 9])
+def test_a_causal_mask_written_out_is_its_definition(window: int) -> None:
+    text = jnp.asarray([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]])
+    segments = jnp.asarray([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2]])
+    found = np.asarray(allowed(text, segments, causal=True, window=window).full(6))
+    for row, query, key in np.ndindex(2, 6, 6):
+        near = key <= query and (not window or query - key < window)
+        same = bool(segments[row, query] == segments[row, key])
+        assert found[row, 0, query, key] == (near and same and bool(text[row, key]))
+
+
+def test_what_everything_may_see_needs_no_mask() -> None:
+    assert allowed(None, None, causal=False).full(4) is None
+    assert allowed(None, None, causal=True) == Mask(None, True, 0)
+
+
+class Seen(nn.Module):
+    """Attends with a kernel that keeps what it is given."""
+
+    kernel: str = "cudnn"
+    rate: float = 0.0
+
+    def __call__(self, q: Any, k: Any, mask: Mask) -> Any:
+        return attention.attend(self, self.kernel, q, k, k, mask, self.rate)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Mask]:
+    seen: list[Mask] = []
+
+    def compute(q: Any, k: Any, v: Any, mask: Mask, drop: Any) -> Any:
+        seen.append(mask)
+        return KERNELS["xla"].compute(q, k, v, mask, drop)
+
+    own = KERNELS["cudnn"]
+    fake = AttentionKernel(compute, own.platform, own.lacks, own.takes)
+    monkeypatch.setattr(attention, "KERNELS", {**KERNELS, "cudnn": fake})
+    return seen
+
+
+def test_a_kernel_that_does_not_fit_gives_way(calls: list[Mask]) -> None:
+    q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    run = Seen().apply
+    run({}, q, q, Mask(None, True))
+    assert len(calls) == 1
+    run({}, q.astype(jnp.float32), q.astype(jnp.float32), Mask(None, True))
+    run({}, q[..., :6], q[..., :6], Mask(None, True))
+    run({}, q[:, :3], q[:, :3], Mask(jnp.ones((1, 1, 3, 3), bool), True))
+    Seen(rate=0.5).apply({}, q, q, Mask(None, True), rngs={"dropout": jax.random.key(0)})
+    assert len(calls) == 1
+    Seen(rate=0.5).apply({}, q, q, Mask(None, True))  # no training call
+    run({}, q, q, Mask(jnp.ones((1, 1, 4, 4), bool), True))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_rows_padded_on_the_right_need_no_mask_and_give_the_same(window: int, calls: list[Mask]) -> None:
+    shape = {
+        "vocab_size": 16,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    kind = {
+        "model_type": "mistral",
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8,
+        "sliding_window": window or None,
+    }
+    options = Options("causal_lm", None, jnp.dtype(jnp.bfloat16))
+    model = models.build(shape | kind, options)
+    params = model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
+    ids = jnp.asarray([[5, 6, 7, 8, 9, 0, 0, 0], [4, 3, 2, 1, 5, 6, 7, 8]])
+    text = jnp.asarray([[1] * 5 + [0] * 3, [1] * 8])
+    plain, bare = (
+        model.clone(options=dataclasses.replace(options, attention="cudnn", right_padded=right))
+        for right in (False, True)
+    )
+    a, b = (np.asarray(m.apply({"params": params}, ids, text)) for m in (plain, bare))
+    assert calls[0].dense is not None and calls[-1].dense is None and calls[-1].causal
+    assert {mask.window for mask in calls} == {window}
+    np.testing.assert_allclose(a[text > 0], b[text > 0], atol=1e-6)
+
+
+def test_the_fastest_kernel_of_a_platform() -> None:
+    assert (fastest("cuda"), fastest("cpu"), fastest("rocm")) == ("cudnn", "xla", "xla")
+
+
+def test_why_a_kernel_does_not_fit_a_model() -> None:
+    shape = {
+        "vocab_size": 8,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    config = shape | {"model_type": "llama", "max_position_embeddings": 8}
+
+    def why(dtype: Any, **more: Any) -> str:
+        options = Options("causal_lm", None, jnp.dtype(dtype), attention="cudnn")
+        return attention.lacks(options, models.build(config | more, options).config)
+
+    assert why(jnp.bfloat16) == ""
+    assert why(jnp.float32) == "activations are float32, not bfloat16"
+    assert why(jnp.bfloat16, attention_dropout=0.1) == "attention dropout is 0.1"
+    assert why(jnp.bfloat16, head_dim=12) == "a head has 12 numbers, not a multiple of 8 up to 128"
