@@ -231,7 +231,8 @@ def random_model(options: Any) -> tuple[Any, Any]:
 
     @partial(jax.jit, static_argnums=0)
     def normal(shape: tuple[int, ...], seed: int) -> Any:
-        return 0.02 * jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        # drawn in float32: bfloat16 draws are of few values, whose mean is not zero
+        return (0.02 * jax.random.normal(jax.random.key(seed), shape)).astype(jnp.bfloat16)
 
     items: list[Any] = []
     for i, (path, leaf) in enumerate(paths.walk(abstract)):

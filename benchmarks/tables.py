@@ -43,5 +43,45 @@ def _row(row: Mapping[str, Any]) -> str:
     )
 
 
+STEP = """## One training step
+
+`python -m benchmarks.step`: AdamW with clipping, LoRA of rank 16 on all linear layers, random weights of the true shapes and random
+tokens. `method none` trains the embedding of one token: the gradient goes through all layers, and nothing is adapted. MFU is that of the
+FLOPs that cannot be left out (4 a frozen and 6 a trained weight and token, and causal attention) at the device's bfloat16 peak, whatever
+the number format and whatever is computed again. PEFT is Hugging Face's, with adapters in bfloat16: `peft-compile` is torch.compile, `peft-checkpoint`
+gradient checkpointing. The loss is that of the first and of the last step.
+"""
+
+
+def step(name: str) -> str:
+    """Writes the table of `benchmarks.step`: of the same work the newest line, fastest first."""
+    rows = lines(name)
+    newest = {tuple(row.get(key) for key in _SAME): row for row in rows}
+    parts = [STEP]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        of = sorted((r for r in newest.values() if r["shape"] == shape), key=lambda r: -r["tokens_per_second"])
+        parts += [
+            f"{of[0]['device']}, {shape}, {of[0]['batch']} x {of[0]['length']} tokens.",
+            "",
+            "| program | base | method | remat | layers | tokens/s | step | peak | MFU | compilation | loss |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+            *map(_step_row, of),
+            "",
+        ]
+    return "\n".join(parts)
+
+
+_SAME = ("program", "shape", "quant", "method", "remat", "layers", "batch", "length")
+
+
+def _step_row(row: Mapping[str, Any]) -> str:
+    compiled = f"{row['compile_s']:.0f} s" if "compile_s" in row else ""
+    return (
+        f"| {row['program']} | {'bf16' if row['quant'] == 'none' else row['quant']} | {row['method']} | {row['remat']} | "
+        f"{row.get('layers', '')} | {row['tokens_per_second']:,} | {row['step_ms']:.0f} ms | {row['peak_gib']:.1f} GiB | {row['mfu']:.1%} | "
+        f"{compiled} | {row['loss'][0]:.3f}, {row['loss'][1]:.3f} |"
+    )
+
+
 if __name__ == "__main__":
-    (HERE / "README.md").write_text("\n".join([HEAD, matmul("matmul_h100.jsonl")]))
+    (HERE / "README.md").write_text("\n".join([HEAD, step("step_h100.jsonl"), matmul("matmul_h100.jsonl")]))
