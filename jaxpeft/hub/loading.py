@@ -58,7 +58,7 @@ def load(
         scan_layers: whether the layers are stacked and scanned (faster to compile) or unrolled (faster to run).
         pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`; None takes the architecture's own.
         remat: what the backward pass computes again: `none`, `products`, `attention`, `full`, `offload`.
-        attention: the kernel that computes attention where it fits: `xla`, `cudnn`; `auto` takes the fastest of the platform.
+        attention: the kernel that computes attention where it fits: `xla`, `cudnn`, `splash`; `auto` takes the fastest of the platform.
         revision: of a hub id: branch, tag or commit.
         vocab_size: of the embedding and the language-model head, where tokens were added to the tokenizer; the new rows begin
             as the mean of the others. None keeps the model's.

@@ -1,7 +1,7 @@
 """Attention: what a position may see, and the product with it by the fastest kernel that fits.
 
 Three kernels compute `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32. `xla` writes all scores out; `cudnn` (NVIDIA's, on
-GPUs) and `splash` (in Pallas, on TPUs) never do: Dao et al. 2022, "FlashAttention", section 3 (arXiv:2205.14135).
+GPUs) and `splash` (JAX's own, on TPUs) never do: Dao et al. 2022, "FlashAttention", section 3 (arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -23,33 +23,51 @@ from jaxpeft.models.layers import dropout
 Array = jax.Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["dense"], meta_fields=["causal", "window"])
+@partial(jax.tree_util.register_dataclass, data_fields=["dense", "text", "segments"], meta_fields=["causal", "window"])
 @dataclass(frozen=True)
 class Mask:
-    """Which position may attend to which.
+    """Which position may attend to which: all that the parts allow.
 
     Attributes:
         dense: bool, broadcast to `[batch, 1, query, key]`; None where everything is allowed.
-        causal: whether, beyond that, a position sees only itself and those before it; queries and keys are then the same positions.
+        text: bool `[batch, key]`: which keys are seen; None for all.
+        segments: `[batch, length]`: a position sees its own segment only; None where rows are whole. Queries and keys are then the same
+            positions, and so they are where `causal`.
+        causal: whether a position sees only itself and those before it.
         window: how many positions back, itself included, where `causal`; 0 for all.
     """
 
     dense: Array | None = None
+    text: Array | None = None
+    segments: Array | None = None
     causal: bool = False
     window: int = 0
 
+    def given(self) -> Array | None:
+        """Gives what depends on the rows as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
+        parts = [] if self.dense is None else [self.dense]
+        if self.text is not None:
+            parts.append(self.text[:, None, None, :])
+        if self.segments is not None:
+            parts.append((self.segments[:, :, None] == self.segments[:, None, :])[:, None])
+        found: Array | None = None
+        for part in parts:
+            found = part if found is None else found & part
+        return found
+
     def full(self, length: int) -> Array | None:
         """Gives all of it as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
+        given = self.given()
         if not self.causal:
-            return self.dense
+            return given
         seen = jnp.tril(jnp.ones((1, 1, length, length), bool))
         if self.window:
             seen = seen & ~jnp.tril(seen, -self.window)
-        return seen if self.dense is None else seen & self.dense
+        return seen if given is None else seen & given
 
-    def written_out(self, length: int) -> Mask:
-        """Gives the same as one array, once for all layers."""
-        return Mask(self.full(length))
+    def ready(self, kernel: str, length: int) -> Mask:
+        """Gives the same as a kernel takes it, made once for all layers."""
+        return Mask(self.full(length)) if kernel == "xla" else self
 
     def within(self, near: Array) -> Mask:
         """Narrows it to where `near`, bool, broadcast to `[batch, 1, query, key]`, is true."""
@@ -65,15 +83,8 @@ def allowed(attention_mask: Array | None, segment_ids: Array | None, *, causal: 
         causal: whether a position sees only itself and those before it.
         window: how many positions back, itself included; 0 for all.
     """
-    parts: list[Array] = []
-    if attention_mask is not None:
-        parts.append(attention_mask.astype(bool)[:, None, None, :])
-    if segment_ids is not None:
-        parts.append((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None])
-    dense: Array | None = None
-    for part in parts:
-        dense = part if dense is None else dense & part
-    return Mask(dense, causal, window)
+    text = None if attention_mask is None else attention_mask.astype(bool)
+    return Mask(None, text, segment_ids, causal, window)
 
 
 @dataclass(frozen=True)
@@ -237,7 +248,7 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array
 def _cudnn(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
     del drop
     window = (mask.window - 1, 0) if mask.window else None
-    dense = mask.dense
+    dense = mask.given()
     if dense is not None:
         dense = jnp.broadcast_to(dense, (*dense.shape[:2], q.shape[1], k.shape[1]))
     return jax.nn.dot_product_attention(
@@ -253,11 +264,63 @@ def _cudnn_lacks(dtype: Any, size: int, rate: float) -> str:
     return f"attention dropout is {rate}" if rate else ""
 
 
+_SPLASH_BLOCK = 512
+
+
+def _splash(
+    q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array], *, interpret: bool = False
+) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    del drop
+    length, heads, d = q.shape[1:]
+    seen = masks.FullMask((length, length))
+    if mask.causal:
+        shape = (length, length)
+        seen = masks.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else masks.CausalMask(shape)
+    block = next(size for size in (_SPLASH_BLOCK, 256, 128) if length % size == 0)
+    names = (
+        "block_q",
+        "block_kv",
+        "block_kv_compute",
+        "block_q_dkv",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+        "block_q_dq",
+        "block_kv_dq",
+    )
+    attention = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([seen] * heads), block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        residual_checkpoint_name="attention", interpret=interpret,
+    )  # fmt: skip
+    ids = mask.segments
+    if mask.text is not None:
+        # padding sees padding: no row may see nothing
+        ids = jnp.where(mask.text, 1 if ids is None else ids + 1, 0)
+    segments = None if ids is None else splash.SegmentIds(ids.astype(jnp.int32), ids.astype(jnp.int32))
+    q = q * jnp.asarray(d**-0.5, q.dtype)
+    q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
+    out = jax.vmap(attention, in_axes=(0, 0, 0, None if segments is None else 0))(q, k, v, segments)
+    return jnp.swapaxes(out, 1, 2).astype(v.dtype)
+
+
+def _splash_lacks(dtype: Any, size: int, rate: float) -> str:
+    if size % 64:
+        return f"a head has {size} numbers, not a multiple of 64"
+    return f"attention dropout is {rate}" if rate else ""
+
+
+def _splash_takes(q: Array, k: Array, mask: Mask) -> bool:
+    return mask.dense is None and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0
+
+
 KERNELS: Mapping[str, AttentionKernel] = {
     "xla": AttentionKernel(_xla),
     "cudnn": AttentionKernel(
-        _cudnn, "cuda", _cudnn_lacks, lambda q, k, mask: mask.dense is None or not (q.shape[1] % 2 or k.shape[1] % 2)
+        _cudnn, "cuda", _cudnn_lacks, lambda q, k, mask: mask.given() is None or not (q.shape[1] % 2 or k.shape[1] % 2)
     ),
+    "splash": AttentionKernel(_splash, "tpu", _splash_lacks, _splash_takes),
 }
 """Every kernel by its name in configs."""
 

@@ -280,6 +280,7 @@ class DecoderBackbone(Pretrained):
         places = None if windows is None else virtual.places(segment_ids, length)
         padding = None if options.right_padded else attention_mask
         mask = virtual.mask(allowed(padding, segment_ids, causal=True, window=window), length)
+        mask = mask.ready(options.attention, length)
         fields = {"config": c, "options": options}
         per_layer = windows, virtual.past
         x = virtual.prepend(self.embed_tokens(input_ids))

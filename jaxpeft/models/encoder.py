@@ -188,7 +188,7 @@ class EncoderBackbone(Pretrained):
             raise DataError("segment_ids: a prompt sees all tokens of a row, so a row can hold one text; do not pack")
         where = _shifted(c, virtual, where)
         x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where, virtual)
-        mask = virtual.mask(allowed(attention_mask, segment_ids, causal=False), length)
+        mask = virtual.mask(allowed(attention_mask, segment_ids, causal=False), length).ready(options.attention, length)
         x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(x, virtual.past, mask)
         if self.with_pooler:
             return _Pooler(c, options, name="pooler")(x)

@@ -28,6 +28,7 @@ from jaxpeft.evaluation.metrics import FIGURES
 from jaxpeft.hub import sources
 from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.methods import METHODS
+from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant
 from jaxpeft.sharding.mesh import make_mesh, replicated
@@ -98,7 +99,7 @@ def prepare(config: Config) -> Setup:
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
-    outlined = _outlined(config, splits, steps, batches.lengths[-1])
+    outlined = _outlined(config, splits, steps, batches.lengths[-1], mesh)
     length = batches.lengths[-1]
     trained = _check(config, outlined, length, steps)
     outlined = _with_remat(config, outlined, trained, length, mesh)
@@ -142,24 +143,46 @@ _MANY_LAYERS, _FEW_STEPS = 12, 200
 """Of more layers and fewer steps than these, unrolled layers take longer to compile than they save."""
 
 
-def _outlined(config: Config, splits: Splits, steps: int, length: int) -> Outline:
+def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mesh) -> Outline:
     """Outlines the model, with its layers scanned or unrolled as the config says or as suits the length of the run."""
-    found = _outline(config, splits, bool(config.model.scan_layers))
+    attention = _attention(config, mesh)
+    found = _outline(config, splits, bool(config.model.scan_layers), attention)
     if (
         config.model.scan_layers is not None
         or found.model.config.num_hidden_layers <= _MANY_LAYERS
         or steps >= _FEW_STEPS
     ):
         return found
-    scanned = _outline(config, splits, True)
+    scanned = _outline(config, splits, True, attention)
     try:
         _check(config, scanned, length, steps)
-    except TargetError:  # layers that differ cannot be stacked
+    except (TargetError, ConfigError):  # layers that differ cannot be stacked
         return found
     return scanned
 
 
-def _outline(config: Config, splits: Splits, scan_layers: bool) -> Outline:
+def _attention(config: Config, mesh: Mesh) -> str:
+    """Gives the kernel that computes attention: the one asked for, or the fastest of the devices.
+
+    Raises:
+        ConfigError: the one asked for does not compute on the devices.
+    """
+    asked, here, many = config.model.attention, platform(mesh.devices.flat[0]), mesh.devices.size > 1
+    if asked == "auto":
+        # XLA does not spread a kernel that is written in Pallas
+        return "xla" if many and fastest(here) == "splash" else fastest(here)
+    if KERNELS[asked].platform not in ("", here):
+        raise ConfigError(
+            f"model.attention: {asked} computes on {KERNELS[asked].platform}, and the devices are {here}; set it to auto"
+        )
+    if many and asked == "splash":
+        raise ConfigError(
+            f"model.attention: {asked} computes on one device, and mesh.data is {mesh.devices.size}; set it to auto"
+        )
+    return asked
+
+
+def _outline(config: Config, splits: Splits, scan_layers: bool, attention: str) -> Outline:
     return outline(
         config.model.path,
         task=config.model.task,
@@ -169,7 +192,7 @@ def _outline(config: Config, splits: Splits, scan_layers: bool) -> Outline:
         scan_layers=scan_layers,
         pooling=config.model.pooling,
         remat="none" if config.model.remat == "auto" else config.model.remat,
-        attention=config.model.attention,
+        attention=attention,
         right_padded=True,
         revision=config.model.revision,
         vocab_size=config.model.vocab_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +31,7 @@ def test_a_causal_mask_written_out_is_its_definition(window: int) -> None:
 
 def test_what_everything_may_see_needs_no_mask() -> None:
     assert allowed(None, None, causal=False).full(4) is None
-    assert allowed(None, None, causal=True) == Mask(None, True, 0)
+    assert allowed(None, None, causal=True) == Mask(causal=True)
 
 
 class Seen(nn.Module):
@@ -60,15 +61,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Mask]:
 def test_a_kernel_that_does_not_fit_gives_way(calls: list[Mask]) -> None:
     q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
     run = Seen().apply
-    run({}, q, q, Mask(None, True))
+    run({}, q, q, Mask(causal=True))
     assert len(calls) == 1
-    run({}, q.astype(jnp.float32), q.astype(jnp.float32), Mask(None, True))
-    run({}, q[..., :6], q[..., :6], Mask(None, True))
-    run({}, q[:, :3], q[:, :3], Mask(jnp.ones((1, 1, 3, 3), bool), True))
-    Seen(rate=0.5).apply({}, q, q, Mask(None, True), rngs={"dropout": jax.random.key(0)})
+    run({}, q.astype(jnp.float32), q.astype(jnp.float32), Mask(causal=True))
+    run({}, q[..., :6], q[..., :6], Mask(causal=True))
+    run({}, q[:, :3], q[:, :3], Mask(jnp.ones((1, 1, 3, 3), bool), causal=True))
+    Seen(rate=0.5).apply({}, q, q, Mask(causal=True), rngs={"dropout": jax.random.key(0)})
     assert len(calls) == 1
-    Seen(rate=0.5).apply({}, q, q, Mask(None, True))  # no training call
-    run({}, q, q, Mask(jnp.ones((1, 1, 4, 4), bool), True))
+    Seen(rate=0.5).apply({}, q, q, Mask(causal=True))  # no training call
+    run({}, q, q, Mask(jnp.ones((1, 1, 4, 4), bool), causal=True))
     assert len(calls) == 3
 
 
@@ -97,13 +98,41 @@ def test_rows_padded_on_the_right_need_no_mask_and_give_the_same(window: int, ca
         for right in (False, True)
     )
     a, b = (np.asarray(m.apply({"params": params}, ids, text)) for m in (plain, bare))
-    assert calls[0].dense is not None and calls[-1].dense is None and calls[-1].causal
+    assert calls[0].given() is not None and calls[-1].given() is None and calls[-1].causal
     assert {mask.window for mask in calls} == {window}
     np.testing.assert_allclose(a[text > 0], b[text > 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("kind", ["causal", "window", "packed", "padded", "both ways"])
+def test_splash_attention_is_the_reference(kind: str, kv_heads: int) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 256, n, 64)), jnp.float32) for n in (2, kv_heads, kv_heads))
+    text = jnp.arange(256)[None] < jnp.asarray([[256], [130]])
+    mask = {
+        "causal": Mask(causal=True),
+        "window": Mask(causal=True, window=40),
+        "packed": Mask(causal=True, segments=jnp.asarray(np.sort(rng.integers(0, 4, (2, 256))))),
+        "padded": Mask(causal=True, text=text),
+        "both ways": Mask(text=text),
+    }[kind]
+    assert KERNELS["splash"].takes(q, k, mask) and not KERNELS["splash"].lacks(q.dtype, 64, 0.0)
+
+    def with_gradient(compute: Any) -> Any:
+        def loss(q: Any, k: Any, v: Any) -> Any:
+            out = compute(q, k, v, mask, lambda weights: weights)
+            return jnp.where(text[..., None, None], out, 0), None
+
+        out, back, _ = jax.vjp(loss, q, k, v, has_aux=True)
+        return out, back(jnp.cos(out))
+
+    found = with_gradient(partial(attention._splash, interpret=True))  # pyright: ignore[reportPrivateUsage]
+    right = with_gradient(KERNELS["xla"].compute)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, right)
+
+
 def test_the_fastest_kernel_of_a_platform() -> None:
-    assert (fastest("cuda"), fastest("cpu"), fastest("rocm")) == ("cudnn", "xla", "xla")
+    assert [fastest(name) for name in ("cuda", "tpu", "cpu", "rocm")] == ["cudnn", "splash", "xla", "xla"]
 
 
 def test_why_a_kernel_does_not_fit_a_model() -> None:

@@ -1,0 +1,66 @@
+"""What a run chooses for itself before it begins: layers, remat, and the kernel of attention."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jaxpeft.config.schema import Config
+from jaxpeft.errors import ConfigError
+from jaxpeft.models.base import Options
+from jaxpeft.training import setup
+from jaxpeft.training.setup import prepare
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def options(make_config: MakeConfig) -> Callable[..., Options]:
+    return lambda kind="text", **given: prepare(make_config(kind, **given)).model.options
+
+
+def test_on_a_cpu_nothing_is_computed_again_and_layers_are_unrolled(options: Callable[..., Options]) -> None:
+    found = options()
+    assert (found.remat, found.scan_layers, found.attention, found.right_padded) == ("none", False, "xla", True)
+
+
+@pytest.mark.parametrize(("kind", "gigabytes", "remat"), [("text", 10.0, "products"), ("single", 1e-6, "full")])
+def test_remat_is_chosen_by_the_memory_that_is_given(
+    options: Callable[..., Options], caplog: pytest.LogCaptureFixture, kind: str, gigabytes: float, remat: str
+) -> None:
+    with caplog.at_level(logging.INFO, "jaxpeft"):
+        assert options(kind, model__memory_gb=gigabytes).remat == remat
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith(f"remat {remat}: ") and line.endswith(f"of {gigabytes:.1f} GB") for line in said)
+    assert any("may not fit" in line and "lower train.batch_size" in line for line in said) == (remat == "full")
+
+
+def test_remat_that_is_asked_for_stays(options: Callable[..., Options]) -> None:
+    assert options(model__memory_gb=10.0, model__remat="attention").remat == "attention"
+
+
+@pytest.mark.parametrize(
+    ("given", "scanned"),
+    [
+        ({}, True),
+        ({"train__steps": 200}, False),
+        ({"model__scan_layers": False}, False),
+        ({"kind": "single", "method__bias": "lora_only", "method__layers_to_transform": (0,)}, False),
+    ],
+)
+def test_many_layers_for_few_steps_are_scanned(
+    options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], scanned: bool
+) -> None:
+    monkeypatch.setattr(setup, "_MANY_LAYERS", 1)
+    assert options(**given).scan_layers is scanned
+
+
+def test_a_kernel_of_another_platform_is_refused(options: Callable[..., Options]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.attention: cudnn computes on cuda, and the devices are cpu; set it to auto"
+    ):
+        options(model__attention="cudnn")
+    assert options(model__attention="xla").attention == "xla"
