@@ -24,8 +24,8 @@ QUALITY = """## Quality of a quantised base
 `python -m benchmarks.quality train --assets FOLDER`: LoRA on all linear modules, whose frozen kernels are held in
 each format; the rest of a run is the same. Mean ± standard deviation over the seeds; `- none` is the difference from
 the run of the same seed whose base is in float32. `banking77` has figures of the test rows, `stories` of the stories
-held out; before training they are what the format alone costs (a classifier's new head says nothing then). On a CPU,
-fp8 has its weights alone in 8 bits.
+held out; before training they are what the format alone costs, the same for every seed (a classifier's new head says
+nothing then). On a CPU, fp8 has its weights alone in 8 bits.
 """
 ERROR = """## Error of the formats on real weights
 
