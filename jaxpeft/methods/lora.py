@@ -143,14 +143,10 @@ class LoRA(Ranked):
 
     @staticmethod
     def low_rank_factors(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
-        """Gives A and s B, less the start that was a part of `W`; None with dropout, or with a bias of B's own."""
-        if "lora_bias" in leaves or (training and "lora_dropout" in leaves):
+        """Gives A and s B; None with dropout, a bias of B's own, or a start that is taken off, which must cancel to the bit."""
+        if "lora_bias" in leaves or "lora_a0" in leaves or (training and "lora_dropout" in leaves):
             return None
-        a, b, scale = leaves["lora_a"], leaves["lora_b"], leaves["lora_scale"]
-        if "lora_a0" in leaves:
-            a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
-            b = jnp.concatenate([b, -leaves["lora_b0"]])
-        return a, scale * b
+        return leaves["lora_a"], leaves["lora_scale"] * leaves["lora_b"]
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:

@@ -280,18 +280,10 @@ def _splash(
         shape = (length, length)
         seen = masks.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else masks.CausalMask(shape)
     block = next(size for size in (_SPLASH_BLOCK, 256, 128) if length % size == 0)
-    names = (
-        "block_q",
-        "block_kv",
-        "block_kv_compute",
-        "block_q_dkv",
-        "block_kv_dkv",
-        "block_kv_dkv_compute",
-        "block_q_dq",
-        "block_kv_dq",
-    )
+    fields = (field.name for field in dataclasses.fields(splash.BlockSizes))
+    sizes: Any = {name: block for name in fields if name.startswith("block_")}
     attention = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([seen] * heads), block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        masks.MultiHeadMask([seen] * heads), block_sizes=splash.BlockSizes(**sizes),
         residual_checkpoint_name="attention", interpret=interpret,
     )  # fmt: skip
     ids = mask.segments
@@ -301,7 +293,7 @@ def _splash(
     segments = None if ids is None else splash.SegmentIds(ids.astype(jnp.int32), ids.astype(jnp.int32))
     q = q * jnp.asarray(d**-0.5, q.dtype)
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
-    out = jax.vmap(attention, in_axes=(0, 0, 0, None if segments is None else 0))(q, k, v, segments)
+    out: Any = jax.vmap(attention, in_axes=(0, 0, 0, None if segments is None else 0))(q, k, v, segments)
     return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core import paths
+from jaxpeft.core.interception import TOGETHER
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite
@@ -92,11 +93,13 @@ class Start:
             real = batch["attention_mask"].astype(bool).reshape(-1, 1)
 
             def look(fn: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-                module = context.module
-                if context.method_name == "__call__" and marker in module.variables.get("params", {}):
-                    x = args[0].astype(jnp.float32).reshape(-1, args[0].shape[-1])
-                    (name,) = paths.hf_names(module.path, None)
-                    found[name] = jnp.where(real, x, 0.0) if len(x) == len(real) else x
+                # what is called together is not called by itself
+                others = args[1:] if context.method_name == TOGETHER else ()
+                for module in (context.module, *others) if context.method_name in ("__call__", TOGETHER) else ():
+                    if marker in module.variables.get("params", {}):
+                        x = args[0].astype(jnp.float32).reshape(-1, args[0].shape[-1])
+                        (name,) = paths.hf_names(module.path, None)
+                        found[name] = jnp.where(real, x, 0.0) if len(x) == len(real) else x
                 return fn(*args, **kwargs)
 
             with nn.intercept_methods(look):
