@@ -15,17 +15,16 @@ The kernels are not trained, or seldom: their gradient is made where it is asked
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.core import kernels
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.quant.form import over_rows
+from jaxpeft.quant.form import LOW_RANK, over_rows
 
 Leaves = Mapping[str, Any]
-LOW_RANK = "low_rank"
-"""What the narrow products are marked with for remat."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,10 @@ def products(x: Any, sites: Sequence[Linear]) -> tuple[Any, ...]:
 
     def forward(x: Any, stored: list[Leaves], factors: list[Any]) -> tuple[tuple[Any, ...], Any]:
         h = _narrow(x, factors)
-        out = [form.forward(x, leaves) for form, leaves in zip(forms, stored, strict=True)]
-        made = list(out)
+        made = [form.forward(x, leaves) for form, leaves in zip(forms, stored, strict=True)]
         for i, own in enumerate(factors):
             if own is not None:
-                made[i] = out[i] + _there(h[i] @ own[1].astype(x.dtype), [forms[i]])
+                made[i] = made[i] + _there(h[i] @ own[1].astype(x.dtype), [forms[i]])
         return tuple(made), (x, h, stored, factors)
 
     def backward(saved: Any, dys: tuple[Any, ...]) -> tuple[Any, list[Any], list[Any]]:
@@ -75,10 +73,8 @@ def products(x: Any, sites: Sequence[Linear]) -> tuple[Any, ...]:
             # without the barrier XLA turns (dh^T x)^T back into x^T dh
             da = jax.lax.optimization_barrier(over_rows(narrow, x, factors[adapted[0]][0].dtype))
             dx = _there(narrow @ _beside([factors[i][0] for i in adapted], narrow.dtype).T, forms)
-            ends = [0]
-            for i in adapted:
-                ends.append(ends[-1] + factors[i][0].shape[1])
-                dfactors[i] = da[ends[-2] : ends[-1]].T, over_rows(h[i], dys[i], factors[i][1].dtype)
+            for i, columns in zip(adapted, _columns([factors[i][0] for i in adapted]), strict=True):
+                dfactors[i] = da[columns].T, over_rows(h[i], dys[i], factors[i][1].dtype)
         for form, leaves, dy in zip(forms, stored, dys, strict=True):
             own = form.backward(leaves, dy)
             dx = own if dx is None else own + dx
@@ -103,15 +99,14 @@ def _narrow(x: Any, factors: list[Any]) -> list[Any]:
     if not adapted:
         return [None] * len(factors)
     h = checkpoint_name(x @ _beside(adapted, x.dtype), LOW_RANK)
-    ends = [0]
-    found: list[Any] = []
-    for own in factors:
-        if own is None:
-            found.append(None)
-            continue
-        ends.append(ends[-1] + own[0].shape[1])
-        found.append(h[..., ends[-2] : ends[-1]])
-    return found
+    columns = iter(_columns(adapted))
+    return [None if own is None else h[..., next(columns)] for own in factors]
+
+
+def _columns(matrices: list[Any]) -> list[slice]:
+    """Gives where the columns of each matrix are, once they stand side by side."""
+    ends = list(itertools.accumulate((matrix.shape[1] for matrix in matrices), initial=0))
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def _beside(matrices: list[Any], dtype: Any) -> Any:

@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from jaxpeft.hub.safetensors_files import DTYPES, Tensor
+from jaxpeft.hub.safetensors_files import DTYPES, Described, Tensor
 from jaxpeft.quant import nf4
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -35,23 +35,8 @@ _MOST_STATE = 1 << 16
 _INSTEAD = "load the unquantized model, with quant='nf4'"
 
 
-class Rows(Protocol):
+class Rows(Described, Protocol):
     """A tensor that is read by its rows."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Row-major shape."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """NumPy dtype."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        ...
 
     def read_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Reads `tensor[start:stop]` along the first axis."""

@@ -9,29 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxpeft.hub.safetensors_files import DTYPES, INDEX, SINGLE
+from jaxpeft.hub.safetensors_files import DTYPES, INDEX, SINGLE, Described
 
 SHARD_BYTES = 5_000_000_000
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
-class Readable(Protocol):
+class Readable(Described, Protocol):
     """A tensor that is read when it is written."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Row-major shape."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """NumPy dtype."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        ...
 
     def read(self) -> np.ndarray[Any, Any]:
         """Gives its numbers."""

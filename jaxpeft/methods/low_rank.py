@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.quant.form import over_rows
+from jaxpeft.quant.form import LOW_RANK, over_rows
 
 if TYPE_CHECKING:
     from jax import Array
@@ -39,7 +39,7 @@ def low_rank(x: Array, a: Array, b: Array) -> Array:
 def _forward(x: Array, a: Array, b: Array) -> tuple[Array, Any]:
     from jax.ad_checkpoint import checkpoint_name
 
-    h = checkpoint_name(x @ a.astype(x.dtype), "low_rank")
+    h = checkpoint_name(x @ a.astype(x.dtype), LOW_RANK)
     return h @ b.astype(x.dtype), (x, h, a, b)
 
 

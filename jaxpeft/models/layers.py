@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.models.base import PAST, Options
+from jaxpeft.quant.form import LOW_RANK
 
 Array = jax.Array
 
@@ -167,9 +168,9 @@ def _keeps(*names: str) -> Callable[..., bool]:
 _POLICIES: Mapping[str, Any] = {
     "full": None,
     "attention": _keeps("attention"),
-    "products": _keeps("attention", "product", "low_rank"),
+    "products": _keeps("attention", "product", LOW_RANK),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=["low_rank"],
+        names_which_can_be_saved=[LOW_RANK],
         names_which_can_be_offloaded=["product", "attention"],
         offload_src="device",
         offload_dst="pinned_host",

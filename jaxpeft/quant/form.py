@@ -9,6 +9,8 @@ from typing import Any
 from jaxpeft.lazy import jax, jnp
 
 Leaves = Mapping[str, Any]
+LOW_RANK = "low_rank"
+"""What the narrow products of low-rank updates are marked with for remat."""
 Shape = tuple[int, ...]
 
 

@@ -40,9 +40,11 @@ def keep_programs(where: str) -> str | None:
     Returns:
         The folder, None where nothing is kept.
     """
+    if where == "off":
+        return None
     told = kept_in()
-    if where == "off" or told:
-        return told if where != "off" else None
+    if told:
+        return told
     own = cache.folder()
     if where == "auto" and (own is None or jax.default_backend() == "cpu"):
         return None

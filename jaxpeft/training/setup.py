@@ -99,8 +99,8 @@ def prepare(config: Config) -> Setup:
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
-    outlined = _outlined(config, splits, steps, batches.lengths[-1], mesh)
     length = batches.lengths[-1]
+    outlined = _outlined(config, splits, steps, length, mesh)
     trained = _check(config, outlined, length, steps)
     outlined = _with_remat(config, outlined, trained, length, mesh)
     model, params = outlined.model, outlined.read(config.train.seed, replicated(mesh))
