@@ -1,7 +1,7 @@
 """What a base in few bits costs: in the quality of what is trained on it, and in the error of its weights.
 
     python -m benchmarks.quality train --assets FOLDER [--task banking77 stories] [--formats none int8 fp8 int4 nf4]
-                                       [--seeds 0 1 2] [--steps N]
+                                       [--seeds 0 1 2] [--steps N] [--dtype bfloat16] [--minilm FOLDER]
     python -m benchmarks.quality error --assets FOLDER [--formats int8 fp8 int4 nf4]
 
 FOLDER holds `banking77/{train,test}.csv`, `stories260K/hf` and `tinystories-2mb/{train,dev}.jsonl`; MiniLM is the
@@ -12,7 +12,8 @@ run. Runs of one seed differ in `model.quant` alone: they have the same rows in 
 and the same head. The step is the last, none is chosen by its figures. `banking77` is the LoRA of
 configs/compare_banking77.py, with figures of the 3,080 test rows; `stories` is configs/stories_lora.py on the
 TinyStories, which that model was pretrained on, in pieces of 128 tokens, with figures of the 230 stories of `dev`:
-before training they are what the format alone costs. All formats have one learning rate; `none` is float32.
+before training they are what the format alone costs. All formats have one learning rate; `none` is the base in float32, or in
+--dtype, in which activations are then, too.
 JAX_COMPILATION_CACHE_DIR=... spares a compilation a seed.
 
 `error` prints a JSON line a model and format: `||W' - W|| / ||W||` over its linear kernels (`rms`), the mean `|W' -
@@ -114,7 +115,7 @@ def _loaded(name: str, assets: Path, **options: Any) -> Config:
     return configs.load(CONFIGS / name, [(option, str(value)) for option, value in options.items()])
 
 
-def config_of(task: str, form: str, seed: int, steps: int | None, assets: Path) -> Config:
+def config_of(task: str, form: str, seed: int, steps: int | None, assets: Path, model: Mapping[str, Any]) -> Config:
     """Gives the config of one run.
 
     Args:
@@ -123,11 +124,12 @@ def config_of(task: str, form: str, seed: int, steps: int | None, assets: Path) 
         seed: of the run.
         steps: how many; None for the task's own.
         assets: their folder.
+        model: options of `config.model` that differ from the task's.
     """
     config, steps = TASKS[task].config(assets, seed), steps or TASKS[task].steps
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, quant=form),
+        model=dataclasses.replace(config.model, quant=form, **model),
         train=dataclasses.replace(config.train, steps=steps, epochs=None),
         evaluation=dataclasses.replace(config.evaluation, every_steps=steps),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps),
@@ -135,9 +137,11 @@ def config_of(task: str, form: str, seed: int, steps: int | None, assets: Path) 
     )
 
 
-def trained(task: str, form: str, seed: int, steps: int | None, assets: Path) -> dict[str, Any]:
-    """Trains once; gives the figures before, where there is no new head, and after."""
-    config = config_of(task, form, seed, steps, assets)
+def trained(
+    task: str, form: str, seed: int, steps: int | None, assets: Path, model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Trains once; gives the figures before, where there is no new head, and after: the arguments are those of `config_of`."""
+    config = config_of(task, form, seed, steps, assets, model)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         setup = prepare(config)
@@ -150,6 +154,7 @@ def trained(task: str, form: str, seed: int, steps: int | None, assets: Path) ->
         "task": task,
         "model": TASKS[task].model,
         "format": form,
+        "dtype": model.get("compute_dtype", "float32"),
         "seed": seed,
         "steps": result.steps,
         "rows": config.train.batch_size,
@@ -284,13 +289,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--steps", type=int, help="of each run, in place of the task's own")
+    parser.add_argument(
+        "--dtype", help="of the weights that are not quantised, and of activations, in place of float32"
+    )
+    parser.add_argument("--minilm", type=Path, help="a folder of MiniLM's files, in place of the package")
     options = parser.parse_args(argv)
     for name in ("banking77", "stories260K", "tinystories-2mb"):
         if not (options.assets / name).is_dir():
             parser.error(f"--assets {options.assets}: has no folder {name}")
     if options.what == "train":
         for task, seed, form in itertools.product(options.task, options.seeds, options.formats):
-            _say(trained(task, form, seed, options.steps, options.assets))
+            model = {"dtype": options.dtype, "compute_dtype": options.dtype} if options.dtype else {}
+            model |= {"path": str(options.minilm)} if options.minilm and task == "banking77" else {}
+            _say(trained(task, form, seed, options.steps, options.assets, model))
         return
     for task in options.task:
         held = kernels(task, options.assets)

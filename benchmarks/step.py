@@ -1,18 +1,20 @@
 """One training step of a model of a true shape: tokens/s, memory, compilation, utilisation, loss; beside torch's if asked for.
 
     python -m benchmarks.step [--shape llama3_8b] [--batch 4] [--length 2048] [--method lora] [--quant none] [--remat none]
-                              [--scan] [--steps 12] [--peer peft ...] [--set OPTION=VALUE ...]
+                              [--scan] [--steps 12] [--cache] [--peer peft ...] [--xla NAME=VALUE ...] [--trace FOLDER]
 
-Prints one JSON line, and one for each peer, which runs in a process of its own afterwards. The weights are random numbers of the
+Prints one JSON line, and one before for each peer, which runs in a process of its own. The weights are random numbers of the
 model's shape, the tokens random ids; the step is that of the main job (`jaxpeft.training.step`), with AdamW and clipping. Method
 `none` trains the embedding of one token: the gradient goes through all layers, and no linear site is adapted.
 
-Peers, torch with Hugging Face PEFT: `peft` (eager), `peft-compile`, `peft-checkpoint`, `peft-nf4`, `peft-nf4-checkpoint`.
+Peers, torch with Hugging Face PEFT: `peft` (eager), `peft-compile`, `peft-checkpoint`, `peft-nf4`, `peft-nf4-checkpoint`,
+`peft-liger`, `peft-liger-checkpoint`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -77,15 +79,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--peer", nargs="*", default=[])
     parser.add_argument("--only-peers", action="store_true")
     parser.add_argument("--xla", nargs="*", default=[], help="XLA options of the compilation, NAME=VALUE")
+    parser.add_argument("--cache", action="store_true", help="keep compiled programs, and use those that are kept")
     parser.add_argument("--trace", type=Path, help="a folder for a profile of three steps")
     options = parser.parse_args(argv)
-    if not options.only_peers:
-        emit(ours(options))
     for peer in options.peer:
-        # a process of its own: the device's memory is free again, and a failure is that peer's alone
+        # a process of its own: the device's memory is free again behind it, and a failure is that peer's alone
         command = [sys.executable, "-m", "benchmarks.step_peer", peer, *argv]
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         emit(json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"program": peer, "failed": True})
+    if not options.only_peers:
+        emit(ours(options))  # last, as its process keeps the device's memory to its end
 
 
 def emit(line: Mapping[str, Any]) -> None:
@@ -130,16 +133,41 @@ def token_ids(options: Any) -> Any:
     return np.random.default_rng(0).integers(0, vocab, (options.batch, options.length)).astype(np.int32)
 
 
-def ours(options: Any) -> dict[str, Any]:
-    """Measures jaxpeft."""
-    began = time.perf_counter()
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A step of the main job, ready to be compiled.
+
+    Attributes:
+        model: of the shape.
+        step: jitted, its state donated.
+        state: the trainable part, and the optimizer's.
+        frozen: the rest of the tree.
+        batch: of random tokens.
+    """
+
+    model: Any
+    step: Any
+    state: Any
+    frozen: Any
+    batch: Any
+
+    def compiled(self, xla: Mapping[str, Any] | None = None) -> Any:
+        """Compiles it as the main job does, with more XLA options if there are any."""
+        import jax
+
+        from jaxpeft.training import compiling
+
+        how = compiling.options(jax.devices()[0]) | dict(xla or {})
+        return self.step.lower(self.state, self.frozen, self.batch).compile(compiler_options=how)
+
+
+def program(options: Any) -> Program:
+    """Makes the step of the main job, and what it takes, from the options of the command."""
     import jax
-    import jax.numpy as jnp
     import optax
 
     from jaxpeft.core import tree
     from jaxpeft.core.rewriting import rewrite, trainable_mask
-    from jaxpeft.training import compiling
     from jaxpeft.training.losses import loss_for
     from jaxpeft.training.step import init_state, make_train_step
 
@@ -151,46 +179,65 @@ def ours(options: Any) -> dict[str, Any]:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     state = jax.jit(lambda trainable: init_state(trainable, optimizer, 0), donate_argnums=0)(trainable)
     step = jax.jit(make_train_step(model, loss_for("causal_lm", None), optimizer, 1), donate_argnums=0)
-    ids = jnp.asarray(token_ids(options))
-    batch = {
-        "input_ids": ids, "attention_mask": jnp.ones_like(ids), "labels": ids,
-        "weights": jnp.ones(options.batch, jnp.float32),
-    }  # fmt: skip
+    return Program(model, step, state, frozen, batch_of(token_ids(options)))
+
+
+def batch_of(ids: Any) -> dict[str, Any]:
+    """Gives the batch of rows of ids `[batch, length]`, every token of which is learned."""
+    import jax.numpy as jnp
+
+    ids = jnp.asarray(ids)
+    ones = jnp.ones_like(ids), jnp.ones(ids.shape[0], jnp.float32)
+    return {"input_ids": ids, "attention_mask": ones[0], "labels": ids, "weights": ones[1]}
+
+
+def ours(options: Any) -> dict[str, Any]:
+    """Measures jaxpeft."""
+    began = time.perf_counter()
+    import jax
+
+    from jaxpeft.core import tree
+    from jaxpeft.training import compiling
+
+    if options.cache:
+        compiling.keep_programs("auto")
+    made = program(options)
     ready = time.perf_counter()
-    lowered = step.lower(state, frozen, batch)
-    traced = time.perf_counter()
     asked = {name: json.loads(value) for name, value in (item.split("=") for item in options.xla)}
+    lowered = made.step.lower(made.state, made.frozen, made.batch)
+    traced = time.perf_counter()
     compiled = lowered.compile(compiler_options=compiling.options(jax.devices()[0]) | asked)
     compiled_at = time.perf_counter()
+    state = made.state
     losses: list[Any] = []
     seconds: list[float] = []
     for _ in range(options.steps + 2):
         start = time.perf_counter()
-        state, metrics = compiled(state, frozen, batch)
+        state, metrics = compiled(state, made.frozen, made.batch)
         losses.append(jax.block_until_ready(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
     if options.trace:
         with jax.profiler.trace(str(options.trace)):
             for _ in range(3):
-                state, metrics = compiled(state, frozen, batch)
+                state, metrics = compiled(state, made.frozen, made.batch)
             jax.block_until_ready(metrics)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     adapted = tree.count(state.trainable) if options.method != "none" else 0
-    planned = compiled.memory_analysis()
     return {
-        "program": "jaxpeft", "remat": options.remat, "layers": "scanned" if options.scan else "unrolled",
-        "attention": model.options.attention,
+        "program": "jaxpeft", **({"xla": asked} if asked else {}), "remat": options.remat, "layers": "scanned" if options.scan else "unrolled",
+        "attention": made.model.options.attention,
         **figures(options, adapted, seconds[2:], stats.get("peak_bytes_in_use", 0), device.device_kind),
-        "planned_gib": round(_planned(planned) / GIB, 2), "trace_s": round(traced - ready, 1),
+        "planned_gib": round(planned(compiled) / GIB, 2), "trace_s": round(traced - ready, 1),
         "compile_s": round(compiled_at - traced, 1), "first_step_s": round(compiled_at + seconds[0] - began, 1),
         "loss": [round(float(losses[0]), 4), round(float(losses[-1]), 4)],
         "jax": jax.__version__,
     }  # fmt: skip
 
 
-def _planned(analysis: Any) -> float:
+def planned(compiled: Any) -> float:
     """Gives the bytes that the compiled step plans with: arguments, results that are not donated, and temporaries."""
+    analysis = compiled.memory_analysis()
     if analysis is None:
         return math.nan
     sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)

@@ -23,7 +23,7 @@ QUALITY = """## Quality of a quantised base
 
 `python -m benchmarks.quality train --assets FOLDER`: LoRA on all linear modules, whose frozen kernels are held in
 each format; the rest of a run is the same. Mean ± standard deviation over the seeds; `- none` is the difference from
-the run of the same seed whose base is in float32. `banking77` has figures of the test rows, `stories` of the stories
+the run of the same seed whose base is in float32, or in what the line says. `banking77` has figures of the test rows, `stories` of the stories
 held out; before training they are what the format alone costs, the same for every seed (a classifier's new head says
 nothing then). On a CPU, fp8 has its weights alone in 8 bits.
 """
@@ -65,39 +65,114 @@ STEP = """## One training step
 `python -m benchmarks.step`: AdamW with clipping, LoRA of rank 16 on all linear layers, random weights of the true shapes and random
 tokens. `method none` trains the embedding of one token: the gradient goes through all layers, and nothing is adapted. MFU is that of the
 FLOPs that cannot be left out (4 a frozen and 6 a trained weight and token, and causal attention) at the device's bfloat16 peak, whatever
-the number format and whatever is computed again. PEFT is Hugging Face's, with adapters in bfloat16: `peft-compile` is torch.compile, `peft-checkpoint`
-gradient checkpointing. The loss is that of the first and of the last step.
+the number format and whatever is computed again. PEFT is Hugging Face's, with adapters in bfloat16: `compile` is torch.compile, `checkpoint`
+gradient checkpointing, `nf4` a base quantised by bitsandbytes, `liger` the kernels of Liger. The loss is that of the first and of the last
+step, of which there are not the same number in all rows.
 """
 
 
-def step(name: str) -> str:
-    """Writes the table of `benchmarks.step`: of the same work the newest line, fastest first."""
-    rows = lines(name)
-    newest = {tuple(row.get(key) for key in _SAME): row for row in rows}
+def step(*names: str) -> str:
+    """Writes the tables of `benchmarks.step`, one a device and shape: of the same work the newest line, fastest first."""
+    newest = {tuple(row.get(key) for key in _SAME): row for name in names for row in lines(name)}
     parts = [STEP]
-    for shape in dict.fromkeys(row["shape"] for row in rows):
-        of = sorted((r for r in newest.values() if r["shape"] == shape), key=lambda r: -r["tokens_per_second"])
+    for device, shape in dict.fromkeys((row["device"], row["shape"]) for row in newest.values()):
+        of = [row for row in newest.values() if (row["device"], row["shape"]) == (device, shape)]
         parts += [
-            f"{of[0]['device']}, {shape}, {of[0]['batch']} x {of[0]['length']} tokens.",
+            f"{device}, {shape}, {of[0]['batch']} x {of[0]['length']} tokens.",
             "",
             "| program | base | method | remat | layers | tokens/s | step | peak | MFU | compilation | loss |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
-            *map(_step_row, of),
+            *map(_step_row, sorted(of, key=lambda row: -row["tokens_per_second"])),
             "",
         ]
     return "\n".join(parts)
 
 
-_SAME = ("program", "shape", "quant", "method", "remat", "layers", "batch", "length")
+_SAME = ("device", "program", "shape", "quant", "method", "remat", "layers", "batch", "length")
 
 
 def _step_row(row: Mapping[str, Any]) -> str:
     compiled = f"{row['compile_s']:.0f} s" if "compile_s" in row else ""
     return (
-        f"| {row['program']} | {'bf16' if row['quant'] == 'none' else row['quant']} | {row['method']} | {row['remat']} | "
+        f"| {row['program']} | {_base(row)} | {row['method']} | {row['remat']} | "
         f"{row.get('layers', '')} | {row['tokens_per_second']:,} | {row['step_ms']:.0f} ms | {row['peak_gib']:.1f} GiB | {row['mfu']:.1%} | "
         f"{compiled} | {row['loss'][0]:.3f}, {row['loss'][1]:.3f} |"
     )
+
+
+Columns = Mapping[str, Callable[[Mapping[str, Any]], Any]]
+
+
+def listed(text: str, name: str, columns: Columns) -> str:
+    """Writes a table of a row a line.
+
+    Args:
+        text: what stands above it.
+        name: of the file in benchmarks/results/.
+        columns: what to show of a line, by title.
+    """
+    rows = lines(name)
+    where = "; ".join(
+        f"{device}, jax {jax}" for device, jax in dict.fromkeys((row["device"], row["jax"]) for row in rows)
+    )
+    table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    table += [f"| {' | '.join(str(of(row)) for of in columns.values())} |" for row in rows]
+    return "\n".join([text, f"{where}.", "", *table, ""])
+
+
+def _base(row: Mapping[str, Any]) -> str:
+    return "bf16" if row["quant"] == "none" else row["quant"]
+
+
+WARM = """## The first step, with compiled programs that are kept
+
+`python -m benchmarks.step --steps 2` a second time: seconds from the command to the end of the first step, Python's imports and the making of
+random weights included; of these, tracing and reading the compiled program.
+"""
+WARM_COLUMNS: Columns = {
+    "shape": lambda row: row["shape"], "base": _base, "remat": lambda row: row["remat"],
+    "tracing": lambda row: f"{row['trace_s']} s", "reading": lambda row: f"{row['compile_s']} s",
+    "first step": lambda row: f"{row['first_step_s']} s",
+}  # fmt: skip
+LONGEST = """## The longest row that trains
+
+`python -m benchmarks.longest`: batch 1, LoRA of rank 16; planned by two compiled programs, then trained on for a step.
+"""
+LONGEST_COLUMNS: Columns = {
+    "budget": lambda row: f"{row['budget_gb']:.0f} GB", "shape": lambda row: row["shape"], "base": _base,
+    "remat": lambda row: row["remat"], "tokens": lambda row: f"{row['length']:,}", "peak": lambda row: f"{row['peak_gb']:.1f} GB",
+    "step": lambda row: f"{row['step_s']:.0f} s", "device": lambda row: row["device"],
+}  # fmt: skip
+HEAD_LOSS = """## The loss of a large vocabulary
+
+`python -m benchmarks.head_loss`: what the head and the loss take besides hidden states and head, forward and backward, in chunks as runs compute
+it, and by the whole logits.
+"""
+HEAD_LOSS_COLUMNS: Columns = {
+    "way": lambda row: row["way"], "vocabulary": lambda row: f"{row['vocab']:,}", "tokens": lambda row: f"{row['tokens']:,}",
+    "temporaries": lambda row: f"{row['temporaries_gib']:.2f} GiB", "peak above": lambda row: f"{row['peak_gib']:.2f} GiB",
+    "time": lambda row: f"{row['ms']:.0f} ms",
+}  # fmt: skip
+ATTENTION = """## Attention
+
+`python -m benchmarks.attention`: 4 x 2048 tokens, 32 heads of 128 numbers, 8 key heads; forward, and with the gradient. The error is that from
+`xla` in float32.
+"""
+ATTENTION_COLUMNS: Columns = {
+    "mask": lambda row: row["mask"], "kernel": lambda row: row["kernel"], "forward": lambda row: f"{row['forward_ms']:.2f} ms",
+    "both": lambda row: f"{row['both_ms']:.2f} ms", "error": lambda row: f"{row['error_values']:.2%}",
+    "error of gradients": lambda row: f"{row['error_gradients']:.2%}",
+}  # fmt: skip
+LORA = """## The product with a low-rank update
+
+`python -m benchmarks.lora_product`: linear sites that read one input, 8192 rows, rank 16, forward and backward: site by site, jointly as runs
+compute them, or with kernels that the update is added to for each product. The error is that of what an update of a thousandth of the
+kernel adds to the outputs: of merged kernels most is lost in bfloat16.
+"""
+LORA_COLUMNS: Columns = {
+    "base": _base, "sites": lambda row: row["sites"], "way": lambda row: row["way"],
+    "time": lambda row: f"{row['ms']:.2f} ms", "error of the update": lambda row: f"{row['update_error']:.1%}",
+}  # fmt: skip
 
 
 GRADIENTS = """## Gradients in bfloat16
@@ -116,10 +191,11 @@ def gradients(name: str) -> str:
     return GRADIENTS + "\n".join([*rows, ""])
 
 
-def quality(name: str) -> str:
-    """Writes the tables of `benchmarks.quality train`, one a task."""
-    rows = lines(name)
-    return "\n".join([QUALITY, *(_task([row for row in rows if row["task"] == task]) for task in _each(rows, "task"))])
+def quality(*names: str) -> str:
+    """Writes the tables of `benchmarks.quality train`, one a task of each file."""
+    files = [lines(name) for name in names]
+    tasks = [[row for row in rows if row["task"] == task] for rows in files for task in _each(rows, "task")]
+    return "\n".join([QUALITY, *map(_task, tasks)])
 
 
 def _task(rows: list[dict[str, Any]]) -> str:
@@ -131,12 +207,13 @@ def _task(rows: list[dict[str, Any]]) -> str:
         f"{one['task']}, {one['model']}: {one['steps']} steps of {one['rows']} rows, up to {one['max_length']} tokens"
     )
     seeds = ", ".join(map(str, _each(rows, "seed")))
+    dtype = f", in {one['dtype']}" if "dtype" in one else ""
     table = [f"| {' | '.join(['format', *titles])} |", "|---" * (1 + len(titles)) + "|"]
     for form in forms:
         cells = [cell for of in figures.values() for cell in _cells(rows, form, of)]
         table.append(f"| {' | '.join([form, *cells])} |")
     return "\n".join(
-        [f"{where}, rank {one['rank']}, seeds {seeds}; {one['device']}, jax {one['jax']}.", "", *table, ""]
+        [f"{where}, rank {one['rank']}{dtype}, seeds {seeds}; {one['device']}, jax {one['jax']}.", "", *table, ""]
     )
 
 
@@ -187,10 +264,15 @@ def _error_row(row: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
     tables = [
-        step("step_h100.jsonl"),
+        step("step_h200.jsonl", "step_h100.jsonl"),
+        listed(WARM, "warm_h200.jsonl", WARM_COLUMNS),
+        listed(LONGEST, "longest.jsonl", LONGEST_COLUMNS),
+        listed(HEAD_LOSS, "head_loss_h200.jsonl", HEAD_LOSS_COLUMNS),
+        listed(ATTENTION, "attention_h200.jsonl", ATTENTION_COLUMNS),
+        listed(LORA, "lora_product_h200.jsonl", LORA_COLUMNS),
         gradients("gradients_cpu.jsonl"),
         matmul("matmul_h100.jsonl"),
-        quality("quality_cpu.jsonl"),
+        quality("quality_cpu.jsonl", "quality_h100.jsonl"),
         error("error_cpu.jsonl"),
     ]
     (HERE / "README.md").write_text("\n".join([HEAD, *tables]))

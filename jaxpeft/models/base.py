@@ -216,7 +216,7 @@ REMAT_POLICIES: Mapping[str, str] = {
     "products": "norms and activations; kept are the results of linear modules and of attention",
     "attention": "all but attention; kept are its results and the layers' inputs",
     "full": "everything; kept are the layers' inputs",
-    "offload": "norms and activations; what `products` keeps waits in the host's memory",
+    "offload": "everything; the layers' inputs wait in the host's memory",
 }
 """What the backward pass computes again, by the name of the policy."""
 

@@ -18,7 +18,7 @@ from jaxpeft.models import rope
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import Mask, Virtual, allowed, attend, before, positions
 from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, option_problems, with_pooling
-from jaxpeft.models.layers import RMSNorm, dense, dropout, head_dense, joining, kept, pool, run_layers
+from jaxpeft.models.layers import RMSNorm, dense, dropout, entered, head_dense, joining, kept, pool, run_layers
 
 Array = jax.Array
 
@@ -235,7 +235,7 @@ class Block(nn.Module):
             places: `[batch or 1, key]`, which windows are counted in; None without windows.
         """
         c, options = self.config, self.options
-        window, past = per_layer
+        x, (window, past) = entered(x), per_layer
         if window is not None and places is not None:
             queries = places[:, -x.shape[1] :]
             near = (queries[:, None, :, None] - places[:, None, None, :] < window) | (window == 0)

@@ -17,7 +17,7 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import Mask, Virtual, allowed, attend, before, positions
 from jaxpeft.models.base import Family, Options, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import EncoderConfig, read_config
-from jaxpeft.models.layers import LayerNorm, dense, dropout, head_dense, joining, kept, pool, run_layers
+from jaxpeft.models.layers import LayerNorm, dense, dropout, entered, head_dense, joining, kept, pool, run_layers
 
 Array = jax.Array
 
@@ -99,6 +99,7 @@ class BertBlock(_Part):
     @nn.compact
     def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
         """Runs the layer on `[batch, length, d]`."""
+        x = entered(x)
         x = _Attention(self.config, self.options, name="attention")(x, past, mask)
         h = _Intermediate(self.config, self.options, name="intermediate")(x)
         return _Output(self.config, self.options, name="output")(h, x), None
@@ -127,6 +128,7 @@ class DistilBertBlock(_Part):
     @nn.compact
     def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
         """Runs the layer on `[batch, length, d]`."""
+        x = entered(x)
         c, options = self.config, self.options
         norms = (LayerNorm(c.layer_norm_eps, options.dtype, name=f"{name}_layer_norm") for name in ("sa", "output"))
         x = _DistilAttention(c, options, name="attention")(x, past, mask, next(norms))

@@ -77,8 +77,13 @@ def _draws(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def kept(x: Array) -> Array:
-    """Marks what a layer's products give, which remat of `products` and `offload` does not compute again."""
+    """Marks what a layer's products give, which remat of `products` does not compute again."""
     return checkpoint_name(x, "product")
+
+
+def entered(x: Array) -> Array:
+    """Marks what a layer is given, which remat of `offload` keeps in the host's memory."""
+    return checkpoint_name(x, "input")
 
 
 class Linear(nn.Dense):
@@ -170,8 +175,8 @@ _POLICIES: Mapping[str, Any] = {
     "attention": _keeps("attention"),
     "products": _keeps("attention", "product", LOW_RANK),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[LOW_RANK],
-        names_which_can_be_offloaded=["product", "attention"],
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["input"],
         offload_src="device",
         offload_dst="pinned_host",
     ),
