@@ -40,6 +40,7 @@ count_hosts() { # sets HOSTS from TOPOLOGY and CHIPS
   if ((chips % CHIPS != 0)); then
     problems+=("TOPOLOGY=$TOPOLOGY: has $chips chips, which hosts of CHIPS=$CHIPS do not divide")
   fi
+  # shellcheck disable=SC2034 # fill_in reads it by its name
   HOSTS=$((chips / CHIPS))
 }
 
@@ -57,7 +58,7 @@ fill_in() { # FILE VARIABLE...
   local text variable
   text="$(cat "$1")"
   for variable in "${@:2}"; do
-    text="${text//"\${$variable}"/"${!variable}"}"
+    text=${text//"\${$variable}"/"${!variable}"}
   done
   printf '%s\n' "$text"
 }

@@ -40,7 +40,7 @@ mount_store() { # STORE
       # A checkpoint is written beside its place and renamed: a bucket without a hierarchical namespace renames file by file.
       line="${1#gs://} /runs gcsfuse rw,_netdev,allow_other,implicit_dirs,rename_dir_limit=200000 0 0"
       ;;
-    *:/*)
+    [!/]*:/[!/]* | [!/]*:/)
       sudo apt-get install -y -q nfs-common
       line="$1 /runs nfs rw,_netdev,hard 0 0"
       ;;
