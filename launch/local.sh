@@ -7,7 +7,7 @@
 #   DEVICES=4     as how many devices JAX sees the CPU in each process
 #   GPUS=1        so many GPUs for each process; all of them for every process by default
 #   PORT=...      of process 0, where the others find it; a free one by default
-#   GRACE=60      seconds that the other processes have to end by themselves, once one has failed or stopped
+#   GRACE=300     seconds that the other processes have to end by themselves, once one has stopped; 20 at most, if it has failed
 #   PYTHON=...    the interpreter: .venv/bin/python by default, or python3 where there is none
 #
 # The same command again goes on where it was stopped. SIGTERM and SIGINT are passed on to every process. Exit codes:
@@ -17,7 +17,7 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 processes="${PROCESSES:-1}"
-grace="${GRACE:-60}"
+grace="${GRACE:-300}"
 stop_signal="" # the number of the signal that this script was sent
 result=0
 force_at="" # when what still runs is killed, in seconds since the start of the script
@@ -64,27 +64,36 @@ pass_on() { # NUMBER
   kill -TERM "${pids[@]}" 2> /dev/null || true
 }
 
+set_force() { # SECONDS: never later than it was
+  local at=$((SECONDS + $1))
+  if [[ -z "$force_at" || "$at" -lt "$force_at" ]]; then
+    force_at="$at"
+  fi
+}
+
+# A failure goes before a stop, and bad input before both. Nobody is sent a signal: whoever stops saves together with the others,
+# and a second SIGTERM would end it in the middle of that; after a failure the trainers end each other.
 note() { # INDEX CODE
-  local index="$1" code="$2"
+  local index="$1" code="$2" shorter
   unset "pids[index]"
   case "$code" in
-    0) return ;;
-    2) result=2 ;;
-    130 | 143) ((result != 0)) || result="$code" ;;
+    0) ;;
+    130 | 143)
+      ((result != 0)) || result="$code"
+      set_force "$grace"
+      ;;
     *)
-      # What was killed below for not ending is no cause; a failure goes before a stop, bad input before both.
-      if [[ -z "$force_at" || "$SECONDS" -lt "$force_at" ]] && ((result == 0 || result == 130 || result == 143)); then
+      # What was killed for not ending is no cause.
+      [[ -z "$force_at" || "$SECONDS" -lt "$force_at" ]] || return 0
+      if ((code == 2 || result == 0 || result == 130 || result == 143)); then
         result="$code"
       fi
+      shorter=$((grace < 20 ? grace : 20))
+      ((${#pids[@]} == 0)) || printf 'local.sh: process %s of %s ended with code %s; the others have %s s to end\n' \
+        "$index" "$processes" "$code" "$shorter" >&2
+      set_force "$shorter"
       ;;
   esac
-  [[ -z "$force_at" ]] || return 0
-  force_at=$((SECONDS + grace))
-  # After a stop the others are saving the same step, and a second SIGTERM would end them in the middle of it.
-  if [[ "$code" != 130 && "$code" != 143 && -z "$stop_signal" ]]; then
-    printf 'local.sh: process %s of %s ended with code %s; the others are stopped\n' "$index" "$processes" "$code" >&2
-    kill -TERM "${pids[@]}" 2> /dev/null || true
-  fi
 }
 
 wait_for_all() {

@@ -66,6 +66,7 @@ CODES = {
     "bad input of the first": ("exit 2|stay", 2),
     "a failure while the other waits": ("stay|exit 3", 3),
     "a kill": ("stay|kill -9 $$", 137),
+    "killed for not ending": ("stay|exit 143", 143),
     "a failure goes before a stop": ("exit 143|sleep 0.5; exit 1", 1),
     "one is stopped, the other saves too": ("exit 143|sleep 1; exit 143", 143),
     "one is done, the other still saves": ("exit 0|sleep 1; exit 0", 0),
@@ -74,10 +75,10 @@ CODES = {
 
 @pytest.mark.parametrize(("do", "code"), CODES.values(), ids=list(CODES))
 def test_exit_code(do: str, code: int, stubs: Stubs, tmp_path: Path) -> None:
-    _, env = started(stubs, tmp_path, do, PROCESSES="2")
+    _, env = started(stubs, tmp_path, do, PROCESSES="2", GRACE="3")
     began = time.monotonic()
     assert bash(LOCAL, "--config", "a.py", env=env).returncode == code
-    assert time.monotonic() - began < 8, "it waited for a process that it should have stopped"
+    assert time.monotonic() - began < 8, "it waited for a process that it should have killed"
 
 
 def test_who_is_saving_gets_no_second_signal(stubs: Stubs, tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_who_does_not_end_is_killed_after_the_grace(stubs: Stubs, tmp_path: Path
     began = time.monotonic()
     done = bash(LOCAL, "--config", "a.py", env=env)
     assert done.returncode == 7 and time.monotonic() - began < 8
-    assert "process 0 of 2 ended with code 7; the others are stopped" in done.stderr
+    assert "process 0 of 2 ended with code 7; the others have 1 s to end" in done.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -130,7 +131,7 @@ def test_a_script_that_passes_no_signal_on_would_be_noticed(
 
 def test_a_script_that_knows_no_bad_input_would_be_noticed(stubs: Stubs, tmp_path: Path) -> None:
     _, env = started(stubs, tmp_path, CODES["bad input goes before all"][0], PROCESSES="2")
-    without = mutated(LOCAL, "    2) result=2 ;;\n", "", tmp_path)
+    without = mutated(LOCAL, "code == 2 || ", "", tmp_path)
     assert bash(without, "--config", "a.py", env=env).returncode == 1
 
 
