@@ -66,7 +66,9 @@ class Stubs:
         return {**kept, "PATH": f"{self.folder / 'bin'}:/usr/local/bin:/usr/bin:/bin", **more}
 
 
-def bash(script: Path | str, *arguments: str, env: dict[str, str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def bash(
+    script: Path | str, *arguments: str, env: dict[str, str], cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Runs a script of launch/."""
     return subprocess.run(
         ["bash", str(script), *arguments],

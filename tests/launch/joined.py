@@ -1,6 +1,6 @@
 """A small program in place of the trainer: it joins the processes that launch/local.sh has started and computes over all of them.
 
-    python -m tests.launch.joined OUTPUT --coordinator HOST:PORT --processes N --process I
+python -m tests.launch.joined OUTPUT --coordinator HOST:PORT --processes N --process I
 """
 
 from __future__ import annotations

@@ -140,7 +140,9 @@ def outcome(manifest: Mapping[str, Any], code: int, *, disrupted: bool = False) 
         codes = rule.get("onExitCodes")
         if codes and (code in codes["values"]) == (codes["operator"] == "In"):
             said = f"Container {codes['containerName']} for pod default/x failed with exit code {code}"
-        elif disrupted and any(condition["type"] == "DisruptionTarget" for condition in rule.get("onPodConditions", ())):
+        elif disrupted and any(
+            condition["type"] == "DisruptionTarget" for condition in rule.get("onPodConditions", ())
+        ):
             said = "Pod default/x has condition DisruptionTarget"
         else:
             continue

@@ -69,7 +69,9 @@ def test_what_becomes_of_an_exit_code(kind: str, code: int, disrupted: bool, act
 
 def test_rules_that_end_a_preempted_job_would_be_noticed(stubs: Stubs, tmp_path: Path) -> None:
     """All rules for Pods fail a Job for one reason: without the message, a preemption looks like bad input."""
-    without = mutated(LAUNCH / "tpu_jobset.yaml", '        onJobFailureMessagePatterns: ["exit code 2 matching"]\n', "", tmp_path)
+    without = mutated(
+        LAUNCH / "tpu_jobset.yaml", '        onJobFailureMessagePatterns: ["exit code 2 matching"]\n', "", tmp_path
+    )
     text = rendered("tpu", stubs, script=without.parent / "jobset.sh")
     assert outcome(jobset(parse(text)), 143) == "FailJobSet"
 
@@ -196,4 +198,9 @@ def test_bad_input_is_refused(kind: str, change: dict[str, str], said: str, stub
 def test_every_problem_is_said_at_once(stubs: Stubs) -> None:
     done = bash(JOBSET, "gpu", env=stubs.environment(NAME="a_b", NODES="0"))
     assert done.returncode == 2
-    assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == ["NODES=0", "NAME=a_b", "IMAGE=", "--config"]
+    assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == [
+        "NODES=0",
+        "NAME=a_b",
+        "IMAGE=",
+        "--config",
+    ]

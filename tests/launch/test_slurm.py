@@ -117,7 +117,9 @@ def job(stubs: Stubs, python: str, *, script: Path = SBATCH, **env: str) -> subp
     stubs.add("srun", SRUN)
     stubs.add("scontrol")
     given = {"PYTHON": str(stubs.add("python", python)), "SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
-    return bash(script, "--config", "a b.py", "--workdir", "/runs/x", env=stubs.environment(**given, **env), cwd=Path("/"))
+    return bash(
+        script, "--config", "a b.py", "--workdir", "/runs/x", env=stubs.environment(**given, **env), cwd=Path("/")
+    )
 
 
 CODES = {

@@ -129,7 +129,9 @@ def test_a_keep_that_starts_bad_input_again_would_be_noticed(stubs: Stubs, tmp_p
 
 
 def test_keep_ends_if_the_request_is_refused(stubs: Stubs) -> None:
-    stubs.add("gcloud", 'case "$*" in *describe*) echo NOT_FOUND >&2; exit 1 ;; *create*) echo quota >&2; exit 1 ;; esac')
+    stubs.add(
+        "gcloud", 'case "$*" in *describe*) echo NOT_FOUND >&2; exit 1 ;; *create*) echo quota >&2; exit 1 ;; esac'
+    )
     done = bash(TPU_VM, "keep", *RUN, env=stubs.environment(**SET, EVERY="0"))
     assert done.returncode == 1 and "quota" in done.stderr
 
@@ -173,7 +175,7 @@ def test_status_of_a_host(load: str, active: str, status: str, said: str, stubs:
 
 def unit_of(folder: Path) -> dict[str, str]:
     lines = (line.split("=", 1) for line in (folder / "jaxpeft.service").read_text().splitlines() if "=" in line)
-    return {name: value for name, value in lines}
+    return dict(lines)
 
 
 def require_contract(unit: dict[str, str]) -> None:

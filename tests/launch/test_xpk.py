@@ -96,7 +96,9 @@ def test_the_trainer_gets_sigterm_and_can_save(takes_the_place: bool, stubs: Stu
     command = created(stubs)[-1][-1].removeprefix("--command=")
     if not takes_the_place:
         command = command.removeprefix("exec ") + "; exit $?"
-    trainer = f"trap 'touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/runs; for i in {{1..50}}; do sleep 0.1; done"
+    trainer = (
+        f"trap 'touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/runs; for i in {{1..50}}; do sleep 0.1; done"
+    )
     stubs.add("python", trainer)
     # without exec the container may end with the same code, but nothing is saved: the shell alone gets the signal
     assert as_xpk_runs_it(command, stubs.environment(), tmp_path) == 143
