@@ -204,3 +204,26 @@ def test_every_problem_is_said_at_once(stubs: Stubs) -> None:
         "IMAGE=",
         "--config",
     ]
+
+
+def test_pods_find_their_place_from_what_gke_sets(stubs: Stubs) -> None:
+    clusters = pytest.importorskip("jaxpeft.clusters", reason="jaxpeft finds no clusters yet")
+    spec = job(jobset(parse(rendered("tpu", stubs))))
+    hosts, slices = spec["parallelism"], spec["replicas"]
+    names = ",".join(f"llama-slice-0-{host}.llama" for host in range(hosts))
+    places = [
+        clusters.find(
+            {"TPU_WORKER_HOSTNAMES": names, "TPU_WORKER_ID": str(host), "MEGASCALE_NUM_SLICES": str(slices),
+             "MEGASCALE_SLICE_ID": str(one), "MEGASCALE_COORDINATOR_ADDRESS": "llama-slice-0-0.llama",
+             "KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": str(host)}
+        )
+        for one in range(slices) for host in range(hosts)
+    ]  # fmt: skip
+    assert [(place.by, place.processes, place.process) for place in places] == [("TPU", 8, i) for i in range(8)]
+
+
+def test_pods_with_gpus_ask_kubernetes(stubs: Stubs) -> None:
+    clusters = pytest.importorskip("jaxpeft.clusters", reason="jaxpeft finds no clusters yet")
+    assert job(jobset(parse(rendered("gpu", stubs))))["completionMode"] == "Indexed"  # which sets JOB_COMPLETION_INDEX
+    place = clusters.find({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"})
+    assert (place.by, place.process, place.found_by_jax) == ("Kubernetes", 1, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -166,7 +167,7 @@ def test_a_job_that_slurm_ends_itself_is_not_put_into_the_queue(again: bool, stu
     time.sleep(0.1)
     if not again:  # SLURM signals the shell too
         script.send_signal(signal.SIGTERM)
-    subprocess.run(["kill", "-TERM", str(srun)], check=True)
+    os.kill(srun, signal.SIGTERM)
     assert script.wait(timeout=20) == 143
     assert stubs.calls("scontrol") == ([["requeue", "17"]] if again else [])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -87,7 +89,8 @@ def as_xpk_runs_it(command: str, env: dict[str, str], tmp_path: Path) -> int:
     try:
         return process.wait(timeout=20)
     finally:
-        subprocess.run(["kill", "-KILL", f"-{process.pid}"], check=False, capture_output=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("takes_the_place", [True, False])
