@@ -129,7 +129,7 @@ def _place(place: Places, path: Path, shape: tuple[int, ...], *, lenient: bool =
         if lenient and isinstance(place, Sharding):
             return NamedSharding(found.mesh, PartitionSpec(), memory_kind=found.memory_kind)
         raise ConfigError(
-            f"sharding: {paths.text(path)} is {list(shape)}, which {found.spec} over {dict(found.mesh.shape)} does not cut evenly; "
+            f"sharding: {paths.text(path)} is {list(shape)}, which {tuple(found.spec)} over {dict(found.mesh.shape)} does not cut evenly; "
             "leave out the axes that do not divide it"
         ) from error
     return found

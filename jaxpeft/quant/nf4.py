@@ -61,12 +61,12 @@ def _spaced(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.where(places < count // 2, float(first) + step * places, 1 - step * places[::-1]).astype(np.float32)
 
 
-def store(kernel: Any, whole: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+def store(kernel: Any, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> dict[str, Any]:
     """Quantises a kernel.
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
-        whole: gives an array whole to every device that holds a part of the kernel; None where one holds all of it.
+        whole: makes a function compute on whole arrays on every device that holds a part of the kernel; None where one holds all.
 
     Returns:
         `kernel_nf4 [out, in / 2]` uint8, two codes a byte; `kernel_nf4_absmax` uint8, of each block, `[out, in / 64]`, or `[blocks]`
@@ -80,15 +80,15 @@ def store(kernel: Any, whole: Callable[[Any], Any] | None = None) -> dict[str, A
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
     scaled = (blocks * (1 / absmax)[..., None]).reshape(-1)[: rows.size].reshape(rows.shape)
     codes = sum((scaled > bound).astype(jnp.uint8) for bound in _BOUNDS)
-    places, scale, mean = _twice((absmax if whole is None else whole(absmax)).reshape(-1))
+    places, scale, mean = (_twice if whole is None else whole(_twice))(absmax.reshape(-1))
     return dict(zip(_NAMES, (packed(codes), places.reshape(absmax.shape), scale, mean), strict=True))
 
 
 def _twice(absmax: Any) -> tuple[Any, Any, Any]:
     """Quantises the scales of all blocks `[blocks]`: their places, their own scales, and their mean.
 
-    The barriers keep what is added up apart from what comes before and behind it, which may be spread over devices: the sum is
-    then computed the same way however that is.
+    The barriers keep the sum apart from what comes before and behind it, which differs with how the kernel is spread: compiled
+    by itself it adds up in the same order.
     """
     absmax = jax.lax.optimization_barrier(absmax)
     mean = jax.lax.optimization_barrier(jnp.mean(absmax))

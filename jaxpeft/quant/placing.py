@@ -1,8 +1,8 @@
 """Quantising kernels as they are read, a layer after the other, each device its own part: the bits are those of one device.
 
-A kernel is put where its codes will lie, and quantised by one program over the mesh. What is counted over a whole kernel, a form
-gathers before it counts it (`Quantised.pooled`), so that the order of a sum is the same on any mesh. Where the axis of the layers
-is itself spread over devices, those that hold a layer quantise it, and the others have no part in it.
+A kernel is put where its codes will lie, and quantised by one program over the mesh. What a form adds up over a whole kernel is
+gathered first, and added up on every device (`Quantised.pooled`): the order of a sum is the same on any mesh. Where the axis of
+the layers is itself spread over devices, those that hold a layer quantise it, and the others have no part in it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _compiled(quant: Quant, places: tuple[tuple[str, Sharding], ...]) -> Callabl
     """Gives the program that quantises one kernel, the same function for all kernels: it is traced once for each shape."""
     first, whole = places[0][1], None
     if isinstance(first, NamedSharding):
-        whole = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(first.mesh, PartitionSpec()))
+        whole = partial(jax.shard_map, mesh=first.mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
     return jax.jit(quant.store(whole), out_shardings=dict(places))
 
 

@@ -104,11 +104,13 @@ class Quant:
         """
         return jax.eval_shape(self.store(), jax.ShapeDtypeStruct(shape, dtype))
 
-    def store(self, whole: Callable[[Any], Any] | None = None) -> Callable[[Any], dict[str, Any]]:
+    def store(
+        self, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    ) -> Callable[[Any], dict[str, Any]]:
         """Gives what makes the leaves of a kernel `[in, out]`.
 
         Args:
-            whole: gives an array whole to every device of a mesh; None where there is one device.
+            whole: makes a function compute on whole arrays on every device of a mesh; None where there is one device.
         """
         form = FORMS[self.form]
         options = {"group": self.group} if form.grouped else {}
