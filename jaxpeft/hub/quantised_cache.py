@@ -44,7 +44,7 @@ from jaxpeft.hub.weights import WeightPlan
 from jaxpeft.logs import timed
 from jaxpeft.quant.tree import Quant
 
-FORMAT = 1
+FORMAT = 2
 LEAST_BYTES = 1 << 30
 """How many bytes of kernels are worth a place on disk; fewer are quantised in seconds."""
 _RECORD = "quantised.json"

@@ -33,6 +33,8 @@ DTYPES: Mapping[str, Any] = {
 _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PRIVATE = mmap.MAP_PRIVATE
+"""Shared mappings are refused by some file systems that are read over a network."""
 Span = tuple[int, int]
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 
@@ -126,7 +128,7 @@ class Tensor:
             size = os.fstat(file.fileno()).st_size
             if size < last:  # what lies behind the end of a file can be mapped, and ends the process when it is touched
                 raise WeightsError(_cut_short(self.file, size))
-            with mmap.mmap(file.fileno(), last - begin, access=mmap.ACCESS_READ, offset=begin) as mapped:
+            with mmap.mmap(file.fileno(), last - begin, _PRIVATE, mmap.PROT_READ, offset=begin) as mapped:
                 rows = np.ndarray((stop - start, row), np.uint8, buffer=mapped, offset=first - begin)
                 out.reshape(len(out), -1).view(np.uint8)[...] = rows[:, columns[0] * one : columns[1] * one]
                 del rows  # else the mapping cannot be let go

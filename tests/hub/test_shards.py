@@ -33,6 +33,10 @@ ODD = {"vocab_size": 99, "hidden_size": 60, "intermediate_size": 45, "num_hidden
 """With parts of 33, 20 and 15, over three devices."""
 
 
+PADDED = ODD | {"intermediate_size": 54}
+"""With a last block of NF4 that is not full."""
+
+
 def outlined(folder: FilePath, task: Any = "causal_lm", **options: Any) -> Any:
     return outline(folder, task=task, **options)
 
@@ -67,7 +71,7 @@ def test_every_leaf_is_that_of_a_plain_load_and_each_byte_is_read_once(
 
 
 @both
-@each_way
+@pytest.mark.parametrize("way", ["columns", "both"])
 def test_bfloat16_is_rounded_part_by_part(reference: Any, way: str, scan: bool) -> None:
     folder = reference("llama", "causal_lm", **SIZES).folder
     _, plain = jaxpeft.load(folder, task="causal_lm", scan_layers=scan, dtype=jnp.bfloat16)
@@ -208,20 +212,25 @@ def test_of_a_tied_head_that_is_there_twice_each_process_compares_its_part(
 # ------------------------------------------------------------------------------------------------------------- quantised
 
 
+BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3, 1))}
+
+
 @both
-@each_way
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("sizes", [SIZES, WIDE], ids=["flat", "rows"])
+@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize(
+    ("form", "base"), [*(("nf4", base) for base in BASES), *((form, "rows") for form in FORMS if form != "nf4")]
+)
 def test_codes_and_scales_are_bit_by_bit_those_of_one_device(
-    reference: Any, form: Any, way: str, scan: bool, sizes: Any
+    reference: Any, form: Any, way: str, scan: bool, base: str
 ) -> None:
+    sizes, shape = BASES[base]
     folder = reference("llama", "causal_lm", **sizes).folder
     _, alone = jaxpeft.load(folder, task="causal_lm", scan_layers=scan, quant=form)
-    found, params = spread(folder, (4, 2) if sizes is SIZES else (2, 2), way, scan_layers=scan, quant=form)
-    wanted = places(found.leaves, mesh_of((4, 2) if sizes is SIZES else (2, 2)), way)
+    found, params = spread(folder, shape, way, scan_layers=scan, quant=form)
+    wanted = places(found.leaves, mesh_of(shape), way)
     assert all(leaf.sharding == wanted(path) for path, leaf in paths.walk(params))
     codes = next(leaf for path, leaf in paths.walk(params) if path[-2:] == ("q_proj", FORMS[form].leaves[0]))
-    assert codes.sharding.is_fully_replicated == (way == "whole")
+    assert not codes.sharding.is_fully_replicated
     assert_bit_equal(params, alone)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), found.leaves
