@@ -72,8 +72,9 @@ def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) ->
 
 def near(leaf: Any) -> Any:
     """Gives a leaf as it is on its devices, where it waits in the host's memory; other leaves, abstract ones too, as they are."""
-    kind = getattr(getattr(leaf, "sharding", None), "memory_kind", None) if isinstance(leaf, jax.Array) else None
-    if isinstance(leaf, jax.core.Tracer) or kind in (None, "device"):
+    from jax.core import Tracer
+
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.sharding.memory_kind in (None, "device"):
         return leaf
     return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
 
