@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError
+from jaxpeft.sharding.processes import joined
 
 DATA = "data"
 
@@ -58,7 +59,10 @@ def place(mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0) 
 
     Args:
         mesh: the devices.
-        batch: arrays with an axis of rows.
+        batch: arrays with an axis of rows; of several processes each has the rows of its own devices.
         axis: which axis that is: 1 behind an axis of micro-batches.
     """
-    return jax.device_put(dict(batch), by_rows(mesh, axis))
+    where = by_rows(mesh, axis)
+    if jax.process_count() > 1:
+        return joined(batch, dict.fromkeys(batch, where), axis)
+    return jax.device_put(dict(batch), where)

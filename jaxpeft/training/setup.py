@@ -30,8 +30,10 @@ from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.methods import METHODS
 from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Pretrained
+from jaxpeft.peers import ALONE, Peers
 from jaxpeft.quant.tree import Quant
 from jaxpeft.sharding.mesh import make_mesh, replicated
+from jaxpeft.sharding.processes import check_processes
 from jaxpeft.training import compiling, memory
 from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
@@ -63,6 +65,7 @@ class Setup:
         samples: a few test rows to answer: the prompt's tokens, and the answer as it is in the rows.
         tokenizer: of the model.
         identity: what makes this run this run, for the checkpoints.
+        peers: the processes of the run.
     """
 
     config: Config
@@ -81,22 +84,27 @@ class Setup:
     samples: tuple[tuple[list[int], str], ...]
     tokenizer: Any
     identity: Mapping[str, Any]
+    peers: Peers = ALONE
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     """Reads tokenizer, rows and weights.
 
     Args:
         config: a checked config.
+        peers: the processes of the run; each reads the rows, and all must have read the same.
 
     Raises:
         JaxpeftError: whatever cannot be used, named.
     """
     mesh = make_mesh(config)
+    check_processes(mesh)
     compiling.keep_programs(config.train.compiled)
     source = sources.resolve(config.model.path, config.model.revision)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
+    base = {"sha256": sources.fingerprint(source)}
+    peers.same("base or rows", {"base": base, "data": splits.identity})
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
     length = batches.lengths[-1]
@@ -124,9 +132,10 @@ def prepare(config: Config) -> Setup:
         tokenizer=splits.tokenizer,
         identity={
             "config": as_dict(config),
-            "base": {"sha256": sources.fingerprint(source)},
+            "base": base,
             "data": splits.identity,
         },
+        peers=peers,
     )
 
 
