@@ -110,7 +110,11 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     length = batches.lengths[-1]
     outlined = _outlined(config, splits, steps, length, mesh)
     trained = _check(config, outlined, length, steps)
-    outlined = _with_remat(config, outlined, trained, length, mesh)
+    # what is computed again must be the same everywhere, so one device speaks for all
+    budget = peers.agreed(
+        "memory of a device", lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb)
+    )
+    outlined = _with_remat(config, outlined, trained, length, mesh, budget)
     model, params = outlined.model, outlined.read(config.train.seed, replicated(mesh))
     return Setup(
         config=config,
@@ -209,9 +213,10 @@ def _outline(config: Config, splits: Splits, scan_layers: bool, attention: str) 
     )
 
 
-def _with_remat(config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh) -> Outline:
+def _with_remat(
+    config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh, budget: float | None
+) -> Outline:
     """Chooses what the backward pass computes again, where the config leaves it open and memory is known."""
-    budget = memory.budget_of(mesh.devices.flat[0], config.model.memory_gb)
     if config.model.remat != "auto" or budget is None:
         return outlined
     rows = config.train.batch_size // (config.train.accumulation * mesh.devices.size)
