@@ -72,9 +72,13 @@ def start(place: Place | None, waits: Waits) -> Peers:
 
 
 def _initialize(place: Place, waits: Waits) -> None:
-    times: dict[str, Any] = {
-        "initialization_timeout": waits.start, "heartbeat_timeout_seconds": waits.heartbeat,
-    }  # fmt: skip
+    times = {"initialization_timeout": waits.start + _LEAVE, "heartbeat_timeout_seconds": waits.heartbeat}
+    if place.coordinator:
+        _log.info("waiting for %s processes at %s ...", place.processes, place.coordinator)
+    # JAX ends the process where the others do not come, and does not say what to do
+    late = threading.Timer(waits.start, _give_up, [_not_joined(place, f"not all came within {waits.start} s", waits)])
+    late.daemon = True
+    late.start()
     try:
         if place.found_by_jax:
             jax.distributed.initialize(local_device_ids=place.devices, **times)
@@ -82,17 +86,31 @@ def _initialize(place: Place, waits: Waits) -> None:
         # by itself, a process needs no port that anybody else can reach
         at = place.coordinator or f"127.0.0.1:{_free_port()}"
         bind = {} if place.coordinator else {"coordinator_bind_address": at}
-        jax.distributed.initialize(
-            at, place.processes, place.process, place.devices, "deactivate", **times, **bind
-        )  # fmt: skip
+        jax.distributed.initialize(at, place.processes, place.process, place.devices, "deactivate", **times, **bind)
     except (RuntimeError, ValueError, OSError) as error:
-        who = "" if place.process is None else f"process {place.process} of {place.processes or 'all'}: "
-        where = f" at {place.coordinator}" if place.coordinator else ""
-        raise PeersError(
-            f"{who}could not join the others{where} ({place.by}; {str(error).splitlines()[0][:200]}); start all of them within "
-            f"{waits.start} s (JAXPEFT_START_TIMEOUT), with an address of process 0 that each host reaches, or set "
-            "JAXPEFT_DISTRIBUTED=off to run one process by itself"
-        ) from error
+        raise PeersError(_not_joined(place, _short(error), waits)) from error
+    finally:
+        late.cancel()
+
+
+def _not_joined(place: Place, why: str, waits: Waits) -> str:
+    who = "" if place.process is None else f"process {place.process} of {place.processes or 'all'}: "
+    where = f" at {place.coordinator}" if place.coordinator else ""
+    return (
+        f"{who}could not join the others{where} ({why}; found by {place.by}); start all of them within {waits.start} s "
+        "(JAXPEFT_START_TIMEOUT), with an address of process 0 that each host reaches, or set JAXPEFT_DISTRIBUTED=off to run one "
+        "process by itself"
+    )
+
+
+def _give_up(why: str) -> None:
+    sys.stderr.write(f"jaxpeft: {why}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _free_port() -> int:
@@ -222,7 +240,7 @@ class _Watcher:
             return
         _log.error(
             "process 0 is gone (%s); look at its log, and start all of them again: they go on from the newest saved step",
-            str(error).splitlines()[0][:100],
+            _short(error),
         )
         sys.stderr.flush()
         os._exit(1)
