@@ -306,7 +306,9 @@ def _devices(environment: Environment, place: Place) -> tuple[int, ...] | None:
         if text == "all" and name == DEVICES:
             return None
         if not re.fullmatch(r"\d+(,\d+)*", text):
-            raise ConfigError(f"{name}: must be numbers of GPUs such as 0,1, is {text!r}; for all of them set {DEVICES}=all")
+            raise ConfigError(
+                f"{name}: must be numbers of GPUs such as 0,1, is {text!r}; for all of them set {DEVICES}=all"
+            )
         return tuple(int(part) for part in text.split(","))
     return _slurm_devices(environment) if place.by.endswith("SLURM") else None
 

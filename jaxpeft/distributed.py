@@ -211,10 +211,12 @@ class _Watcher:
             try:
                 self._show_life()
                 self.peers.client.blocking_key_value_get(_FAILED, beat * 1000)
-                return self._end_with(self._failure())
+                self._end_with(self._failure())
+                return
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    return self._lose_first(error)
+                    self._lose_first(error)
+                    return
             if self.peers.first:
                 self._look(heard, warned)
 

@@ -34,9 +34,7 @@ flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", fla
 flags.DEFINE_multi_string(
     "allow_change", [], "--allow-change=FIELD: go on though this field of the config has changed", flag_values=FLAGS
 )
-flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, of a run of several processes", flag_values=FLAGS
-)
+flags.DEFINE_string("coordinator", None, "host:port of process 0, of a run of several processes", flag_values=FLAGS)
 flags.DEFINE_integer("processes", None, "how many processes the run has", flag_values=FLAGS)
 flags.DEFINE_integer("process", None, "which of them this is, from 0", flag_values=FLAGS)
 flags.DEFINE_integer(

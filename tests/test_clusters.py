@@ -91,7 +91,9 @@ def test_the_environment_tells_the_place(environment: Mapping[str, str], place: 
 
 
 def test_flags_go_before_the_environment() -> None:
-    assert find(BY_HAND | SLURM, Flags("here:1", 2, 0)) == Place("--coordinator and --processes and --process", "here:1", 2, 0)
+    assert find(BY_HAND | SLURM, Flags("here:1", 2, 0)) == Place(
+        "--coordinator and --processes and --process", "here:1", 2, 0
+    )
     assert find(BY_HAND, Flags(process=0)) == Place(
         "JAXPEFT_COORDINATOR and JAXPEFT_PROCESSES and --process", "host:1234", 4, 0
     )

@@ -179,9 +179,7 @@ class Stream:
                 raise DataError(f"{', '.join(options.sources)}: a whole pass over the stream gave no batch")
             epoch, number = epoch + 1, 0
 
-    def _of(
-        self, encoded: Encoded, epoch: int, number: int, start: int, own: Own
-    ) -> Generator[tuple[Batch, Position]]:
+    def _of(self, encoded: Encoded, epoch: int, number: int, start: int, own: Own) -> Generator[tuple[Batch, Position]]:
         if not len(encoded):
             return
         batches = self._batches(encoded)

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 
 from jaxpeft.config.schema import Config, OptimizerConfig, as_dict
+from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
+from jaxpeft.core.tree import combine
 from jaxpeft.evaluation.generation import greedy
 from jaxpeft.hub.adapters import save_adapter
 from jaxpeft.logs import timed
@@ -23,7 +25,7 @@ from jaxpeft.models import attention
 from jaxpeft.peers import ALONE, Peers
 from jaxpeft.sharding.processes import on_each_device
 from jaxpeft.training import compiling, optimizers, plot, records
-from jaxpeft.training.begin import split_for
+from jaxpeft.training.begin import fixed_leaves, split_for
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import Lock
 from jaxpeft.training.loop import Result, Run, check_resumable, devices_of
@@ -34,7 +36,11 @@ _log = logging.getLogger(__name__)
 
 
 def run(
-    config: Config, workdir: Path, stop: StopRequest | None = None, allowed: Sequence[str] = (), peers: Peers = ALONE,
+    config: Config,
+    workdir: Path,
+    stop: StopRequest | None = None,
+    allowed: Sequence[str] = (),
+    peers: Peers = ALONE,
 ) -> dict[str, Result]:
     """Runs a config from end to end.
 
@@ -148,11 +154,18 @@ def fit(
 ) -> Result:  # fmt: skip
     """Trains a method on a prepared setup, and saves the adapter beside its checkpoints: the arguments are those of `Run`."""
     result = Run(setup, method, options, folder, stop, evaluator, allowed).fit()
-    result = replace(result, trainable=on_each_device(setup.mesh, result.trainable))
+    saved = _whole(setup, result)
     if setup.peers.first:
-        save_adapter(folder / "adapter", result.method, result.params, setup.model, labels=setup.labels)
+        save_adapter(folder / "adapter", result.method, saved, setup.model, labels=setup.labels)
     _log.info("%s on the test rows: %s", method.name, _shown(result.test))
     return result
+
+
+def _whole(setup: Setup, result: Result) -> Tree:
+    """Gives the tree with what is saved of it whole in every process; the rest of the base stays where it is."""
+    fixed = on_each_device(setup.mesh, fixed_leaves(result.method, result.frozen))
+    frozen = paths.map_with_path(lambda path, leaf: fixed.get(paths.text(path), leaf), result.frozen)
+    return combine(on_each_device(setup.mesh, result.trainable), frozen)
 
 
 def _answers(setup: Setup, params: Tree) -> list[str]:

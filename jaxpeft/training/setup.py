@@ -111,9 +111,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     outlined = _outlined(config, splits, steps, length, mesh)
     trained = _check(config, outlined, length, steps)
     # what is computed again must be the same everywhere, so one device speaks for all
-    budget = peers.agreed(
-        "memory of a device", lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb)
-    )
+    budget = peers.agreed("memory of a device", lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb))
     outlined = _with_remat(config, outlined, trained, length, mesh, budget)
     model, params = outlined.model, outlined.read(config.train.seed, replicated(mesh))
     return Setup(

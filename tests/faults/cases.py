@@ -13,8 +13,14 @@ CASES = {
     5: ("SIGTERM while compiling, evaluating, saving", "the same, or nothing new to save"),
     6: ("two SIGTERMs, then a kill", "the newest saved step is as it was"),
     7: ("SIGTERM to one of two processes", "both save the same step; both exit codes are 143"),
-    8: ("one of two processes is killed", "the other ends by itself, in time; all go on to the end they would have had"),
-    9: ("a host sees older checkpoints, or another folder", "all go on from the step that process 0 sees, or none does"),
+    8: (
+        "one of two processes is killed",
+        "the other ends by itself, in time; all go on to the end they would have had",
+    ),
+    9: (
+        "a host sees older checkpoints, or another folder",
+        "all go on from the step that process 0 sees, or none does",
+    ),
     10: ("disk full", "told in one line; the steps saved before stay; the run goes on later"),
     11: ("output folder missing or not writable", "made, or refused before JAX is imported"),
     12: ("a flipped bit in an array file", "found by its checksum; the step before it is taken"),
