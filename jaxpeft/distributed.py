@@ -72,7 +72,10 @@ def start(place: Place | None, waits: Waits) -> Peers:
 
 
 def _initialize(place: Place, waits: Waits) -> None:
-    times = {"initialization_timeout": waits.start + _LEAVE, "heartbeat_timeout_seconds": waits.heartbeat}
+    options: dict[str, Any] = {
+        "initialization_timeout": waits.start + _LEAVE,
+        "heartbeat_timeout_seconds": waits.heartbeat,
+    }
     if place.coordinator:
         _log.info("waiting for %s processes at %s ...", place.processes, place.coordinator)
     # JAX ends the process where the others do not come, and does not say what to do
@@ -81,12 +84,12 @@ def _initialize(place: Place, waits: Waits) -> None:
     late.start()
     try:
         if place.found_by_jax:
-            jax.distributed.initialize(local_device_ids=place.devices, **times)
+            jax.distributed.initialize(local_device_ids=place.devices, **options)
             return
         # by itself, a process needs no port that anybody else can reach
         at = place.coordinator or f"127.0.0.1:{_free_port()}"
-        bind = {} if place.coordinator else {"coordinator_bind_address": at}
-        jax.distributed.initialize(at, place.processes, place.process, place.devices, "deactivate", **times, **bind)
+        options |= {} if place.coordinator else {"coordinator_bind_address": at}
+        jax.distributed.initialize(at, place.processes, place.process, place.devices, "deactivate", **options)
     except (RuntimeError, ValueError, OSError) as error:
         raise PeersError(_not_joined(place, _short(error), waits)) from error
     finally:

@@ -104,7 +104,8 @@ class Peers:
         """
         if not self.many:
             return
-        theirs, mine = _flat(self.agreed(what, lambda: values)), _flat(json.loads(json.dumps(values)))
+        plain = json.loads(json.dumps(values))  # as the others get it, tuples as lists
+        theirs, mine = _flat(self.agreed(what, lambda: plain)), _flat(plain)
         names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
         if names:
             rows = [f"\n  {name}: {mine.get(name)!r} here, {theirs.get(name)!r} there" for name in names[:_SHOWN]]

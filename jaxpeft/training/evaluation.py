@@ -42,8 +42,8 @@ class Evaluator:
         outputs = Outputs(self._setup.model, combine(trainable, frozen), batch, None)
         total, weight = self._setup.loss(outputs, batch)
         # the logits of a language model are large, and not needed
-        kept = (None, None) if self._setup.problem == "lm" else (outputs.logits, batch["labels"])
-        return total, weight, *kept
+        made, given = (None, None) if self._setup.problem == "lm" else (outputs.logits, batch["labels"])
+        return total, weight, made, given
 
     def __call__(self, trainable: Tree, frozen: Tree, split: Encoded) -> dict[str, float]:
         """Gives the figures of a split: `loss`, and those of its kind of problem.
