@@ -60,7 +60,14 @@ def start(place: Place | None, waits: Waits) -> Peers:
             "themselves set JAXPEFT_DISTRIBUTED=off"
         )
     began = time.perf_counter()
-    _initialize(place, waits)
+    try:
+        _initialize(place, waits)
+    except PeersError as error:
+        if place.by != "TPU VM" or jax.process_count() > 1:
+            raise
+        # a notebook's TPU, which has no metadata to ask, and is one host
+        _log.warning("this TPU VM says nothing of other hosts (%s): one process by itself", error.__cause__)
+        return ALONE
     state = jax_distributed.global_state
     peers = Peers(state.process_id, state.num_processes, waits.barrier, state.client)
     hush(peers.process, peers.processes)

@@ -139,6 +139,26 @@ def test_an_indexed_job_without_the_package_that_finds_the_others_is_refused(
         distributed.start(Place("Kubernetes", process=1), Waits())
 
 
+def test_a_tpu_that_knows_no_other_hosts_is_one_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, quiet_logs: None
+) -> None:
+    def initialize(**_: Any) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setenv("TPU_ML_PLATFORM", "JAX")
+    for name in ("TPU_SKIP_MDS_QUERY", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.start(None, Waits()) is ALONE
+    assert caplog.messages == [
+        "this TPU VM says nothing of other hosts (coordinator_address should be defined.): one process by itself"
+    ]
+    with pytest.raises(
+        PeersError, match=r"process 1 of 4: could not join the others \(coordinator_address .*found by TPU\)"
+    ):
+        distributed.start(Place("TPU", None, 4, 1), Waits())
+
+
 @pytest.fixture
 def quiet_logs() -> Generator[None]:
     """Puts the levels of the loggers back."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faults.conftest import Job, tiny_models  # noqa: F401 - a fixture
-from tests.faults.team import Team
+from tests.faults.conftest import Job
+from tests.faults.team import Member, Team
 from tests.faults.test_resume import figures
 from tests.training.runs import write_config, write_rows
 
@@ -55,7 +55,7 @@ def test_a_real_model_is_trained_as_by_one_process(assets: Path, tmp_path: Path,
     assert_same(ran(config, 1, 2 * processes), ran(config, processes, 2))
 
 
-def test_a_classification_has_the_same_figures(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:  # noqa: F811
+def test_a_classification_has_the_same_figures(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "single", 61)
     config = write_config(tmp_path / "mine.py", tiny_models["bert"], rows, **OPTIONS)
     one, two = ran(config, 1, 4), ran(config, 2, 2)
@@ -64,7 +64,7 @@ def test_a_classification_has_the_same_figures(tmp_path: Path, tiny_models: Mapp
     assert told[0].keys() == told[1].keys() and "accuracy" in told[0]
 
 
-def test_answers_and_a_start_from_data_are_the_same(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:  # noqa: F811
+def test_answers_and_a_start_from_data_are_the_same(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:
     rows = tmp_path / "rows.jsonl"
     pairs = [{"prompt": f"word{i} word{i + 1}", "completion": f" word{i + 2}"} for i in range(50)]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -77,7 +77,7 @@ def test_answers_and_a_start_from_data_are_the_same(tmp_path: Path, tiny_models:
     assert {path.name for path in two.job.workdir.iterdir()} == {path.name for path in one.job.workdir.iterdir()}
 
 
-def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:  # noqa: F811
+def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "text", 40)
     options = OPTIONS | {"mesh__data": 2}
     config = write_config(tmp_path / "mine.py", tiny_models["llama"], rows, model__task="causal_lm", **options)
@@ -89,9 +89,7 @@ def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path: Path, tiny_models
 
 def test_an_error_of_one_process_ends_all_at_once_with_its_code(
     tmp_path: Path, tiny_models: Mapping[str, Path]
-) -> None:  # noqa: F811
-    from tests.faults.team import Member
-
+) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "text", 40)
     config = write_config(tmp_path / "mine.py", tiny_models["llama"], rows, model__task="causal_lm", **OPTIONS)
     gone = f"--config.data.train={tmp_path / 'gone.jsonl'}"
