@@ -92,7 +92,11 @@ class Team:
     def rows(self) -> list[list[str]]:
         """Gives the hashes of the rows of each batch, over all processes."""
         parts = [[json.loads(line) for line in self.batches(i).read_text().splitlines()] for i in range(self.processes)]
-        return [[row for part in step for row in part] for step in zip(*parts, strict=True)]
+        # of each micro-batch one process after the other
+        return [
+            [row for micro in zip(*step, strict=True) for part in micro for row in part]
+            for step in zip(*parts, strict=True)
+        ]
 
 
 def free_port() -> int:
@@ -126,9 +130,10 @@ def take_part(arguments: list[str], member: Member, devices: int, said: Path, ca
     run(arguments, member.fault, str(said), str(cache))
 
 
-def hashes(ids: Any) -> list[str]:
-    """Gives a short hash of each row of tokens."""
-    return [hashlib.sha256(row.tobytes()).hexdigest()[:12] for row in ids.reshape(-1, ids.shape[-1])]
+def hashes(ids: Any) -> list[list[str]]:
+    """Gives a short hash of each row of tokens, by micro-batch."""
+    micro = ids if ids.ndim == 3 else ids[None]
+    return [[hashlib.sha256(row.tobytes()).hexdigest()[:12] for row in rows] for rows in micro]
 
 
 def hide(step: int, seconds: float) -> None:
