@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.models import attention
+from jaxpeft.models.masks import Mask, allowed
 from jaxpeft.training import compiling
 
 
@@ -31,20 +32,20 @@ class Layer(nn.Module):
     kernel: str
 
     @nn.compact
-    def __call__(self, q: Any, k: Any, v: Any, mask: attention.Mask) -> Any:
+    def __call__(self, q: Any, k: Any, v: Any, mask: Mask) -> Any:
         """Attends: `[batch, length, heads, head_dim]` to `[batch, length, heads * head_dim]`."""
         return attention.attend(self, self.kernel, q, k, v, mask, 0.0)
 
 
-def masks(batch: int, length: int) -> Mapping[str, Callable[[str], attention.Mask]]:
+def masks(batch: int, length: int) -> Mapping[str, Callable[[str], Mask]]:
     """Gives the masks, by the name of the kernel that is to take them."""
     segments = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) * 4 // length + 1, (batch, length))
     text = jnp.broadcast_to((jnp.arange(length) < length * 3 // 4).astype(jnp.int32), (batch, length))
     made = {
-        "causal": lambda: attention.allowed(None, None, causal=True),
-        "packed": lambda: attention.allowed(None, segments, causal=True),
-        "window": lambda: attention.allowed(None, None, causal=True, window=512),
-        "padded": lambda: attention.allowed(text, None, causal=False),
+        "causal": lambda: allowed(None, None, causal=True),
+        "packed": lambda: allowed(None, segments, causal=True),
+        "window": lambda: allowed(None, None, causal=True, window=512),
+        "padded": lambda: allowed(text, None, causal=False),
     }
     return {name: (lambda kernel, mask=mask: mask().ready(kernel, length)) for name, mask in made.items()}
 
@@ -76,11 +77,11 @@ def main(argv: list[str]) -> None:
             sys.stdout.flush()
 
 
-def _attend(kernel: str, mask: attention.Mask, q: Any, k: Any, v: Any) -> Any:
+def _attend(kernel: str, mask: Mask, q: Any, k: Any, v: Any) -> Any:
     return Layer(kernel).apply({}, q, k, v, mask)
 
 
-def _alone(kernel: str, mask: attention.Mask) -> Callable[..., tuple[Any, Any, Any]]:
+def _alone(kernel: str, mask: Mask) -> Callable[..., tuple[Any, Any, Any]]:
     return lambda q, k, v: (_attend(kernel, mask, q, k, v).reshape(q.shape), k, v)
 
 
@@ -88,7 +89,7 @@ def _next(both: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
     return lambda *arrays: both(*arrays)[1:]
 
 
-def _with_gradients(kernel: str, mask: attention.Mask) -> Callable[..., tuple[Any, ...]]:
+def _with_gradients(kernel: str, mask: Mask) -> Callable[..., tuple[Any, ...]]:
     def both(q: Any, k: Any, v: Any) -> tuple[Any, ...]:
         out, back = jax.vjp(lambda q, k, v: _attend(kernel, mask, q, k, v), q, k, v)
         return (out, *back(out))

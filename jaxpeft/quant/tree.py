@@ -102,11 +102,19 @@ class Quant:
             shape: of the kernel, `(in, out)`.
             dtype: of the kernel.
         """
-        return jax.eval_shape(self._store(), jax.ShapeDtypeStruct(shape, dtype))
+        return jax.eval_shape(self.store(), jax.ShapeDtypeStruct(shape, dtype))
 
-    def _store(self) -> Callable[[Any], dict[str, Any]]:
+    def store(
+        self, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    ) -> Callable[[Any], dict[str, Any]]:
+        """Gives what makes the leaves of a kernel `[in, out]`.
+
+        Args:
+            whole: makes a function compute on whole arrays on every device of a mesh; None where there is one device.
+        """
         form = FORMS[self.form]
-        return partial(form.store, group=self.group) if form.grouped else form.store
+        options = {"group": self.group} if form.grouped else {}
+        return partial(form.store, **options, **({"whole": whole} if form.pooled and whole is not None else {}))
 
     def stored(self, layers: list[Callable[[], jax.Array]], stacked: bool) -> dict[str, jax.Array]:
         """Gives the leaves that hold a kernel, or one a layer: each is made, quantised and let go before the next.
@@ -116,9 +124,28 @@ class Quant:
             stacked: whether the leaves have an axis of layers.
         """
         form = FORMS[self.form]
-        store = jax.jit(self._store())
+        store = jax.jit(self.store())
         made = [jax.block_until_ready(store(kernel())) for kernel in layers]
         return {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves} if stacked else made[0]
+
+
+def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
+    """Gives shape and dtype of the leaves of a base as they are stored: those of the form in place of each quantised kernel.
+
+    Args:
+        params: the tree of a base that is not quantised; abstract leaves will do.
+        quant: how it is to be; None for not.
+    """
+    sites = {} if quant is None else quant.sites(params)
+    items: list[tuple[Path, Any]] = []
+    for path, leaf in paths.walk(params):
+        if quant is None or path not in sites:
+            items.append((path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)))
+            continue
+        for key, part in quant.abstract(sites[path].shape, leaf.dtype).items():
+            shape = (*sites[path].layers, *part.shape)
+            items.append(((*path[:-1], key), jax.ShapeDtypeStruct(shape, part.dtype)))
+    return paths.build(items)
 
 
 def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:

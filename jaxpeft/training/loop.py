@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from jaxpeft.checkpoint.identity import tree_spec
 from jaxpeft.checkpoint.manager import Checkpoints
@@ -26,7 +26,10 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.batches import Position
 from jaxpeft.logs import timed
-from jaxpeft.sharding.mesh import by_rows, place, replicated
+from jaxpeft.sharding.activations import on_mesh
+from jaxpeft.sharding.mesh import batch_shardings, place, replicated
+from jaxpeft.sharding.processes import own_rows
+from jaxpeft.sharding.specs import state_shardings
 from jaxpeft.training import compiling, flops, optimizers, records
 from jaxpeft.training.begin import begun, fixed_leaves, method_of, rewritten
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
@@ -111,7 +114,7 @@ def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequenc
         ConfigError: the checkpoints are another run's.
         CheckpointError: none of them is good.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
     latest = checkpoints.latest()
     if latest is not None:
         started = method_of(checkpoints.read_meta(latest), method)
@@ -145,22 +148,26 @@ class Run:
         self.allowed = allowed
         self.setup, self.stop, self.folder = setup, stop, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
+        self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
         self.latest = self.checkpoints.latest()
         meta = None if self.latest is None else self.checkpoints.read_meta(self.latest)
         self.method, trainable, self.frozen = begun(setup, method, meta)
         self.optimizer = optimizers.build(options, setup.steps, self.method)
         self.rate = optimizers.schedule(options, options.learning_rate, setup.steps)
         state = init_state(trainable, self.optimizer, setup.config.train.seed)
-        self.state = jax.device_put(state, replicated(setup.mesh))
+        where = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+        self.places = state_shardings(setup.mesh, state, trainable, where)
+        self.state = jax.device_put(state, self.places)
         self.row_axis = int(setup.config.train.accumulation > 1)
+        self.own = own_rows(setup.mesh, setup.config.train.batch_size // setup.config.train.accumulation)
+        self.tokens = 0
         self.position: Position = {}
         self.best: Tree | None = None
         self.progress = Progress()
         self.evaluator = evaluator
         self.identity = identity_of(setup, method, trainable)
         self.step = 0
-        self.pending: list[tuple[int, int, Position, dict[str, jax.Array]]] = []
+        self.pending: list[tuple[int, Position, dict[str, jax.Array]]] = []
         self.writers: list[records.Writer] = []
         self.started = time.perf_counter()
         self.aside = 0.0
@@ -177,10 +184,12 @@ class Run:
             TrainingError: the loss is not finite.
         """
         self._resume()
-        (self.folder / "config.json").write_text(json.dumps(self.setup.identity["config"], indent=2) + "\n")
+        if self.setup.peers.first:
+            (self.folder / "config.json").write_text(json.dumps(self.setup.identity["config"], indent=2) + "\n")
         share = f"{self.sizes[0]:,} of {self.sizes[1]:,} parameters ({self.sizes[0] / self.sizes[1]:.2%})"
         _log.info("%s trains %s", self.method.name, share)
-        self.writers = records.open_writers(self.setup.config.log, self.folder, self.step)
+        if self.setup.peers.first:
+            self.writers = records.open_writers(self.setup.config.log, self.folder, self.step)
         try:
             if not self._finished():
                 step = self._compiled()
@@ -226,12 +235,15 @@ class Run:
         parts = setup.config.train.accumulation
         train_step = make_train_step(setup.model, setup.loss, self.optimizer, parts, self.method.penalty)
         how = compiling.options(setup.mesh.devices.flat[0])
-        step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(setup.mesh), compiler_options=how)
+        step = jax.jit(
+            on_mesh(setup.mesh, train_step), donate_argnums=0,
+            out_shardings=(self.places, replicated(setup.mesh)), compiler_options=how,
+        )  # fmt: skip
         compiled: dict[int, Step] = {}
         for length in setup.batches.lengths:
             self.stop.raise_if_requested()
             with timed(f"compiling the {self.method.name} step for length {length}"):
-                batch = _abstract_batch(setup.batches.sample(), length, by_rows(setup.mesh, self.row_axis))
+                batch = _abstract_batch(setup.batches.sample(), length, setup.mesh, self.row_axis)
                 compiled[length] = step.lower(self.state, self.frozen, batch).compile()
         return compiled
 
@@ -239,7 +251,7 @@ class Run:
         if self._evaluation_due():
             self._evaluate()
         mesh, feed = self.setup.mesh, self.setup.batches.feed
-        batches = feed(self.position, self.setup.steps, self.stop.raise_if_requested)
+        batches = feed(self.position, self.setup.steps, self.stop.raise_while_waiting, self.own)
         with self._progress_shown() as report, closing(batches):
             first = True
             while not self._finished():
@@ -251,10 +263,9 @@ class Run:
                     jax.block_until_ready(metrics if first else ())
                     first = False
                 self.step, self.position = self.step + 1, position
-                tokens = _tokens(batch)
-                self.pending.append((self.step, tokens, position, metrics))
+                self.pending.append((self.step, position, metrics))
                 last = self.step == self.setup.steps
-                report(tokens, last or self.step % self.setup.config.log.every_steps == 0)
+                report(last or self.step % self.setup.config.log.every_steps == 0)
                 saves = self.step % self.setup.config.checkpoint.every_steps == 0
                 if self._evaluation_due() or saves or self._finished():
                     jax.block_until_ready(self.state)  # steps that are only dispatched are no part of what follows
@@ -272,19 +283,18 @@ class Run:
         self.aside += time.perf_counter() - began
 
     @contextmanager
-    def _progress_shown(self) -> Generator[Callable[[int, bool], None]]:
+    def _progress_shown(self) -> Generator[Callable[[bool], None]]:
         shown = StepProgress(self.setup.config.log.progress, self.method.name, self.setup.steps, self.step)
-        last, tokens = [time.perf_counter()], [0]
+        last, tokens = [time.perf_counter()], [self.tokens]
 
-        def report(new: int, due: bool) -> None:
-            tokens[0] += new
+        def report(due: bool) -> None:
             if not due:
                 return
             loss = self._flush()
             # what evaluating and saving took is not the training's speed
             seconds = time.perf_counter() - last[0] - self.aside
-            shown.update(self.step, self._figures(loss, tokens[0] / max(seconds, 1e-9)))
-            last[0], tokens[0], self.aside = time.perf_counter(), 0, 0.0
+            shown.update(self.step, self._figures(loss, (self.tokens - tokens[0]) / max(seconds, 1e-9)))
+            last[0], tokens[0], self.aside = time.perf_counter(), self.tokens, 0.0
 
         try:
             yield report
@@ -310,8 +320,9 @@ class Run:
             TrainingError: too many steps in a row were skipped.
         """
         loss = math.nan
-        for step, tokens, position, metrics in self.pending:
-            loss = float(metrics["loss"])
+        for step, position, metrics in self.pending:
+            loss, tokens = float(metrics["loss"]), int(metrics["tokens"])
+            self.tokens += tokens
             seen = self.watch.see(step, self.setup.batches.told(position), metrics)
             self._write(step, seen | {"learning_rate": self._rate(step), "tokens": tokens})
             self.watch.stop_if_too_many(self._newest)
@@ -388,17 +399,15 @@ def devices_of(params: Tree) -> list[Any]:
     return sorted(found, key=lambda device: device.id)
 
 
-def _tokens(batch: Mapping[str, np.ndarray[Any, Any]]) -> int:
-    return int((batch["attention_mask"] * batch["weights"][..., None]).sum())
-
-
 def _abstract_batch(
-    batch: Mapping[str, np.ndarray[Any, Any]], length: int, sharding: NamedSharding
+    batch: Mapping[str, np.ndarray[Any, Any]], length: int, mesh: Mesh, axis: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Gives the shapes of a batch whose rows are padded to `length`."""
+    """Gives the shapes of a batch whose rows are padded to `length`, and where they lie."""
     ids = batch["input_ids"].shape
 
     def shape(name: str, own: tuple[int, ...]) -> tuple[int, ...]:
         return (*ids[:-1], length) if own == ids and name != "weights" else own
 
-    return {name: jax.ShapeDtypeStruct(shape(name, a.shape), a.dtype, sharding=sharding) for name, a in batch.items()}
+    shapes = {name: jax.ShapeDtypeStruct(shape(name, a.shape), a.dtype) for name, a in batch.items()}
+    where = batch_shardings(mesh, shapes, axis)
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where[name]) for name, a in shapes.items()}

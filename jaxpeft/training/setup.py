@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +31,14 @@ from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.methods import METHODS
 from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Pretrained
+from jaxpeft.peers import ALONE, Peers
 from jaxpeft.quant.tree import Quant
-from jaxpeft.sharding.mesh import make_mesh, replicated
-from jaxpeft.training import compiling, memory
+from jaxpeft.sharding.mesh import heads_of, make_mesh
+from jaxpeft.sharding.processes import check_processes
+from jaxpeft.sharding.rules import Rules, rules_of
+from jaxpeft.sharding.sizes import ROWS, SEQUENCE
+from jaxpeft.sharding.specs import shardings
+from jaxpeft.training import compiling, memory, placing
 from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.optimizers import schedule
@@ -56,6 +62,7 @@ class Setup:
         test: the rows for the final figures.
         batches: the training batches.
         mesh: the devices.
+        rules: which axes of the mesh each leaf lies along.
         steps: optimizer steps of the whole run.
         pad_id: token to pad with.
         labels: names of the classes.
@@ -63,6 +70,7 @@ class Setup:
         samples: a few test rows to answer: the prompt's tokens, and the answer as it is in the rows.
         tokenizer: of the model.
         identity: what makes this run this run, for the checkpoints.
+        peers: the processes of the run.
     """
 
     config: Config
@@ -74,6 +82,7 @@ class Setup:
     test: Encoded
     batches: data.Batches | Stream
     mesh: Mesh
+    rules: Rules
     steps: int
     pad_id: int
     labels: tuple[str, ...]
@@ -81,29 +90,39 @@ class Setup:
     samples: tuple[tuple[list[int], str], ...]
     tokenizer: Any
     identity: Mapping[str, Any]
+    peers: Peers = ALONE
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     """Reads tokenizer, rows and weights.
 
     Args:
         config: a checked config.
+        peers: the processes of the run; each reads the rows, and all must have read the same.
 
     Raises:
         JaxpeftError: whatever cannot be used, named.
     """
-    mesh = make_mesh(config)
-    compiling.keep_programs(config.train.compiled)
     source = sources.resolve(config.model.path, config.model.revision)
+    mesh = make_mesh(config, heads=heads_of(sources.read_json(source.folder / "config.json")))
+    check_processes(mesh)
+    rules = rules_of(config.mesh)
+    placing.check(config.mesh, mesh)
+    compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
+    base = {"sha256": sources.fingerprint(source)}
+    peers.same("base or rows", {"base": base, "data": splits.identity})
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
     length = batches.lengths[-1]
     outlined = _outlined(config, splits, steps, length, mesh)
-    trained = _check(config, outlined, length, steps)
-    outlined = _with_remat(config, outlined, trained, length, mesh)
-    model, params = outlined.model, outlined.read(config.train.seed, replicated(mesh))
+    trained = _check(config, outlined, length, steps, mesh)
+    # what is computed again must be the same everywhere, so one device speaks for all
+    budget = peers.agreed("memory of a device", lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb))
+    outlined = _with_remat(config, outlined, trained, length, mesh, budget)
+    outlined = placing.offloaded(outlined) if rules.offload else outlined
+    model, params = outlined.model, placing.read(outlined, config.train.seed, mesh, rules)
     return Setup(
         config=config,
         model=model,
@@ -116,6 +135,7 @@ def prepare(config: Config) -> Setup:
         test=splits.test,
         batches=batches,
         mesh=mesh,
+        rules=rules,
         steps=steps,
         pad_id=splits.pad_id,
         labels=splits.examples.label_names,
@@ -124,9 +144,10 @@ def prepare(config: Config) -> Setup:
         tokenizer=splits.tokenizer,
         identity={
             "config": as_dict(config),
-            "base": {"sha256": sources.fingerprint(source)},
+            "base": base,
             "data": splits.identity,
         },
+        peers=peers,
     )
 
 
@@ -155,7 +176,7 @@ def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mes
         return found
     scanned = _outline(config, splits, True, attention)
     try:
-        _check(config, scanned, length, steps)
+        _check(config, scanned, length, steps, mesh)
     except (TargetError, ConfigError):  # layers that differ cannot be stacked
         return found
     return scanned
@@ -167,17 +188,17 @@ def _attention(config: Config, mesh: Mesh) -> str:
     Raises:
         ConfigError: the one asked for does not compute on the devices.
     """
-    asked, here, many = config.model.attention, platform(mesh.devices.flat[0]), mesh.devices.size > 1
+    asked, here = config.model.attention, platform(mesh.devices.flat[0])
+    spread = mesh.shape[SEQUENCE]
     if asked == "auto":
-        # XLA does not spread a kernel that is written in Pallas
-        return "xla" if many and fastest(here) == "splash" else fastest(here)
+        return "xla" if spread > 1 else fastest(here)
     if KERNELS[asked].platform not in ("", here):
         raise ConfigError(
             f"model.attention: {asked} computes on {KERNELS[asked].platform}, and the devices are {here}; set it to auto"
         )
-    if many and asked == "splash":
+    if spread > 1 and asked != "xla":
         raise ConfigError(
-            f"model.attention: {asked} computes on one device, and mesh.data is {mesh.devices.size}; set it to auto"
+            f"model.attention: {asked} needs whole rows, and mesh.sequence spreads them over {spread} devices; set it to auto"
         )
     return asked
 
@@ -200,13 +221,15 @@ def _outline(config: Config, splits: Splits, scan_layers: bool, attention: str) 
     )
 
 
-def _with_remat(config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh) -> Outline:
+def _with_remat(
+    config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh, budget: float | None
+) -> Outline:
     """Chooses what the backward pass computes again, where the config leaves it open and memory is known."""
-    budget = memory.budget_of(mesh.devices.flat[0], config.model.memory_gb)
     if config.model.remat != "auto" or budget is None:
         return outlined
-    rows = config.train.batch_size // (config.train.accumulation * mesh.devices.size)
-    needs = memory.estimate(outlined, trained, max(1, rows), length)
+    rows = config.train.batch_size // (config.train.accumulation * math.prod(mesh.shape[axis] for axis in ROWS))
+    where = memory.layout_of(outlined, mesh, rules_of(config.mesh))
+    needs = memory.estimate(outlined, trained, max(1, rows), length // mesh.shape[SEQUENCE], where)
     remat = needs.fastest(budget)
     _log.info("remat %s: %.1f GB estimated of %.1f GB", remat, needs.total(remat) / 1e9, budget / 1e9)
     if needs.total(remat) > budget:
@@ -219,13 +242,13 @@ def _with_remat(config: Config, outlined: Outline, trained: int, length: int, me
     )
 
 
-def _check(config: Config, outlined: Outline, length: int, steps: int) -> int:
+def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mesh) -> int:
     """Refuses, before weights are read, what the model, its sites or the length of the run do not allow.
 
     Returns:
-        How many parameters the method trains; of several, those of the one that trains most.
+        How many trained parameters a device holds; of several methods, those of the one that trains most.
     """
-    trained = 0
+    trained, rules = 0, rules_of(config.mesh)
     most = getattr(outlined.model.config, "max_position_embeddings", None)
     virtual = sum(part.virtual_positions for part in config.method.parts())
     if most is not None and length + virtual > most:
@@ -239,7 +262,9 @@ def _check(config: Config, outlined: Outline, length: int, steps: int) -> int:
         try:
             params = jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
             mask = trainable_mask(method, params)
-            trained = max(trained, tree.count(tree.partition(params, mask)[0]))
+            own = tree.partition(params, mask)[0], tree.partition(shardings(mesh, rules, params, method), mask)[0]
+            held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
+            trained = max(trained, sum(jax.tree.leaves(held)))
         except TargetError as error:
             raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
         method.optimizer(optax.identity(), steps)  # which refuses a schedule that does not fit the run
