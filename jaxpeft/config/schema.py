@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpeft.config.candidates import CandidateConfig, CompareConfig
+from jaxpeft.config.mesh import MeshConfig, batch_problems, known_rows
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.errors import nearest
@@ -160,17 +161,6 @@ class DataConfig:
     def sources(self) -> tuple[str, ...]:
         """The training sources."""
         return (self.train,) if isinstance(self.train, str) else self.train
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How a run is spread over devices."""
-
-    data: int = option(1, "devices that the rows of a batch are spread over; -1 for all there are", at_least=-1)
-
-    def problems(self) -> list[str]:
-        """Lists what is wrong across options."""
-        return ["data: must be -1 or at least 1, is 0"] if self.data == 0 else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,21 +354,8 @@ class Config:
         return found
 
     def _mesh_problems(self) -> list[str]:
-        found: list[str] = []
-        parts = self.mesh.data * self.train.accumulation
-        if parts > 0 and self.train.batch_size % parts:
-            below = self.train.batch_size // parts * parts
-            near = " or ".join(str(size) for size in (below, below + parts) if size)
-            if self.train.batch_size % self.train.accumulation == 0:
-                found.append(
-                    f"train.batch_size: {self.train.batch_size} is not divisible by mesh.data {self.mesh.data} x "
-                    f"accumulation {self.train.accumulation} = {parts}; it could be {near}"
-                )
-        if self.mesh.data > 0 and self.evaluation.batch_size % self.mesh.data:
-            found.append(
-                f"evaluation.batch_size: {self.evaluation.batch_size} is not divisible by mesh.data {self.mesh.data}"
-            )
-        return found
+        """Lists batches that cannot be spread, as far as that can be told without the devices."""
+        return [] if self.mesh.problems() else batch_problems(self, *known_rows(self.mesh))
 
 
 def as_dict(config: Config) -> dict[str, Any]:

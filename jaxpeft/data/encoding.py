@@ -91,7 +91,7 @@ class Encoding:
 
 def padded_lengths(config: Config, split: Encoded) -> tuple[int, ...]:
     """Gives the lengths that the rows of a split are padded to."""
-    if config.data.packing or (config.data.streaming and not config.data.lengths):
+    if config.data.packing or ((config.data.streaming or config.mesh.long_rows) and not config.data.lengths):
         return (config.data.max_length,)
     return config.data.lengths or choose_lengths(split.lengths, config.data.max_length)
 

@@ -121,6 +121,25 @@ class Quant:
         return {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves} if stacked else made[0]
 
 
+def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
+    """Gives shape and dtype of the leaves of a base as they are stored: those of the form in place of each quantised kernel.
+
+    Args:
+        params: the tree of a base that is not quantised; abstract leaves will do.
+        quant: how it is to be; None for not.
+    """
+    sites = {} if quant is None else quant.sites(params)
+    items: list[tuple[Path, Any]] = []
+    for path, leaf in paths.walk(params):
+        if quant is None or path not in sites:
+            items.append((path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)))
+            continue
+        for key, part in quant.abstract(sites[path].shape, leaf.dtype).items():
+            shape = (*sites[path].layers, *part.shape)
+            items.append(((*path[:-1], key), jax.ShapeDtypeStruct(shape, part.dtype)))
+    return paths.build(items)
+
+
 def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:
     """Names sites: by the last component where all that have it are chosen, else by their whole names."""
     last = {site: site.name.rpartition(".")[2] for site in sites}

@@ -1,46 +1,123 @@
-"""The mesh of a run: the rows of a batch spread over its devices, parameters on each of them."""
+"""The mesh of a run: five named axes over its devices, and where batches and trees that every device holds lie."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpeft.config.mesh import MeshConfig, batch_problems
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError
+from jaxpeft.sharding.sizes import AXES, DATA, FSDP, ROWS, SEQUENCE, STRATEGIES, sizes
 
-DATA = "data"
+_log = logging.getLogger(__name__)
+_HEADS = ("num_key_value_heads", "num_attention_heads", "n_heads")
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: int | None = None) -> Mesh:
     """Makes the mesh of a run.
 
     Args:
         config: a checked config.
+        devices: to make it of, those of a topology that is only described too; None for those that there are.
+        heads: of keys and values in the model (`heads_of`), which chooses the size of `tensor` where the config leaves it open.
 
     Raises:
         ConfigError: there are not as many devices, or a batch cannot be spread over them evenly.
     """
-    there, wanted = jax.devices(), config.mesh.data
-    data = len(there) if wanted == -1 else wanted
-    if data > len(there):
-        raise ConfigError(
-            f"mesh.data: {data} devices, there are {len(there)} ({there[0].device_kind}); set it to {len(there)} or less, or to -1"
-        )
-    problems: list[str] = []
-    parts = data * config.train.accumulation
-    sizes = (("train", config.train.batch_size, parts), ("evaluation", config.evaluation.batch_size, data))
-    for section, size, over in sizes:
-        if size % over:
-            near = " or ".join(str(n) for n in (size // over * over, (size // over + 1) * over) if n)
-            by = f"{data} devices" + (f" x accumulation {config.train.accumulation}" if over != data else "")
-            problems.append(f"{section}.batch_size: {size} is not divisible by {by} = {over}; it could be {near}")
+    there = list(jax.devices() if devices is None else devices)
+    groups = _groups(there)
+    along = _sizes(config.mesh, there, len(groups), heads)
+    many, chosen = math.prod(along.values()), config.mesh.strategy
+    over = math.prod(along[axis] for axis in ROWS)
+    problems = batch_problems(config, along, f"{over} devices")
     if problems:
         raise ConfigError(problems)
-    return Mesh(np.array(there[:data]), (DATA,))
+    slices = _slices(config.mesh, len(groups), along[DATA])
+    mesh = Mesh(_arranged(config.mesh, along, there[:many], slices), AXES)
+    if chosen is not None:
+        shape = " x ".join(f"{axis} {size}" for axis, size in along.items() if size > 1) or "one device"
+        _log.info("mesh of %s: %s (%s)", chosen, shape, STRATEGIES[chosen].about)
+    return mesh
+
+
+def heads_of(config: Mapping[str, Any]) -> int | None:
+    """Gives the heads of keys and values that the `config.json` of a model names, None where it names none."""
+    return next((config[name] for name in _HEADS if isinstance(config.get(name), int)), None)
+
+
+def _sizes(options: MeshConfig, there: Sequence[Any], groups: int, heads: int | None) -> dict[str, int]:
+    try:
+        return sizes(options, len(there), groups, heads)
+    except ConfigError as error:
+        kind = f"there are {len(there)} ({there[0].device_kind})"
+        raise ConfigError([why.replace(f"there are {len(there)}", kind) for why in error.problems]) from None
+
+
+def _groups(devices: Sequence[Any]) -> list[int]:
+    """Lists the groups of devices that a slower network joins: slices of a TPU, else processes, which is hosts."""
+    by_slice = sorted({getattr(device, "slice_index", 0) or 0 for device in devices})
+    return by_slice if len(by_slice) > 1 else sorted({device.process_index for device in devices})
+
+
+def _slices(options: MeshConfig, groups: int, data: int) -> int:
+    """Gives how many slices a mesh goes over.
+
+    Raises:
+        ConfigError: the devices are in another number of groups.
+    """
+    wanted = groups if options.slices == -1 else options.slices
+    if options.strategy == "hybrid_fsdp" and options.slices == 1 and options.across == DATA and groups > 1:
+        wanted = groups if data % groups == 0 else 1
+    if wanted > 1 and groups not in (1, wanted):
+        raise ConfigError(
+            f"mesh.slices: {wanted}, and the devices are in {groups} groups; set it to {groups}, or to -1"
+        )
+    return wanted
+
+
+def _arranged(
+    options: MeshConfig, along: Mapping[str, int], devices: Sequence[Any], slices: int
+) -> np.ndarray[Any, Any]:
+    """Gives the devices as an array of the mesh's shape, neighbours along the last axes.
+
+    Raises:
+        ConfigError: the axis across slices does not go over them evenly.
+    """
+    shape = tuple(along.values())
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    axis = options.across
+    if along[axis] % slices:
+        other = FSDP if axis == DATA else DATA
+        near = along[axis] * slices // math.gcd(along[axis], slices)
+        raise ConfigError(
+            f"mesh.{axis}: {along[axis]} does not go over {slices} slices evenly; it could be {near}, or set mesh.across to {other}"
+        )
+    outer = tuple(slices if name == axis else 1 for name in along)
+    inner = tuple(size // slices if name == axis else size for name, size in along.items())
+    if len(_groups(devices)) == 1:  # nothing tells them apart, as on simulated devices: neighbours are a group
+        return _by_order(devices, inner, AXES.index(axis), slices)
+    by_process = len({getattr(device, "slice_index", 0) or 0 for device in devices}) == 1
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
+    )
+
+
+def _by_order(devices: Sequence[Any], inner: tuple[int, ...], axis: int, slices: int) -> np.ndarray[Any, Any]:
+    each = len(devices) // slices
+    parts = [
+        mesh_utils.create_device_mesh(inner, devices[i * each : (i + 1) * each], allow_split_physical_axes=True)
+        for i in range(slices)
+    ]
+    return np.concatenate(parts, axis=axis)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -50,7 +127,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_rows(mesh: Mesh, axis: int) -> NamedSharding:
     """Gives the sharding of an array whose axis of rows is spread over the devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
+
+
+def batch_shardings(mesh: Mesh, batch: Mapping[str, Any], axis: int = 0) -> dict[str, NamedSharding]:
+    """Gives the sharding of each array of a batch: rows over `data` and `fsdp`, positions over `sequence`.
+
+    Args:
+        mesh: the devices.
+        batch: arrays, abstract ones too; those shaped like `input_ids` have an axis of positions behind that of rows.
+        axis: which axis is that of rows: 1 behind an axis of micro-batches.
+    """
+    shape = batch["input_ids"].shape
+    positions = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS, SEQUENCE))
+    spread = shape[-1] % mesh.shape[SEQUENCE] == 0
+    return {
+        name: positions if spread and array.shape == shape else by_rows(mesh, axis) for name, array in batch.items()
+    }
 
 
 def place(mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0) -> dict[str, jax.Array]:
@@ -61,4 +154,4 @@ def place(mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0) 
         batch: arrays with an axis of rows.
         axis: which axis that is: 1 behind an axis of micro-batches.
     """
-    return jax.device_put(dict(batch), by_rows(mesh, axis))
+    return jax.device_put(dict(batch), batch_shardings(mesh, batch, axis))

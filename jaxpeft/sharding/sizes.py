@@ -1,0 +1,132 @@
+"""How many devices each axis of the mesh has: arithmetic alone, so that a config is checked before JAX is imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxpeft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxpeft.config.schema import MeshConfig
+
+DATA, FSDP, EXPERT, SEQUENCE, TENSOR = "data", "fsdp", "expert", "sequence", "tensor"
+AXES = (DATA, FSDP, EXPERT, SEQUENCE, TENSOR)
+"""Every mesh has all of them, in this order: what talks most is last, between neighbours."""
+ROWS = (DATA, FSDP)
+"""The axes that the rows of a batch are spread over."""
+MOST_TENSOR = 8
+"""Beyond so many devices what tensor parallelism sends outweighs what it saves, unless it is asked for."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A named way to spread a run.
+
+    Attributes:
+        own: the axis that takes all devices where no size is given; empty for one device.
+        axes: those that it uses.
+        about: what lies where, in one line.
+    """
+
+    own: str
+    axes: tuple[str, ...]
+    about: str
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    "replicated": Strategy(DATA, (DATA,), "the whole tree on each device, rows spread"),
+    "fsdp": Strategy(FSDP, (DATA, FSDP), "each kernel spread, and gathered when it is used; rows spread"),
+    "tensor": Strategy(TENSOR, (DATA, TENSOR), "heads and the feed-forward's width spread"),
+    "fsdp_tensor": Strategy(FSDP, (DATA, FSDP, TENSOR), "both: tensor between neighbours, fsdp over the rest"),
+    "sequence": Strategy(SEQUENCE, (DATA, FSDP, SEQUENCE, TENSOR), "positions of a row spread, for long rows"),
+    "hybrid_fsdp": Strategy(FSDP, (DATA, FSDP, TENSOR), "fsdp within a host or slice, whole copies across them"),
+}
+
+
+def sizes(mesh: MeshConfig, devices: int, groups: int = 1, heads: int | None = None) -> dict[str, int]:
+    """Gives the size of each axis.
+
+    Args:
+        mesh: the options.
+        devices: how many there are.
+        groups: how many groups a slower network joins, as the devices say.
+        heads: of keys and values in the model, which `tensor` should divide where it is not given; None where not known.
+
+    Returns:
+        The sizes by axis, in the order of the mesh; their product is at most `devices`.
+
+    Raises:
+        ConfigError: they do not go with so many devices.
+    """
+    wanted = _wanted(mesh, devices, groups, heads)
+    given = {axis: size for axis, size in wanted.items() if size != -1}
+    used = math.prod(given.values())
+    rest = next((axis for axis, size in wanted.items() if size == -1), None)
+    if used > devices:
+        raise ConfigError(_too_many(given, devices))
+    if rest is not None:
+        if devices % used:
+            raise ConfigError(_no_rest(rest, given, devices))
+        wanted[rest] = devices // used
+    return {axis: wanted[axis] for axis in AXES}
+
+
+def known_sizes(mesh: MeshConfig) -> dict[str, int] | None:
+    """Gives the sizes where they do not depend on the devices, None where they do."""
+    wanted = _wanted(mesh, 0, 1, None)
+    return None if -1 in wanted.values() or 0 in wanted.values() else wanted
+
+
+def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: int | None) -> dict[str, int]:
+    """Gives the size of each axis, -1 of at most one that takes the rest; with 0 devices 0 for what depends on them."""
+    given = {axis: size for axis in AXES if (size := getattr(mesh, axis)) is not None}
+    found = {axis: given.get(axis, 1) for axis in AXES}
+    if mesh.strategy is None:
+        return found
+    if mesh.strategy == "fsdp_tensor" and TENSOR not in given:
+        left = devices // math.prod(size for size in given.values() if size > 0)
+        found[TENSOR] = _tensor(left, heads) if left else 0
+    across = groups if mesh.slices == 1 else mesh.slices
+    if mesh.strategy == "hybrid_fsdp" and DATA not in given and given.get(FSDP, -1) == -1:
+        found[DATA] = (groups if across == -1 else across) if devices else 0
+        given[DATA] = found[DATA]
+    if -1 not in found.values():
+        own = STRATEGIES[mesh.strategy].own
+        axis = own if own not in given else DATA if DATA not in given else None
+        if axis is not None:
+            found[axis] = -1
+    return found
+
+
+def _tensor(devices: int, heads: int | None) -> int:
+    """Gives the largest size of `tensor` that divides the devices and the heads, and is no more than `MOST_TENSOR`."""
+    fits = (n for n in range(min(devices, MOST_TENSOR), 0, -1) if devices % n == 0)
+    return next(n for n in fits if heads is None or heads % n == 0)
+
+
+def _too_many(given: Mapping[str, int], devices: int) -> str:
+    """Says that the sizes need more devices than there are, and what the largest of them could be."""
+    large = {axis: size for axis, size in given.items() if size > 1}
+    axis = max(large, key=large.__getitem__)
+    if len(large) == 1:
+        return f"mesh.{axis}: {large[axis]} devices, there are {devices}; set it to {devices} or less, or to -1"
+    product = " x ".join(f"{name} {size}" for name, size in large.items())
+    others = math.prod(large.values()) // large[axis]
+    fix = f"mesh.{axis} could be {devices // others} or less" if others <= devices else "make them smaller"
+    return f"mesh: {product} = {math.prod(large.values())} devices, there are {devices}; {fix}"
+
+
+def _no_rest(rest: str, given: Mapping[str, int], devices: int) -> str:
+    """Says that nothing whole is left for the axis that takes the rest, and the nearest sizes of another that leave it."""
+    large = {axis: size for axis, size in given.items() if size > 1}
+    product = " x ".join(f"{axis} {size}" for axis, size in large.items())
+    used = math.prod(large.values())
+    axis = max(large, key=large.__getitem__)
+    others = used // large[axis]
+    fits = [n for n in range(1, devices + 1) if devices % (n * others) == 0] if devices % others == 0 else []
+    near = sorted(sorted(fits, key=lambda n: (abs(n - large[axis]), n))[:2])
+    fix = f"mesh.{axis} could be {' or '.join(map(str, near))}" if near else "choose divisors of the devices"
+    return f"mesh.{rest}: takes the rest, and {devices} devices / ({product} = {used}) is no whole number; {fix}"

@@ -1,0 +1,262 @@
+"""The spec of every leaf of a tree: by the rules, and beside a kernel derived from the kernel's.
+
+Which dimensions of an adapter leaf, or of one that holds a quantised kernel, run along the kernel's inputs or outputs is found
+without knowing any method or format: the leaves are made abstractly once more for a site with twice as many inputs, and for one
+with twice as many outputs. A dimension that doubles with one of them alone runs along it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft.core import paths, targets
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.core.rewriting import trainable_mask
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.quant import FORMS
+from jaxpeft.quant.form import Quantised
+from jaxpeft.sharding.rules import Axes, Rule, Rules
+from jaxpeft.sharding.sizes import EXPERT, FSDP, TENSOR
+
+_log = logging.getLogger(__name__)
+HOST = "pinned_host"
+"""The kind of memory that offloaded kernels lie in."""
+_STORED = frozenset(name for form in FORMS.values() for name in form.leaves)
+Sides = Mapping[str, tuple[int | None, ...]]
+"""By the name of a leaf, the side of the kernel that each of its dimensions runs along: 0 the inputs, 1 the outputs, None neither."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the leaves of a tree lie.
+
+    Attributes:
+        shardings: of each leaf, in a tree of the same structure.
+        dropped: axes that do not divide a dimension and were left out, one a line.
+    """
+
+    shardings: Tree
+    dropped: tuple[str, ...]
+
+
+def shardings(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None) -> Tree:
+    """Gives the sharding of each leaf: the arguments are those of `layout`, and what was left out is logged."""
+    found = layout(mesh, rules, params, method)
+    if found.dropped:
+        more = f" and {len(found.dropped) - 4} more" if len(found.dropped) > 4 else ""
+        _log.warning("not spread where an axis does not divide a dimension: %s%s", "; ".join(found.dropped[:4]), more)
+    return found.shardings
+
+
+def by_path(tree: Mapping[str, Any]) -> Callable[[Path], NamedSharding]:
+    """Gives the shardings of a tree as a function of the path, for what reads one leaf after the other."""
+    return partial(paths.get, tree)
+
+
+def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None) -> Layout:
+    """Finds where each leaf of a tree lies.
+
+    Args:
+        mesh: the devices.
+        rules: of the run.
+        params: the tree, rewritten by `method` or not, its kernels quantised or not; abstract leaves will do.
+        method: whose adapter leaves are in it, None where there are none.
+
+    Raises:
+        ConfigError: no rule covers a leaf, or one of the user's own does not go with its shape.
+    """
+    rules.require_fast(paths.text(path) for path, _ in paths.walk(params))
+    beside = dict(_beside(rules, params, method))
+    mask = dict(paths.walk(trainable_mask(method, params))) if method is not None and rules.offload else {}
+    items: list[tuple[Path, NamedSharding]] = []
+    dropped: list[str] = []
+    for path, leaf in paths.walk(params):
+        rule = rules.own(paths.text(path)) or beside.get(path) or rules.find(paths.text(path))
+        spec, left = fitted(mesh, rule, path, leaf.shape)
+        dropped += left
+        kind = HOST if rules.offload and not mask.get(path) and _offloaded(path, leaf) else None
+        items.append((path, NamedSharding(mesh, spec, memory_kind=kind)))
+    return Layout(paths.build(items), tuple(dropped))
+
+
+def _offloaded(path: Path, leaf: Any) -> bool:
+    """Says whether a frozen leaf is one of those that wait in the host's memory: the matrices of a layer's kernels."""
+    axes = leaf.ndim - (paths.layer_axis(path) is not None)
+    return (
+        any(key in paths.LAYER_CONTAINERS for key in path)
+        and (path[-1] == "kernel" or path[-1] in _STORED)
+        and axes > 1
+    )
+
+
+def fitted(mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]) -> tuple[PartitionSpec, list[str]]:
+    """Brings a rule to the shape of a leaf.
+
+    An axis that does not divide its dimension is left out, but for `fsdp`, which is there for storage alone: another of the
+    dimensions that the rule speaks of will do.
+
+    Args:
+        mesh: the devices.
+        rule: of the leaf.
+        path: what to call it.
+        shape: of the leaf, with its layer axes.
+
+    Returns:
+        `(spec, what was left out)`.
+
+    Raises:
+        ConfigError: the rule is the user's own, and does not go with the shape.
+    """
+    first = len(shape) - len(rule.axes)
+    if first < 0:
+        raise ConfigError(
+            f"mesh.rules: {rule.pattern!r} speaks of {len(rule.axes)} dimensions, and {paths.text(path)} has {list(shape)}"
+        )
+    held: list[list[str]] = [[] for _ in shape]
+    dropped: list[str] = []
+    for i, axes in enumerate(rule.axes, first):
+        for axis in axes:
+            size = mesh.shape[axis]
+            homes = (
+                [i] if axis != FSDP or rule.own else [i, *(j for j in range(len(shape) - 1, first - 1, -1) if j != i)]
+            )
+            home = next((j for j in homes if shape[j] % (size * _over(mesh, held[j])) == 0), None)
+            if size > 1 and home is not None:
+                held[home].append(axis)
+            elif size > 1 and (shape[i] > 1 or rule.own):
+                dropped.append(_undivided(mesh, path, shape, i, [*held[i], axis]))
+    if dropped and rule.own:
+        raise ConfigError([f"mesh.rules: {rule.pattern!r}: {why}" for why in dropped])
+    spec = [None if not axes else axes[0] if len(axes) == 1 else tuple(axes) for axes in held]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec), dropped
+
+
+def _over(mesh: Mesh, axes: list[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _undivided(mesh: Mesh, path: Path, shape: tuple[int, ...], i: int, axes: list[str]) -> str:
+    product = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
+    return f"{paths.text(path)} {list(shape)}: {product} does not divide {shape[i]}"
+
+
+# --------------------------------------------------------------------------------------------- leaves beside a kernel
+
+
+def _beside(rules: Rules, params: Mapping[str, Any], method: Method | None) -> Iterator[tuple[Path, Rule]]:
+    """Yields the rules of the leaves that derive theirs from a kernel's, and of adapter leaves at the root."""
+    parts = () if method is None else method.parts()
+    known: dict[Any, Sides] = {}
+    for site in targets.find_sites(params, targets.KINDS):
+        node = {key for key, leaf in paths.get(params, site.path).items() if not isinstance(leaf, Mapping)}
+        form = next((form for form in FORMS.values() if form.leaves[0] in node), None)
+        base = Rule("") if site.kind == "norm" else rules.find(paths.text((*site.path, _KERNELS[site.kind])))
+        if form is not None:
+            sides = _sides(partial(_stored, form), site, known)
+            yield from (((*site.path, key), _derived(base, sides[key], _ALL)) for key in form.leaves)
+        for part in parts:
+            names = node & set(part.site_names())
+            sides = _sides(partial(_made, part), site, known) if names else {}
+            yield from (((*site.path, key), _derived(base, sides.get(key, ()), _FEW)) for key in names)
+    yield from (((name,), Rule("")) for part in parts for name in part.root_names if name in params)
+
+
+_KERNELS = {"linear": "kernel", "embedding": "embedding"}
+_ALL, _FEW = (FSDP, EXPERT, TENSOR), (EXPERT, TENSOR)
+"""The axes that derived leaves take: of a quantised kernel all, of an adapter not `fsdp`: small leaves are faster whole."""
+
+
+def _derived(base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...]) -> Rule:
+    """Gives the rule of a leaf from that of the kernel beside it; no axis is taken twice."""
+    kernel: Axes = base.axes if len(base.axes) == 2 else ((), ())
+    taken: set[str] = set()
+    found: list[tuple[str, ...]] = []
+    for side in sides:
+        own = () if side is None else tuple(axis for axis in kernel[side] if axis in allowed and axis not in taken)
+        taken.update(own)
+        found.append(own)
+    return Rule("", tuple(found))
+
+
+def _sides(make: partial[dict[str, jax.Array]], site: Site, known: dict[Any, Sides]) -> Sides:
+    """Finds which side of a kernel each dimension of the leaves runs along.
+
+    Args:
+        make: the leaves of a site of one layer.
+        site: where.
+        known: what was found for sites of the same shape already.
+    """
+    one = site.one(0)
+    key = make.func, repr(make.args), site.shape, site.kind, site.path[-2:]
+    if key not in known:
+        shapes = [_shapes(make, dataclasses.replace(one, shape=shape)) for shape in _doubled(site.shape)]
+        own, wide, tall = shapes
+        known[key] = {
+            name: tuple(_side(n, wide.get(name, ()), tall.get(name, ()), i, len(shape)) for i, n in enumerate(shape))
+            for name, shape in own.items()
+        }
+    return known[key]
+
+
+def _doubled(shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    return shape, (2 * shape[0], shape[1]), (shape[0], 2 * shape[1])
+
+
+def _shapes(make: Callable[[Site], dict[str, jax.Array]], site: Site) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in jax.eval_shape(partial(make, site)).items()}
+
+
+def _side(n: int, wide: tuple[int, ...], tall: tuple[int, ...], i: int, ndim: int) -> int | None:
+    """Gives the side that a dimension of `n` runs along, from the shapes with twice the inputs and twice the outputs."""
+    doubles = [len(shape) == ndim and shape[i] == 2 * n for shape in (wide, tall)]
+    return doubles.index(True) if sum(doubles) == 1 else None
+
+
+def _stored(form: Quantised, site: Site) -> dict[str, jax.Array]:
+    """Makes the leaves of a quantised kernel; where inputs share a scale each has its own here, which tells its side best."""
+    kernel = jnp.zeros(site.shape, jnp.float32)
+    return form.store(kernel, group=1) if form.grouped else form.store(kernel)
+
+
+def _made(method: Method, site: Site) -> dict[str, jax.Array]:
+    """Makes the adapter leaves of a site."""
+    return method.init(site, lambda: jnp.zeros(site.shape, jnp.float32), jax.random.key(0))
+
+
+# ------------------------------------------------------------------------------------------------------ training state
+
+
+def state_shardings(mesh: Mesh, state: Any, trainable: Mapping[str, Any], where: Mapping[str, Any]) -> Any:
+    """Gives the sharding of each array of a training state: of what belongs to a trained leaf that leaf's, of the rest none.
+
+    Args:
+        mesh: the devices.
+        state: a pytree of arrays, abstract ones too, in which trees of the structure of `trainable` stand, as moments do.
+        trainable: the trained leaves.
+        where: their shardings.
+    """
+    shapes = {path: leaf.shape for path, leaf in paths.walk(trainable)}
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def of(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = tuple(str(getattr(key, "key", "")) for key in keys)
+        for start in range(len(names)):
+            if shapes.get(names[start:]) == leaf.shape:
+                return paths.get(where, names[start:])
+        return whole
+
+    return jax.tree_util.tree_map_with_path(of, state)
