@@ -115,7 +115,9 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
     notes: list[str] = []
     over = math.prod(mesh.shape[axis] for axis in ROWS)
     if config.evaluation.batch_size % over:
-        notes.append(f"evaluation.batch_size {config.evaluation.batch_size} must be a multiple of {over} for the run itself")
+        notes.append(
+            f"evaluation.batch_size {config.evaluation.batch_size} must be a multiple of {over} for the run itself"
+        )
     attention = _compiled_attention(setting, config)
     asked = config.model.remat
     first = "full" if asked == "auto" else asked
@@ -144,9 +146,7 @@ def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
     if room is not None:
         sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
         chosen = estimates.kept(run, sizes).fastest(room - place(run, mesh).held)
-    return dataclasses.replace(
-        run, model=run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen))
-    )
+    return dataclasses.replace(run, model=run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen)))
 
 
 def _compiled_attention(setting: Setting, config: Config) -> str:

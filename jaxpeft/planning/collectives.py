@@ -15,7 +15,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _EXPLICIT = re.compile(r"replica_groups=\{(\{[\d,\{\} ]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*(?:device_ids=\(([^)]*)\)\s*)?\{([^}]*)\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\],?\s*(?:device_ids=\((.*?)\)\s*)?\{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 _IDS = re.compile(r"\{([\d, ]+)\}")
 Groups = tuple[tuple[int, ...], ...]
@@ -132,11 +132,7 @@ def _of_mesh(mesh: str, order: str | None, axes: str) -> Groups:
     """Reads groups as `mesh['a'=4,'b'=2] {'a'}`: those devices are together that differ along `a` alone."""
     names = re.findall(r"'([^']*)'=(\d+)", mesh)
     sizes = [int(n) for _, n in names]
-    ids = np.arange(int(np.prod(sizes)))
-    if order is not None:
-        shuffled = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", order)
-        base = np.arange(ids.size).reshape(_ints(shuffled.group(1)) if shuffled else [ids.size])
-        ids = (base.transpose(_ints(shuffled.group(2))) if shuffled and shuffled.group(2) else base).reshape(-1)
+    ids = np.arange(int(np.prod(sizes))) if order is None else _ordered(order)
     together = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes)
     sizes, split = _split(names, together)
     ids = ids.reshape(sizes)
@@ -145,9 +141,16 @@ def _of_mesh(mesh: str, order: str | None, axes: str) -> Groups:
     return _rows(ids.transpose(moved).reshape(-1, n))
 
 
-def _split(
-    names: Sequence[tuple[str, str]], together: Sequence[tuple[str, str, str]]
-) -> tuple[list[int], list[bool]]:
+def _ordered(text: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """Reads the devices of a mesh: written out, or as an iota that is reshaped and transposed."""
+    shuffled = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if shuffled is None:
+        return np.array(_ints(text))
+    base = np.arange(int(np.prod(_ints(shuffled.group(1))))).reshape(_ints(shuffled.group(1)))
+    return (base if shuffled.group(2) is None else base.transpose(_ints(shuffled.group(2)))).reshape(-1)
+
+
+def _split(names: Sequence[tuple[str, str]], together: Sequence[tuple[str, str, str]]) -> tuple[list[int], list[bool]]:
     """Splits axes of which a part alone is named, as `'a':(2)4`: 4 of the axis's devices behind the first 2."""
     sizes: list[int] = []
     on: list[bool] = []

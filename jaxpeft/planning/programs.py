@@ -83,7 +83,12 @@ def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limi
 
 def _options(topology: Topology, limit: float | None) -> Mapping[str, Any]:
     """Tells the compiler of TPU programs of a limit below the chip's memory: it computes again what does not fit otherwise."""
-    if topology.chip.platform != "tpu" or limit is None or topology.chip.memory is None or limit >= topology.chip.memory:
+    if (
+        topology.chip.platform != "tpu"
+        or limit is None
+        or topology.chip.memory is None
+        or limit >= topology.chip.memory
+    ):
         return {}
     return {"xla_tpu_max_hbm_size_mib": int(limit / 2**20)}
 

@@ -161,20 +161,31 @@ def _with_nearest(rows: Sequence[Row]) -> list[Row]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in row.mesh.items() if size > 1) or "one device"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in row.mesh.items() if size > 1) or (
+        "one device" if row.mesh else ""
+    )
     parts = f"{row.batch_size}" if row.accumulation == 1 else f"{row.batch_size} in {row.accumulation}"
     memory = row.memory
     name = row.strategy if not row.change else f"  {row.change}"
     if memory is None:
-        return (name, mesh, parts, row.remat, *[""] * 12, row.verdict)
+        return (name, mesh, parts, row.remat, *[""] * 12, "refused")
     sizes = (memory.base, memory.adapters, memory.optimizer, memory.activations, memory.temporaries, memory.total)
     roof = row.roofline
     return (
         name, mesh, parts, row.remat, *(f"{n / GIB:.2f}" for n in sizes), f"{memory.limit / GIB:.2f}" if memory.limit else "?",
         f"{row.flops / 1e12:.1f}" if row.flops is not None else "?",
         *((f"{1e3 * roof.seconds:.1f} ms", roof.bound, f"{roof.tokens_per_second:,.0f}", f"{roof.mfu:.0%}") if roof else ("?",) * 4),
-        row.verdict,
+        _short(row),
     )  # fmt: skip
+
+
+def _short(row: Row) -> str:
+    """Says in a few words whether a row fits."""
+    memory = row.memory
+    if row.fits is None or memory is None or memory.limit is None:
+        return "no limit"
+    over = (memory.total - memory.limit) / GIB
+    return "fits" if row.fits else f"{over:.2f} over" if over > 0 else "too full"
 
 
 def _talk(rows: Sequence[Row]) -> str:
@@ -182,6 +193,7 @@ def _talk(rows: Sequence[Row]) -> str:
     lines: list[str] = []
     for row in _with_nearest(rows):
         name = f"{row.strategy}, {row.change}" if row.change else row.strategy
+        lines += [f"{name}: {row.verdict}"] if row.fits is not True else []
         for one in (row.collectives or ())[:8]:
             lines.append(
                 f"{name}: {one.count} {one.kind} over {one.axes} ({one.group} devices), {one.nbytes / GIB:.3f} GiB, "

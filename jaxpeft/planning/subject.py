@@ -107,9 +107,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            hub.hf_hub_download(
-                name, "config.json", revision=revision, local_files_only=hub.constants.HF_HUB_OFFLINE
-            )
+            hub.hf_hub_download(name, "config.json", revision=revision, local_files_only=hub.constants.HF_HUB_OFFLINE)
         )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         raise ConfigError(

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +117,8 @@ def devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     if topology.simulated:
-        jax.config.update("jax_num_cpu_devices", topology.size)
+        with suppress(RuntimeError):  # a process that has its devices already
+            jax.config.update("jax_num_cpu_devices", topology.size)
         there = jax.devices("cpu")
         if len(there) < topology.size:
             raise ConfigError(

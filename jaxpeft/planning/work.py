@@ -18,9 +18,12 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*?"flops":\s*"?(\d+)')
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all opt-barrier partition-id replica-id "
-    "iota domain async-done async-update copy-done all-gather-done all-reduce-done collective-permute-done".split()
-)
+    {
+        "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "opt-barrier",
+        "partition-id", "replica-id", "iota", "domain", "async-done", "async-update", "copy-done", "all-gather-done",
+        "all-reduce-done", "collective-permute-done",
+    }
+)  # fmt: skip
 """Opcodes that move no bytes of their own."""
 
 
@@ -62,7 +65,9 @@ def _outer(program: Program) -> set[str]:
         for one in program.computations[waiting.pop()].values():
             if one.opcode not in ("while", "conditional", "call", "async-start"):
                 continue
-            names = [n for key, called in one.called.items() for n in called if key != "to_apply" or one.opcode == "call"]
+            names = [
+                n for key, called in one.called.items() for n in called if key != "to_apply" or one.opcode == "call"
+            ]
             new = [name for name in names if name in program.computations and name not in found]
             found.update(new)
             waiting += new
