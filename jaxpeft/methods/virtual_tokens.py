@@ -1,7 +1,7 @@
 """What the methods have in common that put virtual tokens in front of a row: they adapt no site, but the whole model.
 
 Their leaves stand at the root of the tree. The model is called with `virtual=Virtual(past=..., prompt=...)`, which the models of
-`jaxpeft.load` know how to put in front (`jaxpeft.models.attention.Virtual`). Sizes come from the base's tree alone: numbers and widths
+`jaxpeft.load` know how to put in front (`jaxpeft.models.masks.Virtual`). Sizes come from the base's tree alone: numbers and widths
 of the key projections, and the word embedding.
 
 In files each of them is one table, `prompt_embeddings [virtual tokens, width]`: a network that makes it is trained, and kept in
@@ -87,7 +87,7 @@ def call_behind(call: Call, *, past: Any = None, prompt: Any = None) -> Any:
         past: `[batch or 1, n, layers, 2, kv_heads * d]`: keys, rotated, and values; or None.
         prompt: `[batch or 1, n, hidden]`; or None.
     """
-    from jaxpeft.models.attention import Virtual
+    from jaxpeft.models.masks import Virtual
 
     given = dict(call.kwargs)
     virtual = given.pop("virtual", Virtual())

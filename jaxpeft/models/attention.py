@@ -1,4 +1,4 @@
-"""Attention: what a position may see, and the product with it by the fastest kernel that fits.
+"""Attention: by the fastest kernel that fits.
 
 Three kernels compute `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32. `xla` writes all scores out; `cudnn` (NVIDIA's, on
 GPUs) and `splash` (JAX's own, on TPUs) never do: Dao et al. 2022, "FlashAttention", section 3 (arXiv:2205.14135).
@@ -7,7 +7,7 @@ GPUs) and `splash` (JAX's own, on TPUs) never do: Dao et al. 2022, "FlashAttenti
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,175 +16,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-from jaxpeft.models.base import PAST, Options
+from jaxpeft.models.base import Options
 from jaxpeft.models.layers import dropout
+from jaxpeft.models.masks import Mask
+from jaxpeft.sharding.activations import BATCH, HEAD_DIM, HEADS, KV_HEADS, LENGTH, mesh_of, placed, size_of, spec_of
+from jaxpeft.sharding.sizes import SEQUENCE, TENSOR
 
 Array = jax.Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["dense", "text", "segments"], meta_fields=["causal", "window"])
-@dataclass(frozen=True)
-class Mask:
-    """Which position may attend to which: all that the parts allow.
-
-    Attributes:
-        dense: bool, broadcast to `[batch, 1, query, key]`; None where everything is allowed.
-        text: bool `[batch, key]`: which keys are seen; None for all.
-        segments: `[batch, length]`: a position sees its own segment only; None where rows are whole. Queries and keys are then the same
-            positions, and so they are where `causal`.
-        causal: whether a position sees only itself and those before it.
-        window: how many positions back, itself included, where `causal`; 0 for all.
-    """
-
-    dense: Array | None = None
-    text: Array | None = None
-    segments: Array | None = None
-    causal: bool = False
-    window: int = 0
-
-    def given(self) -> Array | None:
-        """Gives what depends on the rows as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
-        parts = [] if self.dense is None else [self.dense]
-        if self.text is not None:
-            parts.append(self.text[:, None, None, :])
-        if self.segments is not None:
-            parts.append((self.segments[:, :, None] == self.segments[:, None, :])[:, None])
-        found: Array | None = None
-        for part in parts:
-            found = part if found is None else found & part
-        return found
-
-    def full(self, length: int) -> Array | None:
-        """Gives all of it as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
-        given = self.given()
-        if not self.causal:
-            return given
-        seen = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        if self.window:
-            seen = seen & ~jnp.tril(seen, -self.window)
-        return seen if given is None else seen & given
-
-    def ready(self, kernel: str, length: int) -> Mask:
-        """Gives the same as a kernel takes it, made once for all layers."""
-        return Mask(self.full(length)) if kernel == "xla" else self
-
-    def within(self, near: Array) -> Mask:
-        """Narrows it to where `near`, bool, broadcast to `[batch, 1, query, key]`, is true."""
-        return dataclasses.replace(self, dense=near if self.dense is None else self.dense & near)
-
-
-def allowed(attention_mask: Array | None, segment_ids: Array | None, *, causal: bool, window: int = 0) -> Mask:
-    """Says which position may attend to which.
-
-    Args:
-        attention_mask: `[batch, length]`, 1 for a token; None for tokens alone.
-        segment_ids: `[batch, length]`; a position sees its own segment only.
-        causal: whether a position sees only itself and those before it.
-        window: how many positions back, itself included; 0 for all.
-    """
-    text = None if attention_mask is None else attention_mask.astype(bool)
-    return Mask(None, text, segment_ids, causal, window)
-
-
-@dataclass(frozen=True)
-class Virtual:
-    """Positions in front of a row's tokens that no token stands at; every token sees them, in each segment of a packed row.
-
-    Attributes:
-        past: `[layers, 2, batch or 1, n, kv_heads * d]`: the keys (rotated already) and values of each layer; or None.
-        prompt: `[batch or 1, n, hidden]`: embeddings that run through all layers; or None.
-    """
-
-    past: Array | None = None
-    prompt: Array | None = None
-
-    @property
-    def count(self) -> int:
-        """How many positions they take."""
-        return sum(part.shape[-2] for part in (self.past, self.prompt) if part is not None)
-
-    @property
-    def prompted(self) -> int:
-        """How many of them run through the layers."""
-        return 0 if self.prompt is None else self.prompt.shape[-2]
-
-    def prepend(self, x: Array) -> Array:
-        """Puts the prompt in front of embeddings `[batch, length, hidden]`."""
-        if self.prompt is None:
-            return x
-        prompt = jnp.broadcast_to(self.prompt.astype(x.dtype), (x.shape[0], *self.prompt.shape[-2:]))
-        return jnp.concatenate([prompt, x], axis=1)
-
-    def positions(self, where: Array) -> Array:
-        """Gives the positions of prompt and tokens `[batch, prompted + length]`, from the tokens' own, which are shifted."""
-        where = where + self.count
-        if self.prompt is None:
-            return where
-        own = jnp.arange(self.count - self.prompted, self.count, dtype=where.dtype)
-        return jnp.concatenate([jnp.broadcast_to(own, (where.shape[0], self.prompted)), where], axis=1)
-
-    def mask(self, mask: Mask, length: int) -> Mask:
-        """Widens what tokens may attend to by the virtual positions, which every query sees but a prompt's its future.
-
-        Args:
-            mask: of the tokens.
-            length: of the tokens.
-
-        Returns:
-            That of `[batch, 1, prompted + length, count + length]`.
-        """
-        seen = mask.full(length) if self.count else None
-        if seen is None:
-            return mask
-        lead = seen.shape[:2]
-        seen = jnp.broadcast_to(seen, (*lead, length, length))
-        past = self.count - self.prompted
-        if self.prompted:
-            # a prompt sees the tokens that the last query sees: all but padding, where rows are no documents
-            after = (
-                jnp.zeros((*lead, self.prompted, length), bool)
-                if mask.causal
-                else seen[:, :, -1:].repeat(self.prompted, 2)
-            )
-            seen = jnp.concatenate([after, seen], axis=2)
-            own = jnp.ones((self.prompted + length, self.prompted), bool)
-            own = jnp.tril(own) if mask.causal else own
-            seen = jnp.concatenate([jnp.broadcast_to(own, (*lead, *own.shape)), seen], axis=3)
-        return Mask(jnp.concatenate([jnp.ones((*seen.shape[:3], past), bool), seen], axis=3))
-
-    def places(self, segment_ids: Array | None, length: int) -> Array:
-        """Gives the place of each key, `[batch or 1, count + length]`: virtual positions, then tokens, in each segment anew."""
-        own = positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], length) + self.count
-        front = jnp.broadcast_to(jnp.arange(self.count, dtype=own.dtype), (own.shape[0], self.count))
-        return jnp.concatenate([front, own], axis=1)
-
-
-def before(module: nn.Module, past: Array | None, k: Array, v: Array) -> tuple[Array, Array]:
-    """Puts keys and values of virtual positions in front of a layer's own.
-
-    Args:
-        module: the attention, which keeps its own keys and values for a caller that asks for them.
-        past: `[2, batch or 1, n, kv_heads * d]`, or None.
-        k: `[batch, length, kv_heads, d]`, rotated.
-        v: likewise, not rotated.
-    """
-    if module.is_mutable_collection(PAST) and not module.is_initializing():
-        module.sow(PAST, "kv", jnp.stack([k, v]).reshape(2, *k.shape[:2], -1))
-    if past is None:
-        return k, v
-    own = jnp.broadcast_to(past.astype(k.dtype), (2, k.shape[0], *past.shape[2:]))
-    own = own.reshape(*own.shape[:3], *k.shape[2:])
-    return jnp.concatenate([own[0], k], axis=1), jnp.concatenate([own[1], v], axis=1)
-
-
-def positions(segment_ids: Array | None, batch: int, length: int) -> Array:
-    """Gives `[batch, length]` positions that count from zero, in each segment anew."""
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    if segment_ids is None:
-        return index
-    begins = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+def by_heads(qkv: Iterable[Array]) -> tuple[Array, Array, Array]:
+    """Says where queries, keys and values `[batch, length, heads, d]` lie."""
+    q, k, v = qkv
+    k, v = (placed(array, BATCH, LENGTH, KV_HEADS, HEAD_DIM) for array in (k, v))
+    return placed(q, BATCH, LENGTH, HEADS, HEAD_DIM), k, v
 
 
 def attend(
@@ -208,7 +55,12 @@ def attend(
     if KERNELS[kernel].lacks(q.dtype, q.shape[-1], rate) or not KERNELS[kernel].takes(q, k, mask):
         kernel = "xla"
     drop = partial(dropout, module, dropout_rate)
-    out = KERNELS[kernel].compute(q, k, v, mask, drop)
+    if size_of(SEQUENCE) > 1:
+        out = _xla_by_positions(q, k, v, mask, drop)
+    elif kernel == "xla" or mesh_of() is None:
+        out = KERNELS[kernel].compute(q, k, v, mask, drop)
+    else:
+        out = _on_each(KERNELS[kernel].compute, q, k, v, mask, drop)
     return checkpoint_name(out.reshape(*q.shape[:2], -1), "attention")
 
 
@@ -243,6 +95,46 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
     out = jnp.einsum("bhts,bhsd->bhtd", weights.reshape(batch, kv_heads, -1, keys), v)
     return jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
+
+
+def _xla_by_positions(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
+    """Attends where positions are spread over devices: each has its own queries, and the keys and values of all positions."""
+    batch, length, heads, d = q.shape
+    seen = mask.full(length)
+    k, v = (placed(array, BATCH, None, KV_HEADS, HEAD_DIM) for array in (k, v))
+    # the positions keep a dimension of their own: one that they share with heads could not be spread
+    q = q.reshape(batch, length, k.shape[2], -1, d)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
+    scores = scores.reshape(batch, heads, length, -1)
+    if seen is not None:
+        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    scores = placed(scores, BATCH, HEADS, LENGTH, None)
+    weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
+    weights = weights.reshape(batch, k.shape[2], -1, length, k.shape[1])
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, d)
+
+
+def _on_each(
+    compute: Callable[..., Array], q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]
+) -> Array:
+    """Attends with a kernel that the partitioner cannot spread: each device computes its own rows and heads."""
+    across = size_of(TENSOR)
+    if q.shape[2] % across == 0 and across % k.shape[2] == 0:
+        # fewer heads of keys than devices: each device has the one that its queries read
+        k, v = (jnp.repeat(array, across // k.shape[2], axis=2) for array in (k, v))
+    together = q.shape[2] % across == 0 and k.shape[2] % across == 0
+    names = BATCH, None, HEADS if together else None, None
+    spec = spec_of(q.shape, *names)
+    each = spec_of(k.shape, *names)
+
+    def rows(leaf: Array) -> PartitionSpec:
+        return PartitionSpec(spec[0] if leaf.shape[0] == q.shape[0] else None)
+
+    run = jax.shard_map(
+        lambda q, k, v, mask: compute(q, k, v, mask, drop),
+        in_specs=(spec, each, each, jax.tree.map(rows, mask)), out_specs=spec, check_vma=False,
+    )  # fmt: skip
+    return run(q, k, v, mask)
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:

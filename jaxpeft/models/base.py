@@ -26,6 +26,7 @@ class Options:
         attention: the kernel that computes attention where it fits, a key of `jaxpeft.models.attention.KERNELS`.
         right_padded: whether rows are padded behind their tokens alone: a decoder needs no mask for it then.
         quant: which kernels of the base are quantised, and how (`jaxpeft.Quant`); None for none.
+        offload: whether the layers' kernels may lie in the host's memory: each layer then fetches its own.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Options:
     attention: str = "xla"
     right_padded: bool = False
     quant: Any = None
+    offload: bool = False
 
 
 class Pretrained(nn.Module):

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 
 from jaxpeft.models import rope
 from jaxpeft.models.activations import ACTIVATIONS
-from jaxpeft.models.attention import Mask, Virtual, allowed, attend, before, positions
+from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, option_problems, with_pooling
 from jaxpeft.models.layers import RMSNorm, dense, dropout, head_dense, joining, kept, pool, run_layers
+from jaxpeft.models.masks import Mask, Virtual, allowed, before, positions
+from jaxpeft.sharding.activations import BATCH, HIDDEN, LENGTH, MLP, VOCAB, placed
 
 Array = jax.Array
 
@@ -179,7 +181,7 @@ class Attention(nn.Module):
         c, batch, length = self.config, *x.shape[:2]
         heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads, "v_proj": c.num_key_value_heads}
         first, *others = (dense(n * c.head_dim, name, self.options, bias=c.qkv_bias) for name, n in heads.items())
-        q, k, v = (y.reshape(batch, length, -1, c.head_dim) for y in first.together(x, *others))
+        q, k, v = by_heads(y.reshape(batch, length, -1, c.head_dim) for y in first.together(x, *others))
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, self.options.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.options.dtype, name="k_norm")(k)
@@ -187,7 +189,7 @@ class Attention(nn.Module):
         k, v = before(self, past, k, kept(v))
         out = attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
         o_proj = joining(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
-        return kept(o_proj.join(o_proj(out), residual))
+        return kept(placed(o_proj.join(o_proj(out), residual), BATCH, LENGTH, HIDDEN))
 
 
 class FeedForward(nn.Module):
@@ -203,9 +205,10 @@ class FeedForward(nn.Module):
         gate_proj, up_proj = (
             dense(c.intermediate_size, name, options, bias=c.mlp_bias) for name in ("gate_proj", "up_proj")
         )
-        gate, up = (kept(y) for y in gate_proj.together(x, up_proj))
+        gate, up = (kept(placed(y, BATCH, LENGTH, MLP)) for y in gate_proj.together(x, up_proj))
         down_proj = joining(c.hidden_size, "down_proj", options, bias=c.mlp_bias)
-        return down_proj.join(down_proj(ACTIVATIONS[c.hidden_act](gate) * up), residual)
+        out = down_proj.join(down_proj(ACTIVATIONS[c.hidden_act](gate) * up), residual)
+        return placed(out, BATCH, LENGTH, HIDDEN)
 
 
 class Block(nn.Module):
@@ -283,7 +286,7 @@ class DecoderBackbone(Pretrained):
         mask = mask.ready(options.attention, length)
         fields = {"config": c, "options": options}
         per_layer = windows, virtual.past
-        x = virtual.prepend(self.embed_tokens(input_ids))
+        x = placed(virtual.prepend(self.embed_tokens(input_ids)), BATCH, LENGTH, HIDDEN)
         x = run_layers(Block, fields, c.num_hidden_layers, "layers", options, x, per_layer, cos, sin, mask, places)
         return RMSNorm(c.rms_norm_eps, options.dtype, name="norm")(x)[:, virtual.prompted :]
 
@@ -304,7 +307,8 @@ class DecoderWithHead(Pretrained):
     def head(self, x: Array) -> Array:
         """Gives a language model's logits, float32 `[..., vocab]`, of hidden states `[..., d]`."""
         out = self.model.logits(x) if self.config.tie_word_embeddings else self.lm_head(x)
-        return out.astype(jnp.float32)
+        out = out.astype(jnp.float32)
+        return placed(out, BATCH, LENGTH, VOCAB) if out.ndim == 3 else out
 
     def __call__(
         self,

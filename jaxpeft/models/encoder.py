@@ -14,10 +14,12 @@ import jax.numpy as jnp
 
 from jaxpeft.errors import DataError
 from jaxpeft.models.activations import ACTIVATIONS
-from jaxpeft.models.attention import Mask, Virtual, allowed, attend, before, positions
+from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import Family, Options, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import EncoderConfig, read_config
 from jaxpeft.models.layers import LayerNorm, dense, dropout, head_dense, joining, kept, pool, run_layers
+from jaxpeft.models.masks import Mask, Virtual, allowed, before, positions
+from jaxpeft.sharding.activations import BATCH, HIDDEN, LENGTH, MLP, placed
 
 Array = jax.Array
 
@@ -37,7 +39,7 @@ class _Part(nn.Module):
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         first, *others = (dense(c.hidden_size, name, self.options) for name in names)
-        q, k, v = (kept(y).reshape(shape) for y in first.together(x, *others))
+        q, k, v = by_heads(kept(y).reshape(shape) for y in first.together(x, *others))
         k, v = before(self, past, k, v)
         return attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
 
@@ -59,7 +61,7 @@ class Embeddings(_Part):
             types = jnp.pad(types, ((0, 0), (virtual.prompted, 0)))
             x = x + embed(c.type_vocab_size, "token_type_embeddings", types)
         x = x + embed(c.max_position_embeddings, "position_embeddings", position_ids)
-        return dropout(self, c.hidden_dropout, self.norm("LayerNorm", x))
+        return placed(dropout(self, c.hidden_dropout, self.norm("LayerNorm", x)), BATCH, LENGTH, HIDDEN)
 
 
 class _SelfAttention(_Part):
@@ -76,7 +78,8 @@ class _Output(_Part):
         out = joining(self.config.hidden_size, "dense", self.options)
         # one module, as an adapter may apply it twice
         norm = LayerNorm(self.config.layer_norm_eps, self.options.dtype, name="LayerNorm")
-        return kept(out.join(dropout(self, self.config.hidden_dropout, out(x)), residual, norm))
+        joined = out.join(dropout(self, self.config.hidden_dropout, out(x)), residual, norm)
+        return kept(placed(joined, BATCH, LENGTH, HIDDEN))
 
 
 class _Attention(_Part):
@@ -89,7 +92,7 @@ class _Attention(_Part):
 class _Intermediate(_Part):
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        wide = kept(dense(self.config.intermediate_size, "dense", self.options)(x))
+        wide = kept(placed(dense(self.config.intermediate_size, "dense", self.options)(x), BATCH, LENGTH, MLP))
         return ACTIVATIONS[self.config.hidden_act](wide)
 
 
@@ -109,16 +112,17 @@ class _DistilAttention(_Part):
     def __call__(self, x: Array, past: Array | None, mask: Mask, norm: Callable[[Array], Array]) -> Array:
         h = self.attention(x, past, mask, ("q_lin", "k_lin", "v_lin"))
         out = joining(self.config.hidden_size, "out_lin", self.options)
-        return kept(out.join(out(h), x, norm))
+        return kept(placed(out.join(out(h), x, norm), BATCH, LENGTH, HIDDEN))
 
 
 class _DistilFeedForward(_Part):
     @nn.compact
     def __call__(self, x: Array, norm: Callable[[Array], Array]) -> Array:
         c = self.config
-        h = ACTIVATIONS[c.hidden_act](kept(dense(c.intermediate_size, "lin1", self.options)(x)))
+        wide = kept(placed(dense(c.intermediate_size, "lin1", self.options)(x), BATCH, LENGTH, MLP))
         out = joining(c.hidden_size, "lin2", self.options)
-        return out.join(dropout(self, c.hidden_dropout, out(h)), x, norm)
+        joined = out.join(dropout(self, c.hidden_dropout, out(ACTIVATIONS[c.hidden_act](wide))), x, norm)
+        return placed(joined, BATCH, LENGTH, HIDDEN)
 
 
 class DistilBertBlock(_Part):

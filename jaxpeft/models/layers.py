@@ -135,7 +135,7 @@ def run_layers(
     Returns:
         The last layer's `x`.
     """
-    remat_block = _remat(block, options)
+    remat_block = _remat(_fetching(block) if options.offload else block, options)
     if not options.scan_layers:
         return _Unrolled(remat_block, dict(fields), count, name=name)(*inputs)
     axes: Any = (0, *(nn.broadcast for _ in inputs[2:]))
@@ -154,6 +154,18 @@ def _remat(block: type[nn.Module], options: Options) -> Any:
     if options.remat == "none":
         return block
     return nn.remat(block, policy=_POLICIES[options.remat], prevent_cse=not options.scan_layers)
+
+
+def _fetching(block: type[nn.Module]) -> Any:
+    """Wraps a block so that it begins by fetching its parameters to the devices; what is there already stays as it is.
+
+    Inside of remat, so that the backward pass fetches them anew, and keeps none.
+    """
+
+    def fetched(variables: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device), variables)
+
+    return nn.map_variables(block, "params", trans_in_fn=fetched, init=True, mutable=True)
 
 
 def _keeps(*names: str) -> Callable[..., bool]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
+from flax.linen import spmd
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
@@ -66,7 +67,7 @@ def spec_of(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
         shape: of the activation.
         *names: of its dimensions, None for one that lies along no axis.
     """
-    axes = nn.logical_to_mesh_axes(names) or ()
+    axes = spmd.logical_to_mesh_axes(names) or ()
     fits = (
         axis if axis is not None and n % size_of(*((axis,) if isinstance(axis, str) else axis)) == 0 else None
         for n, axis in zip(shape, axes, strict=True)

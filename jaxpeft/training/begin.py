@@ -15,7 +15,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import adapter_names, rewrite, trainable_mask
 from jaxpeft.methods import from_dict
-from jaxpeft.sharding.mesh import replicated
+from jaxpeft.sharding.specs import shardings
 from jaxpeft.training.setup import Setup
 from jaxpeft.training.start import Start
 
@@ -25,12 +25,16 @@ def split_for(setup: Setup, method: Method) -> tuple[Tree, Tree]:
 
     The trainable leaves are copies: the step is given them for good (they are donated), the base stays as it was.
     """
-    return _placed(setup, *rewritten(setup, method))
+    return _placed(setup, method, rewrite(method, setup.params, jax.random.key(setup.config.train.seed)))
 
 
-def _placed(setup: Setup, trainable: Tree, frozen: Tree) -> tuple[Tree, Tree]:
-    where = replicated(setup.mesh)
-    return jax.tree.map(jnp.copy, jax.device_put(trainable, where)), jax.device_put(frozen, where)
+def _placed(setup: Setup, method: Method, params: Tree) -> tuple[Tree, Tree]:
+    """Splits a rewritten tree, each leaf where the rules say."""
+    where = shardings(setup.mesh, setup.rules, params, method)
+    mask = trainable_mask(method, params)
+    (trainable, frozen), (of_trainable, of_frozen) = tree.partition(params, mask), tree.partition(where, mask)
+    copies = jax.tree.map(jnp.copy, jax.device_put(trainable, of_trainable))
+    return jax.device_put(copies, of_trainable), jax.device_put(frozen, of_frozen)
 
 
 def rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:
@@ -53,7 +57,7 @@ def begun(setup: Setup, method: Method, meta: Mapping[str, Any] | None) -> tuple
     key = jax.random.key(setup.config.train.seed)
     run = Start(setup.model, setup.params, key, setup.tokenizer, partial(_first_batches, setup))
     method, params = method.start(rewrite(method, setup.params, key), run)
-    return (method, *_placed(setup, *tree.partition(params, trainable_mask(method, params))))
+    return (method, *_placed(setup, method, params))
 
 
 def method_of(meta: Mapping[str, Any], configured: Method) -> Method:

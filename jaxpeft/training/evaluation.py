@@ -14,7 +14,8 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
 from jaxpeft.data.encoding import padded_lengths
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
-from jaxpeft.sharding.mesh import place
+from jaxpeft.sharding.activations import on_mesh
+from jaxpeft.sharding.mesh import place, replicated
 from jaxpeft.training import compiling
 from jaxpeft.training.outputs import Outputs
 from jaxpeft.training.setup import Encoded, Setup
@@ -32,7 +33,10 @@ class Evaluator:
 
     def __init__(self, setup: Setup, on_batch: Callable[[], None] = lambda: None) -> None:
         self._setup, self._on_batch = setup, on_batch
-        self._run = jax.jit(self._forward, compiler_options=compiling.options(setup.mesh.devices.flat[0]))
+        self._run = jax.jit(
+            on_mesh(setup.mesh, self._forward), out_shardings=replicated(setup.mesh),
+            compiler_options=compiling.options(setup.mesh.devices.flat[0]),
+        )  # fmt: skip
 
     def _forward(self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
         outputs = Outputs(self._setup.model, combine(trainable, frozen), batch, None)

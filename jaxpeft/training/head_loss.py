@@ -19,6 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.sharding.activations import size_of
+from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
+
 Array = jax.Array
 IGNORE = -100
 MOST_LOGITS = 1 << 27
@@ -115,14 +118,13 @@ def through_head(
     """
     (batch, length), weights = labels.shape, jnp.broadcast_to(weights, labels.shape)
     classes = jax.eval_shape(head, x[:, :1], jnp.zeros((), jnp.int32)).shape[-1]
-    size = min(length, max(1, most_logits // (batch * classes)))
-    count = -(-length // size)
-    size = -(-length // count)
+    count, size, devices = _chunks(length, batch * classes, most_logits)
 
     def split(array: Array, fill: Any) -> Array:
-        wide = [(0, 0), (0, count * size - length), *((0, 0),) * (array.ndim - 2)]
-        parts = jnp.pad(array, wide, constant_values=fill).reshape(batch, count, size, *array.shape[2:])
-        return jnp.moveaxis(parts, 1, 0)
+        """Gives the chunks; where positions are spread, each of them has as many of every device's positions."""
+        wide, rest = [(0, 0), (0, count * size - length), *((0, 0),) * (array.ndim - 2)], array.shape[2:]
+        parts = jnp.pad(array, wide, constant_values=fill).reshape(batch, devices, count, size // devices, *rest)
+        return jnp.moveaxis(parts, 2, 0).reshape(count, batch, size, *rest)
 
     chunks = split(x, 0), split(labels, IGNORE), split(weights, 0.0), jnp.arange(count, dtype=jnp.int32)
     run, closed = jax.closure_convert(head, chunks[0][0], chunks[3][0])
@@ -160,6 +162,22 @@ def through_head(
 
     total.defvjp(forward, backward)
     return total(chunks[0], closed), jnp.sum(_counted(labels, weights)[1])
+
+
+def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
+    """Gives how many chunks there are, the positions of each, and the devices that positions are spread over.
+
+    Args:
+        length: positions of a row.
+        logits: of one position of each row.
+        most: logits of a chunk, on each device.
+    """
+    devices = size_of(SEQUENCE) if length % size_of(SEQUENCE) == 0 else 1
+    size = min(length, max(1, most * size_of(*ROWS, SEQUENCE, TENSOR) // logits))
+    count = -(-length // size)
+    if devices > 1:  # as many positions of each device in each chunk
+        count = next(n for n in range(min(count, length // devices), length + 1) if length // devices % n == 0)
+    return count, -(-length // count), devices
 
 
 def _over(run: Callable[[Any], Array], items: Any) -> Array:

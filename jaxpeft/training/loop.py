@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from jaxpeft.checkpoint.identity import tree_spec
 from jaxpeft.checkpoint.manager import Checkpoints
@@ -26,7 +26,9 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.batches import Position
 from jaxpeft.logs import timed
-from jaxpeft.sharding.mesh import by_rows, place, replicated
+from jaxpeft.sharding.activations import on_mesh
+from jaxpeft.sharding.mesh import batch_shardings, place, replicated
+from jaxpeft.sharding.specs import state_shardings
 from jaxpeft.training import compiling, flops, optimizers, records
 from jaxpeft.training.begin import begun, fixed_leaves, method_of, rewritten
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
@@ -152,7 +154,9 @@ class Run:
         self.optimizer = optimizers.build(options, setup.steps, self.method)
         self.rate = optimizers.schedule(options, options.learning_rate, setup.steps)
         state = init_state(trainable, self.optimizer, setup.config.train.seed)
-        self.state = jax.device_put(state, replicated(setup.mesh))
+        where = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+        self.places = state_shardings(setup.mesh, state, trainable, where)
+        self.state = jax.device_put(state, self.places)
         self.row_axis = int(setup.config.train.accumulation > 1)
         self.position: Position = {}
         self.best: Tree | None = None
@@ -226,12 +230,15 @@ class Run:
         parts = setup.config.train.accumulation
         train_step = make_train_step(setup.model, setup.loss, self.optimizer, parts, self.method.penalty)
         how = compiling.options(setup.mesh.devices.flat[0])
-        step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(setup.mesh), compiler_options=how)
+        step = jax.jit(
+            on_mesh(setup.mesh, train_step), donate_argnums=0,
+            out_shardings=(self.places, replicated(setup.mesh)), compiler_options=how,
+        )  # fmt: skip
         compiled: dict[int, Step] = {}
         for length in setup.batches.lengths:
             self.stop.raise_if_requested()
             with timed(f"compiling the {self.method.name} step for length {length}"):
-                batch = _abstract_batch(setup.batches.sample(), length, by_rows(setup.mesh, self.row_axis))
+                batch = _abstract_batch(setup.batches.sample(), length, setup.mesh, self.row_axis)
                 compiled[length] = step.lower(self.state, self.frozen, batch).compile()
         return compiled
 
@@ -393,12 +400,14 @@ def _tokens(batch: Mapping[str, np.ndarray[Any, Any]]) -> int:
 
 
 def _abstract_batch(
-    batch: Mapping[str, np.ndarray[Any, Any]], length: int, sharding: NamedSharding
+    batch: Mapping[str, np.ndarray[Any, Any]], length: int, mesh: Mesh, axis: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Gives the shapes of a batch whose rows are padded to `length`."""
+    """Gives the shapes of a batch whose rows are padded to `length`, and where they lie."""
     ids = batch["input_ids"].shape
 
     def shape(name: str, own: tuple[int, ...]) -> tuple[int, ...]:
         return (*ids[:-1], length) if own == ids and name != "weights" else own
 
-    return {name: jax.ShapeDtypeStruct(shape(name, a.shape), a.dtype, sharding=sharding) for name, a in batch.items()}
+    shapes = {name: jax.ShapeDtypeStruct(shape(name, a.shape), a.dtype) for name, a in batch.items()}
+    where = batch_shardings(mesh, shapes, axis)
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where[name]) for name, a in shapes.items()}

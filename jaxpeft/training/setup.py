@@ -31,8 +31,10 @@ from jaxpeft.methods import METHODS
 from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant
-from jaxpeft.sharding.mesh import make_mesh, replicated
-from jaxpeft.training import compiling, memory
+from jaxpeft.sharding.mesh import heads_of, make_mesh
+from jaxpeft.sharding.rules import Rules, rules_of
+from jaxpeft.sharding.sizes import SEQUENCE
+from jaxpeft.training import compiling, memory, placing
 from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.optimizers import schedule
@@ -56,6 +58,7 @@ class Setup:
         test: the rows for the final figures.
         batches: the training batches.
         mesh: the devices.
+        rules: which axes of the mesh each leaf lies along.
         steps: optimizer steps of the whole run.
         pad_id: token to pad with.
         labels: names of the classes.
@@ -74,6 +77,7 @@ class Setup:
     test: Encoded
     batches: data.Batches | Stream
     mesh: Mesh
+    rules: Rules
     steps: int
     pad_id: int
     labels: tuple[str, ...]
@@ -92,9 +96,11 @@ def prepare(config: Config) -> Setup:
     Raises:
         JaxpeftError: whatever cannot be used, named.
     """
-    mesh = make_mesh(config)
-    compiling.keep_programs(config.train.compiled)
     source = sources.resolve(config.model.path, config.model.revision)
+    mesh = make_mesh(config, heads=heads_of(sources.read_json(source.folder / "config.json")))
+    rules = rules_of(config.mesh)
+    placing.check(config.mesh, mesh)
+    compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
     batches = make_batches(config, splits)
@@ -103,7 +109,8 @@ def prepare(config: Config) -> Setup:
     outlined = _outlined(config, splits, steps, length, mesh)
     trained = _check(config, outlined, length, steps)
     outlined = _with_remat(config, outlined, trained, length, mesh)
-    model, params = outlined.model, outlined.read(config.train.seed, replicated(mesh))
+    outlined = placing.offloaded(outlined) if rules.offload else outlined
+    model, params = outlined.model, placing.read(outlined, config.train.seed, mesh, rules)
     return Setup(
         config=config,
         model=model,
@@ -116,6 +123,7 @@ def prepare(config: Config) -> Setup:
         test=splits.test,
         batches=batches,
         mesh=mesh,
+        rules=rules,
         steps=steps,
         pad_id=splits.pad_id,
         labels=splits.examples.label_names,
@@ -167,17 +175,17 @@ def _attention(config: Config, mesh: Mesh) -> str:
     Raises:
         ConfigError: the one asked for does not compute on the devices.
     """
-    asked, here, many = config.model.attention, platform(mesh.devices.flat[0]), mesh.devices.size > 1
+    asked, here = config.model.attention, platform(mesh.devices.flat[0])
+    spread = mesh.shape[SEQUENCE]
     if asked == "auto":
-        # XLA does not spread a kernel that is written in Pallas
-        return "xla" if many and fastest(here) == "splash" else fastest(here)
+        return "xla" if spread > 1 else fastest(here)
     if KERNELS[asked].platform not in ("", here):
         raise ConfigError(
             f"model.attention: {asked} computes on {KERNELS[asked].platform}, and the devices are {here}; set it to auto"
         )
-    if many and asked == "splash":
+    if spread > 1 and asked != "xla":
         raise ConfigError(
-            f"model.attention: {asked} computes on one device, and mesh.data is {mesh.devices.size}; set it to auto"
+            f"model.attention: {asked} needs whole rows, and mesh.sequence spreads them over {spread} devices; set it to auto"
         )
     return asked
 

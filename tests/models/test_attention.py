@@ -14,8 +14,9 @@ import pytest
 
 from jaxpeft import models
 from jaxpeft.models import attention
-from jaxpeft.models.attention import KERNELS, AttentionKernel, Mask, allowed, fastest
+from jaxpeft.models.attention import KERNELS, AttentionKernel, fastest
 from jaxpeft.models.base import Options
+from jaxpeft.models.masks import Mask, allowed
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 9])

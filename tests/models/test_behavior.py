@@ -9,7 +9,7 @@ import pytest
 
 import jaxpeft
 from jaxpeft.errors import DataError
-from jaxpeft.models.attention import positions
+from jaxpeft.models.masks import positions
 
 ALL = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}

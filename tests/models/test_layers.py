@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.models.attention import Mask, attend
+from jaxpeft.models.attention import attend
 from jaxpeft.models.layers import dropout
+from jaxpeft.models.masks import Mask
 
 
 class _Dropped(nn.Module):
