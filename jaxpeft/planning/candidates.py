@@ -23,8 +23,9 @@ from jaxpeft.planning.roofline import rates, roofline
 from jaxpeft.planning.subject import Subject, subject, with_changes
 from jaxpeft.planning.topology import Topology
 from jaxpeft.planning.work import Work, work
+from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import heads_of, make_mesh, replicated
-from jaxpeft.sharding.sizes import ROWS
+from jaxpeft.sharding.sizes import ROWS, SEQUENCE
 from jaxpeft.training import flops
 from jaxpeft.training.memory import USABLE
 from jaxpeft.training.step import make_train_step
@@ -94,12 +95,23 @@ def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
     row = _row(config, change, sizes, run.model.options.remat, _verdict(memory, room, fits), fits=fits)
     row = dataclasses.replace(
         row,
-        attention=_attention(setting, config, run),
+        attention=_attention(setting, config, run, mesh),
         memory=memory,
         seconds=round(compiled.seconds, 1),
         notes=(*notes, *_dropped(placed), *([compiled.problem] if compiled.problem else [])),
     )
     return Candidate(config, _read(setting, row, run, mesh, compiled), placed, kept)
+
+
+def predicted(setting: Setting, config: Config) -> int:
+    """Gives the bytes of one device that a step takes by arithmetic alone: arguments, activations, and the layer at work.
+
+    Raises:
+        ConfigError: the config does not go with the devices.
+    """
+    mesh, run, _ = prepared(setting, config)
+    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+    return place(run, mesh).held + estimates.kept(run, sizes).total(run.model.options.remat)
 
 
 def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]]:
@@ -118,7 +130,7 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
         notes.append(
             f"evaluation.batch_size {config.evaluation.batch_size} must be a multiple of {over} for the run itself"
         )
-    attention = _compiled_attention(setting, config)
+    attention = _compiled_attention(setting, config, mesh)
     asked = config.model.remat
     first = "full" if asked == "auto" else asked
     try:
@@ -149,17 +161,17 @@ def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
     return dataclasses.replace(run, model=run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen)))
 
 
-def _compiled_attention(setting: Setting, config: Config) -> str:
+def _compiled_attention(setting: Setting, config: Config, mesh: Mesh) -> str:
     """Gives the kernel that the program is compiled with: that of the platform, which for a GPU is not at hand."""
-    if setting.topology.simulated:
+    if setting.topology.simulated or mesh.shape[SEQUENCE] > 1:  # no kernel computes rows whose positions are spread
         return "xla"
     return "splash" if config.model.attention == "auto" else config.model.attention
 
 
-def _attention(setting: Setting, config: Config, run: Subject) -> str:
-    if setting.topology.chip.platform == "cuda" and config.model.attention == "auto":
+def _attention(setting: Setting, config: Config, run: Subject, mesh: Mesh) -> str:
+    if setting.topology.chip.platform == "cuda" and mesh.shape[SEQUENCE] == 1 and config.model.attention == "auto":
         return "cudnn"
-    return run.model.options.attention if config.model.attention == "auto" else config.model.attention
+    return run.model.options.attention
 
 
 def step_of(run: Subject, placed: Placed, mesh: Mesh) -> Any:
@@ -167,7 +179,7 @@ def step_of(run: Subject, placed: Placed, mesh: Mesh) -> Any:
     config = run.config
     step = make_train_step(run.model, run.loss, run.optimizer, config.train.accumulation, config.method.penalty)
     where = jax.tree.map(lambda leaf: leaf.sharding, placed.state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh)))
+    return jax.jit(on_mesh(mesh, step), donate_argnums=0, out_shardings=(where, replicated(mesh)))
 
 
 def _memory(setting: Setting, run: Subject, placed: Placed, kept: estimates.Kept, compiled: Compiled) -> Memory:

@@ -52,7 +52,7 @@ def make(request: Request) -> Plan:
     Raises:
         JaxpeftError: whatever cannot be used, named.
     """
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     config = request.config
     described = model_config(config.model.path, config.model.revision, request.model_config)
     limit = chips.usable(request.topology.chip, request.hbm)
@@ -80,6 +80,7 @@ def make(request: Request) -> Plan:
         layers="scanned" if request.scan else "unrolled",
         programs=_programs(request.topology),
         seconds=round(time.perf_counter() - began, 1),
+        cpu_seconds=round(time.process_time() - cpu_began, 1),
         versions=_versions(("jax", "libtpu") if request.topology.chip.platform == "tpu" else ("jax",)),
         rows=changes.summary(rows),
     )

@@ -104,6 +104,7 @@ class Plan:
         layers: `scanned` or `unrolled`: how the layers were compiled.
         programs: what the programs were compiled for, in words.
         seconds: that the whole plan took.
+        cpu_seconds: of all cores together.
         versions: of jax and, for TPUs, libtpu.
         rows: one a strategy.
     """
@@ -120,6 +121,7 @@ class Plan:
     layers: str
     programs: str
     seconds: float
+    cpu_seconds: float
     versions: Mapping[str, str]
     rows: tuple[Row, ...]
 
@@ -152,7 +154,7 @@ def as_table(plan: Plan) -> str:
     parts = [head, _aligned([columns, *(_cells(row) for row in _with_nearest(plan.rows))]), _talk(plan.rows)]
     best = plan.best
     parts.append(f"best: {best.strategy}" if best else "best: none of these fits")
-    parts.append(f"memory in GiB of one device; {plan.seconds:.0f} s in all")
+    parts.append(f"memory in GiB of one device; {plan.seconds:.0f} s in all, {plan.cpu_seconds:.0f} s of a core")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
