@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -52,12 +53,16 @@ class Layout:
 
 
 def shardings(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None) -> Tree:
-    """Gives the sharding of each leaf: the arguments are those of `layout`, and what was left out is logged."""
-    found = layout(mesh, rules, params, method)
-    if found.dropped:
-        more = f" and {len(found.dropped) - 4} more" if len(found.dropped) > 4 else ""
-        _log.warning("not spread where an axis does not divide a dimension: %s%s", "; ".join(found.dropped[:4]), more)
-    return found.shardings
+    """Gives the sharding of each leaf: the arguments are those of `layout`."""
+    return layout(mesh, rules, params, method).shardings
+
+
+def log_dropped(found: Layout, most: int = 4) -> None:
+    """Logs what was left out, one line for all layers that are alike."""
+    alike = list(dict.fromkeys(re.sub(r"/\d+/", "/*/", why) for why in found.dropped))
+    more = [f"and {len(alike) - most} more"] if len(alike) > most else []
+    if alike:
+        _log.warning("not spread, as an axis does not divide a dimension:\n  %s", "\n  ".join([*alike[:most], *more]))
 
 
 def by_path(tree: Mapping[str, Any]) -> Callable[[Path], NamedSharding]:

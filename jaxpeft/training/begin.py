@@ -28,7 +28,7 @@ def split_for(setup: Setup, method: Method) -> tuple[Tree, Tree]:
     return _placed(setup, method, rewrite(method, setup.params, jax.random.key(setup.config.train.seed)))
 
 
-def _placed(setup: Setup, method: Method, params: Tree) -> tuple[Tree, Tree]:
+def _placed(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """Splits a rewritten tree, each leaf where the rules say."""
     where = shardings(setup.mesh, setup.rules, params, method)
     mask = trainable_mask(method, params)

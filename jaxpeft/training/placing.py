@@ -14,7 +14,7 @@ from jaxpeft.hub.loading import Outline
 from jaxpeft.quant.tree import stored_abstract
 from jaxpeft.sharding.mesh import replicated
 from jaxpeft.sharding.rules import Rules
-from jaxpeft.sharding.specs import HOST, shardings
+from jaxpeft.sharding.specs import HOST, layout, log_dropped
 
 
 def check(options: MeshConfig, mesh: Mesh) -> None:
@@ -54,5 +54,6 @@ def read(outlined: Outline, seed: int, mesh: Mesh, rules: Rules) -> Tree:
         mesh: the devices.
         rules: of the run.
     """
-    where = shardings(mesh, rules, stored_abstract(outlined.abstract, outlined.quant))
-    return jax.device_put(outlined.read(seed, replicated(mesh)), where)
+    found = layout(mesh, rules, stored_abstract(outlined.abstract, outlined.quant))
+    log_dropped(found)
+    return jax.device_put(outlined.read(seed, replicated(mesh)), found.shardings)
