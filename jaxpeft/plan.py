@@ -110,6 +110,8 @@ def main(argv: list[str]) -> int:
 def _run(config: configs.Config, where: topology.Topology, strategies: tuple[str, ...]) -> int:
     """Prepares the environment, and only then imports JAX."""
     topology.prepare(where)
+    # what a mesh is stands in the table
+    logging.getLogger("jaxpeft.sharding").setLevel(logging.ERROR)
     from jaxpeft.planning import making, report
 
     request = making.Request(

@@ -157,7 +157,7 @@ def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
     chosen = "none"
     if room is not None:
         sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
-        chosen = estimates.kept(run, sizes).fastest(room - place(run, mesh).held)
+        chosen = estimates.kept(run, sizes).fastest(USABLE * room - place(run, mesh).held)
     return dataclasses.replace(run, model=run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen)))
 
 
