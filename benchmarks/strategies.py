@@ -81,11 +81,14 @@ CASES: Mapping[str, Case] = {
 """By what the table calls them."""
 
 
-def prepared(case: Case) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, Any]]]:
-    """Makes model, rewritten parameters and a batch of a case, from fixed seeds."""
+def prepared(case: Case, *, offload: bool = False) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, Any]]]:
+    """Makes model, rewritten parameters and a batch of a case, from fixed seeds; with `offload` the model fetches its kernels."""
     decoder = case.architecture["model_type"] == "llama"
     task, labels = ("causal_lm", None) if decoder else ("sequence_classification", 3)
-    model = models.build(case.architecture, Options(task, labels, jnp.float32, scan_layers=case.scan))
+    options = Options(
+        task, labels, jnp.float32, scan_layers=case.scan, offload=offload, remat="products" if offload else "none"
+    )
+    model = models.build(case.architecture, options)
     rng = np.random.default_rng(0)
     base = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32), abstract_params(model))
     base = quantise(base, case.quant) if case.quant else base
@@ -114,7 +117,7 @@ def _batch(rng: np.random.Generator, *, decoder: bool, packed: bool) -> dict[str
 
 def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, float, Tree]:
     """Computes loss, weight and gradients of a case on a mesh: `(sum of the loss, weight, gradients)`, on the host."""
-    model, params, batch = prepared(case)
+    model, params, batch = prepared(case, offload=options.offload)
     mesh = mesh_of(options, devices)
     task = model.options.task
     loss = make_loss_sum(model, loss_for(task, "single_label"))
@@ -151,16 +154,14 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", default="1,2,4,8", help="numbers of devices")
-    parser.add_argument(
-        "--cases", default=",".join(name for name in CASES if "," not in name), help="which cases, separated by ;"
-    )
+    parser.add_argument("--cases", default="lora, packed;adapter;prefix;lora on nf4", help=f"of {'; '.join(CASES)}")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
     given = parser.parse_args(argv)
     counts = [int(n) for n in given.devices.split(",")]
-    names = given.cases.split(";") if ";" in given.cases else list(CASES)
     print(f"{'':<18}{'strategy':<14}" + "".join(f"{n:>10}" for n in counts) + "   devices")
-    for name in names:
+    for name in given.cases.split(";"):
         one = computed(CASES[name], MeshConfig(), 1)
-        for strategy in STRATEGIES:
+        for strategy in given.strategies.split(","):
             row = (difference(one, computed(CASES[name], options_of(strategy, n), n)) for n in counts)
             print(f"{name:<18}{strategy:<14}" + "".join(f"{value:>10.1e}" for value in row), flush=True)
 

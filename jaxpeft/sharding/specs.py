@@ -83,7 +83,8 @@ def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method |
         ConfigError: no rule covers a leaf, or one of the user's own does not go with its shape.
     """
     rules.require_fast(paths.text(path) for path, _ in paths.walk(params))
-    beside = dict(_beside(rules, params, method))
+    spreads = any(axes for rule in rules.rules for axes in rule.axes)
+    beside = dict(_beside(rules, params, method)) if spreads else {}
     mask = dict(paths.walk(trainable_mask(method, params))) if method is not None and rules.offload else {}
     items: list[tuple[Path, NamedSharding]] = []
     dropped: list[str] = []

@@ -8,20 +8,23 @@ Cost", section 4 (arXiv:1604.06174).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import Site
 from jaxpeft.forward import run
 from jaxpeft.hub.loading import Outline, abstract_params
-from jaxpeft.quant import FORMS
+from jaxpeft.quant.tree import stored_abstract
+from jaxpeft.sharding.rules import Rules
+from jaxpeft.sharding.sizes import FSDP, TENSOR
+from jaxpeft.sharding.specs import HOST, Layout, layout
 from jaxpeft.training.head_loss import MOST_LOGITS
 
 USABLE = 0.92
@@ -55,14 +58,15 @@ class Estimate:
         return next((policy for policy in _POLICIES if self.total(policy) <= budget), "full")
 
 
-def estimate(outline: Outline, trained: int, rows: int, length: int) -> Estimate:
-    """Estimates the memory of a step.
+def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layout | None = None) -> Estimate:
+    """Estimates the memory of a step on each device.
 
     Args:
         outline: of the model.
-        trained: how many parameters are trained.
+        trained: how many trained parameters a device holds.
         rows: that a device computes at once.
-        length: tokens a row.
+        length: tokens of a row that it computes.
+        where: the leaves lie, as `layout_of` gives it; None for all of them on each device.
     """
     model, options = outline.model, outline.model.options
     one = model.clone(
@@ -73,18 +77,35 @@ def estimate(outline: Outline, trained: int, rows: int, length: int) -> Estimate
     # of a language model the head is left out: its loss is computed in chunks
     asked: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
     jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **asked))(abstract_params(one), ids)
-    named = list(_named(jaxpr.jaxpr))
-    size = jnp.dtype(options.dtype).itemsize
-    stream = rows * length * model.config.hidden_size * size
+    size, hidden, tensor = jnp.dtype(options.dtype).itemsize, model.config.hidden_size, _along(where, TENSOR)
+    named = [(name, _share(name, aval, hidden, tensor)) for name, aval in _named(jaxpr.jaxpr)]
+    stream = rows * length * hidden * size
     layers = model.config.num_hidden_layers
     per_layer = {policy: stream + sum(n for name, n in named if name in marks) for policy, marks in _MARKS.items()}
-    vocab = model.config.vocab_size if options.task == "causal_lm" else 0
+    vocab = model.config.vocab_size // tensor if options.task == "causal_lm" else 0
+    base, gathered = _base(outline, where)
     return Estimate(
-        base=_base(outline),
+        base=base,
         trained=16 * trained,
         kept={policy: layers * n for policy, n in per_layer.items()},
-        working=2 * per_layer["products"] + 2 * size * min(MOST_LOGITS, rows * length * vocab),
+        working=gathered + 2 * per_layer["products"] + 2 * size * min(MOST_LOGITS, rows * length * vocab),
     )
+
+
+def _share(name: str, aval: Any, hidden: int, tensor: int) -> int:
+    """Gives the bytes of an activation on a device: all of what is as wide as the model, a share of heads and wider ones."""
+    whole = name != "attention" and aval.ndim == 3 and aval.shape[-1] == hidden
+    return aval.size * aval.dtype.itemsize // (1 if whole else tensor)
+
+
+def _along(where: Layout | None, axis: str) -> int:
+    leaves = [] if where is None else jax.tree.leaves(where.shardings)
+    return leaves[0].mesh.shape[axis] if leaves else 1
+
+
+def layout_of(outline: Outline, mesh: Mesh, rules: Rules) -> Layout:
+    """Finds where the leaves of a base lie, as they are stored."""
+    return layout(mesh, rules, stored_abstract(outline.abstract, outline.quant))
 
 
 def budget_of(device: Any, given: float | None) -> float | None:
@@ -100,29 +121,36 @@ def budget_of(device: Any, given: float | None) -> float | None:
     return USABLE * stats["bytes_limit"] if "bytes_limit" in stats and device.platform != "cpu" else None
 
 
-def _base(outline: Outline) -> int:
-    sites = outline.quant.sites(outline.abstract) if outline.quant else {}
-    return sum(_stored(outline, sites, path, leaf) for path, leaf in paths.walk(outline.abstract))
+def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
+    """Gives the bytes of the base on a device, and of what is fetched or gathered of it at once: two layers, and the largest table."""
+    own = paths.map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, _dtype(outline, path)), outline.abstract
+    )
+    layers = outline.model.config.num_hidden_layers
+    base = one_layer = table = 0
+    for path, leaf in paths.walk(stored_abstract(own, outline.quant)):
+        there = None if where is None else paths.get(where.shardings, path)
+        each = leaf.size if there is None else math.prod(there.shard_shape(leaf.shape))
+        size = leaf.dtype.itemsize
+        waits = there is not None and there.memory_kind == HOST
+        base += 0 if waits else each * size
+        if there is not None and (waits or FSDP in jax.tree.leaves(tuple(there.spec))):
+            gathered = each * size * there.mesh.shape[FSDP]
+            within = any(key in paths.LAYER_CONTAINERS for key in path)
+            one_layer, table = one_layer + within * gathered, max(table, (not within) * gathered)
+    return base, 2 * one_layer // layers + table
 
 
-def _stored(outline: Outline, sites: Mapping[Path, Site], path: Path, leaf: Any) -> int:
-    """Gives the bytes of one leaf, as it is stored."""
-    if path not in sites or outline.quant is None:
-        source = outline.plan.sources.get(path)
-        return leaf.size * (source.dtype.itemsize if source else 4)
-    form, quant = FORMS[outline.quant.form], outline.quant
-    store = partial(form.store, group=quant.group) if form.grouped else form.store
-    made = jax.eval_shape(store, jax.ShapeDtypeStruct(leaf.shape[-2:], jnp.float32))
-    layers = leaf.size // (leaf.shape[-1] * leaf.shape[-2])
-    return layers * sum(part.size * part.dtype.itemsize for part in made.values())
+def _dtype(outline: Outline, path: Path) -> Any:
+    source = outline.plan.sources.get(path)
+    return jnp.dtype(jnp.float32) if source is None else source.dtype
 
 
-def _named(jaxpr: Any) -> Iterator[tuple[str, int]]:
-    """Yields the names that values bear, and their bytes, those in inner programs too."""
+def _named(jaxpr: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the names that values bear, and their shapes and dtypes, those in inner programs too."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "name":
-            aval = equation.outvars[0].aval
-            yield equation.params["name"], aval.size * aval.dtype.itemsize
+            yield equation.params["name"], equation.outvars[0].aval
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,8 @@ from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant
 from jaxpeft.sharding.mesh import heads_of, make_mesh
 from jaxpeft.sharding.rules import Rules, rules_of
-from jaxpeft.sharding.sizes import SEQUENCE
+from jaxpeft.sharding.sizes import ROWS, SEQUENCE
+from jaxpeft.sharding.specs import shardings
 from jaxpeft.training import compiling, memory, placing
 from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
@@ -107,7 +109,7 @@ def prepare(config: Config) -> Setup:
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
     length = batches.lengths[-1]
     outlined = _outlined(config, splits, steps, length, mesh)
-    trained = _check(config, outlined, length, steps)
+    trained = _check(config, outlined, length, steps, mesh)
     outlined = _with_remat(config, outlined, trained, length, mesh)
     outlined = placing.offloaded(outlined) if rules.offload else outlined
     model, params = outlined.model, placing.read(outlined, config.train.seed, mesh, rules)
@@ -163,7 +165,7 @@ def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mes
         return found
     scanned = _outline(config, splits, True, attention)
     try:
-        _check(config, scanned, length, steps)
+        _check(config, scanned, length, steps, mesh)
     except (TargetError, ConfigError):  # layers that differ cannot be stacked
         return found
     return scanned
@@ -213,8 +215,9 @@ def _with_remat(config: Config, outlined: Outline, trained: int, length: int, me
     budget = memory.budget_of(mesh.devices.flat[0], config.model.memory_gb)
     if config.model.remat != "auto" or budget is None:
         return outlined
-    rows = config.train.batch_size // (config.train.accumulation * mesh.devices.size)
-    needs = memory.estimate(outlined, trained, max(1, rows), length)
+    rows = config.train.batch_size // (config.train.accumulation * math.prod(mesh.shape[axis] for axis in ROWS))
+    where = memory.layout_of(outlined, mesh, rules_of(config.mesh))
+    needs = memory.estimate(outlined, trained, max(1, rows), length // mesh.shape[SEQUENCE], where)
     remat = needs.fastest(budget)
     _log.info("remat %s: %.1f GB estimated of %.1f GB", remat, needs.total(remat) / 1e9, budget / 1e9)
     if needs.total(remat) > budget:
@@ -227,13 +230,13 @@ def _with_remat(config: Config, outlined: Outline, trained: int, length: int, me
     )
 
 
-def _check(config: Config, outlined: Outline, length: int, steps: int) -> int:
+def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mesh) -> int:
     """Refuses, before weights are read, what the model, its sites or the length of the run do not allow.
 
     Returns:
-        How many parameters the method trains; of several, those of the one that trains most.
+        How many trained parameters a device holds; of several methods, those of the one that trains most.
     """
-    trained = 0
+    trained, rules = 0, rules_of(config.mesh)
     most = getattr(outlined.model.config, "max_position_embeddings", None)
     virtual = sum(part.virtual_positions for part in config.method.parts())
     if most is not None and length + virtual > most:
@@ -247,7 +250,9 @@ def _check(config: Config, outlined: Outline, length: int, steps: int) -> int:
         try:
             params = jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
             mask = trainable_mask(method, params)
-            trained = max(trained, tree.count(tree.partition(params, mask)[0]))
+            own = tree.partition(params, mask)[0], tree.partition(shardings(mesh, rules, params, method), mask)[0]
+            held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
+            trained = max(trained, sum(jax.tree.leaves(held)))
         except TargetError as error:
             raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
         method.optimizer(optax.identity(), steps)  # which refuses a schedule that does not fit the run

@@ -1,0 +1,117 @@
+"""The sizes of the mesh's axes, and what is said of those that cannot be."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from jaxpeft.config import defaults
+from jaxpeft.config.files import parse_config
+from jaxpeft.config.mesh import MeshConfig
+from jaxpeft.errors import ConfigError
+from jaxpeft.sharding.sizes import AXES, sizes
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "wanted"),
+    [
+        ({}, 8, (1, 1, 1, 1, 1)),
+        ({"data": -1}, 8, (8, 1, 1, 1, 1)),
+        ({"data": 2}, 8, (2, 1, 1, 1, 1)),
+        ({"strategy": "replicated"}, 8, (8, 1, 1, 1, 1)),
+        ({"strategy": "fsdp"}, 8, (1, 8, 1, 1, 1)),
+        ({"strategy": "fsdp", "data": 2}, 8, (2, 4, 1, 1, 1)),
+        ({"strategy": "fsdp", "fsdp": 4}, 8, (2, 4, 1, 1, 1)),
+        ({"strategy": "tensor"}, 4, (1, 1, 1, 1, 4)),
+        ({"strategy": "tensor", "tensor": 2}, 8, (4, 1, 1, 1, 2)),
+        ({"strategy": "fsdp_tensor"}, 16, (1, 4, 1, 1, 4)),
+        ({"strategy": "fsdp_tensor", "tensor": 2}, 16, (1, 8, 1, 1, 2)),
+        ({"strategy": "sequence"}, 8, (1, 1, 1, 8, 1)),
+        ({"strategy": "sequence", "fsdp": 2}, 8, (1, 2, 1, 4, 1)),
+        ({"strategy": "hybrid_fsdp", "slices": 2}, 8, (2, 4, 1, 1, 1)),
+        ({"strategy": "hybrid_fsdp"}, 8, (1, 8, 1, 1, 1)),
+        ({"strategy": "fsdp", "expert": 2, "rules": ((".*x", "expert"),)}, 8, (1, 4, 2, 1, 1)),
+    ],
+)
+def test_a_strategy_gives_its_own_axis_what_is_left(
+    options: dict[str, Any], devices: int, wanted: tuple[int, ...]
+) -> None:
+    found = sizes(MeshConfig(**options), devices, heads=4)
+    assert tuple(found) == AXES
+    assert tuple(found.values()) == wanted
+
+
+def test_hybrid_goes_over_as_many_groups_as_the_devices_say() -> None:
+    assert tuple(sizes(MeshConfig(strategy="hybrid_fsdp"), 16, groups=4).values()) == (4, 4, 1, 1, 1)
+    assert tuple(sizes(MeshConfig(strategy="hybrid_fsdp", slices=-1), 16, groups=2).values()) == (2, 8, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("heads", "tensor"), [(None, 8), (8, 8), (6, 2), (4, 4), (5, 1)])
+def test_tensor_divides_the_heads_and_the_devices(heads: int | None, tensor: int) -> None:
+    assert sizes(MeshConfig(strategy="fsdp_tensor"), 32, heads=heads)["tensor"] == tensor
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": 16}, "mesh.data: 16 devices, there are 8; set it to 8 or less, or to -1"),
+        (
+            {"strategy": "fsdp_tensor", "fsdp": 4, "tensor": 4},
+            "mesh: fsdp 4 x tensor 4 = 16 devices, there are 8; mesh.fsdp could be 2 or less",
+        ),
+        (
+            {"strategy": "fsdp", "data": 3},
+            "mesh.fsdp: takes the rest, and 8 devices / (data 3 = 3) is no whole number; mesh.data could be 2 or 4",
+        ),
+    ],
+)
+def test_an_impossible_mesh_is_refused_with_the_arithmetic(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        sizes(MeshConfig(**options), 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": 0}, "data: must be -1 or at least 1, is 0"),
+        ({"slices": 0}, "slices: must be -1 or at least 1, is 0"),
+        (
+            {"strategy": "fsdp", "data": -1, "fsdp": -1},
+            "fsdp: data and fsdp are both -1, and one axis can take the rest; give the other a size",
+        ),
+        (
+            {"fsdp": 4},
+            "fsdp: nothing of strategy None lies along it; set mesh.strategy to fsdp or fsdp_tensor or sequence or hybrid_fsdp",
+        ),
+        ({"strategy": "fsdp", "expert": 2}, "expert: nothing of strategy fsdp lies along it; give mesh.rules that do, or leave it out"),
+        ({"strategy": "fsdp", "data": 3, "slices": 2}, "data: 3 does not go over 2 slices evenly; it could be 2 or 4"),
+        ({"rules": ((),)}, "rules[0]: is empty; begin it with an expression of a path"),
+        ({"rules": (("(", "data"),)}, "rules[0]: '(' is no regular expression"),
+        ({"rules": ((".*", "tensr"),)}, "rules[0]: 'tensr' is no axis; did you mean 'tensor'?"),
+        ({"rules": ((".*", "data", "fsdp+data"),)}, "rules[0]: an axis stands there twice, in 'data', 'fsdp+data'; a leaf has it once"),
+    ],
+)  # fmt: skip
+def test_options_that_exclude_each_other(options: dict[str, Any], said: str) -> None:
+    (found,) = MeshConfig(**options).problems()
+    assert found.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ({"data": 3}, "config.train.batch_size: 32 is not divisible by mesh.data 3 x accumulation 1 = 3; it could be 30 or 33"),
+        (
+            {"strategy": "fsdp", "data": 2, "fsdp": 24},
+            "config.train.batch_size: 32 is not divisible by mesh.data 2 x mesh.fsdp 24 x accumulation 1 = 48; it could be 48",
+        ),
+        ({"strategy": "sequence", "sequence": 3}, "config.data.max_length: 128 is not divisible by mesh.sequence 3; it could be 126 or 129"),
+    ],
+)  # fmt: skip
+def test_batches_that_cannot_be_spread_are_refused_before_jax_is_imported(mesh: dict[str, Any], said: str) -> None:
+    values = defaults().to_dict()
+    values["model"]["path"] = values["data"]["train"] = "x"
+    values["train"]["steps"] = 1
+    values["mesh"] |= mesh
+    assert said in parse_config(values)[1]
