@@ -22,7 +22,7 @@ from jaxpeft.planning.report import Memory, Row
 from jaxpeft.planning.roofline import rates, roofline
 from jaxpeft.planning.subject import Subject, subject, with_changes
 from jaxpeft.planning.topology import Topology
-from jaxpeft.planning.work import Work, work
+from jaxpeft.planning.work import work
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import heads_of, make_mesh, replicated
 from jaxpeft.sharding.sizes import ROWS, SEQUENCE
@@ -87,7 +87,8 @@ def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
     except (ConfigError, TargetError) as error:
         return Candidate(config, _row(config, change, {}, "", f"refused: {'; '.join(error.problems)}", fits=False))
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
-    placed, kept = place(run, mesh), estimates.kept(run, sizes)
+    placed = place(run, mesh)
+    kept = estimates.kept(run, placed, mesh)
     compiled = compile_step(step_of(run, placed, mesh), (placed.state, placed.frozen, placed.batch), setting.topology, setting.limit, placed.held)  # fmt: skip
     memory = _memory(setting, run, placed, kept, compiled)
     room = setting.room
@@ -110,8 +111,8 @@ def predicted(setting: Setting, config: Config) -> int:
         ConfigError: the config does not go with the devices.
     """
     mesh, run, _ = prepared(setting, config)
-    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
-    return place(run, mesh).held + estimates.kept(run, sizes).total(run.model.options.remat)
+    placed = place(run, mesh)
+    return placed.held + estimates.kept(run, placed, mesh).total(run.model.options.remat)
 
 
 def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]]:
@@ -156,8 +157,8 @@ def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
     room = setting.room
     chosen = "none"
     if room is not None:
-        sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
-        chosen = estimates.kept(run, sizes).fastest(USABLE * room - place(run, mesh).held)
+        placed = place(run, mesh)
+        chosen = estimates.kept(run, placed, mesh).fastest(USABLE * room - placed.held)
     return dataclasses.replace(run, model=run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen)))
 
 
@@ -224,23 +225,13 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
     if compiled.text is None:
         return row
     program = parse(compiled.text)
-    found, done = collectives(program, row.mesh), work(program)
+    found, done = collectives(program, row.mesh), work(program, causal=run.config.model.task == "causal_lm")
     chip, notes = setting.topology.chip, row.notes
     if done.kernels:
-        own = _kernel_flops(run, mesh)
-        done = Work(done.flops + own, done.traffic, 0)
-        notes = (*notes, "FLOPs of attention kernels are by arithmetic, forward and backward once")
+        notes = (*notes, f"FLOPs without those of {done.kernels} calls of kernels, which say nothing of them")
     own_program = not setting.topology.simulated
     roof = roofline(
         chip, done, own_program, rates(chip, mesh, found), tokens=run.tokens, model_flops=model_flops, devices=mesh.size
     )
     traffic = done.traffic if own_program else None
     return dataclasses.replace(row, collectives=found, flops=done.flops, traffic=traffic, roofline=roof, notes=notes)
-
-
-def _kernel_flops(run: Subject, mesh: Mesh) -> float:
-    """Gives one device's FLOPs of causal attention: 2 products forward, 5 backward, half of the pairs of positions each."""
-    c = run.model.config
-    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    pairs = run.config.train.batch_size * run.length**2 / 2
-    return 7 * 2 * pairs * c.num_attention_heads * size * c.num_hidden_layers / mesh.size

@@ -154,8 +154,8 @@ def _predicted(setting: Setting, change: Change, scale: float) -> float:
         mesh, run, _ = prepared(setting, change.config)
     except (ConfigError, TargetError):
         return math.inf
-    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
-    return place(run, mesh).held + scale * estimates.kept(run, sizes).total(run.model.options.remat)
+    placed = place(run, mesh)
+    return placed.held + scale * estimates.kept(run, placed, mesh).total(run.model.options.remat)
 
 
 def summary(rows: Sequence[Row]) -> tuple[Row, ...]:

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxpeft.core import kernels, paths, tree
+from jaxpeft.core import kernels, paths
 from jaxpeft.hub.loading import Outline, abstract_params
-from jaxpeft.hub.weights import WeightPlan
+from jaxpeft.hub.weights import LeafSource, WeightPlan
+from jaxpeft.planning.placing import Placed
 from jaxpeft.planning.subject import Subject
-from jaxpeft.sharding.sizes import FSDP, ROWS, SEQUENCE, TENSOR
+from jaxpeft.sharding.rules import rules_of
+from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
 from jaxpeft.training import memory
-from jaxpeft.training.head_loss import MOST_LOGITS
 
 POLICIES = ("products", "attention", "full")
 """Of remat, from the one that computes least again to the one that computes most."""
@@ -41,41 +43,43 @@ class Kept:
         return next((policy for policy in POLICIES if self.total(policy) <= room), "full")
 
 
-def kept(subject: Subject, mesh: Mapping[str, int]) -> Kept:
+def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
     """Estimates what a step keeps.
 
     Args:
         subject: the run.
-        mesh: size of each axis.
+        placed: its leaves, and where they lie.
+        mesh: the devices.
     """
-    model, over = subject.model, math.prod(mesh[axis] for axis in ROWS)
-    rows, length = -(-subject.rows // over), -(-subject.length // mesh[SEQUENCE])
-    # of the outline its model alone is read: there are no files
-    outline = Outline(model, abstract_params(model), {}, {}, WeightPlan({}, (), ()))
-    own = memory.estimate(outline, 0, rows, length)
-    layers, size = model.config.num_hidden_layers, jnp.dtype(model.options.dtype).itemsize
-    stream = layers * rows * length * model.config.hidden_size * size
-    split = {policy: stream + (n - stream) // mesh[TENSOR] for policy, n in own.kept.items()}
+    over = math.prod(mesh.shape[axis] for axis in ROWS)
+    rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
+    outline = _outline(subject)
+    where = memory.layout_of(outline, mesh, rules_of(subject.config.mesh))
+    own = memory.estimate(outline, 0, rows, length, where)
     # what differentiation keeps is not known here; what is offloaded waits elsewhere, but for the layers' inputs
-    split |= {"none": split["products"], "offload": split["full"]}
-    vocab = model.config.vocab_size if model.options.task == "causal_lm" else 0
-    logits = 2 * size * min(MOST_LOGITS // over, rows * length * vocab)
-    gradients = 4 * tree.count(subject.state.trainable)
-    working = 2 * split["products"] // layers + logits + gradients + _kernels(subject, mesh)
-    return Kept(split, working)
+    split = {**own.kept, "none": own.kept["products"], "offload": own.kept["full"]}
+    return Kept(split, own.working + placed.gradients + _decoded(subject, mesh))
 
 
-def _kernels(subject: Subject, mesh: Mapping[str, int]) -> int:
-    """Gives the bytes of kernels that exist whole while they are used: of a layer where they are gathered, else the largest decoded one."""
-    size = jnp.dtype(subject.model.options.dtype).itemsize
-    layers = subject.model.config.num_hidden_layers
+def _outline(subject: Subject) -> Outline:
+    """Gives what the estimate asks for: a model whose files are never read."""
+    model, abstract = subject.model, abstract_params(subject.model)
+    stored = dict(paths.walk(subject.base))
+    sources = {
+        path: LeafSource((), leaf.shape, stored[path].dtype if path in stored else jnp.dtype(jnp.float32), False, False)
+        for path, leaf in paths.walk(abstract)
+    }
+    return Outline(model, abstract, abstract, {}, WeightPlan(sources, (), ()), model.options.quant)
+
+
+def _decoded(subject: Subject, mesh: Mesh) -> int:
+    """Gives the bytes of what a quantised base is decoded to while it is used: its largest kernel."""
+    if subject.model.options.quant is None:
+        return 0
+    size, layers = jnp.dtype(subject.model.options.dtype).itemsize, subject.model.config.num_hidden_layers
     inner = [
         kernels.parameters(path[-1], leaf.shape) // (layers if paths.layer_axis(path) is not None else 1)
         for path, leaf in paths.walk(subject.base)
         if any(key in paths.LAYER_CONTAINERS for key in path)
     ]
-    stacked = any(paths.layer_axis(path) is not None for path, _ in paths.walk(subject.base))
-    whole = sum(inner) // (1 if stacked else layers)
-    if mesh[FSDP] > 1:
-        return 2 * size * whole // mesh[TENSOR]
-    return size * max(inner, default=0) // mesh[TENSOR] if subject.model.options.quant else 0
+    return size * max(inner, default=0) // mesh.shape[TENSOR]

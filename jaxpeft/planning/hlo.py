@@ -167,7 +167,7 @@ def parse(text: str) -> Program:
             if header and "=" not in raw.split("(")[0]:
                 current = computations.setdefault(header.group(2), {})
                 entry = header.group(2) if header.group(1) else entry
-        elif raw.startswith("}"):
+        elif raw.rstrip() == "}":  # what a kernel says of itself may go over lines, and end in more of them
             current = None
         else:
             one = _instruction(raw)

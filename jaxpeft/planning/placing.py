@@ -29,6 +29,7 @@ class Placed:
         adapters: of the leaves that the method adds.
         optimizer: of its state.
         inputs: of the batch.
+        gradients: of the trained leaves' gradients.
         dropped: axes that do not divide a dimension and were left out.
     """
 
@@ -39,6 +40,7 @@ class Placed:
     adapters: int
     optimizer: int
     inputs: int
+    gradients: int
     dropped: tuple[str, ...]
 
     @property
@@ -76,6 +78,7 @@ def place(subject: Subject, mesh: Mesh) -> Placed:
         adapters=sum(local(leaf) for path, leaf in leaves if path not in own),
         optimizer=sum(map(local, jax.tree.leaves(state.optimizer))),
         inputs=sum(map(local, jax.tree.leaves(batch))),
+        gradients=sum(map(local, jax.tree.leaves(state.trainable))),
         dropped=found.dropped,
     )
 

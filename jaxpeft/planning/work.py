@@ -16,6 +16,8 @@ from jaxpeft.planning.hlo import Array, Instruction, Program
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+"""Of splash attention, the products of a head's queries or weights with keys, values or their gradients, by the kernel's name."""
 _ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*?"flops":\s*"?(\d+)')
 _FREE = frozenset(
     {
@@ -42,20 +44,38 @@ class Work:
     kernels: int
 
 
-def work(program: Program) -> Work:
-    """Adds up the work of a program."""
+def work(program: Program, *, causal: bool = True) -> Work:
+    """Adds up the work of a program.
+
+    Args:
+        program: compiled.
+        causal: whether attention kernels compute half of the pairs of positions.
+    """
     flops, kernels, traffic = 0.0, 0, 0
     outer = _outer(program)
     for name, times in program.runs.items():
         for one in program.computations[name].values():
             if one.opcode == "custom-call" and "tpu_custom_call" in one.text:
-                said = _ESTIMATE.search(one.text)
-                flops, kernels = flops + times * int(said.group(1) if said else 0), kernels + times * (said is None)
+                own = _kernel(program, name, one, causal)
+                flops, kernels = flops + times * (own or 0.0), kernels + times * (own is None)
             elif one.opcode in ("dot", "convolution"):
                 flops += times * _product(program, name, one)
             if name in outer:
                 traffic += times * _moved(program, name, one)
     return Work(flops, traffic, kernels)
+
+
+def _kernel(program: Program, computation: str, one: Instruction, causal: bool) -> float | None:
+    """Gives the FLOPs of a call of a kernel, None where nothing tells: what it says itself, or those of splash attention."""
+    said = _ESTIMATE.search(one.text)
+    if said is not None:
+        return float(said.group(1))
+    products = next((n for name, n in _PRODUCTS.items() if one.name.startswith(name)), None)
+    heads = [a for operand in program.operands(computation, one) for a in operand.arrays if len(a.dims) == 4]
+    if products is None or not heads:
+        return None
+    batch, many, length, size = heads[0].dims
+    return products * 2.0 * batch * many * length * length * size / (2 if causal else 1)
 
 
 def _outer(program: Program) -> set[str]:

@@ -83,3 +83,17 @@ def test_nested_scans_multiply():
     assert max(program.runs.values()) >= 15
     dots = [n for name, n in program.runs.items() for one in program.computations[name].values() if one.opcode == "dot"]
     assert dots == [15]
+
+
+def test_what_a_kernel_says_of_itself_over_several_lines_ends_no_computation():
+    text = """HloModule m
+
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8]{0} parameter(0)
+  %k = bf16[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"about": "a line"
+}}, metadata={op_name="k"}
+  ROOT %n = bf16[8]{0} negate(%k)
+}
+"""
+    assert list(parse(text).computations["main"]) == ["x", "k", "n"]
