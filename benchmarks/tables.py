@@ -185,6 +185,51 @@ def _error_row(row: Mapping[str, Any]) -> str:
     return f"| {row['model']} | {row['format']} | {blocks} | {row['bytes_a_weight']:.3f} | {' | '.join(cells)} |"
 
 
+SHARDS = """## Loading into shards
+
+`python -m benchmarks.shard_loading`: a Llama of TinyLlama's width, loaded by several processes of two CPU devices each on one machine of two
+cores. Of the process in which it is most: what it asked of the files, what its devices hold (each part once) before kernels are quantised, the
+ratio of both, the largest part on one device, and the peak of its memory above what its devices hold in the end.
+
+| leaves | base | layers | processes | read | its part | read / part | largest part | memory above | seconds |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def shard_loading(name: str) -> str:
+    """Writes the table of `benchmarks.shard_loading`."""
+    rows = lines(name)
+    model = f"The model has {rows[0]['model_mb']:.0f} MB in bfloat16; jax {rows[0]['jax']}."
+    return SHARDS + "\n".join([*map(_shard_row, rows), "", model, ""])
+
+
+def _shard_row(row: Mapping[str, Any]) -> str:
+    cells = [
+        row["way"], "bf16" if row["quant"] == "none" else row["quant"], "scanned" if row["scan_layers"] else "unrolled",
+        str(row["processes"]), *(f"{row[key]:.0f} MB" for key in ("read_mb", "part_mb")), f"{row['read_over_part']:.3f}",
+        *(f"{row[key]:.0f} MB" for key in ("largest_mb", "above_mb")), f"{row['seconds']:.1f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+SEGMENTS = """## Reading a part of each row
+
+`python -m benchmarks.segments`: GB/s of the part, one thread, from the page cache (warm) and from the disk (cold). A call for each row; out of a
+mapping of a few rows, which is what `jaxpeft` does; and the rows whole, which asks for all of their bytes.
+
+| row | part | calls, warm | mapped, warm | whole, warm | calls, cold | mapped, cold | whole, cold |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def segments(name: str) -> str:
+    """Writes the table of `benchmarks.segments`."""
+    ways = [f"{way}_{state}" for state in ("warm", "cold") for way in ("calls", "mapped", "whole")]
+    sizes = ("row_bytes", "part_bytes")
+    rows = [[*(f"{row[key]:,} B" for key in sizes), *(f"{row[way]:.2f}" for way in ways)] for row in lines(name)]
+    return SEGMENTS + "\n".join([*(f"| {' | '.join(cells)} |" for cells in rows), ""])
+
+
 if __name__ == "__main__":
     tables = [
         step("step_h100.jsonl"),
@@ -192,5 +237,7 @@ if __name__ == "__main__":
         matmul("matmul_h100.jsonl"),
         quality("quality_cpu.jsonl"),
         error("error_cpu.jsonl"),
+        shard_loading("shard_loading_cpu.jsonl"),
+        segments("segments_cpu.jsonl"),
     ]
     (HERE / "README.md").write_text("\n".join([HEAD, *tables]))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft import quant
-from jaxpeft.lazy import jnp
+from jaxpeft.lazy import jax, jnp
 from jaxpeft.quant.form import Form, over_rows
 
 Leaves = Mapping[str, Any]
@@ -68,6 +68,15 @@ def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) ->
         raise KeyError(f"no kernel among {', '.join(leaves)}")
     kernel = FORMS[name].read(leaves).astype(jnp.float32)
     return (jnp.transpose(kernel, order) if order else kernel).reshape(shape)
+
+
+def near(leaf: Any) -> Any:
+    """Gives a leaf as it is on its devices, where it waits in the host's memory; other leaves, abstract ones too, as they are."""
+    from jax.core import Tracer
+
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.sharding.memory_kind in (None, "device"):
+        return leaf
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
 
 
 def as_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:

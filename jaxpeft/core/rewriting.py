@@ -44,7 +44,7 @@ def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites:
     for part in method.parts():
         _add(part, params, tree, rng, chosen_sites(part, params, sites))
     mask = dict(paths.walk(trainable_mask(method, tree)))
-    return paths.map_with_path(lambda path, leaf: leaf.astype(jnp.float32) if mask[path] else leaf, tree)
+    return paths.map_with_path(lambda path, leaf: kernels.near(leaf).astype(jnp.float32) if mask[path] else leaf, tree)
 
 
 def chosen_sites(
@@ -131,7 +131,7 @@ def kernel_of(site: Site, base: Leaves, i: int) -> jax.Array:
 
 def layer_of(site: Site, leaves: Leaves, i: int) -> dict[str, Any]:
     """Gives the leaves of layer `i` of a site, those of modules inside it apart."""
-    own = {key: leaf for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}
+    own = {key: kernels.near(leaf) for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}
     where = np.unravel_index(i, site.layers) if site.layers else ()
     return {key: leaf[tuple(map(int, where))] for key, leaf in own.items()} if site.layers else own
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from jaxpeft.hub.safetensors_files import DTYPES, Described, Tensor
+from jaxpeft.hub.safetensors_files import DTYPES, Described, Span, Tensor
 from jaxpeft.quant import nf4
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -38,8 +38,8 @@ _INSTEAD = "load the unquantized model, with quant='nf4'"
 class Rows(Described, Protocol):
     """A tensor that is read by its rows."""
 
-    def read_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Reads `tensor[start:stop]` along the first axis."""
+    def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
+        """Reads `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
         ...
 
 
@@ -65,9 +65,10 @@ class Filled:
         """Size in bytes."""
         return 4 * math.prod(self.shape)
 
-    def read_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Gives `tensor[start:stop]` along the first axis."""
-        return np.full((stop - start, *self.shape[1:]) if self.shape else (), self.value, np.float32)
+    def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
+        """Gives `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
+        rest = self.shape[1:] if columns is None else (columns[1] - columns[0], *self.shape[2:])
+        return np.full((stop - start, *rest) if self.shape else (), self.value, np.float32)
 
 
 @dataclass(frozen=True)

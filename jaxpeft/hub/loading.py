@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ from jaxpeft import logs, models
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import ConfigError, WeightsError
-from jaxpeft.hub import bitsandbytes, quantised_cache, sources, weights
-from jaxpeft.hub.safetensors_files import open_folder
+from jaxpeft.hub import bitsandbytes, quantised_cache, shards, sources, weights
+from jaxpeft.hub.safetensors_files import Meter, open_folder
 from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Options, Pretrained
 from jaxpeft.quant.tree import Quant
@@ -44,7 +44,7 @@ def load(
     vocab_size: int | None = None,
     quant: Quant | str | None = None,
     seed: int = 0,
-    sharding: Any = None,
+    sharding: shards.Places | None = None,
     cache: bool = True,
 ) -> tuple[Pretrained, Tree]:
     """Loads a pretrained model: a Linen module and its parameters.
@@ -66,9 +66,11 @@ def load(
             layer after the other, so that the model never exists as a whole in more bits. Embeddings and heads stay as they are.
             A checkpoint that `bitsandbytes` has quantised to NF4 is read as it is, with None or `nf4`.
         seed: for the leaves of a newly made head.
-        sharding: a `jax.sharding.Sharding` for all leaves; None for the first device.
+        sharding: a `jax.sharding.Sharding` for all leaves, or a function that gives that of each leaf by its path, as it is
+            stored (a quantised kernel as the leaves that hold it); None for the first device. A process reads the parts of the
+            files that its own devices hold, and the numbers are the same on any of them.
         cache: whether quantised kernels of more than a gigabyte are kept on disk, and read from there the next time; the
-            environment's `JAXPEFT_CACHE` says where, or `off`.
+            environment's `JAXPEFT_CACHE` says where, or `off`. Several processes keep none.
 
     Returns:
         `(model, params)`; `model` records where it came from in `model.source`.
@@ -95,6 +97,7 @@ class Outline:
         config: the content of `config.json`.
         plan: where each leaf is to be read from.
         quant: which kernels are quantised as they are read, and how; None for none.
+        meter: how many bytes of the checkpoint's tensors were read.
     """
 
     model: Pretrained
@@ -103,11 +106,13 @@ class Outline:
     config: Mapping[str, Any]
     plan: weights.WeightPlan
     quant: Quant | None = None
+    meter: Meter = field(default_factory=Meter, compare=False)
 
-    def read(self, seed: int = 0, sharding: Any = None, *, cache: bool = True) -> Tree:
+    def read(self, seed: int = 0, sharding: shards.Places | None = None, *, cache: bool = True) -> Tree:
         """Reads the numbers, slice by slice: see `load`.
 
         Raises:
+            ConfigError: a sharding does not fit its leaf.
             WeightsError: a file cannot be read.
         """
         started = time.perf_counter()
@@ -116,21 +121,22 @@ class Outline:
         new = _new_leaves(self.model, self.plan.new, seed)
         place = self._cached() if cache else None
         cached = place.opened() if place else None
-        params = weights.read(self.stored, cached or self.plan, new, sharding, self.quant)
+        params = shards.read(self.abstract, cached or self.plan, new, sharding, self.quant)
         if place and not cached:
             place.write(params)
-        wanted = dict(paths.walk(self.abstract))
-        params = paths.map_with_path(
-            lambda path, leaf: _grown(leaf, wanted[path].shape) if path in wanted else leaf, params
-        )
         _report(self, params, time.perf_counter() - started)
         return params
+
+    @property
+    def leaves(self) -> Tree:
+        """Shape and dtype of every leaf as `read` gives it: a quantised kernel as the leaves that hold it."""
+        return shards.leaves(self.abstract, self.plan, self.quant)
 
     def _cached(self) -> quantised_cache.Entry | None:
         """Gives the place of the quantised kernels on disk; None where there are none, or the files have them."""
         if self.quant is None or self.plan.held:
             return None
-        return quantised_cache.entry(self.plan, self.quant, self.quant.sites(self.stored))
+        return quantised_cache.entry(self.plan, self.quant, self.quant.sites(self.abstract))
 
 
 def outline(
@@ -159,7 +165,8 @@ def outline(
         raise ConfigError(f"task: must be one of {', '.join(TASKS)}, is {task!r}")
     source = sources.resolve(path_or_hub_id, revision)
     config = sources.read_json(source.folder / "config.json")
-    tensors: weights.Tensors = bitsandbytes.gathered(open_folder(source.folder))
+    meter = Meter()
+    tensors: weights.Tensors = bitsandbytes.gathered(open_folder(source.folder, meter))
     dtype, compute_dtype = _floating("dtype", dtype), _floating("compute_dtype", compute_dtype)
     compute = compute_dtype or dtype or _own_dtype(tensors)
     labels = num_labels if num_labels is not None else _labels_of(config, task)
@@ -191,7 +198,7 @@ def outline(
         model = model.clone(options=dataclasses.replace(model.options, quant=how))
     quantised = how.sites(abstract) if how else {}  # what does not fit is told before anything is read
     if vocab_size in (None, own):
-        return Outline(model, abstract, abstract, config, plan, how)
+        return Outline(model, abstract, abstract, config, plan, how, meter)
     grown = model.clone(config=dataclasses.replace(model.config, vocab_size=vocab_size))
     wanted = paths.map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, paths.get(abstract, path).dtype), abstract_params(grown)
@@ -201,7 +208,7 @@ def outline(
             raise ConfigError(
                 f"quant: {quantised[path].name} is to be quantised, and vocab_size={vocab_size} gives it more tokens; exclude it"
             )
-    return Outline(grown, wanted, abstract, config, plan, how)
+    return Outline(grown, wanted, abstract, config, plan.grown(wanted), how, meter)
 
 
 def _quantised_already(folder: FilePath, abstract: Tree, plan: weights.WeightPlan, asked: Quant | None) -> Quant:
@@ -217,15 +224,6 @@ def _quantised_already(folder: FilePath, abstract: Tree, plan: weights.WeightPla
             f"quant: is {asked}, and {folder} is quantised already, as {found}; leave quant out, or give the unquantised model"
         )
     return found
-
-
-def _grown(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Gives an embedding or a head the places of added tokens, which begin as the mean of the others."""
-    for axis, (now, then) in enumerate(zip(leaf.shape, shape, strict=True)):
-        if then > now:
-            mean = jnp.mean(leaf.astype(jnp.float32), axis=axis, keepdims=True).astype(leaf.dtype)
-            leaf = jnp.concatenate([leaf, jnp.repeat(mean, then - now, axis=axis)], axis=axis)
-    return leaf
 
 
 def abstract_params(model: Pretrained) -> Tree:
@@ -279,17 +277,19 @@ def _pooling(config: dict[str, Any], task: str, tensors: Mapping[str, Any]) -> s
     return "mean"
 
 
-def _new_leaves(model: Pretrained, wanted: tuple[Path, ...], seed: int) -> dict[Path, Any]:
+def _new_leaves(model: Pretrained, wanted: tuple[Path, ...], seed: int) -> dict[Path, np.ndarray[Any, Any]]:
+    """Makes the leaves of a new head whole, on one device of each process: the numbers do not depend on how they are spread."""
     if not wanted:
         return {}
-    ids = jnp.zeros((1, 2), jnp.int32)
+    ids = np.zeros((1, 2), np.int32)
 
     @jax.jit
     def make(rng: jax.Array) -> list[jax.Array]:
         made = model.init(rng, ids)["params"]
         return [paths.get(made, path).astype(jnp.float32) for path in wanted]
 
-    return dict(zip(wanted, make(jax.random.key(seed)), strict=True))
+    made = make(jax.random.key(seed))
+    return {path: np.asarray(leaf) for path, leaf in zip(wanted, made, strict=True)}
 
 
 def _report(loaded: Outline, params: Tree, seconds: float) -> None:
@@ -301,6 +301,9 @@ def _report(loaded: Outline, params: Tree, seconds: float) -> None:
         "loaded %s (%s): %.1f M parameters, %.1f MB as %s, in %.1f s",
         name, loaded.config["model_type"], tree.count(params) / 1e6, size / 1e6, dtypes, seconds,
     )  # fmt: skip
+    if jax.process_count() > 1:
+        held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+        _log.info("this process read %.1f MB, its devices hold %.1f MB", loaded.meter.bytes / 1e6, held / 1e6)
     if plan.new:
         _log.info("newly made head: %s", ", ".join(sorted({paths.text(path[:-1]) for path in plan.new})))
     if plan.replaced:

@@ -5,7 +5,11 @@
 
 The key is the SHA-256 of what the leaves depend on: where each kernel lies in which files, their sizes and times (hashing their
 bytes would cost as much as reading them), how it is quantised, its dtype, the platform, and the versions of jaxpeft and of this
-format. How layers run is no part of it. What is not quantised is always read from the model's own files.
+format. How layers run is no part of it, nor how leaves are spread over devices: the bits are the same. What is not quantised is
+always read from the model's own files.
+
+Several processes keep none, and read none: all of them would have to find the same here, on disks that need not be shared, and
+to check a base each would read all of it, where without a cache it reads and quantises its own part.
 """
 
 from __future__ import annotations
@@ -32,14 +36,15 @@ from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import WeightsError
+from jaxpeft.hub.leaf_sources import LeafSource, joined
 from jaxpeft.hub.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.safetensors_writing import write_model
 from jaxpeft.hub.sources import read_json
-from jaxpeft.hub.weights import LeafSource, WeightPlan, joined
+from jaxpeft.hub.weights import WeightPlan
 from jaxpeft.logs import timed
 from jaxpeft.quant.tree import Quant
 
-FORMAT = 1
+FORMAT = 2
 LEAST_BYTES = 1 << 30
 """How many bytes of kernels are worth a place on disk; fewer are quantised in seconds."""
 _RECORD = "quantised.json"
@@ -182,8 +187,12 @@ def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry |
     root = cache.folder()
     sources = {path: plan.sources[path] for path in sites if path in plan.sources}
     files = [tensor for source in sources.values() for tensor in source.tensors if isinstance(tensor, Tensor)]
-    # of several processes none knows what the others find here
-    if root is None or sum(tensor.nbytes for tensor in files) < LEAST_BYTES or jax.process_count() > 1:
+    if root is None or sum(tensor.nbytes for tensor in files) < LEAST_BYTES:
+        return None
+    if jax.process_count() > 1:
+        _log.info(
+            "the quantised kernels are not cached: each of %d processes quantises its own part", jax.process_count()
+        )
         return None
     what = {
         "format": FORMAT,

@@ -1,18 +1,22 @@
 """Reading safetensors files by byte range: the header is checked whole, the data is read slice by slice.
 
-The file is read with `pread`, not mapped: a mapped file counts as the process's memory once it is touched, and the model
-would be held twice.
+Whole rows are read with `pread`: a mapped file counts as the process's memory once it is touched, and the model would be held
+twice. A part of each row is taken out of a mapping of a few rows, which is let go at once: a call for each row costs several
+times as much as its bytes (benchmarks/README.md).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
+import mmap
 import operator
 import os
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +33,9 @@ DTYPES: Mapping[str, Any] = {
 _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PRIVATE = mmap.MAP_PRIVATE
+"""Shared mappings are refused by some file systems that are read over a network."""
+Span = tuple[int, int]
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 
 
@@ -51,6 +58,23 @@ class Described(Protocol):
         ...
 
 
+class Meter:
+    """Counts the bytes of tensors that were asked of files, by all threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._bytes = threading.Lock(), 0
+
+    def add(self, count: int) -> None:
+        """Counts bytes."""
+        with self._lock:
+            self._bytes += count
+
+    @property
+    def bytes(self) -> int:
+        """How many were asked for so far."""
+        return self._bytes
+
+
 @dataclass(frozen=True)
 class Tensor:
     """Where one tensor's data is.
@@ -60,27 +84,60 @@ class Tensor:
         offset: of its first byte in the file.
         shape: row-major shape.
         dtype: NumPy dtype, with ml_dtypes for bfloat16 and float8.
+        meter: counts what is read of it; None for nothing.
     """
 
     file: Path
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    meter: Meter | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
         """Reads `tensor[start:stop]` along the first axis.
+
+        Args:
+            start: the first row.
+            stop: the row behind the last.
+            columns: from where to where along the second axis; None for all of it. Of the rows no more is asked of the file.
 
         Raises:
             WeightsError: the file ends too early.
         """
+        if columns is not None and columns != (0, self.shape[1]):
+            return self._segments(start, stop, columns)
         row = self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
         return self._read(self.offset + start * row, shape)
+
+    def _segments(self, start: int, stop: int, columns: Span) -> np.ndarray[Any, Any]:
+        """Copies a part of each row out of a mapping of these rows."""
+        out = aligned_empty((stop - start, columns[1] - columns[0], *self.shape[2:]), self.dtype)
+        if not out.size:
+            return out
+        one = math.prod(self.shape[2:]) * self.dtype.itemsize
+        row = self.shape[1] * one
+        first, last = self.offset + start * row, self.offset + stop * row
+        begin = first - first % mmap.ALLOCATIONGRANULARITY
+        with self.file.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < last:  # what lies behind the end of a file can be mapped, and ends the process when it is touched
+                raise WeightsError(_cut_short(self.file, size))
+            with mmap.mmap(file.fileno(), last - begin, _PRIVATE, mmap.PROT_READ, offset=begin) as mapped:
+                rows = np.ndarray((stop - start, row), np.uint8, buffer=mapped, offset=first - begin)
+                out.reshape(len(out), -1).view(np.uint8)[...] = rows[:, columns[0] * one : columns[1] * one]
+                del rows  # else the mapping cannot be let go
+        self._count(out.nbytes)
+        return out
+
+    def _count(self, asked: int) -> None:
+        if self.meter is not None:
+            self.meter.add(asked)
 
     def read(self) -> np.ndarray[Any, Any]:
         """Reads the whole tensor."""
@@ -89,16 +146,21 @@ class Tensor:
     def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         out = aligned_empty(shape, self.dtype)
         view = out.reshape(-1).view(np.uint8).data
+        self._count(len(view))
         done, fd = 0, os.open(self.file, os.O_RDONLY)
         try:
             while done < len(view):
                 got = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
                 if got == 0:
-                    raise WeightsError(f"{self.file}: ends at byte {offset + done}, inside a tensor; fetch it again")
+                    raise WeightsError(_cut_short(self.file, offset + done))
                 done += got
         finally:
             os.close(fd)
         return out
+
+
+def _cut_short(file: Path, size: int) -> str:
+    return f"{file}: ends at byte {size}, inside a tensor; fetch it again"
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -109,11 +171,12 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[An
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def open_folder(folder: Path) -> dict[str, Tensor]:
+def open_folder(folder: Path, meter: Meter | None = None) -> dict[str, Tensor]:
     """Reads the headers of a model folder's weight files.
 
     Args:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
+        meter: counts what is read of the tensors; None for nothing.
 
     Returns:
         Every tensor by its name.
@@ -121,10 +184,11 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: listing every file that is missing or is not safetensors, and every tensor that two files hold.
     """
-    if (folder / INDEX).is_file():
-        return _open_sharded(folder)
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
+    found = _open_sharded(folder) if (folder / INDEX).is_file() else None
+    if found is None and (folder / SINGLE).is_file():
+        found = read_header(folder / SINGLE)
+    if found is not None:
+        return {name: dataclasses.replace(tensor, meter=meter) for name, tensor in found.items()}
     there = sorted(p.name for p in folder.iterdir())
     pickled = [name for name in there if name in _PICKLES or name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickled:

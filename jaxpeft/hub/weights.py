@@ -1,109 +1,26 @@
-"""Weights from safetensors into a parameter tree, one tensor slice at a time.
-
-Every leaf of the model's abstract tree is matched to the checkpoint's tensors by name before a byte of data is read. Each
-leaf is then made by `jax.make_array_from_callback`: the callback reads just the rows that a device holds.
-"""
+"""Which tensors of a checkpoint make which leaf: matched by name, and checked, before a byte of data is read."""
 
 from __future__ import annotations
 
-import functools
-import os
+import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import WeightsError, nearest
-from jaxpeft.hub.bitsandbytes import Packed, Rows
-from jaxpeft.hub.safetensors_files import Tensor, aligned_empty
+from jaxpeft.hub.bitsandbytes import Packed
+from jaxpeft.hub.leaf_sources import Grown, LeafSource, joined
+from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.models.base import Family
-from jaxpeft.quant.tree import Quant
 
-_BLOCK_BYTES = 1 << 20
-_STRIP = 32
-_THREADS = 8
-Index = tuple[slice, ...]
 Tensors = Mapping[str, Tensor | Packed]
-
-
-@dataclass(frozen=True)
-class LeafSource:
-    """Where the numbers of one leaf come from.
-
-    Attributes:
-        tensors: one, or one a layer.
-        shape: of the leaf.
-        dtype: of the leaf.
-        stacked: whether the leading axis counts `tensors`.
-        transposed: whether the leaf is the transpose of the tensors (a kernel).
-    """
-
-    tensors: tuple[Rows, ...]
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    stacked: bool
-    transposed: bool
-
-    def read(self, index: Index | None) -> np.ndarray[Any, Any]:
-        """Reads a slice of the leaf.
-
-        Args:
-            index: a slice for each axis of the leaf; None for all of it.
-
-        Returns:
-            Array of the slice's shape, in the leaf's dtype.
-        """
-        whole = (slice(None),) * len(self.shape) if index is None else index
-        spans = [s.indices(n)[:2] for s, n in zip(whole, self.shape, strict=True)]
-        out = aligned_empty(tuple(stop - start for start, stop in spans), self.dtype)
-        blocks: list[Callable[[], None]] = []
-        if not self.stacked:
-            blocks += self._blocks(out, self.tensors[0], spans)
-        else:
-            for row, tensor in enumerate(self.tensors[slice(*spans[0])]):
-                blocks += self._blocks(out[row : row + 1].reshape(out.shape[1:]), tensor, spans[1:])
-        if len(blocks) == 1:
-            blocks[0]()
-        else:
-            with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-                for _ in pool.map(lambda block: block(), blocks):
-                    pass
-        return out
-
-    def _blocks(
-        self, out: np.ndarray[Any, Any], tensor: Rows, spans: Sequence[tuple[int, int]]
-    ) -> Iterator[Callable[[], None]]:
-        """Yields functions that each read a block of the tensor's rows into its place in `out`."""
-        if not spans:
-            yield lambda: out.__setitem__(..., tensor.read_rows(0, 1))
-            return
-        rows, others = (spans[-1], spans[:-1]) if self.transposed else (spans[0], spans[1:])
-        columns = (slice(None), *(slice(*span) for span in others))
-        step = max(1, _BLOCK_BYTES * tensor.shape[0] // max(1, tensor.nbytes))
-        for start in range(rows[0], rows[1], step):
-            stop = min(start + step, rows[1])
-            at = slice(start - rows[0], stop - rows[0])
-            place = out[:, at].T if self.transposed else out[at]
-            yield functools.partial(_copy, place, tensor, start, stop, columns)
-
-
-def _copy(place: np.ndarray[Any, Any], tensor: Rows, start: int, stop: int, columns: Index) -> None:
-    """Reads rows of a tensor into their place, a few at a time: a transposed copy is then six times as fast."""
-    block = tensor.read_rows(start, stop)[columns]
-    if block.dtype == place.dtype:
-        # NumPy copies its own dtypes faster than those of ml_dtypes
-        raw = f"u{block.dtype.itemsize}"
-        block, place = block.view(raw), place.view(raw)
-    for row in range(0, len(block), _STRIP):
-        place[row : row + _STRIP] = block[row : row + _STRIP]
 
 
 @dataclass(frozen=True)
@@ -121,6 +38,21 @@ class WeightPlan:
     new: tuple[Path, ...]
     replaced: tuple[str, ...]
     held: Mapping[Path, Mapping[str, LeafSource]] = field(default_factory=dict[Path, Mapping[str, LeafSource]])
+
+    def grown(self, abstract: Tree) -> WeightPlan:
+        """Gives the plan with the rows of added tokens, which begin as the mean of the others.
+
+        Args:
+            abstract: the model's tree with them.
+        """
+        sources = dict(self.sources)
+        for path, leaf in paths.walk(abstract):
+            source = sources.get(path)
+            if source is not None and source.shape != leaf.shape:
+                rows = leaf.shape[-1] if source.transposed else leaf.shape[0]
+                table = Grown(source.tensors[0], rows, source.dtype)
+                sources[path] = dataclasses.replace(source, tensors=(table,), shape=leaf.shape)
+        return dataclasses.replace(self, sources=sources)
 
 
 def plan(
@@ -214,18 +146,6 @@ def _held(packed: Sequence[Packed], *, stacked: bool) -> dict[str, LeafSource]:
     return {key: joined([one.leaves[key] for one in packed], stacked=stacked) for key in packed[0].leaves}
 
 
-def joined(tensors: Sequence[Rows], *, stacked: bool) -> LeafSource:
-    """Gives the leaf that tensors of one shape and dtype make as they are.
-
-    Args:
-        tensors: one, or one a layer.
-        stacked: whether the leaf has an axis of layers.
-    """
-    first = tensors[0]
-    shape = (len(tensors), *first.shape) if stacked else first.shape
-    return LeafSource(tuple(tensors), shape, first.dtype, stacked, transposed=False)
-
-
 def _extra(named: Tensors, used: set[str], family: Family, *, head_wanted: bool) -> list[str]:
     """Says which tensors belong to nothing. The head of another task is left out without a word; where this task's head is
     in the checkpoint, a tensor that looks like a head's may be a misspelt one of it.
@@ -264,6 +184,8 @@ def _shown(problems: list[str], folder: Any, most: int = 60) -> list[str]:
 def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
     """Gives the tensors of a model whose head is its embedding: one of the two, under the embedding's name.
 
+    Where both are there they are compared: each of several processes compares its part of them.
+
     Raises:
         WeightsError: both are there and differ.
     """
@@ -283,14 +205,12 @@ def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
 
 
 def _equal(a: Tensor | Packed, b: Tensor | Packed, rows: int = 4096) -> bool:
-    """Compares two tensors, a few rows at a time."""
+    """Compares this process's part of two tensors, a few rows at a time."""
     if isinstance(a, Packed) or isinstance(b, Packed) or a.shape != b.shape:
         return False
-    starts = range(0, a.shape[0], rows)
-    return all(
-        np.array_equal(a.read_rows(i, min(i + rows, a.shape[0])), b.read_rows(i, min(i + rows, a.shape[0])))
-        for i in starts
-    )
+    first, last = (a.shape[0] * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
+    blocks = ((i, min(i + rows, last)) for i in range(first, last, rows))
+    return all(np.array_equal(a.read_rows(*block), b.read_rows(*block)) for block in blocks)
 
 
 def _canonical_names(tensors: Tensors, abstract: Tree, family: Family) -> dict[str, Tensor | Packed]:
@@ -321,52 +241,3 @@ def _is_integer(tensor: Tensor | Packed | None) -> bool:
 
 def _not_floating(name: str, tensor: Tensor | Packed) -> str:
     return f"not floating: {name} is {tensor.dtype} (a quantized checkpoint?); use the unquantized model"
-
-
-def read(
-    abstract: Tree, weights: WeightPlan, new: Mapping[Path, Any], sharding: Any = None, quant: Quant | None = None
-) -> Tree:
-    """Reads every leaf, straight into device arrays; kernels that are quantised one layer after the other.
-
-    Args:
-        abstract: the model's tree, for the order of the leaves.
-        weights: what `plan` gave.
-        new: the newly made leaves, by path.
-        sharding: a `jax.sharding.Sharding` for all leaves; None for the first device.
-        quant: which kernels are quantised, and how; None for none.
-    """
-    place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    chosen = {} if quant is None else quant.sites(abstract)
-    items: list[tuple[Path, Any]] = []
-    for path, _ in paths.walk(abstract):
-        source = weights.sources.get(path)
-        if path in weights.held:
-            items += [((*path[:-1], key), _whole(leaf, place)) for key, leaf in weights.held[path].items()]
-        elif source is None:
-            items.append((path, new[path]))
-        elif quant is None or path not in chosen:
-            items.append((path, jax.make_array_from_callback(source.shape, place, source.read)))
-        else:
-            layers = [functools.partial(_layer, source, place, i) for i in range(len(source.tensors))]
-            items += [((*path[:-1], key), leaf) for key, leaf in quant.stored(layers, source.stacked).items()]
-    return paths.build(items)
-
-
-def _whole(source: LeafSource, place: Any) -> jax.Array:
-    """Reads a leaf of a quantised kernel, onto every device whole where its axes are not those that are spread."""
-    try:
-        place.shard_shape(source.shape)
-    except (ValueError, IndexError):  # IndexError where the leaf has fewer axes
-        if not isinstance(place, NamedSharding):
-            raise
-        place = NamedSharding(place.mesh, PartitionSpec())
-    return jax.make_array_from_callback(source.shape, place, source.read)
-
-
-def _layer(source: LeafSource, place: Any, i: int) -> jax.Array:
-    """Reads one layer of a leaf, `[in, out]`."""
-    if not source.stacked:
-        return jax.make_array_from_callback(source.shape, place, source.read)
-    return jax.make_array_from_callback(
-        source.shape[1:], place, lambda index: source.read((slice(i, i + 1), *(index or ())))[0]
-    )

@@ -58,11 +58,16 @@ class Quantised(Form):
         store: gives the leaves that hold a floating kernel `[in, out]`.
         grouped: whether `store` takes `group`, how many inputs share a scale.
         even: whether the inputs must be of an even number.
+        pooled: whether `store` takes `whole`, which makes a function compute on whole arrays on every device that holds a part
+            of the kernel: what is added up over all of it is added up by such a function.
+
+    The leaf that tells the form is that of the codes, `[out, in ...]`.
     """
 
     store: Callable[..., dict[str, Any]]
     grouped: bool = False
     even: bool = False
+    pooled: bool = False
 
     def matmul(self, x: Any, leaves: Leaves) -> Any:
         """Gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, with a gradient for `x` alone."""

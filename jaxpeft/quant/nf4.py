@@ -17,11 +17,12 @@ Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from jaxpeft.lazy import jnp
+from jaxpeft.lazy import jax, jnp
 from jaxpeft.quant.form import Leaves, Quantised, backward_of, forward_of, packed, selected, unpacked
 
 BLOCK, SECOND = 64, 256
@@ -60,27 +61,41 @@ def _spaced(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.where(places < count // 2, float(first) + step * places, 1 - step * places[::-1]).astype(np.float32)
 
 
-def store(kernel: Any) -> dict[str, Any]:
+def store(kernel: Any, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> dict[str, Any]:
     """Quantises a kernel.
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
+        whole: makes a function compute on whole arrays on every device that holds a part of the kernel; None where one holds all.
 
     Returns:
         `kernel_nf4 [out, in / 2]` uint8, two codes a byte; `kernel_nf4_absmax` uint8, of each block, `[out, in / 64]`, or `[blocks]`
         where 64 does not divide the inputs; `kernel_nf4_absmax_scale [blocks / 256]` and `kernel_nf4_absmax_mean []`, float32.
     """
     rows = kernel.astype(jnp.float32).T
-    blocks = blocks_of(kernel.astype(jnp.float32))
-    absmax = jnp.max(jnp.abs(blocks), axis=1)
-    scaled = (blocks * (1 / absmax)[:, None]).reshape(-1)[: rows.size].reshape(rows.shape)
+    # where blocks keep to rows they are an axis of their own, along which a kernel can be spread
+    blocks = (
+        rows.reshape(rows.shape[0], -1, BLOCK) if rows.shape[1] % BLOCK == 0 else blocks_of(kernel.astype(jnp.float32))
+    )
+    absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    scaled = (blocks * (1 / absmax)[..., None]).reshape(-1)[: rows.size].reshape(rows.shape)
     codes = sum((scaled > bound).astype(jnp.uint8) for bound in _BOUNDS)
-    mean = jnp.mean(absmax)
+    places, scale, mean = (_twice if whole is None else whole(_twice))(absmax.reshape(-1))
+    return dict(zip(_NAMES, (packed(codes), places.reshape(absmax.shape), scale, mean), strict=True))
+
+
+def _twice(absmax: Any) -> tuple[Any, Any, Any]:
+    """Quantises the scales of all blocks `[blocks]`: their places, their own scales, and their mean.
+
+    The barriers keep the sum apart from what comes before and behind it, which differs with how the kernel is spread: compiled
+    by itself it adds up in the same order.
+    """
+    absmax = jax.lax.optimization_barrier(absmax)
+    mean = jax.lax.optimization_barrier(jnp.mean(absmax))
     seconds = _padded(absmax - mean, SECOND)
     scale = jnp.max(jnp.abs(seconds), axis=1)
     places = _nearest(seconds / jnp.where(scale > 0, scale, 1)[:, None]).reshape(-1)[: absmax.size]
-    shape = (rows.shape[0], rows.shape[1] // BLOCK) if rows.shape[1] % BLOCK == 0 else absmax.shape
-    return dict(zip(_NAMES, (packed(codes), places.reshape(shape), scale, mean), strict=True))
+    return places, scale, mean
 
 
 def blocks_of(kernel: Any) -> Any:
@@ -121,4 +136,5 @@ NF4 = Quantised(
     forward=forward_of(decoded),
     backward=backward_of(decoded),
     even=True,
+    pooled=True,
 )

@@ -102,11 +102,19 @@ class Quant:
             shape: of the kernel, `(in, out)`.
             dtype: of the kernel.
         """
-        return jax.eval_shape(self._store(), jax.ShapeDtypeStruct(shape, dtype))
+        return jax.eval_shape(self.store(), jax.ShapeDtypeStruct(shape, dtype))
 
-    def _store(self) -> Callable[[Any], dict[str, Any]]:
+    def store(
+        self, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    ) -> Callable[[Any], dict[str, Any]]:
+        """Gives what makes the leaves of a kernel `[in, out]`.
+
+        Args:
+            whole: makes a function compute on whole arrays on every device of a mesh; None where there is one device.
+        """
         form = FORMS[self.form]
-        return partial(form.store, group=self.group) if form.grouped else form.store
+        options = {"group": self.group} if form.grouped else {}
+        return partial(form.store, **options, **({"whole": whole} if form.pooled and whole is not None else {}))
 
     def stored(self, layers: list[Callable[[], jax.Array]], stacked: bool) -> dict[str, jax.Array]:
         """Gives the leaves that hold a kernel, or one a layer: each is made, quantised and let go before the next.
@@ -116,7 +124,7 @@ class Quant:
             stacked: whether the leaves have an axis of layers.
         """
         form = FORMS[self.form]
-        store = jax.jit(self._store())
+        store = jax.jit(self.store())
         made = [jax.block_until_ready(store(kernel())) for kernel in layers]
         return {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves} if stacked else made[0]
 

@@ -87,7 +87,8 @@ TABLE: tuple[Rule, ...] = (
     *(Rule(f"{module}/kernel", ((), _BOTH)) for module in _COLUMNS),
     *(Rule(f"{module}/bias", ((TENSOR,),)) for module in _COLUMNS),
     *(Rule(f"{module}/kernel", ((TENSOR,), (FSDP,))) for module in _ROWS),
-    Rule(r"(.*/)?(embed_tokens|word_embeddings)/embedding", (_BOTH, ())),
+    # along the width: over the vocabulary XLA makes every device look up the rows of all, and adds them up (v5e:4x4: 512 MiB, here none)
+    Rule(r"(.*/)?(embed_tokens|word_embeddings)/embedding", ((TENSOR,), (FSDP,))),
     Rule(r"(.*/)?lm_head/kernel", ((), _BOTH)),
     Rule(r"(.*/)?pooler/dense/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(position|token_type)_embeddings/embedding"),

@@ -18,10 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpeft.core import paths
-from jaxpeft.core.paths import Path
 from jaxpeft.forward import run
 from jaxpeft.hub.loading import Outline, abstract_params
-from jaxpeft.quant.tree import stored_abstract
 from jaxpeft.sharding.rules import Rules
 from jaxpeft.sharding.sizes import FSDP, TENSOR
 from jaxpeft.sharding.specs import HOST, Layout, layout
@@ -105,7 +103,7 @@ def _along(where: Layout | None, axis: str) -> int:
 
 def layout_of(outline: Outline, mesh: Mesh, rules: Rules) -> Layout:
     """Finds where the leaves of a base lie, as they are stored."""
-    return layout(mesh, rules, stored_abstract(outline.abstract, outline.quant))
+    return layout(mesh, rules, outline.leaves)
 
 
 def budget_of(device: Any, given: float | None) -> float | None:
@@ -123,12 +121,9 @@ def budget_of(device: Any, given: float | None) -> float | None:
 
 def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
     """Gives the bytes of the base on a device, and of what is fetched or gathered of it at once: two layers, and the largest table."""
-    own = paths.map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, _dtype(outline, path)), outline.abstract
-    )
     layers = outline.model.config.num_hidden_layers
     base = one_layer = table = 0
-    for path, leaf in paths.walk(stored_abstract(own, outline.quant)):
+    for path, leaf in paths.walk(outline.leaves):
         there = None if where is None else paths.get(where.shardings, path)
         each = leaf.size if there is None else math.prod(there.shard_shape(leaf.shape))
         size = leaf.dtype.itemsize
@@ -139,11 +134,6 @@ def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
             within = any(key in paths.LAYER_CONTAINERS for key in path)
             one_layer, table = one_layer + within * gathered, max(table, (not within) * gathered)
     return base, 2 * one_layer // layers + table
-
-
-def _dtype(outline: Outline, path: Path) -> Any:
-    source = outline.plan.sources.get(path)
-    return jnp.dtype(jnp.float32) if source is None else source.dtype
 
 
 def _named(jaxpr: Any) -> Iterator[tuple[str, Any]]:

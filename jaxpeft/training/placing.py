@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 from jax.sharding import Mesh
 
 from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import Outline
-from jaxpeft.quant.tree import stored_abstract
-from jaxpeft.sharding.mesh import replicated
 from jaxpeft.sharding.rules import Rules
-from jaxpeft.sharding.specs import HOST, layout, log_dropped
+from jaxpeft.sharding.specs import HOST, by_path, layout, log_dropped
 
 
 def check(options: MeshConfig, mesh: Mesh) -> None:
@@ -54,6 +51,6 @@ def read(outlined: Outline, seed: int, mesh: Mesh, rules: Rules) -> Tree:
         mesh: the devices.
         rules: of the run.
     """
-    found = layout(mesh, rules, stored_abstract(outlined.abstract, outlined.quant))
+    found = layout(mesh, rules, outlined.leaves)
     log_dropped(found)
-    return jax.device_put(outlined.read(seed, replicated(mesh)), found.shardings)
+    return outlined.read(seed, by_path(found.shardings))

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.core import paths
-from jaxpeft.hub import weights
+from jaxpeft.hub import leaf_sources, shards, weights
 from jaxpeft.hub.loading import abstract_params
 from jaxpeft.hub.safetensors_files import open_folder
 from jaxpeft.models.base import Options
@@ -57,12 +57,12 @@ def test_the_dtype_of_the_file_is_kept(reference, tmp_path):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_blocks_put_together_are_the_tensor(tmp_path, monkeypatch, transposed):
-    monkeypatch.setattr(weights, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(leaf_sources, "_BLOCK_BYTES", 64)
     wanted = np.random.default_rng(0).standard_normal((3, 37, 11)).astype(np.float32)
     shard(tmp_path, {"m.safetensors": {str(i): wanted[i] for i in range(3)}})
     tensors = open_folder(tmp_path)
     leaf = wanted.swapaxes(1, 2) if transposed else wanted
-    source = weights.LeafSource(
+    source = leaf_sources.LeafSource(
         tuple(tensors[str(i)] for i in range(3)), leaf.shape, np.dtype(np.float32), stacked=True, transposed=transposed
     )
     np.testing.assert_array_equal(source.read(None), leaf)
@@ -88,7 +88,7 @@ def test_a_sharded_read_over_8_devices_equals_the_plain_one(reference, tmp_path,
     assert mesh.size == 8
     plain = load(folder, "encoder", scan_layers=scan)[1]
     if axis == 0:
-        sharded = weights.read(abstract, plan, {}, NamedSharding(mesh, PartitionSpec("x")))
+        sharded = shards.read(abstract, plan, {}, NamedSharding(mesh, PartitionSpec("x")))
     else:
         spec = {n: NamedSharding(mesh, PartitionSpec(*[None] * (n - 1), "x")) for n in (1, 2, 3)}
         sharded = paths.build(

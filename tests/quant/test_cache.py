@@ -18,8 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxpeft
 from jaxpeft import cache
 from jaxpeft.hub import quantised_cache
-from jaxpeft.quant import FORMS
-from jaxpeft.quant.tree import Quant
+from jaxpeft.quant import FORMS, placing
 from tests.hub.helpers import assert_bit_equal, edited
 
 TASK: Any = "causal_lm"
@@ -41,13 +40,13 @@ def base(reference: Any) -> Path:
 @pytest.fixture
 def quantising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the kernels that are quantised."""
-    counted, plain = list[int](), Quant.stored
+    counted, plain = list[int](), placing.stored
 
-    def stored(self: Quant, layers: Any, stacked: bool) -> Any:
-        counted.append(len(layers))
-        return plain(self, layers, stacked)
+    def stored(quant: Any, read: Any, layers: int | None, places: Any) -> Any:
+        counted.append(layers or 1)
+        return plain(quant, read, layers, places)
 
-    monkeypatch.setattr(Quant, "stored", stored)
+    monkeypatch.setattr(placing, "stored", stored)
     return counted
 
 
