@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError, TargetError
@@ -44,12 +45,12 @@ def changes(config: Config, remat: str, over: int) -> Iterator[Change]:
     """
     stronger = _ORDER[_ORDER.index(remat) + 1 :] if remat in _ORDER else ()
     parts = _accumulations(config, over)
-    same = [{"model__remat": policy} for policy in stronger]
+    same: list[dict[str, Any]] = [{"model__remat": policy} for policy in stronger]
     same += [{"train__accumulation": n} for n in parts]
     if stronger and parts:
         same.append({"model__remat": "full", "train__accumulation": parts[-1]})
     yield from (_change(config, one) for one in same)
-    least = {"model__remat": "full"} if stronger else {}
+    least: dict[str, Any] = {"model__remat": "full"} if stronger else {}
     least |= {"train__accumulation": parts[-1]} if parts else {}
     for form in ("int8", "nf4") if config.model.quant == "none" else ():
         yield _change(config, {"model__quant": form})
@@ -98,7 +99,7 @@ def _smaller(config: Config, over: int) -> list[int]:
     return found
 
 
-def _change(config: Config, what: dict[str, object]) -> Change:
+def _change(config: Config, what: dict[str, Any]) -> Change:
     text = ", ".join(f"{key.replace('__', '.')} {value}" for key, value in what.items())
     return Change(text, with_changes(config, **what))
 

@@ -40,9 +40,7 @@ def test_what_leaves_the_numbers_alone_comes_first(config):
 
 def test_what_is_done_already_is_not_offered(config):
     done = with_changes(config, model__quant="nf4", train__accumulation=16)
-    assert texts(changes(done, "full", 1)) == [
-        f"train.batch_size {n}, train.accumulation 1" for n in (8, 4, 2, 1)
-    ]
+    assert texts(changes(done, "full", 1)) == [f"train.batch_size {n}, train.accumulation 1" for n in (8, 4, 2, 1)]
 
 
 def test_a_batch_that_cannot_be_spread_is_repaired(config):

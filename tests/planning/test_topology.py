@@ -53,7 +53,9 @@ def test_the_environment_asks_for_no_accelerator():
 
 def test_without_libtpu_a_tpu_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the compiler of TPU programs, libtpu, .* pip install 'jaxpeft\[plan\]'"):
+    with pytest.raises(
+        ConfigError, match=r"needs the compiler of TPU programs, libtpu, .* pip install 'jaxpeft\[plan\]'"
+    ):
         topology.prepare(topology.read("v5e:4x4"), {})
 
 
