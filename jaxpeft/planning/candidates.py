@@ -131,19 +131,29 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
         notes.append(
             f"evaluation.batch_size {config.evaluation.batch_size} must be a multiple of {over} for the run itself"
         )
-    attention = _compiled_attention(setting, config, mesh)
     asked = config.model.remat
-    first = "full" if asked == "auto" else asked
-    try:
-        run = subject(config, setting.described, attention, first, scan=setting.scan)
-    except (ConfigError, TargetError) as error:
-        if not setting.scan:
-            raise
-        run = subject(config, setting.described, attention, first, scan=False)
-        notes.append(f"layers unrolled: they cannot be stacked ({error.problems[0]})")
+    attention = _compiled_attention(setting, config, mesh)
+    run, unrolled = stacked(setting, config, attention, "full" if asked == "auto" else asked)
+    notes += unrolled
     if asked == "auto":
         run = _with_remat(setting, run, mesh)
     return mesh, run, notes
+
+
+def stacked(setting: Setting, config: Config, attention: str, remat: str) -> tuple[Subject, list[str]]:
+    """Makes the shapes of a run, with layers scanned where they can be: `(run, what is to be said)`.
+
+    Raises:
+        ConfigError: the options do not go together, or the model is not supported.
+        TargetError: the method's targets are none of the model's.
+    """
+    try:
+        return subject(config, setting.described, attention, remat, scan=setting.scan), []
+    except (ConfigError, TargetError) as error:
+        if not setting.scan:
+            raise
+        run = subject(config, setting.described, attention, remat, scan=False)
+        return run, [f"layers unrolled: they cannot be stacked ({error.problems[0]})"]
 
 
 def evaluable(config: Config, devices: int) -> Config:

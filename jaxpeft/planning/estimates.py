@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpeft.core import kernels, paths
-from jaxpeft.hub.loading import Outline, abstract_params
+from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.weights import LeafSource, WeightPlan
 from jaxpeft.planning.placing import Placed
 from jaxpeft.planning.subject import Subject
@@ -62,14 +62,9 @@ def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
 
 
 def _outline(subject: Subject) -> Outline:
-    """Gives what the estimate asks for: a model whose files are never read."""
-    model, abstract = subject.model, abstract_params(subject.model)
-    stored = dict(paths.walk(subject.base))
-    sources = {
-        path: LeafSource((), leaf.shape, stored[path].dtype if path in stored else jnp.dtype(jnp.float32), False, False)
-        for path, leaf in paths.walk(abstract)
-    }
-    return Outline(model, abstract, abstract, {}, WeightPlan(sources, (), ()), model.options.quant)
+    """Gives what the estimate asks for: the model, and its leaves as they are stored; there are no files."""
+    sources = {path: LeafSource((), leaf.shape, leaf.dtype, False, False) for path, leaf in paths.walk(subject.base)}
+    return Outline(subject.model, subject.base, subject.base, {}, WeightPlan(sources, (), ()))
 
 
 def _decoded(subject: Subject, mesh: Mesh) -> int:

@@ -13,9 +13,9 @@ from typing import Any
 from jaxpeft.config.schema import Config
 from jaxpeft.core import tree
 from jaxpeft.planning import changes, chips, topology
-from jaxpeft.planning.candidates import Setting, examine
+from jaxpeft.planning.candidates import Setting, examine, stacked
 from jaxpeft.planning.report import Plan
-from jaxpeft.planning.subject import described_in_json, model_config, subject, with_changes
+from jaxpeft.planning.subject import described_in_json, model_config, with_changes
 from jaxpeft.planning.topology import Topology
 
 _log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def make(request: Request) -> Plan:
         found = examine(setting, own)
         _log.info("  %s (%.0f s)", found.row.verdict, found.row.seconds)
         rows.append(changes.with_nearest(setting, found, request.tries))
-    run = subject(config, described, "xla", "full", scan=False)
+    run, _ = stacked(setting, config, "xla", "full")
     return Plan(
         config=request.path,
         model=described_in_json(described),
