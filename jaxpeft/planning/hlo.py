@@ -22,6 +22,7 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 _NAME = re.compile(r"%([\w.\-]+)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_INDEX = re.compile(r"\bindex=(\d+)")
 _TRIPS = re.compile(r"known_trip_count[\"']?:?=?\s*\{[\"']?n[\"']?\s*:\s*[\"']?(\d+)")
 
 
@@ -133,8 +134,22 @@ class Program:
         if known:
             return int(known.group(1))
         names = loop.called.get("condition", ())
-        constants = [int(n) for name in names for n in self._constants(name, 0)]
-        return max(constants, default=1)
+        limit = max((int(n) for name in names for n in self._constants(name, 0)), default=1)
+        return -(-limit // self._step(loop))
+
+    def _step(self, loop: Instruction) -> int:
+        """Gives what a loop adds to its counter in each iteration, 1 where nothing tells: the compiler may unroll it by two."""
+        condition = self.computations.get(next(iter(loop.called.get("condition", ())), ""), {})
+        body = self.computations.get(next(iter(loop.called.get("body", ())), ""), {})
+        places = [int(found.group(1)) for one in condition.values() if (found := _INDEX.search(one.text))]
+        root = next((one for one in body.values() if one.root and one.opcode == "tuple"), None)
+        if root is None or len(places) != 1 or places[0] >= len(root.operands):
+            return 1
+        added = body.get(root.operands[places[0]])
+        if added is None or added.opcode != "add":
+            return 1
+        numbers = [body[name].inside for name in added.operands if name in body and body[name].opcode == "constant"]
+        return max((int(n) for n in numbers if n.strip().isdigit()), default=1) or 1
 
     def _constants(self, name: str, depth: int) -> list[str]:
         """Gives the whole numbers of a condition, those in its fusions too."""

@@ -71,11 +71,12 @@ def _kernel(program: Program, computation: str, one: Instruction, causal: bool) 
     if said is not None:
         return float(said.group(1))
     products = next((n for name, n in _PRODUCTS.items() if one.name.startswith(name)), None)
-    heads = [a for operand in program.operands(computation, one) for a in operand.arrays if len(a.dims) == 4]
-    if products is None or not heads:
+    made = (array for operand in program.operands(computation, one) for array in operand.arrays)
+    queries = next((a for a in made if len(a.dims) > 2 and a.dtype in ("bf16", "f16", "f32")), None)
+    if products is None or queries is None:
         return None
-    batch, many, length, size = heads[0].dims
-    return products * 2.0 * batch * many * length * length * size / (2 if causal else 1)
+    length = queries.dims[-2]
+    return products * 2.0 * queries.size * length / (2 if causal else 1)
 
 
 def _outer(program: Program) -> set[str]:

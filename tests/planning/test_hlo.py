@@ -67,6 +67,14 @@ def test_a_loop_is_counted_by_its_condition_and_so_is_what_it_calls():
     assert program.runs["main.4"] == 1
 
 
+def test_a_loop_that_counts_by_two_runs_half_as_often():
+    by_two = TPU.replace(
+        "  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%i.1, %x)",
+        "  %two = s32[] constant(2)\n  %next = s32[] add(%i.1, %two)\n  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%next, %x)",
+    )
+    assert parse(by_two).runs["body.3"] == 4
+
+
 def test_an_instruction_has_its_parts():
     one = parse(TPU).computations["body.3"]["f"]
     assert (one.opcode, one.operands, one.nbytes) == ("fusion", ("x", "i.1"), 16)

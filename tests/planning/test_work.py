@@ -96,9 +96,10 @@ ENTRY %main (x: bf16[8]) -> bf16[8] {
 def test_splash_attention_is_counted_by_the_shape_of_its_queries():
     text = """HloModule m
 
-ENTRY %main (q: bf16[2,3,256,64]) -> bf16[2,3,256,64] {
-  %q = bf16[2,3,256,64]{3,2,1,0} parameter(0)
-  ROOT %splash_mha_fwd_residuals.1 = bf16[2,3,256,64]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"
+ENTRY %main (i: s32[1,2,2], q: bf16[2,3,256,64]) -> bf16[2,3,256,64] {
+  %i = s32[1,2,2]{2,1,0} parameter(0)
+  %q = bf16[2,3,256,64]{3,2,1,0} parameter(1)
+  ROOT %splash_mha_fwd_residuals.1 = bf16[2,3,256,64]{3,2,1,0} custom-call(%i, %q, %q, %q), custom_call_target="tpu_custom_call"
 }
 """
     whole = 2 * 2 * 2 * 3 * 256 * 256 * 64
