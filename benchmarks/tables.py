@@ -191,8 +191,8 @@ SHARDS = """## Loading into shards
 cores. Of the process in which it is most: what it asked of the files, what its devices hold (each part once) before kernels are quantised, the
 ratio of both, the largest part on one device, and the peak of its memory above what its devices hold in the end.
 
-| leaves | base | layers | processes | read | its part | read / part | largest part | memory above | seconds |
-|---|---|---|---|---|---|---|---|---|---|
+| leaves | base | layers | processes | read | its part | read / part | largest part | memory above | seconds | of the processor |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -207,14 +207,15 @@ def _shard_row(row: Mapping[str, Any]) -> str:
     cells = [
         row["way"], "bf16" if row["quant"] == "none" else row["quant"], "scanned" if row["scan_layers"] else "unrolled",
         str(row["processes"]), *(f"{row[key]:.0f} MB" for key in ("read_mb", "part_mb")), f"{row['read_over_part']:.3f}",
-        *(f"{row[key]:.0f} MB" for key in ("largest_mb", "above_mb")), f"{row['seconds']:.1f}",
+        *(f"{row[key]:.0f} MB" for key in ("largest_mb", "above_mb")), *(f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds")),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
 SEGMENTS = """## Reading a part of each row
 
-`python -m benchmarks.segments`: GB/s of the part, one thread, from the page cache (warm) and from the disk (cold). A call for each row; out of a
+`python -m benchmarks.segments`: GB/s of the part, one thread, from the page cache (warm, by the time of the processor) and from the
+disk (cold, by the clock). A call for each row; out of a
 mapping of a few rows, which is what `jaxpeft` does; and the rows whole, which asks for all of their bytes.
 
 | row | part | calls, warm | mapped, warm | whole, warm | calls, cold | mapped, cold | whole, cold |

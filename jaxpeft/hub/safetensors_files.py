@@ -1,8 +1,8 @@
 """Reading safetensors files by byte range: the header is checked whole, the data is read slice by slice.
 
 Whole rows are read with `pread`: a mapped file counts as the process's memory once it is touched, and the model would be held
-twice. A part of each row is taken out of a mapping of a few rows, which is let go at once: a call for each row costs several
-times as much as its bytes (benchmarks/README.md).
+twice. A part of each row is taken out of a mapping of a few rows, which is let go at once: a call for each row is two to three times
+as slow from a disk, and from the page cache where the parts are short (benchmarks/README.md).
 """
 
 from __future__ import annotations

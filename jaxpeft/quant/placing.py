@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxpeft.quant import FORMS
 from jaxpeft.quant.tree import Quant
 
 Places = Mapping[str, Sharding]
@@ -54,7 +55,7 @@ def stored(
     """
     parts: dict[str, list[jax.Array]] = {key: [] for key in places}
     shapes: dict[str, tuple[int, ...]] = {}
-    for group in _groups(places, layers):
+    for group in _groups(places, layers, FORMS[quant.form].leaves[0]):
         if not group.kernel.addressable_devices:
             continue
         store = _compiled(quant, tuple(group.leaves.items()))
@@ -64,37 +65,43 @@ def stored(
             shapes = {key: leaf.shape if layers is None else (layers, *leaf.shape) for key, leaf in made.items()}
             kept.append({key: _fetched(leaf) if _host(places[key]) else leaf for key, leaf in made.items()})
         for key, place in places.items():
-            parts[key] += _together([leaves.pop(key) for leaves in kept], place, group.stack[key], layers is not None)
+            made = [leaves.pop(key) for leaves in kept]
+            if _host(place):
+                parts[key] += _put_back(made, place, shapes[key], group.layers if layers is not None else None)
+            else:
+                leaf = _stack(group.stack[key])(made) if layers is not None else made[0]
+                parts[key] += [shard.data for shard in leaf.addressable_shards]
     return {key: jax.make_array_from_single_device_arrays(shapes[key], places[key], parts[key]) for key in places}
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(quant: Quant, places: tuple[tuple[str, Sharding], ...]) -> Callable[[jax.Array], dict[str, jax.Array]]:
     """Gives the program that quantises one kernel, the same function for all kernels: it is traced once for each shape."""
-    first, whole = places[0][1], None
+    (_, first), *_ = places
+    whole = None
     if isinstance(first, NamedSharding):
         whole = partial(jax.shard_map, mesh=first.mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
     return jax.jit(quant.store(whole), out_shardings=dict(places))
 
 
-def _groups(places: Places, layers: int | None) -> Iterator[_Group]:
-    """Gives the groups of layers, in their order; a kernel alone is one."""
-    first = places[next(iter(places))]
+def _groups(places: Places, layers: int | None, codes: str) -> Iterator[_Group]:
+    """Gives the groups of layers, in their order; a kernel alone is one. `codes` names the leaf that is as large as the kernel."""
+    first = places[codes]
     if not isinstance(first, NamedSharding):
         here = {key: _in_device_memory(place) for key, place in places.items()}
-        yield _Group(range(layers or 1), here[next(iter(here))], here, here)
+        yield _Group(range(layers or 1), here[codes], here, here)
         return
     specs = {key: tuple(place.spec) for key, place in places.items() if isinstance(place, NamedSharding)}
     # of one kind, whatever the user's is: the program is spread by the partitioner
     mesh = Mesh(np.asarray(first.mesh.devices), first.mesh.axis_names)
     if layers is None:
         leaves = _named(mesh, specs)
-        yield _Group(range(1), _kernel(mesh, specs), leaves, leaves)
+        yield _Group(range(1), _kernel(mesh, specs[codes]), leaves, leaves)
         return
     cuts = {spec[:1] or (None,) for spec in specs.values()}
     one = {key: spec[1:] for key, spec in specs.items()}
     if len(cuts) > 1 or cuts == {(None,)}:
-        yield _Group(range(layers), _kernel(mesh, one), _named(mesh, one), _named(mesh, specs))
+        yield _Group(range(layers), _kernel(mesh, one[codes]), _named(mesh, one), _named(mesh, specs))
         return
     ((cut,),) = cuts
     axes: tuple[str, ...] = cut if isinstance(cut, tuple) else (str(cut),)
@@ -102,7 +109,7 @@ def _groups(places: Places, layers: int | None) -> Iterator[_Group]:
     for i, part in enumerate(parts):
         held = range(layers * i // len(parts), layers * (i + 1) // len(parts))
         stack = _named(part, {key: (None, *spec) for key, spec in one.items()})
-        yield _Group(held, _kernel(part, one), _named(part, one), stack)
+        yield _Group(held, _kernel(part, one[codes]), _named(part, one), stack)
 
 
 def _cut(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Mesh]:
@@ -117,9 +124,9 @@ def _named(mesh: Mesh, specs: Mapping[str, tuple[Any, ...]]) -> dict[str, Shardi
     return {key: NamedSharding(mesh, PartitionSpec(*spec)) for key, spec in specs.items()}
 
 
-def _kernel(mesh: Mesh, specs: Mapping[str, tuple[Any, ...]]) -> Sharding:
-    """Puts a kernel `[in, out]` where its codes will lie, which are the first leaf of every form, `[out, in ...]`."""
-    rows, columns = (*specs[next(iter(specs))], None, None)[:2]
+def _kernel(mesh: Mesh, codes: tuple[Any, ...]) -> Sharding:
+    """Puts a kernel `[in, out]` where its codes `[out, in ...]` will lie."""
+    rows, columns = (*codes, None, None)[:2]
     return NamedSharding(mesh, PartitionSpec(columns, rows))
 
 
@@ -137,14 +144,18 @@ def _fetched(leaf: jax.Array) -> dict[Any, np.ndarray[Any, Any]]:
     return {shard.device: np.asarray(shard.data) for shard in leaf.addressable_shards}
 
 
-def _together(made: list[Any], place: Sharding, stack: Sharding, stacked: bool) -> list[jax.Array]:
-    """Gives this process's parts of the leaf of some layers, one a device."""
-    if _host(place):
-        one = {device: [parts[device] for parts in made] for device in made[0]}
-        memory = partial(SingleDeviceSharding, memory_kind=place.memory_kind)
-        return [jax.device_put(np.stack(p) if stacked else p[0], memory(device)) for device, p in one.items()]
-    leaf = _stack(stack)(made) if stacked else made[0]
-    return [shard.data for shard in leaf.addressable_shards]
+def _put_back(
+    made: list[dict[Any, np.ndarray[Any, Any]]], place: Sharding, shape: tuple[int, ...], layers: range | None
+) -> list[jax.Array]:
+    """Puts what was fetched into the memory of the host, as the devices see it: one array a device, of its layers."""
+    parts: list[jax.Array] = []
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        if device not in made[0] or index is None:
+            continue
+        mine = None if layers is None else [made[i - layers.start][device] for i in range(*index[0].indices(shape[0]))]
+        memory = SingleDeviceSharding(device, memory_kind=place.memory_kind)
+        parts.append(jax.device_put(made[0][device] if mine is None else np.stack(mine), memory))
+    return parts
 
 
 @functools.lru_cache(maxsize=256)

@@ -244,8 +244,12 @@ def test_leaves_of_one_kernel_may_be_cut_differently(reference: Any) -> None:
     _, alone = jaxpeft.load(folder, task="causal_lm", scan_layers=True, quant="nf4")
     found, mesh = outlined(folder, scan_layers=True, quant="nf4"), mesh_of((2, 2))
     layers, rows = (places(found.leaves, mesh, way) for way in ("layers", "rows"))
-    params = found.read(0, lambda path: (rows if path[-1].endswith("absmax") else layers)(path))
-    assert_bit_equal(params, alone)
+    for kind in ("device", "pinned_host"):
+
+        def place(path: Any, kind: str = kind) -> NamedSharding:
+            return (rows if path[-1].endswith("absmax") else layers)(path).with_memory_kind(kind)
+
+        assert_bit_equal(found.read(0, place), alone)
 
 
 def test_what_is_added_up_over_a_kernel_is_added_up_on_every_device(reference: Any) -> None:

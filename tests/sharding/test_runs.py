@@ -71,6 +71,14 @@ def test_a_run_learns_as_on_one_device_under_every_strategy(
 
 
 @pytest.mark.slow
+def test_parts_of_a_batch_add_up_on_a_mesh_too(config: Config, tmp_path: Path) -> None:
+    parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
+    for name, mesh in {"one": {}, "many": {"strategy": "fsdp_tensor", "data": 2, "fsdp": 2, "tensor": 2}}.items():
+        job.run(spread(parts, **mesh), tmp_path / name)
+    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=CLOSE)
+
+
+@pytest.mark.slow
 def test_the_main_job_on_a_trained_llama_under_fsdp_and_tensor(assets: Path, config: Config, tmp_path: Path) -> None:
     real = dataclasses.replace(
         config,
