@@ -1,0 +1,193 @@
+"""Plans for large models on large topologies, with no accelerator: `python -m benchmarks.scale`, a nightly's work.
+
+    python -m benchmarks.scale [--models llama3_8b ...] [--topologies v5e:16x16 ...] [--strategies fsdp ...] [--write-only]
+
+Plans LoRA of rank 16 on all linear layers, one row of 2048 tokens a device, for every model, topology and strategy, each in a process
+of its own (`python -m jaxpeft.plan`), and adds the plans to benchmarks/results/scale.jsonl, one a line; what stands there already is
+not planned again. Then writes docs/scale.md from that file. `--write-only` only does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks/results/scale.jsonl", ROOT / "docs/scale.md"
+MODELS = ("llama3_8b", "llama3_70b", "llama3_405b")
+TOPOLOGIES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16")
+STRATEGIES = ("fsdp", "fsdp_tensor", "tensor", "hybrid_fsdp", "sequence", "replicated")
+LENGTH, GIB = 2048, 2**30
+CHOSEN = (("llama3_8b", "none", "v5e:4x4"), ("llama3_70b", "nf4", "v5e:8x8"), ("llama3_405b", "none", "v5p:8x8x8"))
+"""Beside the grid: a model that fits a small slice, one that is quantised, and the largest there is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process plans.
+
+    Attributes:
+        model: a name in `jaxpeft.planning.shapes.SHAPES`.
+        quant: number format of its base.
+        topology: as `--topology`.
+        strategy: of the mesh.
+    """
+
+    model: str
+    quant: str
+    topology: str
+    strategy: str
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        count = 1
+        for n in self.topology.partition(":")[2].split("x"):
+            count *= int(n)
+        return count
+
+
+def main(argv: list[str]) -> None:
+    """Plans what is missing, and writes the page."""
+    parser = argparse.ArgumentParser(prog="benchmarks.scale")
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES))
+    parser.add_argument("--strategies", nargs="*", default=list(STRATEGIES))
+    parser.add_argument("--quant", default="none")
+    parser.add_argument("--chosen", action="store_true", help="plan what stands beside the grid, in place of it")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds that one plan may take")
+    parser.add_argument("--write-only", action="store_true")
+    options = parser.parse_args(argv)
+    for case in [] if options.write_only else cases(options):
+        if case not in done():
+            run(case, options.timeout)
+    PAGE.write_text(page(lines()))
+
+
+def cases(options: Any) -> Iterator[Case]:
+    """Yields what is asked for, models that compile fast first."""
+    if options.chosen:
+        yield from (Case(*one, strategy) for one in CHOSEN for strategy in options.strategies)
+        return
+    for model in options.models:
+        for topology in options.topologies:
+            yield from (Case(model, options.quant, topology, strategy) for strategy in options.strategies)
+
+
+def lines() -> list[dict[str, Any]]:
+    """Reads the plans that there are."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def done() -> set[Case]:
+    """Gives the cases that there are plans of."""
+    return {Case(**line["case"]) for line in lines()}
+
+
+def run(case: Case, timeout: float) -> None:
+    """Plans one case, and adds it to the results; one that takes too long is said, and left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.json"
+        command = [
+            sys.executable, "-m", "jaxpeft.plan", "--config", "configs/llama3_8b_lora.py", "--model-config", case.model,
+            "--topology", case.topology, "--strategies", case.strategy, "--json", str(file), "--tries", "1",
+            "--config.model.quant", case.quant, "--config.data.max_length", str(LENGTH), "--config.train.accumulation", "1",
+            "--config.train.batch_size", str(case.devices), "--config.train.steps", "1000", "--config.train.epochs", "None",
+        ]  # fmt: skip
+        try:
+            subprocess.run(command, check=False, timeout=timeout, cwd=ROOT, stdout=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            sys.stderr.write(f"{case}: took more than {timeout:.0f} s\n")
+            return
+        if not file.is_file():
+            sys.stderr.write(f"{case}: no plan\n")
+            return
+        plan = json.loads(file.read_text())
+    with RESULTS.open("a") as out:
+        out.write(json.dumps({"case": vars(case), "plan": plan}) + "\n")
+
+
+HEAD = """# Large models on large topologies
+
+`python -m benchmarks.scale`: LoRA of rank 16 on all linear layers of Llama 3, one row of 2048 tokens a device, compiled ahead of time for
+devices that are not there ([plan.md](plan.md)). This page is made of `benchmarks/results/scale.jsonl`; nothing in it was measured on a
+TPU. GiB are of one device, and so is what a step sends; the step is the highest of three roofs, and no run is faster: tokens/s and MFU are
+bounds. Where a strategy does not fit, the line below it is the nearest change that does, where one was found.
+"""
+COLUMNS = "| strategy | mesh | remat | base | adapters and optimizer | activations | temporaries | total | of | sent | step | bound by | tokens/s | MFU | |"  # fmt: skip
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    """Writes the page."""
+    parts = [HEAD]
+    groups = dict.fromkeys((line["case"]["model"], line["case"]["quant"], line["case"]["topology"]) for line in found)
+    for model, quant, topology in groups:
+        own = [
+            line
+            for line in found
+            if (line["case"]["model"], line["case"]["quant"], line["case"]["topology"]) == (model, quant, topology)
+        ]
+        plan = own[0]["plan"]
+        rows = [row for line in own for top in line["plan"]["rows"] for row in (top, top["nearest"]) if row is not None]
+        fitting = [row for row in rows if row["fits"] and row["roofline"]]
+        best = min(fitting, key=lambda row: row["roofline"]["seconds"], default=None)
+        title = f"## {model}, {'bf16' if quant == 'none' else quant}, {topology} ({plan['devices']} chips)"
+        said = "none of these fits." if best is None else (
+            f"best: `{named(best)}`, {best['memory']['total'] / GIB:.2f} GiB a chip, "
+            f"{best['roofline']['tokens_per_second']:,.0f} tokens/s at most."
+        )  # fmt: skip
+        cpu = sum(line["plan"]["cpu_seconds"] for line in own)
+        parts += [title, f"{plan['parameters'] / 1e9:.1f} B parameters, {plan['trained'] / 1e6:.0f} M trained; {said}"]
+        parts += ["\n".join([COLUMNS, "|" + "---|" * (COLUMNS.count("|") - 1), *map(_line, rows)])]
+        parts.append(f"{cpu:.0f} s of a core, {_versions(plan)}, layers {plan['layers']}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """Gives a strategy with what is changed."""
+    return f"{row['strategy']}, {row['change']}" if row["change"] else row["strategy"]
+
+
+def _versions(plan: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
+    memory, roof = row["memory"], row["roofline"]
+    if memory is None:
+        return f"| {named(row)} | {' | ' * 13} {row['verdict']} |"
+    sizes = (
+        memory["base"], memory["adapters"] + memory["optimizer"], memory["activations"], memory["temporaries"],
+        memory["total"], memory["limit"],
+    )  # fmt: skip
+    sent = f"{sum(one['wire'] for one in row['collectives']) / GIB:.2f}" if row["collectives"] is not None else "?"
+    fast = ["?"] * 4
+    if roof is not None:
+        fast = [
+            f"{1e3 * roof['seconds']:,.0f} ms",
+            roof["bound"],
+            f"{roof['tokens_per_second']:,.0f}",
+            f"{roof['mfu']:.0%}",
+        ]
+    cells = [
+        named(row),
+        mesh,
+        row["remat"],
+        *(f"{n / GIB:.2f}" for n in sizes),
+        sent,
+        *fast,
+        "fits" if row["fits"] else "does not fit",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,80 @@
+"""What a step keeps beside its arguments, from one layer's program: to choose remat, and where no program of the chip's own is at hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxpeft.core import kernels, paths
+from jaxpeft.hub.loading import Outline
+from jaxpeft.hub.weights import LeafSource, WeightPlan
+from jaxpeft.planning.placing import Placed
+from jaxpeft.planning.subject import Subject
+from jaxpeft.sharding.rules import rules_of
+from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
+from jaxpeft.training import memory
+
+POLICIES = ("products", "attention", "full")
+"""Of remat, from the one that computes least again to the one that computes most."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one device.
+
+    Attributes:
+        kept: activations that wait for the backward pass, by the policy of remat.
+        working: the layer at work, its gathered or decoded kernels, a chunk of logits, and the gradients of the trained leaves.
+    """
+
+    kept: Mapping[str, int]
+    working: int
+
+    def total(self, remat: str) -> int:
+        """Gives all of it under a policy."""
+        return self.kept[remat] + self.working
+
+    def fastest(self, room: float) -> str:
+        """Gives the policy that computes least again of those that fit into `room` bytes, `full` where none does."""
+        return next((policy for policy in POLICIES if self.total(policy) <= room), "full")
+
+
+def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
+    """Estimates what a step keeps.
+
+    Args:
+        subject: the run.
+        placed: its leaves, and where they lie.
+        mesh: the devices.
+    """
+    over = math.prod(mesh.shape[axis] for axis in ROWS)
+    rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
+    outline = _outline(subject)
+    where = memory.layout_of(outline, mesh, rules_of(subject.config.mesh))
+    own = memory.estimate(outline, 0, rows, length, where)
+    # what differentiation keeps is not known here; what is offloaded waits elsewhere, but for the layers' inputs
+    split = {**own.kept, "none": own.kept["products"], "offload": own.kept["full"]}
+    return Kept(split, own.working + placed.gradients + _decoded(subject, mesh))
+
+
+def _outline(subject: Subject) -> Outline:
+    """Gives what the estimate asks for: the model, and its leaves as they are stored; there are no files."""
+    sources = {path: LeafSource((), leaf.shape, leaf.dtype, False, False) for path, leaf in paths.walk(subject.base)}
+    return Outline(subject.model, subject.base, subject.base, {}, WeightPlan(sources, (), ()))
+
+
+def _decoded(subject: Subject, mesh: Mesh) -> int:
+    """Gives the bytes of what a quantised base is decoded to while it is used: its largest kernel."""
+    if subject.model.options.quant is None:
+        return 0
+    size, layers = jnp.dtype(subject.model.options.dtype).itemsize, subject.model.config.num_hidden_layers
+    inner = [
+        kernels.parameters(path[-1], leaf.shape) // (layers if paths.layer_axis(path) is not None else 1)
+        for path, leaf in paths.walk(subject.base)
+        if any(key in paths.LAYER_CONTAINERS for key in path)
+    ]
+    return size * max(inner, default=0) // mesh.shape[TENSOR]

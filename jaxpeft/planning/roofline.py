@@ -1,0 +1,114 @@
+"""How long a step takes at least, and what bounds it: operations, memory, or what the chips tell each other.
+
+Williams et al. 2009, "Roofline: An Insightful Visual Performance Model for Multicore Architectures" (doi:10.1145/1498765.1498785),
+with the interconnect as a third roof. Each roof is taken by itself, as if all overlapped perfectly: no step is faster, most are slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxpeft.planning.chips import Chip
+from jaxpeft.planning.collectives import Collective
+from jaxpeft.planning.work import Work
+
+COMPUTE, MEMORY, INTERCONNECT = "compute", "memory", "interconnect"
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The least time of a step.
+
+    Attributes:
+        compute: seconds of its products at the chip's peak.
+        memory: seconds of its traffic at the memory's bandwidth; None where the program is not the chip's own.
+        interconnect: seconds of its collectives, one after the other.
+        seconds: the largest of them.
+        bound: which that is.
+        tokens_per_second: of all devices together.
+        mfu: model FLOPs, without what is computed again, by what all chips could do in that time.
+    """
+
+    compute: float
+    memory: float | None
+    interconnect: float
+    seconds: float
+    bound: str
+    tokens_per_second: float
+    mfu: float
+
+
+def roofline(
+    chip: Chip,
+    done: Work,
+    traffic: bool,
+    talk: Mapping[Collective, float],
+    *,
+    tokens: int,
+    model_flops: float,
+    devices: int,
+) -> Roofline | None:
+    """Gives the least time of a step, None of a chip whose figures are not known.
+
+    Args:
+        chip: its figures.
+        done: what one device does.
+        traffic: whether its memory traffic is that of the chip's own program.
+        talk: bytes/s of each collective.
+        tokens: of a step, all devices together.
+        model_flops: of a step, all devices together.
+        devices: how many.
+    """
+    if chip.flops is None or chip.bandwidth is None:
+        return None
+    compute = done.flops / chip.flops
+    memory = done.traffic / chip.bandwidth if traffic else None
+    interconnect = sum(one.wire / rate for one, rate in talk.items() if one.group > 1)
+    roofs = {COMPUTE: compute, MEMORY: memory or 0.0, INTERCONNECT: interconnect}
+    bound = max(roofs, key=roofs.__getitem__)
+    seconds = max(roofs[bound], 1e-12)
+    return Roofline(
+        compute, memory, interconnect, seconds, bound, tokens / seconds, model_flops / (seconds * chip.flops * devices)
+    )
+
+
+def rates(chip: Chip, mesh: Any, found: Sequence[Collective]) -> dict[Collective, float]:
+    """Gives the bytes/s at which each collective can run.
+
+    Args:
+        chip: its figures.
+        mesh: the `jax.sharding.Mesh` of the program.
+        found: its collectives.
+    """
+    return {one: rate(chip, mesh, one.axes) for one in found}
+
+
+def rate(chip: Chip, mesh: Any, axes: str) -> float:
+    """Gives the bytes/s that a chip sends along axes of the mesh.
+
+    Of a torus that is two links for each of its axes that the group of chips extends along, one where the axis is no ring; where the
+    group goes over several slices, or hosts of GPUs, their network.
+    """
+    if chip.link is None or chip.outside is None:
+        return float("inf")
+    group = _group(mesh, axes)
+    if len({getattr(device, "slice_index", 0) for device in group}) > 1:
+        return chip.outside
+    if chip.host:
+        places = [int(np.flatnonzero(mesh.devices.ravel() == device)[0]) // chip.host for device in group]
+        return chip.outside if len(set(places)) > 1 else chip.link * chip.links
+    along = np.array([device.coords for device in group]).T
+    sizes = [len(set(axis.tolist())) for axis in along]
+    ring = [2 if size % chip.wraps == 0 else 1 for size in sizes if size > 1]
+    return chip.link * max(1, sum(ring))
+
+
+def _group(mesh: Any, axes: str) -> list[Any]:
+    """Gives the devices that differ from the first along some axes alone."""
+    wanted = axes.split("+")
+    index = tuple(slice(None) if name in wanted else 0 for name in mesh.axis_names)
+    return list(np.atleast_1d(np.asarray(mesh.devices[index])).ravel())

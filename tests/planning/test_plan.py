@@ -1,0 +1,167 @@
+"""The command: what it refuses before anything is compiled, its table, its JSON, its picture, and that it needs no accelerator."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxpeft import plan
+from jaxpeft.sharding.sizes import STRATEGIES
+from tests.conftest import ROOT
+from tests.planning.tiny import write
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jaxpeft[plan]'"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "2 problems:\n--config: is not given"),
+        (["--config", "FILE"], "--topology: is not given; write v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"),
+        (["--config", "FILE", "--topology", "v5:2"], "--topology: 'v5' is no chip that is known"),
+        (["--config", "FILE", "--topology", "cpu:8", "--strategies", "fsdq"], "--strategies: 'fsdq' is none; did you mean 'fsdp'"),
+        (["--config", "FILE", "--topology", "cpu:8", "--config.train.steps=0"], "config.train.steps: must be at least 1, is 0"),
+        (["--config", "FILE", "--topology", "cpu:8", "--json", "no/such/x.json"], "--json: no/such/x.json: its folder does not exist"),
+        (["--config", "FILE", "--topology", "cpu:8", "more"], "'more': not an option; see --help"),
+        (["--config", "FILE", "--topology", "cpu:8", "--hbm", "0"], "flag --hbm=0"),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--model-config", "llama3_80b"],
+            "--model-config: 'llama3_80b' is no file, and no shape that is known; did you mean 'llama3_8b'",
+        ),
+        (["--config", "FILE", "--topology", "cpu:8"], "config.model.path: 'no/such-model': its config.json is not to be had"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_refused(words, message, tmp_path, capsys):
+    file, _ = write(tmp_path)
+    assert plan.main([str(file) if word == "FILE" else word for word in words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert plan.main(["--help"]) == 0
+    assert "--model_config: --model-config: a config.json" in capsys.readouterr().out.replace("\n    ", " ")
+
+
+def planned(tmp_path: Path, *words: str, code: int = 0) -> tuple[dict[str, Any], str]:
+    """Runs the command in this process: `(JSON, what it printed)`."""
+    file, described = write(tmp_path)
+    asked = ["--config", str(file), "--model-config", str(described), "--json", str(tmp_path / "plan.json"), *words]
+    command = [sys.executable, "-m", "jaxpeft.plan", *asked]
+    # as a user's would be: the devices are the command's own affair
+    environ = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False, timeout=600)
+    assert done.returncode == code, done.stderr
+    return json.loads((tmp_path / "plan.json").read_text()), done.stdout
+
+
+MEMORY = {"base", "adapters", "optimizer", "activations", "temporaries", "total", "limit"}
+ROW = {
+    "strategy", "change", "mesh", "batch_size", "accumulation", "remat", "quant", "attention", "fits", "verdict", "memory",
+    "collectives", "flops", "model_flops", "traffic", "roofline", "seconds", "notes", "nearest", "tried",
+}  # fmt: skip
+PLAN = {
+    "version", "config", "model", "method", "parameters", "trained", "topology", "devices", "chip", "length", "layers",
+    "programs", "seconds", "cpu_seconds", "versions", "rows", "best",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_strategy_on_a_cpu(tmp_path):
+    found, printed = planned(
+        tmp_path, "--topology", "cpu:8", "--hbm", "1", "--strategies", "all", "--plot", str(tmp_path / "plan.png")
+    )
+    assert found.keys() == PLAN
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    assert [row["strategy"] for row in found["rows"]] == list(STRATEGIES)
+    for row in found["rows"]:
+        assert row.keys() == ROW
+        assert row["memory"].keys() == MEMORY
+        assert row["fits"] is True, row["verdict"]
+        parts = MEMORY - {"total", "limit"}
+        assert sum(row["memory"][part] for part in parts) == row["memory"]["total"]
+        assert row["roofline"] is None
+        assert row["flops"] > 0
+    rows = {row["strategy"]: row for row in found["rows"]}
+    base = rows["replicated"]["memory"]["base"]
+    # the norms are whole on each device
+    assert base / 8 <= rows["fsdp"]["memory"]["base"] < base / 7.5
+    assert rows["fsdp"]["memory"]["adapters"] == rows["replicated"]["memory"]["adapters"]
+    assert rows["tensor"]["memory"]["adapters"] < rows["replicated"]["memory"]["adapters"]
+    assert {one["axes"] for one in rows["fsdp"]["collectives"]} == {"fsdp"}
+    assert {one["axes"] for one in rows["tensor"]["collectives"]} == {"tensor"}
+    assert any(one["kind"] == "all-gather" for one in rows["fsdp"]["collectives"])
+    # of replicated, the gradients of the adapters and little else
+    talk = [one for one in rows["replicated"]["collectives"] if one["kind"] == "all-reduce"]
+    assert sum(one["nbytes"] for one in talk) == pytest.approx(4 * found["trained"], rel=0.1)
+    assert "best: " in printed
+    assert "memory in GiB of one device" in printed
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_not_there_is_planned_by_arithmetic(tmp_path):
+    found, printed = planned(tmp_path, "--topology", "h100:8", "--strategies", "fsdp")
+    (row,) = found["rows"]
+    assert "no GPU is asked: memory by arithmetic" in printed
+    assert (row["attention"], row["traffic"], row["roofline"]["memory"]) == ("cudnn", None, None)
+    assert row["memory"]["limit"] == 60_000_000_000
+    assert row["fits"] is True
+
+
+@pytest.mark.slow
+def test_nothing_fits(tmp_path):
+    found, printed = planned(
+        tmp_path, "--topology", "cpu:8", "--hbm", "0.01", "--strategies", "fsdp", "--tries", "0", code=plan.NONE_FITS
+    )
+    assert found["best"] is None
+    assert found["rows"][0]["verdict"].startswith("does not fit, by 0.")
+    assert "best: none of these fits" in printed
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+def test_the_grid_compiles_for_tpus(where, tmp_path):
+    found, _ = planned(tmp_path, "--topology", where, "--strategies", "all")
+    assert found["devices"] == 8
+    for row in found["rows"]:
+        assert row["fits"] is True, row["verdict"]
+        assert row["roofline"]["seconds"] > 0
+        assert row["traffic"] > 0
+        assert row["attention"] == ("xla" if row["strategy"] == "sequence" else "splash")
+        # every product once forward and once backward at least, on each device its share
+        assert row["flops"] * 8 > 0.9 * row["model_flops"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_two_slices_are_joined_by_their_network(tmp_path):
+    found, _ = planned(
+        tmp_path, "--topology", "v5e:2x2", "--slices", "2", "--strategies", "hybrid_fsdp", "--tries", "0"
+    )
+    (row,) = found["rows"]
+    assert (row["mesh"]["data"], row["mesh"]["fsdp"]) == (2, 4)
+    assert {one["axes"] for one in row["collectives"]} >= {"data", "fsdp"}
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_a_tpu_is_said_with_what_does(tmp_path):
+    found, printed = planned(
+        tmp_path, "--topology", "v5e:2x2", "--hbm", "0.08", "--strategies", "fsdp",
+        "--config.train.batch_size=64", "--config.model.remat=products", "--tries", "4",
+    )  # fmt: skip
+    (row,) = found["rows"]
+    assert row["fits"] is False
+    assert row["nearest"]["fits"] is True
+    assert row["nearest"]["memory"]["total"] <= 0.08 * 2**30
+    assert row["nearest"]["change"] in printed

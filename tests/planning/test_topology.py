@@ -1,0 +1,78 @@
+"""Topologies: what can be written, what is refused, and what the environment must say."""
+
+import importlib.util
+
+import pytest
+
+from jaxpeft.errors import ConfigError
+from jaxpeft.planning import topology
+from jaxpeft.planning.chips import CHIPS, GIB, usable
+
+
+@pytest.mark.parametrize(
+    ("text", "chip", "shape", "size"),
+    [
+        ("v5e:4x4", "v5e", (4, 4), 16),
+        ("v5p:4x4x8", "v5p", (4, 4, 8), 128),
+        ("V6E:16x16", "v6e", (16, 16), 256),
+        ("h100:8", "h100", (8,), 8),
+        ("cpu:8", "cpu", (8,), 8),
+    ],
+)
+def test_topologies_are_read(text, chip, shape, size):
+    found = topology.read(text)
+    assert (found.chip.name, found.shape, found.size) == (chip, shape, size)
+
+
+def test_slices_multiply():
+    found = topology.read("v5e:4x4", slices=2)
+    assert (found.size, found.name) == (32, "2 x v5e:4x4")
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "message"),
+    [
+        ("v5f:4x4", 1, r"--topology: 'v5f' is no chip that is known; did you mean 'v5p' or 'v5e'\? .*known: v5e, v5p, v6e, h100"),
+        ("v5e:4x4x4", 1, "'v5e:4x4x4' is not of a shape that v5e comes in; write v5e:4x4$"),
+        ("v5p:4x4", 1, "is not of a shape that v5p comes in; write v5p:4x4x4"),
+        ("h100", 1, "'h100' is not of a shape that h100 comes in; write h100:4"),
+        ("h100:0", 1, "'h100:0' is not of a shape"),
+        ("v5e:4x4", 0, "--slices: must be at least 1, is 0"),
+    ],
+)  # fmt: skip
+def test_what_is_no_topology_is_refused(text, slices, message):
+    with pytest.raises(ConfigError, match=message):
+        topology.read(text, slices)
+
+
+def test_the_environment_asks_for_no_accelerator():
+    environ: dict[str, str] = {}
+    topology.prepare(topology.read("h100:8"), environ)
+    assert environ == {"JAX_PLATFORMS": "cpu"}
+
+
+def test_without_libtpu_a_tpu_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"needs the compiler of TPU programs, libtpu, .* pip install 'jaxpeft\[plan\]'"
+    ):
+        topology.prepare(topology.read("v5e:4x4"), {})
+
+
+def test_too_many_simulated_devices_for_this_process():
+    with pytest.raises(ConfigError, match="cpu:64 needs 64 simulated devices, and this process has 8 already"):
+        topology.devices(topology.read("cpu:64"))
+
+
+def test_what_a_chip_may_take(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert usable(CHIPS["v5e"], None) == 15.75 * GIB
+    assert usable(CHIPS["h100"], None) == 60e9
+    assert usable(CHIPS["cpu"], None) is None
+    assert usable(CHIPS["cpu"], 2) == 2 * GIB
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert usable(CHIPS["h100"], None) == 72e9
+
+
+def test_every_chip_says_where_its_figures_come_from():
+    assert all(chip.sources for chip in CHIPS.values())
