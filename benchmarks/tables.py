@@ -267,6 +267,7 @@ SHARDS = """## Loading into shards
 `python -m benchmarks.shard_loading`: a Llama of TinyLlama's width, loaded by several processes of two CPU devices each on one machine of two
 cores. Of the process in which it is most: what it asked of the files, what its devices hold (each part once) before kernels are quantised, the
 ratio of both, the largest part on one device, and the peak of its memory above what its devices hold in the end.
+The machine was busy with other work: of the times that of the processor, of one process, says more.
 
 | leaves | base | layers | processes | read | its part | read / part | largest part | memory above | seconds | of the processor |
 |---|---|---|---|---|---|---|---|---|---|---|
