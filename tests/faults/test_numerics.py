@@ -24,7 +24,7 @@ Change = Callable[[int, dict[str, Any]], dict[str, Any]]
 def change_batches(patch: pytest.MonkeyPatch, change: Change) -> None:
     """Changes the batches by step."""
     real = Batches.batch
-    patch.setattr(Batches, "batch", lambda self, step: change(step, real(self, step)))
+    patch.setattr(Batches, "batch", lambda self, step, own=None: change(step, real(self, step, own)))
 
 
 def _goes_on(job: Job, marks: Marks) -> None:
