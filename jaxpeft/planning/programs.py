@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,32 +25,18 @@ class Compiled:
     """A compiled step, in bytes of one device.
 
     Attributes:
-        arguments: state, frozen leaves and batch, with the padding of their layouts.
-        results: those that take no place of an argument's.
-        temporaries: what lives while it runs.
-        code: the program itself.
-        text: its HLO; None where the compiler cannot write it out.
-        problem: why not, or why there is no program: it does not fit. Empty where all is well.
-        total: the bytes that it takes, where it does not fit too.
+        fits: whether the compiler has made a program: it makes none that does not fit.
+        total: what it takes, where it does not fit too: arguments, temporaries, results that take no place of an argument's, the code.
+        text: its HLO; None where the compiler has not written it out.
+        problem: why not; empty where it has.
         seconds: that tracing and compiling took.
     """
 
-    arguments: int
-    results: int
-    temporaries: int
-    code: int
+    fits: bool
+    total: int
     text: str | None
     problem: str
-    total: int
     seconds: float
-
-    @property
-    def fits(self) -> bool:
-        """Whether the compiler has made a program."""
-        return not self.problem.startswith(_TOO_LARGE)
-
-
-_TOO_LARGE = "the compiler makes no program that does not fit"
 
 
 def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limit: float | None, held: int) -> Compiled:
@@ -63,34 +51,30 @@ def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limi
     """
     began = time.perf_counter()
     lowered = step.lower(*arguments)
-    try:
-        compiled = lowered.compile(compiler_options=_options(topology, limit))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        temporaries = _said(_TEMPORARIES, str(error))
-        total = _said(_USED, str(error)) or temporaries + held
-        return Compiled(held, 0, total - held, 0, None, _TOO_LARGE, total, time.perf_counter() - began)
-    took = compiled.memory_analysis()
-    made = took.output_size_in_bytes - took.alias_size_in_bytes
-    code = took.generated_code_size_in_bytes
-    text, problem = _text(compiled)
-    total = took.argument_size_in_bytes + made + took.temp_size_in_bytes + code
-    return Compiled(
-        took.argument_size_in_bytes, made, took.temp_size_in_bytes, code, text, problem, total, time.perf_counter() - began
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lowered.compile(compiler_options=_options(topology, limit, folder))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            total = _said(_USED, str(error)) or _said(_TEMPORARIES, str(error)) + held
+            text, problem = written(Path(folder)), "the compiler does not write out a program that does not fit"
+            return Compiled(False, total, text, "" if text else problem, time.perf_counter() - began)
+        took = compiled.memory_analysis()
+        total = took.argument_size_in_bytes + took.output_size_in_bytes - took.alias_size_in_bytes
+        total += took.temp_size_in_bytes + took.generated_code_size_in_bytes
+        text, problem = _text(compiled, Path(folder))
+    return Compiled(True, total, text, problem, time.perf_counter() - began)
 
 
-def _options(topology: Topology, limit: float | None) -> Mapping[str, Any]:
-    """Tells the compiler of TPU programs of a limit below the chip's memory: it computes again what does not fit otherwise."""
-    if (
-        topology.chip.platform != "tpu"
-        or limit is None
-        or topology.chip.memory is None
-        or limit >= topology.chip.memory
-    ):
+def _options(topology: Topology, limit: float | None, folder: str) -> Mapping[str, Any]:
+    """Tells the compiler of TPU programs where to write them, and of a limit below the chip's memory, which it heeds as it does that."""
+    if topology.chip.platform != "tpu":
         return {}
-    return {"xla_tpu_max_hbm_size_mib": int(limit / 2**20)}
+    options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    if limit is not None and topology.chip.memory is not None and limit < topology.chip.memory:
+        options["xla_tpu_max_hbm_size_mib"] = int(limit / 2**20)
+    return options
 
 
 def _said(pattern: re.Pattern[str], text: str) -> int:
@@ -98,12 +82,22 @@ def _said(pattern: re.Pattern[str], text: str) -> int:
     return int(float(found.group(1)) * _UNITS[found.group(2)]) if found else 0
 
 
-def _text(compiled: Any) -> tuple[str | None, str]:
+def _text(compiled: Any, folder: Path) -> tuple[str | None, str]:
+    """Gives the text of a program, or why there is none."""
     try:
         return compiled.as_text(), ""
-    except jax.errors.JaxRuntimeError as error:  # of some large programs, with jax 0.10
+    except (
+        jax.errors.JaxRuntimeError
+    ) as error:  # a jaxlib that is older than libtpu does not understand some large programs
+        text = written(folder)
         why = " ".join(str(error).split())[:200]
-        return None, f"the compiler does not write this program out ({why}): collectives and FLOPs are not known"
+        return text, "" if text else f"this program cannot be read ({why}): collectives and FLOPs are not known"
+
+
+def written(folder: Path) -> str | None:
+    """Gives the text of a program that the compiler has written to a folder, as it is after its optimizations; None where it has not."""
+    files = sorted(folder.glob("*.after_optimizations.txt"), key=lambda file: file.stat().st_size)
+    return files[-1].read_text() if files else None
 
 
 def gib(nbytes: float) -> str:
