@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from jaxpeft import clusters
 from tests.launch.helpers import IMAGE, LAUNCH, Stubs, bash, mutated
 from tests.launch.manifests import SCHEMA, job, jobset, outcome, parse, require_sound, trainer
 
@@ -207,7 +208,6 @@ def test_every_problem_is_said_at_once(stubs: Stubs) -> None:
 
 
 def test_pods_find_their_place_from_what_gke_sets(stubs: Stubs) -> None:
-    clusters = pytest.importorskip("jaxpeft.clusters", reason="jaxpeft finds no clusters yet")
     spec = job(jobset(parse(rendered("tpu", stubs))))
     hosts, slices = spec["parallelism"], spec["replicas"]
     names = ",".join(f"llama-slice-0-{host}.llama" for host in range(hosts))
@@ -223,7 +223,6 @@ def test_pods_find_their_place_from_what_gke_sets(stubs: Stubs) -> None:
 
 
 def test_pods_with_gpus_ask_kubernetes(stubs: Stubs) -> None:
-    clusters = pytest.importorskip("jaxpeft.clusters", reason="jaxpeft finds no clusters yet")
     assert job(jobset(parse(rendered("gpu", stubs))))["completionMode"] == "Indexed"  # which sets JOB_COMPLETION_INDEX
     place = clusters.find({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"})
     assert (place.by, place.process, place.found_by_jax) == ("Kubernetes", 1, True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft.train import FLAGS
 from tests.conftest import CACHE
 from tests.launch.helpers import LAUNCH, ROOT, Stubs, bash, mutated
 from tests.training.runs import tiny_models, write_config, write_rows
@@ -164,21 +162,6 @@ def real(**more: str) -> dict[str, str]:
     return {**os.environ, **cache, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "DEVICES": "2", **more}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_processes_compute_together(processes: int, tmp_path: Path) -> None:
-    program = tmp_path / "python"
-    program.write_text(
-        f'#!/usr/bin/env bash\n[[ "$1" != -m ]] || set -- -m tests.launch.joined {tmp_path}/said.json "${{@:3}}"\n'
-        f'exec {sys.executable} "$@"\n'
-    )
-    program.chmod(0o755)
-    done = bash(LOCAL, env=real(PYTHON=str(program), PROCESSES=str(processes)))
-    assert done.returncode == 0, done.stderr
-    said = json.loads((tmp_path / "said.json").read_text())
-    whole = processes * (processes + 1) // 2
-    assert said == {"processes": processes, "local": 2, "devices": 2 * processes, "total": whole}
-
-
 @pytest.fixture
 def arguments(tiny_models: Mapping[str, Path], tmp_path: Path) -> list[str]:
     options = {"train__steps": 3, "mesh__data": -1, "log__tensorboard": False, "log__plot": False}
@@ -187,11 +170,8 @@ def arguments(tiny_models: Mapping[str, Path], tmp_path: Path) -> list[str]:
     return ["--config", str(config), "--workdir", str(tmp_path / "run")]
 
 
-JOINS = pytest.mark.skipif("coordinator" not in FLAGS, reason="jaxpeft.train has no --coordinator")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=JOINS)])
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_it_trains_and_goes_on(processes: str, arguments: list[str], tmp_path: Path) -> None:
     done = bash(LOCAL, *arguments, env=real(PROCESSES=processes))
     assert done.returncode == 0, done.stderr
@@ -200,14 +180,14 @@ def test_it_trains_and_goes_on(processes: str, arguments: list[str], tmp_path: P
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=JOINS)])
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_bad_input_ends_with_2(processes: str, arguments: list[str]) -> None:
     done = bash(LOCAL, *arguments, "--config.train.batch_size=0", env=real(PROCESSES=processes))
     assert done.returncode == 2 and "train.batch_size" in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=JOINS)])
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_sigterm_saves_and_ends_with_143(processes: str, arguments: list[str], tmp_path: Path) -> None:
     many = [*arguments, "--config.train.steps=100000"]
     metrics = tmp_path / "run" / "metrics.jsonl"

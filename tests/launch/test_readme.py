@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from jaxpeft.train import FLAGS, parse_arguments
+from jaxpeft.train import parse_arguments
 from tests.launch.helpers import LAUNCH, ROOT, Stubs, bash
 from tests.launch.manifests import parse, require_sound
 
@@ -18,7 +18,6 @@ ANSWERS = {
     "gcloud": 'case "$*" in *describe*) echo ACTIVE ;; *" ssh "*status*) echo "jaxpeft: done" ;; esac',
     "python": '[[ "$1" != -c ]] || echo 12345',
 }
-DISTRIBUTED = ("--coordinator", "--processes", "--process")
 
 
 def ids(block: str) -> str:
@@ -55,9 +54,7 @@ def require_known(program: str, arguments: list[str], stdin: str) -> None:
 
 
 def require_trainable(arguments: list[str]) -> None:
-    """Refuses what the trainer would refuse; the flags of its place only if it has them yet."""
-    if "coordinator" not in FLAGS:
-        arguments = [word for i, word in enumerate(arguments) if not {word, arguments[i - 1]} & set(DISTRIBUTED)]
+    """Refuses what the trainer would refuse."""
     parse_arguments([*arguments, "--validate"])
 
 

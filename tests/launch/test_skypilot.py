@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jaxpeft import clusters
 from tests.launch.helpers import LAUNCH, ROOT, Stubs, bash, mutated, shellcheck
 
 TASK = LAUNCH / "skypilot.yaml"
@@ -109,7 +110,6 @@ def test_setup_installs_pinned_versions_for_the_accelerator(stubs: Stubs, tmp_pa
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nodes_find_each_other(rank: int) -> None:
-    clusters = pytest.importorskip("jaxpeft.clusters", reason="jaxpeft finds no clusters yet")
     place = clusters.find(
         {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": str(rank)}
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxpeft import clusters
 from tests.launch.helpers import LAUNCH, Stubs, bash, mutated
 
 SBATCH = LAUNCH / "slurm.sbatch"
@@ -173,7 +174,6 @@ def test_a_job_that_slurm_ends_itself_is_not_put_into_the_queue(again: bool, stu
 
 
 def test_tasks_find_each_other_and_their_gpus(stubs: Stubs) -> None:
-    clusters = pytest.importorskip("jaxpeft.clusters", reason="jaxpeft finds no clusters yet")
     gpus = directives(SBATCH)["gres"].rsplit(":", 1)[1]
     job(stubs, "exit 0", NODES="2", TASKS=gpus, LIST="gpu[07-08]", SLURM_GPUS_ON_NODE=gpus)
     places = [clusters.find(call["environment"]) for call in stubs.noted() if call["name"] == "python"]
