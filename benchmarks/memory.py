@@ -1,9 +1,11 @@
-"""Memory of a step, predicted and measured, on one GPU: `python -m benchmarks.memory [--only NAME ...]`.
+"""Memory of a step, predicted and measured, on one GPU: `python -m benchmarks.memory [--only NAME ...] [--beside FILE]`.
 
 For each configuration three figures: `predicted`, as `python -m jaxpeft.plan --topology h100:1` has it, by arithmetic, without a GPU;
 `compiled`, what XLA says that the step compiled for this GPU takes; `measured`, the peak of the allocator over a few steps. Each is
 measured in a process of its own, whose peak is its own. The weights are random numbers of the model's shape, the step is the main job's.
 Prints one JSON line each.
+
+`--beside FILE` needs no GPU: it predicts what `benchmarks.step` has measured already, the lines of LoRA in FILE.
 """
 
 from __future__ import annotations
@@ -50,7 +52,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.memory")
     parser.add_argument("--only", nargs="*", choices=sorted(CASES), default=[name for name in CASES if name != "tiny"])
     parser.add_argument("--here", help="measure this one in this process")
+    parser.add_argument("--beside", type=Path, help="lines of benchmarks.step, to predict what they have measured")
     options = parser.parse_args(argv)
+    if options.beside:
+        for line in options.beside.read_text().splitlines():
+            row = json.loads(line)
+            if row["program"] == "jaxpeft" and row["method"] == "lora":
+                emit(beside(row))
+        return
     if options.here:
         emit(measured(options.here))
         return
@@ -64,6 +73,23 @@ def emit(line: Mapping[str, Any]) -> None:
     """Prints one JSON line."""
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
+
+
+def beside(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Predicts what a line of `benchmarks.step` has measured."""
+    import jax
+
+    from jaxpeft.planning import topology
+    from jaxpeft.planning.candidates import Setting, predicted
+    from jaxpeft.planning.shapes import SHAPES
+
+    gpu = topology.read("h200:1" if "H200" in row["device"] else "h100:1")
+    by_arithmetic = predicted(Setting(SHAPES[row["shape"]], gpu, jax.devices()[:1], None, False), config_of(row))
+    return {
+        **{key: row[key] for key in ("shape", "batch", "length", "quant", "remat", "layers")},
+        "predicted_gib": _gib(by_arithmetic), "compiled_gib": row["planned_gib"], "measured_gib": row["peak_gib"],
+        "predicted_by_measured": round(by_arithmetic / GIB / row["peak_gib"], 4), "device": row["device"], "jax": row["jax"],
+    }  # fmt: skip
 
 
 def measured(name: str) -> dict[str, Any]:

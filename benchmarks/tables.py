@@ -124,6 +124,19 @@ def _base(row: Mapping[str, Any]) -> str:
     return "bf16" if row["quant"] == "none" else row["quant"]
 
 
+MEMORY = """## Memory, predicted and measured
+
+`python -m benchmarks.memory --beside benchmarks/results/step_h200.jsonl`: what `python -m jaxpeft.plan` predicts for one GPU by arithmetic, what XLA says
+of the compiled step, and the peak that `benchmarks.step` measured.
+"""
+MEMORY_COLUMNS: Columns = {
+    "shape": lambda row: row["shape"], "tokens": lambda row: f"{row['batch']} x {row['length']}", "base": _base,
+    "remat": lambda row: row["remat"], "predicted": lambda row: f"{row['predicted_gib']:.2f} GiB",
+    "compiled": lambda row: f"{row['compiled_gib']:.2f} GiB", "measured": lambda row: f"{row['measured_gib']:.2f} GiB",
+    "predicted / measured": lambda row: f"{row['predicted_by_measured']:.3f}",
+}  # fmt: skip
+
+
 WARM = """## The first step, with compiled programs that are kept
 
 `python -m benchmarks.step --steps 2` a second time: seconds from the command to the end of the first step, Python's imports and the making of
@@ -326,6 +339,7 @@ def strategies(name: str) -> str:
 if __name__ == "__main__":
     tables = [
         step("step_h200.jsonl", "step_h100.jsonl"),
+        listed(MEMORY, "memory_h200.jsonl", MEMORY_COLUMNS),
         listed(WARM, "warm_h200.jsonl", WARM_COLUMNS),
         listed(LONGEST, "longest.jsonl", LONGEST_COLUMNS),
         listed(HEAD_LOSS, "head_loss_h200.jsonl", HEAD_LOSS_COLUMNS),

@@ -56,8 +56,9 @@ def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
     outline = _outline(subject)
     where = memory.layout_of(outline, mesh, rules_of(subject.config.mesh))
     own = memory.estimate(outline, 0, rows, length, where)
-    # what differentiation keeps is not known here; what is offloaded waits elsewhere, but for the layers' inputs
-    split = {**own.kept, "none": own.kept["products"], "offload": own.kept["full"]}
+    # what differentiation keeps is not known here; of the layers' inputs that wait in the host's memory two are on their way
+    on_the_way = 2 * own.kept["full"] // subject.model.config.num_hidden_layers
+    split = {**own.kept, "none": own.kept["products"], "offload": on_the_way}
     return Kept(split, own.working + placed.gradients + _decoded(subject, mesh))
 
 
