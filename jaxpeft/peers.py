@@ -92,6 +92,28 @@ class Peers:
         except jax.errors.JaxRuntimeError as error:
             raise self._lost(what, error) from None
 
+    def gathered(self, what: str, value: T) -> list[T]:
+        """Gives what each process has, to all of them, in their order.
+
+        Args:
+            what: it is, for a message.
+            value: of this process, a plain JSON value.
+
+        Raises:
+            PeersError: one has not come in time.
+        """
+        if not self.many:
+            return [value]
+        key = self._key(what)
+        self.client.key_value_set(f"{key}/{self.process}", json.dumps(value))
+        try:
+            found = [
+                self.client.blocking_key_value_get(f"{key}/{i}", self.timeout * 1000) for i in range(self.processes)
+            ]
+        except jax.errors.JaxRuntimeError as error:
+            raise self._lost(what, error) from None
+        return [json.loads(text) for text in found]
+
     def same(self, what: str, values: Mapping[str, Any]) -> None:
         """Refuses values that differ from those of process 0.
 

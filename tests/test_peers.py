@@ -85,6 +85,11 @@ def test_what_process_0_makes_is_what_all_have(run: Run) -> None:
     assert run(twice) == [[[0, None], {"of": 0}]] * 2
 
 
+def test_what_each_process_has_is_given_to_all_in_their_order(run: Run) -> None:
+    assert run(lambda peers: peers.gathered("numbers", [peers.process])) == [[[0], [1]], [[0], [1]]]
+    assert ALONE.gathered("numbers", 3) == [3]
+
+
 def test_values_that_differ_are_refused_by_name(run: Run) -> None:
     def compare(one: Peers) -> None:
         own = {"only": 1} if one.first else {}

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ class Source:
         name: the folder, `package:NAME` or hub id that it was asked for by.
         folder: where its files are.
         revision: the hub commit, or None for a folder.
+        sha256: its `fingerprint`, where that is known already.
     """
 
     name: str
     folder: Path
     revision: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,21 +164,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(
+    source: Source, share: Callable[[list[str]], list[str]] = lambda own: own, part: slice = slice(None)
+) -> str:
     """Gives the SHA-256 of a model's config and weight files, its identity in checkpoints and adapters.
 
     Files that the model does not read, and who wrote the config, do not change it.
+
+    Args:
+        source: the model.
+        share: where several processes hash the files in turns: gives the lines of all of them from those of this one.
+        part: of the files, sorted, those that this process hashes.
     """
+    if source.sha256 is not None:
+        return source.sha256
+    config = {k: v for k, v in read_json(source.folder / "config.json").items() if k not in _NOT_THE_MODEL}
+    files = weight_files(source)
+    own = [f"{f.name} {_hashed(str(f), f.stat().st_size, f.stat().st_mtime_ns)}" for f in files[part]]
+    return hashlib.sha256("\n".join([json.dumps(config, sort_keys=True), *sorted(share(own))]).encode()).hexdigest()
+
+
+def weight_files(source: Source) -> list[Path]:
+    """Lists the files that hold a model's weights, sorted."""
     from jaxpeft.hub.safetensors_files import open_folder
 
-    config = {k: v for k, v in read_json(source.folder / "config.json").items() if k not in _NOT_THE_MODEL}
-    files = sorted({tensor.file for tensor in open_folder(source.folder).values()})
-    stamps = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return _fingerprint(json.dumps(config, sort_keys=True), stamps)
+    return sorted({tensor.file for tensor in open_folder(source.folder).values()})
 
 
-@functools.lru_cache(maxsize=8)
-def _fingerprint(config: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """Hashes the files once for each state of them."""
-    digests = [f"{Path(name).name} {file_sha256(Path(name))}" for name, _, _ in stamps]
-    return hashlib.sha256("\n".join([config, *digests]).encode()).hexdigest()
+@functools.lru_cache(maxsize=1024)
+def _hashed(name: str, size: int, changed: int) -> str:
+    """Hashes a file once for each state of it."""
+    del size, changed
+    return file_sha256(Path(name))

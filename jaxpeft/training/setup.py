@@ -111,8 +111,9 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
-    base = {"sha256": sources.fingerprint(source)}
-    peers.same("base or rows", {"base": base, "data": splits.identity})
+    base = {"sha256": _fingerprint(source, peers)}
+    sizes = {file.name: file.stat().st_size for file in sources.weight_files(source)}
+    peers.same("base or rows", {"base": base, "files": sizes, "data": splits.identity})
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
     length = batches.lengths[-1]
@@ -122,7 +123,8 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     budget = peers.agreed("memory of a device", lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb))
     outlined = _with_remat(config, outlined, trained, length, mesh, budget)
     outlined = placing.offloaded(outlined) if rules.offload else outlined
-    model, params = outlined.model, placing.read(outlined, config.train.seed, mesh, rules)
+    params = placing.read(outlined, config.train.seed, mesh, rules)
+    model = outlined.model.clone(source=dataclasses.replace(source, sha256=base["sha256"]))
     return Setup(
         config=config,
         model=model,
@@ -149,6 +151,15 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
         },
         peers=peers,
     )
+
+
+def _fingerprint(source: sources.Source, peers: Peers) -> str:
+    """Gives the base's fingerprint; of several processes each hashes some of the files, so that none reads all of them."""
+
+    def share(own: list[str]) -> list[str]:
+        return [line for lines in peers.gathered("hashes of the base's files", own) for line in lines]
+
+    return sources.fingerprint(source, share, slice(peers.process, None, peers.processes))
 
 
 def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...]:
