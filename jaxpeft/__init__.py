@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
     from jaxpeft.methods import METHODS as METHODS
     from jaxpeft.methods.weighted import merge_adapters as merge_adapters
+    from jaxpeft.quant.merging import merge_quantised as merge_quantised
     from jaxpeft.quant.tree import Quant as Quant
     from jaxpeft.quant.tree import dequantise as dequantise
     from jaxpeft.quant.tree import quantise as quantise
@@ -48,6 +49,7 @@ _WHERE = {
     "bank": "core.bank",
     "pick": "core.bank",
     "merge_adapters": "methods.weighted",
+    "merge_quantised": "quant.merging",
     "Quant": "quant.tree",
     "quantise": "quant.tree",
     "dequantise": "quant.tree",

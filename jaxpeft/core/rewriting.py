@@ -341,7 +341,7 @@ def _folded(
     form = kernels.form_of(plain) or "kernel"
     if form not in ("kernel", "embedding"):
         raise ConfigError(
-            f"{paths.text(site.path)} is stored as {form}; merge into the base that is not quantised, or jaxpeft.dequantise it"
+            f"{paths.text(site.path)} is stored as {form}; jaxpeft.merge_quantised decodes it, or merge into the base that is not quantised"
         )
     layers: list[dict[str, Any]] = []
     for i in range(len(site.names)):

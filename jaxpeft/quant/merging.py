@@ -1,0 +1,71 @@
+"""Merging an adapter into a quantised base: decoded, merged in float32, and rounded once, to a dtype or to a number format."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpeft.core import kernels, paths, targets
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.rewriting import merge
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.quant.tree import Quant, dequantise, quantise
+
+_log = logging.getLogger(__name__)
+
+
+def merge_quantised(
+    method: Method, params: Mapping[str, Any], quant: Quant | str | None = None, dtype: Any = jnp.bfloat16
+) -> tuple[Tree, dict[str, float]]:
+    """Folds an adapter into a quantised base, and says how far what is given is from what was merged.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree, some kernels of which are quantised.
+        quant: how to quantise the merged base again; None gives plain kernels.
+        dtype: of the kernels that were quantised and are not any more.
+
+    Returns:
+        `(tree without adapter leaves, errors)`: `||given - merged|| / ||merged||` of each kernel that was quantised, by the name of
+        its module. What was lost when the base was quantised first is no part of it.
+
+    Raises:
+        ConfigError: no kernel is quantised, the tree holds no leaf of this method, or a kernel does not fit the number format.
+        TargetError: a target of `quant` matches nothing.
+    """
+    held = [site for site in targets.find_sites(params) if kernels.is_quantised(_own(params, site))]
+    if not held:
+        raise ConfigError("merge_quantised: no kernel of the base is quantised; jaxpeft.merge gives what it becomes")
+    whole = merge(method, dequantise(params))
+    made = whole if quant is None else quantise(whole, quant)
+    mine = {(*site.path, "kernel") for site in held}
+    given = paths.map_with_path(lambda path, leaf: leaf.astype(dtype) if path in mine else leaf, made)
+    errors: dict[str, float] = {}
+    for site in held:
+        for i, name in enumerate(site.names):
+            merged, rounded = (_kernel(tree, site, i) for tree in (whole, given))
+            errors[name] = float(jnp.linalg.norm(rounded - merged) / jnp.maximum(jnp.linalg.norm(merged), 1e-30))
+    worst = max(errors, key=errors.__getitem__)
+    _log.info(
+        "merged into %s: %d kernels, relative error %.2e in the median, at most %.2e (%s)",
+        quant or jnp.dtype(dtype).name, len(errors), statistics.median(errors.values()), errors[worst], worst,
+    )  # fmt: skip
+    return given, errors
+
+
+def _own(params: Mapping[str, Any], site: Site) -> dict[str, Any]:
+    return {key: leaf for key, leaf in paths.get(params, site.path).items() if not isinstance(leaf, Mapping)}
+
+
+def _kernel(params: Mapping[str, Any], site: Site, layer: int) -> Any:
+    """Gives the kernel of one layer, float32 `[in, out]`."""
+    leaves = _own(params, site)
+    form = kernels.FORMS[kernels.form_of(leaves) or "kernel"]
+    stored = {key: leaves[key][layer] if site.layers else leaves[key] for key in form.leaves}
+    return kernels.read(stored, site.shape, site.order).astype(jnp.float32)
