@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 HEAD = """# Benchmarks
 
 Each module says in its docstring what it measures; those that need no accelerator run with `make bench`. The tables below are made of
-`benchmarks/results/*.jsonl`, what the commands printed, by `python -m benchmarks.tables`; nothing in them is typed by hand.
+`benchmarks/results/`, what the commands printed, by `python -m benchmarks.tables`; nothing in them is typed by hand.
 """
 MATMUL = """## One frozen product in every number format
 
@@ -231,6 +231,20 @@ def segments(name: str) -> str:
     return SEGMENTS + "\n".join([*(f"| {' | '.join(cells)} |" for cells in rows), ""])
 
 
+STRATEGIES = """## The same result under every strategy
+
+`python -m benchmarks.strategies`: loss and gradients of one batch of a tiny Llama in float32, on simulated CPU devices, against those of
+one device: the largest difference, relative to the loss and to the largest number of each leaf's gradient.
+
+```
+"""
+
+
+def strategies(name: str) -> str:
+    """Gives what `benchmarks.strategies` printed."""
+    return STRATEGIES + (HERE / "results" / name).read_text() + "```\n"
+
+
 if __name__ == "__main__":
     tables = [
         step("step_h100.jsonl"),
@@ -240,5 +254,6 @@ if __name__ == "__main__":
         error("error_cpu.jsonl"),
         shard_loading("shard_loading_cpu.jsonl"),
         segments("segments_cpu.jsonl"),
+        strategies("strategies_cpu.txt"),
     ]
     (HERE / "README.md").write_text("\n".join([HEAD, *tables]))

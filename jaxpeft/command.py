@@ -57,12 +57,19 @@ def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     return overrides, rest
 
 
-def guarded(body: Callable[[], int], *, show_traceback: bool) -> int:
+def say(text: str, code: int) -> None:
+    """Says an error on standard error."""
+    del code
+    sys.stderr.write(f"jaxpeft: {text}\n")
+
+
+def guarded(body: Callable[[], int], *, show_traceback: bool, tell: Callable[[str, int], None] = say) -> int:
     """Runs a command; an error is told in a few lines, without Python's traceback unless it is asked for.
 
     Args:
         body: gives the exit code.
         show_traceback: whether to write Python's traceback first.
+        tell: says what is wrong, given the text and the exit code.
 
     Returns:
         The exit code: of `body`, 2 for bad input, 1 for any other failure.
@@ -73,12 +80,13 @@ def guarded(body: Callable[[], int], *, show_traceback: bool) -> int:
         if show_traceback:
             traceback.print_exc()
         many = f"{len(error.problems)} problems:\n" if len(error.problems) > 1 else ""
-        sys.stderr.write(f"jaxpeft: {many}{error}\n")
-        return 2 if isinstance(error, ValueError) else 1
+        code = 2 if isinstance(error, ValueError) else 1
+        tell(f"{many}{error}", code)
+        return code
     except Exception as error:  # noqa: BLE001 - the end of the command: told, and not gone on from
         if show_traceback:
             traceback.print_exc()
-        sys.stderr.write(f"jaxpeft: {unexpected(error)}\n")
+        tell(unexpected(error), 1)
         return 1
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxpeft import config as configs
 from jaxpeft import train
+from jaxpeft.errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
@@ -26,6 +27,12 @@ def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
     from jaxpeft.training.signals import Stopped, StopRequest
 
     log = logging.getLogger("jaxpeft")
+    place, _ = train.place_of_process()
+    if place is not None and place.processes != 1:
+        raise ConfigError(
+            f"python -m jaxpeft.compare: trains in one process after the other, and this is one of several ({place.by}); start it once, "
+            "or set JAXPEFT_DISTRIBUTED=off"
+        )
     with StopRequest() as stop:
         try:
             failed = comparison.run(config, workdir, stop, allowed, traceback=train.FLAGS.traceback)

@@ -46,6 +46,10 @@ class CheckpointError(JaxpeftError, RuntimeError):
     """A checkpoint cannot be resumed from."""
 
 
+class PeersError(JaxpeftError, RuntimeError):
+    """The processes of a run have not found each other, or have lost one."""
+
+
 class ExportError(JaxpeftError, RuntimeError):
     """What was written does not compute what it was made from."""
 

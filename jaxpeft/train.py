@@ -1,12 +1,14 @@
 """`python -m jaxpeft.train --config configs/NAME.py [--config.method.rank=16 ...] [--workdir DIR]`: the main job.
 
 The same command again goes on where it was stopped. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM and saved,
-130 stopped by SIGINT and saved, 1 any other failure.
+130 stopped by SIGINT and saved, 1 any other failure. As one of several processes (docs/distributed.md) it is found by flags or by
+the environment; a process that is lost ends the others with a code that is none of these.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import tempfile
@@ -16,8 +18,8 @@ from pathlib import Path
 
 from absl import flags
 
+from jaxpeft import clusters, names
 from jaxpeft import config as configs
-from jaxpeft import names
 from jaxpeft.command import guarded, set_up_logging, split_overrides
 from jaxpeft.errors import ConfigError
 
@@ -32,6 +34,12 @@ flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", fla
 flags.DEFINE_multi_string(
     "allow_change", [], "--allow-change=FIELD: go on though this field of the config has changed", flag_values=FLAGS
 )
+flags.DEFINE_string("coordinator", None, "host:port of process 0, of a run of several processes", flag_values=FLAGS)
+flags.DEFINE_integer("processes", None, "how many processes the run has", flag_values=FLAGS)
+flags.DEFINE_integer("process", None, "which of them this is, from 0", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "heartbeat_timeout", None, "seconds without a sign of life of a process until all end; 100 by default", flag_values=FLAGS
+)  # fmt: skip
 flags.DEFINE_bool("validate", False, "check the config and stop", flag_values=FLAGS)
 
 
@@ -142,19 +150,40 @@ def verb(argv: list[str], about: str | None, run: Run, *, compares: bool = False
     return guarded(checked, show_traceback="--traceback" in argv)
 
 
+def place_of_process() -> tuple[clusters.Place | None, clusters.Waits]:
+    """Tells from flags and environment which process of how many this is, and how long it waits for the others.
+
+    Raises:
+        ConfigError: they are half set, or contradict each other.
+    """
+    given = clusters.Flags(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.heartbeat_timeout)
+    return clusters.find(os.environ, given), clusters.waits(os.environ, given)
+
+
 def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
-    """Imports JAX, now that the config is good, and runs."""
+    """Imports JAX, now that the config is good, joins the other processes, and runs."""
     from jaxpeft.training.signals import Stopped, StopRequest
 
+    place, waits = place_of_process()
     with StopRequest() as stop:
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        from jaxpeft import distributed
         from jaxpeft.training.job import run
 
-        try:
-            stop.raise_if_requested()
-            run(config, workdir, stop, allowed)
-        except Stopped as stopped:
-            return stopped.exit_code
-    return 0
+        peers = distributed.start(place, waits)
+        if peers.client is not None:
+            stop.agree(reached_preemption_sync_point)
+
+        def body() -> int:
+            try:
+                stop.raise_if_requested()
+                run(config, workdir, stop, allowed, peers)
+            except Stopped as stopped:
+                return stopped.exit_code
+            return 0
+
+        return distributed.together(peers, waits, body, show_traceback=FLAGS.traceback)
 
 
 if __name__ == "__main__":

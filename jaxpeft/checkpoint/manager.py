@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jaxpeft.checkpoint import manifest
 from jaxpeft.checkpoint.identity import differences
 from jaxpeft.errors import CheckpointError, ConfigError
+from jaxpeft.peers import ALONE, SEEN, Peers, seen
 
 _log = logging.getLogger(__name__)
 ASIDE = ".set-aside"
@@ -30,13 +31,17 @@ class Checkpoints:
     step. What is not good (see `manifest`) is never used; where it is newer than the step that a run goes on
     from, it is put aside under another name.
 
+    Of several processes each writes its part of the arrays; process 0 alone writes manifests, deletes, and says which step is
+    the newest: what a host sees of a shared folder may be behind.
+
     Args:
         folder: of the run's checkpoints.
         keep: how many of the newest to keep.
+        peers: the processes of the run.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder.absolute(), keep
+    def __init__(self, folder: Path, keep: int, peers: Peers = ALONE) -> None:
+        self._folder, self._keep, self._peers = folder.absolute(), keep, peers
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -61,7 +66,7 @@ class Checkpoints:
             CheckpointError: it could not be written; the steps saved before are as they were.
         """
         target = self._folder / str(step)
-        if (target / manifest.NAME).is_file():
+        if self._peers.agreed(f"whether step {step} is saved", (target / manifest.NAME).is_file):
             return
         items: dict[str, Any] = {"state": ocp.args.StandardSave(state)}
         if best is not None:
@@ -70,8 +75,9 @@ class Checkpoints:
             items["fixed"] = ocp.args.StandardSave(dict(fixed))
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-            manifest.write(target, meta)
-            self._delete_old()
+            if self._peers.first:
+                manifest.write(target, meta)
+                self._delete_old()
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{target}: could not be saved ({type(error).__name__}: {str(error).splitlines()[0][:200]}); make room or mend "
@@ -93,8 +99,18 @@ class Checkpoints:
         """Gives the newest good step, None where none was ever saved; says which newer ones are not good, and why.
 
         Raises:
-            CheckpointError: steps were saved, and none of them is good.
+            CheckpointError: steps were saved, and none of them is good; or another process than the first does not see that step.
         """
+        step = self._peers.agreed("the newest saved step", self._newest)
+        if step is not None and not self._peers.first and not seen(self._folder / str(step) / manifest.NAME):
+            raise CheckpointError(
+                f"{self._folder / str(step)}: is the newest saved step for process 0, and process {self._peers.process} does not see it "
+                f"after {SEEN:.0f} s: its view of the folder is stale, or another folder; start all of them again, or give one "
+                "--workdir that all hosts share"
+            )
+        return step
+
+    def _newest(self) -> int | None:
         bad: list[tuple[int, str]] = []
         for step in self._steps():
             why = manifest.problem(self._folder / str(step))
@@ -117,16 +133,17 @@ class Checkpoints:
         Args:
             after: that step, None for a new run.
         """
-        for step in self._steps():
+        for step in self._steps() if self._peers.first else ():
             if after is None or step > after:
                 source, n = self._folder / str(step), 0
                 while (target := source.with_name(f"{step}{ASIDE}{n or ''}")).exists():
                     n += 1
                 source.rename(target)
+        self._peers.wait("what was put aside")
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Reads the plain values of a good step."""
-        return manifest.read(self._folder / str(step))
+        return self._peers.agreed(f"what step {step} is of", lambda: manifest.read(self._folder / str(step)))
 
     def check_identity(self, step: int, identity: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
         """Refuses to resume another run.
@@ -147,7 +164,7 @@ class Checkpoints:
                 f"{self._folder} holds step {step} of another run; undo these changes, allow one by --allow-change=FIELD, or "
                 f"give another --workdir to start anew:{shown}"
             )
-        for row in let:
+        for row in let if self._peers.first else ():
             _log.warning("going on from step %d with another %s", step, row)
 
     def restore(
@@ -167,7 +184,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the files cannot be read, or hold other leaves.
         """
-        has_best = (self._folder / str(step) / "best").is_dir()
+        has_best = self._peers.agreed("whether there is a best tree", (self._folder / str(step) / "best").is_dir)
         wanted: dict[str, Any] = {"state": ocp.args.StandardRestore(_abstract(state))}
         if has_best:
             wanted["best"] = ocp.args.StandardRestore(_abstract(best))

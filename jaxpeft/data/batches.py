@@ -18,6 +18,8 @@ from jaxpeft.errors import ConfigError
 Batch = dict[str, np.ndarray]
 Position = dict[str, int]
 """Where the next batch is: plain numbers, saved with each checkpoint."""
+Own = tuple[int, ...] | None
+"""The rows of each micro-batch that a process makes; None for all of them."""
 
 
 class Batches:
@@ -35,8 +37,6 @@ class Batches:
         shuffle: False keeps the order of the rows inside each length, in every epoch.
         accumulation: micro-batches a step; more than one gives every array a leading axis of micro-batches.
         drop_remainder: leave out the last batch of an epoch where it is not full.
-        shard: `(process, processes)`: of each micro-batch this process gets so many rows; all of them together make the
-            batch that one process would have.
         workers: processes that make batches ahead of `feed`; 0 for a thread.
         timeout: seconds that `feed` waits for them.
 
@@ -54,13 +54,11 @@ class Batches:
         shuffle: bool = True,
         accumulation: int = 1,
         drop_remainder: bool = False,
-        shard: tuple[int, int] = (0, 1),
         workers: int = 0,
         timeout: float = 60.0,
     ) -> None:
         _check(len(encoded), batch_size, seed, pad_id, accumulation, drop_remainder)
-        _check_shard(shard, batch_size, accumulation)
-        self._shard, self._workers, self._timeout = shard, workers, timeout
+        self._workers, self._timeout = workers, timeout
         self._encoded, self._batch_size, self._seed = encoded, batch_size, seed
         self._pad_id, self._shuffle, self._accumulation = pad_id, shuffle, accumulation
         self._drop = drop_remainder
@@ -94,8 +92,12 @@ class Batches:
         plan, i = self._at(step)
         return plan.rows[i]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, own: Own = None) -> Batch:
         """Gives the arrays of a step; with accumulation each has a leading axis `[accumulation, batch / accumulation]`.
+
+        Args:
+            step: its number.
+            own: which rows of each micro-batch to make; None for all of them.
 
         Returns:
             input_ids, attention_mask: int32 [batch, T]. token_type_ids: the same, where the tokenizer makes them.
@@ -107,8 +109,9 @@ class Batches:
             ConfigError: the step is negative.
         """
         plan, i = self._at(step)
-        k, (process, processes) = self._accumulation, self._shard
-        rows = plan.rows[i].reshape(k, processes, -1)[:, process].ravel()
+        k, rows = self._accumulation, plan.rows[i]
+        if own is not None:
+            rows = rows.reshape(k, -1)[:, list(own)].ravel()
         arrays = collate(self._encoded, rows, int(plan.lengths[i]), self._pad_id)
         if k == 1:
             return arrays
@@ -124,7 +127,7 @@ class Batches:
         return f"sequences {', '.join(map(str, rows[:4].tolist()))}{', ...' if len(rows) > 4 else ''}"
 
     def feed(
-        self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None
+        self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None, own: Own = None
     ) -> Generator[tuple[Batch, Position]]:
         """Yields the batches of a run from a position on, each with the position behind it.
 
@@ -132,12 +135,14 @@ class Batches:
             position: `step` of the next batch; empty for the beginning.
             steps: of the run.
             waiting: called while a batch is waited for; may raise to stop.
+            own: which rows of each micro-batch to make; None for all. The processes of a run make a batch together, the same
+                one that a process by itself would make.
 
         Raises:
             WorkerError: a worker process has ended or hangs.
         """
         start = position.get("step", 0)
-        batches = ahead(_Steps(self, start, steps), self._workers, timeout=self._timeout, waiting=waiting)
+        batches = ahead(_Steps(self, start, steps, own), self._workers, timeout=self._timeout, waiting=waiting)
         with closing(batches):
             for step, batch in enumerate(batches, start + 1):
                 yield batch, {"step": step}
@@ -165,16 +170,17 @@ class _Steps:
     batches: Batches
     start: int
     stop: int
+    own: Own = None
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
 
     def __getitem__(self, i: int) -> Batch:
-        return self.batches.batch(self.start + i)
+        return self.batches.batch(self.start + i, self.own)
 
 
 def eval_batches(
-    encoded: Encoded, batch_size: int, lengths: Sequence[int] | None = None, pad_id: int = 0
+    encoded: Encoded, batch_size: int, lengths: Sequence[int] | None = None, pad_id: int = 0, own: Own = None
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yields every sequence once, by length and then in order, each batch with the sequences it holds.
 
@@ -183,6 +189,7 @@ def eval_batches(
         batch_size: sequences a batch.
         lengths: ascending lengths to pad to; chosen from the data where not given.
         pad_id: the token to pad with.
+        own: which rows of each batch to make; None for all.
 
     Yields:
         The arrays of `Batches.batch`, and int64 [batch], the index of each sequence, -1 for a filler row, which only
@@ -192,7 +199,7 @@ def eval_batches(
         ConfigError: as `Batches` does.
     """
     every = Batches(encoded, batch_size, lengths, pad_id=pad_id, shuffle=False)
-    return ((every.batch(step), every.rows(step)) for step in range(every.steps_per_epoch))
+    return ((every.batch(step, own), every.rows(step)) for step in range(every.steps_per_epoch))
 
 
 def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Batch:
@@ -231,19 +238,6 @@ def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Bat
 
 def _default_lengths(encoded: Encoded) -> tuple[int, ...]:
     return choose_lengths(encoded.lengths, encoded.max_length)
-
-
-def _check_shard(shard: tuple[int, int], batch_size: int, accumulation: int) -> None:
-    process, processes = shard
-    if not 0 <= process < processes:
-        raise ConfigError(f"shard={shard}: the process must be from 0 to {processes - 1}")
-    parts = processes * accumulation
-    if batch_size % parts and batch_size % accumulation == 0:
-        near = " or ".join(
-            str(size) for size in (batch_size // parts * parts, (batch_size // parts + 1) * parts) if size
-        )
-        said = f"{processes} processes x accumulation={accumulation} = {parts}"
-        raise ConfigError(f"batch_size={batch_size} is not divisible by {said}; give {near}")
 
 
 def _check(n: int, batch_size: int, seed: int, pad_id: int, accumulation: int, drop: bool) -> None:

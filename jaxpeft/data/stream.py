@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxpeft.config.schema import Config
 from jaxpeft.data.ahead import ahead
-from jaxpeft.data.batches import Batch, Batches, Position
+from jaxpeft.data.batches import Batch, Batches, Own, Position
 from jaxpeft.data.columns import OPTIONAL, Columns, Kind
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.encoding import Encoding, padded_lengths
@@ -72,7 +72,6 @@ class Stream:
         config: a checked config.
         encoding: of rows as tokens.
         like: examples whose labels the rows have; None where there are none.
-        shard: `(process, processes)`: this process gets so many rows of each batch.
 
     Raises:
         DataError: a source cannot be streamed.
@@ -82,10 +81,8 @@ class Stream:
     steps_per_epoch: int | None = None
     """How many batches an epoch has: not known."""
 
-    def __init__(
-        self, config: Config, encoding: Encoding, like: Examples | None = None, shard: tuple[int, int] = (0, 1)
-    ) -> None:
-        self._config, self._encoding, self._shard = config, encoding, shard
+    def __init__(self, config: Config, encoding: Encoding, like: Examples | None = None) -> None:
+        self._config, self._encoding = config, encoding
         weights = config.data.weights or (1.0,)
         shares = [weight / sum(weights) for weight in weights]
         self._sources: list[StreamedSource] = []
@@ -154,7 +151,7 @@ class Stream:
         return self._encoding(examples, judged=whole)
 
     def feed(
-        self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None
+        self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None, own: Own = None
     ) -> Generator[tuple[Batch, Position]]:
         """Yields batches from a position on, each with the position behind it.
 
@@ -162,6 +159,7 @@ class Stream:
             position: `epoch`, `buffer` and `batch` of the next batch; empty for the beginning.
             steps: optimizer steps of the run: not used, a stream goes on until it is closed.
             waiting: called while a batch is waited for; may raise to stop.
+            own: which rows of each micro-batch to make; None for all.
 
         Raises:
             DataError: a row cannot be read, or an epoch has no batch.
@@ -175,26 +173,26 @@ class Stream:
                 for encoded in buffers:
                     if encoded is None:
                         break
-                    yield from self._of(encoded, epoch, number, batch)
+                    yield from self._of(encoded, epoch, number, batch, own)
                     number, batch = number + 1, 0
             if number == before == 0:
                 raise DataError(f"{', '.join(options.sources)}: a whole pass over the stream gave no batch")
             epoch, number = epoch + 1, 0
 
-    def _of(self, encoded: Encoded, epoch: int, number: int, start: int) -> Generator[tuple[Batch, Position]]:
+    def _of(self, encoded: Encoded, epoch: int, number: int, start: int, own: Own) -> Generator[tuple[Batch, Position]]:
         if not len(encoded):
             return
         batches = self._batches(encoded)
         # each buffer of each epoch is shuffled in its own way
         first = (epoch * _ENDLESS + number) * batches.steps_per_epoch
         for i in range(start, batches.steps_per_epoch):
-            yield batches.batch(first + i), {"epoch": epoch, "buffer": number, "batch": i + 1}
+            yield batches.batch(first + i, own), {"epoch": epoch, "buffer": number, "batch": i + 1}
 
     def _batches(self, encoded: Encoded) -> Batches:
         options = self._config.train
         return Batches(
             encoded, options.batch_size, padded_lengths(self._config, encoded), options.seed, self._encoding.pad_id,
-            accumulation=options.accumulation, shard=self._shard,
+            accumulation=options.accumulation,
         )  # fmt: skip
 
     def _examples(self, number: int) -> Examples | None:

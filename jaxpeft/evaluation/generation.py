@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -10,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft.forward import apply
 
@@ -37,21 +39,31 @@ def greedy(
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = prompt
 
-    @jax.jit
+    # the same on every device, and so in every process
+    whole = _on_each_device(params)
+
+    @functools.partial(jax.jit, out_shardings=whole)
     def step(params: Mapping[str, Any], rows: jax.Array, at: jax.Array) -> jax.Array:
         # what stands behind a place is not seen from it, so padding needs no mask
         logits = apply(model, params, rows, jnp.ones_like(rows))
         last = jnp.take_along_axis(logits, (at - 1)[:, None, None], axis=1)[:, 0]
         return rows.at[jnp.arange(len(rows)), at].set(last.argmax(-1).astype(rows.dtype))
 
-    made = jnp.asarray(rows)
+    made = jnp.asarray(rows) if whole is None else jax.device_put(rows, whole)
     for i in range(most):
-        made = step(params, made, jnp.asarray(sizes + i))
+        made = step(params, made, sizes + i)
         if all(ends & set(_added(made, sizes, row, i + 1)) for row in range(len(prompts))):
             break
     out = [_added(made, sizes, row, most) for row in range(len(prompts))]
     return [list(itertools.takewhile(lambda token: token not in ends, ids)) for ids in out]
 
 
+def _on_each_device(params: Mapping[str, Any]) -> NamedSharding | None:
+    """Gives the sharding of what every device of the parameters holds; None where they are on no mesh."""
+    found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    mesh = next((sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)), None)
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
 def _added(rows: jax.Array, sizes: np.ndarray[Any, Any], row: int, count: int) -> list[int]:
-    return np.asarray(rows[row, int(sizes[row]) : int(sizes[row]) + count]).tolist()
+    return np.asarray(rows)[row, int(sizes[row]) : int(sizes[row]) + count].tolist()

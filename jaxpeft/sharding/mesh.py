@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpeft.config.mesh import MeshConfig, batch_problems
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError
+from jaxpeft.sharding.processes import joined
 from jaxpeft.sharding.sizes import AXES, DATA, FSDP, ROWS, SEQUENCE, STRATEGIES, sizes
 
 _log = logging.getLogger(__name__)
@@ -151,7 +152,10 @@ def place(mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0) 
 
     Args:
         mesh: the devices.
-        batch: arrays with an axis of rows.
+        batch: arrays with an axis of rows; of several processes each has the rows of its own devices.
         axis: which axis that is: 1 behind an axis of micro-batches.
     """
-    return jax.device_put(dict(batch), batch_shardings(mesh, batch, axis))
+    where = batch_shardings(mesh, batch, axis)
+    if jax.process_count() > 1:
+        return joined(batch, where, axis)
+    return jax.device_put(dict(batch), where)

@@ -16,6 +16,7 @@ from jaxpeft.data.encoding import padded_lengths
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import place, replicated
+from jaxpeft.sharding.processes import own_rows
 from jaxpeft.training import compiling
 from jaxpeft.training.outputs import Outputs
 from jaxpeft.training.setup import Encoded, Setup
@@ -33,16 +34,19 @@ class Evaluator:
 
     def __init__(self, setup: Setup, on_batch: Callable[[], None] = lambda: None) -> None:
         self._setup, self._on_batch = setup, on_batch
+        how = compiling.options(setup.mesh.devices.flat[0])
+        # on each device, so that each process has the figures of all rows
         self._run = jax.jit(
-            on_mesh(setup.mesh, self._forward), out_shardings=replicated(setup.mesh),
-            compiler_options=compiling.options(setup.mesh.devices.flat[0]),
-        )  # fmt: skip
+            on_mesh(setup.mesh, self._forward), out_shardings=replicated(setup.mesh), compiler_options=how
+        )
+        self._own = own_rows(setup.mesh, setup.config.evaluation.batch_size)
 
-    def _forward(self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
+    def _forward(self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any, Any]:
         outputs = Outputs(self._setup.model, combine(trainable, frozen), batch, None)
         total, weight = self._setup.loss(outputs, batch)
         # the logits of a language model are large, and not needed
-        return total, weight, None if self._setup.problem == "lm" else outputs.logits
+        made, given = (None, None) if self._setup.problem == "lm" else (outputs.logits, batch["labels"])
+        return total, weight, made, given
 
     def __call__(self, trainable: Tree, frozen: Tree, split: Encoded) -> dict[str, float]:
         """Gives the figures of a split: `loss`, and those of its kind of problem.
@@ -58,14 +62,14 @@ class Evaluator:
         total = weight = 0.0
         logits: list[np.ndarray[Any, Any]] = []
         labels: list[np.ndarray[Any, Any]] = []
-        for batch, rows in data.eval_batches(split, options.batch_size, lengths, setup.pad_id):
+        for batch, rows in data.eval_batches(split, options.batch_size, lengths, setup.pad_id, self._own):
             self._on_batch()
-            batch_total, batch_weight, out = self._run(trainable, frozen, place(setup.mesh, batch))
+            batch_total, batch_weight, out, given = self._run(trainable, frozen, place(setup.mesh, batch))
             total, weight = total + float(batch_total), weight + float(batch_weight)
             if out is not None:
                 kept = rows >= 0
                 logits += _by_row(np.asarray(out)[kept], setup.problem)
-                labels += _by_row(batch["labels"][kept], setup.problem)
+                labels += _by_row(np.asarray(given)[kept], setup.problem)
         if setup.problem == "lm":
             return lm_metrics(total, weight)
         outside = setup.labels.index("O") if setup.problem == "token" and "O" in setup.labels else None

@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxpeft.config.schema import Config, OptimizerConfig
+from jaxpeft.config.schema import Config, OptimizerConfig, as_dict
+from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
+from jaxpeft.core.tree import combine
 from jaxpeft.evaluation.generation import greedy
 from jaxpeft.hub.adapters import save_adapter
 from jaxpeft.logs import timed
 from jaxpeft.methods import METHODS
 from jaxpeft.models import attention
+from jaxpeft.peers import ALONE, Peers
+from jaxpeft.sharding.processes import on_each_device
 from jaxpeft.training import compiling, optimizers, plot, records
-from jaxpeft.training.begin import split_for
+from jaxpeft.training.begin import fixed_leaves, split_for
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import Lock
 from jaxpeft.training.loop import Result, Run, check_resumable, devices_of
@@ -31,7 +36,11 @@ _log = logging.getLogger(__name__)
 
 
 def run(
-    config: Config, workdir: Path, stop: StopRequest | None = None, allowed: Sequence[str] = ()
+    config: Config,
+    workdir: Path,
+    stop: StopRequest | None = None,
+    allowed: Sequence[str] = (),
+    peers: Peers = ALONE,
 ) -> dict[str, Result]:
     """Runs a config from end to end.
 
@@ -43,6 +52,7 @@ def run(
         workdir: the run's folder; what an earlier run of the same command left there is gone on from.
         stop: a request to stop that is entered already; None to listen from here to the end.
         allowed: fields that may differ from those of the run that is gone on from.
+        peers: the processes of the run, of which the first writes what is left behind.
 
     Returns:
         The results by method name, baselines first.
@@ -53,11 +63,14 @@ def run(
     """
     if stop is None:
         with StopRequest() as stop:
-            return run(config, workdir, stop, allowed)
+            return run(config, workdir, stop, allowed, peers)
     records.check(config.log)
+    peers.same("config", {"config": compared(config), "jax": jax.__version__})
+    config = config if peers.first else quiet(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    with Lock(workdir):
-        setup = prepare(config)
+    with Lock(workdir) if peers.first else nullcontext():
+        peers.require_shared(workdir)
+        setup = prepare(config, peers)
         stop.raise_if_requested()
         check_resumable(setup, config.method, workdir, allowed)
         log_setup(setup)
@@ -72,8 +85,27 @@ def run(
         results[config.method.name] = fit(setup, config.method, options, workdir, stop, evaluator, allowed)
         answers["after"] = _answers(setup, results[config.method.name].params)
         _show_answers(setup, answers)
-        _finish(setup, before, results, workdir)
+        if peers.first:
+            _finish(setup, before, results, workdir)
     return results
+
+
+_OF_A_HOST = ("model.path", "data.train", "data.validation", "data.test")
+"""Where files lie may differ between hosts: what lies there is compared by its hash."""
+
+
+def compared(config: Config) -> dict[str, Any]:
+    """Gives the options that all processes must have in common."""
+    values = as_dict(config)
+    del values["log"]
+    for section, option in (name.split(".") for name in _OF_A_HOST):
+        del values[section][option]
+    return values
+
+
+def quiet(config: Config) -> Config:
+    """Gives the config of a process that leaves logs and plots to the first."""
+    return replace(config, log=replace(config.log, progress="off", tensorboard=False, wandb=None, plot=False))
 
 
 def _baseline_options(config: Config, name: str) -> OptimizerConfig:
@@ -122,9 +154,18 @@ def fit(
 ) -> Result:  # fmt: skip
     """Trains a method on a prepared setup, and saves the adapter beside its checkpoints: the arguments are those of `Run`."""
     result = Run(setup, method, options, folder, stop, evaluator, allowed).fit()
-    save_adapter(folder / "adapter", result.method, result.params, setup.model, labels=setup.labels)
+    saved = _whole(setup, result)
+    if setup.peers.first:
+        save_adapter(folder / "adapter", result.method, saved, setup.model, labels=setup.labels)
     _log.info("%s on the test rows: %s", method.name, _shown(result.test))
     return result
+
+
+def _whole(setup: Setup, result: Result) -> Tree:
+    """Gives the tree with what is saved of it whole in every process; the rest of the base stays where it is."""
+    fixed = on_each_device(setup.mesh, fixed_leaves(result.method, result.frozen))
+    frozen = paths.map_with_path(lambda path, leaf: fixed.get(paths.text(path), leaf), result.frozen)
+    return combine(on_each_device(setup.mesh, result.trainable), frozen)
 
 
 def _answers(setup: Setup, params: Tree) -> list[str]:

@@ -28,6 +28,7 @@ from jaxpeft.data.batches import Position
 from jaxpeft.logs import timed
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import batch_shardings, place, replicated
+from jaxpeft.sharding.processes import own_rows
 from jaxpeft.sharding.specs import state_shardings
 from jaxpeft.training import compiling, flops, optimizers, records
 from jaxpeft.training.begin import begun, fixed_leaves, method_of, rewritten
@@ -113,7 +114,7 @@ def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequenc
         ConfigError: the checkpoints are another run's.
         CheckpointError: none of them is good.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
     latest = checkpoints.latest()
     if latest is not None:
         started = method_of(checkpoints.read_meta(latest), method)
@@ -147,7 +148,7 @@ class Run:
         self.allowed = allowed
         self.setup, self.stop, self.folder = setup, stop, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep)
+        self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
         self.latest = self.checkpoints.latest()
         meta = None if self.latest is None else self.checkpoints.read_meta(self.latest)
         self.method, trainable, self.frozen = begun(setup, method, meta)
@@ -158,13 +159,15 @@ class Run:
         self.places = state_shardings(setup.mesh, state, trainable, where)
         self.state = jax.device_put(state, self.places)
         self.row_axis = int(setup.config.train.accumulation > 1)
+        self.own = own_rows(setup.mesh, setup.config.train.batch_size // setup.config.train.accumulation)
+        self.tokens = 0
         self.position: Position = {}
         self.best: Tree | None = None
         self.progress = Progress()
         self.evaluator = evaluator
         self.identity = identity_of(setup, method, trainable)
         self.step = 0
-        self.pending: list[tuple[int, int, Position, dict[str, jax.Array]]] = []
+        self.pending: list[tuple[int, Position, dict[str, jax.Array]]] = []
         self.writers: list[records.Writer] = []
         self.started = time.perf_counter()
         self.aside = 0.0
@@ -181,10 +184,12 @@ class Run:
             TrainingError: the loss is not finite.
         """
         self._resume()
-        (self.folder / "config.json").write_text(json.dumps(self.setup.identity["config"], indent=2) + "\n")
+        if self.setup.peers.first:
+            (self.folder / "config.json").write_text(json.dumps(self.setup.identity["config"], indent=2) + "\n")
         share = f"{self.sizes[0]:,} of {self.sizes[1]:,} parameters ({self.sizes[0] / self.sizes[1]:.2%})"
         _log.info("%s trains %s", self.method.name, share)
-        self.writers = records.open_writers(self.setup.config.log, self.folder, self.step)
+        if self.setup.peers.first:
+            self.writers = records.open_writers(self.setup.config.log, self.folder, self.step)
         try:
             if not self._finished():
                 step = self._compiled()
@@ -246,7 +251,7 @@ class Run:
         if self._evaluation_due():
             self._evaluate()
         mesh, feed = self.setup.mesh, self.setup.batches.feed
-        batches = feed(self.position, self.setup.steps, self.stop.raise_if_requested)
+        batches = feed(self.position, self.setup.steps, self.stop.raise_while_waiting, self.own)
         with self._progress_shown() as report, closing(batches):
             first = True
             while not self._finished():
@@ -258,10 +263,9 @@ class Run:
                     jax.block_until_ready(metrics if first else ())
                     first = False
                 self.step, self.position = self.step + 1, position
-                tokens = _tokens(batch)
-                self.pending.append((self.step, tokens, position, metrics))
+                self.pending.append((self.step, position, metrics))
                 last = self.step == self.setup.steps
-                report(tokens, last or self.step % self.setup.config.log.every_steps == 0)
+                report(last or self.step % self.setup.config.log.every_steps == 0)
                 saves = self.step % self.setup.config.checkpoint.every_steps == 0
                 if self._evaluation_due() or saves or self._finished():
                     jax.block_until_ready(self.state)  # steps that are only dispatched are no part of what follows
@@ -279,19 +283,18 @@ class Run:
         self.aside += time.perf_counter() - began
 
     @contextmanager
-    def _progress_shown(self) -> Generator[Callable[[int, bool], None]]:
+    def _progress_shown(self) -> Generator[Callable[[bool], None]]:
         shown = StepProgress(self.setup.config.log.progress, self.method.name, self.setup.steps, self.step)
-        last, tokens = [time.perf_counter()], [0]
+        last, tokens = [time.perf_counter()], [self.tokens]
 
-        def report(new: int, due: bool) -> None:
-            tokens[0] += new
+        def report(due: bool) -> None:
             if not due:
                 return
             loss = self._flush()
             # what evaluating and saving took is not the training's speed
             seconds = time.perf_counter() - last[0] - self.aside
-            shown.update(self.step, self._figures(loss, tokens[0] / max(seconds, 1e-9)))
-            last[0], tokens[0], self.aside = time.perf_counter(), 0, 0.0
+            shown.update(self.step, self._figures(loss, (self.tokens - tokens[0]) / max(seconds, 1e-9)))
+            last[0], tokens[0], self.aside = time.perf_counter(), self.tokens, 0.0
 
         try:
             yield report
@@ -317,8 +320,9 @@ class Run:
             TrainingError: too many steps in a row were skipped.
         """
         loss = math.nan
-        for step, tokens, position, metrics in self.pending:
-            loss = float(metrics["loss"])
+        for step, position, metrics in self.pending:
+            loss, tokens = float(metrics["loss"]), int(metrics["tokens"])
+            self.tokens += tokens
             seen = self.watch.see(step, self.setup.batches.told(position), metrics)
             self._write(step, seen | {"learning_rate": self._rate(step), "tokens": tokens})
             self.watch.stop_if_too_many(self._newest)
@@ -393,10 +397,6 @@ def devices_of(params: Tree) -> list[Any]:
     """Gives the devices that a tree's leaves are on."""
     found = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
     return sorted(found, key=lambda device: device.id)
-
-
-def _tokens(batch: Mapping[str, np.ndarray[Any, Any]]) -> int:
-    return int((batch["attention_mask"] * batch["weights"][..., None]).sum())
 
 
 def _abstract_batch(

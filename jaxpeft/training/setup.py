@@ -31,8 +31,10 @@ from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.methods import METHODS
 from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Pretrained
+from jaxpeft.peers import ALONE, Peers
 from jaxpeft.quant.tree import Quant
 from jaxpeft.sharding.mesh import heads_of, make_mesh
+from jaxpeft.sharding.processes import check_processes
 from jaxpeft.sharding.rules import Rules, rules_of
 from jaxpeft.sharding.sizes import ROWS, SEQUENCE
 from jaxpeft.sharding.specs import shardings
@@ -68,6 +70,7 @@ class Setup:
         samples: a few test rows to answer: the prompt's tokens, and the answer as it is in the rows.
         tokenizer: of the model.
         identity: what makes this run this run, for the checkpoints.
+        peers: the processes of the run.
     """
 
     config: Config
@@ -87,30 +90,37 @@ class Setup:
     samples: tuple[tuple[list[int], str], ...]
     tokenizer: Any
     identity: Mapping[str, Any]
+    peers: Peers = ALONE
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     """Reads tokenizer, rows and weights.
 
     Args:
         config: a checked config.
+        peers: the processes of the run; each reads the rows, and all must have read the same.
 
     Raises:
         JaxpeftError: whatever cannot be used, named.
     """
     source = sources.resolve(config.model.path, config.model.revision)
     mesh = make_mesh(config, heads=heads_of(sources.read_json(source.folder / "config.json")))
+    check_processes(mesh)
     rules = rules_of(config.mesh)
     placing.check(config.mesh, mesh)
     compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
+    base = {"sha256": sources.fingerprint(source)}
+    peers.same("base or rows", {"base": base, "data": splits.identity})
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
     length = batches.lengths[-1]
     outlined = _outlined(config, splits, steps, length, mesh)
     trained = _check(config, outlined, length, steps, mesh)
-    outlined = _with_remat(config, outlined, trained, length, mesh)
+    # what is computed again must be the same everywhere, so one device speaks for all
+    budget = peers.agreed("memory of a device", lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb))
+    outlined = _with_remat(config, outlined, trained, length, mesh, budget)
     outlined = placing.offloaded(outlined) if rules.offload else outlined
     model, params = outlined.model, placing.read(outlined, config.train.seed, mesh, rules)
     return Setup(
@@ -134,9 +144,10 @@ def prepare(config: Config) -> Setup:
         tokenizer=splits.tokenizer,
         identity={
             "config": as_dict(config),
-            "base": {"sha256": sources.fingerprint(source)},
+            "base": base,
             "data": splits.identity,
         },
+        peers=peers,
     )
 
 
@@ -210,9 +221,10 @@ def _outline(config: Config, splits: Splits, scan_layers: bool, attention: str) 
     )
 
 
-def _with_remat(config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh) -> Outline:
+def _with_remat(
+    config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh, budget: float | None
+) -> Outline:
     """Chooses what the backward pass computes again, where the config leaves it open and memory is known."""
-    budget = memory.budget_of(mesh.devices.flat[0], config.model.memory_gb)
     if config.model.remat != "auto" or budget is None:
         return outlined
     rows = config.train.batch_size // (config.train.accumulation * math.prod(mesh.shape[axis] for axis in ROWS))

@@ -1,10 +1,11 @@
-"""Stopping on request: SIGTERM and SIGINT set a flag, and the loop saves at the next step."""
+"""Stopping on request: SIGTERM and SIGINT set a flag, and the loop saves at the next step; of several processes, all at the same."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -26,10 +27,16 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT are noted; a second one of the same kind, a second or more later, acts as usual."""
+    """A context in which SIGTERM and SIGINT are noted; a second one of the same kind, a second or more later, acts as usual.
+
+    Among several processes SIGTERM is JAX's to notice (`agree`): whichever gets it, all stop at the same call of
+    `raise_if_requested`, which they make equally often.
+    """
 
     def __init__(self) -> None:
         self._signum: int | None = None
+        self._reached: Callable[[int], bool] | None = None
+        self._calls = 0
         self._noted: dict[int, float] = {}
         self._before: dict[int, Any] = {}
 
@@ -47,21 +54,47 @@ class StopRequest:
         now = time.monotonic()
         first = self._noted.setdefault(signum, now)
         if first == now or now - first < _REPEATED:
+            if self._reached is not None and self._signum is None:
+                os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the others
             self._signum = signum
             return
         signal.signal(signum, self._before[signum])
         os.kill(os.getpid(), signum)
 
+    def agree(self, reached: Callable[[int], bool]) -> None:
+        """Lets all processes of a run stop at the same call, once JAX has its own handler of SIGTERM.
+
+        Args:
+            reached: says whether a numbered call is the one; it costs a look at a variable, and hears of a signal of another
+                process within about a second.
+        """
+        self._reached = reached
+        if self._signum is not None:  # it came while the processes were joining
+            os.kill(os.getpid(), signal.SIGTERM)
+
     @property
     def requested(self) -> bool:
-        """Whether the run should stop."""
+        """Whether this process was asked to stop."""
         return self._signum is not None
 
     def raise_if_requested(self) -> None:
-        """Raises `Stopped` if the run should stop.
+        """Raises `Stopped` if the run should stop; called where all processes come by equally often.
 
         Raises:
             Stopped: with the exit code that the signal stands for.
         """
-        if self._signum is not None:
+        if self._reached is not None:
+            self._calls += 1
+            if self._reached(self._calls):
+                raise Stopped(signal.SIGTERM if self._signum is None else self._signum)
+        elif self._signum is not None:
             raise Stopped(self._signum)
+
+    def raise_while_waiting(self) -> None:
+        """Raises `Stopped` while something is waited for; not among several processes, of which the others may not wait.
+
+        Raises:
+            Stopped: as above.
+        """
+        if self._reached is None:
+            self.raise_if_requested()

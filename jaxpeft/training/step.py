@@ -71,7 +71,7 @@ def make_train_step(
     Returns:
         The step. A batch whose loss or gradient is not finite changes nothing but the step's number, so the parameters and
         the optimizer's state stay finite. Its metrics are float32 scalars, `loss`, `weight`, `grad_norm` (before
-        clipping), and `broken`, bool [leaves]: whose gradients are not finite, in the order of `jax.tree.leaves`; all of
+        clipping), `tokens`, int32, and `broken`, bool [leaves]: whose gradients are not finite, in the order of `jax.tree.leaves`; all of
         them where the loss alone is not.
     """
     grad = jax.value_and_grad(make_loss_sum(model, loss), has_aux=True)
@@ -107,7 +107,9 @@ def make_train_step(
         )
         broken = ~jnp.isfinite(jnp.stack(squares))
         broken = jnp.where(jnp.isfinite(loss), broken, True)
-        metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "broken": broken}
+        # counted here: of several processes each knows the tokens of its own rows only
+        tokens = jnp.sum(jnp.where(batch["weights"][..., None] > 0, batch["attention_mask"], 0))
+        metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "broken": broken, "tokens": tokens}
         return TrainState(state.step + 1, kept[0], kept[1], state.rng), metrics
 
     return step

@@ -12,6 +12,15 @@ CASES = {
     4: ("SIGTERM or SIGINT in a step", "the last finished step is saved; exit code 143 or 130"),
     5: ("SIGTERM while compiling, evaluating, saving", "the same, or nothing new to save"),
     6: ("two SIGTERMs, then a kill", "the newest saved step is as it was"),
+    7: ("SIGTERM to one of two processes", "both save the same step; both exit codes are 143"),
+    8: (
+        "one of two processes is killed",
+        "the other ends by itself, in time; all go on to the end they would have had",
+    ),
+    9: (
+        "a host sees older checkpoints, or another folder",
+        "all go on from the step that process 0 sees, or none does",
+    ),
     10: ("disk full", "told in one line; the steps saved before stay; the run goes on later"),
     11: ("output folder missing or not writable", "made, or refused before JAX is imported"),
     12: ("a flipped bit in an array file", "found by its checksum; the step before it is taken"),
@@ -46,4 +55,4 @@ CASES = {
     39: ("names that lead out of the folder", "refused; nothing is written outside"),
     40: ("a hostile template, a catastrophic pattern, a huge header", "refused in 5 seconds and 1 GB"),
 }
-"""Case: what happens, what is promised. 7 to 9 need several processes, 37 an accelerator."""
+"""Case: what happens, what is promised. 37 needs an accelerator."""

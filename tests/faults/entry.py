@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         "in_delete": lambda: before(manager.shutil, "rmtree"),
         "in_eval": lambda: before(evaluation.Evaluator, "__call__"),
         "in_compile": lambda: before(loop, "_abstract_batch"),
-        "in_step": lambda: before(loop, "_tokens"),
+        "in_step": lambda: before(loop, "place"),
     }
     points[point]()
     from jaxpeft.train import main as train

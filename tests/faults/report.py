@@ -69,7 +69,7 @@ def page(results: Results) -> str:
         f"{whole} of {len(CASES)} cases with all four marks, {met} of {len(CASES) * len(MARKS)} marks; {ran} cases run, by "
         f"{sum(results.tests.values())} tests, on the CPU with jax {jax.__version__}, Python {platform.python_version()}."
     )
-    later = "Cases 7 to 9 need several processes, 37 an accelerator: they come with the work on pods."
+    later = "Case 37 needs an accelerator: it comes with `python -m jaxpeft.plan`."
     table = ["| case | what happens | what is promised | marks | tests |", "|---|---|---|---|---|", *rows]
     return "\n".join([HEAD, score, "", *table, "", later, ""])
 

@@ -1,0 +1,326 @@
+"""Where the processes of a run find each other, told from flags and the environment alone; no JAX is imported here.
+
+Asked in this order: flags, `JAXPEFT_` and `JAX_` variables, then what a TPU, SLURM, SkyPilot or Kubernetes sets. What is given by
+hand stands in for what the cluster says of the same thing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from jaxpeft.errors import ConfigError
+
+Environment = Mapping[str, str]
+SWITCH, DEVICES = "JAXPEFT_DISTRIBUTED", "JAXPEFT_LOCAL_DEVICES"
+NAMES = {
+    "coordinator": ("--coordinator", "JAXPEFT_COORDINATOR", "JAX_COORDINATOR_ADDRESS"),
+    "processes": ("--processes", "JAXPEFT_PROCESSES", "JAX_NUM_PROCESSES"),
+    "process": ("--process", "JAXPEFT_PROCESS", "JAX_PROCESS_ID"),
+}
+"""What each may be called, the strongest first."""
+_WAITS = {
+    "heartbeat": "JAXPEFT_HEARTBEAT_TIMEOUT",
+    "start": "JAXPEFT_START_TIMEOUT",
+    "barrier": "JAXPEFT_BARRIER_TIMEOUT",
+}
+_ALONE = f"or set {SWITCH}=off to run one process by itself"
+_PORT = 8476
+_SLURM_PORTS = 61440, 4096
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the command line says; None where it says nothing."""
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    heartbeat: int | None = None
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How long is waited, in seconds.
+
+    Attributes:
+        heartbeat: for a sign of life of a process, before it counts as dead.
+        start: for all processes to be there.
+        barrier: for all processes to come to the same place.
+    """
+
+    heartbeat: int = 100
+    start: int = 300
+    barrier: int = 600
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of how many this is.
+
+    Attributes:
+        by: who says so.
+        coordinator: `host:port` of process 0; None where JAX finds it.
+        processes: how many there are; None where JAX finds that.
+        process: the number of this one; None where JAX finds that.
+        devices: the numbers of the GPUs that this process uses; None for all that it sees.
+    """
+
+    by: str
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    devices: tuple[int, ...] | None = None
+
+    @property
+    def found_by_jax(self) -> bool:
+        """Whether JAX is to ask the cluster."""
+        return self.coordinator is None and self.processes != 1
+
+
+def find(environment: Environment, flags: Flags | None = None) -> Place | None:
+    """Tells which process of how many this is.
+
+    Args:
+        environment: the variables.
+        flags: of the command line.
+
+    Returns:
+        The place; None for a process by itself.
+
+    Raises:
+        ConfigError: naming what is half set, out of range or contradicts itself.
+    """
+    given, names = _given(environment, flags or Flags())
+    switch = environment.get(SWITCH) or "auto"
+    if switch not in ("auto", "off"):
+        raise ConfigError(f"{SWITCH}: must be auto or off, is {switch!r}")
+    if switch == "off" and not any(name.startswith("--") for name in names.values()):
+        return None
+    there = None if switch == "off" or given.keys() == NAMES.keys() else _cluster(environment, given)
+    if not given and there is None:
+        return None
+    place = _whole(given, names, there)
+    return replace(place, devices=_devices(environment, place))
+
+
+def waits(environment: Environment, flags: Flags | None = None) -> Waits:
+    """Tells how long is waited for other processes.
+
+    Raises:
+        ConfigError: a number is none.
+    """
+    given = {name: (variable, environment.get(variable)) for name, variable in _WAITS.items()}
+    if flags is not None and flags.heartbeat is not None:
+        given["heartbeat"] = ("--heartbeat_timeout", str(flags.heartbeat))
+    found = {name: _number(*one) for name, one in given.items() if one[1]}
+    for name, seconds in found.items():
+        if seconds < 1:
+            raise ConfigError(f"{given[name][0]}: must be at least 1 second, is {seconds}")
+    return Waits(**found)
+
+
+def _given(environment: Environment, flags: Flags) -> tuple[dict[str, str], dict[str, str]]:
+    """Gives what is said by hand, and under which name."""
+    given: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for field, (flag, *variables) in NAMES.items():
+        own = getattr(flags, field)
+        values = [(flag, None if own is None else str(own)), *((name, environment.get(name)) for name in variables)]
+        for name, value in values:
+            if value:
+                given[field], names[field] = value, name
+                break
+    return given, names
+
+
+def _whole(given: Mapping[str, str], names: Mapping[str, str], there: Place | None) -> Place:
+    """Puts together what is said by hand and what a cluster says."""
+    coordinator = given.get("coordinator")
+    processes = _number(names["processes"], given["processes"]) if "processes" in given else None
+    process = _number(names["process"], given["process"]) if "process" in given else None
+    by = " and ".join(dict.fromkeys([*names.values(), *((there.by,) if there else ())]))
+    place = Place(
+        by,
+        coordinator or (there and there.coordinator),
+        processes if processes is not None else (there and there.processes),
+        process if process is not None else (there and there.process),
+    )
+    if place.processes == 1:
+        place = replace(place, coordinator=None, process=place.process or 0)
+    missing = [field for field in NAMES if getattr(place, field) is None]
+    if missing and place.processes != 1 and not (there and there.found_by_jax and not given):
+        lacks = ", ".join("/".join(NAMES[field]) for field in missing)
+        raise ConfigError(f"{', '.join(names.values())}: given without {lacks}; give all three, {_ALONE}")
+    _check(place, names)
+    return place
+
+
+def _check(place: Place, names: Mapping[str, str]) -> None:
+    if place.coordinator is not None and not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):[0-9]{1,5}", place.coordinator):
+        raise ConfigError(
+            f"{names.get('coordinator', place.by)}: must be host:port, is {place.coordinator!r}; add the port on which process 0 "
+            "can be reached, such as host:8476"
+        )
+    n, i = place.processes, place.process
+    if n is not None and n < 1:
+        raise ConfigError(f"{names.get('processes', place.by)}: must be at least 1, is {n}")
+    if n is not None and i is not None and not 0 <= i < n:
+        raise ConfigError(f"{names.get('process', place.by)}: must be from 0 to {n - 1} of {n} processes, is {i}")
+
+
+def _cluster(environment: Environment, given: Mapping[str, str]) -> Place | None:
+    by_hand = {"coordinator", "processes"} <= given.keys()
+    for find_one in (_tpu, _slurm, _skypilot):
+        if (place := find_one(environment)) is not None:
+            return place
+    return _kubernetes(environment, by_hand)
+
+
+def _tpu(environment: Environment) -> Place | None:
+    """A TPU of several hosts on GKE, whose variables JAX reads; on a TPU VM it asks the machine itself (`on_tpu_vm`)."""
+    platforms = environment.get("JAX_PLATFORMS") or "tpu"
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if not hosts or "tpu" not in platforms:
+        return None
+    slices = _number("MEGASCALE_NUM_SLICES", environment.get("MEGASCALE_NUM_SLICES") or "1")
+    each = len(hosts.split(","))
+    if each * slices == 1:
+        return None
+    needed = ["TPU_WORKER_ID", *(["MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"] if slices > 1 else [])]
+    _require(environment, needed, f"the TPU has {each * slices} hosts")
+    at = _number("TPU_WORKER_ID", environment["TPU_WORKER_ID"])
+    at += each * _number("MEGASCALE_SLICE_ID", environment["MEGASCALE_SLICE_ID"]) if slices > 1 else 0
+    return Place("TPU", None, each * slices, at)
+
+
+def on_tpu_vm(environment: Environment) -> Place | None:
+    """Tells a TPU VM, once JAX is imported: JAX writes into the environment that it has found one."""
+    there = environment.get("TPU_ML_PLATFORM") == "JAX" and not environment.get("TPU_SKIP_MDS_QUERY")
+    named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu")
+    return Place("TPU VM") if there and wanted and not named and environment.get(SWITCH) != "off" else None
+
+
+def _slurm(environment: Environment) -> Place | None:
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
+    if not environment.get("SLURM_STEP_NODELIST"):
+        if _number("SLURM_NTASKS", tasks or "1") > 1:
+            raise ConfigError(
+                f"SLURM_NTASKS: the job has {tasks} tasks, and this process was not started as one of them; write "
+                f"`srun python -m jaxpeft.train ...`, {_ALONE}"
+            )
+        return None
+    _require(environment, ["SLURM_PROCID", "SLURM_LOCALID"], "this is a step of a SLURM job")
+    n = _number("SLURM_NTASKS", tasks or "1")
+    first = _first_host(environment["SLURM_STEP_NODELIST"])
+    base, many = _SLURM_PORTS
+    usual = base + _number("SLURM_JOB_ID", environment["SLURM_JOB_ID"]) % many
+    port = environment.get("JAX_COORDINATOR_PORT") or str(usual)
+    return Place("SLURM", f"{first}:{port}", n, _number("SLURM_PROCID", environment["SLURM_PROCID"]))
+
+
+def _first_host(nodes: str) -> str:
+    """Gives the first of a list of hosts such as `a1,b2` or `gpu[01-04,07]-ib,cpu3`."""
+    head = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if head is None or not any(head.groups()):
+        raise ConfigError(f"SLURM_STEP_NODELIST: names no host: {nodes!r}")
+    return "".join(part or "" for part in head.groups())
+
+
+def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
+    """Gives the GPUs of this task: as many for each task of the node, all of them for a task that is alone there."""
+    tasks = _tasks_here(environment)
+    gpus = _gpus_here(environment)
+    each = environment.get("SLURM_GPUS_PER_TASK")
+    if tasks == 1 or not gpus:
+        return None
+    if each:
+        raise ConfigError(
+            f"SLURM_GPUS_PER_TASK: {each}: a task then sees no GPU but its own, and NCCL cannot go directly from one to another; ask "
+            f"for --gres=gpu:N and --ntasks-per-node=N instead of --gpus-per-task"
+        )
+    if gpus % tasks:
+        raise ConfigError(
+            f"SLURM: {tasks} tasks a node do not share its {gpus} GPUs evenly; set --ntasks-per-node to {gpus}, or to 1 for one "
+            f"process that uses them all, or name each task's GPUs by {DEVICES}"
+        )
+    share = gpus // tasks
+    first = share * _number("SLURM_LOCALID", environment["SLURM_LOCALID"])
+    return tuple(range(first, first + share))
+
+
+def _tasks_here(environment: Environment) -> int:
+    """Gives the tasks of this node, of a list such as `4(x2),1`."""
+    counts: list[int] = []
+    told = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    for part in filter(None, told.split(",")):
+        if not (found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)):
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE: cannot be read: {told!r}")
+        counts += [int(found[1])] * int(found[2] or 1)
+    node = _number("SLURM_NODEID", environment.get("SLURM_NODEID") or "0")
+    if node < len(counts):
+        return counts[node]
+    return _number("SLURM_NTASKS_PER_NODE", environment.get("SLURM_NTASKS_PER_NODE") or "1")
+
+
+def _gpus_here(environment: Environment) -> int:
+    """Gives how many GPUs a task sees, 0 where nobody says."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        if value := environment.get(name):
+            return len([part for part in value.split(",") if part])
+    return _number("SLURM_GPUS_ON_NODE", environment.get("SLURM_GPUS_ON_NODE") or "0")
+
+
+def _skypilot(environment: Environment) -> Place | None:
+    names = ["SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"]
+    if not any(environment.get(name) for name in names):
+        return None
+    _require(environment, names, "this is a SkyPilot job")
+    addresses = environment["SKYPILOT_NODE_IPS"].split()
+    n = _number("SKYPILOT_NUM_NODES", environment["SKYPILOT_NUM_NODES"])
+    if len(addresses) != n:
+        raise ConfigError(f"SKYPILOT_NODE_IPS: {len(addresses)} addresses, and SKYPILOT_NUM_NODES is {n}; {_ALONE[3:]}")
+    port = environment.get("JAX_COORDINATOR_PORT") or _PORT
+    rank = _number("SKYPILOT_NODE_RANK", environment["SKYPILOT_NODE_RANK"])
+    return Place("SkyPilot", f"{addresses[0]}:{port}", n, rank)
+
+
+def _kubernetes(environment: Environment, by_hand: bool) -> Place | None:
+    """A pod of an indexed job, of which JAX asks the cluster; given the rest by hand, only its number is taken."""
+    index = environment.get("JOB_COMPLETION_INDEX")
+    if not environment.get("KUBERNETES_SERVICE_HOST") or not index:
+        return None
+    number = _number("JOB_COMPLETION_INDEX", index)
+    return Place("JOB_COMPLETION_INDEX" if by_hand else "Kubernetes", process=number)
+
+
+def _devices(environment: Environment, place: Place) -> tuple[int, ...] | None:
+    for name in (DEVICES, "JAX_LOCAL_DEVICE_IDS"):
+        text = environment.get(name)
+        if not text:
+            continue
+        if text == "all" and name == DEVICES:
+            return None
+        if not re.fullmatch(r"\d+(,\d+)*", text):
+            raise ConfigError(
+                f"{name}: must be numbers of GPUs such as 0,1, is {text!r}; for all of them set {DEVICES}=all"
+            )
+        return tuple(int(part) for part in text.split(","))
+    return _slurm_devices(environment) if place.by.endswith("SLURM") else None
+
+
+def _require(environment: Environment, names: list[str], why: str) -> None:
+    missing = [name for name in names if not environment.get(name)]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: not set, though {why}; set it, {_ALONE}")
+
+
+def _number(name: str, value: str | int | None) -> int:
+    try:
+        return int(value or 0)
+    except ValueError:
+        raise ConfigError(f"{name}: must be a whole number, is {value!r}") from None

@@ -1,0 +1,83 @@
+"""The rows of a batch among several processes: each makes those of its own devices, and all together are one array."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft.core.paths import Tree
+from jaxpeft.errors import ConfigError
+
+Rows = tuple[int, ...]
+_ROWS = ("data", "fsdp")
+"""The axes of a mesh that rows are spread over."""
+
+
+def check_processes(mesh: Mesh) -> None:
+    """Refuses a mesh that leaves out the devices of a process, which would then wait for nothing.
+
+    Raises:
+        ConfigError: naming the processes.
+    """
+    used = {device.process_index for device in mesh.devices.flat}
+    idle = sorted(set(range(jax.process_count())) - used)
+    if idle:
+        raise ConfigError(
+            f"mesh: its {mesh.devices.size} devices are those of process {', '.join(map(str, sorted(used)))}, and process "
+            f"{', '.join(map(str, idle))} has none; set mesh.data to -1 for all {jax.device_count()} devices, or start fewer processes"
+        )
+
+
+def own_rows(mesh: Mesh, rows: int) -> Rows | None:
+    """Gives the rows that this process makes, of a batch or of each micro-batch.
+
+    Args:
+        mesh: the devices.
+        rows: how many there are in all.
+
+    Returns:
+        Their numbers, ascending; None for all, which one process makes.
+    """
+    return None if jax.process_count() == 1 else _rows_here(mesh, rows)
+
+
+def joined(
+    batch: Mapping[str, np.ndarray[Any, Any]], shardings: Mapping[str, NamedSharding], axis: int
+) -> dict[str, jax.Array]:
+    """Makes the arrays of a batch of which each process has its own rows.
+
+    Args:
+        batch: arrays with the rows of `own_rows` along an axis, all of the others'.
+        shardings: of each array.
+        axis: of the rows.
+    """
+    made: dict[str, jax.Array] = {}
+    for name, array in batch.items():
+        mesh = shardings[name].mesh
+        parts = math.prod(mesh.shape[of] for of in _row_axes(mesh))
+        rows = array.shape[axis] * parts // len(_rows_here(mesh, parts))
+        shape = (*array.shape[:axis], rows, *array.shape[axis + 1 :])
+        made[name] = jax.make_array_from_process_local_data(shardings[name], array, shape)
+    return made
+
+
+def on_each_device(mesh: Mesh, params: Tree) -> Tree:
+    """Gives a tree whose leaves every device, and so every process, holds whole; one process has all of them anyway."""
+    if jax.process_count() == 1:
+        return params
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(params)
+
+
+def _rows_here(mesh: Any, rows: int) -> Rows:
+    sharding = NamedSharding(mesh, PartitionSpec(_row_axes(mesh)))
+    spans = {span[0].indices(rows)[:2] for span in sharding.addressable_devices_indices_map((rows,)).values() if span}
+    return tuple(row for start, stop in sorted(spans) for row in range(start, stop))
+
+
+def _row_axes(mesh: Any) -> tuple[str, ...]:
+    return tuple(axis for axis in _ROWS if axis in mesh.shape)
