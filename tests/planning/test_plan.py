@@ -157,11 +157,12 @@ def test_two_slices_are_joined_by_their_network(tmp_path):
 @pytest.mark.slow
 def test_what_does_not_fit_a_tpu_is_said_with_what_does(tmp_path):
     found, printed = planned(
-        tmp_path, "--topology", "v5e:2x2", "--hbm", "0.08", "--strategies", "fsdp",
-        "--config.train.batch_size=64", "--config.model.remat=products", "--tries", "4",
+        tmp_path, "--topology", "v5e:2x2", "--hbm", "0.3", "--strategies", "fsdp",
+        "--config.train.batch_size=256", "--config.model.remat=products", code=plan.NONE_FITS,
     )  # fmt: skip
     (row,) = found["rows"]
     assert row["fits"] is False
     assert row["nearest"]["fits"] is True
-    assert row["nearest"]["memory"]["total"] <= 0.08 * 2**30
+    assert row["nearest"]["memory"]["total"] <= 0.3 * 2**30
+    assert row["collectives"]  # of a program that does not fit, too
     assert row["nearest"]["change"] in printed
