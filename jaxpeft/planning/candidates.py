@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxpeft.config.schema import Config
@@ -235,7 +236,8 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
     if compiled.text is None:
         return row
     program = parse(compiled.text)
-    found, done = collectives(program, row.mesh), work(program, causal=run.config.model.task == "causal_lm")
+    found = collectives(program, row.mesh, *_slices(mesh))
+    done = work(program, causal=run.config.model.task == "causal_lm")
     chip, notes = setting.topology.chip, row.notes
     if done.kernels:
         notes = (*notes, f"FLOPs without those of {done.kernels} calls of kernels, which say nothing of them")
@@ -245,3 +247,10 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
     )
     traffic = done.traffic if own_program else None
     return dataclasses.replace(row, collectives=found, flops=done.flops, traffic=traffic, roofline=roof, notes=notes)
+
+
+def _slices(mesh: Mesh) -> tuple[str, int]:
+    """Gives the axes of a mesh that go over slices, and how many slices there are."""
+    of = np.vectorize(lambda device: getattr(device, "slice_index", 0) or 0, otypes=[int])(mesh.devices)
+    over = [name for i, name in enumerate(mesh.axis_names) if (of != np.take(of, [0], axis=i)).any()]
+    return "+".join(over) or "none", len(np.unique(of))

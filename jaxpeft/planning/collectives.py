@@ -17,6 +17,7 @@ _EXPLICIT = re.compile(r"replica_groups=\{(\{[\d,\{\} ]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\],?\s*(?:device_ids=\((.*?)\)\s*)?\{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _IDS = re.compile(r"\{([\d, ]+)\}")
 Groups = tuple[tuple[int, ...], ...]
 
@@ -42,12 +43,16 @@ class Collective:
     group: int
 
 
-def collectives(program: Program, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
+def collectives(
+    program: Program, mesh: Mapping[str, int], across: str = "none", slices: int = 1
+) -> tuple[Collective, ...]:
     """Finds the collectives of a program.
 
     Args:
         program: compiled for the devices of a mesh, in the mesh's order.
         mesh: size of each axis, in order.
+        across: the axes that go over slices: what slices of a TPU tell each other is sent to their hosts.
+        slices: how many there are.
 
     Returns:
         They, those with most bytes first. A collective that the compiler spreads over several fusions counts once.
@@ -56,20 +61,22 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> tuple[Collective, 
     sums: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, times in program.runs.items():
         for one in program.computations[name].values():
-            kind = one.opcode.removesuffix("-start")
-            if kind not in KINDS or not times:
-                continue
+            between = _BETWEEN.search(one.text) if one.opcode == "send" else None
+            kind = between.group(1).lower().replace("_", "-") if between else one.opcode.removesuffix("-start")
             channel = _CHANNEL.search(one.text)
             mark = (kind, channel.group(1)) if channel else (name, one.name)
-            if mark in seen:
+            if kind not in KINDS or not times or mark in seen:
                 continue
             seen.add(mark)
             # a TPU's program has a reduce-scatter as an all-reduce of which a slice is kept
             kind = "reduce-scatter" if kind == "all-reduce" and name.startswith("all-reduce-scatter") else kind
-            groups = groups_of(one.text, int(np.prod(list(mesh.values()))))
             size = _payload(program, name, one, kind)
-            n = len(groups[0]) if groups else 1
-            entry = sums[kind, axes_of(groups, mesh), n]
+            if between:
+                axes, n = across, slices
+            else:
+                groups = groups_of(one.text, int(np.prod(list(mesh.values()))))
+                axes, n = axes_of(groups, mesh), len(groups[0]) if groups else 1
+            entry = sums[kind, axes, n]
             entry[0] += times
             entry[1] += times * size
             entry[2] += times * _wire(kind, size, n)
@@ -80,7 +87,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> tuple[Collective, 
 def _payload(program: Program, computation: str, one: Instruction, kind: str) -> int:
     """Gives the bytes of the whole array: what an all-gather gives, what the others are given."""
     given = sum(operand.nbytes for operand in program.operands(computation, one))
-    if kind != "all-gather":
+    if kind != "all-gather" or one.opcode == "send":
         return given or one.nbytes
     # the result of a start holds its operand as well
     return one.nbytes - given if one.opcode.endswith("-start") else one.nbytes

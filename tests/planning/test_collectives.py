@@ -125,3 +125,17 @@ def test_what_a_tpu_spreads_over_fusions_counts_once():
     assert found["all-gather", "fsdp"].count == 1
     assert found["all-gather", "data"].nbytes == 32
     assert len(found) == 3
+
+
+def test_what_slices_tell_each_other_goes_by_their_hosts():
+    text = """HloModule m
+
+ENTRY %main (x: f32[4,256]) -> f32[4,256] {
+  %x = f32[4,256]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[4,256]{1,0}, u32[], token[]) send(%x, %t), channel_id=8, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %h = (f32[4,256]{1,0}, u32[], token[]) send(%x, %t), channel_id=9, is_host_transfer=true
+  ROOT %r = f32[4,256]{1,0} copy(%x)
+}
+"""
+    assert collectives(parse(text), SIZES, "data", 2) == (Collective("all-reduce", "data", 1, 4096, 4096, 2),)
