@@ -82,6 +82,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--cache", action="store_true", help="keep compiled programs, and use those that are kept")
     parser.add_argument("--trace", type=Path, help="a folder for a profile of three steps")
     options = parser.parse_args(argv)
+    from benchmarks.step_peer import PEERS
+
+    unknown = sorted(set(options.peer) - set(PEERS))
+    if unknown:
+        parser.error(f"--peer {' '.join(unknown)}: known are {', '.join(PEERS)}")
     for peer in options.peer:
         # a process of its own: the device's memory is free again behind it, and a failure is that peer's alone
         command = [sys.executable, "-m", "benchmarks.step_peer", peer, *argv]
@@ -110,7 +115,8 @@ def figures(options: Any, adapter: int, seconds: list[float], peak: float, kind:
     median = statistics.median(seconds)
     work = flops(SHAPES[options.shape], options.batch, options.length, adapter) / median
     return {
-        "shape": options.shape, "batch": options.batch, "length": options.length, "method": options.method, "quant": options.quant,
+        "shape": options.shape, "batch": options.batch, "length": options.length, "method": options.method, "rank": options.rank,
+        "quant": options.quant,
         "tokens_per_second": round(options.batch * options.length / median), "step_ms": round(1e3 * median, 2),
         "step_ms_range": [round(1e3 * min(seconds), 2), round(1e3 * max(seconds), 2)], "steps": len(seconds),
         "peak_gib": round(peak / GIB, 2), "tflops_per_second": round(work / 1e12, 1), "device": kind,

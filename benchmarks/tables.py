@@ -73,12 +73,16 @@ step, of which there are not the same number in all rows.
 
 def step(*names: str) -> str:
     """Writes the tables of `benchmarks.step`, one a device and shape: of the same work the newest line, fastest first."""
-    newest = {tuple(row.get(key) for key in _SAME): row for name in names for row in lines(name)}
+    done = [row for name in names for row in lines(name) if not row.get("failed")]
+    newest = {tuple(str(row.get(key, _USUAL.get(key))) for key in _SAME): row for row in done}
     parts = [STEP]
-    for device, shape in dict.fromkeys((row["device"], row["shape"]) for row in newest.values()):
-        of = [row for row in newest.values() if (row["device"], row["shape"]) == (device, shape)]
+    for group in dict.fromkeys(tuple(row[key] for key in _GROUP) for row in newest.values()):
+        of, (device, shape, batch, length) = (
+            [r for r in newest.values() if tuple(r[key] for key in _GROUP) == group],
+            group,
+        )
         parts += [
-            f"{device}, {shape}, {of[0]['batch']} x {of[0]['length']} tokens.",
+            f"{device}, {shape}, {batch} x {length} tokens.",
             "",
             "| program | base | method | remat | layers | tokens/s | step | peak | MFU | compilation | loss |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -88,14 +92,29 @@ def step(*names: str) -> str:
     return "\n".join(parts)
 
 
-_SAME = ("device", "program", "shape", "quant", "method", "remat", "layers", "batch", "length")
+_GROUP = ("device", "shape", "batch", "length")
+_USUAL = {"rank": 16, "attention": "cudnn"}
+_SAME = (
+    "rank",
+    "attention",
+    "xla",
+    "device",
+    "program",
+    "shape",
+    "quant",
+    "method",
+    "remat",
+    "layers",
+    "batch",
+    "length",
+)
 
 
 def _step_row(row: Mapping[str, Any]) -> str:
     compiled = f"{row['compile_s']:.0f} s" if "compile_s" in row else ""
     return (
         f"| {row['program']} | {_base(row)} | {row['method']} | {row['remat']} | "
-        f"{row.get('layers', '')} | {row['tokens_per_second']:,} | {row['step_ms']:.0f} ms | {row['peak_gib']:.1f} GiB | {row['mfu']:.1%} | "
+        f"{row.get('layers', '')} | {row['tokens_per_second']:,} | {row['step_ms']:.0f} ms | {row['peak_gib']:.1f} GiB | {_share(row['mfu'])} | "
         f"{compiled} | {row['loss'][0]:.3f}, {row['loss'][1]:.3f} |"
     )
 
@@ -137,9 +156,13 @@ MEMORY_COLUMNS: Columns = {
 }  # fmt: skip
 
 
+def _share(of: float | None) -> str:
+    return "" if of is None else f"{of:.1%}"
+
+
 WARM = """## The first step, with compiled programs that are kept
 
-`python -m benchmarks.step --steps 2` a second time: seconds from the command to the end of the first step, Python's imports and the making of
+`python -m benchmarks.step --steps 2 --cache` a second time: seconds from the command to the end of the first step, Python's imports and the making of
 random weights included; of these, tracing and reading the compiled program.
 """
 WARM_COLUMNS: Columns = {
@@ -149,7 +172,7 @@ WARM_COLUMNS: Columns = {
 }  # fmt: skip
 LONGEST = """## The longest row that trains
 
-`python -m benchmarks.longest`: batch 1, LoRA of rank 16; planned by two compiled programs, then trained on for a step.
+`python -m benchmarks.longest`: batch 1, LoRA of rank 16; the length follows from the programs of two shorter rows, and is trained on for a step.
 """
 LONGEST_COLUMNS: Columns = {
     "budget": lambda row: f"{row['budget_gb']:.0f} GB", "shape": lambda row: row["shape"], "base": _base,

@@ -203,10 +203,15 @@ class TrainConfig:
     batch_size: int = option(32, "rows an optimizer step", at_least=1)
     accumulation: int = option(1, "parts that a batch is computed in, one after the other", at_least=1)
     label_smoothing: float = option(
-        0.0, "share of a label that is spread over all classes, where the loss is a cross-entropy", at_least=0, below=1
+        0.0,
+        "share of a label that is spread over all classes, where the loss is a cross-entropy; not in evaluations",
+        at_least=0,
+        below=1,
     )
     z_loss: float = option(
-        0.0, "weight of the squared log of the softmax's normaliser, where the loss is a cross-entropy", at_least=0
+        0.0,
+        "weight of the squared log of the softmax's normaliser, where the loss is a cross-entropy; not in evaluations",
+        at_least=0,
     )
     compiled: str = option(
         "auto",

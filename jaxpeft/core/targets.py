@@ -164,7 +164,7 @@ def usual(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
         entries: ends of site names.
         names: of all sites.
     """
-    return tuple(entry for entry in entries if any(_named(name, (entry,)) for name in names))
+    return tuple(entry for entry in entries if any(named(name, (entry,)) for name in names))
 
 
 def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Sequence[str]) -> None:
@@ -188,11 +188,11 @@ def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Se
     problems: list[str] = []
     for entry in entries:
         one = entry if isinstance(wanted.targets, str) else (entry,)
-        hit = [(kind, name) for kind, name in others if _named(name, one)]
+        hit = [(kind, name) for kind, name in others if named(name, one)]
         # an entry that names sites of both kinds, as a regular expression may, takes those that can be adapted; a module of a
         # type that no method knows is no such kind
-        unknown = [(kind, name) for kind, name in hit if kind not in KINDS and not _named(name, wanted.exclude)]
-        if unknown or (hit and not any(_named(name, one) for name in own)):
+        unknown = [(kind, name) for kind, name in hit if kind not in KINDS and not named(name, wanted.exclude)]
+        if unknown or (hit and not any(named(name, one) for name in own)):
             kind, name = (unknown or hit)[0]
             problems.append(
                 f"targets: {entry!r} names {name}, which is {'an' if kind[0] in 'aeiou' else 'a'} {kind} site; {method} adapts "
@@ -205,7 +205,7 @@ def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Se
 def _report_unknown(wanted: Targets, sites: Sequence[Site]) -> None:
     """Logs the modules that a keyword leaves out because no method knows their type."""
     left = [f"{site.name} ({site.kind})" for site in sites if site.kind not in KINDS]
-    left = [name for name in left if not _named(name.split(" ")[0], wanted.exclude)]
+    left = [name for name in left if not named(name.split(" ")[0], wanted.exclude)]
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         _log.warning("left as they are, of types that no method adapts: %s%s", ", ".join(left[:5]), more)
@@ -213,7 +213,7 @@ def _report_unknown(wanted: Targets, sites: Sequence[Site]) -> None:
 
 def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
     """Says whether the module of this Hugging Face name and kind is to be adapted."""
-    if _named(name, wanted.exclude) or under(name, wanted.modules_to_save) or paths.is_head(tuple(name.split("."))):
+    if named(name, wanted.exclude) or under(name, wanted.modules_to_save) or paths.is_head(tuple(name.split("."))):
         return False
     if isinstance(wanted.targets, str):
         if wanted.targets == ALL:
@@ -222,7 +222,7 @@ def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
             return kind == "linear" and name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
         return re.fullmatch(wanted.targets, name) is not None
     # PEFT: an entry that is the whole name is taken at its word, whatever layers_to_transform says
-    return name in wanted.targets or (_named(name, wanted.targets) and _in_layers(name, wanted))
+    return name in wanted.targets or (named(name, wanted.targets) and _in_layers(name, wanted))
 
 
 def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]) -> bool:
@@ -297,7 +297,8 @@ def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[st
         raise TargetError([f"{field}: {p!r} matches no adapted site{_hint(p, names)}" for p in unused])
 
 
-def _named(name: str, entries: str | tuple[str, ...]) -> bool:
+def named(name: str, entries: str | tuple[str, ...]) -> bool:
+    """Says whether a site name is one that entries mean: an expression of the whole name, or ends of names."""
     if isinstance(entries, str):
         return re.fullmatch(entries, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
@@ -325,7 +326,7 @@ def _require_all_used(wanted: Targets, names: Sequence[str]) -> None:
     problems: list[str] = []
     if isinstance(wanted.targets, tuple):
         for entry in wanted.targets:
-            if not any(_named(name, (entry,)) for name in names):
+            if not any(named(name, (entry,)) for name in names):
                 problems.append(f"targets: {entry!r} matches no site{_hint(entry, names)}")
     elif not is_keyword(wanted.targets) and not any(re.fullmatch(wanted.targets, name) for name in names):
         problems.append(

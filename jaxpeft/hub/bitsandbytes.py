@@ -32,6 +32,7 @@ _COMPANION = re.compile(
 )
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MOST_STATE = 1 << 16
+_MOST_OFFSET, _MOST_SIDE = 1e38, 1 << 31
 _INSTEAD = "load the unquantized model, with quant='nf4'"
 
 
@@ -143,7 +144,7 @@ def _parse(state: Tensor) -> Mapping[str, Any] | None:
         return None
     try:
         parsed: object = json.loads(state.read().tobytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or a number of thousands of digits
         return None
     return cast("Mapping[str, Any]", parsed) if isinstance(parsed, dict) else None
 
@@ -162,23 +163,28 @@ def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
         problems.append(f"shape is {shape!r}, must be [out, in]")
     elif shape[1] % 2:
         problems.append(f"shape is {shape!r}, and nf4 needs an even number of inputs; {_INSTEAD}")
-    if state.get("dtype") not in _DTYPES:
+    if not isinstance(state.get("dtype"), str) or state["dtype"] not in _DTYPES:
         problems.append(f"dtype is {state.get('dtype')!r}, must be one of {', '.join(_DTYPES)}")
     offset: Any = state.get("nested_offset")
-    if nested and not (isinstance(offset, int | float) and math.isfinite(offset)):
+    if nested and not _finite(offset):
         problems.append(f"nested_offset is {offset!r}, must be a number")
     return problems
 
 
+def _finite(x: Any) -> bool:
+    # compared, not converted: a whole number may be larger than any float
+    return isinstance(x, int | float) and not isinstance(x, bool) and -_MOST_OFFSET < x < _MOST_OFFSET
+
+
 def _counts(n: Any) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool) and n > 0
+    return isinstance(n, int) and not isinstance(n, bool) and 0 < n < _MOST_SIDE
 
 
 def _checked(name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapping[str, Any], nested: bool) -> Packed:
     """Gives the leaves, of tensors that have the sizes and the tables that they must have."""
     out, n_in = state["shape"]
-    blocks = math.ceil(out * n_in / nf4.BLOCK)
-    seconds = math.ceil(blocks / nf4.SECOND)
+    blocks = -(-out * n_in // nf4.BLOCK)
+    seconds = -(-blocks // nf4.SECOND)
     problems: list[str] = []
     if codes.nbytes != out * n_in // 2:
         problems.append(

@@ -48,18 +48,25 @@ def decoded(leaves: Leaves, dtype: Any) -> Any:
 
 
 def _product(x: Any, codes: Any, axis: int, dtype: Any) -> Any:
-    return jax.lax.dot_general(x, codes, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=dtype)
+    """Gives the product of codes, not scaled yet."""
+    return jax.lax.dot_general(x, codes, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=_wide(dtype))
+
+
+def _wide(dtype: Any) -> Any:
+    """Gives the dtype to write what is not scaled in: float16 ends at 65504, and codes of up to 448 are added up."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
 
 
 def _forward(x: Any, leaves: Leaves) -> Any:
     rows, scale = _rows(x, jnp.float8_e4m3fn)
-    # in the dtype of x already: the rounding is far below that of the operands, and half as much is written
+    # in the dtype of x already, where it has the range: the rounding is far below that of the operands, and half as much is written
     y = _product(rows, leaves["kernel_fp8"], 1, x.dtype)
     return (y.astype(jnp.float32) * scale * leaves["kernel_fp8_scale"]).astype(x.dtype)
 
 
 def _backward(leaves: Leaves, dy: Any) -> Any:
-    rows, scale = _rows(dy * leaves["kernel_fp8_scale"].astype(dy.dtype), jnp.float8_e5m2)
+    wide = _wide(dy.dtype)
+    rows, scale = _rows(dy.astype(wide) * leaves["kernel_fp8_scale"].astype(wide), jnp.float8_e5m2)
     dx = _product(rows, leaves["kernel_fp8"], 0, dy.dtype)
     return (dx.astype(jnp.float32) * scale).astype(dy.dtype)
 

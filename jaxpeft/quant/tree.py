@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core import kernels, paths, targets
+from jaxpeft.core.expressions import broken_expression
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import ALL_LINEAR, Site, Targets
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.quant import FORMS
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,25 @@ class Quant:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ConfigError(f"quant: {self.form!r} is no number format (known: {', '.join(FORMS)})")
-        if self.group is not None and (not FORMS[self.form].grouped or self.group < 1):
+        for field in ("targets", "exclude"):
+            entries: Any = getattr(self, field)
+            if isinstance(entries, list):
+                object.__setattr__(self, field, entries := tuple(cast("list[Any]", entries)))
+            broken = (
+                broken_expression(entries) if isinstance(entries, str) and not targets.is_keyword(entries) else None
+            )
+            if broken:
+                raise ConfigError(f"quant_{field}: {broken}")
+        whole: Any = self.group
+        if whole is None:
+            return
+        if not FORMS[self.form].grouped:
             with_groups = " and ".join(name for name, form in FORMS.items() if form.grouped)
-            raise ConfigError(f"quant_group: {self.group} does not go with {self.form}; {with_groups} take at least 1")
+            raise ConfigError(
+                f"quant_group: {whole} does not go with {self.form}, which has no groups; {with_groups} have"
+            )
+        if not isinstance(whole, int) or isinstance(whole, bool) or whole < 1:
+            raise ConfigError(f"quant_group: must be a whole number of at least 1, is {whole!r}")
 
     def __str__(self) -> str:
         """Gives what to call `jaxpeft.load` with: the name of the form, where nothing else is chosen."""
@@ -64,6 +84,12 @@ class Quant:
         """
         form, problems = FORMS[self.form], list[str]()
         chosen = targets.resolve(params, Targets(self.targets, self.exclude))
+        self._warn_of_unused(params)
+        odd: dict[int, str] = {}
+        for site in chosen:
+            if self.group is not None and site.shape[0] % self.group:
+                odd.setdefault(site.shape[0], site.name)
+        problems += [f"quant_group: {self.group} does not divide the {n} inputs of {name}" for n, name in odd.items()]
         for site, on in chosen.items():
             n_in, name = site.shape[0], site.name
             if not all(on):
@@ -72,11 +98,20 @@ class Quant:
                 )
             if form.even and n_in % 2:
                 problems.append(f"quant: {name} takes {n_in} inputs, and {self.form} needs an even number; exclude it")
-            if self.group is not None and n_in % self.group:
-                problems.append(f"quant_group: {self.group} does not divide the {n_in} inputs of {name}")
         if problems:
             raise ConfigError(problems)
         return {(*site.path, "kernel"): site for site in chosen}
+
+    def _warn_of_unused(self, params: Mapping[str, Any]) -> None:
+        """Says what is excluded and is no module: it may be misspelt, or there in other models."""
+        names = [name for site in targets.find_sites(params) for name in site.names]
+        entries = (self.exclude,) if isinstance(self.exclude, str) else self.exclude
+        for entry in entries:
+            if not any(
+                targets.named(name, self.exclude if isinstance(self.exclude, str) else (entry,)) for name in names
+            ):
+                known = sorted({name.rpartition(".")[2] for name in names})
+                _log.warning("quant_exclude: %r is no linear module of this model%s", entry, nearest(entry, known))
 
     @classmethod
     def of(cls, form: str, params: Mapping[str, Any], kernels: Set[Path]) -> Quant:

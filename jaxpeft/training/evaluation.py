@@ -43,7 +43,7 @@ class Evaluator:
 
     def _forward(self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any, Any]:
         outputs = Outputs(self._setup.model, combine(trainable, frozen), batch, None)
-        total, weight = self._setup.loss(outputs, batch)
+        total, weight = self._setup.plain_loss(outputs, batch)
         # the logits of a language model are large, and not needed
         made, given = (None, None) if self._setup.problem == "lm" else (outputs.logits, batch["labels"])
         return total, weight, made, given

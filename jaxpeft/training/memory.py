@@ -1,7 +1,7 @@
 """How much memory a step takes, as far as can be told before anything is compiled, and what the backward pass should keep in it.
 
 Of each layer the backward pass finds again what the policy of remat keeps: its input alone (`full`), the result of attention as well
-(`attention`), or the results of its linear modules too (`products`). Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+(`attention`), or the results of its linear modules too (`products`); what `none` and `offload` keep is not estimated. Chen et al. 2016, "Training Deep Nets with Sublinear Memory
 Cost", section 4 (arXiv:1604.06174).
 """
 

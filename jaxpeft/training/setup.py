@@ -57,6 +57,7 @@ class Setup:
         model: the Linen module.
         params: the base, with a newly made head.
         loss: from logits and batch to sum and weight.
+        plain_loss: the same without label smoothing and z-loss, for figures that compare.
         train: the training rows as tokens.
         validation: the rows to choose the best step by.
         test: the rows for the final figures.
@@ -77,6 +78,7 @@ class Setup:
     model: Pretrained
     params: Tree
     loss: Loss
+    plain_loss: Loss
     train: Encoded
     validation: Encoded
     test: Encoded
@@ -132,6 +134,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
         loss=loss_for(
             config.model.task, splits.train.problem, CrossEntropy(config.train.label_smoothing, config.train.z_loss)
         ),
+        plain_loss=loss_for(config.model.task, splits.train.problem),
         train=splits.train,
         validation=splits.validation,
         test=splits.test,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.quant import FORMS
+from jaxpeft.quant import FORMS, fp8
 from jaxpeft.quant.form import packed, selected, unpacked
 
 RNG = np.random.default_rng(0)
@@ -99,3 +99,17 @@ def test_codes_are_packed_with_the_earlier_one_high_and_looked_up() -> None:
     np.testing.assert_array_equal(unpacked(data), codes)
     table = tuple(float(n) ** 2 for n in range(16))
     np.testing.assert_array_equal(selected(codes, table, jnp.float32), np.asarray(table, np.float32)[codes])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_products_of_codes_stay_within_the_range_of_the_activations(dtype: Any) -> None:
+    # what a GPU computes, whose codes of up to 448 are added up before they are scaled
+    kernel = 0.05 * jax.random.normal(jax.random.key(0), (256, 64))
+    leaves = FORMS["fp8"].store(kernel)
+    x, dy = (jax.random.normal(jax.random.key(i), (4, n)) for i, n in ((1, 256), (2, 64)))
+    y = fp8._forward(x.astype(dtype), leaves)
+    dx = fp8._backward(leaves, 1e-3 * dy.astype(dtype))
+    for found, exact, most in ((y, x @ kernel, 0.05), (dx, 1e-3 * dy @ kernel.T, 0.08)):
+        assert found.dtype == dtype
+        off = np.linalg.norm(np.asarray(found, np.float32) - exact) / np.linalg.norm(exact)
+        assert off < most

@@ -95,7 +95,9 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
     _, stacked = load("llama", scan_layers=True)
     with pytest.raises(ConfigError, match=r"quant: 'nf3' is no number format \(known: nf4, int4, int8, fp8\)"):
         jaxpeft.quantise(base, "nf3")
-    with pytest.raises(ConfigError, match="quant_group: 32 does not go with nf4; int4 and int8 take at least 1"):
+    with pytest.raises(
+        ConfigError, match="quant_group: 32 does not go with nf4, which has no groups; int4 and int8 have"
+    ):
         jaxpeft.Quant("nf4", group=32)
     with pytest.raises(ConfigError, match=r"quant_group: 7 does not divide the 32 inputs of model\.layers\.0\."):
         jaxpeft.quantise(base, jaxpeft.Quant("int4", group=7))
@@ -113,6 +115,33 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
         jaxpeft.load(folder, task="causal_lm", vocab_size=120, quant=jaxpeft.Quant("int8", targets=("lm_head",)))
     with pytest.raises(ConfigError, match="no number format"):
         jaxpeft.load(reference("llama", "causal_lm").folder, task="causal_lm", quant="q4_k")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": "("}, r"quant_targets: '\(' is no regular expression"),
+        ({"exclude": "[a"}, r"quant_exclude: '\[a' is no regular expression"),
+        ({"group": 2.0}, r"quant_group: must be a whole number of at least 1, is 2\.0"),
+        ({"group": 0}, "quant_group: must be a whole number of at least 1, is 0"),
+        ({"group": True}, "quant_group: must be a whole number of at least 1, is True"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        jaxpeft.Quant("int8", **options)
+
+
+def test_lists_are_taken_and_what_is_excluded_in_vain_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    _, base = load("llama", scan_layers=False)
+    listed: Any = ["q_proj", "k_proj"]
+    assert jaxpeft.Quant("nf4", targets=listed) == jaxpeft.Quant("nf4", targets=("q_proj", "k_proj"))
+    jaxpeft.quantise(base, jaxpeft.Quant("int8", exclude=("k_proj",)))
+    assert not caplog.records
+    jaxpeft.quantise(base, jaxpeft.Quant("int8", exclude=("qproj", "k_proj")))
+    assert "quant_exclude: 'qproj' is no linear module of this model; did you mean 'q_proj'" in caplog.text
+    jaxpeft.quantise(base, jaxpeft.Quant("int8", exclude=r".*no_such"))
+    assert "quant_exclude: '.*no_such' is no linear module" in caplog.text
 
 
 @every_form
