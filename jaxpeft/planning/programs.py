@@ -15,7 +15,8 @@ import jax
 from jaxpeft.planning.chips import GIB
 from jaxpeft.planning.topology import Topology
 
-_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\)")
+# called temporaries, and the arguments and results are in it
+_REQUIRED = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -47,7 +48,7 @@ def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limi
         arguments: abstract, with their shardings.
         topology: the devices that they lie on.
         limit: bytes that it may take; None for what the chip has.
-        held: bytes of the arguments on one device, where the program does not say.
+        held: bytes of the arguments on one device, which a program that does not fit takes at least.
     """
     began = time.perf_counter()
     lowered = step.lower(*arguments)
@@ -57,7 +58,7 @@ def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limi
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            total = _said(_USED, str(error)) or _said(_TEMPORARIES, str(error)) + held
+            total = max(_said(_USED, str(error)), _said(_REQUIRED, str(error)), held)
             text, problem = written(Path(folder)), "the compiler does not write out a program that does not fit"
             return Compiled(False, total, text, "" if text else problem, time.perf_counter() - began)
         took = compiled.memory_analysis()
