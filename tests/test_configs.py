@@ -118,7 +118,7 @@ def test_the_config_is_valid_and_its_step_can_be_traced(path: Path, config: Conf
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
     assert {name: value.shape for name, value in metrics.items()} == {
-        "loss": (), "weight": (), "grad_norm": (), "broken": (len(jax.tree.leaves(trainable)),),
+        "loss": (), "weight": (), "grad_norm": (), "broken": (len(jax.tree.leaves(trainable)),), "tokens": (),
     }  # fmt: skip
 
 

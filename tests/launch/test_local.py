@@ -103,7 +103,9 @@ def test_a_signal_is_passed_on(number: signal.Signals, code: int, processes: str
 
 
 def signalled(script: Path, env: Mapping[str, str], number: signal.Signals, tmp_path: Path) -> int:
-    process = subprocess.Popen(["bash", script, "--config", "a.py"], env=env, cwd=ROOT, start_new_session=True)
+    # what runs in the background of a shell is started without SIGINT
+    command = ["env", "--default-signal=INT", "bash", script, "--config", "a.py"]
+    process = subprocess.Popen(command, env=env, cwd=ROOT, start_new_session=True)
     try:
         wait_until(lambda: lines(tmp_path / "started") == int(env["PROCESSES"]))
         time.sleep(0.2)
