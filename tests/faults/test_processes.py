@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
 def test_case_8_a_process_that_is_killed_ends_the_other_and_all_go_on_together(
     team: Team, two: Team, marks: Marks, process: int
 ) -> None:
-    ended = team(members={process: Member("in_step:6:kill")})
+    ended = dataclasses.replace(team, heartbeat=HEARTBEAT)(members={process: Member("in_step:6:kill")})
     killed, left = ended[process], ended[1 - process]
     assert killed.returncode == -9
     assert left.returncode not in (0, 2, 130, 143)
