@@ -63,11 +63,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--quant", default="none")
     parser.add_argument("--chosen", action="store_true", help="plan what stands beside the grid, in place of it")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one plan may take")
+    parser.add_argument("--tries", type=int, default=1, help="changes that are compiled where a strategy does not fit")
     parser.add_argument("--write-only", action="store_true")
     options = parser.parse_args(argv)
     for case in [] if options.write_only else cases(options):
         if case not in done():
-            run(case, options.timeout)
+            run(case, options.timeout, options.tries)
     PAGE.write_text(page(lines()))
 
 
@@ -91,13 +92,13 @@ def done() -> set[Case]:
     return {Case(**line["case"]) for line in lines()}
 
 
-def run(case: Case, timeout: float) -> None:
+def run(case: Case, timeout: float, tries: int) -> None:
     """Plans one case, and adds it to the results; one that takes too long is said, and left out."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         command = [
             sys.executable, "-m", "jaxpeft.plan", "--config", "configs/llama3_8b_lora.py", "--model-config", case.model,
-            "--topology", case.topology, "--strategies", case.strategy, "--json", str(file), "--tries", "1",
+            "--topology", case.topology, "--strategies", case.strategy, "--json", str(file), "--tries", str(tries),
             "--config.model.quant", case.quant, "--config.data.max_length", str(LENGTH), "--config.train.accumulation", "1",
             "--config.train.batch_size", str(case.devices), "--config.evaluation.batch_size", str(case.devices), "--config.train.steps", "1000", "--config.train.epochs", "None",
         ]  # fmt: skip
