@@ -7,7 +7,9 @@ are not: such a program sees what a user's would. A plain array still lives on d
 from __future__ import annotations
 
 import gc
+import logging
 import os
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -41,6 +43,21 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 # Tracing makes millions of small objects, few of them garbage: looking for that as often as Python does takes a seventh of the time.
 gc.set_threshold(200_000, 20, 100)
+
+
+@pytest.fixture(autouse=True)
+def levels_of_logging() -> Iterator[None]:
+    """Puts back what a command that ran in this process has said of which messages are seen."""
+    before = dict(_levels())
+    yield
+    for name, level in _levels():
+        if level != (back := before.get(name, logging.NOTSET)):
+            logging.getLogger(name).setLevel(back)
+
+
+def _levels() -> list[tuple[str, int]]:
+    known = logging.Logger.manager.loggerDict.items()
+    return [(name, at.level) for name, at in known if isinstance(at, logging.Logger) and name.startswith("jaxpeft")]
 
 
 @pytest.fixture(scope="session")
