@@ -31,8 +31,9 @@ from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import make_mesh, place
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.sizes import STRATEGIES
-from jaxpeft.sharding.specs import shardings
+from jaxpeft.sharding.specs import layout
 from jaxpeft.training.losses import loss_for
+from jaxpeft.training.placing import bringing
 from jaxpeft.training.step import make_loss_sum
 
 ROWS, LENGTH, VOCAB = 8, 64, 96
@@ -81,14 +82,11 @@ CASES: Mapping[str, Case] = {
 """By what the table calls them."""
 
 
-def prepared(case: Case, *, offload: bool = False) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, Any]]]:
-    """Makes model, rewritten parameters and a batch of a case, from fixed seeds; with `offload` the model fetches its kernels."""
+def prepared(case: Case) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, Any]]]:
+    """Makes model, rewritten parameters and a batch of a case, from fixed seeds."""
     decoder = case.architecture["model_type"] == "llama"
     task, labels = ("causal_lm", None) if decoder else ("sequence_classification", 3)
-    options = Options(
-        task, labels, jnp.float32, scan_layers=case.scan, offload=offload, remat="products" if offload else "none"
-    )
-    model = models.build(case.architecture, options)
+    model = models.build(case.architecture, Options(task, labels, jnp.float32, scan_layers=case.scan))
     rng = np.random.default_rng(0)
     base = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32), abstract_params(model))
     base = quantise(base, case.quant) if case.quant else base
@@ -117,13 +115,12 @@ def _batch(rng: np.random.Generator, *, decoder: bool, packed: bool) -> dict[str
 
 def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, float, Tree]:
     """Computes loss, weight and gradients of a case on a mesh: `(sum of the loss, weight, gradients)`, on the host."""
-    model, params, batch = prepared(case, offload=options.offload)
+    model, params, batch = prepared(case)
     mesh = mesh_of(options, devices)
-    task = model.options.task
-    loss = make_loss_sum(model, loss_for(task, "single_label"))
-    where = shardings(mesh, rules_of(options), params, case.method)
+    found = layout(mesh, rules_of(options), params, case.method)
+    loss = make_loss_sum(bringing(model, found), loss_for(model.options.task, "single_label"))
     mask = trainable_mask(case.method, params)
-    trainable, frozen = tree.partition(jax.device_put(params, where), mask)
+    trainable, frozen = tree.partition(jax.device_put(params, found.shardings), mask)
     key = jax.random.key(1) if case.dropout else None
     run: Callable[..., Any] = jax.jit(on_mesh(mesh, jax.value_and_grad(loss, has_aux=True)))
     (total, weight), grads = run(trainable, frozen, place(mesh, batch), key)

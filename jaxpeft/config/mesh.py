@@ -25,7 +25,8 @@ class MeshConfig:
         "what is spread, and how; its own axis takes all devices; None for the whole tree on each of `data` devices",
     )
     data: int | None = option(
-        None, "devices that the rows of a batch are spread over; -1 for the rest; None for what the strategy says, 1", at_least=-1
+        None, "devices that the rows of a batch are spread over; -1 for the rest; None for what the strategy says; without one 1, of "
+        "several processes all", at_least=-1
     )  # fmt: skip
     fsdp: int | None = option(
         None, "devices that rows and kernels are spread over, kernels gathered in use; -1 for the rest", at_least=-1

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+from jax.sharding import PartitionSpec
 
+from jaxpeft.core.paths import Path
 from jaxpeft.errors import ConfigError
 
 
@@ -27,6 +29,7 @@ class Options:
         right_padded: whether rows are padded behind their tokens alone: a decoder needs no mask for it then.
         quant: which kernels of the base are quantised, and how (`jaxpeft.Quant`); None for none.
         offload: whether the layers' kernels may lie in the host's memory: each layer then fetches its own.
+        gathered: by their paths within a layer, the leaves that it gathers before it computes with them, and where to.
     """
 
     task: str
@@ -39,6 +42,7 @@ class Options:
     right_padded: bool = False
     quant: Any = None
     offload: bool = False
+    gathered: tuple[tuple[Path, PartitionSpec], ...] = ()
 
 
 class Pretrained(nn.Module):

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpeft.core import paths
+from jaxpeft.core.paths import Path
 from jaxpeft.models.base import PAST, Options
 from jaxpeft.quant.form import LOW_RANK
+from jaxpeft.sharding.activations import mesh_of
 
 Array = jax.Array
 
@@ -140,7 +143,7 @@ def run_layers(
     Returns:
         The last layer's `x`.
     """
-    remat_block = _remat(_fetching(block) if options.offload else block, options)
+    remat_block = _remat(_bringing(block, options) if options.offload or options.gathered else block, options)
     if not options.scan_layers:
         return _Unrolled(remat_block, dict(fields), count, name=name)(*inputs)
     axes: Any = (0, *(nn.broadcast for _ in inputs[2:]))
@@ -161,16 +164,24 @@ def _remat(block: type[nn.Module], options: Options) -> Any:
     return nn.remat(block, policy=_POLICIES[options.remat], prevent_cse=not options.scan_layers)
 
 
-def _fetching(block: type[nn.Module]) -> Any:
-    """Wraps a block so that it begins by fetching its parameters to the devices; what is there already stays as it is.
+def _bringing(block: type[nn.Module], options: Options) -> Any:
+    """Wraps a block so that it begins by bringing its parameters to where it computes with them; most are there already.
 
-    Inside of remat, so that the backward pass fetches them anew, and keeps none.
+    Inside of remat, so that the backward pass brings them anew, and keeps none.
     """
+    gathered = dict(options.gathered)
 
-    def fetched(variables: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device), variables)
+    def brought(path: Path, leaf: Any) -> Any:
+        if options.offload:
+            leaf = jax.device_put(leaf, jax.memory.Space.Device)
+        if path in gathered and mesh_of() is not None:
+            leaf = jax.lax.with_sharding_constraint(leaf, gathered[path])
+        return leaf
 
-    return nn.map_variables(block, "params", trans_in_fn=fetched, init=True, mutable=True)
+    def all_brought(variables: Any) -> Any:
+        return {kind: paths.map_with_path(brought, leaves) for kind, leaves in variables.items()}
+
+    return nn.map_variables(block, "params", trans_in_fn=all_brought, init=True, mutable=True)
 
 
 def _keeps(*names: str) -> Callable[..., bool]:

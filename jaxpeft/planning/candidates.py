@@ -26,8 +26,10 @@ from jaxpeft.planning.topology import Topology
 from jaxpeft.planning.work import work
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import heads_of, make_mesh, replicated
+from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.sizes import ROWS, SEQUENCE
-from jaxpeft.training import flops
+from jaxpeft.sharding.specs import layout
+from jaxpeft.training import flops, placing
 from jaxpeft.training.memory import USABLE
 from jaxpeft.training.step import make_train_step
 
@@ -138,7 +140,8 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
     notes += unrolled
     if asked == "auto":
         run = _with_remat(setting, run, mesh)
-    return mesh, run, notes
+    found = layout(mesh, rules_of(config.mesh), run.base)
+    return mesh, dataclasses.replace(run, model=placing.bringing(run.model, found)), notes
 
 
 def stacked(setting: Setting, config: Config, attention: str, remat: str) -> tuple[Subject, list[str]]:

@@ -135,9 +135,7 @@ def subject(config: Config, described: Mapping[str, Any], attention: str, remat:
     quant = _quant(config, described)
     options = Options(
         config.model.task, _labels(config, described), compute, scan_layers=scan, pooling=config.model.pooling,
-        # what is offloaded must not be kept on the devices
-        remat="products" if config.mesh.offload and remat == "none" else remat,
-        attention=attention, right_padded=True, quant=quant, offload=config.mesh.offload,
+        remat=remat, attention=attention, right_padded=True, quant=quant,
     )  # fmt: skip
     grown = {} if config.model.vocab_size is None else {"vocab_size": config.model.vocab_size}
     model = models.build({**described, **grown}, options)

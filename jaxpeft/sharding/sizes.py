@@ -85,6 +85,8 @@ def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: int | None) -> d
     given = {axis: size for axis in AXES if (size := getattr(mesh, axis)) is not None}
     found = {axis: given.get(axis, 1) for axis in AXES}
     if mesh.strategy is None:
+        if groups > 1 and DATA not in given and -1 not in given.values():
+            found[DATA] = -1  # each process has devices, and all of them must be in the mesh
         return found
     if mesh.strategy == "fsdp_tensor" and TENSOR not in given:
         left = devices // math.prod(size for size in given.values() if size > 0)

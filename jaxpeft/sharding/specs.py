@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,6 +97,27 @@ def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method |
     return Layout(paths.build(items), tuple(dropped))
 
 
+def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
+    """Lists the leaves of quantised kernels of layers that lie along `fsdp`, by their paths within a layer, with their specs without it.
+
+    Args:
+        found: where the leaves of a base lie, as they are stored.
+    """
+    gathered: dict[Path, PartitionSpec] = {}
+    for path, where in paths.walk(found.shardings):
+        at = next((i for i, key in enumerate(path[:-1]) if key in paths.LAYER_CONTAINERS), None)
+        if at is None or path[-1] not in _STORED or FSDP not in jax.tree.leaves(tuple(where.spec)):
+            continue
+        stacked = paths.layer_axis(path) is not None
+        kept = [tuple(axis for axis in _axes(entry) if axis != FSDP) for entry in tuple(where.spec)[stacked:]]
+        gathered.setdefault(path[at + 1 + (not stacked) :], _spec(kept))
+    return tuple(gathered.items())
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def _offloaded(path: Path, leaf: Any) -> bool:
     """Says whether a frozen leaf is one of those that wait in the host's memory: the matrices of a layer's kernels."""
     axes = leaf.ndim - (paths.layer_axis(path) is not None)
@@ -145,10 +166,15 @@ def fitted(mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]) -> tuple[
                 dropped.append(_undivided(mesh, path, shape, i, [*held[i], axis]))
     if dropped and rule.own:
         raise ConfigError([f"mesh.rules: {rule.pattern!r}: {why}" for why in dropped])
+    return _spec(held), dropped
+
+
+def _spec(held: Sequence[Sequence[str]]) -> PartitionSpec:
+    """Gives the spec of a leaf from the axes that each of its dimensions lies along."""
     spec = [None if not axes else axes[0] if len(axes) == 1 else tuple(axes) for axes in held]
     while spec and spec[-1] is None:
         spec.pop()
-    return PartitionSpec(*spec), dropped
+    return PartitionSpec(*spec)
 
 
 def _over(mesh: Mesh, axes: list[str]) -> int:

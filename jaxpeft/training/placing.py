@@ -1,17 +1,18 @@
-"""Where the base of a run lies: read onto the devices by the rules, and what offloading it asks for."""
+"""Where the base of a run lies: read onto the devices by the rules, and brought from there to where a layer computes."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
 from jax.sharding import Mesh
 
 from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import Outline
-from jaxpeft.sharding.rules import Rules
-from jaxpeft.sharding.specs import HOST, by_path, layout, log_dropped
+from jaxpeft.models.base import Pretrained
+from jaxpeft.sharding.specs import HOST, Layout, by_path, gathered_codes, log_dropped
 
 
 def check(options: MeshConfig, mesh: Mesh) -> None:
@@ -30,27 +31,32 @@ def check(options: MeshConfig, mesh: Mesh) -> None:
         )
 
 
-def offloaded(outlined: Outline) -> Outline:
-    """Gives a model whose layers fetch their kernels from the host's memory, each when it is its turn.
+def bringing(model: Pretrained, found: Layout) -> Pretrained:
+    """Gives a model whose layers bring their kernels to where they compute with them, each when it is its turn.
+
+    Kernels that wait in the host's memory are fetched. The codes of quantised ones that lie along `fsdp` are gathered before they
+    are decoded: left to itself the partitioner gathers what they are decoded to, four times as much of NF4.
 
     What the backward pass finds again must not be kept on the devices: with a remat of `none` it would be all of them.
+
+    Args:
+        model: of the run.
+        found: where the leaves of its base lie, as they are stored.
     """
-    options = outlined.model.options
-    remat = "products" if options.remat == "none" else options.remat
-    return dataclasses.replace(
-        outlined, model=outlined.model.clone(options=dataclasses.replace(options, offload=True, remat=remat))
-    )
+    options = model.options
+    waits = any(where.memory_kind == HOST for where in jax.tree.leaves(found.shardings))
+    gathered = gathered_codes(found)
+    remat = "products" if options.remat == "none" and (waits or gathered) else options.remat
+    return model.clone(options=dataclasses.replace(options, offload=waits, gathered=gathered, remat=remat))
 
 
-def read(outlined: Outline, seed: int, mesh: Mesh, rules: Rules) -> Tree:
-    """Reads the base, each leaf to where the rules say.
+def read(outlined: Outline, seed: int, found: Layout) -> Tree:
+    """Reads the base, each leaf to where it lies.
 
     Args:
         outlined: the model.
         seed: of the leaves of a newly made head.
-        mesh: the devices.
-        rules: of the run.
+        found: where its leaves lie, as they are stored.
     """
-    found = layout(mesh, rules, outlined.leaves)
     log_dropped(found)
     return outlined.read(seed, by_path(found.shardings))

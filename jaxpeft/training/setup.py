@@ -124,9 +124,9 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     # what is computed again must be the same everywhere, so one device speaks for all
     budget = peers.agreed("memory of a device", lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb))
     outlined = _with_remat(config, outlined, trained, length, mesh, budget)
-    outlined = placing.offloaded(outlined) if rules.offload else outlined
-    params = placing.read(outlined, config.train.seed, mesh, rules)
-    model = outlined.model.clone(source=dataclasses.replace(source, sha256=base["sha256"]))
+    found = memory.layout_of(outlined, mesh, rules)
+    params = placing.read(outlined, config.train.seed, found)
+    model = placing.bringing(outlined.model, found).clone(source=dataclasses.replace(source, sha256=base["sha256"]))
     return Setup(
         config=config,
         model=model,

@@ -48,6 +48,12 @@ def test_hybrid_goes_over_as_many_groups_as_the_devices_say() -> None:
     assert tuple(sizes(MeshConfig(strategy="hybrid_fsdp", slices=-1), 16, groups=2).values()) == (2, 8, 1, 1, 1)
 
 
+def test_several_processes_spread_the_rows_over_all_devices() -> None:
+    assert tuple(sizes(MeshConfig(), 16, groups=4).values()) == (16, 1, 1, 1, 1)
+    assert tuple(sizes(MeshConfig(), 16, groups=1).values()) == (1, 1, 1, 1, 1)
+    assert tuple(sizes(MeshConfig(data=8), 16, groups=4).values()) == (8, 1, 1, 1, 1)
+
+
 @pytest.mark.parametrize(("heads", "tensor"), [(None, 8), (8, 8), (6, 2), (4, 4), (5, 1)])
 def test_tensor_divides_the_heads_and_the_devices(heads: int | None, tensor: int) -> None:
     assert sizes(MeshConfig(strategy="fsdp_tensor"), 32, heads=heads)["tensor"] == tensor
