@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,9 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from benchmarks.looping import milliseconds
 from jaxpeft.models import attention
 from jaxpeft.models.masks import Mask, allowed
-from jaxpeft.training import compiling
 
 
 class Layer(nn.Module):
@@ -69,12 +67,17 @@ def main(argv: list[str]) -> None:
             line = {
                 "kernel": kernel, "mask": name, "batch": o.batch, "length": o.length, "heads": o.heads, "kv_heads": o.kv_heads,
                 "head_dim": o.head_dim,
-                "forward_ms": timed(alone, (q, k, v), o.loops), "both_ms": timed(_next(both), (q, k, v), o.loops),
+                "forward_ms": taken(alone, (q, k, v), o.loops), "both_ms": taken(_next(both), (q, k, v), o.loops),
                 "error_values": _error(found[:1], exact[:1]), "error_gradients": _error(found[1:], exact[1:]),
                 "device": jax.devices()[0].device_kind, "jax": jax.__version__,
             }  # fmt: skip
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()
+
+
+def taken(run: Callable[..., Any], arrays: tuple[Any, Any, Any], loops: tuple[int, int]) -> float:
+    """Gives the milliseconds of one call of `run`, whose results are the arrays of the next."""
+    return milliseconds(lambda arrays, _: run(*arrays), arrays, None, loops)
 
 
 def _attend(kernel: str, mask: Mask, q: Any, k: Any, v: Any) -> Any:
@@ -100,26 +103,6 @@ def _with_gradients(kernel: str, mask: Mask) -> Callable[..., tuple[Any, ...]]:
 def _error(found: Any, exact: Any) -> float:
     off = sum(jnp.sum(jnp.square(a.astype(jnp.float32) - b)) for a, b in zip(found, exact, strict=True))
     return round(float(jnp.sqrt(off / sum(jnp.sum(jnp.square(b)) for b in exact))), 5)
-
-
-def timed(run: Callable[..., tuple[Any, Any, Any]], arrays: tuple[Any, Any, Any], loops: tuple[int, int]) -> float:
-    """Gives the milliseconds of one call of `run`, whose results are the arrays of the next."""
-
-    def program(count: int) -> Callable[[], Any]:
-        many = jax.jit(lambda *arrays: jax.lax.fori_loop(0, count, lambda _, held: run(*held), arrays))
-        compiled = many.lower(*arrays).compile(compiler_options=compiling.options(jax.devices()[0]))
-        jax.block_until_ready(compiled(*arrays))
-        return lambda: jax.block_until_ready(compiled(*arrays))
-
-    short, long = (program(count) for count in loops)
-    taken: list[float] = []
-    for _ in range(20):
-        start = time.perf_counter()
-        short()
-        middle = time.perf_counter()
-        long()
-        taken.append((time.perf_counter() - middle - (middle - start)) / (loops[1] - loops[0]))
-    return round(1e3 * statistics.median(taken), 4)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.looping import milliseconds
 from benchmarks.step import SHAPES
 from jaxpeft.core import joint, kernels
 from jaxpeft.quant import FORMS
 from jaxpeft.quant.form import Quantised, over_rows
-from jaxpeft.training import compiling
 
 Leaves = Mapping[str, Any]
 Ways = Callable[[Any, list[joint.Linear]], tuple[Any, ...]]
@@ -97,7 +95,7 @@ def main(argv: list[str]) -> None:
                 sites = [_site(i, n_in, n_out, options.rank, form) for i, n_out in enumerate(outs)]
                 line = {
                     "shape": options.shape, "rows": options.rows, "rank": options.rank, "quant": form, "sites": name, "way": way,
-                    "ms": round(timed(run, sites, n_in, options.rows, options.loops), 4),
+                    "ms": timed(run, sites, n_in, options.rows, options.loops),
                     "update_error": round(update_error(run, sites, n_in), 4),
                     "device": jax.devices()[0].device_kind, "jax": jax.__version__,
                 }  # fmt: skip
@@ -132,24 +130,7 @@ def timed(run: Ways, sites: list[joint.Linear], n_in: int, rows: int, loops: tup
         # everything feeds the next round, so that nothing is left out
         return dx * jnp.asarray(1e-2, dx.dtype), jax.tree.map(lambda leaf, grad: leaf + 1e-9 * grad, factors, dfactors)
 
-    def program(count: int) -> Callable[[], Any]:
-        def many(x: Any, stored: Any, factors: Any) -> Any:
-            return jax.lax.fori_loop(0, count, lambda _, carry: once(carry[0], stored, carry[1]), (x, factors))
-
-        lowered = jax.jit(many).lower(x, stored, factors)
-        compiled = lowered.compile(compiler_options=compiling.options(jax.devices()[0]))
-        jax.block_until_ready(compiled(x, stored, factors))
-        return lambda: jax.block_until_ready(compiled(x, stored, factors))
-
-    short, long = (program(count) for count in loops)
-    taken: list[float] = []
-    for _ in range(20):
-        start = time.perf_counter()
-        short()
-        middle = time.perf_counter()
-        long()
-        taken.append((time.perf_counter() - middle - (middle - start)) / (loops[1] - loops[0]))
-    return 1e3 * statistics.median(taken)
+    return milliseconds(lambda carry, stored: once(carry[0], stored, carry[1]), (x, factors), stored, loops)
 
 
 def update_error(run: Ways, sites: list[joint.Linear], n_in: int, rows: int = 256) -> float:
