@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.planning.shapes import SHAPES
+from jaxpeft.quant import FORMS
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/scale.jsonl", ROOT / "docs/scale.md"
 MODELS = ("llama3_8b", "llama3_70b", "llama3_405b")
@@ -54,22 +57,24 @@ class Case:
         return count
 
 
-def main(argv: list[str]) -> None:
-    """Plans what is missing, and writes the page."""
+def main(argv: list[str]) -> int:
+    """Plans what is missing, and writes the page; gives the exit code: 1 where a case gave no plan."""
     parser = argparse.ArgumentParser(prog="benchmarks.scale")
-    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(SHAPES))
     parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES))
-    parser.add_argument("--strategies", nargs="*", default=list(STRATEGIES))
-    parser.add_argument("--quant", default="none")
+    parser.add_argument("--strategies", nargs="*", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--quant", default="none", choices=["none", *FORMS])
     parser.add_argument("--chosen", action="store_true", help="plan what stands beside the grid, in place of it")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one plan may take")
     parser.add_argument("--tries", type=int, default=1, help="changes that are compiled where a strategy does not fit")
     parser.add_argument("--write-only", action="store_true")
     options = parser.parse_args(argv)
+    failed = 0
     for case in [] if options.write_only else cases(options):
         if case not in done():
-            run(case, options.timeout, options.tries)
+            failed += not run(case, options.timeout, options.tries)
     PAGE.write_text(page(lines()))
+    return int(failed > 0)
 
 
 def cases(options: Any) -> Iterator[Case]:
@@ -92,8 +97,8 @@ def done() -> set[Case]:
     return {Case(**line["case"]) for line in lines()}
 
 
-def run(case: Case, timeout: float, tries: int) -> None:
-    """Plans one case, and adds it to the results; one that takes too long is said, and left out."""
+def run(case: Case, timeout: float, tries: int) -> bool:
+    """Plans one case, and adds it to the results; one that takes too long or fails is said and left out, and gives False."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         command = [
@@ -106,13 +111,14 @@ def run(case: Case, timeout: float, tries: int) -> None:
             subprocess.run(command, check=False, timeout=timeout, cwd=ROOT, stdout=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
             sys.stderr.write(f"{case}: took more than {timeout:.0f} s\n")
-            return
+            return False
         if not file.is_file():
             sys.stderr.write(f"{case}: no plan\n")
-            return
+            return False
         plan = json.loads(file.read_text())
     with RESULTS.open("a") as out:
         out.write(json.dumps({"case": vars(case), "plan": plan}) + "\n")
+    return True
 
 
 HEAD = """# Large models on large topologies
@@ -191,4 +197,4 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def parse_arguments(argv: list[str]) -> tuple[configs.Config, topology.Topology,
     """
     FLAGS.unparse_flags()
     overrides, rest = split_overrides(argv)
-    rest = [word.replace("-model-config", "-model_config", 1) for word in rest]
+    rest = [re.sub(r"^--?model-config(?==|$)", "--model_config", word) for word in rest]
     try:
         left = FLAGS(["jaxpeft.plan", *rest])[1:]
     except flags.Error as error:
@@ -78,12 +80,33 @@ def parse_arguments(argv: list[str]) -> tuple[configs.Config, topology.Topology,
     except ConfigError as error:
         problems += error.problems
     strategies = _strategies(FLAGS.strategies, config, problems)
-    for flag, path in (("json", FLAGS.json), ("plot", FLAGS.plot)):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            problems.append(f"--{flag}: {path}: its folder does not exist; make it, or give another")
+    if FLAGS.hbm is not None and not math.isfinite(FLAGS.hbm):
+        problems.append(f"--hbm: must be a number of GiB, is {FLAGS.hbm}")
+    problems += [why for flag in ("json", "plot") if (why := _unwritable(flag, FLAGS[flag].value))]
     if problems or config is None or where is None:
         raise ConfigError(problems)
     return config, where, strategies
+
+
+def _unwritable(flag: str, path: str | None) -> str | None:
+    """Says why a plan could not be written to a file, as a plan takes minutes."""
+    if path is None:
+        return None
+    file = Path(path).absolute()
+    if not file.parent.is_dir():
+        return f"--{flag}: {path}: its folder does not exist; make it, or give another"
+    if file.is_dir():
+        return f"--{flag}: {path}: is a folder; give a file in it"
+    if flag == "plot" and file.suffix != ".png":
+        return f"--plot: {path}: is drawn as a PNG; let its name end in .png"
+    new = not file.exists()
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        return f"--{flag}: {path}: cannot be written ({error.strerror}); give another"
+    if new:
+        file.unlink()
+    return None
 
 
 def _strategies(asked: list[str] | None, config: configs.Config | None, problems: list[str]) -> tuple[str, ...]:

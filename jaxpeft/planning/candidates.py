@@ -246,7 +246,13 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
         notes = (*notes, f"FLOPs without those of {done.kernels} calls of kernels, which say nothing of them")
     own_program = not setting.topology.simulated
     roof = roofline(
-        chip, done, own_program, rates(chip, mesh, found), tokens=run.tokens, model_flops=model_flops, devices=mesh.size
+        chip,
+        done,
+        own_program,
+        rates(setting.topology, mesh, found),
+        tokens=run.tokens,
+        model_flops=model_flops,
+        devices=mesh.size,
     )
     traffic = done.traffic if own_program else None
     return dataclasses.replace(row, collectives=found, flops=done.flops, traffic=traffic, roofline=roof, notes=notes)

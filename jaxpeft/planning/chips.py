@@ -23,7 +23,9 @@ class Chip:
         bandwidth: bytes/s of its memory.
         link: bytes/s one way of one link to a neighbour.
         links: how many links. A TPU has two along each axis of its torus; a GPU's go into one switch.
-        wraps: an axis of the torus of a multiple of so many chips is a ring, others are lines; 0 for a switch.
+        wraps: an axis of a slice of a multiple of so many chips is a ring, others are lines, all axes where one of three is; 0 for a
+            switch.
+        largest: how long the axes of its torus can be, ascending; empty for a switch.
         outside: bytes/s one way, a chip, of the network between slices or hosts.
         host: how many chips a switch joins, 0 for a torus.
         sources: where the figures come from.
@@ -40,6 +42,7 @@ class Chip:
     wraps: int = 0
     outside: float | None = None
     host: int = 0
+    largest: tuple[int, ...] = ()
     sources: tuple[str, ...] = ()
 
 
@@ -54,15 +57,15 @@ CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
         Chip(
-            "v5e", "tpu", "TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 50e9, 4, 16, 3.1e9,
+            "v5e", "tpu", "TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 50e9, 4, 16, 3.1e9, largest=(16, 16),
             sources=(f"{_CLOUD}v5e: 197 TFLOPs, 819 GBps, ICI 400 GBps over 4 ports, 6.4 Tbps outside a pod of 256{_LINKS}", _COMPILER),
         ),
         Chip(
-            "v5p", "tpu", "TPU v5", 95.73 * GIB, 459e12, 2765e9, 100e9, 6, 4, 6.2e9,
+            "v5p", "tpu", "TPU v5", 95.73 * GIB, 459e12, 2765e9, 100e9, 6, 4, 6.2e9, largest=(16, 20, 28),
             sources=(f"{_CLOUD}v5p: 459 TFLOPs, 2765 GBps, ICI 1200 GBps over 6 ports, 50 Gbps outside a chip{_LINKS}", _COMPILER),
         ),
         Chip(
-            "v6e", "tpu", "TPU v6 lite", 31.24 * GIB, 918e12, 1638e9, 100e9, 4, 16, 12.5e9,
+            "v6e", "tpu", "TPU v6 lite", 31.24 * GIB, 918e12, 1638e9, 100e9, 4, 16, 12.5e9, largest=(16, 16),
             sources=(
                 f"{_CLOUD}v6e: 918 TFLOPs, 1638 GBps, ICI 800 GBps over 4 ports{_LINKS}", _COMPILER,
                 "outside: 100 Gb/s a chip, an assumption",
@@ -89,8 +92,8 @@ def usable(chip: Chip, given: float | None) -> float | None:
         chip: which.
         given: GiB that the caller allows; None for what the chip has.
     """
-    if given is not None:
-        return given * GIB
+    if given is not None:  # more than a TPU's compiler allows it will not take
+        return min(given * GIB, chip.memory) if chip.platform == "tpu" and chip.memory else given * GIB
     if chip.memory is None or chip.platform != "cuda":
         return chip.memory
     return chip.memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))

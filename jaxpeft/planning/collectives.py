@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,8 @@ def collectives(
             else:
                 groups = groups_of(one.text, int(np.prod(list(mesh.values()))))
                 axes, n = axes_of(groups, mesh), len(groups[0]) if groups else 1
+                if kind == "collective-permute":  # which names pairs of neighbours
+                    n = math.prod(mesh.get(axis, 1) for axis in axes.split("+"))
             entry = sums[kind, axes, n]
             entry[0] += times
             entry[1] += times * size

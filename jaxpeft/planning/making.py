@@ -56,6 +56,10 @@ def make(request: Request) -> Plan:
     config = request.config
     described = model_config(config.model.path, config.model.revision, request.model_config)
     limit = chips.usable(request.topology.chip, request.hbm)
+    if request.hbm is not None and limit is not None and limit < request.hbm * chips.GIB:
+        _log.warning(
+            "--hbm %g: programs of a %s may take %.2f GiB", request.hbm, request.topology.chip.name, limit / chips.GIB
+        )
     where = topology.devices(request.topology)
     setting = Setting(described, request.topology, where, limit, request.scan)
     rows: list[Any] = []

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpeft.planning.chips import Chip
 from jaxpeft.planning.collectives import Collective
+from jaxpeft.planning.topology import Topology
 from jaxpeft.planning.work import Work
 
 COMPUTE, MEMORY, INTERCONNECT = "compute", "memory", "interconnect"
@@ -76,35 +77,45 @@ def roofline(
     )
 
 
-def rates(chip: Chip, mesh: Any, found: Sequence[Collective]) -> dict[Collective, float]:
+def rates(topology: Topology, mesh: Any, found: Sequence[Collective]) -> dict[Collective, float]:
     """Gives the bytes/s at which each collective can run.
 
     Args:
-        chip: its figures.
+        topology: of the devices.
         mesh: the `jax.sharding.Mesh` of the program.
         found: its collectives.
     """
-    return {one: rate(chip, mesh, one.axes) for one in found}
+    return {one: rate(topology, mesh, one.axes) for one in found}
 
 
-def rate(chip: Chip, mesh: Any, axes: str) -> float:
+def rate(topology: Topology, mesh: Any, axes: str) -> float:
     """Gives the bytes/s that a chip sends along axes of the mesh.
 
-    Of a torus that is two links for each of its axes that the group of chips extends along, one where the axis is no ring; where the
-    group goes over several slices, or hosts of GPUs, their network.
+    Of a torus that is two links for each of its axes that the group of chips extends along, one where the group is no ring: where it
+    is not the whole axis, or the slice too small; where the group goes over several slices, or hosts of GPUs, their network.
     """
+    chip = topology.chip
     if chip.link is None or chip.outside is None:
         return float("inf")
     group = _group(mesh, axes)
     if len({getattr(device, "slice_index", 0) for device in group}) > 1:
         return chip.outside
     if chip.host:
-        places = [int(np.flatnonzero(mesh.devices.ravel() == device)[0]) // chip.host for device in group]
-        return chip.outside if len(set(places)) > 1 else chip.link * chip.links
-    along = np.array([device.coords for device in group]).T
-    sizes = [len(set(axis.tolist())) for axis in along]
-    ring = [2 if size % chip.wraps == 0 else 1 for size in sizes if size > 1]
-    return chip.link * max(1, sum(ring))
+        # simulated devices are numbered through, slice after slice
+        places = {(device.id // topology.slice_size, device.id % topology.slice_size // chip.host) for device in group}
+        return chip.outside if len(places) > 1 else chip.link * chip.links
+    own = getattr(group[0], "slice_index", 0)
+    whole = _extents([one for one in mesh.devices.ravel() if getattr(one, "slice_index", 0) == own])
+    rings = [size > 1 and size % chip.wraps == 0 for size in whole]
+    if len(chip.largest) > 2:  # slices of three axes are made of whole cubes, or are no torus
+        rings = [all(rings)] * len(rings)
+    reached = zip(_extents(group), whole, rings, strict=True)
+    return chip.link * max(1, sum(2 if ring and size == all_ else 1 for size, all_, ring in reached if size > 1))
+
+
+def _extents(devices: Sequence[Any]) -> list[int]:
+    """Gives over how many places of each axis of the torus devices are spread."""
+    return [len(set(axis.tolist())) for axis in np.array([device.coords for device in devices]).T]
 
 
 def _group(mesh: Any, axes: str) -> list[Any]:

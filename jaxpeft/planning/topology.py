@@ -15,7 +15,6 @@ from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.planning.chips import CHIPS, Chip
 
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"
-_AXES = {"v5e": 2, "v6e": 2, "v5p": 3}
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,14 @@ class Topology:
     slices: int = 1
 
     @property
+    def slice_size(self) -> int:
+        """Number of devices of one slice."""
+        return math.prod(self.shape)
+
+    @property
     def size(self) -> int:
         """Number of devices."""
-        return self.slices * math.prod(self.shape)
+        return self.slices * self.slice_size
 
     @property
     def name(self) -> str:
@@ -64,10 +68,15 @@ def read(text: str, slices: int = 1) -> Topology:
         raise ConfigError(
             f"--topology: {name!r} is no chip that is known{nearest(name, CHIPS)} (known: {', '.join(CHIPS)}); write {EXAMPLES}"
         )
-    axes = _AXES.get(name, 1)
+    axes = len(CHIPS[name].largest) or 1
     if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != axes or 0 in (sizes := _sizes(shape)):
         example = "x".join(["4"] * axes)
         raise ConfigError(f"--topology: {text!r} is not of a shape that {name} comes in; write {name}:{example}")
+    most = CHIPS[name].largest
+    if most and any(size > limit for size, limit in zip(sorted(sizes), most, strict=True)):
+        raise ConfigError(
+            f"--topology: {text!r} is larger than a pod of {name}, {'x'.join(map(str, most))}; more of them are joined by --slices"
+        )
     if slices < 1:
         raise ConfigError(f"--slices: must be at least 1, is {slices}")
     return Topology(CHIPS[name], sizes, slices)

@@ -52,6 +52,7 @@ def test_a_permute_sends_everything():
     assert [(one.kind, one.axes, one.count, one.nbytes, one.wire) for one in found] == [
         ("collective-permute", "fsdp", 1, 512, 512)
     ]
+    assert found[0].group == 4  # not the two of a pair
 
 
 def test_an_all_to_all():

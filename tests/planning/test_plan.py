@@ -31,6 +31,10 @@ needs_libtpu = pytest.mark.skipif(
         (["--config", "FILE", "--topology", "cpu:8", "--strategies", "fsdq"], "--strategies: 'fsdq' is none; did you mean 'fsdp'"),
         (["--config", "FILE", "--topology", "cpu:8", "--config.train.steps=0"], "config.train.steps: must be at least 1, is 0"),
         (["--config", "FILE", "--topology", "cpu:8", "--json", "no/such/x.json"], "--json: no/such/x.json: its folder does not exist"),
+        (["--config", "FILE", "--topology", "cpu:8", "--json", "tests"], "--json: tests: is a folder; give a file in it"),
+        (["--config", "FILE", "--topology", "cpu:8", "--json", "/proc/x-model-config.json"], "/proc/x-model-config.json: cannot be written"),
+        (["--config", "FILE", "--topology", "cpu:8", "--plot", "x.foo"], "--plot: x.foo: is drawn as a PNG; let its name end in .png"),
+        (["--config", "FILE", "--topology", "cpu:8", "--hbm", "nan"], "--hbm: must be a number of GiB, is nan"),
         (["--config", "FILE", "--topology", "cpu:8", "more"], "'more': not an option; see --help"),
         (["--config", "FILE", "--topology", "cpu:8", "--hbm", "0"], "flag --hbm=0"),
         (

@@ -9,9 +9,11 @@ from jax.sharding import Mesh
 from jaxpeft.planning.chips import CHIPS
 from jaxpeft.planning.collectives import Collective
 from jaxpeft.planning.roofline import rate, roofline
+from jaxpeft.planning.topology import read
 from jaxpeft.planning.work import Work
 
 V5E = CHIPS["v5e"]
+SLICE, CUBE = read("v5e:4x4"), read("v5p:4x4x4")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Devices:
 
 
 def torus(*shape: int, axes: tuple[int, ...], slices: int = 1) -> Devices:
-    flat = [Device((*index, 0), s) for s in range(slices) for index in np.ndindex(*shape)]
+    flat = [Device((*index, 0)[:3], s) for s in range(slices) for index in np.ndindex(*shape)]
     array = np.empty(len(flat), object)
     array[:] = flat
     return Devices(array.reshape(axes), ("data", "tensor"))
@@ -70,32 +72,53 @@ def test_a_chip_without_figures_has_none():
 
 def test_links_of_a_torus():
     line = torus(4, 4, axes=(4, 4))
-    assert rate(V5E, line, "tensor") == 50e9  # a line of 4 is no ring: one link
-    assert rate(V5E, line, "data+tensor") == 100e9
+    assert rate(SLICE, line, "tensor") == 50e9  # a line of 4 is no ring: one link
+    assert rate(SLICE, line, "data+tensor") == 100e9
     ring = torus(16, 16, axes=(16, 16))
-    assert rate(V5E, ring, "tensor") == 100e9
+    assert rate(SLICE, ring, "tensor") == 100e9
     both = torus(16, 16, axes=(1, 256))
-    assert rate(V5E, both, "tensor") == 200e9
-    assert rate(CHIPS["v5p"], torus(4, 4, 4, axes=(4, 16)), "tensor") == 400e9
+    assert rate(SLICE, both, "tensor") == 200e9
+    assert rate(CUBE, torus(4, 4, 4, axes=(4, 16)), "tensor") == 400e9
+
+
+def test_a_part_of_a_ring_and_a_slice_that_is_no_torus_are_lines():
+    # 4 of the 8 chips along an axis have one link on
+    assert rate(CUBE, torus(4, 4, 8, axes=(32, 4)), "tensor") == 100e9
+    assert rate(CUBE, torus(4, 4, 8, axes=(16, 8)), "tensor") == 200e9
+    # no whole cube: nothing is joined to a ring
+    assert rate(CUBE, torus(2, 4, 4, axes=(8, 4)), "tensor") == 100e9
+    assert rate(SLICE, torus(16, 16, axes=(32, 8)), "tensor") == 50e9
 
 
 def test_between_slices_the_network_bounds():
     two = torus(4, 4, axes=(2, 16), slices=2)
-    assert rate(V5E, two, "data") == V5E.outside
-    assert rate(V5E, two, "tensor") == 100e9
+    assert rate(SLICE, two, "data") == V5E.outside
+    assert rate(SLICE, two, "tensor") == 100e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A simulated one."""
+
+    id: int
 
 
 def test_within_a_host_the_switch_and_between_hosts_the_network():
-    h100 = CHIPS["h100"]
-    devices = np.array([object() for _ in range(16)]).reshape(2, 8)
-    mesh = Devices(devices, ("data", "tensor"))
-    assert rate(h100, mesh, "tensor") == 450e9
-    assert rate(h100, mesh, "data") == 50e9
+    mesh = Devices(np.array([Gpu(i) for i in range(16)]).reshape(2, 8), ("data", "tensor"))
+    assert rate(read("h100:16"), mesh, "tensor") == 450e9
+    assert rate(read("h100:16"), mesh, "data") == 50e9
+
+
+def test_slices_of_less_than_a_host_are_joined_by_the_network():
+    mesh = Devices(np.array([Gpu(i) for i in range(8)]).reshape(2, 4), ("data", "tensor"))
+    assert rate(read("h100:8"), mesh, "data") == 450e9
+    assert rate(read("h100:4", slices=2), mesh, "data") == 50e9
+    assert rate(read("h100:4", slices=2), mesh, "tensor") == 450e9
 
 
 def test_a_real_mesh_is_taken():
     import jax
 
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "tensor"))
-    assert rate(CHIPS["h100"], mesh, "tensor") == 450e9
-    assert rate(CHIPS["cpu"], mesh, "tensor") == float("inf")
+    assert rate(read("h100:8"), mesh, "tensor") == 450e9
+    assert rate(read("cpu:8"), mesh, "tensor") == float("inf")

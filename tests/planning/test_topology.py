@@ -37,6 +37,8 @@ def test_slices_multiply():
         ("v5p:4x4", 1, "is not of a shape that v5p comes in; write v5p:4x4x4"),
         ("h100", 1, "'h100' is not of a shape that h100 comes in; write h100:4"),
         ("h100:0", 1, "'h100:0' is not of a shape"),
+        ("v5e:100x100", 1, "'v5e:100x100' is larger than a pod of v5e, 16x16; more of them are joined by --slices"),
+        ("v5p:4x4x32", 1, "is larger than a pod of v5p, 16x20x28"),
         ("v5e:4x4", 0, "--slices: must be at least 1, is 0"),
     ],
 )  # fmt: skip
@@ -70,6 +72,9 @@ def test_what_a_chip_may_take(monkeypatch):
     assert usable(CHIPS["h100"], None) == 60e9
     assert usable(CHIPS["cpu"], None) is None
     assert usable(CHIPS["cpu"], 2) == 2 * GIB
+    assert usable(CHIPS["v5e"], 8) == 8 * GIB
+    # its compiler takes no more, whatever is allowed
+    assert usable(CHIPS["v5e"], 64) == 15.75 * GIB
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     assert usable(CHIPS["h100"], None) == 72e9
 
