@@ -51,6 +51,14 @@ class Estimate:
         """Gives all of it under a policy."""
         return self.base + self.trained + self.kept[remat] + self.working
 
+    def largest(self, remat: str, count: int = 3) -> list[tuple[str, int]]:
+        """Gives the largest terms of it under a policy, with what they are called."""
+        terms = {
+            "the base": self.base, "trained leaves, gradients and moments": self.trained,
+            "activations": self.kept[remat], "the layer at work and logits": self.working,
+        }  # fmt: skip
+        return sorted(terms.items(), key=lambda term: -term[1])[:count]
+
     def fastest(self, budget: float) -> str:
         """Gives the policy that computes least again of those that fit into `budget` bytes, `full` where none does."""
         return next((policy for policy in _POLICIES if self.total(policy) <= budget), "full")

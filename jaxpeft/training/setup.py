@@ -238,18 +238,21 @@ def _outline(config: Config, splits: Splits, scan_layers: bool, attention: str) 
 def _with_remat(
     config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh, budget: float | None
 ) -> Outline:
-    """Chooses what the backward pass computes again, where the config leaves it open and memory is known."""
-    if config.model.remat != "auto" or budget is None:
+    """Chooses what the backward pass computes again, where the config leaves it open; warns of a step that may not fit a known memory."""
+    if budget is None:
         return outlined
     rows = config.train.batch_size // (config.train.accumulation * math.prod(mesh.shape[axis] for axis in ROWS))
     where = memory.layout_of(outlined, mesh, rules_of(config.mesh))
     needs = memory.estimate(outlined, trained, max(1, rows), length // mesh.shape[SEQUENCE], where)
-    remat = needs.fastest(budget)
+    remat = needs.fastest(budget) if config.model.remat == "auto" else config.model.remat
+    if remat not in needs.kept:  # what it keeps is not estimated
+        return outlined
     _log.info("remat %s: %.1f GB estimated of %.1f GB", remat, needs.total(remat) / 1e9, budget / 1e9)
     if needs.total(remat) > budget:
+        largest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.largest(remat))
         _log.warning(
-            "a step may not fit: %.1f GB estimated of %.1f GB; lower train.batch_size or data.max_length, or raise train.accumulation",
-            needs.total(remat) / 1e9, budget / 1e9,
+            "a step may not fit: %.1f GB estimated of %.1f GB (%s); lower train.batch_size or data.max_length, raise train.accumulation, "
+            "or set model.quant or mesh.strategy", needs.total(remat) / 1e9, budget / 1e9, largest,
         )  # fmt: skip
     return dataclasses.replace(
         outlined, model=outlined.model.clone(options=dataclasses.replace(outlined.model.options, remat=remat))

@@ -51,8 +51,12 @@ CASES = {
     34: ("an adapter of another kind, or with options not known", "refused by name, not loaded by half"),
     35: ("unknown keys, wrong types, values out of range", "all at once, exit code 2, without importing JAX"),
     36: ("a batch that the devices do not divide, too many devices", "the arithmetic, and values that would do"),
+    37: (
+        "a step larger than the memory, or a device that runs out of it",
+        "a warning with the largest terms; then what to lower",
+    ),
     38: ("pickles, trust_remote_code, code in a checkpoint", "nothing of it is run; refused by name"),
     39: ("names that lead out of the folder", "refused; nothing is written outside"),
     40: ("a hostile template, a catastrophic pattern, a huge header", "refused in 5 seconds and 1 GB"),
 }
-"""Case: what happens, what is promised. 37 needs an accelerator."""
+"""Case: what happens, what is promised."""

@@ -27,10 +27,10 @@ def change_batches(patch: pytest.MonkeyPatch, change: Change) -> None:
     patch.setattr(Batches, "batch", lambda self, step, own=None: change(step, real(self, step, own)))
 
 
-def _goes_on(job: Job, marks: Marks) -> None:
+def _goes_on(job: Job, marks: Marks, *words: str) -> None:
     """Gives the command again: it goes on from what is saved, and leaves that as it is."""
     before = files(job.checkpoints)
-    again = job.here()
+    again = job.here(*words)
     assert (again.returncode, "restoring step 8" in again.stderr) == (0, True), again.stderr
     marks.kept(before, files(job.checkpoints))
 
@@ -150,6 +150,45 @@ def test_case_36_a_batch_that_the_devices_do_not_divide_is_refused_with_the_arit
     marks.message(done, said)
     marks.early(done)
     marks.kept({"note": b"mine"}, files(job.workdir))
+
+
+@pytest.mark.parametrize("remat", ["auto", "attention"])
+def test_case_37_a_step_that_may_not_fit_is_said_before_it_is_compiled(job: Job, marks: Marks, remat: str) -> None:
+    words = "--config.model.memory_gb=0.0005", f"--config.model.remat={remat}"
+    done = job.here(*words)
+    marks.exit(done, 0)
+    marks.message(
+        done,
+        "a step may not fit: 0.0 GB estimated of 0.0 GB (",
+        "the base 0.0",
+        "lower train.batch_size or data.max_length",
+    )
+    assert done.stderr.index("a step may not fit") < done.stderr.index("compiling the")
+    marks.in_time(done)
+    _goes_on(job, marks, *words)
+
+
+def test_case_37_a_device_that_runs_out_of_memory_ends_the_run_in_a_line_with_what_to_lower(
+    job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "batch", full)
+        done = job.here()
+    marks.exit(done, 1)
+    marks.message(
+        done, "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes.; lower train.batch_size or data.max_length, "
+        "raise train.accumulation, or set model.remat", most=1,
+    )  # fmt: skip
+    marks.in_time(done)
+    before = files(job.workdir)
+    assert job.here().returncode == 0
+    marks.kept(
+        {name: data for name, data in before.items() if "metrics" not in name and "events" not in name},
+        files(job.workdir),
+    )
 
 
 LONG = [{"role": "user", "content": " ".join(f"word{i}" for i in range(40))}, {"role": "assistant", "content": "word3"}]
