@@ -39,6 +39,7 @@ class Batches:
         drop_remainder: leave out the last batch of an epoch where it is not full.
         workers: processes that make batches ahead of `feed`; 0 for a thread.
         timeout: seconds that `feed` waits for them.
+        pad_to: the length of all batches, whatever rows are in them; None for that of their longest.
 
     Raises:
         ConfigError: a number is out of range, or `lengths` do not hold the longest sequence.
@@ -56,12 +57,13 @@ class Batches:
         drop_remainder: bool = False,
         workers: int = 0,
         timeout: float = 60.0,
+        pad_to: int | None = None,
     ) -> None:
         _check(len(encoded), batch_size, seed, pad_id, accumulation, drop_remainder)
         self._workers, self._timeout = workers, timeout
         self._encoded, self._batch_size, self._seed = encoded, batch_size, seed
         self._pad_id, self._shuffle, self._accumulation = pad_id, shuffle, accumulation
-        self._drop = drop_remainder
+        self._drop, self._pad_to = drop_remainder, pad_to
         self._buckets = tuple(lengths) if lengths is not None else _default_lengths(encoded)
         self._bucket_of = assign(encoded.lengths, self._buckets)
         self._last = (0, self._make_plan(0))
@@ -74,14 +76,17 @@ class Batches:
     @property
     def lengths(self) -> tuple[int, ...]:
         """The lengths that batches really have, in every epoch: one program is compiled for each."""
-        return tuple(np.unique(self._last[1].lengths).tolist())
+        return tuple(np.unique(self._lengths(self._last[1])).tolist())
+
+    def _lengths(self, plan: Plan) -> np.ndarray:
+        return plan.lengths if self._pad_to is None else np.full_like(plan.lengths, self._pad_to)
 
     @property
     def padding_share(self) -> float:
         """The share of all places of an epoch that hold no token, the filler rows included."""
         plan = self._last[1]
         kept = plan.rows[plan.rows != FILLER]
-        return padding_share(self._encoded.lengths[kept], int(plan.lengths.sum()) * self._batch_size)
+        return padding_share(self._encoded.lengths[kept], int(self._lengths(plan).sum()) * self._batch_size)
 
     def rows(self, step: int) -> np.ndarray:
         """Gives the sequences of a step, int64 [batch], -1 for a filler row.
@@ -112,7 +117,7 @@ class Batches:
         k, rows = self._accumulation, plan.rows[i]
         if own is not None:
             rows = rows.reshape(k, -1)[:, list(own)].ravel()
-        arrays = collate(self._encoded, rows, int(plan.lengths[i]), self._pad_id)
+        arrays = collate(self._encoded, rows, int(self._lengths(plan)[i]), self._pad_id)
         if k == 1:
             return arrays
         return {name: a.reshape(k, len(a) // k, *a.shape[1:]) for name, a in arrays.items()}
@@ -180,7 +185,12 @@ class _Steps:
 
 
 def eval_batches(
-    encoded: Encoded, batch_size: int, lengths: Sequence[int] | None = None, pad_id: int = 0, own: Own = None
+    encoded: Encoded,
+    batch_size: int,
+    lengths: Sequence[int] | None = None,
+    pad_id: int = 0,
+    own: Own = None,
+    pad_to: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yields every sequence once, by length and then in order, each batch with the sequences it holds.
 
@@ -190,6 +200,7 @@ def eval_batches(
         lengths: ascending lengths to pad to; chosen from the data where not given.
         pad_id: the token to pad with.
         own: which rows of each batch to make; None for all.
+        pad_to: as of `Batches`.
 
     Yields:
         The arrays of `Batches.batch`, and int64 [batch], the index of each sequence, -1 for a filler row, which only
@@ -198,7 +209,7 @@ def eval_batches(
     Raises:
         ConfigError: as `Batches` does.
     """
-    every = Batches(encoded, batch_size, lengths, pad_id=pad_id, shuffle=False)
+    every = Batches(encoded, batch_size, lengths, pad_id=pad_id, shuffle=False, pad_to=pad_to)
     return ((every.batch(step, own), every.rows(step)) for step in range(every.steps_per_epoch))
 
 

@@ -90,10 +90,18 @@ class Encoding:
 
 
 def padded_lengths(config: Config, split: Encoded) -> tuple[int, ...]:
-    """Gives the lengths that the rows of a split are padded to."""
-    if config.data.packing or ((config.data.streaming or config.mesh.long_rows) and not config.data.lengths):
+    """Gives the lengths that the rows of a split are sorted into batches by, and padded to unless all have one length (`one_length`)."""
+    if config.data.packing or (config.data.streaming and not config.data.lengths):
         return (config.data.max_length,)
     return config.data.lengths or choose_lengths(split.lengths, config.data.max_length)
+
+
+def one_length(config: Config) -> int | None:
+    """Gives the length of all batches where positions are spread over devices, which is known to divide; None elsewhere.
+
+    Which rows make a batch does not depend on it: a run has the same batches on any mesh.
+    """
+    return config.data.max_length if config.mesh.long_rows and not config.data.lengths else None
 
 
 def told(encoded: Encoded) -> str:

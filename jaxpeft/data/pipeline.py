@@ -12,7 +12,7 @@ from typing import Any
 from jaxpeft.config.schema import Config
 from jaxpeft.data.batches import Batches
 from jaxpeft.data.encoded import Encoded
-from jaxpeft.data.encoding import Encoding, padded_lengths, told
+from jaxpeft.data.encoding import Encoding, one_length, padded_lengths, told
 from jaxpeft.data.examples import Examples
 from jaxpeft.data.reading import read_examples, read_held
 from jaxpeft.data.stream import Stream
@@ -128,6 +128,7 @@ def make_batches(config: Config, splits: Splits) -> Batches | Stream:
     return Batches(
         splits.train, options.batch_size, padded_lengths(config, splits.train), options.seed, splits.pad_id,
         accumulation=options.accumulation, workers=config.data.workers, timeout=config.data.worker_timeout,
+        pad_to=one_length(config),
     )  # fmt: skip
 
 

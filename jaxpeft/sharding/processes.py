@@ -66,6 +66,25 @@ def joined(
     return made
 
 
+def put(tree: Any, where: Any) -> Any:
+    """Puts a tree where it lies on a mesh, whose devices may be those of several processes.
+
+    Args:
+        tree: of arrays; those of one process alone are the same in each.
+        where: the sharding of each leaf.
+    """
+    return jax.device_put(tree, where) if jax.process_count() == 1 else jax.tree.map(_put, tree, where)
+
+
+def _put(leaf: Any, where: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        same = leaf.sharding.is_equivalent_to(where, leaf.ndim) and leaf.sharding.memory_kind == where.memory_kind
+        return leaf if same else jax.jit(lambda x: x, out_shardings=where)(leaf)
+    # by way of the host: jax 0.10's device_put makes arrays of a process with one device that cannot be read (shards counted twice)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
 def on_each_device(mesh: Mesh, params: Tree) -> Tree:
     """Gives a tree whose leaves every device, and so every process, holds whole; one process has all of them anyway."""
     if jax.process_count() == 1:

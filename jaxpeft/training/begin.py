@@ -15,6 +15,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import adapter_names, rewrite, trainable_mask
 from jaxpeft.methods import from_dict
+from jaxpeft.sharding.processes import put
 from jaxpeft.sharding.specs import shardings
 from jaxpeft.training.setup import Setup
 from jaxpeft.training.start import Start
@@ -33,8 +34,8 @@ def _placed(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tr
     where = shardings(setup.mesh, setup.rules, params, method)
     mask = trainable_mask(method, params)
     (trainable, frozen), (of_trainable, of_frozen) = tree.partition(params, mask), tree.partition(where, mask)
-    copies = jax.tree.map(jnp.copy, jax.device_put(trainable, of_trainable))
-    return jax.device_put(copies, of_trainable), jax.device_put(frozen, of_frozen)
+    copies = jax.tree.map(jnp.copy, put(trainable, of_trainable))
+    return put(copies, of_trainable), put(frozen, of_frozen)
 
 
 def rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:

@@ -23,7 +23,7 @@ from jaxpeft import data
 from jaxpeft.command import guarded, set_up_logging
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config, as_dict
-from jaxpeft.data.encoding import Encoding, padded_lengths
+from jaxpeft.data.encoding import Encoding, one_length, padded_lengths
 from jaxpeft.errors import ConfigError
 from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddings
 from jaxpeft.logs import timed
@@ -108,7 +108,9 @@ def _forgetting(setup: Setup, result: Result, evaluator: Evaluator, stop: StopRe
 
             def accuracy(params: Mapping[str, Any]) -> float:
                 lengths = padded_lengths(config, split)
-                batches = data.eval_batches(split, config.evaluation.batch_size, lengths, setup.pad_id)
+                batches = data.eval_batches(
+                    split, config.evaluation.batch_size, lengths, setup.pad_id, pad_to=one_length(config)
+                )
                 return centroid_accuracy(*embeddings(setup.model, params, _until_stopped(batches, stop)))
 
             found = Forgetting("centroid_accuracy", accuracy(setup.params), accuracy(result.params))

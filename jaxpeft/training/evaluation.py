@@ -12,7 +12,7 @@ import numpy as np
 from jaxpeft import data
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
-from jaxpeft.data.encoding import padded_lengths
+from jaxpeft.data.encoding import one_length, padded_lengths
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import place, replicated
@@ -62,7 +62,9 @@ class Evaluator:
         total = weight = 0.0
         logits: list[np.ndarray[Any, Any]] = []
         labels: list[np.ndarray[Any, Any]] = []
-        for batch, rows in data.eval_batches(split, options.batch_size, lengths, setup.pad_id, self._own):
+        for batch, rows in data.eval_batches(
+            split, options.batch_size, lengths, setup.pad_id, self._own, one_length(setup.config)
+        ):
             self._on_batch()
             batch_total, batch_weight, out, given = self._run(trainable, frozen, place(setup.mesh, batch))
             total, weight = total + float(batch_total), weight + float(batch_weight)

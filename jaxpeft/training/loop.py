@@ -28,7 +28,7 @@ from jaxpeft.data.batches import Position
 from jaxpeft.logs import timed
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import batch_shardings, place, replicated
-from jaxpeft.sharding.processes import own_rows
+from jaxpeft.sharding.processes import own_rows, put
 from jaxpeft.sharding.specs import state_shardings
 from jaxpeft.training import compiling, flops, optimizers, records
 from jaxpeft.training.begin import begun, fixed_leaves, method_of, rewritten
@@ -157,7 +157,7 @@ class Run:
         state = init_state(trainable, self.optimizer, setup.config.train.seed)
         where = jax.tree.map(lambda leaf: leaf.sharding, trainable)
         self.places = state_shardings(setup.mesh, state, trainable, where)
-        self.state = jax.device_put(state, self.places)
+        self.state = put(state, self.places)
         self.row_axis = int(setup.config.train.accumulation > 1)
         self.own = own_rows(setup.mesh, setup.config.train.batch_size // setup.config.train.accumulation)
         self.tokens = 0

@@ -199,3 +199,19 @@ def test_no_sequence_is_refused(data):
     empty = dataclasses.replace(data(1), tokens=np.zeros(0, np.int32), offsets=np.zeros(1, np.int64))
     with pytest.raises(ConfigError, match="there is no sequence to make batches of"):
         Batches(empty, 4)
+
+
+def test_one_length_for_all_batches_changes_no_batch(data):
+    encoded = data(101)
+    several, one = Batches(encoded, 8, (16, 32, 100)), Batches(encoded, 8, (16, 32, 100), pad_to=128)
+    assert len(several.lengths) > 1
+    assert one.lengths == (128,)
+    assert one.padding_share > several.padding_share
+    for step in range(several.steps_per_epoch):
+        short, long = several.batch(step), one.batch(step)
+        assert np.array_equal(several.rows(step), one.rows(step))
+        assert long["input_ids"].shape == (8, 128)
+        assert np.array_equal(short["input_ids"], long["input_ids"][:, : short["input_ids"].shape[1]])
+        assert short["attention_mask"].sum() == long["attention_mask"].sum()
+    (batch, _), *_ = eval_batches(encoded, 8, (16, 32, 100), pad_to=128)
+    assert batch["input_ids"].shape == (8, 128)

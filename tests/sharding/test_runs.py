@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,32 @@ def test_a_run_learns_as_on_one_device_under_every_strategy(
     np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=CLOSE)
     assert many.test == pytest.approx(one.test, rel=CLOSE)
     jaxpeft.load_adapter(tmp_path / "many" / "adapter", *jaxpeft.load(config.model.path, task="causal_lm"))
+
+
+@pytest.mark.slow
+def test_rows_of_several_lengths_make_the_same_batches_where_positions_are_spread(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    texts = (" ".join(f"word{(i * 7 + j) % 50}" for j in range(2 + 9 * i % 29)) for i in range(80))
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = make_config(
+        "text",
+        data__train=str(rows),
+        data__max_length=32,
+        data__lengths=(),
+        model__scan_layers=True,
+        evaluation__batch_size=8,
+    )
+    setups = [prepare(spread(config, strategy=strategy)) for strategy in ("fsdp", "sequence")]
+    assert len(setups[0].batches.lengths) > 1
+    assert setups[1].batches.lengths == (32,)
+    orders = [[setup.batches.rows(step).tolist() for step in range(setup.steps)] for setup in setups]
+    assert orders[0] == orders[1]
+    one = job.run(spread(config, strategy="fsdp"), tmp_path / "one")["lora"]
+    many = job.run(spread(config, strategy="sequence"), tmp_path / "many")["lora"]
+    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=CLOSE)
+    assert many.test == pytest.approx(one.test, rel=CLOSE)
 
 
 @pytest.mark.slow
