@@ -28,7 +28,7 @@ from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Options, Pretrained
 from jaxpeft.quant.tree import quantise
 from jaxpeft.sharding.activations import on_mesh
-from jaxpeft.sharding.mesh import make_mesh, place
+from jaxpeft.sharding.mesh import heads_of, make_mesh, place
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.sizes import STRATEGIES
 from jaxpeft.sharding.specs import layout
@@ -130,7 +130,7 @@ def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, floa
 def mesh_of(options: MeshConfig, devices: int) -> Mesh:
     """Makes the mesh of the first so many devices."""
     config = Config(mesh=options, train=TrainConfig(batch_size=ROWS, steps=1), data=DataConfig(max_length=LENGTH))
-    return make_mesh(config, jax.devices()[:devices], LLAMA["num_key_value_heads"])
+    return make_mesh(config, jax.devices()[:devices], heads_of(LLAMA))
 
 
 def difference(one: tuple[float, float, Tree], other: tuple[float, float, Tree]) -> float:

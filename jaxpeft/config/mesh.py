@@ -61,7 +61,7 @@ class MeshConfig:
             )
         uses = STRATEGIES[self.strategy].axes if self.strategy else ("data",)
         for axis, size in given.items():
-            if size not in (0, 1) and axis not in uses and not self.rules:
+            if size not in (0, 1) and axis not in uses and axis not in self._named:
                 those = [name for name, one in STRATEGIES.items() if axis in one.axes]
                 fix = (
                     f"set mesh.strategy to {' or '.join(those)}"
@@ -75,7 +75,14 @@ class MeshConfig:
                 str(n) for n in (size // self.slices * self.slices, (size // self.slices + 1) * self.slices) if n
             )
             found.append(f"{self.across}: {size} does not go over {self.slices} slices evenly; it could be {near}")
+        if self.strategy == "hybrid_fsdp" and self.across == "fsdp":
+            found.append("across: hybrid_fsdp goes over slices by data; for fsdp over slices set mesh.strategy to fsdp")
         return found + self._rule_problems()
+
+    @property
+    def _named(self) -> set[str]:
+        """The axes that the rules name."""
+        return {axis for rule in self.rules for axes in rule[1:] for axis in axes.split("+")}
 
     def _rule_problems(self) -> list[str]:
         found: list[str] = []

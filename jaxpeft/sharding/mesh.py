@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,19 +17,18 @@ from jaxpeft.config.mesh import MeshConfig, batch_problems
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError
 from jaxpeft.sharding.processes import joined
-from jaxpeft.sharding.sizes import AXES, DATA, FSDP, ROWS, SEQUENCE, STRATEGIES, sizes
+from jaxpeft.sharding.sizes import AXES, DATA, FSDP, ROWS, SEQUENCE, STRATEGIES, TENSOR, Heads, sizes
 
 _log = logging.getLogger(__name__)
-_HEADS = ("num_key_value_heads", "num_attention_heads", "n_heads")
 
 
-def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: int | None = None) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads | None = None) -> Mesh:
     """Makes the mesh of a run.
 
     Args:
         config: a checked config.
         devices: to make it of, those of a topology that is only described too; None for those that there are.
-        heads: of keys and values in the model (`heads_of`), which chooses the size of `tensor` where the config leaves it open.
+        heads: of the model (`heads_of`), which `tensor` divides; None where they are not known.
 
     Raises:
         ConfigError: there are not as many devices, or a batch cannot be spread over them evenly.
@@ -42,19 +42,29 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: int |
     if problems:
         raise ConfigError(problems)
     slices = _slices(config.mesh, len(groups), along[DATA])
+    _check_slices(config.mesh, along, len(there), slices)
     mesh = Mesh(_arranged(config.mesh, along, there[:many], slices), AXES)
+    if heads is not None and heads.keys % along[TENSOR]:
+        _log.warning(
+            "mesh.tensor: %d does not divide the %d heads of keys and values, of which each device computes all",
+            along[TENSOR], heads.keys,
+        )  # fmt: skip
     if chosen is not None:
         shape = " x ".join(f"{axis} {size}" for axis, size in along.items() if size > 1) or "one device"
         _log.info("mesh of %s: %s (%s)", chosen, shape, STRATEGIES[chosen].about)
     return mesh
 
 
-def heads_of(config: Mapping[str, Any]) -> int | None:
-    """Gives the heads of keys and values that the `config.json` of a model names, None where it names none."""
-    return next((config[name] for name in _HEADS if isinstance(config.get(name), int)), None)
+def heads_of(config: Mapping[str, Any]) -> Heads | None:
+    """Gives the heads that the `config.json` of a model names, None where it names none."""
+    queries = next(
+        (config[name] for name in ("num_attention_heads", "n_heads") if isinstance(config.get(name), int)), None
+    )
+    keys = config.get("num_key_value_heads")
+    return None if queries is None else Heads(queries, keys if isinstance(keys, int) else queries)
 
 
-def _sizes(options: MeshConfig, there: Sequence[Any], groups: int, heads: int | None) -> dict[str, int]:
+def _sizes(options: MeshConfig, there: Sequence[Any], groups: int, heads: Heads | None) -> dict[str, int]:
     try:
         return sizes(options, len(there), groups, heads)
     except ConfigError as error:
@@ -84,24 +94,39 @@ def _slices(options: MeshConfig, groups: int, data: int) -> int:
     return wanted
 
 
+def _check_slices(options: MeshConfig, along: Mapping[str, int], devices: int, slices: int) -> None:
+    """Refuses an axis that does not go over the slices evenly.
+
+    Raises:
+        ConfigError: with what would.
+    """
+    axis, other = options.across, FSDP if options.across == DATA else DATA
+    if along[axis] % slices == 0:
+        return
+
+    def goes(across: str, **changed: Any) -> bool:
+        try:
+            return sizes(dataclasses.replace(options, **changed), devices)[across] % slices == 0
+        except ConfigError:
+            return False
+
+    fits = [n for n in range(slices, devices + 1, slices) if goes(axis, **{axis: n})]
+    near = sorted(fits, key=lambda n: (abs(n - along[axis]), n))[:2]
+    fixes = [f"it could be {' or '.join(map(str, sorted(near)))}"] if near else []
+    if options.strategy != "hybrid_fsdp" and along[other] % slices == 0:
+        fixes.append(f"set mesh.across to {other}")
+    fix = ", or ".join(fixes) or f"set mesh.slices to a divisor of {along[axis]}"
+    raise ConfigError(f"mesh.{axis}: {along[axis]} does not go over {slices} slices evenly; {fix}")
+
+
 def _arranged(
     options: MeshConfig, along: Mapping[str, int], devices: Sequence[Any], slices: int
 ) -> np.ndarray[Any, Any]:
-    """Gives the devices as an array of the mesh's shape, neighbours along the last axes.
-
-    Raises:
-        ConfigError: the axis across slices does not go over them evenly.
-    """
+    """Gives the devices as an array of the mesh's shape, neighbours along the last axes."""
     shape = tuple(along.values())
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     axis = options.across
-    if along[axis] % slices:
-        other = FSDP if axis == DATA else DATA
-        near = along[axis] * slices // math.gcd(along[axis], slices)
-        raise ConfigError(
-            f"mesh.{axis}: {along[axis]} does not go over {slices} slices evenly; it could be {near}, or set mesh.across to {other}"
-        )
     outer = tuple(slices if name == axis else 1 for name in along)
     inner = tuple(size // slices if name == axis else size for name, size in along.items())
     if len(_groups(devices)) == 1:  # nothing tells them apart, as on simulated devices: neighbours are a group

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxpeft.errors import ConfigError
 
@@ -19,6 +19,18 @@ ROWS = (DATA, FSDP)
 """The axes that the rows of a batch are spread over."""
 MOST_TENSOR = 8
 """Beyond so many devices what tensor parallelism sends outweighs what it saves, unless it is asked for."""
+
+
+class Heads(NamedTuple):
+    """The heads of a model's attention.
+
+    Attributes:
+        queries: how many of queries, which `tensor` must divide.
+        keys: how many of keys and values; where `tensor` does not divide them, each device computes with all of them.
+    """
+
+    queries: int
+    keys: int
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,14 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
-def sizes(mesh: MeshConfig, devices: int, groups: int = 1, heads: int | None = None) -> dict[str, int]:
+def sizes(mesh: MeshConfig, devices: int, groups: int = 1, heads: Heads | None = None) -> dict[str, int]:
     """Gives the size of each axis.
 
     Args:
         mesh: the options.
         devices: how many there are.
         groups: how many groups a slower network joins, as the devices say.
-        heads: of keys and values in the model, which `tensor` should divide where it is not given; None where not known.
+        heads: of the model, which `tensor` divides; None where not known.
 
     Returns:
         The sizes by axis, in the order of the mesh; their product is at most `devices`.
@@ -61,6 +73,11 @@ def sizes(mesh: MeshConfig, devices: int, groups: int = 1, heads: int | None = N
     Raises:
         ConfigError: they do not go with so many devices.
     """
+    if mesh.slices > 1 and devices % mesh.slices:
+        near = [n for n in range(1, devices + 1) if devices % n == 0 and abs(n - mesh.slices) <= mesh.slices]
+        raise ConfigError(
+            f"mesh.slices: {mesh.slices} groups, and {devices} devices are no multiple of that; it could be {_or(_nearest(near, mesh.slices))}"
+        )
     wanted = _wanted(mesh, devices, groups, heads)
     given = {axis: size for axis, size in wanted.items() if size != -1}
     used = math.prod(given.values())
@@ -71,7 +88,21 @@ def sizes(mesh: MeshConfig, devices: int, groups: int = 1, heads: int | None = N
         if devices % used:
             raise ConfigError(_no_rest(rest, given, devices))
         wanted[rest] = devices // used
+    if heads is not None and heads.queries % wanted[TENSOR]:
+        fits = [n for n in range(1, devices + 1) if heads.queries % n == 0 and devices % n == 0]
+        raise ConfigError(
+            f"mesh.tensor: {wanted[TENSOR]} does not divide the {heads.queries} heads of the model; it could be "
+            f"{_or(_nearest(fits, wanted[TENSOR]))}"
+        )
     return {axis: wanted[axis] for axis in AXES}
+
+
+def _nearest(fits: list[int], wanted: int) -> list[int]:
+    return sorted(sorted(fits, key=lambda n: (abs(n - wanted), n))[:2])
+
+
+def _or(values: list[int]) -> str:
+    return " or ".join(map(str, values))
 
 
 def known_sizes(mesh: MeshConfig) -> dict[str, int] | None:
@@ -80,7 +111,7 @@ def known_sizes(mesh: MeshConfig) -> dict[str, int] | None:
     return None if -1 in wanted.values() or 0 in wanted.values() else wanted
 
 
-def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: int | None) -> dict[str, int]:
+def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: Heads | None) -> dict[str, int]:
     """Gives the size of each axis, -1 of at most one that takes the rest; with 0 devices 0 for what depends on them."""
     given = {axis: size for axis in AXES if (size := getattr(mesh, axis)) is not None}
     found = {axis: given.get(axis, 1) for axis in AXES}
@@ -88,9 +119,11 @@ def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: int | None) -> d
         if groups > 1 and DATA not in given and -1 not in given.values():
             found[DATA] = -1  # each process has devices, and all of them must be in the mesh
         return found
+    left = devices // math.prod(size for size in given.values() if size > 0)
     if mesh.strategy == "fsdp_tensor" and TENSOR not in given:
-        left = devices // math.prod(size for size in given.values() if size > 0)
-        found[TENSOR] = _tensor(left, heads) if left else 0
+        found[TENSOR] = _tensor(left, MOST_TENSOR, None if heads is None else heads.keys) if left else 0
+    if mesh.strategy == "tensor" and heads is not None and TENSOR not in given and DATA not in given:
+        found[TENSOR] = given[TENSOR] = _tensor(left, left, heads.queries) if left else 0
     across = groups if mesh.slices == 1 else mesh.slices
     if mesh.strategy == "hybrid_fsdp" and DATA not in given and given.get(FSDP, -1) == -1:
         found[DATA] = (groups if across == -1 else across) if devices else 0
@@ -103,9 +136,9 @@ def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: int | None) -> d
     return found
 
 
-def _tensor(devices: int, heads: int | None) -> int:
-    """Gives the largest size of `tensor` that divides the devices and the heads, and is no more than `MOST_TENSOR`."""
-    fits = (n for n in range(min(devices, MOST_TENSOR), 0, -1) if devices % n == 0)
+def _tensor(devices: int, most: int, heads: int | None) -> int:
+    """Gives the largest size of `tensor` that divides the devices and the heads, and is no more than `most`."""
+    fits = (n for n in range(min(devices, most), 0, -1) if devices % n == 0)
     return next(n for n in fits if heads is None or heads % n == 0)
 
 
@@ -129,6 +162,6 @@ def _no_rest(rest: str, given: Mapping[str, int], devices: int) -> str:
     axis = max(large, key=large.__getitem__)
     others = used // large[axis]
     fits = [n for n in range(1, devices + 1) if devices % (n * others) == 0] if devices % others == 0 else []
-    near = sorted(sorted(fits, key=lambda n: (abs(n - large[axis]), n))[:2])
-    fix = f"mesh.{axis} could be {' or '.join(map(str, near))}" if near else "choose divisors of the devices"
+    near = _nearest(fits, large[axis])
+    fix = f"mesh.{axis} could be {_or(near)}" if near else "choose divisors of the devices"
     return f"mesh.{rest}: takes the rest, and {devices} devices / ({product} = {used}) is no whole number; {fix}"

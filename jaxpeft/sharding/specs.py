@@ -25,11 +25,11 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.core.targets import Site
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.quant import FORMS
 from jaxpeft.quant.form import Quantised
 from jaxpeft.sharding.rules import Axes, Rule, Rules
-from jaxpeft.sharding.sizes import EXPERT, FSDP, TENSOR
+from jaxpeft.sharding.sizes import AXES, FSDP
 
 _log = logging.getLogger(__name__)
 HOST = "pinned_host"
@@ -118,6 +118,25 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def require_used(rules: Rules, params: Mapping[str, Any]) -> None:
+    """Refuses a rule of the user's that matches no leaf, as a misspelt one does.
+
+    Args:
+        rules: of the run.
+        params: the tree, with the adapter leaves of its method; the kernel of a quantised site is one of its leaves.
+
+    Raises:
+        ConfigError: naming the rules, and leaves that there are.
+    """
+    names = {paths.text(path) for path, _ in paths.walk(params)}
+    names |= {paths.text((*site.path, "kernel")) for site in targets.find_sites(params) if site.kind == "linear"}
+    unused = [
+        rule.pattern for rule in rules.rules if rule.own and not any(re.fullmatch(rule.pattern, name) for name in names)
+    ]
+    if unused:
+        raise ConfigError([f"mesh.rules: {pattern!r} matches no leaf{nearest(pattern, names)}" for pattern in unused])
+
+
 def _offloaded(path: Path, leaf: Any) -> bool:
     """Says whether a frozen leaf is one of those that wait in the host's memory: the matrices of a layer's kernels."""
     axes = leaf.ndim - (paths.layer_axis(path) is not None)
@@ -199,7 +218,11 @@ def _beside(rules: Rules, params: Mapping[str, Any], method: Method | None) -> I
         base = Rule("") if site.kind == "norm" else rules.find(paths.text((*site.path, _KERNELS[site.kind])))
         if form is not None:
             sides = _sides(partial(_stored, form), site, known)
-            yield from (((*site.path, key), _derived(base, sides[key], _ALL)) for key in form.leaves)
+            # the codes are as large as the kernel, and must be spread as it; a scale that an axis does not divide may be whole
+            yield from (
+                ((*site.path, key), _derived(base, sides[key], AXES, own=base.own and key == form.leaves[0]))
+                for key in form.leaves
+            )
         for part in parts:
             names = node & set(part.site_names())
             sides = _sides(partial(_made, part), site, known) if names else {}
@@ -208,20 +231,27 @@ def _beside(rules: Rules, params: Mapping[str, Any], method: Method | None) -> I
 
 
 _KERNELS = {"linear": "kernel", "embedding": "embedding"}
-_ALL, _FEW = (FSDP, EXPERT, TENSOR), (EXPERT, TENSOR)
+_FEW = tuple(axis for axis in AXES if axis != FSDP)
 """The axes that derived leaves take: of a quantised kernel all, of an adapter not `fsdp`: small leaves are faster whole."""
 
 
-def _derived(base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...]) -> Rule:
-    """Gives the rule of a leaf from that of the kernel beside it; no axis is taken twice."""
-    kernel: Axes = base.axes if len(base.axes) == 2 else ((), ())
-    taken: set[str] = set()
-    found: list[tuple[str, ...]] = []
+def _derived(base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...], *, own: bool = False) -> Rule:
+    """Gives the rule of a leaf from that of the kernel beside it; no axis is taken twice.
+
+    Args:
+        base: of the kernel; axes before the last two are of its layers, and those of the leaf.
+        sides: which side of the kernel each dimension of the leaf runs along.
+        allowed: the axes that it takes.
+        own: whether what does not divide is an error, as for the kernel.
+    """
+    kernel: Axes = (*((),) * (2 - len(base.axes)), *base.axes)[-2:]
+    found: list[tuple[str, ...]] = [tuple(axis for axis in axes if axis in allowed) for axes in base.axes[:-2]]
+    taken: set[str] = {axis for axes in found for axis in axes}
     for side in sides:
-        own = () if side is None else tuple(axis for axis in kernel[side] if axis in allowed and axis not in taken)
-        taken.update(own)
-        found.append(own)
-    return Rule("", tuple(found))
+        axes = () if side is None else tuple(axis for axis in kernel[side] if axis in allowed and axis not in taken)
+        taken.update(axes)
+        found.append(axes)
+    return Rule(base.pattern, tuple(found), own)
 
 
 def _sides(make: partial[dict[str, jax.Array]], site: Site, known: dict[Any, Sides]) -> Sides:

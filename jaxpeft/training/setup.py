@@ -37,7 +37,7 @@ from jaxpeft.sharding.mesh import heads_of, make_mesh
 from jaxpeft.sharding.processes import check_processes
 from jaxpeft.sharding.rules import Rules, rules_of
 from jaxpeft.sharding.sizes import ROWS, SEQUENCE
-from jaxpeft.sharding.specs import shardings
+from jaxpeft.sharding.specs import require_used, shardings
 from jaxpeft.training import compiling, memory, placing
 from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
@@ -278,6 +278,8 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
     for method in (*(METHODS[name]() for name in config.baselines), config.method):
         try:
             params = jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
+            if method is config.method:
+                require_used(rules, params)
             mask = trainable_mask(method, params)
             own = tree.partition(params, mask)[0], tree.partition(shardings(mesh, rules, params, method), mask)[0]
             held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)

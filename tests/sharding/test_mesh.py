@@ -16,6 +16,7 @@ from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.config.schema import Config, DataConfig, TrainConfig
 from jaxpeft.errors import ConfigError
 from jaxpeft.sharding.mesh import batch_shardings, heads_of, make_mesh, place, replicated
+from jaxpeft.sharding.sizes import Heads
 
 
 def config(batch_size: int = 8, max_length: int = 16, **options: Any) -> Config:
@@ -31,10 +32,18 @@ def test_all_axes_are_always_there() -> None:
 
 def test_a_strategy_says_its_mesh(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "jaxpeft"):
-        make_mesh(config(strategy="fsdp_tensor"), heads=2)
+        make_mesh(config(strategy="fsdp_tensor"), heads=Heads(4, 2))
     assert caplog.messages == [
         "mesh of fsdp_tensor: fsdp 4 x tensor 2 (both: tensor between neighbours, fsdp over the rest)"
     ]
+
+
+def test_heads_of_keys_that_tensor_does_not_divide_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    make_mesh(config(strategy="tensor"), heads=Heads(8, 4))
+    assert (
+        "mesh.tensor: 8 does not divide the 4 heads of keys and values, of which each device computes all"
+        in caplog.text
+    )
 
 
 def test_hybrid_keeps_fsdp_within_a_group() -> None:
@@ -66,9 +75,33 @@ def test_slices_that_are_not_those_of_the_devices_are_refused() -> None:
     said = "mesh.slices: 4, and the devices are in 2 groups; set it to 2, or to -1"
     with pytest.raises(ConfigError, match=re.escape(said)):
         make_mesh(config(strategy="fsdp", slices=4, across="fsdp"), devices)
-    said = "mesh.data: 1 does not go over 2 slices evenly; it could be 2, or set mesh.across to fsdp"
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        make_mesh(config(strategy="fsdp", slices=2), devices)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"strategy": "fsdp", "slices": 2},
+            "mesh.data: 1 does not go over 2 slices evenly; it could be 2 or 4, or set mesh.across to fsdp",
+        ),
+        ({"strategy": "tensor", "slices": 2}, "mesh.data: 1 does not go over 2 slices evenly; it could be 2 or 4"),
+        (
+            {"strategy": "replicated", "slices": 16},
+            "mesh.slices: 16 groups, and 8 devices are no multiple of that; it could be 4 or 8",
+        ),
+        (
+            {"strategy": "hybrid_fsdp", "slices": 3},
+            "mesh.slices: 3 groups, and 8 devices are no multiple of that; it could be 2 or 4",
+        ),
+        (
+            {"strategy": "fsdp", "fsdp": 8, "slices": 2},
+            "mesh.data: 1 does not go over 2 slices evenly; set mesh.across to fsdp",
+        ),
+    ],
+)
+def test_what_does_not_go_over_slices_is_refused_with_what_would(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        make_mesh(config(**options))
 
 
 def test_rows_go_over_data_and_fsdp_and_positions_over_sequence() -> None:
@@ -93,9 +126,9 @@ def test_a_batch_that_the_rows_do_not_divide_is_refused() -> None:
 
 
 def test_heads_of_a_config() -> None:
-    assert heads_of({"num_attention_heads": 8, "num_key_value_heads": 2}) == 2
-    assert heads_of({"n_heads": 12}) == 12
-    assert heads_of({"num_key_value_heads": None, "num_attention_heads": 6}) == 6
+    assert heads_of({"num_attention_heads": 8, "num_key_value_heads": 2}) == (8, 2)
+    assert heads_of({"n_heads": 12}) == (12, 12)
+    assert heads_of({"num_key_value_heads": None, "num_attention_heads": 6}) == (6, 6)
     assert heads_of({}) is None
 
 

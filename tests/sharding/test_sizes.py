@@ -11,7 +11,7 @@ from jaxpeft.config import defaults
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.errors import ConfigError
-from jaxpeft.sharding.sizes import AXES, sizes
+from jaxpeft.sharding.sizes import AXES, Heads, sizes
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ from jaxpeft.sharding.sizes import AXES, sizes
 def test_a_strategy_gives_its_own_axis_what_is_left(
     options: dict[str, Any], devices: int, wanted: tuple[int, ...]
 ) -> None:
-    found = sizes(MeshConfig(**options), devices, heads=4)
+    found = sizes(MeshConfig(**options), devices, heads=Heads(8, 4))
     assert tuple(found) == AXES
     assert tuple(found.values()) == wanted
 
@@ -54,9 +54,19 @@ def test_several_processes_spread_the_rows_over_all_devices() -> None:
     assert tuple(sizes(MeshConfig(data=8), 16, groups=4).values()) == (8, 1, 1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("devices", "heads", "wanted"), [(8, 8, (1, 8)), (16, 8, (2, 8)), (8, 6, (4, 2)), (8, 5, (8, 1))]
+)
+def test_tensor_alone_takes_as_many_devices_as_there_are_heads(
+    devices: int, heads: int, wanted: tuple[int, int]
+) -> None:
+    found = sizes(MeshConfig(strategy="tensor"), devices, heads=Heads(heads, 1))
+    assert (found["data"], found["tensor"]) == wanted
+
+
 @pytest.mark.parametrize(("heads", "tensor"), [(None, 8), (8, 8), (6, 2), (4, 4), (5, 1)])
 def test_tensor_divides_the_heads_and_the_devices(heads: int | None, tensor: int) -> None:
-    assert sizes(MeshConfig(strategy="fsdp_tensor"), 32, heads=heads)["tensor"] == tensor
+    assert sizes(MeshConfig(strategy="fsdp_tensor"), 32, heads=heads and Heads(240, heads))["tensor"] == tensor
 
 
 @pytest.mark.parametrize(
@@ -68,6 +78,10 @@ def test_tensor_divides_the_heads_and_the_devices(heads: int | None, tensor: int
             "mesh: fsdp 4 x tensor 4 = 16 devices, there are 8; mesh.fsdp could be 2 or less",
         ),
         (
+            {"strategy": "tensor", "tensor": 4, "data": 2},
+            "mesh.tensor: 4 does not divide the 6 heads of the model; it could be 1 or 2",
+        ),
+        (
             {"strategy": "fsdp", "data": 3},
             "mesh.fsdp: takes the rest, and 8 devices / (data 3 = 3) is no whole number; mesh.data could be 2 or 4",
         ),
@@ -75,7 +89,7 @@ def test_tensor_divides_the_heads_and_the_devices(heads: int | None, tensor: int
 )
 def test_an_impossible_mesh_is_refused_with_the_arithmetic(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
-        sizes(MeshConfig(**options), 8)
+        sizes(MeshConfig(**options), 8, heads=Heads(6, 6))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +107,8 @@ def test_an_impossible_mesh_is_refused_with_the_arithmetic(options: dict[str, An
         ),
         ({"strategy": "fsdp", "expert": 2}, "expert: nothing of strategy fsdp lies along it; give mesh.rules that do, or leave it out"),
         ({"strategy": "fsdp", "data": 3, "slices": 2}, "data: 3 does not go over 2 slices evenly; it could be 2 or 4"),
+        ({"strategy": "hybrid_fsdp", "across": "fsdp"}, "across: hybrid_fsdp goes over slices by data; for fsdp over slices set mesh.strategy"),
+        ({"strategy": "fsdp", "expert": 4, "rules": ((".*/lora_a",),)}, "expert: nothing of strategy fsdp lies along it"),
         ({"rules": ((),)}, "rules[0]: is empty; begin it with an expression of a path"),
         ({"rules": (("(", "data"),)}, "rules[0]: '(' is no regular expression"),
         ({"rules": ((".*", "tensr"),)}, "rules[0]: 'tensr' is no axis; did you mean 'tensor'?"),

@@ -129,6 +129,53 @@ def test_a_rule_for_a_kernel_is_one_for_what_stands_beside_it() -> None:
     assert specs_of["model/layers/mlp/down_proj/lora_a"] == P(None, "tensor")
 
 
+@pytest.mark.parametrize(
+    ("rule", "spec"),
+    [
+        (("", "data"), P(None, "data")),
+        (("sequence", ""), P(None, None, "sequence")),
+        (("tensor",), P(None, "tensor")),
+        (("data", "", "tensor"), P("data", "tensor")),
+    ],
+)
+def test_a_rule_of_ones_own_holds_for_the_codes_whatever_it_names(rule: tuple[str, ...], spec: P) -> None:
+    plain, stored = (
+        found(
+            abstract({**LLAMA, "num_hidden_layers": 2}, None, quant=quant),
+            None,
+            strategy="sequence",
+            data=2,
+            sequence=2,
+            tensor=2,
+            rules=((r".*/q_proj/kernel", *rule),),
+        )
+        for quant in (None, "int8")
+    )
+    at = "model/layers/self_attn/q_proj/kernel"
+    # the codes are stored [out, in]
+    where = tuple(plain[at]) + (None,) * (3 - len(plain[at]))
+    wanted = P(where[0], where[2], where[1])
+    assert tuple(stored[f"{at}_int8"]) == tuple(spec)
+    assert tuple(wanted)[: len(spec)] == tuple(spec)
+
+
+def test_codes_that_a_rule_of_ones_own_does_not_divide_are_refused() -> None:
+    params = abstract({**LLAMA, "intermediate_size": 132}, None, quant="int8")
+    said = "mesh.rules: '.*/down_proj/kernel': model/layers/mlp/down_proj/kernel_int8 [2, 64, 132]: tensor 8 does not divide 132"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        found(params, None, strategy="tensor", rules=((r".*/down_proj/kernel", "tensor", ""),))
+
+
+def test_a_rule_that_matches_no_leaf_is_refused() -> None:
+    options = MeshConfig(
+        strategy="fsdp", rules=((r".*/q_proj/kernel",), (r"model/embed_tokens/embeding",), (r".*/lora_a",))
+    )
+    said = "mesh.rules: 'model/embed_tokens/embeding' matches no leaf; did you mean 'model/embed_tokens/embedding'?"
+    for quant in (None, "nf4"):
+        with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+            specs.require_used(rules_of(options), abstract(LLAMA, quant=quant))
+
+
 def test_a_leaf_that_no_rule_covers_is_an_error() -> None:
     params = abstract(LLAMA, None) | {"extra": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}}
     said = "extra/kernel: no rule says how it is spread; add one to mesh.rules, such as ('extra/kernel',) for whole on each device"
