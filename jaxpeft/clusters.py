@@ -97,12 +97,19 @@ def find(environment: Environment, flags: Flags | None = None) -> Place | None:
     if switch not in ("auto", "off"):
         raise ConfigError(f"{SWITCH}: must be auto or off, is {switch!r}")
     if switch == "off" and not any(name.startswith("--") for name in names.values()):
-        return None
+        return _alone(environment)
     there = None if switch == "off" or given.keys() == NAMES.keys() else _cluster(environment, given)
     if not given and there is None:
-        return None
+        return _alone(environment)
     place = _whole(given, names, there)
     return replace(place, devices=_devices(environment, place))
+
+
+def _alone(environment: Environment) -> Place | None:
+    """Gives the place of a process by itself: None, but where it may not use all GPUs."""
+    place = Place(DEVICES, processes=1, process=0)
+    devices = _devices(environment, place)
+    return None if devices is None else replace(place, devices=devices)
 
 
 def waits(environment: Environment, flags: Flags | None = None) -> Waits:
@@ -158,10 +165,11 @@ def _whole(given: Mapping[str, str], names: Mapping[str, str], there: Place | No
 
 
 def _check(place: Place, names: Mapping[str, str]) -> None:
-    if place.coordinator is not None and not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):[0-9]{1,5}", place.coordinator):
+    at = None if place.coordinator is None else re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):([0-9]{1,5})", place.coordinator)
+    if place.coordinator is not None and (at is None or not 0 < int(at[2]) < 2**16):
         raise ConfigError(
             f"{names.get('coordinator', place.by)}: must be host:port, is {place.coordinator!r}; add the port on which process 0 "
-            "can be reached, such as host:8476"
+            "can be reached, such as host:8476, at most 65535"
         )
     n, i = place.processes, place.process
     if n is not None and n < 1:
@@ -208,11 +216,13 @@ def _slurm(environment: Environment) -> Place | None:
         return None
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
     if not environment.get("SLURM_STEP_NODELIST"):
-        if _number("SLURM_NTASKS", tasks or "1") > 1:
-            raise ConfigError(
-                f"SLURM_NTASKS: the job has {tasks} tasks, and this process was not started as one of them; write "
-                f"`srun python -m jaxpeft.train ...`, {_ALONE}"
-            )
+        nodes = environment.get("SLURM_JOB_NUM_NODES")
+        for name, count, what in (("SLURM_NTASKS", tasks, "tasks"), ("SLURM_JOB_NUM_NODES", nodes, "nodes")):
+            if _number(name, count or "1") > 1:
+                raise ConfigError(
+                    f"{name}: the job has {count} {what}, and this process was not started as a task of it; write "
+                    f"`srun python -m jaxpeft.train ...`, {_ALONE}"
+                )
         return None
     _require(environment, ["SLURM_PROCID", "SLURM_LOCALID"], "this is a step of a SLURM job")
     n = _number("SLURM_NTASKS", tasks or "1")
@@ -248,8 +258,10 @@ def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
             f"SLURM: {tasks} tasks a node do not share its {gpus} GPUs evenly; set --ntasks-per-node to {gpus}, or to 1 for one "
             f"process that uses them all, or name each task's GPUs by {DEVICES}"
         )
-    share = gpus // tasks
-    first = share * _number("SLURM_LOCALID", environment["SLURM_LOCALID"])
+    share, at = gpus // tasks, _number("SLURM_LOCALID", environment["SLURM_LOCALID"])
+    if not 0 <= at < tasks:
+        raise ConfigError(f"SLURM_LOCALID: must be from 0 to {tasks - 1} of {tasks} tasks of the node, is {at}")
+    first = share * at
     return tuple(range(first, first + share))
 
 
@@ -271,7 +283,8 @@ def _gpus_here(environment: Environment) -> int:
     """Gives how many GPUs a task sees, 0 where nobody says."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if value := environment.get(name):
-            return len([part for part in value.split(",") if part])
+            # none is written as NoDevFiles or -1
+            return len([part for part in value.split(",") if re.fullmatch(r"\d+|(GPU|MIG)-.+", part.strip())])
     return _number("SLURM_GPUS_ON_NODE", environment.get("SLURM_GPUS_ON_NODE") or "0")
 
 
@@ -282,11 +295,12 @@ def _skypilot(environment: Environment) -> Place | None:
     _require(environment, names, "this is a SkyPilot job")
     addresses = environment["SKYPILOT_NODE_IPS"].split()
     n = _number("SKYPILOT_NUM_NODES", environment["SKYPILOT_NUM_NODES"])
-    if len(addresses) != n:
+    if len(addresses) != n or not addresses:
         raise ConfigError(f"SKYPILOT_NODE_IPS: {len(addresses)} addresses, and SKYPILOT_NUM_NODES is {n}; {_ALONE[3:]}")
     port = environment.get("JAX_COORDINATOR_PORT") or _PORT
     rank = _number("SKYPILOT_NODE_RANK", environment["SKYPILOT_NODE_RANK"])
-    return Place("SkyPilot", f"{addresses[0]}:{port}", n, rank)
+    first = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
+    return Place("SkyPilot", f"{first}:{port}", n, rank)
 
 
 def _kubernetes(environment: Environment, by_hand: bool) -> Place | None:
@@ -309,7 +323,10 @@ def _devices(environment: Environment, place: Place) -> tuple[int, ...] | None:
             raise ConfigError(
                 f"{name}: must be numbers of GPUs such as 0,1, is {text!r}; for all of them set {DEVICES}=all"
             )
-        return tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
+        if len(set(numbers)) < len(numbers):
+            raise ConfigError(f"{name}: names a GPU twice: {text!r}")
+        return numbers
     return _slurm_devices(environment) if place.by.endswith("SLURM") else None
 
 

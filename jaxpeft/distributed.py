@@ -264,7 +264,7 @@ class _Watcher:
             if heard.get(key, ("", 0.0))[0] != told:
                 heard[key] = (told, now)
                 warned.discard(key)
-            elif now - heard[key][1] > self.heartbeat / 2 and key not in warned:
+            elif now - heard[key][1] > self.heartbeat / 3 and key not in warned:
                 warned.add(key)
                 _, host, pid = json.loads(told)
                 _log.warning(

@@ -180,6 +180,10 @@ def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
                 stop.raise_if_requested()
                 run(config, workdir, stop, allowed, peers)
             except Stopped as stopped:
+                if not stopped.saved:
+                    logging.getLogger("jaxpeft").info(
+                        "stopped on request; nothing new was there to save, the same command goes on"
+                    )
                 return stopped.exit_code
             return 0
 

@@ -84,6 +84,19 @@ def without(environment: Mapping[str, str], *names: str) -> dict[str, str]:
             id="an indexed job by hand",
         ),
         pytest.param(SLURM | {"JAXPEFT_DISTRIBUTED": "off"}, None, id="off"),
+        pytest.param(
+            SLURM | {"SLURM_GPUS_ON_NODE": "", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, Place("SLURM", "gpu07:62016", 24, 9, None),
+            id="SLURM on nodes without GPUs",
+        ),
+        pytest.param({"JAXPEFT_LOCAL_DEVICES": "2,3"}, Place("JAXPEFT_LOCAL_DEVICES", None, 1, 0, (2, 3)), id="some GPUs of a machine"),
+        pytest.param({"JAXPEFT_LOCAL_DEVICES": "all"}, None, id="all GPUs of a machine"),
+        pytest.param(
+            SLURM | {"JAXPEFT_DISTRIBUTED": "off", "JAXPEFT_LOCAL_DEVICES": "0"}, Place("JAXPEFT_LOCAL_DEVICES", None, 1, 0, (0,)),
+            id="off, with one GPU",
+        ),
+        pytest.param(
+            SKYPILOT | {"SKYPILOT_NODE_IPS": "fe80::1 fe80::2"}, Place("SkyPilot", "[fe80::1]:8476", 2, 1), id="SkyPilot, IPv6"
+        ),
     ],
 )  # fmt: skip
 def test_the_environment_tells_the_place(environment: Mapping[str, str], place: Place | None) -> None:
@@ -121,6 +134,11 @@ def test_flags_go_before_the_environment() -> None:
         (without(GKE, "TPU_WORKER_ID"), None, r"TPU_WORKER_ID: not set, though the TPU has 4 hosts"),
         (GKE | {"MEGASCALE_NUM_SLICES": "2"}, None, r"MEGASCALE_SLICE_ID, MEGASCALE_COORDINATOR_ADDRESS: not set, though the TPU has 8 hosts"),
         (POD | {"JAXPEFT_COORDINATOR": "a:1"}, None, r"JAXPEFT_COORDINATOR: given without --processes/"),
+        (BY_HAND | {"JAXPEFT_COORDINATOR": "host:70000"}, None, r"must be host:port, is 'host:70000'.*at most 65535"),
+        (SKYPILOT | {"SKYPILOT_NODE_IPS": " ", "SKYPILOT_NUM_NODES": "0"}, None, r"SKYPILOT_NODE_IPS: 0 addresses"),
+        ({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}, None, r"SLURM_JOB_NUM_NODES: the job has 2 nodes, .* write `srun"),
+        (SLURM | {"SLURM_LOCALID": "8"}, None, r"SLURM_LOCALID: must be from 0 to 7 of 8 tasks of the node, is 8"),
+        ({"JAXPEFT_LOCAL_DEVICES": "0,0"}, None, r"JAXPEFT_LOCAL_DEVICES: names a GPU twice: '0,0'"),
         ({"JAXPEFT_DISTRIBUTED": "no"}, None, r"JAXPEFT_DISTRIBUTED: must be auto or off, is 'no'"),
     ],
 )  # fmt: skip

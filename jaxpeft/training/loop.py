@@ -199,8 +199,9 @@ class Run:
             test = self.evaluator(best, self.frozen, self.setup.test)
             final = {f"test/{name}": value for name, value in test.items()}
             self._write(self.step, final)
-        except Stopped:
+        except Stopped as stopped:
             self._save()
+            stopped.saved = True
             _log.info("stopped on request; step %d is saved, the same command goes on from it", self.step)
             raise
         finally:

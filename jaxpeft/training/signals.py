@@ -19,11 +19,16 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
     Args:
         signum: the signal.
+
+    Attributes:
+        exit_code: what the command ends with.
+        saved: whether a step was saved for it, and said.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
+        self.saved = False
 
 
 class StopRequest:

@@ -88,6 +88,26 @@ def test_answers_and_a_start_from_data_are_the_same(tmp_path: Path, tiny_models:
     assert {path.name for path in two.job.workdir.iterdir()} == {path.name for path in one.job.workdir.iterdir()}
 
 
+def test_processes_of_one_device_save_what_is_not_trained_and_what_has_not_begun(
+    tmp_path: Path, tiny_models: Mapping[str, Path]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", "text", 40)
+    options = OPTIONS | {"method__dropout": 0.0, "mesh__data": None}  # all devices of all processes
+    config = write_config(
+        tmp_path / "mine.py", tiny_models["llama"], rows, model__task="causal_lm",
+        **{name: value for name, value in options.items() if not name.startswith("method")},
+    )  # fmt: skip
+    config.write_text(config.read_text().replace('defaults("lora")', 'defaults("vera")'))
+    team = Team(Job(config, tmp_path / "run"), 2, devices=1)
+    for done in team(members={1: Member("in_compile:1:term")}):
+        assert done.returncode == 143, done.stderr
+    assert team.job.steps == [0]
+    ended = team()
+    assert [done.returncode for done in ended] == [0, 0], ended[0].stderr
+    assert "restoring step 0" in ended[0].stderr
+    assert_same(ran(config, 1, 2), team)
+
+
 def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "text", 40)
     options = OPTIONS | {"mesh__data": 2}
