@@ -50,7 +50,10 @@ CASES = {
     33: ("targets that match nothing or no linear layer", "refused with the modules there are"),
     34: ("an adapter of another kind, or with options not known", "refused by name, not loaded by half"),
     35: ("unknown keys, wrong types, values out of range", "all at once, exit code 2, without importing JAX"),
-    36: ("a batch that the devices do not divide, too many devices", "the arithmetic, and values that would do"),
+    36: (
+        "a batch that the devices do not divide, too many devices, heads that they do not divide",
+        "the arithmetic, and values that would do",
+    ),
     37: (
         "a step larger than the memory, or a device that runs out of it",
         "a warning with the largest terms; then what to lower",

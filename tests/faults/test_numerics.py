@@ -137,6 +137,10 @@ def _scaled(loss: losses.Loss, by: float) -> losses.Loss:
         ("--config.mesh.data=3", "train.batch_size: 8 is not divisible by mesh.data 3 x accumulation 1 = 3; it could be 6 or 9"),
         ("--config.mesh.data=16 --config.train.batch_size=16", "mesh.data: 16 devices, there are 8 (cpu); set it to 8 or less"),
         ("--config.mesh.data=-1 --config.train.batch_size=12", "train.batch_size: 12 is not divisible by 8 devices = 8; it could be 8 or 16"),
+        (
+            "--config.mesh.strategy=tensor --config.mesh.tensor=8 --config.mesh.data=1",
+            "mesh.tensor: 8 does not divide the 4 heads of the model; it could be 2 or 4",
+        ),
         ("--config.train.accumulation=3", "train.accumulation: 3 does not divide batch_size 8; it could be 1, 2, 4, 8"),
     ],
 )  # fmt: skip
