@@ -182,11 +182,10 @@ def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mes
     """Outlines the model, with its layers scanned or unrolled as the config says or as suits the length of the run."""
     attention = _attention(config, mesh)
     found = _outline(config, splits, bool(config.model.scan_layers), attention)
-    if (
-        config.model.scan_layers is not None
-        or found.model.config.num_hidden_layers <= _MANY_LAYERS
-        or steps >= _FEW_STEPS
-    ):
+    few = found.model.config.num_hidden_layers <= _MANY_LAYERS or steps >= _FEW_STEPS
+    # which XLA copies out of a stack
+    codes = config.model.quant != "none" and platform(mesh.devices.flat[0]) == "cuda"
+    if config.model.scan_layers is not None or few or codes:
         return found
     scanned = _outline(config, splits, True, attention)
     try:

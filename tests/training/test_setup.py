@@ -58,6 +58,16 @@ def test_many_layers_for_few_steps_are_scanned(
     assert options(**given).scan_layers is scanned
 
 
+def test_a_quantised_base_is_not_stacked_on_a_gpu(
+    options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "_MANY_LAYERS", 1)
+    assert options(model__quant="nf4").scan_layers
+    monkeypatch.setattr(setup, "platform", lambda _: "cuda")
+    assert not options(model__quant="nf4", model__attention="xla").scan_layers
+    assert options(model__attention="xla").scan_layers
+
+
 def test_a_kernel_of_another_platform_is_refused(options: Callable[..., Options]) -> None:
     with pytest.raises(
         ConfigError, match=r"model\.attention: cudnn computes on cuda, and the devices are cpu; set it to auto"
