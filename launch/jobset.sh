@@ -18,19 +18,8 @@
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-problems=()
-
-require() { # VARIABLE PATTERN WHAT
-  if [[ ! "${!1:-}" =~ ^($2)$ ]]; then
-    problems+=("$1=${!1:-}: is not $3")
-  fi
-}
-
-stop_on_problems() {
-  ((${#problems[@]} > 0)) || return 0
-  printf 'jobset.sh: %s\n' "${problems[@]}" >&2
-  exit 2
-}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$here/common.sh"
 
 count_hosts() { # sets HOSTS from TOPOLOGY and CHIPS
   local chips=1 side
@@ -68,8 +57,9 @@ case "$kind" in
   tpu)
     : "${ACCELERATOR:=tpu-v5-lite-podslice}" "${SLICES:=1}" "${CHIPS:=4}"
     require TOPOLOGY '[1-9][0-9]?x[1-9][0-9]?(x[1-9][0-9]?)?' 'a topology such as 4x4 or 2x2x4'
-    require SLICES '[1-9][0-9]{0,3}' 'a count'
     require CHIPS '[1248]' '1, 2, 4 or 8 chips of a host'
+    ((${#problems[@]} > 0)) || count_hosts
+    require SLICES '[1-9][0-9]{0,3}' 'a count'
     fields=(SLICES HOSTS CHIPS TOPOLOGY)
     ;;
   gpu)
@@ -85,24 +75,20 @@ case "$kind" in
 esac
 shift
 : "${CLAIM:=runs}"
-require NAME '[a-z]([-a-z0-9]{0,26}[a-z0-9])?' '1 to 28 characters a-z, 0-9 and -, beginning with a letter'
-require IMAGE '[a-z0-9][a-zA-Z0-9._/-]*(:[0-9]+/[a-zA-Z0-9._/-]+)?[:@][a-zA-Z0-9._:-]+' 'an image with a tag'
+require_name
+require_image
 require ACCELERATOR '[a-z0-9-]+' 'the name of an accelerator'
 require CLAIM '[a-z0-9.-]+' 'the name of a claim'
-[[ "${IMAGE:-}" != *:latest ]] || problems+=("IMAGE=$IMAGE: latest is not the same image after a restart; give a tag that stays")
-[[ " $* " == *" --config"* ]] || problems+=("--config: is not given; try --config configs/llama3_8b_lora.py")
+require_arguments "$@"
 [[ "$*" != *$'\n'* ]] || problems+=("an argument has more than one line")
 stop_on_problems
-if [[ "$kind" == tpu ]]; then
-  count_hosts
-  stop_on_problems
-fi
-[[ " $* " == *" --workdir"* ]] || set -- "$@" --workdir="/runs/$NAME"
+given workdir "$@" || set -- "$@" --workdir="/runs/$NAME"
 # shellcheck disable=SC2034 # fill_in reads it by its name
 ARGS="$(quoted "$@")"
 
-manifest="$(fill_in "$here/${kind}_jobset.yaml" NAME IMAGE CLAIM ACCELERATOR ARGS "${fields[@]}")"
-if [[ -n "${DRY_RUN:-}" ]]; then
+# ARGS last: what stands in braces in an argument is the argument's own.
+manifest="$(fill_in "$here/${kind}_jobset.yaml" NAME IMAGE CLAIM ACCELERATOR "${fields[@]}" ARGS)"
+if dry; then
   printf '%s\n' "$manifest"
   exit 0
 fi

@@ -9,34 +9,28 @@
 #   PORT=...      of process 0, where the others find it; a free one by default
 #   GRACE=300     seconds that the other processes have to end by themselves, once one has stopped; 20 at most, if it has failed
 #   PYTHON=...    the interpreter: .venv/bin/python by default, or python3 where there is none
+#   DRY_RUN=1     print the commands only
 #
 # The same command again goes on where it was stopped. SIGTERM and SIGINT are passed on to every process. Exit codes:
 # 0 done; 2 bad input, do not start it again; 143 (SIGTERM) and 130 (SIGINT) stopped and saved; any other, a failure:
 # that of the first process which failed.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-processes="${PROCESSES:-1}"
-grace="${GRACE:-300}"
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$here/common.sh"
+
+: "${PROCESSES:=1}" "${GRACE:=300}"
 stop_signal="" # the number of the signal that this script was sent
 result=0
 force_at="" # when what still runs is killed, in seconds since the start of the script
 pids=()
 
-fail() {
-  printf 'local.sh: %s\n' "$1" >&2
-  exit 2
-}
-
-require_count() { # NAME VALUE
-  [[ "$2" =~ ^[1-9][0-9]{0,3}$ ]] || fail "$1=$2: is not a count from 1 to 9999"
-}
-
 find_python() {
   if [[ -n "${PYTHON:-}" ]]; then
     printf '%s' "$PYTHON"
-  elif [[ -x "$root/.venv/bin/python" ]]; then
-    printf '%s' "$root/.venv/bin/python"
+  elif [[ -x "${here%/*}/.venv/bin/python" ]]; then
+    printf '%s' "${here%/*}/.venv/bin/python"
   else
     printf 'python3'
   fi
@@ -46,16 +40,11 @@ free_port() {
   "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-start() { # INDEX PORT ARGUMENTS...
-  local index="$1" port="$2" first
-  shift 2
-  if [[ -n "${GPUS:-}" ]]; then
-    first=$((index * GPUS))
-    export CUDA_VISIBLE_DEVICES
-    CUDA_VISIBLE_DEVICES="$(seq -s, "$first" "$((first + GPUS - 1))")"
-  fi
-  "$python" -m jaxpeft.train "$@" --coordinator "127.0.0.1:$port" --processes "$processes" --process "$index" &
-  pids[index]=$!
+trainer() { # INDEX ARGUMENTS...: sets `command`
+  local devices=()
+  [[ -z "${DEVICES:-}" ]] || devices+=(JAX_NUM_CPU_DEVICES="$DEVICES")
+  [[ -z "${GPUS:-}" ]] || devices+=(CUDA_VISIBLE_DEVICES="$(seq -s, "$(($1 * GPUS))" "$((($1 + 1) * GPUS - 1))")")
+  command=(env "${devices[@]}" "$python" -m jaxpeft.train "${@:2}")
 }
 
 pass_on() { # NUMBER
@@ -80,7 +69,7 @@ note() { # INDEX CODE
     0) ;;
     130 | 143)
       ((result != 0)) || result="$code"
-      set_force "$grace"
+      set_force "$GRACE"
       ;;
     *)
       # What was killed for not ending is no cause.
@@ -88,9 +77,9 @@ note() { # INDEX CODE
       if ((code == 2 || result == 0 || result == 130 || result == 143)); then
         result="$code"
       fi
-      shorter=$((grace < 20 ? grace : 20))
+      shorter=$((GRACE < 20 ? GRACE : 20))
       ((${#pids[@]} == 0)) || printf 'local.sh: process %s of %s ended with code %s; the others have %s s to end\n' \
-        "$index" "$processes" "$code" "$shorter" >&2
+        "$index" "$PROCESSES" "$code" "$shorter" >&2
       set_force "$shorter"
       ;;
   esac
@@ -113,19 +102,31 @@ wait_for_all() {
   done
 }
 
-require_count PROCESSES "$processes"
-[[ "$grace" =~ ^[0-9]{1,5}$ ]] || fail "GRACE=$grace: is not a number of seconds"
-[[ -z "${DEVICES:-}" ]] || require_count DEVICES "$DEVICES"
-[[ -z "${GPUS:-}" ]] || require_count GPUS "$GPUS"
+count='[1-9][0-9]{0,3}'
+require PROCESSES "$count" 'a count from 1 to 9999'
+require GRACE '0|[1-9][0-9]{0,4}' 'a number of seconds'
+optional DEVICES "$count" 'a count from 1 to 9999'
+optional GPUS "$count" 'a count from 1 to 9999'
+optional PORT '[1-9][0-9]{0,4}' 'a port'
+stop_on_problems
 python="$(find_python)"
-[[ -z "${DEVICES:-}" ]] || export JAX_NUM_CPU_DEVICES="$DEVICES"
 
-if ((processes > 1)); then
-  trap 'pass_on 15' TERM
-  trap 'pass_on 2' INT
-  port="${PORT:-$(free_port)}"
-  for ((index = 0; index < processes; index++)); do
-    start "$index" "$port" "$@"
+if ((PROCESSES > 1)); then
+  if dry; then
+    : "${PORT:=PORT}" # which is looked for when it is needed
+  else
+    [[ -n "${PORT:-}" ]] || PORT="$(free_port)"
+    trap 'pass_on 15' TERM
+    trap 'pass_on 2' INT
+  fi
+  for ((index = 0; index < PROCESSES; index++)); do
+    trainer "$index" "$@" --coordinator "127.0.0.1:$PORT" --processes "$PROCESSES" --process "$index"
+    if dry; then
+      run "${command[@]}"
+    else
+      "${command[@]}" &
+      pids[index]=$!
+    fi
   done
   wait_for_all
   if [[ -n "$stop_signal" && ("$result" == 130 || "$result" == 143) ]]; then
@@ -135,4 +136,6 @@ if ((processes > 1)); then
 fi
 
 # One process takes the place of this script: signals and the exit code are its own.
-exec "$python" -m jaxpeft.train "$@"
+trainer 0 "$@"
+dry || exec "${command[@]}"
+run "${command[@]}"

@@ -3,7 +3,8 @@
 #
 #   setup IMAGE STORE   mount the store at /runs, fetch the image
 #   run IMAGE ARGS...   start the trainer in a container, as a systemd unit: it outlives the connection and a reboot
-#   status              one line: jaxpeft: none | runs | done | stopped | failed CODE
+#   status [IMAGE ARGS...]   one line: jaxpeft: none | runs | done | stopped | failed CODE; with a command, of that command alone:
+#                       other, if another one runs, and none, if another one has ended
 #   logs, stop
 #
 # systemd restarts the unit when it fails, but not on exit code 2, bad input. It sends SIGTERM when the host is shut down, as
@@ -105,24 +106,50 @@ state() {
     printf 'none'
     return
   fi
-  case "$(property ActiveState) $(property ExecMainStatus)" in
-    active* | activating* | deactivating* | reloading*) printf 'runs' ;;
-    *" 0") printf 'done' ;;
-    *" 143") printf 'stopped' ;;
-    *) printf 'failed %s' "$(property ExecMainStatus)" ;;
+  case "$(property ActiveState)" in
+    active | activating | deactivating | reloading)
+      printf 'runs'
+      return
+      ;;
+  esac
+  local code
+  code="$(property ExecMainStatus)"
+  case "$(property ExecMainCode)" in # as waitid has it
+    1) ;;                            # it has exited
+    2 | 3) code=$((128 + code)) ;;   # it was killed, and this is the signal
+    *) # Not started since the host was: its code, 0, says nothing. At boot it waits in systemd's queue.
+      [[ "$(property Job)" =~ ^0?$ ]] && printf 'none' || printf 'runs'
+      return
+      ;;
+  esac
+  case "$code" in
+    0) printf 'done' ;;
+    143) printf 'stopped' ;;
+    *) printf 'failed %s' "$code" ;;
   esac
 }
 
+runs_command() { # IMAGE ARGS...: whether this is the command of the unit
+  [[ -r "$command_file" && "$(cat "$command_file")" == "$(command_text "$@")" ]]
+}
+
+status() { # [IMAGE ARGS...]
+  local now
+  now="$(state)"
+  if (($# > 0)) && ! runs_command "$@"; then
+    [[ "$now" == runs ]] && now=other || now=none
+  fi
+  printf 'jaxpeft: %s\n' "$now"
+}
+
 start() { # IMAGE ARGS...
-  local text
-  text="$(command_text "$@")"
   if [[ "$(state)" == runs ]]; then
-    [[ "$(cat "$command_file")" == "$text" ]] || fail "another command is running; stop it first: launch/tpu_vm.sh stop"
+    runs_command "$@" || fail "another command is running; stop it first: launch/tpu_vm.sh stop"
     printf 'jaxpeft: runs already\n'
     return
   fi
   sudo mkdir -p "$(dirname "$command_file")"
-  printf '%s\n' "$text" | sudo tee "$command_file" > /dev/null
+  command_text "$@" | sudo tee "$command_file" > /dev/null
   unit_text | sudo tee "$unit_file" > /dev/null
   sudo systemctl daemon-reload
   sudo systemctl reset-failed "$unit" 2> /dev/null || true # it is loaded only once it has run
@@ -135,7 +162,7 @@ verb="${1:-}"
 case "$verb" in
   setup) setup "${1:?IMAGE}" "${2:?STORE}" ;;
   run) start "${1:?IMAGE}" "${@:2}" ;;
-  status) printf 'jaxpeft: %s\n' "$(state)" ;;
+  status) status "$@" ;;
   logs) sudo journalctl --unit="$unit" --lines=200 --no-pager --output=cat ;;
   stop) sudo systemctl disable --now "$unit" ;;
   *) fail "$verb: is none of setup, run, status, logs, stop" ;;

@@ -12,7 +12,8 @@
 #   logs           the last lines of every host
 #   stop           stop the trainer: it saves
 #   delete         give the TPUs back; the store stays
-#   keep ARGS...   create, setup and run as needed, until the run has ended; its exit code is that of the run
+#   keep ARGS...   create, setup and run as needed, until the run has ended; its exit code is that of the run. How an
+#                  earlier one ended does not matter: it starts, and a run that was done already ends at once
 #
 #   TYPE            accelerator type; RUNTIME: the TPU software version, tpu-ubuntu2204-base by default
 #   STORE           gs://BUCKET (best with a hierarchical namespace) or HOST:/PATH of an NFS server
@@ -28,55 +29,36 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-fail() {
-  printf 'tpu_vm.sh: %s\n' "$1" >&2
-  exit 2
-}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$here/common.sh"
 
 say() {
   printf 'tpu_vm.sh: %s\n' "$1" >&2
-}
-
-run() {
-  if [[ -n "${DRY_RUN:-}" ]]; then
-    printf '%q ' "$@" | sed 's/ $//'
-    printf '\n'
-  else
-    "$@"
-  fi
 }
 
 usage() {
   sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
-require() { # VARIABLE...
-  local variable
-  for variable in "$@"; do
-    [[ -n "${!variable:-}" ]] || fail "$variable: is not set; see launch/tpu_vm.sh --help"
-  done
-}
-
 nodes() { # the names of the slices, one a line
   local index
-  if ((slices == 1)); then
+  if ((SLICES == 1)); then
     printf '%s\n' "$NAME"
     return
   fi
-  for ((index = 0; index < slices; index++)); do
+  for ((index = 0; index < SLICES; index++)); do
     printf '%s-%s\n' "$NAME" "$index"
   done
 }
 
 create() {
-  require TYPE
-  local options=(--accelerator-type="$TYPE" --runtime-version="${RUNTIME:-tpu-ubuntu2204-base}")
-  if ((slices == 1)); then
+  local options=(--accelerator-type="$TYPE" --runtime-version="$RUNTIME")
+  if ((SLICES == 1)); then
     options+=(--node-id="$NAME")
   else
-    options+=(--node-count="$slices" --node-prefix="$NAME")
+    options+=(--node-count="$SLICES" --node-prefix="$NAME")
   fi
-  [[ "${SPOT:-1}" == 0 ]] || options+=(--spot)
+  [[ "$SPOT" == 0 ]] || options+=(--spot)
   run gcloud compute tpus queued-resources create "$NAME" "${where[@]}" "${options[@]}"
 }
 
@@ -88,7 +70,6 @@ on_hosts() { # COMMAND: runs it on every host of every slice
 }
 
 setup() {
-  require IMAGE STORE
   local node
   for node in $(nodes); do
     run gcloud compute tpus tpu-vm scp "$here/tpu_host.sh" "$node:jaxpeft_host.sh" "${where[@]}" --worker=all || return
@@ -96,31 +77,31 @@ setup() {
   on_hosts "bash jaxpeft_host.sh setup$(printf ' %q' "$IMAGE" "$STORE")"
 }
 
-require_config() { # ARGUMENTS...
-  [[ " $* " == *" --config"* ]] || fail "--config: is not given; try: run --config configs/llama3_8b_lora.py"
+command_of() { # ARGUMENTS...: the image and the arguments, as words of a command
+  given workdir "$@" || set -- "$@" --workdir="/runs/$NAME"
+  printf ' %q' "$IMAGE" "$@"
 }
 
 start() { # ARGUMENTS...
-  require IMAGE
-  require_config "$@"
-  [[ " $* " == *" --workdir"* ]] || set -- "$@" --workdir="/runs/$NAME"
-  on_hosts "bash jaxpeft_host.sh run$(printf ' %q' "$IMAGE" "$@")"
+  on_hosts "bash jaxpeft_host.sh run$(command_of "$@")"
 }
 
 state() { # the state of the request, NONE where there is none
-  local said
-  if said="$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>&1)"; then
+  local said errors
+  errors="$(mktemp)" # apart: gcloud warns there when nothing is wrong, too
+  if said="$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2> "$errors")"; then
     printf '%s' "$said"
-  elif [[ "$said" == *NOT_FOUND* ]]; then
+  elif grep -q NOT_FOUND "$errors"; then
     printf 'NONE'
   else
-    printf '%s\n' "$said" >&2
+    cat "$errors" >&2
     printf 'UNKNOWN'
   fi
+  rm -f "$errors"
 }
 
 status() {
-  if [[ -n "${DRY_RUN:-}" ]]; then
+  if dry; then
     run gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)'
   else
     printf '%s: %s\n' "$NAME" "$(state)"
@@ -128,20 +109,32 @@ status() {
   on_hosts 'bash jaxpeft_host.sh status'
 }
 
-trainer() { # what the trainer is at on all hosts together: none, runs, done, stopped, failed CODE, or unknown
+trainer() { # ARGUMENTS...: what their trainer is at on all hosts together: none, runs, done, stopped, failed CODE, other or unknown
   local said
   # A host that has not been set up has no jaxpeft_host.sh.
-  said="$(on_hosts 'bash jaxpeft_host.sh status 2> /dev/null || echo jaxpeft: none' 2> /dev/null)" || said="jaxpeft: unknown"
-  case "$said" in
+  said="$(on_hosts "bash jaxpeft_host.sh status$(command_of "$@") 2> /dev/null || echo jaxpeft: none" 2> /dev/null)" ||
+    said="jaxpeft: unknown"
+  case "$said"$'\n' in
     *"jaxpeft: unknown"*) printf 'unknown' ;;
-    *"jaxpeft: failed 2"*) printf 'failed 2' ;;
-    *"jaxpeft: none"* | "") printf 'none' ;;
+    *"jaxpeft: other"*) printf 'other' ;;
+    *"jaxpeft: failed 2"$'\n'*) printf 'failed 2' ;;
+    *"jaxpeft: none"* | $'\n') printf 'none' ;;
     *"jaxpeft: runs"*) printf 'runs' ;;
     *"jaxpeft: failed"*) grep -o -m1 'failed [0-9]*' <<< "$said" ;;
     *"jaxpeft: stopped"*) printf 'stopped' ;;
     *"jaxpeft: done"*) printf 'done' ;;
     *) printf 'unknown' ;;
   esac
+}
+
+start_all() { # ARGUMENTS...
+  # A host may go away at any moment: then the next look sees it.
+  started=half
+  if setup && start "$@"; then
+    started=yes
+  else
+    say "not every host could be set up; once more"
+  fi
 }
 
 keep_once() { # ARGUMENTS...: one look, and what follows from it; 0 if the run is done, 100 to look again
@@ -158,34 +151,40 @@ keep_once() { # ARGUMENTS...: one look, and what follows from it; 0 if the run i
       return 1
       ;;
     ACTIVE)
-      now="$(trainer)"
-      case "$now" in
-        done) return 0 ;;
-        "failed 2")
+      now="$(trainer "$@")"
+      # What a host has ended with counts only once this call has started it: before, it is how an earlier one ended.
+      case "$started $now" in
+        *" unknown" | "yes runs") ;;
+        *" other")
+          say "another command is running there; stop it first: launch/tpu_vm.sh stop"
+          return 2
+          ;;
+        "no runs") started=yes ;;
+        "yes done") return 0 ;;
+        "yes failed 2")
           say "the run was refused: bad input; why: launch/tpu_vm.sh logs"
           return 2
           ;;
-        failed*)
+        "yes failed"*)
           say "the run has $now, and so have its restarts; why: launch/tpu_vm.sh logs"
           return 1
           ;;
-        none | stopped)
-          # A host may go away at any moment: then the next look sees it.
-          if ! setup || ! start "$@"; then
-            say "not every host could be set up; once more"
-          fi
-          ;;
+        *) start_all "$@" ;;
       esac
+      ;;
+    UNKNOWN | ACCEPTED | PROVISIONING | CREATING | WAITING_FOR_RESOURCES | SUSPENDING | DELETING) ;;
+    "$told") ;;
+    *)
+      told="$now"
+      say "the request is in a state that is not known here, \"$now\"; waiting for another"
       ;;
   esac
   return 100
 }
 
 keep() { # ARGUMENTS...
-  local code
-  require TYPE IMAGE STORE
-  require_config "$@"
-  if [[ -n "${DRY_RUN:-}" ]]; then
+  local code started=no told=none
+  if dry; then
     create
     setup
     start "$@"
@@ -196,7 +195,7 @@ keep() { # ARGUMENTS...
     code=0
     keep_once "$@" || code=$?
     ((code == 100)) || return "$code"
-    sleep "${EVERY:-60}"
+    sleep "$EVERY"
   done
 }
 
@@ -210,19 +209,29 @@ case "${1:-}" in
     exit 0
     ;;
 esac
-require NAME ZONE
-[[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,26}[a-z0-9])?$ ]] || fail "NAME=$NAME: is not 1 to 28 characters a-z, 0-9 and -, beginning with a letter"
-slices="${SLICES:-1}"
-[[ "$slices" =~ ^[1-9][0-9]{0,3}$ ]] || fail "SLICES=$slices: is not a count"
+verb="$1"
+shift
+: "${SLICES:=1}" "${SPOT:=1}" "${EVERY:=60}" "${RUNTIME:=tpu-ubuntu2204-base}"
+require_name
+require ZONE '[a-z0-9-]+' 'a zone such as us-west4-a'
+require SLICES '[1-9][0-9]{0,3}' 'a count'
+require SPOT '[01]' '0 or 1'
+require EVERY '0|[1-9][0-9]{0,4}' 'a number of seconds'
+case "$verb" in # each line that fits
+  create | keep) require TYPE '[a-zA-Z0-9-]+' 'an accelerator type such as v5litepod-16' ;;&
+  setup | run | keep) require_image ;;&
+  setup | keep) require STORE 'gs://[^ ]+|[^/: ]+:/([^/ ][^ ]*)?' 'gs://BUCKET or HOST:/PATH' ;;&
+  run | keep) require_arguments "$@" ;;&
+  create | setup | run | status | logs | stop | delete | keep) ;;
+  *) problems+=("$verb: is none of create, setup, run, status, logs, stop, delete, keep") ;;
+esac
+stop_on_problems
 where=(--zone="$ZONE")
 [[ -z "${PROJECT:-}" ]] || where+=(--project="$PROJECT")
 
-verb="$1"
-shift
 case "$verb" in
   create | setup | status | delete | keep) "$verb" "$@" ;;
   run) start "$@" ;;
   logs) on_hosts 'bash jaxpeft_host.sh logs' ;;
   stop) on_hosts 'bash jaxpeft_host.sh stop' ;;
-  *) fail "$verb: is none of create, setup, run, status, logs, stop, delete, keep" ;;
 esac

@@ -10,7 +10,7 @@
 #   COUNT=1       so many slices of TPUs, or nodes with GPUs
 #   STORAGE=runs  the storage that xpk mounts at /runs, where the run's folder is
 #   PROJECT, ZONE, PRIORITY   as xpk has them by default
-#   SPOT=1        machines that can be taken away
+#   SPOT=1        machines that can be taken away; others by default
 #   MAX_RESTARTS=50
 #   DRY_RUN=1     print the commands only
 #
@@ -19,51 +19,42 @@
 # and on no other: 2, bad input, ends it.
 set -euo pipefail
 
-fail() {
-  printf 'xpk.sh: %s\n' "$1" >&2
-  exit 2
-}
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$here/common.sh"
 
-run() {
-  if [[ -n "${DRY_RUN:-}" ]]; then
-    printf '%q ' "$@" | sed 's/ $//'
-    printf '\n'
-  else
-    "$@"
-  fi
-}
-
-for variable in NAME IMAGE CLUSTER TYPE; do
-  [[ -n "${!variable:-}" ]] || fail "$variable: is not set; see the head of this file"
-done
-[[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,26}[a-z0-9])?$ ]] || fail "NAME=$NAME: is not 1 to 28 characters a-z, 0-9 and -, beginning with a letter"
-[[ "$IMAGE" == *[:@]* && "$IMAGE" != *:latest ]] || fail "IMAGE=$IMAGE: needs a tag that stays the same, other than latest"
-count="${COUNT:-1}"
-[[ "$count" =~ ^[1-9][0-9]{0,4}$ ]] || fail "COUNT=$count: is not a count"
+: "${COUNT:=1}" "${STORAGE:=runs}" "${SPOT:=0}" "${MAX_RESTARTS:=50}"
+require_name
+require_image
+require CLUSTER '[a-z0-9-]+' 'the name of a cluster'
+require TYPE '[a-z0-9-]+' 'a type such as v5litepod-16 or h100-mega-80gb-8'
+require COUNT '[1-9][0-9]{0,4}' 'a count'
+require SPOT '[01]' '0 or 1'
+require MAX_RESTARTS '0|[1-9][0-9]{0,3}' 'a number of restarts'
+require_arguments "$@"
+stop_on_problems
 
 where=(--cluster="$CLUSTER")
 [[ -z "${PROJECT:-}" ]] || where+=(--project="$PROJECT")
 [[ -z "${ZONE:-}" ]] || where+=(--zone="$ZONE")
 if [[ "$TYPE" =~ ^(v[0-9]|tpu) ]]; then
-  machines=(--tpu-type="$TYPE" --num-slices="$count")
+  machines=(--tpu-type="$TYPE" --num-slices="$COUNT")
 else
-  machines=(--device-type="$TYPE" --num-nodes="$count")
+  machines=(--device-type="$TYPE" --num-nodes="$COUNT")
 fi
-[[ -z "${SPOT:-}" ]] || machines+=(--spot)
+[[ "$SPOT" == 0 ]] || machines+=(--spot)
 [[ -z "${PRIORITY:-}" ]] || machines+=(--priority="$PRIORITY")
 
-if [[ " $* " != *" --workdir"* ]]; then
-  set -- "$@" --workdir="/runs/$NAME"
-fi
+given workdir "$@" || set -- "$@" --workdir="/runs/$NAME"
 # xpk runs the command in a shell and passes SIGTERM to that shell: exec, so that it is the trainer that gets it.
 command="exec python -m jaxpeft.train$(printf ' %q' "$@")"
 
 # The table that xpk prints has the name in its first column.
-if [[ -z "${DRY_RUN:-}" ]] && xpk workload list "${where[@]}" --filter-by-job="^$NAME\$" --filter-by-status=FINISHED |
+if ! dry && xpk workload list "${where[@]}" --filter-by-job="^$NAME\$" --filter-by-status=FINISHED |
   awk -v name="$NAME" '$1 == name { found = 1 } END { exit !found }'; then
   xpk workload delete "${where[@]}" --workload="$NAME" --force
 fi
 run xpk workload create "${where[@]}" --workload="$NAME" "${machines[@]}" \
-  --docker-image="$IMAGE" --storage="${STORAGE:-runs}" \
-  --max-restarts="${MAX_RESTARTS:-50}" --restart-on-exit-codes=1 --termination-grace-period-seconds=300 \
+  --docker-image="$IMAGE" --storage="$STORAGE" \
+  --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1 --termination-grace-period-seconds=300 \
   --command="$command"

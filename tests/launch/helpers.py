@@ -67,7 +67,7 @@ class Stubs:
 
 
 def bash(
-    script: Path | str, *arguments: str, env: dict[str, str], cwd: Path = ROOT
+    script: Path | str, *arguments: str, env: dict[str, str], cwd: Path = ROOT, seconds: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script of launch/."""
     return subprocess.run(
@@ -76,7 +76,7 @@ def bash(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
         stdin=subprocess.DEVNULL,
         check=False,
     )
@@ -94,7 +94,7 @@ def tool(name: str) -> str:
 def shellcheck(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Lints a shell script at its strictest."""
     return subprocess.run(
-        [tool("shellcheck"), "--norc", "--severity=style", "--shell=bash", *options, str(path)],
+        [tool("shellcheck"), "--norc", "--severity=style", "--shell=bash", "--external-sources", *options, str(path)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -14,7 +14,7 @@ from tests.launch.helpers import IMAGE, LAUNCH, Stubs, bash, mutated
 from tests.launch.manifests import SCHEMA, job, jobset, outcome, parse, require_sound, trainer
 
 JOBSET = LAUNCH / "jobset.sh"
-RUN = ["--config", "configs/llama3_8b_lora.py", '--config.data.train=a "b" \\ c: &d #e']
+RUN = ["--config", "configs/llama3_8b_lora.py", '--config.data.train=a "b" \\ c: &d #e ${NAME} ${GPUS} ${CHIPS}']
 TPU = {"NAME": "llama", "IMAGE": IMAGE, "TOPOLOGY": "4x4", "SLICES": "2"}
 GPU = {"NAME": "llama", "IMAGE": IMAGE, "NODES": "2"}
 SET = {"tpu": TPU, "gpu": GPU}
@@ -181,6 +181,7 @@ def test_a_job_that_has_ended_is_deleted_first(state: str, verbs: list[str], stu
         ("tpu", {"NAME": "x" * 29}, "is not 1 to 28 characters"),
         ("tpu", {"IMAGE": "jaxpeft"}, "IMAGE=jaxpeft: is not an image with a tag"),
         ("gpu", {"IMAGE": "jaxpeft:latest"}, "latest is not the same image after a restart"),
+        ("gpu", {"IMAGE": "localhost:5000/jaxpeft"}, "localhost:5000/jaxpeft: is not an image with a tag"),
         ("tpu", {"TOPOLOGY": "4"}, "TOPOLOGY=4: is not a topology"),
         ("tpu", {"TOPOLOGY": "3x3"}, "TOPOLOGY=3x3: has 9 chips, which hosts of CHIPS=4 do not divide"),
         ("tpu", {"SLICES": "0"}, "SLICES=0: is not a count"),
@@ -205,6 +206,28 @@ def test_every_problem_is_said_at_once(stubs: Stubs) -> None:
         "IMAGE=",
         "--config",
     ]
+
+
+def test_a_topology_and_what_else_is_wrong_are_said_at_once(stubs: Stubs) -> None:
+    done = bash(JOBSET, "tpu", *RUN, env=stubs.environment(**(TPU | {"TOPOLOGY": "3x3", "SLICES": "0"})))
+    assert "TOPOLOGY=3x3: has 9 chips" in done.stderr and "SLICES=0: is not a count" in done.stderr
+
+
+@pytest.mark.parametrize("name", [["--name", "x"], ["--name=x"], ["-name=x"]])
+def test_a_folder_in_the_container_is_refused(name: list[str], stubs: Stubs) -> None:
+    done = bash(JOBSET, "gpu", *RUN, *name, env=stubs.environment(**GPU, DRY_RUN="1"))
+    assert done.returncode == 2 and "jobset.sh: --name: would not be on the store" in done.stderr
+
+
+def test_a_workdir_that_is_given_stays(stubs: Stubs) -> None:
+    done = bash(JOBSET, "gpu", *RUN, "--workdir", "/runs/mine", env=stubs.environment(**GPU, DRY_RUN="1"))
+    assert trainer(jobset(parse(done.stdout)))["args"] == [*RUN, "--workdir", "/runs/mine"]
+
+
+def test_a_dry_run_of_0_is_none(stubs: Stubs) -> None:
+    stubs.add("kubectl")
+    assert bash(JOBSET, "gpu", *RUN, env=stubs.environment(**GPU, DRY_RUN="0")).returncode == 0
+    assert [call[0] for call in stubs.calls("kubectl")] == ["get", "apply"]
 
 
 def test_pods_find_their_place_from_what_gke_sets(stubs: Stubs) -> None:

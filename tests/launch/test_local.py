@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,6 +43,32 @@ def test_one_process_is_the_trainer_itself(stubs: Stubs, tmp_path: Path) -> None
     assert bash(LOCAL, "--config", "a b.py", env=env).returncode == 0
     assert stubs.calls("python") == [["-m", "jaxpeft.train", "--config", "a b.py"]]
     assert stubs.noted()[0]["environment"]["JAX_NUM_CPU_DEVICES"] == "4"
+
+
+def test_one_process_sees_as_many_gpus_as_are_given(stubs: Stubs, tmp_path: Path) -> None:
+    _, env = started(stubs, tmp_path, GPUS="2")
+    assert bash(LOCAL, "--config", "a.py", env=env).returncode == 0
+    assert stubs.noted()[0]["environment"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_a_dry_run_prints_the_commands(stubs: Stubs, tmp_path: Path) -> None:
+    python, env = started(stubs, tmp_path, DRY_RUN="1", DEVICES="4", GPUS="1")
+    one = bash(LOCAL, "--config", "a b.py", env=env)
+    trainer = [str(python), "-m", "jaxpeft.train", "--config", "a b.py"]
+    assert shlex.split(one.stdout) == ["env", "JAX_NUM_CPU_DEVICES=4", "CUDA_VISIBLE_DEVICES=0", *trainer]
+    two = bash(LOCAL, "--config", "a b.py", env=env | {"PROCESSES": "2"})
+    for index, line in enumerate(two.stdout.splitlines()):
+        place = ["--coordinator", "127.0.0.1:PORT", "--processes", "2", "--process", str(index)]
+        devices = ["JAX_NUM_CPU_DEVICES=4", f"CUDA_VISIBLE_DEVICES={index}"]
+        assert shlex.split(line) == ["env", *devices, *trainer, *place]
+    assert (one.returncode, two.returncode, len(two.stdout.splitlines())) == (0, 0, 2)
+    assert stubs.calls() == []  # a dry run calls nothing
+
+
+def test_a_dry_run_of_0_is_none(stubs: Stubs, tmp_path: Path) -> None:
+    _, env = started(stubs, tmp_path, DRY_RUN="0")
+    assert bash(LOCAL, "--config", "a.py", env=env).returncode == 0
+    assert len(stubs.calls("python")) == 1
 
 
 def test_several_processes_know_one_coordinator_and_their_numbers(stubs: Stubs, tmp_path: Path) -> None:
@@ -147,13 +174,34 @@ def wait_until(holds, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("PROCESSES", "0"), ("PROCESSES", "two"), ("GRACE", "-1"), ("DEVICES", "x"), ("GPUS", "0")]
+    ("variable", "value"),
+    [
+        ("PROCESSES", "0"),
+        ("PROCESSES", "two"),
+        ("GRACE", "-1"),
+        ("GRACE", "08"),
+        ("DEVICES", "x"),
+        ("GPUS", "0"),
+        ("PORT", "x"),
+    ],
 )
 def test_what_is_no_number_is_refused(variable: str, value: str, stubs: Stubs, tmp_path: Path) -> None:
     _, env = started(stubs, tmp_path, **{variable: value})
     done = bash(LOCAL, "--config", "a.py", env=env)
     assert done.returncode == 2 and f"local.sh: {variable}={value}: is not a " in done.stderr
     assert stubs.calls("python") == []
+
+
+def test_no_process_is_started_where_no_port_is_found(stubs: Stubs, tmp_path: Path) -> None:
+    python = stubs.add("python", "exit 3")
+    done = bash(LOCAL, "--config", "a.py", env=stubs.environment(PYTHON=str(python), PROCESSES="2"))
+    assert done.returncode == 3 and len(stubs.calls("python")) == 1
+
+
+def test_every_problem_is_said_at_once(stubs: Stubs, tmp_path: Path) -> None:
+    _, env = started(stubs, tmp_path, PROCESSES="0", GRACE="-1", GPUS="none")
+    done = bash(LOCAL, "--config", "a.py", env=env)
+    assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == ["PROCESSES=0", "GRACE=-1", "GPUS=none"]
 
 
 # ------------------------------------------------------------------------------------------------------- without stand-ins

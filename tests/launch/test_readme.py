@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import yaml
 
 from jaxpeft.train import parse_arguments
 from tests.launch.helpers import LAUNCH, ROOT, Stubs, bash
@@ -58,6 +59,27 @@ def require_trainable(arguments: list[str]) -> None:
     parse_arguments([*arguments, "--validate"])
 
 
+def runs_of(text: str) -> set[tuple[str, str]]:
+    """Gives the folder and the config of every `sky jobs launch`; what is not given is as in the task."""
+    found = set()
+    for line in re.findall(r"^sky jobs launch .*$", text.replace("\\\n", ""), re.MULTILINE):
+        given = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["envs"]
+        given |= dict(re.findall(r"--env (\w+)=(\S+)", line))
+        found.add((f"{given['BUCKET']}/{given['RUN']}", given["CONFIG"]))
+    return found
+
+
+def test_no_two_runs_have_one_folder() -> None:
+    runs = runs_of(README.read_text())
+    assert len(runs) == len({folder for folder, _ in runs}) == 2
+
+
+def test_a_run_in_the_folder_of_another_would_be_noticed() -> None:
+    line = "sky jobs launch launch/skypilot.yaml --env RUN=llama"
+    runs = runs_of(f"{line} --env CONFIG=configs/llama3_8b_lora.py\n{line} \\\n  --env EXTRA=tpu\n")
+    assert len(runs) == 2 and len({folder for folder, _ in runs}) == 1
+
+
 def test_a_config_that_is_not_there_would_be_noticed(stubs: Stubs) -> None:
     with pytest.raises(AssertionError, match="there is no configs"):
         require_known("python", ["-m", "jaxpeft.train", "--config", "configs/gone.py"], "")
@@ -67,7 +89,7 @@ def test_every_file_is_in_the_readme_and_every_link_leads_somewhere() -> None:
     text = README.read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (LAUNCH / link).exists(), link
-    beside = {"README.md", "constraints.txt", "Dockerfile.dockerignore", "tpu_host.sh"}
+    beside = {"README.md", "constraints.txt", "Dockerfile.dockerignore", "tpu_host.sh", "common.sh"}
     named = {path.name for path in LAUNCH.iterdir()} - beside
     assert not [name for name in sorted(named) if name not in text and name != "gpu_jobset.yaml"]
 

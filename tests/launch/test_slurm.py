@@ -115,9 +115,11 @@ def test_mistakes_in_the_directives_are_refused(before: str, after: str, said: s
         require_sound(directives(mutated(SBATCH, before, after, tmp_path)))
 
 
-def job(stubs: Stubs, python: str, *, script: Path = SBATCH, **env: str) -> subprocess.CompletedProcess[str]:
+def job(
+    stubs: Stubs, python: str, *, script: Path = SBATCH, scontrol: str | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
     stubs.add("srun", SRUN)
-    stubs.add("scontrol")
+    stubs.add("scontrol", scontrol)
     given = {"PYTHON": str(stubs.add("python", python)), "SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
     return bash(
         script, "--config", "a b.py", "--workdir", "/runs/x", env=stubs.environment(**given, **env), cwd=Path("/")
@@ -147,6 +149,30 @@ def test_exit_code(python: str, env: dict[str, str], code: int, again: bool, stu
 def test_a_script_that_requeues_bad_input_would_be_noticed(stubs: Stubs, tmp_path: Path) -> None:
     job(stubs, "exit 2", script=mutated(SBATCH, "  0 | 2 | 130)", "  0 | 130)", tmp_path))
     assert stubs.calls("scontrol") == [["requeue", "17"]]
+
+
+def test_a_requeue_that_slurm_refuses_is_said(stubs: Stubs) -> None:
+    done = job(stubs, "exit 143", scontrol="exit 1")
+    assert done.returncode == 143
+    assert "slurm.sbatch: SLURM refuses that; to go on: the same sbatch command" in done.stderr
+
+
+@pytest.mark.parametrize("restarts", ["abc", "08", "-1"])
+def test_what_is_no_number_is_refused_before_anything_is_started(restarts: str, stubs: Stubs) -> None:
+    done = job(stubs, "exit 1", MAX_RESTARTS=restarts, DRY_RUN="2")
+    assert done.returncode == 2 and stubs.calls() == []
+    assert done.stderr.splitlines() == [
+        f"slurm.sbatch: MAX_RESTARTS={restarts}: is not a number of restarts",
+        "slurm.sbatch: DRY_RUN=2: is not 0 or 1",
+    ]
+
+
+def test_a_dry_run_prints_the_command_of_the_tasks(stubs: Stubs) -> None:
+    done = job(stubs, "exit 0", DRY_RUN="1")
+    assert done.returncode == 0 and stubs.calls() == []
+    python = str(stubs.folder / "bin" / "python")
+    assert shlex.split(done.stdout) == ["srun", "--kill-on-bad-exit=0", "--wait=120", python, "-m", "jaxpeft.train",
+                                        "--config", "a b.py", "--workdir", "/runs/x"]  # fmt: skip
 
 
 def test_every_task_gets_the_same_command(stubs: Stubs) -> None:

@@ -51,11 +51,17 @@ def test_what_is_printed_is_what_is_called(stubs: Stubs) -> None:
 @pytest.mark.parametrize(
     ("change", "words", "said"),
     [
-        ({"NAME": ""}, ["create"], "NAME: is not set"),
-        ({"ZONE": ""}, ["create"], "ZONE: is not set"),
-        ({"TYPE": ""}, ["create"], "TYPE: is not set"),
-        ({"IMAGE": ""}, ["setup"], "IMAGE: is not set"),
-        ({"STORE": ""}, ["keep", *RUN], "STORE: is not set"),
+        ({"NAME": ""}, ["create"], "NAME=: is not 1 to 28 characters"),
+        ({"ZONE": ""}, ["create"], "ZONE=: is not a zone"),
+        ({"TYPE": ""}, ["create"], "TYPE=: is not an accelerator type"),
+        ({"IMAGE": ""}, ["setup"], "IMAGE=: is not an image with a tag"),
+        ({"IMAGE": "foo"}, ["run", *RUN], "IMAGE=foo: is not an image with a tag"),
+        ({"IMAGE": "foo:latest"}, ["keep", *RUN], "IMAGE=foo:latest: latest is not the same image"),
+        ({"STORE": ""}, ["keep", *RUN], "STORE=: is not gs://BUCKET or HOST:/PATH"),
+        ({"STORE": "s3://bucket"}, ["setup"], "STORE=s3://bucket: is not gs://BUCKET or HOST:/PATH"),
+        ({"SPOT": "no"}, ["create"], "SPOT=no: is not 0 or 1"),
+        ({"EVERY": "1m"}, ["keep", *RUN], "EVERY=1m: is not a number of seconds"),
+        ({}, ["keep", *RUN, "--name=x"], "--name: would not be on the store"),
         ({"NAME": "Llama_1"}, ["create"], "NAME=Llama_1: is not 1 to 28 characters"),
         ({"NAME": "a" * 29}, ["create"], "is not 1 to 28 characters"),
         ({"SLICES": "none"}, ["create"], "SLICES=none: is not a count"),
@@ -73,6 +79,25 @@ def test_bad_input_is_refused_before_anything_is_called(
     assert stubs.calls() == []
 
 
+def test_every_problem_is_said_at_once(stubs: Stubs) -> None:
+    done = bash(TPU_VM, "keep", env=stubs.environment(SLICES="0"))
+    assert done.returncode == 2
+    said = [line.removeprefix("tpu_vm.sh: ").split(":")[0] for line in done.stderr.splitlines()]
+    assert said == ["NAME=", "ZONE=", "SLICES=0", "TYPE=", "IMAGE=", "STORE=", "--config"]
+
+
+@pytest.mark.parametrize("verb", ["status", "delete"])
+def test_a_verb_asks_for_what_it_needs_alone(verb: str, stubs: Stubs) -> None:
+    done = bash(TPU_VM, verb, env=stubs.environment(NAME="llama", ZONE="us-west4-a", DRY_RUN="1"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_dry_run_of_0_is_none(stubs: Stubs) -> None:
+    stubs.add("gcloud")
+    assert bash(TPU_VM, "create", env=stubs.environment(**SET, DRY_RUN="0")).returncode == 0
+    assert len(stubs.calls("gcloud")) == 1
+
+
 def test_help_is_the_head_of_the_file(stubs: Stubs) -> None:
     done = bash(TPU_VM, "--help", env=stubs.environment())
     assert done.returncode == 0 and done.stdout.startswith("Trains on Cloud TPU VMs") and "set -euo" not in done.stdout
@@ -87,7 +112,7 @@ next() {
   sed -n "${n}p;\\$p" "$1" | head -1 | sed 's/; /\\n/g'
 }
 case "$*" in
-  *describe*) said="$(next FOLDER/requests)"; [[ "$said" != NONE ]] || { echo "NOT_FOUND: none" >&2; exit 1; }; echo "$said" ;;
+  *describe*) echo "WARNING: a newer gcloud is there" >&2; said="$(next FOLDER/requests)"; [[ "$said" != NONE ]] || { echo "NOT_FOUND: none" >&2; exit 1; }; echo "$said" ;;
   *"jaxpeft_host.sh status"*) said="$(next FOLDER/hosts)"; [[ "$said" != LOST ]] || exit 255; echo "$said" ;;
 esac
 """
@@ -100,32 +125,82 @@ KEEP = {
     "done on one host, not yet on the other": (["ACTIVE"], [f"{D}; {R}", f"{D}; {D}"], 0, []),
     "a host does not answer": (["ACTIVE"], ["LOST", f"{R}; {R}", D], 0, []),
     "stopped by hand before": (["ACTIVE"], ["jaxpeft: stopped; jaxpeft: stopped", D], 0, ["scp", "setup", "run"]),
-    "bad input is not started again": (["ACTIVE"], [f"{R}; jaxpeft: failed 2"], 2, []),
-    "failed after its restarts": (["ACTIVE"], ["jaxpeft: failed 1; jaxpeft: failed 1"], 1, []),
+    "bad input is not started again": (["ACTIVE"], [f"{R}; {R}", f"{R}; jaxpeft: failed 2"], 2, []),
+    "failed after its restarts": (["ACTIVE"], [R, "jaxpeft: failed 1; jaxpeft: failed 1"], 1, []),
+    "a code that begins with a 2": (["ACTIVE"], [R, "jaxpeft: failed 203"], 1, []),
+    "the one before is done": (["ACTIVE"], [f"{D}; {D}", f"{R}; {R}", f"{D}; {D}"], 0, ["scp", "setup", "run"]),
+    "the one before was refused": (["ACTIVE"], ["jaxpeft: failed 2", R, D], 0, ["scp", "setup", "run"]),
+    "the one before has failed": (["ACTIVE"], ["jaxpeft: failed 1", R, D], 0, ["scp", "setup", "run"]),
+    "refused again": (["ACTIVE"], ["jaxpeft: failed 2"], 2, ["scp", "setup", "run"]),
+    "another one runs": (["ACTIVE"], ["jaxpeft: none; jaxpeft: other"], 2, []),
     "the request has failed": (["WAITING_FOR_RESOURCES", "FAILED"], [D], 1, []),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("requests", "hosts", "code", "did"), KEEP.values(), ids=list(KEEP))
 def test_keep(requests: list[str], hosts: list[str], code: int, did: list[str], stubs: Stubs, tmp_path: Path) -> None:
-    assert kept(TPU_VM, requests, hosts, stubs, tmp_path) == (code, did)
+    assert kept(TPU_VM, requests, hosts, stubs, tmp_path)[:2] == (code, did)
 
 
-def kept(script: Path, requests: list[str], hosts: list[str], stubs: Stubs, tmp_path: Path) -> tuple[int, list[str]]:
+def kept(
+    script: Path, requests: list[str], hosts: list[str], stubs: Stubs, tmp_path: Path
+) -> tuple[int, list[str], str]:
     (tmp_path / "requests").write_text("\n".join(requests) + "\n")
     (tmp_path / "hosts").write_text("\n".join(hosts) + "\n")
     stubs.add("gcloud", GCLOUD.replace("FOLDER", str(tmp_path)))
-    done = bash(script, "keep", *RUN, env=stubs.environment(**SET, EVERY="0"))
+    done = bash(script, "keep", *RUN, env=stubs.environment(**SET, EVERY="0"), seconds=20)
     words = ("create", "delete", "scp", "jaxpeft_host.sh setup", "jaxpeft_host.sh run")
     did = [word.split()[-1] for call in stubs.calls() for word in words if f" {word}" in f" {' '.join(call)} "]
-    return done.returncode, did
+    return done.returncode, did, done.stderr
 
 
 def test_a_keep_that_starts_bad_input_again_would_be_noticed(stubs: Stubs, tmp_path: Path) -> None:
-    before = """*"jaxpeft: failed 2"*) printf 'failed 2' ;;"""
-    forgets = mutated(TPU_VM, before, """*"jaxpeft: failed 2"*) printf 'stopped' ;;""", tmp_path)
+    forgets = mutated(TPU_VM, "printf 'failed 2' ;;", "printf 'stopped' ;;", tmp_path)
     requests, hosts, *_ = KEEP["bad input is not started again"]
-    assert kept(forgets, requests, [*hosts, D], stubs, tmp_path) == (0, ["scp", "setup", "run"])
+    assert kept(forgets, requests, [*hosts, D], stubs, tmp_path)[:2] == (0, ["scp", "setup", "run"])
+
+
+@pytest.mark.parametrize(
+    "before", ["the one before is done", "the one before was refused", "the one before has failed"]
+)
+def test_a_keep_that_answers_for_an_earlier_command_would_be_noticed(before: str, stubs: Stubs, tmp_path: Path) -> None:
+    requests, hosts, *_ = KEEP[before]
+    hasty = mutated(TPU_VM, "started=no told", "started=yes told", tmp_path)
+    assert kept(hasty, requests, hosts, stubs, tmp_path)[1] == []
+
+
+def test_hosts_are_asked_about_the_command_that_is_wanted(stubs: Stubs, tmp_path: Path) -> None:
+    kept(TPU_VM, ["ACTIVE"], ["jaxpeft: none", D], stubs, tmp_path)
+    commands = [
+        word.removeprefix("--command=") for call in stubs.calls() for word in call if word.startswith("--command=")
+    ]
+    asked, _, ran, _ = commands
+    assert asked == ran.replace("jaxpeft_host.sh run", "jaxpeft_host.sh status") + " 2> /dev/null || echo jaxpeft: none"
+
+
+@pytest.mark.parametrize(("word", "code", "tries"), [("half", 0, 2), ("yes", 2, 1)])
+def test_a_start_that_did_not_reach_every_host_is_tried_again(
+    word: str, code: int, tries: int, stubs: Stubs, tmp_path: Path
+) -> None:
+    script = mutated(
+        TPU_VM, "started=half", f"started={word}", tmp_path
+    )  # with `yes` it believes what an earlier one left
+    (tmp_path / "requests").write_text("ACTIVE\n")
+    (tmp_path / "hosts").write_text(f"jaxpeft: failed 2\n{R}; jaxpeft: failed 2\n{R}\n{D}\n")
+    lost = (
+        f'case "$*" in *"host.sh run"*) [[ -e {tmp_path}/tried ]] || {{ touch {tmp_path}/tried; exit 255; }} ;; esac\n'
+    )
+    stubs.add("gcloud", lost + GCLOUD.replace("FOLDER", str(tmp_path)))
+    done = bash(script, "keep", *RUN, env=stubs.environment(**SET, EVERY="0"))
+    assert done.returncode == code
+    assert sum("jaxpeft_host.sh run" in " ".join(call) for call in stubs.calls()) == tries
+
+
+def test_a_state_that_is_not_known_is_said_once(stubs: Stubs, tmp_path: Path) -> None:
+    waiting = ["ACCEPTED", "PROVISIONING", "CREATING", "WAITING_FOR_RESOURCES", "SUSPENDING", "DELETING"]
+    code, _, said = kept(TPU_VM, [*waiting, "ODD", "ODD", "ACTIVE"], [R, D], stubs, tmp_path)
+    assert code == 0
+    assert said == 'tpu_vm.sh: the request is in a state that is not known here, "ODD"; waiting for another\n'
 
 
 def test_keep_ends_if_the_request_is_refused(stubs: Stubs) -> None:
@@ -140,6 +215,7 @@ def test_keep_ends_if_the_request_is_refused(stubs: Stubs) -> None:
 
 SHOW = """case "$*" in
   *LoadState*) echo "$LOAD" ;; *ActiveState*) echo "$ACTIVE" ;; *ExecMainStatus*) echo "$STATUS" ;;
+  *ExecMainCode*) echo "$CODE" ;; *Job*) [[ -z "$JOB" ]] || echo "$JOB" ;;
 esac"""
 
 
@@ -152,25 +228,53 @@ def host(stubs: Stubs, tmp_path: Path, *words: str, script: Path = TPU_HOST, **e
     stubs.add("mkdir", 'case "$*" in *runs*) ;; *) /bin/mkdir "$@" ;; esac')
     places = {"UNIT_DIR": str(tmp_path), "COMMAND_DIR": str(tmp_path), "FSTAB": str(tmp_path / "fstab")}
     (tmp_path / "fstab").touch()
-    unit = {"LOAD": "not-found", "ACTIVE": "inactive", "STATUS": "0"} | env
+    unit = {"LOAD": "not-found", "ACTIVE": "inactive", "STATUS": "0", "CODE": "0", "JOB": ""} | env
     return bash(script, *words, env=stubs.environment(**places, **unit))
 
 
-@pytest.mark.parametrize(
-    ("load", "active", "status", "said"),
-    [
-        ("not-found", "inactive", "0", "none"),
-        ("loaded", "active", "0", "runs"),
-        ("loaded", "activating", "1", "runs"),  # between two tries
-        ("loaded", "inactive", "0", "done"),
-        ("loaded", "failed", "2", "failed 2"),
-        ("loaded", "failed", "143", "stopped"),
-        ("loaded", "failed", "1", "failed 1"),
-    ],
-)
-def test_status_of_a_host(load: str, active: str, status: str, said: str, stubs: Stubs, tmp_path: Path) -> None:
-    done = host(stubs, tmp_path, "status", LOAD=load, ACTIVE=active, STATUS=status)
+HOST = {
+    "no unit": ("not-found", "inactive", "0", "0", "", "none"),
+    "active": ("loaded", "active", "0", "0", "", "runs"),
+    "between two tries": ("loaded", "activating", "1", "1", "", "runs"),
+    "done": ("loaded", "inactive", "1", "0", "", "done"),
+    "bad input": ("loaded", "failed", "1", "2", "", "failed 2"),
+    "stopped and saved": ("loaded", "failed", "1", "143", "", "stopped"),
+    "an error": ("loaded", "failed", "1", "1", "", "failed 1"),
+    "killed": ("loaded", "failed", "2", "9", "", "failed 137"),
+    "killed by SIGINT, which is no bad input": ("loaded", "failed", "2", "2", "", "failed 130"),
+    "the host was started, and the unit waits for it": ("loaded", "inactive", "0", "0", "117", "runs"),
+    "the host was started, and the unit is not": ("loaded", "inactive", "0", "0", "", "none"),
+    "what it needs could not be started": ("loaded", "failed", "0", "0", "", "none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("load", "active", "code", "status", "job", "said"), HOST.values(), ids=list(HOST))
+def test_status_of_a_host(
+    load: str, active: str, code: str, status: str, job: str, said: str, stubs: Stubs, tmp_path: Path
+) -> None:
+    done = host(stubs, tmp_path, "status", LOAD=load, ACTIVE=active, CODE=code, STATUS=status, JOB=job)
     assert (done.returncode, done.stdout) == (0, f"jaxpeft: {said}\n")
+
+
+OF_A_COMMAND = {
+    "this one runs": ({"ACTIVE": "active"}, RUN, "runs"),
+    "another one runs": ({"ACTIVE": "active"}, ["--config", "b.py"], "other"),
+    "this one is done": ({"CODE": "1"}, RUN, "done"),
+    "another one is done": ({"CODE": "1"}, ["--config", "b.py"], "none"),
+    "this one was refused": ({"CODE": "1", "STATUS": "2"}, RUN, "failed 2"),
+    "another one was refused": ({"CODE": "1", "STATUS": "2"}, ["--config", "b.py"], "none"),
+}
+
+
+@pytest.mark.parametrize(("unit", "words", "said"), OF_A_COMMAND.values(), ids=list(OF_A_COMMAND))
+def test_status_of_a_command(unit: dict[str, str], words: list[str], said: str, stubs: Stubs, tmp_path: Path) -> None:
+    host(stubs, tmp_path, "run", IMAGE, *RUN)
+    done = host(stubs, tmp_path, "status", IMAGE, *words, LOAD="loaded", **unit)
+    assert (done.returncode, done.stdout) == (0, f"jaxpeft: {said}\n")
+
+
+def test_status_of_a_command_on_a_new_host(stubs: Stubs, tmp_path: Path) -> None:
+    assert host(stubs, tmp_path, "status", IMAGE, *RUN).stdout == "jaxpeft: none\n"
 
 
 def unit_of(folder: Path) -> dict[str, str]:

@@ -63,11 +63,14 @@ def test_dry_run_calls_nothing(stubs: Stubs) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"NAME": ""}, "NAME: is not set"),
-        ({"CLUSTER": ""}, "CLUSTER: is not set"),
+        ({"NAME": ""}, "NAME=: is not 1 to 28"),
+        ({"CLUSTER": ""}, "CLUSTER=: is not the name of a cluster"),
+        ({"TYPE": ""}, "TYPE=: is not a type"),
         ({"NAME": "a_b"}, "NAME=a_b: is not 1 to 28"),
-        ({"IMAGE": "jaxpeft:latest"}, "needs a tag that stays the same"),
-        ({"IMAGE": "jaxpeft"}, "needs a tag that stays the same"),
+        ({"IMAGE": "jaxpeft:latest"}, "latest is not the same image after a restart"),
+        ({"IMAGE": "jaxpeft"}, "IMAGE=jaxpeft: is not an image with a tag"),
+        ({"SPOT": "yes"}, "SPOT=yes: is not 0 or 1"),
+        ({"MAX_RESTARTS": "many"}, "MAX_RESTARTS=many: is not a number of restarts"),
         ({"COUNT": "0"}, "COUNT=0: is not a count"),
     ],
 )
@@ -76,6 +79,20 @@ def test_bad_input_is_refused(change: dict[str, str], said: str, stubs: Stubs) -
     done = bash(XPK, *RUN, env=stubs.environment(**(SET | change)))
     assert done.returncode == 2 and said in done.stderr
     assert stubs.calls() == []
+
+
+def test_every_problem_is_said_at_once(stubs: Stubs) -> None:
+    stubs.add("xpk")
+    done = bash(XPK, "--name=x", env=stubs.environment(COUNT="0"))
+    assert done.returncode == 2 and stubs.calls() == []
+    said = [line.removeprefix("xpk.sh: ").split(":")[0] for line in done.stderr.splitlines()]
+    assert said == ["NAME=", "IMAGE=", "CLUSTER=", "TYPE=", "COUNT=0", "--config", "--name"]
+
+
+@pytest.mark.parametrize(("more", "spot"), [({"SPOT": "0"}, False), ({}, False), ({"SPOT": "1"}, True)])
+def test_spot_is_asked_for_by_1_alone(more: dict[str, str], spot: bool, stubs: Stubs) -> None:
+    stubs.add("xpk")
+    assert ("--spot" in created(stubs, DRY_RUN="0", **more)[-1]) == spot
 
 
 def as_xpk_runs_it(command: str, env: dict[str, str], tmp_path: Path) -> int:
