@@ -17,7 +17,7 @@ from tests.training.runs import write_config, write_rows
 
 pytestmark = pytest.mark.slow
 STEPS = 12
-PAUSE, SLOW = 0.3, 0.8
+PAUSE, SLOW = 0.6, 0.8
 """Seconds before each step: a signal is heard of everywhere in about a second."""
 
 
@@ -59,7 +59,8 @@ def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
     assert 0 <= step < STEPS
     marks.message(ended[0], f"stopped on request; step {step} is saved, the same command goes on from it")
     assert "stopped on request" not in ended[1].stderr
-    own = [line for line in ended[1].stderr.splitlines() if "Gloo" not in line and "preemption_notifier" not in line]
+    natives = "Gloo", "peer ranks", "preemption_notifier"  # lines that are not Python's, which may be cut by each other
+    own = [line for line in ended[1].stderr.splitlines() if not any(word in line for word in natives)]
     assert all(line.startswith("[process 1] ") for line in own), own
     assert len(set(map(len, (team.batches(i).read_text().splitlines() for i in range(2))))) == 1
     for done in team():
