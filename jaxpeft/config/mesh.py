@@ -101,7 +101,7 @@ class MeshConfig:
 
     @property
     def long_rows(self) -> bool:
-        """Whether the positions of a row are spread: rows are then all of `data.max_length`, which is known to divide."""
+        """Whether the positions of a row are spread: batches are then of lengths that are known to divide."""
         return self.strategy == "sequence" or self.sequence not in (None, 1)
 
 

@@ -32,6 +32,7 @@ from jaxpeft.errors import DataError
 from jaxpeft.forward import apply
 from jaxpeft.hub import sources
 from jaxpeft.models.base import Pretrained
+from jaxpeft.sharding.activations import mesh_under, on_mesh
 
 _INPUTS = ("token_type_ids", "position_ids", "segment_ids")
 _LEAST = 1e-12
@@ -89,14 +90,14 @@ def embeddings(
     """
     backbone, inner = backbone_of(model, params)
 
-    @jax.jit
-    def run(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+    def direction(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         inputs: dict[str, Any] = {name: batch[name] for name in _INPUTS if name in batch}
         hidden = apply(backbone, params, batch["input_ids"], batch["attention_mask"], **inputs).astype(jnp.float32)
         token = batch["attention_mask"][..., None].astype(jnp.float32)
         total = (hidden * token).sum(1)
         return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), _LEAST)
 
+    run = jax.jit(on_mesh(mesh_under(inner), direction))
     made: list[np.ndarray[Any, Any]] = []
     labels: list[np.ndarray[Any, Any]] = []
     for batch, rows in batches:

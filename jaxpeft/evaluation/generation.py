@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence, Set
@@ -14,6 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft.forward import apply
+from jaxpeft.models.base import Pretrained
+from jaxpeft.sharding.activations import mesh_under
 
 
 def greedy(
@@ -40,7 +43,10 @@ def greedy(
         row[: len(prompt)] = prompt
 
     # the same on every device, and so in every process
-    whole = _on_each_device(params)
+    mesh = mesh_under(params)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    if isinstance(model, Pretrained):  # a kernel that the partitioner cannot split has no say here: the rows are few
+        model = model.clone(options=dataclasses.replace(model.options, attention="xla"))
 
     @functools.partial(jax.jit, out_shardings=whole)
     def step(params: Mapping[str, Any], rows: jax.Array, at: jax.Array) -> jax.Array:
@@ -56,13 +62,6 @@ def greedy(
             break
     out = [_added(made, sizes, row, most) for row in range(len(prompts))]
     return [list(itertools.takewhile(lambda token: token not in ends, ids)) for ids in out]
-
-
-def _on_each_device(params: Mapping[str, Any]) -> NamedSharding | None:
-    """Gives the sharding of what every device of the parameters holds; None where they are on no mesh."""
-    found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
-    mesh = next((sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)), None)
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def _added(rows: jax.Array, sizes: np.ndarray[Any, Any], row: int, count: int) -> list[int]:

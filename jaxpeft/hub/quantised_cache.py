@@ -171,9 +171,22 @@ class _Layer:
         return self.leaf.nbytes if self.layer is None else self.leaf.nbytes // self.leaf.shape[0]
 
     def read(self) -> np.ndarray[Any, Any]:
-        array = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
+        array = np.asarray(self.leaf) if self.layer is None else _of_layer(self.leaf, self.layer)
         self.digests[self.name] = _sha256(array)
         return array
+
+
+def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
+    """Gives one layer of a leaf: by its parts, since of what waits in the host's memory JAX takes no slice."""
+    if leaf.sharding.memory_kind == jax.local_devices()[0].default_memory().kind:
+        return np.asarray(leaf[layer])
+    array = np.empty(leaf.shape[1:], leaf.dtype)
+    for shard in leaf.addressable_shards:
+        layers, *within = shard.index
+        start, stop, _ = layers.indices(leaf.shape[0])
+        if start <= layer < stop:
+            array[tuple(within)] = np.asarray(shard.data)[layer - start]
+    return array
 
 
 def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry | None:

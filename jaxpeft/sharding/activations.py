@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 from flax.linen import spmd
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
 
@@ -27,14 +27,22 @@ NAMES: tuple[tuple[str, Any], ...] = (
 """The axes that each name stands for."""
 
 
-def on_mesh(mesh: Mesh, fn: F) -> F:
-    """Gives a function that is traced for a mesh; one device leaves it as it is.
+def mesh_under(params: Any) -> Mesh | None:
+    """Gives the mesh that the leaves of a tree lie on, None where they are on none."""
+    found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    return next(
+        (where.mesh for where in found if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh)), None
+    )
+
+
+def on_mesh(mesh: Mesh | None, fn: F) -> F:
+    """Gives a function that is traced for a mesh; one device leaves it as it is, and so does None.
 
     Args:
         mesh: the devices.
         fn: to be compiled, with its arguments on them.
     """
-    if mesh.size == 1:
+    if mesh is None or mesh.size == 1:
         return fn
 
     @functools.wraps(fn)

@@ -161,15 +161,24 @@ def batch_shardings(mesh: Mesh, batch: Mapping[str, Any], axis: int = 0) -> dict
 
     Args:
         mesh: the devices.
-        batch: arrays, abstract ones too; those shaped like `input_ids` have an axis of positions behind that of rows.
+        batch: arrays, abstract ones too.
         axis: which axis is that of rows: 1 behind an axis of micro-batches.
     """
     shape = batch["input_ids"].shape
     positions = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS, SEQUENCE))
     spread = shape[-1] % mesh.shape[SEQUENCE] == 0
     return {
-        name: positions if spread and array.shape == shape else by_rows(mesh, axis) for name, array in batch.items()
+        name: positions if spread and has_positions(array, shape) else by_rows(mesh, axis)
+        for name, array in batch.items()
     }
+
+
+def has_positions(array: Any, ids: tuple[int, ...]) -> bool:
+    """Says whether an array of a batch has an axis of positions: whole numbers of the shape of its `input_ids`.
+
+    The labels of a row with several may be as many as its positions; they are floating.
+    """
+    return array.shape == ids and np.issubdtype(array.dtype, np.integer)
 
 
 def place(mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0) -> dict[str, jax.Array]:

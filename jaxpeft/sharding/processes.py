@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpeft.core import paths
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError
 
@@ -85,11 +86,27 @@ def _put(leaf: Any, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
-def on_each_device(mesh: Mesh, params: Tree) -> Tree:
-    """Gives a tree whose leaves every device, and so every process, holds whole; one process has all of them anyway."""
+def on_host(params: Tree, *, keep: bool) -> Tree:
+    """Gives a tree whose leaves are whole in this process's memory; of one process they are anyway, and stay where they are.
+
+    One leaf after the other is gathered, so that no device holds the whole tree.
+
+    Args:
+        params: the tree, the same in every process.
+        keep: whether this process wants it; all must ask.
+    """
     if jax.process_count() == 1:
         return params
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(params)
+    return paths.map_with_path(lambda _, leaf: _fetched(leaf, keep=keep), params)
+
+
+def _fetched(leaf: Any, *, keep: bool) -> Any:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    if not leaf.is_fully_replicated:
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # pyright: ignore[reportAttributeAccessIssue]
+        leaf = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=whole)(leaf))
+    return np.asarray(leaf.addressable_data(0)) if keep else None
 
 
 def _rows_here(mesh: Any, rows: int) -> Rows:

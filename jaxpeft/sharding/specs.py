@@ -104,32 +104,37 @@ def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
         found: where the leaves of a base lie, as they are stored.
     """
     gathered: dict[Path, PartitionSpec] = {}
+    differ: set[Path] = set()
     for path, where in paths.walk(found.shardings):
         at = next((i for i, key in enumerate(path[:-1]) if key in paths.LAYER_CONTAINERS), None)
         if at is None or path[-1] not in _STORED or FSDP not in jax.tree.leaves(tuple(where.spec)):
             continue
         stacked = paths.layer_axis(path) is not None
         kept = [tuple(axis for axis in _axes(entry) if axis != FSDP) for entry in tuple(where.spec)[stacked:]]
-        gathered.setdefault(path[at + 1 + (not stacked) :], _spec(kept))
-    return tuple(gathered.items())
+        within, spec = path[at + 1 + (not stacked) :], _spec(kept)
+        if (
+            gathered.setdefault(within, spec) != spec
+        ):  # rules of one's own that differ by layer: left to the partitioner
+            differ.add(within)
+    return tuple((path, spec) for path, spec in gathered.items() if path not in differ)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def require_used(rules: Rules, params: Mapping[str, Any]) -> None:
+def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
     """Refuses a rule of the user's that matches no leaf, as a misspelt one does.
 
     Args:
         rules: of the run.
-        params: the tree, with the adapter leaves of its method; the kernel of a quantised site is one of its leaves.
+        *trees: of all methods of the run, with their adapter leaves; the kernel of a quantised site is one of its leaves.
 
     Raises:
         ConfigError: naming the rules, and leaves that there are.
     """
-    names = {paths.text(path) for path, _ in paths.walk(params)}
-    names |= {paths.text((*site.path, "kernel")) for site in targets.find_sites(params) if site.kind == "linear"}
+    names = {paths.text(path) for params in trees for path, _ in paths.walk(params)}
+    names |= {paths.text((*site.path, "kernel")) for params in trees for site in targets.find_sites(params)}
     unused = [
         rule.pattern for rule in rules.rules if rule.own and not any(re.fullmatch(rule.pattern, name) for name in names)
     ]

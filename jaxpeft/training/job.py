@@ -23,7 +23,7 @@ from jaxpeft.logs import timed
 from jaxpeft.methods import METHODS
 from jaxpeft.models import attention
 from jaxpeft.peers import ALONE, Peers
-from jaxpeft.sharding.processes import on_each_device
+from jaxpeft.sharding.processes import on_host
 from jaxpeft.training import compiling, optimizers, plot, records
 from jaxpeft.training.begin import fixed_leaves, split_for
 from jaxpeft.training.evaluation import Evaluator, metric_of
@@ -155,17 +155,20 @@ def fit(
     """Trains a method on a prepared setup, and saves the adapter beside its checkpoints: the arguments are those of `Run`."""
     result = Run(setup, method, options, folder, stop, evaluator, allowed).fit()
     saved = _whole(setup, result)
-    if setup.peers.first:
+    if saved is not None:
         save_adapter(folder / "adapter", result.method, saved, setup.model, labels=setup.labels)
     _log.info("%s on the test rows: %s", method.name, _shown(result.test))
     return result
 
 
-def _whole(setup: Setup, result: Result) -> Tree:
-    """Gives the tree with what is saved of it whole in every process; the rest of the base stays where it is."""
-    fixed = on_each_device(setup.mesh, fixed_leaves(result.method, result.frozen))
+def _whole(setup: Setup, result: Result) -> Tree | None:
+    """Gives the tree with what is saved of it whole in the first process, None in others; the rest of the base stays where it is."""
+    fixed = on_host(fixed_leaves(result.method, result.frozen), keep=setup.peers.first)
+    trainable = on_host(result.trainable, keep=setup.peers.first)
+    if not setup.peers.first:
+        return None
     frozen = paths.map_with_path(lambda path, leaf: fixed.get(paths.text(path), leaf), result.frozen)
-    return combine(on_each_device(setup.mesh, result.trainable), frozen)
+    return combine(trainable, frozen)
 
 
 def _answers(setup: Setup, params: Tree) -> list[str]:

@@ -27,7 +27,7 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.data.batches import Position
 from jaxpeft.logs import timed
 from jaxpeft.sharding.activations import on_mesh
-from jaxpeft.sharding.mesh import batch_shardings, place, replicated
+from jaxpeft.sharding.mesh import batch_shardings, has_positions, place, replicated
 from jaxpeft.sharding.processes import own_rows, put
 from jaxpeft.sharding.specs import state_shardings
 from jaxpeft.training import compiling, flops, optimizers, records
@@ -406,9 +406,9 @@ def _abstract_batch(
     """Gives the shapes of a batch whose rows are padded to `length`, and where they lie."""
     ids = batch["input_ids"].shape
 
-    def shape(name: str, own: tuple[int, ...]) -> tuple[int, ...]:
-        return (*ids[:-1], length) if own == ids and name != "weights" else own
-
-    shapes = {name: jax.ShapeDtypeStruct(shape(name, a.shape), a.dtype) for name, a in batch.items()}
+    shapes = {
+        name: jax.ShapeDtypeStruct((*ids[:-1], length) if has_positions(a, ids) else a.shape, a.dtype)
+        for name, a in batch.items()
+    }
     where = batch_shardings(mesh, shapes, axis)
     return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where[name]) for name, a in shapes.items()}

@@ -21,7 +21,7 @@ from jaxpeft.core import paths
 from jaxpeft.forward import run
 from jaxpeft.hub.loading import Outline, abstract_params
 from jaxpeft.sharding.rules import Rules
-from jaxpeft.sharding.sizes import FSDP, TENSOR
+from jaxpeft.sharding.sizes import FSDP, SEQUENCE, TENSOR
 from jaxpeft.sharding.specs import HOST, Layout, layout
 from jaxpeft.training.head_loss import MOST_LOGITS
 
@@ -39,7 +39,7 @@ class Estimate:
         base: the frozen leaves, as they are stored.
         trained: the trained leaves, their gradients and the optimizer's two moments, float32.
         kept: activations, by the policy of remat.
-        working: the activations of the layer at work and the logits of a chunk.
+        working: the activations of the layer at work, its scores where they are written out, and the logits of a chunk.
     """
 
     base: int
@@ -90,11 +90,14 @@ def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layo
     per_layer = {policy: stream + sum(n for name, n in named if name in marks) for policy, marks in _MARKS.items()}
     vocab = model.config.vocab_size // tensor if options.task == "causal_lm" else 0
     base, gathered = _base(outline, where)
+    parts = _along(where, SEQUENCE)
+    # attention over positions that are spread writes its scores out, those behind the softmax too
+    scores = 3 * 4 * rows * model.config.num_attention_heads // tensor * length * length * parts if parts > 1 else 0
     return Estimate(
         base=base,
         trained=16 * trained,
         kept={policy: layers * n for policy, n in per_layer.items()},
-        working=gathered + 2 * per_layer["products"] + 2 * size * min(MOST_LOGITS, rows * length * vocab),
+        working=scores + gathered + 2 * per_layer["products"] + 2 * size * min(MOST_LOGITS, rows * length * vocab),
     )
 
 

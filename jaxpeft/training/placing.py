@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +14,8 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import Outline
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.specs import HOST, Layout, by_path, gathered_codes, log_dropped
+
+_log = logging.getLogger(__name__)
 
 
 def check(options: MeshConfig, mesh: Mesh) -> None:
@@ -47,6 +50,8 @@ def bringing(model: Pretrained, found: Layout) -> Pretrained:
     waits = any(where.memory_kind == HOST for where in jax.tree.leaves(found.shardings))
     gathered = gathered_codes(found)
     remat = "products" if options.remat == "none" and (waits or gathered) else options.remat
+    if remat != options.remat:
+        _log.info("remat %s in place of none: else what layers bring would be kept, which is the whole base", remat)
     return model.clone(options=dataclasses.replace(options, offload=waits, gathered=gathered, remat=remat))
 
 

@@ -264,7 +264,7 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
     Returns:
         How many trained parameters a device holds; of several methods, those of the one that trains most.
     """
-    trained, rules = 0, rules_of(config.mesh)
+    trained, rules, trees = 0, rules_of(config.mesh), [outlined.leaves]
     most = getattr(outlined.model.config, "max_position_embeddings", None)
     virtual = sum(part.virtual_positions for part in config.method.parts())
     if most is not None and length + virtual > most:
@@ -277,8 +277,7 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
     for method in (*(METHODS[name]() for name in config.baselines), config.method):
         try:
             params = jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
-            if method is config.method:
-                require_used(rules, params)
+            trees.append(params)
             mask = trainable_mask(method, params)
             own = tree.partition(params, mask)[0], tree.partition(shardings(mesh, rules, params, method), mask)[0]
             held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
@@ -286,6 +285,8 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
         except TargetError as error:
             raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
         method.optimizer(optax.identity(), steps)  # which refuses a schedule that does not fit the run
+    if not config.compare.candidates:  # whose rules may be those of another
+        require_used(rules, *trees)
     return trained
 
 

@@ -21,6 +21,7 @@ from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import Task, outline
 from jaxpeft.models.base import Pretrained
+from jaxpeft.sharding.activations import mesh_under, on_mesh
 from jaxpeft.training.outputs import Outputs
 
 
@@ -86,7 +87,8 @@ class Start:
         Returns:
             The last state; None where there was no batch.
         """
-        model = self.model.clone(options=dataclasses.replace(self.model.options, scan_layers=False))
+        # nothing is computed again: there is no backward pass, and what is found must come out
+        model = self.model.clone(options=dataclasses.replace(self.model.options, scan_layers=False, remat="none"))
 
         def seen(params: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, jax.Array]:
             found: dict[str, jax.Array] = {}
@@ -106,8 +108,9 @@ class Start:
                 _ = Outputs(model, unstack_layers(params), batch, None).logits
             return found
 
-        first = jax.jit(lambda params, batch: update(None, seen(params, batch)))
-        later = jax.jit(lambda state, params, batch: update(state, seen(params, batch)))
+        mesh = mesh_under(params)
+        first = jax.jit(on_mesh(mesh, lambda params, batch: update(None, seen(params, batch))))
+        later = jax.jit(on_mesh(mesh, lambda state, params, batch: update(state, seen(params, batch))))
         state: Any = None
         for i, batch in enumerate(self.batches()):
             if i == most:

@@ -88,16 +88,21 @@ def test_answers_and_a_start_from_data_are_the_same(tmp_path: Path, tiny_models:
     assert {path.name for path in two.job.workdir.iterdir()} == {path.name for path in one.job.workdir.iterdir()}
 
 
+@pytest.mark.parametrize(("method", "strategy"), [("vera", None), ("full", "fsdp")])
 def test_processes_of_one_device_save_what_is_not_trained_and_what_has_not_begun(
-    tmp_path: Path, tiny_models: Mapping[str, Path]
+    tmp_path: Path, tiny_models: Mapping[str, Path], method: str, strategy: str | None
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "text", 40)
-    options = OPTIONS | {"method__dropout": 0.0, "mesh__data": None}  # all devices of all processes
+    options = OPTIONS | {
+        "method__dropout": 0.0,
+        "mesh__data": None,
+        "mesh__strategy": strategy,
+    }  # all devices of all processes
     config = write_config(
         tmp_path / "mine.py", tiny_models["llama"], rows, model__task="causal_lm",
         **{name: value for name, value in options.items() if not name.startswith("method")},
     )  # fmt: skip
-    config.write_text(config.read_text().replace('defaults("lora")', 'defaults("vera")'))
+    config.write_text(config.read_text().replace('defaults("lora")', f'defaults("{method}")'))
     team = Team(Job(config, tmp_path / "run"), 2, devices=1)
     for done in team(members={1: Member("in_compile:1:term")}):
         assert done.returncode == 143, done.stderr

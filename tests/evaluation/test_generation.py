@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import jaxpeft
+from jaxpeft.evaluation import generation
 from jaxpeft.evaluation.generation import greedy
 from tests.training.runs import tiny_models
 
@@ -48,3 +50,17 @@ def test_an_answer_ends_before_the_first_token_that_ends_it(
     wanted = [ids[: next((i for i, token in enumerate(ids) if token in ends), MOST)] for ids in theirs]
     assert greedy(model, params, PROMPTS, most=MOST, ends=ends) == wanted
     assert len(wanted[0]) < MOST
+
+
+def test_the_kernel_of_another_platform_has_no_say(
+    tiny_models: Mapping[str, Path], theirs: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[str]()
+    model, params = jaxpeft.load(tiny_models["llama"], task="causal_lm")
+    model = model.clone(options=dataclasses.replace(model.options, attention="splash"))
+    real = generation.apply
+    monkeypatch.setattr(
+        generation, "apply", lambda model, *args: (seen.append(model.options.attention), real(model, *args))[1]
+    )
+    assert greedy(model, params, PROMPTS, most=MOST, ends=set()) == theirs
+    assert set(seen) == {"xla"}

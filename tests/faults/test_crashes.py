@@ -44,7 +44,6 @@ def test_case_1_killed_at_random_moments_it_ends_as_if_nothing_had_happened(job:
         marks.message(done)
         marks.in_time(done)
         marks.same_end(job, whole)
-        whole_time = min(whole_time, done.seconds)  # the first may have been slow, and kills would come too late
 
 
 def test_case_2_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, marks: Marks) -> None:

@@ -118,6 +118,21 @@ def test_it_is_read_onto_many_devices(root: Path, base: Path, quantising: list[i
     assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, wanted))
 
 
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_what_waits_in_the_memory_of_the_host_is_kept_too(
+    root: Path, base: Path, quantising: list[int], scan: bool
+) -> None:
+    _, wanted = jaxpeft.load(base, task=TASK, quant="nf4", scan_layers=scan, cache=False)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    where = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
+    for times in (1, 0):
+        quantising.clear()
+        _, params = jaxpeft.load(base, task=TASK, quant="nf4", scan_layers=scan, sharding=where)
+        assert bool(quantising) is bool(times)
+        assert len(entries(root)) == 1
+        assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, wanted))
+
+
 def test_axes_are_spread_where_they_can_be(root: Path, reference: Any, quantising: list[int]) -> None:
     folder = reference("llama", TASK, vocab_size=104).folder
     _, wanted = jaxpeft.load(folder, task=TASK, quant="nf4")

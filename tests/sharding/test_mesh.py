@@ -106,14 +106,22 @@ def test_what_does_not_go_over_slices_is_refused_with_what_would(options: dict[s
 
 def test_rows_go_over_data_and_fsdp_and_positions_over_sequence() -> None:
     mesh = make_mesh(config(strategy="sequence", data=2, fsdp=2))
-    rows = {"input_ids": np.zeros((8, 16)), "weights": np.zeros(8), "labels": np.zeros((8, 3))}
+    rows = {"input_ids": np.zeros((8, 16), np.int32), "weights": np.zeros(8), "labels": np.zeros((8, 3))}
     assert {name: where.spec for name, where in batch_shardings(mesh, rows).items()} == {
         "input_ids": PartitionSpec(("data", "fsdp"), "sequence"),
         "weights": PartitionSpec(("data", "fsdp")),
         "labels": PartitionSpec(("data", "fsdp")),
     }
-    parts = {"input_ids": np.zeros((2, 4, 16)), "weights": np.zeros((2, 4))}
+    parts = {"input_ids": np.zeros((2, 4, 16), np.int32), "weights": np.zeros((2, 4))}
     assert place(mesh, parts, axis=1)["input_ids"].sharding.shard_shape((2, 4, 16)) == (2, 1, 8)
+
+
+def test_labels_of_a_row_that_are_as_many_as_its_positions_have_none() -> None:
+    mesh = make_mesh(config(strategy="sequence", data=2, fsdp=2))
+    rows = {"input_ids": np.zeros((8, 16), np.int32), "labels": np.zeros((8, 16), np.float32)}
+    assert batch_shardings(mesh, rows)["labels"].spec == PartitionSpec(("data", "fsdp"))
+    rows["labels"] = rows["labels"].astype(np.int32)
+    assert batch_shardings(mesh, rows)["labels"].spec == PartitionSpec(("data", "fsdp"), "sequence")
 
 
 def test_a_batch_that_the_rows_do_not_divide_is_refused() -> None:

@@ -23,7 +23,7 @@ from jaxpeft.sharding.mesh import make_mesh
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.specs import HOST
 from jaxpeft.training import job, memory, placing
-from jaxpeft.training.begin import split_for
+from jaxpeft.training.begin import begun, split_for
 from jaxpeft.training.records import read_lines
 from jaxpeft.training.setup import prepare
 
@@ -163,6 +163,24 @@ def test_starts_that_read_the_base_read_it_in_host_memory_too(make_config: MakeC
     ]
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(np.abs(a), np.abs(b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"strategy": "fsdp"}, {"strategy": "fsdp", "offload": True}], ids=["fsdp", "offload"])
+def test_a_start_from_data_is_that_of_one_device_whatever_is_computed_again(
+    make_config: MakeConfig, mesh: dict[str, Any]
+) -> None:
+    made = make_config(
+        "text", data__packing=True, model__scan_layers=True, model__quant="nf4", evaluation__batch_size=8
+    )
+    method = dataclasses.replace(made.method, init_weights="eva", eva_batches=1)  # type: ignore[call-arg]
+    made = dataclasses.replace(made, method=method)
+    remat = dataclasses.replace(made, model=dataclasses.replace(made.model, remat="products"))
+    found = [begun(prepare(one), method, None)[1] for one in (made, remat, spread(made, **mesh))]
+    assert prepare(spread(made, **mesh)).model.options.remat == "products"
+    for plain, *others in zip(*map(jax.tree.leaves, found), strict=True):
+        for other in others:
+            np.testing.assert_allclose(np.abs(plain), np.abs(other), rtol=1e-3, atol=1e-4)
 
 
 def test_offload_is_refused_where_there_is_no_such_memory(config: Config) -> None:

@@ -174,6 +174,11 @@ def test_a_rule_that_matches_no_leaf_is_refused() -> None:
     for quant in (None, "nf4"):
         with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
             specs.require_used(rules_of(options), abstract(LLAMA, quant=quant))
+    stored = MeshConfig(strategy="fsdp", rules=((r".*/kernel_nf4",), (r".*/lora_a",), (r".*/adapter_down",)))
+    trees = abstract(LLAMA, quant="nf4"), abstract(LLAMA, "adapter")
+    specs.require_used(rules_of(stored), *trees)
+    with pytest.raises(ConfigError, match="adapter_down' matches no leaf"):
+        specs.require_used(rules_of(stored), trees[0])
 
 
 def test_a_leaf_that_no_rule_covers_is_an_error() -> None:
