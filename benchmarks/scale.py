@@ -154,7 +154,21 @@ def page(found: list[dict[str, Any]]) -> str:
         parts += [title, f"{plan['parameters'] / 1e9:.1f} B parameters, {plan['trained'] / 1e6:.0f} M trained; {said}"]
         parts += ["\n".join([COLUMNS, "|" + "---|" * (COLUMNS.count("|") - 1), *map(_line, rows)])]
         parts.append(f"{cpu:.0f} s of a core, {_versions(plan)}, layers {plan['layers']}.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *_missing(found)]) + "\n"
+
+
+def _missing(found: list[dict[str, Any]]) -> list[str]:
+    """Says which cases of the grid have no plan yet."""
+    there = {Case(**line["case"]) for line in found}
+    rows: list[str] = []
+    for model in MODELS:
+        for topology in TOPOLOGIES:
+            left = [one for one in STRATEGIES if Case(model, "none", topology, one) not in there]
+            rows += [f"| {model} | {topology} | {', '.join(left)} |"] if left else []
+    if not rows:
+        return []
+    said = "`python -m benchmarks.scale` goes on with what is left of its grid:"
+    return ["## Not planned yet", said, "\n".join(["| model | topology | strategies |", "|---|---|---|", *rows])]
 
 
 def named(row: Mapping[str, Any]) -> str:
