@@ -58,12 +58,15 @@ def text(path: Path) -> str:
     return "/".join(path)
 
 
+def layers_at(path: Path) -> int | None:
+    """Gives the index in `path` of what holds the layers, or None where the leaf is of no layer."""
+    return next((i for i, key in enumerate(path[:-1]) if key in LAYER_CONTAINERS), None)
+
+
 def layer_axis(path: Path) -> int | None:
     """Gives the index in `path` after which the layer number belongs, or None where the leaf is not stacked."""
-    for i, key in enumerate(path[:-1]):
-        if key in LAYER_CONTAINERS:
-            return None if path[i + 1].isdigit() else i
-    return None
+    at = layers_at(path)
+    return None if at is None or path[at + 1].isdigit() else at
 
 
 def hf_names(path: Path, layers: int | None) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class Freeze(Method):
         Raises:
             ConfigError: the model has fewer layers, or they are stacked and some of them only would be trained.
         """
-        at = next((i for i, key in enumerate(path[:-1]) if key in paths.LAYER_CONTAINERS), None)
+        at = paths.layers_at(path)
         if at is None:
             return self._around(path)
         count = _count(params, path, at)

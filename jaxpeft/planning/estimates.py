@@ -76,6 +76,6 @@ def _decoded(subject: Subject, mesh: Mesh) -> int:
     inner = [
         kernels.parameters(path[-1], leaf.shape) // (layers if paths.layer_axis(path) is not None else 1)
         for path, leaf in paths.walk(subject.base)
-        if any(key in paths.LAYER_CONTAINERS for key in path)
+        if paths.layers_at(path) is not None
     ]
     return size * max(inner, default=0) // mesh.shape[TENSOR]

@@ -109,8 +109,8 @@ def rate(topology: Topology, mesh: Any, axes: str) -> float:
     rings = [size > 1 and size % chip.wraps == 0 for size in whole]
     if len(chip.largest) > 2:  # slices of three axes are made of whole cubes, or are no torus
         rings = [all(rings)] * len(rings)
-    reached = zip(_extents(group), whole, rings, strict=True)
-    return chip.link * max(1, sum(2 if ring and size == all_ else 1 for size, all_, ring in reached if size > 1))
+    along = zip(_extents(group), whole, rings, strict=True)
+    return chip.link * max(1, sum(2 if ring and size == axis else 1 for size, axis, ring in along if size > 1))
 
 
 def _extents(devices: Sequence[Any]) -> list[int]:

@@ -106,7 +106,7 @@ def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
     gathered: dict[Path, PartitionSpec] = {}
     differ: set[Path] = set()
     for path, where in paths.walk(found.shardings):
-        at = next((i for i, key in enumerate(path[:-1]) if key in paths.LAYER_CONTAINERS), None)
+        at = paths.layers_at(path)
         if at is None or path[-1] not in _STORED or FSDP not in jax.tree.leaves(tuple(where.spec)):
             continue
         stacked = paths.layer_axis(path) is not None
@@ -145,11 +145,7 @@ def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
 def _offloaded(path: Path, leaf: Any) -> bool:
     """Says whether a frozen leaf is one of those that wait in the host's memory: the matrices of a layer's kernels."""
     axes = leaf.ndim - (paths.layer_axis(path) is not None)
-    return (
-        any(key in paths.LAYER_CONTAINERS for key in path)
-        and (path[-1] == "kernel" or path[-1] in _STORED)
-        and axes > 1
-    )
+    return paths.layers_at(path) is not None and (path[-1] == "kernel" or path[-1] in _STORED) and axes > 1
 
 
 def fitted(mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]) -> tuple[PartitionSpec, list[str]]:

@@ -142,7 +142,7 @@ def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
         base += 0 if waits else each * size
         if there is not None and (waits or FSDP in jax.tree.leaves(tuple(there.spec))):
             gathered = each * size * there.mesh.shape[FSDP]
-            within = any(key in paths.LAYER_CONTAINERS for key in path)
+            within = paths.layers_at(path) is not None
             one_layer, table = one_layer + within * gathered, max(table, (not within) * gathered)
     return base, 2 * one_layer // layers + table
 

@@ -61,11 +61,8 @@ def planned(tmp_path: Path, *words: str, code: int = 0) -> tuple[dict[str, Any],
     asked = ["--config", str(file), "--model-config", str(described), "--json", str(tmp_path / "plan.json"), *words]
     command = [sys.executable, "-m", "jaxpeft.plan", *asked]
     # as a user's would be, the devices are the command's own affair; programs for a CPU compile fast, as everywhere in the tests
-    own = (
-        ("JAX_PLATFORMS",)
-        if words[words.index("--topology") + 1][:3] in ("cpu", "h10", "h20")
-        else ("JAX_PLATFORMS", "XLA_FLAGS")
-    )
+    tpu = words[words.index("--topology") + 1].startswith("v")
+    own = ("JAX_PLATFORMS", "XLA_FLAGS") if tpu else ("JAX_PLATFORMS",)
     environ = {key: value for key, value in os.environ.items() if key not in own}
     environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False, timeout=600)
