@@ -16,7 +16,7 @@ ADAPTERS := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 tokeniz
 SKYPILOT := skypilot==0.14.1
 QUICKSTART := -m jaxpeft.train --config configs/quickstart.py --workdir runs/quickstart
 BENCHMARKS := loading lora_cpu data
-PYTEST := -m pytest -q -n 2 --dist worksteal
+PYTEST := -m pytest -q -n 3 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

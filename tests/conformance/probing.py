@@ -23,8 +23,11 @@ def quantised(params: Mapping[str, Any], form: str = "nf4") -> tuple[Any, Any]:
 
 
 def on_quantised(method: Any, model: Any, base: Any, move: Any) -> str | None:
-    """Tries a method on a quantised base; gives why it cannot, None where it computes as on the base that it stands for."""
-    stored, plain = quantised(base)
+    """Tries a method on a quantised base; gives why it cannot, None where it computes as on the base that it stands for.
+
+    `base` is that base twice, as `quantised` gives it.
+    """
+    stored, plain = base
     try:
         params = move(method, jaxpeft.rewrite(method, stored, jax.random.key(0)))
     except ConfigError as error:

@@ -16,9 +16,9 @@ from tests.faults.test_resume import figures
 from tests.training.runs import write_config, write_rows
 
 pytestmark = pytest.mark.slow
-STEPS = 6
+STEPS = 4
 OPTIONS: dict[str, Any] = {
-    "mesh__data": -1, "method__dropout": 0.1, "train__steps": STEPS, "evaluation__every_steps": 3, "log__every_steps": 1,
+    "mesh__data": -1, "method__dropout": 0.1, "train__steps": STEPS, "evaluation__every_steps": 2, "log__every_steps": 1,
     "log__tensorboard": False, "log__plot": False, "optimizer__learning_rate": 1e-2, "optimizer__warmup_steps": 1,
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ def assert_same(one: Team, several: Team, *, shared: bool = False) -> None:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_real_model_is_trained_as_by_one_process(assets: Path, tmp_path: Path, processes: int) -> None:
     rows = tmp_path / "rows.jsonl"
-    lines = (assets / "tinystories-2mb" / "train.jsonl").read_text().splitlines()[:120]
+    lines = (assets / "tinystories-2mb" / "train.jsonl").read_text().splitlines()[:40]
     rows.write_text("\n".join(lines) + "\n")
     config = write_config(
         tmp_path / "mine.py", assets / "stories260K" / "hf", rows, model__task="causal_lm", model__scan_layers=True,

@@ -58,10 +58,10 @@ def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
     step = team.job.steps[-1]
     assert 0 <= step < STEPS
     marks.message(ended[0], f"stopped on request; step {step} is saved, the same command goes on from it")
-    assert "stopped on request" not in ended[1].stderr
-    natives = "Gloo", "peer ranks", "preemption_notifier"  # lines that are not Python's, which may be cut by each other
-    own = [line for line in ended[1].stderr.splitlines() if not any(word in line for word in natives)]
-    assert all(line.startswith("[process 1] ") for line in own), own
+    # the second says nothing of what it does too; what Gloo says may be cut anywhere, so words are looked for
+    for word in ("loading", "tokenising", "compiling the", "stopped on request"):
+        assert word in ended[0].stderr
+        assert word not in ended[1].stderr
     assert len(set(map(len, (team.batches(i).read_text().splitlines() for i in range(2))))) == 1
     for done in team():
         marks.exit(done, 0)

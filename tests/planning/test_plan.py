@@ -15,7 +15,7 @@ import pytest
 from jaxpeft import plan
 from jaxpeft.sharding.sizes import STRATEGIES
 from tests.conftest import ROOT
-from tests.planning.tiny import write
+from tests.planning.tiny import NARROW, write
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jaxpeft[plan]'"
@@ -55,9 +55,9 @@ def test_help(capsys):
     assert "--model_config: --model-config: a config.json" in capsys.readouterr().out.replace("\n    ", " ")
 
 
-def planned(tmp_path: Path, *words: str, code: int = 0) -> tuple[dict[str, Any], str]:
-    """Runs the command in this process: `(JSON, what it printed)`."""
-    file, described = write(tmp_path)
+def planned(tmp_path: Path, *words: str, code: int = 0, **changed: Any) -> tuple[dict[str, Any], str]:
+    """Runs the command, for the small model with so much of its config.json changed: `(JSON, what it printed)`."""
+    file, described = write(tmp_path, **changed)
     asked = ["--config", str(file), "--model-config", str(described), "--json", str(tmp_path / "plan.json"), *words]
     command = [sys.executable, "-m", "jaxpeft.plan", *asked]
     # as a user's would be, the devices are the command's own affair; programs for a CPU compile fast, as everywhere in the tests
@@ -140,7 +140,8 @@ def test_nothing_fits(tmp_path):
     "strategies", [tuple(STRATEGIES)[:3], tuple(STRATEGIES)[3:]]
 )  # as even parts for two processes
 def test_the_grid_compiles_for_tpus(where, strategies, tmp_path):
-    found, _ = planned(tmp_path, "--topology", where, "--strategies", ",".join(strategies))
+    words = "--topology", where, "--strategies", ",".join(strategies), "--config.data.max_length=128"
+    found, _ = planned(tmp_path, *words, **NARROW)
     assert (found["devices"], len(found["rows"])) == (8, 3)
     for row in found["rows"]:
         assert row["fits"] is True, row["verdict"]
@@ -155,7 +156,7 @@ def test_the_grid_compiles_for_tpus(where, strategies, tmp_path):
 @pytest.mark.slow
 def test_two_slices_are_joined_by_their_network(tmp_path):
     found, _ = planned(
-        tmp_path, "--topology", "v5e:2x2", "--slices", "2", "--strategies", "hybrid_fsdp", "--tries", "0"
+        tmp_path, "--topology", "v5e:2x2", "--slices", "2", "--strategies", "hybrid_fsdp", "--tries", "0", **NARROW
     )
     (row,) = found["rows"]
     assert (row["mesh"]["data"], row["mesh"]["fsdp"]) == (2, 4)
@@ -166,12 +167,12 @@ def test_two_slices_are_joined_by_their_network(tmp_path):
 @pytest.mark.slow
 def test_what_does_not_fit_a_tpu_is_said_with_what_does(tmp_path):
     found, printed = planned(
-        tmp_path, "--topology", "v5e:2x2", "--hbm", "0.3", "--strategies", "fsdp",
-        "--config.train.batch_size=256", "--config.model.remat=products", code=plan.NONE_FITS,
+        tmp_path, "--topology", "v5e:2x2", "--hbm", "0.1", "--strategies", "fsdp",
+        "--config.train.batch_size=256", "--config.model.remat=products", code=plan.NONE_FITS, **NARROW,
     )  # fmt: skip
     (row,) = found["rows"]
     assert row["fits"] is False
     assert row["nearest"]["fits"] is True
-    assert row["nearest"]["memory"]["total"] <= 0.3 * 2**30
+    assert row["nearest"]["memory"]["total"] <= 0.1 * 2**30
     assert row["collectives"]  # of a program that does not fit, too
     assert row["nearest"]["change"] in printed
