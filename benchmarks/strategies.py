@@ -7,6 +7,7 @@ and compared with those of one device. In the table: the largest difference, rel
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from jaxpeft.quant.tree import quantise
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import heads_of, make_mesh, place
 from jaxpeft.sharding.rules import rules_of
-from jaxpeft.sharding.sizes import STRATEGIES
+from jaxpeft.sharding.sizes import SEQUENCE, STRATEGIES
 from jaxpeft.sharding.specs import layout
 from jaxpeft.training.losses import loss_for
 from jaxpeft.training.placing import bringing
@@ -118,6 +119,8 @@ def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, floa
     model, params, batch = prepared(case)
     mesh = mesh_of(options, devices)
     found = layout(mesh, rules_of(options), params, case.method)
+    if mesh.shape[SEQUENCE] > 1:  # as the main job does
+        model = model.clone(options=dataclasses.replace(model.options, attention="chunked"))
     loss = make_loss_sum(bringing(model, found), loss_for(model.options.task, "single_label"))
     mask = trainable_mask(case.method, params)
     trainable, frozen = tree.partition(jax.device_put(params, found.shardings), mask)

@@ -50,7 +50,7 @@ class ModelConfig:
     memory_gb: float | None = option(
         None, "memory of a device that a step may take, where remat is auto; None for what the device has", above=0
     )
-    attention: Literal["auto", "xla", "cudnn", "splash"] = option(
+    attention: Literal["auto", "xla", "chunked", "cudnn", "splash"] = option(
         "auto", "the kernel that computes attention where it fits; auto takes the fastest of the platform"
     )
     quant: Literal["none", "nf4", "int4", "int8", "fp8"] = option("none", "number format of the base's linear modules")

@@ -1,7 +1,8 @@
 """Attention: by the fastest kernel that fits.
 
-Three kernels compute `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32. `xla` writes all scores out; `cudnn` (NVIDIA's, on
-GPUs) and `splash` (JAX's own, on TPUs) never do: Dao et al. 2022, "FlashAttention", section 3 (arXiv:2205.14135).
+Four kernels compute `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32. `xla` writes all scores out; `cudnn` (NVIDIA's, on
+GPUs) and `splash` (JAX's own, on TPUs) never do: Dao et al. 2022, "FlashAttention", section 3 (arXiv:2205.14135). Nor does `chunked`, which
+computes everywhere, and positions that are spread over devices.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from jaxpeft.models import chunked_attention
 from jaxpeft.models.base import Options
 from jaxpeft.models.layers import dropout
 from jaxpeft.models.masks import Mask
@@ -52,10 +54,13 @@ def attend(
         `[batch, query, heads * d]`.
     """
     rate = dropout_rate if module.has_rng("dropout") else 0.0
+    spread = size_of(SEQUENCE) > 1
+    if spread and kernel != "xla":
+        kernel = "chunked"
     if KERNELS[kernel].lacks(q.dtype, q.shape[-1], rate) or not KERNELS[kernel].takes(q, k, mask):
         kernel = "xla"
     drop = partial(dropout, module, dropout_rate)
-    if size_of(SEQUENCE) > 1:
+    if kernel == "xla" and spread:
         out = _xla_by_positions(q, k, v, mask, drop)
     elif kernel == "xla" or mesh_of() is None:
         out = KERNELS[kernel].compute(q, k, v, mask, drop)
@@ -117,23 +122,27 @@ def _xla_by_positions(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[
 def _on_each(
     compute: Callable[..., Array], q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]
 ) -> Array:
-    """Attends with a kernel that the partitioner cannot spread: each device computes its own rows and heads."""
+    """Attends with a kernel that the partitioner cannot spread: each device computes its own rows and heads, and queries with all keys."""
     across = size_of(TENSOR)
     if q.shape[2] % across == 0 and across % k.shape[2] == 0:
         # fewer heads of keys than devices: each device has the one that its queries read
         k, v = (jnp.repeat(array, across // k.shape[2], axis=2) for array in (k, v))
     together = q.shape[2] % across == 0 and k.shape[2] % across == 0
-    names = BATCH, None, HEADS if together else None, None
-    spec = spec_of(q.shape, *names)
-    each = spec_of(k.shape, *names)
+    along = HEADS if together else None
+    spec = spec_of(q.shape, BATCH, LENGTH, along, None)
+    each = spec_of(k.shape, BATCH, None, along, None)
 
     def rows(leaf: Array) -> PartitionSpec:
         return PartitionSpec(spec[0] if leaf.shape[0] == q.shape[0] else None)
 
-    run = jax.shard_map(
-        lambda q, k, v, mask: compute(q, k, v, mask, drop),
-        in_specs=(spec, each, each, jax.tree.map(rows, mask)), out_specs=spec, check_vma=False,
-    )  # fmt: skip
+    spread = size_of(SEQUENCE) > 1 and spec[1] is not None
+
+    def here(q: Array, k: Array, v: Array, mask: Mask) -> Array:
+        if not spread:
+            return compute(q, k, v, mask, drop)
+        return compute(q, k, v, mask, drop, first=jax.lax.axis_index(SEQUENCE) * q.shape[1])
+
+    run = jax.shard_map(here, in_specs=(spec, each, each, jax.tree.map(rows, mask)), out_specs=spec, check_vma=False)
     return run(q, k, v, mask)
 
 
@@ -153,7 +162,7 @@ def _cudnn_lacks(dtype: Any, size: int, rate: float) -> str:
         return f"activations are {jnp.dtype(dtype)}, not bfloat16"
     if size > 128 or size % 8:
         return f"a head has {size} numbers, not a multiple of 8 up to 128"
-    return f"attention dropout is {rate}" if rate else ""
+    return _no_dropout(dtype, size, rate)
 
 
 _SPLASH_BLOCK = 512
@@ -192,15 +201,20 @@ def _splash(
 def _splash_lacks(dtype: Any, size: int, rate: float) -> str:
     if size % 64:
         return f"a head has {size} numbers, not a multiple of 64"
-    return f"attention dropout is {rate}" if rate else ""
+    return _no_dropout(dtype, size, rate)
 
 
 def _splash_takes(q: Array, k: Array, mask: Mask) -> bool:
     return mask.dense is None and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0
 
 
+def _no_dropout(dtype: Any, size: int, rate: float) -> str:
+    return f"attention dropout is {rate}" if rate else ""
+
+
 KERNELS: Mapping[str, AttentionKernel] = {
     "xla": AttentionKernel(_xla),
+    "chunked": AttentionKernel(chunked_attention.compute, "", _no_dropout, lambda q, k, mask: mask.dense is None),
     "cudnn": AttentionKernel(
         _cudnn, "cuda", _cudnn_lacks, lambda q, k, mask: mask.given() is None or not (q.shape[1] % 2 or k.shape[1] % 2)
     ),

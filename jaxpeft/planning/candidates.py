@@ -178,9 +178,12 @@ def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
 
 def _compiled_attention(setting: Setting, config: Config, mesh: Mesh) -> str:
     """Gives the kernel that the program is compiled with: that of the platform, which for a GPU is not at hand."""
-    if setting.topology.simulated or mesh.shape[SEQUENCE] > 1:  # no kernel computes rows whose positions are spread
-        return "xla"
-    return "splash" if config.model.attention == "auto" else config.model.attention
+    asked = config.model.attention
+    if mesh.shape[SEQUENCE] > 1:
+        return "chunked" if asked == "auto" else asked
+    if setting.topology.simulated:
+        return "chunked" if asked == "chunked" else "xla"
+    return "splash" if asked == "auto" else asked
 
 
 def _attention(setting: Setting, config: Config, run: Subject, mesh: Mesh) -> str:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxpeft.core import paths
 from jaxpeft.forward import run
 from jaxpeft.hub.loading import Outline, abstract_params
+from jaxpeft.models.chunked_attention import block_of
 from jaxpeft.sharding.rules import Rules
 from jaxpeft.sharding.sizes import FSDP, SEQUENCE, TENSOR
 from jaxpeft.sharding.specs import HOST, Layout, layout
@@ -91,14 +92,19 @@ def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layo
     vocab = model.config.vocab_size // tensor if options.task == "causal_lm" else 0
     base, gathered = _base(outline, where)
     parts = _along(where, SEQUENCE)
-    # attention over positions that are spread writes its scores out, those behind the softmax too
-    scores = 3 * 4 * rows * model.config.num_attention_heads // tensor * length * length * parts if parts > 1 else 0
+    queries = rows * model.config.num_attention_heads // tensor * length
+    scores = 3 * 4 * _scores(options.attention, queries, length * parts) if parts > 1 else 0
     return Estimate(
         base=base,
         trained=16 * trained,
         kept={policy: layers * n for policy, n in per_layer.items()},
         working=scores + gathered + 2 * per_layer["products"] + 2 * size * min(MOST_LOGITS, rows * length * vocab),
     )
+
+
+def _scores(kernel: str, queries: int, keys: int) -> int:
+    """Gives how many scores attention over spread positions holds at once; those behind the softmax and their gradients are as many."""
+    return queries * (block_of(queries, keys) if kernel == "chunked" else keys)
 
 
 def _share(name: str, aval: Any, hidden: int, tensor: int) -> int:

@@ -204,12 +204,12 @@ def _attention(config: Config, mesh: Mesh) -> str:
     asked, here = config.model.attention, platform(mesh.devices.flat[0])
     spread = mesh.shape[SEQUENCE]
     if asked == "auto":
-        return "xla" if spread > 1 else fastest(here)
+        return "chunked" if spread > 1 else fastest(here)
     if KERNELS[asked].platform not in ("", here):
         raise ConfigError(
             f"model.attention: {asked} computes on {KERNELS[asked].platform}, and the devices are {here}; set it to auto"
         )
-    if spread > 1 and asked != "xla":
+    if spread > 1 and KERNELS[asked].platform:
         raise ConfigError(
             f"model.attention: {asked} needs whole rows, and mesh.sequence spreads them over {spread} devices; set it to auto"
         )

@@ -104,31 +104,41 @@ def test_rows_padded_on_the_right_need_no_mask_and_give_the_same(window: int, ca
     np.testing.assert_allclose(a[text > 0], b[text > 0], atol=1e-6)
 
 
+def masks(kind: str, rng: np.random.Generator, length: int = 256) -> tuple[Mask, Any]:
+    """Gives a mask, and which positions hold text."""
+    text = jnp.arange(length)[None] < jnp.asarray([[length], [length // 2 + 2]])
+    return {
+        "causal": Mask(causal=True),
+        "window": Mask(causal=True, window=40),
+        "packed": Mask(causal=True, segments=jnp.asarray(np.sort(rng.integers(0, 4, (2, length))))),
+        "padded": Mask(causal=True, text=text),
+        "both ways": Mask(text=text),
+    }[kind], text
+
+
+def with_gradient(compute: Any, q: Any, k: Any, v: Any, mask: Mask, text: Any) -> Any:
+    """Gives the result of an attention where there is text, and the gradients of a function of it."""
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        out = compute(q, k, v, mask, lambda weights: weights)
+        return jnp.where(text[..., None, None], out, 0), None
+
+    out, back, _ = jax.vjp(loss, q, k, v, has_aux=True)
+    return out, back(jnp.cos(out))
+
+
+MASKS = ("causal", "window", "packed", "padded", "both ways")
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize("kind", ["causal", "window", "packed", "padded", "both ways"])
+@pytest.mark.parametrize("kind", MASKS)
 def test_splash_attention_is_the_reference(kind: str, kv_heads: int) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 256, n, 64)), jnp.float32) for n in (2, kv_heads, kv_heads))
-    text = jnp.arange(256)[None] < jnp.asarray([[256], [130]])
-    mask = {
-        "causal": Mask(causal=True),
-        "window": Mask(causal=True, window=40),
-        "packed": Mask(causal=True, segments=jnp.asarray(np.sort(rng.integers(0, 4, (2, 256))))),
-        "padded": Mask(causal=True, text=text),
-        "both ways": Mask(text=text),
-    }[kind]
+    mask, text = masks(kind, rng)
     assert KERNELS["splash"].takes(q, k, mask) and not KERNELS["splash"].lacks(q.dtype, 64, 0.0)
-
-    def with_gradient(compute: Any) -> Any:
-        def loss(q: Any, k: Any, v: Any) -> Any:
-            out = compute(q, k, v, mask, lambda weights: weights)
-            return jnp.where(text[..., None, None], out, 0), None
-
-        out, back, _ = jax.vjp(loss, q, k, v, has_aux=True)
-        return out, back(jnp.cos(out))
-
-    found = with_gradient(partial(attention._splash, interpret=True))  # pyright: ignore[reportPrivateUsage]
-    right = with_gradient(KERNELS["xla"].compute)
+    found = with_gradient(partial(attention._splash, interpret=True), q, k, v, mask, text)  # pyright: ignore[reportPrivateUsage]
+    right = with_gradient(KERNELS["xla"].compute, q, k, v, mask, text)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, right)
 
 

@@ -147,7 +147,7 @@ def test_the_grid_compiles_for_tpus(where, strategies, tmp_path):
         assert row["fits"] is True, row["verdict"]
         assert row["roofline"]["seconds"] > 0
         assert row["traffic"] > 0
-        assert row["attention"] == ("xla" if row["strategy"] == "sequence" else "splash")
+        assert row["attention"] == ("chunked" if row["strategy"] == "sequence" else "splash")
         # every product once forward and once backward at least, on each device its share
         assert row["flops"] * 8 > 0.9 * row["model_flops"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.strategies import CASES, LENGTH, Case, computed, difference, main, mesh_of, options_of
 from jaxpeft.config.mesh import MeshConfig
-from jaxpeft.models import attention
+from jaxpeft.models import attention, chunked_attention
 from jaxpeft.models.attention import KERNELS, AttentionKernel, attend
 from jaxpeft.models.masks import Mask, allowed
 from jaxpeft.sharding.activations import on_mesh, placed
@@ -57,6 +57,19 @@ def test_several_axes_at_once_and_a_base_in_host_memory(scan: bool) -> None:
         MeshConfig(strategy="fsdp", data=2, offload=True),
     ):
         assert difference(one, computed(case, options, 8)) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [MeshConfig(strategy="sequence"), MeshConfig(strategy="sequence", data=2, sequence=2, tensor=2)]
+)
+def test_spread_positions_attend_to_blocks_of_keys(monkeypatch: pytest.MonkeyPatch, options: MeshConfig) -> None:
+    monkeypatch.setattr(chunked_attention, "MOST_SCORES", 1)
+    monkeypatch.setattr(chunked_attention, "LEAST_KEYS", 24)  # which does not divide the keys
+    monkeypatch.setattr(attention, "_xla_by_positions", None)  # nothing else computes them
+    jax.clear_caches()
+    for name in (PLAIN, "lora on nf4", "lora, bert"):
+        assert difference(alone(name), computed(CASES[name], options, 8)) < TOLERANCE
 
 
 def test_the_command_prints_a_row_a_strategy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,194 @@
+"""Attention in plain XLA that writes no scores out: a block of keys after the other, forward and backward.
+
+With the scores `s = q k^T / sqrt(d)` of one block at a time, a running maximum `m` and sum `l` of `exp(s - m)` give the softmax over all
+keys (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", section 3, arXiv:1805.02867). The backward pass computes the
+weights `p = exp(s - m) / l` of a block again and needs, beside them, `D = sum(dy * y)` alone: `ds = p * (dy v^T - D)` (Dao et al. 2022,
+"FlashAttention", appendix B.2, arXiv:2205.14135). Memory is that of one block: Rabe and Staats 2021 (arXiv:2112.05682).
+
+Queries may be some of a row, from the position `first` on, while the keys are all of it: so positions that are spread over devices are
+attended to, each device gathering keys and values (Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.3.2, arXiv:2407.21783).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpeft.models.masks import Mask
+
+Array = jax.Array
+MOST_SCORES = 2**25
+"""Scores of a block, where no fewer than `LEAST_KEYS` keys make one."""
+LEAST_KEYS = 128
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def block_of(queries: int, keys: int) -> int:
+    """Gives how many keys are a block.
+
+    Args:
+        queries: rows times heads times the queries of a row.
+        keys: of a row.
+    """
+    return min(keys, max(LEAST_KEYS, MOST_SCORES // max(1, queries) // LEAST_KEYS * LEAST_KEYS))
+
+
+def compute(
+    q: Array, k: Array, v: Array, mask: Mask, drop: Any = None, *, first: Any = 0, block: int | None = None
+) -> Array:
+    """Scaled dot-product attention, scores and softmax in float32.
+
+    Args:
+        q: `[batch, query, heads, d]`.
+        k: `[batch, key, kv_heads, d]`, kv_heads divides heads.
+        v: likewise.
+        mask: with no dense part.
+        drop: of the weights: there is none.
+        first: position of the first query, an int32 scalar.
+        block: keys of a block; None for as many as memory is well used with.
+
+    Returns:
+        `[batch, query, heads, d]`, of the dtype of `v`.
+    """
+    del drop
+    batch, length, heads, d = q.shape
+    kv_heads = k.shape[2]
+    size = block or block_of(batch * heads * length, k.shape[1])
+    # heads before positions, and those that share a key head one behind the other: both products are plain batched matmuls
+    q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
+    q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
+    out: Any = _attend(size, length, q, k, v, mask, jnp.asarray(first, jnp.int32))
+    return jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array) -> Array:
+    return _forward(size, length, q, k, v, mask, first)[0]
+
+
+def _forward(size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array) -> tuple[Array, Any]:
+    blocks = _Blocks(size, length, q, k, v, mask, first)
+
+    def step(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
+        def add(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            m, total, out = carry
+            scores, _ = blocks.scores(start)
+            most = jnp.maximum(m, scores.max(-1))
+            weights, again = jnp.exp(scores - most[..., None]), jnp.exp(m - most)
+            values = jnp.einsum(
+                "bhts,bhsd->bhtd", weights.astype(v.dtype), blocks.values(start), preferred_element_type=jnp.float32
+            )
+            return most, total * again + weights.sum(-1), out * again[..., None] + values
+
+        return blocks.where_seen(start, add, lambda carry: carry, carry), None
+
+    shape = q.shape[:-1]
+    begin = jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros(q.shape)
+    (m, total, out), _ = jax.lax.scan(step, begin, blocks.starts)
+    out = (out / total[..., None]).astype(v.dtype)
+    # by this name remat keeps what attention gave, and then it need not be computed again
+    out, m, total = (checkpoint_name(array, "attention") for array in (out, m, total))
+    return out, (q, k, v, mask, first, out, m, total)
+
+
+def _backward(size: int, length: int, kept: Any, dy: Array) -> tuple[Array, Array, Array, None, None]:
+    q, k, v, mask, first, out, m, total = kept
+    blocks = _Blocks(size, length, q, k, v, mask, first)
+    own = jnp.einsum("bhtd,bhtd->bht", dy, out, preferred_element_type=jnp.float32)
+    part = *k.shape[:2], size, k.shape[-1]
+
+    def step(dq: Array, start: Array) -> tuple[Array, tuple[Array, Array]]:
+        def add(dq: Array) -> tuple[Array, tuple[Array, Array]]:
+            scores, allowed = blocks.scores(start)
+            weights = jnp.exp(scores - m[..., None]) / total[..., None]
+            dv = jnp.einsum("bhts,bhtd->bhsd", weights.astype(dy.dtype), dy)
+            change = jnp.einsum("bhtd,bhsd->bhts", dy, blocks.values(start), preferred_element_type=jnp.float32)
+            change = weights * (change - own[..., None]) * blocks.scale
+            change = (
+                change if allowed is None else jnp.where(allowed, change.reshape(blocks.apart), 0).reshape(change.shape)
+            )
+            change = change.astype(q.dtype)
+            dq = dq + jnp.einsum("bhts,bhsd->bhtd", change, blocks.keys(start), preferred_element_type=jnp.float32)
+            return dq, (jnp.einsum("bhts,bhtd->bhsd", change, q), dv)
+
+        def nothing(dq: Array) -> tuple[Array, tuple[Array, Array]]:
+            return dq, (jnp.zeros(part, k.dtype), jnp.zeros(part, v.dtype))
+
+        return blocks.where_seen(start, add, nothing, dq)
+
+    dq, (dk, dv) = jax.lax.scan(step, jnp.zeros(q.shape), blocks.starts)
+
+    def joined(parts: Array) -> Array:
+        return jnp.moveaxis(parts, 0, 2).reshape(*k.shape[:2], -1, k.shape[-1])[:, :, : k.shape[2]]
+
+    return dq.astype(q.dtype), joined(dk), joined(dv), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+class _Blocks:
+    """The blocks of the keys `[batch, kv_heads, key, d]` that queries `[batch, kv_heads, heads / kv_heads * query, d]` attend to."""
+
+    def __init__(self, size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array) -> None:
+        # or JAX makes the masks of all blocks before a scan over layers, as no layer changes them: they are as large as all scores
+        q, first, mask = jax.lax.optimization_barrier((q, first, mask))
+        self.size, self.length, self.first, self.mask, self.q = size, length, first, mask, q
+        self.all, self.scale = k.shape[2], q.shape[-1] ** -0.5
+        more = -self.all % size
+        self.k, self.v = (jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0))) for array in (k, v))
+        self.text, self.segments = (
+            array if array is None else jnp.pad(array, ((0, 0), (0, more))) for array in (mask.text, mask.segments)
+        )
+        self.starts = jnp.arange(0, self.all + more, size, dtype=jnp.int32)
+        self.apart = q.shape[0], -1, length, size
+
+    def keys(self, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(self.k, start, self.size, 2)
+
+    def values(self, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(self.v, start, self.size, 2)
+
+    def where_seen(self, start: Array, do: Callable[[Any], Any], skip: Callable[[Any], Any], carry: Any) -> Any:
+        """Does one thing where a query may see a key of a block, as far as positions alone tell, and another where none does."""
+        if not self.mask.causal:
+            return do(carry)
+        seen = start < self.first + self.length
+        if self.mask.window:
+            seen &= start + self.size > self.first - self.mask.window + 1
+        return jax.lax.cond(seen, do, skip, carry)
+
+    def scores(self, start: Array) -> tuple[Array, Array | None]:
+        """Gives the scores of a block, and which of them count: `[batch or 1, 1, query, key]`, None for all."""
+        scores = (
+            jnp.einsum("bhtd,bhsd->bhts", self.q, self.keys(start), preferred_element_type=jnp.float32) * self.scale
+        )
+        allowed = self._allowed(start)
+        if allowed is None:
+            return scores, None
+        return jnp.where(allowed, scores.reshape(self.apart), _LOWEST).reshape(scores.shape), allowed
+
+    def _allowed(self, start: Array) -> Array | None:
+        parts: list[Array] = []
+        keys = (start + jnp.arange(self.size, dtype=jnp.int32))[None, None, None, :]
+        if self.all % self.size:
+            parts.append(keys < self.all)
+        if self.mask.causal:
+            back = (self.first + jnp.arange(self.length, dtype=jnp.int32))[None, None, :, None] - keys
+            parts.append(back >= 0)
+            parts += [back < self.mask.window] if self.mask.window else []
+        if self.segments is not None:
+            own = jax.lax.dynamic_slice_in_dim(self.segments, self.first, self.length, 1)
+            other = jax.lax.dynamic_slice_in_dim(self.segments, start, self.size, 1)
+            parts.append((own[:, :, None] == other[:, None, :])[:, None])
+        if self.text is not None:
+            parts.append(jax.lax.dynamic_slice_in_dim(self.text, start, self.size, 1)[:, None, None, :])
+        found: Array | None = None
+        for part in parts:
+            found = part if found is None else found & part
+        return found
