@@ -105,7 +105,7 @@ def run(case: Case, timeout: float, tries: int) -> bool:
             sys.executable, "-m", "jaxpeft.plan", "--config", "configs/llama3_8b_lora.py", "--model-config", case.model,
             "--topology", case.topology, "--strategies", case.strategy, "--json", str(file), "--tries", str(tries),
             "--config.model.quant", case.quant, "--config.data.max_length", str(LENGTH), "--config.train.accumulation", "1",
-            "--config.train.batch_size", str(case.devices), "--config.evaluation.batch_size", str(case.devices), "--config.train.steps", "1000", "--config.train.epochs", "None",
+            "--config.train.batch_size", str(case.devices), "--config.train.steps", "1000", "--config.train.epochs", "None",
         ]  # fmt: skip
         try:
             subprocess.run(command, check=False, timeout=timeout, cwd=ROOT, stdout=subprocess.DEVNULL)

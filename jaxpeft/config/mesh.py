@@ -121,14 +121,11 @@ def batch_problems(config: Config, sizes: Mapping[str, int], named: str) -> list
     """
     found: list[str] = []
     over, parts = math.prod(sizes[axis] for axis in ROWS), config.train.accumulation
-    for section, size, by in (
-        ("train", config.train.batch_size, over * parts), ("evaluation", config.evaluation.batch_size, over)
-    ):  # fmt: skip
-        if size % by and (section == "evaluation" or size % parts == 0):
-            near = " or ".join(str(n) for n in (size // by * by, (size // by + 1) * by) if n)
-            told = section == "train" and (parts > 1 or named.startswith("mesh"))
-            product = f"{named} x accumulation {parts}" if told else named
-            found.append(f"{section}.batch_size: {size} is not divisible by {product} = {by}; it could be {near}")
+    size, by = config.train.batch_size, over * parts
+    if size % by and size % parts == 0:
+        near = " or ".join(str(n) for n in (size // by * by, (size // by + 1) * by) if n)
+        product = f"{named} x accumulation {parts}" if parts > 1 or named.startswith("mesh") else named
+        found.append(f"train.batch_size: {size} is not divisible by {product} = {by}; it could be {near}")
     length, positions = config.data.max_length, sizes["sequence"]
     for field, n in (("max_length", length), *(("lengths", n) for n in config.data.lengths if n != length)):
         if n % positions:

@@ -243,7 +243,9 @@ class EvaluationConfig:
     """When the validation rows are evaluated, and what counts as best."""
 
     every_steps: int | None = option(None, "evaluate every so many steps; None for the end of each epoch", at_least=1)
-    batch_size: int = option(64, "rows a batch", at_least=1)
+    batch_size: int = option(
+        64, "rows a batch; of several devices at least one each, the same number on all", at_least=1
+    )
     samples: int = option(0, "test rows whose answers are generated and shown, before training and after", at_least=0)
     sample_tokens: int = option(64, "tokens of such an answer at most", at_least=1)
     metric: (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +20,13 @@ from jaxpeft.planning.placing import Placed, place
 from jaxpeft.planning.programs import Compiled, compile_step, gib
 from jaxpeft.planning.report import Memory, Row
 from jaxpeft.planning.roofline import rates, roofline
-from jaxpeft.planning.subject import Subject, subject, with_changes
+from jaxpeft.planning.subject import Subject, subject
 from jaxpeft.planning.topology import Topology
 from jaxpeft.planning.work import work
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import heads_of, make_mesh, replicated
 from jaxpeft.sharding.rules import rules_of
-from jaxpeft.sharding.sizes import ROWS, SEQUENCE
+from jaxpeft.sharding.sizes import SEQUENCE
 from jaxpeft.sharding.specs import layout
 from jaxpeft.training import flops, placing
 from jaxpeft.training.memory import USABLE
@@ -127,17 +126,10 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
     Raises:
         ConfigError: they do not go together.
     """
-    mesh = make_mesh(evaluable(config, setting.topology.size), setting.devices, heads_of(setting.described))
-    notes: list[str] = []
-    over = math.prod(mesh.shape[axis] for axis in ROWS)
-    if config.evaluation.batch_size % over:
-        notes.append(
-            f"evaluation.batch_size {config.evaluation.batch_size} must be a multiple of {over} for the run itself"
-        )
+    mesh = make_mesh(config, setting.devices, heads_of(setting.described))
     asked = config.model.remat
     attention = _compiled_attention(setting, config, mesh)
-    run, unrolled = stacked(setting, config, attention, "full" if asked == "auto" else asked)
-    notes += unrolled
+    run, notes = stacked(setting, config, attention, "full" if asked == "auto" else asked)
     if asked == "auto":
         run = _with_remat(setting, run, mesh)
     found = layout(mesh, rules_of(config.mesh), run.base)
@@ -158,12 +150,6 @@ def stacked(setting: Setting, config: Config, attention: str, remat: str) -> tup
             raise
         run = subject(config, setting.described, attention, remat, scan=False)
         return run, [f"layers unrolled: they cannot be stacked ({error.problems[0]})"]
-
-
-def evaluable(config: Config, devices: int) -> Config:
-    """Lets the rows of an evaluation be spread over any mesh: evaluations are not planned."""
-    size = -(-config.evaluation.batch_size // devices) * devices
-    return with_changes(config, evaluation__batch_size=size)
 
 
 def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:

@@ -55,6 +55,12 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads
     return mesh
 
 
+def evaluation_rows(config: Config, mesh: Mesh) -> int:
+    """Gives the rows of a batch of an evaluation: `evaluation.batch_size`, or the next number that the devices share evenly."""
+    over = math.prod(mesh.shape[axis] for axis in ROWS)
+    return -(-config.evaluation.batch_size // over) * over
+
+
 def heads_of(config: Mapping[str, Any]) -> Heads | None:
     """Gives the heads that the `config.json` of a model names, None where it names none."""
     queries = next(

@@ -27,6 +27,7 @@ from jaxpeft.data.encoding import Encoding, one_length, padded_lengths
 from jaxpeft.errors import ConfigError
 from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddings
 from jaxpeft.logs import timed
+from jaxpeft.sharding.mesh import evaluation_rows
 from jaxpeft.training import job, optimizers, records
 from jaxpeft.training.comparison import RESULT, other_rows
 from jaxpeft.training.evaluation import Evaluator, metric_of
@@ -109,7 +110,7 @@ def _forgetting(setup: Setup, result: Result, evaluator: Evaluator, stop: StopRe
             def accuracy(params: Mapping[str, Any]) -> float:
                 lengths = padded_lengths(config, split)
                 batches = data.eval_batches(
-                    split, config.evaluation.batch_size, lengths, setup.pad_id, pad_to=one_length(config)
+                    split, evaluation_rows(config, setup.mesh), lengths, setup.pad_id, pad_to=one_length(config)
                 )
                 return centroid_accuracy(*embeddings(setup.model, params, _until_stopped(batches, stop)))
 

@@ -15,7 +15,7 @@ from jaxpeft.core.tree import combine
 from jaxpeft.data.encoding import one_length, padded_lengths
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.sharding.activations import on_mesh
-from jaxpeft.sharding.mesh import place, replicated
+from jaxpeft.sharding.mesh import evaluation_rows, place, replicated
 from jaxpeft.sharding.processes import own_rows
 from jaxpeft.training import compiling
 from jaxpeft.training.outputs import Outputs
@@ -39,7 +39,8 @@ class Evaluator:
         self._run = jax.jit(
             on_mesh(setup.mesh, self._forward), out_shardings=replicated(setup.mesh), compiler_options=how
         )
-        self._own = own_rows(setup.mesh, setup.config.evaluation.batch_size)
+        self._rows = evaluation_rows(setup.config, setup.mesh)
+        self._own = own_rows(setup.mesh, self._rows)
 
     def _forward(self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any, Any]:
         outputs = Outputs(self._setup.model, combine(trainable, frozen), batch, None)
@@ -57,13 +58,12 @@ class Evaluator:
             split: the rows.
         """
         setup = self._setup
-        options = setup.config.evaluation
         lengths = padded_lengths(setup.config, split)
         total = weight = 0.0
         logits: list[np.ndarray[Any, Any]] = []
         labels: list[np.ndarray[Any, Any]] = []
         for batch, rows in data.eval_batches(
-            split, options.batch_size, lengths, setup.pad_id, self._own, one_length(setup.config)
+            split, self._rows, lengths, setup.pad_id, self._own, one_length(setup.config)
         ):
             self._on_batch()
             batch_total, batch_weight, out, given = self._run(trainable, frozen, place(setup.mesh, batch))

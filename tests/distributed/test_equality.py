@@ -58,7 +58,7 @@ def test_a_real_model_is_trained_as_by_one_process(assets: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_tensor", "sequence", "hybrid_fsdp"])
 def test_every_strategy_goes_over_processes(tmp_path: Path, tiny_models: Mapping[str, Path], strategy: str) -> None:
-    given = {**OPTIONS, "mesh__data": None, "mesh__strategy": strategy}
+    given = {**OPTIONS, "evaluation__batch_size": 5, "mesh__data": None, "mesh__strategy": strategy}
     config = write_config(
         tmp_path / "mine.py", tiny_models["llama"], write_rows(tmp_path / "rows.jsonl", "text"), model__task="causal_lm",
         model__scan_layers=True, data__packing=True, **given,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.config.schema import Config, DataConfig, TrainConfig
 from jaxpeft.errors import ConfigError
-from jaxpeft.sharding.mesh import batch_shardings, heads_of, make_mesh, place, replicated
+from jaxpeft.sharding.mesh import batch_shardings, evaluation_rows, heads_of, make_mesh, place, replicated
 from jaxpeft.sharding.sizes import Heads
 
 
@@ -142,3 +143,10 @@ def test_heads_of_a_config() -> None:
 
 def test_every_device_holds_a_replicated_array() -> None:
     assert replicated(make_mesh(config(data=-1))).is_fully_replicated
+
+
+@pytest.mark.parametrize(("asked", "over", "rows"), [(8, 8, 8), (5, 8, 8), (64, 8, 64), (9, 8, 16), (5, 1, 5)])
+def test_the_rows_of_an_evaluation_are_shared_evenly(asked: int, over: int, rows: int) -> None:
+    options = config(data=over)
+    options = dataclasses.replace(options, evaluation=dataclasses.replace(options.evaluation, batch_size=asked))
+    assert evaluation_rows(options, make_mesh(options)) == rows
