@@ -20,6 +20,14 @@ NAMES = {
     "process": ("--process", "JAXPEFT_PROCESS", "JAX_PROCESS_ID"),
 }
 """What each may be called, the strongest first."""
+_VARIABLES: Mapping[str, Mapping[str, str]] = {
+    "TPU": {"process": "TPU_WORKER_ID"},
+    "SLURM": {"coordinator": "JAX_COORDINATOR_PORT", "processes": "SLURM_NTASKS", "process": "SLURM_PROCID"},
+    "SkyPilot": {
+        "coordinator": "JAX_COORDINATOR_PORT", "processes": "SKYPILOT_NUM_NODES", "process": "SKYPILOT_NODE_RANK",
+    },
+}  # fmt: skip
+"""What a cluster calls them, to be named where it is wrong."""
 _WAITS = {
     "heartbeat": "JAXPEFT_HEARTBEAT_TIMEOUT",
     "start": "JAXPEFT_START_TIMEOUT",
@@ -160,7 +168,7 @@ def _whole(given: Mapping[str, str], names: Mapping[str, str], there: Place | No
     if missing and place.processes != 1 and not (there and there.found_by_jax and not given):
         lacks = ", ".join("/".join(NAMES[field]) for field in missing)
         raise ConfigError(f"{', '.join(names.values())}: given without {lacks}; give all three, {_ALONE}")
-    _check(place, names)
+    _check(place, {**(_VARIABLES.get(there.by, {}) if there else {}), **names})
     return place
 
 
@@ -233,12 +241,18 @@ def _slurm(environment: Environment) -> Place | None:
     return Place("SLURM", f"{first}:{port}", n, _number("SLURM_PROCID", environment["SLURM_PROCID"]))
 
 
+_RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
+_HOST = rf"(?:[^,\[\]\s]|{_RANGES})+"
+
+
 def _first_host(nodes: str) -> str:
     """Gives the first of a list of hosts such as `a1,b2` or `gpu[01-04,07]-ib,cpu3`."""
-    head = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
-    if head is None or not any(head.groups()):
-        raise ConfigError(f"SLURM_STEP_NODELIST: names no host: {nodes!r}")
-    return "".join(part or "" for part in head.groups())
+    found = re.fullmatch(rf"({_HOST})(?:,{_HOST})*", nodes)
+    if found is None:
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST: is no list of hosts such as a1,b2 or gpu[01-04,07]: {nodes!r}; {_ALONE[3:]}"
+        )
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[1])
 
 
 def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:

@@ -28,6 +28,7 @@ from jaxpeft.clusters import Place, Waits
 from jaxpeft.command import guarded
 from jaxpeft.errors import ConfigError, PeersError
 from jaxpeft.peers import ALONE, Peers
+from jaxpeft.training import signals
 
 _log = logging.getLogger(__name__)
 _FAILED, _ALIVE, _ENDED = "jaxpeft/failed", "jaxpeft/alive", "jaxpeft/ended"
@@ -85,22 +86,19 @@ def _initialize(place: Place, waits: Waits) -> None:
     }
     if place.coordinator:
         _log.info("waiting for %s processes at %s ...", place.processes, place.coordinator)
-    # JAX ends the process where the others do not come, and does not say what to do
-    late = threading.Timer(waits.start, _give_up, [_not_joined(place, f"not all came within {waits.start} s", waits)])
-    late.daemon = True
-    late.start()
+    # JAX ends the process where the others do not come, and does not say what to do; nor does it hear a signal until then
+    late = _not_joined(place, f"not all came within {waits.start} s", waits)
     try:
-        if place.found_by_jax:
-            jax.distributed.initialize(local_device_ids=place.devices, **options)
-            return
-        # by itself, a process needs no port that anybody else can reach
-        at = place.coordinator or f"127.0.0.1:{_free_port()}"
-        options |= {} if place.coordinator else {"coordinator_bind_address": at}
-        jax.distributed.initialize(at, place.processes, place.process, place.devices, "deactivate", **options)
+        with signals.heard(waits.start, lambda: _give_up(late), _stop):
+            if place.found_by_jax:
+                jax.distributed.initialize(local_device_ids=place.devices, **options)
+                return
+            # by itself, a process needs no port that anybody else can reach
+            at = place.coordinator or f"127.0.0.1:{_free_port()}"
+            options |= {} if place.coordinator else {"coordinator_bind_address": at}
+            jax.distributed.initialize(at, place.processes, place.process, place.devices, "deactivate", **options)
     except (RuntimeError, ValueError, OSError) as error:
         raise PeersError(_not_joined(place, _short(error), waits)) from error
-    finally:
-        late.cancel()
 
 
 def _not_joined(place: Place, why: str, waits: Waits) -> str:
@@ -117,6 +115,12 @@ def _give_up(why: str) -> None:
     sys.stderr.write(f"jaxpeft: {why}\n")
     sys.stderr.flush()
     os._exit(1)
+
+
+def _stop(signum: int) -> None:
+    _log.info(signals.NOTHING_NEW)
+    sys.stderr.flush()
+    os._exit(signals.exit_code(signum))
 
 
 def _short(error: Exception) -> str:

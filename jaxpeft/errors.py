@@ -46,6 +46,10 @@ class CheckpointError(JaxpeftError, RuntimeError):
     """A checkpoint cannot be resumed from."""
 
 
+class DamagedError(CheckpointError, ValueError):
+    """Steps were saved, and none of them is good: starting again meets the same."""
+
+
 class PeersError(JaxpeftError, RuntimeError):
     """The processes of a run have not found each other, or have lost one."""
 

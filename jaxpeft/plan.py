@@ -113,6 +113,8 @@ def _strategies(asked: list[str] | None, config: configs.Config | None, problems
     if asked is None:
         own = config is not None and (config.mesh.strategy is not None or config.mesh.rules)
         return () if own else tuple(STRATEGIES)
+    if not asked:
+        problems.append(f"--strategies: is empty; leave it out, or name some of all, {', '.join(STRATEGIES)}")
     for name in asked:
         if name != "all" and name not in STRATEGIES:
             problems.append(

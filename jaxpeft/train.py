@@ -162,7 +162,7 @@ def place_of_process() -> tuple[clusters.Place | None, clusters.Waits]:
 
 def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
     """Imports JAX, now that the config is good, joins the other processes, and runs."""
-    from jaxpeft.training.signals import Stopped, StopRequest
+    from jaxpeft.training.signals import NOTHING_NEW, Stopped, StopRequest
 
     place, waits = place_of_process()
     with StopRequest() as stop:
@@ -181,9 +181,7 @@ def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
                 run(config, workdir, stop, allowed, peers)
             except Stopped as stopped:
                 if not stopped.saved:
-                    logging.getLogger("jaxpeft").info(
-                        "stopped on request; nothing new was there to save, the same command goes on"
-                    )
+                    logging.getLogger("jaxpeft").info(NOTHING_NEW)
                 return stopped.exit_code
             return 0
 

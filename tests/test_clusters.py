@@ -127,6 +127,11 @@ def test_flags_go_before_the_environment() -> None:
         (SLURM | {"SLURM_GPUS_PER_TASK": "1"}, None, r"SLURM_GPUS_PER_TASK: 1: a task then sees no GPU but its own.*--gres=gpu:N"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3(x3)"}, None, r"SLURM: 3 tasks a node do not share its 8 GPUs evenly; set --ntasks-per-node to 8"),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, None, r"SLURM: 8 tasks a node do not share its 1 GPUs evenly"),
+        *((SLURM | {"SLURM_STEP_NODELIST": nodes}, None, r"SLURM_STEP_NODELIST: is no list of hosts such as a1,b2 or .*; set JAXPEFT")
+          for nodes in ("n[", "n[1-2", "n[1-2]]", "n]1", "n[a-b]", " ", "a,,b")),
+        (SLURM | {"SLURM_PROCID": "24"}, None, r"SLURM_PROCID: must be from 0 to 23 of 24 processes, is 24"),
+        (SLURM | {"JAX_COORDINATOR_PORT": "x"}, None, r"JAX_COORDINATOR_PORT: must be host:port, is 'gpu07:x'"),
+        (SKYPILOT | {"SKYPILOT_NODE_RANK": "2"}, None, r"SKYPILOT_NODE_RANK: must be from 0 to 1 of 2 processes, is 2"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "many"}, None, r"SLURM_STEP_TASKS_PER_NODE: cannot be read: 'many'"),
         (SLURM | {"JAX_LOCAL_DEVICE_IDS": "all"}, None, r"JAX_LOCAL_DEVICE_IDS: .* for all of them set JAXPEFT_LOCAL_DEVICES=all"),
         (without(SKYPILOT, "SKYPILOT_NODE_RANK"), None, r"SKYPILOT_NODE_RANK: not set, though this is a SkyPilot job"),

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from jaxpeft.checkpoint import manifest
 from jaxpeft.checkpoint.identity import differences
-from jaxpeft.errors import CheckpointError, ConfigError
+from jaxpeft.errors import CheckpointError, ConfigError, DamagedError
 from jaxpeft.peers import ALONE, SEEN, Peers, seen
 
 _log = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ class Checkpoints:
         """Gives the newest good step, None where none was ever saved; says which newer ones are not good, and why.
 
         Raises:
-            CheckpointError: steps were saved, and none of them is good; or another process than the first does not see that step.
+            DamagedError: steps were saved, and none of them is good.
+            CheckpointError: another process than the first does not see that step.
         """
         step = self._peers.agreed("the newest saved step", self._newest)
         if step is not None and not self._peers.first and not seen(self._folder / str(step) / manifest.NAME):
@@ -122,7 +123,7 @@ class Checkpoints:
         if any(why != manifest.UNFINISHED for _, why in bad):
             rows = [f"{self._folder / str(step)}: {why}" for step, why in bad]
             fix = "no saved step is good; restore one from a copy, or give another --workdir to start anew"
-            raise CheckpointError([*rows, fix])
+            raise DamagedError([*rows, fix])
         for step, why in bad:
             _log.warning("%s: %s; starting anew", self._folder / str(step), why)
         return None

@@ -168,16 +168,17 @@ class _Blocks:
         scores = (
             jnp.einsum("bhtd,bhsd->bhts", self.q, self.keys(start), preferred_element_type=jnp.float32) * self.scale
         )
-        allowed = self._allowed(start)
-        if allowed is None:
-            return scores, None
-        return jnp.where(allowed, scores.reshape(self.apart), _LOWEST).reshape(scores.shape), allowed
+        allowed, shape = self._allowed(start), scores.shape
+        if allowed is not None:
+            scores = jnp.where(allowed, scores.reshape(self.apart), _LOWEST).reshape(shape)
+        if self.all % self.size:  # what fills up the last block counts in no average either
+            there = start + jnp.arange(self.size, dtype=jnp.int32) < self.all
+            scores = jnp.where(there, scores, -jnp.inf)
+        return scores, allowed
 
     def _allowed(self, start: Array) -> Array | None:
         parts: list[Array] = []
         keys = (start + jnp.arange(self.size, dtype=jnp.int32))[None, None, None, :]
-        if self.all % self.size:
-            parts.append(keys < self.all)
         if self.mask.causal:
             back = (self.first + jnp.arange(self.length, dtype=jnp.int32))[None, None, :, None] - keys
             parts.append(back >= 0)

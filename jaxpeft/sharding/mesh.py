@@ -37,12 +37,12 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads
     groups = _groups(there)
     along = _sizes(config.mesh, there, len(groups), heads)
     many, chosen = math.prod(along.values()), config.mesh.strategy
+    slices = _slices(config.mesh, len(groups), along[DATA])
+    _check_slices(config.mesh, along, len(there), slices)
     over = math.prod(along[axis] for axis in ROWS)
     problems = batch_problems(config, along, f"{over} devices")
     if problems:
         raise ConfigError(problems)
-    slices = _slices(config.mesh, len(groups), along[DATA])
-    _check_slices(config.mesh, along, len(there), slices)
     mesh = Mesh(_arranged(config.mesh, along, there[:many], slices), AXES)
     if heads is not None and heads.keys % along[TENSOR]:
         _log.warning(

@@ -3,15 +3,68 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 _REPEATED = 1.0
 """Signals of one kind that come within so many seconds are one request: `timeout` and job managers send theirs to a process and to
 its group, which it is in."""
+
+
+NOTHING_NEW = "stopped on request; nothing new was there to save, the same command goes on"
+_JUST_OVER = 0.5
+
+
+def exit_code(signum: int) -> int:
+    """Gives what a command ends with that a signal has stopped."""
+    return 128 + signum
+
+
+@contextmanager
+def heard(seconds: float, late: Callable[[], None], stop: Callable[[int], None]) -> Generator[None]:
+    """Lets a thread hear signals while this one waits in code that is not Python's, which no handler interrupts.
+
+    Args:
+        seconds: that the waiting may take.
+        late: is called when it has taken longer.
+        stop: is called with the number of a SIGTERM or SIGINT; one that comes as the waiting ends is left to the handlers.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    over, first = threading.Event(), threading.current_thread() is threading.main_thread()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False) if first else -1
+
+    def listen() -> None:
+        end = time.monotonic() + seconds
+        while True:
+            ready = select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]
+            if over.is_set():
+                return None
+            if not ready:
+                return late()
+            for signum in reader.recv(64):
+                if signum in (signal.SIGTERM, signal.SIGINT) and not over.wait(_JUST_OVER):
+                    return stop(signum)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if first:
+            signal.set_wakeup_fd(before)
+        writer.send(b"\0")
+        listener.join()
+        reader.close()
+        writer.close()
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -27,7 +80,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
+        self.exit_code = exit_code(signum)
         self.saved = False
 
 

@@ -183,7 +183,7 @@ def test_case_14_all_damaged_is_an_error_that_lists_each(job: Job, whole: Job, m
         damage(largest(job.checkpoints / str(step)), "flipped")
     before = files(job.checkpoints)
     done = job.here()
-    marks.exit(done, 1)
+    marks.exit(done, 2)  # which no launcher starts again
     listed = [f"{job.checkpoints}/{step}: " for step in job.steps]
     marks.message(done, *listed, "no saved step is good; restore one from a copy, or give another --workdir")
     marks.early(done)

@@ -50,12 +50,13 @@ def test_some_of_the_queries_are_those_of_the_row(kind: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, right)
 
 
-def test_a_row_that_sees_nothing_gives_an_average() -> None:
+@pytest.mark.parametrize("block", [32, 40])
+def test_a_row_that_sees_nothing_gives_an_average(block: int) -> None:
     q, k, v = inputs(np.random.default_rng(0), 4)
     mask = Mask(text=jnp.zeros((2, LENGTH), bool))
-    out = compute(q, k, v, mask, block=32)
+    out = compute(q, k, v, mask, block=block)
     np.testing.assert_allclose(out, jnp.broadcast_to(v.mean(1, keepdims=True), out.shape), rtol=1e-5, atol=1e-6)
-    grads = jax.grad(lambda *qkv: compute(*qkv, mask, block=32).sum(), argnums=(0, 1, 2))(q, k, v)
+    grads = jax.grad(lambda *qkv: compute(*qkv, mask, block=block).sum(), argnums=(0, 1, 2))(q, k, v)
     np.testing.assert_array_equal(grads[0], 0)
     np.testing.assert_allclose(grads[2], 1.0, rtol=1e-5)
 

@@ -29,6 +29,7 @@ needs_libtpu = pytest.mark.skipif(
         (["--config", "FILE"], "--topology: is not given; write v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"),
         (["--config", "FILE", "--topology", "v5:2"], "--topology: 'v5' is no chip that is known"),
         (["--config", "FILE", "--topology", "cpu:8", "--strategies", "fsdq"], "--strategies: 'fsdq' is none; did you mean 'fsdp'"),
+        (["--config", "FILE", "--topology", "cpu:8", "--strategies", ""], "--strategies: is empty; leave it out, or name some of all, rep"),
         (["--config", "FILE", "--topology", "cpu:8", "--config.train.steps=0"], "config.train.steps: must be at least 1, is 0"),
         (["--config", "FILE", "--topology", "cpu:8", "--json", "no/such/x.json"], "--json: no/such/x.json: its folder does not exist"),
         (["--config", "FILE", "--topology", "cpu:8", "--json", "tests"], "--json: tests: is a folder; give a file in it"),

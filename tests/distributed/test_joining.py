@@ -1,0 +1,45 @@
+"""While the processes of a run wait for each other they can be stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.faults.team import free_port
+from tests.training.runs import write_config, write_rows
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_waiting_for_the_others(
+    tmp_path: Path, tiny_models: Mapping[str, Path], number: signal.Signals, code: int
+) -> None:
+    config = write_config(
+        tmp_path / "mine.py", tiny_models["bert"], write_rows(tmp_path / "rows.jsonl", "single"), train__steps=2
+    )
+    words = [
+        "env", "--default-signal=INT", sys.executable, "-m", "jaxpeft.train", "--config", str(config), "--workdir",
+        str(tmp_path / "run"), "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", "0",
+    ]  # fmt: skip
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(words, cwd=ROOT, stderr=said, env=dict(os.environ))
+    try:
+        until = time.monotonic() + 60
+        while "waiting for 2 processes" not in (tmp_path / "said").read_text():
+            assert time.monotonic() < until and process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+        time.sleep(1)  # until it waits where nothing of Python's runs
+        process.send_signal(number)
+        assert process.wait(timeout=20) == code
+    finally:
+        process.kill()
+    assert "stopped on request; nothing new was there to save" in (tmp_path / "said").read_text()
