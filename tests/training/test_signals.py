@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Generator
 
 import pytest
@@ -45,3 +46,35 @@ def test_what_was_set_before_is_set_again() -> None:
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def told(seconds: float, wait: float, signum: int | None = None) -> list[object]:
+    """Waits for a while, with a signal or without, and gives what was called meanwhile and a little later."""
+    calls: list[object] = []
+    with StopRequest():
+        with signals.heard(seconds, lambda: calls.append("late"), calls.append):
+            if signum is not None:
+                os.kill(os.getpid(), signum)
+            time.sleep(wait)
+        time.sleep(0.05)
+    return calls
+
+
+def test_a_signal_is_heard_of_by_a_thread_while_this_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_JUST_OVER", 0.05)
+    assert told(10, 0.5, signal.SIGTERM) == [signal.SIGTERM]
+    assert told(10, 0.5, signal.SIGINT) == [signal.SIGINT]
+
+
+def test_one_that_comes_as_the_waiting_ends_is_left_to_the_handlers() -> None:
+    assert told(10, 0.0, signal.SIGTERM) == []
+
+
+def test_what_takes_too_long_is_told_once() -> None:
+    assert told(0.1, 0.4) == ["late"]
+    assert told(10, 0.1) == []
+
+
+def test_nothing_else_listens_once_the_waiting_is_over() -> None:
+    told(10, 0.0)
+    assert signal.set_wakeup_fd(-1) == -1
