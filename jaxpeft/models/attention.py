@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from jaxpeft.errors import ConfigError
 from jaxpeft.models import chunked_attention
 from jaxpeft.models.base import Options
 from jaxpeft.models.layers import dropout
@@ -233,6 +234,30 @@ def platform(device: Any) -> str:
 def fastest(platform: str) -> str:
     """Gives the kernel to try first on a platform: `cuda`, `rocm`, `tpu` or `cpu`."""
     return next((name for name, kernel in KERNELS.items() if kernel.platform == platform), "xla")
+
+
+def kernel_of(asked: str, platform: str, spread: int) -> str:
+    """Gives the kernel that a run attends with: the one asked for, or the fastest.
+
+    Args:
+        asked: a key of `KERNELS`, or `auto`.
+        platform: of the devices.
+        spread: over how many of them the positions of a row are.
+
+    Raises:
+        ConfigError: the one asked for does not compute there.
+    """
+    if asked == "auto":
+        return "chunked" if spread > 1 else fastest(platform)
+    if KERNELS[asked].platform not in ("", platform):
+        raise ConfigError(
+            f"model.attention: {asked} computes on {KERNELS[asked].platform}, and the devices are {platform}; set it to auto"
+        )
+    if spread > 1 and KERNELS[asked].platform:
+        raise ConfigError(
+            f"model.attention: {asked} needs whole rows, and mesh.sequence spreads them over {spread} devices; set it to auto"
+        )
+    return asked
 
 
 def lacks(options: Options, config: Any) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError, TargetError
+from jaxpeft.models.attention import KERNELS, kernel_of
 from jaxpeft.planning import estimates
 from jaxpeft.planning.collectives import collectives
 from jaxpeft.planning.hlo import parse
@@ -98,7 +99,7 @@ def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
     row = _row(config, change, sizes, run.model.options.remat, _verdict(memory, room, fits), fits=fits)
     row = dataclasses.replace(
         row,
-        attention=_attention(setting, config, run, mesh),
+        attention=_attention(setting, config, mesh),
         memory=memory,
         seconds=round(compiled.seconds, 1),
         notes=(*notes, *_copied(setting, run), *_dropped(placed), *([compiled.problem] if compiled.problem else [])),
@@ -128,7 +129,9 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
     """
     mesh = make_mesh(config, setting.devices, heads_of(setting.described))
     asked = config.model.remat
-    attention = _compiled_attention(setting, config, mesh)
+    attention = _attention(setting, config, mesh)
+    if setting.topology.simulated and KERNELS[attention].platform:  # which is not at hand
+        attention = "xla"
     run, notes = stacked(setting, config, attention, "full" if asked == "auto" else asked)
     if asked == "auto":
         run = _with_remat(setting, run, mesh)
@@ -162,20 +165,8 @@ def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
     return dataclasses.replace(run, model=run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen)))
 
 
-def _compiled_attention(setting: Setting, config: Config, mesh: Mesh) -> str:
-    """Gives the kernel that the program is compiled with: that of the platform, which for a GPU is not at hand."""
-    asked = config.model.attention
-    if mesh.shape[SEQUENCE] > 1:
-        return "chunked" if asked == "auto" else asked
-    if setting.topology.simulated:
-        return "chunked" if asked == "chunked" else "xla"
-    return "splash" if asked == "auto" else asked
-
-
-def _attention(setting: Setting, config: Config, run: Subject, mesh: Mesh) -> str:
-    if setting.topology.chip.platform == "cuda" and mesh.shape[SEQUENCE] == 1 and config.model.attention == "auto":
-        return "cudnn"
-    return run.model.options.attention
+def _attention(setting: Setting, config: Config, mesh: Mesh) -> str:
+    return kernel_of(config.model.attention, setting.topology.chip.platform, mesh.shape[SEQUENCE])
 
 
 def step_of(run: Subject, placed: Placed, mesh: Mesh) -> Any:

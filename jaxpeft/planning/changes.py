@@ -128,7 +128,8 @@ def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Ch
     row = found.row
     room, scale = setting.room or math.inf, 1.0
     if found.placed is None or found.kept is None or row.memory is None:
-        tried = list(repairs(found.config, _rows_over(setting, found.config)))
+        over = _rows_over(setting, found.config)
+        tried = [] if over is None else list(repairs(found.config, over))
     else:
         # how much more the program takes than the estimate of it
         beside = max(1, row.memory.total - found.placed.held)
@@ -142,10 +143,13 @@ def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Ch
     return likely
 
 
-def _rows_over(setting: Setting, config: Config) -> int:
-    """Gives how many devices rows are spread over where the batch is refused: those of a batch that can be spread over any mesh."""
+def _rows_over(setting: Setting, config: Config) -> int | None:
+    """Gives how many devices rows are spread over where the batch is refused, which a size for any mesh tells; None where more is."""
     any_size = setting.topology.size * config.train.accumulation
-    mesh, _, _ = prepared(setting, with_changes(config, train__batch_size=any_size))
+    try:
+        mesh, _, _ = prepared(setting, with_changes(config, train__batch_size=any_size))
+    except (ConfigError, TargetError):
+        return None
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 

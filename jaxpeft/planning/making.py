@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxpeft.config.schema import Config
 from jaxpeft.core import tree
+from jaxpeft.errors import ConfigError
 from jaxpeft.planning import changes, chips, topology
 from jaxpeft.planning.candidates import Setting, examine, stacked
 from jaxpeft.planning.report import Plan
@@ -70,6 +71,8 @@ def make(request: Request) -> Plan:
         found = examine(setting, own)
         _log.info("  %s (%.0f s)", found.row.verdict, found.row.seconds)
         rows.append(changes.with_nearest(setting, found, request.tries))
+    if all(row.memory is None and row.nearest is None for row in rows):
+        raise ConfigError(list(dict.fromkeys(row.verdict.removeprefix("refused: ") for row in rows)))
     run, _ = stacked(setting, config, "xla", "full")
     return Plan(
         config=request.path,

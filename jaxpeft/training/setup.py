@@ -29,7 +29,7 @@ from jaxpeft.evaluation.metrics import FIGURES
 from jaxpeft.hub import sources
 from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.methods import METHODS
-from jaxpeft.models.attention import KERNELS, fastest, platform
+from jaxpeft.models.attention import kernel_of, platform
 from jaxpeft.models.base import Pretrained
 from jaxpeft.peers import ALONE, Peers
 from jaxpeft.quant.tree import Quant
@@ -180,7 +180,7 @@ _MANY_LAYERS, _FEW_STEPS = 12, 200
 
 def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mesh) -> Outline:
     """Outlines the model, with its layers scanned or unrolled as the config says or as suits the length of the run."""
-    attention = _attention(config, mesh)
+    attention = kernel_of(config.model.attention, platform(mesh.devices.flat[0]), mesh.shape[SEQUENCE])
     found = _outline(config, splits, bool(config.model.scan_layers), attention)
     few = found.model.config.num_hidden_layers <= _MANY_LAYERS or steps >= _FEW_STEPS
     # which XLA copies out of a stack
@@ -193,27 +193,6 @@ def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mes
     except (TargetError, ConfigError):  # layers that differ cannot be stacked
         return found
     return scanned
-
-
-def _attention(config: Config, mesh: Mesh) -> str:
-    """Gives the kernel that computes attention: the one asked for, or the fastest of the devices.
-
-    Raises:
-        ConfigError: the one asked for does not compute on the devices.
-    """
-    asked, here = config.model.attention, platform(mesh.devices.flat[0])
-    spread = mesh.shape[SEQUENCE]
-    if asked == "auto":
-        return "chunked" if spread > 1 else fastest(here)
-    if KERNELS[asked].platform not in ("", here):
-        raise ConfigError(
-            f"model.attention: {asked} computes on {KERNELS[asked].platform}, and the devices are {here}; set it to auto"
-        )
-    if spread > 1 and KERNELS[asked].platform:
-        raise ConfigError(
-            f"model.attention: {asked} needs whole rows, and mesh.sequence spreads them over {spread} devices; set it to auto"
-        )
-    return asked
 
 
 def _outline(config: Config, splits: Splits, scan_layers: bool, attention: str) -> Outline:

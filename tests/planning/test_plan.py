@@ -125,6 +125,27 @@ def test_a_gpu_that_is_not_there_is_planned_by_arithmetic(tmp_path):
 
 
 @pytest.mark.slow
+def test_attention_that_a_run_would_refuse_is_refused(tmp_path):
+    words = "--topology", "h100:8", "--strategies", "fsdp,sequence", "--tries", "0"
+    found, _ = planned(tmp_path, *words, "--config.model.attention=cudnn")
+    fsdp, sequence = found["rows"]
+    assert (fsdp["attention"], fsdp["fits"]) == ("cudnn", True)
+    said = "refused: model.attention: cudnn needs whole rows, and mesh.sequence spreads them over 8 devices; set it to auto"
+    assert sequence["verdict"].startswith(said) and sequence["fits"] is False
+    found, _ = planned(tmp_path, *words, "--config.model.attention=chunked")
+    assert [(row["attention"], row["fits"]) for row in found["rows"]] == [("chunked", True)] * 2
+
+
+@pytest.mark.slow
+def test_where_every_strategy_is_refused_the_reasons_are_the_answer(tmp_path, capsys):
+    file, described = write(tmp_path)
+    asked = ["--config", str(file), "--model-config", str(described), "--topology", "cpu:8", "--tries", "1"]
+    assert plan.main([*asked, "--strategies", "fsdp,sequence", "--config.model.attention=splash"]) == 2
+    said = "jaxpeft: model.attention: splash computes on tpu, and the devices are cpu; set it to auto\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+@pytest.mark.slow
 def test_nothing_fits(tmp_path):
     found, printed = planned(
         tmp_path, "--topology", "cpu:8", "--hbm", "0.01", "--strategies", "fsdp", "--tries", "0", code=plan.NONE_FITS
