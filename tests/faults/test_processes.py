@@ -17,8 +17,8 @@ from tests.training.runs import write_config, write_rows
 
 pytestmark = pytest.mark.slow
 STEPS = 12
-PAUSE, SLOW = 0.6, 0.8
-"""Seconds before each step: a signal is heard of everywhere in about a second."""
+PAUSE, SLOW = 1.0, 2.0
+"""Seconds before each step: a signal is heard of everywhere in about a second, on a busy machine in several."""
 
 
 @pytest.fixture(scope="session")
