@@ -108,11 +108,7 @@ def _backward(size: int, length: int, kept: Any, dy: Array) -> tuple[Array, Arra
             weights = jnp.exp(scores - m[..., None]) / total[..., None]
             dv = jnp.einsum("bhts,bhtd->bhsd", weights.astype(dy.dtype), dy)
             change = jnp.einsum("bhtd,bhsd->bhts", dy, blocks.values(start), preferred_element_type=jnp.float32)
-            change = weights * (change - own[..., None]) * blocks.scale
-            change = (
-                change if allowed is None else jnp.where(allowed, change.reshape(blocks.apart), 0).reshape(change.shape)
-            )
-            change = change.astype(q.dtype)
+            change = blocks.where(allowed, weights * (change - own[..., None]) * blocks.scale, 0.0).astype(q.dtype)
             dq = dq + jnp.einsum("bhts,bhsd->bhtd", change, blocks.keys(start), preferred_element_type=jnp.float32)
             return dq, (jnp.einsum("bhts,bhtd->bhsd", change, q), dv)
 
@@ -163,14 +159,17 @@ class _Blocks:
             seen &= start + self.size > self.first - self.mask.window + 1
         return jax.lax.cond(seen, do, skip, carry)
 
+    def where(self, allowed: Array | None, array: Array, other: float) -> Array:
+        """Gives an array of the shape of the scores with another number where they do not count."""
+        return array if allowed is None else jnp.where(allowed, array.reshape(self.apart), other).reshape(array.shape)
+
     def scores(self, start: Array) -> tuple[Array, Array | None]:
         """Gives the scores of a block, and which of them count: `[batch or 1, 1, query, key]`, None for all."""
         scores = (
             jnp.einsum("bhtd,bhsd->bhts", self.q, self.keys(start), preferred_element_type=jnp.float32) * self.scale
         )
-        allowed, shape = self._allowed(start), scores.shape
-        if allowed is not None:
-            scores = jnp.where(allowed, scores.reshape(self.apart), _LOWEST).reshape(shape)
+        allowed = self._allowed(start)
+        scores = self.where(allowed, scores, _LOWEST)
         if self.all % self.size:  # what fills up the last block counts in no average either
             there = start + jnp.arange(self.size, dtype=jnp.int32) < self.all
             scores = jnp.where(there, scores, -jnp.inf)
