@@ -17,7 +17,7 @@ from jaxpeft.quant import FORMS
 
 DATA_FIELDS = (
     "text", "text_pair", "label", "prompt", "completion", "instruction", "input", "output", "messages", "chosen",
-    "rejected",
+    "rejected", "system", "history", "tools",
 )  # fmt: skip
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -39,6 +39,9 @@ OUTPUTS = ("output", "response", "completion", "answer")
 INPUTS = ("input", "context")
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
 PROMPTS = ("prompt", "question", "instruction")
+SYSTEMS = ("system", "system_prompt", "system_message")
+HISTORIES = ("history",)
+TOOLS = ("tools",)
 REQUIRED: Mapping[str, Sequence[Mapping[str, str]]] = {
     "text": [{"text": name} for name in DOCUMENTS],
     "prompt_completion": [{"prompt": p, "completion": c} for p, c in COMPLETIONS],
@@ -47,9 +50,12 @@ REQUIRED: Mapping[str, Sequence[Mapping[str, str]]] = {
     "preference": [{"chosen": "chosen", "rejected": "rejected"}],
 }
 """For each format of a language model's rows, the usual columns of the fields that it must have."""
+_CHAT = {"system": SYSTEMS, "tools": TOOLS}
 OPTIONAL: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "instruction": {"input": INPUTS},
-    "preference": {"prompt": PROMPTS},
+    "prompt_completion": _CHAT,
+    "instruction": {"input": INPUTS, "history": HISTORIES, **_CHAT},
+    "messages": _CHAT,
+    "preference": {"prompt": PROMPTS, **_CHAT},
 }
 """Fields that a format may have."""
 
@@ -69,6 +75,9 @@ class Columns:
     messages: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
 
     def given(self) -> dict[str, str]:
         """Gives the fields that have a column."""

@@ -56,3 +56,18 @@ def test_all_missing_columns_are_reported_at_once():
 
 def test_the_config_knows_the_fields_of_the_columns():
     assert schema.DATA_FIELDS == FIELDS
+
+
+@pytest.mark.parametrize(
+    ("present", "kind", "found"),
+    [
+        ("system conversations id", "messages", {"messages": "conversations", "system": "system"}),
+        ("instruction input output system history", "instruction",
+         {"instruction": "instruction", "input": "input", "output": "output", "system": "system", "history": "history"}),
+        ("prompt completion tools", "prompt_completion", {"prompt": "prompt", "completion": "completion", "tools": "tools"}),
+        ("prompt chosen rejected system_prompt", "preference",
+         {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "system": "system_prompt"}),
+    ],
+)  # fmt: skip
+def test_what_goes_before_a_dialog_is_found(present, kind, found):
+    assert find_columns(present.split(), Columns(), kind, "F") == Columns(**found)
