@@ -74,22 +74,27 @@ _WHERE = {
     "METHODS": "methods",
 }
 
-__all__ = ["__version__", *_WHERE]  # pyright: ignore[reportUnsupportedDunderAll]
-
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name at its first use: `jaxpeft.train` checks a config before JAX is imported."""
+    """Import a public name at its first use: `jaxpeft.train` checks a config before JAX is imported.
+
+    Raises:
+        AttributeError: there is no such name. Python asks for a submodule here too, before it imports it, so what cannot be
+            the name of a class imports nothing.
+    """
     if name in _WHERE:
         return getattr(importlib.import_module(f"jaxpeft.{_WHERE[name]}"), name)
-    if name in _methods():
+    if name == "__all__":
+        return __dir__()
+    if name[:1].isupper() and name in _methods():
         return _methods()[name]
     raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_methods()])
+    return sorted(["__version__", *_WHERE, *_methods()])
 
 
 def _methods() -> dict[str, Any]:
-    """Gives the classes of the methods by their names, which the table of methods alone knows."""
+    """Return the classes of the methods by their names, which the table of methods alone knows."""
     return {cls.__name__: cls for cls in importlib.import_module("jaxpeft.methods").METHODS.values()}

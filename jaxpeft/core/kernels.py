@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxpeft import quant
 from jaxpeft.lazy import jax, jnp
+from jaxpeft.quant import FORMS as QUANTISED
 from jaxpeft.quant.form import Form, over_rows
 
 Leaves = Mapping[str, Any]
@@ -22,11 +22,11 @@ _PLAIN = (
     ),
     Form(("embedding",), lambda leaves: leaves["embedding"]),
 )
-FORMS: Mapping[str, Form] = {form.leaves[0]: form for form in (*_PLAIN, *quant.FORMS.values())}
+FORMS: Mapping[str, Form] = {form.leaves[0]: form for form in (*_PLAIN, *QUANTISED.values())}
 """By the name of the leaf that tells how a kernel is stored."""
 
 
-_STORED = {name: form for form in quant.FORMS.values() for name in form.leaves}
+_STORED = {name: form for form in QUANTISED.values() for name in form.leaves}
 
 
 def parameters(name: str, shape: tuple[int, ...]) -> int:

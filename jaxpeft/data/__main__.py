@@ -30,6 +30,9 @@ def _flags() -> flags.FlagValues:
 def main(argv: list[str]) -> int:
     """Shows the data of a config; gives the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
+    if {"--help", "-h", "-help"} & set(argv):
+        sys.stdout.write(f"{__doc__}\n{_flags().get_help()}")
+        return 0
     return guarded(lambda: _checked(argv), show_traceback="--traceback" in argv)
 
 
@@ -39,7 +42,7 @@ def _checked(argv: list[str]) -> int:
     try:
         left = given(["jaxpeft.data", *rest])[1:]
     except flags.Error as error:
-        raise ConfigError(f"{error}; see the head of jaxpeft/data/__main__.py") from error
+        raise ConfigError(f"{error}; see --help") from error
     if left or given.config is None:
         raise ConfigError(f"{left[0]!r}: not an option" if left else "--config: is not given")
     _show(configs.load(given.config, overrides), given.show)

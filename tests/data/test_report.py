@@ -114,3 +114,10 @@ def test_bad_input_is_told_in_a_line(
     monkeypatch.chdir(Path(__file__).parents[2])
     assert main(arguments) == 2
     assert text in capsys.readouterr().err
+
+
+def test_help_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "python -m jaxpeft.data --config configs/NAME.py" in shown
+    assert "--show: rows to show" in shown

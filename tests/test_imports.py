@@ -1,0 +1,141 @@
+"""Every module and every public name can be what a program imports first."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jaxpeft
+from jaxpeft import __main__ as commands
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "jaxpeft"
+FORKS = """
+import os, sys
+import flax.linen, flax.nnx, jax, ml_collections, numpy, optax
+failed = []
+for statement in sys.stdin.read().splitlines():
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            assert not [name for name in sys.modules if name.startswith("jaxpeft")]
+            exec(statement)
+        except BaseException as error:
+            os.write(writer, f"{statement}: {type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    failed.append(os.read(reader, 4096).decode())
+print("\\n".join(filter(None, failed)), end="")
+"""
+"""Runs each statement in a process of its own, where nothing of jaxpeft is imported, and other packages are."""
+
+
+def modules() -> dict[str, Path]:
+    """Return the file of every module of the package, by its name."""
+    found: dict[str, Path] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported_at_once(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield the imports that run when a module is imported: those of functions, and for type checkers alone, do not."""
+    todo: list[ast.AST] = list(ast.parse(path.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            todo += ast.iter_child_nodes(node)
+
+
+def needs(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Return the modules that have to be there before a module is; of the packages around it those that it names."""
+    wanted: set[str] = set()
+    for node in imported_at_once(path):
+        if isinstance(node, ast.Import):
+            wanted |= {alias.name for alias in node.names}
+        else:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            wanted |= inside & known.keys()
+            wanted |= {str(node.module)} if inside - known.keys() else set()
+    around = {".".join(one.split(".")[:n]) for one in wanted for n in range(1, one.count(".") + 1)}
+    return (wanted | {one for one in around if not name.startswith(f"{one}.")}) & known.keys() - {name}
+
+
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules that are left when those that need none of the rest are taken away, again and again."""
+    left = dict(graph)
+    while free := [name for name, wanted in left.items() if not wanted & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_module_needs_one_that_needs_it() -> None:
+    known = modules()
+    graph = {name: needs(name, path, known) for name, path in known.items()}
+    assert len(graph) > 150
+    assert graph["jaxpeft.core.targets"] >= {"jaxpeft.core.kernels", "jaxpeft.core.paths", "jaxpeft.errors"}
+    assert cycles(graph) == []
+    assert cycles({**graph, "jaxpeft.core.paths": {"jaxpeft.methods"}})  # it finds one where there is one
+
+
+def test_core_needs_nothing_that_is_made_of_it() -> None:
+    known = modules()
+    outside = {
+        one
+        for name, path in known.items()
+        if name.startswith("jaxpeft.core.")
+        for one in needs(name, path, known)
+        if not f"{one}.".startswith("jaxpeft.core.")
+    }
+    assert outside == {"jaxpeft.errors", "jaxpeft.lazy", "jaxpeft.quant", "jaxpeft.quant.form"}
+    for one in ("__init__", "form", "fp8", "integers", "nf4"):
+        assert {
+            to for to in needs(f"jaxpeft.quant.{one}", PACKAGE / "quant" / f"{one}.py", known) if ".core" in to
+        } == set()
+
+
+def test_every_public_name_can_be_imported_first() -> None:
+    # one name of each module stands for the others of it, and one method for all: they come from one table
+    names = {where: name for name, where in jaxpeft._WHERE.items()} | {"": "LoRA"}
+    lines = [
+        "from jaxpeft import *; LoRA, rewrite, Quant, load_adapter",
+        "import jaxpeft.core.targets, jaxpeft.quant.tree",
+    ]
+    lines += [f"from jaxpeft import {name}" for name in names.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], input="\n".join(lines), capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
+
+
+def methods() -> set[str]:
+    return {cls.__name__ for cls in jaxpeft.METHODS.values()}
+
+
+def test_a_name_that_is_none_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'jaxpeft' has no attribute 'Lora'"):
+        jaxpeft.Lora  # noqa: B018 - the access is the test
+    assert methods() <= set(dir(jaxpeft)) == set(jaxpeft.__all__)
+
+
+def test_the_package_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[2] for line in said.splitlines()[2:]] == [
+        "jaxpeft.train", "jaxpeft.compare", "jaxpeft.data", "jaxpeft.plan", "jaxpeft.export",
+    ]  # fmt: skip
+    assert commands.main(["trian"]) == 2
+    assert "'trian': each command is a module" in capsys.readouterr().err
