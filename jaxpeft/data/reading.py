@@ -12,6 +12,7 @@ from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_columns, find_f
 from jaxpeft.data.examples import Examples, join, make_examples, split_at
 from jaxpeft.data.holdout import hold_out, hold_out_text
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
+from jaxpeft.data.unread import refuse_partial, unread
 from jaxpeft.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
         DataError: rows cannot be used.
     """
     options = config.data
-    told = [recognize(config, read_source(path, "train", config)) for path in options.sources]
+    told = [recognize(config, read_source(path, "train", config), tell=True) for path in options.sources]
     sources = [rows for rows, _ in told]
     kinds: list[Kind] = [kind for _, kind in told]
     # labels are those of all rows: which of them are drawn to be trained on or held out must not change the classes
@@ -100,14 +101,30 @@ def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Ro
     return taken
 
 
-def recognize(config: Config, rows: Rows) -> tuple[Rows, Kind]:
+def recognize(config: Config, rows: Rows, *, tell: bool = False) -> tuple[Rows, Kind]:
     """Gives rows with their format; texts that hold the separator become prompts with completions.
+
+    Args:
+        config: of the run.
+        rows: of one source.
+        tell: whether to log which columns are not read.
 
     Raises:
         ConfigError: a format is named where the task has only one.
         DataError: the columns fit no format, or several.
     """
-    return cut(config, rows, kind_of(config, rows))
+    kind = kind_of(config, rows)
+    if tell:
+        tell_unread(config, rows, kind)
+    return cut(config, rows, kind)
+
+
+def tell_unread(config: Config, rows: Rows, kind: Kind) -> None:
+    """Log, in one line, which columns of a source are not read; a warning where one may be missed."""
+    present = rows.columns()
+    told, missed = unread(present, find_columns(present, columns_of(config, kind), kind, rows.name), kind)
+    if told:
+        _log.log(logging.WARNING if missed else logging.INFO, "%s: %s", rows.name, told)
 
 
 def cut(config: Config, rows: Rows, kind: Kind) -> tuple[Rows, Kind]:
@@ -133,14 +150,18 @@ def kind_of(config: Config, rows: Rows) -> Kind:
 
     Raises:
         ConfigError: a format is named where the task has only one.
-        DataError: the columns fit no format, or several.
+        DataError: the columns fit no format, or several, or say more than would be learned.
     """
     task, given = config.model.task, config.data.format
     if task in _KINDS:
         if given != "auto":
             raise ConfigError(f"data.format: {given!r} is for task 'causal_lm', task is {task!r}; set it to 'auto'")
         return _KINDS[task]
-    kind = find_format(rows.columns(), Columns(**config.data.columns), rows.name) if given == "auto" else given
+    kind = given
+    if kind == "auto":
+        present, asked = rows.columns(), Columns(**config.data.columns)
+        kind = find_format(present, asked, rows.name)
+        refuse_partial(present, asked, find_columns(present, asked, kind, rows.name), kind, rows.name)
     _log.info("%s: rows of format %s", rows.name, kind)
     return kind
 

@@ -18,7 +18,7 @@ from jaxpeft.data.columns import OPTIONAL, Columns, Kind
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.encoding import Encoding, padded_lengths
 from jaxpeft.data.examples import Examples, join, make_examples
-from jaxpeft.data.reading import columns_of, cut, kind_of
+from jaxpeft.data.reading import columns_of, cut, kind_of, tell_unread
 from jaxpeft.data.row_streams import RowStream
 from jaxpeft.data.rows import is_hub_id
 from jaxpeft.errors import ConfigError, DataError
@@ -101,6 +101,7 @@ class Stream:
             if not len(first):
                 raise DataError(f"{path}: has no rows; give a source with at least one row")
             told = kind_of(config, first)
+            tell_unread(config, first, told)
             ready, kind = cut(config, first, told)
             found = make_examples(ready, kind=kind, columns=columns_of(config, kind), like=like)
             self._sources.append(StreamedSource(config, stream, told, kind, found.columns, count, like))

@@ -1,0 +1,97 @@
+"""Columns that nothing reads: named once, and refused where the answer may be among them."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxpeft.data.columns import Columns, find_columns, find_format
+from jaxpeft.data.unread import refuse_partial, role, unread
+from jaxpeft.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [
+        ("id", ""),
+        ("Unnamed: 0", ""),
+        ("__index_level_0__", ""),
+        ("answer_id", ""),
+        ("", ""),
+        ("answerKey", "the answer"),
+        ("test_list", "tests of the answer"),
+        ("canonical_solution", "the answer"),
+        ("is_correct", "how good the answer is"),
+        ("Complex_CoT", "a thought before the answer"),
+        ("colour", None),
+        ("2", None),
+    ],
+)
+def test_the_words_of_a_name_say_what_a_column_is_meant_for(column: str, meant: str | None) -> None:
+    assert role(column) == meant
+
+
+def judged(present: str, **asked: str) -> None:
+    columns, named = present.split(), Columns(**asked)
+    kind = find_format(columns, named, "F")
+    refuse_partial(columns, named, find_columns(columns, named, kind, "F"), kind, "F")
+
+
+@pytest.mark.parametrize(
+    ("present", "said"),
+    [
+        ("task_id text code test_list", ("rows of format text would be learned from 'text' alone, without 'code' (perhaps the answer); "
+         "set data.columns, such as {'prompt': 'text', 'completion': 'code'}; if that is meant, set data.format='text'")),
+        ("document summary id", "set data.columns, such as {'prompt': 'document', 'completion': 'summary'}"),
+        ("text chosen", "without 'chosen' (perhaps the answer)"),
+        ("prompt completion label", ("from 'prompt', 'completion' alone, without 'label' (perhaps how good the answer is); leave out "
+         "the rows whose answers are not to be learned, and this column; if that is meant, set data.format='prompt_completion'")),
+        ("prompt response rating", "without 'rating' (perhaps how good the answer is)"),
+        ("messages label", "without 'label' (perhaps how good the answer is)"),
+        ("instruction output label", "without 'label' (perhaps how good the answer is)"),
+        ("question reasoning answer", "without 'reasoning' (perhaps a thought before the answer)"),
+        ("question choices answer answerKey", "without 'choices' (perhaps a part of the question), 'answerKey' (perhaps the answer)"),
+        ("context question answer", "such as {'instruction': 'question', 'input': 'context', 'output': 'answer'}"),
+        ("prompt completion weight", "without 'weight' (perhaps a weight of the row)"),
+        ("messages images", "without 'images' (perhaps an image or a sound)"),
+    ],
+)  # fmt: skip
+def test_rows_that_say_more_than_would_be_learned_are_refused(present: str, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        judged(present)
+    assert said in str(caught.value)
+    assert f"Columns present: {', '.join(present.split())}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("present", "asked"),
+    [
+        ("text code", {"text": "text"}),
+        ("prompt completion label", {"completion": "completion"}),
+        ("instruction context response category", {}),
+        ("instruction input output prompt", {}),
+        ("prompt prompt_id messages category", {}),
+        ("prompt chosen rejected score_chosen score_rejected", {}),
+        ("text id url title timestamp", {}),
+        ("text token_count language_score score", {}),
+    ],
+)
+def test_what_is_meant_and_what_is_not_missed_is_not_refused(present: str, asked: dict[str, str]) -> None:
+    judged(present, **asked)
+
+
+@pytest.mark.parametrize(
+    ("present", "kind", "line", "missed"),
+    [
+        ("text label", "classification", "", False),
+        ("id text label", "classification", "read: 'text' (text), 'label' (label); not read: 'id'", False),
+        ("question context label", "classification",
+         "read: 'question' (text), 'label' (label); not read: 'context' (perhaps a second text)", True),
+        ("text label foo", "classification", "read: 'text' (text), 'label' (label); not read: 'foo'", True),
+        ("text title label", "text", ("read: 'text' (text); not read: 'title' (perhaps a second text), "
+         "'label' (perhaps how good the answer is)"), True),
+        ("messages answer", "messages", "read: 'messages' (messages); not read: 'answer' (perhaps the answer)", True),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_told_in_one_line(present: str, kind: str, line: str, missed: bool) -> None:
+    columns = present.split()
+    assert unread(columns, find_columns(columns, Columns(), kind, "F"), kind) == (line, missed)
