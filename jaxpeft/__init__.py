@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jaxpeft.errors import JaxpeftError as JaxpeftError
     from jaxpeft.forward import apply as apply
     from jaxpeft.hub.adapters import load_adapter as load_adapter
+    from jaxpeft.hub.adapters import read_settings as read_settings
     from jaxpeft.hub.adapters import save_adapter as save_adapter
     from jaxpeft.hub.loading import load as load
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
@@ -69,6 +70,7 @@ _WHERE = {
     "JaxpeftError": "errors",
     "apply": "forward",
     "load_adapter": "hub.adapters",
+    "read_settings": "hub.adapters",
     "save_adapter": "hub.adapters",
     "load": "hub.loading",
     "METHODS": "methods",

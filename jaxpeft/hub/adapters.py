@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 import jaxpeft
 from jaxpeft.core import kernels, paths
@@ -21,11 +20,13 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import modules_to_save, rewrite, trainable_mask
 from jaxpeft.errors import AdapterError, TargetError, WeightsError
-from jaxpeft.hub import adapter_tensors, peft_config, token_indices
+from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
 from jaxpeft.hub.layout import CONFIG, EXTRA, Content, Layout
 from jaxpeft.hub.loading import abstract_params
 from jaxpeft.hub.safetensors_files import Tensor
+from jaxpeft.hub.safetensors_writing import write_arrays
+from jaxpeft.hub.settings import Settings, parse_settings
 from jaxpeft.hub.sources import fingerprint, read_json
 from jaxpeft.methods import from_dict
 from jaxpeft.models.base import Pretrained
@@ -45,11 +46,14 @@ def save_adapter(
     model: Pretrained,
     *,
     labels: tuple[str, ...] = (),
+    problem_type: str | None = None,
+    separator: str | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Saves what a method trained as a Hugging Face PEFT adapter folder: the adapter and the head, never the base.
 
-    Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads, and `jaxpeft.json` with the identity
-    of the base. Bottleneck adapters are saved as the `adapters` library has them: `adapter_config.json` and
+    Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads, and `jaxpeft.json` with what the run
+    decided (`read_settings`), the identity of the base, and the SHA-256 of every tensor. Bottleneck adapters are saved as the `adapters` library has them: `adapter_config.json` and
     `adapter.safetensors`, and `head_config.json` and `model_head.safetensors`. Each file appears whole or not at all, the
     weights last.
 
@@ -59,22 +63,30 @@ def save_adapter(
         params: the rewritten tree.
         model: what `load` gave.
         labels: names of a classifier's labels, in order.
+        problem_type: of a sequence classifier, as `transformers` calls it: `single_label_classification`,
+            `multi_label_classification` or `regression`; None for a regression where there is one output, else single labels.
+        separator: what stood between a prompt and its completion.
+        tokenizer: of `transformers`, whose files are saved beside the adapter, with the chat template that it has.
 
     Raises:
-        AdapterError: a leaf that is to be saved is not finite, or has no place in the files.
+        AdapterError: a leaf that is to be saved is not finite, or has no place in the files; or the labels are not those of the
+            head.
     """
     folder = FilePath(path)
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder}: is a file; give a folder to save the adapter to")
     _check_whole(method, params, model)
+    settings = _settings(model, labels, problem_type, separator)
     save = _save_one if token_indices.split(method) else _save_parts
-    save(folder, method, params, model, labels)
+    save(folder, method, params, model, settings)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     if save is _save_one:
         (folder / PARTS).unlink(missing_ok=True)  # of an earlier adapter, which would be loaded in this one's place
 
 
 def _save_one(
-    folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, labels: tuple[str, ...]
+    folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, settings: Settings
 ) -> None:
     """Saves one method's adapter, and trainable tokens beside it, of a tree that may hold others'."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,10 +99,8 @@ def _save_one(
     if broken:
         raise AdapterError([f"{folder}: {name} holds NaN or infinity; not saved" for name in broken])
     whole = sorted({p[0] for p, _ in paths.walk(params) if paths.is_head(p)} | set(modules_to_save(method)))
-    source = model.source
-    config = peft_config.write(
-        main, model.options.task, source.name if source else "", source.revision if source else None, whole
-    )
+    name, revision = _base_named(model)
+    config = peft_config.write(main, model.options.task, name, revision, whole)
     sites = sorted(_site_names(main, params))
     config |= _named_targets(config, sites) | main.peft_sizes(params, model.config)
     if tokens:
@@ -100,10 +110,12 @@ def _save_one(
         config["ensure_weight_tying"] = True
     layout = LAYOUTS[main.layout]
     _require_alone(folder, layout)
-    files = layout.files(Content(config, tensors, sites, model, labels)) | {EXTRA: _extra(model, labels)}
-    _replace(folder / CARD, lambda file: file.write_text(_card(main, layout, config) + _pooling_note(layout, model)))
+    files = layout.files(Content(config, tensors, sites, model, settings.labels))
+    files |= {EXTRA: adapter_extra.written(settings, files)}
+    card = adapter_card.text(main, layout, config, settings) + _pooling_note(layout, model)
+    _replace(folder / CARD, lambda file: file.write_text(card))
     for name in sorted(files, key=lambda name: (name.endswith(".safetensors"), name == layout.weights)):
-        _replace(folder / name, partial(_write_json if name.endswith(".json") else _write_tensors, files[name]))
+        _replace(folder / name, partial(_write_json if name.endswith(".json") else write_arrays, files[name]))
     _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), sum(t.nbytes for t in tensors.values()) / 1e3, folder)
 
 
@@ -115,8 +127,12 @@ def _write_json(content: Mapping[str, Any], file: FilePath) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_tensors(content: Mapping[str, Any], file: FilePath) -> None:
-    save_file(dict(content), file, metadata={"format": "pt"})
+def _base_named(model: Pretrained) -> tuple[str, str | None]:
+    """Return name and revision of the base for other libraries, which know of a package the folder that it holds alone."""
+    source = model.source
+    if source is None:
+        return "", None
+    return (str(source.folder), None) if source.name.startswith("package:") else (source.name, source.revision)
 
 
 def _require_alone(folder: FilePath, layout: Layout) -> None:
@@ -129,7 +145,7 @@ def _require_alone(folder: FilePath, layout: Layout) -> None:
 
 
 def _save_parts(
-    folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, labels: tuple[str, ...]
+    folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, settings: Settings
 ) -> None:
     """Saves a method made of methods as one adapter folder a part, each of which `peft` loads, and the list of them."""
     names: list[str] = []
@@ -137,7 +153,7 @@ def _save_parts(
         name = part.name if part.name not in names else f"{part.name}_{len(names)}"
         names.append(name)
         own = dataclasses.replace(part, modules_to_save=(*method.modules_to_save, *part.modules_to_save))
-        _save_one(folder / name, own, params, model, labels)
+        _save_one(folder / name, own, params, model, settings)
     content = {"jaxpeft_version": jaxpeft.__version__, "parts": names, "method": method.as_dict()}
     _replace(folder / PARTS, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
@@ -223,26 +239,23 @@ def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any
     return {"target_modules": names} if isinstance(wanted, str) and wanted.lower() in ("all-linear", "default") else {}
 
 
-def _extra(model: Pretrained, labels: tuple[str, ...]) -> dict[str, Any]:
+def _settings(model: Pretrained, labels: tuple[str, ...], problem_type: str | None, separator: str | None) -> Settings:
+    """Return the settings of a run, checked as those of a file are."""
     options = model.options
-    return {
-        "jaxpeft_version": jaxpeft.__version__,
-        "task": options.task,
-        "num_labels": options.num_labels,
-        "pooling": options.pooling,
-        "labels": list(labels),
-        "vocab_size": model.config.vocab_size,
-        "base_sha256": fingerprint(model.source) if model.source else None,
-    } | ({"quant": options.quant.as_dict()} if options.quant else {})
-
-
-def _card(method: Method, layout: Layout, config: Mapping[str, Any]) -> str:
-    base = config["base_model_name_or_path"]
-    return (
-        f"---\nlibrary_name: {layout.name}\nbase_model: {base}\ntags: [jaxpeft, {method.name}]\n---\n\n"
-        f"# {method.name} adapter for {base}\n\nTrained with jaxpeft {jaxpeft.__version__}; "
-        f"`{CONFIG}` and `{layout.weights}` are in the file format of {layout.library}.\n{layout.usage}"
+    if options.task == "sequence_classification" and problem_type is None:
+        problem_type = "regression" if options.num_labels == 1 else "single_label_classification"
+    made = Settings(
+        task=options.task,
+        num_labels=options.num_labels,
+        labels=tuple(labels),
+        problem_type=problem_type,
+        pooling=options.pooling,
+        separator=separator,
+        vocab_size=model.config.vocab_size,
+        quant=options.quant.as_dict() if options.quant else None,
+        base_sha256=fingerprint(model.source) if model.source else None,
     )
+    return parse_settings(json.loads(json.dumps(made.as_dict())), FilePath("save_adapter"))
 
 
 def _pooling_note(layout: Layout, model: Pretrained) -> str:
@@ -255,6 +268,28 @@ def _pooling_note(layout: Layout, model: Pretrained) -> str:
     )
     _log.warning("%s; load the adapter with jaxpeft.load(..., pooling=%r)", note, how)
     return f"\nNote: {note}. Load it with `jaxpeft.load(..., pooling={how!r})` and `jaxpeft.load_adapter`.\n"
+
+
+def read_settings(path: str | FilePath) -> Settings:
+    """Reads what a run decided that goes with its adapter: the names of the labels, the problem type, the pooling, and so on.
+
+    Args:
+        path: the folder of an adapter.
+
+    Returns:
+        The settings; of an adapter that another library has saved, empty ones.
+
+    Raises:
+        AdapterError: there is no such folder, or its `jaxpeft.json` cannot be used.
+    """
+    folder = FilePath(path)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such adapter folder")
+    first = folder / str(_read_parts(folder / PARTS)["parts"][0]) if (folder / PARTS).is_file() else folder
+    try:
+        return parse_settings(adapter_extra.read_extra(first), first / EXTRA)
+    except WeightsError as error:
+        raise AdapterError(error.problems) from error
 
 
 def _replace(target: FilePath, write: Callable[[FilePath], object]) -> None:
@@ -286,8 +321,10 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
         return _load_parts(folder, model, params)
     layout = layout_of(folder)
     try:
+        extra = adapter_extra.read_extra(folder)
         config, header = layout.read(folder, model, params)
         check_base(folder, config, model)
+        adapter_extra.warn_of_edits(folder, extra)
     except WeightsError as error:
         raise AdapterError(error.problems) from error
     if model.options.task == "encoder":
@@ -308,6 +345,7 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
         tensors = {name: tensor.read() for name, tensor in header.items()}
         problems = adapter_tensors.wrong_numbers(method, rewritten, tensors)
         if not problems:
+            adapter_extra.require_undamaged(folder, extra)
             loaded = adapter_tensors.put_tensors(method, rewritten, tensors)
             _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
             return method, loaded
@@ -374,7 +412,7 @@ def check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained) -
     problems: list[str] = []
     if task is not None and task != wanted:
         problems.append(f"{folder / CONFIG}: task_type is {task}, the model is loaded for {wanted}")
-    extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
+    extra = adapter_extra.read_extra(folder)
     if extra.get("pooling", model.options.pooling) != model.options.pooling:
         problems.append(f"{folder / EXTRA}: pooling is {extra['pooling']!r}, the model has {model.options.pooling!r}")
     tokens = extra.get("vocab_size", model.config.vocab_size)

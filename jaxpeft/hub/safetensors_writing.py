@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,33 @@ class Readable(Described, Protocol):
     def read(self) -> np.ndarray[Any, Any]:
         """Gives its numbers."""
         ...
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array as a tensor of a file."""
+
+    array: np.ndarray[Any, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+    def read(self) -> np.ndarray[Any, Any]:
+        return self.array
+
+
+def write_arrays(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
+    """Write arrays to one safetensors file, whatever their order in memory; its mode is that of any new file."""
+    write_file(path, {name: _Array(np.asarray(array)) for name, array in arrays.items()})
 
 
 def write_model(folder: Path, tensors: Mapping[str, Readable], shard_bytes: int = SHARD_BYTES) -> list[str]:

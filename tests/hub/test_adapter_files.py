@@ -14,7 +14,7 @@ from jaxpeft.core import paths
 from jaxpeft.errors import AdapterError, ConfigError
 from jaxpeft.methods import METHODS
 from jaxpeft.methods.lora import LoRA
-from tests.hub.helpers import METHOD, QUERY, assert_bit_equal, trained
+from tests.hub.helpers import METHOD, QUERY, assert_bit_equal, edit_json, trained
 
 CAUSAL, SEQUENCE = "causal_lm", "sequence_classification"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "jaxpeft.json", "README.md"}
@@ -75,6 +75,7 @@ def test_an_adapter_stays_float32_on_a_bfloat16_base(save):
 def test_an_adapter_in_half_precision_is_widened(save, dtype):
     saved = save()
     saved.edit(lambda tensors: tensors.update({name: tensor.astype(dtype) for name, tensor in tensors.items()}))
+    edit_json(saved.folder / "jaxpeft.json", lambda extra: extra.pop("sha256"))
     _, params = saved.load()
     wanted = paths.get(saved.params, ("classifier", "kernel")).astype(dtype).astype(jnp.float32)
     assert_bit_equal({"kernel": params["classifier"]["kernel"]}, {"kernel": wanted})
@@ -121,12 +122,12 @@ def test_saving_again_replaces_the_files_whole(save, monkeypatch):
     before = (saved.folder / "adapter_model.safetensors").read_bytes()
     changed = trained(METHOD, saved.params, seed=1)
 
-    def fail(tensors, file, metadata):
+    def fail(tensors, file):
         file.write_bytes(b"half")
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jaxpeft.hub.adapters.save_file", fail)
+        patch.setattr("jaxpeft.hub.adapters.write_arrays", fail)
         with pytest.raises(OSError, match="no space left"):
             jaxpeft.save_adapter(saved.folder, METHOD, changed, saved.model)
     assert (saved.folder / "adapter_model.safetensors").read_bytes() == before
