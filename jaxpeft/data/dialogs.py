@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.data.columns import Columns
+from jaxpeft.data.messages import Message, read_messages, read_text, unfold
 from jaxpeft.data.problems import Record, RowError
-from jaxpeft.errors import nearest
-
-Message = Mapping[str, Any]
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
-    "assistant": "assistant", "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
-    "function_response": "tool",
-}  # fmt: skip
-"""ShareGPT's names of the roles, and ours."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +18,18 @@ class Dialog:
     Attributes:
         messages: one mapping a turn, with `role` and `content` and whatever else the template reads.
         tools: the tools that the chat may use, as the template wants them.
+        unlearned: the places of the assistant's turns that are not learned.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    unlearned: frozenset[int] = frozenset()
+
+    @property
+    def answers(self) -> list[int]:
+        """The places of the turns that are learned."""
+        assistant = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return [i for i in assistant if i not in self.unlearned]
 
 
 @dataclass(frozen=True)
@@ -61,43 +59,27 @@ class Preference:
 
 
 def last_answer(dialog: Dialog | Completion) -> str:
-    """Gives what the assistant says last."""
+    """Return what the last answer that is learned says; empty where it only calls a tool."""
     if isinstance(dialog, Completion):
         return dialog.completion
-    return next(str(message["content"]) for message in reversed(dialog.messages) if message["role"] == "assistant")
-
-
-def read_text(value: Any) -> str:
-    """Reads a text.
-
-    Raises:
-        RowError: it is no string, is empty, or cannot be written as UTF-8.
-    """
-    if not isinstance(value, str):
-        raise RowError(f"holds a {type(value).__name__}, not a string", "write the text as a string")
-    if not value.strip():
-        raise RowError("is empty", "fill it or leave the row out")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError("holds half of a surrogate pair", "write the whole character") from None
-    return value
+    return str(dialog.messages[dialog.answers[-1]].get("content") or "")
 
 
 def read_completion(record: Record, columns: Columns) -> Dialog | Completion:
-    """Reads a prompt and its completion: two texts, or two lists of messages.
+    """Reads a prompt and its completion: two texts, or two lists of messages, beside which tools and a system text may stand.
 
     Raises:
         RowError: a field is missing or wrong.
     """
     prompt, completion = field(record, columns.prompt), field(record, columns.completion)
-    return _joined(prompt, completion, columns.prompt, columns.completion)
+    return _joined(prompt, completion, columns.prompt, columns.completion, _frame(record, columns))
 
 
 def read_instruction(record: Record, columns: Columns) -> Dialog:
-    """Reads an instruction, its input if there is one, and the output, as alpaca's rows are, as a chat of two turns.
+    """Reads an instruction, its input if there is one, and the output, as alpaca's rows are, as a chat.
 
-    The user's turn keeps `instruction` and `input` as well, for templates that part them.
+    The user's turn keeps `instruction` and `input` as well, for templates that part them. The turns of a `history` stand
+    before it, and are learned too.
 
     Raises:
         RowError: a field is missing or wrong.
@@ -107,7 +89,9 @@ def read_instruction(record: Record, columns: Columns) -> Dialog:
     extra = named(read_text, record, columns.input) if given is not None and given != "" else ""
     asked = f"{instruction}\n\n{extra}" if extra else instruction
     user = {"role": "user", "content": asked, "instruction": instruction, "input": extra}
-    return Dialog((user, {"role": "assistant", "content": named(read_text, record, columns.output)}))
+    history = _within(_read_history, record.get(columns.history or ""), columns.history)
+    answer = {"role": "assistant", "content": named(read_text, record, columns.output)}
+    return _chat((*history, user, answer), _frame(record, columns))
 
 
 def read_dialog(record: Record, columns: Columns) -> Dialog:
@@ -116,15 +100,7 @@ def read_dialog(record: Record, columns: Columns) -> Dialog:
     Raises:
         RowError: a field is missing or wrong.
     """
-    messages = named(read_messages, record, columns.messages)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowError(f"{columns.messages!r} has no turn of the assistant", "add one or leave the row out")
-    tools = record.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise RowError(
-            f"'tools' holds a {type(tools).__name__}, not a list of objects", "write it as a list of objects"
-        )
-    return Dialog(messages, tuple(tools or ()))
+    return _answered(_chat(named(read_messages, record, columns.messages), _frame(record, columns)), columns.messages)
 
 
 def read_preference(record: Record, columns: Columns) -> Preference:
@@ -137,21 +113,81 @@ def read_preference(record: Record, columns: Columns) -> Preference:
     answers = [field(record, column) for column in (columns.chosen, columns.rejected)]
     if answers[0] == answers[1]:
         raise RowError(f"{columns.chosen!r} and {columns.rejected!r} are the same", "leave the row out")
-    pair = zip(answers, (columns.chosen, columns.rejected), strict=True)
+    pair, frame = zip(answers, (columns.chosen, columns.rejected), strict=True), _frame(record, columns)
     if prompt is not None:
-        return Preference(*(_joined(prompt, answer, columns.prompt, column) for answer, column in pair))
-    return Preference(*(_whole(answer, column) for answer, column in pair))
+        return Preference(*(_joined(prompt, answer, columns.prompt, column, frame) for answer, column in pair))
+    return Preference(*(_whole(answer, column, frame) for answer, column in pair))
 
 
-def _whole(value: Any, column: str | None) -> Dialog | Completion:
+@dataclass(frozen=True)
+class _Frame:
+    """What a row says of its chat beside the turns: the system text and the tools, each with its column."""
+
+    system: str
+    tools: tuple[Mapping[str, Any], ...]
+    columns: str
+
+
+def _frame(record: Record, columns: Columns) -> _Frame:
+    system, tools = columns.system or "", columns.tools or "tools"
+    text = named(read_text, record, system) if record.get(system) not in (None, "") else ""
+    read = _within(_read_tools, record.get(tools), tools)
+    return _Frame(text, read, " and ".join(repr(name) for name, value in ((system, text), (tools, read)) if value))
+
+
+def _read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    listed = unfold(value) or []
+    tools = [unfold(tool) for tool in listed] if isinstance(listed, list) else [listed]
+    if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError(f"holds a {type(value).__name__}, not a list of objects", "write it as a list of objects")
+    return tuple(tools)
+
+
+def _read_history(value: Any) -> tuple[Message, ...]:
+    pairs = unfold(value) or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise RowError("is no list of pairs", 'write it as [["question", "answer"], ...]')
+    roles = ("user", "assistant")
+    return tuple(
+        {"role": role, "content": read_text(text)} for pair in pairs for role, text in zip(roles, pair, strict=True)
+    )
+
+
+def _chat(messages: Sequence[Message], frame: _Frame, context: int = 0) -> Dialog:
+    """Join turns with what stands beside them; the first `context` turns are not learned."""
+    unlearned = {
+        i
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant" and (i < context or 0 in (message.get("weight"), message.get("train")))
+    }
+    if not frame.system or (messages[0]["role"] == "system" and messages[0]["content"] == frame.system):
+        return Dialog(tuple(messages), frame.tools, frozenset(unlearned))
+    if messages[0]["role"] == "system":
+        raise RowError(f"has a system turn, and another in {frame.columns}", "keep one of them")
+    system = {"role": "system", "content": frame.system}
+    return Dialog((system, *messages), frame.tools, frozenset(i + 1 for i in unlearned))
+
+
+def _answered(dialog: Dialog, column: str | None) -> Dialog:
+    if dialog.answers:
+        return dialog
+    if any(message["role"] == "assistant" for message in dialog.messages):
+        raise RowError(f"{column!r} marks every answer as not learned", "leave the row out")
+    raise RowError(f"{column!r} has no turn of the assistant", "add one or leave the row out")
+
+
+def _whole(value: Any, column: str | None, frame: _Frame) -> Dialog | Completion:
     if isinstance(value, str):
-        return Completion("", read_text(value))
-    return Dialog(_within(read_messages, value, column))
+        return _plain("", _within(read_text, value, column), frame)
+    return _chat(_within(read_messages, value, column), frame)
 
 
-def _joined(prompt: Any, answer: Any, prompt_column: str | None, answer_column: str | None) -> Dialog | Completion:
+def _joined(
+    prompt: Any, answer: Any, prompt_column: str | None, answer_column: str | None, frame: _Frame
+) -> Dialog | Completion:
     if isinstance(prompt, str) and isinstance(answer, str):
-        return Completion(_within(read_text, prompt, prompt_column), _within(read_text, answer, answer_column))
+        texts = _within(read_text, prompt, prompt_column), _within(read_text, answer, answer_column)
+        return _plain(*texts, frame)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(answer, str):
@@ -160,63 +196,16 @@ def _joined(prompt: Any, answer: Any, prompt_column: str | None, answer_column: 
     after = _within(read_messages, answer, answer_column)
     if any(message["role"] != "assistant" for message in after[:1]):
         raise RowError(f"{answer_column!r} begins with a turn of {after[0]['role']}", "begin it with the assistant's")
-    return Dialog((*before, *after))
+    return _answered(_chat((*before, *after), frame, len(before)), answer_column)
 
 
-def read_messages(value: Any) -> tuple[Message, ...]:
-    """Reads a list of messages.
-
-    Raises:
-        RowError: it is no list, or a message is wrong; the message names the turn.
-    """
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise RowError("holds no list of messages", 'write it as [{"role": "user", "content": "..."}, ...]')
-    messages = tuple(_message(turn, i) for i, turn in enumerate(value, 1))
-    systems = [i for i, message in enumerate(messages, 1) if message["role"] == "system"]
-    if len(systems) > 1:
-        raise RowError(f"has {len(systems)} system turns ({', '.join(map(str, systems))})", "keep one, the first turn")
-    if systems and systems[0] != 1:
-        raise RowError(f"has its system turn at place {systems[0]}", "make it the first turn")
-    return messages
-
-
-def _message(turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(f"holds a {type(turn).__name__} as turn {number}, not an object", "give it a role and a content")
-    role = _role(turn, number)
-    content = turn.get("content", turn.get("value"))
-    calls = turn.get("tool_calls")
-    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
-        content = "".join(str(part["text"]) for part in content)
-    if content is None and calls:
-        content = ""
-    if not isinstance(content, str):
-        kind = "nothing" if content is None else f"a {type(content).__name__}"
-        raise RowError(f"holds {kind} as the content of turn {number}", "write it as a string")
-    if not content.strip() and not calls and role in ("assistant", "user"):
-        raise RowError(f"has an empty turn {number} ({role})", "fill it or leave the row out")
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
-    message = {**rest, "role": role, "content": content}
-    try:
-        json.dumps(message, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise RowError(f"holds half of a surrogate pair in turn {number}", "write the whole character") from None
-    return message
-
-
-def _role(turn: Mapping[str, Any], number: int) -> str:
-    if "role" in turn:
-        role, known = turn["role"], ROLES
-    elif "from" in turn:
-        role, known = SHAREGPT.get(str(turn["from"]).lower(), turn["from"]), tuple(SHAREGPT)
-    else:
-        raise RowError(f"has no role in turn {number}", 'give it a "role" (or "from")')
-    if role not in ROLES:
+def _plain(prompt: str, completion: str, frame: _Frame) -> Completion:
+    if frame.columns:
         raise RowError(
-            f"has the unknown role {role!r} in turn {number}",
-            nearest(str(role), known).removeprefix("; ") or f"use one of {', '.join(known)}",
+            f"has {frame.columns} beside a prompt that is a text, which no template writes out",
+            "write prompt and completion as lists of messages",
         )
-    return str(role)
+    return Completion(prompt, completion)
 
 
 def field(record: Record, column: str | None) -> Any:

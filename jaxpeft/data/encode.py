@@ -6,6 +6,8 @@ import dataclasses
 import gc
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,9 +27,10 @@ from jaxpeft.data.templates import template_source
 from jaxpeft.data.tokens import Batch, Options, tokenize
 from jaxpeft.errors import ConfigError, DataError
 
-FORMAT = 4
+_log = logging.getLogger(__name__)
+FORMAT = 5
 BATCH = 1000
-COUNTS = ("dropped", "learned", "rows", "sequences", "tokens", "truncated")
+COUNTS = ("dropped", "learned", "rows", "sequences", "tokens", "truncated", "unlearned")
 
 Progress = Callable[[int, int], None]
 
@@ -51,8 +54,8 @@ def encode(
 
     Classification: one sequence a row, cut to `max_length`. Token classification: the same, the tag of a word on its
     first sub-token and -100 on the rest. Text: every document split into consecutive sequences, nothing lost. Dialogs:
-    one sequence a row, cut to `max_length`; only what the assistant says is learned, and a row of which nothing that is
-    learned is left is dropped.
+    one sequence a row, cut to `max_length`, or several where the template writes earlier turns otherwise once others follow;
+    only what the assistant says is learned, and a row of which nothing that is learned is left is dropped.
 
     Args:
         examples: the examples of one split.
@@ -99,7 +102,8 @@ def make_options(
 ) -> Options:  # fmt: skip
     """Gives what changes the tokens; the chat template where there are chats."""
     chat = any(isinstance(text, Dialog) for text in examples.texts)
-    template = template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
+    source = template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
+    template = {"default": source} if isinstance(source, str) else source
     return Options(max_length, add_bos, add_eos, template, separator)
 
 
@@ -188,7 +192,11 @@ def _build(examples: Examples, tokenizer: Any, options: Options, progress: Progr
     dropped = sum(len(batch.dropped) for batch in batches)
     flat = _flat(labels)
     learned = int((flat != IGNORED).sum())
-    arrays["counts"] = np.array([dropped, learned, len(examples), len(lengths), len(tokens), truncated], np.int64)
+    unlearned = sum(batch.unlearned for batch in batches)
+    counts = [dropped, learned, len(examples), len(lengths), len(tokens), truncated, unlearned]
+    arrays["counts"] = np.array(counts, np.int64)
+    for note, answers in sum((batch.notes for batch in batches), Counter[str]()).items():
+        _log.warning("%s: %s, in %d rows", examples.rows.name, note, answers)
     if types:
         arrays["type_ids"] = _flat(types)
     per_row: Any = examples.labels

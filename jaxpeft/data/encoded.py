@@ -34,10 +34,10 @@ class Encoded:
         labels: a sequence: int32 [sequences], float32 [sequences] or float32 [sequences, labels]; a token (where
             `per_token`): int32 [tokens], -100 where there is no loss. The label of a token of text is the token itself.
         type_ids: int32 [tokens], None where the tokenizer makes none.
-        source: int32 [sequences], the row that each sequence comes from; a long document of text has several. Of a packed
+        source: int32 [sequences], the row that each sequence comes from; a long document of text has several, and so may a chat. Of a packed
             sequence, the row of its first document.
         label_names: the name of each label id.
-        counts: `rows`, `truncated` and `dropped` (rows), `sequences`, `tokens`, `learned` (tokens).
+        counts: `rows`, `truncated` and `dropped` (rows), `sequences`, `tokens`, `learned` (tokens), `unlearned` (answers).
         max_length: the most tokens that a sequence may have.
         fingerprint: the hash of tokenizer, options and data, the key of the cache.
         segments: int32 [tokens], the document of a packed sequence that a token belongs to, from 1; None where nothing is
@@ -114,7 +114,7 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def to_arrays(encoded: Encoded) -> Arrays:
-    """Gives what the cache stores: the arrays, and the counts, int64 [6], in the order of their names."""
+    """Gives what the cache stores: the arrays, and the counts, int64 [7], in the order of their names."""
     counts = np.array([encoded.counts[name] for name in sorted(encoded.counts)], np.int64)
     arrays = {"tokens": encoded.tokens, "offsets": encoded.offsets, "source": encoded.source, "counts": counts}
     if encoded.type_ids is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +70,19 @@ class Encoding:
 
     def identity(self, examples: Examples) -> dict[str, str]:
         """Gives the hashes of the tokenizer and of the chat template that examples are written with."""
-        template = make_options(examples, self.tokenizer, **self._of(examples)).template or ""
+        template = json.dumps(self.chat_template(examples) or "", sort_keys=True)
         return {
             "tokenizer": tokenizer_hash(self.tokenizer),
             "template": hashlib.sha256(template.encode()).hexdigest(),
         }
+
+    def chat_template(self, examples: Examples) -> str | Mapping[str, str] | None:
+        """Return the template that chats are written with, in the form of a tokenizer's `chat_template`; None without chats.
+
+        Several by name are those that are used: `default`, and `tool_use` for chats with tools.
+        """
+        made = make_options(examples, self.tokenizer, **self._of(examples)).template
+        return made["default"] if made and len(made) == 1 else made
 
     def prompt(self, examples: Examples, row: int) -> list[int]:
         """Gives the tokens that the answer of a row is generated from."""
@@ -111,6 +121,7 @@ def told(encoded: Encoded) -> str:
     if encoded.kind in GENERATIVE:
         parts.append(f"{counts['learned'] / max(1, counts['tokens']):.0%} of them learned")
     parts += [f"{counts['truncated']} cut at {encoded.max_length} tokens"] if counts["truncated"] else []
+    parts += [f"{counts['unlearned']} answers that cannot be learned"] if counts["unlearned"] else []
     parts += [f"{counts['dropped']} rows dropped: nothing learned is left of them"] if counts["dropped"] else []
     line = f"{', '.join(parts)} ({'from the cache' if encoded.cache == 'hit' else 'tokenised'})"
     if encoded.segments is not None:

@@ -5,8 +5,8 @@ internals or fill the memory. It gets no access to attributes that begin with an
 What can't be stopped from inside, such as one formatting of a thousand million characters, ends with the process.
 
 Run by path, with nothing of jaxpeft: `templates.Template` talks to it by lines of JSON. The first is
-`{"source", "tokens"}`, answered by `{"error"}`; each further one is a list of `{"messages", "tools", "cuts"}`, answered by a
-line for each: `{"texts"}`, or `{"error", "fatal"}`, of which a fatal one is the last.
+`{"sources", "tokens"}`, answered by `{"error"}`; each further one is a list of `{"messages", "tools", "cuts"}`, answered by a
+line for each: `{"texts"}`, for each cut the text or what failed, or `{"error", "fatal"}`, which is the last.
 """
 
 from __future__ import annotations
@@ -38,41 +38,51 @@ Reply = dict[str, Any]
 
 
 class Renderer:
-    """A compiled template.
+    """Compiled templates, by name.
 
     Args:
-        source: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the special tokens.
+        sources: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the special tokens: a `default`, and
+            perhaps another for chats with tools.
         tokens: the tokenizer's special tokens by name, such as `bos_token`.
 
     Raises:
         TemplateError: it is no jinja.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+    def __init__(self, sources: Mapping[str, str], tokens: Mapping[str, str]) -> None:
         self._tokens = {"bos_token": "", "eos_token": "", **tokens}
-        self._template = _environment().from_string(source)
+        environment = _environment()
+        self._templates = {name: environment.from_string(source) for name, source in sources.items()}
 
     def reply(self, messages: Sequence[Any], tools: Sequence[Any], cuts: Sequence[tuple[int, bool]]) -> Reply:
         """Writes out the first so many messages of each cut, with or without what an answer begins with."""
         try:
             with _limited():
-                return {"texts": [self._text(messages[:n], tools, generate) for n, generate in cuts]}
+                return {"texts": [self._cut(messages[:n], tools, generate) for n, generate in cuts]}
         except TimeoutError:
             return {"error": TOO_LONG, "fatal": True}
         except (SecurityError, OverflowError) as error:  # of a range that is too long
             return {"error": f"the chat template does what a template may not: {error}", "fatal": True}
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-            # jinja looks for the line of a TimeoutError in the template, and breaks where it was raised between two lines
-            if isinstance(error.__context__, TimeoutError):
-                return {"error": TOO_LONG, "fatal": True}
-            return {"error": f"the chat template fails: {error}", "fatal": False}
         except (MemoryError, RecursionError):
             return {"error": TOO_MUCH, "fatal": True}
 
+    def _cut(self, messages: Sequence[Any], tools: Sequence[Any], generate: bool) -> tuple[str, str | None]:
+        """Return the text of some messages and None, or no text and what fails."""
+        try:
+            return self._text(messages, tools, generate), None
+        except (SecurityError, OverflowError, TimeoutError):
+            raise
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            # jinja looks for the line of a TimeoutError in the template, and breaks where it was raised between two lines
+            if isinstance(error.__context__, TimeoutError):
+                raise TimeoutError from None
+            return "", f"the chat template fails: {error}"
+
     def _text(self, messages: Sequence[Any], tools: Sequence[Any], generate: bool) -> str:
+        template = self._templates.get("tool_use" if tools else "default") or self._templates["default"]
         parts: list[str] = []
         size = 0
-        for part in self._template.generate(
+        for part in template.generate(
             messages=messages, add_generation_prompt=generate, tools=list(tools) or None, **self._tokens
         ):
             parts.append(part)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import IO, Any, cast
 from jaxpeft.data import sandbox
 from jaxpeft.errors import ConfigError
 
+_log = logging.getLogger(__name__)
 BUILT_IN: Mapping[str, str] = {
     "chatml": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -34,6 +36,7 @@ BUILT_IN: Mapping[str, str] = {
     ),
 }
 """Templates for tokenizers that have none."""
+MEND = "mend the template, or name another as data.chat_template"
 Cut = tuple[int, bool]
 """The first so many messages, and whether what an answer of the assistant begins with stands behind them."""
 
@@ -44,11 +47,13 @@ class RenderError(Exception):
     Args:
         reason: what to say.
         fatal: whether the template is at fault, whatever the messages: no further ones were rendered.
+        fix: what to do about it; None for what is said of templates that fail.
     """
 
-    def __init__(self, reason: str, fatal: bool = False) -> None:
+    def __init__(self, reason: str, fatal: bool = False, fix: str | None = None) -> None:
         super().__init__(reason)
         self.fatal = fatal
+        self.fix = fix or (MEND if fatal else f"correct the row, or {MEND}")
 
 
 @dataclass(frozen=True)
@@ -66,21 +71,22 @@ class Template:
     The process is started at once, and again after a chat that it has not survived.
 
     Args:
-        source: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the special tokens.
+        source: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the special tokens; or several, by
+            name: `tool_use` is for chats with tools, `default` for the others.
         tokens: the tokenizer's special tokens by name, such as `bos_token`.
 
     Raises:
         ConfigError: it is no jinja.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        self.source = source
-        self._begin = {"source": source, "tokens": dict(tokens)}
+    def __init__(self, source: str | Mapping[str, str], tokens: Mapping[str, str]) -> None:
+        sources = {"default": source} if isinstance(source, str) else dict(source)
+        self._begin = {"sources": sources, "tokens": dict(tokens)}
         self._lock = threading.Lock()
         self._process = self._start()
 
-    def render_all(self, requests: Sequence[Request]) -> list[list[str] | RenderError]:
-        """Gives for each chat its text at each cut, or why it cannot be rendered; a fatal error is the last.
+    def render_all(self, requests: Sequence[Request]) -> list[list[str | RenderError] | RenderError]:
+        """Return for each chat what is written at each cut, or why that cannot be; a fatal error is the last.
 
         Raises:
             ConfigError: it is no jinja.
@@ -89,13 +95,13 @@ class Template:
             if self._process.poll() is not None:
                 self._process = self._start()
             _send(self._process, [{"messages": r.messages, "tools": r.tools, "cuts": r.cuts} for r in requests])
-            made: list[list[str] | RenderError] = []
+            made: list[list[str | RenderError] | RenderError] = []
             fatal = False
             try:
                 while not fatal and len(made) < len(requests):
                     reply = _receive(self._process) or {"error": sandbox.TOO_MUCH, "fatal": True}
                     fatal = bool(reply.get("fatal"))
-                    made.append(reply["texts"] if "texts" in reply else RenderError(reply["error"], fatal))
+                    made.append(RenderError(reply["error"], fatal) if fatal else _texts(reply))
             finally:
                 if not fatal and len(made) < len(requests):
                     _end(self._process)  # replies that nobody has read must not be taken for those of the next
@@ -115,9 +121,10 @@ class Template:
             RenderError: the template refuses the messages, breaks, does what it may not, or takes too long.
         """
         (made,) = self.render_all([Request(messages, tools, [(len(messages), generate)])])
-        if isinstance(made, RenderError):
-            raise made
-        return made[0]
+        text = made if isinstance(made, RenderError) else made[0]
+        if isinstance(text, RenderError):
+            raise text
+        return text
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(  # noqa: S603 - this Python, and a file of jaxpeft
@@ -147,46 +154,66 @@ def _receive(process: subprocess.Popen[str]) -> dict[str, Any] | None:
     return json.loads(line) if line.endswith("\n") else None
 
 
+def _texts(reply: Mapping[str, Any]) -> list[str | RenderError]:
+    return [text if error is None else RenderError(error) for text, error in reply["texts"]]
+
+
 def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()
 
 
 @lru_cache(maxsize=4)
-def compiled(source: str, tokens: tuple[tuple[str, str], ...]) -> Template:
-    """Gives the template of a source and special tokens, as long as it is in use: each has a process.
+def compiled(sources: tuple[tuple[str, str], ...], tokens: tuple[tuple[str, str], ...]) -> Template:
+    """Gives the template of sources and special tokens, as long as it is in use: each has a process.
 
     Raises:
         ConfigError: it is no jinja.
     """
-    return Template(source, dict(tokens))
+    return Template(dict(sources), dict(tokens))
 
 
-def template_source(own: Any, given: str | None, kind: str) -> str:
-    """Gives the template to write chats with.
+def template_source(own: Any, given: str | None, kind: str) -> str | Mapping[str, str]:
+    """Return the template to write chats with, as a tokenizer's `chat_template` holds it: one, or several by name.
 
     Args:
-        own: the tokenizer's, if it has one.
-        given: the name of a built-in template, or a file of jinja; taken before the tokenizer's.
+        own: the tokenizer's: a template, several by name, or None.
+        given: the name of one of the tokenizer's templates or of a built-in one, or a file of jinja; taken before the
+            tokenizer's.
         kind: the format of the rows; instructions take alpaca's template where there is no other.
 
     Raises:
         ConfigError: there is no template, or no such file.
     """
+    named: Mapping[str, str] = own if isinstance(own, Mapping) else {}
     if given is not None:
-        if given in BUILT_IN:
-            return BUILT_IN[given]
-        try:
-            return Path(given).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise ConfigError(
-                f"data.chat_template: {given!r} is not one of {', '.join(BUILT_IN)}, and no file that can be read ({reason})"
-            ) from None
+        known = {**BUILT_IN, **named}
+        return known[given] if given in known else _read_file(given, [*named, *BUILT_IN])
     if isinstance(own, str):
         return own
+    if "default" in named:
+        return {name: source for name, source in named.items() if name in ("default", "tool_use")}
+    if named:
+        raise ConfigError(
+            f"data.chat_template: the tokenizer has several, none of them the default; set it to {_either(named)}"
+        )
     if kind == "instruction":
+        _log.info("the tokenizer has no chat template: instructions are written with the built-in 'alpaca'")
         return BUILT_IN["alpaca"]
     raise ConfigError(
-        f"data.chat_template: the tokenizer has none; set it to {' or '.join(BUILT_IN)}, or to a file of jinja"
+        f"data.chat_template: the tokenizer has none; set it to {_either(BUILT_IN)}, or to a file of jinja"
     )
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(names)
+
+
+def _read_file(given: str, names: Sequence[str]) -> str:
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(
+            f"data.chat_template: {given!r} is not one of {', '.join(names)}, and no file that can be read ({reason})"
+        ) from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class Options:
     max_length: int
     add_bos: bool
     add_eos: bool
-    template: str | None = None
+    template: Mapping[str, str] | None = None
     separator: str = ""
 
 
@@ -37,6 +38,8 @@ class Batch:
         source: the row of each sequence.
         truncated: how many rows lost tokens.
         dropped: the rows that are left out, since no token of theirs is learned.
+        unlearned: how many answers cannot be learned.
+        notes: what should be told of the answers, and of how many.
     """
 
     ids: list[list[int]]
@@ -45,6 +48,8 @@ class Batch:
     source: list[int]
     truncated: int = 0
     dropped: list[int] = field(default_factory=list[int])
+    unlearned: int = 0
+    notes: Counter[str] = field(default_factory=Counter[str])
 
 
 def tokenize(examples: Examples, tokenizer: Any, start: int, stop: int, options: Options) -> Batch:
@@ -84,19 +89,23 @@ def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: Options) 
     eos, begin = tokenizer.eos_token_id, _begin(tokenizer, options)
     scripts = _scripts(examples, tokenizer, rows, options)
     batch = Batch([], [], [], [])
+    for script in scripts:
+        batch.unlearned += len(script.unlearned)
+        parts = (*script.earlier, script)
+        batch.notes.update(note for part in parts for note in (*part.unlearned, *part.notes))
+    most = options.max_length
     for row, made in zip(
         rows, label(scripts, tokenizer, begin=begin, end=eos if options.add_eos else None), strict=True
     ):
-        ids, labels = made.ids, made.labels
-        if len(ids) > options.max_length:
-            ids, labels = ids[: options.max_length], labels[: options.max_length]
-            batch.truncated += 1
-        if (rest := labels[1:]).count(IGNORED) == len(rest):
+        parts = (*made.earlier, made)
+        batch.truncated += any(len(part.ids) > most for part in parts)
+        kept = [part for part in parts if any(token != IGNORED for token in part.labels[1:most])]
+        if not kept:
             batch.dropped.append(row)
-            continue
-        batch.ids.append(ids)
-        batch.labels.append(labels)
-        batch.source.append(row)
+        for part in kept:
+            batch.ids.append(part.ids[:most])
+            batch.labels.append(part.labels[:most])
+            batch.source.append(row)
     return batch
 
 
@@ -111,8 +120,7 @@ def prompt_ids(examples: Examples, row: int, tokenizer: Any, options: Options) -
     """
     dialog: Any = examples.texts[row]
     if isinstance(dialog, Dialog):
-        turns = [i for i, message in enumerate(dialog.messages) if message["role"] == "assistant"]
-        dialog = Dialog(dialog.messages[: turns[-1]], dialog.tools)
+        dialog = replace(dialog, messages=dialog.messages[: dialog.answers[-1]])
     (made,) = label(
         [write_prompt(dialog, _template(options, tokenizer), options.separator)], tokenizer,
         begin=_begin(tokenizer, options), end=None,
@@ -126,7 +134,9 @@ def _begin(tokenizer: Any, options: Options) -> list[int]:
 
 
 def _template(options: Options, tokenizer: Any) -> Template | None:
-    return compiled(options.template, tuple(special_tokens(tokenizer).items())) if options.template else None
+    if options.template is None:
+        return None
+    return compiled(tuple(options.template.items()), tuple(special_tokens(tokenizer).items()))
 
 
 def _scripts(examples: Examples, tokenizer: Any, rows: range, options: Options) -> list[Script]:
@@ -137,9 +147,7 @@ def _scripts(examples: Examples, tokenizer: Any, rows: range, options: Options) 
             scripts.append(made)
             continue
         text = excerpt(str(examples.rows.records[row]))
-        problems.add(
-            examples.rows.where(row), str(made), text, "mend the template" if made.fatal else "correct the row"
-        )
+        problems.add(examples.rows.where(row), str(made), text, made.fix)
     problems.raise_if_any()
     return scripts
 

@@ -93,15 +93,74 @@ def test_rows_of_every_format_are_read(tmp_path: Path, kind: str, row: dict[str,
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
 
 
-def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
-    (dialog,) = examples(tmp_path, [{"messages": [TURNS[0], CALL]}], "messages").texts
-    assert dialog.messages[1] == {**CALL, "content": ""}
+@pytest.mark.parametrize("turn", [CALL, {**CALL, "content": None}, {**CALL, "content": "", "extra": {"a": [1]}}])
+def test_a_call_of_a_tool_reaches_the_template_as_it_is(tmp_path: Path, turn: dict[str, Any]) -> None:
+    (dialog,) = examples(tmp_path, [{"messages": [TURNS[0], turn]}], "messages").texts
+    assert dialog.messages[1] == turn
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+PAST = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+TOOL = {"type": "function", "function": {"name": "f"}}
+ASKED = {"role": "user", "content": "add", "instruction": "add", "input": ""}
+ANSWER = {"role": "assistant", "content": "3"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "dialog"),
+    [
+        ("messages", {"messages": TURNS, "system": "be kind"}, Dialog((SYSTEM, *TURNS))),
+        ("messages", {"conversations": SHARE[1:], "system": "be kind"}, Dialog((SYSTEM, *TURNS))),
+        ("messages", {"conversations": SHARE, "system": "be kind"}, Dialog((SYSTEM, *TURNS))),
+        ("messages", {"messages": TURNS, "system": "", "tools": ""}, Dialog(tuple(TURNS))),
+        ("messages", {"messages": TURNS, "tools": json.dumps([TOOL])}, Dialog(tuple(TURNS), (TOOL,))),
+        ("messages", {"messages": TURNS, "tools": [json.dumps(TOOL)]}, Dialog(tuple(TURNS), (TOOL,))),
+        ("messages", {"messages": json.dumps(TURNS)}, Dialog(tuple(TURNS))),
+        ("prompt_completion", {"prompt": TURNS[:1], "completion": TURNS[1:], "tools": [TOOL], "system": "be kind"},
+         Dialog((SYSTEM, *TURNS), (TOOL,))),
+        ("prompt_completion", {"prompt": [*PAST, TURNS[0]], "completion": TURNS[1:]},
+         Dialog((*PAST, *TURNS), unlearned=frozenset([1]))),
+        ("instruction", {"instruction": "add", "output": "3", "system": "be kind", "history": [["q", "a"]]},
+         Dialog((SYSTEM, *PAST, ASKED, ANSWER))),
+        ("instruction", {"instruction": "add", "output": "3", "history": json.dumps([["q", "a"], ["q", "a"]])},
+         Dialog((*PAST, *PAST, ASKED, ANSWER))),
+        ("instruction", {"instruction": "add", "output": "3", "history": []}, Dialog((ASKED, ANSWER))),
+        ("messages", {"conversations": [SHARE[1], {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+                                        {"from": "observation", "value": "4"}, SHARE[2]]},
+         Dialog((TURNS[0], {"role": "assistant", "content": "",
+                            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]},
+                 {"role": "tool", "content": "4"}, TURNS[1]))),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_a_chat_becomes_part_of_it(
+    tmp_path: Path, kind: str, row: dict[str, Any], dialog: Dialog
+) -> None:
+    assert examples(tmp_path, [row], kind).texts == [dialog]
+
+
+@pytest.mark.parametrize(
+    ("marked", "learned"),
+    [
+        ([{"weight": 0}, {"weight": 1}], [3]),
+        ([{"weight": 0.0}, {}], [3]),
+        ([{}, {"weight": 0}], [1]),
+        ([{"train": False}, {"train": True}], [3]),
+        ([{"train": None, "weight": None}, {}], [1, 3]),
+        ([{"weight": 0, "train": False}, {"weight": 1, "train": True}], [3]),
+    ],
+)
+def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[str, Any]], learned: list[int]) -> None:
+    turns = [turn for marks in marked for turn in (TURNS[0], {**TURNS[1], **marks})]
+    (dialog,) = examples(tmp_path, [{"messages": turns}], "messages").texts
+    assert dialog.answers == learned
+    (dialog,) = examples(tmp_path, [{"messages": turns, "system": "be kind"}], "messages", system="system").texts
+    assert dialog.answers == [turn + 1 for turn in learned]
 
 
 @pytest.mark.parametrize(
     ("kind", "row", "text"),
     [
-        ("messages", {"messages": "hi"}, "field 'messages' holds no list of messages"),
+        ("messages", {"messages": "hi"}, "field 'messages' is a text, and no JSON"),
         ("messages", {"messages": []}, "field 'messages' holds no list of messages"),
         ("messages", {"messages": ["hi"]}, "holds a str as turn 1, not an object"),
         ("messages", {"messages": [{"role": "usr", "content": "hi"}]}, "has the unknown role 'usr' in turn 1"),
@@ -118,7 +177,44 @@ def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
         ("messages", {"messages": [TURNS[0]]}, "'messages' has no turn of the assistant"),
         ("messages", {"messages": [*TURNS, {"role": "system", "content": "x"}]}, "has its system turn at place 3"),
         ("messages", {"messages": [{"role": "system", "content": "x"}] * 2 + TURNS}, "has 2 system turns (1, 2)"),
-        ("messages", {"messages": TURNS, "tools": "f"}, "'tools' holds a str, not a list of objects"),
+        ("messages", {"messages": TURNS, "tools": "f"}, "field 'tools' is a text, and no JSON"),
+        ("messages", {"messages": TURNS, "tools": [3]}, "field 'tools' holds a list, not a list of objects"),
+        ("messages", {"messages": TURNS, "tools": {"name": "f"}}, "field 'tools' holds a dict, not a list of objects"),
+        ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "has weight='0.5' in turn 2"),
+        ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": "0"}]}, "has weight='0' in turn 2"),
+        ("messages", {"messages": [TURNS[0], {**TURNS[1], "train": 0}]}, "has train='0' in turn 2"),
+        (
+            "messages",
+            {"messages": [{**TURNS[0], "train": True}, TURNS[1]]},
+            "asks to learn turn 1 (user) by its train",
+        ),
+        ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": 1, "train": False}]}, "say different things"),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "weight": 0}]},
+            "'messages' marks every answer as not learned",
+        ),
+        (
+            "messages",
+            {"messages": [SYSTEM, *TURNS], "system": "be rude"},
+            "has a system turn, and another in 'system'",
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    TURNS[0],
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]},
+                ]
+            },
+            "holds 'x' as the arguments of a call in turn 2",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": "hi", "completion": "x", "system": "y"},
+            "has 'system' beside a prompt that is a text",
+        ),
+        ("instruction", {"instruction": "a", "output": "x", "history": ["b"]}, "field 'history' is no list of pairs"),
         ("prompt_completion", {"prompt": "hi", "completion": ""}, "field 'completion' is empty"),
         ("prompt_completion", {"prompt": "hi", "completion": None}, "field 'completion' is missing"),
         ("prompt_completion", {"prompt": 3, "completion": "x"}, "field 'prompt' holds no list of messages"),
@@ -132,7 +228,8 @@ def test_a_wrong_row_is_named_with_its_line_and_turn(tmp_path: Path, kind: str, 
             "rejected": "b"}  # fmt: skip
     columns = {"prompt_completion": {"prompt": "prompt", "completion": "completion"},
                "instruction": {"instruction": "instruction", "output": "output"}}  # fmt: skip
+    optional = {name: name for name in ("system", "history") if name in row}
     with pytest.raises(DataError) as caught:
-        examples(tmp_path, [good, good | row], kind, **columns.get(kind, {}))
+        examples(tmp_path, [good, good | row], kind, **columns.get(kind, {}), **optional)
     assert text in str(caught.value)
     assert "rows.jsonl:2:1 (row 2): " in str(caught.value)

@@ -28,7 +28,15 @@ def test_classification_is_stored_ragged(classified, bert):
     assert (made.labels.tolist(), made.labels.dtype) == ([0, 1, 0], np.int32)
     assert made.type_ids.tolist() == [0] * 12
     assert not made.per_token
-    assert made.counts == {"dropped": 0, "learned": 0, "rows": 3, "sequences": 3, "tokens": 12, "truncated": 0}
+    assert made.counts == {
+        "dropped": 0,
+        "learned": 0,
+        "rows": 3,
+        "sequences": 3,
+        "tokens": 12,
+        "truncated": 0,
+        "unlearned": 0,
+    }
     assert (made.cache, made.label_names, made.max_length) == ("off", ("x", "y"), 8)
 
 
@@ -39,7 +47,15 @@ def test_text_is_stored_with_a_label_a_token(documents, llama):
     assert made.per_token
     assert (made.labels == made.tokens).all()
     assert made.type_ids is None
-    assert made.counts == {"dropped": 0, "learned": 13, "rows": 2, "sequences": 3, "tokens": 13, "truncated": 0}
+    assert made.counts == {
+        "dropped": 0,
+        "learned": 13,
+        "rows": 2,
+        "sequences": 3,
+        "tokens": 13,
+        "truncated": 0,
+        "unlearned": 0,
+    }
 
 
 def test_token_classification_is_stored_with_a_label_a_token(rows_of, bert):

@@ -8,7 +8,7 @@ import pytest
 
 from jaxpeft.data.dialogs import Completion, Dialog
 from jaxpeft.data.supervise import IGNORED, Labelled, label, write, write_prompt
-from jaxpeft.data.templates import RenderError, Template
+from jaxpeft.data.templates import Template
 from jaxpeft.data.tokens import prefix, special_tokens
 from tests.data.chats import CHATS, LIST, PARIS, SUM, TEMPLATES, USER, tokenizer_of
 
@@ -26,21 +26,30 @@ def template_of(family: str, tokenizer: Any) -> Template:
     return Template(TEMPLATES[family], special_tokens(tokenizer))
 
 
-def labelled(family: str, messages: Any, tokenizer: Any) -> Labelled:
+def rows_of(family: str, messages: Any, tokenizer: Any) -> list[Labelled]:
+    """Gives the rows of a dialog."""
     script = write(Dialog(tuple(messages)), template_of(family, tokenizer))
     (made,) = label([script], tokenizer, begin=prefix(tokenizer), end=tokenizer.eos_token_id)
-    assert len(made.ids) == len(made.labels)
-    return made
+    rows = [*made.earlier, made]
+    assert all(len(row.ids) == len(row.labels) for row in rows)
+    return rows
 
 
-def answers(made: Labelled) -> list[list[int]]:
-    """Gives the runs of learned tokens."""
-    runs: list[list[int]] = []
-    before = IGNORED
-    for token in made.labels:
-        if token != IGNORED:
-            runs[-1:] = [[*runs[-1], token]] if before != IGNORED else [*runs[-1:], [token]]
-        before = token
+def labelled(family: str, messages: Any, tokenizer: Any) -> Labelled:
+    return rows_of(family, messages, tokenizer)[-1]
+
+
+def answers(rows: list[Labelled]) -> list[tuple[list[int], list[int]]]:
+    """Gives of each run of learned tokens those before it, and itself."""
+    runs: list[tuple[list[int], list[int]]] = []
+    for row in rows:
+        assert row.labels[0] == IGNORED
+        for i in range(1, len(row.ids)):
+            if row.labels[i] != IGNORED and row.labels[i - 1] == IGNORED:
+                runs.append((row.ids[:i], []))
+            if row.labels[i] != IGNORED:
+                assert row.labels[i] == row.ids[i]
+                runs[-1][1].append(row.ids[i])
     return runs
 
 
@@ -48,19 +57,16 @@ def answers(made: Labelled) -> list[list[int]]:
 def test_generation_sees_the_tokens_that_training_saw(family: str, chat: str, kind: str) -> None:
     """The prompt of every answer, written for generation by jaxpeft and by transformers, is what stands before it."""
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
-    made = labelled(family, messages, tokenizer)
-    starts = [i for i in range(len(made.ids)) if made.labels[i] != IGNORED and made.labels[i - 1] == IGNORED]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    assert len(starts) == len(turns)
-    for n, (start, turn) in enumerate(zip(starts, turns, strict=True)):
+    made = answers(rows_of(family, messages, tokenizer))
+    assert len(made) == len(turns)
+    for (before, _), turn in zip(made, turns, strict=True):
         script = write_prompt(Dialog(messages[:turn]), template_of(family, tokenizer))
         (prompt,) = label([script], tokenizer, begin=prefix(tokenizer), end=tokenizer.eos_token_id)
-        assert made.ids[:start] == prompt.ids
-        if n and (family == "plain" or (family == "headers" and kind == "bytes")):
-            continue  # "Answer: 42" and, by GPT-2's splits, "\n\nParis" are torn: joined, the tokens are others
+        assert before == prompt.ids
         if family == "headers" and chat == "system":
             continue  # transformers writes the day on which it runs
-        assert prompt.ids == tokenizer.apply_chat_template(
+        assert before == tokenizer.apply_chat_template(
             list(messages[:turn]), chat_template=TEMPLATES[family], add_generation_prompt=True, return_dict=False
         )
 
@@ -69,7 +75,7 @@ def test_generation_sees_the_tokens_that_training_saw(family: str, chat: str, ki
 def test_just_the_answers_are_learned_and_each_with_its_end(family: str, chat: str, kind: str) -> None:
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
     said = [message["content"] for message in messages if message["role"] == "assistant"]
-    decoded = [tokenizer.decode(run) for run in answers(labelled(family, messages, tokenizer))]
+    decoded = [tokenizer.decode(run) for _, run in answers(rows_of(family, messages, tokenizer))]
     assert len(decoded) == len(said)
     for text, content in zip(decoded, said, strict=True):
         assert content in text
@@ -85,9 +91,11 @@ def test_just_the_answers_are_learned_and_each_with_its_end(family: str, chat: s
 
 @every_chat
 def test_the_tokens_are_the_whole_text_and_begin_with_one_bos_at_most(family: str, chat: str, kind: str) -> None:
-    tokenizer = tokenizer_of(kind)
-    made = labelled(family, CHATS[chat], tokenizer)
-    text = template_of(family, tokenizer).render(CHATS[chat], generate=False)
+    tokenizer, messages = tokenizer_of(kind), CHATS[chat]
+    made = labelled(family, messages, tokenizer)
+    if chat == "ends with the user" and (family == "thoughts" or (family, kind) == ("headers", "bytes")):
+        messages = messages[:-1]  # with it, the thought would not be written, and the tokens would be others
+    text = template_of(family, tokenizer).render(messages, generate=False)
     if kind == "bytes":
         assert tokenizer.decode(made.ids).removesuffix("</s>") == text.removesuffix("</s>")
     assert made.ids.count(tokenizer.bos_token_id) == (family in ("brackets", "headers", "turns"))
@@ -153,22 +161,29 @@ def test_eos_is_learned_where_it_is_the_pad_token_too() -> None:
     assert labelled("plain", (USER, SUM), tokenizer).labels[-1] == tokenizer.eos_token_id
 
 
-def test_a_template_that_rewrites_what_came_before_is_refused() -> None:
-    counting = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(RenderError, match="writes the turns before turn 2 otherwise once it follows"):
-        write(Dialog((USER, PARIS)), Template(counting, {}))
-
-
-@pytest.mark.parametrize("said", ["d", "k", "im_end", "<", "\n think"])
-def test_an_answer_that_stands_in_the_marks_of_the_template_is_found(said: str) -> None:
+def test_answers_share_a_row_as_long_as_no_token_before_them_changes() -> None:
     tokenizer = tokenizer_of("bytes")
-    turns = ({**USER}, {"role": "assistant", "content": said}, USER, LIST)
-    first, _ = (tokenizer.decode(run) for run in answers(labelled("thoughts", turns, tokenizer)))
-    assert first == f"{said}<|im_end|>\n"
+    assert len(rows_of("marks", CHATS["three turns"], tokenizer)) == 1
+    assert len(rows_of("thoughts", CHATS["three turns"], tokenizer)) == 3  # each answer's thought is dropped later on
+    # the text is the same, but "\n\n" and "Paris" are one piece where both are there
+    assert len(rows_of("headers", CHATS["two turns"], tokenizer)) == 2
+    assert len(write(Dialog(CHATS["two turns"]), template_of("headers", tokenizer)).learned) == 2
 
 
-def test_an_earlier_turn_is_learned_as_it_is_written_there() -> None:
+def test_an_earlier_answer_is_learned_as_generation_writes_it() -> None:
+    rows = rows_of("thoughts", (USER, PARIS, USER, LIST), tokenizer_of("bytes"))
+    decode = tokenizer_of("bytes").decode
+    (_, first), (before, last) = answers(rows)
+    assert decode(first) == f"<think>\nI know it.\n</think>\n\n{PARIS['content']}<|im_end|>\n"
+    assert "I know it." not in decode(before)
+    assert decode(last) == f"<think>\nI add.\n</think>\n\n{LIST['content']}<|im_end|>\n"
+
+
+def test_a_token_that_spans_the_end_of_an_answer_is_not_learned() -> None:
+    """Where the next turn follows without a mark, one token may hold the end of an answer and the user's first letters."""
+    glued = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = tokenizer_of("bytes")
-    first, last = (tokenizer.decode(run) for run in answers(labelled("thoughts", (USER, PARIS, USER, LIST), tokenizer)))
-    assert first == PARIS["content"] + "<|im_end|>\n"
-    assert last == f"<think>\nI add.\n</think>\n\n{LIST['content']}<|im_end|>\n"
+    turns = (USER, {"role": "assistant", "content": " on"}, {"role": "user", "content": "e two"}, SUM)
+    (made,) = label([write(Dialog(turns), Template(glued, {}))], tokenizer, begin=[], end=None)
+    assert "Ġone" in tokenizer.convert_ids_to_tokens(made.ids)
+    assert [tokenizer.decode(run) for _, run in answers([*made.earlier, made])] == [" on", "42"]

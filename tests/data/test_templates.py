@@ -160,4 +160,7 @@ def test_a_time_limit_is_told_as_one_where_jinja_breaks_on_the_way(monkeypatch: 
 
     monkeypatch.setattr(sandbox, "_limited", nullcontext)
     monkeypatch.setattr(sandbox.Renderer, "_text", text)
-    assert sandbox.Renderer("x", {}).reply([], [], [(0, True)]) == {"error": sandbox.TOO_LONG, "fatal": True}
+    assert sandbox.Renderer({"default": "x"}, {}).reply([], [], [(0, True)]) == {
+        "error": sandbox.TOO_LONG,
+        "fatal": True,
+    }
