@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+_LONGEST_NAME = 200
+"""Of longer texts nobody meant a name."""
+
 
 class JaxpeftError(Exception):
     """A refusal with one or more problems.
@@ -62,6 +65,20 @@ class TrainingError(JaxpeftError, RuntimeError):
     """Training cannot go on."""
 
 
+def shown(value: object, most: int = 80) -> str:
+    """Return a value as a message shows it: as Python writes it, and cut where that is long.
+
+    Args:
+        value: what the user gave.
+        most: how many characters are shown.
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists in lists
+        return f"{type(value).__name__} that is too large to be shown"
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """Gives a hint such as `; did you mean 'rank'?`, or an empty string where nothing is near.
 
@@ -70,5 +87,5 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
         known: what could have been meant.
         n: how many names to offer at most.
     """
-    near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5) if len(name) <= _LONGEST_NAME else []
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -18,6 +18,7 @@ from jaxpeft.data.reading import read_examples, read_held
 from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, DataError
 from jaxpeft.hub import sources
+from jaxpeft.hub.json_files import read_json
 from jaxpeft.logs import timed
 
 _log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def read_splits(
         ConfigError: an option does not fit the rows, the tokenizer or the model.
         DataError: rows cannot be used.
     """
-    model_config = sources.read_json(source.folder / "config.json")
+    model_config = read_json(source.folder / "config.json")
     vocab = model_config.get("vocab_size")
     if not isinstance(vocab, int):
         raise ConfigError(f"{source.folder / 'config.json'}: vocab_size must be an integer, is {vocab!r}")

@@ -30,7 +30,7 @@ import numpy as np
 from jaxpeft import models
 from jaxpeft.errors import DataError
 from jaxpeft.forward import apply
-from jaxpeft.hub import sources
+from jaxpeft.hub.json_files import read_json
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.activations import mesh_under, on_mesh
 
@@ -69,7 +69,7 @@ def backbone_of(model: Pretrained, params: Mapping[str, Any]) -> tuple[Pretraine
     Returns:
         `(model, params)` that give hidden states `[batch, length, d]`.
     """
-    config = sources.read_json(model.source.folder / "config.json")
+    config = read_json(model.source.folder / "config.json")
     options = dataclasses.replace(model.options, task="encoder", num_labels=None, pooling=None, remat="none")
     root = {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)}
     return models.build(config, options), {**params[models.FAMILIES[config["model_type"]].prefix], **root}

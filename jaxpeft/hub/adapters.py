@@ -22,12 +22,13 @@ from jaxpeft.core.rewriting import modules_to_save, rewrite, trainable_mask
 from jaxpeft.errors import AdapterError, TargetError, WeightsError
 from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
+from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG, EXTRA, Content, Layout
 from jaxpeft.hub.loading import abstract_params
 from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.hub.safetensors_writing import write_arrays
 from jaxpeft.hub.settings import Settings, parse_settings
-from jaxpeft.hub.sources import fingerprint, read_json
+from jaxpeft.hub.sources import fingerprint
 from jaxpeft.methods import from_dict
 from jaxpeft.models.base import Pretrained
 

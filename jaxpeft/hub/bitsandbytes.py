@@ -13,7 +13,6 @@ which are the leaves of `jaxpeft.quant.nf4` in the same order, byte for byte.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -23,6 +22,8 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from jaxpeft.errors import WeightsError
+from jaxpeft.hub.json_files import parse_json
 from jaxpeft.hub.safetensors_files import DTYPES, Described, Span, Tensor
 from jaxpeft.quant import nf4
 
@@ -143,10 +144,9 @@ def _parse(state: Tensor) -> Mapping[str, Any] | None:
     if state.dtype != np.uint8 or state.nbytes > _MOST_STATE:
         return None
     try:
-        parsed: object = json.loads(state.read().tobytes())
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, or a number of thousands of digits
+        return parse_json(state.read().tobytes(), "its state")
+    except WeightsError:
         return None
-    return cast("Mapping[str, Any]", parsed) if isinstance(parsed, dict) else None
 
 
 def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jaxpeft.errors import AdapterError, ConfigError, WeightsError
 from jaxpeft.hub import loading, peft_config
 from jaxpeft.hub.adapters import LAYOUTS, PARTS, layout_of
+from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG, EXTRA
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.safetensors_files import read_header
 from jaxpeft.hub.safetensors_writing import SHARD_BYTES
-from jaxpeft.hub.sources import file_sha256, read_json
+from jaxpeft.hub.sources import file_sha256
 from jaxpeft.methods import METHODS
 from jaxpeft.quant.tree import Quant, read_quant
 

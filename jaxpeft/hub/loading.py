@@ -19,6 +19,7 @@ from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import ConfigError, WeightsError
 from jaxpeft.hub import bitsandbytes, quantised_cache, shards, sources, weights
+from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.safetensors_files import Meter, open_folder
 from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Options, Pretrained
@@ -164,7 +165,7 @@ def outline(
     if task not in TASKS:
         raise ConfigError(f"task: must be one of {', '.join(TASKS)}, is {task!r}")
     source = sources.resolve(path_or_hub_id, revision)
-    config = sources.read_json(source.folder / "config.json")
+    config = read_json(source.folder / "config.json")
     meter = Meter()
     tensors: weights.Tensors = bitsandbytes.gathered(open_folder(source.folder, meter))
     dtype, compute_dtype = _floating("dtype", dtype), _floating("compute_dtype", compute_dtype)
@@ -182,13 +183,15 @@ def outline(
         right_padded=right_padded,
         quant=how,
     )
-    model = models.build(config, options).clone(source=source)
+    where = source.folder / "config.json"
+    model = models.build(config, options, str(where)).clone(source=source)
+    family = models.FAMILIES[config["model_type"]]
+    weights.require_sizes(model.config, tensors, family, where)
     own = model.config.vocab_size
     if vocab_size is not None and vocab_size < own:
         raise ConfigError(
             f"vocab_size: {vocab_size} is less than the model's {own} tokens; tokens can be added, not removed"
         )
-    family = models.FAMILIES[config["model_type"]]
     abstract = abstract_params(model)
     if task == "causal_lm" and model.config.tie_word_embeddings:
         tensors = weights.untie(tensors, source.folder)

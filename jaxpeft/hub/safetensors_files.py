@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import mmap
 import operator
@@ -24,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxpeft.errors import WeightsError
+from jaxpeft.hub.json_files import parse_json, read_json
 
 DTYPES: Mapping[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -200,8 +200,6 @@ def open_folder(folder: Path, meter: Meter | None = None) -> dict[str, Tensor]:
 
 
 def _open_sharded(folder: Path) -> dict[str, Tensor]:
-    from jaxpeft.hub.sources import read_json
-
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise WeightsError(f"{folder / INDEX}: has no weight_map")
@@ -250,27 +248,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
         file.seek(8)
         raw = file.read(length)
     try:
-        header: object = json.loads(raw, object_pairs_hook=_once)
-    except _TwiceError as error:
-        raise WeightsError(f"{path}: not safetensors: its header names {error} twice; fetch it again") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WeightsError(f"{path}: not safetensors: its header is not JSON; fetch it again") from error
-    if not isinstance(header, dict):
-        raise WeightsError(f"{path}: not safetensors: its header is not a JSON object")
+        header = parse_json(raw, "its header", once=True)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: not safetensors: {error}; fetch it again") from error
     return _tensors(path, header, 8 + length, size)
-
-
-class _TwiceError(Exception):
-    """A key stands twice in one object."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _TwiceError(repr(key))
-        found[key] = value
-    return found
 
 
 def _impostor(start: bytes) -> str | None:

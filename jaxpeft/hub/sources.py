@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxpeft.errors import WeightsError, nearest
+from jaxpeft.hub.json_files import read_json
 from jaxpeft.logs import timed
 
 _log = logging.getLogger(__name__)
@@ -138,30 +138,6 @@ def _from_hub(name: str, revision: str | None) -> Source:
     commit = Path(folder).name
     _log.info("%s is at commit %s", name, commit)
     return Source(name, Path(folder), commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        WeightsError: the file is missing, or holds something else; the message gives the line and column.
-    """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; a model folder holds config.json and model.safetensors")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.startswith("version https://git-lfs"):
-            raise WeightsError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` in its repository")
-        value: object = json.loads(text)
-    except RecursionError as error:
-        raise WeightsError(f"{path}: nested too deeply to be a config") from error
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise WeightsError(f"{path}: not UTF-8 text at byte {error.start}") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
-    return value
 
 
 def fingerprint(

@@ -21,6 +21,7 @@ from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.models.base import Family
 
 Tensors = Mapping[str, Tensor | Packed]
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,33 @@ def _shown(problems: list[str], folder: Any, most: int = 60) -> list[str]:
         + problems[:most]
         + more
     )
+
+
+def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> None:
+    """Refuse a config of more layers, tokens or features than the tensors are, before a model of that size is outlined.
+
+    Args:
+        config: the model's, with `num_hidden_layers`, `vocab_size` and `hidden_size`.
+        tensors: the checkpoint's.
+        family: the architecture.
+        where: what to call `config.json` in messages.
+
+    Raises:
+        WeightsError: listing each size with the one that the file has.
+    """
+    layers = {int(found[1]) for name in tensors if (found := _LAYER.search(name))}
+    table = next(((name, t.shape) for name, t in tensors.items() if name.endswith(family.embedding)), None)
+    found = {"num_hidden_layers": (max(layers, default=0) + 1, "layers in the weights")} if layers else {}
+    if table is not None and len(table[1]) == 2:
+        sizes = zip(("vocab_size", "hidden_size"), table[1], strict=True)
+        found |= {field: (there, f"in {table[0]}") for field, there in sizes}
+    problems = [
+        f"{where}: {family.fields.get(field, field)} is {own}, there are {there} {of}; config.json is of another model, or was edited"
+        for field, (there, of) in found.items()
+        if (own := getattr(config, field)) > there
+    ]
+    if problems:
+        raise WeightsError(problems)
 
 
 def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:

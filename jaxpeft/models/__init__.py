@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxpeft.errors import ConfigError, nearest
+from jaxpeft.errors import ConfigError, shown
 from jaxpeft.models import decoder, encoder
 from jaxpeft.models.base import Family, Options, Pretrained
 
@@ -15,18 +15,22 @@ FAMILIES: Mapping[str, Family] = {model_type: family for family in _ALL for mode
 """Every family by the `model_type` of `config.json`."""
 
 
-def build(config: Mapping[str, Any], options: Options) -> Pretrained:
+def build(config: Mapping[str, Any], options: Options, where: str = "config.json") -> Pretrained:
     """Makes the Linen module that a `config.json` describes.
 
     Args:
         config: its content.
         options: task, dtype of the activations, and how layers run.
+        where: what to call the file in messages.
 
     Raises:
         ConfigError: the architecture, a switch of it or the task is not supported; everything at once.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        hint = nearest(str(kind), FAMILIES)
-        raise ConfigError(f"config.json: model_type {kind!r} is not supported{hint} (supported: {', '.join(FAMILIES)})")
-    return FAMILIES[kind].build(config, options)
+        # no hint of a near name: under another model_type the weights would be computed as what they are not
+        known = ", ".join(FAMILIES)
+        raise ConfigError(
+            f"{where}: model_type {shown(kind)} is not supported (supported: {known}); give a model of one of these"
+        )
+    return FAMILIES[kind].build(config, options, where)

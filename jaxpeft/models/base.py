@@ -11,7 +11,13 @@ import flax.linen as nn
 from jax.sharding import PartitionSpec
 
 from jaxpeft.core.paths import Path
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, shown
+
+LARGEST = 1 << 24
+"""No size of a model is larger: what is would take all memory before it is found not to fit the weights."""
+MOST_LAYERS, MOST_HEADS = 10_000, 1 << 16
+_MOST_LABELS = 1_000_000
+_FLOAT32 = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,18 @@ class Family:
         ignored: expressions of checkpoint tensor names that may be left over.
         renamed: `(expression, replacement)` applied to checkpoint names first.
         own_pooler: name of a tensor of the pooler that the architecture's own pooling needs, if any.
+        embedding: how the name of the word embedding's tensor ends.
+        fields: what `config.json` calls those fields of the config that it calls otherwise.
     """
 
     model_types: tuple[str, ...]
-    build: Callable[[Mapping[str, Any], Options], Pretrained]
+    build: Callable[[Mapping[str, Any], Options, str], Pretrained]
     prefix: str
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     own_pooler: str | None = None
+    embedding: str = "word_embeddings.weight"
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 class ConfigReader:
@@ -87,22 +97,31 @@ class ConfigReader:
         config: its content.
         defaults: what absent keys mean for this architecture.
         problems: what is already known to be wrong, to be raised with the rest.
+        where: what to call the file in messages.
     """
 
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any], problems: Sequence[str] = ()) -> None:
-        self._config, self._defaults, self._others = config, defaults, tuple(problems)
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        problems: Sequence[str] = (),
+        where: str = "config.json",
+    ) -> None:
+        self._config, self._defaults, self._others, self._where = config, defaults, tuple(problems), where
         self.problems: list[str] = []
 
     def get(self, key: str) -> Any:
         """Gives the value of a key, or its default."""
         return self._config.get(key, self._defaults.get(key))
 
-    def integer(self, key: str, least: int = 1) -> int:
-        """Gives a whole number; notes a problem if it is not one, or too small."""
+    def integer(self, key: str, least: int = 1, most: int = LARGEST) -> int:
+        """Return a whole number; note a problem if it is not one, too small, or larger than any model has it."""
         value = self.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
-        self.problems.append(f"{key}: must be a whole number of at least {least}, is {value!r}")
+        large = isinstance(value, int) and not isinstance(value, bool) and value > most
+        bound = f"at most {most}" if large else f"at least {least}"
+        self.problems.append(f"{key}: must be a whole number of {bound}, is {shown(value)}")
         return max(least, 1)
 
     def number(self, key: str) -> float:
@@ -111,10 +130,11 @@ class ConfigReader:
         return 0.0 if _is_number(value) and value == 0 else self.positive(key, value)
 
     def positive(self, name: str, value: Any) -> float:
-        """Gives `value` where it is a number above 0; else notes a problem under `name`."""
-        if _is_number(value) and 0 < value < float("inf"):
+        """Return `value` where it is a number above 0 that float32 holds; else note a problem under `name`."""
+        if _is_number(value) and 0 < value <= _FLOAT32:
             return float(value)
-        self.problems.append(f"{name}: must be a positive number, is {value!r}")
+        bound = f" of at most {_FLOAT32}" if _is_number(value) and value > _FLOAT32 else ""
+        self.problems.append(f"{name}: must be a positive number{bound}, is {shown(value)}")
         return 1.0
 
     def rate(self, key: str, default: float = 0.0) -> float:
@@ -124,14 +144,14 @@ class ConfigReader:
             return default
         if _is_number(value) and 0 <= value < 1:
             return float(value)
-        self.problems.append(f"{key}: must be a rate of at least 0 and below 1, is {value!r}")
+        self.problems.append(f"{key}: must be a rate of at least 0 and below 1, is {shown(value)}")
         return default
 
     def flag(self, key: str) -> bool:
         """Gives true or false, false where it is null; notes a problem if it is neither."""
         value = self.get(key)
         if not isinstance(value, bool | None):
-            self.problems.append(f"{key}: must be true or false, is {value!r}")
+            self.problems.append(f"{key}: must be true or false, is {shown(value)}")
         return bool(value)
 
     def one_of(self, key: str, known: Mapping[str, Any]) -> str:
@@ -139,13 +159,13 @@ class ConfigReader:
         value = self.get(key)
         if isinstance(value, str) and value in known:
             return value
-        self.problems.append(f"{key}: {value!r} is not supported (supported: {', '.join(known)})")
+        self.problems.append(f"{key}: {shown(value)} is not supported (supported: {', '.join(known)})")
         return next(iter(known))
 
     def refuse(self, key: str, why: str) -> None:
         """Notes a problem if a switch is on."""
         if self.get(key):
-            self.problems.append(f"{key}: {self.get(key)!r} is not supported: {why}")
+            self.problems.append(f"{key}: {shown(self.get(key))} is not supported: {why}")
 
     def quantised(self) -> None:
         """Notes a problem where the checkpoint is quantised, and not as `bitsandbytes` does it in NF4."""
@@ -164,7 +184,9 @@ class ConfigReader:
                 f"quantization_config: of bitsandbytes load_in_4bit alone is supported; {instead}'nf4'"
             )
         elif kind != "nf4":
-            self.problems.append(f"quantization_config: bnb_4bit_quant_type {kind!r} is not supported; {instead}'nf4'")
+            self.problems.append(
+                f"quantization_config: bnb_4bit_quant_type {shown(kind)} is not supported; {instead}'nf4'"
+            )
 
     def finish(self) -> None:
         """Raises what was found.
@@ -173,7 +195,7 @@ class ConfigReader:
             ConfigError: every problem.
         """
         kind = self._config.get("model_type")
-        found = [f"config.json of a {kind} model: {problem}" for problem in self.problems]
+        found = [f"{self._where} of a {kind} model: {problem}" for problem in self.problems]
         if found or self._others:
             raise ConfigError([*self._others, *found])
 
@@ -204,10 +226,11 @@ def option_problems(options: Options, model_type: str, tasks: Sequence[str], poo
     if task not in tasks:
         problems.append(f"task: {task!r} is not one of a {model_type} model (it has {', '.join(tasks)})")
     whole = isinstance(labels, int) and not isinstance(labels, bool)
-    if "classification" in task and (not whole or labels < 1):
-        problems.append(f"num_labels: must be at least 1, is {labels}")
+    if "classification" in task and (not (whole and 1 <= labels <= _MOST_LABELS)):
+        bound = f"most {_MOST_LABELS}" if whole and labels > 1 else "least 1"
+        problems.append(f"num_labels: must be at {bound}, is {shown(labels)}")
     if "classification" not in task and labels is not None:
-        problems.append(f"num_labels: {labels} goes with classification, task is {task!r}")
+        problems.append(f"num_labels: {shown(labels)} goes with classification, task is {task!r}")
     if pooling is not None and pooling not in poolings:
         problems.append(f"pooling: {pooling!r} is not one of a {model_type} model (it has {', '.join(poolings)})")
     elif pooling is not None and task != "sequence_classification":

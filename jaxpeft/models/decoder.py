@@ -14,10 +14,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.errors import shown
 from jaxpeft.models import rope
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
-from jaxpeft.models.base import ConfigReader, Family, Options, Pretrained, option_problems, with_pooling
+from jaxpeft.models.base import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    ConfigReader,
+    Family,
+    Options,
+    Pretrained,
+    option_problems,
+    with_pooling,
+)
 from jaxpeft.models.layers import RMSNorm, dense, dropout, entered, head_dense, joining, kept, pool, run_layers
 from jaxpeft.models.masks import Mask, Virtual, allowed, before, positions
 from jaxpeft.sharding.activations import BATCH, HIDDEN, LENGTH, MLP, VOCAB, placed
@@ -73,20 +83,21 @@ _OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def read_config(config: Mapping[str, Any], problems: Sequence[str] = ()) -> DecoderConfig:
+def read_config(config: Mapping[str, Any], problems: Sequence[str] = (), where: str = "config.json") -> DecoderConfig:
     """Reads a decoder's `config.json`.
 
     Args:
         config: its content.
         problems: what is already known to be wrong, to be raised with the rest.
+        where: what to call the file in messages.
 
     Raises:
         ConfigError: listing every switch that is missing or not supported.
     """
     kind = config["model_type"]
-    reader = ConfigReader(config, {**_DEFAULTS, **_OWN_DEFAULTS.get(kind, {})}, problems)
+    reader = ConfigReader(config, {**_DEFAULTS, **_OWN_DEFAULTS.get(kind, {})}, problems, where)
     reader.quantised()
-    layers = reader.integer("num_hidden_layers")
+    layers = reader.integer("num_hidden_layers", most=MOST_LAYERS)
     heads, kv_heads, head_dim = _heads(reader)
     bias = reader.flag("attention_bias") and kind in ("llama", "qwen3")
     parsed = DecoderConfig(
@@ -119,14 +130,15 @@ def read_config(config: Mapping[str, Any], problems: Sequence[str] = ()) -> Deco
 def _heads(reader: ConfigReader) -> tuple[int, int, int]:
     """Gives the numbers of query and key heads, and the size of a head."""
     hidden = reader.get("hidden_size")
-    heads = reader.integer("num_attention_heads")
-    kv_heads = heads if reader.get("num_key_value_heads") is None else reader.integer("num_key_value_heads")
+    heads = reader.integer("num_attention_heads", most=MOST_HEADS)
+    given = reader.get("num_key_value_heads") is not None
+    kv_heads = reader.integer("num_key_value_heads", most=MOST_HEADS) if given else heads
     if heads == reader.get("num_attention_heads") and heads % kv_heads:
         reader.problems.append(f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
     if reader.get("head_dim") is not None:
-        size = reader.integer("head_dim")
+        size = reader.integer("head_dim", most=MOST_HEADS)
     else:
-        size = hidden // heads if isinstance(hidden, int) else 2
+        size = max(1, hidden // heads) if isinstance(hidden, int) else 2
         if isinstance(hidden, int) and hidden % heads:
             reader.problems.append(f"num_attention_heads: {heads} does not divide hidden_size {hidden}")
     if size % 2:
@@ -152,7 +164,7 @@ def _named_windows(reader: ConfigReader, named: Any, layers: int, window: int) -
     kinds = ("full_attention", "sliding_attention")
     if not isinstance(named, list) or len(named) != layers or any(name not in kinds for name in named):
         reader.problems.append(
-            f"layer_types: {named!r} is not supported (supported: {' or '.join(kinds)}, {layers} times)"
+            f"layer_types: {shown(named)} is not supported (supported: {' or '.join(kinds)}, {layers} times)"
         )
         return [False] * layers
     if kinds[1] in named and not window:
@@ -336,7 +348,7 @@ class DecoderWithHead(Pretrained):
         return self.score(pool(x, attention_mask, options.pooling))
 
 
-def build(config: Mapping[str, Any], options: Options) -> Pretrained:
+def build(config: Mapping[str, Any], options: Options, where: str) -> Pretrained:
     """Makes a decoder from its `config.json`.
 
     Raises:
@@ -345,7 +357,7 @@ def build(config: Mapping[str, Any], options: Options) -> Pretrained:
     tasks = ("causal_lm", "sequence_classification", "token_classification", "encoder")
     problems = option_problems(options, config["model_type"], tasks, ("last", "mean", "cls"))
     kind = DecoderBackbone if options.task == "encoder" else DecoderWithHead
-    parsed = read_config(config, problems)
+    parsed = read_config(config, problems, where)
     return kind(parsed, with_pooling(options, parsed.own_pooling))
 
 
@@ -354,4 +366,5 @@ FAMILY = Family(
     build=build,
     prefix="model",
     ignored=(r".*rotary_emb\.inv_freq", r"lm_head\..*"),
+    embedding="embed_tokens.weight",
 )

@@ -282,7 +282,7 @@ class EncoderWithHead(Pretrained):
         return head_dense(labels, "classifier")(dropout(self, c.classifier_dropout, x))
 
 
-def build(config: Mapping[str, Any], options: Options) -> Pretrained:
+def build(config: Mapping[str, Any], options: Options, where: str) -> Pretrained:
     """Makes an encoder from its `config.json`.
 
     Raises:
@@ -291,7 +291,7 @@ def build(config: Mapping[str, Any], options: Options) -> Pretrained:
     kind = config["model_type"]
     poolings = ("pooler", "cls", "mean") if kind == "bert" else ("cls", "mean")
     problems = option_problems(options, kind, ("sequence_classification", "token_classification", "encoder"), poolings)
-    parsed = read_config(config, options.task, problems)
+    parsed = read_config(config, options.task, problems, where)
     return (EncoderBackbone if options.task == "encoder" else EncoderWithHead)(
         parsed, with_pooling(options, parsed.own_pooling)
     )
@@ -310,4 +310,5 @@ _RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "L
 
 BERT = Family(("bert",), build, "bert", _PRETRAINING, _RENAMED, own_pooler="pooler.dense.weight")
 ROBERTA = Family(("roberta",), build, "roberta", _PRETRAINING, _RENAMED)
-DISTILBERT = Family(("distilbert",), build, "distilbert", _PRETRAINING, _RENAMED)
+_DISTILBERT_FIELDS = {"num_hidden_layers": "n_layers", "hidden_size": "dim"}
+DISTILBERT = Family(("distilbert",), build, "distilbert", _PRETRAINING, _RENAMED, fields=_DISTILBERT_FIELDS)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxpeft.errors import shown
 from jaxpeft.models.activations import ACTIVATIONS
-from jaxpeft.models.base import ConfigReader
+from jaxpeft.models.base import MOST_HEADS, MOST_LAYERS, ConfigReader
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,29 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 
-def read_config(config: Mapping[str, Any], task: str, problems: Sequence[str] = ()) -> EncoderConfig:
+def read_config(
+    config: Mapping[str, Any], task: str, problems: Sequence[str] = (), where: str = "config.json"
+) -> EncoderConfig:
     """Reads an encoder's `config.json`.
 
     Args:
         config: its content.
         task: decides which dropout its head has.
         problems: what is already known to be wrong, to be raised with the rest.
+        where: what to call the file in messages.
 
     Raises:
         ConfigError: listing every switch that is missing or not supported.
     """
     kind = config["model_type"]
-    reader = ConfigReader(config, _DEFAULTS[kind], problems)
+    reader = ConfigReader(config, _DEFAULTS[kind], problems, where)
     reader.quantised()
     reader.refuse("is_decoder", "only encoders are")
     reader.refuse("add_cross_attention", "only encoders are")
     reader.refuse("pruned_heads", "all layers must have all heads")
     positions = reader.get("position_embedding_type")
     if positions not in (None, "absolute"):
-        reader.problems.append(f"position_embedding_type: {positions!r} is not supported (supported: absolute)")
+        reader.problems.append(f"position_embedding_type: {shown(positions)} is not supported (supported: absolute)")
     parsed = _distilbert(reader, task) if kind == "distilbert" else _bert(reader, kind)
     if parsed.hidden_size % parsed.num_attention_heads:
         names = ("n_heads", "dim") if kind == "distilbert" else ("num_attention_heads", "hidden_size")
@@ -92,8 +96,8 @@ def _bert(reader: ConfigReader, kind: str) -> EncoderConfig:
         vocab_size=reader.integer("vocab_size"),
         hidden_size=reader.integer("hidden_size"),
         intermediate_size=reader.integer("intermediate_size"),
-        num_hidden_layers=reader.integer("num_hidden_layers"),
-        num_attention_heads=reader.integer("num_attention_heads"),
+        num_hidden_layers=reader.integer("num_hidden_layers", most=MOST_LAYERS),
+        num_attention_heads=reader.integer("num_attention_heads", most=MOST_HEADS),
         hidden_act=reader.one_of("hidden_act", ACTIVATIONS),
         max_position_embeddings=reader.integer("max_position_embeddings"),
         type_vocab_size=reader.integer("type_vocab_size"),
@@ -113,8 +117,8 @@ def _distilbert(reader: ConfigReader, task: str) -> EncoderConfig:
         vocab_size=reader.integer("vocab_size"),
         hidden_size=reader.integer("dim"),
         intermediate_size=reader.integer("hidden_dim"),
-        num_hidden_layers=reader.integer("n_layers"),
-        num_attention_heads=reader.integer("n_heads"),
+        num_hidden_layers=reader.integer("n_layers", most=MOST_LAYERS),
+        num_attention_heads=reader.integer("n_heads", most=MOST_HEADS),
         hidden_act=reader.one_of("activation", ACTIVATIONS),
         max_position_embeddings=reader.integer("max_position_embeddings"),
         type_vocab_size=0,

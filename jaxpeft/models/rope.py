@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.errors import shown
 from jaxpeft.models.base import ConfigReader
 
 TYPES = ("default", "linear", "dynamic", "llama3")
@@ -56,13 +57,15 @@ def read(reader: ConfigReader) -> Rope:
     field, given = _given(reader)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in TYPES:
-        reader.problems.append(f"{field}: rope_type {kind!r} is not supported (supported: {', '.join(TYPES)})")
+        reader.problems.append(f"{field}: rope_type {shown(kind)} is not supported (supported: {', '.join(TYPES)})")
         return Rope("default", 1.0)
     partial = given.get("partial_rotary_factor", reader.get("partial_rotary_factor"))
     if partial not in (None, 1):
-        reader.problems.append(f"{field}: partial_rotary_factor {partial!r} is not supported (supported: 1)")
+        reader.problems.append(f"{field}: partial_rotary_factor {shown(partial)} is not supported (supported: 1)")
     theta = reader.positive("rope_theta", given.get("rope_theta", reader.get("rope_theta")))
     numbers = {key: reader.positive(f"{field}: {key}", given.get(key)) for key in _NEEDED[kind]}
+    if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
+        reader.problems.append(f"{field}: high_freq_factor must be above low_freq_factor")
     return Rope(
         kind=kind,
         theta=theta,
@@ -84,12 +87,12 @@ def _given(reader: ConfigReader) -> tuple[str, Mapping[str, Any]]:
     field = "rope_scaling" if reader.get("rope_scaling") else "rope_parameters"
     given: Any = reader.get(field) or {}
     if not isinstance(given, Mapping):
-        reader.problems.append(f"{field}: must be a mapping, is {given!r}")
+        reader.problems.append(f"{field}: must be a mapping, is {shown(given)}")
         return field, {}
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:
         reader.problems.append(
-            f"{field}: another rope for each of {', '.join(nested)} is not supported (supported: one)"
+            f"{field}: another rope for each of {', '.join(nested)[:80]} is not supported (supported: one)"
         )
     return field, given
 

@@ -21,6 +21,7 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.errors import ConfigError, TargetError, nearest
 from jaxpeft.hub import sources
+from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.loading import abstract_params
 from jaxpeft.models.base import Options, Pretrained
 from jaxpeft.planning.shapes import SHAPES
@@ -94,11 +95,11 @@ def model_config(path: str, revision: str | None, given: str | None) -> dict[str
             raise ConfigError(
                 f"--model-config: {given!r} is no file, and no shape that is known{nearest(given, SHAPES)} (known: {', '.join(SHAPES)})"
             )
-        return sources.read_json(file)
+        return read_json(file)
     folder = Path(path).expanduser()
     if folder.is_dir() or path.startswith("package:"):
-        return sources.read_json(sources.resolve(path, revision).folder / "config.json")
-    return sources.read_json(_from_hub(path, revision))
+        return read_json(sources.resolve(path, revision).folder / "config.json")
+    return read_json(_from_hub(path, revision))
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

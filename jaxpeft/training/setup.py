@@ -27,6 +27,7 @@ from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, TargetError, nearest
 from jaxpeft.evaluation.metrics import FIGURES
 from jaxpeft.hub import sources
+from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.methods import METHODS
 from jaxpeft.models.attention import kernel_of, platform
@@ -106,7 +107,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
         JaxpeftError: whatever cannot be used, named.
     """
     source = sources.resolve(config.model.path, config.model.revision)
-    mesh = make_mesh(config, heads=heads_of(sources.read_json(source.folder / "config.json")))
+    mesh = make_mesh(config, heads=heads_of(read_json(source.folder / "config.json")))
     check_processes(mesh)
     rules = rules_of(config.mesh)
     placing.check(config.mesh, mesh)

@@ -184,12 +184,18 @@ def test_wrong_arguments_and_switches_are_listed_together(bert, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(model_type="bort"), r"model_type 'bort' is not supported; did you mean 'bert'"),
+        (
+            lambda c: c.update(model_type="bort"),
+            r"model_type 'bort' is not supported \(supported: llama, .*\); give a model of one of these$",
+        ),
         (lambda c: c.pop("model_type"), r"model_type None is not supported \(supported: llama, mistral, "),
         (lambda c: c.update(model_type=["bert"]), r"model_type \['bert'\] is not supported"),
         (lambda c: c.update(vocab_size="99"), r"vocab_size: must be a whole number of at least 1, is '99'"),
         (lambda c: c.update(quantization_config={"bits": 4}), r"quantization_config: .* load the unquantized model"),
-        (lambda c: (c.pop("id2label"), c.update(num_labels="many")), r"num_labels: must be at least 1, is many"),
+        (
+            lambda c: (c.pop("id2label"), c.update(num_labels="many")),
+            r"num_labels: must be at least 1, is 'many'",
+        ),
     ],
     ids=["unknown type", "no type", "type no text", "vocab text", "quantized", "num_labels text"],
 )

