@@ -94,10 +94,27 @@ class DataConfig:
         "auto", "of a language model's rows; auto tells it from the columns"
     )
     columns: dict[str, str] = option(
-        {}, f"column of each field, where it has not a usual name; fields: {', '.join(DATA_FIELDS)}"
+        {},
+        f"column of each field, where it has not a usual name, 'a.b' for a value inside of objects; fields: {', '.join(DATA_FIELDS)}",
     )
     chat_template: str | None = option(
         None, "'chatml', 'alpaca' or a file of jinja to write chats with; None for the tokenizer's own"
+    )
+    encoding: str = option(
+        "auto", "of text files, by Python's name, such as 'cp1252'; auto for UTF-8, or UTF-16 where a file shows it"
+    )
+    delimiter: str = option("auto", "between the fields of a CSV or TSV; auto finds a comma, tab, semicolon or bar")
+    quoting: Literal["auto", "quoted", "none"] = option(
+        "auto",
+        "whether quotes hold fields together, as in a CSV, or are characters of a TSV; auto tells it from the file",
+    )
+    header: bool | None = option(
+        None,
+        "whether a CSV or TSV begins with the names of its columns, else they are '1', '2', ...; None if it looks so",
+    )
+    field: str = option("", "key of the rows in a JSON file, such as 'data' or 'result.rows'; empty to find it")
+    most_gib: float = option(
+        1.0, "GiB that the files of a source may hold, unpacked, if they are not streamed", above=0
     )
     problem: Literal["auto", "single_label", "multi_label", "regression"] = option(
         "auto", "kind of classification; auto tells it from the labels"
@@ -119,7 +136,7 @@ class DataConfig:
     most_dropped: float = option(
         0.05, "share of rows that may have no learned token left once they are cut", at_least=0, at_most=1
     )
-    max_rows: int | None = option(None, "use only so many rows of each source, chosen by the seed", at_least=1)
+    max_rows: int | None = option(None, "use only so many rows of each training source, chosen by the seed", at_least=1)
     streaming: bool = option(False, "read the training rows while training, for what fits neither memory nor disk")
     buffer_rows: int = option(
         10_000, "streamed rows that are tokenised, shuffled and packed together, over all sources", at_least=1
@@ -144,6 +161,7 @@ class DataConfig:
             found.append(f"buffer_rows: {self.buffer_rows} is for data.streaming, which is off; remove it")
         if twice := [name for name in dict.fromkeys(self.labels) if self.labels.count(name) > 1]:
             found.append(f"labels: {twice[0]!r} stands there twice; name it once")
+        found += self._file_problems()
         for name in self.columns:
             if name not in DATA_FIELDS:
                 found.append(
@@ -157,10 +175,28 @@ class DataConfig:
             found.append(f"lengths: the last must be max_length {self.max_length}, is {self.lengths[-1]}")
         return found
 
+    def _file_problems(self) -> list[str]:
+        found: list[str] = []
+        if self.delimiter != "auto" and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            found.append(f"delimiter: must be one character, or 'auto', is {self.delimiter!r}; a tab is '\\t'")
+        if self.encoding != "auto" and not _is_encoding(self.encoding):
+            found.append(
+                f"encoding: {self.encoding!r} is none that Python knows, such as 'utf-8', 'cp1252' or 'shift_jis'"
+            )
+        return found
+
     @property
     def sources(self) -> tuple[str, ...]:
         """The training sources."""
         return (self.train,) if isinstance(self.train, str) else self.train
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        b"".decode(name)
+    except (LookupError, UnicodeError, ValueError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

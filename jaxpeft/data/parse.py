@@ -1,57 +1,83 @@
-"""The file formats, by the ending of the file's name.
-
-Each parser takes `(data, name)` and gives `(records, lines)`: the rows as dicts and the 1-based line at which each
-begins, or no lines where the format has none.
-"""
+"""The file formats, by the ending of the file's name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
+from jaxpeft.data.layout import Layout, Parsed, Take
+from jaxpeft.data.parse_arrow import parse_arrow, parse_parquet
+from jaxpeft.data.parse_conll import parse_conll
 from jaxpeft.data.parse_delimited import parse_delimited
 from jaxpeft.data.parse_json import parse_json, parse_jsonl
-from jaxpeft.data.problems import Parsed
-from jaxpeft.data.utf8 import body_of, decode
-from jaxpeft.errors import DataError
+from jaxpeft.data.utf8 import UTF8, as_utf8, body_of, check_pointer, decode
 
 
-def parse_parquet(data: bytes, name: str) -> Parsed:
-    """Reads a parquet file.
+def parse_text(body: bytes, name: str, _: Layout) -> Parsed:
+    """Read a plain text file as one row with the column `text`.
 
-    Raises:
-        DataError: it is not one.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(pa.BufferReader(body_of(data, name)))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(no_parquet(name, error)) from None
-    return table.to_pylist(), ()
-
-
-def no_parquet(name: str, error: Exception) -> str:
-    """Says that a file is no parquet file, in the words of `pyarrow` without the name of its buffer."""
-    reason = str(error).splitlines()[0].rpartition("': ")[2]
-    return f"{name}:1:1: not a parquet file ({reason}); write or download it again"
-
-
-def parse_text(data: bytes, name: str) -> Parsed:
-    """Reads a plain text file as one row with the column `text`.
+    Args:
+        body: the file in UTF-8.
+        name: of the file.
 
     Raises:
-        DataError: the file is empty or not UTF-8.
+        DataError: the file is not UTF-8.
     """
-    return [{"text": decode(body_of(data, name), name)}], (1,)
+    return Parsed([{"text": decode(body, name)}], (1,))
 
 
-PARSERS: dict[str, Callable[[bytes, str], Parsed]] = {
-    ".jsonl": parse_jsonl,
-    ".json": parse_json,
-    ".csv": partial(parse_delimited, delimiter=","),
-    ".tsv": partial(parse_delimited, delimiter="\t"),
-    ".parquet": parse_parquet,
-    ".txt": parse_text,
+@dataclass(frozen=True)
+class Text:
+    """A format of text, parsed from UTF-8."""
+
+    parser: Callable[[bytes, str, Layout], Parsed]
+
+    def __call__(self, data: bytes, name: str, layout: Layout, _: Take) -> Parsed:
+        """Parse a file in whatever encoding it is, which is noted where it is not UTF-8."""
+        body, encoding = as_utf8(data, name, layout.encoding)
+        parsed = self.parser(body, name, layout)
+        note = ", ".join(filter(None, (parsed.note, f"encoding {encoding}" if encoding != UTF8 or parsed.note else "")))
+        return Parsed(parsed.records, parsed.lines, note)
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A format that says itself what is in it; what it unpacks is counted."""
+
+    parser: Callable[[bytes, str, Take], Parsed]
+
+    def __call__(self, data: bytes, name: str, _: Layout, take: Take) -> Parsed:
+        """Parse a file."""
+        check_pointer(data, name)
+        body_of(data, name)
+        return self.parser(data, name, take)
+
+
+Parser = Callable[[bytes, str, Layout, Take], Parsed]
+PARSERS: dict[str, Parser] = {
+    ".jsonl": Text(parse_jsonl),
+    ".ndjson": Text(parse_jsonl),
+    ".json": Text(parse_json),
+    ".csv": Text(partial(parse_delimited, delimiter=",")),
+    ".tsv": Text(partial(parse_delimited, delimiter="\t")),
+    ".parquet": Binary(parse_parquet),
+    ".arrow": Binary(parse_arrow),
+    ".conll": Text(parse_conll),
+    ".bio": Text(parse_conll),
+    ".iob": Text(parse_conll),
+    ".iob2": Text(parse_conll),
+    ".txt": Text(parse_text),
 }
+OTHERS = {
+    ".gz": "name it by what is inside, such as rows.csv.gz",
+    **dict.fromkeys((".zip", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"), "unpack it first; of packed files .gz alone is read"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV (UTF-8)"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth"), "it may hold code; write its rows as JSONL"),
+}  # fmt: skip
+
+
+def other(ending: str) -> str:
+    """Return what to do about a file of another ending."""
+    known = f"name it by what it holds, or convert it to one of {', '.join(PARSERS)}, also packed as .gz"
+    return OTHERS.get(ending, known)

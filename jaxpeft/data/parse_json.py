@@ -5,26 +5,37 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from jaxpeft.data.problems import Parsed, Problems, Record, RowError, excerpt
-from jaxpeft.data.utf8 import body_of, decode, decode_line
+from jaxpeft.data.json_rows import rows_in
+from jaxpeft.data.layout import Layout, Parsed
+from jaxpeft.data.problems import Problems, Record, RowError, excerpt
+from jaxpeft.data.utf8 import decode, decode_line
 from jaxpeft.errors import DataError
 
 # A string is matched first so that a NaN inside one is not taken for a literal.
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_LINES = re.compile(rb"\s*\{[^\n]*\}[ \t\r]*\n\s*\{")
+_DEEPEST, _LONGEST = 100, 1000
 _CUT_OFF = "the file does not end in a newline, so it looks cut off: write or download it again"
 
 
-def parse_jsonl(data: bytes, name: str) -> Parsed:
-    """Reads one JSON object a line.
+def parse_jsonl(body: bytes, name: str, _: Layout) -> Parsed:
+    """Read one JSON object a line.
+
+    Args:
+        body: the file in UTF-8.
+        name: of the file.
 
     Raises:
-        DataError: the file is empty or some line is not a JSON object in UTF-8.
+        DataError: some line is not a JSON object in UTF-8.
     """
-    body = body_of(data, name)
     lines = list(enumerate(body.rstrip().split(b"\n"), 1))
-    return parse_lines(lines, name, cut=len(lines) if not body.endswith(b"\n") else None), tuple(n for n, _ in lines)
+    cut = len(lines) if not body.endswith(b"\n") else None
+    return Parsed(parse_lines(lines, name, cut=cut), tuple(n for n, _ in lines))
 
 
 def parse_lines(lines: Sequence[tuple[int, bytes]], name: str, cut: int | None = None) -> list[Record]:
@@ -51,24 +62,29 @@ def parse_lines(lines: Sequence[tuple[int, bytes]], name: str, cut: int | None =
     return records
 
 
-def parse_json(data: bytes, name: str) -> Parsed:
-    """Reads one JSON list of objects.
+def parse_json(body: bytes, name: str, layout: Layout) -> Parsed:
+    """Read one JSON value that holds rows, or one object a line.
+
+    Args:
+        body: the file in UTF-8.
+        name: of the file.
+        layout: what the user says of it: where the rows are.
 
     Raises:
-        DataError: the file is empty, not JSON in UTF-8, or not a list of objects.
+        DataError: the file is not JSON in UTF-8, or where its rows are cannot be told.
     """
-    text = decode(body_of(data, name), name)
+    if _LINES.match(body) and not layout.field:
+        with suppress(DataError):
+            return replace(parse_jsonl(body, name, layout), note="one object a line")
+    text = decode(body, name)
     try:
-        rows = _load(text)
+        rows, note = rows_in(_load(text), layout.field, name)
     except RowError as fault:
         before = text[: fault.column - 1]
         line, column = before.count("\n") + 1, fault.column - before.rfind("\n") - 1
         whole = text.split("\n")[line - 1]
         raise DataError(f"{name}:{line}:{column}: {fault.fault}: {excerpt(whole, column)!r}; {fault.fix}") from None
-    if not isinstance(rows, list):
-        fix = "write a list of objects, or name the file .jsonl if it holds one object a line"
-        raise DataError(f"{name}:1:1: not a JSON list: {excerpt(text)!r}; {fix}")
-    return _records(rows, name), ()
+    return Parsed(_records(rows, name), note=note)
 
 
 def _json_row(raw: bytes) -> Record:
@@ -82,17 +98,49 @@ def _json_row(raw: bytes) -> Record:
 
 
 def _load(text: str) -> Any:
-    """Parses JSON; the column of a fault counts from the beginning of `text`, over lines."""
+    """Parse JSON; the column of a fault counts from the beginning of `text`, over lines."""
+    _check_depth(text)
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         lines = error.msg == "Extra data"
         fix = "name the file .jsonl if each line is an object of its own" if lines else "write valid JSON"
         raise RowError(f"not JSON ({error.msg})", fix, error.pos + 1) from None
-    except RecursionError:
-        raise RowError("not JSON that can be read (nested too deeply)", "flatten it") from None
+    except _LongNumberError as error:
+        raise RowError(str(error), "write it as a string", text.find(error.digits) + 1) from None
     except ValueError as error:
         raise RowError(str(error), "write a finite number, or null", _constant_column(text)) from None
+
+
+def _check_depth(text: str) -> None:
+    """Refuse values that are nested so deeply that Python would fail on them, here or later."""
+    if text.count("[") + text.count("{") <= _DEEPEST:
+        return
+    depth = 0
+    for match in _BRACKET.finditer(text):
+        bracket = match[0]
+        depth += (bracket in "[{") - (bracket in "]}")
+        if depth > _DEEPEST:
+            fault = f"not JSON that can be read (nested too deeply, over {_DEEPEST} levels)"
+            raise RowError(fault, "flatten it", match.start() + 1)
+
+
+class _LongNumberError(Exception):
+    """A whole number of more digits than are read.
+
+    Args:
+        digits: of it.
+    """
+
+    def __init__(self, digits: str) -> None:
+        super().__init__(f"a whole number of {len(digits.removeprefix('-'))} digits")
+        self.digits = digits
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _LONGEST:
+        raise _LongNumberError(digits)
+    return int(digits)
 
 
 def _constant_column(text: str) -> int:
@@ -112,7 +160,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
     return record
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_whole, object_pairs_hook=_unique_keys)
 
 
 def _records(rows: list[Any], name: str) -> list[Record]:

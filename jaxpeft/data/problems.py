@@ -7,7 +7,6 @@ from typing import Any
 from jaxpeft.errors import DataError
 
 Record = dict[str, Any]
-Parsed = tuple[list[Record], tuple[int, ...]]
 
 SHOWN = 20
 EXCERPT = 80

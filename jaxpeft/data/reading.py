@@ -11,6 +11,7 @@ from jaxpeft.data import plan
 from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_columns, find_format
 from jaxpeft.data.examples import Examples, join, make_examples, split_at
 from jaxpeft.data.holdout import hold_out, hold_out_text
+from jaxpeft.data.layout import GIB, Layout
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
 from jaxpeft.data.unread import refuse_partial, unread
 from jaxpeft.errors import ConfigError
@@ -172,9 +173,18 @@ def read_source(path: str, split: str, config: Config) -> Rows:
     Raises:
         DataError: it cannot be read.
     """
+    layout = layout_of(config)
     if is_hub_id(path):
-        return read_rows(path, split=split, config=config.data.subset, revision=config.data.revision)
-    return read_rows(path, split=split if Path(path).expanduser().is_dir() else None)
+        return read_rows(path, split=split, config=config.data.subset, revision=config.data.revision, layout=layout)
+    return read_rows(path, split=split if Path(path).expanduser().is_dir() else None, layout=layout)
+
+
+def layout_of(config: Config) -> Layout:
+    """Return what the config says of data files."""
+    data = config.data
+    columns = tuple(data.columns.values())
+    most = round(data.most_gib * GIB)
+    return Layout(data.encoding, data.delimiter, data.quoting, data.header, data.field, columns, most)
 
 
 def _examples(rows: Rows, kind: Kind, config: Config, like: Examples | None = None) -> Examples:

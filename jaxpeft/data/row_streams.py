@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+import io
+import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
-from jaxpeft.data.parse import no_parquet
-from jaxpeft.data.parse_delimited import Fields, fields_of, header_of, parse_fields
+from jaxpeft.data.dialect import Dialect, Fields, dialect_of, fields_of
+from jaxpeft.data.files import broken_gzip, check_file, ending_of, open_file, unreadable
+from jaxpeft.data.folders import files_of
+from jaxpeft.data.layout import AS_FOUND, Layout, nested
+from jaxpeft.data.parse_arrow import arrow_records, parquet_records, with_label_names
+from jaxpeft.data.parse_delimited import header_of, parse_fields
 from jaxpeft.data.parse_json import parse_lines
 from jaxpeft.data.problems import Record
-from jaxpeft.data.rows import Rows, files_of, hub_name, hub_record, is_hub_id, load_hub, missing, unreadable
-from jaxpeft.data.utf8 import check_start, first_fault
+from jaxpeft.data.rows import Rows, hub_name, is_hub_id, load_hub
+from jaxpeft.data.utf8 import UTF8, check_pointer, encoding_of, first_fault, not_in
 from jaxpeft.errors import DataError
 
 _EDGE = 1 << 20
@@ -28,6 +37,7 @@ class _Reader(Protocol):
     """One file or hub split."""
 
     name: str
+    note: str
 
     def raw(self) -> Iterator[Raw]:
         """Yields the rows from the first on, unparsed, so that those before a start cost little."""
@@ -46,25 +56,28 @@ class RowStream:
     """The rows of a source, in order.
 
     Args:
-        path: a JSONL, CSV, TSV or parquet file, a folder of them, or a hub id.
+        path: a JSONL, CSV, TSV, parquet or Arrow file, a folder of them, or a hub id.
         split: of a folder whose files are named by split, or of a hub id.
         config: the hub data set's configuration.
         revision: the hub data set's commit, tag or branch.
+        layout: what is told of files.
 
     Raises:
         DataError: there is no such file, or it cannot be streamed.
     """
 
-    def __init__(self, path: str, split: str, config: str | None = None, revision: str | None = None) -> None:
-        self.name = path
+    def __init__(
+        self, path: str, split: str, config: str | None = None, revision: str | None = None, layout: Layout = AS_FOUND
+    ) -> None:
+        self.name, self._columns = path, layout.columns
+        local = Path(path).expanduser()
         if is_hub_id(path):
             self._readers: list[_Reader] = [_Hub(path, split, config, revision)]
+        elif local.is_dir():
+            self._readers = [_reader(file, layout) for file in files_of(local, split).paths]
         else:
-            local = Path(path).expanduser()
-            if not local.exists():
-                raise DataError(missing(local, path))
-            files = files_of(local, split) if local.is_dir() else [local]
-            self._readers = [_reader(file) for file in files]
+            check_file(local, path)
+            self._readers = [_reader(local, layout)]
         self._at, self._rest = 0, iter(())
         self._identity = ""
 
@@ -86,7 +99,9 @@ class RowStream:
         self._at = start + len(taken)
         places = tuple((of.name, number) for of, number, _ in taken)
         lines = tuple(line for _, _, (line, _) in taken)
-        return Rows(records, self.name, f"{self.identity()} {start} {len(taken)}", lines, places)
+        made = f"{self.identity()} {start} {len(taken)}"
+        notes = tuple(f"{reader.name}: {reader.note}" for reader in self._readers if reader.note)
+        return Rows(nested(records, self._columns), self.name, made, lines, places, notes=notes)
 
     def _all(self) -> Iterator[tuple[_Reader, int, Raw]]:
         """Yields every row with its 1-based number in its file."""
@@ -105,20 +120,20 @@ class RowStream:
 
 
 class _File:
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path, self.name, self.layout, self.note = path, str(path), layout, ""
 
     def raw(self) -> Iterator[Raw]:
         """Yields the rows, but not the blank ones that a file may end with."""
         blank: list[Raw] = []
         try:
-            with self.path.open("rb") as file:
-                check_start(file.read(_HEAD), self.name)
             for number, row in self._raw():
                 blank.append((number, row))
                 if row and not (isinstance(row, bytes) and row.isspace()):
                     yield from blank
                     blank.clear()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(broken_gzip(self.name, error)) from None
         except OSError as error:
             raise DataError(unreadable(self.name, error)) from None
 
@@ -136,66 +151,110 @@ class _File:
         return hashlib.sha256(f"{size}".encode() + edges).hexdigest()
 
 
-class _Jsonl(_File):
+class _TextFile(_File):
+    @cached_property
+    def encoding(self) -> str:
+        with open_file(self.path) as file:
+            return encoding_of(file.read(_HEAD), self.name, self.layout.encoding)
+
+    @contextmanager
+    def _text(self) -> Generator[TextIO]:
+        """Opens the file as text, without a byte order mark."""
+        encoding = "utf-8-sig" if self.encoding == UTF8 else self.encoding
+        try:
+            with open_file(self.path) as file, io.TextIOWrapper(file, encoding, newline="") as text:
+                yield text
+        except UnicodeError:
+            with open_file(self.path) as file:
+                if self.encoding == UTF8:
+                    raise DataError(first_fault(file, self.name)) from None
+                pieces = iter(partial(file.read, _EDGE), b"")
+                raise DataError(not_in(self.encoding, pieces, self.name)) from None
+
+
+class _Jsonl(_TextFile):
     def _raw(self) -> Iterator[Raw]:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, (check_start(line, self.name) if number == 1 else line).removesuffix(b"\n")
+        if self.encoding == UTF8:  # a line that is not UTF-8 is told when it is parsed
+            with open_file(self.path) as file:
+                for number, line in enumerate(file, 1):
+                    yield number, (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).removesuffix(b"\n")
+            return
+        with self._text() as text:
+            for number, line in enumerate(text, 1):
+                yield number, line.removeprefix("\ufeff").rstrip("\r\n").encode()
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
         return parse_lines(raws, self.name)
 
 
-class _Delimited(_File):
-    def __init__(self, path: Path, delimiter: str) -> None:
-        super().__init__(path)
+class _Delimited(_TextFile):
+    def __init__(self, path: Path, layout: Layout, delimiter: str) -> None:
+        super().__init__(path, layout)
         self._delimiter = delimiter
 
     @cached_property
-    def _header(self) -> list[str]:
-        return header_of(next(self._fields(), (1, []))[1], self.name)
+    def _dialect(self) -> Dialect:
+        with self._text() as text:
+            head = text.read(_EDGE)
+            head += text.readline() if head else ""
+            whole = not text.read(1)
+        found = dialect_of(head.rstrip("\r\n") if whole else head, self.name, self._delimiter, self.layout, whole=whole)
+        self.note = f"{found}, encoding {self.encoding}"
+        return found
+
+    @cached_property
+    def _header(self) -> tuple[list[str], int]:
+        return header_of(next(self._fields(), (1, [])), self.name, self._dialect)
 
     def _fields(self) -> Iterator[tuple[int, Fields]]:
-        with self.path.open(encoding="utf-8-sig", newline="") as text:
-            try:
-                yield from fields_of(text, self._delimiter)
-            except UnicodeDecodeError:
-                with self.path.open("rb") as file:
-                    raise DataError(first_fault(file, self.name)) from None
+        dialect = self._dialect
+        with self._text() as text:
+            for _ in range(dialect.before):
+                text.readline()
+            for number, row in fields_of(text, dialect.delimiter, dialect.quoted):
+                yield number + dialect.before, row
 
     def _raw(self) -> Iterator[Raw]:
-        return islice(self._fields(), 1, None)
+        with open_file(self.path) as file:
+            if not file.read(1):
+                return iter(())
+        return islice(self._fields(), self._header[1], None)
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
-        return parse_fields(raws, self._header, self.name, self._delimiter)
+        return parse_fields(raws, self._header[0], self.name, self._dialect)
 
 
-class _Parquet(_File):
+class _Table(_File):
+    """A file that says itself what is in it."""
+
+    def __init__(self, path: Path, layout: Layout, read: Callable[..., Iterator[list[Record]]]) -> None:
+        super().__init__(path, layout)
+        self._read = read
+
     def _raw(self) -> Iterator[Raw]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(self.path) as file:
-                for batch in file.iter_batches(batch_size=1024):
-                    yield from ((0, record) for record in batch.to_pylist())
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(no_parquet(self.name, error)) from None
+        with self.path.open("rb") as file:
+            check_pointer(file.read(_HEAD), self.name)
+        for records in self._read(self.path, self.name, _nothing):
+            yield from ((0, record) for record in records)
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
         return [record for _, record in raws]
 
 
+def _nothing(size: int, name: str) -> None:
+    """Counts nothing: a stream may hold any number of bytes."""
+
+
 class _Hub:
     def __init__(self, hub_id: str, split: str, config: str | None, revision: str | None) -> None:
-        self.name = hub_name(hub_id, split, config)
+        self.name, self.note = hub_name(hub_id, split, config), ""
         self._where = (hub_id, split, config, revision)
         self._hash = ""
 
     def raw(self) -> Iterator[Raw]:
         data = load_hub(*self._where, streaming=True)
         try:
-            yield from ((0, hub_record(record, data.features)) for record in data)
+            yield from ((0, with_label_names(record, data.features)) for record in data)
         except OSError as error:
             raise DataError(
                 f"{self.name}: cannot be read on ({error}); check the network, then run it again"
@@ -221,15 +280,17 @@ class _Hub:
         return self._hash
 
 
-def _reader(path: Path) -> _Reader:
-    makers: dict[str, Callable[[Path], _Reader]] = {
+def _reader(path: Path, layout: Layout) -> _Reader:
+    makers: dict[str, Callable[[Path, Layout], _Reader]] = {
         ".jsonl": _Jsonl,
-        ".csv": lambda path: _Delimited(path, ","),
-        ".tsv": lambda path: _Delimited(path, "\t"),
-        ".parquet": _Parquet,
+        ".ndjson": _Jsonl,
+        ".csv": lambda path, layout: _Delimited(path, layout, ","),
+        ".tsv": lambda path, layout: _Delimited(path, layout, "\t"),
+        ".parquet": lambda path, layout: _Table(path, layout, parquet_records),
+        ".arrow": lambda path, layout: _Table(path, layout, arrow_records),
     }
-    if path.suffix.lower() not in makers:
+    if ending_of(path) not in makers:
         raise DataError(
             f"{path}: files of the ending {path.suffix!r} cannot be streamed; convert it to .jsonl, one row a line"
         )
-    return makers[path.suffix.lower()](path)
+    return makers[ending_of(path)](path, layout)

@@ -6,22 +6,25 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.data.parse import PARSERS
+from jaxpeft.data.files import check_file, ending_of, read_bytes
+from jaxpeft.data.folders import files_of
+from jaxpeft.data.layout import AS_FOUND, Allowance, Layout, nested
+from jaxpeft.data.parse import PARSERS, other
+from jaxpeft.data.parse_arrow import with_label_names
 from jaxpeft.data.problems import Record
 from jaxpeft.errors import DataError, nearest
 from jaxpeft.logs import timed
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGE_PATH = re.compile(r"package:([A-Za-z0-9_-]+)/([A-Za-z0-9_-]+)")
-_ENDINGS = ", ".join(PARSERS)
-_SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-           "dev": "validation", "eval": "validation", "test": "test"}  # fmt: skip
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Rows:
         lines: the 1-based line at which each row begins; empty where the format has no lines.
         places: `(file, 1-based number in it)` of each row; empty where they are all those of `name`, in order.
         origin: the hash of all that was read, where these rows are drawn or made from it; empty where it is `sha256`.
+        notes: how files were read, where there is something to say.
     """
 
     records: list[Record]
@@ -43,6 +47,7 @@ class Rows:
     lines: tuple[int, ...] = ()
     places: tuple[tuple[str, int], ...] = ()
     origin: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -90,7 +95,8 @@ class Rows:
         digest = hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
         lines = tuple(line for part in parts for line in part.lines or (0,) * len(part))
         origin = hashlib.sha256(" ".join(part.source for part in parts).encode()).hexdigest()
-        return Rows([r for part in parts for r in part.records], name, digest, lines, _places(parts), origin)
+        notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+        return Rows([r for part in parts for r in part.records], name, digest, lines, _places(parts), origin, notes)
 
     def columns(self) -> list[str]:
         """Gives the columns that any row has, in the order of first appearance."""
@@ -102,17 +108,19 @@ def _places(parts: Sequence[Rows]) -> tuple[tuple[str, int], ...]:
 
 
 def read_rows(
-    path: str | Path, *, split: str | None = None, config: str | None = None, revision: str | None = None
-) -> Rows:
-    """Reads the rows of one file, of a folder of files or of one split of a hub data set.
+    path: str | Path, *, split: str | None = None, config: str | None = None, revision: str | None = None,
+    layout: Layout = AS_FOUND,
+) -> Rows:  # fmt: skip
+    """Read the rows of one file, of a folder of files or of one split of a hub data set.
 
     Args:
-        path: a JSONL, JSON, CSV, TSV, parquet or txt file; a folder of them (see `files_of`); `package:NAME/SPLIT` for a
-            data set inside jaxpeft; or a hub id, `name` or `org/name`, loaded with `datasets`. What exists as a file is
-            never looked up on the hub.
+        path: a file of a format that `parse` knows, plain or packed as .gz; a folder of them (see `files_of`);
+            `package:NAME/SPLIT` for a data set inside jaxpeft; or a hub id, `name` or `org/name`, loaded with `datasets`.
+            What exists as a file is never looked up on the hub.
         split: the split of a hub data set or of a folder whose files are named by split, `train` where not given.
         config: the hub data set's configuration, such as `mrpc` of `nyu-mll/glue`.
         revision: the hub data set's commit, tag or branch.
+        layout: what is told of files.
 
     Raises:
         DataError: there is no such file or data set, or its rows cannot be read; lists the first 20 problems.
@@ -120,92 +128,56 @@ def read_rows(
     text, local = str(path), Path(path).expanduser()
     packaged = text.startswith("package:")
     if is_hub_id(path):
-        return _read_hub(text, split or "train", config, revision)
+        return _read_hub(text, split or "train", config, revision, layout)
     folder = local.is_dir() and not packaged
     named = {"split": None if folder else split, "config": config, "revision": revision}
     if given := [k for k, v in named.items() if v is not None]:
         raise DataError(
             f"{text}: {', '.join(given)} is for hub ids, this is a {'folder' if folder else 'file'}; remove it"
         )
-    if folder:
-        return Rows.join([_read_file(file, str(file)) for file in files_of(local, split or "train")], text)
-    return _read_package(text) if packaged else _read_file(local, text)
+    if packaged:
+        return _read_package(text)
+    rows = _read_folder(local, text, split or "train", layout) if folder else _read_file(local, text, layout)
+    for note in rows.notes:
+        _log.info("%s", note)
+    return rows
 
 
 def is_hub_id(path: str | Path) -> bool:
     """Says whether `read_rows` would look for a path on the hub: it reads as an id, and is no file here."""
     if str(path).startswith("package:") or Path(path).expanduser().exists():
         return False
-    if not isinstance(path, str) or not _HUB_ID.fullmatch(path) or Path(path).suffix.lower() in PARSERS:
+    if not isinstance(path, str) or not _HUB_ID.fullmatch(path) or ending_of(path) in PARSERS:
         return False
     return "/" not in path or not Path(path).parent.is_dir()
 
 
-def files_of(folder: Path, split: str) -> list[Path]:
-    """Lists the data files of a folder, in the order of their names: those of its split where files are named by split.
-
-    A file belongs to a split that its name, or that of a folder above it, begins with: `train.jsonl`,
-    `data/train-00000-of-00002.parquet`, `test/part1.csv`; `val`, `valid` and `dev` are names of `validation`.
-
-    Args:
-        folder: with data files, or folders of them.
-        split: `train`, `validation` or `test`.
-
-    Raises:
-        DataError: it has no data files, or none of that split though others are named by split.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PARSERS and path.is_file())
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    files = [path for path in files if not path.name.startswith("dataset_info")]  # written by `datasets`, no rows
-    if not files:
-        raise DataError(f"{folder}: a folder without data files; give one with files of {_ENDINGS}")
-    splits = [_split_of(path.relative_to(folder)) for path in files]
-    if not any(splits):
-        return files
-    chosen = [path for path, named in zip(files, splits, strict=True) if named == split]
-    if not chosen:
-        there = ", ".join(sorted({named for named in splits if named}))
-        raise DataError(f"{folder}: no data file is named for the split {split!r} (there are: {there}); name one file")
-    return chosen
+def _read_folder(folder: Path, name: str, split: str, layout: Layout) -> Rows:
+    files, allowed = files_of(folder, split), Allowance(layout.most)
+    parts = [_read_file(path, str(path), layout, allowed) for path in files.paths]
+    rows = Rows.join(parts, name)
+    if files.labels:
+        labeled = [{**record, "label": label} for record, label in zip(rows.records, files.labels, strict=True)]
+        rows = dataclasses.replace(rows.remade(*files.labels, records=labeled), origin="")
+    return dataclasses.replace(rows, notes=(f"{name}: {files.note}", *rows.notes) if files.note else rows.notes)
 
 
-def _split_of(path: Path) -> str | None:
-    words = [re.sub(r"[^a-z].*", "", part.lower()) for part in path.parts]
-    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
+def _read_file(path: Path, name: str, layout: Layout, allowed: Allowance | None = None) -> Rows:
+    check_file(path, name)
+    ending = ending_of(path) or (".txt" if allowed else "")
+    if ending not in PARSERS:
+        raise DataError(f"{name}: files of the ending {path.suffix!r} are not read; {other(path.suffix.lower())}")
+    allowed = allowed or Allowance(layout.most)
+    return _rows(read_bytes(path, name, allowed), ending, name, layout, allowed)
 
 
-def _read_file(path: Path, name: str) -> Rows:
-    if not path.exists():
-        raise DataError(missing(path, name))
-    if path.suffix.lower() not in PARSERS:
-        raise DataError(f"{name}: files of the ending {path.suffix!r} are not read; convert it to one of {_ENDINGS}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(unreadable(name, error)) from None
-    return _rows(data, path.suffix.lower(), name)
-
-
-def _rows(data: bytes, ending: str, name: str) -> Rows:
-    records, lines = PARSERS[ending](data, name)
-    if not records:
+def _rows(data: bytes, ending: str, name: str, layout: Layout, allowed: Allowance) -> Rows:
+    parsed = PARSERS[ending](data, name, layout, allowed.take)
+    if not parsed.records:
         raise DataError(f"{name}:1:1: the file has no rows; give a file with at least one row")
-    return Rows(records, name, hashlib.sha256(data).hexdigest(), lines)
-
-
-def missing(path: Path, name: str) -> str:
-    """Says that there is no such file, with the nearest name."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f"{name}: no such file, and no folder {str(folder)!r}; check the path"
-    names = sorted(p.name for p in folder.iterdir())
-    hint = nearest(path.name, names)
-    return f"{name}: no such file in {str(folder.resolve())!r}{hint or '; check the path'}"
-
-
-def unreadable(name: str, error: OSError) -> str:
-    """Says that a file cannot be read."""
-    return f"{name}: cannot be read ({error.strerror}); check the path and its permissions"
+    notes = (f"{name}: {parsed.note}",) if parsed.note else ()
+    records = nested(parsed.records, layout.columns)
+    return Rows(records, name, hashlib.sha256(data).hexdigest(), parsed.lines, notes=notes)
 
 
 def _read_package(text: str) -> Rows:
@@ -220,7 +192,7 @@ def _read_package(text: str) -> Rows:
         raise DataError(
             f"{text}: no such data set in jaxpeft; {'there are ' + ', '.join(known) if known else 'check it'}"
         )
-    return _rows(file.read_bytes(), ".jsonl", text)
+    return _rows(file.read_bytes(), ".jsonl", text, AS_FOUND, Allowance(AS_FOUND.most))
 
 
 def load_hub(hub_id: str, split: str, config: str | None, revision: str | None, *, streaming: bool = False) -> Any:
@@ -248,24 +220,10 @@ def hub_name(hub_id: str, split: str, config: str | None) -> str:
     return f"{hub_id}[{':'.join(filter(None, (config, split)))}]"
 
 
-def _read_hub(hub_id: str, split: str, config: str | None, revision: str | None) -> Rows:
+def _read_hub(hub_id: str, split: str, config: str | None, revision: str | None, layout: Layout) -> Rows:
     name, data = hub_name(hub_id, split, config), load_hub(hub_id, split, config, revision)
-    records = [hub_record(record, data.features) for record in data]
+    records = [with_label_names(record, data.features) for record in data]
     if not records:
         raise DataError(f"{name}: the split has no rows; choose another")
     content = json.dumps([data.column_names, records], sort_keys=True, default=str).encode()
-    return Rows(records, name, hashlib.sha256(content).hexdigest())
-
-
-def hub_record(record: Record, features: Any) -> Record:
-    """Gives a record with the numbers of class labels replaced by their names; -1, a hidden label, by None."""
-    return {key: _label_names(value, features[key]) for key, value in record.items()} if features else record
-
-
-def _label_names(value: Any, feature: Any) -> Any:
-    names, inner = getattr(feature, "names", None), getattr(feature, "feature", None)
-    if names and isinstance(value, int):
-        return names[value] if 0 <= value < len(names) else None
-    if inner is not None and isinstance(value, list):
-        return [_label_names(item, inner) for item in value]
-    return value
+    return Rows(nested(records, layout.columns), name, hashlib.sha256(content).hexdigest())

@@ -18,7 +18,7 @@ from jaxpeft.data.columns import OPTIONAL, Columns, Kind
 from jaxpeft.data.encoded import Encoded
 from jaxpeft.data.encoding import Encoding, padded_lengths
 from jaxpeft.data.examples import Examples, join, make_examples
-from jaxpeft.data.reading import columns_of, cut, kind_of, tell_unread
+from jaxpeft.data.reading import columns_of, cut, kind_of, layout_of, tell_unread
 from jaxpeft.data.row_streams import RowStream
 from jaxpeft.data.rows import is_hub_id
 from jaxpeft.errors import ConfigError, DataError
@@ -88,7 +88,7 @@ class Stream:
         self._sources: list[StreamedSource] = []
         for path, share in zip(config.data.sources, shares, strict=True):
             hub = (config.data.subset, config.data.revision) if is_hub_id(path) else (None, None)
-            stream, count = RowStream(path, "train", *hub), round(share * config.data.buffer_rows)
+            stream, count = RowStream(path, "train", *hub, layout_of(config)), round(share * config.data.buffer_rows)
             if count < 1:
                 least = math.ceil(0.5 / share) + 1
                 raise ConfigError(

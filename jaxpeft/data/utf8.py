@@ -1,68 +1,141 @@
-"""Bytes of a data file to text, naming every line that is not UTF-8."""
+"""Bytes of a data file to text: in which encoding they are, and every line that is not in it."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 
 from jaxpeft.data.problems import Problems, RowError, excerpt
 from jaxpeft.errors import DataError
 
-_BOM = b"\xef\xbb\xbf"
+UTF8 = "utf-8"
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, UTF8),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 _LFS = b"version https://git-lfs"
-_UTF8_FIX = "save the file as UTF-8, such as by `iconv -f latin1 -t utf-8`"
+_HEAD = 1 << 10
+_ODD, _EVEN = slice(1, _HEAD, 2), slice(0, _HEAD, 2)
+
+
+def encoding_of(head: bytes, name: str, given: str = "auto") -> str:
+    """Return the encoding of a text file, by Python's name.
+
+    Only what cannot be mistaken is told from the bytes: a byte order mark, or the zeros of UTF-16.
+
+    Args:
+        head: its first bytes, or all of them.
+        name: of the file.
+        given: what the user says; `auto` to look.
+
+    Raises:
+        DataError: it is a Git LFS pointer.
+    """
+    check_pointer(head, name)
+    if given != "auto":
+        return UTF8 if codecs.lookup(given).name in ("utf-8", "utf-8-sig", "ascii") else given
+    marked = next((encoding for mark, encoding in _MARKS if head.startswith(mark)), None)
+    if marked is not None:
+        return marked
+    if 2 * head[_ODD].count(0) > len(head[_ODD]):
+        return "utf-16-le"
+    return "utf-16-be" if 2 * head[_EVEN].count(0) > len(head[_EVEN]) else UTF8
+
+
+def check_pointer(head: bytes, name: str) -> None:
+    """Refuse what Git LFS leaves in place of a file.
+
+    Raises:
+        DataError: it is such a pointer.
+    """
+    if head.startswith(_LFS):
+        raise DataError(f"{name}:1:1: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
+
+
+def as_utf8(data: bytes, name: str, given: str = "auto") -> tuple[bytes, str]:
+    """Return the bytes of a text file in UTF-8 without a byte order mark, and the encoding that they were in.
+
+    Args:
+        data: all of the file; where it is in UTF-8 already, it is not looked at.
+        name: of the file.
+        given: the encoding; `auto` to look.
+
+    Raises:
+        DataError: nothing but white space is left, it is a Git LFS pointer, or it is not in this encoding.
+    """
+    encoding = encoding_of(data, name, given)
+    if encoding != UTF8:
+        try:
+            data = data.decode(encoding).removeprefix("\ufeff").encode()
+        except UnicodeError:
+            raise DataError(not_in(encoding, (data,), name)) from None
+    return body_of(data, name), encoding
+
+
+def not_in(encoding: str, pieces: Iterable[bytes], name: str) -> str:
+    """Return where a file begins not to be in the encoding that was given or marked.
+
+    Args:
+        encoding: Python's name of it.
+        pieces: the file, piece by piece.
+        name: of the file.
+    """
+    line = column = 1
+    for text in codecs.iterdecode(pieces, encoding, "replace"):
+        head, found, _ = text.partition("\ufffd")
+        line += head.count("\n")
+        column = len(head) - head.rfind("\n") if "\n" in head else column + len(head)
+        if found:
+            break
+    return f"{name}:{line}:{column}: not {encoding}; set data.encoding to the one it was written in"
 
 
 def body_of(data: bytes, name: str) -> bytes:
-    """Gives the bytes without a byte order mark.
+    """Return the bytes without UTF-8's byte order mark.
 
     Raises:
-        DataError: nothing but white space is left, or it is a Git LFS pointer.
+        DataError: nothing but white space is left.
     """
-    body = check_start(data, name)
+    body = data.removeprefix(codecs.BOM_UTF8)
     if not body.strip():
         raise DataError(f"{name}:1:1: the file is empty; give a file with at least one row")
     return body
 
 
-def check_start(data: bytes, name: str) -> bytes:
-    """Gives the first bytes of a file, or all of them, without a byte order mark.
-
-    Raises:
-        DataError: it is UTF-16, or a Git LFS pointer.
-    """
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{name}:1:1: UTF-16, not UTF-8; save the file as UTF-8, such as by `iconv -f utf-16 -t utf-8`")
-    body = data.removeprefix(_BOM)
-    if body.startswith(_LFS):
-        raise DataError(f"{name}:1:1: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
-    return body
-
-
 def decode_line(raw: bytes) -> str:
-    """Decodes one line.
+    """Decode one line.
 
     Raises:
         RowError: it is not UTF-8.
     """
     try:
-        return raw.decode("utf-8")
+        return raw.decode(UTF8)
     except UnicodeDecodeError as error:
-        column = len(raw[: error.start].decode("utf-8")) + 1
-        raise RowError(f"not UTF-8 (byte 0x{raw[error.start]:02x})", _UTF8_FIX, column) from None
+        column = len(raw[: error.start].decode(UTF8)) + 1
+        raise RowError(f"not UTF-8 (byte 0x{raw[error.start]:02x})", _fix(raw, column), column) from None
+
+
+def _fix(raw: bytes, column: int) -> str:
+    """Return how to have a line read that is not UTF-8: no encoding of one byte a character can be told from another."""
+    try:
+        read = excerpt(raw.decode("cp1252").strip(), column)
+    except UnicodeDecodeError:
+        return "set data.encoding to the one it was written in"
+    return f"set data.encoding to the one it was written in: 'cp1252', as of Excel on Windows, reads {read!r}"
 
 
 def first_fault(lines: Iterable[bytes], name: str) -> str:
-    """Says where the first line is that is not UTF-8."""
+    """Return where the first line is that is not UTF-8."""
     for number, raw in enumerate(lines, 1):
         try:
-            decode_line(raw)
+            decode_line(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
         except RowError as fault:
             return f"{name}:{number}:{fault.column}: {fault.fault}; {fault.fix}"
-    return f"{name}: not UTF-8; {_UTF8_FIX}"
+    return f"{name}: not UTF-8; set data.encoding to the one it was written in"
 
 
 def decode(body: bytes, name: str) -> str:
-    """Decodes a whole file.
+    """Decode a whole file.
 
     Raises:
         DataError: some lines are not UTF-8; lists them.
@@ -72,7 +145,7 @@ def decode(body: bytes, name: str) -> str:
         try:
             lines.append(decode_line(raw))
         except RowError as fault:
-            text = excerpt(raw.decode("utf-8", "replace"), fault.column)
+            text = excerpt(raw.decode(UTF8, "replace"), fault.column)
             problems.add(f"{name}:{number}:{fault.column}", fault.fault, text, fault.fix)
     problems.raise_if_any()
     return "\n".join(lines)

@@ -42,7 +42,7 @@ def test_jsonl_is_read(write, content):
             'F:2:26: NaN is not JSON: \'{"text": "NaN", "label": NaN}\'; write a finite',
         ),
         (b'{"label": -Infinity}\n', "F:2:11: -Infinity is not JSON"),
-        (b'{"text": "caf\xe9"}\n', 'F:2:14: not UTF-8 (byte 0xe9): \'{"text": "caf\ufffd"}\'; save the file as UTF-8'),
+        (b'{"text": "caf\xe9"}\n', 'F:2:14: not UTF-8 (byte 0xe9): \'{"text": "caf\ufffd"}\'; set data.encoding'),
         (
             b'{"text": "a" "label": 1}\n',
             'F:2:14: not JSON (Expecting \',\' delimiter): \'{"text": "a" "label": 1}\'; write',
@@ -53,7 +53,7 @@ def test_jsonl_is_read(write, content):
             b'{"text": "a", "lab',
             'F:2:15: not JSON (Unterminated string starting at): \'{"text": "a", "lab\'; the file does not',
         ),
-        (b"[" * 100_000 + b"\n", "F:2:1: not JSON that can be read (nested too deeply)"),
+        (b"[" * 100_000 + b"\n", "F:2:101: not JSON that can be read (nested too deeply, over 100 levels)"),
     ],
 )
 def test_jsonl_is_refused(write, line, fault):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import pickle
@@ -145,6 +146,11 @@ def test_a_stream_is_sent_to_another_process_in_the_middle(make: Make, kind: str
         ("blank.csv", "text\na\nb\n\n\r\n\n"),
         ("cut.csv", "text\na\nb"),
         ("blank.tsv", "text\na\nb\n\n"),
+        ("wide.csv", "text\na\nb\n".encode("utf-16")),
+        ("wide.tsv", "text\r\na\r\nb\r\n".encode("utf-16-le")),
+        ("wide.jsonl", '{"text": "a"}\r\n{"text": "b"}\r\n'.encode("utf-32")),
+        ("packed.csv.gz", gzip.compress(b"text\na\nb\n")),
+        ("packed.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n')),
     ],
 )
 def test_marks_line_ends_and_blank_last_lines_are_no_rows(write: Any, name: str, content: str) -> None:
@@ -172,8 +178,8 @@ def test_marks_line_ends_and_blank_last_lines_are_no_rows(write: Any, name: str,
         ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
         ("x.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
         ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
-        ("x.jsonl", '{"a": 1}\n'.encode("utf-16")),
-        ("x.csv", "a\n1\n".encode("utf-16")),
+        ("x.jsonl", '{"a": 1}\n'.encode("utf-16")[:-1]),
+        ("x.csv", "a\n1\n".encode("utf-16")[:-1]),
         ("x.parquet", b"PAR1 and nothing more"),
     ],
 )
@@ -190,7 +196,7 @@ def test_what_is_broken_is_refused_in_the_same_words_with_its_place(write: Any, 
 def test_a_byte_that_is_no_utf8_is_found_in_a_csv(write: Any, lines: int) -> None:
     path = write("x.csv", b"a,b\n" + b"1,2\n" * lines + b"3,\xff\n")
     said = refusal(path, lines, 9)
-    assert said.startswith(f"{path}:{lines + 2}:3: not UTF-8 (byte 0xff); save the file as UTF-8")
+    assert said.startswith(f"{path}:{lines + 2}:3: not UTF-8 (byte 0xff); set data.encoding")
 
 
 def test_a_broken_row_is_refused_only_where_it_is_read_and_each_time(write: Any) -> None:

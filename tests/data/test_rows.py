@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from jaxpeft.data import rows as module
-from jaxpeft.data.rows import Rows, files_of, read_rows
+from jaxpeft.data.folders import files_of
+from jaxpeft.data.rows import Rows, read_rows
 from jaxpeft.errors import DataError
 
 
@@ -89,7 +90,7 @@ def test_the_files_of_a_folder_are_those_of_its_split(tmp_path, names, split, ch
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("")
     (folder / "folder.csv").mkdir()
-    assert [str(path.relative_to(folder)) for path in files_of(folder, split)] == chosen
+    assert [str(path.relative_to(folder)) for path in files_of(folder, split).paths] == chosen
 
 
 def test_a_folder_without_the_split_or_without_files_is_refused(tmp_path):
@@ -131,11 +132,11 @@ def test_a_folder_is_read_whole_each_row_with_its_file(tmp_path, write):
 
 
 def test_a_file_that_cannot_be_read_is_refused(write, monkeypatch):
-    def fail(self):
+    def fail(self, mode):
         raise PermissionError(13, "Permission denied")
 
     path = write("x.csv", "a\n1\n")
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     assert refusal(path) == f"{path}: cannot be read (Permission denied); check the path and its permissions"
 
 
@@ -163,7 +164,9 @@ def test_what_is_not_a_data_file_is_refused(tmp_path, write):
     assert refusal(tmp_path / "empty").startswith(
         f"{tmp_path}/empty: a folder without data files; give one with files of"
     )
-    assert "files of the ending '.pkl' are not read; convert it to one of .jsonl, " in refusal(write("x.pkl", "x"))
+    assert "files of the ending '.pkl' are not read; it may hold code; write its rows as JSONL" in refusal(
+        write("x.pkl", "x")
+    )
     assert refusal(write("x.csv", "a\n1\n"), split="train", revision="v1").endswith(
         "x.csv: split, revision is for hub ids, this is a file; remove it"
     )
