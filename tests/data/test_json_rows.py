@@ -46,7 +46,7 @@ def test_where_several_could_be_meant_an_option_says_which(write: Any) -> None:
     )
     assert read_rows(path, layout=Layout(field="test")).records == ROWS[:1]
     assert read_rows(path, layout=Layout(field="other.deep")).records == ROWS
-    with pytest.raises(DataError, match="data.field 'other.dep': no 'dep' under 'other'; did you mean 'deep'"):
+    with pytest.raises(DataError, match=r"data\.field 'other\.dep': no 'dep' under 'other'; did you mean 'deep'"):
         read_rows(path, layout=Layout(field="other.dep"))
 
 
@@ -76,7 +76,7 @@ def test_numbers_and_nesting_without_end_are_refused_with_their_place(
         read_rows(path)
     assert str(caught.value).startswith(f"{path}:2:{column}: {said}")
     assert len(str(caught.value)) < 500
-    with pytest.raises(DataError, match="x.json:2:") as caught:  # whose list is a level of its own
+    with pytest.raises(DataError, match=r"x\.json:2:") as caught:  # whose list is a level of its own
         read_rows(write("x.json", f"[\n{line}\n]"))
     assert said in str(caught.value)
 

@@ -11,7 +11,7 @@ from jaxpeft.data.row_streams import RowStream
 from jaxpeft.data.rows import read_rows
 from jaxpeft.errors import DataError
 
-TEXT = "“déjà vu” – fine"
+TEXT = "“déjà vu” \u2013 fine"
 FILES = {
     "x.csv": f"text,label\n{TEXT},x\nplain,y\n",
     "x.tsv": f"text\tlabel\r\n{TEXT}\tx\r\nplain\ty\r\n",

@@ -69,7 +69,7 @@ def test_case_11_a_folder_that_is_missing_is_made(job: Job, whole: Job, marks: M
         (ROW + b'{"text": 7, "label": "red"}\n', ":2:1 (row 2): field 'text' holds a int, not a string: "),
         (ROW + b'["word1", "red"]\n', ":2:1: a row must be a JSON object, this is a list: "),
         (ROW + b'{"text": " ", "label": "red"}\n', ":2:1 (row 2): field 'text' is empty: "),
-        (ROW.decode().encode("utf-16"), ":1:1: UTF-16, not UTF-8; save the file as UTF-8"),
+        (ROW.decode().encode("utf-16")[:-1], ":1:40: not utf-16; set data.encoding to the one"),
         (b"version https://git-lfs.github.com/spec/v1\n", ":1:1: a Git LFS pointer instead of the data"),
     ],
     ids=["empty", "blank", "cut", "latin1", "nan", "missing", "type", "list", "nothing", "utf16", "pointer"],
