@@ -89,3 +89,14 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5) if len(name) <= _LONGEST_NAME else []
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def cut(text: str, most: int = 80) -> str:
+    """Return a text for a message: in quotes where it has what cannot be printed, and cut where it is long.
+
+    Args:
+        text: a name, a path or what an error says.
+        most: how many characters are shown.
+    """
+    plain = text if text and text.isprintable() else repr(text)
+    return plain if len(plain) <= most else f"{plain[:most]}... ({len(text):,} characters)"

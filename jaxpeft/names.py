@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, cut
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -14,7 +14,7 @@ def problem(name: str) -> str | None:
     """Says why a name cannot be a folder's, None where it can."""
     if _NAME.fullmatch(name):
         return None
-    return f"{shown(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
+    return f"{cut(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
 
 
 def folder_named(root: Path, name: str) -> Path:
@@ -51,9 +51,3 @@ def require_no_way_out(folder: Path) -> None:
         raise ConfigError(
             [f"{path}: a link that leads out of the run's folder, to {path.resolve()}; remove it" for path in links]
         )
-
-
-def shown(text: str, most: int = 200) -> str:
-    """Gives a text for a message: quoted where it has what cannot be printed, and cut where it is long."""
-    plain = text if text and text.isprintable() else repr(text)
-    return plain if len(plain) <= most else f"{plain[:most]}... ({len(text):,} characters)"

@@ -21,7 +21,7 @@ from absl import flags
 from jaxpeft import clusters, names
 from jaxpeft import config as configs
 from jaxpeft.command import guarded, set_up_logging, split_overrides
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, cut
 
 Run = Callable[[configs.Config, Path, list[str]], int]
 FLAGS = flags.FlagValues()
@@ -117,7 +117,7 @@ def _workdir(default: Path) -> Path:
             raise
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--workdir {names.shown(str(workdir))}: cannot be written ({why}); give another folder"
+            f"--workdir {cut(str(workdir), 200)}: cannot be written ({why}); give another folder"
         ) from None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jaxpeft import names
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
-from jaxpeft.errors import nearest
+from jaxpeft.errors import nearest, shown
 from jaxpeft.methods import METHODS
 from jaxpeft.methods.lora import LoRA
 
@@ -46,7 +46,7 @@ class CompareConfig:
     """What `python -m jaxpeft.compare` compares."""
 
     candidates: tuple[CandidateConfig, ...] = option((), "the methods, each with its learning rates")
-    seeds: tuple[int, ...] = option((0, 1, 2), "train.seed of the runs of each candidate", at_least=0)
+    seeds: tuple[int, ...] = option((0, 1, 2), "train.seed of the runs of each candidate", at_least=0, below=2**32)
     reference: str | None = option(
         None, "candidate that the others' figures are given as a share of; None for the one whose method is full"
     )
@@ -82,7 +82,7 @@ class CompareConfig:
         ]
         if self.reference is not None and self.reference not in self.titles:
             found.append(
-                f"reference: {self.reference!r} is not a candidate{nearest(self.reference, self.titles)} "
+                f"reference: {shown(self.reference)} is not a candidate{nearest(self.reference, self.titles)} "
                 f"(there are: {', '.join(self.titles)})"
             )
         return found

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import importlib.util
 import logging
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +15,14 @@ import ml_collections
 
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.method import Method
-from jaxpeft.core.options import convert, no_option, parse
-from jaxpeft.errors import ConfigError, nearest
+from jaxpeft.config.literals import read_value
+from jaxpeft.core.options import hints_of, no_option, parse
+from jaxpeft.errors import ConfigError, cut, nearest, shown
 from jaxpeft.methods import METHODS
 
 _log = logging.getLogger(__name__)
+_DEEPEST = 2
+"""Names in a dotted option: a section's and the option's own."""
 
 
 def defaults(method: str = "lora") -> ml_collections.ConfigDict:
@@ -35,7 +36,7 @@ def defaults(method: str = "lora") -> ml_collections.ConfigDict:
     """
     if method not in METHODS:
         raise ConfigError(
-            f"method.name: {method!r} is not a method{nearest(method, METHODS)} (known: {', '.join(METHODS)})"
+            f"method.name: {shown(method)} is not a method{nearest(method, METHODS)} (known: {', '.join(METHODS)})"
         )
     plain = as_dict(dataclasses.replace(Config(), method=METHODS[method]()))
     # a wrong type or name is not refused at its line, but with all other problems of the file at once
@@ -66,7 +67,7 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     rest = {key: value for key, value in values.items() if key != "method"}
     section = values.get("method", {})
     if not isinstance(section, Mapping):
-        return None, [f"config.method: must be a section with options, is {section!r}"]
+        return None, [f"config.method: must be a section with options, is {shown(section)}"]
     method, problems = Method.read(typing.cast(Mapping[str, Any], section), "config.method")
     config, found = parse(Config, {**rest, "method": method} if method else rest, "config")
     return (None, [*problems, *found]) if problems or found else (config, [])
@@ -78,33 +79,40 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not Python, fails, or has no `get_config()` that returns a ConfigDict.
     """
-    if not path.is_file():
-        if path.is_dir():
-            raise ConfigError(
-                f"--config {path}: a folder; name one of its files: {', '.join(p.name for p in path.glob('*.py'))}"
-            )
-        there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.3)
-        raise ConfigError(f"--config {path}: no such file" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    if why := _no_file(path):
+        raise ConfigError(f"--config {cut(str(path), 200)}: {why}")
     spec = importlib.util.spec_from_file_location("jaxpeft_user_config", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config {path}: must be a Python file, name.py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config: object = module.get_config()
+        made: object = module.get_config()
+        config = made.to_dict() if isinstance(made, ml_collections.ConfigDict) else made
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{path}{_line_of(error, path)}: {type(error).__name__}: {error}") from error
-    if isinstance(config, ml_collections.ConfigDict):
-        config = config.to_dict()
+        raise ConfigError(f"{path}{_line_of(error, path)}: {type(error).__name__}: {cut(' '.join(str(error).split()), 400)}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: get_config() must return a ConfigDict, returns a {type(config).__name__}")
     return typing.cast(dict[str, Any], config)
 
 
+def _no_file(path: Path) -> str | None:
+    """Return why a path is not that of a file, with those near it; None where it is one."""
+    try:
+        if path.is_file():
+            return None
+        if path.is_dir():
+            return f"a folder; name one of its files: {', '.join(p.name for p in path.glob('*.py'))}"
+        there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        return f"cannot be read ({error.strerror})"
+    near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.3)
+    return "no such file" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
 def _line_of(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
-        return f":{error.lineno}"
+        return f":{error.lineno}" if error.lineno else ""
     lines = []
     trace = error.__traceback__
     while trace is not None:
@@ -137,12 +145,15 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
         node = node.get(section) if isinstance(node, dict) else None
     hint = _hint(option, values)
     if isinstance(node, dict) and hint is not None and key:
-        node[last] = {**(node.get(last) or {}), key: _read(text, typing.get_args(hint)[1])}
+        there = node.get(last) or {}
+        if not isinstance(there, Mapping):
+            return []  # likewise
+        node[last] = {**there, key: read_value(text, typing.get_args(hint)[1])}
         return []
     if not isinstance(node, dict) or hint is None:
-        return [f"--config.{option}: {no_option(option, _all_options(values))}"]
+        return [f"--config.{cut(option)}: {no_option(option, _all_options(values))}"]
     if not isinstance(node.get(last), dict) or typing.get_origin(hint) is dict:
-        node[last] = _read(text, hint)
+        node[last] = read_value(text, hint)
         return []
     return [f"--config.{option}: is a section; set one of its options: {', '.join(node[last])}"]
 
@@ -150,33 +161,17 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
 def _split_key(option: str, values: Mapping[str, Any]) -> tuple[str, str]:
     """Splits `method.rank_pattern.q_proj` into the option, a mapping, and a key of it; the key is empty elsewhere."""
     parts = option.split(".")
-    for n in range(1, len(parts)):
+    for n in range(1, min(len(parts), _DEEPEST + 1)):
         if typing.get_origin(_hint(".".join(parts[:n]), values)) is dict:
             return ".".join(parts[:n]), ".".join(parts[n:])
     return option, ""
-
-
-def _read(text: str, hint: Any) -> Any:
-    """Reads a command-line value as the option's type asks: `8`, `1e-3`, `true`, `None`, `q_proj,v_proj`, or a string."""
-    named = {"true": True, "false": False, "none": None}
-    try:
-        literal = named[text.lower()] if text.lower() in named else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        literal = text
-    names = tuple(part.strip() for part in text.split(",") if part.strip()) if "," in text or not text else (text,)
-    # names with commas between them are a list, also where one string would do: a target list, not an expression
-    listed = (names,) if re.fullmatch(r"[\w./:~-]+(,\s*[\w./:~-]+)+", text) else ()
-    for candidate in (*listed, literal, text, (literal,), names):
-        if not convert(candidate, hint, "")[1]:
-            return candidate
-    return literal
 
 
 def _hint(option: str, values: Mapping[str, Any]) -> Any:
     """Gives the annotated type of a dotted option, or None where there is none."""
     cls: Any = Config
     for key in option.split("."):
-        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        hints = hints_of(cls) if dataclasses.is_dataclass(cls) else {}
         if key == "name" and isinstance(cls, type) and issubclass(cls, Method):
             return str
         if key not in hints:
@@ -187,9 +182,11 @@ def _hint(option: str, values: Mapping[str, Any]) -> Any:
     return cls
 
 
-def _all_options(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _all_options(values: Mapping[str, Any]) -> list[str]:
+    """Return the dotted options that there are, those of the method that the values name among them."""
     found: list[str] = []
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and not prefix.startswith("method.")
-        found += _all_options(typing.cast(Any, value), f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+    for field in dataclasses.fields(Config):
+        hint = _hint(field.name, values)
+        inner = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+        found += [f"{field.name}.{one.name}" for one in inner if one.init] or [field.name]
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ from jaxpeft.config.candidates import CandidateConfig, CompareConfig
 from jaxpeft.config.mesh import MeshConfig, batch_problems, known_rows
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
-from jaxpeft.errors import nearest
+from jaxpeft.errors import nearest, shown
 from jaxpeft.methods.lora import LoRA
 from jaxpeft.quant import FORMS
+from jaxpeft.sharding.sizes import divisors
+from jaxpeft.sharding.sizes import nearest as nearest_numbers
 
 DATA_FIELDS = (
     "text", "text_pair", "label", "prompt", "completion", "instruction", "input", "output", "messages", "chosen",
@@ -159,13 +162,13 @@ class DataConfig:
             found.append("max_rows: a stream is not drawn from; remove it, and set train.steps")
         if not self.streaming and self.buffer_rows != DataConfig.buffer_rows:
             found.append(f"buffer_rows: {self.buffer_rows} is for data.streaming, which is off; remove it")
-        if twice := [name for name in dict.fromkeys(self.labels) if self.labels.count(name) > 1]:
-            found.append(f"labels: {twice[0]!r} stands there twice; name it once")
+        if twice := [name for name, count in Counter(self.labels).items() if count > 1]:
+            found.append(f"labels: {shown(twice[0])} stands there twice; name it once")
         found += self._file_problems()
         for name in self.columns:
             if name not in DATA_FIELDS:
                 found.append(
-                    f"columns: {name!r} is not a field{nearest(name, DATA_FIELDS)} (known: {', '.join(DATA_FIELDS)})"
+                    f"columns: {shown(name)} is not a field{nearest(name, DATA_FIELDS)} (known: {', '.join(DATA_FIELDS)})"
                 )
         if list(self.lengths) != sorted(set(self.lengths)):
             found.append(f"lengths: must ascend, are {list(self.lengths)}")
@@ -256,7 +259,7 @@ class TrainConfig:
     most_skipped: int = option(
         5, "stop after so many steps in a row whose loss or gradient is not finite; fewer are skipped", at_least=1
     )
-    seed: int = option(0, "of the head, the adapter, the order of the rows and dropout", at_least=0)
+    seed: int = option(0, "of the head, the adapter, the order of the rows and dropout", at_least=0, below=2**32)
 
     def problems(self) -> list[str]:
         """Lists what is wrong across options."""
@@ -266,10 +269,9 @@ class TrainConfig:
         if self.epochs is None and self.steps is None:
             found.append("epochs: neither epochs nor steps is set")
         if self.batch_size % self.accumulation:
-            near = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            near = ", ".join(map(str, nearest_numbers(divisors(self.batch_size), self.accumulation, most=8)))
             found.append(
-                f"accumulation: {self.accumulation} does not divide batch_size {self.batch_size}; it could be "
-                f"{', '.join(map(str, near))}"
+                f"accumulation: {self.accumulation} does not divide batch_size {self.batch_size}; it could be {near}"
             )
         return found
 
@@ -362,7 +364,7 @@ class Config:
         found += self._task_problems() + self._mesh_problems()
         for name in self.baseline_learning_rates:
             if name not in ("head", "bitfit", "full"):
-                found.append(f"baseline_learning_rates: {name!r} is not one of 'head', 'bitfit', 'full'")
+                found.append(f"baseline_learning_rates: {shown(name)} is not one of 'head', 'bitfit', 'full'")
         return found + self._compare_problems(found)
 
     def _compare_problems(self, without: list[str]) -> list[str]:

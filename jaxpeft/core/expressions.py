@@ -6,11 +6,12 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from jaxpeft.errors import TargetError
+from jaxpeft.errors import TargetError, shown
 
 SECONDS = 2
 LONGEST = 1000
@@ -33,11 +34,13 @@ for pattern in patterns:
 def broken_expression(text: Any) -> str | None:
     """Says why a text is no regular expression, None where it is one (or no text)."""
     if isinstance(text, str) and len(text) > LONGEST:
-        return f"{text[:40]!r}... is a regular expression of {len(text):,} characters; at most {LONGEST:,} are taken"
+        return f"{shown(text)} is a regular expression of {len(text):,} characters; at most {LONGEST:,} are taken"
     try:
-        re.compile(text if isinstance(text, str) else "")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a set in a set: Python keeps what it compiled, as it reads it today
+            re.compile(text if isinstance(text, str) else "")
     except (re.error, RecursionError, OverflowError) as error:
-        return f"{text!r} is no regular expression ({error})"
+        return f"{shown(text)} is no regular expression ({error})"
     return None
 
 

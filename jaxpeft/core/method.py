@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jaxpeft.core.options import option, parse, settle
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, Targets
-from jaxpeft.errors import ConfigError, nearest
+from jaxpeft.errors import ConfigError, nearest, shown
 
 if TYPE_CHECKING:
     import jax
@@ -419,9 +419,8 @@ class Method:
         """
         from jaxpeft.methods import METHODS
 
-        name = str(values.get("name", "lora"))
-        if name not in METHODS:
-            return None, [
-                f"{where}.name: {name!r} is not a method{nearest(name, METHODS)} (known: {', '.join(METHODS)})"
-            ]
+        name = values.get("name", "lora")
+        if not isinstance(name, str) or name not in METHODS:
+            near = nearest(name, METHODS) if isinstance(name, str) else ""
+            return None, [f"{where}.name: {shown(name)} is not a method{near} (known: {', '.join(METHODS)})"]
         return parse(METHODS[name], {key: value for key, value in values.items() if key != "name"}, where)

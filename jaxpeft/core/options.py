@@ -6,6 +6,7 @@ One engine serves the config file, the command line and the methods' hyperparame
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -13,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from jaxpeft.errors import ConfigError, nearest
+from jaxpeft.errors import ConfigError, cut, nearest, shown
 
 T = TypeVar("T")
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -23,6 +24,24 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "at_most": (lambda value, bound: value <= bound, "at most"),
 }
 _REFUSED = {"trust_remote_code": "no code of a model, a data set or an adapter is ever run; remove it"}
+_ELSEWHERE = {
+    "lr": "learning_rate", "lr_scheduler": "schedule", "lr_scheduler_type": "schedule", "scheduler": "schedule",
+    "wd": "weight_decay", "beta1": "b1", "beta2": "b2", "adam_beta1": "b1", "adam_beta2": "b2", "adam_epsilon": "eps",
+    "max_grad_norm": "clip_norm", "grad_clip": "clip_norm", "optim": "name", "epoch": "epochs", "num_epochs": "epochs",
+    "num_train_epochs": "epochs", "max_steps": "steps", "num_steps": "steps", "bs": "batch_size",
+    "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size", "grad_accum": "accumulation",
+    "gradient_accumulation_steps": "accumulation", "gradient_checkpointing": "remat", "r": "rank", "lora_r": "rank",
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "target_modules": "targets",
+    "exclude_modules": "exclude", "max_seq_length": "max_length", "max_seq_len": "max_length", "seq_len": "max_length",
+    "model_name": "path", "model_name_or_path": "path", "attn_implementation": "attention", "load_in_4bit": "quant",
+    "num_workers": "workers", "dataloader_num_workers": "workers", "train_file": "train", "dataset": "train",
+    "save_steps": "every_steps", "eval_steps": "every_steps", "logging_steps": "every_steps", "save_total_limit": "keep",
+    "early_stopping_patience": "patience",
+}  # fmt: skip
+"""What other libraries, and people, call an option."""
+_WHOLE = 2**31 - 1
+"""The largest whole number of an option that says no other: more than arrays can count."""
+_MOST_TOLD = 5
 
 
 def option(default: Any, doc: str, **bounds: float) -> Any:
@@ -48,8 +67,18 @@ def no_option(key: str, known: Iterable[str]) -> str:
         key: what was written, with its section or without.
         known: the options that there are.
     """
-    why = _REFUSED.get(key.rpartition(".")[2])
-    return f"refused: {why}" if why else f"no such option{nearest(key, known)}"
+    last, there = key.rpartition(".")[2], list(known)
+    if why := _REFUSED.get(last):
+        return f"refused: {why}"
+    ours = [name for name in there if name.rpartition(".")[2] == _ELSEWHERE.get(last)]
+    section = [name for name in ours if name.rpartition(".")[0] == key.rpartition(".")[0]] or ours
+    return f"no such option; did you mean {' or '.join(map(repr, section))}?" if section else f"no such option{nearest(key, there)}"
+
+
+@functools.cache
+def hints_of(cls: type[Any]) -> Mapping[str, Any]:
+    """Return the types of the fields of a dataclass."""
+    return typing.get_type_hints(cls)
 
 
 def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None, list[str]]:
@@ -63,13 +92,14 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
     Returns:
         `(instance, [])`, or `(None, problems)`.
     """
-    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
+    hints, fields = hints_of(cls), {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
     found: list[str] = []
     taken: dict[str, Any] = {}
-    for key, value in values.items():
+    for name, value in values.items():
+        key = str(name)
         if key not in fields:
             known = ", ".join(sorted(fields))
-            found.append(f"{where}.{key}: {no_option(key, fields)} (known: {known})")
+            found.append(f"{where}.{cut(key)}: {no_option(key, fields)} (known: {known})")
             continue
         taken[key], problems = convert(value, hints[key], f"{where}.{key}")
         found += problems or _out_of_bounds(taken[key], fields[key].metadata, f"{where}.{key}")
@@ -93,7 +123,7 @@ def settle(instance: Any, where: str) -> list[str]:
     Returns:
         What is wrong with them.
     """
-    hints = typing.get_type_hints(type(instance))
+    hints = hints_of(type(instance))
     found: list[str] = []
     for field in dataclasses.fields(instance):
         name = f"{where}.{field.name}"
@@ -109,13 +139,21 @@ def _out_of_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> list[
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             continue
-        if not math.isfinite(item):
+        whole = {"at_most": _WHOLE} if isinstance(item, int) and "below" not in metadata else {}
+        bounds = {**whole, **metadata}
+        if isinstance(item, float) and not math.isfinite(item):
             found.append(f"{where}: must be a finite number, is {item!r}")
             continue
         for name, (holds, words) in _BOUNDS.items():
-            if name in metadata and not holds(item, metadata[name]):
-                found.append(f"{where}: must be {words} {metadata[name]}, is {item!r}")
-    return found
+            if name in bounds and not holds(item, bounds[name]):
+                found.append(f"{where}: must be {words} {bounds[name]}, is {shown(item)}")
+    return _first(found, where)
+
+
+def _first(problems: list[str], where: str) -> list[str]:
+    """Return the first of the problems of one option, and how many more there are."""
+    more = len(problems) - _MOST_TOLD
+    return problems if more <= 0 else [*problems[:_MOST_TOLD], f"{where}: {more} more of its values are wrong"]
 
 
 def convert(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
@@ -128,7 +166,7 @@ def convert(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
             return value, []
         choices = ", ".join(map(repr, get_args(hint)))
         return value, [
-            f"{where}: must be one of {choices}, is {value!r}{nearest(str(value), map(str, get_args(hint)))}"
+            f"{where}: must be one of {choices}, is {shown(value)}{nearest(value if isinstance(value, str) else shown(value), map(str, get_args(hint)))}"
         ]
     if origin is tuple:
         return _convert_tuple(value, get_args(hint)[0], where)
@@ -140,28 +178,33 @@ def convert(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
 
 
 def _convert_union(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
-    attempts = [convert(value, choice, where) for choice in get_args(hint)]
-    for converted, problems in attempts:
+    attempts = [(choice, *convert(value, choice, where)) for choice in get_args(hint)]
+    for _, converted, problems in attempts:
         if not problems:
             return converted, []
-    return value, [f"{where}: must be {_words(hint)}, is {value!r} ({type(value).__name__})"]
+    for choice, _, problems in attempts:
+        if not problems[0].startswith(f"{where}: must be {_words(choice)}, is"):
+            return value, problems  # of the right type, and yet wrong
+    return value, [f"{where}: must be {_words(hint)}, is {shown(value)} ({type(value).__name__})"]
 
 
 def _convert_tuple(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str]]:
     if isinstance(value, (set, frozenset)):
         value = sorted(typing.cast(set[Any], value), key=str)
     if not isinstance(value, (list, tuple)):
-        return value, [f"{where}: must be a list of {_words(item_hint)}, is {value!r} ({type(value).__name__})"]
+        return value, [f"{where}: must be a list of {_words(item_hint)}, is {shown(value)} ({type(value).__name__})"]
     pairs = [convert(item, item_hint, f"{where}[{i}]") for i, item in enumerate(typing.cast(list[Any], value))]
-    return tuple(item for item, _ in pairs), [problem for _, problems in pairs for problem in problems]
+    return tuple(item for item, _ in pairs), _first([problem for _, problems in pairs for problem in problems], where)
 
 
 def _convert_dict(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str]]:
     if not isinstance(value, Mapping):
-        return value, [f"{where}: must be a mapping, is {value!r} ({type(value).__name__})"]
+        return value, [f"{where}: must be a mapping, is {shown(value)} ({type(value).__name__})"]
     items = typing.cast(Mapping[str, Any], value)
-    pairs = {str(key): convert(item, item_hint, f"{where}[{key!r}]") for key, item in items.items()}
-    return {k: item for k, (item, _) in pairs.items()}, [p for _, problems in pairs.values() for p in problems]
+    pairs = {str(key): convert(item, item_hint, f"{where}[{shown(key)}]") for key, item in items.items()}
+    wrong = [problem for key in pairs for problem in _no_text(key, f"{where}[{shown(key)}]")]
+    wrong += [problem for _, problems in pairs.values() for problem in problems]
+    return {key: item for key, (item, _) in pairs.items()}, _first(wrong, where)
 
 
 def _convert_dataclass(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
@@ -171,13 +214,18 @@ def _convert_dataclass(value: Any, hint: Any, where: str) -> tuple[Any, list[str
     if read is not None and isinstance(value, Mapping):
         return read(value, where)
     if not isinstance(value, Mapping):
-        return value, [f"{where}: must be a section with options, is {value!r} ({type(value).__name__})"]
+        return value, [f"{where}: must be a section with options, is {shown(value)} ({type(value).__name__})"]
     return parse(hint, typing.cast(Mapping[str, Any], value), where)
 
 
 def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value), []
+        try:
+            return float(value), []
+        except OverflowError:
+            return value, [f"{where}: must be a number that 64 bits can hold, is {shown(value)}"]
+    if hint is str and isinstance(value, str):
+        return value, _no_text(value, where)
     if hint is type(None) and value is None:
         return None, []
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
@@ -191,7 +239,16 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
         return convert(value.item(), hint, where)  # a number of NumPy's
     quoted = isinstance(value, str) and hint in (int, float)
     fix = "; write the number without quotes" if quoted else ""
-    return value, [f"{where}: must be {_words(hint)}, is {value!r} ({type(value).__name__}){fix}"]
+    return value, [f"{where}: must be {_words(hint)}, is {shown(value)} ({type(value).__name__}){fix}"]
+
+
+def _no_text(value: str, where: str) -> list[str]:
+    """Return why a string is no text: bytes that are not UTF-8, which Python keeps as halves of characters, or a NUL."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return [f"{where}: must be text in UTF-8, is {shown(value)}"]
+    return [f"{where}: must be text without NUL characters, is {shown(value)}"] if "\0" in value else []
 
 
 def _words(hint: Any) -> str:

@@ -16,7 +16,7 @@ from jaxpeft.planning.placing import place
 from jaxpeft.planning.programs import gib
 from jaxpeft.planning.report import Row
 from jaxpeft.planning.subject import with_changes
-from jaxpeft.sharding.sizes import ROWS
+from jaxpeft.sharding.sizes import ROWS, divisors
 
 _ORDER = ("none", "products", "attention", "full")
 """Policies of remat, from the one that keeps most."""
@@ -69,8 +69,8 @@ def repairs(config: Config, over: int) -> Iterator[Change]:
         over: devices that rows are to be spread over.
     """
     size, parts = config.train.batch_size, config.train.accumulation
-    for n in range(parts - 1, 0, -1):
-        if size % (n * over) == 0:
+    for n in reversed(divisors(size)):
+        if n < parts and size % (n * over) == 0:
             yield _change(config, {"train__accumulation": n})
     rounded = -(-size // over) * over
     if rounded != size:
@@ -80,7 +80,7 @@ def repairs(config: Config, over: int) -> Iterator[Change]:
 def _accumulations(config: Config, over: int) -> list[int]:
     """Gives the numbers of parts above the config's that a batch can be computed in, each at least twice the one before."""
     size, found = config.train.batch_size, [config.train.accumulation]
-    for n in range(found[0] + 1, size + 1):
+    for n in divisors(size):
         if size % (n * over) == 0 and n >= 2 * found[-1]:
             found.append(n)
     last = size // over

@@ -11,9 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.errors import ConfigError, nearest
+from jaxpeft.errors import ConfigError, nearest, shown
 from jaxpeft.planning.chips import CHIPS, Chip
 
+MOST, MOST_SIMULATED = 2**17, 2**12
+"""Devices of a plan: of TPUs, and of those that this machine has to simulate."""
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"
 
 
@@ -66,12 +68,12 @@ def read(text: str, slices: int = 1) -> Topology:
     name, _, shape = text.strip().lower().partition(":")
     if name not in CHIPS:
         raise ConfigError(
-            f"--topology: {name!r} is no chip that is known{nearest(name, CHIPS)} (known: {', '.join(CHIPS)}); write {EXAMPLES}"
+            f"--topology: {shown(name)} is no chip that is known{nearest(name, CHIPS)} (known: {', '.join(CHIPS)}); write {EXAMPLES}"
         )
     axes = len(CHIPS[name].largest) or 1
-    if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != axes or 0 in (sizes := _sizes(shape)):
+    if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", shape) or shape.count("x") + 1 != axes or 0 in (sizes := _sizes(shape)):
         example = "x".join(["4"] * axes)
-        raise ConfigError(f"--topology: {text!r} is not of a shape that {name} comes in; write {name}:{example}")
+        raise ConfigError(f"--topology: {shown(text)} is not of a shape that {name} comes in; write {name}:{example}")
     most = CHIPS[name].largest
     if most and any(size > limit for size, limit in zip(sorted(sizes), most, strict=True)):
         raise ConfigError(
@@ -79,7 +81,11 @@ def read(text: str, slices: int = 1) -> Topology:
         )
     if slices < 1:
         raise ConfigError(f"--slices: must be at least 1, is {slices}")
-    return Topology(CHIPS[name], sizes, slices)
+    found = Topology(CHIPS[name], sizes, slices)
+    limit = MOST_SIMULATED if found.simulated else MOST
+    if found.size > limit:
+        raise ConfigError(f"--topology: {found.name} has {found.size} devices; a plan is for at most {limit}")
+    return found
 
 
 def _sizes(shape: str) -> tuple[int, ...]:

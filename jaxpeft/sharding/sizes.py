@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,9 +74,9 @@ def sizes(mesh: MeshConfig, devices: int, groups: int = 1, heads: Heads | None =
         ConfigError: they do not go with so many devices.
     """
     if mesh.slices > 1 and devices % mesh.slices:
-        near = [n for n in range(1, devices + 1) if devices % n == 0 and abs(n - mesh.slices) <= mesh.slices]
+        near = [n for n in divisors(devices) if abs(n - mesh.slices) <= mesh.slices]
         raise ConfigError(
-            f"mesh.slices: {mesh.slices} groups, and {devices} devices are no multiple of that; it could be {_or(_nearest(near, mesh.slices))}"
+            f"mesh.slices: {mesh.slices} groups, and {devices} devices are no multiple of that; it could be {_or(nearest(near, mesh.slices))}"
         )
     wanted = _wanted(mesh, devices, groups, heads)
     given = {axis: size for axis, size in wanted.items() if size != -1}
@@ -89,16 +89,23 @@ def sizes(mesh: MeshConfig, devices: int, groups: int = 1, heads: Heads | None =
             raise ConfigError(_no_rest(rest, given, devices))
         wanted[rest] = devices // used
     if heads is not None and heads.queries % wanted[TENSOR]:
-        fits = [n for n in range(1, devices + 1) if heads.queries % n == 0 and devices % n == 0]
+        fits = [n for n in divisors(devices) if heads.queries % n == 0]
         raise ConfigError(
             f"mesh.tensor: {wanted[TENSOR]} does not divide the {heads.queries} heads of the model; it could be "
-            f"{_or(_nearest(fits, wanted[TENSOR]))}"
+            f"{_or(nearest(fits, wanted[TENSOR]))}"
         )
     return {axis: wanted[axis] for axis in AXES}
 
 
-def _nearest(fits: list[int], wanted: int) -> list[int]:
-    return sorted(sorted(fits, key=lambda n: (abs(n - wanted), n))[:2])
+def divisors(n: int) -> list[int]:
+    """Return the whole numbers that divide one of at least 1, ascending; it takes as many steps as its root is large."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
+
+
+def nearest(fits: Sequence[int], wanted: int, most: int = 2) -> list[int]:
+    """Return those numbers that are nearest to the wanted one, ascending."""
+    return sorted(sorted(fits, key=lambda n: (abs(n - wanted), n))[:most])
 
 
 def _or(values: list[int]) -> str:
@@ -138,8 +145,7 @@ def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: Heads | None) ->
 
 def _tensor(devices: int, most: int, heads: int | None) -> int:
     """Gives the largest size of `tensor` that divides the devices and the heads, and is no more than `most`."""
-    fits = (n for n in range(min(devices, most), 0, -1) if devices % n == 0)
-    return next(n for n in fits if heads is None or heads % n == 0)
+    return max(n for n in divisors(devices) if n <= most and (heads is None or heads % n == 0))
 
 
 def _too_many(given: Mapping[str, int], devices: int) -> str:
@@ -161,7 +167,7 @@ def _no_rest(rest: str, given: Mapping[str, int], devices: int) -> str:
     used = math.prod(large.values())
     axis = max(large, key=large.__getitem__)
     others = used // large[axis]
-    fits = [n for n in range(1, devices + 1) if devices % (n * others) == 0] if devices % others == 0 else []
-    near = _nearest(fits, large[axis])
+    fits = divisors(devices // others) if devices % others == 0 else []
+    near = nearest(fits, large[axis])
     fix = f"mesh.{axis} could be {_or(near)}" if near else "choose divisors of the devices"
     return f"mesh.{rest}: takes the rest, and {devices} devices / ({product} = {used}) is no whole number; {fix}"
