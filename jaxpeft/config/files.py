@@ -13,9 +13,9 @@ from typing import Any
 
 import ml_collections
 
+from jaxpeft.config.literals import read_value
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.method import Method
-from jaxpeft.config.literals import read_value
 from jaxpeft.core.options import hints_of, no_option, parse
 from jaxpeft.errors import ConfigError, cut, nearest, shown
 from jaxpeft.methods import METHODS
@@ -90,7 +90,9 @@ def read_file(path: Path) -> dict[str, Any]:
         made: object = module.get_config()
         config = made.to_dict() if isinstance(made, ml_collections.ConfigDict) else made
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{path}{_line_of(error, path)}: {type(error).__name__}: {cut(' '.join(str(error).split()), 400)}") from error
+        raise ConfigError(
+            f"{path}{_line_of(error, path)}: {type(error).__name__}: {cut(' '.join(str(error).split()), 400)}"
+        ) from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: get_config() must return a ConfigDict, returns a {type(config).__name__}")
     return typing.cast(dict[str, Any], config)

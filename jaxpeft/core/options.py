@@ -72,7 +72,11 @@ def no_option(key: str, known: Iterable[str]) -> str:
         return f"refused: {why}"
     ours = [name for name in there if name.rpartition(".")[2] == _ELSEWHERE.get(last)]
     section = [name for name in ours if name.rpartition(".")[0] == key.rpartition(".")[0]] or ours
-    return f"no such option; did you mean {' or '.join(map(repr, section))}?" if section else f"no such option{nearest(key, there)}"
+    return (
+        f"no such option; did you mean {' or '.join(map(repr, section))}?"
+        if section
+        else f"no such option{nearest(key, there)}"
+    )
 
 
 @functools.cache

@@ -71,7 +71,11 @@ def read(text: str, slices: int = 1) -> Topology:
             f"--topology: {shown(name)} is no chip that is known{nearest(name, CHIPS)} (known: {', '.join(CHIPS)}); write {EXAMPLES}"
         )
     axes = len(CHIPS[name].largest) or 1
-    if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", shape) or shape.count("x") + 1 != axes or 0 in (sizes := _sizes(shape)):
+    if (
+        not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", shape)
+        or shape.count("x") + 1 != axes
+        or 0 in (sizes := _sizes(shape))
+    ):
         example = "x".join(["4"] * axes)
         raise ConfigError(f"--topology: {shown(text)} is not of a shape that {name} comes in; write {name}:{example}")
     most = CHIPS[name].largest

@@ -144,7 +144,9 @@ def test_the_divisors_of_any_batch_are_found_at_once(file: Path) -> None:
     began = time.monotonic()
     with pytest.raises(ConfigError, match="at most 2147483647, is 100000000000"):
         configs.load(file, [("train.batch_size", "100000000000"), ("train.accumulation", "3")])
-    with pytest.raises(ConfigError, match="3 does not divide batch_size 2147483644; it could be 1, 2, 4, 233, 466, 932, 1103, 2089"):
+    with pytest.raises(
+        ConfigError, match="3 does not divide batch_size 2147483644; it could be 1, 2, 4, 233, 466, 932, 1103, 2089"
+    ):
         configs.load(file, [("train.batch_size", "2147483644"), ("train.accumulation", "3")])
     assert time.monotonic() - began < 5
 
