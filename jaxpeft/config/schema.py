@@ -124,7 +124,13 @@ class DataConfig:
     )
     labels: tuple[str, ...] = option(
         (),
-        "names of the classes, in their order; empty to take them from the rows, of a stream from the validation rows",
+        "names of the classes, in their order, for which whole numbers from 0 may stand in the rows; empty to take them from the "
+        "base's head where it is kept, else from the rows, of a stream from the validation rows",
+    )
+    label_separator: str = option("", "what stands between several labels of one string, such as ',' in '4,27'")
+    unlabeled: tuple[str, ...] = option(
+        (),
+        "labels that mean there is none, such as '-' or '-1', '' for empty cells: such rows are left out, such tags not learned",
     )
     max_length: int = option(128, "tokens a row; longer rows are cut, texts are split", at_least=2)
     lengths: tuple[int, ...] = option(
@@ -289,7 +295,10 @@ class EvaluationConfig:
     metric: (
         Literal["loss", "perplexity", "accuracy", "f1", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "mse"]
         | None
-    ) = option(None, "figure to choose the best step by; None for accuracy, pearson or loss")
+    ) = option(
+        None,
+        "figure to choose the best step by; None for accuracy, f1 (of tags; without an O among them f1_macro), f1_micro, pearson or loss",
+    )
     patience: int | None = option(None, "stop after so many evaluations without a better one", at_least=1)
 
 
@@ -389,6 +398,14 @@ class Config:
         found: list[str] = []
         if self.data.labels and (self.model.task == "causal_lm" or self.data.problem == "regression"):
             found.append("data.labels: is for classification; remove it")
+        if self.data.unlabeled and self.model.task == "causal_lm":
+            found.append("data.unlabeled: is for classification; remove it")
+        if self.data.label_separator and (
+            self.model.task != "sequence_classification" or self.data.problem not in ("auto", "multi_label")
+        ):
+            found.append(
+                "data.label_separator: is for task 'sequence_classification' with several labels a row; remove it"
+            )
         if self.model.task != "sequence_classification" and self.data.problem != "auto":
             found.append(f"data.problem: is for task 'sequence_classification', task is {self.model.task!r}; remove it")
         for name in ("packing", "separator"):

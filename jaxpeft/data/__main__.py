@@ -55,7 +55,7 @@ def _show(config: configs.Config, rows: int) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     source = sources.resolve(config.model.path, config.model.revision)
-    read = None if config.data.streaming else reading.read_examples(config)
+    read = None if config.data.streaming else reading.read_examples(config, source)
     if read is not None and read[0].kind == "preference":
         for part in report.pairs(read[0], rows):
             console.print(part)

@@ -23,16 +23,8 @@ from jaxpeft.data.dialogs import (
     read_preference,
     read_text,
 )
-from jaxpeft.data.labels import (
-    Problem,
-    guess_problem,
-    label_float,
-    label_id,
-    label_list,
-    label_name,
-    multi_hot,
-    sort_names,
-)
+from jaxpeft.data.labeling import BY_USER, Labeling, learn
+from jaxpeft.data.labels import LEAVE_OUT, Problem, label_float, multi_hot
 from jaxpeft.data.problems import Problems, Record, RowError, excerpt
 from jaxpeft.data.rows import Rows
 from jaxpeft.errors import ConfigError, DataError, nearest
@@ -60,7 +52,7 @@ class Examples:
         pairs: the second text of each example, None where there is none.
         labels: single_label int32 [n]; multi_label float32 [n, labels]; regression float32 [n]; token classification
             one int32 [words] an example; None for text.
-        label_names: the name of each label id, from the training split; empty for regression and text.
+        labeling: the name of each label id, from the training split, and how labels are read.
         columns: the columns that were used.
         rows: where they come from.
     """
@@ -70,12 +62,17 @@ class Examples:
     texts: list[Any]
     pairs: list[str] | None
     labels: np.ndarray | list[np.ndarray] | None
-    label_names: tuple[str, ...]
+    labeling: Labeling
     columns: Columns
     rows: Rows
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The name of each label id; empty for regression and text."""
+        return self.labeling.names
 
     @property
     def num_labels(self) -> int:
@@ -85,7 +82,7 @@ class Examples:
     @property
     def sha256(self) -> str:
         """The hash of everything that the examples are made from."""
-        made = [self.rows.sha256, self.kind, self.problem, self.columns.given(), self.label_names]
+        made = [self.rows.sha256, self.kind, self.problem, self.columns.given(), self.labeling.told]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
@@ -95,7 +92,7 @@ def make_examples(
     kind: Kind,
     problem: Problem | None = None,
     columns: Columns | None = None,
-    labels: tuple[str, ...] = (),
+    labels: Labeling | Sequence[str] = (),
     like: Examples | None = None,
 ) -> Examples:
     """Makes examples of rows.
@@ -106,8 +103,9 @@ def make_examples(
         problem: of a classification; found from the labels where not given (lists: multi_label, numbers with a point:
             regression, else single_label; numbers that a CSV holds are strings, hence single_label).
         columns: the columns to use; those not given are found by their usual names.
-        labels: the names of the classes, in their order; those of the rows, sorted, where not given.
-        like: the training split's examples, where these are of another split: its problem, columns and label list
+        labels: the names of the classes, in their order, or more that is known of them; the names are those of the rows,
+            sorted, where not given.
+        like: the training split's examples, where these are of another split: its problem, columns and labels
             are used, and a label that it does not have is refused.
 
     Raises:
@@ -121,7 +119,7 @@ def make_examples(
     if kind in _DIALOGS:
         dialogs = _dialogs(rows, found, _DIALOGS[kind], problems)
         problems.raise_if_any()
-        return Examples(kind, None, dialogs, None, None, (), found, rows)
+        return Examples(kind, None, dialogs, None, None, Labeling(), found, rows)
     if kind == "token_classification":
         texts, pairs = _column(rows, found.text, _words, problems), None
     else:
@@ -129,16 +127,17 @@ def make_examples(
         pairs = _column(rows, found.text_pair, read_text, problems) if found.text_pair else None
     if kind == "text":
         problems.raise_if_any()
-        return Examples(kind, None, texts, None, None, (), found, rows)
+        return Examples(kind, None, texts, None, None, Labeling(), found, rows)
+    labeling = _labeling(labels, like)
     if kind == "classification":
-        known = problem or (like.problem if like is not None else None)
-        problem = known or guess_problem(record.get(found.label or "") for record in rows.records)
-    names = like.label_names if like is not None else labels or None
-    ids, names = _labels(rows, found.label, problem, names, problems)
-    if kind == "token_classification":
+        problem = problem or (like.problem if like is not None else None)
+        sure, problem = problem is not None, problem or labeling.problem_of(_cells(rows, found.label))
+        ids, labeling = _labels(rows, found.label, problem, labeling, problems, known=like is not None, sure=sure)
+    else:
+        ids, labeling = _labels(rows, found.label, None, labeling, problems, known=like is not None)
         _check_lengths(rows, texts, ids, problems)
     problems.raise_if_any()
-    return Examples(kind, problem, texts, pairs, _arrays(ids, problem, len(names)), names, found, rows)
+    return Examples(kind, problem, texts, pairs, _arrays(ids, problem, len(labeling.names)), labeling, found, rows)
 
 
 def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:
@@ -211,13 +210,19 @@ def _check_names(kind: str, problem: str | None) -> None:
         raise ConfigError(problems)
 
 
-def _column(rows: Rows, column: str | None, read: Callable[[Any], T], problems: Problems) -> list[T]:
+def _column(
+    rows: Rows,
+    column: str | None,
+    read: Callable[[Any], T],
+    problems: Problems,
+    fix: str = "add it or leave the row out",
+) -> list[T]:
     """Reads a field of every row; a row whose field is wrong is reported and left out."""
     values = list[T]()
     for i, record in enumerate(rows.records):
         try:
             if record.get(column or "") is None:
-                raise RowError("is missing", "add it or leave the row out")
+                raise RowError("is missing", fix)
             values.append(read(record[column or ""]))
         except RowError as fault:
             problems.add(rows.where(i), f"field {column!r} {fault.fault}", _shown(record), fault.fix)
@@ -244,41 +249,39 @@ def _words(value: Any) -> list[str]:
     return [read_text(word) for word in value]
 
 
+def _labeling(labels: Labeling | Sequence[str], like: Examples | None) -> Labeling:
+    if like is not None:
+        return like.labeling
+    return labels if isinstance(labels, Labeling) else Labeling(tuple(labels), BY_USER if labels else "")
+
+
+def _cells(rows: Rows, column: str | None) -> list[Any]:
+    return [record.get(column or "") for record in rows.records]
+
+
 def _labels(
-    rows: Rows, column: str | None, problem: Problem | None, names: tuple[str, ...] | None, problems: Problems
-) -> tuple[list[Any], tuple[str, ...]]:
-    """Gives the ids or the float of every row, and the label names."""
+    rows: Rows, column: str | None, problem: Problem | None, labeling: Labeling, problems: Problems, *, known: bool,
+    sure: bool = False,
+) -> tuple[list[Any], Labeling]:  # fmt: skip
+    """Gives the ids or the float of every row, and how they were read; of tags (`problem` None) the ids of every word."""
     if problem == "regression":
-        return _column(rows, column, label_float, problems), ()
-    read = label_name if problem == "single_label" else label_list
-    if names is None:
-        values = _column(rows, column, read, problems)
-        names = sort_names(_flat(values))
-        _check_enough(rows, column, names, problem, problems)
-        return _ids(values, names), names
-    ids = {name: i for i, name in enumerate(names)}
-
-    def known(value: Any) -> Any:
-        found = read(value)
-        return label_id(found, ids) if isinstance(found, str) else [label_id(name, ids) for name in found]
-
-    return _column(rows, column, known, problems), names
+        return _column(rows, column, label_float, problems, LEAVE_OUT), dataclasses.replace(labeling, names=())
+    if not known and problem == "multi_label":
+        labeling = labeling.seen(_cells(rows, column))
+    if not known and not labeling.names:
+        # what is no label at all is told before what labels there are
+        _column(rows, column, lambda value: labeling.names_of(value, problem), problems, LEAVE_OUT)
+        if problems.total:
+            return [], labeling
+    if not known:
+        labeling = learn(labeling, rows, column or "", problem, sure=sure)
+        _check_enough(rows, column, labeling.names, problem)
+    return _column(rows, column, labeling.reader(problem), problems, LEAVE_OUT), labeling
 
 
-def _flat(values: Sequence[str | list[str]]) -> list[str]:
-    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
-
-
-def _ids(values: Sequence[str | list[str]], names: Sequence[str]) -> list[Any]:
-    ids = {name: i for i, name in enumerate(names)}
-    return [ids[v] if isinstance(v, str) else [ids[name] for name in v] for v in values]
-
-
-def _check_enough(
-    rows: Rows, column: str | None, names: Sequence[str], problem: Problem | None, problems: Problems
-) -> None:
+def _check_enough(rows: Rows, column: str | None, names: Sequence[str], problem: Problem | None) -> None:
     least = 1 if problem == "multi_label" else 2
-    if not problems.total and len(names) < least:
+    if len(names) < least:
         shown = ", ".join(names) or "none"
         raise DataError(f"{rows.name}: column {column!r} has the labels {shown}; a classifier needs {least} or more")
 

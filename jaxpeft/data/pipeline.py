@@ -87,11 +87,11 @@ def read_splits(
 
     stream = None
     if config.data.streaming:
-        stream, (validation, test) = _streamed(config, dataclasses.replace(encoding, use_cache=False))
+        stream, (validation, test) = _streamed(config, dataclasses.replace(encoding, use_cache=False), source)
         train, encoded = stream.first
         _log.info("%s, its first rows: %s", train.rows.name, told(encoded))
     else:
-        train, validation, test = read or read_examples(config)
+        train, validation, test = read or read_examples(config, source)
         encoded = tokens(train)
     held_out = tokens(validation)
     last = tokens(test) if test is not validation else held_out
@@ -110,12 +110,12 @@ def read_splits(
     )
 
 
-def _streamed(config: Config, encoding: Encoding) -> tuple[Stream, tuple[Examples, Examples]]:
+def _streamed(config: Config, encoding: Encoding, source: sources.Source) -> tuple[Stream, tuple[Examples, Examples]]:
     """Opens a stream and reads the rows that are held out; labels are those of the latter: a stream is not read through."""
     if config.model.task == "causal_lm":
         stream = Stream(config, encoding)
         return stream, read_held(config, stream.first[0])
-    held = read_held(config, None)
+    held = read_held(config, None, source)
     # what is known of the labels, without the rows: worker processes are sent it
     like = dataclasses.replace(held[0], texts=[], pairs=None, labels=None, rows=held[0].rows.take([]))
     return Stream(config, encoding, like), held

@@ -11,10 +11,14 @@ from jaxpeft.data import plan
 from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_columns, find_format
 from jaxpeft.data.examples import Examples, join, make_examples, split_at
 from jaxpeft.data.holdout import hold_out, hold_out_text
+from jaxpeft.data.labeling import Labeling, labeled, labeling_of
+from jaxpeft.data.labels import Problem
 from jaxpeft.data.layout import GIB, Layout
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
 from jaxpeft.data.unread import refuse_partial, unread
 from jaxpeft.errors import ConfigError
+from jaxpeft.hub.kept_head import KeptHead, read_head
+from jaxpeft.hub.sources import Source
 
 _log = logging.getLogger(__name__)
 _KINDS: Mapping[str, Kind] = {
@@ -23,8 +27,12 @@ _KINDS: Mapping[str, Kind] = {
 }
 
 
-def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
+def read_examples(config: Config, source: Source | None = None) -> tuple[Examples, Examples, Examples]:
     """Reads the rows of the three splits; the validation split stands for a test split that is not given.
+
+    Args:
+        config: of the run.
+        source: the base, whose head may name the classes; None where its files are not at hand.
 
     Raises:
         ConfigError: an option does not fit the rows.
@@ -35,7 +43,10 @@ def read_examples(config: Config) -> tuple[Examples, Examples, Examples]:
     sources = [rows for rows, _ in told]
     kinds: list[Kind] = [kind for _, kind in told]
     # labels are those of all rows: which of them are drawn to be trained on or held out must not change the classes
-    whole = None if kinds[0] in GENERATIVE else _examples(_joined(sources, kinds[0], config), kinds[0], config)
+    whole = None
+    if kinds[0] not in GENERATIVE:
+        labeling = labeling_of(config.data, _head(config, source))
+        whole = _examples(_joined(sources, kinds[0], config), kinds[0], config, labeling=labeling)
     sources = [_drawn(rows, config) for rows in sources]
     held: list[Rows] = []
     if not options.validation:
@@ -63,17 +74,23 @@ def _joined(sources: Sequence[Rows], kind: Kind, config: Config) -> Rows:
     return Rows.join(renamed, _name(sources))
 
 
-def read_held(config: Config, like: Examples | None) -> tuple[Examples, Examples]:
+def _head(config: Config, source: Source | None) -> KeptHead | None:
+    return None if source is None else read_head(source, config.model.task)
+
+
+def read_held(config: Config, like: Examples | None, source: Source | None = None) -> tuple[Examples, Examples]:
     """Reads the validation and the test rows; the first stand for a test split that is not given.
 
     Args:
         config: of the run, with validation rows.
         like: the training examples; None where the validation rows are to tell the labels.
+        source: the base, as in `read_examples`.
 
     Raises:
         DataError: rows cannot be used.
     """
-    validation = _other(config.data.validation, "validation", config, like)
+    labeling = labeling_of(config.data, _head(config, source)) if like is None else None
+    validation = _other(config.data.validation, "validation", config, like, labeling)
     like = validation if like is None else like
     return validation, _other(config.data.test, "test", config, like) if config.data.test else validation
 
@@ -128,12 +145,23 @@ def tell_unread(config: Config, rows: Rows, kind: Kind) -> None:
         _log.log(logging.WARNING if missed else logging.INFO, "%s: %s", rows.name, told)
 
 
-def cut(config: Config, rows: Rows, kind: Kind) -> tuple[Rows, Kind]:
+def cut(config: Config, rows: Rows, kind: Kind, columns: Columns | None = None) -> tuple[Rows, Kind]:
     """Gives rows of a format with their format; texts that hold the separator become prompts with completions.
 
+    Rows of a classification that have no label are left out.
+
+    Args:
+        config: of the run.
+        rows: of one source.
+        kind: their format.
+        columns: to use, None for those that the config names.
+
     Raises:
-        DataError: a text does not hold the separator.
+        DataError: a text does not hold the separator, or no row has a label.
     """
+    if kind == "classification":
+        found = find_columns(rows.columns(), columns or columns_of(config, kind), kind, rows.name)
+        return labeled(rows, found.label or "", config.data.unlabeled, _problem(config)), kind
     if kind == "text" and config.data.separator:
         return split_at(rows, config.data.separator, columns_of(config, kind)), "prompt_completion"
     return rows, kind
@@ -187,22 +215,31 @@ def layout_of(config: Config) -> Layout:
     return Layout(data.encoding, data.delimiter, data.quoting, data.header, data.field, columns, most)
 
 
-def _examples(rows: Rows, kind: Kind, config: Config, like: Examples | None = None) -> Examples:
-    problem = None if config.data.problem == "auto" else config.data.problem
+def _problem(config: Config) -> Problem | None:
+    return None if config.data.problem == "auto" else config.data.problem
+
+
+def _examples(
+    rows: Rows, kind: Kind, config: Config, like: Examples | None = None, labeling: Labeling | None = None
+) -> Examples:
     return make_examples(
-        rows, kind=kind, problem=problem, columns=columns_of(config, kind), labels=config.data.labels, like=like
+        rows, kind=kind, problem=_problem(config), columns=columns_of(config, kind), labels=labeling or (), like=like
     )
 
 
-def _other(path: str, split: str, config: Config, like: Examples | None) -> Examples:
+def _other(path: str, split: str, config: Config, like: Examples | None, labeling: Labeling | None = None) -> Examples:
     """Reads another split; its columns are those of the training rows, or found as theirs were."""
     rows = _drawn(read_source(path, split, config), config)
     if config.data.separator:
         return _examples(*recognize(config, rows), config)
     if like is None:
-        return _examples(rows, kind_of(config, rows), config)
+        return _examples(*cut(config, rows, kind_of(config, rows)), config, labeling=labeling)
     columns = set(like.columns.given().values())
-    if like.kind not in GENERATIVE or (columns and columns <= set(rows.columns())):
+    same = bool(columns) and columns <= set(rows.columns())
+    if like.kind not in GENERATIVE:
+        own = like.columns if same else columns_of(config, like.kind)
+        return make_examples(cut(config, rows, like.kind, own)[0], kind=like.kind, columns=own, like=like)
+    if same:
         return make_examples(rows, kind=like.kind, like=like)
     return _examples(rows, kind_of(config, rows), config)
 

@@ -16,7 +16,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "single_label": ("accuracy", "f1_macro", "mcc"),
     "multi_label": ("f1_micro", "f1_macro", "accuracy"),
     "regression": ("pearson", "spearman", "mse"),
-    "token": ("f1", "accuracy"),
+    "token": ("f1", "f1_macro", "accuracy"),
     "lm": ("perplexity",),
 }
 """The metrics of each kind of problem, beside `loss`; two classes have `f1` as well."""
@@ -47,7 +47,7 @@ def classification_metrics(
         single_label: accuracy, f1_macro, mcc, and f1 of class 1 where there are two classes.
         multi_label: accuracy (all labels of a row right), f1_micro, f1_macro.
         regression: pearson, spearman, mse.
-        token: accuracy, f1 (micro).
+        token: accuracy, f1 (micro), f1_macro (of all tags that are there or predicted).
 
     Raises:
         ConfigError: there is no such problem.
@@ -135,7 +135,14 @@ def _token(predictions: np.ndarray, labels: np.ndarray, outside: int | None) -> 
     found, entities = made != outside, wanted != outside
     total = int(found.sum() + entities.sum())
     f1 = 2 * int((right & entities).sum()) / total if total else 0.0
-    return {"accuracy": float(right.mean()), "f1": f1}
+    return {"accuracy": float(right.mean()), "f1": f1, "f1_macro": _macro(made, wanted)}
+
+
+def _macro(made: np.ndarray, wanted: np.ndarray) -> float:
+    from sklearn.metrics import f1_score
+
+    score: Any = f1_score
+    return float(score(wanted, made, average="macro", zero_division=0))
 
 
 def _ids(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -173,9 +173,9 @@ def check_inputs(config: Config) -> None:
     Raises:
         JaxpeftError: naming them.
     """
-    sources.resolve(config.model.path, config.model.revision)
+    source = sources.resolve(config.model.path, config.model.revision)
     if not config.data.streaming:
-        read_examples(config)
+        read_examples(config, source)
     other_rows(config)
 
 

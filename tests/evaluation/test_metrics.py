@@ -84,7 +84,10 @@ def test_token_labels_of_minus_100_are_ignored():
     labels = np.array([[-100, 0, 1, 2, -100], [-100, 0, 0, -100, -100]])
     made = np.array([[9, 0, 1, 1, 9], [9, 1, 0, 9, 9]])
     logits = np.eye(10, dtype=np.float32)[made]
-    assert classification_metrics(logits, labels, "token") == pytest.approx({"accuracy": 3 / 5, "f1": 3 / 5})
+    # tag 0: two right of two made and three wanted; tag 1: one of three and one; tag 2: none
+    macro = (2 * 2 / (2 + 3) + 2 * 1 / (3 + 1) + 0) / 3
+    figures = {"accuracy": 3 / 5, "f1": 3 / 5, "f1_macro": macro}
+    assert classification_metrics(logits, labels, "token") == pytest.approx(figures)
     # Without the tag 0: one of three found is right, and there are two to find.
     assert classification_metrics(made, labels, "token", outside=0)["f1"] == pytest.approx(2 * 1 / (3 + 2))
     assert classification_metrics(np.zeros((1, 2), int), np.zeros((1, 2), int), "token", outside=0)["f1"] == 0.0

@@ -1,0 +1,391 @@
+"""Which classes a run has, and which of them a cell means."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpeft.config.schema import DataConfig
+from jaxpeft.data.labels import (
+    NO_LABEL,
+    Problem,
+    guess_problem,
+    has_label,
+    label_list,
+    label_name,
+    number,
+    sort_names,
+    tag_list,
+)
+from jaxpeft.data.problems import RowError, excerpt
+from jaxpeft.data.rows import Rows
+from jaxpeft.errors import ConfigError, DataError, nearest
+from jaxpeft.hub.kept_head import KeptHead
+
+_log = logging.getLogger(__name__)
+_SEPARATORS = (",", ";", "|", " ")
+_DIGITS = re.compile(r"[0-9]+")
+_WHOLE = re.compile(r"(-?[0-9]+)\.0+")
+_NONE = frozenset({"n/a", "na", "nan", "null", "unlabeled", "unlabelled"})
+BY_USER = "data.labels"
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Labeling:
+    """How the label column of a run is read: the same for all of its splits.
+
+    Attributes:
+        names: the name of each id; empty where the training rows are to tell them.
+        origin: who named them in this order, `data.labels` or the `config.json` of a base whose head is kept: whole numbers in
+            the rows are then ids. Empty where the rows told them.
+        problem: what that `config.json` says of the problem.
+        separator: what stands between several labels of one string.
+        unlabeled: values that stand for no label, beside -100.
+        vectors: whether a row of several labels holds 0 or 1 for each name, in their order.
+    """
+
+    names: tuple[str, ...] = ()
+    origin: str = ""
+    problem: Problem | None = None
+    separator: str = ""
+    unlabeled: tuple[str, ...] = ()
+    vectors: bool = False
+
+    @property
+    def told(self) -> list[Any]:
+        """What ids are made from, wherever the files that said so lie."""
+        return [self.names, bool(self.origin), self.separator, self.unlabeled, self.vectors]
+
+    def cell(self, value: Any) -> Any:
+        """Return a cell with a string of several labels as their list."""
+        if not self.separator or isinstance(value, list) or value is None:
+            return value
+        return (
+            [part.strip() for part in value.split(self.separator) if part.strip()]
+            if isinstance(value, str)
+            else [value]
+        )
+
+    def problem_of(self, values: Sequence[Any]) -> Problem:
+        """Return the problem of labels: what the base says where they can be meant so, else what they look like."""
+        guessed = "multi_label" if self.separator else guess_problem(values)
+        if self.problem == "regression" and guessed == "single_label" and None not in map(number, values):
+            return "regression"
+        if guessed == "regression" and self.origin == BY_USER:
+            return "single_label"
+        return "multi_label" if guessed == "single_label" and self.problem == "multi_label" else guessed
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of a label: by its name, or by its number where somebody said the order; None where there is none."""
+        if name in self.names:
+            return self.names.index(name)
+        given = _whole(name)
+        if len(self.names) == 2:
+            given = {"false": "0", "true": "1"}.get(given, given)
+        if not self.origin or not _DIGITS.fullmatch(given) or any(map(_DIGITS.fullmatch, self.names)):
+            return None
+        return int(given) if int(given) < len(self.names) else None
+
+    def reader(self, problem: Problem | None) -> Callable[[Any], Any]:
+        """Return a function from a cell to its id, its ids, or the id of each tag (`problem` None, -100 where nothing is learned).
+
+        The function raises `RowError` where the cell is no label, or not one of these.
+        """
+        ids = {name: self.id_of(name) for name in self.names}
+
+        def known(name: str) -> int:
+            found = ids[name] if name in ids else ids.setdefault(name, self.id_of(name))
+            if found is None:
+                raise self._unknown(name)
+            return found
+
+        if problem is None:
+            return lambda value: [
+                IGNORED if name == NO_LABEL else known(name) for name in self.names_of(value, problem)
+            ]
+        if problem == "single_label":
+            return lambda value: known(*self.names_of(value, problem))
+        return self._vector if self.vectors else lambda value: [known(name) for name in self.names_of(value, problem)]
+
+    def names_of(self, value: Any, problem: Problem | None) -> list[str]:
+        """Return the names that a cell holds; of tags (`problem` None) those of all words, -100 where nothing is learned.
+
+        Raises:
+            RowError: it is no label, no list of labels, or stands for none.
+        """
+        if problem is None:
+            return tag_list(value, self.unlabeled)
+        if problem == "multi_label":
+            return label_list(self.cell(value))
+        name = label_name(value)
+        if name == NO_LABEL:
+            raise RowError(f"holds {NO_LABEL}, which stands for no label", "leave the row out")
+        return [name]
+
+    def seen(self, values: Sequence[Any]) -> Labeling:
+        """Return the same, where all cells are vectors of 0 and 1 with these read by position."""
+        cells = [self.cell(value) for value in values if value is not None]
+        size = len(cells[0]) if cells and isinstance(cells[0], list) else 0
+        if size < 2 or len(self.names) not in (0, size) or not all(_is_vector(cell, size) for cell in cells):
+            return self
+        if not self.names:
+            _log.info("labels are lists of %d numbers 0 or 1: read by position; data.labels names them", size)
+        return dataclasses.replace(self, vectors=True, names=self.names or _numbered(size))
+
+    def _vector(self, value: Any) -> list[int]:
+        cells = self.cell(value)
+        if not _is_vector(cells, len(self.names)):
+            raise RowError(
+                f"is not a list of {len(self.names)} numbers 0 or 1, as the others are",
+                "give one for each label, in order",
+            )
+        return [i for i, one in enumerate(cells) if int(one)]
+
+    def _unknown(self, name: str) -> RowError:
+        where = f" of {self.origin}" if self.origin else ""
+        counted = ", which are counted from 0" if self.origin and _DIGITS.fullmatch(_whole(name)) else ""
+        hint = nearest(name, self.names).removeprefix("; ")
+        return RowError(
+            f"holds {name!r}, which is not one of the {len(self.names)} labels known{where}{counted}",
+            hint or "correct it or leave it out",
+        )
+
+
+def labeling_of(options: DataConfig, head: KeptHead | None) -> Labeling:
+    """Return what a config and the base's head say of the labels, before any row is read.
+
+    Args:
+        options: the data options.
+        head: of the base, None where it has none.
+
+    Raises:
+        ConfigError: `data.labels` names the classes of the head in another order.
+    """
+    own = Labeling(
+        options.labels,
+        BY_USER if options.labels else "",
+        separator=options.label_separator,
+        unlabeled=options.unlabeled,
+    )
+    if head is None or (own.names and len(own.names) != head.size):
+        return own
+    if not own.names:
+        return dataclasses.replace(
+            own, names=head.names or _numbered(head.size), origin=head.file, problem=head.problem
+        )
+    ours, theirs = list(map(_plain, own.names)), list(map(_plain, head.names))
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise ConfigError(
+            f"data.labels: {', '.join(own.names)}, but the base's head, which is kept, has its classes in the order "
+            f"{', '.join(head.names)} ({head.file}); write them in that order, or leave data.labels out"
+        )
+    if ours != theirs and head.names:
+        _log.warning(
+            "data.labels: the base's head is kept, and starts as that of the classes %s (%s)",
+            ", ".join(head.names),
+            head.file,
+        )
+    return dataclasses.replace(own, problem=head.problem)
+
+
+def learn(labeling: Labeling, rows: Rows, column: str, problem: Problem | None, *, sure: bool = False) -> Labeling:
+    """Return how the labels of a run are read, told from its training rows.
+
+    Args:
+        labeling: what is known.
+        rows: the training rows.
+        column: with the labels; cells that are no labels are passed over.
+        problem: of a classification, not a regression; None for tags.
+        sure: whether the user said that it is this problem.
+
+    Raises:
+        DataError: labels that one would not tell apart, that stand for none or for several, or that the base does not have.
+    """
+    if labeling.vectors or (labeling.names and labeling.origin == BY_USER):
+        return labeling
+    found = _Found.read(rows, column, [_names(record.get(column), problem, labeling) for record in rows.records])
+    if labeling.names:
+        labeling = _of_the_base(labeling, found)
+    if labeling.names:
+        return labeling
+    if problem is not None:
+        found.refuse_lists(sure or problem == "multi_label")
+        found.refuse_wordless()
+    found.refuse_alike()
+    found.refuse_negative()
+    return dataclasses.replace(labeling, names=sort_names(found.counts))
+
+
+def labeled(rows: Rows, column: str, unlabeled: Sequence[str], problem: Problem | None = None) -> Rows:
+    """Return the rows that have a label; how many have none is logged.
+
+    Args:
+        rows: of a classification.
+        column: with the labels.
+        unlabeled: values that stand for none; but for regression, -100 does as well.
+        problem: of the classification, None to tell it from the rows.
+
+    Raises:
+        DataError: none has one.
+    """
+    values = [record.get(column) for record in rows.records]
+    number = (problem or guess_problem(values)) == "regression"
+    none = tuple(unlabeled) if number else (*unlabeled, NO_LABEL)
+    kept = [i for i, value in enumerate(values) if has_label(value, none)]
+    if len(kept) == len(rows):
+        return rows
+    first = rows.where(next(i for i, value in enumerate(values) if not has_label(value, none)))
+    said = f"column {column!r}: {len(rows) - len(kept)} of {len(rows)} rows have no label, the first is {first}"
+    if not kept:
+        raise DataError(f"{rows.name}: {said}; give rows that have one")
+    _log.warning("%s: %s; they are left out", rows.name, said)
+    return rows.take(kept)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The labels that rows hold: how often each, and where first."""
+
+    name: str
+    column: str
+    counts: Mapping[str, int]
+    first: Mapping[str, str]
+
+    @staticmethod
+    def read(rows: Rows, column: str, names: Sequence[Sequence[str]]) -> _Found:
+        counts = Counter(name for of_row in names for name in of_row)
+        first: dict[str, int] = {}
+        for i, of_row in enumerate(names):
+            for name in of_row:
+                first.setdefault(name, i)
+        return _Found(rows.name, column, counts, {name: rows.where(i) for name, i in first.items()})
+
+    def told(self, name: str) -> str:
+        times = "once, in" if self.counts[name] == 1 else f"{self.counts[name]} times, first in"
+        return f"{excerpt(ascii(name))} ({times} {self.first[name]})"
+
+    def refuse_alike(self) -> None:
+        groups: dict[str, list[str]] = {}
+        for name in self.counts:
+            groups.setdefault(_plain(name), []).append(name)
+        if alike := [" and ".join(map(self.told, names)) for names in groups.values() if len(names) > 1]:
+            raise DataError(
+                f"{self.name}: column {self.column!r} has labels that differ only in case, spaces or the form of characters: "
+                f"{'; '.join(alike[:5])}; write them alike, or name each in data.labels if they are different classes"
+            )
+
+    def refuse_lists(self, sure: bool) -> None:
+        """Refuse strings that look like several labels, unless they are surely one each."""
+        for separator in () if sure else _SEPARATORS:
+            parts = {
+                name: [part.strip() for part in name.split(separator)]
+                for name in self.counts
+                if separator in name.strip()
+            }
+            several = {name: of for name, of in parts.items() if len(of) > 1 and all(of)}
+            doubtful = [name for name, of in several.items() if all(map(_DIGITS.fullmatch, of))]
+            if separator != " ":  # which stands inside of names
+                doubtful += [name for name, of in several.items() if set(of) <= self.counts.keys()]
+                shared = len({part for of in several.values() for part in of}) <= len(several)
+                doubtful += several if shared and len(several) > 1 else []
+            if doubtful:
+                raise DataError(self._several(doubtful[0], separator))
+        bracketed = [name for name in self.counts if re.fullmatch(r"\s*[\[{(].*[\]})]\s*", name, re.DOTALL)]
+        if bracketed and not sure:
+            raise DataError(self._several(bracketed[0], ","))
+
+    def _several(self, name: str, separator: str) -> str:
+        plain = "written without brackets and quotes, " if re.match(r"\s*[\[{(]", name) else ""
+        point = "; write decimal numbers with a point" if separator == "," else ""
+        return (
+            f"{self.name}: column {self.column!r} holds {self.told(name)}, which looks like several labels; {plain}they are told "
+            f"apart by data.label_separator={separator!r}; if it is one label, set data.problem='single_label'{point}"
+        )
+
+    def refuse_wordless(self) -> None:
+        """Refuse a class without a letter or digit among words: it mostly means that there is no label."""
+        wordless = [name for name in self.counts if not any(map(str.isalnum, name))]
+        if wordless and any(any(map(str.isalpha, name)) for name in self.counts):
+            raise DataError(self._unlabeled(wordless[0], "beside words mostly stands for no label"))
+        for name in self.counts:
+            if name.strip().lower() in _NONE:
+                _log.warning("%s", self._unlabeled(name, "is taken for a class"))
+
+    def refuse_negative(self) -> None:
+        """Refuse -1 among classes that are counted from 0: it mostly means that there is no label."""
+        others = set(self.counts) - {"-1"}
+        if "-1" not in self.counts or not all(map(_DIGITS.fullmatch, others)) or others == {"1"} or not others:
+            return
+        if others in ({"0"}, {"0", "1"}):
+            _log.warning("%s", self._unlabeled("-1", "is taken for a class"))
+        else:
+            raise DataError(self._unlabeled("-1", "beside classes counted from 0 mostly stands for no label"))
+
+    def _unlabeled(self, name: str, said: str) -> str:
+        return (
+            f"{self.name}: column {self.column!r}: {self.told(name)} {said}; if it means none, set data.unlabeled=({name!r},), "
+            "if it is a class, name all classes in data.labels"
+        )
+
+
+def _names(value: Any, problem: Problem | None, labeling: Labeling) -> list[str]:
+    """Return the names of a cell, none where it is broken: that is told when it is read."""
+    try:
+        return [name for name in labeling.names_of(value, problem) if name != NO_LABEL]
+    except RowError:
+        return []
+
+
+def _is_vector(cell: Any, size: int) -> bool:
+    return isinstance(cell, list) and len(cell) == size and all(one in (0, 1, "0", "1") for one in cell)
+
+
+def _numbered(size: int) -> tuple[str, ...]:
+    return tuple(map(str, range(size)))
+
+
+def _whole(name: str) -> str:
+    """Return `1.0` as `1`, other names as they are."""
+    match = _WHOLE.fullmatch(name)
+    return match[1] if match else name
+
+
+def _plain(name: str) -> str:
+    """Return a name without what one does not see: case, outer spaces, the form of characters, and those without width."""
+    composed = unicodedata.normalize("NFKC", name)
+    seen = "".join(one for one in composed if unicodedata.category(one) != "Cf")
+    return unicodedata.normalize("NFKC", _whole(seen.strip()).casefold())
+
+
+def _of_the_base(labeling: Labeling, found: _Found) -> Labeling:
+    """Return the labels of a base's head where the rows have them; a head that only counts its classes has no names.
+
+    Raises:
+        DataError: the rows have a label that the head does not name.
+    """
+    missing = [name for name in sort_names(found.counts) if labeling.id_of(name) is None]
+    size = len(labeling.names)
+    if labeling.names == _numbered(size):
+        if not missing and str(size - 1) in found.counts:
+            return labeling
+        if len(found.counts) == size:
+            _log.warning(
+                "%s: the head of the base is kept, and %s does not name its classes: they are taken in the order %s; say another in "
+                "data.labels", found.name, labeling.origin, ", ".join(sort_names(found.counts)),
+            )  # fmt: skip
+        return dataclasses.replace(labeling, names=(), origin="")
+    if not missing:
+        return labeling
+    hint = nearest(missing[0], labeling.names)
+    raise DataError(
+        f"{found.name}: column {found.column!r} has the labels {', '.join(sort_names(found.counts))}, and the head of the base, which "
+        f"is kept, has {', '.join(labeling.names)} ({labeling.origin}): {missing[0]!r} is none of them{hint}; write its names or "
+        "their numbers, or name your own classes, in the order of the head's where they are the same, in data.labels"
+    )
