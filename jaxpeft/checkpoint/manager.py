@@ -76,7 +76,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             if self._peers.first:
-                manifest.write(target, meta)
+                manifest.write(target, step, meta)
                 self._delete_old()
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
@@ -93,7 +93,8 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """Lists the steps that there are folders of, the newest first."""
         there = self._folder.iterdir() if self._folder.is_dir() else ()
-        return sorted((int(path.name) for path in there if path.is_dir() and path.name.isdecimal()), reverse=True)
+        names = [path.name for path in there if path.is_dir() and path.name.isdecimal()]
+        return sorted((int(name) for name in names if name == str(int(name))), reverse=True)
 
     def latest(self) -> int | None:
         """Gives the newest good step, None where none was ever saved; says which newer ones are not good, and why.
@@ -114,10 +115,13 @@ class Checkpoints:
     def _newest(self) -> int | None:
         bad: list[tuple[int, str]] = []
         for step in self._steps():
-            why = manifest.problem(self._folder / str(step))
+            why = manifest.problem(self._folder / str(step), step)
             if why is None:
                 for other, reason in bad:
                     _log.warning("%s: %s; going on from step %d", self._folder / str(other), reason, step)
+                if not manifest.is_numbered(self._folder / str(step)):
+                    told = "was saved by an earlier version, which did not record its number: its name is believed"
+                    _log.warning("%s: %s", self._folder / str(step), told)
                 return step
             bad.append((step, why))
         if any(why != manifest.UNFINISHED for _, why in bad):

@@ -1,7 +1,7 @@
 """The manifest of a saved step: what it holds, file by file, with checksums; written last, so that it commits the step.
 
 Orbax checks its index, not its arrays: a flipped bit in an array file is restored as it is. A step is good where its
-manifest is whole and every file that it names has the SHA-256 that it gives.
+manifest is whole, says the number of that step, and every file that it names has the SHA-256 that it gives.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""1 had no number of the step."""
 _AT_ONCE = 8
 UNFINISHED = f"has no {NAME}: its saving was interrupted"
 
 
-def write(folder: Path, meta: Mapping[str, Any]) -> None:
+def write(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
     """Commits the folder of a step.
 
     Args:
         folder: of the step, with all its files.
+        step: its number.
         meta: plain JSON values to keep with it.
     """
     files = _hashes(folder, sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
-    body = json.dumps({"format": FORMAT, "files": files, "meta": dict(meta)}, sort_keys=True)
+    body = json.dumps({"format": FORMAT, "step": step, "files": files, "meta": dict(meta)}, sort_keys=True)
     text = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}) + "\n"
     temporary = folder / f".{NAME}.tmp"
     with temporary.open("w") as file:
@@ -44,11 +46,25 @@ def read(folder: Path) -> dict[str, Any]:
     Args:
         folder: of a step that `problem` finds good.
     """
-    return json.loads(json.loads((folder / NAME).read_text())["body"])["meta"]
+    return _body(folder)["meta"]
 
 
-def problem(folder: Path) -> str | None:
-    """Says what is wrong with the folder of a step, None where it is good."""
+def is_numbered(folder: Path) -> bool:
+    """Return whether the manifest of a good step says its number; that of an earlier version does not."""
+    return "step" in _body(folder)
+
+
+def _body(folder: Path) -> dict[str, Any]:
+    return json.loads(json.loads((folder / NAME).read_text())["body"])
+
+
+def problem(folder: Path, step: int) -> str | None:
+    """Return what is wrong with the folder of a step, None where it is good.
+
+    Args:
+        folder: of the step.
+        step: the number that it is taken for.
+    """
     path = folder / NAME
     if not path.is_file():
         return UNFINISHED
@@ -57,9 +73,12 @@ def problem(folder: Path) -> str | None:
         body: str = outer["body"]
         if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
             return f"{NAME} is damaged: its checksum does not match"
-        files: dict[str, str] = json.loads(body)["files"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        plain = json.loads(body)
+        files: dict[str, str] = plain["files"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{NAME} is damaged: it cannot be read"
+    if (saved := plain.get("step", step)) != step:
+        return f"holds step {saved}: its folder was renamed or copied; give it its name again, {saved}"
     for name in files:
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -162,7 +162,7 @@ def finished(runs: Sequence[Planned], allowed: Sequence[str] = ()) -> dict[Plann
 
 def read_result(one: Planned) -> dict[str, Any] | None:
     """Reads what a run has left, None where it has not ended."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
+    with suppress(FileNotFoundError, ValueError):
         return json.loads((one.folder / RESULT).read_text())
     return None
 

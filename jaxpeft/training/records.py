@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from jaxpeft.config.schema import LogConfig
 from jaxpeft.errors import ConfigError
 
 Figures = Mapping[str, float]
+_log = logging.getLogger(__name__)
+_MOST_TOLD = 5
 
 
 class Writer(Protocol):
@@ -32,14 +35,20 @@ class JsonLines:
 
     Args:
         path: of the file.
-        resume_at: the step that a run goes on from; lines of later steps, written before it was interrupted, are dropped.
+        resume_at: the step that a run goes on from; lines of later steps, written before it was interrupted, are dropped, and
+            those that are damaged are put aside.
     """
 
     def __init__(self, path: Path, resume_at: int) -> None:
+        lines, damaged = _parse(path.read_bytes() if resume_at and path.is_file() else b"")
+        if damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged.values())
+            numbers = ", ".join(map(str, list(damaged)[:_MOST_TOLD])) + (", ..." if len(damaged) > _MOST_TOLD else "")
+            _log.warning("%s: damaged in line %s: put aside in %s; the other lines stay", path, numbers, aside.name)
         # the figures of the test rows come last, and are written again
-        kept = (
-            [line for line in read_lines(path) if line["step"] <= resume_at and not _of_test(line)] if resume_at else []
-        )
+        kept = [line for line in lines if line["step"] <= resume_at and not _of_test(line)]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
@@ -60,14 +69,33 @@ def _of_test(line: Mapping[str, Any]) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a metrics.jsonl; a last line cut off by a crash is left out."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
+    """Read a metrics.jsonl; lines that are damaged, or cut off by a crash, are left out."""
+    return _parse(path.read_bytes() if path.is_file() else b"")[0]
+
+
+def _parse(text: bytes) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """Return the lines of a metrics.jsonl, of those that were written twice the last, and the damaged ones by their numbers."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    damaged: dict[int, bytes] = {}
+    for number, raw in enumerate(text.split(b"\n"), 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line: Any = json.loads(raw or b"null")
+        except (ValueError, RecursionError):  # not JSON, not UTF-8, or brackets without end
+            line = None
+        if _is_line(line):
+            lines[line["step"], *sorted(line)] = line
+        elif raw:
+            damaged[number] = raw
+    return list(lines.values()), damaged
+
+
+def _is_line(value: Any) -> bool:
+    """Return whether a JSON value is the figures of a step."""
+    if not isinstance(value, dict):
+        return False
+    line = cast("dict[str, Any]", value)
+    figures = all(isinstance(figure, (int, float)) for figure in line.values())
+    return figures and type(line.get("step")) is int
 
 
 class TensorBoard:

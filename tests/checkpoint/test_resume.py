@@ -118,5 +118,5 @@ def test_a_checkpoint_that_records_no_method_is_taken_for_the_configs(
         with pytest.raises(Stopped):
             job.run(config, tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "3"
-    manifest.write(step, {key: value for key, value in manifest.read(step).items() if key != "method"})
+    manifest.write(step, 3, {key: value for key, value in manifest.read(step).items() if key != "method"})
     assert job.run(config, tmp_path / "run")["lora"].steps == STEPS
