@@ -84,7 +84,7 @@ def refuse_partial(present: Sequence[str], asked: Columns, columns: Columns, kin
     """
     if asked.given().keys() & REQUIRED.get(kind, ({},))[0].keys():
         return
-    left = [column for column in present if column not in columns.given().values()]
+    left = _left(present, columns)
     missed = [column for column in left if role(column) in _MEANT.get(kind, ())]
     if missed:
         read = ", ".join(map(repr, columns.given().values()))
@@ -102,11 +102,18 @@ def unread(present: Sequence[str], columns: Columns, kind: str) -> tuple[str, bo
         columns: the columns that are read.
         kind: the format of the rows.
     """
-    left = [column for column in present if column not in columns.given().values()]
+    left = _left(present, columns)
     if not left:
         return "", False
     read = ", ".join(f"{column!r} ({field})" for field, column in columns.given().items())
     return f"read: {read}; not read: {_told(left, kind)}", any(role(column) != "" for column in left)
+
+
+def _left(present: Sequence[str], columns: Columns) -> list[str]:
+    """Return the columns that are not read, neither whole nor a value in them (`answers.text`)."""
+    read = columns.given().values()
+    parts = {".".join(parts[:i]) for parts in (column.split(".") for column in read) for i in range(1, len(parts))}
+    return [column for column in present if column not in read and column not in parts]
 
 
 def _told(columns: Sequence[str], kind: str = "text") -> str:

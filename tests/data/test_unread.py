@@ -95,3 +95,12 @@ def test_what_is_meant_and_what_is_not_missed_is_not_refused(present: str, asked
 def test_what_is_not_read_is_told_in_one_line(present: str, kind: str, line: str, missed: bool) -> None:
     columns = present.split()
     assert unread(columns, find_columns(columns, Columns(), kind, "F"), kind) == (line, missed)
+
+
+def test_a_column_of_which_a_value_is_read_is_read() -> None:
+    present, asked = (
+        ["question", "answers", "answers.text.0", "id"],
+        Columns(prompt="question", completion="answers.text.0"),
+    )
+    line, missed = unread(present, find_columns(present, asked, "prompt_completion", "F"), "prompt_completion")
+    assert (line.partition("; ")[2], missed) == ("not read: 'id'", False)

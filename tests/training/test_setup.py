@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from jaxpeft.config.schema import Config
+from jaxpeft.config.schema import Config, EvaluationConfig
 from jaxpeft.errors import ConfigError
 from jaxpeft.models.base import Options
 from jaxpeft.training import setup
+from jaxpeft.training.evaluation import metric_of
 from jaxpeft.training.setup import prepare
+from tests.training.runs import LABELS, write_tokenizer
 
 MakeConfig = Callable[..., Config]
 
@@ -74,3 +80,31 @@ def test_a_kernel_of_another_platform_is_refused(options: Callable[..., Options]
     ):
         options(model__attention="cudnn")
     assert options(model__attention="xla").attention == "xla"
+
+
+def test_the_classes_of_a_kept_head_keep_their_ids(
+    make_config: MakeConfig, tiny_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    base = AutoConfig.from_pretrained(tiny_models["bert"], id2label=dict(enumerate(LABELS)))
+    AutoModelForSequenceClassification.from_config(base).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    made = prepare(make_config(model__path=str(tmp_path / "base")))
+    assert made.labels == LABELS != tuple(sorted(LABELS))
+    kept = load_file(tmp_path / "base" / "model.safetensors")["classifier.weight"]
+    assert np.array_equal(np.asarray(made.params["classifier"]["kernel"]).T, kept)
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "metric"),
+    [
+        ("token", ("B-X", "O"), "f1"),
+        ("token", ("NOUN", "VERB"), "f1_macro"),
+        ("single_label", ("O", "X"), "accuracy"),
+        ("multi_label", ("a", "b"), "f1_micro"),
+    ],
+)
+def test_the_best_step_of_tags_is_not_that_of_most_o(problem: str, labels: tuple[str, ...], metric: str) -> None:
+    given: Any = SimpleNamespace(config=SimpleNamespace(evaluation=EvaluationConfig()), problem=problem, labels=labels)
+    assert metric_of(given) == metric
