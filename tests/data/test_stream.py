@@ -198,6 +198,18 @@ def test_labels_of_a_stream_are_those_of_the_validation_rows(
             assert got == (names.index(wanted) if names else wanted)
 
 
+def test_rows_of_a_stream_that_have_no_label_are_left_out(make_stream: MakeStream, tmp_path: Path) -> None:
+    files = {
+        split: str(write_labelled(tmp_path / f"{split}.jsonl", "sequence_classification", rows, ["b", "a", -100, "-"]))
+        for split, rows in (("train", 24), ("validation", 8))
+    }
+    stream = make_stream(task="sequence_classification", **files, unlabeled=("-",))
+    assert stream.first[0].label_names == ("a", "b")
+    made = [batch for batch, position in fed(stream, 9) if position["epoch"] == 0]
+    kept = {int(ids[1]) - 5 for b in made for ids, weight in zip(b["input_ids"], b["weights"], strict=True) if weight}
+    assert kept == {i for i in range(24) if i % 4 < 2}
+
+
 def test_a_label_that_the_validation_rows_have_not_is_told_and_may_be_named(
     make_stream: MakeStream, tmp_path: Path
 ) -> None:
