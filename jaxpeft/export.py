@@ -11,6 +11,7 @@ SIGTERM and SIGINT, 1 any other failure; after a failure nothing is left.
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 from collections.abc import Generator
@@ -49,6 +50,9 @@ def _flags() -> flags.FlagValues:
         "of a base that tokens were added to, of an adapter that does not say it",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "allow_base", False, "--allow-base: export though the base is another than the adapter's", flag_values=values
+    )
     flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", flag_values=values)
     return values
 
@@ -67,7 +71,7 @@ def main(argv: list[str]) -> int:
 def _checked(argv: list[str]) -> int:
     given = _flags()
     try:
-        left = given(["jaxpeft.export", *argv])[1:]
+        left = given(["jaxpeft.export", *(re.sub("^--?allow-base", "--allow_base", word) for word in argv)])[1:]
     except flags.Error as error:
         raise ConfigError(f"{error}; see --help") from error
     missing = [f"--{name}: is not given; see --help" for name in ("adapter", "to", "out") if given[name].value is None]
@@ -76,7 +80,7 @@ def _checked(argv: list[str]) -> int:
     from jaxpeft.hub.exporting import Request, export  # JAX is imported for arguments that are good
 
     options: dict[str, Any] = {
-        name: given[name].value for name in ("to", "base", "dtype", "task", "pooling", "vocab_size")
+        name: given[name].value for name in ("to", "base", "dtype", "task", "pooling", "vocab_size", "allow_base")
     }
     report = export(Request(Path(given.adapter), out=Path(given.out), **options))
     sys.stdout.write("\n".join(report.lines) + "\n")

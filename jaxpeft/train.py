@@ -34,6 +34,7 @@ flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", fla
 flags.DEFINE_multi_string(
     "allow_change", [], "--allow-change=FIELD: go on though this field of the config has changed", flag_values=FLAGS
 )
+flags.DEFINE_bool("allow_base", False, "--allow-base: go on though the base has changed", flag_values=FLAGS)
 flags.DEFINE_string("coordinator", None, "host:port of process 0, of a run of several processes", flag_values=FLAGS)
 flags.DEFINE_integer("processes", None, "how many processes the run has", flag_values=FLAGS)
 flags.DEFINE_integer("process", None, "which of them this is, from 0", flag_values=FLAGS)
@@ -59,7 +60,7 @@ def parse_arguments(argv: list[str], *, compares: bool = False) -> tuple[configs
     FLAGS.unparse_flags()
     FLAGS.set_default("allow_change", [])
     overrides, rest = split_overrides(argv)
-    rest = [re.sub("^--?allow-change", "--allow_change", word) for word in rest]
+    rest = [re.sub("^--?allow-(change|base)", r"--allow_\1", word) for word in rest]
     try:
         left = FLAGS(["jaxpeft.train", *rest])[1:]
     except flags.Error as error:
@@ -145,7 +146,7 @@ def verb(argv: list[str], about: str | None, run: Run, *, compares: bool = False
         if FLAGS.validate:
             logging.getLogger("jaxpeft").info("%s is valid", path)
             return 0
-        return run(config, workdir, FLAGS.allow_change)
+        return run(config, workdir, FLAGS.allow_change + ["base"] * FLAGS.allow_base)
 
     return guarded(checked, show_traceback="--traceback" in argv)
 

@@ -184,3 +184,11 @@ def test_a_signal_while_python_still_imports_ends_with_143(config_file: Path, tm
     done = run("--config", str(config_file), "--workdir", str(tmp_path / "run"), wrapper=early)
     assert done.returncode == 143, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("words", "allowed"), [([], []), (["--allow-base"], ["base"]), (["--allow_base", "--allow-change=data"], ["data", "base"])])  # fmt: skip
+def test_allow_base_allows_the_fields_of_the_base(tmp_path, words, allowed):
+    got: list[list[str]] = []
+    argv = ["--config", "configs/quickstart.py", "--workdir", str(tmp_path), *words]
+    assert train.verb(argv, None, lambda config, workdir, fields: got.append(fields) or 0) == 0
+    assert got == [allowed]

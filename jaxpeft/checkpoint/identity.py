@@ -24,6 +24,7 @@ _CAUSES = {
     "steps": ("config.train.", "config.data."),
 }
 """What differs only since something else does is no news."""
+_EARLIER = " (an earlier version of jaxpeft wrote it, another way; give --allow-base if the base is the same)"
 
 
 def tree_spec(tree: Any) -> dict[str, str]:
@@ -47,6 +48,9 @@ def differences(
     Raises:
         ConfigError: a name in `allowed` is no field.
     """
+    earlier = "config" not in saved.get("base", {"config": {}})  # it was hashed with the weights, as it was spelled
+    if earlier:
+        now = {**now, "base": {"sha256": now["base"]["sha256"]}}
     old, new = _flat(saved), _flat(now)
     absent = object()
     changed: dict[str, str] = {}
@@ -56,7 +60,7 @@ def differences(
             key == field or (key.startswith(field) and field[-1] == ".") for field in CHANGEABLE
         ):
             shown = ["not there" if value is absent else repr(value) for value in (before, after)]
-            changed[key] = f"{key}: was {shown[0]}, is {shown[1]}"
+            changed[key] = f"{key}: was {shown[0]}, is {shown[1]}" + _EARLIER * (earlier and key == "base.sha256")
     let = {key for key in old.keys() | new.keys() if any(_names(name, key) for name in allowed)}
     unknown = [name for name in allowed if not any(_names(name, key) for key in old.keys() | new.keys())]
     if unknown:

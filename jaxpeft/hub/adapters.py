@@ -19,16 +19,16 @@ from jaxpeft.core import kernels, paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import modules_to_save, rewrite, trainable_mask
-from jaxpeft.errors import AdapterError, TargetError, WeightsError
+from jaxpeft.errors import AdapterError, TargetError, WeightsError, shown
 from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
+from jaxpeft.hub.base_identity import architecture, differences, fingerprint
 from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG, EXTRA, Content, Layout
 from jaxpeft.hub.loading import abstract_params
 from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.hub.safetensors_writing import write_arrays
 from jaxpeft.hub.settings import Settings, parse_settings
-from jaxpeft.hub.sources import fingerprint
 from jaxpeft.methods import from_dict
 from jaxpeft.models.base import Pretrained
 
@@ -159,7 +159,9 @@ def _save_parts(
     _replace(folder / PARTS, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def _load_parts(folder: FilePath, model: Pretrained, params: Mapping[str, Any]) -> tuple[Method, Tree]:
+def _load_parts(
+    folder: FilePath, model: Pretrained, params: Mapping[str, Any], allow_base: bool
+) -> tuple[Method, Tree]:
     """Loads what `_save_parts` saved: the adapter leaves of each part, and the leaves of the base that it trained.
 
     The parts are what their files say, which may be another method than was trained: a plain LoRA for one with a start.
@@ -168,7 +170,7 @@ def _load_parts(folder: FilePath, model: Pretrained, params: Mapping[str, Any]) 
     leaves = dict(paths.walk(params))
     base, parts = frozenset(leaves), list[dict[str, Any]]()
     for name, recorded in zip(content["parts"], from_dict(content["method"]).parts(), strict=True):
-        part, loaded = load_adapter(folder / str(name), model, params)
+        part, loaded = load_adapter(folder / str(name), model, params, allow_base=allow_base)
         mask = dict(paths.walk(trainable_mask(part, loaded)))
         leaves |= {path: leaf for path, leaf in paths.walk(loaded) if mask[path] or path not in base}
         parts.append(part.as_dict() | {"modules_to_save": recorded.modules_to_save})
@@ -255,6 +257,7 @@ def _settings(model: Pretrained, labels: tuple[str, ...], problem_type: str | No
         vocab_size=model.config.vocab_size,
         quant=options.quant.as_dict() if options.quant else None,
         base_sha256=fingerprint(model.source) if model.source else None,
+        base_config=architecture(model.source) if model.source else None,
     )
     return parse_settings(json.loads(json.dumps(made.as_dict())), FilePath("save_adapter"))
 
@@ -300,13 +303,16 @@ def _replace(target: FilePath, write: Callable[[FilePath], object]) -> None:
     temporary.replace(target)
 
 
-def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, Any]) -> tuple[Method, Tree]:
+def load_adapter(
+    path: str | FilePath, model: Pretrained, params: Mapping[str, Any], *, allow_base: bool = False
+) -> tuple[Method, Tree]:
     """Loads an adapter folder, written by jaxpeft or by Hugging Face PEFT, onto a base.
 
     Args:
         path: the folder.
         model: what `load` gave.
         params: the base's parameters, not rewritten.
+        allow_base: whether the base may be another one than the adapter was trained on.
 
     Returns:
         `(method, params)`: the method as the folder's config says, and the rewritten tree with the folder's numbers.
@@ -319,12 +325,12 @@ def load_adapter(path: str | FilePath, model: Pretrained, params: Mapping[str, A
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
     if (folder / PARTS).is_file():
-        return _load_parts(folder, model, params)
+        return _load_parts(folder, model, params, allow_base)
     layout = layout_of(folder)
     try:
         extra = adapter_extra.read_extra(folder)
         config, header = layout.read(folder, model, params)
-        check_base(folder, config, model)
+        check_base(folder, config, model, allow_base=allow_base)
         adapter_extra.warn_of_edits(folder, extra)
     except WeightsError as error:
         raise AdapterError(error.problems) from error
@@ -397,13 +403,14 @@ def _size(header: Mapping[str, Any]) -> int:
     return sum(t.nbytes // t.dtype.itemsize for t in header.values())
 
 
-def check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained) -> None:
+def check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained, *, allow_base: bool = False) -> None:
     """Refuses a base or a task that the adapter is not for; no weight is read, but for the base's SHA-256.
 
     Args:
         folder: of the adapter.
         config: the content of its `adapter_config.json`.
         model: what it is to be loaded for.
+        allow_base: whether the base may be another one; what differs is then told in a warning.
 
     Raises:
         AdapterError: listing what differs.
@@ -422,12 +429,15 @@ def check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained) -
             f"{folder / EXTRA}: vocab_size is {tokens}, the model has {model.config.vocab_size} tokens; load it with "
             f"vocab_size={tokens}"
         )
-    recorded = extra.get("base_sha256")
-    if recorded and model.source and recorded != fingerprint(model.source):
-        problems.append(
-            f"{folder / EXTRA}: the adapter was trained on another base: base_sha256 {recorded[:12]}... "
-            f"({config.get('base_model_name_or_path')}), the model is {fingerprint(model.source)[:12]}... "
-            f"({model.source.name}); load the base it was trained on"
-        )
+    if extra.get("base_sha256") and model.source:
+        other = differences(extra["base_sha256"], extra.get("base_config"), model.source, model.options.task)
+        why = f"{folder / EXTRA}: the adapter was trained on another base ({shown(config.get('base_model_name_or_path'))}) than {model.source.name}: "
+        if other and allow_base:
+            _log.warning("%s%s", why, "; ".join(other))
+        elif other:
+            fix = (
+                "load the base it was trained on, or allow this one (--allow-base, or allow_base=True of load_adapter)"
+            )
+            problems.append(f"{why}{'; '.join(other)}; {fix}")
     if problems:
         raise AdapterError(problems)

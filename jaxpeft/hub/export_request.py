@@ -53,6 +53,7 @@ class Request:
         task: of an adapter that says none.
         pooling: what a sequence classifier reads; None for what the adapter says.
         vocab_size: of a base that tokens were added to; None for what the adapter says.
+        allow_base: whether the base may be another one than the adapter was trained on.
         shard_bytes: the most bytes of tensors in a file of merged weights.
     """
 
@@ -64,6 +65,7 @@ class Request:
     task: str | None = None
     pooling: str | None = None
     vocab_size: int | None = None
+    allow_base: bool = False
     shard_bytes: int = SHARD_BYTES
 
 

@@ -25,6 +25,7 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub import loading, merged_model
 from jaxpeft.hub.adapters import LAYOUTS, check_base, load_adapter, save_adapter
+from jaxpeft.hub.base_identity import fingerprint
 from jaxpeft.hub.export_request import (
     MERGE,
     Adapter,
@@ -41,7 +42,6 @@ from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
-from jaxpeft.hub.sources import fingerprint
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant, dequantise
 
@@ -93,10 +93,10 @@ def export(request: Request) -> Report:
         require_mergeable(adapter)
         require_unmerged(adapter, outline)
     for part in adapter.parts:
-        check_base(part, read_json(part / CONFIG), outline.model)
+        check_base(part, read_json(part / CONFIG), outline.model, allow_base=request.allow_base)
     with _beside(request.out) as folder:
         base = outline.read()
-        method, params = load_adapter(request.adapter, outline.model, base)
+        method, params = load_adapter(request.adapter, outline.model, base, allow_base=request.allow_base)
         work = _Work(request, adapter, outline, method, params)
         if request.to == "peft":
             return _to_peft(work, folder, base)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.errors import AdapterError
+from jaxpeft.errors import AdapterError, shown
 
 TASKS = ("causal_lm", "sequence_classification", "token_classification", "encoder")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -30,7 +30,8 @@ class Settings:
         separator: what stood between a prompt and its completion.
         vocab_size: of the model, with the tokens that were added.
         quant: how the base was quantized, as plain values.
-        base_sha256: the identity of the base.
+        base_sha256: of the weights of the base.
+        base_config: its architecture, as plain values; with the weights it is what makes it the same base.
     """
 
     task: str | None = None
@@ -42,6 +43,7 @@ class Settings:
     vocab_size: int | None = None
     quant: Mapping[str, Any] | None = None
     base_sha256: str | None = None
+    base_config: Mapping[str, Any] | None = None
 
     @property
     def load_options(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def parse_settings(extra: Mapping[str, Any], where: Path) -> Settings:
     wrong = [(key, given[key], must) for key, (good, must) in _MUST.items() if key in given and not good(given[key])]
     if wrong:
         fix = "mend it, or remove the file: the adapter is then loaded as one of another library"
-        raise AdapterError([f"{where}: {key}: must be {must}, is {_cut(value)}; {fix}" for key, value, must in wrong])
+        raise AdapterError([f"{where}: {key}: must be {must}, is {shown(value)}; {fix}" for key, value, must in wrong])
     labels, count = given.pop("labels", ()), given.get("num_labels")
     if labels and count != len(labels):
         raise AdapterError(f"{where}: labels: {len(labels)} names for num_labels {count}; mend it")
@@ -121,12 +123,5 @@ _MUST: Mapping[str, tuple[Any, str]] = {
     "vocab_size": (_is_count, "a whole number above 0"),
     "quant": (lambda value: isinstance(value, dict), "an object"),
     "base_sha256": (lambda value: _is_text(value) and len(value) == 64, "64 hexadecimal digits"),
+    "base_config": (lambda value: isinstance(value, dict), "an object"),
 }
-
-
-def _cut(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
-        text = f"a whole number of {value.bit_length()} bits"
-    return text if len(text) <= 80 else f"{text[:77]}..."

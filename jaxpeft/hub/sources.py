@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
-import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxpeft.errors import WeightsError, nearest
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.logs import timed
 
 _log = logging.getLogger(__name__)
-_NOT_THE_MODEL = ("transformers_version", "_name_or_path")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.model", "*.jinja", "*.txt")
 
 
@@ -29,7 +25,7 @@ class Source:
         name: the folder, `package:NAME` or hub id that it was asked for by.
         folder: where its files are.
         revision: the hub commit, or None for a folder.
-        sha256: its `fingerprint`, where that is known already.
+        sha256: the `fingerprint` of its weights, where that is known already.
     """
 
     name: str
@@ -138,37 +134,3 @@ def _from_hub(name: str, revision: str | None) -> Source:
     commit = Path(folder).name
     _log.info("%s is at commit %s", name, commit)
     return Source(name, Path(folder), commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision)
-
-
-def fingerprint(
-    source: Source, share: Callable[[list[str]], list[str]] = lambda own: own, part: slice = slice(None)
-) -> str:
-    """Gives the SHA-256 of a model's config and weight files, its identity in checkpoints and adapters.
-
-    Files that the model does not read, and who wrote the config, do not change it.
-
-    Args:
-        source: the model.
-        share: where several processes hash the files in turns: gives the lines of all of them from those of this one.
-        part: of the files, sorted, those that this process hashes.
-    """
-    if source.sha256 is not None:
-        return source.sha256
-    config = {k: v for k, v in read_json(source.folder / "config.json").items() if k not in _NOT_THE_MODEL}
-    files = weight_files(source)
-    own = [f"{f.name} {_hashed(str(f), f.stat().st_size, f.stat().st_mtime_ns)}" for f in files[part]]
-    return hashlib.sha256("\n".join([json.dumps(config, sort_keys=True), *sorted(share(own))]).encode()).hexdigest()
-
-
-def weight_files(source: Source) -> list[Path]:
-    """Lists the files that hold a model's weights, sorted."""
-    from jaxpeft.hub.safetensors_files import open_folder
-
-    return sorted({tensor.file for tensor in open_folder(source.folder).values()})
-
-
-@functools.lru_cache(maxsize=1024)
-def _hashed(name: str, size: int, changed: int) -> str:
-    """Hashes a file once for each state of it."""
-    del size, changed
-    return file_sha256(Path(name))

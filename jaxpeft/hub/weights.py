@@ -80,8 +80,7 @@ def plan(
         WeightsError: listing every missing, extra, misshaped or non-floating tensor with the nearest names, and what is wrong
             with one that is quantised.
     """
-    named = _canonical_names(tensors, abstract, family)
-    problems: list[str] = []
+    named, problems = _canonical_names(tensors, abstract, family)
     sources: dict[Path, LeafSource] = {}
     held: dict[Path, Mapping[str, LeafSource]] = {}
     new: list[Path] = []
@@ -151,12 +150,17 @@ def _extra(named: Tensors, used: set[str], family: Family, *, head_wanted: bool)
     """Says which tensors belong to nothing. The head of another task is left out without a word; where this task's head is
     in the checkpoint, a tensor that looks like a head's may be a misspelt one of it.
     """
-    extra = [n for n in named if n not in used and not any(re.fullmatch(pattern, n) for pattern in family.ignored)]
+    extra = [n for n in named if n not in used and not _may_be_left(n, family)]
     return [
         f"extra: {name} belongs to no part of this model{nearest(name, used)}"
         for name in extra
         if head_wanted or not paths.is_head(tuple(name.split(".")))
     ]
+
+
+def _may_be_left(name: str, family: Family) -> bool:
+    plain = name.removeprefix(family.prefix + ".")
+    return any(re.fullmatch(pattern, plain) for pattern in (*family.ignored, *family.optional))
 
 
 def _other_labels(name: str, there: int, wanted: int) -> str:
@@ -241,21 +245,34 @@ def _equal(a: Tensor | Packed, b: Tensor | Packed, rows: int = 4096) -> bool:
     return all(np.array_equal(a.read_rows(*block), b.read_rows(*block)) for block in blocks)
 
 
-def _canonical_names(tensors: Tensors, abstract: Tree, family: Family) -> dict[str, Tensor | Packed]:
-    """Renames the checkpoint's tensors to the names that the model's paths mirror, with or without the prefix."""
-    prefix = family.prefix + "."
-    has_prefix = any(name.startswith(prefix) for name in tensors)
-    wants_prefix = family.prefix in abstract
+def plain_name(name: str, family: Family) -> str:
+    """Return the name of a checkpoint's tensor as the backbone alone has it, without the prefix, and as newer files do."""
+    for pattern, replacement in family.renamed:
+        name = re.sub(pattern, replacement, name)
+    return name.removeprefix(family.prefix + ".")
+
+
+def _canonical_names(tensors: Tensors, abstract: Tree, family: Family) -> tuple[dict[str, Tensor | Packed], list[str]]:
+    """Return the checkpoint's tensors by the names that the model's paths mirror, and what two tensors claim to be.
+
+    `transformers` writes the backbone with its prefix or without; what stands beside it in the model has none.
+    """
     out: dict[str, Tensor | Packed] = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in family.renamed:
-            name = re.sub(pattern, replacement, name)  # noqa: PLW2901
-        if wants_prefix and not has_prefix and not paths.is_head(tuple(name.split("."))):
-            name = prefix + name  # noqa: PLW2901
-        elif has_prefix and not wants_prefix:
-            name = name.removeprefix(prefix)  # noqa: PLW2901
-        out[name] = tensor
-    return out
+    said: dict[str, str] = {}
+    problems: list[str] = []
+    for given, tensor in tensors.items():
+        name = plain_name(given, family)
+        if family.prefix in abstract and name.partition(".")[0] not in _beside(abstract, family):
+            name = f"{family.prefix}.{name}"
+        if name in out:
+            problems.append(f"twice: {given} and {said[name]} are the same part of the model; remove one of them")
+        out[name], said[name] = tensor, given
+    return out, problems
+
+
+def _beside(abstract: Tree, family: Family) -> set[str]:
+    """Return what may stand beside the backbone: this model's head, those of other tasks, and a language model's."""
+    return (abstract.keys() - {family.prefix}) | paths.HEAD_MODULES | {"lm_head"}
 
 
 def _tensor_shape(path: Path, leaf: Any, layers: int | None) -> tuple[int, ...]:

@@ -73,7 +73,8 @@ class Family:
         model_types: the `model_type` values of `config.json` that it serves.
         build: makes the module; raises `ConfigError` listing every switch that is not supported.
         prefix: name of the backbone in a model with a head, as in `bert.encoder...`.
-        ignored: expressions of checkpoint tensor names that may be left over.
+        ignored: expressions of names of tensors, without the prefix, that no task reads.
+        optional: those that some tasks read.
         renamed: `(expression, replacement)` applied to checkpoint names first.
         own_pooler: name of a tensor of the pooler that the architecture's own pooling needs, if any.
         embedding: how the name of the word embedding's tensor ends.
@@ -84,6 +85,7 @@ class Family:
     build: Callable[[Mapping[str, Any], Options, str], Pretrained]
     prefix: str
     ignored: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     own_pooler: str | None = None
     embedding: str = "word_embeddings.weight"

@@ -365,6 +365,7 @@ FAMILY = Family(
     model_types=("llama", "mistral", "qwen2", "qwen3"),
     build=build,
     prefix="model",
-    ignored=(r".*rotary_emb\.inv_freq", r"lm_head\..*"),
+    ignored=(r".*rotary_emb\.inv_freq",),
+    optional=(r"lm_head\..*",),
     embedding="embed_tokens.weight",
 )

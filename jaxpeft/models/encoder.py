@@ -304,11 +304,11 @@ _PRETRAINING = (
     r"vocab_\w+\..*",
     r".*\.position_ids",
     r"position_ids",
-    r"(bert|roberta)?\.?pooler\..*",
 )
+_POOLER = (r"pooler\..*",)
 _RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
-BERT = Family(("bert",), build, "bert", _PRETRAINING, _RENAMED, own_pooler="pooler.dense.weight")
-ROBERTA = Family(("roberta",), build, "roberta", _PRETRAINING, _RENAMED)
+BERT = Family(("bert",), build, "bert", _PRETRAINING, _POOLER, _RENAMED, own_pooler="pooler.dense.weight")
+ROBERTA = Family(("roberta",), build, "roberta", _PRETRAINING, _POOLER, _RENAMED)
 _DISTILBERT_FIELDS = {"num_hidden_layers": "n_layers", "hidden_size": "dim"}
-DISTILBERT = Family(("distilbert",), build, "distilbert", _PRETRAINING, _RENAMED, fields=_DISTILBERT_FIELDS)
+DISTILBERT = Family(("distilbert",), build, "distilbert", _PRETRAINING, (), _RENAMED, fields=_DISTILBERT_FIELDS)

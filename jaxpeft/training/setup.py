@@ -27,6 +27,7 @@ from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, TargetError, nearest
 from jaxpeft.evaluation.metrics import FIGURES
 from jaxpeft.hub import sources
+from jaxpeft.hub.base_identity import architecture, fingerprint, weight_files
 from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.methods import METHODS
@@ -114,8 +115,8 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
-    base = {"sha256": _fingerprint(source, peers)}
-    sizes = {file.name: file.stat().st_size for file in sources.weight_files(source)}
+    base = {"sha256": _fingerprint(source, peers), "config": architecture(source)}
+    sizes = {file.name: file.stat().st_size for file in weight_files(source)}
     peers.same("base or rows", {"base": base, "files": sizes, "data": splits.identity})
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
@@ -163,7 +164,7 @@ def _fingerprint(source: sources.Source, peers: Peers) -> str:
     def share(own: list[str]) -> list[str]:
         return [line for lines in peers.gathered("hashes of the base's files", own) for line in lines]
 
-    return sources.fingerprint(source, share, slice(peers.process, None, peers.processes))
+    return fingerprint(source, share, slice(peers.process, None, peers.processes))
 
 
 def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...]:

@@ -76,3 +76,18 @@ def test_what_only_logs_may_change() -> None:
 
 def test_a_tree_is_told_by_path_dtype_and_shape() -> None:
     assert tree_spec({"q": {"lora_a": jnp.zeros((3, 2), jnp.bfloat16)}}) == {"q/lora_a": "bfloat16[3, 2]"}
+
+
+def test_another_base_is_told_field_by_field_and_may_be_allowed() -> None:
+    old = {"base": {"sha256": "a", "config": {"rope": {"theta": 1.0}}}}
+    now = {"base": {"sha256": "a", "config": {"rope": {"theta": 2.0}}}}
+    row = "base.config.rope.theta: was 1.0, is 2.0"
+    assert differences(old, now) == ([row], [])
+    assert differences(old, now, ["base"]) == ([], [row])
+
+
+def test_the_base_of_an_earlier_version_is_one_row_that_says_what_to_do() -> None:
+    now = {"base": {"sha256": "b", "config": {"rope": {"theta": 2.0}}}}
+    row = "base.sha256: was 'a', is 'b' (an earlier version of jaxpeft wrote it, another way; give --allow-base if the base is the same)"
+    assert differences({"base": {"sha256": "a"}}, now) == ([row], [])
+    assert differences({"base": {"sha256": "a"}}, now, ["base"]) == ([], [row])

@@ -25,8 +25,8 @@ def main(port: str, count: str, index: str, folder: str, text: str) -> None:
     from jax.experimental.multihost_utils import process_allgather
 
     from jaxpeft.core import paths
+    from jaxpeft.hub.base_identity import fingerprint
     from jaxpeft.hub.loading import outline
-    from jaxpeft.hub.sources import fingerprint
     from tests.hub.spreading import mesh_of, places
 
     options: dict[str, Any] = json.loads(text)

@@ -108,8 +108,12 @@ def test_a_changed_base_is_refused(save, tmp_path):
     saved = save()
     other = edited(saved.model.source.folder, tmp_path / "other", nudge)
     (problem,) = saved.problems(base=other)
-    assert "jaxpeft.json: the adapter was trained on another base: base_sha256 " in problem
-    assert f"({saved.model.source.name})" in problem and f"({other}); load the base it was trained on" in problem
+    assert (
+        f"jaxpeft.json: the adapter was trained on another base ('{saved.model.source.name}') than {other}: " in problem
+    )
+    assert (
+        "the weights differ (base_sha256 " in problem and "; load the base it was trained on, or allow this" in problem
+    )
     same = shutil.copytree(saved.model.source.folder, tmp_path / "same")
     assert_bit_equal(saved.load(base=same)[1], saved.params)
 

@@ -5,9 +5,7 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from jaxpeft.errors import WeightsError
 from jaxpeft.hub import sources
@@ -174,48 +172,3 @@ def test_what_is_not_a_json_object_is_refused(tmp_path, content, message):
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(WeightsError, match=message):
         read_json(tmp_path / "x.json")
-
-
-def test_the_fingerprint_is_of_config_and_weights_wherever_they_are(tmp_path):
-    def folder(name, config='{"model_type": "bert"}', weights=0.0, extra=b""):
-        made = tmp_path / name
-        made.mkdir()
-        (made / "config.json").write_text(config)
-        save_file({"w": np.full(3, weights)}, made / "model.safetensors")
-        (made / "tokenizer.json").write_bytes(extra)
-        (made / "adapter_model.safetensors").write_bytes(extra)
-        return sources.fingerprint(sources.Source(name, made))
-
-    first = folder("a")
-    assert len(first) == 64
-    assert folder("b", extra=b"other") == first
-    assert folder("c", config='{"transformers_version": "5.24.0",  "model_type": "bert"}') == first
-    assert len({first, folder("d", config='{"model_type": "llama"}'), folder("e", weights=1.0)}) == 3
-
-
-def test_the_fingerprint_is_the_same_where_files_are_hashed_in_turns(tmp_path, monkeypatch):
-    source, read = sources.Source("m", tmp_path), []
-    (tmp_path / "config.json").write_text("{}")
-    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    for i, name in enumerate(names):
-        save_file({f"w{i}": np.full(3, float(i))}, tmp_path / name)
-    index = {"metadata": {}, "weight_map": {f"w{i}": name for i, name in enumerate(names)}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    whole, hashed = sources.fingerprint(source), sources.file_sha256
-    monkeypatch.setattr(sources, "file_sha256", lambda path: read.append(path.name) or hashed(path))
-    sources._hashed.cache_clear()
-    lines = []
-    sources.fingerprint(source, lambda own: lines.extend(own) or own, slice(1, None, 2))
-    assert read == [names[1]]
-    assert sources.fingerprint(source, lambda own: [*own, *lines], slice(0, None, 2)) == whole
-    assert read == [names[1], names[0], names[2]]
-    assert sources.fingerprint(sources.Source("m", tmp_path, sha256="known")) == "known"
-
-
-def test_the_fingerprint_sees_a_change_in_place(tmp_path):
-    source = sources.Source("m", tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    save_file({"w": np.zeros(3)}, tmp_path / "model.safetensors")
-    before = sources.fingerprint(source)
-    save_file({"w": np.zeros(4)}, tmp_path / "model.safetensors")
-    assert sources.fingerprint(source) != before
