@@ -53,12 +53,13 @@ def fingerprint(
     family = models.FAMILIES[read_json(source.folder / "config.json")["model_type"]]
     tied = bool(architecture(source).get("tie_word_embeddings"))
     own = [f"{name} {found}" for file in weight_files(source)[part] for name, found in digests.of_file(file).items()]
-    lines = {_line(*line.rsplit(" ", 1), family, tied) for line in share(own)} - {None}
+    lines = {_line(line, family, tied) for line in share(own)} - {None}
     return hashlib.sha256("\n".join(sorted(map(str, lines))).encode()).hexdigest()
 
 
-def _line(name: str, found: str, family: Family, tied: bool) -> str | None:
-    """Return a line to hash; None for a tensor that is nothing to the base."""
+def _line(line: str, family: Family, tied: bool) -> str | None:
+    """Return a tensor's line as it is hashed; None for one that is nothing to the base."""
+    name, found = line.rsplit(" ", 1)
     plain = plain_name(name, family)
     unread = any(re.fullmatch(pattern, plain) for pattern in family.ignored)
     if unread or paths.is_head(tuple(plain.split("."))):

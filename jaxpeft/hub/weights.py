@@ -255,24 +255,23 @@ def plain_name(name: str, family: Family) -> str:
 def _canonical_names(tensors: Tensors, abstract: Tree, family: Family) -> tuple[dict[str, Tensor | Packed], list[str]]:
     """Return the checkpoint's tensors by the names that the model's paths mirror, and what two tensors claim to be.
 
-    `transformers` writes the backbone with its prefix or without; what stands beside it in the model has none.
+    A file may hold the backbone with its prefix or without; what is no part of the model keeps its name.
     """
+    wanted = {name for path, leaf in paths.walk(abstract) for name in _names(path, leaf)}
     out: dict[str, Tensor | Packed] = {}
     said: dict[str, str] = {}
     problems: list[str] = []
     for given, tensor in tensors.items():
-        name = plain_name(given, family)
-        if family.prefix in abstract and name.partition(".")[0] not in _beside(abstract, family):
-            name = f"{family.prefix}.{name}"
+        plain = plain_name(given, family)
+        name = next((one for one in (plain, f"{family.prefix}.{plain}") if one in wanted), given)
         if name in out:
             problems.append(f"twice: {given} and {said[name]} are the same part of the model; remove one of them")
         out[name], said[name] = tensor, given
     return out, problems
 
 
-def _beside(abstract: Tree, family: Family) -> set[str]:
-    """Return what may stand beside the backbone: this model's head, those of other tasks, and a language model's."""
-    return (abstract.keys() - {family.prefix}) | paths.HEAD_MODULES | {"lm_head"}
+def _names(path: Path, leaf: Any) -> tuple[str, ...]:
+    return paths.hf_names(path, leaf.shape[0] if paths.layer_axis(path) is not None else None)
 
 
 def _tensor_shape(path: Path, leaf: Any, layers: int | None) -> tuple[int, ...]:

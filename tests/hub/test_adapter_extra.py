@@ -130,7 +130,7 @@ HOSTILE = {
     "a number in a task's place": ({"task": 3}, "task: must be one of causal_lm, "),
     "pooling": ({"pooling": ["mean"]}, "pooling: must be a name, is ['mean']"),
     "a problem type that is none": ({"problem_type": "sigmoid"}, "problem_type: must be one of single_label_"),
-    "vocab_size": ({"vocab_size": 10**400}, "vocab_size: must be a whole number above 0, is 1000"),
+    "vocab_size": ({"vocab_size": 10**299}, "vocab_size: must be a whole number above 0, is 1000"),
     "num_labels": ({"num_labels": True}, "num_labels: must be a whole number above 0, is True"),
     "quant": ({"quant": "nf4"}, "quant: must be an object, is 'nf4'"),
     "base_sha256": ({"base_sha256": [1]}, "base_sha256: must be 64 hexadecimal digits, is [1]"),

@@ -120,7 +120,7 @@ def test_a_changed_base_is_refused(save, tmp_path):
 
 def test_another_task_pooling_and_base_are_listed_together(save, tmp_path):
     saved = save()
-    other = edited(saved.model.source.folder, tmp_path / "other", config=lambda c: c.update(initializer_range=0.5))
+    other = edited(saved.model.source.folder, tmp_path / "other", config=lambda c: c.update(hidden_act="relu"))
     edit_json(saved.folder / "jaxpeft.json", lambda extra: extra.update(pooling="mean"))
     task, pooling, base = saved.problems(base=other, task="token_classification")
     assert task.endswith("adapter_config.json: task_type is SEQ_CLS, the model is loaded for TOKEN_CLS")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxpeft
 from jaxpeft.core import paths
@@ -259,3 +261,39 @@ def test_layers_of_several_dtypes_keep_their_numbers_when_stacked(reference, tmp
     plain = jaxpeft.load(folder, task="encoder", scan_layers=False)[1]
     for path, leaf in paths.walk(unstack_layers(stacked)):
         np.testing.assert_array_equal(leaf, paths.get(plain, path).astype(leaf.dtype))
+
+
+# -------------------------------------------------------------------------------------------------------------- prefixes
+
+FAMILIES = {
+    "llama": ("llama", "causal_lm", "model."), "qwen3 classifier": ("qwen3", SEQUENCE, "model."),
+    "qwen2 encoder": ("qwen2", "encoder", "model."), "bert": ("bert", SEQUENCE, "bert."),
+    "roberta": ("roberta", "token_classification", "roberta."), "distilbert": ("distilbert", SEQUENCE, "distilbert."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "task", "prefix"), FAMILIES.values(), ids=FAMILIES)
+def test_names_are_read_with_the_prefix_without_it_and_mixed(reference, tmp_path, kind, task, prefix):
+    folder = reference(kind, task).folder
+    own = load_file(folder / "model.safetensors")
+    _, wanted = jaxpeft.load(folder, task=task)
+    plain = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+    heads = ("score", "classifier", "pre_classifier", "lm_head")
+    whole = {name if name.startswith(heads) else prefix + name: tensor for name, tensor in plain.items()}
+    mixed = {name: tensor for i, (name, tensor) in enumerate(whole.items()) if i % 2} | {
+        name.removeprefix(prefix): tensor for i, (name, tensor) in enumerate(whole.items()) if not i % 2
+    }
+    for number, tensors in enumerate((plain, whole, mixed)):
+        made = shutil.copytree(folder, tmp_path / str(number))
+        save_file(tensors, made / "model.safetensors")
+        _, params = jaxpeft.load(made, task=task)
+        assert_bit_equal(params, wanted)
+
+
+def test_two_tensors_for_one_place_are_refused(reference, tmp_path):
+    def twice(tensors):
+        tensors["layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].copy()
+
+    folder = edited(reference("llama", "causal_lm").folder, tmp_path / "m", twice)
+    with pytest.raises(WeightsError, match=r"twice: (model\.)?layers\.0\.mlp\.up_proj\.weight and (model\.)?layers\.0"):
+        jaxpeft.load(folder, task="causal_lm")
