@@ -43,11 +43,21 @@ MINILM: Mapping[str, Any] = {
     "model_type": "bert", "vocab_size": 30522, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
     "num_attention_heads": 12, "max_position_embeddings": 512,
 }  # fmt: skip
-ABSENT = {"llama3_8b_lora": LLAMA_31_8B, "stories_lora": STORIES_260K, "wikisql_lora": STORIES_260K}
+BERT_BASE: Mapping[str, Any] = {
+    "model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 512,
+}  # fmt: skip
+ABSENT = {
+    "imdb_bert_full": BERT_BASE,
+    "llama3_8b_lora": LLAMA_31_8B,
+    "stories_lora": STORIES_260K,
+    "wikisql_lora": STORIES_260K,
+}
 TRAINABLE: Mapping[str, int | Mapping[str, int]] = {
     "quickstart": 693_197,  # rank 16 on 36 sites, and a head of 77 labels
     "banking77_minilm_lora": 693_197,
     "bert_full": 22_595_021,
+    "imdb_bert_full": 109_541_453,  # the 109,482,240 of bert-base-uncased, and a head of 77 labels
     "stories_lora": 92_480,
     "wikisql_lora": 184_960,  # of twice the rank
     "llama3_8b_lora": 41_943_040,  # the figure that torch peft prints for rank 16 on all linear layers

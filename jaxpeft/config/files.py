@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 import ml_collections
 
 from jaxpeft.config.literals import read_value
-from jaxpeft.config.schema import Config, as_dict
+from jaxpeft.config.schema import ESCAPED, Config, as_dict
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import hints_of, no_option, parse
 from jaxpeft.errors import ConfigError, cut, nearest, shown
 from jaxpeft.methods import METHODS
 
 _log = logging.getLogger(__name__)
+_ESCAPE, _ESCAPES = re.compile(r"\\([ntr\\])"), {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _DEEPEST = 2
 """Names in a dotted option: a section's and the option's own."""
 
@@ -156,6 +158,8 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
         return [f"--config.{cut(option)}: {no_option(option, _all_options(values))}"]
     if not isinstance(node.get(last), dict) or typing.get_origin(hint) is dict:
         node[last] = read_value(text, hint)
+        if option in ESCAPED and node[last] == text:
+            node[last] = _ESCAPE.sub(lambda match: _ESCAPES[match[1]], text)
         return []
     return [f"--config.{option}: is a section; set one of its options: {', '.join(node[last])}"]
 

@@ -18,6 +18,8 @@ from jaxpeft.quant import FORMS
 from jaxpeft.sharding.sizes import divisors
 from jaxpeft.sharding.sizes import nearest as nearest_numbers
 
+ESCAPED = ("data.separator", "data.delimiter")
+"""Options whose `\\n`, `\\t`, `\\r` and `\\\\` on the command line are read as in Python: a shell does not."""
 DATA_FIELDS = (
     "text", "text_pair", "label", "prompt", "completion", "instruction", "input", "output", "messages", "chosen",
     "rejected", "system", "history", "tools",
@@ -87,7 +89,9 @@ class DataConfig:
         above=0,
     )  # fmt: skip
     validation: str = option("", "rows to choose the best step by; empty to hold out a share of the training rows")
-    test: str = option("", "rows for the final figures; empty to give the validation rows' figures")
+    test: str = option(
+        "", "rows for the final figures; empty to take those beside a folder of training rows, else the validation rows"
+    )
     subset: str | None = option(None, "configuration of a hub data set, such as 'mrpc' of 'nyu-mll/glue'")
     revision: str | None = option(None, "branch, tag or commit of a hub data set")
     validation_share: float = option(
@@ -202,8 +206,10 @@ class DataConfig:
 
 def _is_encoding(name: str) -> bool:
     try:
-        b"".decode(name)
-    except (LookupError, UnicodeError, ValueError):
+        b"x".decode(name)  # of no bytes, Python does not look for it
+    except UnicodeDecodeError:
+        return True
+    except (LookupError, ValueError):
         return False
     return True
 
@@ -306,7 +312,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When a run's state is saved, so that the same command resumes it."""
 
-    every_steps: int = option(200, "save every so many steps, and at the end", at_least=1)
+    every_steps: int | None = option(
+        200, "save every so many steps, None for the end of each epoch; and at the end", at_least=1
+    )
     keep: int = option(2, "how many of the newest to keep", at_least=1)
 
 
@@ -370,6 +378,8 @@ class Config:
             found.append(f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps} steps")
         if self.data.streaming and self.train.epochs is not None:
             found.append(f"train.epochs: {self.train.epochs} of a stream whose length is not known; set train.steps")
+        if self.data.streaming and self.checkpoint.every_steps is None:
+            found.append("checkpoint.every_steps: None, for each epoch of a stream whose length is not known; set it")
         found += self._task_problems() + self._mesh_problems()
         for name in self.baseline_learning_rates:
             if name not in ("head", "bitfit", "full"):

@@ -56,6 +56,8 @@ def _show(config: configs.Config, rows: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     source = sources.resolve(config.model.path, config.model.revision)
     read = None if config.data.streaming else reading.read_examples(config, source)
+    for part in report.reading(read[0]) if read else ():
+        console.print(part)
     if read is not None and read[0].kind == "preference":
         for part in report.pairs(read[0], rows):
             console.print(part)
@@ -64,6 +66,8 @@ def _show(config: configs.Config, rows: int) -> None:
         )
         return
     splits = pipeline.read_splits(config, source, lambda what: nullcontext(), read)
+    for part in () if read else report.reading(splits.examples):
+        console.print(part)
     for part in report.rows(splits, rows, colour=console.is_terminal):
         console.print(part)
     console.print(report.statistics(config, splits))

@@ -10,6 +10,7 @@ from jaxpeft.config.schema import Config
 from jaxpeft.data import plan
 from jaxpeft.data.columns import GENERATIVE, Columns, Kind, find_columns, find_format
 from jaxpeft.data.examples import Examples, join, make_examples, split_at
+from jaxpeft.data.folders import split_beside
 from jaxpeft.data.holdout import hold_out, hold_out_text
 from jaxpeft.data.labeling import Labeling, labeled, labeling_of
 from jaxpeft.data.labels import Problem
@@ -57,7 +58,7 @@ def read_examples(config: Config, source: Source | None = None) -> tuple[Example
     if not held:
         return train, *read_held(config, whole or train)
     validation = join([_examples(rows, kind, config, whole) for rows, kind in zip(held, kinds, strict=True)])
-    return train, validation, _other(options.test, "test", config, whole or train) if options.test else validation
+    return train, validation, _test(config, whole or train, validation)
 
 
 def _joined(sources: Sequence[Rows], kind: Kind, config: Config) -> Rows:
@@ -92,7 +93,23 @@ def read_held(config: Config, like: Examples | None, source: Source | None = Non
     labeling = labeling_of(config.data, _head(config, source)) if like is None else None
     validation = _other(config.data.validation, "validation", config, like, labeling)
     like = validation if like is None else like
-    return validation, _other(config.data.test, "test", config, like) if config.data.test else validation
+    return validation, _test(config, like, validation)
+
+
+def _test(config: Config, like: Examples | None, validation: Examples) -> Examples:
+    """Read the test rows: those that are named, or in the folder of the training rows or beside it, else the validation rows."""
+    options = config.data
+    if options.test:
+        return _other(options.test, "test", config, like)
+    folder = Path(options.sources[0]).expanduser()
+    beside = {split: split_beside(folder, split) for split in ("validation", "test")} if folder.is_dir() else {}
+    if (path := beside.get("validation")) and not options.validation:
+        _log.info("%s: has validation rows, which are not used; data.validation=%s takes them", path, path)
+    path = beside.get("test")
+    if path is None or len(options.sources) > 1:
+        return validation
+    _log.info("%s: its test rows are taken for the final figures", path)
+    return _other(str(path), "test", config, like)
 
 
 def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Rows]:
@@ -229,7 +246,7 @@ def _examples(
 
 def _other(path: str, split: str, config: Config, like: Examples | None, labeling: Labeling | None = None) -> Examples:
     """Reads another split; its columns are those of the training rows, or found as theirs were."""
-    rows = _drawn(read_source(path, split, config), config)
+    rows = read_source(path, split, config)
     if config.data.separator:
         return _examples(*recognize(config, rows), config)
     if like is None:

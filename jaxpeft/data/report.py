@@ -18,6 +18,7 @@ from jaxpeft.data.pipeline import Splits, make_batches
 from jaxpeft.data.supervise import IGNORED
 
 MOST_LABELS = 20
+MOST_NOTES = 20
 
 
 def rows(splits: Splits, n: int, *, colour: bool) -> Iterator[Text]:
@@ -38,6 +39,28 @@ def rows(splits: Splits, n: int, *, colour: bool) -> Iterator[Text]:
         told = f"{encoded.lengths[row]} tokens" + (f", {int(learned.sum())} learned" if encoded.per_token else "")
         yield Text(f"--- row {row + 1}: {told}{_label(splits, row)}", style="bold")
         yield _written(splits.tokenizer, encoded, at, learned, colour)
+
+
+def reading(examples: Examples) -> Iterator[Text]:
+    """Yield how the training rows were read: their files, and which column was taken for what.
+
+    Args:
+        examples: the training rows.
+    """
+    notes = examples.rows.notes
+    for note in notes[:MOST_NOTES]:
+        yield Text(note)
+    if len(notes) > MOST_NOTES:
+        yield Text(f"({len(notes) - MOST_NOTES} more files)")
+    used = examples.columns.given()
+    left = [column for column in examples.rows.columns() if column not in used.values()]
+    told = [f"{field} is {column!r}" for field, column in used.items()]
+    told += (
+        [f"not used: {', '.join(map(repr, left[:MOST_LABELS]))}{', ...' if len(left) > MOST_LABELS else ''}"]
+        if left
+        else []
+    )
+    yield Text(f"columns: {'; '.join(told)}")
 
 
 def pairs(examples: Examples, n: int) -> Iterator[Text]:

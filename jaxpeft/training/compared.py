@@ -69,6 +69,7 @@ def run(config: Config, folder: Path, stop: StopRequest, allowed: Sequence[str] 
         lost = _forgetting(setup, result, evaluator, stop)
         measured = {
             "metric": metric_of(setup),
+            "split": result.split,
             "test": result.test,
             "steps": result.steps,
             "best_step": result.best_step,

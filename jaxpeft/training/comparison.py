@@ -103,7 +103,13 @@ def run(
                 result = read_result(one)
                 if result is not None:
                     results[one] = result
-                    _log.info("%s: test %s %.4f", one, result["metric"], result["test"][result["metric"]])
+                    _log.info(
+                        "%s: %s %s %.4f",
+                        one,
+                        result.get("split", "test"),
+                        result["metric"],
+                        result["test"][result["metric"]],
+                    )
                     continue
                 stop.raise_if_requested()
                 failed[one] = why

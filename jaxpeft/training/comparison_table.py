@@ -65,6 +65,7 @@ def summary(config: Config, results: Mapping[str, Sequence[Result]], failed: Map
     measured = some["forgetting"]
     return {
         "metric": metric,
+        "split": some.get("split", "test"),
         "reference": reference if reference in figures else None,
         "seeds": list(config.compare.seeds),
         "forgetting": measured
@@ -206,7 +207,7 @@ def draw(path: Path, made: Mapping[str, Any]) -> None:
                 one["trainable_parameters"], one["figure"]["mean"], one["figure"]["deviation"] or None, label=name, capsize=3,
                 linestyle="none", marker=markers[i % len(markers)], markersize=8, color=f"C{i % 10}",
             )  # fmt: skip
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel=f"test {made['metric']}")
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel=f"{made['split']} {made['metric']}")
     axes.set_title(f"{made['metric']} over trainable parameters, mean of {len(made['seeds'])} seed(s)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ def run(
         check_resumable(setup, config.method, workdir, allowed)
         log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
-        before = _before(setup, config.method, evaluator)
+        before = _before(setup, config.method, evaluator, workdir / "before.json")
         answers = {"before training": _answers(setup, setup.params)}
         results: dict[str, Result] = {}
         for name in config.baselines:
@@ -139,13 +140,37 @@ def _computing(setup: Setup) -> str:
     return f"layers {layers}, remat {options.remat}, attention {kernel}, compiled programs {f'in {kept}' if kept else 'not kept'}"
 
 
-def _before(setup: Setup, method: Method, evaluator: Evaluator) -> dict[str, float]:
-    """Evaluates the test rows before any training, with the fresh adapter."""
+def _before(setup: Setup, method: Method, evaluator: Evaluator, record: Path) -> dict[str, float]:
+    """Return the figures before any training, with the fresh adapter: evaluated once for a run, however often it goes on.
+
+    Args:
+        setup: the prepared run.
+        method: that will be trained.
+        evaluator: of the setup.
+        record: the file that keeps them, with the hash of the run that they are of.
+    """
+    run = hashlib.sha256(json.dumps(setup.identity, sort_keys=True).encode()).hexdigest()
+    known = setup.peers.agreed("figures before training", lambda: _recorded(record, run))
+    if known is not None:
+        return known
     trainable, frozen = split_for(setup, method)
     with timed("evaluating before training") as note:
         figures = evaluator(trainable, frozen, setup.test)
         note(_shown(figures))
+    if setup.peers.first:
+        temporary = record.with_name(f".{record.name}.tmp")
+        temporary.write_text(json.dumps({"run": run, "figures": figures}) + "\n")
+        temporary.replace(record)
     return figures
+
+
+def _recorded(record: Path, run: str) -> dict[str, float] | None:
+    """Return the figures in a record of this run, None where there is none that can be read."""
+    try:
+        found = json.loads(record.read_text())
+        return {str(name): float(value) for name, value in found["figures"].items()} if found["run"] == run else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def fit(
@@ -157,7 +182,7 @@ def fit(
     saved = _whole(setup, result)
     if saved is not None:
         save_adapter(folder / "adapter", result.method, saved, setup.model, labels=setup.labels)
-    _log.info("%s on the test rows: %s", method.name, _shown(result.test))
+    _log.info("%s on the %s rows: %s", method.name, result.split, _shown(result.test))
     return result
 
 
@@ -206,7 +231,7 @@ def _finish(setup: Setup, before: Mapping[str, float], results: Mapping[str, Res
     for name, result in results.items():
         share = result.trainable_parameters / result.total_parameters
         rows.append(f"  {name:<18}{result.test[metric]:>9.4f}   {share:>8.3%} trained   {result.seconds:>6.1f} s")
-    _log.info("\ntest %s\n%s\n\nin %s: %s", metric, "\n".join(rows), workdir, ", ".join(left))
+    _log.info("\n%s %s\n%s\n\nin %s: %s", setup.judged_by, metric, "\n".join(rows), workdir, ", ".join(left))
     _log.info("next, use the adapter:\n%s", _usage(setup, workdir))
 
 
@@ -225,7 +250,7 @@ def summary(setup: Setup, before: Mapping[str, float], results: Mapping[str, Res
     """Gives the figures of a run as plain values: what `summary.json` holds."""
     methods = {
         name: {
-            "test": result.test,
+            result.split: result.test,
             "steps": result.steps,
             "best_step": result.best_step,
             "seconds": round(result.seconds, 2),

@@ -74,7 +74,8 @@ class Result:
         frozen: the rest.
         steps: steps done.
         best_step: the step of `trainable`.
-        test: the figures of the test rows.
+        split: `test`, or `validation` where there are no test rows: those that chose the best step.
+        test: the figures of its rows.
         seconds: spent on training over all resumptions, evaluations and their compilation included, that of the step not.
         trainable_parameters: how many.
         total_parameters: how many in all, adapter included.
@@ -85,6 +86,7 @@ class Result:
     frozen: Tree
     steps: int
     best_step: int
+    split: str
     test: dict[str, float]
     seconds: float
     trainable_parameters: int
@@ -197,8 +199,8 @@ class Run:
                 self._train(step)
             best = self.best if self.best is not None else self.state.trainable
             test = self.evaluator(best, self.frozen, self.setup.test)
-            final = {f"test/{name}": value for name, value in test.items()}
-            self._write(self.step, final)
+            prefix = records.FINAL[self.setup.judged_by]
+            self._write(self.step, {f"{prefix}/{name}": value for name, value in test.items()})
         except Stopped as stopped:
             self._save()
             stopped.saved = True
@@ -210,7 +212,8 @@ class Run:
                 writer.close()
         best_step = self.progress.best_step if self.progress.best_step is not None else self.step
         seconds = self.progress.seconds
-        return Result(self.method, best, self.frozen, self.step, best_step, test, seconds, *self.sizes)
+        split = self.setup.judged_by
+        return Result(self.method, best, self.frozen, self.step, best_step, split, test, seconds, *self.sizes)
 
     def _resume(self) -> None:
         latest = self.latest
@@ -267,7 +270,7 @@ class Run:
                 self.pending.append((self.step, position, metrics))
                 last = self.step == self.setup.steps
                 report(last or self.step % self.setup.config.log.every_steps == 0)
-                saves = self.step % self.setup.config.checkpoint.every_steps == 0
+                saves = self._ends_a(self.setup.config.checkpoint.every_steps)
                 if self._evaluation_due() or saves or self._finished():
                     jax.block_until_ready(self.state)  # steps that are only dispatched are no part of what follows
                     with self._aside():
@@ -342,9 +345,13 @@ class Run:
             writer.write(step, figures)
 
     def _evaluation_due(self) -> bool:
-        every = self.setup.config.evaluation.every_steps or self.setup.batches.steps_per_epoch
-        on_this_step = self.step == self.setup.steps or (every is not None and self.step > 0 and self.step % every == 0)
+        on_this_step = self.step == self.setup.steps or self._ends_a(self.setup.config.evaluation.every_steps)
         return on_this_step and self.progress.evaluated != self.step
+
+    def _ends_a(self, period: int | None) -> bool:
+        """Return whether this step is the last of a period of so many steps, None for an epoch."""
+        every = period or self.setup.batches.steps_per_epoch
+        return every is not None and self.step > 0 and self.step % every == 0
 
     def _evaluate(self) -> None:
         """Evaluates the validation rows, and keeps the tree if it is the best so far."""

@@ -30,6 +30,10 @@ class Writer(Protocol):
         ...
 
 
+FINAL = {"test": "test", "validation": "best_validation"}
+"""What the figures of the best step are called, by the split that they are of; `validation` are those on the way."""
+
+
 class JsonLines:
     """`metrics.jsonl`: one JSON object a line, with `step` and the figures.
 
@@ -47,8 +51,8 @@ class JsonLines:
                 file.writelines(line + b"\n" for line in damaged.values())
             numbers = ", ".join(map(str, list(damaged)[:_MOST_TOLD])) + (", ..." if len(damaged) > _MOST_TOLD else "")
             _log.warning("%s: damaged in line %s: put aside in %s; the other lines stay", path, numbers, aside.name)
-        # the figures of the test rows come last, and are written again
-        kept = [line for line in lines if line["step"] <= resume_at and not _of_test(line)]
+        # the final figures come last, and are written again
+        kept = [line for line in lines if line["step"] <= resume_at and not _is_final(line)]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
@@ -64,8 +68,8 @@ class JsonLines:
         self._file.close()
 
 
-def _of_test(line: Mapping[str, Any]) -> bool:
-    return any(name.startswith("test/") for name in line)
+def _is_final(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith(tuple(f"{prefix}/" for prefix in FINAL.values())) for name in line)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -96,6 +96,11 @@ class Setup:
     identity: Mapping[str, Any]
     peers: Peers = ALONE
 
+    @property
+    def judged_by(self) -> str:
+        """The split of the final figures: `test`, or `validation` where there are no test rows."""
+        return "validation" if self.test is self.validation else "test"
+
 
 def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     """Reads tokenizer, rows and weights.

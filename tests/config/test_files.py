@@ -60,6 +60,12 @@ def file(tmp_path: Path) -> Path:
         ("method.rank_pattern.layer.0.attention.self.query", "4", 4),
         ("baseline_learning_rates.full", "1e-5", 1e-5),
         ("data.columns.text", "body", "body"),
+        ("data.columns.text", "1", "1"),
+        ("data.header", "false", False),
+        ("data.quoting", "none", "none"),
+        ("data.delimiter", r"\t", "\t"),
+        ("data.delimiter", ",", ","),
+        ("checkpoint.every_steps", "None", None),
     ],
 )
 def test_text_becomes_what_the_option_is(file: Path, option: str, text: str, value: Any) -> None:
@@ -72,6 +78,21 @@ def test_text_becomes_what_the_option_is(file: Path, option: str, text: str, val
             config, path = getattr(config, path[0]), path[1:]
     assert config == value
     assert type(config) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"\nA: ", "\nA: "),
+        (r"'\nA: '", "\nA: "),
+        ("\nA: ", "\nA: "),
+        (r"\\n\t\x", "\\n\t\\x"),
+        (" -> ", " -> "),
+    ],
+)
+def test_a_separator_is_read_as_in_python_since_a_shell_does_not(file: Path, text: str, value: str) -> None:
+    overrides = [("model.task", "causal_lm"), ("baselines", ""), ("data.separator", text)]
+    assert configs.load(file, overrides).data.separator == value
 
 
 def test_a_config_is_plain_values_and_back(file: Path) -> None:
@@ -106,6 +127,11 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
          "100 steps of warm-up leave none of the run's 10 steps"),
         ([("data.packing", "true")], "data.packing: is for task 'causal_lm'"),
         ([("data.columns", "{'txt': 'a'}")], "columns: 'txt' is not a field; did you mean 'text'"),
+        ([("data.delimiter", "tab")], "data.delimiter: must be one character, or 'auto', is 'tab'; a tab is '\\t'"),
+        ([("data.encoding", "latin-x")], "data.encoding: 'latin-x' is none that Python knows, such as 'utf-8', 'cp1252'"),
+        ([("data.encoding", "base64")], "data.encoding: 'base64' is none that Python knows"),
+        ([("data.streaming", "true"), ("data.validation", "x.csv"), ("checkpoint.every_steps", "None"),
+          ("train.epochs", "None"), ("train.steps", "9")], "checkpoint.every_steps: None, for each epoch of a stream"),
         ([("metod.rank", "8")], "--config.metod.rank: no such option; did you mean"),
     ],
 )  # fmt: skip

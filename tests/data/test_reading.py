@@ -33,3 +33,74 @@ def test_labels_are_those_of_all_sources(
     assert (len(train), len(validation)) == (16, 4)
     told = dict(zip(train.texts, train.labels.tolist(), strict=True))  # type: ignore[union-attr]
     assert all(label == (int(text.removeprefix("word")) < 10) for text, label in told.items())
+
+
+def names(folder: Path, *words: str) -> Path:
+    """Writes a text for each word in the folder's sub-folders `pos` and `neg`."""
+    for label in ("pos", "neg"):
+        (folder / label).mkdir(parents=True)
+        for word in words:
+            (folder / label / f"{word}.txt").write_text(word)
+    return folder
+
+
+@pytest.mark.parametrize("given", ["aclImdb", "aclImdb/train"])
+def test_test_rows_in_the_folder_or_beside_it_are_taken_and_told(
+    make_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture, given: str
+) -> None:
+    names(tmp_path / "aclImdb" / "train", *(f"word{i}" for i in range(5)))
+    names(tmp_path / "aclImdb" / "test", "word8", "word9")
+    config = make_config(data__train=str(tmp_path / given))
+    with caplog.at_level("INFO", logger="jaxpeft"):
+        train, validation, test = read_examples(config)
+    assert (len(train), len(validation), sorted(test.texts)) == (8, 2, ["word8", "word8", "word9", "word9"])
+    assert train.label_names == test.label_names == ("neg", "pos")
+    assert ": its test rows are taken for the final figures" in caplog.text
+    named = make_config(data__train=str(tmp_path / given), data__test=str(tmp_path / "aclImdb" / "train"))
+    assert len(read_examples(named)[2]) == 10
+
+
+def test_validation_rows_that_are_not_used_are_told(
+    make_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train", "dev"):
+        write(tmp_path / f"{name}.jsonl", [{"text": f"word{i}", "label": str(i % 2)} for i in range(10)])
+    with caplog.at_level("INFO", logger="jaxpeft"):
+        _, validation, test = read_examples(make_config(data__train=str(tmp_path)))
+    assert test is validation
+    assert f"has validation rows, which are not used; data.validation={tmp_path} takes them" in caplog.text
+
+
+def test_rows_are_drawn_for_training_and_never_of_those_to_judge_by(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    files = {
+        f"data__{split}": write(
+            tmp_path / f"{split}.jsonl", [{"text": f"word{i}", "label": str(i % 2)} for i in range(9)]
+        )
+        for split in ("train", "validation", "test")
+    }
+    assert [len(part) for part in read_examples(make_config(**files, data__max_rows=4))] == [4, 9, 9]
+
+
+def test_what_is_said_of_files_is_said_to_all_splits(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    files = {}
+    for split in ("train", "validation", "test"):
+        path = tmp_path / f"{split}.csv"
+        path.write_bytes("\n".join(f"{i % 2}~{split} \u201cword{i}\u201d" for i in range(6)).encode("cp1252"))
+        files[f"data__{split}"] = str(path)
+    columns = {"text": "2", "label": "1"}
+    config = make_config(
+        **files, data__encoding="cp1252", data__delimiter="~", data__header=False, data__columns=columns
+    )
+    for split, examples in zip(("train", "validation", "test"), read_examples(config), strict=True):
+        assert examples.texts == [f"{split} \u201cword{i}\u201d" for i in range(6)]
+        assert examples.label_names == ("0", "1")
+
+
+def test_a_dotted_column_is_a_value_inside(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    rows = [{"review": {"body": f"word{i}"}, "meta": {"stars": i % 2}} for i in range(10)]
+    columns = {"text": "review.body", "label": "meta.stars"}
+    train, _, _ = read_examples(make_config(data__train=write(tmp_path / "a.jsonl", rows), data__columns=columns))
+    assert train.label_names == ("0", "1")
+    assert set(train.texts) <= {f"word{i}" for i in range(10)}

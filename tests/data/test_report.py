@@ -71,6 +71,19 @@ def test_packed_documents_are_parted_and_the_fill_is_told(
     assert table(shown)["length, longest"] == ["6", "6"]
 
 
+def test_how_files_were_read_and_columns_were_taken_is_told(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = "nr;question;answer\n" + "".join(f"{i};word{i};word2\n" for i in range(8))
+    (tmp_path / "rows.csv").write_bytes(table.encode("utf-16"))
+    assert main(["--config", str(config_file), "--show=0", f"--config.data.train={tmp_path}/rows.csv"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == (
+        f"{tmp_path}/rows.csv: delimiter ';', fields may be in quotes, the first line is the header, encoding utf-16"
+    )
+    assert second == "columns: prompt is 'question'; completion is 'answer'; not used: 'nr'"
+
+
 @pytest.mark.usefixtures("minilm")
 def test_labels_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[2]

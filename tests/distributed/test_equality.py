@@ -71,7 +71,9 @@ def test_a_classification_has_the_same_figures(tmp_path: Path, tiny_models: Mapp
     config = write_config(tmp_path / "mine.py", tiny_models["bert"], rows, **OPTIONS)
     one, two = ran(config, 1, 4), ran(config, 2, 2)
     assert_same(one, two)
-    told = [json.loads((of.job.workdir / "summary.json").read_text())["methods"]["lora"]["test"] for of in (one, two)]
+    told = [
+        json.loads((of.job.workdir / "summary.json").read_text())["methods"]["lora"]["validation"] for of in (one, two)
+    ]
     assert told[0].keys() == told[1].keys() and "accuracy" in told[0]
 
 

@@ -97,7 +97,9 @@ def test_case_18_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout
         marks.message(done, f"restoring step {step} from {stopped.checkpoints}")
         marks.in_time(done)
         marks.kept(wanted, arrays(stopped.workdir, STEPS))
-        assert figures(stopped.workdir) == [line for line in told if line["step"] > step or "test/loss" in line]
+        assert figures(stopped.workdir) == [
+            line for line in told if line["step"] > step or "best_validation/loss" in line
+        ]
         marks.same_end(stopped, whole)
 
 

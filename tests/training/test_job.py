@@ -16,9 +16,10 @@ import pytest
 import jaxpeft
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError, TrainingError
-from jaxpeft.training import job
+from jaxpeft.training import job, loop
 from jaxpeft.training.records import read_lines
 from jaxpeft.training.setup import prepare
+from tests.training.runs import write_rows
 
 MakeConfig = Callable[..., Config]
 pytestmark = pytest.mark.slow
@@ -44,12 +45,13 @@ def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Pa
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["before"]["accuracy"] < 0.7
-    assert results["lora"].test["accuracy"] == summary["methods"]["lora"]["test"]["accuracy"]
+    assert results["lora"].test["accuracy"] == summary["methods"]["lora"]["validation"]["accuracy"]
+    assert "test" not in summary["methods"]["lora"]  # no test rows were given
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
-    assert lines[-1].keys() >= {"test/accuracy", "test/f1_macro", "test/mcc"}
+    assert lines[-1].keys() >= {"best_validation/accuracy", "best_validation/f1_macro", "best_validation/mcc"}
 
 
 def test_a_schedule_of_ranks_that_the_run_is_too_short_for_is_refused_before_weights_are_read(
@@ -141,6 +143,56 @@ def test_the_best_step_is_kept_not_the_last(make_config: MakeConfig, tmp_path: P
     by_step = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
     assert result.best_step == min(by_step, key=lambda step: by_step[step]) < 12
     assert math.isclose(result.test["loss"], by_step[result.best_step], rel_tol=1e-6)
+
+
+def test_a_run_saves_and_evaluates_at_the_end_of_each_epoch(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    real = loop.Checkpoints.save
+    monkeypatch.setattr(
+        loop.Checkpoints, "save", lambda self, step, *rest: saved.append(step) or real(self, step, *rest)
+    )
+    config = make_config(train__steps=14, checkpoint__every_steps=None)  # of 48 rows, 6 steps an epoch
+    job.run(config, tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert saved == [line["step"] for line in lines if "validation/loss" in line] == [6, 12, 14]
+
+
+def test_a_run_that_goes_on_does_not_evaluate_again_what_was_before(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[int] = []
+    real = job.Evaluator.__call__
+    monkeypatch.setattr(job.Evaluator, "__call__", lambda *args: evaluated.append(1) or real(*args))
+    job.run(make_config(), tmp_path / "run")
+    summary, record = (tmp_path / "run" / "summary.json").read_text(), tmp_path / "run" / "before.json"
+    assert len(evaluated) == 3  # before, at the last step, and the final figures
+    job.run(make_config(), tmp_path / "run")
+    assert len(evaluated) == 4
+    assert (tmp_path / "run" / "summary.json").read_text() == summary
+    for broken in ("", "[]", '{"run": 1, "figures": {}}', record.read_text().replace('"run": "', '"run": "0')):
+        evaluated.clear()
+        record.write_text(broken)
+        job.run(make_config(), tmp_path / "run")
+        assert len(evaluated) == 2
+
+
+def test_figures_are_called_by_the_rows_that_they_are_of(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    test = write_rows(tmp_path / "test.jsonl", "single", 12)
+    for name, options in (("validation", {}), ("test", {"data__test": str(test)})):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="jaxpeft"):
+            result = job.run(make_config(train__steps=3, **options), tmp_path / name)["lora"]
+        assert result.split == name
+        assert f"\n{name} accuracy\n" in caplog.text
+        assert f"lora on the {name} rows: " in caplog.text
+        told = json.loads((tmp_path / name / "summary.json").read_text())["methods"]["lora"]
+        assert ({"test", "validation"} & told.keys()) == {name}
+        last = read_lines(tmp_path / name / "metrics.jsonl")[-1]
+        assert {"test": "test/loss", "validation": "best_validation/loss"}[name] in last
 
 
 def test_patience_stops_early(make_config: MakeConfig, tmp_path: Path) -> None:

