@@ -219,10 +219,28 @@ def _check(dialog: Dialog, row: Sequence[_Answer]) -> Writing[Script]:
             )
         if answer.tail is None:
             notes += _unwritten(dialog.messages[answer.turn], answer.turn, inside)
+            yield from _check_null(dialog, answer)
         tails.append(answer.tail or answer.text[max(inside.said, default=start) : end])
     if dialog.tools and not found.tools:
         notes.append("the chat template does not write the tools")
     return Script(last.text, spans, tuple(tails), begun=True, notes=tuple(notes))
+
+
+def _check_null(dialog: Dialog, answer: _Answer) -> Writing[None]:
+    """Check that no word is written for a content that is null.
+
+    Raises:
+        RenderError: it is, as jinja does where a template does not ask.
+    """
+    i, message = answer.turn, dialog.messages[answer.turn]
+    if message.get("content", "") is not None or "None" not in answer.text[len(answer.prompt) :]:
+        return
+    messages = [*dialog.messages[:i], {**message, "content": ""}]
+    if (yield from _render(messages, dialog.tools, (i + 1, False))) != answer.text:
+        raise RenderError(
+            f"the chat template writes 'None' for the content of turn {i + 1}, which is null",
+            fix=f'write "" as the content, or {MEND}',
+        )
 
 
 class _Places(NamedTuple):
