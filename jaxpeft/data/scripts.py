@@ -35,7 +35,7 @@ class Script:
     """A dialog written out.
 
     Attributes:
-        text: all of it.
+        text: the turns up to the last answer that is learned.
         learned: `(start, end)` of each part that is learned, in characters, in order.
         tails: what ends each learned part: behind its content, where that is known.
         begun: whether the text holds the tokens that a text begins with: a template writes them itself.
@@ -54,9 +54,8 @@ class Script:
 
     @property
     def cuts(self) -> list[int]:
-        """Where pieces of the text end: where each learned part begins and ends, and the end of what follows them."""
-        around = [at for span in self.learned for at in span]
-        return around if around[-1:] == [len(self.text)] else [*around, len(self.text)]
+        """Where each learned part begins and ends; the end of a text of which nothing is learned."""
+        return [at for span in self.learned for at in span] or [len(self.text)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class _Answer:
 
 
 def write_dialog(dialog: Dialog) -> Writing[Script]:
-    """Write a dialog out, one row for all of its answers where no text is rewritten.
+    """Write a dialog out up to its last answer, one row for all answers where no text is rewritten.
 
     Raises:
         RenderError: the template cannot write it, no answer can be learned, or words of the user would be.
@@ -92,8 +91,6 @@ def write_dialog(dialog: Dialog) -> Writing[Script]:
     for row in rows:
         scripts.append((yield from _check(dialog, row)))
     last = scripts.pop() if scripts else Script(whole, (), (), begun=True)
-    if whole.startswith(last.text):
-        last = dataclasses.replace(last, text=whole)
     return dataclasses.replace(last, earlier=tuple(scripts), unlearned=tuple(map(str, unlearned)))
 
 

@@ -8,6 +8,7 @@ else it gets one of its own.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -139,14 +140,14 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
     """
     marks = tuple(mark for mark in marks_of(tokenizer) if mark)
     rows = [(i, row) for i, script in enumerate(scripts) for row in (*script.earlier, script)]
-    pieces = iter(encodings(tokenizer, [row.text[:cut] for _, row in rows for cut in row.cuts]))
+    pieces = prefixes(tokenizer, [(row.text, row.cuts) for _, row in rows])
     made: list[list[Labelled]] = [[] for _ in scripts]
-    for i, row in rows:
-        for ids, learned, tail in _rows(row, [next(pieces).ids for _ in row.cuts], tokenizer):
+    for (i, row), upto in zip(rows, pieces, strict=True):
+        for ids, learned, tail in _rows(row, upto, tokenizer):
             labels = [IGNORED] * len(ids)
             for start, stop in learned:
                 labels[start:stop] = ids[start:stop]
-            unmarked = tail is not None and not tail.rstrip().endswith(marks)
+            unmarked = not tail.rstrip().endswith(marks)
             last = [end] if end is not None and unmarked and labels[-1:] not in ([IGNORED], [end], []) else []
             first = [] if row.begun else [*begin]
             whole = [*first, *ids, *last]
@@ -157,14 +158,14 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
 
 def _rows(
     script: Script, pieces: Sequence[list[int]], tokenizer: Any
-) -> list[tuple[list[int], list[tuple[int, int]], str | None]]:
+) -> list[tuple[list[int], list[tuple[int, int]], str]]:
     """Join the tokens up to each cut, never changing those before it.
 
     Returns:
-        The tokens of each row, from which to which is learned, and what ends its last answer; None where something follows it.
+        The tokens of each row, from which to which is learned, and what ends its last answer.
     """
-    rows: list[tuple[list[int], list[tuple[int, int]], str | None]] = []
-    ids, learned, tail = pieces[0], list[tuple[int, int]](), None
+    rows: list[tuple[list[int], list[tuple[int, int]], str]] = []
+    ids, learned, tail = pieces[0], list[tuple[int, int]](), ""
     answers = zip(script.learned, script.tails, pieces[::2], pieces[1::2], strict=False)
     for (start, end), ends, prompt, upto in answers:
         if prompt[: len(ids)] != ids:
@@ -174,8 +175,6 @@ def _rows(
         ids = prompt + _behind_anchor(script.text[start:end], tokenizer) if torn else upto
         learned.append((len(prompt), len(ids)))
         tail = ends
-    if len(pieces) > 2 * len(script.learned) and pieces[-1][: len(ids)] == ids:
-        ids, tail = pieces[-1], None
     return [*rows, (ids, learned, tail)]
 
 
@@ -195,6 +194,36 @@ def encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
     if backend.encode_special_tokens:
         backend.encode_special_tokens = False
     return backend.encode_batch(list(texts), add_special_tokens=False)
+
+
+def prefixes(tokenizer: Any, texts: Sequence[tuple[str, Sequence[int]]]) -> list[list[list[int]]]:
+    """Tokenise texts up to each of their cuts, as if each was a text of its own.
+
+    A token that has been added to the vocabulary parts a text: what stands before it and behind it do not see each other. So a
+    text up to a cut has the tokens that the whole has before the last such token, and those of the rest.
+
+    Args:
+        tokenizer: a fast tokenizer of `transformers`.
+        texts: each with its cuts, in characters.
+    """
+    added = {i: token.content.strip() for i, token in tokenizer.added_tokens_decoder.items()}
+    heads: list[list[int]] = []
+    rests: list[str] = []
+    for (text, cuts), whole in zip(texts, encodings(tokenizer, [text for text, _ in texts]), strict=True):
+        ids = whole.ids
+        # an unknown letter is the same token as the mark of one, and parts nothing
+        parted = [(0, 0, 0)] + [
+            (end, start, at)
+            for at, (token, (start, end)) in enumerate(zip(ids, whole.offsets, strict=True))
+            if token in added and text[start:end].strip() == added[token]
+        ]
+        for cut in cuts:
+            _, start, at = parted[bisect.bisect_right(parted, cut, key=lambda part: part[0]) - 1]
+            heads.append(ids if cut == len(text) else ids[:at])
+            rests.append("" if cut == len(text) else text[start:cut])
+    tails = encodings(tokenizer, rests)
+    made = iter([[*head, *tail.ids] for head, tail in zip(heads, tails, strict=True)])
+    return [[next(made) for _ in cuts] for _, cuts in texts]
 
 
 def _doubled(ids: Sequence[int], bos: int | None) -> int:

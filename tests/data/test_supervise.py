@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxpeft.data.dialogs import Completion, Dialog
-from jaxpeft.data.supervise import IGNORED, Labelled, label, write, write_prompt
+from jaxpeft.data.supervise import IGNORED, Labelled, label, prefixes, write, write_prompt
 from jaxpeft.data.templates import Template
 from jaxpeft.data.tokens import prefix, special_tokens
 from tests.data.chats import CHATS, LIST, PARIS, SUM, TEMPLATES, USER, tokenizer_of
@@ -85,7 +85,7 @@ def test_just_the_answers_are_learned_and_each_with_its_end(family: str, chat: s
             "thoughts": "<|im_end|>"}  # fmt: skip
     for text in decoded if family in ends else []:
         assert ends[family] in text
-    if family == "plain" and messages[-1]["role"] == "assistant":
+    if family == "plain":
         assert decoded[-1].endswith("</s>")  # the template marks no end: the tokenizer's own is added
 
 
@@ -93,8 +93,8 @@ def test_just_the_answers_are_learned_and_each_with_its_end(family: str, chat: s
 def test_the_tokens_are_the_whole_text_and_begin_with_one_bos_at_most(family: str, chat: str, kind: str) -> None:
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
     made = labelled(family, messages, tokenizer)
-    if chat == "ends with the user" and (family == "thoughts" or (family, kind) == ("headers", "bytes")):
-        messages = messages[:-1]  # with it, the thought would not be written, and the tokens would be others
+    if messages[-1]["role"] == "user":
+        messages = messages[:-1]  # what follows the last answer teaches nothing
     text = template_of(family, tokenizer).render(messages, generate=False)
     if kind == "bytes":
         assert tokenizer.decode(made.ids).removesuffix("</s>") == text.removesuffix("</s>")
@@ -187,3 +187,12 @@ def test_a_token_that_spans_the_end_of_an_answer_is_not_learned() -> None:
     (made,) = label([write(Dialog(turns), Template(glued, {}))], tokenizer, begin=[], end=None)
     assert "Ġone" in tokenizer.convert_ids_to_tokens(made.ids)
     assert [tokenizer.decode(run) for _, run in answers([*made.earlier, made])] == [" on", "42"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_the_tokens_up_to_any_cut_are_those_of_the_text_up_to_there(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    text = "<s> <|im_start|>user\nAdd 2 ø.<|im_end|>\n\n<|im_start|> model<unk>: 42</s> <|im_end|>"
+    cuts = list(range(len(text) + 1))
+    (made,) = prefixes(tokenizer, [(text, cuts)])
+    assert made == [tokenizer(text[:cut], add_special_tokens=False)["input_ids"] for cut in cuts]
