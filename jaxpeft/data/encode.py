@@ -104,7 +104,15 @@ def make_options(
     chat = any(isinstance(text, Dialog) for text in examples.texts)
     source = template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
     template = {"default": source} if isinstance(source, str) else source
-    return Options(max_length, add_bos, add_eos, template, separator)
+    spaced = examples.kind == "token_classification" and _joins_words(tokenizer)
+    return Options(max_length, add_bos, add_eos, template, separator, spaced)
+
+
+def _joins_words(tokenizer: Any) -> bool:
+    """Tell whether a space belongs to the word behind it, and is not put there by the tokenizer (GPT-2, RoBERTa, Llama 3)."""
+    before = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    parts = before.get("pretokenizers", [before])
+    return any(part.get("type") == "ByteLevel" and not part.get("add_prefix_space") for part in parts)
 
 
 def fingerprint(examples: Examples, tokenizer: Any, options: Options) -> str:
@@ -153,16 +161,8 @@ def _check_options(examples: Examples, tokenizer: Any, options: Options) -> None
     least = 2 if examples.kind in GENERATIVE else 1 + tokenizer.num_special_tokens_to_add(examples.pairs is not None)
     if options.max_length < least:
         problems.append(f"max_length={options.max_length} leaves no room for text; give at least {least}")
-    if examples.kind == "token_classification" and _joins_words(tokenizer):
-        problems.append(f"tokenizer {name}: words need add_prefix_space=True; load it with that argument")
     if problems:
         raise ConfigError(problems)
-
-
-def _joins_words(tokenizer: Any) -> bool:
-    """Tells whether words given one by one would lose the space that parts them (GPT-2, RoBERTa)."""
-    before = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    return before.get("type") == "ByteLevel" and not before.get("add_prefix_space")
 
 
 @contextmanager

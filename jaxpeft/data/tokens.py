@@ -18,13 +18,17 @@ from jaxpeft.data.templates import Template, compiled
 
 @dataclass(frozen=True)
 class Options:
-    """What changes the tokens, beside the tokenizer: see `encode`."""
+    """What changes the tokens, beside the tokenizer: see `encode`.
+
+    `spaced` puts a space before each word: words given one by one lose it where it is part of a word's first token.
+    """
 
     max_length: int
     add_bos: bool
     add_eos: bool
     template: Mapping[str, str] | None = None
     separator: str = ""
+    spaced: bool = False
 
 
 @dataclass
@@ -67,6 +71,8 @@ def _sentences(examples: Examples, tokenizer: Any, rows: range, options: Options
 
 def _words(examples: Examples, tokenizer: Any, rows: range, options: Options) -> Batch:
     texts = examples.texts[rows.start : rows.stop]
+    if options.spaced:
+        texts = [[word if word[:1].isspace() else f" {word}" for word in words] for words in texts]
     made = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=options.max_length, verbose=False)
     tags: Any = examples.labels
     labels = [_first_subtokens(made.word_ids(i), tags[row]) for i, row in enumerate(rows)]

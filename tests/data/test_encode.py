@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import tempfile
@@ -14,6 +15,7 @@ from jaxpeft.data.encode import encode, fingerprint, pad_id
 from jaxpeft.data.examples import make_examples
 from jaxpeft.data.tokens import Options
 from jaxpeft.errors import ConfigError, DataError
+from tests.data.chats import tokenizer_of
 
 # The package has the function under the module's name.
 MODULE = importlib.import_module("jaxpeft.data.encode")
@@ -164,13 +166,22 @@ def test_a_slow_tokenizer_is_refused(documents, plain, monkeypatch):
         encode(documents("a"), plain, **OFF)
 
 
-def test_a_tokenizer_that_joins_words_is_refused_for_words(rows_of, plain):
-    from tokenizers import pre_tokenizers
+@pytest.mark.parametrize("split", [False, True], ids=["as RoBERTa's", "as Llama 3's"])
+@pytest.mark.parametrize("ready", [False, True])
+def test_words_keep_the_space_that_is_part_of_them(rows_of, split, ready):
+    """The tokens of words are those of the text that they make, as with a tokenizer loaded with add_prefix_space=True."""
+    from tokenizers import Regex, pre_tokenizers
 
-    plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    examples = make_examples(rows_of({"tokens": ["a", "b"], "tags": ["x", "y"]}), kind="token_classification")
-    with pytest.raises(ConfigError, match="words need add_prefix_space=True; load it with that argument"):
-        encode(examples, plain, **OFF)
+    tokenizer = copy.deepcopy(tokenizer_of("bytes"))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=ready, use_regex=not split)
+    pattern = pre_tokenizers.Split(Regex(r"'\w+| ?\w+|[^\w\s]+|\s+"), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pattern, level]) if split else level
+    words = ["the", "capital", "of", "France's"]
+    examples = make_examples(rows_of({"tokens": words, "tags": list("ABAC")}), kind="token_classification")
+    made = encode(examples, tokenizer, **OFF | {"max_length": 32, "vocab_size": 600})
+    if not (split and ready):  # there, each piece of a word gets a space
+        assert made.tokens.tolist() == tokenizer(" " + " ".join(words))["input_ids"]
+    assert [label for label in made.labels.tolist() if label != -100] == [0, 1, 0, 2]
 
 
 def test_the_pad_id_is_the_tokenizer_s_where_the_model_knows_it(plain, bert):
