@@ -35,6 +35,7 @@ _WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 _NONE = frozenset({"n/a", "na", "nan", "null", "unlabeled", "unlabelled"})
 BY_USER = "data.labels"
 IGNORED = -100
+_MANY = 20
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ def learn(labeling: Labeling, rows: Rows, column: str, problem: Problem | None, 
     if problem is not None:
         found.refuse_lists(sure or problem == "multi_label")
         found.refuse_wordless()
+        found.warn_of_values(len(rows))
     found.refuse_alike()
     found.refuse_negative()
     return dataclasses.replace(labeling, names=sort_names(found.counts))
@@ -317,6 +319,21 @@ class _Found:
         for name in self.counts:
             if name.strip().lower() in _NONE:
                 _log.warning("%s", self._unlabeled(name, "is taken for a class"))
+
+    def warn_of_values(self, rows: int) -> None:
+        """Warn of classes that are rather numbers or texts."""
+        decimal = [name for name in self.counts if (value := number(name)) is not None and not value.is_integer()]
+        other = [name for name in self.counts if number(name) is None]
+        if decimal and other:
+            _log.warning(
+                "%s: column %r: %s is a decimal number, %s is none, so that all are names of classes; set data.problem='regression' "
+                "if they are numbers", self.name, self.column, self.told(decimal[0]), self.told(other[0]),
+            )  # fmt: skip
+        elif len(self.counts) > max(_MANY, rows // 2):
+            _log.warning(
+                "%s: column %r has %d different labels in %d rows, such as %s; name another column in data.columns if they are no "
+                "classes", self.name, self.column, len(self.counts), rows, self.told(next(iter(self.counts))),
+            )  # fmt: skip
 
     def refuse_negative(self) -> None:
         """Refuse -1 among classes that are counted from 0: it mostly means that there is no label."""

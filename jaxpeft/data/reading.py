@@ -16,7 +16,7 @@ from jaxpeft.data.labeling import Labeling, labeled, labeling_of
 from jaxpeft.data.labels import Problem
 from jaxpeft.data.layout import GIB, Layout
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
-from jaxpeft.data.unread import refuse_partial, unread
+from jaxpeft.data.unread import filled, refuse_partial, unread
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.kept_head import KeptHead, read_head
 from jaxpeft.hub.sources import Source
@@ -156,8 +156,8 @@ def recognize(config: Config, rows: Rows, *, tell: bool = False) -> tuple[Rows, 
 
 def tell_unread(config: Config, rows: Rows, kind: Kind) -> None:
     """Log, in one line, which columns of a source are not read; a warning where one may be missed."""
-    present = rows.columns()
-    told, missed = unread(present, find_columns(present, columns_of(config, kind), kind, rows.name), kind)
+    found = find_columns(rows.columns(), columns_of(config, kind), kind, rows.name)
+    told, missed = unread(filled(rows), found, kind)
     if told:
         _log.log(logging.WARNING if missed else logging.INFO, "%s: %s", rows.name, told)
 
@@ -207,7 +207,7 @@ def kind_of(config: Config, rows: Rows) -> Kind:
     if kind == "auto":
         present, asked = rows.columns(), Columns(**config.data.columns)
         kind = find_format(present, asked, rows.name)
-        refuse_partial(present, asked, find_columns(present, asked, kind, rows.name), kind, rows.name)
+        refuse_partial(filled(rows), asked, find_columns(present, asked, kind, rows.name), kind, rows.name)
     _log.info("%s: rows of format %s", rows.name, kind)
     return kind
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from jaxpeft.data.columns import GENERATIVE, REQUIRED, Columns, Kind
+from jaxpeft.data.columns import REQUIRED, Columns, Kind
+from jaxpeft.data.rows import Rows
 from jaxpeft.errors import DataError
 
 _WORD = re.compile(r"[^\W_]+")
@@ -62,6 +63,24 @@ _MEANT: Mapping[str, frozenset[str]] = {
 }
 """The columns that rows of a format are not learned without, unless that is said to be meant."""
 
+_CLASSIFIED = {
+    "the answer": "the label", "how good the answer is": "the label", "a part of the question": "a second text",
+    "the prompt": "a second text", "earlier turns": "a second text",
+}  # fmt: skip
+_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
+    "text": {"how good the answer is": "a class or a score"},
+    "classification": _CLASSIFIED,
+    "token_classification": _CLASSIFIED,
+}
+"""What roles are in rows without answers."""
+
+
+def filled(rows: Rows) -> list[str]:
+    """Return the columns in which some row holds something."""
+    return [
+        name for name in rows.columns() if any(record.get(name) not in (None, "", [], {}) for record in rows.records)
+    ]
+
 
 def role(column: str) -> str | None:
     """Return what a column may be meant for: empty where nothing is missed without it, None where its name does not say."""
@@ -73,7 +92,7 @@ def refuse_partial(present: Sequence[str], asked: Columns, columns: Columns, kin
     """Refuse rows of which the likely answer, or what it depends on, would not be read.
 
     Args:
-        present: the columns of the rows.
+        present: the columns that hold something.
         asked: the columns that the user named; a field named that the format must have says what is meant.
         columns: the columns that would be read.
         kind: the format that was told from the columns.
@@ -89,7 +108,7 @@ def refuse_partial(present: Sequence[str], asked: Columns, columns: Columns, kin
     if missed:
         read = ", ".join(map(repr, columns.given().values()))
         raise DataError(
-            f"{name}: rows of format {kind} would be learned from {read} alone, without {_told(missed)}; "
+            f"{name}: rows of format {kind} would be learned from {read} alone, without {_told(missed, kind)}; "
             f"{_fix(columns, missed)}if that is meant, set data.format={kind!r}. Columns present: {', '.join(present)}"
         )
 
@@ -98,7 +117,7 @@ def unread(present: Sequence[str], columns: Columns, kind: str) -> tuple[str, bo
     """Return one line that names the columns that nothing reads, empty where all are read; and whether one may be missed.
 
     Args:
-        present: the columns of the rows.
+        present: the columns that hold something.
         columns: the columns that are read.
         kind: the format of the rows.
     """
@@ -116,13 +135,10 @@ def _left(present: Sequence[str], columns: Columns) -> list[str]:
     return [column for column in present if column not in read and column not in parts]
 
 
-def _told(columns: Sequence[str], kind: str = "text") -> str:
+def _told(columns: Sequence[str], kind: str) -> str:
     def one(column: str) -> str:
-        meant = role(column)
-        if kind not in GENERATIVE and meant in ("the answer", "how good the answer is"):
-            meant = "the label"
-        if kind not in GENERATIVE and meant in ("a part of the question", "the prompt", "earlier turns"):
-            meant = "a second text"
+        meant = role(column) or ""
+        meant = _ELSEWHERE.get(kind, {}).get(meant, meant)
         return f"{column!r} (perhaps {meant})" if meant else repr(column)
 
     return ", ".join(map(one, columns))

@@ -216,7 +216,9 @@ def _labels(config: Config, described: Mapping[str, Any]) -> int | None:
 def _problem(config: Config) -> str:
     if config.model.task != "sequence_classification":
         return {"causal_lm": "lm"}.get(config.model.task, "token")
-    return "single_label" if config.data.problem == "auto" else config.data.problem
+    if config.data.problem == "auto":
+        return "multi_label" if config.data.label_separator else "single_label"
+    return config.data.problem
 
 
 def _batch(

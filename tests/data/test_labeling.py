@@ -235,3 +235,17 @@ def test_a_kept_head_says_the_problem() -> None:
     assert read("a", "b", labeling=regression).problem == "single_label"
     several = labeling_of(DataConfig(train="F"), KeptHead(("x", "y"), 2, "multi_label", "c"))
     assert read(["x"], ["y", "x"], labeling=several).labels.tolist() == [[1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (["4.88", "n/a", "3.0"], "'4.88' (once, in rows.jsonl:1:1 (row 1)) is a decimal number, 'n/a' (once, in rows.jsonl:2:1 (row 2))"),
+        ([f"a text {i}" for i in range(30)], "has 30 different labels in 30 rows, such as 'a text 0'"),
+        ([-1, 0, 1], "'-1' (once, in rows.jsonl:1:1 (row 1)) is taken for a class; if it means none, set data.unlabeled=('-1',)"),
+        (["nan", "x"], "'nan' (once, in rows.jsonl:1:1 (row 1)) is taken for a class"),
+    ],
+)  # fmt: skip
+def test_classes_that_may_be_none_are_told(values: list[Any], said: str, caplog: pytest.LogCaptureFixture) -> None:
+    read(*values)
+    assert said in caplog.text

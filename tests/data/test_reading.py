@@ -11,6 +11,7 @@ import pytest
 
 from jaxpeft.config.schema import Config
 from jaxpeft.data.reading import read_examples
+from jaxpeft.errors import DataError
 from tests.training.runs import make_config, tiny_models
 
 __all__ = ["make_config", "tiny_models"]
@@ -104,3 +105,32 @@ def test_a_dotted_column_is_a_value_inside(make_config: Callable[..., Config], t
     train, _, _ = read_examples(make_config(data__train=write(tmp_path / "a.jsonl", rows), data__columns=columns))
     assert train.label_names == ("0", "1")
     assert set(train.texts) <= {f"word{i}" for i in range(10)}
+
+
+def test_columns_that_nothing_reads_are_told_once(
+    make_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": f"word{i}", "label": "ab"[i % 2], "title": "word1", "empty": None, "id": i} for i in range(20)]
+    file = write(tmp_path / "a.jsonl", rows)
+    read_examples(make_config(data__train=file, data__validation=file, data__test=file))
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    wanted = "read: 'text' (text), 'label' (label); not read: 'title' (perhaps a second text), 'id'"
+    assert told == [f"{file}: {wanted}"]
+
+
+def test_rows_with_more_than_would_be_learned_need_a_word(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"text": "word1 word2", "code": "word3"}] * 12)
+    with pytest.raises(DataError, match=r"without 'code' \(perhaps the answer\)"):
+        read_examples(make_config("text", data__train=file))
+    assert read_examples(make_config("text", data__train=file, data__format="text"))[0].kind == "text"
+    named = make_config("text", data__train=file, data__columns={"prompt": "text", "completion": "code"})
+    assert read_examples(named)[0].kind == "prompt_completion"
+
+
+def test_rows_without_a_label_are_in_no_split(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    labels = ["yes", "no", "-", "yes"]
+    file = write(tmp_path / "a.jsonl", [{"text": f"word{i}", "label": labels[i % 4]} for i in range(40)])
+    with pytest.raises(DataError, match=r"'-' .*set data.unlabeled="):
+        read_examples(make_config(data__train=file))
+    train, validation, _ = read_examples(make_config(data__train=file, data__unlabeled=("-",)))
+    assert (train.label_names, len(train) + len(validation)) == (("no", "yes"), 30)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from jaxpeft.data.columns import Columns, find_columns, find_format
-from jaxpeft.data.unread import refuse_partial, role, unread
+from jaxpeft.data.unread import filled, refuse_partial, role, unread
 from jaxpeft.errors import DataError
+from tests.data.conftest import make_rows
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_what_is_meant_and_what_is_not_missed_is_not_refused(present: str, asked
          "read: 'question' (text), 'label' (label); not read: 'context' (perhaps a second text)", True),
         ("text label foo", "classification", "read: 'text' (text), 'label' (label); not read: 'foo'", True),
         ("text title label", "text", ("read: 'text' (text); not read: 'title' (perhaps a second text), "
-         "'label' (perhaps how good the answer is)"), True),
+         "'label' (perhaps a class or a score)"), True),
         ("messages answer", "messages", "read: 'messages' (messages); not read: 'answer' (perhaps the answer)", True),
     ],
 )  # fmt: skip
@@ -104,3 +105,8 @@ def test_a_column_of_which_a_value_is_read_is_read() -> None:
     )
     line, missed = unread(present, find_columns(present, asked, "prompt_completion", "F"), "prompt_completion")
     assert (line.partition("; ")[2], missed) == ("not read: 'id'", False)
+
+
+def test_a_column_without_a_value_is_not_missed() -> None:
+    rows = make_rows({"prompt": "a", "completion": "b", "label": None, "tools": []}, {"prompt": "c", "completion": "d"})
+    assert filled(rows) == ["prompt", "completion"]
