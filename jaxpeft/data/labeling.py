@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.config.schema import DataConfig
+from jaxpeft.data.label_checks import DIGITS, Found, plain, whole
 from jaxpeft.data.labels import (
     NO_LABEL,
     Problem,
@@ -29,13 +27,9 @@ from jaxpeft.errors import ConfigError, DataError, nearest
 from jaxpeft.hub.kept_head import KeptHead
 
 _log = logging.getLogger(__name__)
-_SEPARATORS = (",", ";", "|", " ")
-_DIGITS = re.compile(r"[0-9]+")
-_WHOLE = re.compile(r"(-?[0-9]+)\.0+")
-_NONE = frozenset({"n/a", "na", "nan", "null", "unlabeled", "unlabelled"})
 BY_USER = "data.labels"
 IGNORED = -100
-_MANY = 20
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -87,10 +81,10 @@ class Labeling:
         """Return the id of a label: by its name, or by its number where somebody said the order; None where there is none."""
         if name in self.names:
             return self.names.index(name)
-        given = _whole(name)
+        given = whole(name)
         if len(self.names) == 2:
             given = {"false": "0", "true": "1"}.get(given, given)
-        if not self.origin or not _DIGITS.fullmatch(given) or any(map(_DIGITS.fullmatch, self.names)):
+        if not self.origin or not DIGITS.fullmatch(given) or any(map(DIGITS.fullmatch, self.names)):
             return None
         return int(given) if int(given) < len(self.names) else None
 
@@ -151,10 +145,10 @@ class Labeling:
 
     def _unknown(self, name: str) -> RowError:
         where = f" of {self.origin}" if self.origin else ""
-        counted = ", which are counted from 0" if self.origin and _DIGITS.fullmatch(_whole(name)) else ""
+        counted = ", which are counted from 0" if self.origin and DIGITS.fullmatch(whole(name)) else ""
         hint = nearest(name, self.names).removeprefix("; ")
         return RowError(
-            f"holds {name!r}, which is not one of the {len(self.names)} labels known{where}{counted}",
+            f"holds {excerpt(name)!r}, which is not one of the {len(self.names)} labels known{where}{counted}",
             hint or "correct it or leave it out",
         )
 
@@ -181,7 +175,7 @@ def labeling_of(options: DataConfig, head: KeptHead | None) -> Labeling:
         return dataclasses.replace(
             own, names=head.names or _numbered(head.size), origin=head.file, problem=head.problem
         )
-    ours, theirs = list(map(_plain, own.names)), list(map(_plain, head.names))
+    ours, theirs = list(map(plain, own.names)), list(map(plain, head.names))
     if ours != theirs and sorted(ours) == sorted(theirs):
         raise ConfigError(
             f"data.labels: {', '.join(own.names)}, but the base's head, which is kept, has its classes in the order "
@@ -211,10 +205,8 @@ def learn(labeling: Labeling, rows: Rows, column: str, problem: Problem | None, 
     """
     if labeling.vectors or (labeling.names and labeling.origin == BY_USER):
         return labeling
-    found = _Found.read(rows, column, [_names(record.get(column), problem, labeling) for record in rows.records])
-    if labeling.names:
-        labeling = _of_the_base(labeling, found)
-    if labeling.names:
+    found = Found.read(rows, column, [_names(record.get(column), problem, labeling) for record in rows.records])
+    if labeling.names and _has_all(labeling, found):
         return labeling
     if problem is not None:
         found.refuse_lists(sure or problem == "multi_label")
@@ -222,7 +214,9 @@ def learn(labeling: Labeling, rows: Rows, column: str, problem: Problem | None, 
         found.warn_of_values(len(rows))
     found.refuse_alike()
     found.refuse_negative()
-    return dataclasses.replace(labeling, names=sort_names(found.counts))
+    if labeling.names:
+        _refuse_for_head(labeling, found)
+    return dataclasses.replace(labeling, names=sort_names(found.counts), origin="")
 
 
 def labeled(rows: Rows, column: str, unlabeled: Sequence[str], problem: Problem | None = None) -> Rows:
@@ -251,107 +245,6 @@ def labeled(rows: Rows, column: str, unlabeled: Sequence[str], problem: Problem 
     return rows.take(kept)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The labels that rows hold: how often each, and where first."""
-
-    name: str
-    column: str
-    counts: Mapping[str, int]
-    first: Mapping[str, str]
-
-    @staticmethod
-    def read(rows: Rows, column: str, names: Sequence[Sequence[str]]) -> _Found:
-        counts = Counter(name for of_row in names for name in of_row)
-        first: dict[str, int] = {}
-        for i, of_row in enumerate(names):
-            for name in of_row:
-                first.setdefault(name, i)
-        return _Found(rows.name, column, counts, {name: rows.where(i) for name, i in first.items()})
-
-    def told(self, name: str) -> str:
-        times = "once, in" if self.counts[name] == 1 else f"{self.counts[name]} times, first in"
-        return f"{excerpt(ascii(name))} ({times} {self.first[name]})"
-
-    def refuse_alike(self) -> None:
-        groups: dict[str, list[str]] = {}
-        for name in self.counts:
-            groups.setdefault(_plain(name), []).append(name)
-        if alike := [" and ".join(map(self.told, names)) for names in groups.values() if len(names) > 1]:
-            raise DataError(
-                f"{self.name}: column {self.column!r} has labels that differ only in case, spaces or the form of characters: "
-                f"{'; '.join(alike[:5])}; write them alike, or name each in data.labels if they are different classes"
-            )
-
-    def refuse_lists(self, sure: bool) -> None:
-        """Refuse strings that look like several labels, unless they are surely one each."""
-        for separator in () if sure else _SEPARATORS:
-            parts = {
-                name: [part.strip() for part in name.split(separator)]
-                for name in self.counts
-                if separator in name.strip()
-            }
-            several = {name: of for name, of in parts.items() if len(of) > 1 and all(of)}
-            doubtful = [name for name, of in several.items() if all(map(_DIGITS.fullmatch, of))]
-            if separator != " ":  # which stands inside of names
-                doubtful += [name for name, of in several.items() if set(of) <= self.counts.keys()]
-                shared = len({part for of in several.values() for part in of}) <= len(several)
-                doubtful += several if shared and len(several) > 1 else []
-            if doubtful:
-                raise DataError(self._several(doubtful[0], separator))
-        bracketed = [name for name in self.counts if re.fullmatch(r"\s*[\[{(].*[\]})]\s*", name, re.DOTALL)]
-        if bracketed and not sure:
-            raise DataError(self._several(bracketed[0], ","))
-
-    def _several(self, name: str, separator: str) -> str:
-        plain = "written without brackets and quotes, " if re.match(r"\s*[\[{(]", name) else ""
-        point = "; write decimal numbers with a point" if separator == "," else ""
-        return (
-            f"{self.name}: column {self.column!r} holds {self.told(name)}, which looks like several labels; {plain}they are told "
-            f"apart by data.label_separator={separator!r}; if it is one label, set data.problem='single_label'{point}"
-        )
-
-    def refuse_wordless(self) -> None:
-        """Refuse a class without a letter or digit among words: it mostly means that there is no label."""
-        wordless = [name for name in self.counts if not any(map(str.isalnum, name))]
-        if wordless and any(any(map(str.isalpha, name)) for name in self.counts):
-            raise DataError(self._unlabeled(wordless[0], "beside words mostly stands for no label"))
-        for name in self.counts:
-            if name.strip().lower() in _NONE:
-                _log.warning("%s", self._unlabeled(name, "is taken for a class"))
-
-    def warn_of_values(self, rows: int) -> None:
-        """Warn of classes that are rather numbers or texts."""
-        decimal = [name for name in self.counts if (value := number(name)) is not None and not value.is_integer()]
-        other = [name for name in self.counts if number(name) is None]
-        if decimal and other:
-            _log.warning(
-                "%s: column %r: %s is a decimal number, %s is none, so that all are names of classes; set data.problem='regression' "
-                "if they are numbers", self.name, self.column, self.told(decimal[0]), self.told(other[0]),
-            )  # fmt: skip
-        elif len(self.counts) > max(_MANY, rows // 2):
-            _log.warning(
-                "%s: column %r has %d different labels in %d rows, such as %s; name another column in data.columns if they are no "
-                "classes", self.name, self.column, len(self.counts), rows, self.told(next(iter(self.counts))),
-            )  # fmt: skip
-
-    def refuse_negative(self) -> None:
-        """Refuse -1 among classes that are counted from 0: it mostly means that there is no label."""
-        others = set(self.counts) - {"-1"}
-        if "-1" not in self.counts or not all(map(_DIGITS.fullmatch, others)) or others == {"1"} or not others:
-            return
-        if others in ({"0"}, {"0", "1"}):
-            _log.warning("%s", self._unlabeled("-1", "is taken for a class"))
-        else:
-            raise DataError(self._unlabeled("-1", "beside classes counted from 0 mostly stands for no label"))
-
-    def _unlabeled(self, name: str, said: str) -> str:
-        return (
-            f"{self.name}: column {self.column!r}: {self.told(name)} {said}; if it means none, set data.unlabeled=({name!r},), "
-            "if it is a class, name all classes in data.labels"
-        )
-
-
 def _names(value: Any, problem: Problem | None, labeling: Labeling) -> list[str]:
     """Return the names of a cell, none where it is broken: that is told when it is read."""
     try:
@@ -368,41 +261,45 @@ def _numbered(size: int) -> tuple[str, ...]:
     return tuple(map(str, range(size)))
 
 
-def _whole(name: str) -> str:
-    """Return `1.0` as `1`, other names as they are."""
-    match = _WHOLE.fullmatch(name)
-    return match[1] if match else name
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(excerpt, names[:_SHOWN])) + more
 
 
-def _plain(name: str) -> str:
-    """Return a name without what one does not see: case, outer spaces, the form of characters, and those without width."""
-    composed = unicodedata.normalize("NFKC", name)
-    seen = "".join(one for one in composed if unicodedata.category(one) != "Cf")
-    return unicodedata.normalize("NFKC", _whole(seen.strip()).casefold())
+def _has_all(labeling: Labeling, found: Found) -> bool:
+    """Tell whether a base's head has all labels of the rows; one that only counts its classes has those up to its last."""
+    size = len(labeling.names)
+    if any(labeling.id_of(name) is None for name in found.counts):
+        return False
+    if labeling.names == _numbered(size):
+        return str(size - 1) in found.counts
+    if not found.counts.keys() & set(labeling.names):
+        order = ", ".join(f"{i} {name}" for i, name in enumerate(labeling.names))
+        _log.warning("%s: labels are numbers, taken as the ids of %s: %s", found.name, labeling.origin, order)
+    return True
 
 
-def _of_the_base(labeling: Labeling, found: _Found) -> Labeling:
-    """Return the labels of a base's head where the rows have them; a head that only counts its classes has no names.
+def _refuse_for_head(labeling: Labeling, found: Found) -> None:
+    """Refuse labels that a base's head, which is kept, does not have; those of another task make a head of their own.
 
     Raises:
-        DataError: the rows have a label that the head does not name.
+        DataError: some labels are the head's and some are not, or the head has as many of other names.
     """
-    missing = [name for name in sort_names(found.counts) if labeling.id_of(name) is None]
-    size = len(labeling.names)
+    size, names = len(labeling.names), sort_names(found.counts)
     if labeling.names == _numbered(size):
-        if not missing and str(size - 1) in found.counts:
-            return labeling
-        if len(found.counts) == size:
+        if len(names) == size:
             _log.warning(
                 "%s: the head of the base is kept, and %s does not name its classes: they are taken in the order %s; say another in "
-                "data.labels", found.name, labeling.origin, ", ".join(sort_names(found.counts)),
+                "data.labels", found.name, labeling.origin, ", ".join(names),
             )  # fmt: skip
-        return dataclasses.replace(labeling, names=(), origin="")
-    if not missing:
-        return labeling
-    hint = nearest(missing[0], labeling.names)
+        return
+    known = set(map(plain, labeling.names))
+    if len(names) != size and not any(plain(name) in known for name in names):
+        return
+    missing = next(name for name in names if labeling.id_of(name) is None)
+    hint = nearest(missing, labeling.names)
     raise DataError(
-        f"{found.name}: column {found.column!r} has the labels {', '.join(sort_names(found.counts))}, and the head of the base, which "
-        f"is kept, has {', '.join(labeling.names)} ({labeling.origin}): {missing[0]!r} is none of them{hint}; write its names or "
-        "their numbers, or name your own classes, in the order of the head's where they are the same, in data.labels"
+        f"{found.name}: column {found.column!r} has the labels {_listed(names)}, and the head of the base, which is kept, has "
+        f"{_listed(labeling.names)} ({labeling.origin}): {excerpt(missing)!r} is none of them{hint}; write its names or their numbers, or "
+        "name your own classes, in the order of the head's where they are the same, in data.labels"
     )

@@ -205,6 +205,22 @@ def test_a_kept_head_says_the_classes_and_their_order() -> None:
         "(m/config.json): 'contradition' is none of them; did you mean 'contradiction'" in said
     )
     assert "'3' is none of them" in refusal(0, 1, 3, labeling=labeling)
+    assert "'a' is none of them" in refusal("a", "b", "c", labeling=labeling)
+    assert "'Neutral' is none of them; did you mean 'neutral'" in refusal("entailment", "Neutral", labeling=labeling)
+    assert "set data.unlabeled=('-',)" in refusal(*HEAD.names, "-", labeling=labeling)
+
+
+@pytest.mark.parametrize("values", [["joy", "rage"], [1, 2, 3, 4, 5]])
+def test_rows_of_another_task_make_a_head_of_their_own(values: list[Any]) -> None:
+    examples = read(*values, labeling=labeling_of(DataConfig(train="F"), HEAD))
+    assert (examples.label_names, examples.num_labels) == (tuple(map(str, values)), len(values))
+
+
+def test_numbers_that_are_taken_as_ids_of_a_head_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    read(2, 0, labeling=labeling_of(DataConfig(train="F"), HEAD))
+    assert (
+        "labels are numbers, taken as the ids of m/config.json: 0 entailment, 1 neutral, 2 contradiction" in caplog.text
+    )
 
 
 def test_a_head_that_only_counts_its_classes_has_no_names(caplog: pytest.LogCaptureFixture) -> None:
