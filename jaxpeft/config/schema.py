@@ -266,7 +266,7 @@ class TrainConfig:
     )
     compiled: str = option(
         "auto",
-        "folder where compiled programs are kept for the next run; auto for one of the user's, on accelerators; off",
+        "folder where compiled programs are kept for the next run; auto for one of the user's; off",
     )
     most_skipped: int = option(
         5, "stop after so many steps in a row whose loss or gradient is not finite; fewer are skipped", at_least=1

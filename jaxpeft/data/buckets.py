@@ -12,13 +12,14 @@ from jaxpeft.errors import ConfigError, DataError
 _STEPS = (8, 16, 24, 32, 40, 48, 56, 64)
 
 
-def choose_lengths(lengths: np.ndarray, max_length: int, most: int = 4) -> tuple[int, ...]:
-    """Chooses the lengths that pad the least, out of 8, 16, 24, ..., 64, 96, 128, 192, 256 and so on.
+def choose_lengths(lengths: np.ndarray, max_length: int, most: int = 4, worth: float = 0.0) -> tuple[int, ...]:
+    """Choose the lengths that pad the least, out of 8, 16, 24, ..., 64, 96, 128, 192, 256 and so on.
 
     Args:
         lengths: the length of each sequence, int [n].
         max_length: the longest that a sequence may be; chosen itself where no step holds the longest sequence.
         most: how many to choose at most.
+        worth: places that each further length must spare, as it costs a program more.
 
     Raises:
         DataError: there is no sequence, or one is longer than `max_length`.
@@ -31,7 +32,7 @@ def choose_lengths(lengths: np.ndarray, max_length: int, most: int = 4) -> tuple
     within = {step: int((lengths <= step).sum()) for step in (*steps, top)}
     choices = (c for n in range(most) for c in itertools.combinations(steps, min(n, len(steps))))
     # Fewer lengths come first, and min keeps the first of equals: a length that saves nothing is never chosen.
-    return min(((*choice, top) for choice in choices), key=lambda chosen: _slots(within, chosen))
+    return min(((*choice, top) for choice in choices), key=lambda chosen: _slots(within, chosen) + worth * len(chosen))
 
 
 def padding_share(lengths: np.ndarray, slots: int) -> float:

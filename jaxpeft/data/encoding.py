@@ -99,11 +99,29 @@ class Encoding:
         }
 
 
-def padded_lengths(config: Config, split: Encoded) -> tuple[int, ...]:
-    """Gives the lengths that the rows of a split are sorted into batches by, and padded to unless all have one length (`one_length`)."""
+_PROGRAM = 1 << 14
+"""Places that take about as long to train on as a program takes to compile, of a small model on a CPU; of others it is many more."""
+
+
+def padded_lengths(config: Config, train: Encoded) -> tuple[int, ...]:
+    """Return the lengths that training rows are sorted into batches by, and padded to unless all have one length (`one_length`).
+
+    A short run has fewer of them: each must spare more places over the whole run than its program costs.
+    """
     if config.data.packing or (config.data.streaming and not config.data.lengths):
         return (config.data.max_length,)
-    return config.data.lengths or choose_lengths(split.lengths, config.data.max_length)
+    passes = config.train.epochs or (config.train.steps or 0) * config.train.batch_size / max(1, len(train))
+    return config.data.lengths or choose_lengths(train.lengths, config.data.max_length, worth=_PROGRAM / passes)
+
+
+def evaluated_lengths(config: Config, train: Encoded, split: Encoded) -> tuple[int, ...]:
+    """Return the lengths for a split that is not trained on: those of the training rows, whose programs serve all splits.
+
+    One more stands behind them where a row of the split is longer.
+    """
+    trained = padded_lengths(config, train)
+    longer = split.lengths[split.lengths > trained[-1]]
+    return (*trained, *choose_lengths(longer, config.data.max_length, most=1)) if len(longer) else trained
 
 
 def one_length(config: Config) -> int | None:

@@ -23,7 +23,7 @@ from jaxpeft import data
 from jaxpeft.command import guarded, set_up_logging
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config, as_dict
-from jaxpeft.data.encoding import Encoding, one_length, padded_lengths
+from jaxpeft.data.encoding import Encoding, evaluated_lengths, one_length
 from jaxpeft.errors import ConfigError
 from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddings
 from jaxpeft.logs import timed
@@ -109,7 +109,7 @@ def _forgetting(setup: Setup, result: Result, evaluator: Evaluator, stop: StopRe
         else:
 
             def accuracy(params: Mapping[str, Any]) -> float:
-                lengths = padded_lengths(config, split)
+                lengths = evaluated_lengths(config, setup.train, split)
                 batches = data.eval_batches(
                     split, evaluation_rows(config, setup.mesh), lengths, setup.pad_id, pad_to=one_length(config)
                 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,17 +27,35 @@ def options(device: Any) -> dict[str, bool]:
     return dict(_OPTIONS.get(platform(device), {}))
 
 
+def compile_each(lowered: Sequence[Any], device: Any) -> list[Any]:
+    """Compile programs, of a CPU several at once: XLA compiles one on one core. Those of others may try kernels on the device, in turn.
+
+    Args:
+        lowered: what `jax.jit(...).lower` gives.
+        device: that they are for.
+
+    Returns:
+        The compiled programs, in the same order.
+    """
+    cores = (os.cpu_count() or 1) if platform(device) == "cpu" else 1
+    with ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(lambda program: program.compile(), lowered))
+
+
 def kept_in() -> str | None:
     """Gives the folder where compiled programs are kept, None for nowhere."""
     return getattr(jax.config, _FOLDER)
 
 
 def keep_programs(where: str) -> str | None:
-    """Keeps compiled programs on disk, so that the next run of the same shapes need not compile them.
+    """Keep compiled programs on disk, so that the next run of the same shapes need not compile them.
+
+    Hosts of different CPUs may share a folder: JAX finds a program by its device, of a CPU by its instruction set, which XLA compares
+    again as it loads one. What cannot be read or used is compiled anew.
 
     Args:
-        where: a folder; `auto` for one of the user's, on an accelerator (a program for a CPU is for that very CPU); `off` for nowhere.
-            A folder that JAX is told of already, by `JAX_COMPILATION_CACHE_DIR`, stays.
+        where: a folder; `auto` for one of the user's; `off` for nowhere. A folder that JAX is told of already, by
+            `JAX_COMPILATION_CACHE_DIR`, stays.
 
     Returns:
         The folder, None where nothing is kept.
@@ -46,7 +66,7 @@ def keep_programs(where: str) -> str | None:
     if told:
         return told
     own = cache.folder()
-    if where == "auto" and (own is None or jax.default_backend() == "cpu"):
+    if where == "auto" and own is None:
         return None
     folder = str(own / "compiled") if where == "auto" and own else where
     jax.config.update(_FOLDER, folder)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxpeft import data
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
-from jaxpeft.data.encoding import one_length, padded_lengths
+from jaxpeft.data.encoding import evaluated_lengths, one_length
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import evaluation_rows, place, replicated
@@ -58,7 +58,7 @@ class Evaluator:
             split: the rows.
         """
         setup = self._setup
-        lengths = padded_lengths(setup.config, split)
+        lengths = evaluated_lengths(setup.config, setup.train, split)
         total = weight = 0.0
         logits: list[np.ndarray[Any, Any]] = []
         labels: list[np.ndarray[Any, Any]] = []

@@ -243,13 +243,13 @@ class Run:
             on_mesh(setup.mesh, train_step), donate_argnums=0,
             out_shardings=(self.places, replicated(setup.mesh)), compiler_options=how,
         )  # fmt: skip
-        compiled: dict[int, Step] = {}
-        for length in setup.batches.lengths:
-            self.stop.raise_if_requested()
-            with timed(f"compiling the {self.method.name} step for length {length}"):
-                batch = _abstract_batch(setup.batches.sample(), length, setup.mesh, self.row_axis)
-                compiled[length] = step.lower(self.state, self.frozen, batch).compile()
-        return compiled
+        lengths = setup.batches.lengths
+        self.stop.raise_if_requested()
+        with timed(f"compiling the {self.method.name} step for rows of {' or '.join(map(str, lengths))} tokens"):
+            sample = setup.batches.sample()
+            batches = (_abstract_batch(sample, length, setup.mesh, self.row_axis) for length in lengths)
+            lowered = [step.lower(self.state, self.frozen, batch) for batch in batches]
+            return dict(zip(lengths, compiling.compile_each(lowered, setup.mesh.devices.flat[0]), strict=True))
 
     def _train(self, compiled: Mapping[int, Step]) -> None:
         if self._evaluation_due():

@@ -31,6 +31,13 @@ def test_lengths_that_save_nothing_are_not_chosen():
     assert choose_lengths(np.array([5]), 512) == (8,)
 
 
+def test_a_length_that_spares_too_little_is_not_chosen():
+    lengths = np.array([16] * 10 + [32] * 10 + [128] * 10)
+    assert choose_lengths(lengths, 128, worth=159) == (16, 32, 128)  # 16 spares 160 places beside 32
+    assert choose_lengths(lengths, 128, worth=160) == (32, 128)
+    assert choose_lengths(lengths, 128, worth=1921) == (128,)
+
+
 def test_max_length_is_never_passed():
     assert choose_lengths(np.array([3, 97]), 100) == (8, 100)
     assert choose_lengths(np.array([5]), 6) == (6,)
