@@ -19,7 +19,7 @@ from jaxpeft.hub.layout import CONFIG, EXTRA
 from jaxpeft.hub.settings import Settings, parse_settings
 
 _SHOWN = 20
-"""How many tensors a message names."""
+"""How many fields a message names."""
 _MOVED = frozenset(
     {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "runtime_config"}
 )
@@ -55,18 +55,13 @@ def read_extra(folder: Path) -> dict[str, Any]:
     extra = read_json(file)
     parse_settings(extra, file)
     recorded = extra.get("sha256", {})
-    if not isinstance(recorded, dict) or not all(_is_record(*item) for item in recorded.items()):
+    good = isinstance(recorded, dict) and all(Path(name).name == name for name in recorded)
+    if not good or not all(map(digests.is_record, recorded.values())):
         raise AdapterError(f"{file}: sha256: must hold the SHA-256 of every item by the name of its file; {_UNCHECKED}")
     return extra
 
 
 _UNCHECKED = "remove 'sha256' there, and the files are no longer checked"
-
-
-def _is_record(name: str, items: Any) -> bool:
-    return (
-        Path(name).name == name and isinstance(items, dict) and all(isinstance(found, str) for found in items.values())
-    )
 
 
 def warn_of_edits(folder: Path, extra: Mapping[str, Any]) -> None:
@@ -123,9 +118,5 @@ def _damage(folder: Path, name: str, wrong: list[str], recorded: Mapping[str, An
             f"{folder / EXTRA}; if not, copy the adapter again"
         )
         return [told]
-    more = [f"... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
     fix = f"copy the adapter again; if it was changed on purpose, remove 'sha256' from {folder / EXTRA}"
-    return [
-        *(f"{folder / name}: {tensor}: its SHA-256 is not the one of {EXTRA}; {fix}" for tensor in wrong[:_SHOWN]),
-        *more,
-    ]
+    return digests.told(wrong, lambda _: folder / name, EXTRA, fix)

@@ -47,8 +47,7 @@ def save_adapter(
     model: Pretrained,
     *,
     labels: tuple[str, ...] = (),
-    problem_type: str | None = None,
-    separator: str | None = None,
+    settings: Settings | None = None,
     tokenizer: Any = None,
 ) -> None:
     """Saves what a method trained as a Hugging Face PEFT adapter folder: the adapter and the head, never the base.
@@ -64,9 +63,7 @@ def save_adapter(
         params: the rewritten tree.
         model: what `load` gave.
         labels: names of a classifier's labels, in order.
-        problem_type: of a sequence classifier, as `transformers` calls it: `single_label_classification`,
-            `multi_label_classification` or `regression`; None for a regression where there is one output, else single labels.
-        separator: what stood between a prompt and its completion.
+        settings: what else the run decided, such as the problem type; what the model says itself is filled in.
         tokenizer: of `transformers`, whose files are saved beside the adapter, with the chat template that it has.
 
     Raises:
@@ -77,9 +74,9 @@ def save_adapter(
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder}: is a file; give a folder to save the adapter to")
     _check_whole(method, params, model)
-    settings = _settings(model, labels, problem_type, separator)
+    decided = _completed(settings or Settings(), model, labels)
     save = _save_one if token_indices.split(method) else _save_parts
-    save(folder, method, params, model, settings)
+    save(folder, method, params, model, decided)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if save is _save_one:
@@ -177,6 +174,16 @@ def _load_parts(
     return from_dict(content["method"] | {"methods": parts}), paths.build(list(leaves.items()))
 
 
+def parts_of(folder: FilePath) -> tuple[FilePath, ...]:
+    """List the folders of the methods that an adapter is made of: itself, if it is of one.
+
+    Raises:
+        AdapterError: the list of them cannot be used.
+    """
+    names = _read_parts(folder / PARTS)["parts"] if (folder / PARTS).is_file() else [""]
+    return tuple(folder / str(name) for name in names)
+
+
 def _read_parts(file: FilePath) -> dict[str, Any]:
     """Reads the list of a mixed adapter's parts.
 
@@ -190,7 +197,7 @@ def _read_parts(file: FilePath) -> dict[str, Any]:
     names: Any = content.get("parts")
     method: Any = content.get("method")
     methods = method.get("methods") if isinstance(method, dict) else None
-    fits = isinstance(names, list) and isinstance(methods, list) and len(names) == len(methods)
+    fits = isinstance(names, list) and names and isinstance(methods, list) and len(names) == len(methods)
     if not fits or not all(isinstance(name, str) and FilePath(name).name == name for name in names):
         raise AdapterError(
             f"{file}: must name a folder for each method in 'parts', and the methods; save the adapter again"
@@ -242,18 +249,15 @@ def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any
     return {"target_modules": names} if isinstance(wanted, str) and wanted.lower() in ("all-linear", "default") else {}
 
 
-def _settings(model: Pretrained, labels: tuple[str, ...], problem_type: str | None, separator: str | None) -> Settings:
-    """Return the settings of a run, checked as those of a file are."""
+def _completed(settings: Settings, model: Pretrained, labels: tuple[str, ...]) -> Settings:
+    """Return the settings with what the model says, checked as those of a file are."""
     options = model.options
-    if options.task == "sequence_classification" and problem_type is None:
-        problem_type = "regression" if options.num_labels == 1 else "single_label_classification"
-    made = Settings(
+    made = dataclasses.replace(
+        settings,
         task=options.task,
         num_labels=options.num_labels,
-        labels=tuple(labels),
-        problem_type=problem_type,
+        labels=tuple(labels) or settings.labels,
         pooling=options.pooling,
-        separator=separator,
         vocab_size=model.config.vocab_size,
         quant=options.quant.as_dict() if options.quant else None,
         base_sha256=fingerprint(model.source) if model.source else None,
@@ -289,7 +293,7 @@ def read_settings(path: str | FilePath) -> Settings:
     folder = FilePath(path)
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
-    first = folder / str(_read_parts(folder / PARTS)["parts"][0]) if (folder / PARTS).is_file() else folder
+    first = parts_of(folder)[0]
     try:
         return parse_settings(adapter_extra.read_extra(first), first / EXTRA)
     except WeightsError as error:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +24,8 @@ Digests = Mapping[str, str]
 """SHA-256 in hexadecimal, by the name of the tensor or field."""
 _BLOCK_BYTES = 16 << 20
 _THREADS = 8
+_SHOWN = 20
+"""How many tensors a message names."""
 
 
 def array_sha256(array: np.ndarray[Any, Any]) -> str:
@@ -92,3 +95,64 @@ def _of_file(path: Path, size: int, changed: int) -> Digests:
 def differing(recorded: Mapping[str, Any], found: Digests) -> list[str]:
     """List the names that are recorded with another SHA-256, or are not recorded, or not there; sorted."""
     return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+
+
+def is_record(value: Any) -> bool:
+    """Say whether a value of a file can be what was recorded: text by name."""
+    return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
+
+
+def told(wrong: Sequence[str], where: Callable[[str], Path], record: str, fix: str) -> list[str]:
+    """Return the problems of tensors that differ, the first ones by name.
+
+    Args:
+        wrong: their names.
+        where: gives the file of a tensor.
+        record: the file that has their SHA-256.
+        fix: what to do.
+    """
+    more = [f"... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+    return [
+        *(f"{where(name)}: {name}: its SHA-256 is not the one of {record}; {fix}" for name in wrong[:_SHOWN]),
+        *more,
+    ]
+
+
+class _Readable(Described, Protocol):
+    def read(self) -> np.ndarray[Any, Any]: ...
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A tensor whose SHA-256 is noted when it is read to be written.
+
+    Attributes:
+        name: of the tensor.
+        tensor: where its numbers come from.
+        into: where its SHA-256 is put.
+    """
+
+    name: str
+    tensor: _Readable
+    into: dict[str, str]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Row-major shape."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype."""
+        return self.tensor.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.tensor.nbytes
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """Return its numbers."""
+        array = self.tensor.read()
+        self.into[self.name] = array_sha256(array)
+        return array

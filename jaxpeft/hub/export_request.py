@@ -15,18 +15,20 @@ import jax.numpy as jnp
 
 from jaxpeft.errors import AdapterError, ConfigError, WeightsError
 from jaxpeft.hub import loading, peft_config
-from jaxpeft.hub.adapters import LAYOUTS, PARTS, layout_of
+from jaxpeft.hub.adapter_extra import read_extra
+from jaxpeft.hub.adapters import LAYOUTS, layout_of, parts_of
 from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG, EXTRA
 from jaxpeft.hub.loading import Outline
+from jaxpeft.hub.merge_record import MERGE, records
 from jaxpeft.hub.safetensors_files import read_header
 from jaxpeft.hub.safetensors_writing import SHARD_BYTES
-from jaxpeft.hub.sources import file_sha256
+from jaxpeft.hub.settings import Settings, parse_settings
+from jaxpeft.hub.sources import file_sha256, package_of
 from jaxpeft.methods import METHODS
+from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant, read_quant
 
-MERGE = "jaxpeft_merge.json"
-"""The file of a merged model that says what was merged into what."""
 _NOT_THE_ADAPTER = (
     "base_model_name_or_path",
     "revision",
@@ -77,18 +79,19 @@ class Adapter:
         folder: of the adapter.
         parts: the folders of the methods that it is made of; itself, if it is of one.
         config: `adapter_config.json`, of the first.
-        extra: `jaxpeft.json`, of the first; empty where the adapter is not jaxpeft's.
+        settings: of the run, of the first; empty where the adapter is not jaxpeft's.
     """
 
     folder: Path
     parts: tuple[Path, ...]
     config: Mapping[str, Any]
-    extra: Mapping[str, Any]
+    settings: Settings
 
     @property
     def base(self) -> str:
-        """Name of its base, empty where it says none."""
-        return str(self.config.get("base_model_name_or_path") or self.config.get("model_name") or "")
+        """Name of its base, empty where it says none; `package:NAME` for the folder that a package holds."""
+        name = str(self.config.get("base_model_name_or_path") or self.config.get("model_name") or "")
+        return package_of(name) or name
 
     @property
     def sha256(self) -> str:
@@ -110,12 +113,11 @@ def read_adapter(folder: Path) -> Adapter:
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
     try:
-        names = read_json(folder / PARTS)["parts"] if (folder / PARTS).is_file() else [""]
-        parts = tuple(folder / str(name) for name in names)
+        parts = parts_of(folder)
         for part in parts:
             layout_of(part)
-        extra = read_json(parts[0] / EXTRA) if (parts[0] / EXTRA).is_file() else {}
-        return Adapter(folder, parts, read_json(parts[0] / CONFIG), extra)
+        settings = parse_settings(read_extra(parts[0]), parts[0] / EXTRA)
+        return Adapter(folder, parts, read_json(parts[0] / CONFIG), settings)
     except WeightsError as error:
         raise AdapterError(error.problems) from error
 
@@ -142,7 +144,7 @@ def quant_of(request: Request, adapter: Adapter, outline: Outline) -> Quant | No
     """
     if outline.plan.held:
         return None
-    recorded = adapter.extra.get("quant")
+    recorded = adapter.settings.quant
     quant = None if recorded is None else read_quant(recorded, adapter.folder / EXTRA)
     if request.to == "merged_quantized_reference" and quant is None:
         raise ConfigError(
@@ -173,8 +175,8 @@ def outline_of(request: Request, adapter: Adapter) -> Outline:
     try:
         return loading.outline(
             named, task=task, num_labels=_labels(adapter, task), compute_dtype=jnp.float32,
-            pooling=request.pooling or adapter.extra.get("pooling"), revision=revision,
-            vocab_size=request.vocab_size or adapter.extra.get("vocab_size") or _rows(adapter, _EMBEDDING),
+            pooling=request.pooling or adapter.settings.pooling, revision=revision,
+            vocab_size=request.vocab_size or adapter.settings.vocab_size or _rows(adapter, _EMBEDDING),
         )  # fmt: skip
     except WeightsError as error:
         told = () if request.base else (f"this is the base that {where} names; --base gives another place for it",)
@@ -188,7 +190,7 @@ def _task(request: Request, adapter: Adapter) -> str:
         raise ConfigError(
             f"{adapter.parts[0] / CONFIG}: task_type {kind!r} is not supported (supported: {', '.join(tasks)})"
         )
-    said = adapter.extra.get("task") or (tasks[kind] if kind else None)
+    said = adapter.settings.task or (tasks[kind] if kind else None)
     if request.task and said and request.task != said:
         raise ConfigError(f"--task: is {request.task}, the adapter was trained for {said}; leave it out")
     if not (request.task or said):
@@ -200,8 +202,8 @@ def _task(request: Request, adapter: Adapter) -> str:
 
 def _labels(adapter: Adapter, task: str) -> int | None:
     """Gives the number of labels that the adapter says, or that its head has; None for what the base says."""
-    if adapter.extra or "classification" not in task:
-        return adapter.extra.get("num_labels")
+    if adapter.settings.task or "classification" not in task:
+        return adapter.settings.num_labels
     return _rows(adapter, _HEAD)
 
 
@@ -229,6 +231,30 @@ def require_mergeable(adapter: Adapter) -> None:
             )
 
 
+def reads_elsewhere(model: Pretrained) -> bool:
+    """Says whether a classifier reads what that of `transformers` does not."""
+    return model.options.task == "sequence_classification" and model.options.pooling not in (
+        None,
+        model.config.own_pooling,
+    )
+
+
+def require_same_elsewhere(request: Request, outline: Outline) -> None:
+    """Refuses a whole model that `transformers` would compute other logits with.
+
+    Raises:
+        ConfigError: saying what the classifier reads, and what works.
+    """
+    model = outline.model
+    if reads_elsewhere(model):
+        how, own, kind = model.options.pooling, model.config.own_pooling, outline.config["model_type"]
+        raise ConfigError(
+            f"--to {request.to}: the classifier reads pooling={how!r}, and that of transformers reads {own!r} of a {kind}: from the "
+            f"same weights it would compute other labels; use --to peft, whose folder jaxpeft.load(..., pooling={how!r}) and "
+            f"jaxpeft.load_adapter compute, or train with model.pooling={own!r}"
+        )
+
+
 def require_unmerged(adapter: Adapter, outline: Outline) -> None:
     """Refuses a base that the adapter is merged into already, and says where the base is not known to be the adapter's.
 
@@ -241,13 +267,5 @@ def require_unmerged(adapter: Adapter, outline: Outline) -> None:
             raise AdapterError(
                 f"{folder}: {MERGE} says that this adapter is merged into it already; give the base that it was trained on"
             )
-    if not adapter.extra.get("base_sha256"):
+    if not adapter.settings.base_sha256:
         _log.warning("%s: says no base_sha256; that %s is its base is not checked", adapter.folder, folder)
-
-
-def records(folder: Path) -> list[Mapping[str, Any]]:
-    """Lists what is merged into a model, the last first."""
-    if not (folder / MERGE).is_file():
-        return []
-    record = read_json(folder / MERGE)
-    return [record, *record.get("earlier", ())]

@@ -20,27 +20,29 @@ import jax
 import jax.numpy as jnp
 
 import jaxpeft
+from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub import loading, merged_model
+from jaxpeft.hub import digests, loading, merged_model
 from jaxpeft.hub.adapters import LAYOUTS, check_base, load_adapter, save_adapter
 from jaxpeft.hub.base_identity import fingerprint
 from jaxpeft.hub.export_request import (
-    MERGE,
     Adapter,
     Request,
     outline_of,
     quant_of,
     read_adapter,
-    records,
+    reads_elsewhere,
     require_free,
     require_mergeable,
+    require_same_elsewhere,
     require_unmerged,
 )
 from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG
 from jaxpeft.hub.loading import Outline
+from jaxpeft.hub.merge_record import MERGE, records
 from jaxpeft.hub.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant, dequantise
@@ -91,6 +93,7 @@ def export(request: Request) -> Report:
     quant = quant_of(request, adapter, outline)
     if request.to != "peft":
         require_mergeable(adapter)
+        require_same_elsewhere(request, outline)
         require_unmerged(adapter, outline)
     for part in adapter.parts:
         check_base(part, read_json(part / CONFIG), outline.model, allow_base=request.allow_base)
@@ -129,9 +132,8 @@ def _to_peft(work: _Work, folder: Path, base: Tree) -> Report:
     wanted = logits(model, work.params, work.method)
     if work.adapter.base:  # files keep the name that the adapter has for its base, wherever that lies here
         source = dataclasses.replace(source, name=work.adapter.base, revision=work.adapter.config.get("revision"))
-    labels = tuple(work.adapter.extra.get("labels", ()))
-    save_adapter(folder, work.method, work.params, model.clone(source=source), labels=labels)
-    merged_model.copy_files(None, work.adapter.folder, folder)
+    save_adapter(folder, work.method, work.params, model.clone(source=source), settings=work.adapter.settings)
+    merged_model.copy_files(None, work.adapter.folder, folder, work.adapter.settings)
     again, loaded = load_adapter(folder, model, base)
     gap = gap_of(logits(model, loaded, again), wanted)
     require_equal(gap, wanted, TOLERANCE, f"{work.request.out}: the adapter that was written, loaded again")
@@ -139,13 +141,16 @@ def _to_peft(work: _Work, folder: Path, base: Tree) -> Report:
     lines = (
         f"wrote {work.request.out}: {work.method.name} adapter, {_size(folder, weights)}",
         f"largest logit difference, loaded again: {gap:.2g} ({ROWS} rows of random tokens)",
-        _adapter_usage(work.request.out, work.method),
+        _adapter_usage(work.request.out, work.method, model),
     )
     return Report(lines, gap)
 
 
-def _adapter_usage(out: Path, method: Method) -> str:
+def _adapter_usage(out: Path, method: Method, model: Pretrained) -> str:
     here = f"jaxpeft.load_adapter({str(out)!r}, model, params)"
+    if reads_elsewhere(model):
+        how = f"of jaxpeft.load(..., pooling={model.options.pooling!r})"
+        return f"load it: {here} {how}; other libraries' classifiers read {model.config.own_pooling!r}"
     parts = [part for part in method.parts() if part.peft_type or part.layout != "peft"]
     if not parts:
         return f"load it: {here}; other libraries have no {method.name}"
@@ -169,15 +174,22 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
     gap = gap_of(merged, wanted)
     if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
         require_equal(gap, wanted, TOLERANCE, "the merged weights, and the adapter beside its base")
-    _warn(error, own, model)
-    config = merged_model.config_of(model, outline.config, adapter.extra.get("labels", ()), own)
-    files = merged_model.write(folder, merged_model.tensors_of(model, params, dtype), config, request.shard_bytes)
-    merged_model.copy_files(model.source.folder, adapter.folder, folder)
+    _warn(error, own)
+    kept = not any(paths.is_head(path) for path in outline.plan.new)
+    config = merged_model.config_of(model, outline.config, adapter.settings, own, kept=kept)
+    written: dict[str, str] = {}
+    tensors = {
+        name: digests.Noted(name, tensor, written)
+        for name, tensor in merged_model.tensors_of(model, params, dtype).items()
+    }
+    files = merged_model.write(folder, tensors, config, request.shard_bytes)
+    merged_model.copy_files(model.source.folder, adapter.folder, folder, adapter.settings)
     record = {
         "dtype": own.name,
         "relative_error": error,
         "largest_logit_difference": gap,
         "base_rounded_to": "nf4" if outline.plan.held else quant and quant.form,
+        "sha256": written,
     }
     (folder / MERGE).write_text(json.dumps(_record(work) | record, indent=2) + "\n")
     params.clear()
@@ -196,28 +208,16 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
 
 
 def _usage(out: Path, model: Pretrained) -> str:
-    here = f", pooling={model.options.pooling!r}" if _reads_elsewhere(model) else ""
     there = f"transformers.AutoModel{merged_model.HEADS[model.options.task]}.from_pretrained({str(out)!r})"
-    return f"load it: {there} or jaxpeft.load({str(out)!r}, task={model.options.task!r}{here})"
+    return f"load it: {there} or jaxpeft.load({str(out)!r}, task={model.options.task!r})"
 
 
-def _warn(error: float, dtype: Any, model: Pretrained) -> None:
+def _warn(error: float, dtype: Any) -> None:
     if error > WARN_ABOVE:
         _log.warning(
             "%s rounds off %.1f %% of what the adapter changes in the weights; use --dtype float32, or keep the adapter beside "
             "its base", dtype.name, 100 * error,
         )  # fmt: skip
-    if _reads_elsewhere(model):
-        how, own = model.options.pooling, model.config.own_pooling
-        _log.warning(
-            "the classifier reads pooling=%r; transformers reads %r, so its logits are others there: load it with "
-            "jaxpeft.load(..., pooling=%r)", how, own, how,
-        )  # fmt: skip
-
-
-def _reads_elsewhere(model: Pretrained) -> bool:
-    """Says whether a classifier reads what that of `transformers` does not."""
-    return model.options.task == "sequence_classification" and model.options.pooling != model.config.own_pooling
 
 
 def _record(work: _Work) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _record(work: _Work) -> dict[str, Any]:
         "adapter": {"path": str(work.adapter.folder), "sha256": work.adapter.sha256, "method": work.method.as_dict()},
         "base": {"name": source.name, "revision": source.revision, "sha256": fingerprint(source)},
         "task": work.outline.model.options.task,
-        "earlier": records(source.folder),
+        "earlier": [{key: value for key, value in one.items() if key != "sha256"} for one in records(source.folder)],
     }
 
 

@@ -18,7 +18,7 @@ from jaxpeft import logs, models
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import ConfigError, WeightsError
-from jaxpeft.hub import bitsandbytes, quantised_cache, shards, sources, weights
+from jaxpeft.hub import bitsandbytes, merge_record, quantised_cache, shards, sources, weights
 from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.safetensors_files import Meter, open_folder
 from jaxpeft.models.attention import KERNELS, fastest, platform
@@ -119,6 +119,8 @@ class Outline:
         started = time.perf_counter()
         logs.show()
         _log.info("loading %s ...", self.model.source.name if self.model.source else "the model")
+        if self.model.source:
+            merge_record.require_undamaged(self.model.source.folder)
         new = _new_leaves(self.model, self.plan.new, seed)
         place = self._cached() if cache else None
         cached = place.opened() if place else None

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
@@ -23,9 +23,11 @@ from jaxpeft.core.rewriting import adapter_names, adding_parts, fold_site, train
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub import safetensors_writing
+from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.safetensors_writing import Readable
+from jaxpeft.hub.settings import Settings
 from jaxpeft.models import FAMILIES
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant import FORMS
@@ -40,9 +42,10 @@ HEADS = {
 """The ends of the names of the classes of `transformers`: `AutoModelForCausalLM`, `AutoModel`."""
 _TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "spiece.model", "sentencepiece*",
+    "spiece.model", "sentencepiece*", "additional_chat_templates/*",
 )  # fmt: skip
-_NOT_MERGED = ("torch_dtype", "num_labels", "_name_or_path", "quantization_config")
+_NOT_MERGED = ("torch_dtype", "num_labels", "_name_or_path", "quantization_config", "problem_type")
+GENERATION = "generation_config.json"
 _TEXT = (".json", ".txt", ".model", ".jinja")
 
 # ---------------------------------------------------------------------------------------------------------------- merging
@@ -216,14 +219,18 @@ def _pooler(model: Pretrained) -> dict[str, Tensor]:
     return {prefix + match[1]: tensor for match, tensor in found.items() if match}
 
 
-def config_of(model: Pretrained, base: Mapping[str, Any], labels: Sequence[str], dtype: Any) -> dict[str, Any]:
-    """Gives the `config.json` of a merged model: the base's, with the head, its labels and the dtype.
+def config_of(
+    model: Pretrained, base: Mapping[str, Any], settings: Settings, dtype: Any, *, kept: bool
+) -> dict[str, Any]:
+    """Gives the `config.json` of a merged model: the base's, with the head, its labels and problem type, and the dtype.
 
     Args:
         model: what was merged.
         base: the content of the base's `config.json`.
-        labels: names of a classifier's labels in order; the base's, or `LABEL_0` and so on, where there are none.
+        settings: of the run; the base's names of labels, or `LABEL_0` and so on, where they name none.
         dtype: of the weights.
+        kept: whether the head is the base's own, trained further, so that what the base says of it holds where the settings
+            say nothing.
     """
     task, count = model.options.task, model.options.num_labels
     config = {key: value for key, value in base.items() if key not in _NOT_MERGED}
@@ -235,12 +242,26 @@ def config_of(model: Pretrained, base: Mapping[str, Any], labels: Sequence[str],
         config["tie_word_embeddings"] = getattr(model.config, "tie_word_embeddings", base.get("tie_word_embeddings"))
     if count is None:
         return config
-    named = base.get("id2label")
-    own: list[str] = [str(named[key]) for key in sorted(named, key=int)] if isinstance(named, dict) else []
-    names = next((list(some) for some in (labels, own) if len(some) == count), [f"LABEL_{i}" for i in range(count)])
+    own = _labels_of(base) if kept else []
+    names = next(
+        (list(some) for some in (settings.labels, own) if len(some) == count), [f"LABEL_{i}" for i in range(count)]
+    )
     config["id2label"] = {str(i): name for i, name in enumerate(names)}
     config["label2id"] = {name: i for i, name in enumerate(names)}
-    return config | ({"problem_type": "regression"} if count == 1 else {})
+    problem = settings.problem_type or (base.get("problem_type") if kept else None)
+    if task == "sequence_classification" and (problem or count == 1):
+        config["problem_type"] = problem or "regression"
+    if config.get("pad_token_id") is None and settings.pad_token_id is not None:
+        config["pad_token_id"] = settings.pad_token_id  # which a decoder's classifier finds the last token by
+    return config
+
+
+def _labels_of(base: Mapping[str, Any]) -> list[str]:
+    """Return the names of labels in a `config.json`, in order; none where they are not numbered."""
+    named = base.get("id2label")
+    if not isinstance(named, dict) or not all(str(key).isdecimal() for key in named):
+        return []
+    return [str(named[key]) for key in sorted(named, key=int)]
 
 
 def write(folder: FilePath, tensors: Mapping[str, Readable], config: Mapping[str, Any], shard_bytes: int) -> list[str]:
@@ -259,17 +280,33 @@ def write(folder: FilePath, tensors: Mapping[str, Readable], config: Mapping[str
     return files
 
 
-def copy_files(base: FilePath | None, adapter: FilePath, folder: FilePath) -> None:
+def copy_files(base: FilePath | None, adapter: FilePath, folder: FilePath, settings: Settings) -> None:
     """Copies the tokenizer's files, those that lie with the adapter in place of the base's, and the generation config.
 
     Args:
         base: the folder of the base, None where nothing of it is to be copied.
         adapter: the folder of the adapter.
         folder: where to.
+        settings: of the run: the token that ended an answer ends one here.
     """
     tokenizer = adapter if base is None or (adapter / "tokenizer_config.json").is_file() else base
     wanted = [file for pattern in _TOKENIZER for file in tokenizer.glob(pattern)]
-    wanted += [] if base is None else [base / "generation_config.json"]
     for file in wanted:
         if file.is_file() and file.suffix in _TEXT:
-            shutil.copyfile(file, folder / file.name)
+            target = folder / file.relative_to(tokenizer)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    if base is not None:
+        _write_generation_config(base, folder, settings.eos_token_id)
+
+
+def _write_generation_config(base: FilePath, folder: FilePath, end: int | None) -> None:
+    """Write the base's `generation_config.json`, which ends an answer where the answers that were trained on end."""
+    file, ends = base / GENERATION, read_json(folder / "config.json").get("eos_token_id")
+    content = read_json(file) if file.is_file() else {}
+    ends = content.get("eos_token_id", ends)
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end is not None and end not in known:
+        content["eos_token_id"] = [*known, end]
+    if content:
+        (folder / GENERATION).write_text(json.dumps(content, indent=2) + "\n")

@@ -28,6 +28,8 @@ class Settings:
         problem_type: of a sequence classifier, one of `PROBLEM_TYPES`.
         pooling: what a sequence classifier reads; None for the architecture's own.
         separator: what stood between a prompt and its completion.
+        pad_token_id: of the token that rows were padded with.
+        eos_token_id: of the token that ended an answer, as the chat template writes it.
         vocab_size: of the model, with the tokens that were added.
         quant: how the base was quantized, as plain values.
         base_sha256: of the weights of the base.
@@ -40,6 +42,8 @@ class Settings:
     problem_type: str | None = None
     pooling: str | None = None
     separator: str | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
     vocab_size: int | None = None
     quant: Mapping[str, Any] | None = None
     base_sha256: str | None = None
@@ -101,8 +105,12 @@ def parse_settings(extra: Mapping[str, Any], where: Path) -> Settings:
     return Settings(**given, labels=tuple(labels))
 
 
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+    return _is_token(value) and value > 0
 
 
 def _is_names(value: Any) -> bool:
@@ -120,6 +128,8 @@ _MUST: Mapping[str, tuple[Any, str]] = {
     "problem_type": (lambda value: _is_text(value) and value in PROBLEM_TYPES, f"one of {', '.join(PROBLEM_TYPES)}"),
     "pooling": (_is_text, "a name"),
     "separator": (_is_text, "text"),
+    "pad_token_id": (_is_token, "a token"),
+    "eos_token_id": (_is_token, "a token"),
     "vocab_size": (_is_count, "a whole number above 0"),
     "quant": (lambda value: isinstance(value, dict), "an object"),
     "base_sha256": (lambda value: _is_text(value) and len(value) == 64, "64 hexadecimal digits"),

@@ -108,6 +108,17 @@ def _packaged(name: str) -> Source:
     return Source(f"package:{name}", folder, package.version)
 
 
+def package_of(folder: str) -> str | None:
+    """Return `package:NAME` for the folder that a package holds, wherever it is installed; None for any other."""
+    parts = Path(folder).parts
+    found = (
+        name
+        for name, package in PACKAGED.items()
+        if parts[-len(Path(package.folder).parts) :] == Path(package.folder).parts
+    )
+    return next((f"package:{name}" for name in found), None)
+
+
 def file_sha256(path: Path) -> str:
     """Gives the SHA-256 of a file's content in hexadecimal, or `absent`."""
     if not path.is_file():

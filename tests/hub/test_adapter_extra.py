@@ -167,7 +167,7 @@ def test_what_a_run_decided_comes_back(save):
     saved = save(labels=("no", "maybe", "yes"), pooling="mean")
     found = jaxpeft.read_settings(saved.folder)
     assert (found.task, found.num_labels, found.labels) == (SEQUENCE, 3, ("no", "maybe", "yes"))
-    assert (found.problem_type, found.pooling) == ("single_label_classification", "mean")
+    assert (found.problem_type, found.pooling) == (None, "mean")
     model, params = jaxpeft.load(saved.model.source.folder, **found.load_options)
     _, params = jaxpeft.load_adapter(saved.folder, model, params)
     (answer,) = found.predict(jaxpeft.apply(model, params, [[1, 2, 3]]))

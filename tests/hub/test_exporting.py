@@ -239,12 +239,22 @@ def test_tokenizer_and_generation_config_come_along(make, tmp_path, reference):
     assert "tokenizer_config.json" in names(tmp_path / "again")
 
 
-def test_a_pooling_that_transformers_does_not_know_is_said(make, tmp_path, caplog):
-    made = make(pooling="mean")
-    report = made.export(tmp_path / "merged")
-    assert "the classifier reads pooling='mean'; transformers reads 'pooler', so its logits are others" in caplog.text
-    assert "task='sequence_classification', pooling='mean')" in report.lines[-1]
-    model, params = jaxpeft.load(tmp_path / "merged", task=SEQUENCE, pooling="mean")
+@pytest.mark.parametrize(
+    ("kind", "pooling", "own"),
+    [("bert", "mean", "pooler"), ("bert", "cls", "pooler"), ("roberta", "mean", "cls"), ("llama", "mean", "last")],
+)
+def test_a_pooling_that_transformers_does_not_know_is_refused(make, tmp_path, kind, pooling, own):
+    method = jaxpeft.LoRA(targets="all-linear")
+    made = make(method, kind, pooling=pooling)
+    text = made.refused(tmp_path / "merged")
+    assert (
+        f"--to merged: the classifier reads pooling={pooling!r}, and that of transformers reads {own!r} of a {kind}"
+        in text
+    )
+    report = made.export(tmp_path / "peft", "peft")  # what it tells of in its place
+    assert "transformers" not in report.lines[-1] and "PeftModel" not in report.lines[-1]
+    model, params = jaxpeft.load(made.base, **jaxpeft.read_settings(tmp_path / "peft").load_options, dtype=jnp.float32)
+    _, params = jaxpeft.load_adapter(tmp_path / "peft", model, params)
     assert_close(ours(model, params), made.logits())
 
 
