@@ -25,8 +25,9 @@ from jaxpeft.methods import METHODS
 from jaxpeft.models import attention
 from jaxpeft.peers import ALONE, Peers
 from jaxpeft.sharding.processes import on_host
-from jaxpeft.training import compiling, optimizers, plot, records
+from jaxpeft.training import compiling, next_steps, optimizers, plot, records
 from jaxpeft.training.begin import fixed_leaves, split_for
+from jaxpeft.training.decided import ends_of
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import Lock
 from jaxpeft.training.loop import Result, Run, check_resumable, devices_of
@@ -181,7 +182,15 @@ def fit(
     result = Run(setup, method, options, folder, stop, evaluator, allowed).fit()
     saved = _whole(setup, result)
     if saved is not None:
-        save_adapter(folder / "adapter", result.method, saved, setup.model, labels=setup.labels)
+        decided = setup.decided
+        save_adapter(
+            folder / "adapter",
+            result.method,
+            saved,
+            setup.model,
+            settings=decided.settings,
+            tokenizer=decided.tokenizer,
+        )
     _log.info("%s on the %s rows: %s", method.name, result.split, _shown(result.test))
     return result
 
@@ -200,10 +209,8 @@ def _answers(setup: Setup, params: Tree) -> list[str]:
     """Answers the sample rows by the likeliest tokens."""
     if not setup.samples:
         return []
-    # a chat's turns end with marks of their own: `<|im_end|>`, `<end_of_turn>`
-    prompts, ends = [prompt for prompt, _ in setup.samples], set(setup.tokenizer.all_special_ids)
-    ends |= {number for number, token in setup.tokenizer.added_tokens_decoder.items() if token.special}
-    made = greedy(setup.model, params, prompts, most=setup.config.evaluation.sample_tokens, ends=ends)
+    prompts, most = [prompt for prompt, _ in setup.samples], setup.config.evaluation.sample_tokens
+    made = greedy(setup.model, params, prompts, most=most, ends=ends_of(setup.tokenizer))
     return [setup.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
 
 
@@ -220,11 +227,11 @@ def _shown(figures: Mapping[str, float]) -> str:
 
 def _finish(setup: Setup, before: Mapping[str, float], results: Mapping[str, Result], workdir: Path) -> None:
     metric, config = metric_of(setup), setup.config
-    (workdir / "summary.json").write_text(json.dumps(summary(setup, before, results), indent=2) + "\n")
+    main = config.method.name
+    folders = {name: workdir if name == main else workdir / name for name in results}
+    (workdir / "summary.json").write_text(json.dumps(summary(setup, before, results, folders), indent=2) + "\n")
     left = ["adapter/", "metrics.jsonl", "summary.json"]
     if config.log.plot:
-        main = config.method.name
-        folders = {name: workdir if name == main else workdir / name for name in results}
         plot.draw(workdir / "curves.png", folders, metric)
         left.append("curves.png")
     rows = [f"  {'before training':<18}{before[metric]:>9.4f}"]
@@ -232,31 +239,40 @@ def _finish(setup: Setup, before: Mapping[str, float], results: Mapping[str, Res
         share = result.trainable_parameters / result.total_parameters
         rows.append(f"  {name:<18}{result.test[metric]:>9.4f}   {share:>8.3%} trained   {result.seconds:>6.1f} s")
     _log.info("\n%s %s\n%s\n\nin %s: %s", setup.judged_by, metric, "\n".join(rows), workdir, ", ".join(left))
-    _log.info("next, use the adapter:\n%s", _usage(setup, workdir))
+    _log.info("next, use the adapter:\n%s", next_steps.prediction(setup, workdir / "adapter"))
 
 
-def _usage(setup: Setup, workdir: Path) -> str:
-    options = setup.model.options
-    labels = f", num_labels={options.num_labels}" if options.num_labels else ""
-    pooling = f", pooling={options.pooling!r}" if options.pooling else ""
-    quant = f", quant={options.quant}" if options.quant else ""
-    return (
-        f"  model, params = jaxpeft.load({setup.config.model.path!r}, task={options.task!r}{labels}{pooling}{quant})\n"
-        f"  method, params = jaxpeft.load_adapter({str(workdir / 'adapter')!r}, model, params)"
-    )
+def summary(
+    setup: Setup, before: Mapping[str, float], results: Mapping[str, Result], folders: Mapping[str, Path]
+) -> dict[str, Any]:
+    """Gives the figures of a run as plain values: what `summary.json` holds.
 
-
-def summary(setup: Setup, before: Mapping[str, float], results: Mapping[str, Result]) -> dict[str, Any]:
-    """Gives the figures of a run as plain values: what `summary.json` holds."""
+    Args:
+        setup: of the run.
+        before: the figures before training.
+        results: by the name of the method.
+        folders: of each method, with its `metrics.jsonl`.
+    """
     methods = {
         name: {
+            "validation": records.validation_of(folders[name] / "metrics.jsonl", result.best_step),
             result.split: result.test,
             "steps": result.steps,
             "best_step": result.best_step,
             "seconds": round(result.seconds, 2),
             "trainable_parameters": result.trainable_parameters,
             "total_parameters": result.total_parameters,
+            "method": result.method.as_dict(),
         }
         for name, result in results.items()
     }
-    return {"metric": metric_of(setup), "before": dict(before), "methods": methods, "jax": jax.__version__}
+    return {
+        "metric": metric_of(setup),
+        "before": dict(before),
+        "methods": methods,
+        "labels": list(setup.labels),
+        "problem": setup.problem,
+        "config": as_dict(setup.config),
+        "base_sha256": setup.identity["base"]["sha256"],
+        "jax": jax.__version__,
+    }

@@ -1,4 +1,4 @@
-"""The picture of a run: loss by step, and the validation figure of each method."""
+"""The picture of a run: training and validation loss by step, and the validation figure of each method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxpeft.training.records import read_lines
 
 
 def draw(path: Path, folders: Mapping[str, Path], metric: str) -> None:
-    """Draws the training loss and a validation figure of one or more runs as a PNG.
+    """Draws the losses and a validation figure of one or more runs as a PNG.
 
     Args:
         path: of the PNG.
@@ -25,9 +25,10 @@ def draw(path: Path, folders: Mapping[str, Path], metric: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, folder in folders.items():
         lines = read_lines(folder / "metrics.jsonl")
-        _curve(left, name, lines, "loss")
+        color = _curve(left, name, lines, "loss")
+        _curve(left, f"{name}, validation", lines, "validation/loss", color=color, linestyle="--", marker="o")
         _curve(right, name, lines, f"validation/{metric}", marker="o")
-    left.set(title="training loss", xlabel="step", ylabel="loss")
+    left.set(title="loss", xlabel="step", ylabel="loss")
     right.set(title=f"validation {metric}", xlabel="step", ylabel=metric)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -36,6 +37,8 @@ def draw(path: Path, folders: Mapping[str, Path], metric: str) -> None:
     plt.close(figure)
 
 
-def _curve(axes: Any, name: str, lines: list[dict[str, Any]], key: str, **style: Any) -> None:
+def _curve(axes: Any, name: str, lines: list[dict[str, Any]], key: str, **style: Any) -> Any:
+    """Draw a curve; return its color."""
     points = [(line["step"], line[key]) for line in lines if key in line]
-    axes.plot([step for step, _ in points], [value for _, value in points], label=name, **style)
+    (line,) = axes.plot([step for step, _ in points], [value for _, value in points], label=name, **style)
+    return line.get_color()

@@ -102,6 +102,13 @@ def _is_line(value: Any) -> bool:
     return figures and type(line.get("step")) is int
 
 
+def validation_of(path: Path, step: int) -> dict[str, float]:
+    """Return the validation figures of a step in a metrics.jsonl; none where that step was not evaluated."""
+    lines = (line for line in read_lines(path) if line.get("step") == step)
+    named = ((name, value) for line in lines for name, value in line.items() if name.startswith("validation/"))
+    return {name.removeprefix("validation/"): value for name, value in named}
+
+
 class TensorBoard:
     """TensorBoard event files.
 

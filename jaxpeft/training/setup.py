@@ -41,6 +41,7 @@ from jaxpeft.sharding.rules import Rules, rules_of
 from jaxpeft.sharding.sizes import ROWS, SEQUENCE
 from jaxpeft.sharding.specs import require_used, shardings
 from jaxpeft.training import compiling, memory, placing
+from jaxpeft.training.decided import Decided, decide
 from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.optimizers import schedule
@@ -73,6 +74,7 @@ class Setup:
         samples: a few test rows to answer: the prompt's tokens, and the answer as it is in the rows.
         tokenizer: of the model.
         identity: what makes this run this run, for the checkpoints.
+        decided: what goes with its adapter.
         peers: the processes of the run.
     """
 
@@ -94,6 +96,7 @@ class Setup:
     samples: tuple[tuple[list[int], str], ...]
     tokenizer: Any
     identity: Mapping[str, Any]
+    decided: Decided
     peers: Peers = ALONE
 
     @property
@@ -159,6 +162,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
             "base": base,
             "data": splits.identity,
         },
+        decided=decide(config, splits),
         peers=peers,
     )
 
