@@ -176,7 +176,7 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
         require_equal(gap, wanted, TOLERANCE, "the merged weights, and the adapter beside its base")
     _warn(error, own)
     kept = not any(paths.is_head(path) for path in outline.plan.new)
-    config = merged_model.config_of(model, outline.config, adapter.settings, own, kept=kept)
+    config = merged_model.config_of(model, outline.config, adapter.settings, kept, own)
     written: dict[str, str] = {}
     tensors = {
         name: digests.Noted(name, tensor, written)

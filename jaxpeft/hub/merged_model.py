@@ -219,18 +219,16 @@ def _pooler(model: Pretrained) -> dict[str, Tensor]:
     return {prefix + match[1]: tensor for match, tensor in found.items() if match}
 
 
-def config_of(
-    model: Pretrained, base: Mapping[str, Any], settings: Settings, dtype: Any, *, kept: bool
-) -> dict[str, Any]:
+def config_of(model: Pretrained, base: Mapping[str, Any], settings: Settings, kept: bool, dtype: Any) -> dict[str, Any]:
     """Gives the `config.json` of a merged model: the base's, with the head, its labels and problem type, and the dtype.
 
     Args:
         model: what was merged.
         base: the content of the base's `config.json`.
         settings: of the run; the base's names of labels, or `LABEL_0` and so on, where they name none.
-        dtype: of the weights.
         kept: whether the head is the base's own, trained further, so that what the base says of it holds where the settings
             say nothing.
+        dtype: of the weights.
     """
     task, count = model.options.task, model.options.num_labels
     config = {key: value for key, value in base.items() if key not in _NOT_MERGED}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.errors import AdapterError, shown
+from jaxpeft.quant.tree import read_quant
 
 TASKS = ("causal_lm", "sequence_classification", "token_classification", "encoder")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -52,8 +53,6 @@ class Settings:
     @property
     def load_options(self) -> dict[str, Any]:
         """What `jaxpeft.load` is to be given for the base, beside its path."""
-        from jaxpeft.quant.tree import read_quant
-
         names = ("task", "num_labels", "pooling", "vocab_size")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | ({"quant": read_quant(self.quant, "settings")} if self.quant else {})
@@ -93,12 +92,15 @@ def parse_settings(extra: Mapping[str, Any], where: Path) -> Settings:
 
     Raises:
         AdapterError: listing every field that is not what it must be.
+        ConfigError: the base was quantized in a way that this version does not know.
     """
     given = {key: value for key, value in extra.items() if key in _FIELDS and value is not None}
     wrong = [(key, given[key], must) for key, (good, must) in _MUST.items() if key in given and not good(given[key])]
     if wrong:
         fix = "mend it, or remove the file: the adapter is then loaded as one of another library"
         raise AdapterError([f"{where}: {key}: must be {must}, is {shown(value)}; {fix}" for key, value, must in wrong])
+    if "quant" in given:
+        read_quant(given["quant"], where)
     labels, count = given.pop("labels", ()), given.get("num_labels")
     if labels and count != len(labels):
         raise AdapterError(f"{where}: labels: {len(labels)} names for num_labels {count}; mend it")
@@ -131,7 +133,6 @@ _MUST: Mapping[str, tuple[Any, str]] = {
     "pad_token_id": (_is_token, "a token"),
     "eos_token_id": (_is_token, "a token"),
     "vocab_size": (_is_count, "a whole number above 0"),
-    "quant": (lambda value: isinstance(value, dict), "an object"),
     "base_sha256": (lambda value: _is_text(value) and len(value) == 64, "64 hexadecimal digits"),
     "base_config": (lambda value: isinstance(value, dict), "an object"),
 }
