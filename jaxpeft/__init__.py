@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxpeft.hub.adapters import read_settings as read_settings
     from jaxpeft.hub.adapters import save_adapter as save_adapter
     from jaxpeft.hub.loading import load as load
+    from jaxpeft.hub.settings import Settings as Settings
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
     from jaxpeft.methods import METHODS as METHODS
     from jaxpeft.methods.weighted import merge_adapters as merge_adapters
@@ -73,6 +74,7 @@ _WHERE = {
     "read_settings": "hub.adapters",
     "save_adapter": "hub.adapters",
     "load": "hub.loading",
+    "Settings": "hub.settings",
     "METHODS": "methods",
 }
 
