@@ -10,7 +10,7 @@ from jaxpeft.errors import ConfigError, nearest
 
 CHANGEABLE = (
     "config.log.", "config.checkpoint.", "config.compare.", "config.evaluation.batch_size", "config.mesh.", "config.data.workers",
-    "config.data.worker_timeout", "config.model.path", "config.model.revision", "config.data.train",
+    "config.data.worker_timeout", "config.data.most_gib", "config.model.path", "config.model.revision", "config.data.train",
     "config.data.validation", "config.data.test", "config.train.compiled",
 )  # fmt: skip
 """Fields, and sections, that may differ between a run and its resumption: they do not touch what is computed. What lies at a

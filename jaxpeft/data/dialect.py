@@ -80,7 +80,8 @@ def dialect_of(text: str, name: str, own: str, layout: Layout, *, whole: bool = 
         quoted = not unknown and _quoted(body, name, before, whole)
     header = layout.header
     if header is None:
-        _check_header(_first_rows(body, delimiter, quoted, _LOOKED_AT), name, before, delimiter, layout)
+        rows = [row for _, row in _first_rows(body, delimiter, quoted, _LOOKED_AT)]
+        _check_header(rows, name, before, delimiter, layout)
         header = True
     return Dialect(delimiter, quoted, header, before, unknown)
 
@@ -120,7 +121,7 @@ def _delimiter(text: str, own: str, layout: Layout) -> str:
     def fitness(delimiter: str) -> tuple[bool, bool, bool]:
         found = [_first_rows(text, delimiter, quoted, _SAMPLE) for quoted in (True, False)]
         sound = any(not _faults(rows) for rows in found)
-        first = next((row for rows in found for row in rows[:1] if isinstance(row, list)), [])
+        first = next((row for rows in found for _, row in rows[:1] if isinstance(row, list)), [])
         if len(first) < 2:
             return False, False, delimiter == own
         named = any(is_usual(field, layout) for field in first)
@@ -129,17 +130,17 @@ def _delimiter(text: str, own: str, layout: Layout) -> str:
     return max(DELIMITERS if own in DELIMITERS else (own, *DELIMITERS), key=fitness)
 
 
-def _first_rows(text: str, delimiter: str, quoted: bool, most: int) -> list[Fields]:
-    """Return the first rows, without the one that the end of what is looked at may cut."""
+def _first_rows(text: str, delimiter: str, quoted: bool, most: int) -> list[tuple[int, Fields]]:
+    """Return the first rows with their lines, without the one that the end of what is looked at may cut."""
     head = io.StringIO(text[:_HEAD], newline="")
-    rows = [row for _, row in islice(fields_of(head, delimiter, quoted), most)]
+    rows = list(islice(fields_of(head, delimiter, quoted), most))
     return rows[:-1] if len(text) > _HEAD and len(rows) < most else rows
 
 
-def _faults(rows: Sequence[Fields]) -> int:
-    """Count the rows that are broken or have not as many fields as the first; blank ones are told elsewhere."""
-    width = len(rows[0]) if rows and isinstance(rows[0], list) else -1
-    return sum(not isinstance(row, list) or len(row) not in (0, width) for row in rows)
+def _faults(rows: Sequence[tuple[int, Fields]]) -> list[int]:
+    """List the lines of rows that are broken or have not as many fields as the first; blank ones are told elsewhere."""
+    width = len(rows[0][1]) if rows and isinstance(rows[0][1], list) else -1
+    return [line for line, row in rows if not isinstance(row, list) or len(row) not in (0, width)]
 
 
 def _quoted(text: str, name: str, before: int, whole: bool) -> bool:
@@ -155,9 +156,15 @@ def _quoted(text: str, name: str, before: int, whole: bool) -> bool:
     held, bare = (list(fields_of(io.StringIO(text, newline=""), "\t", quoted)) for quoted in (True, False))
     if not whole:
         held = held[:-1]  # its end may be further on
-    faults_held, faults_bare = (_faults([row for _, row in rows]) for rows in (held, bare))
-    if faults_held or faults_bare:
-        return faults_held < faults_bare
+    faults_held, faults_bare = (_faults(rows) for rows in (held, bare))
+    if bool(faults_held) != bool(faults_bare):
+        return not faults_held
+    if faults_held:
+        raise DataError(
+            f"{name}:{faults_bare[0] + before}:1: some lines have not as many fields as the first: with quotes as characters of "
+            f"the texts this one, with quotes around fields line {faults_held[0] + before}; write all rows in one way, and set "
+            "data.quoting to 'none' or 'quoted'"
+        )
     if len(held) == len(bare) and _as_written(text, [row for _, row in bare if isinstance(row, list)]):
         return True
     line, row = next((line, row) for line, row in bare if isinstance(row, list) and any(f.startswith('"') for f in row))
@@ -184,13 +191,18 @@ def _check_header(rows: Sequence[Fields], name: str, before: int, delimiter: str
         DataError: it does.
     """
     first = rows[0] if rows else []
-    if not isinstance(first, list) or not first or any(is_usual(field, layout) for field in first):
+    if not isinstance(first, list) or not first or set(first) & set(layout.columns):
+        return
+    usual = [field for field in first if is_usual(field, layout)]
+    if len(usual) > 1:
         return
     if [field for field in first if field] == [str(i) for i in range(sum(map(bool, first)))]:
         return  # as pandas numbers columns without names
     others = [row for row in rows[1:] if isinstance(row, list) and row != first]
     for i, field in enumerate(first):
         why = ""
+        if usual and field not in usual:
+            continue  # one usual name is enough, unless it is a value of its column
         if _NUMBER.fullmatch(field.strip()):
             why = f"{field.strip()!r} is a number"
         elif field.strip() and any(len(row) > i and row[i] == field for row in others):

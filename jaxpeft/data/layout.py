@@ -75,8 +75,8 @@ class Allowance:
         self.left -= size
         if self.left < 0:
             raise DataError(
-                f"{name}: more than {self.most / GIB:g} GiB to hold, unpacked, of data.train and others each; set "
-                "data.streaming to read it piece by piece, or raise data.most_gib if the memory allows"
+                f"{name}: with it the rows of this source hold more than {self.most / GIB:.3g} GiB, unpacked; set "
+                "data.streaming to read training rows piece by piece, or raise data.most_gib if the memory allows"
             )
 
 

@@ -24,7 +24,7 @@ from jaxpeft.checkpoint.identity import differences
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.data.columns import Columns, find_format
 from jaxpeft.data.examples import Examples, make_examples
-from jaxpeft.data.reading import read_examples
+from jaxpeft.data.reading import layout_of, read_examples
 from jaxpeft.data.rows import is_hub_id, read_rows
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub import sources
@@ -194,7 +194,7 @@ def other_rows(config: Config) -> Examples | None:
     path = config.compare.forgetting
     if not path:
         return None
-    rows = read_rows(path, split="test" if is_hub_id(path) else None)
+    rows = read_rows(path, split="test" if is_hub_id(path) else None, layout=layout_of(config))
     if config.model.task == "causal_lm":
         return make_examples(rows, kind=find_format(rows.columns(), Columns(), rows.name))
     return make_examples(rows, kind="classification", problem="single_label")

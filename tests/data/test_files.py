@@ -99,9 +99,10 @@ def test_what_unpacks_to_more_than_is_allowed_is_refused_before_it_is_held(tmp_p
         path.write_bytes(gzip.compress(row * 20_000) if path.suffix == ".gz" else row * 20_000)
     with pytest.raises(DataError) as caught:
         read_rows(path, layout=Layout(most=10 * MIB))
-    assert ": more than 0.00976562 GiB to hold, unpacked" in str(caught.value)
-    assert "set data.streaming to read it piece by piece, or raise data.most_gib if the memory allows" in str(
-        caught.value
+    assert ": with it the rows of this source hold more than 0.00977 GiB, unpacked; " in str(caught.value)
+    assert (
+        "set data.streaming to read training rows piece by piece, or raise data.most_gib if the memory allows"
+        in str(caught.value)
     )
     assert len(read_rows(path, layout=Layout(most=42 * MIB))) == 20_000
     assert len(stream(path)) == 9
