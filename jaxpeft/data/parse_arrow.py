@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import IO, Any, cast
 
 from jaxpeft.data.layout import Parsed, Take
@@ -19,63 +20,61 @@ def parse_parquet(data: bytes, name: str, take: Take) -> Parsed:
     Args:
         data: the file.
         name: of the file.
-        take: is told how many bytes are unpacked, before they are made rows.
+        take: is told how many bytes are unpacked, before any row is made of them.
 
     Raises:
         DataError: it is not one, or holds more than is allowed.
     """
-    return _parsed(parquet_records(_buffer(data), name, take))
+    with _told(name, "a parquet file"):
+        _measure(_parquet_batches(_buffer(data), lambda size: (take(size, name), take(-size, name))), name, take)
+    return _parsed(parquet_records(_buffer(data), name))
 
 
 def parse_arrow(data: bytes, name: str, take: Take) -> Parsed:
     """Read an Arrow file or stream: the arguments are those of `parse_parquet`."""
-    return _parsed(arrow_records(_buffer(data), name, take))
+    with _told(name, "an Arrow file"):
+        _measure(_arrow_batches(_buffer(data)), name, take)
+    return _parsed(arrow_records(_buffer(data), name))
 
 
-def parquet_records(source: Any, name: str, take: Take) -> Iterator[list[Record]]:
+def parquet_records(source: Any, name: str) -> Iterator[list[Record]]:
     """Yield the records of a parquet file, some at a time.
 
     Args:
         source: a path, or what pyarrow reads as a file.
         name: of the file.
-        take: is told how many bytes are unpacked.
 
     Raises:
-        DataError: it is not one, or holds more than is allowed.
+        DataError: it is not one.
     """
-    import pyarrow as pa
+    with _told(name, "a parquet file"):
+        yield from map(_records, _parquet_batches(source))
+
+
+def arrow_records(source: Any, name: str) -> Iterator[list[Record]]:
+    """Yield the records of an Arrow file or stream, as `parquet_records` does."""
+    with _told(name, "an Arrow file"):
+        for batch in _arrow_batches(source):
+            yield from (_records(batch.slice(start, _MOST)) for start in range(0, batch.num_rows, _MOST))
+
+
+def _measure(batches: Iterator[Any], name: str, take: Take) -> None:
+    """Count what the batches hold, keeping none: a value that stands in the file once may be meant a million times."""
+    for batch in batches:
+        take(batch.nbytes, name)
+
+
+def _parquet_batches(source: Any, claims: Callable[[int], Any] = lambda size: None) -> Iterator[Any]:
+    """Yield the batches of a parquet file, after how many bytes it says that its columns are."""
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(source) as file:
-            chunks = [
-                file.metadata.row_group(i).column(j).total_uncompressed_size
-                for i in range(file.metadata.num_row_groups)
-                for j in range(file.metadata.num_columns)
-            ]
-            take(sum(chunks), name)
-            spared = sum(chunks)
-            # a value may stand once and be meant a million times, but is not larger than its column
-            rows = min(_MOST, max(_FEWEST, _BATCH_BYTES // max(1, *chunks, 1)))
-            for batch in file.iter_batches(batch_size=rows):
-                take(max(0, batch.nbytes - spared), name)
-                spared = max(0, spared - batch.nbytes)
-                yield _records(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(no_parquet(name, error)) from None
-
-
-def arrow_records(source: Any, name: str, take: Take) -> Iterator[list[Record]]:
-    """Yield the records of an Arrow file or stream, as `parquet_records` does."""
-    import pyarrow as pa
-
-    try:
-        for batch in _arrow_batches(source):
-            take(batch.nbytes, name)
-            for start in range(0, batch.num_rows, _MOST):
-                yield _records(batch.slice(start, _MOST))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not an Arrow file ({_reason(error)}); write or download it again") from None
+    with pq.ParquetFile(source) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        chunks = [group.column(j).total_uncompressed_size for group in groups for j in range(group.num_columns)]
+        claims(sum(chunks))
+        # no value is larger than its column, so few of them are unpacked at once
+        rows = min(_MOST, max(_FEWEST, _BATCH_BYTES // max(1, *chunks, 1)))
+        yield from file.iter_batches(batch_size=rows)
 
 
 def _arrow_batches(source: Any) -> Iterator[Any]:
@@ -89,6 +88,18 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
             return
         whole = pa.ipc.open_file(file)
         yield from (whole.get_batch(i) for i in range(whole.num_record_batches))
+
+
+@contextmanager
+def _told(name: str, what: str) -> Generator[None]:
+    """Say of what pyarrow cannot read that it is not what its name says, in its words without the name of its buffer."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0].rpartition("': ")[2]
+        raise DataError(f"{name}:1:1: not {what} ({reason}); write or download it again") from None
 
 
 def with_label_names(record: Record, features: Any) -> Record:
@@ -127,12 +138,3 @@ def _buffer(data: bytes) -> IO[bytes]:
     import pyarrow as pa
 
     return cast(IO[bytes], pa.BufferReader(data))
-
-
-def no_parquet(name: str, error: Exception) -> str:
-    """Return what to say of a file that is no parquet file, in the words of `pyarrow` without the name of its buffer."""
-    return f"{name}:1:1: not a parquet file ({_reason(error)}); write or download it again"
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0].rpartition("': ")[2]

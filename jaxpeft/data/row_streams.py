@@ -234,15 +234,11 @@ class _Table(_File):
     def _raw(self) -> Iterator[Raw]:
         with self.path.open("rb") as file:
             check_pointer(file.read(_HEAD), self.name)
-        for records in self._read(self.path, self.name, _nothing):
+        for records in self._read(self.path, self.name):
             yield from ((0, record) for record in records)
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
         return [record for _, record in raws]
-
-
-def _nothing(size: int, name: str) -> None:
-    """Counts nothing: a stream may hold any number of bytes."""
 
 
 class _Hub:

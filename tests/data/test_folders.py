@@ -146,5 +146,5 @@ def test_a_state_that_cannot_be_trusted_is_refused(saved: Any) -> None:
 def test_a_damaged_arrow_file_is_refused(saved: Any) -> None:
     path = saved("file")
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"arrow: not an Arrow file \("):
+    with pytest.raises(DataError, match=r"arrow:1:1: not an Arrow file \("):
         read_rows(path)
