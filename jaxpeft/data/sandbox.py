@@ -6,7 +6,8 @@ What can't be stopped from inside, such as one formatting of a thousand million 
 
 Run by path, with nothing of jaxpeft: `templates.Template` talks to it by lines of JSON. The first is
 `{"sources", "tokens"}`, answered by `{"error"}`; each further one is a list of `{"messages", "tools", "cuts"}`, answered by a
-line for each: `{"texts"}`, for each cut the text or what failed, or `{"error", "fatal"}`, which is the last.
+line for each: `{"texts"}`, or `{"error", "fatal"}`, which is the last. Each of the texts is how many characters it shares with the
+one before it, the rest, and what failed: a long chat is written to many cuts, each a little further than the last.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from jinja2.ext import loopcontrols as LoopControls  # noqa: N812
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 2
+AGAIN = 0.25
 LONGEST = 10_000_000
 MEMORY = 512 << 20
 DAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
@@ -58,13 +60,26 @@ class Renderer:
         """Writes out the first so many messages of each cut, with or without what an answer begins with."""
         try:
             with _limited():
-                return {"texts": [self._cut(messages[:n], tools, generate) for n, generate in cuts]}
+                return {"texts": list(self._texts(messages, tools, cuts))}
         except TimeoutError:
             return {"error": TOO_LONG, "fatal": True}
         except (SecurityError, OverflowError) as error:  # of a range that is too long
             return {"error": f"the chat template does what a template may not: {error}", "fatal": True}
         except (MemoryError, RecursionError):
             return {"error": TOO_MUCH, "fatal": True}
+
+    def _texts(
+        self, messages: Sequence[Any], tools: Sequence[Any], cuts: Sequence[tuple[int, bool]]
+    ) -> Iterator[tuple[int, str, str | None]]:
+        last, size = "", 0
+        for n, generate in cuts:
+            text, error = self._cut(messages[:n], tools, generate)
+            shared = len(last) if text.startswith(last) else 0
+            last, rest = text, text[shared:]
+            size += len(rest)
+            if size > LONGEST:
+                raise SecurityError(f"it writes more than {LONGEST:,} characters")
+            yield shared, rest, error
 
     def _cut(self, messages: Sequence[Any], tools: Sequence[Any], generate: bool) -> tuple[str, str | None]:
         """Return the text of some messages and None, or no text and what fails."""
@@ -94,10 +109,13 @@ class Renderer:
 
 @contextmanager
 def _limited() -> Generator[None]:
-    """Raises TimeoutError in the block after `SECONDS` of the processor's time, and ends the process a little later."""
+    """Raises TimeoutError in the block after `SECONDS` of the processor's time, and ends the process a little later.
+
+    It is raised again and again, since jinja goes on after any error in what it computes ahead.
+    """
     used = resource.getrusage(resource.RUSAGE_SELF)
     _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS + 2)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS, AGAIN)
     try:
         yield
     finally:
@@ -171,6 +189,9 @@ def _replies(lines: Iterator[str]) -> Iterator[Reply]:
         return
     except (TimeoutError, MemoryError, RecursionError):
         yield {"error": TOO_MUCH}
+        return
+    except (SyntaxError, ValueError, OverflowError) as error:  # of the Python that jinja makes of it
+        yield {"error": str(error)}
         return
     yield {"error": None}
     for line in lines:

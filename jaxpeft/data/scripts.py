@@ -116,9 +116,9 @@ def _find_answers(dialog: Dialog) -> Writing[tuple[str, list[_Answer], list[Rend
     """Return the text of the whole dialog, its answers, and why others cannot be learned."""
     messages = dialog.messages
     around: list[Cut] = [cut for i in dialog.answers for cut in ((i, True), (i + 1, False))]
-    cuts = list(dict.fromkeys([(len(messages), False), *around]))
+    cuts = list(dict.fromkeys([*around, (len(messages), False)]))
     written = dict(zip(cuts, (yield Request(messages, dialog.tools, cuts)), strict=True))
-    whole = written[cuts[0]]
+    whole = written[len(messages), False]
     if isinstance(whole, RenderError):
         raise whole
     answers: list[_Answer] = []

@@ -20,6 +20,8 @@ from jaxpeft.data.templates import RenderError, Request, Template
 
 IGNORED = -100
 ANCHOR = "\n"
+TOGETHER = 64
+"""How many dialogs are rendered at once: each is held to every one of its cuts."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,14 @@ def write_all(
     Raises:
         ConfigError: the template is no jinja.
     """
-    chats = [write_dialog(dialog) for dialog in dialogs if isinstance(dialog, Dialog)]
-    written = iter(_written(chats, template))
-    for dialog in dialogs:
-        made = next(written) if isinstance(dialog, Dialog) else _completion(dialog, separator)
-        yield made
-        if isinstance(made, RenderError) and made.fatal:
-            return
+    for start in range(0, len(dialogs), TOGETHER):
+        some = dialogs[start : start + TOGETHER]
+        written = iter(_written([write_dialog(dialog) for dialog in some if isinstance(dialog, Dialog)], template))
+        for dialog in some:
+            made = next(written) if isinstance(dialog, Dialog) else _completion(dialog, separator)
+            yield made
+            if isinstance(made, RenderError) and made.fatal:
+                return
 
 
 def write(dialog: Dialog | Completion, template: Template | None, separator: str = "") -> Script:

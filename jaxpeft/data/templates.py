@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import selectors
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,11 @@ from typing import IO, Any, cast
 from jaxpeft.data import sandbox
 from jaxpeft.errors import ConfigError
 
+SECONDS = 10.0
+"""How long a reply may take; its process allows itself less of the processor's time."""
+SECONDS_TO_START = 60.0
+LARGEST = 16 * sandbox.LONGEST
+"""Bytes of a reply."""
 _log = logging.getLogger(__name__)
 BUILT_IN: Mapping[str, str] = {
     "chatml": (
@@ -83,7 +90,7 @@ class Template:
         sources = {"default": source} if isinstance(source, str) else dict(source)
         self._begin = {"sources": sources, "tokens": dict(tokens)}
         self._lock = threading.Lock()
-        self._process = self._start()
+        self._start()
 
     def render_all(self, requests: Sequence[Request]) -> list[list[str | RenderError] | RenderError]:
         """Return for each chat what is written at each cut, or why that cannot be; a fatal error is the last.
@@ -93,13 +100,13 @@ class Template:
         """
         with self._lock:
             if self._process.poll() is not None:
-                self._process = self._start()
+                self._start()
             _send(self._process, [{"messages": r.messages, "tools": r.tools, "cuts": r.cuts} for r in requests])
             made: list[list[str | RenderError] | RenderError] = []
             fatal = False
             try:
                 while not fatal and len(made) < len(requests):
-                    reply = _receive(self._process) or {"error": sandbox.TOO_MUCH, "fatal": True}
+                    reply = self._receive(SECONDS) or {"error": sandbox.TOO_MUCH, "fatal": True}
                     fatal = bool(reply.get("fatal"))
                     made.append(RenderError(reply["error"], fatal) if fatal else _texts(reply))
             finally:
@@ -126,39 +133,55 @@ class Template:
             raise text
         return text
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> None:
         process = subprocess.Popen(  # noqa: S603 - this Python, and a file of jaxpeft
             [sys.executable, "-P", sandbox.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, encoding="utf-8", start_new_session=True,
+            stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True,
         )  # fmt: skip
         weakref.finalize(self, _end, process)
+        self._process, self._received = process, b""
         _send(process, self._begin)
-        reply = _receive(process) or {"error": sandbox.TOO_MUCH}
+        reply = self._receive(SECONDS_TO_START) or {"error": sandbox.TOO_MUCH}
         if reply["error"] is not None:
             _end(process)
             raise ConfigError(f"chat template: {reply['error']}; mend it, or name another as data.chat_template")
-        return process
+
+    def _receive(self, seconds: float) -> dict[str, Any] | None:
+        """Return the next reply; None where the process has ended, or must: it takes too long, or says too much."""
+        pipe, until = cast(IO[bytes], self._process.stdout), time.monotonic() + seconds
+        parts = [self._received]
+        while b"\n" not in parts[-1]:
+            with selectors.DefaultSelector() as selector:
+                selector.register(pipe, selectors.EVENT_READ)
+                ready = selector.select(max(0.0, until - time.monotonic()))
+            part = pipe.read(1 << 20) if ready else b""
+            if not part or sum(map(len, parts)) > LARGEST:
+                _end(self._process)
+                return None
+            parts.append(part)
+        line, _, self._received = b"".join(parts).partition(b"\n")
+        return json.loads(line)
 
 
-def _send(process: subprocess.Popen[str], values: Any) -> None:
+def _send(process: subprocess.Popen[bytes], values: Any) -> None:
+    left = memoryview(json.dumps(values, default=str).encode() + b"\n")
     try:
-        pipe = cast(IO[str], process.stdin)
-        pipe.write(json.dumps(values, default=str) + "\n")
-        pipe.flush()
+        while left:
+            left = left[cast(IO[bytes], process.stdin).write(left) :]
     except BrokenPipeError:
         return  # it has ended: there will be no answer
 
 
-def _receive(process: subprocess.Popen[str]) -> dict[str, Any] | None:
-    line = cast(IO[str], process.stdout).readline()
-    return json.loads(line) if line.endswith("\n") else None
-
-
 def _texts(reply: Mapping[str, Any]) -> list[str | RenderError]:
-    return [text if error is None else RenderError(error) for text, error in reply["texts"]]
+    texts: list[str | RenderError] = []
+    last = ""
+    for shared, rest, error in reply["texts"]:
+        last = last[:shared] + rest
+        texts.append(last if error is None else RenderError(error))
+    return texts
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.communicate()
 

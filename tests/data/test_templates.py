@@ -63,6 +63,14 @@ def test_the_day_does_not_change_the_tokens() -> None:
         ("{{ 'a' | center(2000000000) }}", "too much memory, time or recursion", True),
         ("{{ messages[0].content | center(2000000000) }}", "too much memory, time or recursion", True),
         ("{% set a = 'a' * 4000000 %}{% for i in range(9999) %}{% if a.count(a[1:] + 'b') %}{% endif %}{% endfor %}", "takes more", True),
+        ("{% for i in range(99999) %}{% if ('a.b ' * 999999) | urlize %}{% endif %}{% endfor %}", "takes more than 2 s", True),
+        ("{% for i in range(99999) %}{% if ('<a>' * 999999) | striptags %}{% endif %}{% endfor %}", "takes more than 2 s", True),
+        ("{{ ('<' * 9000000) | e }}", "writes more than 10,000,000 characters", True),
+        ("{{ ('a' * 9000000) | replace('a', 'b' * 9000000) }}", "too much memory", True),
+        ("{{ ('a\n' * 99) | indent(10**8) }}", "too much memory", True),
+        ("{{ range(9999) | list | tojson(indent=10**6) }}", "too much memory", True),
+        ("{% set n = namespace(x='a' * 999) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "too much memory", True),
+        ("{% macro f(n) %}{% for i in range(9) %}{{ f(n + 1) }}{% endfor %}{% endmacro %}{{ f(0) }}", "too much memory", True),
         ("{{ messages[7].content }}", "fails", False),
         ("{{ 1 / 0 }}", "division by zero", False),
         ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate", False),
@@ -79,6 +87,45 @@ def test_a_hostile_or_broken_template_is_stopped(source: str, text: str, fatal: 
     if template._process.poll() is None:
         status = Path(f"/proc/{template._process.pid}/status").read_text()
         assert int(status.partition("VmHWM:")[2].split()[0]) < 600_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{% for a in [1] %}" * 40 + "{% endfor %}" * 40, "nested blocks"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "too much memory, time or recursion"),
+        ("{{ " + "9" * 5000 + " }}", "digits"),
+        ("{{ 1 }}" * 300_000, "too much memory, time or recursion"),
+        ("{{ '" + "a.b " * 200_000 + "' | urlize | urlize | urlize | urlize | urlize | urlize }}", "too much"),
+    ],
+)
+def test_a_template_that_cannot_be_compiled_within_the_limits_is_refused(source: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Template(source, {}).render([USER], generate=False)
+
+
+def test_a_reply_has_a_limit_of_time_and_of_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the limits inside do not stop, such as a machine that hands out no time, ends with the process."""
+    template = Template("{{ messages[0].content }}", {})
+    assert template.render([{"content": "é" * 9_000_000}], generate=False) == "é" * 9_000_000
+    with monkeypatch.context() as patch:
+        patch.setattr(templates, "LARGEST", 1 << 20)
+        with pytest.raises(RenderError, match=sandbox.TOO_MUCH):
+            template.render([{"content": "a" * 9_000_000}], generate=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(templates, "SECONDS", 0.0)
+        with pytest.raises(RenderError, match=sandbox.TOO_MUCH):
+            template.render([{"content": "a"}], generate=False)
+    assert template.render([{"content": "b"}], generate=False) == "b"
+
+
+def test_a_chat_of_many_turns_is_written_to_each_of_its_cuts_though_their_texts_add_up_to_more_than_the_limit() -> None:
+    template, turns = (
+        Template("{% for m in messages %}{{ m.content }}{% endfor %}", {}),
+        [{"content": "a" * 99_999}] * 60,
+    )
+    (texts,) = template.render_all([Request(turns, (), [(n, False) for n in range(61)])])
+    assert [len(text) for text in texts] == [99_999 * n for n in range(61)]
 
 
 def test_nothing_is_rendered_behind_a_template_that_hangs_and_the_next_one_is(tmp_path: Path) -> None:
@@ -102,17 +149,17 @@ def test_a_renderer_that_has_died_is_started_again() -> None:
 
 def test_replies_that_are_not_waited_for_are_not_taken_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     template = Template("{{ messages[0].content }}", {})
-    read, seen = templates._receive, list[str]()
+    read, seen = Template._receive, list[str]()
 
-    def interrupted(process: Any) -> Any:
+    def interrupted(self: Template, seconds: float) -> Any:
         if seen:
             raise KeyboardInterrupt
         seen.append("a")
-        return read(process)
+        return read(self, seconds)
 
     requests = [Request([{"content": text}], (), [(1, False)]) for text in "abc"]
     with monkeypatch.context() as patch:
-        patch.setattr(templates, "_receive", interrupted)
+        patch.setattr(Template, "_receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             template.render_all(requests)
     assert template.render([{"content": "d"}], generate=False) == "d"
