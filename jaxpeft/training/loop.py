@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import batch_shardings, has_positions, place, replicated
 from jaxpeft.sharding.processes import own_rows, put
 from jaxpeft.sharding.specs import state_shardings
-from jaxpeft.training import compiling, flops, optimizers, records
+from jaxpeft.training import base_record, compiling, flops, optimizers, records
 from jaxpeft.training.begin import begun, fixed_leaves, method_of, rewritten
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
 from jaxpeft.training.progress import StepProgress, memory_gb
@@ -113,12 +114,14 @@ def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequenc
         allowed: fields that may differ.
 
     Raises:
-        ConfigError: the checkpoints are another run's.
+        ConfigError: the checkpoints are another run's, or tensors of the base have changed since.
         CheckpointError: none of them is good.
     """
     checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
     latest = checkpoints.latest()
     if latest is not None:
+        find = partial(base_record.changed, folder, setup.base_tensors)
+        base_record.require_same(setup.peers.agreed("changed tensors of the base", find), allowed)
         started = method_of(checkpoints.read_meta(latest), method)
         trainable, _ = jax.eval_shape(lambda: rewritten(setup, started))
         checkpoints.check_identity(latest, identity_of(setup, method, trainable), allowed)
@@ -188,6 +191,7 @@ class Run:
         self._resume()
         if self.setup.peers.first:
             (self.folder / "config.json").write_text(json.dumps(self.setup.identity["config"], indent=2) + "\n")
+            base_record.write(self.folder, self.setup.base_tensors)
         share = f"{self.sizes[0]:,} of {self.sizes[1]:,} parameters ({self.sizes[0] / self.sizes[1]:.2%})"
         _log.info("%s trains %s", self.method.name, share)
         if self.setup.peers.first:

@@ -74,6 +74,7 @@ class Setup:
         samples: a few test rows to answer: the prompt's tokens, and the answer as it is in the rows.
         tokenizer: of the model.
         identity: what makes this run this run, for the checkpoints.
+        base_tensors: the SHA-256 of each tensor of the base's files.
         decided: what goes with its adapter.
         peers: the processes of the run.
     """
@@ -96,6 +97,7 @@ class Setup:
     samples: tuple[tuple[list[int], str], ...]
     tokenizer: Any
     identity: Mapping[str, Any]
+    base_tensors: Mapping[str, str]
     decided: Decided
     peers: Peers = ALONE
 
@@ -123,7 +125,8 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
-    base = {"sha256": _fingerprint(source, peers), "config": architecture(source)}
+    sha256, tensors = _fingerprint(source, peers)
+    base = {"sha256": sha256, "config": architecture(source)}
     sizes = {file.name: file.stat().st_size for file in weight_files(source)}
     peers.same("base or rows", {"base": base, "files": sizes, "data": splits.identity})
     batches = make_batches(config, splits)
@@ -162,18 +165,24 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
             "base": base,
             "data": splits.identity,
         },
+        base_tensors=tensors,
         decided=decide(config, splits),
         peers=peers,
     )
 
 
-def _fingerprint(source: sources.Source, peers: Peers) -> str:
-    """Gives the base's fingerprint; of several processes each hashes some of the files, so that none reads all of them."""
+def _fingerprint(source: sources.Source, peers: Peers) -> tuple[str, dict[str, str]]:
+    """Return the base's fingerprint, and the SHA-256 of each tensor; of several processes each hashes some of the files."""
+    tensors: dict[str, str] = {}
 
     def share(own: list[str]) -> list[str]:
-        return [line for lines in peers.gathered("hashes of the base's files", own) for line in lines]
+        found = [line for lines in peers.gathered("hashes of the base's files", own) for line in lines]
+        for line in found:
+            name, digest = line.rsplit(" ", 1)
+            tensors[name] = digest
+        return found
 
-    return fingerprint(source, share, slice(peers.process, None, peers.processes))
+    return fingerprint(source, share, slice(peers.process, None, peers.processes)), tensors
 
 
 def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...]:
