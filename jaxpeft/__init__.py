@@ -19,12 +19,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxpeft.core.bank import bank as bank
     from jaxpeft.core.bank import pick as pick
+    from jaxpeft.core.merging import merge as merge
     from jaxpeft.core.method import Method as Method
     from jaxpeft.core.nnx import params_of as params_of
     from jaxpeft.core.nnx import with_params as with_params
     from jaxpeft.core.probing import find_sites as find_sites
     from jaxpeft.core.rewriting import adapter_names as adapter_names
-    from jaxpeft.core.rewriting import merge as merge
     from jaxpeft.core.rewriting import rewrite as rewrite
     from jaxpeft.core.rewriting import trainable_mask as trainable_mask
     from jaxpeft.core.rewriting import without_adapter as without_adapter
@@ -61,7 +61,7 @@ _WHERE = {
     "without_adapter": "core.rewriting",
     "adapter_names": "core.rewriting",
     "Method": "core.method",
-    "merge": "core.rewriting",
+    "merge": "core.merging",
     "rewrite": "core.rewriting",
     "trainable_mask": "core.rewriting",
     "combine": "core.tree",

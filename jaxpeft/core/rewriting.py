@@ -1,4 +1,4 @@
-"""Rewrite, trainable mask and merge: a method lifted from one site to a whole tree."""
+"""Rewrite and trainable mask: a method lifted from one site to a whole tree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxpeft.core import kernels, paths, targets
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
-from jaxpeft.errors import ConfigError, TargetError
+from jaxpeft.errors import ConfigError, TargetError, shown
 
 
 def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites: Sequence[Site] | None = None) -> Tree:
@@ -33,18 +33,63 @@ def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites:
 
     Raises:
         TargetError: the targets do not name sites of this model.
-        ConfigError: the tree is already rewritten, nothing would be trained, or a stacked bias would be trained for the
-            sake of some of its layers.
+        ConfigError: the tree is already rewritten, by this method or another, a leaf is no array of numbers, nothing would be
+            trained, or a stacked bias would be trained for the sake of some of its layers.
     """
+    require_numbers(params)
+    _require_plain(method, params)
     tree = paths.build(list(paths.walk(params)))
-    present = adapted_modules(method, params)
-    if present:
-        where = paths.text(present[0]) or "the root of the tree"
-        raise ConfigError(f"{where} already holds {method.name} leaves; rewrite the base, or merge first")
     for part in method.parts():
-        _add(part, params, tree, rng, chosen_sites(part, params, sites))
+        chosen = chosen_sites(part, params, sites)
+        targets.report_coverage(targets.find_sites(params, part.kinds), chosen)
+        add_leaves(part, params, tree, rng, chosen)
     mask = dict(paths.walk(trainable_mask(method, tree)))
     return paths.map_with_path(lambda path, leaf: kernels.near(leaf).astype(jnp.float32) if mask[path] else leaf, tree)
+
+
+def require_numbers(params: Mapping[str, Any]) -> None:
+    """Refuse a tree of which a leaf is no array, or a leaf of the base holds whole numbers, truth values or complex ones.
+
+    Args:
+        params: a tree, rewritten, quantised or not; abstract leaves will do.
+
+    Raises:
+        ConfigError: naming the first such leaf.
+    """
+    for path, leaf in paths.walk(params):
+        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+            raise ConfigError(f"{paths.text(path)}: must be an array, is {shown(leaf)} ({type(leaf).__name__})")
+        if path[-1] in _FLOATING and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ConfigError(
+                f"{paths.text(path)}: must be an array of floats, is {leaf.dtype} {list(leaf.shape)}; a base whose kernels are held in "
+                "few bits comes from jaxpeft.quantise or jaxpeft.load(..., quant=...)"
+            )
+
+
+_FLOATING = frozenset({"kernel", "bias", "scale", "embedding"})
+"""Leaves of the base that are numbers as they stand."""
+
+
+def _require_plain(method: Method, params: Mapping[str, Any]) -> None:
+    """Refuse a tree that holds the leaves of an adapter, whatever method they are of.
+
+    Raises:
+        ConfigError: naming a module that does.
+    """
+    methods = markers()
+    found = next((path for path, _ in paths.walk(params) if path[-1] in methods), None)
+    if found is not None:
+        own = any(found[-1] in (*part.leaf_names, *part.root_names) for part in method.parts())
+        where, name = paths.text(found[:-1]) or "the root of the tree", method.name if own else methods[found[-1]].name
+        both = "" if own else f"; for {name} and {method.name} at once, rewrite the base with jaxpeft.Mixed"
+        raise ConfigError(f"{where} already holds {name} leaves; rewrite the base, or merge first{both}")
+
+
+def markers() -> Mapping[str, type[Method]]:
+    """Return the methods by their marker leaves."""
+    from jaxpeft.methods import MARKERS  # they are made of what this package defines
+
+    return MARKERS
 
 
 def chosen_sites(
@@ -71,11 +116,10 @@ def chosen_sites(
     return chosen
 
 
-def _add(
+def add_leaves(
     method: Method, params: Mapping[str, Any], tree: Tree, rng: jax.Array, chosen: Mapping[Site, tuple[bool, ...]]
 ) -> None:
     """Puts the leaves of one method into a tree whose dicts are its own."""
-    targets.report_coverage(targets.find_sites(params, method.kinds), chosen)
     for site, on in chosen.items():
         node = paths.get(tree, site.path)
         made = site_leaves(method, site, on, paths.get(params, site.path), rng)
@@ -230,136 +274,3 @@ def without_adapter(method: Method, params: Mapping[str, Any]) -> Tree:
     """
     names = adapter_names(method)
     return paths.build([(path, leaf) for path, leaf in paths.walk(params) if path[-1] not in names])
-
-
-def merge(
-    method: Method, params: Mapping[str, Any], *, sites: Sequence[Site] | None = None, tied: bool | None = None
-) -> Tree:
-    """Folds the adapter into the base, giving plain params: the inverse of `rewrite` in structure.
-
-    Args:
-        method: the method that rewrote `params`.
-        params: the rewritten tree.
-        sites: of a model that is not jaxpeft's own, as given to `rewrite`.
-        tied: whether the embedding is the language-model head as well; None for a decoder of jaxpeft's own that has no head.
-
-    Returns:
-        The tree without adapter leaves; sums are made in float32 and cast to the base leaf's dtype once.
-
-    Raises:
-        ConfigError: the tree holds no leaf of this method: it was never rewritten, or is merged already; or the method
-            computes what no plain leaf computes.
-    """
-    tree = paths.build(list(paths.walk(params)))
-    adding = adding_parts(method)
-    for part in adding:
-        if not part.mergeable:
-            raise ConfigError(f"{part.name} cannot be merged: no plain weights compute what it does; keep the adapter")
-        if not adapted_modules(part, params):
-            raise ConfigError(
-                f"nothing to merge: no module holds {part.name} leaves (merged already, or never rewritten)"
-            )
-    if tied or (tied is None and sites is None and _without_head(params)):
-        _require_untied(adding, params)
-    roots = {key: tree.pop(key) for part in adding for key in part.root_names if key in tree}
-    names = adapter_names(method)
-    for site in targets.find_sites(params, targets.KINDS) if sites is None else sites:
-        node = paths.get(tree, site.path)
-        folded = fold_site(adding, site, node, roots)
-        for key in names & node.keys():
-            del node[key]
-        node.update(folded)
-    return tree
-
-
-def _without_head(params: Mapping[str, Any]) -> bool:
-    """Says whether a tree is that of a decoder which has no head but its embedding."""
-    found = [path for path, _ in paths.walk(params)]
-    return any(path[-2:-1] == ("embed_tokens",) for path in found) and not any(
-        path[0] == "lm_head" or paths.is_head(path) for path in found
-    )
-
-
-def _require_untied(adding: Sequence[Method], params: Mapping[str, Any]) -> None:
-    """Refuses an adapter that changes an embedding where tokens are looked up, and not where it is the head.
-
-    Raises:
-        ConfigError: naming the embedding.
-    """
-    for path, _ in paths.walk(params):
-        for part in adding:
-            lookups = part.leaf_names and path[-1] == part.leaf_names[0] and "attend" not in part.hooks
-            if lookups and kernels.form_of(paths.get(params, path[:-1])) == "embedding":
-                raise ConfigError(
-                    f"{paths.text(path[:-1])} is the language-model head as well, and {part.name} changes it where tokens are looked up "
-                    "alone, which no one matrix computes: `python -m jaxpeft.export --to merged` gives the head a copy of its own; "
-                    "for a model that has no such head, give tied=False"
-                )
-
-
-def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) -> dict[str, Any]:
-    """Gives the base leaves of one site with every adapter in it folded in, in their dtypes; nothing where there is none.
-
-    Args:
-        parts: the methods that add leaves, in the order in which they compute.
-        site: where.
-        node: the leaves of its module, those of its adapters among them.
-        roots: the adapters' leaves at the root of the tree.
-
-    Raises:
-        ConfigError: an adapter changes a leaf that the module has not, or the kernel is quantised.
-    """
-    adapters = {name for part in parts for name in part.site_names()}
-    before = {key: leaf for key, leaf in node.items() if key not in adapters and not isinstance(leaf, Mapping)}
-    left, out = dict(node), dict[str, Any]()
-    for part in parts:
-        own = {key: left.pop(key) for key in part.site_names() if key in left}  # two parts may be of one method
-        if own:
-            shared = {key: roots[key] for key in part.root_names if key in roots}
-            out |= _folded(part, site, own, shared, {**before, **out}, before if out else None)
-    return out
-
-
-def adding_parts(method: Method) -> list[Method]:
-    """Lists the methods that add leaves, in the order in which they compute a site that several of them adapt."""
-    from jaxpeft.methods import MARKERS  # they are made of what this package defines
-
-    order = {marker: i for i, marker in enumerate(MARKERS)}
-    adding = [part for part in method.parts() if part.leaf_names or part.root_names]
-    return sorted(adding, key=lambda part: order.get((part.leaf_names or part.root_names)[0], len(order)))
-
-
-def _as_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array:
-    """Gives a folded leaf the axes and the dtype of the base's."""
-    return (kernels.as_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)).astype(leaf.dtype)
-
-
-def _folded(
-    method: Method, site: Site, own: Leaves, shared: Leaves, plain: Leaves, before: Leaves | None
-) -> dict[str, Any]:
-    """Gives the base leaves of a site with its adapter folded in, layer by layer; `before` are those without any adapter."""
-    form = kernels.form_of(plain) or "kernel"
-    if form not in ("kernel", "embedding"):
-        raise ConfigError(
-            f"{paths.text(site.path)} is stored as {form}; jaxpeft.merge_quantised decodes it, or merge into the base that is not quantised"
-        )
-    layers: list[dict[str, Any]] = []
-    for i in range(len(site.names)):
-        mine, base = layer_of(site, own, i), layer_of(site, plain, i)
-        given = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
-        on = mine.pop(method.site_names()[-1], True)
-        whole = {**given, "kernel": kernels.read(base, site.shape, site.order)}
-        whole |= {"bias": given["bias"].reshape(-1)} if "bias" in given else {}
-        whole |= {} if before is None else {"original": kernel_of(site, before, i)}
-        folded = {**whole, **method.fold({**shared, **mine}, whole)} if bool(on) else whole
-        kept = {form if key == "kernel" else key: value for key, value in folded.items() if key != "original"}
-        lost = sorted(kept.keys() - base.keys() - {"kernel"})
-        if lost:
-            raise ConfigError(
-                f"{site.names[i]}: {method.name} needs a {lost[0]} there when it is merged, and the module has none; keep the adapter"
-            )
-        layers.append({key: _as_base(kept[key], leaf, site, key == form) for key, leaf in base.items() if key in kept})
-    if not site.layers:
-        return layers[0]
-    stacked = {key: jnp.stack([layer[key] for layer in layers]) for key in layers[0]}
-    return {key: leaf.reshape(*site.layers, *leaf.shape[1:]) for key, leaf in stacked.items()}

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import paths, targets
+from jaxpeft.core.merging import adding_parts, fold_site
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
-from jaxpeft.core.rewriting import adapter_names, adding_parts, fold_site, trainable_mask
+from jaxpeft.core.rewriting import adapter_names, trainable_mask
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub import safetensors_writing

@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxpeft.core import kernels, paths, targets
+from jaxpeft.core.merging import merge
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import merge
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.quant.tree import Quant, dequantise, quantise
