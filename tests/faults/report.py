@@ -27,6 +27,9 @@ signal and saved, 1 any other failure), or the run recovers; **M** the message n
 five lines, or in a line for each of several problems, and without a traceback; **T** in time: refused before anything is
 compiled, within a minute; **L** nothing is lost: what was saved is there, byte for byte, and the run that goes on ends as the
 one that nothing happened to.
+
+"Bit-equal" here is bit-equal on CPUs, simulated devices among them: all of this page ran there. It does not hold on a GPU yet: on an
+H200 two equal runs differ from the fourth step on, and a resumed run differs from its straight one. On TPUs none of it has run.
 """
 
 
