@@ -136,7 +136,7 @@ class DataConfig:
         (),
         "labels that mean there is none, such as '-' or '-1', '' for empty cells: such rows are left out, such tags not learned",
     )
-    max_length: int = option(128, "tokens a row; longer rows are cut, texts are split", at_least=2)
+    max_length: int = option(128, "tokens a row; longer rows are cut, texts are split", at_least=2, at_most=2**24)
     lengths: tuple[int, ...] = option(
         (), "the padded lengths, ascending; empty to choose them from the data", at_least=2
     )
@@ -154,7 +154,7 @@ class DataConfig:
     buffer_rows: int = option(
         10_000, "streamed rows that are tokenised, shuffled and packed together, over all sources", at_least=1
     )
-    workers: int = option(0, "processes that prepare batches, of a stream its tokens; 0 for a thread", at_least=0)
+    workers: int = option(0, "processes that prepare batches, of a stream its tokens; 0 for a thread", at_least=0, at_most=1024)
     worker_timeout: float = option(60.0, "seconds to wait for worker processes before giving up", above=0)
 
     def problems(self) -> list[str]:
@@ -251,7 +251,7 @@ class TrainConfig:
 
     epochs: float | None = option(None, "passes over the training rows", above=0)
     steps: int | None = option(None, "optimizer steps; in place of epochs", at_least=1)
-    batch_size: int = option(32, "rows an optimizer step", at_least=1)
+    batch_size: int = option(32, "rows an optimizer step", at_least=1, at_most=2**24)
     accumulation: int = option(1, "parts that a batch is computed in, one after the other", at_least=1)
     label_smoothing: float = option(
         0.0,
@@ -294,10 +294,10 @@ class EvaluationConfig:
 
     every_steps: int | None = option(None, "evaluate every so many steps; None for the end of each epoch", at_least=1)
     batch_size: int = option(
-        64, "rows a batch; of several devices at least one each, the same number on all", at_least=1
+        64, "rows a batch; of several devices at least one each, the same number on all", at_least=1, at_most=2**24
     )
     samples: int = option(0, "test rows whose answers are generated and shown, before training and after", at_least=0)
-    sample_tokens: int = option(64, "tokens of such an answer at most", at_least=1)
+    sample_tokens: int = option(64, "tokens of such an answer at most", at_least=1, at_most=2**24)
     metric: (
         Literal["loss", "perplexity", "accuracy", "f1", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "mse"]
         | None

@@ -99,6 +99,8 @@ def file(tmp_path: Path) -> Path:
         ("train.steps", "-" * 5000 + "1", "config.train.steps: must be an integer or None, is '----"),
         ("optimizer.learning_rate", "9" * 400, f"config.optimizer.learning_rate: must be a number that 64 bits can hold, is {'9' * 80}"),
         ("train.steps", "9" * 400, f"config.train.steps: must be at most 2147483647, is {'9' * 80}"),
+        ("data.workers", "99999999999", "config.data.workers: must be at most 1024, is 99999999999"),
+        ("data.max_length", "1" + "0" * 40, "config.data.max_length: must be at most 16777216"),
         ("train.seed", "4294967296", "config.train.seed: must be below 4294967296, is 4294967296"),
         ("train.epochs", "0x" + "f" * 5000, "config.train.epochs: must be a number that 64 bits can hold, is int that is too large"),
         ("data.train", "\udcff.jsonl", r"config.data.train: must be text in UTF-8, is '\udcff.jsonl'"),
@@ -142,12 +144,12 @@ def test_a_usual_name_leads_to_ours(file: Path, option: str, ours: str) -> None:
 
 def test_the_divisors_of_any_batch_are_found_at_once(file: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(ConfigError, match="at most 2147483647, is 100000000000"):
+    with pytest.raises(ConfigError, match="at most 16777216, is 100000000000"):
         configs.load(file, [("train.batch_size", "100000000000"), ("train.accumulation", "3")])
     with pytest.raises(
-        ConfigError, match="3 does not divide batch_size 2147483644; it could be 1, 2, 4, 233, 466, 932, 1103, 2089"
+        ConfigError, match="5 does not divide batch_size 16777212; it could be 1, 2, 3, 4, 6, 12, 23, 46"
     ):
-        configs.load(file, [("train.batch_size", "2147483644"), ("train.accumulation", "3")])
+        configs.load(file, [("train.batch_size", "16777212"), ("train.accumulation", "5")])
     assert time.monotonic() - began < 5
 
 
