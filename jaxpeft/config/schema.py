@@ -154,7 +154,9 @@ class DataConfig:
     buffer_rows: int = option(
         10_000, "streamed rows that are tokenised, shuffled and packed together, over all sources", at_least=1
     )
-    workers: int = option(0, "processes that prepare batches, of a stream its tokens; 0 for a thread", at_least=0, at_most=1024)
+    workers: int = option(
+        0, "processes that prepare batches, of a stream its tokens; 0 for a thread", at_least=0, at_most=1024
+    )
     worker_timeout: float = option(60.0, "seconds to wait for worker processes before giving up", above=0)
 
     def problems(self) -> list[str]:

@@ -78,7 +78,9 @@ class OFT(Targeted):
     )
     blocks: int | None = option(None, "number b of blocks, in place of block_size", at_least=1)
     block_share: bool = option(False, "rotate all blocks of a site alike")
-    neumann_terms: int = option(_TERMS, "terms n of the Neumann series; 0 for the exact Cayley transform", at_least=0, at_most=1000)
+    neumann_terms: int = option(
+        _TERMS, "terms n of the Neumann series; 0 for the exact Cayley transform", at_least=0, at_most=1000
+    )
     eps: float | None = option(None, "radius that COFT keeps S within, times sqrt(b); None for no limit", above=0)
     dropout: float = option(0.0, "rate at which a block is not rotated", at_least=0, below=1)
     bias: Literal["none", "all", "oft_only"] = option("none", "which biases of the base are trained as well")
