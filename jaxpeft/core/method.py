@@ -306,6 +306,15 @@ class Method:
         del site
         return {self.files[key]: self._torch(key, leaf) for key, leaf in leaves.items() if key in self.files}
 
+    def fitted(self, shapes: Mapping[str, tuple[int, ...]]) -> Method:
+        """Return the method that the tensors of a file are of, where its options may say another.
+
+        Args:
+            shapes: of the tensors, by name.
+        """
+        del shapes
+        return self
+
     def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
         """Gives the adapter leaves that `pack` would pack like this.
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxpeft.core import paths, targets
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
-from jaxpeft.core.rewriting import chosen_sites, layer_of, trainable_mask
+from jaxpeft.core.rewriting import chosen_sites, layer_of, modules_to_save, trainable_mask
 from jaxpeft.core.targets import Site
 from jaxpeft.hub.safetensors_files import Tensor
 
@@ -260,7 +260,10 @@ def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
             problems.append(f"not floating: {name} is {tensor.dtype}")
     for name, like in wanted.items():
         if name in tensors and tuple(tensors[name].shape) != like.shape:
-            problems.append(f"misshaped: {name} is {list(tensors[name].shape)}, must be {list(like.shape)}")
+            there = list(tensors[name].shape)
+            added = bool(_embedding_of(name)) and len(there) == 2 and there[0] > like.shape[0]
+            fix = f"; load the base with vocab_size={there[0]}" if added else ""
+            problems.append(f"misshaped: {name} is {there}, must be {list(like.shape)}{fix}")
     return problems
 
 
@@ -296,17 +299,46 @@ def without_copies(method: Method, header: Mapping[str, Tensor], base: Mapping[s
         if ".original_module." in name or (plain != name and plain in header):
             continue
         own = name.removeprefix(method.module_prefix).replace(".base_layer.", ".")
-        if own.endswith(".weight") and ".base_layer." in name and own in leaves:
+        copied = ".base_layer." in name or (_embedding_of(own) and not _saves(method, own))
+        if own.endswith(".weight") and copied and own in leaves:
             path, row = leaves[own]
             leaf = np.asarray(paths.get(base, path))
             leaf = leaf[row] if paths.layer_axis(path) is not None else leaf
             if np.array_equal(tensor.read(), leaf.T if path[-1] == "kernel" else leaf):
                 continue
-        copied = shared.get(name.rpartition(".")[2])
-        if copied is not None and name not in roots and np.array_equal(tensor.read(), copied):
+        once = shared.get(name.rpartition(".")[2])
+        if once is not None and name not in roots and np.array_equal(tensor.read(), once):
             continue
         kept[name] = tensor
     return kept
+
+
+_EMBEDDINGS = ("embed_tokens", "word_embeddings", "lm_head")
+
+
+def _embedding_of(name: str) -> str | None:
+    """Return the name of the embedding or the head that a tensor is the weight of, as PEFT's `save_embedding_layers` writes it."""
+    module, _, leaf = name.rpartition(".")
+    found = module.rpartition(".")[2]
+    return found if leaf == "weight" and found in _EMBEDDINGS else None
+
+
+def _saves(method: Method, name: str) -> bool:
+    return any(f".{name}".endswith(f".{module}.weight") for module in modules_to_save(method))
+
+
+def whole_embeddings(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the embeddings that a file holds whole though no option says so, as PEFT does with added tokens.
+
+    Args:
+        method: what the adapter is.
+        header: the tensors of the file, without copies.
+        base: the parameters that the adapter is for.
+    """
+    leaves = {name for path, leaf in paths.walk(base) for name in _names(path, leaf)}
+    given = (name.removeprefix(method.module_prefix) for name in header)
+    found = (_embedding_of(name) for name in given if name in leaves and not _saves(method, name))
+    return tuple(sorted({name for name in found if name is not None}))
 
 
 def _names(path: Path, leaf: Any) -> tuple[str, ...]:

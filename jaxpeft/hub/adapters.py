@@ -19,7 +19,7 @@ from jaxpeft.core import kernels, paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import modules_to_save, rewrite, trainable_mask
-from jaxpeft.errors import AdapterError, TargetError, WeightsError, shown
+from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, shown
 from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
 from jaxpeft.hub.base_identity import architecture, differences, fingerprint
@@ -29,6 +29,7 @@ from jaxpeft.hub.loading import abstract_params
 from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.hub.safetensors_writing import write_arrays
 from jaxpeft.hub.settings import Settings, parse_settings
+from jaxpeft.hub.tied_heads import tie_of
 from jaxpeft.methods import from_dict
 from jaxpeft.models.base import Pretrained
 
@@ -90,9 +91,10 @@ def _save_one(
     folder.mkdir(parents=True, exist_ok=True)
     main, tokens = token_indices.split(method) or (method, ())
     tensors = adapter_tensors.to_tensors(method, params)
-    tied, head = _tied_names(method, model, params)
-    if tied in tensors:
-        tensors[head] = tensors[tied].copy()
+    tie, _ = tie_of(method.module_prefix, model, params)
+    tied = tie is not None and f"{tie.embedding}weight" in tensors
+    if tie is not None and tied:
+        tensors[f"{tie.head}weight"] = tensors[f"{tie.embedding}weight"].copy()
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
         raise AdapterError([f"{folder}: {name} holds NaN or infinity; not saved" for name in broken])
@@ -104,7 +106,7 @@ def _save_one(
     if tokens:
         tensors = {token_indices.renamed(name): tensor for name, tensor in tensors.items()}
         config |= token_indices.written({name: part for part in tokens for name in _site_names(part, params)})
-    if tied in tensors:
+    if tied:
         config["ensure_weight_tying"] = True
     layout = LAYOUTS[main.layout]
     _require_alone(folder, layout)
@@ -223,17 +225,6 @@ def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -
         )
 
 
-def _tied_names(method: Method, model: Pretrained, params: Mapping[str, Any]) -> tuple[str, str]:
-    """Gives the file's names of the embedding that is the language-model head as well, and of that head; "" where it is not.
-
-    PEFT unties the two where only one is saved, and ties them by `ensure_weight_tying` and a copy as `lm_head`.
-    """
-    if model.options.task != "causal_lm" or "lm_head" in params:
-        return "", ""
-    (embedding,) = (paths.hf_names(path, None)[0] for path, _ in paths.walk(params) if path[-1] == "embedding")
-    return method.module_prefix + embedding, f"{method.module_prefix}lm_head.weight"
-
-
 def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """Gives full names of sites where PEFT would read the target options otherwise.
 
@@ -340,18 +331,22 @@ def load_adapter(
         raise AdapterError(error.problems) from error
     if model.options.task == "encoder":
         config, header = _without_pooler(config, header)
+    header = _one_name(config, header, model, params, folder / layout.weights)
     method = peft_config.read(config, str(folder / CONFIG), params)
-    try:
-        rewritten = rewrite(method, params, jax.random.key(0))
-    except TargetError as error:
-        raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
+    method = method.fitted({name: tensor.shape for name, tensor in header.items()})
     spelled = str if method.parts() == (method,) else token_indices.renamed
     header = {spelled(name): tensor for name, tensor in header.items()}
     header = adapter_tensors.without_copies(method, header, params)
-    tied, head = _tied_names(method, model, params)
-    if tied in header:
-        header = _without_tied_head(header, tied, head, folder / layout.weights)
-    problems = adapter_tensors.differences(method, rewritten, header)
+    whole = adapter_tensors.whole_embeddings(method, header, params)
+    method = dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *whole)) if whole else method
+    like = paths.map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    try:
+        # an option may ask for more than the memory holds: the file's shapes are compared first
+        made = jax.eval_shape(partial(rewrite, method), like, jax.eval_shape(lambda: jax.random.key(0)))
+        problems = adapter_tensors.differences(method, made, header)
+        rewritten = params if problems else rewrite(method, params, jax.random.key(0))
+    except (TargetError, ConfigError) as error:
+        raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
     if not problems:
         tensors = {name: tensor.read() for name, tensor in header.items()}
         problems = adapter_tensors.wrong_numbers(method, rewritten, tensors)
@@ -392,15 +387,22 @@ def _without_pooler(config: dict[str, Any], header: Mapping[str, Tensor]) -> tup
     return config, {name: tensor for name, tensor in header.items() if ".pooler." not in name}
 
 
-def _without_tied_head(header: Mapping[str, Any], tied: str, head: str, file: FilePath) -> dict[str, Any]:
-    own = header.get(head)
-    if own is None or not np.array_equal(own.read(), header[tied].read()):
-        why = "is as in the base" if own is None else "is another one"
-        raise AdapterError(
-            f"{file}: {tied} was trained and {head} {why}: PEFT untied them, and this model ties them; "
-            "train it with ensure_weight_tying=True"
-        )
-    return {name: tensor for name, tensor in header.items() if name != head}
+def _one_name(
+    config: Mapping[str, Any],
+    header: Mapping[str, Tensor],
+    model: Pretrained,
+    params: Mapping[str, Any],
+    file: FilePath,
+) -> dict[str, Tensor]:
+    """Return the tensors of a file, those of a tied head under the embedding's name."""
+    kind = peft_config.method_of(config)
+    tie, leaf = tie_of(kind.module_prefix, model, params) if kind is not None else (None, None)
+    if tie is None:
+        return dict(header)
+    names = {tie.embedding.split(".")[-2], "lm_head"}
+    given: Any = config.get("modules_to_save")
+    saved = tuple(str(one) for one in given if str(one).rpartition(".")[2] in names) if isinstance(given, list) else ()
+    return tie.one(header, file, saved, np.asarray(leaf))
 
 
 def _size(header: Mapping[str, Any]) -> int:

@@ -13,6 +13,7 @@ more than one factor with its CUDA extension only; here all are plain products.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -141,6 +142,11 @@ class BOFT(Targeted):
         """Reads BOFT's options."""
         values, problems = super().from_peft(config)
         return {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}, problems
+
+    def fitted(self, shapes: Mapping[str, tuple[int, ...]]) -> BOFT:
+        """Return BOFT of one factor where the file holds one: without its CUDA extension PEFT computes that, whatever it is asked for."""
+        factors = {shape[0] for name, shape in shapes.items() if name.endswith(".boft_R") and shape}
+        return dataclasses.replace(self, factors=1) if factors == {1} else self
 
 
 def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:

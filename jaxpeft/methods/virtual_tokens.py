@@ -41,7 +41,7 @@ class VirtualTokens(Method):
     peft_required: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
     # sizes of the base, which the shape of the table tells as well, and of networks that files leave out
     peft_ignored: ClassVar[frozenset[str]] = frozenset(
-        {"token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"}
+        {"task_type", "token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"}
     )
 
     num_virtual_tokens: int = option(20, "how many virtual tokens stand in front of a row", at_least=1)
@@ -76,7 +76,14 @@ class VirtualTokens(Method):
     def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Reads the options; PEFT's 2 submodules are those of an encoder and a decoder."""
         one = config.get("num_transformer_submodules") == 1
-        return super().from_peft({k: v for k, v in config.items() if not (one and k == "num_transformer_submodules")})
+        known = {k: v for k, v in config.items() if not (one and k == "num_transformer_submodules")}
+        values, problems = super().from_peft(known)
+        if config.get("task_type") is None:
+            problems.append(
+                "task_type: is not set, and PEFT then computes the base alone, without the virtual tokens; set it to what the adapter "
+                "was trained for, such as CAUSAL_LM"
+            )
+        return values, problems
 
 
 def call_behind(call: Call, *, past: Any = None, prompt: Any = None) -> Any:
