@@ -83,3 +83,11 @@ def test_codes_and_scales_are_those_of_bitsandbytes(shape: tuple[int, int], dtyp
     np.testing.assert_allclose(found["kernel_nf4_absmax_scale"], state.state2.absmax.numpy(), rtol=1e-6)
     # Its program for CPUs rounds a few of a thousand scales to the second nearest; that for GPUs rounds as here.
     assert (found["kernel_nf4_absmax"].reshape(-1) == state.absmax.numpy()).mean() > 0.98
+
+
+def test_a_block_of_zeros_is_decoded_to_zeros():
+    kernel = np.random.default_rng(0).standard_normal((128, 8)).astype(np.float32)
+    kernel[:, 2] = kernel[:64, 3] = 0
+    back = np.asarray(nf4.decoded(nf4.store(jnp.asarray(kernel)), jnp.float32)).T
+    assert not back[:, 2].any() and not back[:64, 3].any()
+    np.testing.assert_allclose(back[64:, 3], kernel[64:, 3], atol=0.5)
