@@ -17,7 +17,7 @@ from jaxpeft.data.labels import Problem
 from jaxpeft.data.layout import GIB, Layout
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
 from jaxpeft.data.unread import filled, refuse_partial, unread
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, DataError
 from jaxpeft.hub.kept_head import KeptHead, read_head
 from jaxpeft.hub.sources import Source
 
@@ -109,7 +109,11 @@ def _test(config: Config, like: Examples | None, validation: Examples) -> Exampl
     if path is None or len(options.sources) > 1:
         return validation
     _log.info("%s: its test rows are taken for the final figures", path)
-    return _other(str(path), "test", config, like)
+    try:
+        return _other(str(path), "test", config, like)
+    except DataError as error:
+        why = f"{path}: its test rows are taken since data.test is not set; name others there, or a file in data.train"
+        raise DataError([*error.problems, why]) from error
 
 
 def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Rows]:

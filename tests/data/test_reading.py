@@ -61,6 +61,20 @@ def test_test_rows_in_the_folder_or_beside_it_are_taken_and_told(
     assert len(read_examples(named)[2]) == 10
 
 
+def test_test_rows_that_are_found_and_have_no_labels_are_refused_with_a_way_out(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    train = write(tmp_path / "train.jsonl", [{"text": f"word{i}", "label": str(i % 2)} for i in range(10)])
+    write(tmp_path / "test.jsonl", [{"id": 1, "text": "word1"}])
+    with pytest.raises(DataError) as caught:
+        read_examples(make_config(data__train=str(tmp_path)))
+    assert str(caught.value).endswith(
+        f"\n{tmp_path}: its test rows are taken since data.test is not set; name others there, or a file in data.train"
+    )
+    _, validation, test = read_examples(make_config(data__train=train))
+    assert test is validation
+
+
 def test_validation_rows_that_are_not_used_are_told(
     make_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
