@@ -40,6 +40,10 @@ def test_slices_multiply():
         ("v5e:100x100", 1, "'v5e:100x100' is larger than a pod of v5e, 16x16; more of them are joined by --slices"),
         ("v5p:4x4x32", 1, "is larger than a pod of v5p, 16x20x28"),
         ("v5e:4x4", 0, "--slices: must be at least 1, is 0"),
+        ("cpu:100000", 1, "--topology: cpu:100000 has 100000 devices; a plan is for at most 4096"),
+        ("v5e:4x4", 10**9, "has 16000000000 devices; a plan is for at most 131072"),
+        ("h100:" + "9" * 5000, 1, r"9\.\.\. \(5,007 characters\) is not of a shape that h100 comes in"),
+        ("h100:٣", 1, "is not of a shape that h100 comes in"),
     ],
 )  # fmt: skip
 def test_what_is_no_topology_is_refused(text, slices, message):
