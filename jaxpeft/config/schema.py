@@ -105,7 +105,9 @@ class DataConfig:
         f"column of each field, where it has not a usual name, 'a.b' for a value inside of objects; fields: {', '.join(DATA_FIELDS)}",
     )
     chat_template: str | None = option(
-        None, "'chatml', 'alpaca' or a file of jinja to write chats with; None for the tokenizer's own"
+        None,
+        "the name of one of the tokenizer's templates, 'chatml', 'alpaca' or a file of jinja to write chats with; None for the "
+        "tokenizer's own",
     )
     encoding: str = option(
         "auto", "of text files, by Python's name, such as 'cp1252'; auto for UTF-8, or UTF-16 where a file shows it"

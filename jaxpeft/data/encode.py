@@ -65,7 +65,7 @@ def encode(
         add_bos: for text, begin each document with BOS; where the tokenizer does so itself, it is not doubled. For prompts
             with completions, keep the BOS that the tokenizer begins a text with.
         add_eos: end each document, or each answer that the template has not ended, with EOS; never doubled.
-        chat_template: name of a built-in template, or a file of jinja; None for the tokenizer's.
+        chat_template: name of one of the tokenizer's templates or of a built-in one, or a file of jinja; None for the tokenizer's.
         separator: stands between a prompt and its completion.
         most_dropped: the share of rows that may be dropped, never all; None to let any be dropped.
         progress: called with the rows done and the rows in all, after every thousand.

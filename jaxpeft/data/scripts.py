@@ -91,7 +91,8 @@ def write_dialog(dialog: Dialog) -> Writing[Script]:
     for row in rows:
         scripts.append((yield from _check(dialog, row)))
     last = scripts.pop() if scripts else Script(whole, (), (), begun=True)
-    return dataclasses.replace(last, earlier=tuple(scripts), unlearned=tuple(map(str, unlearned)))
+    told = tuple(f"an answer is not learned: {error}" for error in unlearned)
+    return dataclasses.replace(last, earlier=tuple(scripts), unlearned=told)
 
 
 def write_turns(dialog: Dialog) -> Writing[Script]:

@@ -15,7 +15,8 @@ from jaxpeft.data.encode import encode, fingerprint, pad_id
 from jaxpeft.data.examples import make_examples
 from jaxpeft.data.tokens import Options
 from jaxpeft.errors import ConfigError, DataError
-from tests.data.chats import tokenizer_of
+from tests.data.chats import CHATS, PARIS, TEMPLATES, USER, tokenizer_of
+from tests.data.families import FAMILIES, TOOL, said, thought, user
 
 # The package has the function under the module's name.
 MODULE = importlib.import_module("jaxpeft.data.encode")
@@ -198,3 +199,53 @@ def test_no_row_that_is_left_is_refused_whatever_may_be_dropped(rows_of, plain):
         encode(make_examples(rows, kind="prompt_completion"), plain, most_dropped=1.0, **OFF)
     assert "3 of 3 rows (100.0%) have no learned token among their first 8, as " in str(caught.value)
     assert str(caught.value).endswith("none is left: raise data.max_length, or shorten the prompts")
+
+
+def chats_of(rows_of, *chats):
+    return make_examples(rows_of(*({"messages": list(chat)} for chat in chats)), kind="messages")
+
+
+def test_a_chat_of_several_rows_keeps_its_place_and_is_counted_once(rows_of, tmp_path, caplog):
+    tokenizer = copy.deepcopy(tokenizer_of("bytes"))
+    tokenizer.chat_template = TEMPLATES["thoughts"]
+    chats = [CHATS["three turns"], CHATS["one turn"], [*CHATS["one turn"], {**USER}, {**PARIS, "tool_calls": None}]]
+    options = {"max_length": 512, "vocab_size": 600, "cache_dir": tmp_path}
+    made = encode(chats_of(rows_of, *chats), tokenizer, **options)
+    assert made.source.tolist() == [0, 0, 0, 1, 2, 2]
+    counts = {name: made.counts[name] for name in ("rows", "sequences", "dropped", "truncated", "unlearned")}
+    assert counts == {"rows": 3, "sequences": 6, "dropped": 0, "truncated": 0, "unlearned": 0}
+    again = encode(chats_of(rows_of, *chats), tokenizer, **options)
+    assert (again.cache, again.counts, again.tokens.tolist()) == ("hit", made.counts, made.tokens.tolist())
+    short = encode(chats_of(rows_of, *chats), tokenizer, **options | {"max_length": int(made.lengths[0])})
+    assert short.counts["dropped"] == 0  # the first answer of each chat is there
+    assert short.counts["truncated"] == 3  # chats, though five rows are cut
+    assert not caplog.messages
+
+
+def test_what_is_not_learned_of_answers_is_counted_and_told(rows_of, caplog):
+    tokenizer = copy.deepcopy(tokenizer_of("bytes"))
+    tokenizer.chat_template = FAMILIES["opened"]
+    turns = [user("Add 2."), said("2"), user("Add 3."), thought(5)]
+    made = encode(chats_of(rows_of, turns, turns), tokenizer, max_length=512, vocab_size=600, use_cache=False)
+    assert (made.counts["unlearned"], made.counts["sequences"]) == (2, 2)
+    assert caplog.messages == [
+        r"rows.jsonl: an answer is not learned: generation begins turn 2 with '<think>\n', and its content does not, in 2 rows"
+    ]
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:2:1 \(row 2\): generation begins turn 2 .*; write the thought into the content"
+    ):
+        encode(chats_of(rows_of, turns, turns[:2]), tokenizer, max_length=512, vocab_size=600, use_cache=False)
+
+
+def test_chats_with_tools_are_written_by_the_template_that_has_them(rows_of):
+    tokenizer = copy.deepcopy(tokenizer_of("bytes"))
+    tokenizer.chat_template = {
+        "default": TEMPLATES["marks"],
+        "tool_use": "{{ tools[0].function.name }} " + TEMPLATES["marks"],
+    }
+    chats = [{"messages": [USER, PARIS]}, {"messages": [USER, PARIS], "tools": [TOOL]}]
+    made = encode(
+        make_examples(rows_of(*chats), kind="messages"), tokenizer, max_length=512, vocab_size=600, use_cache=False
+    )
+    plain, tools = (tokenizer.decode(made.tokens[a:b]) for a, b in zip(made.offsets, made.offsets[1:], strict=False))
+    assert tools == "weather " + plain

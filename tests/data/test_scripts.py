@@ -139,7 +139,9 @@ def test_an_answer_that_generation_cannot_begin_is_not_learned_and_told() -> Non
     turns = [user("Add 2."), said("2"), user("Add 3."), thought(5)]
     (row,) = written(FAMILIES["opened"], turns)
     assert [row.text[a:b] for a, b in row.learned] == ["I add 5.\n</think>\n\nThe sum is 5.</s>"]
-    assert row.unlearned == (r"generation begins turn 2 with '<think>\n', and its content does not",)
+    assert row.unlearned == (
+        r"an answer is not learned: generation begins turn 2 with '<think>\n', and its content does not",
+    )
     with pytest.raises(RenderError, match="generation begins turn 2 with") as caught:
         written(FAMILIES["opened"], turns[:2])
     assert caught.value.fix == (

@@ -192,6 +192,15 @@ def test_which_template_is_taken(tmp_path: Path) -> None:
     assert template_source("own", "chatml", "messages") == BUILT_IN["chatml"]
     assert template_source("own", None, "instruction") == "own"
     assert template_source(None, None, "instruction") == BUILT_IN["alpaca"]
+    named = {"default": "own", "tool_use": "tools", "rag": "documents"}
+    assert template_source(named, None, "instruction") == {"default": "own", "tool_use": "tools"}
+    assert template_source(named, "rag", "messages") == "documents"
+    assert template_source(named, "chatml", "messages") == BUILT_IN["chatml"]
+    assert template_source({"chatml": "own", "default": "x"}, "chatml", "messages") == "own"
+    with pytest.raises(ConfigError, match="has several, none of them the default; set it to rag or tool_use"):
+        template_source({"rag": "a", "tool_use": "b"}, None, "instruction")
+    with pytest.raises(ConfigError, match="'ragg' is not one of default, tool_use, rag, chatml, alpaca, and no file"):
+        template_source(named, "ragg", "messages")
     with pytest.raises(ConfigError, match="the tokenizer has none; set it to chatml or alpaca, or to a file"):
         template_source(None, None, "messages")
     with pytest.raises(ConfigError, match=r"'chatmll' is not one of chatml, alpaca, and no file .*No such file"):
@@ -211,3 +220,15 @@ def test_a_time_limit_is_told_as_one_where_jinja_breaks_on_the_way(monkeypatch: 
         "error": sandbox.TOO_LONG,
         "fatal": True,
     }
+
+
+def test_a_foreign_template_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        template_source("own", None, "instruction")
+        template_source({"default": "own"}, None, "instruction")
+    assert not caplog.messages
+    with caplog.at_level("INFO"):
+        template_source(None, None, "instruction")
+    assert caplog.messages == [
+        "the tokenizer has no chat template: instructions are written with the built-in 'alpaca'"
+    ]
