@@ -17,7 +17,7 @@ _ROLES: Mapping[str, frozenset[str]] = {
         "": (
             "id ids idx index unnamed uuid guid pid url uri link links hash md5 sha path file filename date time "
             "timestamp year created updated split fold subset source sources origin original raw seed lang language "
-            "license author meta metadata version count num number len length type kind category categories topic domain "
+            "license author meta metadata version count num number len length type kind domain "
             "difficulty level model task config dataset name user annotator worker"
         ),
         "an image or a sound": "image images img pixel pixels audio audios video videos speech",
@@ -46,6 +46,7 @@ _ROLES: Mapping[str, frozenset[str]] = {
             "label labels score scores rating ratings reward rewards rank ranking quality correct correctness accepted "
             "desirable helpfulness preference preferred winner vote votes upvotes feedback"
         ),
+        "a class": "category categories topic topics class classes intent intents sentiment emotion",
         "a second text": "text texts title sentence sentence1 sentence2 body content headline premise hypothesis aspect description",
     }.items()
 }
@@ -54,9 +55,9 @@ _MEANT: Mapping[str, frozenset[str]] = {
     "text": frozenset(
         {"an image or a sound", "a thought before the answer", "the answer", "a part of the question", "the prompt"}
     ),
-    "prompt_completion": frozenset(_ROLES) - {"", "a second text"},
+    "prompt_completion": frozenset(_ROLES) - {"", "a class", "a second text"},
     "instruction": frozenset(_ROLES)
-    - {"", "a second text", "the prompt"},  # a prompt there is the instruction, written out
+    - {"", "a class", "a second text", "the prompt"},  # a prompt there is the instruction, written out
     "messages": frozenset(
         {"an image or a sound", "earlier turns", "tools", "a weight of the row", "how good the answer is"}
     ),

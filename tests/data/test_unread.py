@@ -17,6 +17,7 @@ from tests.data.conftest import make_rows
         ("Unnamed: 0", ""),
         ("__index_level_0__", ""),
         ("answer_id", ""),
+        ("Topic", "a class"),
         ("", ""),
         ("answerKey", "the answer"),
         ("test_list", "tests of the answer"),
@@ -87,6 +88,7 @@ def test_what_is_meant_and_what_is_not_missed_is_not_refused(present: str, asked
         ("id text label", "classification", "read: 'text' (text), 'label' (label); not read: 'id'", False),
         ("question context label", "classification",
          "read: 'question' (text), 'label' (label); not read: 'context' (perhaps a second text)", True),
+        ("text category", "text", "read: 'text' (text); not read: 'category' (perhaps a class)", True),
         ("text label foo", "classification", "read: 'text' (text), 'label' (label); not read: 'foo'", True),
         ("text title label", "text", ("read: 'text' (text); not read: 'title' (perhaps a second text), "
          "'label' (perhaps a class or a score)"), True),
