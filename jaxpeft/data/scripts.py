@@ -62,7 +62,8 @@ class Script:
 class _Answer:
     """An answer: its turn, what generation sees, and the text up to its end.
 
-    `tail` is what the template writes behind its content where it has been told by a mark; such a text is none of the template's.
+    `tail` is what the template writes from the end of its content on where marks have told it; such a text is none of the
+    template's.
     """
 
     turn: int
@@ -143,7 +144,29 @@ def _find_answer(dialog: Dialog, i: int, prompt: str | RenderError, upto: str | 
         if len(upto) == len(prompt):
             raise RenderError(f"the chat template writes nothing of turn {i + 1}", fix=MEND)
         return _Answer(i, prompt, upto)
-    return (yield from _open_answer(dialog, i, prompt, upto))
+    return (yield from _behind_question(dialog, i, prompt, upto)) or (yield from _open_answer(dialog, i, prompt, upto))
+
+
+def _behind_question(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Answer | None]:
+    """Find an answer behind which the template writes earlier turns otherwise: Mistral's moves the system text to the last turn.
+
+    From the last letter of a question on, both texts must begin alike: what generation sees, and what the template writes once
+    the answer follows. The answer is the rest of the latter. None where they differ there too.
+
+    Raises:
+        RenderError: the words of the question cannot be told, or the answer is not written.
+    """
+    before = yield from _find_marks(dialog, (), prompt, (i, True))
+    found = yield from _find_marks(dialog, {i}, upto, (i + 1, False))
+    if not before.asked or not found.asked:
+        return None
+    header, written = prompt[before.asked[-1] :], upto[found.asked[-1] :]
+    if len(written) <= len(header) or not written.startswith(header):
+        return None
+    start = found.asked[-1] + len(header)
+    inside = _Places(*([at for at in places if at >= start] for places in found))
+    _unwritten(dialog.messages[i], i, inside)
+    return _Answer(i, prompt, prompt + upto[start:], upto[max(inside.said, default=start) :])
 
 
 def _open_answer(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Answer]:

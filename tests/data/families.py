@@ -40,6 +40,14 @@ FAMILIES = {
         "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}"
         "[INST] {{ (system if m == asked[-1] else '') + m.content }}[/INST]{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
     ),
+    # the same, where it is the last turn of all, as the file of Mistral 7B v0.3 has it
+    "moving to the end": (
+        "{% set system = '' %}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% endif %}"
+        "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}"
+        "[INST] {{ (system if loop.last else '') + m.content }}[/INST]{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
     # the prompt opens a thought, and thoughts are written in no turn, as DeepSeek-R1's
     "opened": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% elif m.role == 'assistant' %}"
@@ -98,9 +106,11 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "a fault that is not learned": [user("Add 2."), said("The sum is 7.", weight=0), user("No."), thought(2)],
 }  # fmt: skip
 REFUSED = {
-    ("moving", "begins with the assistant"): "roles must alternate",
-    ("moving", "a tool"): "roles must alternate",
-    ("moving", "a tool, then more"): "roles must alternate",
+    **{
+        (family, shape): "roles must alternate"
+        for family in ("moving", "moving to the end")
+        for shape in ("begins with the assistant", "a tool", "a tool, then more")
+    },
     ("opened", "a tool"): "can only concatenate|NoneType|None has no|no attribute",
     ("opened", "a tool, then more"): "can only concatenate|NoneType|None has no|no attribute",
 }

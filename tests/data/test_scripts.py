@@ -60,7 +60,9 @@ def test_before_an_answer_stand_the_very_tokens_of_the_prompt_to_generate_it(
                 answers.append("")
             if row.labels[i] != IGNORED:
                 answers[-1] = tokenizer.decode(row.ids[len(seen[-1]) : i + 1])
-    turns = [i for i in dialog.answers if i or family not in ("moving", "calls")]  # which read the first turn
+    turns = [
+        i for i in dialog.answers if i or family not in ("moving", "moving to the end", "calls")
+    ]  # which read the first turn
     if family == "opened" and shape == "begins with the assistant":
         turns = turns[1:]  # nothing is thought before it, and generation would begin with a thought
     for turn, before in zip(turns, seen, strict=True):
@@ -88,6 +90,7 @@ def test_before_an_answer_stand_the_very_tokens_of_the_prompt_to_generate_it(
         ("opened", "three", [f"I add {n}.\n</think>\n\nThe sum is {n}.</s>" for n in (2, 5, 9)]),
         ("opened and hidden", "three", [f"I add {n}.\n</think>\n\nThe sum is {n}.<|im_end|>\n" for n in (2, 5, 9)]),
         ("moving", "system", [f" {thought(n)['content']}</s>" for n in (2, 5)]),
+        ("moving to the end", "system", [f" {thought(n)['content']}</s>" for n in (2, 5)]),
         ("calls", "a tool", ['{"name": "weather", "parameters": {"city": "Paris"}}<|eom_id|>', thought(7)["content"] + "<|eot_id|>"]),
         ("hidden", "a fault that is not learned", ["<think>\nI add 2.\n</think>\n\nThe sum is 2.<|im_end|>\n"]),
         ("calls", "begins with the assistant", [thought(2)["content"] + "<|eot_id|>"]),
@@ -105,6 +108,7 @@ def test_what_is_learned_of_a_family(family: str, shape: str, answers: list[str]
         ("hidden", "a tool, then more", [2, 1]),  # the thoughts behind a question stay until the next
         ("moving", "three", [3]),
         ("moving", "system", [1, 1]),
+        ("moving to the end", "system", [1, 1]),
         ("channels", "three", [1, 1, 1]),
     ],
 )
@@ -190,7 +194,7 @@ def test_words_of_other_turns_are_never_learned(leak: str) -> None:
         ("{% for m in messages %}{{ m.content }}{% endfor %}", call({}), "does not write the tool calls of turn 2"),
         ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor %}",
          call({}), "writes 'None' for the content of turn 2, which is null"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", said("5"), "the turns before turn 2 otherwise once it follows"),
+        ("{% for m in messages %}{{ m.content }}{{ messages | length }}{% endfor %}", said("5"), "the turns before turn 2 otherwise once it follows"),
         ("{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}", said("5"), "whose words are learned"),
     ],
 )  # fmt: skip
