@@ -403,7 +403,7 @@ class Method:
         missing = [key for key in cls.peft_required if config.get(key) is None]
         return values, [
             *(
-                f"{key}: {value!r} is not supported by the {cls.name} method; nothing was loaded"
+                f"{key}: {shown(value)} is not supported by the {cls.name} method; nothing was loaded"
                 for key, value in rest.items()
             ),
             *(f"{key}: is not set; take it from where the adapter was trained" for key in missing),

@@ -146,7 +146,7 @@ def _out_of_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> list[
         whole = {"at_most": _WHOLE} if isinstance(item, int) and "below" not in metadata else {}
         bounds = {**whole, **metadata}
         if isinstance(item, float) and not math.isfinite(item):
-            found.append(f"{where}: must be a finite number, is {item!r}")
+            found.append(f"{where}: must be a finite number, is {shown(item)}")
             continue
         for name, (holds, words) in _BOUNDS.items():
             if name in bounds and not holds(item, bounds[name]):

@@ -16,7 +16,7 @@ from jaxpeft.data.encoding import Encoding, one_length, padded_lengths, told
 from jaxpeft.data.examples import Examples
 from jaxpeft.data.reading import read_examples, read_held
 from jaxpeft.data.stream import Stream
-from jaxpeft.errors import ConfigError, DataError
+from jaxpeft.errors import ConfigError, DataError, cut
 from jaxpeft.hub import sources
 from jaxpeft.hub.json_files import read_json
 from jaxpeft.logs import timed
@@ -72,10 +72,10 @@ def read_splits(
         ConfigError: an option does not fit the rows, the tokenizer or the model.
         DataError: rows cannot be used.
     """
-    model_config = read_json(source.folder / "config.json")
-    vocab = model_config.get("vocab_size")
-    if not isinstance(vocab, int):
-        raise ConfigError(f"{source.folder / 'config.json'}: vocab_size must be an integer, is {vocab!r}")
+    file = source.folder / "config.json"
+    vocab = read_json(file).get("vocab_size")
+    if not isinstance(vocab, int) or isinstance(vocab, bool) or vocab < 1:
+        raise ConfigError(f"{file}: vocab_size must be an integer above 0, is {cut(repr(vocab))}")
     encoding = Encoding(config.data, load_tokenizer(source), config.model.vocab_size or vocab)
 
     def tokens(examples: Examples) -> Encoded:
@@ -139,12 +139,14 @@ def load_tokenizer(source: sources.Source) -> Any:
     Raises:
         DataError: there is none.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
+        said = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise DataError(
-            f"{source.folder}: no tokenizer that can be used ({str(error).splitlines()[0][:200]}); "
-            "the folder must hold tokenizer.json and tokenizer_config.json"
+            f"{source.folder}: no tokenizer that can be used ({said}); the folder must hold tokenizer.json and "
+            "tokenizer_config.json, as they were published, and config.json of the same model"
         ) from error

@@ -19,7 +19,7 @@ from jaxpeft.core import kernels, paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import modules_to_save, rewrite, trainable_mask
-from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, shown
+from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, cut, shown
 from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
 from jaxpeft.hub.base_identity import architecture, differences, fingerprint
@@ -425,7 +425,7 @@ def check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained, *
     wanted = peft_config.TASK_TYPES[model.options.task]
     problems: list[str] = []
     if task is not None and task != wanted:
-        problems.append(f"{folder / CONFIG}: task_type is {task}, the model is loaded for {wanted}")
+        problems.append(f"{folder / CONFIG}: task_type is {cut(str(task))}, the model is loaded for {wanted}")
     extra = adapter_extra.read_extra(folder)
     if extra.get("pooling", model.options.pooling) != model.options.pooling:
         problems.append(f"{folder / EXTRA}: pooling is {extra['pooling']!r}, the model has {model.options.pooling!r}")

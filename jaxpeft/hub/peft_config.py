@@ -8,7 +8,7 @@ from typing import Any
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import parse
-from jaxpeft.errors import AdapterError
+from jaxpeft.errors import AdapterError, shown
 from jaxpeft.hub import token_indices
 from jaxpeft.methods import METHODS
 
@@ -58,11 +58,13 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
     """
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, (str, list)) and all(isinstance(name, str) for name in saved)):
-        raise AdapterError(f"{where}: modules_to_save: must be a list of names, is {saved!r}")
+        raise AdapterError(f"{where}: modules_to_save: must be a list of names, is {shown(saved)}")
     kind = method_of(config)
     if kind is None:
         known = ", ".join(dict.fromkeys(method.peft_type or name.upper() for name, method in METHODS.items()))
-        raise AdapterError(f"{where}: peft_type {str(config.get('peft_type'))!r} is not supported (supported: {known})")
+        raise AdapterError(
+            f"{where}: peft_type {shown(str(config.get('peft_type')))} is not supported (supported: {known})"
+        )
     own = {key: value for key, value in config.items() if key not in COMMON - kind.peft_ignored}
     tokens, problems = token_indices.read(own, "lm_head" not in head) if kind.peft_type == "LORA" else ([], [])
     if tokens or problems:

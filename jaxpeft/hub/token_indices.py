@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.core.method import Method
+from jaxpeft.errors import shown
 from jaxpeft.methods.trainable_tokens import TrainableTokens
 
 OPTION = "trainable_token_indices"
@@ -62,7 +63,7 @@ def read(config: Mapping[str, Any], tied: bool) -> tuple[list[dict[str, Any]], l
         return [], []
     by_module: Mapping[Any, Any] = given if isinstance(given, Mapping) else {"default": given}
     problems = [
-        f"{OPTION}: must be ids of tokens, or those by the name of a module, is {given!r}"
+        f"{OPTION}: must be ids of tokens, or those by the name of a module, is {shown(given)}"
         for name, ids in by_module.items()
         if not (isinstance(name, str) and _are_ids(ids))
     ][:1]

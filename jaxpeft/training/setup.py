@@ -118,6 +118,9 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
         JaxpeftError: whatever cannot be used, named.
     """
     source = sources.resolve(config.model.path, config.model.revision)
+    described = architecture(
+        source
+    )  # else the tokenizer's library refuses the same config.json, with an error of its own
     mesh = make_mesh(config, heads=heads_of(read_json(source.folder / "config.json")))
     check_processes(mesh)
     rules = rules_of(config.mesh)
@@ -126,7 +129,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
     sha256, tensors = _fingerprint(source, peers)
-    base = {"sha256": sha256, "config": architecture(source)}
+    base = {"sha256": sha256, "config": described}
     sizes = {file.name: file.stat().st_size for file in weight_files(source)}
     peers.same("base or rows", {"base": base, "files": sizes, "data": splits.identity})
     batches = make_batches(config, splits)
