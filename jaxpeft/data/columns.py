@@ -32,6 +32,7 @@ COMPLETIONS = (
     ("prompt", "response"),
     ("question", "answer"),
     ("query", "response"),
+    ("question", "response"),
     ("input", "output"),
     ("source", "target"),
 )

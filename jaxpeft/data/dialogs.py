@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.data.columns import Columns
-from jaxpeft.data.messages import Message, read_messages, read_text, unfold
+from jaxpeft.data.messages import Message, is_learned, read_messages, read_text, unfold
 from jaxpeft.data.problems import Record, RowError
 
 
@@ -100,7 +100,13 @@ def read_dialog(record: Record, columns: Columns) -> Dialog:
     Raises:
         RowError: a field is missing or wrong.
     """
-    return _answered(_chat(named(read_messages, record, columns.messages), _frame(record, columns)), columns.messages)
+    value, column = field(record, columns.messages), columns.messages
+    if isinstance(value, str) and value.strip() and value.strip()[0] not in "[{":
+        raise RowError(
+            f"field {column!r} is a text, and no JSON",
+            f"write it as a list of messages; if it is a prompt, set data.columns={{'prompt': {column!r}, 'completion': ...}}",
+        )
+    return _answered(_chat(_within(read_messages, value, column), _frame(record, columns)), column)
 
 
 def read_preference(record: Record, columns: Columns) -> Preference:
@@ -114,9 +120,14 @@ def read_preference(record: Record, columns: Columns) -> Preference:
     if answers[0] == answers[1]:
         raise RowError(f"{columns.chosen!r} and {columns.rejected!r} are the same", "leave the row out")
     pair, frame = zip(answers, (columns.chosen, columns.rejected), strict=True), _frame(record, columns)
-    if prompt is not None:
-        return Preference(*(_joined(prompt, answer, columns.prompt, column, frame) for answer, column in pair))
-    return Preference(*(_whole(answer, column, frame) for answer, column in pair))
+    if prompt is None or all(map(_holds_prompt, answers)):
+        return Preference(*(_whole(answer, column, frame) for answer, column in pair))
+    return Preference(*(_joined(prompt, answer, columns.prompt, column, frame) for answer, column in pair))
+
+
+def _holds_prompt(answer: Any) -> bool:
+    """Tell whether an answer is a whole chat: one that does not begin with the assistant."""
+    return isinstance(answer, list) and bool(answer) and read_messages(answer)[0]["role"] != "assistant"
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ def _chat(messages: Sequence[Message], frame: _Frame, context: int = 0) -> Dialo
     unlearned = {
         i
         for i, message in enumerate(messages)
-        if message["role"] == "assistant" and (i < context or 0 in (message.get("weight"), message.get("train")))
+        if message["role"] == "assistant" and (i < context or not is_learned(message, "assistant"))
     }
     if not frame.system or (messages[0]["role"] == "system" and messages[0]["content"] == frame.system):
         return Dialog(tuple(messages), frame.tools, frozenset(unlearned))
@@ -178,7 +189,7 @@ def _answered(dialog: Dialog, column: str | None) -> Dialog:
 
 def _whole(value: Any, column: str | None, frame: _Frame) -> Dialog | Completion:
     if isinstance(value, str):
-        return _plain("", _within(read_text, value, column), frame)
+        return _plain("", _within(read_text, value, column), frame, None, column)
     return _chat(_within(read_messages, value, column), frame)
 
 
@@ -187,7 +198,7 @@ def _joined(
 ) -> Dialog | Completion:
     if isinstance(prompt, str) and isinstance(answer, str):
         texts = _within(read_text, prompt, prompt_column), _within(read_text, answer, answer_column)
-        return _plain(*texts, frame)
+        return _plain(*texts, frame, prompt_column, answer_column)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(answer, str):
@@ -199,11 +210,14 @@ def _joined(
     return _answered(_chat((*before, *after), frame, len(before)), answer_column)
 
 
-def _plain(prompt: str, completion: str, frame: _Frame) -> Completion:
+def _plain(
+    prompt: str, completion: str, frame: _Frame, prompt_column: str | None, completion_column: str | None
+) -> Completion:
     if frame.columns:
+        named = {"instruction": prompt_column or "...", "output": completion_column}
         raise RowError(
             f"has {frame.columns} beside a prompt that is a text, which no template writes out",
-            "write prompt and completion as lists of messages",
+            f"set data.columns={named} for a chat, or write prompt and completion as lists of messages",
         )
     return Completion(prompt, completion)
 

@@ -19,6 +19,13 @@ SHAREGPT = {
 """ShareGPT's names of the roles, and ours."""
 CALLERS = ("function_call", "tool_call")
 """Whom ShareGPT's rows call the assistant where it calls a tool; the value is the call, as JSON."""
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""What rows and templates call the thought before an answer, the usual name first."""
+LEARNED = ("train", "loss", "trainable", "train_on_turn")
+"""What says, true or false, whether a turn is learned; `weight` says it by 1 or 0."""
+_NOT_READ = ("masked", "mask", "train_detail", "train_details", "loss_weight", "loss_scale")
+_CALL = '{"name": ..., "arguments": {...}}'
+_TEXT_PARTS = ("text", "input_text", "output_text", None)
 
 
 def read_text(value: Any) -> str:
@@ -73,21 +80,20 @@ def read_messages(value: Any) -> tuple[Message, ...]:
 def _message(turn: Any, number: int) -> Message:
     if not isinstance(turn, Mapping):
         raise RowError(f"holds a {type(turn).__name__} as turn {number}, not an object", "give it a role and a content")
-    if turn.get("from") in CALLERS and "role" not in turn:
-        turn = {"role": "assistant", "content": "", "tool_calls": _calls_of(turn.get("value"), number)}
+    turn = _with_calls(turn, number)
     role = _role(turn, number)
-    content = turn.get("content", turn.get("value"))
-    calls = turn.get("tool_calls")
-    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
-        content = "".join(str(part["text"]) for part in content)
+    content, calls = _content(turn, number), turn.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
         kind = "nothing" if content is None else f"a {type(content).__name__}"
         raise RowError(f"holds {kind} as the content of turn {number}", "write it as a string")
     if content is not None and not content.strip() and not calls and role in ("assistant", "user"):
         raise RowError(f"has an empty turn {number} ({role})", "fill it or leave the row out")
-    _check_weight(turn, role, number)
+    is_learned(turn, role, number)
     _check_calls(calls, number)
     rest = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+    thought = next((rest[key] for key in THOUGHTS if key in rest), None)
+    if thought is not None:  # under each name that templates know, as transformers gives it to them
+        rest = {"thinking": thought, **rest, "reasoning_content": thought}
     message = {**rest, "role": role, **({"content": content} if "content" in turn or content is not None else {})}
     try:
         json.dumps(message, ensure_ascii=False, default=str).encode()
@@ -96,20 +102,62 @@ def _message(turn: Any, number: int) -> Message:
     return message
 
 
-def _check_weight(turn: Mapping[str, Any], role: str, number: int) -> None:
-    """Check `weight`, which is 0 or 1, and `train`, which is true or false: whether the turn is learned."""
-    said = {key: turn[key] for key in ("weight", "train") if turn.get(key) is not None}
+def _with_calls(turn: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    """Return a turn with its calls of tools as `tool_calls`, where it is written as ShareGPT's rows or OpenAI's older ones."""
+    if turn.get("from") in CALLERS and "role" not in turn:
+        return {"role": "assistant", "content": "", "tool_calls": _calls_of(turn.get("value"), number)}
+    if turn.get("function_call") is None:
+        return turn
+    if turn.get("tool_calls"):
+        raise RowError(f"has function_call and tool_calls in turn {number}", "keep one of them")
+    rest = {key: value for key, value in turn.items() if key != "function_call"}
+    return {**rest, "tool_calls": _calls_of(turn["function_call"], number)}
+
+
+def _content(turn: Mapping[str, Any], number: int) -> Any:
+    """Return the content of a turn; that of several texts is joined.
+
+    Raises:
+        RowError: it stands there twice, or holds what is no text.
+    """
+    content = turn.get("content", turn.get("value"))
+    if turn.get("value", content) != content:
+        raise RowError(f"has a content and another value in turn {number}", "keep one of them")
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise RowError(
+                f"holds a part of type {str(kind)[:80]!r} in turn {number}",
+                'only parts such as {"type": "text", "text": "..."} are learned; leave the row out',
+            )
+    return "".join(part["text"] for part in content)
+
+
+def is_learned(turn: Mapping[str, Any], role: str, number: int = 0) -> bool:
+    """Tell whether a turn of the assistant is learned: not if its `weight` is 0, or one of `LEARNED` false.
+
+    Raises:
+        RowError: what says so is something else, or says two things.
+    """
+    if unread := [key for key in _NOT_READ if turn.get(key) is not None]:
+        raise RowError(
+            f"has {unread[0]!r} in turn {number}, which is not read", "write 'train' as true or false in its place"
+        )
+    said = {key: turn[key] for key in ("weight", *LEARNED) if turn.get(key) is not None}
     for key, value in said.items():
-        allowed = isinstance(value, bool) if key == "train" else not isinstance(value, bool) and value in (0, 1)
+        allowed = isinstance(value, bool) if key != "weight" else not isinstance(value, bool) and value in (0, 1)
         if not allowed:
-            known = "true or false" if key == "train" else "0 or 1"
+            known = "true or false" if key != "weight" else "0 or 1"
             raise RowError(f"has {key}={str(value)[:80]!r} in turn {number}", f"write {known}, or leave it out")
         if value and role != "assistant":
             raise RowError(
                 f"asks to learn turn {number} ({role}) by its {key}", "only the assistant's turns are learned"
             )
     if len({bool(value) for value in said.values()}) > 1:
-        raise RowError(f"has weight and train in turn {number}, which say different things", "keep one of them")
+        raise RowError(f"has {' and '.join(said)} in turn {number}, which say different things", "keep one of them")
+    return all(said.values())
 
 
 def _check_calls(calls: Any, number: int) -> None:
@@ -119,7 +167,10 @@ def _check_calls(calls: Any, number: int) -> None:
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise RowError(f"holds no list of objects as tool_calls of turn {number}", "write one object a call")
     for call in calls:
-        given = (call.get("function") or call).get("arguments")
+        inner = call.get("function") or call
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            raise RowError(f"holds a call without a name in turn {number}", f"write it as {_CALL}")
+        given = inner.get("arguments")
         try:
             arguments = json.loads(given or "{}") if isinstance(given, str) else given
         except (ValueError, RecursionError):
@@ -139,7 +190,7 @@ def _calls_of(value: Any, number: int) -> list[Mapping[str, Any]]:
         read = None
     calls: list[Any] = read if isinstance(read, list) else [read]
     if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
-        raise RowError(f"holds no call of a tool in turn {number}", 'write it as {"name": ..., "arguments": {...}}')
+        raise RowError(f"holds no call of a tool in turn {number}", f"write it as {_CALL}")
     return [{"type": "function", "function": dict(call)} for call in calls]
 
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from jaxpeft.data.dialogs import Dialog, Message
+from jaxpeft.data.messages import THOUGHTS
 from jaxpeft.data.templates import MEND, Cut, RenderError, Request
 
 T = TypeVar("T")
 Writing = Generator[Request, "list[str | RenderError]", T]
 """Asks for renderings, gets the text or the error of each cut, and returns what it makes of them."""
 ASKED = ("content", "instruction", "input")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 ANOTHER = "name a template that does as data.chat_template"
 
 
@@ -320,7 +320,7 @@ def _unwritten(message: Message, i: int, inside: _Places) -> list[str]:
             raise RenderError(f"the chat template does not write the content of turn {i + 1}", fix=ANOTHER)
         notes.append("the chat template does not write the content beside a call")
     thoughts = [key for key in THOUGHTS if isinstance(message.get(key), str) and _last(message[key]) >= 0]
-    return notes + [f"the chat template does not write {key!r}" for key in thoughts if not inside.thought]
+    return notes + [f"the chat template does not write {key!r}" for key in thoughts[:1] if not inside.thought]
 
 
 Place = Callable[[str, str], str]

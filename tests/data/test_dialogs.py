@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jaxpeft.data.columns import Columns, find_format
-from jaxpeft.data.dialogs import Completion, Dialog, Preference
+from jaxpeft.data.dialogs import Completion, Dialog, Preference, read_dialog, read_preference
 from jaxpeft.data.examples import Examples, make_examples
 from jaxpeft.data.rows import read_rows
 from jaxpeft.errors import DataError
@@ -147,6 +147,8 @@ def test_what_stands_beside_a_chat_becomes_part_of_it(
         ([{"train": False}, {"train": True}], [3]),
         ([{"train": None, "weight": None}, {}], [1, 3]),
         ([{"weight": 0, "train": False}, {"weight": 1, "train": True}], [3]),
+        ([{"loss": False}, {}], [3]),
+        ([{"trainable": True}, {"train_on_turn": False}], [1]),
     ],
 )
 def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[str, Any]], learned: list[int]) -> None:
@@ -181,6 +183,42 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[st
         ("messages", {"messages": TURNS, "tools": [3]}, "field 'tools' holds a list, not a list of objects"),
         ("messages", {"messages": TURNS, "tools": {"name": "f"}}, "field 'tools' holds a dict, not a list of objects"),
         ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "has weight='0.5' in turn 2"),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "masked": True}]},
+            "has 'masked' in turn 2, which is not read",
+        ),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "train": True, "loss": False}]},
+            "has train and loss in turn 2",
+        ),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"function": "f"}]}]},
+            "holds a call without a name in turn 2",
+        ),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "function_call": {"name": 3}}]},
+            "holds no call of a tool in turn 2",
+        ),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "content": [{"type": "image_url", "text": "alt"}]}]},
+            "a part of type 'image_url' in turn 2",
+        ),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "content": [{"type": "text", "text": 5}]}]},
+            "a part of type 'text' in turn 2",
+        ),
+        (
+            "messages",
+            {"messages": [{"from": "human", "value": "a", "content": "b"}, TURNS[1]]},
+            "a content and another value in turn 1",
+        ),
+        ("messages", {"messages": "A: hi"}, "set data.columns={'prompt': 'messages', 'completion': ...}"),
         ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": "0"}]}, "has weight='0' in turn 2"),
         ("messages", {"messages": [TURNS[0], {**TURNS[1], "train": 0}]}, "has train='0' in turn 2"),
         (
@@ -233,3 +271,26 @@ def test_a_wrong_row_is_named_with_its_line_and_turn(tmp_path: Path, kind: str, 
         examples(tmp_path, [good, good | row], kind, **columns.get(kind, {}), **optional)
     assert text in str(caught.value)
     assert "rows.jsonl:2:1 (row 2): " in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_has_each_name_that_templates_know(key: str) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: "r"}]
+    answer = read_dialog({"messages": turns}, Columns(messages="messages")).messages[1]
+    assert answer["reasoning_content"] == answer["thinking"] == "r"
+
+
+def test_a_call_of_a_function_is_a_call_of_a_tool() -> None:
+    call = {"name": "f", "arguments": '{"city": "Paris"}'}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "function_call": call}]
+    answer = read_dialog({"messages": turns}, Columns(messages="messages")).messages[1]
+    assert answer == {
+        "role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]
+    }  # fmt: skip
+
+
+def test_answers_that_are_whole_chats_hold_the_prompt() -> None:
+    chats = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("good", "bad")]
+    row = {"prompt": "q", "chosen": chats[0], "rejected": chats[1]}
+    made = read_preference(row, Columns(prompt="prompt", chosen="chosen", rejected="rejected"))
+    assert isinstance(made.chosen, Dialog) and len(made.chosen.messages) == 2
