@@ -267,7 +267,10 @@ def _labels(
     if problem == "regression":
         return _column(rows, column, label_float, problems, LEAVE_OUT), dataclasses.replace(labeling, names=())
     if not known and problem == "multi_label":
-        labeling = labeling.seen(_cells(rows, column))
+        try:
+            labeling = labeling.seen(_cells(rows, column))
+        except RowError as fault:
+            raise DataError(f"{rows.name}: column {column!r} {fault.fault}; {fault.fix}") from None
     if not known and not labeling.names:
         # what is no label at all is told before what labels there are
         _column(rows, column, lambda value: labeling.names_of(value, problem), problems, LEAVE_OUT)

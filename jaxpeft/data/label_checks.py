@@ -17,22 +17,24 @@ from jaxpeft.errors import DataError
 _log = logging.getLogger(__name__)
 DIGITS = re.compile(r"[0-9]+")
 _SEPARATORS = (",", ";", "|", " ")
-_WHOLE = re.compile(r"(-?[0-9]+)\.0+")
+_WHOLE = re.compile(r"(-?)0*([0-9]+)(?:\.0+)?")
+_BETWEEN = re.compile(r"(?<=[^\W_])[\s_-]+(?=[^\W_])")
+_TRUTHS = {"false": "0", "no": "0", "true": "1", "yes": "1"}
 _NONE = frozenset({"n/a", "na", "nan", "null", "unlabeled", "unlabelled"})
 _MANY = 20
 
 
 def whole(name: str) -> str:
-    """Return `1.0` as `1`, other names as they are."""
+    """Return `1.0` and `01` as `1`, other names as they are."""
     match = _WHOLE.fullmatch(name)
-    return match[1] if match else name
+    return match[1] + match[2] if match else name
 
 
 def plain(name: str) -> str:
-    """Return a name without what one does not see: case, outer spaces, the form of characters, and those without width."""
+    """Return a name without how it is written: case, spaces, what joins its words, zeros before a number, the form of characters."""
     composed = unicodedata.normalize("NFKC", name)
     seen = "".join(one for one in composed if unicodedata.category(one) != "Cf")
-    return unicodedata.normalize("NFKC", whole(seen.strip()).casefold())
+    return unicodedata.normalize("NFKC", _BETWEEN.sub(" ", whole(seen.strip())).casefold())
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ class Found:
         return f"{excerpt(ascii(name))} ({times} {self.first[name]})"
 
     def refuse_alike(self) -> None:
-        """Refuse labels that one would not tell apart."""
+        """Refuse labels that one would not tell apart, and the same truth written in two ways."""
         groups: dict[str, list[str]] = {}
         for name in self.counts:
-            groups.setdefault(plain(name), []).append(name)
+            groups.setdefault(_TRUTHS.get(plain(name), plain(name)), []).append(name)
         if alike := [" and ".join(map(self.told, names)) for names in groups.values() if len(names) > 1]:
             raise DataError(
-                f"{self.name}: column {self.column!r} has labels that differ only in case, spaces or the form of characters: "
+                f"{self.name}: column {self.column!r} has labels that differ only in how they are written: "
                 f"{'; '.join(alike[:5])}; write them alike, or name each in data.labels if they are different classes"
             )
 

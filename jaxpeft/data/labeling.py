@@ -125,11 +125,20 @@ class Labeling:
         return [name]
 
     def seen(self, values: Sequence[Any]) -> Labeling:
-        """Return the same, where all cells are vectors of 0 and 1 with these read by position."""
+        """Return the same, where all cells are vectors of 0 and 1 with these read by position.
+
+        Raises:
+            RowError: the vectors have not as many numbers as there are labels.
+        """
         cells = [self.cell(value) for value in values if value is not None]
         size = len(cells[0]) if cells and isinstance(cells[0], list) else 0
-        if size < 2 or len(self.names) not in (0, size) or not all(_is_vector(cell, size) for cell in cells):
+        if size < 2 or not all(_is_vector(cell, size) for cell in cells):
             return self
+        if len(self.names) not in (0, size):
+            raise RowError(
+                f"holds lists of {size} numbers 0 or 1, and {self.origin} has {len(self.names)} labels",
+                f"give one number for each label, or name the {size} labels in data.labels",
+            )
         if not self.names:
             _log.info("labels are lists of %d numbers 0 or 1: read by position; data.labels names them", size)
         return dataclasses.replace(self, vectors=True, names=self.names or _numbered(size))
@@ -273,7 +282,7 @@ def _has_all(labeling: Labeling, found: Found) -> bool:
         return False
     if labeling.names == _numbered(size):
         return str(size - 1) in found.counts
-    if not found.counts.keys() & set(labeling.names):
+    if found.counts and not found.counts.keys() & set(labeling.names):
         order = ", ".join(f"{i} {name}" for i, name in enumerate(labeling.names))
         _log.warning("%s: labels are numbers, taken as the ids of %s: %s", found.name, labeling.origin, order)
     return True

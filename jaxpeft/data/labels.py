@@ -15,6 +15,7 @@ Problem = Literal["single_label", "multi_label", "regression"]
 NO_LABEL = "-100"
 """Stands for no label in the rows of `datasets`, as -100 does in a batch."""
 
+_LARGEST = float(np.finfo(np.float32).max)
 _INTEGER = re.compile(r"-?[0-9]+")
 _WRITTEN = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?")  # as programs write numbers: 4.5, 1e-05; not 1_0 or 1e3
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -26,9 +27,7 @@ def label_name(value: Any) -> str:
     Raises:
         RowError: it is something else, or there is none.
     """
-    if is_missing(value):
-        kind = "an empty string" if isinstance(value, str) else "NaN"
-        raise RowError(f"holds {kind}, not a string or a whole number", LEAVE_OUT)
+    _refuse_missing(value, "a string or a whole number")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
@@ -96,8 +95,9 @@ def label_float(value: Any) -> float:
     """Gives a regression target, from a number or a string that holds one.
 
     Raises:
-        RowError: it is not a finite number.
+        RowError: it is not a finite number, or float32 holds none as large.
     """
+    _refuse_missing(value, "a finite number")
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise _wrong(value, "a number")
     try:
@@ -108,6 +108,8 @@ def label_float(value: Any) -> float:
         raise RowError(f"holds {value!r}, which is not finite", "give a finite number or leave the row out")
     if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
         raise RowError(f"holds {value!r}, not a number", "write it in digits, with a point")
+    if abs(number) > _LARGEST:
+        raise RowError(f"holds {value!r}, beyond what float32 holds", "scale the targets, such as by their logarithm")
     return number
 
 
@@ -154,6 +156,12 @@ def multi_hot(ids: Sequence[Sequence[int]], size: int) -> np.ndarray:
 
 
 LEAVE_OUT = "correct it, or leave such rows out with data.unlabeled=('',)"
+
+
+def _refuse_missing(value: Any, wanted: str) -> None:
+    if is_missing(value):
+        kind = "nothing" if value is None else "an empty string" if isinstance(value, str) else "NaN"
+        raise RowError(f"holds {kind}, not {wanted}", LEAVE_OUT)
 
 
 def _wrong(value: Any, wanted: str) -> RowError:

@@ -79,6 +79,19 @@ def test_lists_that_are_neither_vectors_nor_labels_are_refused(rows: list[Any], 
     assert said in refusal(*rows)
 
 
+@pytest.mark.parametrize("labeling", [labeling_of(DataConfig(train="F"), HEAD), ("x", "y", "z")])
+@pytest.mark.parametrize("rows", [[[1, 0], [0, 1]], [["0", "1"], ["1", "1"]], [[True, False, False, True]]])
+def test_vectors_of_another_length_than_the_labels_are_no_ids(rows: list[Any], labeling: Any) -> None:
+    origin = "data.labels" if isinstance(labeling, tuple) else "m/config.json"
+    size = len(rows[0])
+    assert (
+        f"column 'label' holds lists of {size} numbers 0 or 1, and {origin} has 3 labels; give one number for each label, "
+        f"or name the {size} labels in data.labels"
+    ) in refusal(*rows, labeling=labeling)
+    own = tuple("abcd"[:size])
+    assert read(*rows, labeling=labeling_of(DataConfig(train="F", labels=own), HEAD)).labeling.vectors
+
+
 def test_tags_of_minus_100_are_not_learned() -> None:
     examples = tags([0, 1, -100, 1], [-100, 1])
     assert examples.label_names == ("0", "1")
@@ -125,10 +138,15 @@ def test_rows_of_which_none_has_a_label_are_refused() -> None:
          "none, set data.unlabeled=('-',), if it is a class, name all classes in data.labels")),
         (["yes", "no", "?"], "'?' (once, in rows.jsonl:3:1 (row 3)) beside words mostly stands for no label"),
         ([0, 1, 2, -1, -1], "'-1' (2 times, first in rows.jsonl:4:1 (row 4)) beside classes counted from 0"),
-        (["pos", "neg", "pos ", "Pos"], "labels that differ only in case, spaces or the form of characters: 'pos' (once, in rows.jsonl:1"),
+        (["pos", "neg", "pos ", "Pos"], "labels that differ only in how they are written: 'pos' (once, in rows.jsonl:1"),
         (["cafe\u0301", "x", "caf\u00e9"], r"'cafe\u0301' (once, in rows.jsonl:1:1 (row 1)) and 'caf\xe9' (once"),
         (["pos", "neg", "\ufeffpos"], r"'pos' (once, in rows.jsonl:1:1 (row 1)) and '\ufeffpos'"),
         (["1.0", "0", "1"], "'1.0' (once, in rows.jsonl:1:1 (row 1)) and '1' (once"),
+        (["01", "1", "02"], "'01' (once, in rows.jsonl:1:1 (row 1)) and '1' (once"),
+        ([True, 0, 1, False], "'true' (once, in rows.jsonl:1:1 (row 1)) and '1' (once"),
+        (["yes", "maybe", "TRUE"], "'yes' (once, in rows.jsonl:1:1 (row 1)) and 'TRUE' (once"),
+        (["not good", "fine", "not  good"], "'not good' (once, in rows.jsonl:1:1 (row 1)) and 'not  good' (once"),
+        (["sci-fi", "drama", "sci_fi"], "'sci-fi' (once, in rows.jsonl:1:1 (row 1)) and 'sci_fi' (once"),
         (["4", "4,27", "3"], ("holds '4,27' (once, in rows.jsonl:2:1 (row 2)), which looks like several labels; they are told apart by "
          "data.label_separator=','; if it is one label, set data.problem='single_label'; write decimal numbers with a point")),
         (["joy", "fear", "joy|fear"], "apart by data.label_separator='|'"),
@@ -146,6 +164,9 @@ def test_labels_that_are_not_what_they_seem_are_refused(values: list[Any], said:
     [
         ["+", "-"],
         [-1, 1],
+        ["A-", "A", "A+"],
+        ["a1", "a-2", "a 10"],
+        ["n", "f", "0", "1"],
         ["cancel", "transfer", "cancel transfer"],
         ["Paris, France", "Lyon, France", "Rome, Italy"],
         ["1_0", "\uff14", " 1 ", "1e3", "0x1", "nan", "inf", "2.5"],
@@ -189,6 +210,21 @@ def test_numbers_are_no_ids_of_names_that_the_rows_told() -> None:
     assert read(5, 7, labeling=("7", "5")).labels.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("value", [1e39, "-1e39", 1e300, 10**39])
+def test_targets_beyond_float32_are_refused(value: Any) -> None:
+    assert f"holds {value!r}, beyond what float32 holds" in refusal(1.5, value, problem="regression")
+    assert np.isfinite(read(1.5, 3.4028234e38, -3e38).labels).all()
+
+
+@pytest.mark.parametrize(("value", "held"), [("", "an empty string"), (" ", "an empty string"), (float("nan"), "NaN")])
+def test_rows_without_a_target_can_be_left_out(value: Any, held: str) -> None:
+    said = refusal("1.5", value, problem="regression")
+    assert f"holds {held}, not a finite number" in said
+    assert "leave such rows out with data.unlabeled=('',)" in said
+    rows = texts("1.5", value)
+    assert len(labeled(rows, "label", ("",), "regression")) == 1
+
+
 @pytest.mark.parametrize("value", ["2_0", "\uff14", "0x1"])
 def test_what_only_looks_like_a_number_is_no_target(value: str) -> None:
     assert "rows.jsonl:2:1 (row 2)" in refusal("1.5", value, problem="regression")
@@ -221,6 +257,12 @@ def test_numbers_that_are_taken_as_ids_of_a_head_are_told(caplog: pytest.LogCapt
     assert (
         "labels are numbers, taken as the ids of m/config.json: 0 entailment, 1 neutral, 2 contradiction" in caplog.text
     )
+
+
+def test_cells_without_a_label_are_not_told_as_ids(caplog: pytest.LogCaptureFixture) -> None:
+    several = labeling_of(DataConfig(train="F"), KeptHead(HEAD.names, 3, "multi_label", "c"))
+    assert "holds a str, not a list of labels" in refusal("a", "b", labeling=several)
+    assert not caplog.records
 
 
 def test_a_head_that_only_counts_its_classes_has_no_names(caplog: pytest.LogCaptureFixture) -> None:

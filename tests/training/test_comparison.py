@@ -310,11 +310,13 @@ def test_every_problem_of_a_comparison_is_told_at_once(config: Config) -> None:
         "config.compare.candidates[2].name: a/b: must be 1 to 64 letters",
         "config.compare.candidates[3].name: 'full' is a method, and this candidate's is 'lora'; set its method.name",
         "config.compare.candidates[4].learning_rate: 'head' trains the head alone; set head_learning_rate",
-        "config.compare.candidates[5].learning_rate: must be above 0",
-        "config.compare.candidates[6].rate: no such option",
+        "config.compare.candidates: 2 more of its values are wrong",
         "config.compare.seeds: must be at least 0, is -1",
     ):
         assert text in told
+    told = "\n".join(problems(values, candidates=wrong[5:], seeds=(0,)))
+    assert "config.compare.candidates[0].learning_rate: must be above 0" in told
+    assert "config.compare.candidates[1].rate: no such option" in told
 
 
 @pytest.mark.parametrize(
