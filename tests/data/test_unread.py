@@ -5,37 +5,17 @@ from __future__ import annotations
 import pytest
 
 from jaxpeft.data.columns import Columns, find_columns, find_format
-from jaxpeft.data.unread import filled, refuse_partial, role, unread
+from jaxpeft.data.unread import filled, refuse_partial, unread
 from jaxpeft.errors import DataError
 from tests.data.conftest import make_rows
 
 
-@pytest.mark.parametrize(
-    ("column", "meant"),
-    [
-        ("id", ""),
-        ("Unnamed: 0", ""),
-        ("__index_level_0__", ""),
-        ("answer_id", ""),
-        ("Topic", "a class"),
-        ("", ""),
-        ("answerKey", "the answer"),
-        ("test_list", "tests of the answer"),
-        ("canonical_solution", "the answer"),
-        ("is_correct", "how good the answer is"),
-        ("Complex_CoT", "a thought before the answer"),
-        ("colour", None),
-        ("2", None),
-    ],
-)
-def test_the_words_of_a_name_say_what_a_column_is_meant_for(column: str, meant: str | None) -> None:
-    assert role(column) == meant
-
-
-def judged(present: str, **asked: str) -> None:
+def judged(present: str, held: dict[str, type] | None = None, **asked: str) -> None:
     columns, named = present.split(), Columns(**asked)
     kind = find_format(columns, named, "F")
-    refuse_partial(columns, named, find_columns(columns, named, kind, "F"), kind, "F")
+    refuse_partial(
+        dict.fromkeys(columns, str) | (held or {}), named, find_columns(columns, named, kind, "F"), kind, "F"
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,6 +33,12 @@ def judged(present: str, **asked: str) -> None:
         ("question reasoning answer", "without 'reasoning' (perhaps a thought before the answer)"),
         ("question choices answer answerKey", "without 'choices' (perhaps a part of the question), 'answerKey' (perhaps the answer)"),
         ("context question answer", "such as {'instruction': 'question', 'input': 'context', 'output': 'answer'}"),
+        ("question A B C D answer", ("without 'A' (perhaps an option to choose from), 'B' (perhaps an option to choose from), 'C' (perhaps "
+         "an option to choose from), 'D' (perhaps an option to choose from); write the options into the text of 'question'; if that")),
+        ("question opa opb opc opd answer", "write the options into the text of 'question'"),
+        ("input A B output", "write the options into the text of 'input'"),
+        ("instruction sol1 sol2 output", "write the options into the text of 'instruction'"),
+        ("question answer hint", "such as {'instruction': 'question', 'input': 'hint', 'output': 'answer'}"),
         ("prompt completion weight", "without 'weight' (perhaps a weight of the row)"),
         ("messages images", "without 'images' (perhaps an image or a sound)"),
     ],
@@ -65,8 +51,29 @@ def test_rows_that_say_more_than_would_be_learned_are_refused(present: str, said
 
 
 @pytest.mark.parametrize(
+    ("present", "held", "said"),
+    [
+        ("question choices answer", {"choices": list, "answer": int}, "write 'choices' and 'answer' as texts, and set data.columns"),
+        ("question passage answer", {"answer": bool}, "write 'answer' as texts, and set data.columns, such as {'instruction': 'question', "),
+        ("text answers", {"answers": list}, "write 'answers' as texts, and set data.columns, such as {'prompt': 'text', "),
+        ("text solution is_result", {"is_result": bool}, "without 'solution' (perhaps the answer); set data.columns"),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_not_named_as_one(present: str, held: dict[str, type], said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        judged(present, held)
+    assert said in str(caught.value)
+
+
+def test_numbers_and_truths_with_a_word_of_an_answer_are_none() -> None:
+    judged("text role review_result skip_prompt_formatting", {"review_result": bool, "skip_prompt_formatting": bool})
+
+
+@pytest.mark.parametrize(
     ("present", "asked"),
     [
+        ("question answer A", {}),
+        ("question answer alpha beta", {}),
         ("text code", {"text": "text"}),
         ("prompt completion label", {"completion": "completion"}),
         ("instruction context response category", {}),
@@ -97,7 +104,7 @@ def test_what_is_meant_and_what_is_not_missed_is_not_refused(present: str, asked
 )  # fmt: skip
 def test_what_is_not_read_is_told_in_one_line(present: str, kind: str, line: str, missed: bool) -> None:
     columns = present.split()
-    assert unread(columns, find_columns(columns, Columns(), kind, "F"), kind) == (line, missed)
+    assert unread(dict.fromkeys(columns, str), find_columns(columns, Columns(), kind, "F"), kind) == (line, missed)
 
 
 def test_a_column_of_which_a_value_is_read_is_read() -> None:
@@ -105,10 +112,12 @@ def test_a_column_of_which_a_value_is_read_is_read() -> None:
         ["question", "answers", "answers.text.0", "id"],
         Columns(prompt="question", completion="answers.text.0"),
     )
-    line, missed = unread(present, find_columns(present, asked, "prompt_completion", "F"), "prompt_completion")
+    line, missed = unread(
+        dict.fromkeys(present, str), find_columns(present, asked, "prompt_completion", "F"), "prompt_completion"
+    )
     assert (line.partition("; ")[2], missed) == ("not read: 'id'", False)
 
 
 def test_a_column_without_a_value_is_not_missed() -> None:
-    rows = make_rows({"prompt": "a", "completion": "b", "label": None, "tools": []}, {"prompt": "c", "completion": "d"})
-    assert filled(rows) == ["prompt", "completion"]
+    rows = make_rows({"prompt": "a", "completion": "b", "label": None, "tools": []}, {"prompt": "c", "completion": 5})
+    assert filled(rows) == {"prompt": str, "completion": int}
