@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxpeft.data.roles import role
 from jaxpeft.errors import DataError, nearest
 
 Kind = Literal[
@@ -86,21 +88,29 @@ class Columns:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Columns))
+USUAL = frozenset({*TEXTS, *DOCUMENTS, *WORDS, *LABELS, *TAGS, *MESSAGES, *FIELDS}) | {
+    name for pair in (*PAIRS, *COMPLETIONS) for name in pair
+}
+"""All names of columns that are looked for."""
+_TABLE = re.compile(r"\.(csv|tsv)\b")
 
 
-def find_format(present: Sequence[str], asked: Columns, name: str) -> Kind:
+def find_format(present: Sequence[str], asked: Columns, name: str, texts: Sequence[str] = ()) -> Kind:
     """Tells the format of a language model's rows by their columns.
 
     Args:
         present: the columns of the rows.
         asked: the columns that the user named.
         name: what to call the rows in messages.
+        texts: the columns that hold plain texts, and so no chats.
 
     Raises:
         DataError: the columns fit no format, or several.
     """
     _raise_if_absent(present, asked, name)
     fitting: list[Kind] = [kind for kind in GENERATIVE if _alternatives(present, asked, kind)]
+    if asked.messages is None and any(of["messages"] in texts for of in _alternatives(present, asked, "messages")):
+        fitting.remove("messages")
     if "preference" in fitting:
         return "preference"
     if "instruction" in fitting and "prompt_completion" in fitting:
@@ -108,10 +118,28 @@ def find_format(present: Sequence[str], asked: Columns, name: str) -> Kind:
     if len(fitting) == 1:
         return fitting[0]
     said = f"could be {' or '.join(fitting)}" if fitting else f"is none of {', '.join(GENERATIVE)}"
+    unnamed = _unnamed(present, asked, name)
     raise DataError(
-        f"{name}: the format {said}; set data.format, or data.columns such as "
-        f"{{'prompt': ..., 'completion': ...}}. Columns present: {', '.join(present)}"
+        f"{name}: the format {said}; set data.format, or data.columns such as {_likely(texts or present)}. "
+        f"Columns present: {', '.join(present)}{unnamed and '; ' + unnamed}"
     )
+
+
+def _unnamed(present: Sequence[str], asked: Columns, name: str) -> str:
+    """Return what to do where the first line of a table is a row, empty where it surely names the columns."""
+    if asked.given() or _present(sorted(USUAL), present) or all(map(str.isdigit, present)) or not _TABLE.search(name):
+        return ""
+    return "if the first line is a row, set data.header to False and name the columns by their number"
+
+
+def _likely(texts: Sequence[str]) -> str:
+    """Return what to name a prompt and its completion, told from the words of the names."""
+    found = {role(column): column for column in reversed(texts)}
+    asked, answer = found.get("the prompt") or found.get("a part of the question"), found.get("the answer")
+    if not asked or not answer:
+        return "{'prompt': ..., 'completion': ...}"
+    first, last = ("instruction", "output") if "a system turn" in found else ("prompt", "completion")
+    return str({first: asked, last: answer})
 
 
 def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -> Columns:
@@ -134,7 +162,9 @@ def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -
     label = asked.label
     if label is None:
         usual = TAGS if kind == "token_classification" else LABELS
-        label = _find("label", [u for u in usual if u not in (text, pair)], present, name, problems)
+        label = _find("label", usual, present, name, problems, (text, pair))
+    if problems and (unnamed := _unnamed(present, asked, name)):
+        problems.append(f"{name}: {unnamed}")
     if problems:
         raise DataError(problems)
     return Columns(text, pair, label)
@@ -165,16 +195,30 @@ def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dic
     if not given.keys() <= {*REQUIRED[kind][0], *optional}:
         return []
     found: list[dict[str, str]] = []
-    for usual in REQUIRED[kind]:
-        fields = {**usual, **{field: column for field, column in given.items() if field in usual}}
-        if fields not in found and set(fields.values()) <= set(present):
-            found.append(fields)
+    for known in _names(present):
+        for usual in [] if found else REQUIRED[kind]:
+            wanted = {field: given.get(field) or known.get(column) for field, column in usual.items()}
+            fields = {field: column for field, column in wanted.items() if column is not None and column in present}
+            if len(fields) == len(usual) and fields not in found:
+                found.append(fields)
     for fields in found:
         for field, names in optional.items():
-            there = [given[field]] if field in given else [n for n in names if n in present]
+            there = [given[field]] if field in given else _present(names, present)
             if there and there[0] not in fields.values():
                 fields[field] = there[0]
     return found
+
+
+def _names(present: Sequence[str]) -> Iterator[Mapping[str, str]]:
+    """Yield the columns by their names as they are, then by what they are but for case and outer spaces, where that is one."""
+    yield {name: name for name in present}
+    folded = [name.strip().lower() for name in present]
+    yield {plain: name for plain, name in zip(folded, present, strict=True) if folded.count(plain) == 1}
+
+
+def _present(usual: Sequence[str], present: Sequence[str]) -> list[str]:
+    """List the columns of usual names: those so written, else those that are but for case and outer spaces."""
+    return next(filter(None, ([known[name] for name in usual if name in known] for known in _names(present))), [])
 
 
 def _absent(present: Sequence[str], asked: Columns, name: str) -> list[str]:
@@ -196,7 +240,8 @@ def _find_texts(
     if asked.text is not None:
         return asked.text, asked.text_pair
     if kind == "classification":
-        pairs = [pair for pair in PAIRS if set(pair) <= set(present) and asked.text_pair in (None, pair[1])]
+        there = ([(known[a], known[b]) for a, b in PAIRS if {a, b} <= known.keys()] for known in _names(present))
+        pairs = [pair for pair in next(filter(None, there), []) if asked.text_pair in (None, pair[1])]
         if len(pairs) == 1:
             return pairs[0]
         if len(pairs) > 1:
@@ -204,14 +249,21 @@ def _find_texts(
             problems.append(f"{name}: the texts could be {' or '.join(map(str, pairs))}; {fix}")
             return None, None
     usual = {"classification": TEXTS, "token_classification": WORDS}[kind]
-    candidates = [column for column in usual if column != asked.text_pair]
-    return _find("text", candidates, present, name, problems), asked.text_pair
+    return _find("text", usual, present, name, problems, (asked.text_pair,)), asked.text_pair
 
 
-def _find(role: str, usual: Sequence[str], present: Sequence[str], name: str, problems: list[str]) -> str | None:
-    found = [column for column in usual if column in present]
+def _find(
+    field: str,
+    usual: Sequence[str],
+    present: Sequence[str],
+    name: str,
+    problems: list[str],
+    taken: Sequence[str | None],
+) -> str | None:
+    usual = [column for column in usual if column not in taken]
+    found = _present(usual, [column for column in present if column not in taken])
     if len(found) == 1:
         return found[0]
     said = f"could be {' or '.join(found)}" if found else f"is none of the usual names ({', '.join(usual)})"
-    problems.append(f"{name}: the {role} column {said}; name it. Columns present: {', '.join(present)}")
+    problems.append(f"{name}: the {field} column {said}; name it. Columns present: {', '.join(present)}")
     return None

@@ -9,17 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from jaxpeft.data import columns
+from jaxpeft.data.columns import USUAL
 from jaxpeft.data.layout import Layout
 from jaxpeft.data.problems import RowError, excerpt
 from jaxpeft.errors import DataError
 
 Fields = list[str] | RowError
 DELIMITERS = (",", "\t", ";", "|")
-USUAL = frozenset(
-    {*columns.TEXTS, *columns.DOCUMENTS, *columns.WORDS, *columns.LABELS, *columns.TAGS, *columns.MESSAGES, *columns.FIELDS}
-    | {name for pair in (*columns.PAIRS, *columns.COMPLETIONS) for name in pair}
-)  # fmt: skip
 _SAMPLE, _LOOKED_AT, _HEAD = 200, 1000, 1 << 20
 _LONG, _MANY_WORDS = 60, 8
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from jaxpeft.data.dialect import USUAL
+from jaxpeft.data.columns import USUAL
 from jaxpeft.data.problems import EXCERPT
 from jaxpeft.errors import DataError, nearest
 

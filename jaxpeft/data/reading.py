@@ -16,7 +16,7 @@ from jaxpeft.data.labeling import Labeling, labeled, labeling_of
 from jaxpeft.data.labels import Problem
 from jaxpeft.data.layout import GIB, Layout
 from jaxpeft.data.rows import Rows, is_hub_id, read_rows
-from jaxpeft.data.unread import filled, refuse_partial, unread
+from jaxpeft.data.unread import filled, plain_texts, refuse_partial, unread
 from jaxpeft.errors import ConfigError, DataError
 from jaxpeft.hub.kept_head import KeptHead, read_head
 from jaxpeft.hub.sources import Source
@@ -209,9 +209,9 @@ def kind_of(config: Config, rows: Rows) -> Kind:
         return _KINDS[task]
     kind = given
     if kind == "auto":
-        present, asked = rows.columns(), Columns(**config.data.columns)
-        kind = find_format(present, asked, rows.name)
-        refuse_partial(filled(rows), asked, find_columns(present, asked, kind, rows.name), kind, rows.name)
+        present, held, asked = rows.columns(), filled(rows), Columns(**config.data.columns)
+        kind = find_format(present, asked, rows.name, plain_texts(rows, held))
+        refuse_partial(held, asked, find_columns(present, asked, kind, rows.name), kind, rows.name)
     _log.info("%s: rows of format %s", rows.name, kind)
     return kind
 

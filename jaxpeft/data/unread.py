@@ -45,6 +45,20 @@ def filled(rows: Rows) -> dict[str, type]:
     return {name: held[name] for name in rows.columns() if name in held}
 
 
+def plain_texts(rows: Rows, held: Mapping[str, type]) -> list[str]:
+    """Return the columns that hold texts alone, none of which looks like JSON.
+
+    Args:
+        rows: of one source.
+        held: the type of what each column holds.
+    """
+    return [
+        column
+        for column, kind in held.items()
+        if kind is str and not any((record.get(column) or "").lstrip()[:1] in ("[", "{") for record in rows.records)
+    ]
+
+
 def refuse_partial(present: Mapping[str, type], asked: Columns, columns: Columns, kind: Kind, name: str) -> None:
     """Refuse rows of which the likely answer, or what it depends on, would not be read.
 
@@ -102,7 +116,7 @@ def _told(found: Mapping[str, str | None], kind: str) -> str:
 
 def _fix(present: Mapping[str, type], columns: Columns, missed: Mapping[str, str | None]) -> str:
     """Return the columns to name instead, where they are plain to see."""
-    first = {role: column for column, role in reversed(missed.items())}
+    first = {role: column for column, role in reversed(list(missed.items()))}
     asked, answer = first.get("the prompt") or first.get("a part of the question"), first.get("the answer")
     if AN_OPTION in first:
         return f"write the options into the text of {next(iter(columns.given().values()))!r}; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxpeft.config import schema
-from jaxpeft.data.columns import FIELDS, Columns, find_columns
+from jaxpeft.data.columns import FIELDS, Columns, find_columns, find_format
 from jaxpeft.errors import DataError
 
 
@@ -18,10 +18,64 @@ from jaxpeft.errors import DataError
         ("question sentence label", "classification", ("question", "sentence", "label")),
         ("tokens ner_tags", "token_classification", ("tokens", None, "ner_tags")),
         ("text title", "text", ("text", None, None)),
+        ("Text Label", "classification", ("Text", None, "Label")),
+        ("Sentence1 sentence2 LABEL", "classification", ("Sentence1", "sentence2", "LABEL")),
+        ("text Score label Text", "classification", ("text", None, "label")),
+        ("Tokens NER_tags", "token_classification", ("Tokens", None, "NER_tags")),
     ],
 )
 def test_usual_names_are_found(present, kind, found):
     assert find_columns(present.split(), Columns(), kind, "F") == Columns(*found)
+
+
+def test_outer_spaces_and_case_of_a_header_do_not_matter():
+    found = find_columns([" Prompt ", "COMPLETION", "System"], Columns(), "prompt_completion", "F")
+    assert found.given() == {"prompt": " Prompt ", "completion": "COMPLETION", "system": "System"}
+    assert find_format([" Prompt ", "COMPLETION"], Columns(), "F") == "prompt_completion"
+    with pytest.raises(DataError, match="the text column is none of the usual names"):
+        find_columns(["Text", "TEXT", "label"], Columns(), "classification", "F")
+
+
+@pytest.mark.parametrize(
+    ("present", "name", "told"),
+    [
+        (["the film was great", "joy"], "a.tsv", True),
+        (["q", "a"], "x/b.csv.gz", True),
+        (["1", "2"], "a.tsv", False),
+        (["the film was great", "joy"], "a.jsonl", False),
+        (["input", "emotion"], "a.csv", False),
+    ],
+)
+def test_a_first_line_that_may_be_a_row_is_told(present, name, told):
+    for find in (
+        lambda: find_columns(present, Columns(), "classification", name),
+        lambda: find_format(present, Columns(), name),
+    ):
+        with pytest.raises(DataError) as caught:
+            find()
+        assert ("if the first line is a row, set data.header to False and name the" in str(caught.value)) is told
+
+
+@pytest.mark.parametrize(
+    ("present", "texts", "said"),
+    [
+        ("id dialogue summary", "dialogue summary", "data.columns such as {'prompt': 'dialogue', 'completion': 'summary'}"),
+        ("id conversation reply", "id conversation reply", "data.columns such as {'prompt': 'conversation', 'completion': 'reply'}"),
+        ("id system_prompt question reply", "system_prompt question reply",
+         "data.columns such as {'instruction': 'question', 'output': 'reply'}"),
+        ("dialog mood", "dialog mood", "data.columns such as {'prompt': ..., 'completion': ...}"),
+    ],
+)  # fmt: skip
+def test_columns_of_plain_texts_are_no_chats(present, texts, said):
+    with pytest.raises(DataError) as caught:
+        find_format(present.split(), Columns(), "F", texts.split())
+    assert "the format is none of" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_column_that_is_named_for_chats_is_one():
+    assert find_format(["dialogue"], Columns(messages="dialogue"), "F", ["dialogue"]) == "messages"
+    assert find_format(["dialogue", "summary"], Columns(), "F", ["summary"]) == "messages"
 
 
 def test_given_columns_are_used():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxpeft.data.columns import Columns, find_columns, find_format
-from jaxpeft.data.unread import filled, refuse_partial, unread
+from jaxpeft.data.unread import filled, plain_texts, refuse_partial, unread
 from jaxpeft.errors import DataError
 from tests.data.conftest import make_rows
 
@@ -116,6 +116,11 @@ def test_a_column_of_which_a_value_is_read_is_read() -> None:
         dict.fromkeys(present, str), find_columns(present, asked, "prompt_completion", "F"), "prompt_completion"
     )
     assert (line.partition("; ")[2], missed) == ("not read: 'id'", False)
+
+
+def test_texts_that_look_like_json_are_not_plain() -> None:
+    rows = make_rows({"a": "x", "b": "[1]", "c": ["x"], "d": None}, {"a": None, "b": "x", "c": "x", "d": "y"})
+    assert plain_texts(rows, filled(rows)) == ["a", "d"]
 
 
 def test_a_column_without_a_value_is_not_missed() -> None:
