@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,12 @@ def files_of(folder: Path, split: str) -> Files:
         raise DataError(f"{folder}: a folder without data files; give one with files of {', '.join(PARSERS)}")
     if not chosen:
         known = ", ".join(sorted({named for named in splits if named}))
-        raise DataError(f"{folder}: no data file is named for the split {split!r} (there are: {known}); name one file")
+        texts = (path.parent.name for path in files if ending_of(path) in (_TEXT, ""))
+        label = next(filter(_split_named, texts), "")
+        bare = f", or call the folder {label!r} otherwise, such as 'label_{label}', if it is a label" if label else ""
+        raise DataError(
+            f"{folder}: no data file is named for the split {split!r} (there are: {known}); name one file{bare}"
+        )
     return labeled or Files(chosen)
 
 
@@ -95,7 +100,9 @@ def _labeled(folder: Path, files: Sequence[Path]) -> Files | None:
     """Return text files with the names of their sub-folders as labels, None where there are not two such folders."""
     if any(ending_of(path) not in (_TEXT, "") for path in files):
         return None
-    inside = _labels(folder, files)
+    below = _below(folder, files)
+    _refuse_two_levels(folder, below)
+    inside = {path: parts[0] if parts else None for path, parts in below.items()}
     names = {label for label in inside.values() if label}
     known = {label for label in names if label.lower() not in UNLABELED}
     if len(known) < 2:
@@ -109,12 +116,32 @@ def _labeled(folder: Path, files: Sequence[Path]) -> Files | None:
     return Files(kept, tuple(inside[path] or "" for path in kept), note)
 
 
-def _labels(folder: Path, files: Sequence[Path]) -> dict[Path, str | None]:
-    """Return the sub-folder that each file is in, below the folders that all of those in sub-folders share."""
+def _below(folder: Path, files: Sequence[Path]) -> dict[Path, list[str]]:
+    """Return the sub-folders that each file is in, below the folders that all of those in sub-folders share."""
     inside = {path: [part for part in path.relative_to(folder).parts[:-1] if not _split_named(part)] for path in files}
     while len({parts[0] for parts in inside.values() if parts}) == 1:
         inside = {path: parts[1:] for path, parts in inside.items()}
-    return {path: parts[0] if parts else None for path, parts in inside.items()}
+    return inside
+
+
+def _refuse_two_levels(folder: Path, below: Mapping[Path, Sequence[str]]) -> None:
+    """Refuse sub-folders that hold two or more folders of the same names: either could be the labels.
+
+    Raises:
+        DataError: names both.
+    """
+    above: dict[str, set[str]] = {}
+    for parts in below.values():
+        if len(parts) > 1:
+            above.setdefault(parts[1], set()).add(parts[0])
+    shared = sorted(name for name, outer in above.items() if len(outer) > 1)
+    if len(shared) > 1:
+        outer = sorted(set.union(*(above[name] for name in shared)))
+        inner = next(path.parents[len(parts) - 1] for path, parts in below.items() if len(parts) > 1)
+        raise DataError(
+            f"{folder}: the labels could be the sub-folders {', '.join(outer)} or, inside of them, {', '.join(shared)}; keep one "
+            f"level of folders, or give one of them, such as {inner}"
+        )
 
 
 def _without_notes(files: Sequence[Path]) -> list[Path]:

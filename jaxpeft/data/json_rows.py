@@ -35,6 +35,9 @@ def _of_object(value: dict[str, Any], at: str, name: str) -> tuple[list[Any], st
     by_column = _columns(value)
     if by_column is not None:
         return by_column, f"{at} column by column".strip()
+    split = _split(value)
+    if split is not None:
+        return split, f"{at} under 'data', named by 'columns'".strip()
     rows = list(value.values())
     if len(rows) > 1 and all(_is_row(row) for row in rows):
         return rows, "each value of the object is a row, its key is left out"
@@ -43,10 +46,26 @@ def _of_object(value: dict[str, Any], at: str, name: str) -> tuple[list[Any], st
         return inside[0][1], f"rows under {inside[0][0]!r}"
     if len(inside) > 1:
         known = ", ".join(key for key, _ in inside)
-        raise DataError(
-            f"{name}: rows could be under {known}; say which by data.field, such as data.field={inside[0][0]!r}"
-        )
+        likely = max(inside, key=lambda found: (_are_usual(found[1]), len(found[1])))[0]
+        raise DataError(f"{name}: rows could be under {known}; say which by data.field, such as data.field={likely!r}")
     raise DataError(f"{name}:1:1: not a JSON list: {_shown(value)!r}; {_FIX}")
+
+
+def _are_usual(rows: Sequence[Any]) -> bool:
+    return any(key.strip().lower() in USUAL for key in rows[0])
+
+
+def _split(value: dict[str, Any]) -> list[Any] | None:
+    """Return the rows of an object that holds the names of its columns beside the values of each row, as pandas writes them."""
+    columns, data = value.get("columns"), value.get("data")
+    if not isinstance(columns, list) or not isinstance(data, list) or not data:
+        return None
+    names, rows = cast(list[Any], columns), cast(list[Any], data)
+    if not all(isinstance(name, str) for name in names):
+        return None
+    if not all(isinstance(row, list) and len(cast(list[Any], row)) == len(names) for row in rows):
+        return None
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _is_row(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from typing import IO, Any, cast
 
 from jaxpeft.data.layout import Parsed, Take
@@ -127,7 +128,12 @@ def _records(batch: Any) -> list[Record]:
         from datasets import Features
 
         features = Features.from_arrow_schema(batch.schema)
-    return [with_label_names(record, features) for record in batch.to_pylist()]
+    return [with_label_names(_with_floats(record), features) for record in batch.to_pylist()]
+
+
+def _with_floats(record: Record) -> Record:
+    """Return a record with its decimal numbers as those that JSON has."""
+    return {key: float(value) if isinstance(value, Decimal) else value for key, value in record.items()}
 
 
 def _parsed(batches: Iterator[list[Record]]) -> Parsed:

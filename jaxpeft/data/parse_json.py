@@ -91,9 +91,16 @@ def _json_row(raw: bytes) -> Record:
     text = decode_line(raw)
     if not text.strip():
         raise RowError("blank line", "remove it")
-    row = _load(text)
+    whole = "name the file .json if all of it is one value"
+    try:
+        row = _load(text)
+    except RowError as fault:
+        if text.strip() not in ("[", "{"):
+            raise
+        raise RowError(fault.fault, whole, fault.column) from None
     if not isinstance(row, dict):
-        raise RowError(f"a row must be a JSON object, this is a {type(row).__name__}", 'write {"column": value, ...}')
+        fix = f'write {{"column": value, ...}}, or {whole}'
+        raise RowError(f"a row must be a JSON object, this is a {type(row).__name__}", fix)
     return row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,50 @@ def test_a_state_that_cannot_be_trusted_is_refused(saved: Any) -> None:
         read_rows(folder)
 
 
+def test_decimal_numbers_of_parquet_are_numbers(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a", "b"], "score": [Decimal("4.50"), Decimal("3.00")]}), tmp_path / "x.parquet")
+    assert read_rows(tmp_path / "x.parquet").records == [{"text": "a", "score": 4.5}, {"text": "b", "score": 3.0}]
+
+
 def test_a_damaged_arrow_file_is_refused(saved: Any) -> None:
     path = saved("file")
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"arrow:1:1: not an Arrow file \("):
         read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "outer", "inner", "one"),
+    [
+        (("train/en/pos/1.txt", "train/en/neg/1.txt", "train/de/pos/1.txt", "train/de/neg/1.txt"), "de, en", "neg, pos", "train/de"),
+        (("a/x/1.txt", "a/y/1.txt", "b/x/1.txt", "b/y/1.txt", "b/z/1.txt"), "a, b", "x, y", "a"),
+        (("all/a/train/x/1", "all/a/train/y/1", "all/b/train/x/1", "all/b/train/y/1"), "a, b", "x, y", "all/a/train"),
+    ],
+)  # fmt: skip
+def test_two_levels_of_folders_that_could_be_labels_are_refused(
+    tmp_path: Path, names: tuple[str, ...], outer: str, inner: str, one: str
+) -> None:
+    make(tmp_path, *names)
+    with pytest.raises(DataError) as caught:
+        read_rows(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: the labels could be the sub-folders {outer} or, inside of them, {inner}; keep one level of folders, or "
+        f"give one of them, such as {tmp_path / one}"
+    )
+    assert {label for _, label in labels(tmp_path / one)} == set(inner.split(", "))
+
+
+def test_parts_inside_of_labels_are_no_labels(tmp_path: Path) -> None:
+    make(tmp_path, "pos/part/1.txt", "pos/a/1.txt", "neg/part/1.txt", "neg/2.txt")
+    assert {label for _, label in labels(tmp_path)} == {"neg", "pos"}
+
+
+def test_a_label_that_is_called_as_a_split_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "dev/1.txt", "ops/1.txt")
+    with pytest.raises(DataError, match="or call the folder 'dev' otherwise, such as 'label_dev', if it is a label"):
+        read_rows(tmp_path)
+    (tmp_path / "dev").rename(tmp_path / "label_dev")
+    assert {label for _, label in labels(tmp_path)} == {"label_dev", "ops"}

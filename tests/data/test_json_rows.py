@@ -22,6 +22,10 @@ ROWS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
         ({"result": {"rows": ROWS, "n": 2}}, "rows under 'result.rows'"),
         ({"17": ROWS[0], "18": ROWS[1]}, "each value of the object is a row, its key is left out"),
         ({"text": ["a", "b"], "label": ["x", "y"]}, "column by column"),
+        (
+            {"columns": ["text", "label"], "index": [0, 1], "data": [["a", "x"], ["b", "y"]]},
+            "under 'data', named by 'columns'",
+        ),
         ({"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}, "column by column"),
     ],
 )
@@ -48,6 +52,32 @@ def test_where_several_could_be_meant_an_option_says_which(write: Any) -> None:
     assert read_rows(path, layout=Layout(field="other.deep")).records == ROWS
     with pytest.raises(DataError, match=r"data\.field 'other\.dep': no 'dep' under 'other'; did you mean 'deep'"):
         read_rows(path, layout=Layout(field="other.dep"))
+
+
+@pytest.mark.parametrize(
+    ("value", "likely"),
+    [
+        ({"schema": {"fields": [{"name": "text", "type": "string"}] * 3}, "data": ROWS}, "data"),
+        ({"meta": [{"by": "me"}], "items": {"rows": [{"Text": "a"}]}}, "items.rows"),
+        ({"few": [{"a": 1}], "many": [{"a": 1}, {"a": 2}]}, "many"),
+    ],
+)
+def test_the_list_that_likely_holds_the_rows_is_suggested(write: Any, value: Any, likely: str) -> None:
+    with pytest.raises(DataError, match=f"such as data.field='{likely}'"):
+        read_rows(write("x.json", json.dumps(value)))
+
+
+def test_names_of_columns_beside_rows_of_another_length_are_no_table(write: Any) -> None:
+    with pytest.raises(DataError, match="not a JSON list"):
+        read_rows(write("x.json", json.dumps({"columns": ["text", "label"], "data": [["a", "x"], ["b"]]})))
+
+
+@pytest.mark.parametrize(("value", "indent"), [(ROWS, None), (ROWS, 1), ({"data": ROWS}, 2)])
+def test_one_value_in_a_file_of_lines_is_told(write: Any, value: Any, indent: int | None) -> None:
+    path = write("x.jsonl", json.dumps(value, indent=indent) + "\n")
+    with pytest.raises(DataError, match=r"name the file \.json if all of it is one value"):
+        read_rows(path)
+    assert read_rows(write("x.json", json.dumps(value, indent=indent))).records == ROWS
 
 
 def test_values_inside_of_objects_are_columns_by_their_dotted_names(write: Any) -> None:
