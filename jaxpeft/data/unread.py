@@ -118,8 +118,9 @@ def _fix(present: Mapping[str, type], columns: Columns, missed: Mapping[str, str
     """Return the columns to name instead, where they are plain to see."""
     first = {role: column for column, role in reversed(list(missed.items()))}
     asked, answer = first.get("the prompt") or first.get("a part of the question"), first.get("the answer")
-    if AN_OPTION in first:
-        return f"write the options into the text of {next(iter(columns.given().values()))!r}; "
+    parts = [column for column, role in missed.items() if role in (AN_OPTION, "a part of the question")]
+    if columns.text is None and len(parts) > 1:
+        return f"write all parts of the question into the text of {next(iter(columns.given().values()))!r}; "
     if columns.text and (answer or asked):
         named = {"prompt": asked or columns.text, "completion": answer or columns.text}
     elif columns.prompt and columns.completion and asked:
