@@ -37,7 +37,7 @@ def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites:
             trained, or a stacked bias would be trained for the sake of some of its layers.
     """
     require_numbers(params)
-    _require_plain(method, params)
+    require_plain(method, params)
     tree = paths.build(list(paths.walk(params)))
     for part in method.parts():
         chosen = chosen_sites(part, params, sites)
@@ -70,7 +70,7 @@ _FLOATING = frozenset({"kernel", "bias", "scale", "embedding"})
 """Leaves of the base that are numbers as they stand."""
 
 
-def _require_plain(method: Method, params: Mapping[str, Any]) -> None:
+def require_plain(method: Method, params: Mapping[str, Any]) -> None:
     """Refuse a tree that holds the leaves of an adapter, whatever method they are of.
 
     Raises:

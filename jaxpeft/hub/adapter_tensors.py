@@ -335,7 +335,9 @@ def whole_embeddings(method: Method, header: Mapping[str, Tensor], base: Mapping
         header: the tensors of the file, without copies.
         base: the parameters that the adapter is for.
     """
-    leaves = {name for path, leaf in paths.walk(base) for name in _names(path, leaf)}
+    trained = (any(part.trains(path, base) for part in method.parts()) for path, _ in paths.walk(base))
+    walked = zip(paths.walk(base), trained, strict=True)
+    leaves = {name for (path, leaf), own in walked if not own for name in _names(path, leaf)}
     given = (name.removeprefix(method.module_prefix) for name in header)
     found = (_embedding_of(name) for name in given if name in leaves and not _saves(method, name))
     return tuple(sorted({name for name in found if name is not None}))

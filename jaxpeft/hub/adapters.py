@@ -18,7 +18,7 @@ import jaxpeft
 from jaxpeft.core import kernels, paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import modules_to_save, rewrite, trainable_mask
+from jaxpeft.core.rewriting import modules_to_save, require_plain, rewrite, trainable_mask
 from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, cut, shown
 from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
@@ -313,6 +313,7 @@ def load_adapter(
         `(method, params)`: the method as the folder's config says, and the rewritten tree with the folder's numbers.
 
     Raises:
+        ConfigError: the tree is rewritten already.
         AdapterError: files are missing or are pickles; the config asks for what is not supported; the base or the task is
             another one; or a tensor is missing, extra, misshaped or not finite. Nothing is loaded half.
     """
@@ -339,6 +340,7 @@ def load_adapter(
     header = adapter_tensors.without_copies(method, header, params)
     whole = adapter_tensors.whole_embeddings(method, header, params)
     method = dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *whole)) if whole else method
+    require_plain(method, params)
     like = paths.map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     try:
         # an option may ask for more than the memory holds: the file's shapes are compared first
