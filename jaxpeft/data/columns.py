@@ -119,10 +119,13 @@ def find_format(present: Sequence[str], asked: Columns, name: str, texts: Sequen
         return fitting[0]
     said = f"could be {' or '.join(fitting)}" if fitting else f"is none of {', '.join(GENERATIVE)}"
     unnamed = _unnamed(present, asked, name)
-    fix = "set data.format to one of them" if fitting else f"set data.format, or data.columns such as {_likely(texts or present)}"
+    fix = (
+        "set data.format to one of them"
+        if fitting
+        else f"set data.format, or data.columns such as {_likely(texts or present)}"
+    )
     raise DataError(
-        f"{name}: the format {said}; {fix}. "
-        f"Columns present: {', '.join(present)}{unnamed and '; ' + unnamed}"
+        f"{name}: the format {said}; {fix}. Columns present: {', '.join(present)}{unnamed and '; ' + unnamed}"
     )
 
 

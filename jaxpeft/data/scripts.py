@@ -150,20 +150,23 @@ def _find_answer(dialog: Dialog, i: int, prompt: str | RenderError, upto: str | 
 def _behind_question(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Answer | None]:
     """Find an answer behind which the template writes earlier turns otherwise: Mistral's moves the system text to the last turn.
 
-    From the last letter of a question on, both texts must begin alike: what generation sees, and what the template writes once
-    the answer follows. The answer is the rest of the latter. None where they differ there too.
+    From the last letter of the turn before on, both texts must begin alike: what generation sees, and what the template writes
+    once the answer follows. The answer is the rest of the latter. None where they differ there too.
 
     Raises:
-        RenderError: the words of the question cannot be told, or the answer is not written.
+        RenderError: the words of the turn before cannot be told, or the answer is not written.
     """
-    before = yield from _find_marks(dialog, (), prompt, (i, True))
-    found = yield from _find_marks(dialog, {i}, upto, (i + 1, False))
-    if not before.asked or not found.asked:
+    said = {i - 1} if i and dialog.messages[i - 1]["role"] == "assistant" else set[int]()
+    before = yield from _find_marks(dialog, said, prompt, (i, True))
+    found = yield from _find_marks(dialog, {*said, i}, upto, (i + 1, False))
+    # the marks of an answer before come first among those of answers
+    asked, again = (before.said, found.said[: len(before.said)]) if said else (before.asked, found.asked)
+    if not asked or not again:
         return None
-    header, written = prompt[before.asked[-1] :], upto[found.asked[-1] :]
+    header, written = prompt[asked[-1] :], upto[again[-1] :]
     if len(written) <= len(header) or not written.startswith(header):
         return None
-    start = found.asked[-1] + len(header)
+    start = again[-1] + len(header)
     inside = _Places(*([at for at in places if at >= start] for places in found))
     _unwritten(dialog.messages[i], i, inside)
     return _Answer(i, prompt, prompt + upto[start:], upto[max(inside.said, default=start) :])

@@ -44,7 +44,11 @@ def test_the_format_is_told_by_the_columns(present: str, asked: dict[str, str], 
 @pytest.mark.parametrize(
     ("present", "asked", "text"),
     [
-        ("instruction output text", {}, "the format could be text or instruction; set data.format to one of them. Columns"),
+        (
+            "instruction output text",
+            {},
+            "the format could be text or instruction; set data.format to one of them. Columns",
+        ),
         ("mr ref", {}, "the format is none of text, prompt_completion, instruction, messages, preference"),
         ("mr ref", {"prompt": "mrr"}, "no column 'mrr' (for prompt); did you mean 'mr'?"),
     ],

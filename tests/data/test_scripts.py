@@ -265,3 +265,13 @@ def test_a_tokenizer_with_templates_by_name_writes_chats_with_tools_by_their_own
     assert write(Dialog(turns), template).text.startswith("<|im_start|>user")
     assert write(Dialog(turns, (TOOL,)), template).text.startswith('[{"type"')
     assert special_tokens(tokenizer_of(TOKENIZER))["eos_token"] == "</s>"
+
+
+def test_a_second_answer_in_a_row_is_learned_behind_what_generation_sees() -> None:
+    turns = [user("Add."), said("The sum is 2."), said("Or is it 3?"), user("Again."), said("It is 4.")]
+    first, last = written(FAMILIES["hidden"], turns)
+    answers = [first.text[start:end] for start, end in first.learned]
+    assert answers == [f"<think>\n\n</think>\n\n{text}<|im_end|>\n" for text in ("The sum is 2.", "Or is it 3?")]
+    prompt = template_of(FAMILIES["hidden"]).render(turns[:2], generate=True)
+    assert first.text[: first.learned[1][0]] == prompt
+    assert [last.text[start:end] for start, end in last.learned] == ["<think>\n\n</think>\n\nIt is 4.<|im_end|>\n"]
