@@ -6,7 +6,9 @@ they are not.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,13 +21,19 @@ from flax.errors import FlaxError
 from jaxpeft.core import kernels, paths
 from jaxpeft.core.rewriting import require_numbers
 from jaxpeft.errors import ConfigError, DataError, nearest, shown
+from jaxpeft.hub.loading import abstract_params
 from jaxpeft.methods import MARKERS, METHODS
 from jaxpeft.models.base import Pretrained
+from jaxpeft.quant import FORMS
 
 FAILURES = (FlaxError, TypeError, ValueError, KeyError, AttributeError)
 """What Flax and JAX raise where parameters are not a module's own."""
 _TABLES = {"token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings", "segment_ids": None}
 """The further inputs of a model, and the field of its config that says how many rows the table has which they look up."""
+
+_FEW_BITS = frozenset(name for form in FORMS.values() for name in form.leaves)
+"""The leaves of a module whose kernel is quantised."""
+_OF_ANOTHER = "; these are another model's parameters: give those that were loaded or made with it"
 
 
 def checked(model: Pretrained, args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,7 +131,7 @@ def _require_within(name: str, array: Any, size: int | None, what: str) -> None:
 
 
 def require_tree(model: Any, params: Any) -> None:
-    """Refuse parameters that no model could compute with, or that are of more or fewer layers than a pretrained one has.
+    """Refuse parameters that no model could compute with, or of which a pretrained one would leave some out in silence.
 
     Args:
         model: any module.
@@ -135,15 +143,20 @@ def require_tree(model: Any, params: Any) -> None:
     if not isinstance(params, Mapping):
         raise ConfigError(f"params: must be the nested dict of a model's parameters, is {shown(params)}")
     require_numbers(params)
-    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    if not isinstance(model, Pretrained) or layers is None:
+    if not isinstance(model, Pretrained):
         return
+    layers = getattr(model.config, "num_hidden_layers", None)
     for path, _ in paths.walk(params):
         for container, key in pairwise(path):
-            if container in paths.LAYER_CONTAINERS and key.isdecimal() and int(key) >= layers:
+            if layers and container in paths.LAYER_CONTAINERS and key.isdecimal() and int(key) >= layers:
                 raise ConfigError(
                     f"{paths.text(path)}: the model has {layers} layers, and these are another model's parameters"
                 )
+    # how it is computed changes no leaf
+    options = dataclasses.replace(model.options, remat="none", attention="xla", offload=False, gathered=())
+    plain: Any = model.clone(options=options, source=None)  # pyright does not see that it hashes
+    if why := _misfit(_own_leaves(plain), params):
+        raise ConfigError(why)
 
 
 def require_adapter(params: Mapping[str, Any], adapter: Any | None) -> None:
@@ -180,19 +193,38 @@ def misfit(model: Any, params: Mapping[str, Any], args: tuple[Any, ...], kw: Map
         made = jax.eval_shape(lambda: model.init({"params": key, "dropout": key}, *args, **kw))
     except FAILURES:
         return None
-    wanted = dict(paths.walk(made.get("params", {})))
-    added = {name for method in METHODS.values() for name in (*method.site_names(), *method.root_names)}
+    return _misfit(dict(paths.walk(made.get("params", {}))), params)
+
+
+@lru_cache(maxsize=8)
+def _own_leaves(model: Pretrained) -> Mapping[paths.Path, Any]:
+    """Return the leaves that a pretrained model makes, abstract, by their paths."""
+    return dict(paths.walk(abstract_params(model)))
+
+
+def _misfit(wanted: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str | None:
+    """Return which leaf is not the model's first: of another shape, missing, or one that a call would leave out in silence.
+
+    Args:
+        wanted: the model's leaves, by their paths.
+        params: the tree that it is called with.
+    """
     held = dict(paths.walk(params))
-    of_another = "; these are another model's parameters: give those that were loaded or made with it"
     for path, leaf in wanted.items():
         if path in held and held[path].shape != leaf.shape:
-            return f"{paths.text(path)}: has shape {list(held[path].shape)}, and the model has {list(leaf.shape)} there{of_another}"
+            return f"{paths.text(path)}: has shape {list(held[path].shape)}, and the model has {list(leaf.shape)} there{_OF_ANOTHER}"
         if path not in held and not _is_stored_otherwise(params, path):
-            inner = "; give what lies under 'params'" if set(params) == {"params"} else of_another
+            inner = "; give what lies under 'params'" if set(params) == {"params"} else _OF_ANOTHER
             return f"{paths.text(path)}: is not there, and the model has {list(leaf.shape)} there{inner}"
-    stored = {name for form in kernels.FORMS.values() for name in form.leaves}
-    extra = [path for path in held if path not in wanted and path[-1] not in added | stored]
-    return f"{paths.text(extra[0])}: is no leaf of the model{of_another}" if extra else None
+    modules = {path[:n] for path in wanted for n in range(len(path))}
+    site = {name for method in METHODS.values() for name in method.site_names()}
+    root = {name for method in METHODS.values() for name in method.root_names}
+    for path in [path for path in held if path not in wanted]:
+        module, name = path[:-1], path[-1]
+        stored = name in _FEW_BITS and (*module, "kernel") in wanted
+        if not stored and not (module in modules and name in (site if module else root)):
+            return f"{paths.text(path)}: is no leaf of the model, which would compute without it{_OF_ANOTHER}"
+    return None
 
 
 def _is_stored_otherwise(params: Mapping[str, Any], path: paths.Path) -> bool:

@@ -123,6 +123,42 @@ def test_another_models_parameters_are_told_by_their_first_leaf() -> None:
         jaxpeft.apply(model, {"params": params}, IDS)
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize(
+    ("extra", "added"),
+    [
+        ("self_attn/q_proj/bias", False),
+        ("input_layernorm/bias", False),
+        ("self_attn/q_norm/scale", False),
+        ("mlp/router/kernel", False),
+        ("mlp/router/kernel_nf4", False),
+        ("mlp/router/lora_a", False),
+        ("mlp/lora", False),
+        ("mlp/up_proj/prompt", False),
+        ("self_attn/q_proj/ia3_l", True),
+    ],
+)
+def test_what_a_model_would_compute_without_is_refused(extra: str, added: bool, scanned: bool) -> None:
+    model, params = load("llama", scan_layers=scanned)
+    where = "model/layers/" + ("" if scanned else "1/") + extra
+    sizes = (2, 32) if scanned else (32,)
+    for tree in (params, jaxpeft.rewrite(jaxpeft.LoRA(rank=2, targets=["v_proj"]), params, KEY)):
+        more = paths.build([*paths.walk(tree), (tuple(where.split("/")), jnp.ones(sizes))])
+        if added:
+            assert jax.eval_shape(lambda more=more: jaxpeft.apply(model, more, IDS)).shape == (*IDS.shape, 99)
+            continue
+        with pytest.raises(ConfigError, match=f"^{where}: is no leaf of the model, which would compute without it"):
+            jaxpeft.apply(model, more, IDS)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_a_quantised_base_with_adapters_at_sites_and_at_the_root_is_the_models_own(kind: str) -> None:
+    model, params = load("llama")
+    method = jaxpeft.Mixed(methods=(jaxpeft.LoRA(rank=2), jaxpeft.PromptTuning()))
+    tree = jaxpeft.rewrite(method, jaxpeft.quantise(params, kind), KEY)
+    assert jax.eval_shape(lambda: jaxpeft.apply(model, tree, IDS)).shape == (*IDS.shape, 99)
+
+
 def test_a_deeper_models_layers_are_not_left_out_in_silence() -> None:
     model, params = load("llama")
     last = str(len(params["model"]["layers"]))

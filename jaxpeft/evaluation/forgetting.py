@@ -27,9 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import models
+from jaxpeft import forward, models
 from jaxpeft.errors import DataError
-from jaxpeft.forward import apply
 from jaxpeft.hub.json_files import read_json
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.activations import mesh_under, on_mesh
@@ -92,7 +91,7 @@ def embeddings(
 
     def direction(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         inputs: dict[str, Any] = {name: batch[name] for name in _INPUTS if name in batch}
-        hidden = apply(backbone, params, batch["input_ids"], batch["attention_mask"], **inputs).astype(jnp.float32)
+        hidden = forward.run(backbone, params, batch["input_ids"], batch["attention_mask"], **inputs).astype(jnp.float32)
         token = batch["attention_mask"][..., None].astype(jnp.float32)
         total = (hidden * token).sum(1)
         return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), _LEAST)
