@@ -140,8 +140,6 @@ def require_tree(model: Any, params: Any) -> None:
     Raises:
         ConfigError: naming the first leaf.
     """
-    if not isinstance(params, Mapping):
-        raise ConfigError(f"params: must be the nested dict of a model's parameters, is {shown(params)}")
     require_numbers(params)
     if not isinstance(model, Pretrained):
         return

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import jaxpeft
 from jaxpeft.core import paths
@@ -19,6 +20,7 @@ from tests.core.helpers import load
 KEY = jax.random.key(0)
 IDS = np.asarray([[1, 2, 3], [4, 5, 0]])
 NAN = float("nan")
+LORA = jaxpeft.LoRA(rank=4, targets=["q_proj", "v_proj"])
 
 
 def changed(tree: Any, path: str, to: Any) -> Any:
@@ -211,6 +213,34 @@ def test_a_leaf_that_is_no_array_of_floats_is_refused_with_its_path(leaf: Any, s
         run[use]()
 
 
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        (None, "^params: must be the nested dict of a model's parameters, is None"),
+        ([1], r"^params: must be the nested dict of a model's parameters, is \[1\]"),
+        (jnp.ones(2), "^params: must be the nested dict"),
+        ({1: {"kernel": jnp.ones((2, 2))}}, "^params: the keys of its dicts must be strings, 1 is none; write '1'"),
+        ({"a": {("b",): jnp.ones((2, 2))}}, r"^params: the keys of its dicts must be strings, \('b',\) is none"),
+        ({"a": {"kernel": torch.ones(2, 2)}}, r"^a/kernel: must be an array, is tensor\("),
+        ({"a": {"other": torch.ones(2, 2).int()}}, r"^a/other: must be an array, is tensor\("),
+    ],
+)
+@pytest.mark.parametrize("use", ["apply", "rewrite", "merge"])
+def test_what_is_no_tree_of_arrays_is_refused(params: Any, says: str, use: str) -> None:
+    run = {"apply": lambda: jaxpeft.apply(load("llama")[0], params, IDS), "merge": lambda: jaxpeft.merge(LORA, params),
+           "rewrite": lambda: jaxpeft.rewrite(LORA, params, KEY)}  # fmt: skip
+    with pytest.raises(ConfigError, match=says):
+        run[use]()
+
+
+@pytest.mark.parametrize("rng", [0, None, "key", jax.random.split(KEY, 2), jnp.ones(2), np.ones((2, 2), np.uint32)])
+def test_the_key_of_a_rewrite_is_one_key(rng: Any) -> None:
+    _, params = load("llama")
+    with pytest.raises(ConfigError, match=r"^rng: must be one key, such as jax.random.key\(0\), is"):
+        jaxpeft.rewrite(LORA, params, rng)
+    assert jax.eval_shape(lambda: jaxpeft.rewrite(LORA, params, jax.random.PRNGKey(0)))
+
+
 @pytest.mark.parametrize("second", ["lora", "dora", "bitfit", "prompt"])
 @pytest.mark.parametrize("first", ["lora", "prefix"])
 def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) -> None:
@@ -218,9 +248,6 @@ def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) ->
     rewritten = jaxpeft.rewrite(METHODS[first](), params, KEY)
     with pytest.raises(ConfigError, match=f"already holds {first} leaves; rewrite the base, or merge first"):
         jaxpeft.rewrite(METHODS[second](), rewritten, KEY)
-
-
-LORA = jaxpeft.LoRA(rank=4, targets=["q_proj", "v_proj"])
 
 
 @pytest.mark.parametrize(

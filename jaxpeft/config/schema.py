@@ -185,20 +185,20 @@ class DataConfig:
                     f"columns: {shown(name)} is not a field{nearest(name, DATA_FIELDS)} (known: {', '.join(DATA_FIELDS)})"
                 )
         if list(self.lengths) != sorted(set(self.lengths)):
-            found.append(f"lengths: must ascend, are {list(self.lengths)}")
+            found.append(f"lengths: must ascend, are {shown(list(self.lengths))}")
         if self.packing and self.lengths:
             found.append("lengths: packed rows are all of max_length; remove one of lengths and packing")
         if self.lengths and self.lengths[-1] != self.max_length:
-            found.append(f"lengths: the last must be max_length {self.max_length}, is {self.lengths[-1]}")
+            found.append(f"lengths: the last must be max_length {shown(self.max_length)}, is {shown(self.lengths[-1])}")
         return found
 
     def _file_problems(self) -> list[str]:
         found: list[str] = []
         if self.delimiter != "auto" and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
-            found.append(f"delimiter: must be one character, or 'auto', is {self.delimiter!r}; a tab is '\\t'")
+            found.append(f"delimiter: must be one character, or 'auto', is {shown(self.delimiter)}; a tab is '\\t'")
         if self.encoding != "auto" and not _is_encoding(self.encoding):
             found.append(
-                f"encoding: {self.encoding!r} is none that Python knows, such as 'utf-8', 'cp1252' or 'shift_jis'"
+                f"encoding: {shown(self.encoding)} is none that Python knows, such as 'utf-8', 'cp1252' or 'shift_jis'"
             )
         return found
 

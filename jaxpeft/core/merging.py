@@ -32,7 +32,8 @@ def merge(
     """Folds the adapter into the base, giving plain params: the inverse of `rewrite` in structure.
 
     Args:
-        method: the method that rewrote `params`.
+        method: the method that rewrote `params`. Its options are compared by the leaves that they make; the scaling is that of the
+            tree's own leaf, so another `alpha` or `rslora` than it was rewritten with changes nothing.
         params: the rewritten tree.
         sites: of a model that is not jaxpeft's own, as given to `rewrite`.
         tied: whether the embedding is the language-model head as well; None for a decoder of jaxpeft's own that has no head.

@@ -34,9 +34,10 @@ def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites:
     Raises:
         TargetError: the targets do not name sites of this model.
         ConfigError: the tree is already rewritten, by this method or another, a leaf is no array of numbers, nothing would be
-            trained, or a stacked bias would be trained for the sake of some of its layers.
+            trained, or a stacked bias would be trained for the sake of some of its layers; or `rng` is no key.
     """
     require_numbers(params)
+    _require_key(rng)
     require_plain(method, params)
     tree = paths.build(list(paths.walk(params)))
     for part in method.parts():
@@ -48,7 +49,7 @@ def rewrite(method: Method, params: Mapping[str, Any], rng: jax.Array, *, sites:
 
 
 def require_numbers(params: Mapping[str, Any]) -> None:
-    """Refuse a tree of which a leaf is no array, or a leaf of the base holds whole numbers, truth values or complex ones.
+    """Refuse what is no tree, one of which a leaf is no array of NumPy or JAX, or a leaf of the base holds whole numbers, truth values or complex ones.
 
     Args:
         params: a tree, rewritten, quantised or not; abstract leaves will do.
@@ -56,14 +57,39 @@ def require_numbers(params: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the first such leaf.
     """
+    given: Any = params
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"params: must be the nested dict of a model's parameters, is {shown(given)}")
     for path, leaf in paths.walk(params):
-        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+        keys: tuple[Any, ...] = path
+        wrong = next((key for key in keys if not isinstance(key, str)), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"params: the keys of its dicts must be strings, {shown(wrong)} is none; write {str(wrong)!r}"
+            )
+        # a tensor of torch has both as well, and a dtype of its own
+        if not (
+            isinstance(leaf, jax.Array)
+            or (hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype))
+        ):
             raise ConfigError(f"{paths.text(path)}: must be an array, is {shown(leaf)} ({type(leaf).__name__})")
         if path[-1] in _FLOATING and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ConfigError(
                 f"{paths.text(path)}: must be an array of floats, is {leaf.dtype} {list(leaf.shape)}; a base whose kernels are held in "
                 "few bits comes from jaxpeft.quantise or jaxpeft.load(..., quant=...)"
             )
+
+
+def _require_key(rng: Any) -> None:
+    """Refuse what is not one key of `jax.random`, typed or of numbers.
+
+    Raises:
+        ConfigError: showing it.
+    """
+    typed = isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    plain = isinstance(rng, jax.Array | np.ndarray) and rng.dtype == np.uint32
+    if not ((typed and rng.ndim == 0) or (plain and rng.ndim == 1)):
+        raise ConfigError(f"rng: must be one key, such as jax.random.key(0), is {shown(rng)}")
 
 
 _FLOATING = frozenset({"kernel", "bias", "scale", "embedding"})

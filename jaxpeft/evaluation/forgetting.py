@@ -91,7 +91,9 @@ def embeddings(
 
     def direction(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         inputs: dict[str, Any] = {name: batch[name] for name in _INPUTS if name in batch}
-        hidden = forward.run(backbone, params, batch["input_ids"], batch["attention_mask"], **inputs).astype(jnp.float32)
+        hidden = forward.run(backbone, params, batch["input_ids"], batch["attention_mask"], **inputs).astype(
+            jnp.float32
+        )
         token = batch["attention_mask"][..., None].astype(jnp.float32)
         total = (hidden * token).sum(1)
         return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), _LEAST)

@@ -129,6 +129,8 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ([("data.columns", "{'txt': 'a'}")], "columns: 'txt' is not a field; did you mean 'text'"),
         ([("data.delimiter", "tab")], "data.delimiter: must be one character, or 'auto', is 'tab'; a tab is '\\t'"),
         ([("data.encoding", "latin-x")], "data.encoding: 'latin-x' is none that Python knows, such as 'utf-8', 'cp1252'"),
+        ([("data.encoding", "a" * 10**6)], f"data.encoding: '{'a' * 79}... (1,000,002 characters) is none that Python"),
+        ([("data.delimiter", "a" * 10**6)], f"one character, or 'auto', is '{'a' * 79}... (1,000,002 characters); a tab"),
         ([("data.encoding", "base64")], "data.encoding: 'base64' is none that Python knows"),
         ([("data.streaming", "true"), ("data.validation", "x.csv"), ("checkpoint.every_steps", "None"),
           ("train.epochs", "None"), ("train.steps", "9")], "checkpoint.every_steps: None, for each epoch of a stream"),
