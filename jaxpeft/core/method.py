@@ -350,15 +350,15 @@ class Method:
         """Turns a leaf to the tensor of a file, and back: `[in, out]` here is `[out, in]` there."""
         return leaf.T if leaf.ndim == 2 and key not in self.as_they_are else leaf
 
-    def wrapping(self, path: Path, adapted: bool) -> str:
+    def wrapping(self, path: Path, by: Method | None) -> str:
         """Gives what stands in a file between the name of a module and that of a leaf of the base that is trained.
 
         Args:
             path: of the leaf.
-            adapted: whether its module is a site that the method adapts: PEFT keeps the module itself inside another then.
+            by: which of the method's parts adapts its module: PEFT keeps the module itself inside another then.
         """
         del path
-        return "base_layer." if adapted else ""
+        return "base_layer." if by else ""
 
     def to_peft(self) -> dict[str, Any]:
         """Gives the options as `adapter_config.json` has them, those in common to all methods apart."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxpeft.config.schema import Config
@@ -137,8 +138,9 @@ def load_tokenizer(source: sources.Source) -> Any:
     """Loads the tokenizer of a model folder; no code of the folder is run.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or its files cannot be used.
     """
+    _require_tokenizers(source.folder / "tokenizer.json")
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
@@ -149,4 +151,24 @@ def load_tokenizer(source: sources.Source) -> Any:
         raise DataError(
             f"{source.folder}: no tokenizer that can be used ({said}); the folder must hold tokenizer.json and "
             "tokenizer_config.json, as they were published, and config.json of the same model"
+        ) from error
+
+
+def _require_tokenizers(file: Path) -> None:
+    """Refuse a `tokenizer.json`, where there is one, that the `tokenizers` library cannot read.
+
+    Raises:
+        DataError: saying what the library says.
+    """
+    from tokenizers import Tokenizer
+
+    if not file.is_file():
+        return
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # it raises nothing narrower
+        said = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{file}: is no tokenizer that can be used ({said}); give the file as it was published, or write it again with "
+            "save_pretrained of the tokenizer"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import chosen_sites, layer_of, modules_to_save, trainable_mask
 from jaxpeft.core.targets import Site
 from jaxpeft.hub.safetensors_files import Tensor
+from jaxpeft.methods.head import Head
+from jaxpeft.methods.mixed import Mixed
 
 Array = np.ndarray[Any, Any]
 
@@ -107,7 +110,7 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
         params: the rewritten tree; abstract leaves will do.
     """
     adding = [name for part in method.parts() for name in (*part.site_names(), *part.root_names)]
-    wrapped = {name for part in method.parts() for name in _adapted_names(part, params)}
+    wrapped = {name: part for part in method.parts() for name in adapted_names(part, params)}
     out: list[Whole] = []
     for path, flag in paths.walk(trainable_mask(method, params)):
         if not flag or path[-1] in adding:
@@ -115,14 +118,15 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
         layers = paths.get(params, path).shape[0] if paths.layer_axis(path) is not None else None
         leaf_name = paths.hf_names(path[-1:], None)[0]
         for row, module in enumerate(paths.hf_names(path[:-1], layers)):
-            middle = method.wrapping(path, module in wrapped)
+            middle = method.wrapping(path, wrapped.get(module))
             out.append(
                 Whole(f"{method.module_prefix}{module}.{middle}{leaf_name}", path, None if layers is None else row)
             )
     return out
 
 
-def _adapted_names(method: Method, params: Mapping[str, Any]) -> list[str]:
+def adapted_names(method: Method, params: Mapping[str, Any]) -> list[str]:
+    """List the names of the layers that one method adapts."""
     return [n for s, on in chosen_sites(method, params).items() for n, yes in zip(s.names, on, strict=True) if yes]
 
 
@@ -175,7 +179,7 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
     for part in (part for part in method.parts() if part.leaf_names):
         chosen = chosen_sites(part, params)
         alike = [other for other in method.parts() if other is not part and other.leaf_names == part.leaf_names]
-        elsewhere = {name for other in alike for name in _adapted_names(other, params)}
+        elsewhere = {name for other in alike for name in adapted_names(other, params)}
         for site in targets.find_sites(params, targets.KINDS):
             leaves = paths.get(params, site.path)
             there = {key: leaves[key] for key in part.leaf_names if key in leaves}
@@ -261,9 +265,7 @@ def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
     for name, like in wanted.items():
         if name in tensors and tuple(tensors[name].shape) != like.shape:
             there = list(tensors[name].shape)
-            added = bool(_embedding_of(name)) and len(there) == 2 and there[0] > like.shape[0]
-            fix = f"; load the base with vocab_size={there[0]}" if added else ""
-            problems.append(f"misshaped: {name} is {there}, must be {list(like.shape)}{fix}")
+            problems.append(f"misshaped: {name} is {there}, must be {list(like.shape)}")
     return problems
 
 
@@ -298,7 +300,7 @@ def without_copies(method: Method, header: Mapping[str, Tensor], base: Mapping[s
         plain = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
         if ".original_module." in name or (plain != name and plain in header):
             continue
-        own = name.removeprefix(method.module_prefix).replace(".base_layer.", ".")
+        own = _unwrapped(name.removeprefix(method.module_prefix))
         copied = ".base_layer." in name or (_embedding_of(own) and not _saves(method, own))
         if own.endswith(".weight") and copied and own in leaves:
             path, row = leaves[own]
@@ -327,8 +329,10 @@ def _saves(method: Method, name: str) -> bool:
     return any(f".{name}".endswith(f".{module}.weight") for module in modules_to_save(method))
 
 
-def whole_embeddings(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the embeddings that a file holds whole though no option says so, as PEFT does with added tokens.
+def with_embeddings(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> Method:
+    """Return the method that saves whole the embeddings that a file holds though no option says so, as with added tokens.
+
+    What one method saves whole it does not adapt: where an embedding is adapted as well, a part of its own saves it.
 
     Args:
         method: what the adapter is.
@@ -338,9 +342,59 @@ def whole_embeddings(method: Method, header: Mapping[str, Tensor], base: Mapping
     trained = (any(part.trains(path, base) for part in method.parts()) for path, _ in paths.walk(base))
     walked = zip(paths.walk(base), trained, strict=True)
     leaves = {name for (path, leaf), own in walked if not own for name in _names(path, leaf)}
-    given = (name.removeprefix(method.module_prefix) for name in header)
-    found = (_embedding_of(name) for name in given if name in leaves and not _saves(method, name))
-    return tuple(sorted({name for name in found if name is not None}))
+    given = {name: _unwrapped(name.removeprefix(method.module_prefix)) for name in header}
+    found = {name: _embedding_of(own) for name, own in given.items() if own in leaves and not _saves(method, own)}
+    found = {name: module for name, module in found.items() if module is not None}
+    whole = tuple(sorted(set(found.values())))
+    if method.parts() == (method,) and any(".base_layer." in name for name in found):
+        return Mixed(methods=(method, Head(modules_to_save=whole)))
+    return dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *whole)) if whole else method
+
+
+def saved_modules(method: Method, params: Mapping[str, Any]) -> list[str]:
+    """Return the names for `modules_to_save` of a file: heads, and what the method saves whole.
+
+    An embedding that is adapted as well is left out: PEFT has it as the base inside the adapter's module.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree.
+    """
+    inside = [
+        f".{n}.weight" for part in method.parts() for n in adapted_names(part, params) if _embedding_of(f"{n}.weight")
+    ]
+    named = {name for name in modules_to_save(method) if not any(n.endswith(f".{name}.weight") for n in inside)}
+    return sorted(named | {path[0] for path, _ in paths.walk(params) if paths.is_head(path)})
+
+
+def _unwrapped(name: str) -> str:
+    """Return the name of a tensor of the base that PEFT keeps inside an adapter's module, as the base has it."""
+    return re.sub(r"(\.token_adapter)?\.base_layer\.", ".", name)
+
+
+def outgrown(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> list[str]:
+    """List the embeddings and heads of an adapter file that have more tokens than the base: all else would be misread.
+
+    Args:
+        method: what the adapter is.
+        header: the tensors of the file.
+        base: the parameters that the adapter is for.
+    """
+    shapes = {
+        name: list(leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape)
+        for path, leaf in paths.walk(base)
+        for name in _names(path, leaf)
+        if _embedding_of(name)
+    }
+    found = (
+        (name, tensor, shapes.get(_unwrapped(name.removeprefix(method.module_prefix))))
+        for name, tensor in header.items()
+    )
+    return [
+        f"misshaped: {name} is {list(tensor.shape)}, must be {wanted}; load the base with vocab_size={tensor.shape[0]}"
+        for name, tensor, wanted in found
+        if wanted and len(tensor.shape) == 2 and tensor.shape[0] > wanted[0]
+    ]
 
 
 def _names(path: Path, leaf: Any) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import jaxpeft
 from jaxpeft.core import kernels, paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import modules_to_save, require_plain, rewrite, trainable_mask
+from jaxpeft.core.rewriting import require_plain, rewrite, trainable_mask
 from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, cut, shown
 from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
@@ -98,7 +98,7 @@ def _save_one(
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
         raise AdapterError([f"{folder}: {name} holds NaN or infinity; not saved" for name in broken])
-    whole = sorted({p[0] for p, _ in paths.walk(params) if paths.is_head(p)} | set(modules_to_save(method)))
+    whole = adapter_tensors.saved_modules(method, params)
     name, revision = _base_named(model)
     config = peft_config.write(main, model.options.task, name, revision, whole)
     sites = sorted(_site_names(main, params))
@@ -338,14 +338,15 @@ def load_adapter(
     spelled = str if method.parts() == (method,) else token_indices.renamed
     header = {spelled(name): tensor for name, tensor in header.items()}
     header = adapter_tensors.without_copies(method, header, params)
-    whole = adapter_tensors.whole_embeddings(method, header, params)
-    method = dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *whole)) if whole else method
+    method = adapter_tensors.with_embeddings(method, header, params)
     require_plain(method, params)
     like = paths.map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     try:
         # an option may ask for more than the memory holds: the file's shapes are compared first
-        made = jax.eval_shape(partial(rewrite, method), like, jax.eval_shape(lambda: jax.random.key(0)))
-        problems = adapter_tensors.differences(method, made, header)
+        problems = adapter_tensors.outgrown(method, header, params)
+        if not problems:
+            made = jax.eval_shape(partial(rewrite, method), like, jax.eval_shape(lambda: jax.random.key(0)))
+            problems = adapter_tensors.differences(method, made, header)
         rewritten = params if problems else rewrite(method, params, jax.random.key(0))
     except (TargetError, ConfigError) as error:
         raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error

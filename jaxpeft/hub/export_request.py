@@ -38,7 +38,9 @@ _NOT_THE_ADAPTER = (
     "task_type",
 )
 _HEAD = re.compile(r"(?:^|\.)(?:classifier|classifier\.out_proj|score)(?:\.modules_to_save(?:\.default)?)?\.weight$")
-_EMBEDDING = re.compile(r"\.(?:embed_tokens|word_embeddings)(?:\.modules_to_save(?:\.default)?|\.base_layer)?\.weight$")
+_EMBEDDING = re.compile(
+    r"\.(?:embed_tokens|word_embeddings)(?:\.modules_to_save(?:\.default)?|(?:\.token_adapter)?\.base_layer)?\.weight$"
+)
 _log = logging.getLogger(__name__)
 
 

@@ -65,7 +65,7 @@ class Tie:
         return kept
 
 
-_WHOLE = ("weight", "base_layer.weight")
+_WHOLE = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
 
 
 def tie_of(prefix: str, model: Pretrained, params: Mapping[str, Any]) -> tuple[Tie | None, Any]:

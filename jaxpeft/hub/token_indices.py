@@ -1,6 +1,7 @@
 """LoRA and trainable tokens in one adapter folder, as PEFT has them: LoRA's option `trainable_token_indices`.
 
-Here they are a method made of methods: one of LoRA's family, and one `trainable_tokens` for each set of tokens.
+Here they are a method made of methods: one of LoRA's family, and one `trainable_tokens` for each set of tokens; a `head` among
+them, which names modules that are saved whole, adds nothing to the options.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from jaxpeft.core.method import Method
 from jaxpeft.errors import shown
+from jaxpeft.methods.head import Head
 from jaxpeft.methods.trainable_tokens import TrainableTokens
 
 OPTION = "trainable_token_indices"
@@ -26,8 +28,11 @@ def split(method: Method) -> tuple[Method, tuple[TrainableTokens, ...]] | None:
     """
     if method.parts() == (method,):
         return method, ()
-    tokens = tuple(part for part in method.parts() if isinstance(part, TrainableTokens))
-    others = [part for part in method.parts() if not isinstance(part, TrainableTokens)]
+    parts = [part for part in method.parts() if not isinstance(part, Head)]
+    if len(parts) == 1 and parts[0].layout == method.layout:
+        return parts[0], ()
+    tokens = tuple(part for part in parts if isinstance(part, TrainableTokens))
+    others = [part for part in parts if not isinstance(part, TrainableTokens)]
     return (others[0], tokens) if len(others) == 1 and others[0].peft_type == _LORA and tokens else None
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.methods.selected import Selected
@@ -36,7 +37,7 @@ class LNTuning(Selected):
         "default", "list of name suffixes, a regular expression, or 'default' for all norms of the known models"
     )
 
-    def wrapping(self, path: Path, adapted: bool) -> str:
+    def wrapping(self, path: Path, by: Method | None) -> str:
         """Names the copy of the norm that PEFT trains."""
         del path
-        return "ln_tuning_layers." if adapted else ""
+        return "ln_tuning_layers." if by else ""

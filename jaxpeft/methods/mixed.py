@@ -15,6 +15,7 @@ import jaxpeft.core.method as core
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
+from jaxpeft.methods.trainable_tokens import TrainableTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,12 @@ class Mixed(Method):
         """Gives the rate of the method that the leaf is of."""
         owners = [m for m in self.methods if path[-1] in (*m.site_names(), *m.root_names)]
         return owners[0].rate(path) if owners else 1.0
+
+    def wrapping(self, path: Path, by: Method | None) -> str:
+        """Gives what the part does; beside another adapter, PEFT keeps trainable tokens in a module of their own."""
+        inner = by.wrapping(path, by) if by else ""
+        beside = any(part.leaf_names and not isinstance(part, TrainableTokens) for part in self.methods)
+        return f"token_adapter.{inner}" if beside and isinstance(by, TrainableTokens) else inner
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         """Starts each method; each sees the model with those before it."""

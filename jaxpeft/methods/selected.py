@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from jaxpeft.core import paths
-from jaxpeft.core.method import Kernel, Leaves
+from jaxpeft.core.method import Kernel, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import ALL, Site, Targets, matches, whole_leaf
@@ -46,7 +46,7 @@ class Selected(Targeted):
             return False
         return whole_leaf(self.name, path, paths.get(params, path), lambda name: matches(name, self.wanted()))
 
-    def wrapping(self, path: Path, adapted: bool) -> str:
+    def wrapping(self, path: Path, by: Method | None) -> str:
         """Keeps the module's own names: nothing stands around it."""
-        del path, adapted
+        del path, by
         return ""

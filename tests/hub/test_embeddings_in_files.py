@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -74,6 +75,14 @@ LOADED = {
     "rows of tokens": (False, {"kind": "TrainableTokensConfig", "token_indices": [3, 7]}),
     "rows of tokens, tied": (True, {"kind": "TrainableTokensConfig", "token_indices": [3, 7]}),
     "rows beside LoRA, tied": (True, {"target_modules": QV, "trainable_token_indices": [3, 7]}),
+    "added tokens, embedding adapted, tied": (True, {"tokens": 120, "target_modules": [*QV, "embed_tokens"]}),
+    "added tokens, embedding adapted by DoRA, tied": (True, {"tokens": 120, "use_dora": True, "target_modules": [*QV, "embed_tokens"]}),
+    "added tokens, both adapted": (False, {"tokens": 120, "target_modules": [*QV, "embed_tokens", "lm_head"]}),
+    "added tokens, embedding adapted, head whole": (False, {"tokens": 120, "target_modules": [*QV, "embed_tokens"], "modules_to_save": ["lm_head"]}),
+    "added tokens, their rows, tied": (True, {"tokens": 120, "kind": "TrainableTokensConfig", "token_indices": [110, 7]}),
+    "added tokens, their rows beside LoRA": (False, {"tokens": 120, "target_modules": QV, "trainable_token_indices": [110, 7]}),
+    "added tokens, their rows beside LoRA, tied": (True, {"tokens": 120, "target_modules": QV, "trainable_token_indices": [110, 7]}),
+    "added tokens, rows of both beside LoRA": (False, {"tokens": 120, "target_modules": QV, "trainable_token_indices": {"embed_tokens": [110, 7], "lm_head": [3]}}),
     "tied by its option": (True, {"target_modules": QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
 }  # fmt: skip
 
@@ -90,6 +99,17 @@ def test_it_computes_what_peft_does(reference, tmp_path, tied, options, scan):
     jaxpeft.save_adapter(tmp_path / "b", method, params, model)  # what was read whole is written again
     _, again = jaxpeft.load_adapter(tmp_path / "b", model, base)
     assert difference(theirs, model, again, model.config.vocab_size) < 1e-5
+    if tokens and any(".base_layer." in name for name in load_file(tmp_path / "a" / "adapter_model.safetensors")):
+        assert difference(reloaded(folder, tmp_path / "b", tokens), model, params, tokens) < 1e-5
+
+
+def reloaded(folder: Any, adapter: Any, tokens: int) -> Any:
+    """Loads an adapter in peft onto a base with tokens added, whose new rows are others than those of `adapted`."""
+    from peft import PeftModel
+
+    base = torch_base(folder, CAUSAL)
+    base.resize_token_embeddings(tokens, mean_resizing=False)
+    return PeftModel.from_pretrained(base, adapter).eval()
 
 
 REFUSED = {
@@ -108,12 +128,19 @@ def test_a_head_that_was_trained_apart_is_refused_by_the_tie(reference, tmp_path
         jaxpeft.load_adapter(tmp_path / "a", *jaxpeft.load(folder, task=CAUSAL))
 
 
-def test_a_base_with_too_few_tokens_is_told_how_many(reference, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"whole": True, "target_modules": QV}, "weight"),
+        ({"target_modules": [*QV, "embed_tokens"]}, "base_layer.weight"),
+        ({"target_modules": QV, "trainable_token_indices": [110]}, "token_adapter.base_layer.weight"),
+    ],
+)
+def test_a_base_with_too_few_tokens_is_told_how_many(reference, tmp_path, options, name):
     folder = reference("qwen2", CAUSAL).folder
-    adapted(folder, tmp_path / "a", tokens=120, whole=True, target_modules=QV)
-    with pytest.raises(
-        AdapterError, match=r"embed_tokens\.weight is \[120, 32\], must be .*; load the base with vocab_size=120"
-    ):
+    adapted(folder, tmp_path / "a", tokens=120, **options)
+    told = rf"embed_tokens\.{re.escape(name)} is \[120, 32\], must be .*; load the base with vocab_size=120"
+    with pytest.raises(AdapterError, match=told):
         jaxpeft.load_adapter(tmp_path / "a", *jaxpeft.load(folder, task=CAUSAL))
 
 
