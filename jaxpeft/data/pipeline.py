@@ -166,7 +166,7 @@ def _require_tokenizers(file: Path) -> None:
         return
     try:
         Tokenizer.from_file(str(file))
-    except Exception as error:  # it raises nothing narrower
+    except Exception as error:  # the library raises nothing narrower
         said = " ".join(str(error).split())[:200]
         raise DataError(
             f"{file}: is no tokenizer that can be used ({said}); give the file as it was published, or write it again with "
