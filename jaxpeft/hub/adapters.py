@@ -356,6 +356,11 @@ def load_adapter(
         if not problems:
             adapter_extra.require_undamaged(folder, extra)
             loaded = adapter_tensors.put_tensors(method, rewritten, tensors)
+            if any(
+                ".base_layer." in name for name in header
+            ):  # what a method takes from the base, it takes from the file's
+                base = paths.map_with_path(lambda path, _: paths.get(loaded, path), params)
+                loaded = adapter_tensors.put_tensors(method, rewrite(method, base, jax.random.key(0)), tensors)
             _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
             return method, loaded
     more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []

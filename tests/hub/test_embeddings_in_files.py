@@ -76,6 +76,7 @@ LOADED = {
     "rows of tokens, tied": (True, {"kind": "TrainableTokensConfig", "token_indices": [3, 7]}),
     "rows beside LoRA, tied": (True, {"target_modules": QV, "trainable_token_indices": [3, 7]}),
     "added tokens, embedding adapted, tied": (True, {"tokens": 120, "target_modules": [*QV, "embed_tokens"]}),
+    "added tokens, embedding adapted by DoRA, tied": (True, {"tokens": 120, "target_modules": [*QV, "embed_tokens"], "use_dora": True}),
     "added tokens, both adapted": (False, {"tokens": 120, "target_modules": [*QV, "embed_tokens", "lm_head"]}),
     "added tokens, embedding adapted, head whole": (False, {"tokens": 120, "target_modules": [*QV, "embed_tokens"], "modules_to_save": ["lm_head"]}),
     "added tokens, their rows, tied": (True, {"tokens": 120, "kind": "TrainableTokensConfig", "token_indices": [110, 7]}),

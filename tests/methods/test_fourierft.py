@@ -54,7 +54,7 @@ def test_numbers_by_layer_need_layers_that_are_not_stacked(reference: Any, tmp_p
     params = jaxpeft.rewrite(method, base, jax.random.key(0))
     jaxpeft.save_adapter(tmp_path, method, params, model)
     stacked, base = load("llama", scan_layers=True)
-    with pytest.raises(ConfigError, match="fourierft: the layers of model/layers/mlp/down_proj are stacked"):
+    with pytest.raises(AdapterError, match="fourierft: the layers of model/layers/mlp/down_proj are stacked"):
         jaxpeft.load_adapter(tmp_path, stacked, base)
 
 
