@@ -118,7 +118,7 @@ def run_jaxpeft(args: argparse.Namespace) -> dict[str, Any]:
         f"    config.data.max_length = {LENGTH}\n    config.optimizer.learning_rate = 5e-5\n    return config\n"
     )
     options = {
-        "data.train": args.folder / "train.csv", "data.validation": args.folder / "validation.csv", "data.test": args.folder / "validation.csv",
+        "data.train": args.folder / "train.csv", "data.validation": args.folder / "validation.csv",
         "train.steps": args.steps, "train.epochs": None, "train.batch_size": args.batch, "evaluation.every_steps": each,
         "train.compiled": args.folder / "compiled" if args.warm else "off", "log.every_steps": 5,
     }  # fmt: skip

@@ -168,6 +168,9 @@ class Run:
         self.tokens = 0
         self.position: Position = {}
         self.best: Tree | None = None
+        self.best_figures: dict[str, float] | None = (
+            None  # of the validation rows, where they were evaluated since the start
+        )
         self.progress = Progress()
         self.evaluator = evaluator
         self.identity = identity_of(setup, method, trainable)
@@ -202,7 +205,8 @@ class Run:
                 self.started = time.perf_counter() - self.progress.seconds
                 self._train(step)
             best = self.best if self.best is not None else self.state.trainable
-            test = self.evaluator(best, self.frozen, self.setup.test)
+            known = self.best_figures if self.setup.judged_by == "validation" else None
+            test = known if known is not None else self.evaluator(best, self.frozen, self.setup.test)
             prefix = records.FINAL[self.setup.judged_by]
             self._write(self.step, {f"{prefix}/{name}": value for name, value in test.items()})
         except Stopped as stopped:
@@ -365,7 +369,7 @@ class Run:
         metric = metric_of(self.setup)
         won = better(metric, figures[metric], self.progress.best)
         if won:
-            self.best = jax.tree.map(jnp.copy, self.state.trainable)
+            self.best, self.best_figures = jax.tree.map(jnp.copy, self.state.trainable), figures
         patience = self.setup.config.evaluation.patience
         worse = 0 if won else self.progress.worse + 1
         self.progress = Progress(
