@@ -105,9 +105,12 @@ def test_a_past_and_a_prompt_stand_one_behind_the_other() -> None:
     front, behind = (7, 8, 9), (20, 21)
     prefix = jaxpeft.PrefixTuning(num_virtual_tokens=3, init_tokens=front)
     prompt = jaxpeft.PromptTuning(num_virtual_tokens=2, init_tokens=behind)
-    tree = jaxpeft.rewrite(prompt, base, jax.random.key(0))
     run = Start(model, base, jax.random.key(0))
-    tree = prefix.start(jaxpeft.rewrite(prefix, tree, jax.random.key(0)), run)[1]
+    tree = prefix.start(jaxpeft.rewrite(prefix, base, jax.random.key(0)), run)[1]
+    tree = {
+        **jaxpeft.rewrite(prompt, base, jax.random.key(0)),
+        **tree,
+    }  # the tree alone decides, whatever made its leaves
     written = np.concatenate([np.tile([*front, *behind], (3, 1)), BATCH.ids], axis=1)
     wanted = jaxpeft.apply(model, base, written)[:, 5:]
     np.testing.assert_allclose(jaxpeft.apply(model, tree, BATCH.ids), wanted, atol=2e-5)
