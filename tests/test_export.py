@@ -104,7 +104,7 @@ def test_refusals_are_a_line_and_exit_code_2(
     other = edited(
         reference("bert", "sequence_classification").folder,
         tmp_path / "other",
-        config=lambda c: c.update(initializer_range=1.0),
+        config=lambda c: c.update(layer_norm_eps=0.5),
     )
     out, given = tmp_path / "out", ["--adapter", str(adapter), "--out", str(tmp_path / "out")]
     for arguments, text in (

@@ -31,7 +31,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         {"model__task": "token_classification"},
     ),
     "many": (
-        [{"text": WORDS[i], "labels": [LABELS[i % 3], LABELS[0]]} for i in range(20)],
+        [{"text": WORDS[i], "labels": sorted({LABELS[i % 3], LABELS[0]})} for i in range(20)],
         {"model__task": "sequence_classification"},
     ),
 }
