@@ -28,10 +28,10 @@ def get_config() -> ConfigDict:
     config.data.validation = "package:support_tickets/validation"
     config.data.test = "package:support_tickets/test"
     config.data.max_length = 96
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.head_learning_rate = 5e-3
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.head_learning_rate = 1e-2
     config.optimizer.warmup_ratio = 0.1
-    config.train.epochs = 6
+    config.train.epochs = 3
     config.train.batch_size = 32
     config.baselines = ("head",)
     config.baseline_learning_rates = {"full": 1e-4}

@@ -170,9 +170,11 @@ def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
         from jaxpeft import distributed
+        from jaxpeft.training import cpu
         from jaxpeft.training.job import run
 
         peers = distributed.start(place, waits)
+        cpu.keep_memory()
         if peers.client is not None:
             stop.agree(reached_preemption_sync_point)
 

@@ -28,7 +28,7 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddings
 from jaxpeft.logs import timed
 from jaxpeft.sharding.mesh import evaluation_rows
-from jaxpeft.training import job, optimizers, records
+from jaxpeft.training import cpu, job, optimizers, records
 from jaxpeft.training.comparison import RESULT, other_rows
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import Lock
@@ -140,6 +140,7 @@ def _run(told: Mapping[str, Any]) -> int:
         raise ConfigError(problems)
     with StopRequest() as stop:
         threading.Thread(target=_stop_with_the_comparison, daemon=True).start()
+        cpu.keep_memory()
         try:
             run(config, Path(told["folder"]), stop, told["allowed"])
         except Stopped as stopped:
