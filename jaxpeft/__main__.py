@@ -1,24 +1,60 @@
-"""`python -m jaxpeft`: lists the commands of the package, each a module to run with `python -m`."""
+"""`python -m jaxpeft`, also installed as `jaxpeft`: lists the commands, and runs one: `jaxpeft train --config configs/NAME.py`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 
-COMMANDS = ("train", "compare", "data.__main__", "plan", "export")
+from jaxpeft.command.arguments import HELP
+from jaxpeft.errors import cut, nearest
+
+COMMANDS = {
+    "train": ("jaxpeft.train", "RunArguments"),
+    "compare": ("jaxpeft.compare", "RunArguments"),
+    "data": ("jaxpeft.data.__main__", "DataArguments"),
+    "plan": ("jaxpeft.plan", "PlanArguments"),
+    "export": ("jaxpeft.export", "ExportArguments"),
+}
+"""The module of each command, and the class of its arguments there."""
 
 
-def main(argv: list[str]) -> int:
-    """List the commands, each by the first line of its own help; return the exit code."""
-    if unknown := [word for word in argv if word not in ("--help", "-h", "-help")]:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that is named first, or list the commands; return the exit code.
+
+    Args:
+        argv: the arguments, without the program's name; those of the process by default.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in HELP:
+        sys.stdout.write(_listing())
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
         sys.stderr.write(
-            f"jaxpeft: {unknown[0]!r}: each command is a module, such as `python -m jaxpeft.train --help`\n"
+            f"jaxpeft: {cut(name)!r}: no such command{nearest(name, COMMANDS)}; `jaxpeft --help` lists them\n"
         )
         return 2
-    first = [str(importlib.import_module(f"jaxpeft.{name}").__doc__).split("\n")[0] for name in COMMANDS]
-    sys.stdout.write("\n".join(["Commands of jaxpeft, each with --help:\n", *(f"    {line}" for line in first), ""]))
-    return 0
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+def _listing() -> str:
+    """Return every command with the first sentence of its help."""
+    lines = [
+        f"  {name:9}{str(importlib.import_module(module).__doc__).splitlines()[0]}"
+        for name, (module, _) in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "jaxpeft: parameter-efficient fine-tuning in JAX. Commands:",
+            "",
+            *lines,
+            "",
+            "jaxpeft COMMAND --help says more.",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""`python -m jaxpeft.compare --config configs/NAME.py [--config.train.steps=100 ...] [--workdir DIR]`: methods side by side.
+"""Compare methods: `python -m jaxpeft.compare --config configs/NAME.py [--config.train.steps=100 ...] [--workdir DIR]`.
 
 Trains the candidates of `config.compare` with the same rows, steps and seeds, each run in a process of its own, and writes
 `comparison.md`, `comparison.json` and `comparison.png` (figure over trainable parameters) into the folder of the comparison. The
-same command again goes on where it was stopped, and repeats no run that has ended. Exit codes: 0 done, 1 a run has failed,
+same command resumes a comparison that was stopped, and repeats no run that has ended. Exit codes: 0 done, 1 a run has failed,
 2 bad input, 143 stopped by SIGTERM, 130 stopped by SIGINT.
 """
 
@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
-from jaxpeft import config as configs
 from jaxpeft import train
 from jaxpeft.errors import ConfigError
+from jaxpeft.train import RunArguments as RunArguments
 
 
 def main(argv: list[str]) -> int:
-    """Runs the comparison; gives the exit code."""
-    return train.verb(argv, __doc__, _run, compares=True)
+    """Run the comparison; return the exit code."""
+    return train.run_job(argv, __doc__, _run, compares=True)
 
 
-def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
+def _run(job: train.Job) -> int:
     from jaxpeft.training import comparison
     from jaxpeft.training.signals import Stopped, StopRequest
 
     log = logging.getLogger("jaxpeft")
-    place, _ = train.place_of_process()
+    place, _ = train.place_of_process(job.arguments)
     if place is not None and place.processes != 1:
         raise ConfigError(
             f"python -m jaxpeft.compare: trains in one process after the other, and this is one of several ({place.by}); start it once, "
@@ -35,12 +34,12 @@ def _run(config: configs.Config, workdir: Path, allowed: list[str]) -> int:
         )
     with StopRequest() as stop:
         try:
-            failed = comparison.run(config, workdir, stop, allowed, traceback=train.FLAGS.traceback)
+            failed = comparison.run(job.config, job.workdir, stop, job.allowed, traceback=job.arguments.traceback)
         except Stopped as stopped:
             log.info("stopped on request; the same command goes on from there")
             return stopped.exit_code
     if failed:
-        log.error("%s", comparison.shown(failed, workdir))
+        log.error("%s", comparison.shown(failed, job.workdir))
     return 1 if failed else 0
 
 

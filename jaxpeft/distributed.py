@@ -25,7 +25,7 @@ from jax._src import distributed as jax_distributed  # its client: JAX gives no 
 
 from jaxpeft import clusters, logs
 from jaxpeft.clusters import Place, Waits
-from jaxpeft.command import guarded
+from jaxpeft.command.running import guarded
 from jaxpeft.errors import ConfigError, PeersError
 from jaxpeft.peers import ALONE, Peers
 from jaxpeft.training import signals

@@ -33,10 +33,19 @@ def adapter(reference: Callable[..., Any], tmp_path: Path) -> Path:  # noqa: F81
     ("arguments", "texts"),
     [
         ((), ("3 problems", "--adapter: is not given", "--to: is not given", "--out: is not given; see --help")),
-        (("--adapter=a", "--to=gguf", "--out=b"), ("--to=gguf", "peft|merged|merged_quantized_reference")),
+        (
+            ("--adapter=a", "--to=gguf", "--out=b"),
+            ("--to: must be one of 'peft', 'merged', 'merged_quantized_reference'", "is 'gguf'"),
+        ),
         (("--adapter=a", "--to=peft", "--out=b", "stray"), ("'stray': not an option",)),
-        (("--adapter=a", "--to=merged", "--out=b", "--dtype=int4"), ("--dtype=int4", "float32|bfloat16|float16")),
-        (("--adaptor=a", "--to=peft", "--out=b"), ("Unknown command line flag 'adaptor'", "see --help")),
+        (
+            ("--adapter=a", "--to=merged", "--out=b", "--dtype=int4"),
+            ("--dtype: must be one of 'float32', 'bfloat16', 'float16'", "is 'int4'"),
+        ),
+        (
+            ("--adaptor=a", "--to=peft", "--out=b"),
+            ("--adaptor: no such option; did you mean '--adapter'", "see --help"),
+        ),
     ],
 )
 def test_bad_arguments_are_named(

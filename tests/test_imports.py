@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import jaxpeft
-from jaxpeft import __main__ as commands
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "jaxpeft"
@@ -129,13 +128,3 @@ def test_a_name_that_is_none_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'jaxpeft' has no attribute 'Lora'"):
         jaxpeft.Lora  # noqa: B018 - the access is the test
     assert methods() <= set(dir(jaxpeft)) == set(jaxpeft.__all__)
-
-
-def test_the_package_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert [line.split()[2] for line in said.splitlines()[2:]] == [
-        "jaxpeft.train", "jaxpeft.compare", "jaxpeft.data", "jaxpeft.plan", "jaxpeft.export",
-    ]  # fmt: skip
-    assert commands.main(["trian"]) == 2
-    assert "'trian': each command is a module" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxpeft import train
+from jaxpeft.command.arguments import read_arguments
 from tests.training.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
@@ -66,7 +67,7 @@ def test_every_problem_at_once_with_exit_code_2_in_two_seconds_and_without_jax(c
     [
         ((), "--config: is not given; try --config configs/quickstart.py"),
         (("--config", "configs/quikstart.py"), "no such file; did you mean configs/quickstart.py"),
-        (("--confg", "x.py"), "Unknown command line flag 'confg'"),
+        (("--confg", "x.py"), "--confg: no such option; did you mean '--config'"),
         (("--config", "configs/quickstart.py", "stray"), "'stray': not an option"),
         (("--config", "configs/quickstart.py", "--config.method.name=lorra"), "'lorra' is not a method; did you mean"),
         (("--config", "configs/quickstart.py", "--workdir", "/proc/nowhere"), "--workdir /proc/nowhere: cannot be"),
@@ -108,8 +109,9 @@ def test_overrides_are_read_as_their_options_types(config_file: Path, tmp_path: 
         "--config.method.rank_pattern={'query': 2}", "--config.data.lengths=8,16", "--config.baselines=head",
         "--config.data.train=/a/b.jsonl,~/c.csv,org/name",
     ]  # fmt: skip
-    config, workdir, _ = train.parse_arguments(arguments)
-    assert workdir == tmp_path / "run"
+    job = train.job_of(*read_arguments(train.RunArguments, arguments))
+    config = job.config
+    assert job.workdir == tmp_path / "run"
     assert config.optimizer.learning_rate == 1e-3
     assert config.optimizer.clip_norm is None
     assert config.method.targets == ("query", "value")  # type: ignore[attr-defined]
@@ -121,8 +123,8 @@ def test_overrides_are_read_as_their_options_types(config_file: Path, tmp_path: 
 
 
 def test_another_method_on_the_command_line_takes_its_own_options(config_file: Path) -> None:
-    config, _, _ = train.parse_arguments(["--config", str(config_file), "--config.method.name=full"])
-    assert config.method.name == "full"
+    job = train.job_of(*read_arguments(train.RunArguments, ["--config", str(config_file), "--config.method.name=full"]))
+    assert job.config.method.name == "full"
 
 
 def test_validate_stops_after_the_check(config_file: Path, tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_a_signal_while_python_still_imports_ends_with_143(config_file: Path, tm
 
 @pytest.mark.parametrize(("words", "allowed"), [([], []), (["--allow-base"], ["base"]), (["--allow_base", "--allow-change=data"], ["data", "base"])])  # fmt: skip
 def test_allow_base_allows_the_fields_of_the_base(tmp_path, words, allowed):
-    got: list[list[str]] = []
+    got: list[train.Job] = []
     argv = ["--config", "configs/quickstart.py", "--workdir", str(tmp_path), *words]
-    assert train.verb(argv, None, lambda config, workdir, fields: got.append(fields) or 0) == 0
-    assert got == [allowed]
+    assert train.run_job(argv, None, lambda job: got.append(job) or 0) == 0
+    assert sorted(got[0].allowed) == sorted(allowed)

@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_collections
 
+from jaxpeft.config import plain_files
 from jaxpeft.config.literals import read_value
 from jaxpeft.config.schema import ESCAPED, Config, as_dict
 from jaxpeft.core.method import Method
@@ -46,10 +47,11 @@ def defaults(method: str = "lora") -> ml_collections.ConfigDict:
 
 
 def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Reads and checks a config file.
+    """Read and check a config file.
 
     Args:
-        path: a Python file that defines `get_config()`; it is executed, so it must be one that you trust.
+        path: a Python file that defines `get_config()`, which is executed, so it must be one that you trust; or a YAML or JSON
+            file that holds the options that differ from the defaults.
         overrides: `(dotted option, text)` pairs from the command line.
 
     Raises:
@@ -76,16 +78,36 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Executes a config file and gives its values as plain nested dicts.
+    """Read a config file's values as plain nested dicts: Python is executed, YAML and JSON are read.
 
     Raises:
-        ConfigError: the file is missing, is not Python, fails, or has no `get_config()` that returns a ConfigDict.
+        ConfigError: the file is missing or of another kind; a Python file fails, or has no `get_config()` that returns a
+            ConfigDict; a YAML or JSON file cannot be read, names an option twice, or holds no sections.
     """
     if why := _no_file(path):
         raise ConfigError(f"--config {cut(str(path), 200)}: {why}")
+    if path.suffix in plain_files.READERS:
+        return _with_defaults(plain_files.read(path))
+    return _executed(path)
+
+
+def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plain file's values laid over the defaults of its method, as a Python file's `defaults()` are changed."""
+    method = values.get("method")
+    name = method.get("name", "lora") if isinstance(method, Mapping) else "lora"
+    # a name that is none is refused with the file's other problems
+    found = defaults(name if isinstance(name, str) and name in METHODS else "lora").to_dict()
+    for key, value in values.items():
+        is_section = isinstance(value, Mapping) and dataclasses.is_dataclass(hints_of(Config).get(key))
+        found[key] = {**found[key], **value} if is_section else value
+    return found
+
+
+def _executed(path: Path) -> dict[str, Any]:
+    """Execute a Python config file."""
     spec = importlib.util.spec_from_file_location("jaxpeft_user_config", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--config {path}: must be a Python file, name.py")
+        raise ConfigError(f"--config {path}: must be a file NAME.py, NAME.yaml or NAME.json")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -106,12 +128,16 @@ def _no_file(path: Path) -> str | None:
         if path.is_file():
             return None
         if path.is_dir():
-            return f"a folder; name one of its files: {', '.join(p.name for p in path.glob('*.py'))}"
-        there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+            return f"a folder; name one of its files: {', '.join(p.name for p in _configs_in(path))}"
+        there = [str(p) for p in _configs_in(path.parent)] if path.parent.is_dir() else []
     except OSError as error:  # a name that is too long, or a folder that may not be read
         return f"cannot be read ({error.strerror})"
     near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.3)
     return "no such file" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def _configs_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in (".py", *plain_files.READERS))
 
 
 def _line_of(error: BaseException, path: Path) -> str:

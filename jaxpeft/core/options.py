@@ -6,6 +6,7 @@ One engine serves the config file, the command line and the methods' hyperparame
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import math
 import re
@@ -137,14 +138,24 @@ def settle(instance: Any, where: str) -> list[str]:
     return found or [f"{where}.{problem}" for problem in instance.problems()]
 
 
+def bounds_of(number: type[Any], metadata: Mapping[str, Any]) -> Mapping[str, float]:
+    """Return the bounds of an option's numbers.
+
+    Args:
+        number: `int` or `float`; a whole number has an upper bound where the option says none.
+        metadata: of the option.
+    """
+    whole = {"at_most": _WHOLE} if number is int and "below" not in metadata else {}
+    return whole | {name: metadata[name] for name in _BOUNDS if name in metadata}
+
+
 def _out_of_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> list[str]:
     items = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
     found: list[str] = []
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             continue
-        whole = {"at_most": _WHOLE} if isinstance(item, int) and "below" not in metadata else {}
-        bounds = {**whole, **metadata}
+        bounds = bounds_of(type(item), metadata)
         if isinstance(item, float) and not math.isfinite(item):
             found.append(f"{where}: must be a finite number, is {shown(item)}")
             continue
@@ -242,7 +253,8 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
     ):
         return convert(value.item(), hint, where)  # a number of NumPy's
     quoted = isinstance(value, str) and hint in (int, float)
-    fix = "; write the number without quotes" if quoted else ""
+    bare = hint is str and isinstance(value, (int, float, datetime.date)) and not isinstance(value, bool)
+    fix = "; write the number without quotes" if quoted else "; write it in quotes" if bare else ""
     return value, [f"{where}: must be {_words(hint)}, is {shown(value)} ({type(value).__name__}){fix}"]
 
 

@@ -1,7 +1,7 @@
-"""`python -m jaxpeft.data --config configs/NAME.py [--show 3] [--config.SECTION.OPTION=VALUE ...]`: what would be trained on.
+"""Look at the data: `python -m jaxpeft.data --config configs/NAME.py [--show 3] [--config.SECTION.OPTION=VALUE ...]`.
 
 Prints rows as the model will see them, the learned tokens set off from the rest, and what there is to know of the data
-before money is spent on it: lengths, what is cut and dropped, packing, labels. No weights are read.
+before money is spent on it: lengths, what is cut and dropped, packing, labels. Reads no weights.
 """
 
 from __future__ import annotations
@@ -9,47 +9,34 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 
-from absl import flags
 from rich.console import Console
 
-from jaxpeft import config as configs
-from jaxpeft import logs
-from jaxpeft.command import guarded, split_overrides
-from jaxpeft.errors import ConfigError
+from jaxpeft.command.arguments import ConfigArguments, Overrides
+from jaxpeft.command.running import load_config, run_command
+from jaxpeft.config import Config
+from jaxpeft.core.options import option
 
 
-def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "the config file, as for jaxpeft.train", flag_values=values)
-    flags.DEFINE_integer("show", 3, "rows to show", lower_bound=0, flag_values=values)
-    flags.DEFINE_bool("traceback", False, "show Python's traceback of an error", flag_values=values)
-    return values
+@dataclass(frozen=True, kw_only=True)
+class DataArguments(ConfigArguments):
+    """The arguments of `data`."""
+
+    show: int = option(3, "rows to show", at_least=0)
 
 
 def main(argv: list[str]) -> int:
-    """Shows the data of a config; gives the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
-    if {"--help", "-h", "-help"} & set(argv):
-        sys.stdout.write(f"{__doc__}\n{_flags().get_help()}")
+    """Show the data of a config; return the exit code."""
+
+    def body(given: DataArguments, overrides: Overrides) -> int:
+        _show(load_config(given, overrides), given.show)
         return 0
-    return guarded(lambda: _checked(argv), show_traceback="--traceback" in argv)
+
+    return run_command(DataArguments, argv, __doc__, body, level=logging.WARNING)
 
 
-def _checked(argv: list[str]) -> int:
-    overrides, rest = split_overrides(argv)
-    given = _flags()
-    try:
-        left = given(["jaxpeft.data", *rest])[1:]
-    except flags.Error as error:
-        raise ConfigError(f"{error}; see --help") from error
-    if left or given.config is None:
-        raise ConfigError(f"{left[0]!r}: not an option" if left else "--config: is not given")
-    _show(configs.load(given.config, overrides), given.show)
-    return 0
-
-
-def _show(config: configs.Config, rows: int) -> None:
+def _show(config: Config, rows: int) -> None:
     from jaxpeft.data import pipeline, reading, report
     from jaxpeft.hub import sources
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from jaxpeft import data
-from jaxpeft.command import guarded, set_up_logging
+from jaxpeft.command.running import guarded, set_up_logging
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.data.encoding import Encoding, evaluated_lengths, one_length

@@ -117,7 +117,7 @@ def test_preference_pairs_are_shown_and_not_trained_on(
     [
         ([], "--config: is not given"),
         (["--config", "nowhere.py"], "no such file"),
-        (["--config", "configs/quickstart.py", "--shw=2"], "Unknown command line flag 'shw'"),
+        (["--config", "configs/quickstart.py", "--shw=2"], "--shw: no such option; did you mean '--show'"),
         (["--config", "configs/quickstart.py", "--config.data.train=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )
@@ -133,4 +133,4 @@ def test_help_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert "python -m jaxpeft.data --config configs/NAME.py" in shown
-    assert "--show: rows to show" in shown
+    assert "--show: int = 3, >= 0\n      rows to show" in shown

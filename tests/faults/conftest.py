@@ -158,7 +158,7 @@ def here(*arguments: str) -> Done:
 
 def library(call: Callable[[], Any]) -> Done:
     """Calls the library, and tells what it raises as every command of jaxpeft does."""
-    from jaxpeft.command import guarded
+    from jaxpeft.command.running import guarded
 
     return told(lambda: guarded(lambda: (call(), 0)[1], show_traceback=False))
 

@@ -7,7 +7,8 @@ import re
 import pytest
 import yaml
 
-from jaxpeft.train import parse_arguments
+from jaxpeft.command.arguments import read_arguments
+from jaxpeft.train import RunArguments, job_of
 from tests.launch.helpers import LAUNCH, ROOT, Stubs, bash
 from tests.launch.manifests import parse, require_sound
 
@@ -56,7 +57,7 @@ def require_known(program: str, arguments: list[str], stdin: str) -> None:
 
 def require_trainable(arguments: list[str]) -> None:
     """Refuses what the trainer would refuse."""
-    parse_arguments([*arguments, "--validate"])
+    job_of(*read_arguments(RunArguments, [*arguments, "--validate"]))
 
 
 def runs_of(text: str) -> set[tuple[str, str]]:

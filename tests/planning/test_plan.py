@@ -35,9 +35,9 @@ needs_libtpu = pytest.mark.skipif(
         (["--config", "FILE", "--topology", "cpu:8", "--json", "tests"], "--json: tests: is a folder; give a file in it"),
         (["--config", "FILE", "--topology", "cpu:8", "--json", "/proc/x-model-config.json"], "/proc/x-model-config.json: cannot be written"),
         (["--config", "FILE", "--topology", "cpu:8", "--plot", "x.foo"], "--plot: x.foo: is drawn as a PNG; let its name end in .png"),
-        (["--config", "FILE", "--topology", "cpu:8", "--hbm", "nan"], "--hbm: must be a number of GiB, is nan"),
+        (["--config", "FILE", "--topology", "cpu:8", "--hbm", "nan"], "--hbm: must be a number or None, is 'nan'"),
         (["--config", "FILE", "--topology", "cpu:8", "more"], "'more': not an option; see --help"),
-        (["--config", "FILE", "--topology", "cpu:8", "--hbm", "0"], "flag --hbm=0"),
+        (["--config", "FILE", "--topology", "cpu:8", "--hbm", "0"], "--hbm: must be at least 0.01, is 0"),
         (
             ["--config", "FILE", "--topology", "cpu:8", "--model-config", "llama3_80b"],
             "--model-config: 'llama3_80b' is no file, and no shape that is known; did you mean 'llama3_8b'",
@@ -53,7 +53,7 @@ def test_what_cannot_be_planned_is_refused(words, message, tmp_path, capsys):
 
 def test_help(capsys):
     assert plan.main(["--help"]) == 0
-    assert "--model_config: --model-config: a config.json" in capsys.readouterr().out.replace("\n    ", " ")
+    assert "--model-config: str | None = None\n      a config.json to plan for" in capsys.readouterr().out
 
 
 def planned(tmp_path: Path, *words: str, code: int = 0, **changed: Any) -> tuple[dict[str, Any], str]:

@@ -1,0 +1,1 @@
+"""What the commands share: their arguments, their help, and how they report errors."""

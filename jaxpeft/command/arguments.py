@@ -1,0 +1,137 @@
+"""The arguments of a command: a frozen dataclass of options, as every section of a config is, read from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args, get_origin
+
+from jaxpeft.config.literals import read_value
+from jaxpeft.core.option_docs import OptionDoc, option_docs
+from jaxpeft.core.options import hints_of, option, parse
+from jaxpeft.errors import ConfigError, cut, nearest
+
+A = TypeVar("A")
+Overrides = tuple[tuple[str, str], ...]
+"""`(dotted option, text)` pairs, from `--config.x.y=value`."""
+HELP = ("--help", "-h", "-help")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What every command takes."""
+
+    traceback: bool = option(False, "show Python's traceback of an error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigArguments(Arguments):
+    """What every command takes that reads a config."""
+
+    config: str | None = option(
+        None, "the config file: .py, .yaml or .json; --config.SECTION.OPTION=VALUE sets one of its options"
+    )
+    schema: bool = option(False, "print the JSON schema of YAML and JSON configs, and stop")
+
+
+def argument_docs(cls: type[Arguments]) -> tuple[OptionDoc, ...]:
+    """Return what help says of a command's arguments: those that every command has come last."""
+    shared = {field.name for field in dataclasses.fields(ConfigArguments)} - {"config"}
+    return tuple(sorted(option_docs(cls), key=lambda one: one.name in shared))
+
+
+def flag(name: str) -> str:
+    """Return how the command line spells the name of an argument."""
+    return f"--{name.replace('_', '-')}"
+
+
+def read_arguments(cls: type[A], argv: Sequence[str]) -> tuple[A, Overrides]:
+    """Read a command line.
+
+    Args:
+        cls: a frozen dataclass of options. A list is given by commas, or by repeating its flag.
+        argv: the arguments, without the program's name.
+
+    Returns:
+        The arguments, and the overrides of the config where `cls` has one.
+
+    Raises:
+        ConfigError: listing every unknown argument, missing or wrong value.
+    """
+    overrides, rest = split_overrides(argv) if issubclass(cls, ConfigArguments) else ((), list(argv))
+    texts, left = _parser(cls).parse_known_args(rest)
+    problems = _unknown(left, cls)
+    values = {name: _value(text, hints_of(cls)[name]) for name, text in vars(texts).items()}
+    made, wrong = parse(cls, values, "")
+    problems += [_in_flags(problem) for problem in wrong]
+    if problems or made is None:
+        raise ConfigError(problems)
+    return made, overrides
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[Overrides, list[str]]:
+    """Return the `--config.x.y=value` and `--config.x.y value` of a command line, and its other arguments."""
+    overrides: list[tuple[str, str]] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name = word.lstrip("-")
+        if word.startswith("-") and name.startswith("config."):
+            dotted, equals, value = name.removeprefix("config.").partition("=")
+            overrides.append((dotted, value if equals else next(words, "")))
+        else:
+            rest.append(word)
+    return tuple(overrides), rest
+
+
+class _Parser(argparse.ArgumentParser):
+    """Splits a command line into flags and texts, and leaves types, bounds and messages to the options."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raise what argparse says as every other refusal."""
+        named = message.removeprefix("argument ")
+        raise ConfigError(f"{named.split('/')[0].split(':')[0]}:{named.partition(':')[2]}; see --help")
+
+
+def _parser(cls: type[Any]) -> _Parser:
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(cls):
+        spellings = dict.fromkeys((flag(field.name), f"--{field.name}"))
+        if hints_of(cls)[field.name] is bool:
+            parser.add_argument(*spellings, dest=field.name, nargs="?", const="true")
+        else:
+            parser.add_argument(*spellings, dest=field.name, action="append" if _listed(cls, field.name) else "store")
+    return parser
+
+
+def _listed(cls: type[Any], name: str) -> bool:
+    hint = hints_of(cls)[name]
+    return any(get_origin(choice) is tuple for choice in (hint, *get_args(hint)))
+
+
+def _value(text: str | list[str], hint: Any) -> Any:
+    if isinstance(text, str):
+        return text if hint == str | None else read_value(text, hint)  # a folder may be called `none`
+    return tuple(part for one in text for part in one.split(",") if part)
+
+
+def _unknown(words: Sequence[str], cls: type[Any]) -> list[str]:
+    """Return what is wrong with the words that no flag has taken; what follows an unknown flag is its value."""
+    known = [flag(field.name) for field in dataclasses.fields(cls)]
+    found: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        name = word.partition("=")[0]
+        if word.startswith("-"):
+            found.append(f"{cut(name)}: no such option{nearest(name, known)}; see --help")
+        elif not before.startswith("-") or "=" in before:
+            found.append(f"{cut(word)!r}: not an option; see --help")
+    return found
+
+
+def _in_flags(problem: str) -> str:
+    """Return a problem of a field as one of its flag: `.slices: must be ...` as `--slices: must be ...`."""
+    name, colon, why = problem.removeprefix(".").partition(":")
+    return f"{flag(name)}{colon}{why}"

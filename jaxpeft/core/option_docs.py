@@ -1,0 +1,75 @@
+"""What help pages and schemas say of options, read from the fields that declare them."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from jaxpeft.core.options import hints_of
+
+_SIGNS = {"above": ">", "at_least": ">=", "below": "<", "at_most": "<="}
+
+
+@dataclass(frozen=True)
+class OptionDoc:
+    """One option as people read it.
+
+    Attributes:
+        name: of the option, without its section.
+        type: such as `int | None`.
+        default: as Python writes it.
+        bounds: such as `> 0, <= 1`; empty where there are none.
+        doc: what it does.
+    """
+
+    name: str
+    type: str
+    default: str
+    bounds: str
+    doc: str
+
+
+def option_docs(cls: type[Any]) -> tuple[OptionDoc, ...]:
+    """Return the options of a dataclass in their order; fields that are sections of their own are left out."""
+    hints = hints_of(cls)
+    return tuple(
+        OptionDoc(
+            field.name,
+            type_text(hints[field.name]),
+            repr(default_of(field)),
+            ", ".join(f"{sign} {field.metadata[bound]}" for bound, sign in _SIGNS.items() if bound in field.metadata),
+            field.metadata["doc"],
+        )
+        for field in dataclasses.fields(cls)
+        if field.init and not dataclasses.is_dataclass(hints[field.name])
+    )
+
+
+def type_text(hint: Any) -> str:
+    """Return a type as annotations write it, with `list` for the tuples that options hold lists in."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " | ".join(type_text(choice) for choice in inside)
+    if origin is Literal:
+        return " | ".join(map(repr, inside))
+    if origin is tuple:
+        return f"list[{type_text(inside[0])}]"
+    if origin is dict:
+        return f"dict[{', '.join(map(type_text, inside))}]"
+    return "None" if hint is type(None) else hint.__name__
+
+
+def first_line(cls: type[Any]) -> str:
+    """Return the first sentence of a class's docstring, on one line."""
+    summary = str(cls.__doc__).strip().split("\n\n")[0]
+    return " ".join(summary.split())
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of an option as plain values."""
+    if field.default is not dataclasses.MISSING:
+        return list(field.default) if isinstance(field.default, tuple) else field.default
+    return typing.cast(Any, field.default_factory)()

@@ -1,0 +1,94 @@
+"""`--help` of every command, and the page that is made of the same metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+
+from jaxpeft import __main__ as package
+from jaxpeft.command.options_page import page
+from jaxpeft.config.schema import Config
+from jaxpeft.core.options import hints_of
+from jaxpeft.methods import METHODS
+from tests.conftest import ROOT
+
+CONFIGURED = ("train", "compare", "data", "plan")
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", package.COMMANDS)
+@pytest.mark.parametrize("asking", ["--help", "-h"])
+def test_every_command_prints_its_arguments(name: str, asking: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert package.main([name, asking]) == 0
+    said = words(capsys.readouterr().out)
+    module, arguments = package.COMMANDS[name]
+    found = importlib.import_module(module)
+    assert said.startswith(words(found.__doc__))
+    for field in dataclasses.fields(getattr(found, arguments)):
+        assert f"--{field.name.replace('_', '-')}: " in said
+        assert field.metadata["doc"] in said
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_help_prints_every_option_of_every_section(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert package.main([name, "--help"]) == 0
+    said = words(capsys.readouterr().out)
+    for section, hint in hints_of(Config).items():
+        if dataclasses.is_dataclass(hint) and section != "method":
+            assert f"config.{section}: " in said
+            assert all(f"{one.name}: " in said and one.metadata["doc"] in said for one in dataclasses.fields(hint))
+    assert all(f" {method} " in said for method in METHODS)
+    assert "weight_decay: float = 0.0, >= 0 decoupled weight decay" in said
+    assert "schedule: 'linear' | 'cosine' | 'constant' | 'wsd' = 'linear' " in said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_of_one_method_prints_its_options_alone(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert package.main(["train", "--help", f"method.{method}"]) == 0
+    said = words(capsys.readouterr().out)
+    own = {f.name: f.metadata["doc"] for f in dataclasses.fields(METHODS[method])}
+    assert said.startswith(f"config.method.{method}: ")
+    assert all(f"{name}: " in said and doc in said for name, doc in own.items())
+    assert "batch_size" not in said
+    if METHODS[method].paper:
+        assert METHODS[method].paper in said
+
+
+@pytest.mark.parametrize("asked", ["--help=data", "-h=config.data"])
+def test_a_section_may_stand_behind_an_equals_sign(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert package.main(["plan", asked]) == 0
+    assert capsys.readouterr().out.startswith("config.data: Which rows")
+
+
+def test_a_section_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert package.main(["train", "--help", "method.lorra"]) == 2
+    assert "--help method.lorra: no section of that name; did you mean 'method.lora'" in capsys.readouterr().err
+    assert package.main(["export", "--help", "model"]) == 2
+    assert "--help model: this command reads no config" in capsys.readouterr().err
+
+
+def test_the_package_lists_its_commands_and_runs_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert package.main([]) == 0
+    said = capsys.readouterr().out
+    assert package.main(["--help"]) == 0
+    assert capsys.readouterr().out == said
+    assert [line.split()[0] for line in said.splitlines()[2:-2]] == list(package.COMMANDS)
+    assert all(f"python -m jaxpeft.{name} " in said for name in package.COMMANDS)
+    assert package.main(["trian"]) == 2
+    assert "'trian': no such command; did you mean 'train'" in capsys.readouterr().err
+    assert package.main(["train", "--config=configs/quickstart.py", "--validate", "--name=x"]) == 0
+
+
+def test_the_console_script_is_the_package_s_main() -> None:
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="jaxpeft")
+    assert {script.load() for script in scripts} == {package.main}
+
+
+def test_the_page_of_options_is_what_the_code_says() -> None:
+    written = (ROOT / "docs" / "options.md").read_text()
+    assert written == page(), "run: python -m jaxpeft.command.options_page > docs/options.md"
