@@ -25,9 +25,9 @@ from jaxpeft import models
 from jaxpeft.core import paths, tree
 from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.hub.loading import abstract_params
+from jaxpeft.kernels import QUANTIZED
 from jaxpeft.models.attention import fastest, platform
 from jaxpeft.models.base import Options
-from jaxpeft.quant import FORMS
 from jaxpeft.training.losses import loss_for
 from jaxpeft.training.step import make_loss_sum
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     base = paths.build(
         [(path, _leaf(i, path, leaf)) for i, (path, leaf) in enumerate(paths.walk(abstract_params(narrow)))]
     )
-    for form in (None, *FORMS):
+    for form in (None, *QUANTIZED):
         held = base if form is None else jaxpeft.quantise(base, form)
         plain = base if form is None else jaxpeft.dequantise(held)
         sys.stdout.write(json.dumps({"base": form or "bf16", **compare(narrow, held, plain)}) + "\n")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.lora_product [--shape llama3_8b] [--rows 8192] [--quant none nf4] [--rank 16]
 
-Prints a JSON line for each: `apart` differentiates `x W + (x A) B` site by site; `joint` is `jaxpeft.core.joint`, what a run computes;
+Prints a JSON line for each: `apart` differentiates `x W + (x A) B` site by site; `joint` is `jaxpeft.kernels.joint`, what a run computes;
 `merged` makes `W + A B` in bfloat16 for each of both products, a custom VJP that keeps neither, and so reads and writes no activation
 for the update's sake. `ms` is one call, forward and backward with the gradients of the input and of all factors, median of 20, each
 by the difference of loops of two lengths in one program. `update_error` is `||found - exact|| / ||exact||` of what the update alone
@@ -23,9 +23,9 @@ import jax.numpy as jnp
 
 from benchmarks.looping import milliseconds
 from benchmarks.step import SHAPES
-from jaxpeft.core import joint, kernels
-from jaxpeft.quant import FORMS
-from jaxpeft.quant.form import Quantised, over_rows
+from jaxpeft import kernels
+from jaxpeft.kernels import QUANTIZED, joint
+from jaxpeft.kernels.form import Quantised, over_rows
 
 Leaves = Mapping[str, Any]
 Ways = Callable[[Any, list[joint.Linear]], tuple[Any, ...]]
@@ -107,7 +107,7 @@ def _site(i: int, n_in: int, n_out: int, rank: int, form: str) -> joint.Linear:
     """Makes a site: a kernel like those of a model, and an update of a thousandth of it."""
     keys = jax.random.split(jax.random.key(i), 3)
     kernel = (0.02 * jax.random.normal(keys[0], (n_in, n_out))).astype(jnp.bfloat16)
-    stored = {"kernel": kernel} if form == "none" else jax.jit(FORMS[form].store)(kernel)
+    stored = {"kernel": kernel} if form == "none" else jax.jit(QUANTIZED[form].store)(kernel)
     a, b = jax.random.normal(keys[1], (n_in, rank)), jax.random.normal(keys[2], (rank, n_out))
     size = (2e-5 / rank**0.5) ** 0.5
     return joint.Linear(stored, (size * a, size * b))

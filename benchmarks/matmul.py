@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.quant import FORMS
+from jaxpeft.kernels import QUANTIZED
 
 LLAMA_8B = ("4096x4096", "4096x1024", "4096x14336", "14336x4096")
 
@@ -46,8 +46,8 @@ def off(found: Any, exact: Any) -> float:
 
 def measure(name: str, kernel: Any, x: Any, dy: Any, repeats: int) -> dict[str, Any]:
     """Measures one format; `bf16` is the kernel as it is."""
-    leaves = {"kernel": kernel} if name == "bf16" else jax.jit(FORMS[name].store)(kernel)
-    product = (lambda x, leaves: x @ leaves["kernel"]) if name == "bf16" else FORMS[name].matmul
+    leaves = {"kernel": kernel} if name == "bf16" else jax.jit(QUANTIZED[name].store)(kernel)
+    product = (lambda x, leaves: x @ leaves["kernel"]) if name == "bf16" else QUANTIZED[name].matmul
     forward = jax.jit(product)
     both = jax.jit(lambda x, dy, leaves: jax.vjp(lambda x: product(x, leaves), x)[1](dy)[0])
     wide = kernel.astype(jnp.float32)
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
         x, dy = (
             jax.random.normal(k, (options.rows, n), jnp.bfloat16) for k, n in zip(keys[1:], (n_in, n_out), strict=True)
         )
-        for name in ("bf16", *FORMS):
+        for name in ("bf16", *QUANTIZED):
             sys.stdout.write(json.dumps(measure(name, kernel, x, dy, options.repeats)) + "\n")
             sys.stdout.flush()
 

@@ -54,8 +54,8 @@ import jaxpeft
 from jaxpeft import config as configs
 from jaxpeft.config.schema import Config
 from jaxpeft.core import paths
-from jaxpeft.quant import FORMS
-from jaxpeft.quant.nf4 import CODES
+from jaxpeft.kernels import QUANTIZED
+from jaxpeft.kernels.nf4 import CODES
 from jaxpeft.quant.tree import Quant
 from jaxpeft.training import job, optimizers
 from jaxpeft.training.begin import split_for
@@ -179,19 +179,19 @@ def kernels(task: str, assets: Path) -> dict[str, Array]:
 
 def errors(kernel: Array, form: str) -> tuple[float, float]:
     """Gives the relative root mean square error of a stored kernel, and its relative mean absolute error."""
-    off = np.asarray(FORMS[form].read(_stored(kernel, form)), np.float64) - kernel
+    off = np.asarray(QUANTIZED[form].read(_stored(kernel, form)), np.float64) - kernel
     norm = np.linalg.norm(kernel.astype(np.float64))
     return float(np.linalg.norm(off) / norm), float(np.mean(np.abs(off)) / np.mean(np.abs(kernel)))
 
 
 def _stored(kernel: Array, form: str) -> Mapping[str, Any]:
-    return jax.jit(FORMS[form].store)(kernel)
+    return jax.jit(QUANTIZED[form].store)(kernel)
 
 
 def block_of(shape: tuple[int, int], form: str) -> tuple[int, str]:
     """Gives how many weights of a kernel share a scale, as a number and in words."""
-    leaves = jax.eval_shape(FORMS[form].store, jax.ShapeDtypeStruct(shape, np.float32))
-    scales = leaves[FORMS[form].leaves[1]]
+    leaves = jax.eval_shape(QUANTIZED[form].store, jax.ShapeDtypeStruct(shape, np.float32))
+    scales = leaves[QUANTIZED[form].leaves[1]]
     over_rows = form == "nf4" and scales.ndim == 1
     size = 64 if form == "nf4" else shape[0] * shape[1] // scales.size
     return size, f"{size} over rows" if over_rows else str(size)
@@ -216,7 +216,7 @@ def expected(form: str, block: int, quantiles: int = 200, points: int = 40_001) 
     over the quantiles of `m`, whose distribution is `(2 Phi(m) - 1)^block`.
 
     Args:
-        form: a key of `FORMS`.
+        form: a key of `QUANTIZED`.
         block: how many share a scale.
         quantiles: of the largest magnitude.
         points: between it and its negative.

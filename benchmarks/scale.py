@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.kernels import QUANTIZED
 from jaxpeft.planning.shapes import SHAPES
-from jaxpeft.quant import FORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/scale.jsonl", ROOT / "docs/scale.md"
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(SHAPES))
     parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES))
     parser.add_argument("--strategies", nargs="*", default=list(STRATEGIES), choices=list(STRATEGIES))
-    parser.add_argument("--quant", default="none", choices=["none", *FORMS])
+    parser.add_argument("--quant", default="none", choices=["none", *QUANTIZED])
     parser.add_argument("--chosen", action="store_true", help="plan what stands beside the grid, in place of it")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one plan may take")
     parser.add_argument("--tries", type=int, default=1, help="changes that are compiled where a strategy does not fit")

@@ -18,20 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
-from jaxpeft.core import kernels, paths
+from jaxpeft import kernels
+from jaxpeft.core import paths
 from jaxpeft.core.rewriting import require_numbers
 from jaxpeft.errors import ConfigError, DataError, nearest, shown
 from jaxpeft.hub.loading import abstract_params
+from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import MARKERS, METHODS
 from jaxpeft.models.base import Pretrained
-from jaxpeft.quant import FORMS
 
 FAILURES = (FlaxError, TypeError, ValueError, KeyError, AttributeError)
 """What Flax and JAX raise where parameters are not a module's own."""
 _TABLES = {"token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings", "segment_ids": None}
 """The further inputs of a model, and the field of its config that says how many rows the table has which they look up."""
 
-_FEW_BITS = frozenset(name for form in FORMS.values() for name in form.leaves)
+_FEW_BITS = frozenset(name for form in QUANTIZED.values() for name in form.leaves)
 """The leaves of a module whose kernel is quantised."""
 _OF_ANOTHER = "; these are another model's parameters: give those that were loaded or made with it"
 

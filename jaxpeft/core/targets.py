@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
 
-from jaxpeft.core import kernels, paths
+from jaxpeft import kernels
+from jaxpeft.core import paths
 from jaxpeft.core.expressions import require_fast
 from jaxpeft.core.paths import Path
 from jaxpeft.errors import ConfigError, TargetError, nearest

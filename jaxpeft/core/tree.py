@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core import kernels, paths
+from jaxpeft import kernels
+from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpeft.core import kernels
+from jaxpeft import kernels
 from jaxpeft.core.method import Kernel, Method
 from jaxpeft.errors import ConfigError
 

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 import jaxpeft
-from jaxpeft.core import kernels, paths
+from jaxpeft import kernels
+from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import require_plain, rewrite, trainable_mask

@@ -7,7 +7,7 @@ A matrix `X.weight [out, in]` is there as its codes, two a byte, row by row, and
     X.weight.nested_absmax, .nested_quant_map  with double quantisation: of 256 blocks, and the 256 values of the 8-bit type
     X.weight.quant_state.bitsandbytes__nf4     JSON: shape, dtype, sizes of the blocks, `nested_offset`
 
-which are the leaves of `jaxpeft.quant.nf4` in the same order, byte for byte.
+which are the leaves of `jaxpeft.kernels.nf4` in the same order, byte for byte.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from jaxpeft.errors import WeightsError
 from jaxpeft.hub.json_files import parse_json
 from jaxpeft.hub.safetensors_files import DTYPES, Described, Span, Tensor
-from jaxpeft.quant import nf4
+from jaxpeft.kernels import nf4
 
 _STATE = ".quant_state.bitsandbytes__"
 _COMPANION = re.compile(
@@ -81,7 +81,7 @@ class Packed:
         file: that holds its codes.
         shape: of the matrix, `[out, in]`.
         dtype: that it was quantised from.
-        leaves: what holds it, by the names of `jaxpeft.quant.nf4.NF4.leaves`.
+        leaves: what holds it, by the names of `jaxpeft.kernels.nf4.NF4.leaves`.
         problems: what is wrong with it; then there are no leaves.
     """
 

@@ -29,9 +29,9 @@ from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.safetensors_writing import Readable
 from jaxpeft.hub.settings import Settings
+from jaxpeft.kernels import QUANTIZED
 from jaxpeft.models import FAMILIES
 from jaxpeft.models.base import Pretrained
-from jaxpeft.quant import FORMS
 from jaxpeft.quant.tree import Quant
 
 HEADS = {
@@ -138,7 +138,7 @@ def rounded(params: Tree, quant: Quant) -> None:
     """
     for path in quant.sites(params):
         node = paths.get(params, path[:-1])
-        node["kernel"] = FORMS[quant.form].read(quant.stored([partial(node.__getitem__, "kernel")], stacked=False))
+        node["kernel"] = QUANTIZED[quant.form].read(quant.stored([partial(node.__getitem__, "kernel")], stacked=False))
 
 
 def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:

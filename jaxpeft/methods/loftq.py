@@ -39,7 +39,8 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     Raises:
         ConfigError: no kernel that is adapted is quantised, or the model has no files.
     """
-    from jaxpeft.core import kernels, paths
+    from jaxpeft import kernels
+    from jaxpeft.core import paths
     from jaxpeft.core.rewriting import chosen_sites, kernel_of
 
     original = run.original_kernels()

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jaxpeft.kernels.form import LOW_RANK, over_rows
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.quant.form import LOW_RANK, over_rows
 
 if TYPE_CHECKING:
     from jax import Array

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxpeft.core import kernels, paths
+from jaxpeft import kernels
+from jaxpeft.core import paths
 from jaxpeft.core.method import Call, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.targets import Site, find_sites

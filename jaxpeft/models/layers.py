@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path
+from jaxpeft.kernels.form import LOW_RANK
 from jaxpeft.models.base import PAST, Options
-from jaxpeft.quant.form import LOW_RANK
 from jaxpeft.sharding.activations import mesh_of
 
 Array = jax.Array

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxpeft.core import kernels, paths
+from jaxpeft import kernels
+from jaxpeft.core import paths
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.weights import LeafSource, WeightPlan
 from jaxpeft.planning.placing import Placed

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxpeft.core import kernels, paths, targets
+from jaxpeft import kernels
+from jaxpeft.core import paths, targets
 from jaxpeft.core.merging import merge
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jaxpeft.quant import FORMS
+from jaxpeft.kernels import QUANTIZED
 from jaxpeft.quant.tree import Quant
 
 Places = Mapping[str, Sharding]
@@ -55,7 +55,7 @@ def stored(
     """
     parts: dict[str, list[jax.Array]] = {key: [] for key in places}
     shapes: dict[str, tuple[int, ...]] = {}
-    for group in _groups(places, layers, FORMS[quant.form].leaves[0]):
+    for group in _groups(places, layers, QUANTIZED[quant.form].leaves[0]):
         if not group.kernel.addressable_devices:
             continue
         store = _compiled(quant, tuple(group.leaves.items()))

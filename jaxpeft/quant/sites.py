@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxpeft.core.method import Call, Method
-from jaxpeft.quant import FORMS
-from jaxpeft.quant.form import Quantised
+from jaxpeft.kernels import QUANTIZED
+from jaxpeft.kernels.form import Quantised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,5 +38,5 @@ class Stored(Method):
         return type(f"Stored{name.upper()}", (cls,), body)
 
 
-MARKERS: Mapping[str, type[Method]] = {form.leaves[0]: Stored.of(name, form) for name, form in FORMS.items()}
+MARKERS: Mapping[str, type[Method]] = {form.leaves[0]: Stored.of(name, form) for name, form in QUANTIZED.items()}
 """What computes a module that holds a quantised kernel, by the leaf that tells its form."""

@@ -12,12 +12,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core import kernels, paths, targets
+from jaxpeft import kernels
+from jaxpeft.core import paths, targets
 from jaxpeft.core.expressions import broken_expression
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import ALL_LINEAR, Site, Targets
 from jaxpeft.errors import ConfigError, nearest
-from jaxpeft.quant import FORMS
+from jaxpeft.kernels import QUANTIZED
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Quant:
     """How a base is quantised.
 
     Attributes:
-        form: a key of `jaxpeft.quant.FORMS`.
+        form: a key of `jaxpeft.kernels.QUANTIZED`.
         targets: which linear modules, as a method's targets: names, an expression, or `all-linear`, which takes no head.
         exclude: which of them not.
         group: how many inputs share a scale, where the form has groups; None for the form's own.
@@ -42,8 +43,8 @@ class Quant:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ConfigError(f"quant: {self.form!r} is no number format (known: {', '.join(FORMS)})")
+        if self.form not in QUANTIZED:
+            raise ConfigError(f"quant: {self.form!r} is no number format (known: {', '.join(QUANTIZED)})")
         for field in ("targets", "exclude"):
             entries: Any = getattr(self, field)
             if isinstance(entries, list):
@@ -56,8 +57,8 @@ class Quant:
         whole: Any = self.group
         if whole is None:
             return
-        if not FORMS[self.form].grouped:
-            with_groups = " and ".join(name for name, form in FORMS.items() if form.grouped)
+        if not QUANTIZED[self.form].grouped:
+            with_groups = " and ".join(name for name, form in QUANTIZED.items() if form.grouped)
             raise ConfigError(
                 f"quant_group: {whole} does not go with {self.form}, which has no groups; {with_groups} have"
             )
@@ -82,7 +83,7 @@ class Quant:
             TargetError: a target matches nothing.
             ConfigError: a kernel does not fit the form, or some layers only of a stacked one are named.
         """
-        form, problems = FORMS[self.form], list[str]()
+        form, problems = QUANTIZED[self.form], list[str]()
         chosen = targets.resolve(params, Targets(self.targets, self.exclude))
         self._warn_of_unused(params)
         odd: dict[int, str] = {}
@@ -118,7 +119,7 @@ class Quant:
         """Gives it for kernels that are quantised already, named as shortly as they can be.
 
         Args:
-            form: a key of `jaxpeft.quant.FORMS`.
+            form: a key of `jaxpeft.kernels.QUANTIZED`.
             params: the tree of a base; abstract leaves will do.
             kernels: their paths, at least one.
         """
@@ -147,7 +148,7 @@ class Quant:
         Args:
             whole: makes a function compute on whole arrays on every device of a mesh; None where there is one device.
         """
-        form = FORMS[self.form]
+        form = QUANTIZED[self.form]
         options = {"group": self.group} if form.grouped else {}
         return partial(form.store, **options, **({"whole": whole} if form.pooled and whole is not None else {}))
 
@@ -158,7 +159,7 @@ class Quant:
             layers: give the kernel of each layer, `[in, out]`, placed on its devices.
             stacked: whether the leaves have an axis of layers.
         """
-        form = FORMS[self.form]
+        form = QUANTIZED[self.form]
         store = jax.jit(self.store())
         made = [jax.block_until_ready(store(kernel())) for kernel in layers]
         return {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves} if stacked else made[0]

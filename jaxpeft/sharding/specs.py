@@ -26,15 +26,15 @@ from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError, nearest
-from jaxpeft.quant import FORMS
-from jaxpeft.quant.form import Quantised
+from jaxpeft.kernels import QUANTIZED
+from jaxpeft.kernels.form import Quantised
 from jaxpeft.sharding.rules import Axes, Rule, Rules
 from jaxpeft.sharding.sizes import AXES, FSDP
 
 _log = logging.getLogger(__name__)
 HOST = "pinned_host"
 """The kind of memory that offloaded kernels lie in."""
-_STORED = frozenset(name for form in FORMS.values() for name in form.leaves)
+_STORED = frozenset(name for form in QUANTIZED.values() for name in form.leaves)
 Sides = Mapping[str, tuple[int | None, ...]]
 """By the name of a leaf, the side of the kernel that each of its dimensions runs along: 0 the inputs, 1 the outputs, None neither."""
 
@@ -215,7 +215,7 @@ def _beside(rules: Rules, params: Mapping[str, Any], method: Method | None) -> I
     known: dict[Any, Sides] = {}
     for site in targets.find_sites(params, targets.KINDS):
         node = {key for key, leaf in paths.get(params, site.path).items() if not isinstance(leaf, Mapping)}
-        form = next((form for form in FORMS.values() if form.leaves[0] in node), None)
+        form = next((form for form in QUANTIZED.values() if form.leaves[0] in node), None)
         base = Rule("") if site.kind == "norm" else rules.find(paths.text((*site.path, _KERNELS[site.kind])))
         if form is not None:
             sides = _sides(partial(_stored, form), site, known)

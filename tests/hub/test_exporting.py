@@ -18,7 +18,7 @@ import jaxpeft
 from jaxpeft.errors import AdapterError, ConfigError, ExportError, WeightsError
 from jaxpeft.hub import merge_record, merged_model
 from jaxpeft.hub.exporting import Request, export
-from jaxpeft.quant import FORMS
+from jaxpeft.kernels import QUANTIZED
 from tests.conformance.conftest import moved
 from tests.hub.helpers import edit_json, edited, peft_load, peft_save, torch_base
 from tests.models.conftest import Reference, make_batch
@@ -340,7 +340,7 @@ def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
     linear = [name for name, tensor in base.items() if ("encoder" in name or "pooler" in name) and tensor.ndim == 2]
     assert len(linear) == 13
     for name, tensor in base.items():
-        own = FORMS[form].read(FORMS[form].store(jnp.asarray(tensor).T)).T if name in linear else tensor
+        own = QUANTIZED[form].read(QUANTIZED[form].store(jnp.asarray(tensor).T)).T if name in linear else tensor
         np.testing.assert_allclose(rounded[name], own + plain[name] - tensor, atol=1e-6)
     record = json.loads((tmp_path / "reference" / "jaxpeft_merge.json").read_text())
     assert record["base_rounded_to"] == form

@@ -20,7 +20,7 @@ from jaxpeft.hub import leaf_sources
 from jaxpeft.hub.leaf_sources import Grown, LeafSource
 from jaxpeft.hub.loading import outline
 from jaxpeft.hub.safetensors_files import Meter, open_folder
-from jaxpeft.quant import FORMS
+from jaxpeft.kernels import QUANTIZED
 from tests.hub.helpers import assert_bit_equal, edited, shard
 from tests.hub.spreading import WAYS, mesh_of, places
 
@@ -218,7 +218,7 @@ BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3,
 @both
 @pytest.mark.parametrize("way", WAYS[1:])
 @pytest.mark.parametrize(
-    ("form", "base"), [*(("nf4", base) for base in BASES), *((form, "rows") for form in FORMS if form != "nf4")]
+    ("form", "base"), [*(("nf4", base) for base in BASES), *((form, "rows") for form in QUANTIZED if form != "nf4")]
 )
 def test_codes_and_scales_are_bit_by_bit_those_of_one_device(
     reference: Any, form: Any, way: str, scan: bool, base: str
@@ -229,7 +229,7 @@ def test_codes_and_scales_are_bit_by_bit_those_of_one_device(
     found, params = spread(folder, shape, way, scan_layers=scan, quant=form)
     wanted = places(found.leaves, mesh_of(shape), way)
     assert all(leaf.sharding == wanted(path) for path, leaf in paths.walk(params))
-    codes = next(leaf for path, leaf in paths.walk(params) if path[-2:] == ("q_proj", FORMS[form].leaves[0]))
+    codes = next(leaf for path, leaf in paths.walk(params) if path[-2:] == ("q_proj", QUANTIZED[form].leaves[0]))
     assert not codes.sharding.is_fully_replicated
     assert_bit_equal(params, alone)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(

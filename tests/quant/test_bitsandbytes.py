@@ -19,7 +19,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.tree import count
 from jaxpeft.errors import ConfigError, JaxpeftError, WeightsError
 from jaxpeft.hub.exporting import Request, export
-from jaxpeft.quant import nf4
+from jaxpeft.kernels import nf4
 from tests.core.helpers import run
 from tests.hub.helpers import Tensors, assert_bit_equal, edited, trained
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxpeft
 from jaxpeft import cache
 from jaxpeft.hub import quantised_cache
-from jaxpeft.quant import FORMS, placing
+from jaxpeft.kernels import QUANTIZED, placing
 from tests.hub.helpers import assert_bit_equal, edited
 
 TASK: Any = "causal_lm"
@@ -54,7 +54,7 @@ def entries(root: Path) -> list[Path]:
     return sorted(root.iterdir()) if root.is_dir() else []
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED)
 @pytest.mark.parametrize("written", [False, True], ids=["unrolled", "scanned"])
 def test_what_is_read_again_is_bit_by_bit_what_was_quantised(
     root: Path, base: Path, quantising: list[int], caplog: pytest.LogCaptureFixture, form: Any, written: bool
@@ -84,7 +84,7 @@ def test_it_holds_the_quantised_kernels_alone(root: Path, base: Path) -> None:
     held = json.loads((folder / "quantised.json").read_text())
     assert held["what"]["form"] == "nf4" and len(held["what"]["kernels"]) == 14
     assert len(held["sha256"]) == 4 * 14
-    assert {name.rpartition(".")[2] for name in held["sha256"]} == set(FORMS["nf4"].leaves)
+    assert {name.rpartition(".")[2] for name in held["sha256"]} == set(QUANTIZED["nf4"].leaves)
 
 
 def test_what_the_kernels_depend_on_is_told_apart(root: Path, base: Path, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError
-from jaxpeft.quant import FORMS
+from jaxpeft.kernels import QUANTIZED
 from tests.core.helpers import load, run
 
-every_form = pytest.mark.parametrize("form", FORMS)
+every_form = pytest.mark.parametrize("form", QUANTIZED)
 both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 
 
@@ -35,7 +35,7 @@ def test_the_merged_base_computes_what_base_and_adapter_did(form: str, scan: boo
     with caplog.at_level(logging.INFO, "jaxpeft"):
         merged, errors = jaxpeft.merge_quantised(method, params, dtype=jnp.float32)
     names = {path[-1] for path, _ in paths.walk(merged)}
-    assert not names & {*(leaf for one in FORMS.values() for leaf in one.leaves), "lora_a", "lora_b"}
+    assert not names & {*(leaf for one in QUANTIZED.values() for leaf in one.leaves), "lora_a", "lora_b"}
     np.testing.assert_allclose(run(model, merged), run(model, params), atol=2e-5)
     assert len(errors) == 14 and set(errors.values()) == {0.0}
     assert "merged into float32: 14 kernels, relative error 0.00e+00 in the median" in caplog.text

@@ -14,12 +14,12 @@ import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.core.tree import count
 from jaxpeft.errors import ConfigError, TargetError
-from jaxpeft.quant import FORMS
+from jaxpeft.kernels import QUANTIZED
 from jaxpeft.training import flops
 from tests.core.helpers import load, run
 from tests.hub.helpers import assert_bit_equal
 
-every_form = pytest.mark.parametrize("form", FORMS)
+every_form = pytest.mark.parametrize("form", QUANTIZED)
 both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 
 
@@ -36,7 +36,7 @@ def test_a_model_that_is_loaded_quantised_is_the_one_that_is_quantised_later(
     assert_bit_equal(params, jaxpeft.quantise(plain, form))
     assert quantised.options.quant == jaxpeft.Quant(form) and model.options.quant is None
     held = {path[-1] for path, _ in paths.walk(params)}
-    assert {"embedding", "scale", *FORMS[form].leaves} == held - {"kernel"}
+    assert {"embedding", "scale", *QUANTIZED[form].leaves} == held - {"kernel"}
     assert [path for path, _ in paths.walk(params) if path[-1] == "kernel"] == [("lm_head", "kernel")]
     assert count(params) == count(plain)
     assert flops.per_token({}, params) == flops.per_token({}, plain)

@@ -22,9 +22,9 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import rewrite, trainable_mask
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import abstract_params
+from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Options
-from jaxpeft.quant import FORMS
 from jaxpeft.quant.tree import Quant, stored_abstract
 from jaxpeft.sharding import specs
 from jaxpeft.sharding.rules import rules_of
@@ -82,7 +82,7 @@ def test_every_leaf_of_every_family_is_covered(kind: str, scan: bool) -> None:
         assert set(jax.tree.leaves(tuple(spec))) == {"fsdp", "tensor"}, path
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED)
 def test_leaves_of_a_quantised_kernel_lie_as_the_kernel(form: str) -> None:
     specs_of = found(abstract(LLAMA, None, form), None, **BOTH)
     mlp = "model/layers/mlp"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.quant import nf4
+from jaxpeft.kernels import nf4
 
 SHAPES = [(128, 192), (64, 4096), (172, 64), (64, 172), (96, 1000)]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import jaxpeft
-from jaxpeft.core.joint import Linear, products
-from jaxpeft.quant import FORMS
+from jaxpeft.kernels import QUANTIZED
+from jaxpeft.kernels.joint import Linear, products
 from tests.core.helpers import load, run
 
 RNG = np.random.default_rng(0)
@@ -22,11 +22,11 @@ def normal(*shape: int) -> Any:
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize("form", [None, *QUANTIZED])
 def test_they_are_the_sums_of_both_products_and_so_are_the_gradients(form: str | None) -> None:
     x, kernels = normal(2, 5, 64), [normal(64, n) / 8 for n in (24, 8, 40)]
-    stored = [{"kernel": k} if form is None else FORMS[form].store(k) for k in kernels]
-    exact = [k if form is None else FORMS[form].read(leaves) for k, leaves in zip(kernels, stored, strict=True)]
+    stored = [{"kernel": k} if form is None else QUANTIZED[form].store(k) for k in kernels]
+    exact = [k if form is None else QUANTIZED[form].read(leaves) for k, leaves in zip(kernels, stored, strict=True)]
     factors = [(normal(64, 3), normal(3, 24)), None, (normal(64, 2), normal(2, 40))]
     bias = normal(8)
     wanted = [normal(2, 5, n) for n in (24, 8, 40)]

@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.core import kernels
+from jaxpeft import kernels
+from jaxpeft.kernels.form import LOW_RANK, over_rows
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.quant.form import LOW_RANK, over_rows
 
 Leaves = Mapping[str, Any]
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxpeft.kernels.form import Leaves, Quantised, backward_of, forward_of
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.quant.form import Leaves, Quantised, backward_of, forward_of
 
 _LEAVES = ("kernel_fp8", "kernel_fp8_scale")
 _TINY = 1e-30

@@ -1,4 +1,7 @@
-"""How a module's weights are read, however they are stored: the one place that knows which leaves hold a kernel."""
+"""How kernels are stored, and what computes with them: plain ones, and one file for each number format of quantized ones.
+
+A new format is one file, and one line in `QUANTIZED`. This package knows the leaves of one module, and nothing of trees.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpeft.kernels.form import Form, Quantised, over_rows
+from jaxpeft.kernels.fp8 import FP8
+from jaxpeft.kernels.integers import INT4, INT8
+from jaxpeft.kernels.nf4 import NF4
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.quant import FORMS as QUANTISED
-from jaxpeft.quant.form import Form, over_rows
 
 Leaves = Mapping[str, Any]
 
+QUANTIZED: Mapping[str, Quantised] = {"nf4": NF4, "int4": INT4, "int8": INT8, "fp8": FP8}
+"""Every format of a quantized kernel by its name in configs."""
 _PLAIN = (
     Form(
         ("kernel",),
@@ -22,11 +29,11 @@ _PLAIN = (
     ),
     Form(("embedding",), lambda leaves: leaves["embedding"]),
 )
-FORMS: Mapping[str, Form] = {form.leaves[0]: form for form in (*_PLAIN, *QUANTISED.values())}
+FORMS: Mapping[str, Form] = {form.leaves[0]: form for form in (*_PLAIN, *QUANTIZED.values())}
 """By the name of the leaf that tells how a kernel is stored."""
 
 
-_STORED = {name: form for form in QUANTISED.values() for name in form.leaves}
+_STORED = {name: form for form in QUANTIZED.values() for name in form.leaves}
 
 
 def parameters(name: str, shape: tuple[int, ...]) -> int:

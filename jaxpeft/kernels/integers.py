@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxpeft.kernels.form import Leaves, Quantised, backward_of, forward_of, packed, unpacked
 from jaxpeft.lazy import jnp
-from jaxpeft.quant.form import Leaves, Quantised, backward_of, forward_of, packed, unpacked
 
 _GROUP = 64
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.quant import FORMS, fp8
-from jaxpeft.quant.form import packed, selected, unpacked
+from jaxpeft.kernels import QUANTIZED, fp8
+from jaxpeft.kernels.form import packed, selected, unpacked
 
 RNG = np.random.default_rng(0)
-every_form = pytest.mark.parametrize("name", FORMS)
+every_form = pytest.mark.parametrize("name", QUANTIZED)
 WORST = {"nf4": 0.16, "int4": 0.075, "int8": 0.005, "fp8": 0.037}
 """The largest error of a weight as a share of the largest weight that shares its scale: half of the widest gap of the format."""
 
@@ -23,13 +23,13 @@ def normal(*shape: int) -> jax.Array:
 
 
 def held(name: str, kernel: Any, **options: Any) -> dict[str, Any]:
-    return jax.jit(lambda k: FORMS[name].store(k, **options))(kernel)
+    return jax.jit(lambda k: QUANTIZED[name].store(k, **options))(kernel)
 
 
 @every_form
 @pytest.mark.parametrize("shape", [(64, 40), (128, 96), (172, 64), (32, 48), (1000, 6)])
 def test_a_kernel_comes_back_in_its_shape_and_near(name: str, shape: tuple[int, int]) -> None:
-    form, kernel = FORMS[name], normal(*shape)
+    form, kernel = QUANTIZED[name], normal(*shape)
     leaves = held(name, kernel)
     assert set(leaves) == set(form.leaves)
     assert form.shape(leaves[form.leaves[0]].shape) == shape
@@ -42,7 +42,7 @@ def test_a_kernel_comes_back_in_its_shape_and_near(name: str, shape: tuple[int, 
 
 @pytest.mark.parametrize(("name", "most"), [("nf4", 0.516), ("int4", 0.532), ("int8", 1.001), ("fp8", 1.002)])
 def test_bytes_a_weight(name: str, most: float) -> None:
-    leaves = jax.eval_shape(FORMS[name].store, jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16))
+    leaves = jax.eval_shape(QUANTIZED[name].store, jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
     assert size / (4096 * 14336) <= most
 
@@ -50,7 +50,7 @@ def test_bytes_a_weight(name: str, most: float) -> None:
 @every_form
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_product_and_its_gradient_are_those_of_the_kernel_it_stands_for(name: str, dtype: Any) -> None:
-    form = FORMS[name]
+    form = QUANTIZED[name]
     leaves = held(name, normal(128, 96))
     x, dy = jnp.asarray(normal(2, 5, 128) * 50, dtype), jnp.asarray(normal(2, 5, 96) * 50, dtype)
     kernel = form.read(leaves).astype(dtype)
@@ -65,7 +65,7 @@ def test_the_product_and_its_gradient_are_those_of_the_kernel_it_stands_for(name
 
 @every_form
 def test_no_decoded_kernel_is_kept_for_the_backward_pass(name: str) -> None:
-    form, leaves = FORMS[name], held(name, normal(128, 96))
+    form, leaves = QUANTIZED[name], held(name, normal(128, 96))
     _, back = jax.vjp(lambda x, leaves: form.matmul(x, leaves), normal(4, 128), leaves)
     floats = [leaf for leaf in jax.tree.leaves(back) if leaf.dtype in (jnp.float32, jnp.bfloat16)]
     assert all(leaf.size < 128 * 96 for leaf in floats)
@@ -75,8 +75,8 @@ def test_no_decoded_kernel_is_kept_for_the_backward_pass(name: str) -> None:
 @every_form
 def test_a_kernel_of_zeros_stays_one(name: str) -> None:
     leaves = held(name, jnp.zeros((64, 8)))
-    assert not np.asarray(FORMS[name].read(leaves)).any()
-    assert not np.asarray(FORMS[name].matmul(jnp.ones((3, 64)), leaves)).any()
+    assert not np.asarray(QUANTIZED[name].read(leaves)).any()
+    assert not np.asarray(QUANTIZED[name].matmul(jnp.ones((3, 64)), leaves)).any()
 
 
 @pytest.mark.parametrize(("name", "most"), [("int4", 7), ("int8", 127)])
@@ -89,7 +89,7 @@ def test_whole_numbers_are_the_nearest_to_the_weight_over_its_scale(name: str, m
     assert scale.shape == (10, 128 // (group or {"int4": 64, "int8": 128}[name]))
     np.testing.assert_allclose(scale, np.abs(groups).max(axis=2) / most, rtol=2**-8)
     wanted = np.clip(np.round(groups / scale[..., None]), -most, most) * scale[..., None]
-    np.testing.assert_allclose(np.asarray(FORMS[name].read(leaves)).T, wanted.reshape(10, 128), rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(QUANTIZED[name].read(leaves)).T, wanted.reshape(10, 128), rtol=1e-6)
 
 
 def test_codes_are_packed_with_the_earlier_one_high_and_looked_up() -> None:
@@ -105,7 +105,7 @@ def test_codes_are_packed_with_the_earlier_one_high_and_looked_up() -> None:
 def test_the_products_of_codes_stay_within_the_range_of_the_activations(dtype: Any) -> None:
     # what a GPU computes, whose codes of up to 448 are added up before they are scaled
     kernel = 0.05 * jax.random.normal(jax.random.key(0), (256, 64))
-    leaves = FORMS["fp8"].store(kernel)
+    leaves = QUANTIZED["fp8"].store(kernel)
     x, dy = (jax.random.normal(jax.random.key(i), (4, n)) for i, n in ((1, 256), (2, 64)))
     y = fp8._forward(x.astype(dtype), leaves)
     dx = fp8._backward(leaves, 1e-3 * dy.astype(dtype))

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.kernels.form import Leaves, Quantised, backward_of, forward_of, packed, selected, unpacked
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.quant.form import Leaves, Quantised, backward_of, forward_of, packed, selected, unpacked
 
 BLOCK, SECOND = 64, 256
 CODES = (
