@@ -135,8 +135,9 @@ def made(run: Any, rows: int) -> tuple[Any, Any, Any]:
     import jax.numpy as jnp
 
     from jaxpeft.core import paths, tree
-    from jaxpeft.core.rewriting import rewrite, trainable_mask
+    from jaxpeft.core.rewriting import trainable_mask
     from jaxpeft.training.step import init_state
+    from jaxpeft.transforms.rewrite import rewrite
 
     def leaf(path: tuple[str, ...], shape: Any) -> Any:
         key = jax.random.key(hash(path) % 2**31)

@@ -173,9 +173,10 @@ def program(options: Any) -> Program:
     import optax
 
     from jaxpeft.core import tree
-    from jaxpeft.core.rewriting import rewrite, trainable_mask
+    from jaxpeft.core.rewriting import trainable_mask
     from jaxpeft.training.losses import loss_for
     from jaxpeft.training.step import init_state, make_train_step
+    from jaxpeft.transforms.rewrite import rewrite
 
     model, base = random_model(options)
     method = method_of(options)

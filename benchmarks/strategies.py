@@ -23,7 +23,7 @@ from jaxpeft.config.schema import Config, DataConfig, TrainConfig
 from jaxpeft.core import tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import rewrite, trainable_mask
+from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.hub.loading import abstract_params
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Options, Pretrained
@@ -36,6 +36,7 @@ from jaxpeft.sharding.specs import layout
 from jaxpeft.training.losses import loss_for
 from jaxpeft.training.placing import bringing
 from jaxpeft.training.step import make_loss_sum
+from jaxpeft.transforms.rewrite import rewrite
 
 ROWS, LENGTH, VOCAB = 8, 64, 96
 LLAMA: Mapping[str, Any] = {

@@ -19,13 +19,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxpeft.core.bank import bank as bank
     from jaxpeft.core.bank import pick as pick
-    from jaxpeft.core.merging import merge as merge
     from jaxpeft.core.method import Method as Method
     from jaxpeft.core.nnx import params_of as params_of
     from jaxpeft.core.nnx import with_params as with_params
     from jaxpeft.core.probing import find_sites as find_sites
     from jaxpeft.core.rewriting import adapter_names as adapter_names
-    from jaxpeft.core.rewriting import rewrite as rewrite
     from jaxpeft.core.rewriting import trainable_mask as trainable_mask
     from jaxpeft.core.rewriting import without_adapter as without_adapter
     from jaxpeft.core.tree import combine as combine
@@ -41,17 +39,19 @@ if TYPE_CHECKING:
     from jaxpeft.hub.settings import Settings as Settings
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
     from jaxpeft.methods import METHODS as METHODS
-    from jaxpeft.methods.weighted import merge_adapters as merge_adapters
-    from jaxpeft.quant.merging import merge_quantised as merge_quantised
     from jaxpeft.quant.tree import Quant as Quant
     from jaxpeft.quant.tree import dequantise as dequantise
     from jaxpeft.quant.tree import quantise as quantise
+    from jaxpeft.transforms.merge import merge as merge
+    from jaxpeft.transforms.merge_quantized import merge_quantised as merge_quantised
+    from jaxpeft.transforms.rewrite import rewrite as rewrite
+    from jaxpeft.transforms.weighted import merge_adapters as merge_adapters
 
 _WHERE = {
     "bank": "core.bank",
     "pick": "core.bank",
-    "merge_adapters": "methods.weighted",
-    "merge_quantised": "quant.merging",
+    "merge_adapters": "transforms.weighted",
+    "merge_quantised": "transforms.merge_quantized",
     "Quant": "quant.tree",
     "quantise": "quant.tree",
     "dequantise": "quant.tree",
@@ -61,8 +61,8 @@ _WHERE = {
     "without_adapter": "core.rewriting",
     "adapter_names": "core.rewriting",
     "Method": "core.method",
-    "merge": "core.merging",
-    "rewrite": "core.rewriting",
+    "merge": "transforms.merge",
+    "rewrite": "transforms.rewrite",
     "trainable_mask": "core.rewriting",
     "combine": "core.tree",
     "partition": "core.tree",

@@ -14,7 +14,7 @@ import pytest
 from jaxpeft import config as configs
 from jaxpeft import models
 from jaxpeft.config.schema import Config
-from jaxpeft.core.rewriting import rewrite, trainable_mask
+from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.core.tree import count, partition
 from jaxpeft.errors import WeightsError
 from jaxpeft.hub import sources
@@ -23,6 +23,7 @@ from jaxpeft.models.base import Options
 from jaxpeft.training import optimizers
 from jaxpeft.training.losses import loss_for
 from jaxpeft.training.step import init_state, make_train_step
+from jaxpeft.transforms.rewrite import rewrite
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 LABELS = 77

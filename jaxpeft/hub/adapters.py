@@ -19,7 +19,7 @@ from jaxpeft import kernels
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import require_plain, rewrite, trainable_mask
+from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, cut, shown
 from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
@@ -33,6 +33,7 @@ from jaxpeft.hub.settings import Settings, parse_settings
 from jaxpeft.hub.tied_heads import tie_of
 from jaxpeft.methods import from_dict
 from jaxpeft.models.base import Pretrained
+from jaxpeft.transforms.rewrite import require_plain, rewrite
 
 CARD, PARTS = "README.md", "jaxpeft_parts.json"
 LAYOUTS: Mapping[str, Layout] = {"peft": Layout(), "adapters": AdapterHub()}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import paths, targets
-from jaxpeft.core.merging import adding_parts, fold_site
+from jaxpeft.core.folding import adding_parts, fold_site
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import adapter_names, trainable_mask
@@ -30,6 +30,7 @@ from jaxpeft.hub.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.safetensors_writing import Readable
 from jaxpeft.hub.settings import Settings
 from jaxpeft.kernels import QUANTIZED
+from jaxpeft.methods import MARKERS
 from jaxpeft.models import FAMILIES
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant
@@ -123,7 +124,7 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
 def _folded(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leaves) -> Leaves:
     """Gives the leaves of one module with every adapter in it folded in, float32; nothing where it is not adapted."""
     exact = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
-    return fold_site(adding_parts(method), site, {**node, **exact}, roots)
+    return fold_site(adding_parts(method, MARKERS), site, {**node, **exact}, roots)
 
 
 def rounded(params: Tree, quant: Quant) -> None:
@@ -156,7 +157,9 @@ def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:
         return model
     ((path, embedding),) = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] == "embedding")
     node = paths.get(params, path[:-1])
-    apart = [p for p in adding_parts(method) if p.leaf_names and p.leaf_names[0] in node and "attend" not in p.hooks]
+    apart = [
+        p for p in adding_parts(method, MARKERS) if p.leaf_names and p.leaf_names[0] in node and "attend" not in p.hooks
+    ]
     if not apart:
         return model
     params["lm_head"] = {"kernel": embedding.T}

@@ -18,7 +18,7 @@ from jaxpeft import models
 from jaxpeft.config.schema import Config
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import rewrite, trainable_mask
+from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.errors import ConfigError, TargetError, nearest
 from jaxpeft.hub import sources
 from jaxpeft.hub.json_files import read_json
@@ -30,6 +30,7 @@ from jaxpeft.training import optimizers
 from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.step import TrainState, init_state
+from jaxpeft.transforms.rewrite import rewrite
 
 _STEPS = 1000
 """Of a run whose length depends on its rows: the schedule's shape changes no program."""

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jaxpeft.core import paths, tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import adapter_names, rewrite, trainable_mask
+from jaxpeft.core.rewriting import adapter_names, trainable_mask
 from jaxpeft.methods import from_dict
 from jaxpeft.sharding.processes import put
 from jaxpeft.sharding.specs import shardings
 from jaxpeft.training.setup import Setup
 from jaxpeft.training.start import Start
+from jaxpeft.transforms.rewrite import rewrite
 
 
 def split_for(setup: Setup, method: Method) -> tuple[Tree, Tree]:

@@ -19,7 +19,7 @@ from jaxpeft import data
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core import tree
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import rewrite, trainable_mask
+from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.data.dialogs import last_answer
 from jaxpeft.data.examples import CHATS
 from jaxpeft.data.pipeline import Splits, make_batches, read_splits
@@ -46,6 +46,7 @@ from jaxpeft.training.head_loss import CrossEntropy
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.optimizers import schedule
 from jaxpeft.training.progress import rows_shown
+from jaxpeft.transforms.rewrite import rewrite
 
 _log = logging.getLogger(__name__)
 Encoded = data.Encoded

@@ -15,7 +15,6 @@ from jaxpeft.core import paths
 from jaxpeft.core.interception import TOGETHER
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import rewrite
 from jaxpeft.core.targets import Site
 from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import ConfigError
@@ -23,6 +22,7 @@ from jaxpeft.hub.loading import Task, outline
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.activations import mesh_under, on_mesh
 from jaxpeft.training.outputs import Outputs
+from jaxpeft.transforms.rewrite import rewrite
 
 
 @dataclass(frozen=True)

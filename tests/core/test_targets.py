@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jaxpeft import LoRA, models
-from jaxpeft.core.rewriting import rewrite
 from jaxpeft.core.targets import Targets, find_sites, resolve
 from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.hub.loading import abstract_params
 from jaxpeft.models.base import Options
+from jaxpeft.transforms.rewrite import rewrite
 from tests.models.conftest import tiny_config
 
 CASES: list[tuple[str, dict[str, Any]]] = [

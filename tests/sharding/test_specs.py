@@ -19,7 +19,7 @@ from jaxpeft import models
 from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import rewrite, trainable_mask
+from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import abstract_params
 from jaxpeft.kernels import QUANTIZED
@@ -29,6 +29,7 @@ from jaxpeft.quant.tree import Quant, stored_abstract
 from jaxpeft.sharding import specs
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.sizes import STRATEGIES
+from jaxpeft.transforms.rewrite import rewrite
 from tests.models.conftest import tiny_config
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from jaxpeft.core import paths
 from jaxpeft.core.bank import require_same_base
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import chosen_sites, layer_of, rewrite, without_adapter
+from jaxpeft.core.rewriting import chosen_sites, layer_of, without_adapter
 from jaxpeft.errors import ConfigError
 from jaxpeft.methods.lora import LoRA
+from jaxpeft.transforms.rewrite import rewrite
 
 How = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",

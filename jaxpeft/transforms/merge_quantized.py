@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from jaxpeft import kernels
 from jaxpeft.core import paths, targets
-from jaxpeft.core.merging import merge
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.quant.tree import Quant, dequantise, quantise
+from jaxpeft.transforms.merge import merge
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,90 @@
+"""What a method has added to a site, folded into the leaves of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft import kernels
+from jaxpeft.core import paths
+from jaxpeft.core.method import Leaves, Method
+from jaxpeft.core.rewriting import (
+    kernel_of,
+    layer_of,
+)
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+
+
+def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) -> dict[str, Any]:
+    """Gives the base leaves of one site with every adapter in it folded in, in their dtypes; nothing where there is none.
+
+    Args:
+        parts: the methods that add leaves, in the order in which they compute.
+        site: where.
+        node: the leaves of its module, those of its adapters among them.
+        roots: the adapters' leaves at the root of the tree.
+
+    Raises:
+        ConfigError: an adapter changes a leaf that the module has not, or the kernel is quantised.
+    """
+    adapters = {name for part in parts for name in part.site_names()}
+    before = {key: leaf for key, leaf in node.items() if key not in adapters and not isinstance(leaf, Mapping)}
+    left, out = dict(node), dict[str, Any]()
+    for part in parts:
+        own = {key: left.pop(key) for key in part.site_names() if key in left}  # two parts may be of one method
+        if own:
+            shared = {key: roots[key] for key in part.root_names if key in roots}
+            out |= _folded(part, site, own, shared, {**before, **out}, before if out else None)
+    return out
+
+
+def adding_parts(method: Method, markers: Iterable[str]) -> list[Method]:
+    """Return the methods that add leaves, in the order in which they compute a site that several of them adapt.
+
+    Args:
+        method: whose parts they are.
+        markers: of all methods, in the order in which the interceptor lets them compute.
+    """
+    order = {marker: i for i, marker in enumerate(markers)}
+    adding = [part for part in method.parts() if part.leaf_names or part.root_names]
+    return sorted(adding, key=lambda part: order.get((part.leaf_names or part.root_names)[0], len(order)))
+
+
+def _as_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array:
+    """Gives a folded leaf the axes and the dtype of the base's."""
+    return (kernels.as_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)).astype(leaf.dtype)
+
+
+def _folded(
+    method: Method, site: Site, own: Leaves, shared: Leaves, plain: Leaves, before: Leaves | None
+) -> dict[str, Any]:
+    """Gives the base leaves of a site with its adapter folded in, layer by layer; `before` are those without any adapter."""
+    form = kernels.form_of(plain) or "kernel"
+    if form not in ("kernel", "embedding"):
+        raise ConfigError(
+            f"{paths.text(site.path)} is stored as {form}; jaxpeft.merge_quantised decodes it, or merge into the base that is not quantised"
+        )
+    layers: list[dict[str, Any]] = []
+    for i in range(len(site.names)):
+        mine, base = layer_of(site, own, i), layer_of(site, plain, i)
+        given = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
+        on = mine.pop(method.site_names()[-1], True)
+        whole = {**given, "kernel": kernels.read(base, site.shape, site.order)}
+        whole |= {"bias": given["bias"].reshape(-1)} if "bias" in given else {}
+        whole |= {} if before is None else {"original": kernel_of(site, before, i)}
+        folded = {**whole, **method.fold({**shared, **mine}, whole)} if bool(on) else whole
+        kept = {form if key == "kernel" else key: value for key, value in folded.items() if key != "original"}
+        lost = sorted(kept.keys() - base.keys() - {"kernel"})
+        if lost:
+            raise ConfigError(
+                f"{site.names[i]}: {method.name} needs a {lost[0]} there when it is merged, and the module has none; keep the adapter"
+            )
+        layers.append({key: _as_base(kept[key], leaf, site, key == form) for key, leaf in base.items() if key in kept})
+    if not site.layers:
+        return layers[0]
+    stacked = {key: jnp.stack([layer[key] for layer in layers]) for key in layers[0]}
+    return {key: leaf.reshape(*site.layers, *leaf.shape[1:]) for key, leaf in stacked.items()}

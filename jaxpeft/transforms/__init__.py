@@ -1,0 +1,1 @@
+"""Pure functions from parameter trees to parameter trees: what `core` does for one method, checked against all methods."""
