@@ -24,10 +24,9 @@ from benchmarks.step import COMMON
 from jaxpeft import models
 from jaxpeft.core import paths, tree
 from jaxpeft.core.rewriting import trainable_mask
-from jaxpeft.hub.loading import abstract_params
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.models.attention import fastest, platform
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import Options, abstract_params
 from jaxpeft.training.losses import loss_for
 from jaxpeft.training.step import make_loss_sum
 from jaxpeft.transforms.rewrite import rewrite

@@ -268,9 +268,8 @@ def random_model(options: Any) -> tuple[Any, Any]:
 
     from jaxpeft import models
     from jaxpeft.core import paths
-    from jaxpeft.hub.loading import abstract_params
     from jaxpeft.models.attention import fastest, platform
-    from jaxpeft.models.base import Options
+    from jaxpeft.models.base import Options, abstract_params
     from jaxpeft.quant.tree import Quant
 
     quant = None if options.quant == "none" else Quant(options.quant)

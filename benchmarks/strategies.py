@@ -18,18 +18,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpeft import models
-from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.config.schema import Config, DataConfig, TrainConfig
 from jaxpeft.core import tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
-from jaxpeft.hub.loading import abstract_params
 from jaxpeft.methods import METHODS
-from jaxpeft.models.base import Options, Pretrained
+from jaxpeft.models.base import Options, Pretrained, abstract_params
 from jaxpeft.quant.tree import quantise
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import heads_of, make_mesh, place
+from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.sizes import SEQUENCE, STRATEGIES
 from jaxpeft.sharding.specs import layout

@@ -7,16 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from jaxpeft.command.arguments import HELP
+from jaxpeft.command.table import COMMANDS
 from jaxpeft.errors import cut, nearest
-
-COMMANDS = {
-    "train": ("jaxpeft.train", "RunArguments"),
-    "compare": ("jaxpeft.compare", "RunArguments"),
-    "data": ("jaxpeft.data.__main__", "DataArguments"),
-    "plan": ("jaxpeft.plan", "PlanArguments"),
-    "export": ("jaxpeft.export", "ExportArguments"),
-}
-"""The module of each command, and the class of its arguments there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

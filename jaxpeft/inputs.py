@@ -22,10 +22,9 @@ from jaxpeft import kernels
 from jaxpeft.core import paths
 from jaxpeft.core.rewriting import require_numbers
 from jaxpeft.errors import ConfigError, DataError, nearest, shown
-from jaxpeft.hub.loading import abstract_params
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import MARKERS, METHODS
-from jaxpeft.models.base import Pretrained
+from jaxpeft.models.base import Pretrained, abstract_params
 
 FAILURES = (FlaxError, TypeError, ValueError, KeyError, AttributeError)
 """What Flax and JAX raise where parameters are not a module's own."""

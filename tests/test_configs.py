@@ -18,8 +18,7 @@ from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.core.tree import count, partition
 from jaxpeft.errors import WeightsError
 from jaxpeft.hub import sources
-from jaxpeft.hub.loading import abstract_params
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import Options, abstract_params
 from jaxpeft.training import optimizers
 from jaxpeft.training.losses import loss_for
 from jaxpeft.training.step import init_state, make_train_step

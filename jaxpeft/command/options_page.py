@@ -6,8 +6,8 @@ import importlib
 import sys
 from collections.abc import Iterable, Iterator
 
-from jaxpeft.__main__ import COMMANDS
 from jaxpeft.command.arguments import argument_docs, flag
+from jaxpeft.command.table import COMMANDS
 from jaxpeft.config import reference
 from jaxpeft.core.option_docs import OptionDoc
 

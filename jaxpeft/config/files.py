@@ -14,11 +14,12 @@ from typing import Any
 
 import ml_collections
 
+from jaxpeft import methods
 from jaxpeft.config import plain_files
 from jaxpeft.config.literals import read_value
 from jaxpeft.config.schema import ESCAPED, Config, as_dict
 from jaxpeft.core.method import Method
-from jaxpeft.core.options import hints_of, no_option, parse
+from jaxpeft.core.options import Reader, hints_of, no_option, parse
 from jaxpeft.errors import ConfigError, cut, nearest, shown
 from jaxpeft.methods import METHODS
 
@@ -72,7 +73,7 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     section = values.get("method", {})
     if not isinstance(section, Mapping):
         return None, [f"config.method: must be a section with options, is {shown(section)}"]
-    method, problems = Method.read(typing.cast(Mapping[str, Any], section), "config.method")
+    method, problems = methods.read(typing.cast(Mapping[str, Any], section), "config.method")
     config, found = parse(Config, {**rest, "method": method} if method else rest, "config")
     return (None, [*problems, *found]) if problems or found else (config, [])
 
@@ -183,7 +184,7 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
     if not isinstance(node, dict) or hint is None:
         return [f"--config.{cut(option)}: {no_option(option, _all_options(values))}"]
     if not isinstance(node.get(last), dict) or typing.get_origin(hint) is dict:
-        node[last] = read_value(text, hint)
+        node[last] = read_value(text, hint, _reader(option, values))
         if option in ESCAPED and node[last] == text:
             node[last] = _ESCAPE.sub(lambda match: _ESCAPES[match[1]], text)
         return []
@@ -212,6 +213,14 @@ def _hint(option: str, values: Mapping[str, Any]) -> Any:
         name = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
         cls = METHODS.get(str(name), Method) if hints[key] is Method else hints[key]
     return cls
+
+
+def _reader(option: str, values: Mapping[str, Any]) -> Reader | None:
+    """Return what reads the sections that an option holds, None where they are of one type."""
+    section, _, name = option.rpartition(".")
+    cls = _hint(section, values) if section else Config
+    fields = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    return fields[name].metadata.get("read") if name in fields else None
 
 
 def _all_options(values: Mapping[str, Any]) -> list[str]:

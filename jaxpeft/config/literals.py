@@ -7,12 +7,12 @@ import re
 import warnings
 from typing import Any
 
-from jaxpeft.core.options import convert
+from jaxpeft.core.options import Reader, convert
 
 _NAMED = {"true": True, "false": False, "none": None}
 
 
-def read_value(text: str, hint: Any) -> Any:
+def read_value(text: str, hint: Any, read: Reader | None = None) -> Any:
     """Return a value as the type of its option asks: `8`, `1e-3`, `true`, `None`, `q_proj,v_proj`, or a string.
 
     Where no reading of the text is of that type, the value is the most literal one, which `convert` refuses.
@@ -20,6 +20,7 @@ def read_value(text: str, hint: Any) -> Any:
     Args:
         text: as it was written.
         hint: the annotated type of the option.
+        read: of the option, as `convert` takes it.
     """
     literal = _literal(text)
     names = tuple(part.strip() for part in text.split(",") if part.strip()) if "," in text or not text else (text,)
@@ -28,7 +29,7 @@ def read_value(text: str, hint: Any) -> Any:
     # a list in brackets is one, also where an item of it is wrong: its pieces are no names
     split = () if literal is not text and text.lstrip()[:1] in ("(", "[", "{") else (names,)
     for candidate in (*listed, literal, text, (literal,), *split):
-        if not convert(candidate, hint, "")[1]:
+        if not convert(candidate, hint, "", read)[1]:
             return candidate
     return literal
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxpeft.errors import ConfigError, WeightsError, cut
-from jaxpeft.hub.json_files import parse_json
+from jaxpeft.json_files import parse_json
 
 
 def read(path: Path) -> dict[str, Any]:

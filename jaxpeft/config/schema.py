@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpeft.config.candidates import CandidateConfig, CompareConfig
-from jaxpeft.config.mesh import MeshConfig, batch_problems, known_rows
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.errors import nearest, shown
 from jaxpeft.kernels import QUANTIZED
+from jaxpeft.methods import read
 from jaxpeft.methods.lora import LoRA
+from jaxpeft.sharding.mesh_config import MeshConfig, batch_problems, known_rows
 from jaxpeft.sharding.sizes import divisors
 from jaxpeft.sharding.sizes import nearest as nearest_numbers
 
@@ -338,7 +339,7 @@ class Config:
     """A whole run."""
 
     model: ModelConfig = option(ModelConfig, "the pretrained model")
-    method: Method = option(LoRA, "the fine-tuning method: `name` and its hyperparameters")
+    method: Method = option(LoRA, "the fine-tuning method: `name` and its hyperparameters", read=read)
     data: DataConfig = option(DataConfig, "the rows")
     mesh: MeshConfig = option(MeshConfig, "devices")
     optimizer: OptimizerConfig = option(OptimizerConfig, "the optimizer")

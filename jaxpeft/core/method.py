@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxpeft.core.options import option, parse, settle
+from jaxpeft.core.options import option, settle
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, Targets
-from jaxpeft.errors import ConfigError, nearest, shown
+from jaxpeft.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     import jax
@@ -414,22 +414,3 @@ class Method:
     def as_dict(self) -> dict[str, Any]:
         """Gives the options as plain values, with the method's name."""
         return {"name": self.name, **dataclasses.asdict(self)}
-
-    @staticmethod
-    def read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str]]:
-        """Makes a method of plain values, of which `name` says which, finding every problem at once.
-
-        Args:
-            values: as `as_dict` gives them.
-            where: what to call them in a message, such as `config.method`.
-
-        Returns:
-            `(method, [])`, or `(None, problems)`.
-        """
-        from jaxpeft.methods import METHODS
-
-        name = values.get("name", "lora")
-        if not isinstance(name, str) or name not in METHODS:
-            near = nearest(name, METHODS) if isinstance(name, str) else ""
-            return None, [f"{where}.name: {shown(name)} is not a method{near} (known: {', '.join(METHODS)})"]
-        return parse(METHODS[name], {key: value for key, value in values.items() if key != "name"}, where)

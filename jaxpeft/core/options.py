@@ -18,6 +18,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from jaxpeft.errors import ConfigError, cut, nearest, shown
 
 T = TypeVar("T")
+Reader = Callable[[Mapping[str, Any], str], tuple[Any, list[str]]]
+"""Makes an instance of plain values, given what to call them: `(instance, [])`, or `(None, problems)`."""
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (lambda value, bound: value > bound, "above"),
     "at_least": (lambda value, bound: value >= bound, "at least"),
@@ -45,15 +47,16 @@ _WHOLE = 2**31 - 1
 _MOST_TOLD = 5
 
 
-def option(default: Any, doc: str, **bounds: float) -> Any:
-    """Declares one option.
+def option(default: Any, doc: str, *, read: Reader | None = None, **bounds: float) -> Any:
+    """Declare one option.
 
     Args:
         default: its default; a dict is copied for each instance, a dataclass type is instantiated.
         doc: what it does, with the unit, in one line.
+        read: makes an instance of a section whose type stands for several, as that of methods does; None for one that `parse` makes.
         **bounds: any of `above`, `at_least`, `below`, `at_most`.
     """
-    metadata = {"doc": doc, **bounds}
+    metadata = {"doc": doc, **({"read": read} if read else {}), **bounds}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     if isinstance(default, type):
@@ -106,7 +109,7 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
             known = ", ".join(sorted(fields))
             found.append(f"{where}.{cut(key)}: {no_option(key, fields)} (known: {known})")
             continue
-        taken[key], problems = convert(value, hints[key], f"{where}.{key}")
+        taken[key], problems = convert(value, hints[key], f"{where}.{key}", fields[key].metadata.get("read"))
         found += problems or _out_of_bounds(taken[key], fields[key].metadata, f"{where}.{key}")
     wrong = [problem.removeprefix(f"{where}.").partition(":")[0].split(".")[0].split("[")[0] for problem in found]
     try:
@@ -132,7 +135,7 @@ def settle(instance: Any, where: str) -> list[str]:
     found: list[str] = []
     for field in dataclasses.fields(instance):
         name = f"{where}.{field.name}"
-        value, problems = convert(getattr(instance, field.name), hints[field.name], name)
+        value, problems = convert(getattr(instance, field.name), hints[field.name], name, field.metadata.get("read"))
         found += problems or _out_of_bounds(value, field.metadata, name)
         object.__setattr__(instance, field.name, value)
     return found or [f"{where}.{problem}" for problem in instance.problems()]
@@ -171,8 +174,8 @@ def _first(problems: list[str], where: str) -> list[str]:
     return problems if more <= 0 else [*problems[:_MOST_TOLD], f"{where}: {more} more of its values are wrong"]
 
 
-def convert(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
-    """Gives the value as the annotated type and no problems, or the value as it is and why it is not one."""
+def convert(value: Any, hint: Any, where: str, read: Reader | None = None) -> tuple[Any, list[str]]:
+    """Return the value as the annotated type and no problems, or the value as it is and why it is not one."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _convert_union(value, hint, where)
@@ -184,11 +187,11 @@ def convert(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
             f"{where}: must be one of {choices}, is {shown(value)}{nearest(value if isinstance(value, str) else shown(value), map(str, get_args(hint)))}"
         ]
     if origin is tuple:
-        return _convert_tuple(value, get_args(hint)[0], where)
+        return _convert_tuple(value, get_args(hint)[0], where, read)
     if origin is dict:
         return _convert_dict(value, get_args(hint)[1], where)
     if dataclasses.is_dataclass(hint):
-        return _convert_dataclass(value, hint, where)
+        return _convert_dataclass(value, hint, where, read)
     return _convert_scalar(value, hint, where)
 
 
@@ -203,12 +206,12 @@ def _convert_union(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
     return value, [f"{where}: must be {_words(hint)}, is {shown(value)} ({type(value).__name__})"]
 
 
-def _convert_tuple(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str]]:
+def _convert_tuple(value: Any, item_hint: Any, where: str, read: Reader | None) -> tuple[Any, list[str]]:
     if isinstance(value, (set, frozenset)):
         value = sorted(typing.cast(set[Any], value), key=str)
     if not isinstance(value, (list, tuple)):
         return value, [f"{where}: must be a list of {_words(item_hint)}, is {shown(value)} ({type(value).__name__})"]
-    pairs = [convert(item, item_hint, f"{where}[{i}]") for i, item in enumerate(typing.cast(list[Any], value))]
+    pairs = [convert(item, item_hint, f"{where}[{i}]", read) for i, item in enumerate(typing.cast(list[Any], value))]
     return tuple(item for item, _ in pairs), _first([problem for _, problems in pairs for problem in problems], where)
 
 
@@ -222,12 +225,11 @@ def _convert_dict(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str
     return {key: item for key, (item, _) in pairs.items()}, _first(wrong, where)
 
 
-def _convert_dataclass(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
+def _convert_dataclass(value: Any, hint: Any, where: str, read: Reader | None) -> tuple[Any, list[str]]:
     if isinstance(value, hint):
         return value, []
-    read = getattr(hint, "read", None)  # of a type that stands for several, as methods do
     if read is not None and isinstance(value, Mapping):
-        return read(value, where)
+        return read(typing.cast(Mapping[str, Any], value), where)
     if not isinstance(value, Mapping):
         return value, [f"{where}: must be a section with options, is {shown(value)} ({type(value).__name__})"]
     return parse(hint, typing.cast(Mapping[str, Any], value), where)

@@ -19,7 +19,7 @@ from jaxpeft.data.reading import read_examples, read_held
 from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, DataError, cut
 from jaxpeft.hub import sources
-from jaxpeft.hub.json_files import read_json
+from jaxpeft.json_files import read_json
 from jaxpeft.logs import timed
 
 _log = logging.getLogger(__name__)

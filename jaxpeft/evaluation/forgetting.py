@@ -29,7 +29,7 @@ import numpy as np
 
 from jaxpeft import forward, models
 from jaxpeft.errors import DataError
-from jaxpeft.hub.json_files import read_json
+from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.activations import mesh_under, on_mesh
 

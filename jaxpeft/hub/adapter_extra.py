@@ -14,9 +14,9 @@ from typing import Any
 import jaxpeft
 from jaxpeft.errors import AdapterError
 from jaxpeft.hub import digests
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG, EXTRA
 from jaxpeft.hub.settings import Settings, parse_settings
+from jaxpeft.json_files import read_json
 
 _SHOWN = 20
 """How many fields a message names."""

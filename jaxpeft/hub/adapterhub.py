@@ -22,10 +22,10 @@ import numpy as np
 
 from jaxpeft.core import paths, targets
 from jaxpeft.errors import AdapterError
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG, EXTRA, Content, Layout
 from jaxpeft.hub.peft_config import COMMON
 from jaxpeft.hub.safetensors_files import read_header
+from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
 
 HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"

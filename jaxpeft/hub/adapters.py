@@ -24,15 +24,14 @@ from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError,
 from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
 from jaxpeft.hub.adapterhub import AdapterHub
 from jaxpeft.hub.base_identity import architecture, differences, fingerprint
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG, EXTRA, Content, Layout
-from jaxpeft.hub.loading import abstract_params
 from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.hub.safetensors_writing import write_arrays
 from jaxpeft.hub.settings import Settings, parse_settings
 from jaxpeft.hub.tied_heads import tie_of
+from jaxpeft.json_files import read_json
 from jaxpeft.methods import from_dict
-from jaxpeft.models.base import Pretrained
+from jaxpeft.models.base import Pretrained, abstract_params
 from jaxpeft.transforms.rewrite import require_plain, rewrite
 
 CARD, PARTS = "README.md", "jaxpeft_parts.json"

@@ -18,10 +18,10 @@ from jaxpeft import models
 from jaxpeft.core import paths
 from jaxpeft.errors import shown
 from jaxpeft.hub import digests
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.safetensors_files import open_folder
 from jaxpeft.hub.sources import Source, file_sha256
 from jaxpeft.hub.weights import plain_name
+from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Family, Options
 
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path")

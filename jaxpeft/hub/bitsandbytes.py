@@ -23,8 +23,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from jaxpeft.errors import WeightsError
-from jaxpeft.hub.json_files import parse_json
 from jaxpeft.hub.safetensors_files import DTYPES, Described, Span, Tensor
+from jaxpeft.json_files import parse_json
 from jaxpeft.kernels import nf4
 
 _STATE = ".quant_state.bitsandbytes__"

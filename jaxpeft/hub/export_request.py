@@ -17,7 +17,6 @@ from jaxpeft.errors import AdapterError, ConfigError, WeightsError
 from jaxpeft.hub import loading, peft_config
 from jaxpeft.hub.adapter_extra import read_extra
 from jaxpeft.hub.adapters import LAYOUTS, layout_of, parts_of
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG, EXTRA
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.merge_record import MERGE, records
@@ -25,6 +24,7 @@ from jaxpeft.hub.safetensors_files import read_header
 from jaxpeft.hub.safetensors_writing import SHARD_BYTES
 from jaxpeft.hub.settings import Settings, parse_settings
 from jaxpeft.hub.sources import file_sha256, package_of
+from jaxpeft.json_files import read_json
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant, read_quant

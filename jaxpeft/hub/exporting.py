@@ -39,11 +39,11 @@ from jaxpeft.hub.export_request import (
     require_same_elsewhere,
     require_unmerged,
 )
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.layout import CONFIG
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.merge_record import MERGE, records
 from jaxpeft.hub.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
+from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.tree import Quant, dequantise
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpeft.errors import WeightsError
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.safetensors_files import open_folder
 from jaxpeft.hub.sources import Source
+from jaxpeft.json_files import read_json
 
 _ARCHITECTURES = {
     "sequence_classification": "ForSequenceClassification",

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.safetensors_files import read_header
+from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
 
 CONFIG, EXTRA = "adapter_config.json", "jaxpeft.json"

@@ -19,10 +19,10 @@ from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import ConfigError, WeightsError
 from jaxpeft.hub import bitsandbytes, merge_record, quantised_cache, shards, sources, weights
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.safetensors_files import Meter, open_folder
+from jaxpeft.json_files import read_json
 from jaxpeft.models.attention import KERNELS, fastest, platform
-from jaxpeft.models.base import Options, Pretrained
+from jaxpeft.models.base import Options, Pretrained, abstract_params
 from jaxpeft.quant.tree import Quant
 
 Task = Literal["causal_lm", "sequence_classification", "token_classification", "encoder"]
@@ -229,12 +229,6 @@ def _quantised_already(folder: FilePath, abstract: Tree, plan: weights.WeightPla
             f"quant: is {asked}, and {folder} is quantised already, as {found}; leave quant out, or give the unquantised model"
         )
     return found
-
-
-def abstract_params(model: Pretrained) -> Tree:
-    """Gives the shapes and dtypes of a model's parameters without making them."""
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
 
 
 def _own_dtype(tensors: weights.Tensors) -> Any:

@@ -10,8 +10,8 @@ import jax
 
 from jaxpeft.errors import WeightsError
 from jaxpeft.hub import digests
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.safetensors_files import open_folder
+from jaxpeft.json_files import read_json
 
 MERGE = "jaxpeft_merge.json"
 

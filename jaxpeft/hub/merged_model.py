@@ -24,11 +24,11 @@ from jaxpeft.core.rewriting import adapter_names, trainable_mask
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub import safetensors_writing
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.safetensors_writing import Readable
 from jaxpeft.hub.settings import Settings
+from jaxpeft.json_files import read_json
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import MARKERS
 from jaxpeft.models import FAMILIES

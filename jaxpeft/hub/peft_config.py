@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpeft import methods
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import parse
@@ -74,7 +75,7 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
     method, found = parse(kind, values, kind.name)
     problems += [*odd, *found]
     if method is not None and tokens and not problems:
-        method, found = Method.read({"name": "mixed", "methods": (method.as_dict(), *tokens)}, "adapter")
+        method, found = methods.read({"name": "mixed", "methods": (method.as_dict(), *tokens)}, "adapter")
         problems += found
     if problems or method is None:
         raise AdapterError([f"{where}: {problem}" for problem in problems])

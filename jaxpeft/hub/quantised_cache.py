@@ -36,11 +36,11 @@ from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import WeightsError
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.leaf_sources import LeafSource, joined
 from jaxpeft.hub.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.safetensors_writing import write_model
 from jaxpeft.hub.weights import WeightPlan
+from jaxpeft.json_files import read_json
 from jaxpeft.logs import timed
 from jaxpeft.quant.tree import Quant
 

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxpeft.errors import WeightsError
-from jaxpeft.hub.json_files import parse_json, read_json
+from jaxpeft.json_files import parse_json, read_json
 
 DTYPES: Mapping[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

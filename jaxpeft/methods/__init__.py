@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.core.method import Method
-from jaxpeft.errors import ConfigError
+from jaxpeft.core.options import parse
+from jaxpeft.errors import ConfigError, nearest, shown
 from jaxpeft.methods.adalora import AdaLoRA
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.bitfit import BitFit
@@ -82,13 +83,30 @@ METHODS: Mapping[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name in configs and files."""
 
 
+def read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str]]:
+    """Make a method of plain values, of which `name` says which; find every problem at once.
+
+    Args:
+        values: as `as_dict` gives them.
+        where: what to call them in a message, such as `config.method`.
+
+    Returns:
+        `(method, [])`, or `(None, problems)`.
+    """
+    name = values.get("name", "lora")
+    if not isinstance(name, str) or name not in METHODS:
+        near = nearest(name, METHODS) if isinstance(name, str) else ""
+        return None, [f"{where}.name: {shown(name)} is not a method{near} (known: {', '.join(METHODS)})"]
+    return parse(METHODS[name], {key: value for key, value in values.items() if key != "name"}, where)
+
+
 def from_dict(values: Mapping[str, Any]) -> Method:
     """Makes the method whose `as_dict` gives these values.
 
     Raises:
         ConfigError: there is no such method, or an option of it is wrong.
     """
-    method, problems = Method.read(values, "method")
+    method, problems = read(values, "method")
     if method is None:
         raise ConfigError(problems)
     return method

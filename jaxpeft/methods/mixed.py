@@ -8,6 +8,7 @@ Parameter-Efficient Language Model Tuning", section 3, without its gates (arXiv:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,12 @@ from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.methods.trainable_tokens import TrainableTokens
+
+
+def _read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str]]:
+    from jaxpeft import methods  # the table that this method stands in
+
+    return methods.read(values, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +35,7 @@ class Mixed(Method):
     name: ClassVar[str] = "mixed"
     paper: ClassVar[str] = "arXiv:2110.07577"
 
-    methods: tuple[core.Method, ...] = option((), "the methods, each a section with its `name` and options")
+    methods: tuple[core.Method, ...] = option((), "the methods, each a section with its `name` and options", read=_read)
 
     def problems(self) -> list[str]:
         """Lists what cannot be put together."""

@@ -91,7 +91,7 @@ class PrefixTuning(VirtualTokens):
         if not self.init_tokens:
             return self, params
         ids = repeated(self.init_tokens, self.num_virtual_tokens, word_embedding(params).shape[0])
-        return self, {**params, "prefix_embeddings": _keys_and_values(run.model, run.base, ids)}
+        return self, {**params, "prefix_embeddings": _keys_and_values(run, ids)}
 
     @staticmethod
     def table(leaves: Leaves) -> Any:
@@ -135,14 +135,13 @@ class PTuningV2(PrefixTuning):
     dropout: float = option(0.1, "rate of dropout on keys and values of the prefix", at_least=0, below=1)
 
 
-def _keys_and_values(model: Any, base: Leaves, ids: Any) -> jax.Array:
-    """Computes the keys, rotated, and values of each layer for a row of tokens: float32 `[n, layers, 2, w]`."""
+def _keys_and_values(run: Any, ids: Any) -> jax.Array:
+    """Compute the keys, rotated, and values of each layer for a row of tokens: float32 `[n, layers, 2, w]`."""
     from jaxpeft.core import paths
     from jaxpeft.core.tree import stack_layers
-    from jaxpeft.forward import apply
     from jaxpeft.models.base import PAST
 
-    _, kept = jax.jit(lambda base, ids: apply(model, base, ids, mutable=[PAST]))(base, ids[None])
+    _, kept = jax.jit(lambda base, ids: run.apply(base, ids, mutable=[PAST]))(run.base, ids[None])
     stacked = stack_layers(paths.map_with_path(lambda _, sown: sown[0], kept[PAST]))
     ((_, past),) = paths.walk(stacked)
     return jnp.transpose(past[:, :, 0], (2, 0, 1, 3)).astype(jnp.float32)

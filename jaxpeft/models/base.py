@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxpeft.core.paths import Path
+from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import ConfigError, shown
 
 LARGEST = 1 << 24
@@ -253,3 +255,9 @@ REMAT_POLICIES: Mapping[str, str] = {
 
 PAST = "past"
 """The collection in which a caller finds the keys and values of each layer, `[2, batch, length, kv_heads * d]`, if it asks."""
+
+
+def abstract_params(model: Pretrained) -> Tree:
+    """Return the shapes and dtypes of a model's parameters without making them."""
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]

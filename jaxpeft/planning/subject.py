@@ -21,9 +21,8 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.errors import ConfigError, TargetError, nearest
 from jaxpeft.hub import sources
-from jaxpeft.hub.json_files import read_json
-from jaxpeft.hub.loading import abstract_params
-from jaxpeft.models.base import Options, Pretrained
+from jaxpeft.json_files import read_json
+from jaxpeft.models.base import Options, Pretrained, abstract_params
 from jaxpeft.planning.shapes import SHAPES
 from jaxpeft.quant.tree import Quant
 from jaxpeft.training import optimizers

@@ -6,18 +6,20 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpeft.config.mesh import MeshConfig, batch_problems
-from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError
+from jaxpeft.sharding.mesh_config import MeshConfig, batch_problems
 from jaxpeft.sharding.processes import joined
 from jaxpeft.sharding.sizes import AXES, DATA, FSDP, ROWS, SEQUENCE, STRATEGIES, TENSOR, Heads, sizes
+
+if TYPE_CHECKING:
+    from jaxpeft.config.schema import Config
 
 _log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.core.expressions import require_fast
 from jaxpeft.errors import ConfigError, TargetError
+from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import FSDP, STRATEGIES, TENSOR
 
 Axes = tuple[tuple[str, ...], ...]

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxpeft.errors import ConfigError, WeightsError
 from jaxpeft.hub import digests
-from jaxpeft.hub.json_files import read_json
+from jaxpeft.json_files import read_json
 
 NAME = "base.json"
 _SHOWN = 3

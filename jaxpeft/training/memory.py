@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from jaxpeft.core import paths
 from jaxpeft.forward import run
-from jaxpeft.hub.loading import Outline, abstract_params
+from jaxpeft.hub.loading import Outline
+from jaxpeft.models.base import abstract_params
 from jaxpeft.models.chunked_attention import block_of
 from jaxpeft.sharding.rules import Rules
 from jaxpeft.sharding.sizes import FSDP, SEQUENCE, TENSOR

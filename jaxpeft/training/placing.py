@@ -8,11 +8,11 @@ import logging
 import jax
 from jax.sharding import Mesh
 
-from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import Outline
 from jaxpeft.models.base import Pretrained
+from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.specs import HOST, Layout, by_path, gathered_codes, log_dropped
 
 _log = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from jaxpeft.errors import ConfigError, TargetError, nearest
 from jaxpeft.evaluation.metrics import FIGURES
 from jaxpeft.hub import sources
 from jaxpeft.hub.base_identity import architecture, fingerprint, weight_files
-from jaxpeft.hub.json_files import read_json
 from jaxpeft.hub.loading import Outline, outline
+from jaxpeft.json_files import read_json
 from jaxpeft.methods import METHODS
 from jaxpeft.models.attention import kernel_of, platform
 from jaxpeft.models.base import Pretrained

@@ -18,6 +18,7 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import ConfigError
+from jaxpeft.forward import apply
 from jaxpeft.hub.loading import Task, outline
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.activations import mesh_under, on_mesh
@@ -43,6 +44,10 @@ class Start:
     key: jax.Array
     tokenizer: Any = None
     batches: Callable[[], Iterable[Mapping[str, Any]]] = lambda: ()
+
+    def apply(self, params: Mapping[str, Any], *inputs: Any, **kw: Any) -> Any:
+        """Run the model on a tree: see `jaxpeft.apply`."""
+        return apply(self.model, params, *inputs, **kw)
 
     def rewrite(self, method: Method) -> Tree:
         """Rewrites the base with another method, from the same key."""

@@ -17,7 +17,7 @@ from jaxpeft.config.literals import read_value
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.options import convert
 from jaxpeft.errors import ConfigError
-from jaxpeft.methods import METHODS
+from jaxpeft.methods import METHODS, read
 
 DEEP: list[Any] = []
 for _ in range(5000):
@@ -51,14 +51,14 @@ def hints() -> list[Any]:
 def test_any_text_is_a_value_of_any_type_or_a_problem() -> None:
     assert len(hints()) > 25
     for hint, text in itertools.product(hints(), TEXTS):
-        _, problems = convert(read_value(text, hint), hint, "config.x")
+        _, problems = convert(read_value(text, hint, read), hint, "config.x", read)
         assert all(problem.startswith("config.") and len(problem) < 900 for problem in problems), (hint, text[:80])
         assert len(problems) < 40, (hint, text[:80])
 
 
 def test_any_value_of_a_file_is_of_any_type_or_a_problem() -> None:
     for hint, value in itertools.product(hints(), VALUES):
-        _, problems = convert(value, hint, "config.x")
+        _, problems = convert(value, hint, "config.x", read)
         assert all(problem.startswith("config.") and len(problem) < 900 for problem in problems), (hint, type(value))
 
 

@@ -24,9 +24,8 @@ import pytest
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.core.tree import count
-from jaxpeft.hub.loading import abstract_params
 from jaxpeft.methods import METHODS
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import Options, abstract_params
 from tests.conformance.rows import ROWS, SHOWN
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,7 @@ import pytest
 from jaxpeft import LoRA, models
 from jaxpeft.core.targets import Targets, find_sites, resolve
 from jaxpeft.errors import ConfigError, TargetError
-from jaxpeft.hub.loading import abstract_params
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import Options, abstract_params
 from jaxpeft.transforms.rewrite import rewrite
 from tests.models.conftest import tiny_config
 

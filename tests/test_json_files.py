@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxpeft.errors import WeightsError
-from jaxpeft.hub.json_files import parse_json, read_json
+from jaxpeft.json_files import parse_json, read_json
 
 REFUSED = {
     "whole number": ('{"a": ' + "9" * 5000 + "}", r"x\.json: holds a whole number of 5,000 digits"),
