@@ -21,22 +21,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxpeft.core import paths
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import TargetError, nearest
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import rank_allocation
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import TARGET_OPTIONS
 
 if TYPE_CHECKING:
     import optax
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(Targeted):
+class AdaLoRA(Biased):
     """Low-rank adaptation of linear sites whose ranks are allocated during training.
 
     Leaves of a site: `adalora_a [in, r]`, `adalora_e [r]`, `adalora_b [r, out]`, trained; `adalora_scale []`,
@@ -77,7 +76,7 @@ class AdaLoRA(Targeted):
     target_rank: int = option(8, "mean rank of the sites in the end", at_least=1)
     alpha: float = option(16.0, "numerator of the scaling", above=0)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
-    bias: Literal["none", "all", "lora_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "lora_only"] = bias_option()
     initial_steps: int = option(0, "steps at the start in which no rank is cut", at_least=0)
     final_steps: int = option(0, "steps at the end in which the ranks stay as they are", at_least=0)
     interval: int = option(1, "steps between two allocations", at_least=1)
@@ -120,10 +119,6 @@ class AdaLoRA(Targeted):
             "adalora_scale": jnp.asarray(self.alpha / (self.rank + 1e-5), jnp.float32),
         }
         return leaves | ({"adalora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains A, e and B, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

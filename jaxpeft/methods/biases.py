@@ -1,30 +1,40 @@
-"""Which biases of the base a targeted method trains beside its own leaves: PEFT's option `bias`."""
+"""What the methods with PEFT's option `bias` have in common: they train biases of the base beside their own leaves."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 from jaxpeft.core import paths
 from jaxpeft.core.method import Leaves
+from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import matches, whole_leaf
 from jaxpeft.methods.targeted import Targeted
 
 
-def trains_bias(method: Targeted, which: str, path: Path, params: Leaves) -> bool:
-    """Says whether a leaf is a bias that is trained.
+def bias_option() -> Any:
+    """Declare the option `bias`; each method types it with PEFT's own choices: `none`, `all`, and `NAME_only`."""
+    return option("none", "which biases of the base are trained as well")
 
-    Args:
-        method: the method.
-        which: `none`, `all`, or, ending with `_only`, those of the sites that it adapts.
-        path: of the leaf.
-        params: the whole tree, rewritten; abstract leaves will do.
 
-    Raises:
-        ConfigError: the leaf is stacked, and some of its layers only are adapted.
-    """
-    if path[-1] != "bias" or which == "none":
-        return False
-    if which == "all":
-        return True
-    adapted = method.leaf_names[0] in paths.get(params, path[:-1])
-    wanted = method.where(())
-    return adapted and whole_leaf(method.name, path, paths.get(params, path), lambda name: matches(name, wanted))
+@dataclass(frozen=True, kw_only=True)
+class Biased(Targeted):
+    """A targeted method with an option `bias`: `none`, `all`, or, ending with `_only`, the biases of the sites that it adapts."""
+
+    if TYPE_CHECKING:
+        bias: str = bias_option()  # a field of each method, at its own place among the options
+
+    def trains(self, path: Path, params: Leaves) -> bool:
+        """Return whether a leaf is one of the method's own that are trained, or a bias that `bias` names.
+
+        Raises:
+            ConfigError: the leaf is a stacked bias, and only some of its layers are adapted.
+        """
+        return super().trains(path, params) or (path[-1] == "bias" and self._trains_bias(path, params))
+
+    def _trains_bias(self, path: Path, params: Leaves) -> bool:
+        if self.bias in ("none", "all"):
+            return self.bias == "all"
+        adapted, wanted = self.leaf_names[0] in paths.get(params, path[:-1]), self.where(())
+        return adapted and whole_leaf(self.name, path, paths.get(params, path), lambda name: matches(name, wanted))

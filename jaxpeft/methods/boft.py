@@ -23,13 +23,12 @@ import numpy as np
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping, rotations
-from jaxpeft.methods.biases import trains_bias
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.biases import Biased, bias_option
+from jaxpeft.methods.targeted import TARGET_OPTIONS
 
 if TYPE_CHECKING:
     from jax import Array
@@ -38,7 +37,7 @@ _SIZE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class BOFT(Targeted):
+class BOFT(Biased):
     """Butterfly orthogonal fine-tuning of linear sites.
 
     Leaves of a site: `boft_r [m, d, k, k]` and `boft_s [1, out]`, trained; `boft_dropout []` where the rate is not zero, not
@@ -74,7 +73,7 @@ class BOFT(Targeted):
     dropout: float = option(
         0.0, "rate at which a block of one factor, drawn anew each time, is not rotated", at_least=0, below=1
     )
-    bias: Literal["none", "all", "boft_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "boft_only"] = bias_option()
 
     def problems(self) -> list[str]:
         """Lists options that exclude each other."""
@@ -107,10 +106,6 @@ class BOFT(Targeted):
             "boft_s": jnp.ones((1, site.shape[1]), jnp.float32),
         }
         return leaves | ({"boft_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains matrices and scales, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, pattern_value, require_ends
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.biases import trains_bias
-from jaxpeft.methods.targeted import Targeted, require_divisor
+from jaxpeft.methods.biases import Biased, bias_option
+from jaxpeft.methods.targeted import require_divisor
 
 if TYPE_CHECKING:
     from jax import Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class C3A(Targeted):
+class C3A(Biased):
     """Block-circular convolution of the inputs of linear sites.
 
     Leaves of a site: `c3a_kernel [out / k, in / k, k]`, float32, trained.
@@ -62,7 +61,7 @@ class C3A(Targeted):
     init_weights: Literal["zeros", "xavier_uniform", "kaiming_uniform", "gaussian"] = option(
         "zeros", "how w begins; the three others change the outputs from the first step, PEFT's default among them"
     )
-    bias: Literal["none", "all", "c3a_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "c3a_only"] = bias_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,10 +96,6 @@ class C3A(Targeted):
             return {"c3a_kernel": jax.random.normal(rng, shape, jnp.float32)}
         bound = bounds[self.init_weights]
         return {"c3a_kernel": jax.random.uniform(rng, shape, jnp.float32, -bound, bound)}
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains `w`, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

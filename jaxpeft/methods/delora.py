@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, pattern_value, require_patterns
 from jaxpeft.lazy import jnp
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import TARGET_OPTIONS
 
 if TYPE_CHECKING:
     from jax import Array
@@ -33,7 +32,7 @@ _SHORTEST = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeLoRA(Targeted):
+class DeLoRA(Biased):
     """Low-rank adaptation of linear sites with a bounded strength.
 
     Leaves of a site: `delora_a [in, r]`, `delora_b [r, out]` and `delora_lambda [1]`, trained; `delora_w_norm [in]`,
@@ -73,7 +72,7 @@ class DeLoRA(Targeted):
     rank_pattern: dict[str, int] = option({}, "other ranks, by the end of a site's name", at_least=1)
     boundary_pattern: dict[str, float] = option({}, "other boundaries, by the end of a site's name", above=0)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
-    bias: Literal["none", "all", "delora_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "delora_only"] = bias_option()
 
     def expressions(self, whole: bool) -> dict[str, Any]:
         """Gives the options that hold regular expressions."""
@@ -101,10 +100,6 @@ class DeLoRA(Targeted):
             "delora_share": jnp.asarray(1 / rank, jnp.float32),
         }
         return leaves | ({"delora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains A, B and the boundary, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

@@ -19,21 +19,20 @@ import numpy as np
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, pattern_value, require_ends
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.made import through
 from jaxpeft.methods.sparse import as_torch_draws, scattered
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import TARGET_OPTIONS
 
 if TYPE_CHECKING:
     from jax import Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourierFT(Targeted):
+class FourierFT(Biased):
     """Trained frequencies of the update of linear sites.
 
     Leaves of a site: `fourierft_spectrum [n]`, float32, trained; `fourierft_indices [2, n]`, int32, rows of which are frequencies
@@ -69,7 +68,7 @@ class FourierFT(Targeted):
     init_weights: Literal["zeros", "gaussian"] = option(
         "zeros", "how c begins; 'gaussian', PEFT's default, changes the outputs from the first step"
     )
-    bias: Literal["none", "all", "fourier_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "fourier_only"] = bias_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,10 +106,6 @@ class FourierFT(Targeted):
             "fourierft_indices": jnp.asarray(np.stack([flat // n_in, flat % n_in]), jnp.int32),
             "fourierft_scale": jnp.asarray(self.scaling, jnp.float32),
         }
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains `c`, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

@@ -19,21 +19,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import Targeted, require_divisor
+from jaxpeft.methods.targeted import require_divisor
 
 if TYPE_CHECKING:
     from jax import Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraLoRA(Targeted):
+class GraLoRA(Biased):
     """Granular low-rank adaptation of linear sites.
 
     Leaves of a site: `gralora_a [k, in / k, r]`, `gralora_b [k, r, out / k]`, and with a hybrid rank `gralora_general_a [in, h]`,
@@ -75,7 +74,7 @@ class GraLoRA(Targeted):
     alpha: float = option(64.0, "numerator of the scaling alpha / (rank + hybrid_rank)", above=0)
     blocks: int = option(2, "how many blocks k the inputs and the outputs are cut into", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
-    bias: Literal["none", "all", "gralora_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "gralora_only"] = bias_option()
 
     def problems(self) -> list[str]:
         """Refuses a rank that the blocks do not divide."""
@@ -103,10 +102,6 @@ class GraLoRA(Targeted):
             leaves["gralora_general_a"] = uniform(keys[1], (n_in, self.hybrid_rank), n_in)
             leaves["gralora_general_b"] = jnp.zeros((self.hybrid_rank, n_out), jnp.float32)
         return leaves | ({"gralora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains the matrices, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import rotations
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import TARGET_OPTIONS
 
 if TYPE_CHECKING:
     from jax import Array
@@ -38,7 +37,7 @@ _TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
-class HRA(Targeted):
+class HRA(Biased):
     """Householder reflections of the inputs of linear sites.
 
     Leaves of a site: `hra_u [in, r]`, trained; `hra_gram_schmidt []` where it is asked for, not trained. All float32.
@@ -65,7 +64,7 @@ class HRA(Targeted):
 
     rank: int = option(8, "number r of reflections, even", at_least=2)
     gram_schmidt: bool = option(False, "make the columns of U orthonormal first")
-    bias: Literal["none", "all", "hra_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "hra_only"] = bias_option()
 
     def problems(self) -> list[str]:
         """Refuses an odd rank."""
@@ -80,10 +79,6 @@ class HRA(Targeted):
         if self.gram_schmidt:
             return {"hra_u": uniform(rng, (n_in, self.rank), self.rank), "hra_gram_schmidt": jnp.ones((), jnp.float32)}
         return {"hra_u": jnp.repeat(uniform(rng, (n_in, self.rank // 2), self.rank // 2), 2, axis=1)}
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains U, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

@@ -34,7 +34,7 @@ from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, pattern_value
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import eva, loftq, starts
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked
@@ -43,7 +43,7 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Ranked):
+class LoRA(Biased, Ranked):
     """Low-rank adaptation of linear sites and embeddings.
 
     Leaves of a site: `lora_a [in, r]`, `lora_b [r, out]` and, if asked for, `lora_bias [out]`, trained; `lora_scale []`,
@@ -82,7 +82,7 @@ class LoRA(Ranked):
 
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) in place of alpha / rank")
-    bias: Literal["none", "all", "lora_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "lora_only"] = bias_option()
     lora_bias: bool = option(False, "train a bias beside B as well")
     init_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"] = option(
         "default", "how A and B begin"
@@ -116,10 +116,6 @@ class LoRA(Ranked):
         if self.lora_bias:
             leaves["lora_bias"] = jnp.zeros((site.shape[1],), jnp.float32)
         return leaves
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains A and B, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     def rate(self, path: Path) -> float:
         """Gives B the learning rate of LoRA+."""

@@ -21,20 +21,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jnp
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import TARGET_OPTIONS
 
 if TYPE_CHECKING:
     from jax import Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiSS(Targeted):
+class MiSS(Biased):
     """Shard sharing at linear sites.
 
     Leaves of a site: `miss_block`, `[r, out]`, of `mini` `[r, mini_rank]`, of `bat` `[out / r, r, r]`, trained;
@@ -66,7 +65,7 @@ class MiSS(Targeted):
     variant: Literal["balance", "mini", "bat"] = option("balance", "form of the shared matrix")
     mini_rank: int = option(1, "columns of the matrix of the variant 'mini'", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of the update", at_least=0, below=1)
-    bias: Literal["none", "all", "MiSS_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "MiSS_only"] = bias_option()
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
         """Makes the shared matrix of zeros.
@@ -83,10 +82,6 @@ class MiSS(Targeted):
             raise ConfigError(f"miss: the kernel of {site.name}, {n_in} by {n_out}, does not split by {shards}")
         leaves = {"miss_block": jnp.zeros(shapes[self.variant], jnp.float32)}
         return leaves | ({"miss_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains the shared matrix, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

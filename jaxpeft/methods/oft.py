@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping, rotations
-from jaxpeft.methods.biases import trains_bias
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.biases import Biased, bias_option
+from jaxpeft.methods.targeted import TARGET_OPTIONS
 
 if TYPE_CHECKING:
     from jax import Array
@@ -40,7 +39,7 @@ _SIZE, _TERMS, _TINY = 32, 5, 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
-class OFT(Targeted):
+class OFT(Biased):
     """Orthogonal fine-tuning of linear sites.
 
     A size or number of blocks that does not divide `in` gives way to the nearest that does, as in PEFT.
@@ -83,7 +82,7 @@ class OFT(Targeted):
     )
     eps: float | None = option(None, "radius that COFT keeps S within, times sqrt(b); None for no limit", above=0)
     dropout: float = option(0.0, "rate at which a block is not rotated", at_least=0, below=1)
-    bias: Literal["none", "all", "oft_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "oft_only"] = bias_option()
 
     def problems(self) -> list[str]:
         """Lists options that exclude each other."""
@@ -126,10 +125,6 @@ class OFT(Targeted):
         if self.dropout:
             leaves["oft_dropout"] = jnp.asarray(self.dropout, jnp.float32)
         return leaves
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains `S`, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

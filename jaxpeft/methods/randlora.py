@@ -23,18 +23,16 @@ from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import product
-from jaxpeft.methods.targeted import Targeted
 from jaxpeft.methods.vera import VeRA, largest, without_projections
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandLora(Targeted):
+class RandLora(Biased):
     """Trained diagonals around shared random bases.
 
     Leaves of a site: `randlora_lambda [n, r]`, `randlora_gamma [min(in, out), n]`, trained; `randlora_scale []`,
@@ -74,7 +72,7 @@ class RandLora(Targeted):
     bases: Literal["dense", "sparse", "very_sparse"] = option(
         "dense", "uniform bases, or of -1, 0 and 1: two thirds zeros, or all but 1 / sqrt(m) of them"
     )
-    bias: Literal["none", "all", "randlora_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "randlora_only"] = bias_option()
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Makes lambda zero and gamma constant."""
@@ -102,10 +100,6 @@ class RandLora(Targeted):
             share = 1 / 3 if self.bases == "sparse" else 1 / math.sqrt(smaller)
             drawn = jnp.where(jnp.abs(drawn) > 1 - share, jnp.sign(drawn), 0.0)
         return drawn / jnp.std(drawn)
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains lambda and gamma, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

@@ -17,17 +17,16 @@ from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, require_divisor
+from jaxpeft.methods.targeted import TARGET_OPTIONS, require_divisor
 
 
 @dataclass(frozen=True, kw_only=True)
-class VBLoRA(Targeted):
+class VBLoRA(Biased):
     """Low-rank updates of linear sites out of a shared bank of vectors.
 
     Leaves of a site: `vblora_logits_a [r, in / l, h]`, `vblora_logits_b [out / l, r, h]`, trained; `vblora_topk [k]`, whose length
@@ -72,7 +71,7 @@ class VBLoRA(Targeted):
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     bank_bound: float = option(0.02, "the bank begins uniform within this bound", above=0)
     logits_std: float = option(0.1, "standard deviation of the logits as they begin", above=0)
-    bias: Literal["none", "all", "vblora_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "vblora_only"] = bias_option()
 
     def problems(self) -> list[str]:
         """Refuses to mix more vectors than there are."""
@@ -98,10 +97,6 @@ class VBLoRA(Targeted):
         del params, sites
         shape = (self.vectors, self.vector_length)
         return {"vblora_vector_bank": jax.random.uniform(rng, shape, jnp.float32, -self.bank_bound, self.bank_bound)}
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains logits and bank, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:

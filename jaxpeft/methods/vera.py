@@ -20,17 +20,15 @@ from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
-from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.biases import trains_bias
+from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import product
-from jaxpeft.methods.targeted import Targeted
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(Targeted):
+class VeRA(Biased):
     """Trained vectors around shared random projections.
 
     Leaves of a site: `vera_lambda_d [r]`, `vera_lambda_b [out]`, trained; `vera_dropout []` where the rate is not zero. At the
@@ -63,7 +61,7 @@ class VeRA(Targeted):
     rank: int = option(256, "rank r of the shared projections", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     d_initial: float = option(0.1, "what each entry of d begins as")
-    bias: Literal["none", "all", "vera_only"] = option("none", "which biases of the base are trained as well")
+    bias: Literal["none", "all", "vera_only"] = bias_option()
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Makes d constant and b zero."""
@@ -82,10 +80,6 @@ class VeRA(Targeted):
             "vera_a": math.sqrt(6 / n_in) * jax.random.uniform(keys[0], (n_in, self.rank), jnp.float32, -1, 1),
             "vera_b": math.sqrt(6 / self.rank) * jax.random.uniform(keys[1], (self.rank, n_out), jnp.float32, -1, 1),
         }
-
-    def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains d and b, and the biases that `bias` names."""
-        return super().trains(path, params) or trains_bias(self, self.bias, path, params)
 
     @staticmethod
     def compute(call: Call) -> Any:
