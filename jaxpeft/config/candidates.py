@@ -36,8 +36,8 @@ class CandidateConfig:
             found.append(
                 f"name: {self.name!r} is a method, and this candidate's is {self.method.name!r}; set its method.name"
             )
-        if self.method.name == "head" and self.learning_rate is not None:
-            found.append("learning_rate: 'head' trains the head alone; set head_learning_rate")
+        if self.method.head_alone and self.learning_rate is not None:
+            found.append(f"learning_rate: {self.method.name!r} trains the head alone; set head_learning_rate")
         return found
 
 

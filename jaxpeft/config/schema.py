@@ -370,8 +370,8 @@ class Config:
     def problems(self) -> list[str]:
         """Lists what is wrong across sections."""
         found: list[str] = []
-        if self.model.task == "causal_lm" and (self.method.name == "head" or "head" in self.baselines):
-            found.append("method.name: 'head' trains a classification head, task is 'causal_lm'")
+        if self.model.task == "causal_lm" and self.method.head_alone:
+            found.append(f"method.name: {self.method.name!r} trains a classification head, task is 'causal_lm'")
         for name in sorted(
             {n for n in (*self.baselines, self.method.name) if (*self.baselines, self.method.name).count(n) > 1}
         ):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from jaxpeft.core.beside import Beside
 from jaxpeft.core.options import option, settle
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site, Targets
@@ -86,6 +87,7 @@ class Method:
         root_names: the names of the leaves that it adds at the root of the tree: what sites share, or what the whole model
             computes with.
         trained_leaves: those of them that are trained.
+        head_alone: whether it trains nothing but the head and `modules_to_save`.
         kinds: of sites that it can adapt: `linear`, `embedding`, `norm`.
         hooks: which methods of a module it computes, and by which of its own functions.
         mergeable: whether `fold` gives plain leaves that compute the same.
@@ -104,6 +106,7 @@ class Method:
         as_they_are: those leaves that are not: whose axes stand in files as they do here.
         root_files: the same for leaves at the root.
         module_prefix: what the names of the base's modules begin with in an adapter file.
+        beside: how files hold methods of another kind beside this one, None where they cannot.
         layout: of adapter folders: `peft`, or a key of `jaxpeft.hub.adapters.LAYOUTS` for the files of another library.
         needed_inputs: what a module's method must take by name, beside its own inputs, to be computed by this one.
     """
@@ -113,6 +116,7 @@ class Method:
     leaf_names: ClassVar[tuple[str, ...]] = ()
     root_names: ClassVar[tuple[str, ...]] = ()
     trained_leaves: ClassVar[frozenset[str]] = frozenset()
+    head_alone: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     hooks: ClassVar[Mapping[str, str]] = {"__call__": "compute"}
     mergeable: ClassVar[bool] = True
@@ -129,6 +133,7 @@ class Method:
     root_files: ClassVar[Mapping[str, str]] = {}
     module_prefix: ClassVar[str] = "base_model.model."
     needed_inputs: ClassVar[tuple[str, ...]] = ()
+    beside: ClassVar[Beside | None] = None
     layout: ClassVar[str] = "peft"
 
     modules_to_save: tuple[str, ...] = option((), "names of modules trained and saved whole, beside the adapter")

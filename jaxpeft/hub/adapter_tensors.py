@@ -18,6 +18,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import chosen_sites, layer_of, modules_to_save, trainable_mask
 from jaxpeft.core.targets import Site
+from jaxpeft.hub import beside
 from jaxpeft.hub.safetensors_files import Tensor
 from jaxpeft.methods.head import Head
 from jaxpeft.methods.mixed import Mixed
@@ -369,7 +370,7 @@ def saved_modules(method: Method, params: Mapping[str, Any]) -> list[str]:
 
 def _unwrapped(name: str) -> str:
     """Return the name of a tensor of the base that PEFT keeps inside an adapter's module, as the base has it."""
-    return re.sub(r"(\.token_adapter)?\.base_layer\.", ".", name)
+    return re.sub(rf"(\.(?:{beside.MODULES}))?\.base_layer\.", ".", name)
 
 
 def outgrown(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> list[str]:

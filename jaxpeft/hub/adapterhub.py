@@ -193,7 +193,7 @@ def _options(section: Mapping[str, Any], has_version: bool, layers: int) -> dict
     left = section.get("leave_out") or []
     if left:
         options["layers_to_transform"] = [i for i in range(layers) if i not in left]
-    return options | {"peft_type": "COMPACTER" if section.get("phm_layer") else "ADAPTER", "target_modules": "default"}
+    return options | {"peft_type": AdapterHub.name, "target_modules": "default"}
 
 
 def _named_here(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:

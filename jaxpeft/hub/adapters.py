@@ -21,7 +21,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, cut, shown
-from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, peft_config, token_indices
+from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, beside, peft_config
 from jaxpeft.hub.adapterhub import AdapterHub
 from jaxpeft.hub.base_identity import architecture, differences, fingerprint
 from jaxpeft.hub.layout import CONFIG, EXTRA, Content, Layout
@@ -77,7 +77,7 @@ def save_adapter(
         raise AdapterError(f"{folder}: is a file; give a folder to save the adapter to")
     _check_whole(method, params, model)
     decided = _completed(settings or Settings(), model, labels)
-    save = _save_one if token_indices.split(method) else _save_parts
+    save = _save_one if beside.split(method) else _save_parts
     save(folder, method, params, model, decided)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -88,9 +88,9 @@ def save_adapter(
 def _save_one(
     folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, settings: Settings
 ) -> None:
-    """Saves one method's adapter, and trainable tokens beside it, of a tree that may hold others'."""
+    """Saves one method's adapter, and those that its files hold beside it, of a tree that may hold others'."""
     folder.mkdir(parents=True, exist_ok=True)
-    main, tokens = token_indices.split(method) or (method, ())
+    main, others = beside.split(method) or (method, ())
     tensors = adapter_tensors.to_tensors(method, params)
     tie, _ = tie_of(method.module_prefix, model, params)
     tied = tie is not None and f"{tie.embedding}weight" in tensors
@@ -104,9 +104,8 @@ def _save_one(
     config = peft_config.write(main, model.options.task, name, revision, whole)
     sites = sorted(_site_names(main, params))
     config |= _named_targets(config, sites) | main.peft_sizes(params, model.config)
-    if tokens:
-        tensors = {token_indices.renamed(name): tensor for name, tensor in tensors.items()}
-        config |= token_indices.written({name: part for part in tokens for name in _site_names(part, params)})
+    tensors = {beside.renamed(method, name): tensor for name, tensor in tensors.items()}
+    config |= beside.written(main, {name: part for part in others for name in _site_names(part, params)})
     if tied:
         config["ensure_weight_tying"] = True
     layout = LAYOUTS[main.layout]
@@ -336,7 +335,7 @@ def load_adapter(
     header = _one_name(config, header, model, params, folder / layout.weights)
     method = peft_config.read(config, str(folder / CONFIG), params)
     method = method.fitted({name: tensor.shape for name, tensor in header.items()})
-    spelled = str if method.parts() == (method,) else token_indices.renamed
+    spelled = partial(beside.renamed, method)
     header = {spelled(name): tensor for name, tensor in header.items()}
     header = adapter_tensors.without_copies(method, header, params)
     method = adapter_tensors.with_embeddings(method, header, params)

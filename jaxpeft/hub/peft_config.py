@@ -10,8 +10,9 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import parse
 from jaxpeft.errors import AdapterError, shown
-from jaxpeft.hub import token_indices
+from jaxpeft.hub import beside
 from jaxpeft.methods import METHODS
+from jaxpeft.methods.mixed import Mixed
 
 TASK_TYPES = {
     "causal_lm": "CAUSAL_LM",
@@ -67,15 +68,15 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
             f"{where}: peft_type {shown(str(config.get('peft_type')))} is not supported (supported: {known})"
         )
     own = {key: value for key, value in config.items() if key not in COMMON - kind.peft_ignored}
-    tokens, problems = token_indices.read(own, "lm_head" not in head) if kind.peft_type == "LORA" else ([], [])
-    if tokens or problems:
-        own.pop(token_indices.OPTION)
+    others, problems = beside.read(kind, own, "lm_head" not in head)
+    if kind.beside is not None and (others or problems):
+        own.pop(kind.beside.option)
     values, odd = kind.from_peft(own)
     values = {key: _plain(value) for key, value in values.items()} | {"modules_to_save": _modules_to_save(config, head)}
     method, found = parse(kind, values, kind.name)
     problems += [*odd, *found]
-    if method is not None and tokens and not problems:
-        method, found = methods.read({"name": "mixed", "methods": (method.as_dict(), *tokens)}, "adapter")
+    if method is not None and others and not problems:
+        method, found = methods.read({"name": Mixed.name, "methods": (method.as_dict(), *others)}, "adapter")
         problems += found
     if problems or method is None:
         raise AdapterError([f"{where}: {problem}" for problem in problems])

@@ -55,11 +55,15 @@ class Bottleneck(Targeted):
 
     Leaves of a site, beside the matrices: `scale []`, or `gain [1 or d]` that is trained; `dropout []` where the rate is not
     zero; and two scalars whose names say the placement and the non-linearity. All names begin with the method's.
+
+    Class attributes:
+        factored: whether the matrices are those of the adapters library's `phm_layer`.
     """
 
     hooks: ClassVar[Mapping[str, str]] = {"join": "compute", "__call__": "compute_alone"}
     mergeable: ClassVar[bool] = False
     layout: ClassVar[str] = "adapters"
+    factored: ClassVar[bool] = False
     module_prefix: ClassVar[str] = ""
     peft_options: ClassVar[Mapping[str, str]] = {
         **TARGET_OPTIONS,
@@ -136,6 +140,12 @@ class Bottleneck(Targeted):
     def computes(cls, module: Any, name: str) -> bool:
         """Computes where a module's output joins the residual stream; of a module that does not say where, its output."""
         return super().computes(module, name) and (name == "join" or not hasattr(module, "join"))
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Return whether a config is of this method, by its own name or as a section of the adapters library."""
+        section = config.get("peft_type") == cls.layout and bool(config.get("phm_layer")) == cls.factored
+        return section or super().reads(config)
 
     @classmethod
     def file_options(cls) -> Mapping[str, str]:

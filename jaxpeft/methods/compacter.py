@@ -53,6 +53,7 @@ class Compacter(Bottleneck):
     paper: ClassVar[str] = "arXiv:2106.04647"
     leaf_names: ClassVar[tuple[str, ...]] = leaf_names("compacter", *_MATRICES)
     root_names: ClassVar[tuple[str, ...]] = ("compacter_rule",)
+    factored: ClassVar[bool] = True
     trained_leaves: ClassVar[frozenset[str]] = frozenset(
         {"compacter_rule", "compacter_gain", *(f"compacter_{key}" for key in _MATRICES)}
     )

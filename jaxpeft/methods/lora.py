@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from jaxpeft.core.beside import Beside
 from jaxpeft.core.method import Call, Kernel, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
@@ -38,6 +39,7 @@ from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked
+from jaxpeft.methods.token_indices import TOKEN_INDICES
 
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -79,6 +81,7 @@ class LoRA(Biased, Ranked):
         "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "qalora_group_size",
         "megatron_core", "ensure_weight_tying",
     })  # fmt: skip
+    beside: ClassVar[Beside | None] = TOKEN_INDICES
 
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) in place of alpha / rank")

@@ -16,7 +16,6 @@ import jaxpeft.core.method as core
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.methods.trainable_tokens import TrainableTokens
 
 
 def _read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str]]:
@@ -78,10 +77,10 @@ class Mixed(Method):
         return owners[0].rate(path) if owners else 1.0
 
     def wrapping(self, path: Path, by: Method | None) -> str:
-        """Gives what the part does; beside another adapter, PEFT keeps trainable tokens in a module of their own."""
+        """Return what the part does; PEFT keeps a part beside another in a module of its own."""
         inner = by.wrapping(path, by) if by else ""
-        beside = any(part.leaf_names and not isinstance(part, TrainableTokens) for part in self.methods)
-        return f"token_adapter.{inner}" if beside and isinstance(by, TrainableTokens) else inner
+        held = next((part.beside for part in self.methods if part.beside), None)
+        return f"{held.module}.{inner}" if held and by and by.name == held.method else inner
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         """Starts each method; each sees the model with those before it."""

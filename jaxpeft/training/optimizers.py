@@ -120,7 +120,7 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
 
 def options_for(config: Config) -> OptimizerConfig:
     """Gives the optimizer's options for the method of a config."""
-    return for_head_alone(config.optimizer) if config.method.name == "head" else config.optimizer
+    return for_head_alone(config.optimizer) if config.method.head_alone else config.optimizer
 
 
 def for_head_alone(config: OptimizerConfig) -> OptimizerConfig:
