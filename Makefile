@@ -1,7 +1,7 @@
 # Each target says in one line what it does. What it needs is installed once, and again when pyproject.toml changes.
 #
 #   PYTHON=python3.12   the interpreter that makes .venv; by default the first that fits
-#   ARGS="..."          passed on by quickstart (to jaxpeft.train) and by test, coverage and test-fast (to pytest)
+#   ARGS="..."          passed on by quickstart (to jaxpeft.compare) and by test, coverage and test-fast (to pytest)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,7 +15,7 @@ TORCH := torch==2.13.0
 ADAPTERS := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 \
 	requests urllib3 certifi charset-normalizer
 SKYPILOT := skypilot==0.14.1
-QUICKSTART := -m jaxpeft.train --config configs/quickstart.py --workdir runs/quickstart
+QUICKSTART := -m jaxpeft.compare --config configs/quickstart.py --workdir runs/quickstart
 BENCHMARKS := loading lora_cpu data
 PYTEST := -m pytest -q -n 2 --dist worksteal
 

@@ -159,7 +159,7 @@ def quickstart(steps: int) -> int:
     from jaxpeft.training import job
     from jaxpeft.training.records import read_lines
 
-    config = configs.load(Path(__file__).parents[1] / "configs" / "quickstart.py", [("baselines", "()")])
+    config = configs.load(Path(__file__).parents[1] / "configs" / "quickstart.py", [("compare.candidates", "()")])
     log = dataclasses.replace(config.log, tensorboard=False, plot=False, progress="off", every_steps=5)
     train = dataclasses.replace(config.train, epochs=None, steps=steps)
     config = dataclasses.replace(config, log=log, train=train)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxpeft import clusters, names
@@ -67,7 +67,8 @@ def job_of(given: RunArguments, overrides: Overrides = (), *, compares: bool = F
     Args:
         given: the arguments.
         overrides: of the config.
-        compares: whether the config must be that of a comparison; if not, it must not be.
+        compares: whether the config must be that of a comparison; if not, its method is trained alone, and must be a
+            candidate where there are any.
 
     Raises:
         ConfigError: listing every problem.
@@ -83,8 +84,14 @@ def job_of(given: RunArguments, overrides: Overrides = (), *, compares: bool = F
             workdir = _workdir(given, workdir)
         except ConfigError as error:
             problems += error.problems
-    if config is not None and bool(config.compare.candidates) != compares:
-        problems.append(_OTHER_VERB[compares].format(count=len(config.compare.candidates), path=given.config))
+    if config is not None:
+        count = len(config.compare.candidates)
+        if bool(count) != compares and not config.compares_method:
+            problems.append(_OTHER_VERB[compares].format(count=count, path=given.config))
+        if compares and config.log.wandb is not None:
+            problems.append("config.log.wandb: the runs of a comparison would all have one name there; remove it")
+        if count and not compares:
+            config = replace(config, compare=replace(config.compare, candidates=()))
     if problems or config is None:
         raise ConfigError(problems)
     return Job(given, config, workdir)

@@ -12,6 +12,7 @@ CHANGEABLE = (
     "config.log.", "config.checkpoint.", "config.compare.", "config.evaluation.batch_size", "config.mesh.", "config.data.workers",
     "config.data.worker_timeout", "config.data.most_gib", "config.model.path", "config.model.revision", "config.data.train",
     "config.data.validation", "config.data.test", "config.train.compiled",
+    "config.baselines", "config.baseline_learning_rates.",  # of earlier versions, which trained other methods first
 )  # fmt: skip
 """Fields, and sections, that may differ between a run and its resumption: they do not touch what is computed. What lies at a
 path does: it is compared by its hash, wherever it lies."""

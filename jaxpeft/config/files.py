@@ -69,13 +69,24 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
 
 def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     """Makes a `Config` from plain values, as `as_dict` gives them; the method's section is read by its name."""
-    rest = {key: value for key, value in values.items() if key != "method"}
     section = values.get("method", {})
     if not isinstance(section, Mapping):
         return None, [f"config.method: must be a section with options, is {shown(section)}"]
+    rest = {key: value for key, value in values.items() if key != "method"}
+    if "compare" in rest:
+        rest["compare"] = _with_methods(rest["compare"], typing.cast(Mapping[str, Any], section))
     method, problems = methods.read(typing.cast(Mapping[str, Any], section), "config.method")
     config, found = parse(Config, {**rest, "method": method} if method else rest, "config")
     return (None, [*problems, *found]) if problems or found else (config, [])
+
+
+def _with_methods(compare: Any, method: Mapping[str, Any]) -> Any:
+    """Return the section of a comparison with the config's method for each candidate that sets none."""
+    candidates = compare.get("candidates") if isinstance(compare, Mapping) else None
+    if not isinstance(candidates, (list, tuple)):
+        return compare
+    found = [{"method": method, **one} if isinstance(one, Mapping) else one for one in candidates]
+    return {**compare, "candidates": found}
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -347,13 +347,12 @@ class Config:
     evaluation: EvaluationConfig = option(EvaluationConfig, "evaluation")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "saving and resuming")
     log: LogConfig = option(LogConfig, "reports")
-    baselines: tuple[Literal["head", "bitfit", "full"], ...] = option(
-        (), "methods to train first, with the same budget, for comparison"
-    )
-    baseline_learning_rates: dict[str, float] = option(
-        {}, "peak learning rates of baselines, by name, where another than the optimizer's suits them", above=0
-    )
     compare: CompareConfig = option(CompareConfig, "the methods that `python -m jaxpeft.compare` compares")
+
+    @property
+    def compares_method(self) -> bool:
+        """Whether the method is a candidate of its own comparison, so that it can also be trained alone."""
+        return any(candidate.method == self.method for candidate in self.compare.candidates)
 
     def run_of(self, candidate: CandidateConfig, seed: int) -> Config:
         """Gives the config of one run of a comparison: the candidate's method and learning rates, and the seed."""
@@ -372,10 +371,6 @@ class Config:
         found: list[str] = []
         if self.model.task == "causal_lm" and self.method.head_alone:
             found.append(f"method.name: {self.method.name!r} trains a classification head, task is 'causal_lm'")
-        for name in sorted(
-            {n for n in (*self.baselines, self.method.name) if (*self.baselines, self.method.name).count(n) > 1}
-        ):
-            found.append(f"baselines: {name!r} would be trained twice; name it once")
         if self.model.task == "causal_lm" and self.optimizer.head_learning_rate is not None:
             found.append("optimizer.head_learning_rate: a language model has no new head; remove it")
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
@@ -386,9 +381,6 @@ class Config:
         if self.data.streaming and self.checkpoint.every_steps is None:
             found.append("checkpoint.every_steps: None, for each epoch of a stream whose length is not known; set it")
         found += self._task_problems() + self._mesh_problems()
-        for name in self.baseline_learning_rates:
-            if name not in ("head", "bitfit", "full"):
-                found.append(f"baseline_learning_rates: {shown(name)} is not one of 'head', 'bitfit', 'full'")
         return found + self._compare_problems(found)
 
     def _compare_problems(self, without: list[str]) -> list[str]:
@@ -396,16 +388,12 @@ class Config:
         if not self.compare.candidates:
             return []
         found: list[str] = []
-        if self.baselines:
-            found.append("baselines: a comparison trains its candidates alone; make each baseline one of them")
-        if self.method != LoRA():
+        if self.method != LoRA() and not self.compares_method:
             found.append(
                 f"method: {self.method.name} would not be trained, a comparison trains its candidates; make it one of them"
             )
-        if self.log.wandb is not None:
-            found.append("log.wandb: the runs of a comparison would all have one name there; remove it")
         for i, candidate in enumerate(self.compare.candidates):
-            own = dataclasses.replace(self.run_of(candidate, 0), baselines=()).problems()
+            own = self.run_of(candidate, 0).problems()
             found += [f"compare.candidates[{i}], {candidate.title}: {why}" for why in own if why not in without]
         return found
 

@@ -26,7 +26,13 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "below": (lambda value, bound: value < bound, "below"),
     "at_most": (lambda value, bound: value <= bound, "at most"),
 }
-_REFUSED = {"trust_remote_code": "no code of a model, a data set or an adapter is ever run; remove it"}
+_REFUSED = {
+    "trust_remote_code": "refused: no code of a model, a data set or an adapter is ever run; remove it",
+    "baselines": "is removed: a run trains one method; list the methods instead, as in config.compare.candidates = "
+    "({'method': {'name': 'head'}}, {}), where {} is config.method, and run `python -m jaxpeft.compare`",
+    "baseline_learning_rates": "is removed; set the learning_rate of each of config.compare.candidates",
+}
+"""Why there is no such option."""
 _ELSEWHERE = {
     "lr": "learning_rate", "lr_scheduler": "schedule", "lr_scheduler_type": "schedule", "scheduler": "schedule",
     "wd": "weight_decay", "beta1": "b1", "beta2": "b2", "adam_beta1": "b1", "adam_beta2": "b2", "adam_epsilon": "eps",
@@ -73,7 +79,7 @@ def no_option(key: str, known: Iterable[str]) -> str:
     """
     last, there = key.rpartition(".")[2], list(known)
     if why := _REFUSED.get(last):
-        return f"refused: {why}"
+        return why
     ours = [name for name in there if name.rpartition(".")[2] == _ELSEWHERE.get(last)]
     section = [name for name in ours if name.rpartition(".")[0] == key.rpartition(".")[0]] or ours
     return (

@@ -28,7 +28,7 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddings
 from jaxpeft.logs import timed
 from jaxpeft.sharding.mesh import evaluation_rows
-from jaxpeft.training import cpu, job, optimizers, records
+from jaxpeft.training import cpu, job, next_steps, optimizers, records
 from jaxpeft.training.comparison import RESULT, other_rows
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import Lock
@@ -38,8 +38,10 @@ from jaxpeft.training.setup import Setup, prepare
 from jaxpeft.training.signals import Stopped, StopRequest
 
 
-def run(config: Config, folder: Path, stop: StopRequest, allowed: Sequence[str] = ()) -> dict[str, Any]:
-    """Trains the method of a config, and measures it.
+def run(
+    config: Config, folder: Path, stop: StopRequest, allowed: Sequence[str] = (), *, before: bool = False
+) -> dict[str, Any]:
+    """Train the method of a config, and measure it.
 
     Leaves in `folder`: `config.json`, `metrics.jsonl`, `adapter/` and `result.json`; checkpoints until that is written.
 
@@ -48,6 +50,7 @@ def run(config: Config, folder: Path, stop: StopRequest, allowed: Sequence[str] 
         folder: of the run; what is there already is gone on from.
         stop: a request to stop.
         allowed: fields that may differ from those of the run that is gone on from.
+        before: whether the figures before training are measured, too.
 
     Returns:
         What `result.json` holds.
@@ -64,12 +67,14 @@ def run(config: Config, folder: Path, stop: StopRequest, allowed: Sequence[str] 
         check_resumable(setup, config.method, folder, allowed)
         job.log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
+        began = job.before_training(setup, config.method, evaluator, folder / "before.json") if before else None
         result = job.fit(setup, config.method, optimizers.options_for(config), folder, stop, evaluator, allowed)
         peak = memory_gb()
         lost = _forgetting(setup, result, evaluator, stop)
         measured = {
             "metric": metric_of(setup),
             "split": result.split,
+            "before": began,
             "test": result.test,
             "steps": result.steps,
             "best_step": result.best_step,
@@ -82,6 +87,7 @@ def run(config: Config, folder: Path, stop: StopRequest, allowed: Sequence[str] 
             and {"measure": lost.measure, "before": lost.before, "after": lost.after, "lost": lost.lost},
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
+            "prediction": next_steps.prediction(setup, folder / "adapter"),
             "config": as_dict(config),
         }
         temporary = folder / f".{RESULT}.tmp"
@@ -128,7 +134,10 @@ def _until_stopped(batches: Any, stop: StopRequest) -> Any:
 
 def main() -> int:
     """Runs what standard input says; gives the exit code."""
-    told = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:
+        return 0  # the comparison has ended before this run was its turn
+    told = json.loads(line)
     logging.getLogger().handlers.clear()  # a library imported above has set its own, and ours would be left out
     set_up_logging(hushed=not told["traceback"])
     return guarded(lambda: _run(told), show_traceback=told["traceback"])
@@ -142,7 +151,7 @@ def _run(told: Mapping[str, Any]) -> int:
         threading.Thread(target=_stop_with_the_comparison, daemon=True).start()
         cpu.keep_memory()
         try:
-            run(config, Path(told["folder"]), stop, told["allowed"])
+            run(config, Path(told["folder"]), stop, told["allowed"], before=told["before"])
         except Stopped as stopped:
             return stopped.exit_code
     return 0

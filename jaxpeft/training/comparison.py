@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,11 +95,15 @@ def run(
         left = [one for one in runs if one not in results]
         _log.info("%d runs: %d candidates, %d seeds; %d of them are done", len(runs), len(config.compare.candidates),
                   len(config.compare.seeds), len(results))  # fmt: skip
+        first = _measured_before(config)
+        processes = _started(left)
         try:
-            for i, one in enumerate(left):
+            for i, (one, process) in enumerate(processes):
                 stop.raise_if_requested()
                 _log.info("\n%s: run %d of %d%s", one, i + 1, len(left), _remaining(began, i, len(left)))
-                why = _run_apart(one, stop, allowed, traceback)
+                told = {"config": as_dict(one.config), "folder": str(one.folder), "allowed": list(allowed),
+                        "traceback": traceback, "before": one.name == first}  # fmt: skip
+                why = _finished(process, told, stop)
                 result = read_result(one)
                 if result is not None:
                     results[one] = result
@@ -115,13 +119,21 @@ def run(
                 failed[one] = why
                 _log.error("%s has failed: %s", one, why)
         finally:
+            processes.close()
             if results:
-                told = {str(one): why for one, why in failed.items()}
+                why_failed = {str(one): why for one, why in failed.items()}
                 by_name = {
                     one: [results[r] for r in runs if r.name == one and r in results] for one in config.compare.titles
                 }
-                comparison_table.write(config, by_name, told, workdir)
+                made = comparison_table.write(config, by_name, why_failed, workdir)
+                _log.info("\n%s", comparison_table.shown(made, by_name, workdir))
     return failed
+
+
+def _measured_before(config: Config) -> str:
+    """Return the candidate whose runs measure what is there before training: one that begins as the base, or the first."""
+    plain = (candidate.title for candidate in config.compare.candidates if candidate.method.fresh_is_base)
+    return next(plain, config.compare.titles[0])
 
 
 def plan(config: Config, workdir: Path) -> list[Planned]:
@@ -207,30 +219,62 @@ def _remaining(began: float, done: int, count: int) -> str:
     return f", about {minutes:.0f} minutes left"
 
 
-def _run_apart(one: Planned, stop: StopRequest, allowed: Sequence[str], traceback: bool) -> str:
-    """Does a run in a process of its own; gives why it has failed, if it has."""
+@dataclass(frozen=True, eq=False)
+class _Process:
+    """The process of a run, which imports what it needs and then waits to be told what to do.
+
+    Attributes:
+        process: of this Python.
+        said: what it writes to standard error, from its start.
+    """
+
+    process: subprocess.Popen[str]
+    said: IO[str]
+
+    def end(self) -> None:
+        """Close its standard input, which makes it save and end if it has not, and wait for that."""
+        with suppress(BrokenPipeError):
+            cast(IO[str], self.process.stdin).close()
+        self.process.wait()
+        self.said.close()
+
+
+def _started(runs: Sequence[Planned]) -> Generator[tuple[Planned, _Process]]:
+    """Yield each run with its process; that of the next is started by then, so that it imports while this one computes."""
+    there: list[_Process] = []
+    try:
+        for i, one in enumerate(runs):
+            there += [_start(other) for other in runs[i + len(there) : i + 2]]
+            yield one, there[0]
+            there.pop(0).end()
+    finally:
+        for process in there:
+            process.end()
+
+
+def _start(one: Planned) -> _Process:
     one.folder.mkdir(parents=True, exist_ok=True)
-    told = {"config": as_dict(one.config), "folder": str(one.folder), "allowed": list(allowed), "traceback": traceback}
-    with (one.folder / LOG).open("a") as log, (one.folder / LOG).open(errors="replace") as said:
+    with (one.folder / LOG).open("a") as log:
+        said = (one.folder / LOG).open(errors="replace")
         said.seek(0, os.SEEK_END)
         # it writes to a file, which is there whatever becomes of us; and in a session of its own, as Ctrl-C is ours to pass on
         process = subprocess.Popen(  # noqa: S603 - this Python, and a module of jaxpeft
             [sys.executable, *PROGRAM], stdin=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
-        to = cast(IO[str], process.stdin)
-        try:
-            with suppress(BrokenPipeError):
-                to.write(json.dumps(told) + "\n")
-                to.flush()
-            last = _followed(process, said, stop)
-        finally:
-            with suppress(BrokenPipeError):
-                to.close()  # which makes it save and end, if it has not
-            process.wait()
+    return _Process(process, said)
+
+
+def _finished(run: _Process, told: Mapping[str, Any], stop: StopRequest) -> str:
+    """Tell a process what to do, and wait for its end; return why it has failed, if it has."""
+    to = cast(IO[str], run.process.stdin)
+    with suppress(BrokenPipeError):
+        to.write(json.dumps(told) + "\n")
+        to.flush()
+    last = _followed(run.process, run.said, stop)
     _, complains, why = last.rpartition("jaxpeft: ")
     if complains:
         return why.strip()
-    code = process.returncode
+    code = run.process.returncode
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
+from jaxpeft.training import next_steps
 
 Result = Mapping[str, Any]
 _NOTES = (
@@ -63,9 +64,12 @@ def summary(config: Config, results: Mapping[str, Sequence[Result]], failed: Map
     metric, reference = some["metric"], config.compare.compared_with
     figures = {name: Spread(tuple(r["test"][metric] for r in runs)) for name, runs in results.items() if runs}
     measured = some["forgetting"]
+    began = [told[metric] for runs in results.values() for run in runs if (told := run.get("before"))]
+    before = Spread(tuple(began)) if began else None
     return {
         "metric": metric,
         "split": some.get("split", "test"),
+        "before": before.as_dict() if before else None,
         "reference": reference if reference in figures else None,
         "seeds": list(config.compare.seeds),
         "forgetting": measured
@@ -103,12 +107,43 @@ def _candidate(
     }
 
 
-def write(config: Config, results: Mapping[str, Sequence[Result]], failed: Mapping[str, str], folder: Path) -> None:
-    """Writes `comparison.json`, `comparison.md` and `comparison.png`: the arguments are those of `summary`."""
+def write(
+    config: Config, results: Mapping[str, Sequence[Result]], failed: Mapping[str, str], folder: Path
+) -> Mapping[str, Any]:
+    """Write `comparison.json`, `comparison.md` and `comparison.png`; return `summary`, whose arguments these are."""
     made = summary(config, results, failed)
     (folder / "comparison.json").write_text(json.dumps(made, indent=2) + "\n")
     (folder / "comparison.md").write_text(markdown(config, made))
     draw(folder / "comparison.png", made)
+    return made
+
+
+def shown(made: Mapping[str, Any], results: Mapping[str, Sequence[Result]], folder: Path) -> str:
+    """Return what the end of a comparison prints: the figures, what is left, and how the best adapter predicts.
+
+    Args:
+        made: what `summary` gives.
+        results: what the runs of each candidate have left, by its name.
+        folder: of the comparison.
+    """
+    rows = [next_steps.row("before training", _spread(made["before"]))] if made["before"] else []
+    done = {name: one for name, one in made["candidates"].items() if one["runs"]}
+    for name, one in done.items():
+        rows.append(next_steps.row(name, _spread(one["figure"]), one["trainable_share"], one["seconds"]["mean"]))
+    lower = made["metric"] in LOWER_IS_BETTER
+    best = min(done, key=lambda name: done[name]["figure"]["mean"] * (1 if lower else -1))
+    lines = [
+        f"{made['split']} {made['metric']}{' (lower is better)' * lower}",
+        *rows,
+        "",
+        f"in {folder}: comparison.md, comparison.json, comparison.png, and adapter/, metrics.jsonl of each run in NAME/seed-N/",
+    ]
+    prediction = results[best][0].get("prediction")
+    return "\n".join([*lines, f"next, use the adapter of {best}:", prediction] if prediction else lines)
+
+
+def _spread(plain: Mapping[str, Any]) -> str:
+    return Spread(tuple(plain["values"])).shown()
 
 
 def markdown(config: Config, made: Mapping[str, Any]) -> str:
@@ -116,6 +151,7 @@ def markdown(config: Config, made: Mapping[str, Any]) -> str:
     columns = _columns(made)
     lines = [
         _opening(config, made),
+        *([f"Before training: {made['metric']} {_spread(made['before'])}."] if made["before"] else []),
         "",
         f"| method | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
@@ -152,7 +188,7 @@ def _row(name: str, one: Mapping[str, Any], made: Mapping[str, Any], columns: in
     title = name if one["runs"] == wanted else f"{name} ({one['runs']} of {wanted} runs)"
     if not one["runs"]:
         return f"| {title} |{' - |' * columns}"
-    cells = [Spread(tuple(one["figure"]["values"])).shown()]
+    cells = [_spread(one["figure"])]
     if made["reference"]:
         cells.append("-" if one["of_reference"] is None else f"{one['of_reference']:.1%}")
     cells += [

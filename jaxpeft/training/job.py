@@ -1,4 +1,4 @@
-"""The main job: baselines, the method, the final table, and the files that are left behind."""
+"""The main job: a method trained, the final table, and the files that are left behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from jaxpeft.core.tree import combine
 from jaxpeft.evaluation.generation import greedy
 from jaxpeft.hub.adapters import save_adapter
 from jaxpeft.logs import timed
-from jaxpeft.methods import METHODS
 from jaxpeft.models import attention
 from jaxpeft.peers import ALONE, Peers
 from jaxpeft.sharding.processes import on_host
@@ -43,11 +42,11 @@ def run(
     stop: StopRequest | None = None,
     allowed: Sequence[str] = (),
     peers: Peers = ALONE,
-) -> dict[str, Result]:
-    """Runs a config from end to end.
+) -> Result:
+    """Run a config from end to end.
 
     Leaves in `workdir`: `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`, `tensorboard/`, `checkpoints/` and
-    `adapter/`, and the same for each baseline in a folder of its name.
+    `adapter/`.
 
     Args:
         config: a checked config.
@@ -55,9 +54,6 @@ def run(
         stop: a request to stop that is entered already; None to listen from here to the end.
         allowed: fields that may differ from those of the run that is gone on from.
         peers: the processes of the run, of which the first writes what is left behind.
-
-    Returns:
-        The results by method name, baselines first.
 
     Raises:
         JaxpeftError: whatever cannot be used, named.
@@ -77,19 +73,14 @@ def run(
         check_resumable(setup, config.method, workdir, allowed)
         log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
-        before = _before(setup, config.method, evaluator, workdir / "before.json")
+        before = before_training(setup, config.method, evaluator, workdir / "before.json")
         answers = {"before training": _answers(setup, setup.params)}
-        results: dict[str, Result] = {}
-        for name in config.baselines:
-            options = _baseline_options(config, name)
-            results[name] = fit(setup, METHODS[name](), options, workdir / name, stop, evaluator, allowed)
-        options = optimizers.options_for(config)
-        results[config.method.name] = fit(setup, config.method, options, workdir, stop, evaluator, allowed)
-        answers["after"] = _answers(setup, results[config.method.name].params)
+        result = fit(setup, config.method, optimizers.options_for(config), workdir, stop, evaluator, allowed)
+        answers["after"] = _answers(setup, result.params)
         _show_answers(setup, answers)
         if peers.first:
-            _finish(setup, before, results, workdir)
-    return results
+            _finish(setup, before, result, workdir)
+    return result
 
 
 _OF_A_HOST = ("model.path", "data.train", "data.validation", "data.test")
@@ -108,15 +99,6 @@ def compared(config: Config) -> dict[str, Any]:
 def quiet(config: Config) -> Config:
     """Gives the config of a process that leaves logs and plots to the first."""
     return replace(config, log=replace(config.log, progress="off", tensorboard=False, wandb=None, plot=False))
-
-
-def _baseline_options(config: Config, name: str) -> OptimizerConfig:
-    """Gives a baseline's own learning rate, where it has one, to all that it trains."""
-    own = config.baseline_learning_rates.get(name)
-    if name == "head":
-        options = optimizers.for_head_alone(config.optimizer)
-        return options if own is None else replace(options, learning_rate=own)
-    return config.optimizer if own is None else replace(config.optimizer, learning_rate=own)
 
 
 def log_setup(setup: Setup) -> None:
@@ -141,7 +123,7 @@ def _computing(setup: Setup) -> str:
     return f"layers {layers}, remat {options.remat}, attention {kernel}, compiled programs {f'in {kept}' if kept else 'not kept'}"
 
 
-def _before(setup: Setup, method: Method, evaluator: Evaluator, record: Path) -> dict[str, float]:
+def before_training(setup: Setup, method: Method, evaluator: Evaluator, record: Path) -> dict[str, float]:
     """Return the figures before any training, with the fresh adapter: evaluated once for a run, however often it goes on.
 
     Args:
@@ -225,51 +207,46 @@ def _shown(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
-def _finish(setup: Setup, before: Mapping[str, float], results: Mapping[str, Result], workdir: Path) -> None:
+def _finish(setup: Setup, before: Mapping[str, float], result: Result, workdir: Path) -> None:
     metric, config = metric_of(setup), setup.config
-    main = config.method.name
-    folders = {name: workdir if name == main else workdir / name for name in results}
-    (workdir / "summary.json").write_text(json.dumps(summary(setup, before, results, folders), indent=2) + "\n")
+    name = config.method.name
+    (workdir / "summary.json").write_text(json.dumps(_summary(setup, before, result, workdir), indent=2) + "\n")
     left = ["adapter/", "metrics.jsonl", "summary.json"]
     if config.log.plot:
-        plot.draw(workdir / "curves.png", folders, metric)
+        plot.draw(workdir / "curves.png", name, workdir, metric)
         left.append("curves.png")
-    rows = [f"  {'before training':<18}{before[metric]:>9.4f}"]
-    for name, result in results.items():
-        share = result.trainable_parameters / result.total_parameters
-        rows.append(f"  {name:<18}{result.test[metric]:>9.4f}   {share:>8.3%} trained   {result.seconds:>6.1f} s")
+    share = result.trainable_parameters / result.total_parameters
+    rows = [
+        next_steps.row("before training", f"{before[metric]:.4f}"),
+        next_steps.row(name, f"{result.test[metric]:.4f}", share, result.seconds),
+    ]
     _log.info("\n%s %s\n%s\n\nin %s: %s", setup.judged_by, metric, "\n".join(rows), workdir, ", ".join(left))
     _log.info("next, use the adapter:\n%s", next_steps.prediction(setup, workdir / "adapter"))
 
 
-def summary(
-    setup: Setup, before: Mapping[str, float], results: Mapping[str, Result], folders: Mapping[str, Path]
-) -> dict[str, Any]:
-    """Gives the figures of a run as plain values: what `summary.json` holds.
+def _summary(setup: Setup, before: Mapping[str, float], result: Result, workdir: Path) -> dict[str, Any]:
+    """Return the figures of a run as plain values: what `summary.json` holds.
 
     Args:
         setup: of the run.
         before: the figures before training.
-        results: by the name of the method.
-        folders: of each method, with its `metrics.jsonl`.
+        result: of the run.
+        workdir: its folder, with `metrics.jsonl`.
     """
-    methods = {
-        name: {
-            "validation": records.validation_of(folders[name] / "metrics.jsonl", result.best_step),
-            result.split: result.test,
-            "steps": result.steps,
-            "best_step": result.best_step,
-            "seconds": round(result.seconds, 2),
-            "trainable_parameters": result.trainable_parameters,
-            "total_parameters": result.total_parameters,
-            "method": result.method.as_dict(),
-        }
-        for name, result in results.items()
+    told = {
+        "validation": records.validation_of(workdir / "metrics.jsonl", result.best_step),
+        result.split: result.test,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "seconds": round(result.seconds, 2),
+        "trainable_parameters": result.trainable_parameters,
+        "total_parameters": result.total_parameters,
+        "method": result.method.as_dict(),
     }
     return {
         "metric": metric_of(setup),
         "before": dict(before),
-        "methods": methods,
+        "methods": {setup.config.method.name: told},
         "labels": list(setup.labels),
         "problem": setup.problem,
         "config": as_dict(setup.config),

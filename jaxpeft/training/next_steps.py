@@ -1,15 +1,30 @@
-"""What the end of a run prints: Python that makes the first prediction with its adapter."""
+"""What the end of a run prints: its figures, and Python that makes the first prediction with its adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jaxpeft.training.setup import Setup
+if TYPE_CHECKING:
+    from jaxpeft.training.setup import Setup
 
 _CHAT = (
     "chat = tokenizer.apply_chat_template([{'role': 'user', 'content': 'a question'}], tokenize=False, add_generation_prompt=True)",
     "ids = tokenizer(chat, add_special_tokens=False)['input_ids']",
 )
+
+
+def row(name: str, figure: str, share: float | None = None, seconds: float | None = None) -> str:
+    """Return a line of the table at the end of a run.
+
+    Args:
+        name: what the figure is of.
+        figure: as it is shown.
+        share: of the parameters that were trained.
+        seconds: of training.
+    """
+    cost = "" if share is None or seconds is None else f"   {share:>8.3%} trained   {seconds:>6.1f} s"
+    return f"  {name:<18}{figure:>9}{cost}"
 
 
 def prediction(setup: Setup, adapter: Path) -> str:

@@ -1,20 +1,20 @@
-"""The picture of a run: training and validation loss by step, and the validation figure of each method."""
+"""The picture of a run: training and validation loss by step, and the validation figure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxpeft.training.records import read_lines
 
 
-def draw(path: Path, folders: Mapping[str, Path], metric: str) -> None:
-    """Draws the losses and a validation figure of one or more runs as a PNG.
+def draw(path: Path, name: str, folder: Path, metric: str) -> None:
+    """Draw the losses and a validation figure of a run as a PNG.
 
     Args:
         path: of the PNG.
-        folders: the folder with `metrics.jsonl`, by the name of the method.
+        name: of the method.
+        folder: of the run, with `metrics.jsonl`.
         metric: the validation figure.
     """
     import matplotlib as mpl
@@ -23,11 +23,10 @@ def draw(path: Path, folders: Mapping[str, Path], metric: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, folder in folders.items():
-        lines = read_lines(folder / "metrics.jsonl")
-        color = _curve(left, name, lines, "loss")
-        _curve(left, f"{name}, validation", lines, "validation/loss", color=color, linestyle="--", marker="o")
-        _curve(right, name, lines, f"validation/{metric}", marker="o")
+    lines = read_lines(folder / "metrics.jsonl")
+    color = _curve(left, name, lines, "loss")
+    _curve(left, f"{name}, validation", lines, "validation/loss", color=color, linestyle="--", marker="o")
+    _curve(right, name, lines, f"validation/{metric}", marker="o")
     left.set(title="loss", xlabel="step", ylabel="loss")
     right.set(title=f"validation {metric}", xlabel="step", ylabel=metric)
     for axes in (left, right):

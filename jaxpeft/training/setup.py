@@ -30,7 +30,6 @@ from jaxpeft.hub import sources
 from jaxpeft.hub.base_identity import architecture, fingerprint, weight_files
 from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.json_files import read_json
-from jaxpeft.methods import METHODS
 from jaxpeft.models.attention import kernel_of, platform
 from jaxpeft.models.base import Pretrained
 from jaxpeft.peers import ALONE, Peers
@@ -265,11 +264,11 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
     """Refuses, before weights are read, what the model, its sites or the length of the run do not allow.
 
     Returns:
-        How many trained parameters a device holds; of several methods, those of the one that trains most.
+        How many trained parameters a device holds.
     """
-    trained, rules, trees = 0, rules_of(config.mesh), [outlined.leaves]
+    method, rules = config.method, rules_of(config.mesh)
     most = getattr(outlined.model.config, "max_position_embeddings", None)
-    virtual = sum(part.virtual_positions for part in config.method.parts())
+    virtual = sum(part.virtual_positions for part in method.parts())
     if most is not None and length + virtual > most:
         behind = f" behind {virtual} virtual ones" if virtual else ""
         raise ConfigError(
@@ -277,20 +276,17 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
         )
     schedule(config.optimizer, config.optimizer.learning_rate, steps)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    for method in (*(METHODS[name]() for name in config.baselines), config.method):
-        try:
-            params = jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
-            trees.append(params)
-            mask = trainable_mask(method, params)
-            own = tree.partition(params, mask)[0], tree.partition(shardings(mesh, rules, params, method), mask)[0]
-            held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
-            trained = max(trained, sum(jax.tree.leaves(held)))
-        except TargetError as error:
-            raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
-        method.optimizer(optax.identity(), steps)  # which refuses a schedule that does not fit the run
+    try:
+        params = jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
+        mask = trainable_mask(method, params)
+        own = tree.partition(params, mask)[0], tree.partition(shardings(mesh, rules, params, method), mask)[0]
+        held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
+    except TargetError as error:
+        raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
+    method.optimizer(optax.identity(), steps)  # which refuses a schedule that does not fit the run
     if not config.compare.candidates:  # whose rules may be those of another
-        require_used(rules, *trees)
-    return trained
+        require_used(rules, outlined.leaves, params)
+    return sum(jax.tree.leaves(held))
 
 
 def _check_metric(metric: str | None, problem: str, labels: int) -> None:

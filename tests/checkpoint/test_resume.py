@@ -66,8 +66,8 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_finished_run_started_again_gives_its_result_without_training(config: Config, tmp_path: Path) -> None:
-    first = job.run(config, tmp_path / "run")["lora"]
-    again = job.run(config, tmp_path / "run")["lora"]
+    first = job.run(config, tmp_path / "run")
+    again = job.run(config, tmp_path / "run")
     assert again.test == first.test
     jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
     assert figures(tmp_path / "run").count(figures(tmp_path / "run")[0]) == 1
@@ -89,7 +89,7 @@ def test_what_only_logs_may_change_on_resume(config: Config, tmp_path: Path, mon
         with pytest.raises(Stopped):
             job.run(config, tmp_path / "run")
     chattier = dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=2))
-    assert job.run(chattier, tmp_path / "run")["lora"].steps == STEPS
+    assert job.run(chattier, tmp_path / "run").steps == STEPS
 
 
 def test_a_start_from_data_is_the_same_after_an_interruption(
@@ -97,7 +97,7 @@ def test_a_start_from_data_is_the_same_after_an_interruption(
 ) -> None:
     method = dataclasses.replace(config.method, rank=2, init_weights="eva", eva_batches=2, eva_rho=1.5)  # type: ignore[call-arg]
     config = dataclasses.replace(config, method=method)
-    whole = job.run(config, tmp_path / "whole")["lora"]
+    whole = job.run(config, tmp_path / "whole")
     ranks = whole.method.rank_pattern  # type: ignore[attr-defined]
     assert sum(ranks.values()) == 2 * 13  # six sites a layer, and the pooler's
     assert max(ranks.values()) == 3
@@ -105,7 +105,7 @@ def test_a_start_from_data_is_the_same_after_an_interruption(
         stop_at(patch, 3)
         with pytest.raises(Stopped):
             job.run(config, tmp_path / "run")
-    again = job.run(config, tmp_path / "run")["lora"]
+    again = job.run(config, tmp_path / "run")
     assert again.method == whole.method
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
 
@@ -119,4 +119,4 @@ def test_a_checkpoint_that_records_no_method_is_taken_for_the_configs(
             job.run(config, tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "3"
     manifest.write(step, 3, {key: value for key, value in manifest.read(step).items() if key != "method"})
-    assert job.run(config, tmp_path / "run")["lora"].steps == STEPS
+    assert job.run(config, tmp_path / "run").steps == STEPS

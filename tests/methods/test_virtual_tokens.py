@@ -344,12 +344,12 @@ def test_a_run_stopped_and_gone_on_with_is_the_run(
     packed = {"data__packing": True} if kind == "text" else {}
     made = make_config(kind, train__steps=4, checkpoint__every_steps=2, evaluation__every_steps=2, **packed)
     config = dataclasses.replace(made, method=method)
-    whole = job.run(config, tmp_path / "whole")[method.name]
+    whole = job.run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(Stopped):
             job.run(config, tmp_path / "parts")
-    parts = job.run(config, tmp_path / "parts")[method.name]
+    parts = job.run(config, tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
     assert "prompt_embeddings" in load_file(tmp_path / "parts" / "adapter" / "adapter_model.safetensors")
 

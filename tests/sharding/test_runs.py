@@ -64,8 +64,8 @@ def losses(folder: Path) -> list[float]:
 def test_a_run_learns_as_on_one_device_under_every_strategy(
     config: Config, tmp_path: Path, mesh: dict[str, Any]
 ) -> None:
-    one = job.run(config, tmp_path / "one")["lora"]
-    many = job.run(spread(config, **mesh), tmp_path / "many")["lora"]
+    one = job.run(config, tmp_path / "one")
+    many = job.run(spread(config, **mesh), tmp_path / "many")
     np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=CLOSE)
     assert many.test == pytest.approx(one.test, rel=CLOSE)
     jaxpeft.load_adapter(tmp_path / "many" / "adapter", *jaxpeft.load(config.model.path, task="causal_lm"))
@@ -94,8 +94,8 @@ def test_rows_of_several_lengths_make_the_same_batches_where_positions_are_sprea
     assert setups[1].batches.lengths == (32,)
     orders = [[setup.batches.rows(step).tolist() for step in range(setup.steps)] for setup in setups]
     assert orders[0] == orders[1]
-    one = job.run(spread(config, strategy="fsdp"), tmp_path / "one")["lora"]
-    many = job.run(spread(config, strategy="sequence"), tmp_path / "many")["lora"]
+    one = job.run(spread(config, strategy="fsdp"), tmp_path / "one")
+    many = job.run(spread(config, strategy="sequence"), tmp_path / "many")
     np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=CLOSE)
     assert many.test == pytest.approx(one.test, rel=CLOSE)
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_goes_on_on_another_mesh_and_on_one_device(config: Config, 
         folder = tmp_path / name
         shutil.copytree(tmp_path / "whole", folder)
         shutil.rmtree(folder / "checkpoints" / "6")
-        done = job.run(spread(config, **mesh), folder)["lora"]
+        done = job.run(spread(config, **mesh), folder)
         assert done.steps == 6
         np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole"), rtol=CLOSE)
 

@@ -104,7 +104,7 @@ def test_every_class_counts_whatever_is_held_out_or_drawn(make_config: MakeConfi
     for options in ({"data__validation_share": 0.5}, {"data__max_rows": 8}):
         changed = make_config(train__steps=3, **options)
         Path(changed.data.train).write_text("\n".join(rows))
-        result = job.run(changed, tmp_path / next(iter(options)))["lora"]
+        result = job.run(changed, tmp_path / next(iter(options)))
         assert result.params["classifier"]["bias"].shape == (20,)
 
 
@@ -127,7 +127,7 @@ def test_speed_is_that_of_steps_not_of_evaluations(
 
 def test_the_saved_adapter_gives_the_numbers_of_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(train__steps=10)
-    result = job.run(config, tmp_path / "run")["lora"]
+    result = job.run(config, tmp_path / "run")
     model, base = jaxpeft.load(config.model.path, task="sequence_classification", num_labels=3)
     _, params = jaxpeft.load_adapter(tmp_path / "run" / "adapter", model, base)
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
@@ -138,7 +138,7 @@ def test_the_best_step_is_kept_not_the_last(make_config: MakeConfig, tmp_path: P
     config = make_config(
         train__steps=12, evaluation__every_steps=1, optimizer__learning_rate=3.0, evaluation__metric="loss"
     )
-    result = job.run(config, tmp_path / "run")["lora"]
+    result = job.run(config, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     by_step = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
     assert result.best_step == min(by_step, key=lambda step: by_step[step]) < 12
@@ -185,7 +185,7 @@ def test_figures_are_called_by_the_rows_that_they_are_of(
     for name, options in (("validation", {}), ("test", {"data__test": str(test)})):
         caplog.clear()
         with caplog.at_level("INFO", logger="jaxpeft"):
-            result = job.run(make_config(train__steps=3, **options), tmp_path / name)["lora"]
+            result = job.run(make_config(train__steps=3, **options), tmp_path / name)
         assert result.split == name
         assert f"\n{name} accuracy\n" in caplog.text
         assert f"lora on the {name} rows: " in caplog.text
@@ -199,9 +199,9 @@ def test_patience_stops_early(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(
         train__steps=50, evaluation__every_steps=1, optimizer__learning_rate=3.0, evaluation__patience=3
     )
-    result = job.run(config, tmp_path / "run")["lora"]
+    result = job.run(config, tmp_path / "run")
     assert result.steps == result.best_step + 3 < 50
-    again = job.run(config, tmp_path / "run")["lora"]  # and stays stopped
+    again = job.run(config, tmp_path / "run")  # and stays stopped
     assert (again.steps, again.test) == (result.steps, result.test)
 
 
@@ -220,7 +220,7 @@ def test_every_kind_of_data_and_method_runs(
     make_config: MakeConfig, tmp_path: Path, kind: str, options: dict[str, Any], figure: str
 ) -> None:
     method = options.pop("method", "lora")
-    result = job.run(make_config(kind, method, **options), tmp_path / "run")[method]
+    result = job.run(make_config(kind, method, **options), tmp_path / "run")
     assert math.isfinite(result.test[figure])
 
 
