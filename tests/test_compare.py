@@ -129,6 +129,22 @@ def test_each_verb_refuses_the_others_config(
     assert compare.main([*words, "--validate"]) == 0
 
 
+def test_a_comparison_of_the_configs_own_method_is_trained_without_the_others(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.method.rank=3"]
+    own = "--config.compare.candidates={'method': {'name': 'head'}}, {}"
+    config, _, _ = train.parse_arguments([*words, own])
+    assert config.compare.candidates == ()
+    assert config.method.as_dict()["rank"] == 3
+    config, _, _ = train.parse_arguments([*words, own], compares=True)
+    assert config.compare.titles == ("head", "lora")
+    assert config.compare.candidates[1].method.as_dict()["rank"] == 3
+    assert train.main([*words, own, "--config.log.wandb=mine", "--validate"]) == 0
+    assert compare.main([*words, own, "--config.log.wandb=mine", "--validate"]) == 2
+    assert "config.log.wandb: the runs of a comparison would all have one name there" in capsys.readouterr().err
+
+
 def test_help_says_what_is_left_behind(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -106,7 +106,7 @@ def test_overrides_are_read_as_their_options_types(config_file: Path, tmp_path: 
     arguments = [
         "--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.optimizer.learning_rate=1e-3",
         "--config.method.targets=query,value", "--config.optimizer.clip_norm", "None", "--config.method.rslora=true",
-        "--config.method.rank_pattern={'query': 2}", "--config.data.lengths=8,16", "--config.baselines=head",
+        "--config.method.rank_pattern={'query': 2}", "--config.data.lengths=8,16", "--config.compare.seeds=4",
         "--config.data.train=/a/b.jsonl,~/c.csv,org/name",
     ]  # fmt: skip
     job = train.job_of(*read_arguments(train.RunArguments, arguments))
@@ -118,7 +118,7 @@ def test_overrides_are_read_as_their_options_types(config_file: Path, tmp_path: 
     assert config.method.rslora is True  # type: ignore[attr-defined]
     assert config.method.rank_pattern == {"query": 2}  # type: ignore[attr-defined]
     assert config.data.lengths == (8, 16)
-    assert config.baselines == ("head",)
+    assert config.compare.seeds == (4,)
     assert config.data.train == ("/a/b.jsonl", "~/c.csv", "org/name")
 
 

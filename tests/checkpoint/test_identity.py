@@ -91,3 +91,9 @@ def test_the_base_of_an_earlier_version_is_one_row_that_says_what_to_do() -> Non
     row = "base.sha256: was 'a', is 'b' (an earlier version of jaxpeft wrote it, another way; give --allow-base if the base is the same)"
     assert differences({"base": {"sha256": "a"}}, now) == ([row], [])
     assert differences({"base": {"sha256": "a"}}, now, ["base"]) == ([], [row])
+
+
+def test_a_run_of_an_earlier_version_that_named_no_baselines_or_some_is_the_same() -> None:
+    for names in ([], ["head"]):
+        old = changed(config={**SAVED["config"], "baselines": names, "baseline_learning_rates": {"full": 1e-4}})  # type: ignore[dict-item]
+        assert differences(old, SAVED) == ([], [])

@@ -21,7 +21,6 @@ def get_config():
     config.data.train = "rows.jsonl"
     config.data.max_length = 32
     config.train.epochs = 1.0
-    config.baselines = ("head",)
     return config
 """
 
@@ -36,10 +35,10 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("option", "text", "value"),
     [
-        ("baselines", "", ()),
-        ("baselines", "full", ("full",)),
-        ("baselines", "head,full", ("head", "full")),
-        ("baseline_learning_rates", "{'full': 1e-4}", {"full": 1e-4}),
+        ("compare.seeds", "", ()),
+        ("compare.seeds", "3", (3,)),
+        ("compare.seeds", "3,4", (3, 4)),
+        ("method.alpha_pattern", "{'query': 1e-4}", {"query": 1e-4}),
         ("method.targets", "query,value", ("query", "value")),
         ("method.targets", "query, attention.output.dense", ("query", "attention.output.dense")),
         ("method.targets", r".*\.(query|value)", r".*\.(query|value)"),
@@ -58,7 +57,7 @@ def file(tmp_path: Path) -> Path:
         ("data.lengths", "32", (32,)),
         ("method.rank_pattern.query", "4", 4),
         ("method.rank_pattern.layer.0.attention.self.query", "4", 4),
-        ("baseline_learning_rates.full", "1e-5", 1e-5),
+        ("method.alpha_pattern.query", "1e-5", 1e-5),
         ("data.columns.text", "body", "body"),
         ("data.columns.text", "1", "1"),
         ("data.header", "false", False),
@@ -91,12 +90,12 @@ def test_text_becomes_what_the_option_is(file: Path, option: str, text: str, val
     ],
 )
 def test_a_separator_is_read_as_in_python_since_a_shell_does_not(file: Path, text: str, value: str) -> None:
-    overrides = [("model.task", "causal_lm"), ("baselines", ""), ("data.separator", text)]
+    overrides = [("model.task", "causal_lm"), ("data.separator", text)]
     assert configs.load(file, overrides).data.separator == value
 
 
 def test_a_config_is_plain_values_and_back(file: Path) -> None:
-    config = configs.load(file, [("method.rank_pattern", "{'query': 4}"), ("baselines", "full")])
+    config = configs.load(file, [("method.rank_pattern", "{'query': 4}"), ("compare.seeds", "7")])
     assert configs.load(file) != config
     again, problems = configs.files.parse_config(as_dict(config))
     assert (again, problems) == (config, [])
@@ -105,11 +104,14 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        ([("baseline_learning_rates", "{'lora': 1e-4}")], "baseline_learning_rates: 'lora' is not one of"),
-        ([("baseline_learning_rates", "{'full': -1}")], "baseline_learning_rates"),
-        ([("baselines", "lora")], "config.baselines"),
-        ([("model.task", "causal_lm"), ("baselines", "")], None),
-        ([("model.task", "causal_lm")], "'head' trains a classification head, task is 'causal_lm'"),
+        ([("method.alpha_pattern", "{'full': -1}")], "method.alpha_pattern: must be above 0, is -1"),
+        ([("baselines", "head")],
+         "config.baselines: is removed: a run trains one method; list the methods instead, as in config.compare.candidates = "
+         "({'method': {'name': 'head'}}, {}), where {} is config.method, and run `python -m jaxpeft.compare`"),
+        ([("baseline_learning_rates", "{'full': 1e-4}")],
+         "config.baseline_learning_rates: is removed; set the learning_rate of each of config.compare.candidates"),
+        ([("model.task", "causal_lm")], None),
+        ([("model.task", "causal_lm"), ("method.name", "head")], "'head' trains a classification head, task is 'causal_lm'"),
         ([("train.batch_size", "10"), ("train.accumulation", "4")], "4 does not divide batch_size 10; it could be 1, 2, 5"),
         ([("train.epochs", "None")], "neither epochs nor steps is set"),
         ([("method.rank", "[8]")], "config.method.rank: must be an integer"),
@@ -117,11 +119,9 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ([("method", "bitfit"), ("method.rank", "4")], "--config.method: is a section"),
         ([("train", "3")], "--config.train: is a section; set one of its options: accumulation, batch_size, compiled, epochs"),
         ([("evaluation.metric", "acuracy")], "evaluation.metric: must be one of 'loss', 'perplexity', 'accuracy'"),
-        ([("baselines", "head,head")], "baselines: 'head' would be trained twice"),
-        ([("baselines", "full"), ("method.name", "full")], "baselines: 'full' would be trained twice"),
-        ([("model.task", "causal_lm"), ("baselines", ""), ("optimizer.head_learning_rate", "1e-3")],
+        ([("model.task", "causal_lm"), ("optimizer.head_learning_rate", "1e-3")],
          "head_learning_rate: a language model has no new head"),
-        ([("model.task", "causal_lm"), ("baselines", ""), ("data.problem", "regression")],
+        ([("model.task", "causal_lm"), ("data.problem", "regression")],
          "data.problem: is for task 'sequence_classification'"),
         ([("train.epochs", "None"), ("train.steps", "10"), ("optimizer.warmup_steps", "100")],
          "100 steps of warm-up leave none of the run's 10 steps"),

@@ -25,10 +25,10 @@ def test_a_run_learns_says_what_its_base_was_and_is_loaded_again(
     make_config: MakeConfig, tmp_path: Path, form: str
 ) -> None:
     config = make_config(model__quant=form, model__quant_exclude=("pooler.dense",), train__steps=60)
-    results = job.run(config, tmp_path / "run")
+    result = job.run(config, tmp_path / "run")
     losses = [line["loss"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
-    assert 0 < results["lora"].trainable_parameters < results["lora"].total_parameters
+    assert 0 < result.trainable_parameters < result.total_parameters
     saved = json.loads((tmp_path / "run" / "adapter" / "jaxpeft.json").read_text())
     assert saved["quant"] == {"form": form, "targets": "all-linear", "exclude": ["pooler.dense"], "group": None}
     how = jaxpeft.Quant(form, exclude=("pooler.dense",))

@@ -125,6 +125,59 @@ def test_a_request_to_stop_is_passed_on_once_and_the_table_is_written(config: Co
 
 
 @pytest.mark.usefixtures("pretended")
+def test_the_next_process_is_there_before_its_turn_and_ends_if_that_never_comes(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[comparison.subprocess.Popen[str]] = []
+    start = comparison._start
+    monkeypatch.setattr(comparison, "_start", lambda one: begun.append((found := start(one)).process) or found)
+    finished = comparison._finished
+    there: list[tuple[int, int]] = []
+
+    def counted(*args: Any) -> str:
+        there.append((len(begun), sum(process.poll() is None for process in begun)))
+        return finished(*args)
+
+    monkeypatch.setattr(comparison, "_finished", counted)
+    folder = tmp_path / "run"
+    assert run(config, folder) == {}
+    assert there == [(2, 2), (3, 2), (4, 2), (4, 1)]
+    begun.clear()
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    (folder / "lora.act").write_text("os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.3); sys.exit(143)")
+    with StopRequest() as stop, pytest.raises(Stopped):
+        run(config, folder, stop)
+    assert started(folder) == ["lora 0"]
+    assert len(begun) == 2 and all(process.poll() is not None for process in begun)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_the_end_says_what_was_before_what_came_of_each_and_what_to_do_next(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    more = {"lora": "'prediction': '  print(1)', 'before': None", "bitfit": "'before': {'accuracy': 0.5}"}
+    for name in more:
+        told = f"told['before'] == {name == 'lora'} or sys.exit(9)"
+        (folder / f"{name}.act").write_text(
+            f"{told}\ndump = json.dumps\njson.dumps = lambda made: dump({{**made, {more[name]}}})"
+        )
+    with caplog.at_level("INFO", logger="jaxpeft"):
+        assert run(config, folder) == {}
+    assert (
+        "\ntest accuracy\n"
+        "  before training   0.5000 ± 0.0000\n"
+        "  lora              0.9150 ± 0.0212     1.000% trained      2.0 s\n"
+        "  bitfit            0.9150 ± 0.0212     1.000% trained      2.0 s\n\n"
+        f"in {folder}: comparison.md, comparison.json, comparison.png, and adapter/, metrics.jsonl of each run in NAME/seed-N/\n"
+        "next, use the adapter of lora:\n  print(1)"
+    ) in caplog.text
+    assert "Before training: accuracy 0.5000 ± 0.0000.\n" in (folder / "comparison.md").read_text()
+
+
+@pytest.mark.usefixtures("pretended")
 def test_results_of_another_config_are_refused_with_every_field(config: Config, tmp_path: Path) -> None:
     run(config, tmp_path / "run")
     other = replace(
@@ -172,7 +225,9 @@ def test_a_run_leaves_its_figures_and_no_checkpoints(make_config: MakeConfig, tm
     rows = write_rows(tmp_path / "others.jsonl", "single", 30)
     config = make_config(compare__forgetting=str(rows), optimizer__head_learning_rate=0.1)
     folder = tmp_path / "run"
-    result = compared.run(config, folder, StopRequest())
+    result = compared.run(config, folder, StopRequest(), before=True)
+    assert result["before"]["accuracy"] < 0.7
+    assert f"jaxpeft.load_adapter('{folder}/adapter', model, params)" in result["prediction"]
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
     assert not (folder / "checkpoints").exists()
     assert result["config"] == as_dict(config)
@@ -334,11 +389,24 @@ def test_what_does_not_go_together_in_a_comparison(config: Config, compare: dict
 
 def test_what_does_not_go_with_a_comparison(config: Config) -> None:
     values = as_dict(config)
-    values["baselines"], values["method"]["rank"], values["log"]["wandb"] = ["head"], 3, "mine"
+    values["baselines"], values["method"]["rank"] = ["head"], 3
     told = "\n".join(problems(values))
-    assert "config.baselines: a comparison trains its candidates alone" in told
+    assert "config.baselines: is removed: a run trains one method; list the methods instead" in told
+    del values["baselines"]
+    told = "\n".join(problems(values))
     assert "config.method: lora would not be trained, a comparison trains its candidates" in told
-    assert "config.log.wandb: the runs of a comparison would all have one name there" in told
+
+
+def test_a_candidate_without_a_method_has_that_of_the_config(config: Config) -> None:
+    values = as_dict(config)
+    values["method"]["rank"] = 3
+    values["compare"]["candidates"] = [{"method": {"name": "head"}}, {"learning_rate": 1e-3}]
+    made, found = parse_config(values)
+    assert found == [] and made is not None
+    assert made.compares_method and not config.compares_method
+    assert made.compare.titles == ("head", "lora")
+    assert made.run_of(made.compare.candidates[1], 0).method == made.method
+    assert parse_config(as_dict(made)) == (made, [])
 
 
 def test_a_candidate_that_does_not_suit_the_task_is_named(make_config: MakeConfig) -> None:

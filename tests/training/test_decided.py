@@ -94,14 +94,13 @@ def test_the_template_that_was_trained_with_goes_with_the_adapter(make_config: M
 
 
 def test_the_summary_has_validation_figures_labels_and_settings(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(train__steps=4, evaluation__every_steps=2, baselines=["head"], log__plot=True)
-    results = job.run(config, tmp_path / "run")
+    config = make_config(train__steps=4, evaluation__every_steps=2, log__plot=True)
+    best = job.run(config, tmp_path / "run").best_step
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    for name, folder in (("lora", "."), ("head", "head")):
-        one, best = summary["methods"][name], results[name].best_step
-        lines = [line for line in read_lines(tmp_path / "run" / folder / "metrics.jsonl") if line["step"] == best]
-        (accuracy,) = (line["validation/accuracy"] for line in lines if "validation/accuracy" in line)
-        assert one["validation"]["accuracy"] == accuracy and one["best_step"] == best
-        assert one["method"]["name"] == name
+    one = summary["methods"]["lora"]
+    lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["step"] == best]
+    (accuracy,) = (line["validation/accuracy"] for line in lines if "validation/accuracy" in line)
+    assert one["validation"]["accuracy"] == accuracy and one["best_step"] == best
+    assert one["method"]["name"] == "lora"
     assert summary["labels"] == sorted(LABELS) and summary["problem"] == "single_label"
     assert summary["config"]["optimizer"]["learning_rate"] == 1e-2

@@ -28,24 +28,22 @@ pytestmark = pytest.mark.slow
 def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(
         train__steps=60,
-        baselines=["head"],
         log__tensorboard=True,
         log__plot=True,
         log__progress="plain",
         optimizer__head_learning_rate=0.1,
     )
-    results = job.run(config, tmp_path / "run")
-    assert list(results) == ["head", "lora"]
+    result = job.run(config, tmp_path / "run")
     run = tmp_path / "run"
     for name in ("config.json", "metrics.jsonl", "summary.json", "curves.png", "adapter/adapter_config.json",
-                 "adapter/adapter_model.safetensors", "head/metrics.jsonl", "head/adapter/jaxpeft.json"):  # fmt: skip
+                 "adapter/adapter_model.safetensors", "adapter/jaxpeft.json"):  # fmt: skip
         assert (run / name).is_file(), name
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events.*"))
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["before"]["accuracy"] < 0.7
-    assert results["lora"].test["accuracy"] == summary["methods"]["lora"]["validation"]["accuracy"]
+    assert result.test["accuracy"] == summary["methods"]["lora"]["validation"]["accuracy"]
     assert "test" not in summary["methods"]["lora"]  # no test rows were given
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
@@ -63,38 +61,35 @@ def test_a_schedule_of_ranks_that_the_run_is_too_short_for_is_refused_before_wei
         prepare(config)
 
 
-def test_a_baseline_is_trained_at_its_own_learning_rate(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("candidate", "rate"),
+    [
+        ({}, 1e-2),
+        ({"method": {"name": "full"}, "learning_rate": 1e-4}, 1e-4),
+        ({"method": {"name": "head"}}, 5e-3),
+        ({"method": {"name": "head"}, "head_learning_rate": 1e-5}, 1e-5),
+    ],
+)
+def test_a_candidate_is_trained_at_its_own_learning_rate(
+    make_config: MakeConfig, tmp_path: Path, candidate: dict[str, Any], rate: float
+) -> None:
     config = make_config(
-        baselines=["full"], baseline_learning_rates={"full": 1e-4}, optimizer__learning_rate=1e-2, train__steps=3
-    )
-    job.run(config, tmp_path / "run")
-    highest = {
-        name: max(line["learning_rate"] for line in read_lines(tmp_path / "run" / folder / "metrics.jsonl")
-                  if "learning_rate" in line)
-        for name, folder in (("lora", ""), ("full", "full"))
-    }  # fmt: skip
-    assert highest == pytest.approx({"lora": 1e-2, "full": 1e-4})
-
-
-def test_a_head_as_a_baseline_takes_its_own_rate_too(make_config: MakeConfig, tmp_path: Path) -> None:
-    options = {"baselines": ["head"], "optimizer__head_learning_rate": 5e-3, "train__steps": 3}
-    job.run(make_config(**options, baseline_learning_rates={"head": 1e-5}), tmp_path / "own")
-    job.run(make_config(**options), tmp_path / "heads")
-    rates = [
-        max(line.get("learning_rate", 0.0) for line in read_lines(tmp_path / run / "head" / "metrics.jsonl"))
-        for run in ("own", "heads")
-    ]
-    assert rates == pytest.approx([1e-5, 5e-3])
+        compare__candidates=[candidate], optimizer__learning_rate=1e-2, optimizer__head_learning_rate=5e-3,
+        train__steps=3,
+    )  # fmt: skip
+    job.run(config.run_of(config.compare.candidates[0], 0), tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert max(line.get("learning_rate", 0.0) for line in lines) == pytest.approx(rate)
 
 
 def test_a_finished_run_given_again_says_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(train__steps=3, baselines=["head"])
+    config = make_config(train__steps=3)
     first = job.run(config, tmp_path / "run")
     lines, summary = (read_lines(tmp_path / "run" / "metrics.jsonl"), (tmp_path / "run" / "summary.json").read_text())
     second = job.run(config, tmp_path / "run")
     assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
     assert (tmp_path / "run" / "summary.json").read_text() == summary
-    assert first["lora"].seconds == pytest.approx(second["lora"].seconds) != 0
+    assert first.seconds == pytest.approx(second.seconds) != 0
 
 
 def test_every_class_counts_whatever_is_held_out_or_drawn(make_config: MakeConfig, tmp_path: Path) -> None:
