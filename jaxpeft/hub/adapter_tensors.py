@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -181,6 +181,7 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
         chosen = chosen_sites(part, params)
         alike = [other for other in method.parts() if other is not part and other.leaf_names == part.leaf_names]
         elsewhere = {name for other in alike for name in adapted_names(other, params)}
+        fixed = _fixed(part, [site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes])
         for site in targets.find_sites(params, targets.KINDS):
             leaves = paths.get(params, site.path)
             there = {key: leaves[key] for key in part.leaf_names if key in leaves}
@@ -189,7 +190,7 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
                 if name in elsewhere:
                     continue
                 if there:
-                    problems += _site_mismatches(part, site.one(i), wanted, layer_of(site, there, i))
+                    problems += _site_mismatches(part, site.one(i), fixed.get(name), layer_of(site, there, i))
                 elif wanted:
                     problems.append(f"{name}: is not adapted in the tree")
     return problems
@@ -210,9 +211,31 @@ def _root_mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _site_mismatches(method: Method, site: Site, wanted: bool, leaves: Mapping[str, Any]) -> list[str]:
-    """Compares the leaves of one layer of a site with those that the method makes: shapes, padding, and scalars."""
-    if not wanted:
+def _fixed(method: Method, sites: Sequence[Site]) -> dict[str, dict[str, Array]]:
+    """Return the leaves that follow from the options alone, by the name of the site and of the leaf.
+
+    All are computed in one program, from which XLA drops what they do not need, such as decompositions of kernels.
+    """
+
+    def made(rng: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        fresh = {site.name: method.init(site, partial(jnp.ones, site.shape, jnp.float32), rng) for site in sites}
+        return {
+            name: {key: leaf for key, leaf in leaves.items() if _follows(method, key, leaf)}
+            for name, leaves in fresh.items()
+        }
+
+    return jax.tree.map(np.asarray, jax.jit(made)(jax.random.key(0)))
+
+
+def _follows(method: Method, key: str, like: Any) -> bool:
+    return key not in method.trained_leaves and ((_whole(like) and key not in method.files) or not like.shape)
+
+
+def _site_mismatches(
+    method: Method, site: Site, fixed: Mapping[str, Array] | None, leaves: Mapping[str, Any]
+) -> list[str]:
+    """Compare the leaves of one layer of a site with those that the method makes; `fixed` is None where it makes none."""
+    if fixed is None:
         trained = [key for key in leaves if key in method.trained_leaves and np.asarray(leaves[key]).any()]
         return [f"{site.name}: holds {trained[0]} in the tree, the method does not adapt it"] if trained else []
     fresh = jax.eval_shape(
@@ -231,12 +254,10 @@ def _site_mismatches(method: Method, site: Site, wanted: bool, leaves: Mapping[s
             used = [int(np.flatnonzero(leaf.any(tuple(b for b in range(leaf.ndim) if b != a))).max(initial=-1)) + 1
                     for a in range(leaf.ndim)]  # fmt: skip
             return [f"{site.name}: {key} is {used} in the tree, the method makes it {list(like.shape)}"]
-        chosen = _whole(like) and key not in method.files  # by the options alone
-        if key not in method.trained_leaves and (chosen or not like.shape):
-            made = np.asarray(method.init(site, partial(jnp.ones, site.shape, jnp.float32), jax.random.key(0))[key])
-            other = ~np.isclose(leaf[inside], made, rtol=1e-5)
+        if key in fixed:
+            other = ~np.isclose(leaf[inside], fixed[key], rtol=1e-5)
             if other.any():
-                is_, makes = leaf[inside][other][0], made[other][0]
+                is_, makes = leaf[inside][other][0], fixed[key][other][0]
                 return [f"{site.name}: {key} is {is_:g} in the tree, the method makes it {makes:g}"]
     return []
 
