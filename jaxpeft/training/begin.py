@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -21,17 +21,14 @@ from jaxpeft.training.setup import Setup
 from jaxpeft.training.start import Start
 from jaxpeft.transforms.rewrite import rewrite
 
-
-def split_for(setup: Setup, method: Method) -> tuple[Tree, Tree]:
-    """Rewrites the base and splits it: `(trainable, frozen)`.
-
-    The trainable leaves are copies: the step is given them for good (they are donated), the base stays as it was.
-    """
-    return _placed(setup, method, rewrite(method, setup.params, jax.random.key(setup.config.train.seed)))
+Look = Callable[[Tree, Tree], object]
 
 
 def _placed(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    """Splits a rewritten tree, each leaf where the rules say."""
+    """Split a rewritten tree into `(trainable, frozen)`, each leaf where the rules say.
+
+    The trainable leaves are copies: the step is given them for good (they are donated), the base stays as it was.
+    """
     where = shardings(setup.mesh, setup.rules, params, method)
     mask = trainable_mask(method, params)
     (trainable, frozen), (of_trainable, of_frozen) = tree.partition(params, mask), tree.partition(where, mask)
@@ -45,21 +42,31 @@ def rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:
     return tree.partition(params, trainable_mask(method, params))
 
 
-def begun(setup: Setup, method: Method, meta: Mapping[str, Any] | None) -> tuple[Method, Tree, Tree]:
-    """Gives what a run trains: `(method, trainable, frozen)`, with the start that the method takes from the data.
+def begun(
+    setup: Setup, method: Method, meta: Mapping[str, Any] | None, look: Look | None = None
+) -> tuple[Method, Tree, Tree]:
+    """Return what a run trains: `(method, trainable, frozen)`, with the start that the method takes from the data.
+
+    The base is rewritten once: a fresh adapter may take decompositions of every kernel.
 
     Args:
         setup: the prepared run.
         method: as the config has it.
         meta: of the checkpoint that is gone on from: the method as it was started; None for a new run.
+        look: is shown `(trainable, frozen)` with the fresh adapter, before a start from the data.
     """
     if meta is not None:
         method = method_of(meta, method)
-        return (method, *split_for(setup, method))
     key = jax.random.key(setup.config.train.seed)
+    fresh = rewrite(method, setup.params, key)
+    split = _placed(setup, method, fresh)
+    if look is not None:
+        look(*split)
+    if meta is not None:
+        return (method, *split)
     run = Start(setup.model, setup.params, key, setup.tokenizer, partial(_first_batches, setup))
-    method, params = method.start(rewrite(method, setup.params, key), run)
-    return (method, *_placed(setup, method, params))
+    started, params = method.start(fresh, run)
+    return (started, *(split if params is fresh else _placed(setup, started, params)))
 
 
 def method_of(meta: Mapping[str, Any], configured: Method) -> Method:

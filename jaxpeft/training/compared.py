@@ -67,14 +67,15 @@ def run(
         check_resumable(setup, config.method, folder, allowed)
         job.log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
-        began = job.before_training(setup, config.method, evaluator, folder / "before.json") if before else None
-        result = job.fit(setup, config.method, optimizers.options_for(config), folder, stop, evaluator, allowed)
+        look = job.Before(setup, evaluator, folder / "before.json") if before else None
+        options = optimizers.options_for(config)
+        result = job.fit(setup, config.method, options, folder, stop, evaluator, allowed, look)
         peak = memory_gb()
         lost = _forgetting(setup, result, evaluator, stop)
         measured = {
             "metric": metric_of(setup),
             "split": result.split,
-            "before": began,
+            "before": look.figures if look is not None else None,
             "test": result.test,
             "steps": result.steps,
             "best_step": result.best_step,

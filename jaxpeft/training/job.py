@@ -25,7 +25,7 @@ from jaxpeft.models import attention
 from jaxpeft.peers import ALONE, Peers
 from jaxpeft.sharding.processes import on_host
 from jaxpeft.training import compiling, next_steps, optimizers, plot, records
-from jaxpeft.training.begin import fixed_leaves, split_for
+from jaxpeft.training.begin import Look, fixed_leaves
 from jaxpeft.training.decided import ends_of
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import Lock
@@ -73,13 +73,14 @@ def run(
         check_resumable(setup, config.method, workdir, allowed)
         log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
-        before = before_training(setup, config.method, evaluator, workdir / "before.json")
+        before = Before(setup, evaluator, workdir / "before.json")
         answers = {"before training": _answers(setup, setup.params)}
-        result = fit(setup, config.method, optimizers.options_for(config), workdir, stop, evaluator, allowed)
+        options = optimizers.options_for(config)
+        result = fit(setup, config.method, options, workdir, stop, evaluator, allowed, before)
         answers["after"] = _answers(setup, result.params)
         _show_answers(setup, answers)
         if peers.first:
-            _finish(setup, before, result, workdir)
+            _finish(setup, before.figures, result, workdir)
     return result
 
 
@@ -123,28 +124,34 @@ def _computing(setup: Setup) -> str:
     return f"layers {layers}, remat {options.remat}, attention {kernel}, compiled programs {f'in {kept}' if kept else 'not kept'}"
 
 
-def before_training(setup: Setup, method: Method, evaluator: Evaluator, record: Path) -> dict[str, float]:
-    """Return the figures before any training, with the fresh adapter: evaluated once for a run, however often it goes on.
+class Before:
+    """The figures before any training, with the fresh adapter: evaluated once for a run, however often it goes on.
 
     Args:
         setup: the prepared run.
-        method: that will be trained.
         evaluator: of the setup.
         record: the file that keeps them, with the hash of the run that they are of.
     """
-    run = hashlib.sha256(json.dumps(setup.identity, sort_keys=True).encode()).hexdigest()
-    known = setup.peers.agreed("figures before training", lambda: _recorded(record, run))
-    if known is not None:
-        return known
-    trainable, frozen = split_for(setup, method)
-    with timed("evaluating before training") as note:
-        figures = evaluator(trainable, frozen, setup.test)
-        note(_shown(figures))
-    if setup.peers.first:
-        temporary = record.with_name(f".{record.name}.tmp")
-        temporary.write_text(json.dumps({"run": run, "figures": figures}) + "\n")
-        temporary.replace(record)
-    return figures
+
+    def __init__(self, setup: Setup, evaluator: Evaluator, record: Path) -> None:
+        self._setup, self._evaluator, self._record = setup, evaluator, record
+        self.figures: dict[str, float] = {}
+
+    def __call__(self, trainable: Tree, frozen: Tree) -> None:
+        """Evaluate the two parts of the tree, if the record does not hold the figures."""
+        setup, record = self._setup, self._record
+        run = hashlib.sha256(json.dumps(setup.identity, sort_keys=True).encode()).hexdigest()
+        known = setup.peers.agreed("figures before training", lambda: _recorded(record, run))
+        if known is not None:
+            self.figures = known
+            return
+        with timed("evaluating before training") as note:
+            self.figures = self._evaluator(trainable, frozen, setup.test)
+            note(_shown(self.figures))
+        if setup.peers.first:
+            temporary = record.with_name(f".{record.name}.tmp")
+            temporary.write_text(json.dumps({"run": run, "figures": self.figures}) + "\n")
+            temporary.replace(record)
 
 
 def _recorded(record: Path, run: str) -> dict[str, float] | None:
@@ -158,10 +165,10 @@ def _recorded(record: Path, run: str) -> dict[str, float] | None:
 
 def fit(
     setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest, evaluator: Evaluator,
-    allowed: Sequence[str],
+    allowed: Sequence[str], look: Look | None = None,
 ) -> Result:  # fmt: skip
-    """Trains a method on a prepared setup, and saves the adapter beside its checkpoints: the arguments are those of `Run`."""
-    result = Run(setup, method, options, folder, stop, evaluator, allowed).fit()
+    """Train a method on a prepared setup, and save the adapter beside its checkpoints: the arguments are those of `Run`."""
+    result = Run(setup, method, options, folder, stop, evaluator, allowed, look).fit()
     saved = _whole(setup, result)
     if saved is not None:
         decided = setup.decided

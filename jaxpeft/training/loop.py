@@ -32,7 +32,7 @@ from jaxpeft.sharding.mesh import batch_shardings, has_positions, place, replica
 from jaxpeft.sharding.processes import own_rows, put
 from jaxpeft.sharding.specs import state_shardings
 from jaxpeft.training import base_record, compiling, flops, optimizers, records
-from jaxpeft.training.begin import begun, fixed_leaves, method_of, rewritten
+from jaxpeft.training.begin import Look, begun, fixed_leaves, method_of, rewritten
 from jaxpeft.training.evaluation import Evaluator, better, metric_of
 from jaxpeft.training.progress import StepProgress, memory_gb
 from jaxpeft.training.setup import Setup
@@ -138,6 +138,7 @@ class Run:
         stop: asked before each step.
         evaluator: of the setup.
         allowed: fields that may differ from those of the checkpoint that is gone on from.
+        look: is shown the two parts of the tree before any training.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Run:
         stop: StopRequest,
         evaluator: Evaluator,
         allowed: Sequence[str] = (),
+        look: Look | None = None,
     ) -> None:
         self.allowed = allowed
         self.setup, self.stop, self.folder = setup, stop, folder
@@ -156,7 +158,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
         self.latest = self.checkpoints.latest()
         meta = None if self.latest is None else self.checkpoints.read_meta(self.latest)
-        self.method, trainable, self.frozen = begun(setup, method, meta)
+        self.method, trainable, self.frozen = begun(setup, method, meta, look)
         self.optimizer = optimizers.build(options, setup.steps, self.method)
         self.rate = optimizers.schedule(options, options.learning_rate, setup.steps)
         state = init_state(trainable, self.optimizer, setup.config.train.seed)

@@ -106,8 +106,8 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
     [
         ([("method.alpha_pattern", "{'full': -1}")], "method.alpha_pattern: must be above 0, is -1"),
         ([("baselines", "head")],
-         "config.baselines: is removed: a run trains one method; list the methods instead, as in config.compare.candidates = "
-         "({'method': {'name': 'head'}}, {}), where {} is config.method, and run `python -m jaxpeft.compare`"),
+         "config.baselines: is removed: a run trains one method; list the methods instead, as in config.compare.candidates = ("),
+        ([("baselines", "head")], "({'method': {'name': 'head'}}, {}), where {} is config.method, and run `python -m jaxpeft.compare`"),
         ([("baseline_learning_rates", "{'full': 1e-4}")],
          "config.baseline_learning_rates: is removed; set the learning_rate of each of config.compare.candidates"),
         ([("model.task", "causal_lm")], None),

@@ -23,7 +23,7 @@ from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.specs import HOST
 from jaxpeft.training import job, memory, placing
-from jaxpeft.training.begin import begun, split_for
+from jaxpeft.training.begin import begun
 from jaxpeft.training.records import read_lines
 from jaxpeft.training.setup import prepare
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_goes_on_on_another_mesh_and_on_one_device(config: Config, 
 
 def test_trees_and_moments_lie_where_the_rules_say(config: Config) -> None:
     setup = prepare(spread(config, strategy="tensor", tensor=2))
-    trainable, frozen = split_for(setup, config.method)
+    _, trainable, frozen = begun(setup, config.method, None)
     specs = {paths.text(path): leaf.sharding.spec for path, leaf in (*paths.walk(trainable), *paths.walk(frozen))}
     assert specs["model/layers/mlp/gate_proj/kernel"] == jax.sharding.PartitionSpec(None, None, "tensor")
     assert specs["model/layers/self_attn/q_proj/lora_b"] == jax.sharding.PartitionSpec(None, None, "tensor")
@@ -147,7 +147,7 @@ def test_trees_and_moments_lie_where_the_rules_say(config: Config) -> None:
 def test_offloaded_kernels_stay_in_host_memory_and_the_step_takes_them_from_there(config: Config) -> None:
     setup = prepare(spread(config, strategy="fsdp", offload=True))
     assert (setup.model.options.offload, setup.model.options.remat) == (True, "products")
-    _, frozen = split_for(setup, config.method)
+    _, _, frozen = begun(setup, config.method, None)
     kinds = {paths.text(path): leaf.sharding.memory_kind for path, leaf in paths.walk(frozen)}
     assert {kind for path, kind in kinds.items() if path.endswith("_proj/kernel")} == {HOST}
     assert kinds["model/embed_tokens/embedding"] == "device"
@@ -162,7 +162,8 @@ def test_starts_that_read_the_base_read_it_in_host_memory_too(make_config: MakeC
     )
     made = dataclasses.replace(made, method=dataclasses.replace(made.method, init_weights=start))  # type: ignore[call-arg]
     found = [
-        split_for(prepare(spread(made, **mesh)), made.method)[0] for mesh in ({}, {"strategy": "fsdp", "offload": True})
+        begun(prepare(spread(made, **mesh)), made.method, None)[1]
+        for mesh in ({}, {"strategy": "fsdp", "offload": True})
     ]
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(np.abs(a), np.abs(b), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ import pytest
 import jaxpeft
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError, TrainingError
+from jaxpeft.methods import starts
 from jaxpeft.training import job, loop
 from jaxpeft.training.records import read_lines
 from jaxpeft.training.setup import prepare
@@ -59,6 +60,28 @@ def test_a_schedule_of_ranks_that_the_run_is_too_short_for_is_refused_before_wei
     monkeypatch.setattr("jaxpeft.hub.loading.Outline.read", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(ConfigError, match=r"method\.initial_steps: 2 steps at the start and 2 at the end"):
         prepare(config)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_start_from_the_kernels_decomposes_each_of_them_once(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: bool
+) -> None:
+    config = make_config(
+        train__steps=1, optimizer__warmup_steps=None, model__scan_layers=scanned, method__init_weights="pissa",
+        method__targets=("query",),
+    )  # fmt: skip
+    seen: list[int] = []
+    largest = starts.largest
+
+    def counted(matrix: Any, *rest: Any) -> Any:
+        like = jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
+        looked = jax.pure_callback(lambda value: seen.append(1) or value, like, matrix)  # if anything needs it
+        return largest(looked, *rest)
+
+    monkeypatch.setattr(starts, "largest", counted)
+    job.run(config, tmp_path / "run")
+    layers = prepare(config).model.config.num_hidden_layers
+    assert len(seen) == layers
 
 
 @pytest.mark.parametrize(
