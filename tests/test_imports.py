@@ -134,3 +134,25 @@ def test_a_name_that_is_none_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'jaxpeft' has no attribute 'Lora'"):
         jaxpeft.Lora  # noqa: B018 - the access is the test
     assert methods() <= set(dir(jaxpeft)) == set(jaxpeft.__all__)
+
+
+DEFAULTS = {("jaxpeft.config.candidates", "full")}
+"""Modules that name a method as a default: what others are a share of, where a comparison does not say it."""
+
+
+def test_no_module_outside_of_the_methods_has_a_case_for_one_of_them() -> None:
+    known = {text for name, method in jaxpeft.METHODS.items() for text in (name, method.peft_type) if text}
+    found: set[tuple[str, str]] = set()
+    for module, path in modules().items():
+        if module.startswith("jaxpeft.methods"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                asks = any(isinstance(side, ast.Attribute) and side.attr in ("name", "peft_type") for side in sides)
+                texts = {side.value for side in sides if isinstance(side, ast.Constant)} & known
+                found |= {(module, str(text)) for text in texts if asks}
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                classes = {word.id for word in ast.walk(node.args[1]) if isinstance(word, ast.Name)}
+                found |= {(module, name) for name in classes & {method.__name__ for method in jaxpeft.METHODS.values()}}
+    assert found == DEFAULTS

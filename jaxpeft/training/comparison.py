@@ -95,25 +95,18 @@ def run(
         left = [one for one in runs if one not in results]
         _log.info("%d runs: %d candidates, %d seeds; %d of them are done", len(runs), len(config.compare.candidates),
                   len(config.compare.seeds), len(results))  # fmt: skip
-        first = _measured_before(config)
+        first, asked = _measured_before(config), {"allowed": list(allowed), "traceback": traceback}
         processes = _started(left)
         try:
             for i, (one, process) in enumerate(processes):
                 stop.raise_if_requested()
                 _log.info("\n%s: run %d of %d%s", one, i + 1, len(left), _remaining(began, i, len(left)))
-                told = {"config": as_dict(one.config), "folder": str(one.folder), "allowed": list(allowed),
-                        "traceback": traceback, "before": one.name == first}  # fmt: skip
-                why = _finished(process, told, stop)
+                why = _complete(process, one, stop, {**asked, "before": one.name == first})
                 result = read_result(one)
                 if result is not None:
                     results[one] = result
-                    _log.info(
-                        "%s: %s %s %.4f",
-                        one,
-                        result.get("split", "test"),
-                        result["metric"],
-                        result["test"][result["metric"]],
-                    )
+                    metric = result["metric"]
+                    _log.info("%s: %s %s %.4f", one, result.get("split", "test"), metric, result["test"][metric])
                     continue
                 stop.raise_if_requested()
                 failed[one] = why
@@ -121,11 +114,10 @@ def run(
         finally:
             processes.close()
             if results:
-                why_failed = {str(one): why for one, why in failed.items()}
                 by_name = {
                     one: [results[r] for r in runs if r.name == one and r in results] for one in config.compare.titles
                 }
-                made = comparison_table.write(config, by_name, why_failed, workdir)
+                made = comparison_table.write(config, by_name, {str(one): why for one, why in failed.items()}, workdir)
                 _log.info("\n%s", comparison_table.shown(made, by_name, workdir))
     return failed
 
@@ -264,8 +256,16 @@ def _start(one: Planned) -> _Process:
     return _Process(process, said)
 
 
-def _finished(run: _Process, told: Mapping[str, Any], stop: StopRequest) -> str:
-    """Tell a process what to do, and wait for its end; return why it has failed, if it has."""
+def _complete(run: _Process, one: Planned, stop: StopRequest, asked: Mapping[str, Any]) -> str:
+    """Tell a process which run it does, and wait for its end; return why it has failed, if it has.
+
+    Args:
+        run: the process.
+        one: the run.
+        stop: a request to stop, which is passed on.
+        asked: more to tell it.
+    """
+    told = {"config": as_dict(one.config), "folder": str(one.folder), **asked}
     to = cast(IO[str], run.process.stdin)
     with suppress(BrokenPipeError):
         to.write(json.dumps(told) + "\n")

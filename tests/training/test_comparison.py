@@ -131,14 +131,14 @@ def test_the_next_process_is_there_before_its_turn_and_ends_if_that_never_comes(
     begun: list[comparison.subprocess.Popen[str]] = []
     start = comparison._start
     monkeypatch.setattr(comparison, "_start", lambda one: begun.append((found := start(one)).process) or found)
-    finished = comparison._finished
+    finished = comparison._complete
     there: list[tuple[int, int]] = []
 
     def counted(*args: Any) -> str:
         there.append((len(begun), sum(process.poll() is None for process in begun)))
         return finished(*args)
 
-    monkeypatch.setattr(comparison, "_finished", counted)
+    monkeypatch.setattr(comparison, "_complete", counted)
     folder = tmp_path / "run"
     assert run(config, folder) == {}
     assert there == [(2, 2), (3, 2), (4, 2), (4, 1)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpeft.config.schema import OptimizerConfig
+import jaxpeft
+from jaxpeft.config.schema import Config, ModelConfig, OptimizerConfig
+from jaxpeft.core.method import Method
 from jaxpeft.errors import ConfigError
 from jaxpeft.training import optimizers
 
@@ -130,6 +133,19 @@ def test_adam_holds_two_moments_of_what_is_trained_and_nothing_else() -> None:
 def test_the_head_alone_gets_the_heads_rate() -> None:
     config = optimizers.for_head_alone(OptimizerConfig(learning_rate=0.1, head_learning_rate=0.5))
     assert (config.learning_rate, config.head_learning_rate) == (0.5, None)
+
+
+def test_any_method_that_trains_the_head_alone_gets_its_rate() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Probe(Method):
+        name: ClassVar[str] = "probe"
+        head_alone: ClassVar[bool] = True
+
+    given = Config(method=Probe(), optimizer=OptimizerConfig(learning_rate=0.1, head_learning_rate=0.5))
+    assert optimizers.options_for(given) == OptimizerConfig(learning_rate=0.5)
+    assert optimizers.options_for(dataclasses.replace(given, method=jaxpeft.BitFit())) == given.optimizer
+    found = Config(method=Probe(), model=ModelConfig(path="somewhere")).problems()
+    assert "method.name: 'probe' trains a classification head, task is 'causal_lm'" in found
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
