@@ -41,7 +41,7 @@ def _lines() -> Iterator[str]:
     yield _INTRODUCTION
     for one in reference.sections():
         level = "###" if "." in one.name else "##"
-        yield f"{level} config{'.' if one.name else ''}{one.name}\n"
+        yield f"{level} config.{one.name}\n"
         yield f"{_escaped(one.doc)}{f' Paper: {one.paper}' if one.paper else ''}\n"
         yield from _table(one.options)
     yield "## Commands\n"

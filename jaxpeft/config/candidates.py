@@ -18,7 +18,9 @@ class CandidateConfig:
     """One method of a comparison; what it does not set is that of the config."""
 
     name: str = option("", "name of its row and of its folder; empty for the method's")
-    method: Method = option(LoRA, "the fine-tuning method: `name` and its hyperparameters; left out, config.method", read=read)
+    method: Method = option(
+        LoRA, "the fine-tuning method: `name` and its hyperparameters; left out, that of the config", read=read
+    )
     learning_rate: float | None = option(None, "peak learning rate; None for optimizer.learning_rate", above=0)
     head_learning_rate: float | None = option(None, "that of the head; None for the optimizer's", above=0)
 

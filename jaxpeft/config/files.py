@@ -73,9 +73,9 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     if not isinstance(section, Mapping):
         return None, [f"config.method: must be a section with options, is {shown(section)}"]
     rest = {key: value for key, value in values.items() if key != "method"}
-    if "compare" in rest:
-        rest["compare"] = _with_methods(rest["compare"], typing.cast(Mapping[str, Any], section))
     method, problems = methods.read(typing.cast(Mapping[str, Any], section), "config.method")
+    if method and "compare" in rest:
+        rest["compare"] = _with_methods(rest["compare"], typing.cast(Mapping[str, Any], section))
     config, found = parse(Config, {**rest, "method": method} if method else rest, "config")
     return (None, [*problems, *found]) if problems or found else (config, [])
 

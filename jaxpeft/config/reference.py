@@ -23,7 +23,7 @@ class SectionDoc:
     """One section of a config.
 
     Attributes:
-        name: such as `model`; of a method's options `method.NAME`; empty for the options that are in no section.
+        name: such as `model`; of a method's options `method.NAME`.
         doc: what it is about.
         paper: where a method comes from, empty elsewhere.
         options: in their order.
@@ -38,7 +38,7 @@ class SectionDoc:
     def prefix(self) -> str:
         """What stands before the name of one of its options on the command line."""
         name = "method" if self.name.startswith("method.") else self.name
-        return f"config.{name}." if name else "config."
+        return f"config.{name}."
 
 
 def sections() -> tuple[SectionDoc, ...]:
@@ -52,7 +52,7 @@ def section(name: str) -> SectionDoc:
     Raises:
         ConfigError: there is none of that name.
     """
-    known = {found.name: found for found in sections() if found.name}
+    known = {found.name: found for found in sections()}
     asked = name.removeprefix("config.")
     if asked not in known:
         usual = ", ".join(one for one in known if "." not in one)
@@ -75,8 +75,6 @@ def _sections() -> Iterator[SectionDoc]:
             yield SectionDoc(field.name, first_line(cast(type[Any], hint)), option_docs(cast(type[Any], hint)))
     yield SectionDoc(
         "compare.candidates",
-        f"{first_line(CandidateConfig)} Its `method` is a section like `config.method`.",
+        f"{first_line(CandidateConfig)} Its `method` is a section like `config.method`, which is taken where it is left out.",
         option_docs(CandidateConfig),
     )
-    if plain := option_docs(Config):
-        yield SectionDoc("", "In no section.", plain)
