@@ -31,7 +31,7 @@ from jaxpeft.sharding.mesh import evaluation_rows
 from jaxpeft.training import cpu, job, next_steps, optimizers, records
 from jaxpeft.training.comparison import RESULT, other_rows
 from jaxpeft.training.evaluation import Evaluator, metric_of
-from jaxpeft.training.lock import Lock
+from jaxpeft.training.lock import lock_folder
 from jaxpeft.training.loop import Result, check_resumable
 from jaxpeft.training.progress import memory_gb
 from jaxpeft.training.setup import Setup, prepare
@@ -61,7 +61,7 @@ def run(
     """
     records.check(config.log)
     folder.mkdir(parents=True, exist_ok=True)
-    with Lock(folder):
+    with lock_folder(folder):
         setup = prepare(config)
         stop.raise_if_requested()
         check_resumable(setup, config.method, folder, allowed)

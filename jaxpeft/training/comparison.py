@@ -29,7 +29,7 @@ from jaxpeft.data.rows import is_hub_id, read_rows
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub import sources
 from jaxpeft.training import comparison_table
-from jaxpeft.training.lock import Lock
+from jaxpeft.training.lock import lock_folder
 from jaxpeft.training.signals import StopRequest
 
 RESULT = "result.json"
@@ -85,7 +85,7 @@ def run(
         Stopped: on request, after the run that was going on has saved.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with Lock(workdir):
+    with lock_folder(workdir):
         runs = plan(config, workdir)
         results = finished(runs, allowed)
         if len(results) < len(runs):

@@ -28,7 +28,7 @@ from jaxpeft.training import compiling, next_steps, optimizers, plot, records
 from jaxpeft.training.begin import Look, fixed_leaves
 from jaxpeft.training.decided import ends_of
 from jaxpeft.training.evaluation import Evaluator, metric_of
-from jaxpeft.training.lock import Lock
+from jaxpeft.training.lock import lock_folder
 from jaxpeft.training.loop import Result, Run, check_resumable, devices_of
 from jaxpeft.training.setup import Setup, prepare
 from jaxpeft.training.signals import StopRequest
@@ -66,7 +66,7 @@ def run(
     peers.same("config", {"config": compared(config), "jax": jax.__version__})
     config = config if peers.first else quiet(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    with Lock(workdir) if peers.first else nullcontext():
+    with lock_folder(workdir) if peers.first else nullcontext():
         peers.require_shared(workdir)
         setup = prepare(config, peers)
         stop.raise_if_requested()

@@ -1,50 +1,54 @@
-"""One run a folder: two at once would write each other's files."""
+"""One run per folder: two at once would overwrite each other's files."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+
+from filelock import FileLock, Timeout
 
 from jaxpeft.errors import ConfigError
 
 FILE = ".lock"
 
 
-class Lock:
-    """A context in which no other run uses the folder; the system frees it with the process, however that ends.
+@contextmanager
+def lock_folder(folder: Path) -> Generator[None]:
+    """Keep every other run out of a folder; the system frees it with the process, however that ends.
 
     Args:
         folder: of the run.
 
     Raises:
-        ConfigError: on entering: another run uses it.
+        ConfigError: another run uses it; the message names its host and process.
     """
+    path = folder / FILE
+    # no soft lock where the filesystem has no flock: that one outlives a killed process
+    lock = FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=_write_owner)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"--workdir {folder}: a run is going on there ({_read_owner(path)}); wait for it, or give another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / FILE
-        self._file: int | None = None
 
-    def __enter__(self) -> Lock:
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
-            os.close(self._file)
-            raise ConfigError(
-                f"--workdir {self._path.parent}: a run is going on there ({owner}); wait for it, or give another folder"
-            ) from None
-        os.ftruncate(self._file, 0)
-        os.write(self._file, f"{platform.node()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n".encode())
-        return self
+def _write_owner(file: int) -> None:
+    os.ftruncate(file, 0)
+    os.write(file, f"{platform.node()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n".encode())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._path.unlink(missing_ok=True)
-            os.close(self._file)
+
+def _read_owner(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")[:200].strip() or "another process"
+    except FileNotFoundError:  # it has just ended
+        return "another process"

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from jaxpeft.training.lock import Lock
+from jaxpeft.training.lock import lock_folder
 from tests.faults.conftest import Job, Marks, damage, files, largest
 
 pytestmark = pytest.mark.slow
@@ -204,7 +204,7 @@ def test_case_15_a_copied_checkpoint_is_as_good(job: Job, whole: Job, marks: Mar
 
 def test_case_16_a_second_run_in_the_folder_is_refused(job: Job, marks: Marks) -> None:
     job.workdir.mkdir()
-    with Lock(job.workdir):
+    with lock_folder(job.workdir):
         before = files(job.workdir)
         done = job()
         marks.exit(done, 2)
