@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -115,14 +116,20 @@ def _multi(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
 
 
 def _regression(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
-    from scipy.stats import rankdata
+    from scipy.stats import NearConstantInputWarning, pearsonr, spearmanr
 
     made = predictions[..., 0] if predictions.ndim == labels.ndim + 1 else predictions
     _same_shape(made, labels)
     made, wanted = made.astype(np.float64), labels.astype(np.float64)
+    pearson = spearman = 0.0
+    if made.min() < made.max() and wanted.min() < wanted.max():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NearConstantInputWarning)
+            results: Any = pearsonr(made, wanted), spearmanr(made, wanted)
+        pearson, spearman = (result.statistic for result in results)
     return {
-        "pearson": _correlation(made, wanted),
-        "spearman": _correlation(rankdata(made), rankdata(wanted)),
+        "pearson": float(pearson),
+        "spearman": float(spearman),
         "mse": float(((made - wanted) ** 2).mean()),
     }
 
@@ -157,13 +164,3 @@ def _same_shape(made: np.ndarray, labels: np.ndarray) -> None:
         raise DataError(f"predictions of the shape {made.shape} do not fit labels of the shape {labels.shape}")
     if not labels.size:
         raise DataError("there is no label to compare with; check that the split has rows")
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of float64 [n] and [n]; 0 where one of them is constant."""
-    # Told from the values: a constant less its own mean need not be exactly 0.
-    if a.min() == a.max() or b.min() == b.max():
-        return 0.0
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float(a @ a)) * math.sqrt(float(b @ b))
-    return float(np.clip(a @ b / scale, -1, 1)) if scale > 0 else 0.0

@@ -80,6 +80,24 @@ def test_constant_regression():
     assert math.isfinite(metrics["mse"])
 
 
+@pytest.mark.parametrize(
+    "made",
+    [[1.0, 1 + 2**-52, 1 + 2**-51], [1e8, 1e8 + 2**-26, 1e8], [5e-324, 1e-323, 0.0], [1e30, -1e30, 1e-30], [0.0, 0.0, 1.0]],
+)
+def test_a_regression_that_is_constant_but_for_rounding(made):
+    metrics = classification_metrics(np.array(made), np.array([1.0, 2.0, 4.0]), "regression")
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert -1 <= metrics["pearson"] <= 1
+    assert metrics["spearman"] == pytest.approx(
+        {1 + 2**-51: 1.0, 1e8: 0.0, 0.0: -0.5, 1e-30: -0.5, 1.0: 3**0.5 / 2}[made[2]]
+    )
+
+
+def test_one_row_of_regression():
+    metrics = classification_metrics(np.array([1.5]), np.array([1.0]), "regression")
+    assert metrics == {"pearson": 0.0, "spearman": 0.0, "mse": 0.25}
+
+
 def test_token_labels_of_minus_100_are_ignored():
     labels = np.array([[-100, 0, 1, 2, -100], [-100, 0, 0, -100, -100]])
     made = np.array([[9, 0, 1, 1, 9], [9, 1, 0, 9, 9]])
