@@ -304,12 +304,16 @@ class EvaluationConfig:
     samples: int = option(0, "test rows whose answers are generated and shown, before training and after", at_least=0)
     sample_tokens: int = option(64, "tokens of such an answer at most", at_least=1, at_most=2**24)
     metric: (
-        Literal["loss", "perplexity", "accuracy", "f1", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "mse"]
+        Literal[
+            "loss", "perplexity", "accuracy", "f1", "f1_macro", "f1_micro", "precision", "recall", "tag_f1", "tag_f1_macro", "mcc",
+            "pearson", "spearman", "mse",
+        ]
         | None
     ) = option(
         None,
-        "figure to choose the best step by; None for accuracy, f1 (of tags; without an O among them f1_macro), f1_micro, pearson or loss",
-    )
+        "figure to choose the best step by; None for accuracy, f1_micro, pearson or loss, by the kind of problem; for tags f1, that of whole "
+        "entities, where their names are such as B-PER, else tag_f1 (tag_f1_macro without an O among them)",
+    )  # fmt: skip
     patience: int | None = option(None, "stop after so many evaluations without a better one", at_least=1)
 
 

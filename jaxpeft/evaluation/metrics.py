@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxpeft.errors import ConfigError, DataError
+from jaxpeft.evaluation.entities import OUTSIDE, find_entities, has_entities
 
 Problem = Literal["single_label", "multi_label", "regression", "token"]
 Metrics = dict[str, float]
@@ -17,10 +19,10 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "single_label": ("accuracy", "f1_macro", "mcc"),
     "multi_label": ("f1_micro", "f1_macro", "accuracy"),
     "regression": ("pearson", "spearman", "mse"),
-    "token": ("f1", "f1_macro", "accuracy"),
+    "token": ("accuracy", "tag_f1", "tag_f1_macro"),
     "lm": ("perplexity",),
 }
-"""The metrics of each kind of problem, beside `loss`; two classes have `f1` as well."""
+"""The metrics of each kind of problem, beside `loss` and those of `figures_of`."""
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse"})
 
@@ -29,8 +31,22 @@ IGNORED = -100
 _LARGEST_EXPONENT = 700.0
 
 
+def figures_of(problem: str, labels: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the metrics of a problem with these labels, without `loss`."""
+    if problem == "single_label" and len(labels) == 2:
+        return (*FIGURES[problem], "f1")
+    if problem == "token" and has_entities(labels):
+        return (*FIGURES[problem], "f1", "precision", "recall")
+    return FIGURES[problem]
+
+
 def classification_metrics(
-    predictions: np.ndarray, labels: np.ndarray, problem: Problem, *, outside: int | None = None
+    predictions: np.ndarray,
+    labels: np.ndarray,
+    problem: Problem,
+    *,
+    tags: Sequence[str] = (),
+    rows: np.ndarray | None = None,
 ) -> Metrics:
     """Computes the metrics of one problem.
 
@@ -42,13 +58,16 @@ def classification_metrics(
         labels: single_label: int [n]; multi_label: 0 or 1 [n, labels]; regression: float [n]; token: int [...], -100
             where there is no label.
         problem: `single_label`, `multi_label`, `regression` or `token`.
-        outside: for token, the id of the tag that means no entity (`O`): f1 then counts the other tags only.
+        tags: for token, the names of the classes.
+        rows: for token, int of the shape of `labels`: the sequence that each position belongs to; None where the last axis
+            is the sequence.
 
     Returns:
         single_label: accuracy, f1_macro, mcc, and f1 of class 1 where there are two classes.
         multi_label: accuracy (all labels of a row right), f1_micro, f1_macro.
         regression: pearson, spearman, mse.
-        token: accuracy, f1 (micro), f1_macro (of all tags that are there or predicted).
+        token: accuracy, tag_f1 (micro, of all tags but `O`) and tag_f1_macro (of all that are there or predicted), by position.
+            Where the tags are those of entities (`B-PER`): f1, precision and recall (micro) of whole entities as well.
 
     Raises:
         ConfigError: there is no such problem.
@@ -61,7 +80,7 @@ def classification_metrics(
     if made.dtype.kind == "f" and not np.isfinite(made).all():
         bad = int((~np.isfinite(made)).sum())
         raise DataError(f"{bad} of {made.size} predictions are not finite: the model has diverged")
-    return _token(made, wanted, outside) if problem == "token" else known[problem](made, wanted)
+    return _token(made, wanted, tags, rows) if problem == "token" else known[problem](made, wanted)
 
 
 def lm_metrics(total_loss: float, total_tokens: float) -> Metrics:
@@ -134,15 +153,35 @@ def _regression(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
     }
 
 
-def _token(predictions: np.ndarray, labels: np.ndarray, outside: int | None) -> Metrics:
+def _token(predictions: np.ndarray, labels: np.ndarray, tags: Sequence[str], rows: np.ndarray | None) -> Metrics:
     made, kept = _ids(predictions, labels), labels != IGNORED
-    made, wanted = made[kept], labels[kept]
+    if rows is None:
+        rows = np.broadcast_to(np.arange(labels.size // labels.shape[-1]).reshape(*labels.shape[:-1], 1), labels.shape)
+    made, wanted, rows = made[kept], labels[kept], rows[kept]
     _same_shape(made, wanted)
+    outside = tags.index(OUTSIDE) if OUTSIDE in tags else None
+    found, there = made != outside, wanted != outside
     right = made == wanted
-    found, entities = made != outside, wanted != outside
-    total = int(found.sum() + entities.sum())
-    f1 = 2 * int((right & entities).sum()) / total if total else 0.0
-    return {"accuracy": float(right.mean()), "f1": f1, "f1_macro": _macro(made, wanted)}
+    metrics = {
+        "accuracy": float(right.mean()),
+        "tag_f1": _f1(int((right & there).sum()), int(found.sum()), int(there.sum()))["f1"],
+        "tag_f1_macro": _macro(made, wanted),
+    }
+    if not has_entities(tags):
+        return metrics
+    if max(made.max(), wanted.max()) >= len(tags):
+        raise DataError(f"class {max(made.max(), wanted.max())} has no name among the {len(tags)} tags")
+    entities, true = find_entities(made, rows, tags), find_entities(wanted, rows, tags)
+    return metrics | _f1(len(entities & true), len(entities), len(true))
+
+
+def _f1(right: int, found: int, there: int) -> Metrics:
+    """Return F1, precision and recall of counts; 0 where there is nothing to divide by."""
+    return {
+        "f1": 2 * right / max(found + there, 1),
+        "precision": right / max(found, 1),
+        "recall": right / max(there, 1),
+    }
 
 
 def _macro(made: np.ndarray, wanted: np.ndarray) -> float:

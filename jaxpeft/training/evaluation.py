@@ -13,6 +13,7 @@ from jaxpeft import data
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
 from jaxpeft.data.encoding import evaluated_lengths, one_length
+from jaxpeft.evaluation.entities import OUTSIDE, has_entities
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import evaluation_rows, place, replicated
@@ -62,6 +63,7 @@ class Evaluator:
         total = weight = 0.0
         logits: list[np.ndarray[Any, Any]] = []
         labels: list[np.ndarray[Any, Any]] = []
+        sequences: list[np.ndarray[Any, Any]] = []
         for batch, rows in data.eval_batches(
             split, self._rows, lengths, setup.pad_id, self._own, one_length(setup.config)
         ):
@@ -70,26 +72,36 @@ class Evaluator:
             total, weight = total + float(batch_total), weight + float(batch_weight)
             if out is not None:
                 kept = rows >= 0
-                logits += _by_row(np.asarray(out)[kept], setup.problem)
-                labels += _by_row(np.asarray(given)[kept], setup.problem)
+                out, given = np.asarray(out)[kept], np.asarray(given)[kept]
+                if setup.problem == "token":  # positions, since batches differ in length
+                    sequences.append(np.repeat(rows[kept], given.shape[1]))
+                    out, given = out.reshape(-1, out.shape[-1]), given.reshape(-1)
+                logits.append(out)
+                labels.append(given)
         if setup.problem == "lm":
             return lm_metrics(total, weight)
-        outside = setup.labels.index("O") if setup.problem == "token" and "O" in setup.labels else None
-        made, wanted = np.concatenate(logits), np.concatenate(labels)
-        figures = classification_metrics(made, wanted, setup.problem, outside=outside)  # pyright: ignore[reportArgumentType]
+        figures = classification_metrics(
+            np.concatenate(logits),
+            np.concatenate(labels),
+            setup.problem,  # pyright: ignore[reportArgumentType]
+            tags=setup.labels,
+            rows=np.concatenate(sequences) if sequences else None,
+        )
         return {"loss": total / max(weight, 1.0)} | figures
-
-
-def _by_row(values: np.ndarray[Any, Any], problem: str) -> list[np.ndarray[Any, Any]]:
-    """Lets batches of different lengths be joined: the positions of a token classification become rows."""
-    return [values.reshape(-1, *values.shape[2:])] if problem == "token" else [values]
 
 
 def metric_of(setup: Setup) -> str:
     """Gives the figure to choose the best step by."""
+    return setup.config.evaluation.metric or _DEFAULT_METRIC.get(setup.problem) or _metric_of_labels(setup)
+
+
+def _metric_of_labels(setup: Setup) -> str:
+    if setup.problem != "token":
+        return "accuracy"
+    if has_entities(setup.labels):
+        return "f1"
     # to call every token O must not be the best answer
-    default = {"token": "f1" if "O" in setup.labels else "f1_macro"} | _DEFAULT_METRIC
-    return setup.config.evaluation.metric or default.get(setup.problem, "accuracy")
+    return "tag_f1" if OUTSIDE in setup.labels else "tag_f1_macro"
 
 
 def better(metric: str, value: float, than: float | None) -> bool:

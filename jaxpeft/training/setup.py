@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from jaxpeft.data.examples import CHATS
 from jaxpeft.data.pipeline import Splits, make_batches, read_splits
 from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, TargetError, nearest
-from jaxpeft.evaluation.metrics import FIGURES
+from jaxpeft.evaluation.metrics import figures_of
 from jaxpeft.hub import sources
 from jaxpeft.hub.base_identity import architecture, fingerprint, weight_files
 from jaxpeft.hub.loading import Outline, outline
@@ -127,7 +127,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     placing.check(config.mesh, mesh)
     compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
-    _check_metric(config.evaluation.metric, splits.problem, splits.examples.num_labels)
+    _check_metric(config.evaluation.metric, splits.problem, splits.examples.label_names)
     sha256, tensors = _fingerprint(source, peers)
     base = {"sha256": sha256, "config": described}
     sizes = {file.name: file.stat().st_size for file in weight_files(source)}
@@ -289,8 +289,8 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
     return sum(jax.tree.leaves(held))
 
 
-def _check_metric(metric: str | None, problem: str, labels: int) -> None:
-    known = ("loss", *FIGURES[problem], *(("f1",) if problem == "single_label" and labels == 2 else ()))
+def _check_metric(metric: str | None, problem: str, labels: Sequence[str]) -> None:
+    known = ("loss", *figures_of(problem, labels))
     if metric is not None and metric not in known:
         raise ConfigError(
             f"evaluation.metric: {metric!r} is not a figure of this data{nearest(metric, known)} (known: {', '.join(known)})"

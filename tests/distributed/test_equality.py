@@ -66,15 +66,19 @@ def test_every_strategy_goes_over_processes(tmp_path: Path, tiny_models: Mapping
     assert_same(ran(config, 1, 4), ran(config, 2, 2), shared=strategy == "sequence")
 
 
-def test_a_classification_has_the_same_figures(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", "single", 61)
-    config = write_config(tmp_path / "mine.py", tiny_models["bert"], rows, **OPTIONS)
+@pytest.mark.parametrize(("kind", "figure"), [("single", "accuracy"), ("tags", "recall")])
+def test_a_classification_has_the_same_figures(
+    tmp_path: Path, tiny_models: Mapping[str, Path], kind: str, figure: str
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", kind, 61)
+    given = OPTIONS if kind == "single" else OPTIONS | {"model__task": "token_classification", "data__lengths": (8, 16)}
+    config = write_config(tmp_path / "mine.py", tiny_models["bert"], rows, **given)
     one, two = ran(config, 1, 4), ran(config, 2, 2)
     assert_same(one, two)
     told = [
         json.loads((of.job.workdir / "summary.json").read_text())["methods"]["lora"]["validation"] for of in (one, two)
     ]
-    assert told[0].keys() == told[1].keys() and "accuracy" in told[0]
+    assert told[0].keys() == told[1].keys() and figure in told[0]
 
 
 def test_answers_and_a_start_from_data_are_the_same(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.errors import ConfigError, DataError
-from jaxpeft.evaluation.metrics import classification_metrics, lm_metrics
+from jaxpeft.evaluation.metrics import classification_metrics, figures_of, lm_metrics
 
 
 def test_single_label_agrees_with_scikit_learn():
@@ -82,7 +82,13 @@ def test_constant_regression():
 
 @pytest.mark.parametrize(
     "made",
-    [[1.0, 1 + 2**-52, 1 + 2**-51], [1e8, 1e8 + 2**-26, 1e8], [5e-324, 1e-323, 0.0], [1e30, -1e30, 1e-30], [0.0, 0.0, 1.0]],
+    [
+        [1.0, 1 + 2**-52, 1 + 2**-51],
+        [1e8, 1e8 + 2**-26, 1e8],
+        [5e-324, 1e-323, 0.0],
+        [1e30, -1e30, 1e-30],
+        [0.0, 0.0, 1.0],
+    ],
 )
 def test_a_regression_that_is_constant_but_for_rounding(made):
     metrics = classification_metrics(np.array(made), np.array([1.0, 2.0, 4.0]), "regression")
@@ -104,11 +110,34 @@ def test_token_labels_of_minus_100_are_ignored():
     logits = np.eye(10, dtype=np.float32)[made]
     # tag 0: two right of two made and three wanted; tag 1: one of three and one; tag 2: none
     macro = (2 * 2 / (2 + 3) + 2 * 1 / (3 + 1) + 0) / 3
-    figures = {"accuracy": 3 / 5, "f1": 3 / 5, "f1_macro": macro}
+    figures = {"accuracy": 3 / 5, "tag_f1": 3 / 5, "tag_f1_macro": macro}
     assert classification_metrics(logits, labels, "token") == pytest.approx(figures)
     # Without the tag 0: one of three found is right, and there are two to find.
-    assert classification_metrics(made, labels, "token", outside=0)["f1"] == pytest.approx(2 * 1 / (3 + 2))
-    assert classification_metrics(np.zeros((1, 2), int), np.zeros((1, 2), int), "token", outside=0)["f1"] == 0.0
+    tags = ["O", *map(str, range(9))]
+    assert classification_metrics(made, labels, "token", tags=tags)["tag_f1"] == pytest.approx(2 * 1 / (3 + 2))
+    nothing = np.zeros((1, 2), int)
+    assert classification_metrics(nothing, nothing, "token", tags=tags)["tag_f1"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "figures"),
+    [
+        ("single_label", ("a", "b", "c"), "accuracy f1_macro mcc"),
+        ("single_label", ("a", "b"), "accuracy f1_macro mcc f1"),
+        ("multi_label", ("a", "b"), "f1_micro f1_macro accuracy"),
+        ("regression", (), "pearson spearman mse"),
+        ("token", ("NOUN", "VERB"), "accuracy tag_f1 tag_f1_macro"),
+        ("token", ("B-X", "O"), "accuracy tag_f1 tag_f1_macro f1 precision recall"),
+        ("lm", (), "perplexity"),
+    ],
+)
+def test_the_figures_of_a_problem_are_those_that_are_computed(problem, labels, figures):
+    assert " ".join(figures_of(problem, labels)) == figures
+    if problem != "lm":
+        wanted = np.array([[0, 1], [1, 0]])
+        wanted = wanted[0] if problem in ("single_label", "regression") else wanted
+        computed = classification_metrics(wanted, wanted, problem, tags=labels)
+        assert computed.keys() - (set() if len(labels) == 2 else {"f1"}) == set(figures.split())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tests.models.conftest import tiny_config
 WORDS = [f"word{i}" for i in range(60)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LABELS = ("red", "green", "blue")
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -67,6 +68,7 @@ def write_rows(path: Path, kind: str, n: int = 60) -> Path:
             "pair": {"sentence1": text, "sentence2": WORDS[label], "label": LABELS[label]},
             "regression": {"text": text, "label": float(label)},
             "text": {"text": text},
+            "tags": {"tokens": text.split(), "tags": [TAGS[WORDS.index(word) % len(TAGS)] for word in text.split()]},
         }
         rows.append(values[kind])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -100,7 +100,8 @@ def test_the_classes_of_a_kept_head_keep_their_ids(
     ("problem", "labels", "metric"),
     [
         ("token", ("B-X", "O"), "f1"),
-        ("token", ("NOUN", "VERB"), "f1_macro"),
+        ("token", ("O", "X"), "tag_f1"),
+        ("token", ("NOUN", "VERB"), "tag_f1_macro"),
         ("single_label", ("O", "X"), "accuracy"),
         ("multi_label", ("a", "b"), "f1_micro"),
     ],
