@@ -1,7 +1,11 @@
 """Where the processes of a run find each other, told from flags and the environment alone; no JAX is imported here.
 
-Asked in this order: flags, `JAXPEFT_` and `JAX_` variables, then what a TPU, SLURM, SkyPilot or Kubernetes sets. What is given by
-hand stands in for what the cluster says of the same thing.
+Asked in this order: flags, `JAXPEFT_` and `JAX_` variables, then what a TPU, Open MPI, SLURM, SkyPilot or Kubernetes sets. What is
+given by hand stands in for what the cluster says of the same thing.
+
+What is half set or contradicts itself is refused here, with the variable's name. Then `jax.distributed` finds the coordinator, and
+whatever else is left open, of TPUs, Open MPI and Kubernetes. SLURM is read here, since JAX gives a task that is alone on its node one
+of the node's GPUs, and of the hosts `gpu[01-04]-ib` takes `gpu01`, not `gpu01-ib`; SkyPilot, since JAX does not know it.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ NAMES = {
 """What each may be called, the strongest first."""
 _VARIABLES: Mapping[str, Mapping[str, str]] = {
     "TPU": {"process": "TPU_WORKER_ID"},
+    "Open MPI": {"processes": "OMPI_COMM_WORLD_SIZE", "process": "OMPI_COMM_WORLD_RANK"},
     "SLURM": {"coordinator": "JAX_COORDINATOR_PORT", "processes": "SLURM_NTASKS", "process": "SLURM_PROCID"},
     "SkyPilot": {
         "coordinator": "JAX_COORDINATOR_PORT", "processes": "SKYPILOT_NUM_NODES", "process": "SKYPILOT_NODE_RANK",
@@ -187,11 +192,11 @@ def _check(place: Place, names: Mapping[str, str]) -> None:
 
 
 def _cluster(environment: Environment, given: Mapping[str, str]) -> Place | None:
-    by_hand = {"coordinator", "processes"} <= given.keys()
-    for find_one in (_tpu, _slurm, _skypilot):
-        if (place := find_one(environment)) is not None:
-            return place
-    return _kubernetes(environment, by_hand)
+    if (place := _tpu(environment) or _open_mpi(environment, "coordinator" in given)) is not None:
+        return place
+    if (place := _slurm(environment) or _skypilot(environment)) is not None:
+        return place
+    return _kubernetes(environment, {"coordinator", "processes"} <= given.keys())
 
 
 def _tpu(environment: Environment) -> Place | None:
@@ -217,6 +222,21 @@ def on_tpu_vm(environment: Environment) -> Place | None:
     named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu")
     return Place("TPU VM") if there and wanted and not named and environment.get(SWITCH) != "off" else None
+
+
+def _open_mpi(environment: Environment, by_hand: bool) -> Place | None:
+    """Return the place of a process that `mpirun` started; asked before SLURM, in whose steps `mpirun` starts its daemons."""
+    started = "OMPI_COMM_WORLD_SIZE"
+    n = _number(started, environment.get(started) or "1")
+    if n == 1:
+        return None
+    _require(environment, ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"], f"mpirun started {n} processes")
+    if not by_hand and not environment.get("OMPI_MCA_orte_hnp_uri"):
+        raise ConfigError(
+            f"{started}: mpirun started {n} processes, and JAX finds their coordinator by OMPI_MCA_orte_hnp_uri, which Open MPI sets "
+            f"before version 5; set {'/'.join(NAMES['coordinator'])} to host:port of process 0, {_ALONE}"
+        )
+    return Place("Open MPI", None, n, _number("OMPI_COMM_WORLD_RANK", environment["OMPI_COMM_WORLD_RANK"]))
 
 
 def _slurm(environment: Environment) -> Place | None:
@@ -341,6 +361,8 @@ def _devices(environment: Environment, place: Place) -> tuple[int, ...] | None:
         if len(set(numbers)) < len(numbers):
             raise ConfigError(f"{name}: names a GPU twice: {text!r}")
         return numbers
+    if place.by.endswith("Open MPI"):  # as JAX does: one each
+        return (_number("OMPI_COMM_WORLD_LOCAL_RANK", environment["OMPI_COMM_WORLD_LOCAL_RANK"]),)
     return _slurm_devices(environment) if place.by.endswith("SLURM") else None
 
 

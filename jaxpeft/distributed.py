@@ -36,6 +36,8 @@ ORDERLY = (0, 128 + 2, 128 + 15)
 """Exit codes that all processes come to together."""
 _LEAVE, _LAST, _OWN_WORDS = 10, 0.5, 2.0
 _BEATS = 5
+_DETECTION = {"Open MPI": "ompi", "Kubernetes": "k8s"}
+"""What `jax.distributed` calls the cluster that was found, where one way to ask it holds for all of its kind."""
 
 
 def start(place: Place | None, waits: Waits) -> Peers:
@@ -91,7 +93,9 @@ def _initialize(place: Place, waits: Waits) -> None:
     try:
         with signals.heard(waits.start, lambda: _give_up(late), _stop):
             if place.found_by_jax:
-                jax.distributed.initialize(local_device_ids=place.devices, **options)
+                method = _DETECTION.get(place.by)
+                # an empty tuple stands for all GPUs; for None JAX chooses
+                jax.distributed.initialize(None, None, None, place.devices or (), method, **options)
                 return
             # by itself, a process needs no port that anybody else can reach
             at = place.coordinator or f"127.0.0.1:{_free_port()}"

@@ -18,6 +18,10 @@ SLURM = {
 SKYPILOT = {"SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5\n", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
 GKE = {"TPU_WORKER_HOSTNAMES": "a-0.x,a-1.x,a-2.x,a-3.x", "TPU_WORKER_ID": "2"}
 TWO_SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "a-0.x"}
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+}  # fmt: skip
 POD = {"KUBERNETES_SERVICE_HOST": "10.1.0.1", "JOB_COMPLETION_INDEX": "3"}
 BY_HAND = {"JAXPEFT_COORDINATOR": "host:1234", "JAXPEFT_PROCESSES": "4", "JAXPEFT_PROCESS": "3"}
 OURS = "JAXPEFT_COORDINATOR and JAXPEFT_PROCESSES and JAXPEFT_PROCESS"
@@ -76,6 +80,17 @@ def without(environment: Mapping[str, str], *names: str) -> dict[str, str]:
         pytest.param(GKE | TWO_SLICES, Place("TPU", None, 8, 6), id="two slices on GKE"),
         pytest.param(GKE | {"JAX_PLATFORMS": "cpu"}, None, id="a TPU that is not used"),
         pytest.param({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None, id="a TPU of one host"),
+        pytest.param(MPI, Place("Open MPI", None, 4, 3, (1,)), id="Open MPI, whose coordinator JAX finds"),
+        pytest.param(MPI | SLURM, Place("Open MPI", None, 4, 3, (1,)), id="mpirun in a SLURM job"),
+        pytest.param(MPI | {"JAXPEFT_LOCAL_DEVICES": "all"}, Place("Open MPI", None, 4, 3), id="Open MPI, all GPUs"),
+        pytest.param(
+            without(MPI, "OMPI_MCA_orte_hnp_uri") | {"JAXPEFT_COORDINATOR": "a:1"},
+            Place("JAXPEFT_COORDINATOR and Open MPI", "a:1", 4, 3, (1,)),
+            id="Open MPI 5, with its coordinator by hand",
+        ),
+        pytest.param(MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None, id="mpirun of one process"),
+        pytest.param(MPI | {"JAXPEFT_DISTRIBUTED": "off"}, None, id="mpirun of runs by themselves"),
+        pytest.param(MPI | BY_HAND, Place(OURS, "host:1234", 4, 3), id="by hand under mpirun"),
         pytest.param(POD, Place("Kubernetes", None, None, 3), id="an indexed job, which JAX asks for"),
         pytest.param(without(POD, "JOB_COMPLETION_INDEX"), None, id="any pod"),
         pytest.param(
@@ -136,6 +151,10 @@ def test_flags_go_before_the_environment() -> None:
         (SLURM | {"JAX_LOCAL_DEVICE_IDS": "all"}, None, r"JAX_LOCAL_DEVICE_IDS: .* for all of them set JAXPEFT_LOCAL_DEVICES=all"),
         (without(SKYPILOT, "SKYPILOT_NODE_RANK"), None, r"SKYPILOT_NODE_RANK: not set, though this is a SkyPilot job"),
         (SKYPILOT | {"SKYPILOT_NUM_NODES": "3"}, None, r"SKYPILOT_NODE_IPS: 2 addresses, and SKYPILOT_NUM_NODES is 3"),
+        (MPI | {"OMPI_COMM_WORLD_RANK": "4"}, None, r"OMPI_COMM_WORLD_RANK: must be from 0 to 3 of 4 processes, is 4"),
+        (without(MPI, "OMPI_COMM_WORLD_RANK"), None, r"OMPI_COMM_WORLD_RANK: not set, though mpirun started 4 processes"),
+        (without(MPI, "OMPI_MCA_orte_hnp_uri"), None, r"JAX finds their coordinator by OMPI_MCA_orte_hnp_uri, .* before version 5; set --coordinator/"),
+        (MPI | {"JAXPEFT_PROCESS": "1"}, None, r"JAXPEFT_PROCESS: given without --coordinator/"),
         (without(GKE, "TPU_WORKER_ID"), None, r"TPU_WORKER_ID: not set, though the TPU has 4 hosts"),
         (GKE | {"MEGASCALE_NUM_SLICES": "2"}, None, r"MEGASCALE_SLICE_ID, MEGASCALE_COORDINATOR_ADDRESS: not set, though the TPU has 8 hosts"),
         (POD | {"JAXPEFT_COORDINATOR": "a:1"}, None, r"JAXPEFT_COORDINATOR: given without --processes/"),

@@ -1,4 +1,4 @@
-"""While the processes of a run wait for each other they can be stopped."""
+"""How the processes of a run find each other; and while they wait, they can be stopped."""
 
 from __future__ import annotations
 
@@ -43,3 +43,28 @@ def test_a_signal_ends_the_waiting_for_the_others(
     finally:
         process.kill()
     assert "stopped on request; nothing new was there to save" in (tmp_path / "said").read_text()
+
+
+def test_processes_of_mpirun_find_each_other_by_what_jax_reads_of_open_mpi() -> None:
+    code = (
+        "import os, jax; from jaxpeft import clusters, distributed\n"
+        "peers = distributed.start(clusters.find(os.environ), clusters.Waits(start=120))\n"
+        "print(peers.process, jax.process_count(), peers.gathered('names', [f'of {peers.process}']))\n"
+        "jax.distributed.shutdown()"
+    )
+    there = {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.148.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+        "JAX_COORDINATOR_PORT": str(free_port()), "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    ranks = [{"OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i)} for i in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, **there, **rank}, text=True)
+        for rank in ranks
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert said == [f"{i} 2 [['of 0'], ['of 1']]\n" for i in range(2)]
+    assert [process.returncode for process in processes] == [0, 0]
