@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from jaxpeft import kernels
 from jaxpeft.core import paths
-from jaxpeft.core.expressions import require_fast
+from jaxpeft.core.expressions import full_match, require_fast
 from jaxpeft.core.paths import Path
 from jaxpeft.errors import ConfigError, TargetError, nearest
 
@@ -150,7 +150,7 @@ def require_fast_targets(wanted: Targets, names: Sequence[str]) -> None:
     """
     for field, entries in (("targets", wanted.targets), ("exclude", wanted.exclude)):
         require_fast(field, {entries: entries} if isinstance(entries, str) else {}, names)
-    require_fast("layers_pattern", {of: _layer_expression(of) + ".*" for of in wanted.layers_pattern}, names)
+    require_fast("layers_pattern", {of: _layer_expression(of) for of in wanted.layers_pattern}, names)
 
 
 def is_keyword(targets: str | tuple[str, ...]) -> bool:
@@ -221,7 +221,7 @@ def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
             return _in_layers(name, wanted)
         if wanted.targets.lower() == ALL_LINEAR:
             return kind == "linear" and name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
-        return re.fullmatch(wanted.targets, name) is not None
+        return full_match(wanted.targets, name) is not None
     # PEFT: an entry that is the whole name is taken at its word, whatever layers_to_transform says
     return name in wanted.targets or (named(name, wanted.targets) and _in_layers(name, wanted))
 
@@ -260,7 +260,7 @@ def under(name: str, modules: Iterable[str]) -> bool:
 def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """Gives the value of the first pattern that matches the end of a name, as `rank_pattern` means it in PEFT."""
     for pattern, value in patterns.items():
-        if re.fullmatch(_at_end(pattern), name):
+        if full_match(_at_end(pattern), name):
             return value
     return default
 
@@ -293,7 +293,7 @@ def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[st
         TargetError: naming the pattern and the nearest names.
     """
     require_fast(field, {p: _at_end(p) for p in patterns}, names)
-    unused = [p for p in patterns if not any(re.fullmatch(_at_end(p), name) for name in names)]
+    unused = [p for p in patterns if not any(full_match(_at_end(p), name) for name in names)]
     if unused:
         raise TargetError([f"{field}: {p!r} matches no adapted site{_hint(p, names)}" for p in unused])
 
@@ -301,20 +301,20 @@ def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[st
 def named(name: str, entries: str | tuple[str, ...]) -> bool:
     """Says whether a site name is one that entries mean: an expression of the whole name, or ends of names."""
     if isinstance(entries, str):
-        return re.fullmatch(entries, name) is not None
+        return full_match(entries, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
 def _layer_number(name: str, containers: Sequence[str]) -> int | None:
     for container in containers or (r"[^.]*",):
-        found = re.match(_layer_expression(container), name)
+        found = full_match(_layer_expression(container), name)
         if found:
             return int(found[1])
     return None
 
 
 def _layer_expression(container: str) -> str:
-    return rf"(?:^|.*?\.){container}\.(\d+)\."
+    return rf"(?:^|.*?\.){container}\.(\d+)\..*"
 
 
 def _in_layers(name: str, wanted: Targets) -> bool:
@@ -329,7 +329,7 @@ def _require_all_used(wanted: Targets, names: Sequence[str]) -> None:
         for entry in wanted.targets:
             if not any(named(name, (entry,)) for name in names):
                 problems.append(f"targets: {entry!r} matches no site{_hint(entry, names)}")
-    elif not is_keyword(wanted.targets) and not any(re.fullmatch(wanted.targets, name) for name in names):
+    elif not is_keyword(wanted.targets) and not any(full_match(wanted.targets, name) for name in names):
         problems.append(
             f"targets: the regular expression {wanted.targets!r} matches no whole site name; {_sample(names)}"
         )

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxpeft.core.expressions import require_fast
+from jaxpeft.core.expressions import full_match, require_fast
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.targets import Site
@@ -99,7 +99,7 @@ class IA3(Targeted):
 
     def rescales_input(self, name: str) -> bool:
         """Says whether the input of the site of this Hugging Face name is rescaled, in place of its output."""
-        return re.fullmatch(self.feedforward_expression, name) is not None
+        return full_match(self.feedforward_expression, name) is not None
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Makes `l` of ones."""

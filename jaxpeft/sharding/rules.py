@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jaxpeft.core.expressions import require_fast
+from jaxpeft.core.expressions import full_match, require_fast
 from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import FSDP, STRATEGIES, TENSOR
@@ -55,7 +55,7 @@ class Rules:
             ConfigError: none does.
         """
         for rule in self.rules:
-            if re.fullmatch(rule.pattern, path):
+            if full_match(rule.pattern, path):
                 return rule
         raise ConfigError(
             f"{path}: no rule says how it is spread; add one to mesh.rules, such as ({re.escape(path)!r},) for whole on each device"
@@ -63,7 +63,7 @@ class Rules:
 
     def own(self, path: str) -> Rule | None:
         """Gives the first of the user's rules that a path matches, None where none does."""
-        return next((rule for rule in self.rules if rule.own and re.fullmatch(rule.pattern, path)), None)
+        return next((rule for rule in self.rules if rule.own and full_match(rule.pattern, path)), None)
 
     def require_fast(self, paths: Iterable[str]) -> None:
         """Refuses a rule of the user's that takes too long on one of the paths.

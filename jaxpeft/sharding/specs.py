@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.core import paths, targets
+from jaxpeft.core.expressions import full_match
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import trainable_mask
@@ -136,7 +137,7 @@ def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
     names = {paths.text(path) for params in trees for path, _ in paths.walk(params)}
     names |= {paths.text((*site.path, "kernel")) for params in trees for site in targets.find_sites(params)}
     unused = [
-        rule.pattern for rule in rules.rules if rule.own and not any(re.fullmatch(rule.pattern, name) for name in names)
+        rule.pattern for rule in rules.rules if rule.own and not any(full_match(rule.pattern, name) for name in names)
     ]
     if unused:
         raise ConfigError([f"mesh.rules: {pattern!r} matches no leaf{nearest(pattern, names)}" for pattern in unused])
