@@ -1,4 +1,8 @@
-"""JSON and JSON lines: bytes to records, with every problem of a file in one error."""
+"""JSON and JSON lines: bytes to records, with every problem of a file in one error.
+
+The values are read by `json`; positions are our own, since it does not say where a row begins, and stops at the first problem, as Arrow
+does.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ A template comes with a model's tokenizer, from whoever made it, and is a progra
 internals or fill the memory. It gets no access to attributes that begin with an underscore and cannot change what it is given.
 What can't be stopped from inside, such as one formatting of a thousand million characters, ends with the process.
 
+Our own, since jinja's sandbox bounds neither time nor memory, and no maintained package runs it within such limits.
+
 Run by path, with nothing of jaxpeft: `templates.Template` talks to it by lines of JSON. The first is
 `{"sources", "tokens"}`, answered by `{"error"}`; each further one is a list of `{"messages", "tools", "cuts"}`, answered by a
 line for each: `{"texts"}`, or `{"error", "fatal"}`, which is the last. Each of the texts is how many characters it shares with the

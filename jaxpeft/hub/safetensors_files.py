@@ -3,6 +3,8 @@
 Whole rows are read with `pread`: a mapped file counts as the process's memory once it is touched, and the model would be held
 twice. A part of each row is taken out of a mapping of a few rows, which is let go at once: a call for each row is two to three times
 as slow from a disk, and from the page cache where the parts are short (benchmarks/README.md).
+
+Our own, since `safetensors` maps the whole file and does not count what was read.
 """
 
 from __future__ import annotations

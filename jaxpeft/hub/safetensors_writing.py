@@ -1,4 +1,7 @@
-"""Writing safetensors files tensor by tensor, so that no file need be in memory, in shards with their index."""
+"""Writing safetensors files tensor by tensor, so that no file need be in memory, in shards with their index.
+
+Our own, since `safetensors` writes a file from a dict of all of its tensors.
+"""
 
 from __future__ import annotations
 
