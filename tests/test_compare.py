@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxpeft import compare, train
+from jaxpeft.command.arguments import read_arguments
 from tests.conftest import CACHE
 from tests.training.runs import tiny_models, write_config, write_rows
 
@@ -134,10 +135,11 @@ def test_a_comparison_of_the_configs_own_method_is_trained_without_the_others(
 ) -> None:
     words = ["--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.method.rank=3"]
     own = "--config.compare.candidates={'method': {'name': 'head'}}, {}"
-    config, _, _ = train.parse_arguments([*words, own])
+    given, overrides = read_arguments(train.RunArguments, [*words, own])
+    config = train.job_of(given, overrides).config
     assert config.compare.candidates == ()
     assert config.method.as_dict()["rank"] == 3
-    config, _, _ = train.parse_arguments([*words, own], compares=True)
+    config = train.job_of(given, overrides, compares=True).config
     assert config.compare.titles == ("head", "lora")
     assert config.compare.candidates[1].method.as_dict()["rank"] == 3
     assert train.main([*words, own, "--config.log.wandb=mine", "--validate"]) == 0
