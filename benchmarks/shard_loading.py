@@ -115,11 +115,14 @@ def load(folder: Path, port: str, count: int, index: int, options: dict[str, Any
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
     from jaxpeft.hub.loading import outline
+    from jaxpeft.hub.model_request import ModelRequest
+    from jaxpeft.quant.tree import Quant
 
     logging.getLogger("jaxpeft").setLevel("WARNING")
     way = options.pop("way")
-    plain = jax.tree.leaves(outline(folder, task="causal_lm").leaves)
-    found = outline(folder, task="causal_lm", **options)
+    quant = options.pop("quant", None)
+    plain = jax.tree.leaves(outline(folder, ModelRequest("causal_lm")).leaves)
+    found = outline(folder, ModelRequest("causal_lm", quant=quant and Quant(quant), **options))
     before = resident_bytes()
     asked, started, worked = found.meter.bytes, time.perf_counter(), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here

@@ -23,6 +23,7 @@ from jaxpeft.command.arguments import Arguments
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
+from jaxpeft.hub.choices import Dtype, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,8 @@ class ExportArguments(Arguments):
     to: Literal["peft", "merged", "merged_quantized_reference"] | None = option(None, "what to write")
     out: str | None = option(None, "folder to write; a new one")
     base: str | None = option(None, "folder or hub id of the base; by default what the adapter names")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "of merged weights; by default that of the base's"
-    )
-    task: Literal["causal_lm", "sequence_classification", "token_classification", "encoder"] | None = option(
-        None, "of an adapter that names no task"
-    )
+    dtype: Dtype | None = option(None, "of merged weights; by default that of the base's")
+    task: Task | None = option(None, "of an adapter that names no task")
     pooling: str | None = option(None, "what a classifier reads, of an adapter that does not say it")
     vocab_size: int | None = option(None, "of a base that tokens were added to, of an adapter that does not say it")
     allow_base: bool = option(False, "export though the base is another than the adapter's")

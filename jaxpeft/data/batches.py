@@ -11,6 +11,7 @@ import numpy as np
 from jaxpeft.data.ahead import ahead
 from jaxpeft.data.buckets import assign, choose_lengths, padding_share
 from jaxpeft.data.encoded import Encoded
+from jaxpeft.data.labels import Problem, label_array
 from jaxpeft.data.plan import FILLER, Plan, make_plan
 from jaxpeft.data.supervise import IGNORED
 from jaxpeft.errors import ConfigError
@@ -117,10 +118,7 @@ class Batches:
         k, rows = self._accumulation, plan.rows[i]
         if own is not None:
             rows = rows.reshape(k, -1)[:, list(own)].ravel()
-        arrays = collate(self._encoded, rows, int(self._lengths(plan)[i]), self._pad_id)
-        if k == 1:
-            return arrays
-        return {name: a.reshape(k, len(a) // k, *a.shape[1:]) for name, a in arrays.items()}
+        return _in_parts(collate(self._encoded, rows, int(self._lengths(plan)[i]), self._pad_id), k)
 
     def sample(self) -> Batch:
         """Gives a batch, for its shapes."""
@@ -245,6 +243,46 @@ def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Bat
     if encoded.type_ids is not None:
         batch["token_type_ids"] = np.where(inside, encoded.type_ids[at], np.int32(0))
     return batch
+
+
+def _in_parts(arrays: Batch, parts: int) -> Batch:
+    if parts == 1:
+        return arrays
+    return {name: a.reshape(parts, len(a) // parts, *a.shape[1:]) for name, a in arrays.items()}
+
+
+def batch_like(
+    problem: Problem | None,
+    num_labels: int,
+    batch_size: int,
+    length: int,
+    accumulation: int = 1,
+    *,
+    packed: bool = False,
+    types: bool = False,
+) -> Batch:
+    """Return a batch for its shapes and dtypes alone, where there are no rows: all rows are views of one.
+
+    Args:
+        problem: of a sequence classification; None where a label belongs to a token.
+        num_labels: classes of a sequence classification.
+        batch_size: sequences a step.
+        length: of a row.
+        accumulation: micro-batches a step.
+        packed: whether several documents are in one row.
+        types: whether the tokenizer makes token types.
+
+    Returns:
+        The arrays of `Batches.batch`.
+    """
+    token = np.zeros(1, np.int32)
+    own = token if problem is None else label_array([[]] if problem == "multi_label" else [0], problem, num_labels)
+    one = Encoded(
+        "text" if problem is None else "classification", problem, token, np.arange(2), own, token if types else None,
+        token, (), {}, length, "", token if packed else None,
+    )  # fmt: skip
+    rows = collate(one, np.zeros(1, np.int64), length, 0)
+    return _in_parts({k: np.broadcast_to(a, (batch_size, *a.shape[1:])) for k, a in rows.items()}, accumulation)
 
 
 def _default_lengths(encoded: Encoded) -> tuple[int, ...]:

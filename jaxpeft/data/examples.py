@@ -24,7 +24,7 @@ from jaxpeft.data.dialogs import (
     read_text,
 )
 from jaxpeft.data.labeling import BY_USER, Labeling, learn
-from jaxpeft.data.labels import LEAVE_OUT, Problem, label_float, multi_hot
+from jaxpeft.data.labels import LEAVE_OUT, Problem, label_array, label_float
 from jaxpeft.data.problems import Problems, Record, RowError, excerpt
 from jaxpeft.data.rows import Rows
 from jaxpeft.errors import ConfigError, DataError, nearest
@@ -301,6 +301,4 @@ def _check_lengths(rows: Rows, words: Sequence[Any], tags: Sequence[Any], proble
 def _arrays(labels: list[Any], problem: Problem | None, size: int) -> np.ndarray | list[np.ndarray]:
     if problem is None:
         return [np.asarray(tags, np.int32) for tags in labels]
-    if problem == "multi_label":
-        return multi_hot(labels, size)
-    return np.asarray(labels, np.float32 if problem == "regression" else np.int32)
+    return label_array(labels, problem, size)

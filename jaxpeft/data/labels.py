@@ -167,3 +167,16 @@ def _refuse_missing(value: Any, wanted: str) -> None:
 def _wrong(value: Any, wanted: str) -> RowError:
     kind = "an empty string" if value == "" else f"a {type(value).__name__}"
     return RowError(f"holds {kind}, not {wanted}", "correct it or leave the row out")
+
+
+def label_array(ids: Sequence[Any], problem: Problem, size: int) -> np.ndarray:
+    """Return the labels of rows, `[n]` int32 ids, `[n]` float32 of a regression, or `[n, size]` float32 of several a row.
+
+    Args:
+        ids: of each row its id, its number, or its ids.
+        problem: kind of classification.
+        size: number of classes.
+    """
+    if problem == "multi_label":
+        return multi_hot(ids, size)
+    return np.asarray(ids, np.float32 if problem == "regression" else np.int32)

@@ -20,6 +20,7 @@ from jaxpeft.hub.adapters import LAYOUTS, layout_of, parts_of
 from jaxpeft.hub.layout import CONFIG, EXTRA
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.merge_record import MERGE, records
+from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.hub.safetensors_files import read_header
 from jaxpeft.hub.safetensors_writing import SHARD_BYTES
 from jaxpeft.hub.settings import Settings, parse_settings
@@ -175,11 +176,12 @@ def outline_of(request: Request, adapter: Adapter) -> Outline:
     revision = None if request.base or local else adapter.config.get("revision")
     task: Any = _task(request, adapter)
     try:
-        return loading.outline(
-            named, task=task, num_labels=_labels(adapter, task), compute_dtype=jnp.float32,
-            pooling=request.pooling or adapter.settings.pooling, revision=revision,
+        asked = ModelRequest(
+            task, _labels(adapter, task), compute_dtype=jnp.float32,
+            pooling=request.pooling or adapter.settings.pooling,
             vocab_size=request.vocab_size or adapter.settings.vocab_size or _rows(adapter, _EMBEDDING),
         )  # fmt: skip
+        return loading.outline(named, asked, revision)
     except WeightsError as error:
         told = () if request.base else (f"this is the base that {where} names; --base gives another place for it",)
         raise WeightsError([*error.problems, *told]) from error

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,17 @@ import numpy as np
 from jaxpeft import logs, models
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
-from jaxpeft.errors import ConfigError, WeightsError
-from jaxpeft.hub import bitsandbytes, merge_record, quantised_cache, shards, sources, weights
-from jaxpeft.hub.safetensors_files import Meter, open_folder
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.hub import merge_record, quantised_cache, shards, sources, weights
+from jaxpeft.hub.checkpoints import Checkpoint, SafetensorsCheckpoint
+from jaxpeft.hub.choices import Task
+from jaxpeft.hub.model_request import ModelRequest
+from jaxpeft.hub.safetensors_files import Meter
 from jaxpeft.json_files import read_json
-from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.models.base import Options, Pretrained, abstract_params
 from jaxpeft.quant.tree import Quant
 
-Task = Literal["causal_lm", "sequence_classification", "token_classification", "encoder"]
-TASKS: tuple[Task, ...] = ("causal_lm", "sequence_classification", "token_classification", "encoder")
 _log = logging.getLogger(__name__)
 
 
@@ -80,10 +81,11 @@ def load(
         WeightsError: files are missing, are not safetensors, or do not fit the model; all problems at once.
         ConfigError: the architecture, one of its switches, or the task is not supported.
     """
-    outlined = outline(
-        path_or_hub_id, task=task, num_labels=num_labels, dtype=dtype, compute_dtype=compute_dtype,
-        scan_layers=scan_layers, pooling=pooling, remat=remat, attention=attention, revision=revision, vocab_size=vocab_size, quant=quant,
+    request = ModelRequest(
+        task, num_labels, dtype, compute_dtype, scan_layers, pooling, remat, attention, vocab_size,
+        Quant(quant) if isinstance(quant, str) else quant,
     )  # fmt: skip
+    outlined = outline(path_or_hub_id, request, revision)
     return outlined.model, outlined.read(seed, sharding, cache=cache)
 
 
@@ -142,135 +144,96 @@ class Outline:
         return quantised_cache.entry(self.plan, self.quant, self.quant.sites(self.abstract))
 
 
-def outline(
-    path_or_hub_id: str | FilePath,
-    *,
-    task: Task,
-    num_labels: int | None = None,
-    dtype: Any = None,
-    compute_dtype: Any = None,
-    scan_layers: bool = False,
-    pooling: str | None = None,
-    remat: str = "none",
-    attention: str = "auto",
-    revision: str | None = None,
-    vocab_size: int | None = None,
-    quant: Quant | str | None = None,
-    right_padded: bool = False,
-) -> Outline:
-    """Finds out everything about a pretrained model but its numbers: what can be refused is, before any is read.
+def outline(path_or_hub_id: str | FilePath, request: ModelRequest, revision: str | None = None) -> Outline:
+    """Find out everything about a pretrained model but its numbers: what can be refused is, before any is read.
 
-    The arguments are those of `load`, and so is what it raises; `right_padded` says that rows are padded behind their tokens
-    alone, of which a decoder's attention then need not be told.
+    Args:
+        path_or_hub_id: as of `load`.
+        request: what is asked of it.
+        revision: of a hub id.
+
+    Raises:
+        WeightsError: files are missing, are not safetensors, or do not fit the model; all problems at once.
+        ConfigError: the architecture, one of its switches, or the task is not supported.
     """
     logs.show()
-    if task not in TASKS:
-        raise ConfigError(f"task: must be one of {', '.join(TASKS)}, is {task!r}")
     source = sources.resolve(path_or_hub_id, revision)
-    config = read_json(source.folder / "config.json")
-    meter = Meter()
-    tensors: weights.Tensors = bitsandbytes.gathered(open_folder(source.folder, meter))
-    dtype, compute_dtype = _floating("dtype", dtype), _floating("compute_dtype", compute_dtype)
-    compute = compute_dtype or dtype or _own_dtype(tensors)
-    labels = num_labels if num_labels is not None else _labels_of(config, task)
-    how = Quant(quant) if isinstance(quant, str) else quant
-    options = Options(
-        task=task,
-        num_labels=labels,
-        dtype=compute,
-        scan_layers=scan_layers,
-        pooling=pooling or _pooling(config, task, tensors),
-        remat=remat,
-        attention=_attention(attention),
-        right_padded=right_padded,
-        quant=how,
-    )
-    where = source.folder / "config.json"
-    model = models.build(config, options, str(where)).clone(source=source)
+    return outline_of(request, SafetensorsCheckpoint.open(source, read_json(source.folder / "config.json")))
+
+
+def outline_of(request: ModelRequest, checkpoint: Checkpoint) -> Outline:
+    """Return the outline that a request makes of a checkpoint: of its tensors, or of its `config.json` alone.
+
+    Raises:
+        WeightsError: the tensors do not fit the model.
+        ConfigError: something that is asked for is not supported, or does not go with the checkpoint.
+    """
+    config = checkpoint.config
+    model = models.build(config, _options(request, checkpoint), checkpoint.where).clone(source=checkpoint.source)
     family = models.FAMILIES[config["model_type"]]
-    weights.require_sizes(model.config, tensors, family, where)
+    checkpoint.require_sizes(model, family)
     own = model.config.vocab_size
-    if vocab_size is not None and vocab_size < own:
+    if request.vocab_size is not None and request.vocab_size < own:
         raise ConfigError(
-            f"vocab_size: {vocab_size} is less than the model's {own} tokens; tokens can be added, not removed"
+            f"vocab_size: {request.vocab_size} is less than the model's {own} tokens; tokens can be added, not removed"
         )
     abstract = abstract_params(model)
-    if task == "causal_lm" and model.config.tie_word_embeddings:
-        tensors = weights.untie(tensors, source.folder)
-    plan = weights.plan(abstract, tensors, family, dtype, source.folder, relabel=num_labels is not None)
-    if plan.held or config.get("quantization_config"):
-        how = _quantised_already(source.folder, abstract, plan, how)
-        model = model.clone(options=dataclasses.replace(model.options, quant=how))
-    quantised = how.sites(abstract) if how else {}  # what does not fit is told before anything is read
-    if vocab_size in (None, own):
-        return Outline(model, abstract, abstract, config, plan, how, meter)
+    plan = checkpoint.plan(model, abstract, family, request)
+    quant = checkpoint.quant(abstract, plan, request.quant)
+    model = model.clone(options=dataclasses.replace(model.options, quant=quant))
+    found = Outline(model, abstract, abstract, config, plan, quant, checkpoint.meter)
+    sites = quant.sites(abstract) if quant else {}  # what does not fit is told before anything is read
+    return found if request.vocab_size in (None, own) else _grown(found, request.vocab_size, sites)
+
+
+def _options(request: ModelRequest, checkpoint: Checkpoint) -> Options:
+    """Return how the model is used, with what the request leaves open taken from the checkpoint."""
+    labels = request.num_labels
+    return Options(
+        task=request.task,
+        num_labels=labels if labels is not None else _labels_of(checkpoint.config, request.task),
+        dtype=request.compute_dtype or request.dtype or checkpoint.dtype,
+        scan_layers=request.scan_layers,
+        pooling=request.pooling or _pooling(request.task, checkpoint),
+        remat=request.remat,
+        attention=request.kernel,
+        right_padded=request.right_padded,
+        quant=request.quant,
+    )
+
+
+def _grown(outlined: Outline, vocab_size: int, quantized: Mapping[Path, Site]) -> Outline:
+    """Return the outline of the model with more tokens.
+
+    Raises:
+        ConfigError: a kernel that is to be quantized would get more of them.
+    """
+    model, own = outlined.model, outlined.abstract
     grown = model.clone(config=dataclasses.replace(model.config, vocab_size=vocab_size))
     wanted = paths.map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, paths.get(abstract, path).dtype), abstract_params(grown)
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, paths.get(own, path).dtype), abstract_params(grown)
     )
     for path, leaf in paths.walk(wanted):
-        if path in quantised and leaf.shape != paths.get(abstract, path).shape:
+        if path in quantized and leaf.shape != paths.get(own, path).shape:
             raise ConfigError(
-                f"quant: {quantised[path].name} is to be quantised, and vocab_size={vocab_size} gives it more tokens; exclude it"
+                f"quant: {quantized[path].name} is to be quantised, and vocab_size={vocab_size} gives it more tokens; exclude it"
             )
-    return Outline(grown, wanted, abstract, config, plan.grown(wanted), how, meter)
+    return dataclasses.replace(outlined, model=grown, abstract=wanted, plan=outlined.plan.grown(wanted))
 
 
-def _quantised_already(folder: FilePath, abstract: Tree, plan: weights.WeightPlan, asked: Quant | None) -> Quant:
-    """Says which kernels of a checkpoint are quantised, and how, and refuses to quantise them otherwise."""
-    if not plan.held:
-        raise WeightsError(
-            f"{folder}: quantization_config of config.json says that the weights are quantised, and none is; remove it there, and "
-            "give quant='nf4' to quantise them"
-        )
-    found = Quant.of("nf4", abstract, plan.held.keys())
-    if asked not in (None, Quant("nf4"), found):
-        raise ConfigError(
-            f"quant: is {asked}, and {folder} is quantised already, as {found}; leave quant out, or give the unquantised model"
-        )
-    return found
-
-
-def _own_dtype(tensors: weights.Tensors) -> Any:
-    """Gives the dtype of the largest tensor of a checkpoint, float32 in place of float64."""
-    floats = [t for t in tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)]
-    own = max(floats, key=lambda t: t.nbytes).dtype if floats else jnp.dtype(jnp.float32)
-    return jnp.dtype(jnp.float32) if own == np.float64 else own
-
-
-def _attention(kernel: str) -> str:
-    if kernel == "auto":
-        return fastest(platform(jax.devices()[0]))
-    if kernel not in KERNELS:
-        raise ConfigError(f"attention: must be one of auto, {', '.join(KERNELS)}, is {kernel!r}")
-    return kernel
-
-
-def _floating(name: str, dtype: Any) -> Any:
-    if dtype is None:
-        return None
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        raise ConfigError(f"{name}: {dtype!r} is no dtype; give float32, bfloat16 or float16") from None
-    if found not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ConfigError(f"{name}: must be float32, bfloat16 or float16, is {found}")
-    return found
-
-
-def _labels_of(config: dict[str, Any], task: str) -> int | None:
-    """Gives the number of labels that `config.json` names, or transformers' default, 2."""
+def _labels_of(config: Mapping[str, Any], task: str) -> int | None:
+    """Return the number of labels that `config.json` names, or transformers' default, 2."""
     if task in ("causal_lm", "encoder"):
         return None
-    named = config.get("id2label")
+    named: Any = config.get("id2label")
     return len(named) if isinstance(named, dict) and named else config.get("num_labels", 2)
 
 
-def _pooling(config: dict[str, Any], task: str, tensors: Mapping[str, Any]) -> str | None:
-    """Chooses mean pooling for a checkpoint that lacks the pooler of its architecture: a random one is nobody's wish."""
-    family = models.FAMILIES.get(str(config.get("model_type")))
+def _pooling(task: str, checkpoint: Checkpoint) -> str | None:
+    """Return mean pooling for a checkpoint that lacks the pooler of its architecture: a random one is nobody's wish."""
+    family = models.FAMILIES.get(str(checkpoint.config.get("model_type")))
     needed = family.own_pooler if family and task == "sequence_classification" else None
-    if needed is None or any(name.endswith(needed) for name in tensors):
+    if needed is None or checkpoint.holds(needed):
         return None
     _log.warning("the checkpoint has no pooler (%s); the classifier reads the mean over tokens", needed)
     return "mean"

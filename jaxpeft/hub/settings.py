@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.errors import AdapterError, shown
+from jaxpeft.hub.choices import TASKS
 from jaxpeft.quant.tree import read_quant
 
-TASKS = ("causal_lm", "sequence_classification", "token_classification", "encoder")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 """Those of a sequence classifier, by the names that `config.json` of `transformers` has for them."""
 

@@ -78,14 +78,14 @@ def _read_leaf(
     else:
         leaves = _quantised(source, quant, site)
         at = {key: _place(place, (*module, key), leaf.shape, lenient=True) for key, leaf in leaves.items()}
-        layers = len(source.tensors) if source.stacked else None
+        layers = source.shape[0] if source.stacked else None
         made = placing.stored(quant, partial(_layer, source), layers, at)
         yield from (((*module, key), leaf) for key, leaf in made.items())
 
 
 def _quantised(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.ShapeDtypeStruct]:
     """Gives the leaves that a kernel becomes, by their names."""
-    layers = (len(source.tensors),) if source.stacked else ()
+    layers = source.shape[:1] if source.stacked else ()
     leaves = quant.abstract(site.shape, source.dtype)
     return {key: jax.ShapeDtypeStruct((*layers, *leaf.shape), leaf.dtype) for key, leaf in leaves.items()}
 

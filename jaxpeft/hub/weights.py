@@ -51,8 +51,8 @@ class WeightPlan:
             source = sources.get(path)
             if source is not None and source.shape != leaf.shape:
                 rows = leaf.shape[-1] if source.transposed else leaf.shape[0]
-                table = Grown(source.tensors[0], rows, source.dtype)
-                sources[path] = dataclasses.replace(source, tensors=(table,), shape=leaf.shape)
+                tables = tuple(Grown(table, rows, source.dtype) for table in source.tensors)
+                sources[path] = dataclasses.replace(source, tensors=tables, shape=leaf.shape)
         return dataclasses.replace(self, sources=sources)
 
 
@@ -81,60 +81,130 @@ def plan(
             with one that is quantised.
     """
     named, problems = _canonical_names(tensors, abstract, family)
+    wanted = [_wanted(path, leaf, named) for path, leaf in paths.walk(abstract)]
+    headless = not any(one.there for one in wanted if one.head)
     sources: dict[Path, LeafSource] = {}
     held: dict[Path, Mapping[str, LeafSource]] = {}
     new: list[Path] = []
     replaced: list[str] = []
-    used: set[str] = set()
-    heads = [path for path, _ in paths.walk(abstract) if paths.is_head(path)]
-    headless = not any(name in named for path in heads for name in paths.hf_names(path, None))
-    for path, leaf in paths.walk(abstract):
-        layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
-        names = paths.hf_names(path, layers)
-        used.update(names)
-        there = [named[name] for name in names if name in named]
-        if headless and path in heads:
-            new.append(path)
-            continue
-        problems += [f"missing: {name}{nearest(name, named)}" for name in names if name not in named]
-        packed = {name: t for name in names if isinstance(t := named.get(name), Packed)}
-        broken = [problem for t in packed.values() for problem in t.problems] or _unfit(path, packed, len(there))
-        if broken:
-            problems += broken
-            continue
-        wanted = _tensor_shape(path, leaf, layers)
-        wrong = {name: named[name] for name in names if name in named and named[name].shape != wanted}
-        if wrong and path in heads and all(t.shape[1:] == wanted[1:] for t in wrong.values()):
-            if relabel:
-                new.append(path)
-                replaced += wrong
-                continue
-            problems += [_other_labels(name, t.shape[0], wanted[0]) for name, t in wrong.items()]
-            continue
-        problems += [f"misshaped: {name} is {list(t.shape)}, must be {list(wanted)}" for name, t in wrong.items()]
-        problems += [_not_floating(name, named[name]) for name in names if _is_integer(named.get(name))]
-        if packed:
-            held[path] = _held(list(packed.values()), stacked=layers is not None)
-        elif there:
-            plain = [tensor for tensor in there if isinstance(tensor, Tensor)]
-            own = _common_dtype(plain)
-            target = np.dtype(dtype) if dtype is not None else own
-            sources[path] = LeafSource(tuple(plain), leaf.shape, target, layers is not None, path[-1] == "kernel")
-    problems += _extra(named, used, family, head_wanted=bool(heads) and not headless)
+    for one in wanted:
+        if headless and one.head:
+            new.append(one.path)
+        elif relabel and one.of_other_labels:
+            new.append(one.path)
+            replaced += one.misshaped
+        elif found := _faults(one, named):
+            problems += found
+        elif one.packed:
+            held[one.path] = _held(list(one.packed.values()), stacked=one.layers is not None)
+        else:
+            sources[one.path] = _source(one, dtype)
+    used = {name for one in wanted for name in one.names}
+    problems += _extra(named, used, family, head_wanted=not headless)
     if problems:
         where = next(iter(tensors.values())).file.parent if tensors and folder is None else folder
         raise WeightsError(_shown(problems, where))
     return WeightPlan(sources, tuple(new), tuple(replaced), held)
 
 
-def _unfit(path: Path, packed: Mapping[str, Packed], there: int) -> list[str]:
-    """Says where a leaf cannot be held as its tensors are."""
-    if packed and path[-1] != "kernel":
+@dataclass(frozen=True)
+class _Wanted:
+    """The tensors that make a leaf.
+
+    Attributes:
+        path: of the leaf.
+        leaf: its shape.
+        layers: how many tensors are stacked in it, None for one that is not.
+        names: of the tensors.
+        there: those that the checkpoint has.
+    """
+
+    path: Path
+    leaf: jax.ShapeDtypeStruct
+    layers: int | None
+    names: tuple[str, ...]
+    there: Mapping[str, Tensor | Packed]
+
+    @property
+    def head(self) -> bool:
+        """Whether it is of a task's head."""
+        return paths.is_head(self.path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the shape of each tensor must be."""
+        shape = tuple(self.leaf.shape[1:] if self.layers is not None else self.leaf.shape)
+        return shape[::-1] if self.path[-1] == "kernel" else shape
+
+    @property
+    def misshaped(self) -> dict[str, Tensor | Packed]:
+        """The tensors of another shape."""
+        return {name: tensor for name, tensor in self.there.items() if tensor.shape != self.shape}
+
+    @property
+    def packed(self) -> dict[str, Packed]:
+        """The tensors that are quantized."""
+        return {name: tensor for name, tensor in self.there.items() if isinstance(tensor, Packed)}
+
+    @property
+    def of_other_labels(self) -> bool:
+        """Whether it is of a head whose tensors are for another number of labels, and all else of them is right."""
+        wrong = self.misshaped.values()
+        return self.head and bool(wrong) and not _unfit(self) and all(t.shape[1:] == self.shape[1:] for t in wrong)
+
+
+def _wanted(path: Path, leaf: Any, named: Tensors) -> _Wanted:
+    layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
+    names = paths.hf_names(path, layers)
+    return _Wanted(path, leaf, layers, names, {name: named[name] for name in names if name in named})
+
+
+def _faults(one: _Wanted, named: Tensors) -> list[str]:
+    """Return what is wrong with the tensors of a leaf."""
+    found = [f"missing: {name}{nearest(name, named)}" for name in one.names if name not in named]
+    if broken := _unfit(one):
+        return found + broken
+    if one.of_other_labels:
+        return found + [_other_labels(name, t.shape[0], one.shape[0]) for name, t in one.misshaped.items()]
+    found += [f"misshaped: {name} is {list(t.shape)}, must be {list(one.shape)}" for name, t in one.misshaped.items()]
+    return found + [_not_floating(name, tensor) for name, tensor in one.there.items() if _is_integer(tensor)]
+
+
+def _source(one: _Wanted, dtype: Any | None) -> LeafSource:
+    """Return where the numbers of a leaf come from that is there as it is."""
+    plain = [tensor for tensor in one.there.values() if isinstance(tensor, Tensor)]
+    target = np.dtype(dtype) if dtype is not None else _common_dtype(plain)
+    return LeafSource(tuple(plain), one.leaf.shape, target, one.layers is not None, one.path[-1] == "kernel")
+
+
+def plan_without_tensors(abstract: Tree, dtype: Any, *, new_head: bool) -> WeightPlan:
+    """Return what a checkpoint of all leaves in one dtype would make, for what asks for no more than shapes and dtypes.
+
+    Args:
+        abstract: the model's tree of `ShapeDtypeStruct`.
+        dtype: of the leaves.
+        new_head: whether the head is to be made newly.
+    """
+    new = tuple(path for path, _ in paths.walk(abstract) if new_head and paths.is_head(path))
+    sources = {
+        path: LeafSource((), leaf.shape, np.dtype(dtype), paths.layer_axis(path) is not None, path[-1] == "kernel")
+        for path, leaf in paths.walk(abstract)
+        if path not in new
+    }
+    return WeightPlan(sources, new, ())
+
+
+def _unfit(one: _Wanted) -> list[str]:
+    """Return why a leaf cannot be held as its quantized tensors are."""
+    packed, there = one.packed, len(one.there)
+    if broken := [problem for tensor in packed.values() for problem in tensor.problems]:
+        return broken
+    if packed and one.path[-1] != "kernel":
         return [f"quantised: {name} is, and belongs to no linear module" for name in packed]
     if packed and len(packed) < there:
         few = f"quantised: {next(iter(packed))} is, and {there - len(packed)} of the {there} layers stacked with it are not"
         return [f"{few}; set scan_layers=False"]
-    if len({frozenset((key, t.dtype) for key, t in one.leaves.items()) for one in packed.values()}) > 1:
+    if len({frozenset((key, t.dtype) for key, t in tensor.leaves.items()) for tensor in packed.values()}) > 1:
         return [
             f"quantised: {next(iter(packed))} and the layers stacked with it have scales of different dtypes; set scan_layers=False"
         ]
@@ -257,7 +327,11 @@ def _canonical_names(tensors: Tensors, abstract: Tree, family: Family) -> tuple[
 
     A file may hold the backbone with its prefix or without; what is no part of the model keeps its name.
     """
-    wanted = {name for path, leaf in paths.walk(abstract) for name in _names(path, leaf)}
+    wanted = {
+        name
+        for path, leaf in paths.walk(abstract)
+        for name in paths.hf_names(path, leaf.shape[0] if paths.layer_axis(path) is not None else None)
+    }
     out: dict[str, Tensor | Packed] = {}
     said: dict[str, str] = {}
     problems: list[str] = []
@@ -270,17 +344,8 @@ def _canonical_names(tensors: Tensors, abstract: Tree, family: Family) -> tuple[
     return out, problems
 
 
-def _names(path: Path, leaf: Any) -> tuple[str, ...]:
-    return paths.hf_names(path, leaf.shape[0] if paths.layer_axis(path) is not None else None)
-
-
-def _tensor_shape(path: Path, leaf: Any, layers: int | None) -> tuple[int, ...]:
-    shape = tuple(leaf.shape[1:] if layers is not None else leaf.shape)
-    return shape[::-1] if path[-1] == "kernel" else shape
-
-
-def _is_integer(tensor: Tensor | Packed | None) -> bool:
-    return tensor is not None and (not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2)
+def _is_integer(tensor: Tensor | Packed) -> bool:
+    return not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2
 
 
 def _not_floating(name: str, tensor: Tensor | Packed) -> str:

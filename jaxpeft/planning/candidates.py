@@ -24,14 +24,13 @@ from jaxpeft.planning.roofline import rates, roofline
 from jaxpeft.planning.subject import Subject, subject
 from jaxpeft.planning.topology import Topology
 from jaxpeft.planning.work import work
-from jaxpeft.sharding.activations import on_mesh
-from jaxpeft.sharding.mesh import heads_of, make_mesh, replicated
+from jaxpeft.sharding.mesh import heads_of, make_mesh
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.sizes import SEQUENCE
 from jaxpeft.sharding.specs import layout
 from jaxpeft.training import flops, placing
 from jaxpeft.training.memory import USABLE
-from jaxpeft.training.step import make_train_step
+from jaxpeft.training.step import jit_train_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
     if asked == "auto":
         run = _with_remat(setting, run, mesh)
     found = layout(mesh, rules_of(config.mesh), run.base)
-    return mesh, dataclasses.replace(run, model=placing.bringing(run.model, found)), notes
+    return mesh, run.with_model(placing.bringing(run.model, found)), notes
 
 
 def stacked(setting: Setting, config: Config, attention: str, remat: str) -> tuple[Subject, list[str]]:
@@ -162,7 +161,7 @@ def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
     if room is not None:
         placed = place(run, mesh)
         chosen = estimates.kept(run, placed, mesh).fastest(USABLE * room - placed.held)
-    return dataclasses.replace(run, model=run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen)))
+    return run.with_model(run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen)))
 
 
 def _attention(setting: Setting, config: Config, mesh: Mesh) -> str:
@@ -173,8 +172,7 @@ def step_of(run: Subject, placed: Placed, mesh: Mesh) -> Any:
     """Makes the run's own step, jitted as the loop does."""
     config = run.config
     step = make_train_step(run.model, run.loss, run.optimizer, config.train.accumulation, config.method.penalty)
-    where = jax.tree.map(lambda leaf: leaf.sharding, placed.state)
-    return jax.jit(on_mesh(mesh, step), donate_argnums=0, out_shardings=(where, replicated(mesh)))
+    return jit_train_step(step, mesh, jax.tree.map(lambda leaf: leaf.sharding, placed.state))
 
 
 def _memory(setting: Setting, run: Subject, placed: Placed, kept: estimates.Kept, compiled: Compiled) -> Memory:

@@ -11,8 +11,6 @@ from jax.sharding import Mesh
 
 from jaxpeft import kernels
 from jaxpeft.core import paths
-from jaxpeft.hub.loading import Outline
-from jaxpeft.hub.weights import LeafSource, WeightPlan
 from jaxpeft.planning.placing import Placed
 from jaxpeft.planning.subject import Subject
 from jaxpeft.sharding.rules import rules_of
@@ -54,19 +52,12 @@ def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
     """
     over = math.prod(mesh.shape[axis] for axis in ROWS)
     rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
-    outline = _outline(subject)
-    where = memory.layout_of(outline, mesh, rules_of(subject.config.mesh))
-    own = memory.estimate(outline, 0, rows, length, where)
+    where = memory.layout_of(subject.outline, mesh, rules_of(subject.config.mesh))
+    own = memory.estimate(subject.outline, 0, rows, length, where)
     # what differentiation keeps is not known here; of the layers' inputs that wait in the host's memory two are on their way
     on_the_way = 2 * own.kept["full"] // subject.model.config.num_hidden_layers
     split = {**own.kept, "none": own.kept["products"], "offload": on_the_way}
     return Kept(split, own.working + placed.gradients + _decoded(subject, mesh))
-
-
-def _outline(subject: Subject) -> Outline:
-    """Gives what the estimate asks for: the model, and its leaves as they are stored; there are no files."""
-    sources = {path: LeafSource((), leaf.shape, leaf.dtype, False, False) for path, leaf in paths.walk(subject.base)}
-    return Outline(subject.model, subject.base, subject.base, {}, WeightPlan(sources, (), ()))
 
 
 def _decoded(subject: Subject, mesh: Mesh) -> int:

@@ -6,30 +6,28 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jaxpeft import models
 from jaxpeft.config.schema import Config
-from jaxpeft.core import paths, tree
+from jaxpeft.core import tree
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
-from jaxpeft.errors import ConfigError, TargetError, nearest
+from jaxpeft.data.batches import batch_like
+from jaxpeft.data.labels import Problem
+from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.hub import sources
+from jaxpeft.hub.checkpoints import DescribedCheckpoint
+from jaxpeft.hub.loading import Outline, outline_of
 from jaxpeft.json_files import read_json
-from jaxpeft.models.base import Options, Pretrained, abstract_params
+from jaxpeft.models.base import Pretrained
 from jaxpeft.planning.shapes import SHAPES
-from jaxpeft.quant.tree import Quant
 from jaxpeft.training import optimizers
-from jaxpeft.training.head_loss import CrossEntropy
-from jaxpeft.training.losses import Loss, loss_for
+from jaxpeft.training.from_config import abstract_rewrite, model_request, training_loss
+from jaxpeft.training.losses import Loss
 from jaxpeft.training.step import TrainState, init_state
-from jaxpeft.transforms.rewrite import rewrite
 
 _STEPS = 1000
 """Of a run whose length depends on its rows: the schedule's shape changes no program."""
@@ -41,8 +39,7 @@ class Subject:
 
     Attributes:
         config: its options.
-        model: the Linen module.
-        base: shape and dtype of every leaf of the base, as it is stored.
+        outline: of its model.
         state: what a step changes.
         frozen: the rest of the tree.
         loss: of the task.
@@ -51,13 +48,26 @@ class Subject:
     """
 
     config: Config
-    model: Pretrained
-    base: Tree
+    outline: Outline
     state: TrainState
     frozen: Tree
     loss: Loss
     optimizer: Any
     batch: Mapping[str, jax.ShapeDtypeStruct]
+
+    @property
+    def model(self) -> Pretrained:
+        """The Linen module."""
+        return self.outline.model
+
+    @property
+    def base(self) -> Tree:
+        """Shape and dtype of every leaf of the base, as it is stored."""
+        return self.outline.leaves
+
+    def with_model(self, model: Pretrained) -> Subject:
+        """Return the same run of a model with other options."""
+        return dataclasses.replace(self, outline=dataclasses.replace(self.outline, model=model))
 
     @property
     def rows(self) -> int:
@@ -131,33 +141,20 @@ def subject(config: Config, described: Mapping[str, Any], attention: str, remat:
         ConfigError: the model is not supported, or what is asked of it does not go together.
         TargetError: the method's targets are none of the model's.
     """
-    dtype = _dtype(config.model.dtype, described)
-    compute = jnp.dtype(config.model.compute_dtype) if config.model.compute_dtype != "auto" else dtype
-    quant = _quant(config, described)
-    options = Options(
-        config.model.task, _labels(config, described), compute, scan_layers=scan, pooling=config.model.pooling,
-        remat=remat, attention=attention, right_padded=True, quant=quant,
-    )  # fmt: skip
-    grown = {} if config.model.vocab_size is None else {"vocab_size": config.model.vocab_size}
-    model = models.build({**described, **grown}, options)
-    base = _stored(abstract_params(model), dtype, quant, config.model.task)
-    try:
-        params = jax.eval_shape(partial(rewrite, config.method), base, jax.eval_shape(lambda: jax.random.key(0)))
-    except TargetError as error:
-        raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
+    asked = model_request(config.model, _labels(config), scan_layers=scan, attention=attention)
+    outlined = outline_of(dataclasses.replace(asked, remat=remat), DescribedCheckpoint(described))
+    params = abstract_rewrite(config.method, outlined.leaves)
     trainable, frozen = tree.partition(params, trainable_mask(config.method, params))
     optimizer = optimizers.build(optimizers.options_for(config), config.train.steps or _STEPS, config.method)
-    entropy = CrossEntropy(config.train.label_smoothing, config.train.z_loss)
     problem = _problem(config)
     return Subject(
         config=config,
-        model=model,
-        base=base,
+        outline=outlined,
         state=jax.eval_shape(lambda leaves: init_state(leaves, optimizer, config.train.seed), trainable),
         frozen=frozen,
-        loss=loss_for(config.model.task, problem, entropy),
+        loss=training_loss(config, problem),
         optimizer=optimizer,
-        batch=_batch(config, problem, options.num_labels, described),
+        batch=_batch(config, problem, outlined.model.options.num_labels, described),
     )
 
 
@@ -170,80 +167,32 @@ def with_changes(config: Config, **changes: Any) -> Config:
     return out
 
 
-def _dtype(asked: str, described: Mapping[str, Any]) -> Any:
-    """Gives the dtype of the base: the one asked for, or the one that `config.json` says the files have."""
-    named = str(described.get("dtype") or described.get("torch_dtype") or "float32") if asked == "auto" else asked
-    named = named.removeprefix("torch.")
-    if named not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"config.json: dtype {named!r} is not supported; set config.model.dtype")
-    return jnp.dtype(named)
-
-
-def _quant(config: Config, described: Mapping[str, Any]) -> Quant | None:
-    asked = config.model
-    if asked.quant != "none":
-        return Quant(asked.quant, asked.quant_targets, asked.quant_exclude, asked.quant_group)
-    return Quant("nf4") if described.get("quantization_config") else None
-
-
-def _stored(abstract: Tree, dtype: Any, quant: Quant | None, task: str) -> Tree:
-    """Gives the leaves as they are stored: in the files' dtype, quantised where they are to be; a new head in float32."""
-    sites = quant.sites(abstract) if quant else {}
-    items: list[tuple[paths.Path, Any]] = []
-    for path, leaf in paths.walk(abstract):
-        own = jnp.float32 if task != "causal_lm" and paths.is_head(path) else dtype
-        if path not in sites or quant is None:
-            items.append((path, jax.ShapeDtypeStruct(leaf.shape, own)))
-            continue
-        made = quant.abstract((leaf.shape[-2], leaf.shape[-1]), jnp.float32)
-        layers = leaf.shape[:-2]
-        items += [
-            ((*path[:-1], key), jax.ShapeDtypeStruct((*layers, *one.shape), one.dtype)) for key, one in made.items()
-        ]
-    return paths.build(items)
-
-
-def _labels(config: Config, described: Mapping[str, Any]) -> int | None:
-    """Gives the classes of a head: those that the config names, or `config.json`, or two; no row is read."""
+def _labels(config: Config) -> int | None:
+    """Return the classes of a head that the config names, None for those of `config.json`; no row is read."""
     if config.model.task == "causal_lm":
         return None
-    if config.data.problem == "regression":
-        return 1
-    named: Any = described.get("id2label")
-    return len(config.data.labels) or (len(named) if isinstance(named, Mapping) and named else 2)
+    return 1 if config.data.problem == "regression" else len(config.data.labels) or None
 
 
-def _problem(config: Config) -> str:
+def _problem(config: Config) -> Problem | None:
+    """Return the kind of a sequence classification, as far as the config alone says it; None of another task."""
     if config.model.task != "sequence_classification":
-        return {"causal_lm": "lm"}.get(config.model.task, "token")
+        return None
     if config.data.problem == "auto":
         return "multi_label" if config.data.label_separator else "single_label"
     return config.data.problem
 
 
 def _batch(
-    config: Config, problem: str, labels: int | None, described: Mapping[str, Any]
+    config: Config, problem: Problem | None, labels: int | None, described: Mapping[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Gives the arrays of a batch, as `jaxpeft.data.batches` makes them."""
-    parts = config.train.accumulation
-    lead = (config.train.batch_size,) if parts == 1 else (parts, config.train.batch_size // parts)
-    per_token = (*lead, config.data.max_length)
-    classes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "single_label": (lead, np.int32),
-        "regression": (lead, np.float32),
-        "multi_label": ((*lead, labels or 0), np.float32),
-    }
-    arrays: dict[str, tuple[tuple[int, ...], Any]] = {
-        "input_ids": (per_token, np.int32),
-        "attention_mask": (per_token, np.int32),
-        "labels": classes.get(problem, (per_token, np.int32)),
-        "weights": (lead, np.float32),
-    }
-    if config.data.packing:
-        arrays["segment_ids"] = (per_token, np.int32)
-    if described.get("type_vocab_size", 0) > 1:
-        arrays["token_type_ids"] = (per_token, np.int32)
-    return {name: jax.ShapeDtypeStruct(*one) for name, one in arrays.items()}
+    """Return the arrays of a batch."""
+    train, data = config.train, config.data
+    arrays = batch_like(
+        problem, labels or 0, train.batch_size, data.max_length, train.accumulation,
+        packed=data.packing, types=described.get("type_vocab_size", 0) > 1,
+    )  # fmt: skip
+    return {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in arrays.items()}
 
 
 def described_in_json(described: Mapping[str, Any]) -> dict[str, Any]:

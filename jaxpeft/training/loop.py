@@ -27,8 +27,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.batches import Position
 from jaxpeft.logs import timed
-from jaxpeft.sharding.activations import on_mesh
-from jaxpeft.sharding.mesh import batch_shardings, has_positions, place, replicated
+from jaxpeft.sharding.mesh import batch_shardings, has_positions, place
 from jaxpeft.sharding.processes import own_rows, put
 from jaxpeft.sharding.specs import state_shardings
 from jaxpeft.training import base_record, compiling, flops, optimizers, records
@@ -37,7 +36,7 @@ from jaxpeft.training.evaluation import Evaluator, better, metric_of
 from jaxpeft.training.progress import StepProgress, memory_gb
 from jaxpeft.training.setup import Setup
 from jaxpeft.training.signals import Stopped, StopRequest
-from jaxpeft.training.step import TrainState, init_state, make_train_step
+from jaxpeft.training.step import TrainState, init_state, jit_train_step, make_train_step
 from jaxpeft.training.watch import Watch
 
 _log = logging.getLogger(__name__)
@@ -249,10 +248,7 @@ class Run:
         parts = setup.config.train.accumulation
         train_step = make_train_step(setup.model, setup.loss, self.optimizer, parts, self.method.penalty)
         how = compiling.options(setup.mesh.devices.flat[0])
-        step = jax.jit(
-            on_mesh(setup.mesh, train_step), donate_argnums=0,
-            out_shardings=(self.places, replicated(setup.mesh)), compiler_options=how,
-        )  # fmt: skip
+        step = jit_train_step(train_step, setup.mesh, self.places, how)
         lengths = setup.batches.lengths
         self.stop.raise_if_requested()
         with timed(f"compiling the {self.method.name} step for rows of {' or '.join(map(str, lengths))} tokens"):

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -33,7 +32,6 @@ from jaxpeft.json_files import read_json
 from jaxpeft.models.attention import kernel_of, platform
 from jaxpeft.models.base import Pretrained
 from jaxpeft.peers import ALONE, Peers
-from jaxpeft.quant.tree import Quant
 from jaxpeft.sharding.mesh import heads_of, make_mesh
 from jaxpeft.sharding.processes import check_processes
 from jaxpeft.sharding.rules import Rules, rules_of
@@ -41,11 +39,10 @@ from jaxpeft.sharding.sizes import ROWS, SEQUENCE
 from jaxpeft.sharding.specs import require_used, shardings
 from jaxpeft.training import compiling, memory, placing
 from jaxpeft.training.decided import Decided, decide
-from jaxpeft.training.head_loss import CrossEntropy
+from jaxpeft.training.from_config import abstract_rewrite, model_request, training_loss
 from jaxpeft.training.losses import Loss, loss_for
 from jaxpeft.training.optimizers import schedule
 from jaxpeft.training.progress import rows_shown
-from jaxpeft.transforms.rewrite import rewrite
 
 _log = logging.getLogger(__name__)
 Encoded = data.Encoded
@@ -121,25 +118,14 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     described = architecture(
         source
     )  # else the tokenizer's library refuses the same config.json, with an error of its own
-    mesh = make_mesh(config, heads=heads_of(read_json(source.folder / "config.json")))
-    check_processes(mesh)
-    rules = rules_of(config.mesh)
-    placing.check(config.mesh, mesh)
+    mesh, rules = _mesh(config, source), rules_of(config.mesh)
     compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.label_names)
-    sha256, tensors = _fingerprint(source, peers)
-    base = {"sha256": sha256, "config": described}
-    sizes = {file.name: file.stat().st_size for file in weight_files(source)}
-    peers.same("base or rows", {"base": base, "files": sizes, "data": splits.identity})
+    base, tensors = _base(source, described, splits, peers)
     batches = make_batches(config, splits)
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
-    length = batches.lengths[-1]
-    outlined = _outlined(config, splits, steps, length, mesh)
-    trained = _check(config, outlined, length, steps, mesh)
-    # what is computed again must be the same everywhere, so one device speaks for all
-    budget = peers.agreed("memory of a device", lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb))
-    outlined = _with_remat(config, outlined, trained, length, mesh, budget)
+    outlined = _chosen(config, splits, batches.lengths[-1], steps, mesh, peers)
     found = memory.layout_of(outlined, mesh, rules)
     params = placing.read(outlined, config.train.seed, found)
     model = placing.bringing(outlined.model, found).clone(source=dataclasses.replace(source, sha256=base["sha256"]))
@@ -147,9 +133,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
         config=config,
         model=model,
         params=params,
-        loss=loss_for(
-            config.model.task, splits.train.problem, CrossEntropy(config.train.label_smoothing, config.train.z_loss)
-        ),
+        loss=training_loss(config, splits.train.problem),
         plain_loss=loss_for(config.model.task, splits.train.problem),
         train=splits.train,
         validation=splits.validation,
@@ -163,15 +147,30 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
         problem=splits.problem,
         samples=_samples(config, splits),
         tokenizer=splits.tokenizer,
-        identity={
-            "config": as_dict(config),
-            "base": base,
-            "data": splits.identity,
-        },
+        identity={"config": as_dict(config), "base": base, "data": splits.identity},
         base_tensors=tensors,
         decided=decide(config, splits),
         peers=peers,
     )
+
+
+def _mesh(config: Config, source: sources.Source) -> Mesh:
+    """Return the devices of a run, which must go with its model's heads, its processes and what it offloads."""
+    mesh = make_mesh(config, heads=heads_of(read_json(source.folder / "config.json")))
+    check_processes(mesh)
+    placing.check(config.mesh, mesh)
+    return mesh
+
+
+def _base(
+    source: sources.Source, described: Mapping[str, Any], splits: Splits, peers: Peers
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what makes the base this base, and the SHA-256 of each of its tensors; refuse other files or rows of another process."""
+    sha256, tensors = _fingerprint(source, peers)
+    base = {"sha256": sha256, "config": described}
+    sizes = {file.name: file.stat().st_size for file in weight_files(source)}
+    peers.same("base or rows", {"base": base, "files": sizes, "data": splits.identity})
+    return base, tensors
 
 
 def _fingerprint(source: sources.Source, peers: Peers) -> tuple[str, dict[str, str]]:
@@ -201,6 +200,15 @@ _MANY_LAYERS, _FEW_STEPS = 12, 200
 """Of more layers and fewer steps than these, unrolled layers take longer to compile than they save."""
 
 
+def _chosen(config: Config, splits: Splits, length: int, steps: int, mesh: Mesh, peers: Peers) -> Outline:
+    """Return the outline of the model, checked, with all chosen that the config leaves open."""
+    outlined = _outlined(config, splits, steps, length, mesh)
+    trained = _check(config, outlined, length, steps, mesh)
+    # what is computed again must be the same everywhere, so one device speaks for all
+    budget = peers.agreed("memory of a device", lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb))
+    return _with_remat(config, outlined, trained, length, mesh, budget)
+
+
 def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mesh) -> Outline:
     """Outlines the model, with its layers scanned or unrolled as the config says or as suits the length of the run."""
     attention = kernel_of(config.model.attention, platform(mesh.devices.flat[0]), mesh.shape[SEQUENCE])
@@ -219,21 +227,9 @@ def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mes
 
 
 def _outline(config: Config, splits: Splits, scan_layers: bool, attention: str) -> Outline:
-    return outline(
-        config.model.path,
-        task=config.model.task,
-        num_labels=splits.examples.num_labels or None,
-        dtype=_dtype(config.model.dtype),
-        compute_dtype=_dtype(config.model.compute_dtype),
-        scan_layers=scan_layers,
-        pooling=config.model.pooling,
-        remat="none" if config.model.remat == "auto" else config.model.remat,
-        attention=attention,
-        right_padded=True,
-        revision=config.model.revision,
-        vocab_size=config.model.vocab_size,
-        quant=_quant(config),
-    )
+    labels = splits.examples.num_labels or None
+    request = model_request(config.model, labels, scan_layers=scan_layers, attention=attention)
+    return outline(config.model.path, request, config.model.revision)
 
 
 def _with_remat(
@@ -275,14 +271,10 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
             f"data.max_length: rows of {length} tokens{behind}, the model has {most} positions; set it to {most - virtual} or less"
         )
     schedule(config.optimizer, config.optimizer.learning_rate, steps)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    try:
-        params = jax.eval_shape(partial(rewrite, method), outlined.abstract, key)
-        mask = trainable_mask(method, params)
-        own = tree.partition(params, mask)[0], tree.partition(shardings(mesh, rules, params, method), mask)[0]
-        held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
-    except TargetError as error:
-        raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error
+    params = abstract_rewrite(method, outlined.abstract)
+    mask = trainable_mask(method, params)
+    own = tree.partition(params, mask)[0], tree.partition(shardings(mesh, rules, params, method), mask)[0]
+    held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
     method.optimizer(optax.identity(), steps)  # which refuses a schedule that does not fit the run
     if not config.compare.candidates:  # whose rules may be those of another
         require_used(rules, outlined.leaves, params)
@@ -295,14 +287,3 @@ def _check_metric(metric: str | None, problem: str, labels: Sequence[str]) -> No
         raise ConfigError(
             f"evaluation.metric: {metric!r} is not a figure of this data{nearest(metric, known)} (known: {', '.join(known)})"
         )
-
-
-def _quant(config: Config) -> Quant | None:
-    model = config.model
-    if model.quant == "none":
-        return None
-    return Quant(model.quant, model.quant_targets, model.quant_exclude, model.quant_group)
-
-
-def _dtype(name: str) -> Any:
-    return None if name == "auto" else jnp.dtype(name)

@@ -19,7 +19,9 @@ from jaxpeft.core.targets import Site
 from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import ConfigError
 from jaxpeft.forward import apply
-from jaxpeft.hub.loading import Task, outline
+from jaxpeft.hub.choices import Task
+from jaxpeft.hub.loading import outline
+from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.activations import mesh_under, on_mesh
 from jaxpeft.training.outputs import Outputs
@@ -63,10 +65,10 @@ class Start:
         if source is None:
             raise ConfigError("the model was made, not loaded: there are no files to read its kernels from")
         options = self.model.options
-        found = outline(
-            source.folder, task=cast(Task, options.task), num_labels=options.num_labels, dtype=jnp.float32,
-            scan_layers=options.scan_layers, pooling=options.pooling,
+        asked = ModelRequest(
+            cast(Task, options.task), options.num_labels, jnp.float32, scan_layers=options.scan_layers, pooling=options.pooling
         )  # fmt: skip
+        found = outline(source.folder, asked)
         if found.plan.held:
             raise ConfigError(f"{source.folder}: holds the model quantised, and not the kernels that it was made from")
 

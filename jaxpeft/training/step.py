@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
+from jaxpeft.sharding.activations import on_mesh
+from jaxpeft.sharding.mesh import replicated
 from jaxpeft.training.losses import Loss
 from jaxpeft.training.outputs import Batch, Outputs
 
@@ -113,6 +116,19 @@ def make_train_step(
         return TrainState(state.step + 1, kept[0], kept[1], state.rng), metrics
 
     return step
+
+
+def jit_train_step(step: Any, mesh: Mesh, state: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """Return the jitted step of a mesh, which is given its state for good.
+
+    Args:
+        step: that `make_train_step` gave.
+        mesh: the devices.
+        state: the sharding of each leaf of the state.
+        options: XLA's, for the devices.
+    """
+    shardings = (state, replicated(mesh))
+    return jax.jit(on_mesh(mesh, step), donate_argnums=0, out_shardings=shardings, compiler_options=dict(options or {}))
 
 
 def _with_penalty(penalty: Callable[[Tree], Any] | None, trainable: Tree, grads: Tree) -> tuple[jax.Array, Tree]:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxpeft.data.batches import Batches, eval_batches
+from jaxpeft.data.batches import Batches, batch_like, eval_batches
 from jaxpeft.errors import ConfigError
 
 CASES = [(n, size, seed) for n in (1, 7, 32, 101, 500) for size in (1, 4, 32) for seed in (0, 1)]
@@ -215,3 +215,23 @@ def test_one_length_for_all_batches_changes_no_batch(data):
         assert short["attention_mask"].sum() == long["attention_mask"].sum()
     (batch, _), *_ = eval_batches(encoded, 8, (16, 32, 100), pad_to=128)
     assert batch["input_ids"].shape == (8, 128)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [
+        (None, None),
+        ("single_label", np.arange(3, dtype=np.int32)),
+        ("regression", np.arange(3, dtype=np.float32)),
+        ("multi_label", np.eye(3, 5, dtype=np.float32)),
+    ],
+)
+def test_a_batch_of_no_rows_has_the_shapes_of_one_of_rows(encoded_of, problem, labels, parts):
+    kind = "text" if problem is None else "classification"
+    real = Batches(encoded_of([3, 4, 5], kind=kind, labels=labels, types=True), 4, (8,), accumulation=parts).batch(0)
+    made = batch_like(problem, 5, 4, 8, parts, types=True)
+    assert {name: (a.shape, a.dtype) for name, a in made.items()} == {
+        name: (a.shape, a.dtype) for name, a in real.items()
+    }
+    assert made.keys() | {"segment_ids"} == batch_like(problem, 5, 4, 8, types=True, packed=True).keys()

@@ -27,11 +27,11 @@ def main(port: str, count: str, index: str, folder: str, text: str) -> None:
     from jaxpeft.core import paths
     from jaxpeft.hub.base_identity import fingerprint
     from jaxpeft.hub.loading import outline
-    from tests.hub.spreading import mesh_of, places
+    from tests.hub.spreading import mesh_of, places, requested
 
     options: dict[str, Any] = json.loads(text)
     mesh, way = mesh_of(options.pop("mesh")), options.pop("way")
-    found = outline(folder, task="causal_lm", **options)
+    found = outline(folder, requested("causal_lm", **options))
     params = found.read(0, places(found.leaves, mesh, way))
     digests = {}
     for path, leaf in paths.walk(params):

@@ -11,9 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path
+from jaxpeft.hub.model_request import ModelRequest
+from jaxpeft.quant.tree import Quant
 
 WAYS = ("whole", "rows", "columns", "both", "layers")
 """Of the tensors in the files, `[out, in]`; `layers` is the axis of stacked ones, and rows where there is none."""
+
+
+def requested(task: Any, quant: str | None = None, **options: Any) -> ModelRequest:
+    """Return a request, with the number format of a quantized base by its name."""
+    return ModelRequest(task, quant=None if quant is None else Quant(quant), **options)
 
 
 def mesh_of(shape: tuple[int, int], devices: Any = None) -> Mesh:

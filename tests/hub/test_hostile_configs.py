@@ -10,6 +10,7 @@ import pytest
 import jaxpeft
 from jaxpeft.errors import JaxpeftError
 from jaxpeft.hub.loading import outline
+from jaxpeft.hub.model_request import ModelRequest
 from tests.hub.helpers import edited
 
 SIZES = {
@@ -53,7 +54,7 @@ def test_no_value_of_config_json_ends_in_anothers_error(reference, tmp_path, kin
     for value in VALUES:
         (folder / "config.json").write_text(json.dumps(own | {field: value}))
         try:
-            outline(folder, task=task)
+            outline(folder, ModelRequest(task))
         except JaxpeftError as error:
             refused.append(max(map(len, error.problems)))
     assert len(refused) >= 5

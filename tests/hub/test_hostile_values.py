@@ -12,6 +12,7 @@ import pytest
 import jaxpeft
 from jaxpeft.errors import JaxpeftError
 from jaxpeft.hub.loading import outline
+from jaxpeft.hub.model_request import ModelRequest
 from tests.hub.helpers import edited
 
 VALUES: tuple[Any, ...] = (
@@ -68,7 +69,7 @@ def outcomes(file: Any, load: Any, seed: int, count: int) -> dict[str, int]:
 def test_config_json(reference, tmp_path, kind):
     task = "causal_lm" if kind in ("llama", "qwen3") else "sequence_classification"
     folder = edited(reference(kind, task).folder, tmp_path / "m")
-    found = outcomes(folder / "config.json", lambda: outline(folder, task=task), 0, 25)
+    found = outcomes(folder / "config.json", lambda: outline(folder, ModelRequest(task)), 0, 25)
     assert set(found) <= {"loaded", "refused"}, found
 
 

@@ -22,7 +22,7 @@ from jaxpeft.hub.loading import outline
 from jaxpeft.hub.safetensors_files import Meter, open_folder
 from jaxpeft.kernels import QUANTIZED
 from tests.hub.helpers import assert_bit_equal, edited, shard
-from tests.hub.spreading import WAYS, mesh_of, places
+from tests.hub.spreading import WAYS, mesh_of, places, requested
 
 both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 each_way = pytest.mark.parametrize("way", WAYS)
@@ -38,7 +38,7 @@ PADDED = ODD | {"intermediate_size": 54}
 
 
 def outlined(folder: FilePath, task: Any = "causal_lm", **options: Any) -> Any:
-    return outline(folder, task=task, **options)
+    return outline(folder, requested(task, **options))
 
 
 def spread(folder: FilePath, shape: tuple[int, int], way: str, **options: Any) -> tuple[Any, Any]:

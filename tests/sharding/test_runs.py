@@ -18,6 +18,7 @@ from jaxpeft.config.schema import Config
 from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.loading import outline
+from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.sharding.mesh import make_mesh
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.rules import rules_of
@@ -206,7 +207,7 @@ def test_offload_is_refused_where_there_is_no_such_memory(config: Config) -> Non
 
 
 def test_memory_is_estimated_for_each_device(config: Config) -> None:
-    outlined = outline(config.model.path, task="causal_lm", scan_layers=True)
+    outlined = outline(config.model.path, ModelRequest("causal_lm", scan_layers=True))
 
     def base(**mesh: Any) -> memory.Estimate:
         made = spread(config, **mesh)

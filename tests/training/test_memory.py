@@ -13,6 +13,8 @@ import pytest
 import jaxpeft
 from jaxpeft.core import tree
 from jaxpeft.hub.loading import outline
+from jaxpeft.hub.model_request import ModelRequest
+from jaxpeft.quant.tree import Quant
 from jaxpeft.training import memory
 from jaxpeft.training.losses import loss_for
 from jaxpeft.training.step import make_loss_sum
@@ -26,7 +28,7 @@ def llama(tiny_models: Any) -> Path:
 
 
 def test_what_policies_keep_grows_by_what_xla_keeps(llama: Path) -> None:
-    outlined = outline(llama, task="causal_lm")
+    outlined = outline(llama, ModelRequest("causal_lm"))
     needs = memory.estimate(outlined, 1000, ROWS, LENGTH)
     assert needs.kept["full"] < needs.kept["attention"] < needs.kept["products"]
     assert needs.base == sum(leaf.size * 4 for leaf in jax.tree.leaves(outlined.abstract))
@@ -41,13 +43,13 @@ def test_what_policies_keep_grows_by_what_xla_keeps(llama: Path) -> None:
 
 
 def test_a_quantised_base_counts_as_it_is_stored(llama: Path) -> None:
-    outlined = outline(llama, task="causal_lm", quant="nf4")
+    outlined = outline(llama, ModelRequest("causal_lm", quant=Quant("nf4")))
     _, params = jaxpeft.load(llama, task="causal_lm", quant="nf4")
     assert memory.estimate(outlined, 0, ROWS, LENGTH).base == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def test_the_policy_that_fits_and_computes_least_again(llama: Path) -> None:
-    needs = memory.estimate(outline(llama, task="causal_lm"), 0, ROWS, LENGTH)
+    needs = memory.estimate(outline(llama, ModelRequest("causal_lm")), 0, ROWS, LENGTH)
     assert needs.fastest(1e12) == "products"
     assert needs.fastest(needs.total("products") - 1) == "attention"
     assert needs.fastest(needs.total("attention") - 1) == "full"
@@ -61,7 +63,7 @@ def test_a_cpu_has_no_budget_of_its_own() -> None:
 
 def test_the_estimate_is_near_what_the_compiled_gradient_keeps(llama: Path) -> None:
     """Of a model whose activations outweigh all else: the difference of two lengths is what a token keeps."""
-    outlined = outline(llama, task="causal_lm")
+    outlined = outline(llama, ModelRequest("causal_lm"))
     method = jaxpeft.LoRA(rank=2)
     params = jax.eval_shape(lambda base: jaxpeft.rewrite(method, base, jax.random.key(0)), outlined.abstract)
     trainable, frozen = tree.partition(params, jaxpeft.core.rewriting.trainable_mask(method, params))

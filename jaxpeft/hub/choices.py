@@ -1,0 +1,11 @@
+"""What a caller may choose of a model, by name. Without JAX, so that a command line can list it."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Task = Literal["causal_lm", "sequence_classification", "token_classification", "encoder"]
+TASKS: tuple[Task, ...] = get_args(Task)
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+"""Of a base's leaves and of activations."""
