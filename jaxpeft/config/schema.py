@@ -15,6 +15,7 @@ from jaxpeft.errors import nearest, shown
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import read
 from jaxpeft.methods.lora import LoRA
+from jaxpeft.remat import Remat
 from jaxpeft.sharding.mesh_config import MeshConfig, batch_problems, known_rows
 from jaxpeft.sharding.sizes import divisors
 from jaxpeft.sharding.sizes import nearest as nearest_numbers
@@ -49,7 +50,7 @@ class ModelConfig:
         None,
         "one scanned layer (compiles faster) in place of unrolled layers (run faster); None unrolls, but many layers for few steps",
     )
-    remat: Literal["auto", "none", "products", "attention", "full", "offload"] = option(
+    remat: Literal["auto", Remat] = option(
         "auto",
         "what the backward pass computes again (docs/speed.md); auto as little as memory allows, on a CPU nothing",
     )

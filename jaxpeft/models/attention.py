@@ -24,6 +24,7 @@ from jaxpeft.models import chunked_attention
 from jaxpeft.models.base import Options
 from jaxpeft.models.layers import dropout
 from jaxpeft.models.masks import Mask
+from jaxpeft.remat import ATTENTION
 from jaxpeft.sharding.activations import BATCH, HEAD_DIM, HEADS, KV_HEADS, LENGTH, mesh_of, placed, size_of, spec_of
 from jaxpeft.sharding.sizes import SEQUENCE, TENSOR
 
@@ -67,7 +68,7 @@ def attend(
         out = KERNELS[kernel].compute(q, k, v, mask, drop)
     else:
         out = _on_each(KERNELS[kernel].compute, q, k, v, mask, drop)
-    return checkpoint_name(out.reshape(*q.shape[:2], -1), "attention")
+    return checkpoint_name(out.reshape(*q.shape[:2], -1), ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _splash(
     sizes: Any = {name: block for name in fields if name.startswith("block_")}
     attention = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([seen] * heads), block_sizes=splash.BlockSizes(**sizes),
-        residual_checkpoint_name="attention", interpret=interpret,
+        residual_checkpoint_name=ATTENTION, interpret=interpret,
     )  # fmt: skip
     ids = mask.segments
     if mask.text is not None:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import ConfigError, shown
+from jaxpeft.remat import REMAT_POLICIES
 
 LARGEST = 1 << 24
 """No size of a model is larger: what is would take all memory before it is found not to fit the weights."""
@@ -32,7 +33,7 @@ class Options:
         dtype: of the activations.
         scan_layers: one scanned layer in place of unrolled layers.
         pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`, or None for the architecture's own.
-        remat: what the backward pass computes again: a key of `REMAT_POLICIES`.
+        remat: what the backward pass computes again: a key of `jaxpeft.remat.REMAT_POLICIES`.
         attention: the kernel that computes attention where it fits, a key of `jaxpeft.models.attention.KERNELS`.
         right_padded: whether rows are padded behind their tokens alone: a decoder needs no mask for it then.
         quant: which kernels of the base are quantised, and how (`jaxpeft.Quant`); None for none.
@@ -243,15 +244,6 @@ def option_problems(options: Options, model_type: str, tasks: Sequence[str], poo
         problems.append(f"remat: must be one of {', '.join(REMAT_POLICIES)}, is {options.remat!r}")
     return problems
 
-
-REMAT_POLICIES: Mapping[str, str] = {
-    "none": "nothing",
-    "products": "norms and activations; kept are the results of linear modules and of attention",
-    "attention": "all but attention; kept are its results and the layers' inputs",
-    "full": "everything; kept are the layers' inputs",
-    "offload": "everything; the layers' inputs wait in the host's memory",
-}
-"""What the backward pass computes again, by the name of the policy."""
 
 PAST = "past"
 """The collection in which a caller finds the keys and values of each layer, `[2, batch, length, kv_heads * d]`, if it asks."""

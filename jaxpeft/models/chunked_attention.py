@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.models.masks import Mask
+from jaxpeft.remat import ATTENTION
 
 Array = jax.Array
 MOST_SCORES = 2**25
@@ -92,7 +93,7 @@ def _forward(size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, f
     (m, total, out), _ = jax.lax.scan(step, begin, blocks.starts)
     out = (out / total[..., None]).astype(v.dtype)
     # by this name remat keeps what attention gave, and then it need not be computed again
-    out, m, total = (checkpoint_name(array, "attention") for array in (out, m, total))
+    out, m, total = (checkpoint_name(array, ATTENTION) for array in (out, m, total))
     return out, (q, k, v, mask, first, out, m, total)
 
 

@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path
-from jaxpeft.kernels.form import LOW_RANK
 from jaxpeft.models.base import PAST, Options
+from jaxpeft.remat import INPUT, PRODUCT, REMAT_POLICIES, RematPolicy
 from jaxpeft.sharding.activations import mesh_of
 
 Array = jax.Array
@@ -81,12 +81,12 @@ def _draws(key: Array, shape: tuple[int, ...]) -> Array:
 
 def kept(x: Array) -> Array:
     """Marks what a layer's products give, which remat of `products` does not compute again."""
-    return checkpoint_name(x, "product")
+    return checkpoint_name(x, PRODUCT)
 
 
 def entered(x: Array) -> Array:
     """Marks what a layer is given, which remat of `offload` keeps in the host's memory."""
-    return checkpoint_name(x, "input")
+    return checkpoint_name(x, INPUT)
 
 
 class Linear(nn.Dense):
@@ -161,7 +161,7 @@ def _remat(block: type[nn.Module], options: Options) -> Any:
     """Wraps a block so that the backward pass computes again what the policy does not keep."""
     if options.remat == "none":
         return block
-    return nn.remat(block, policy=_POLICIES[options.remat], prevent_cse=not options.scan_layers)
+    return nn.remat(block, policy=_saveable(REMAT_POLICIES[options.remat]), prevent_cse=not options.scan_layers)
 
 
 def _bringing(block: type[nn.Module], options: Options) -> Any:
@@ -184,6 +184,18 @@ def _bringing(block: type[nn.Module], options: Options) -> Any:
     return nn.map_variables(block, "params", trans_in_fn=all_brought, init=True, mutable=True)
 
 
+def _saveable(policy: RematPolicy) -> Any:
+    """Return what `jax.checkpoint` calls a policy, None for one that keeps nothing."""
+    if policy.offloaded:
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[*policy.kept],
+            names_which_can_be_offloaded=[*policy.offloaded],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return _keeps(*policy.kept) if policy.kept else None
+
+
 def _keeps(*names: str) -> Callable[..., bool]:
     """Makes a policy that keeps what bears one of these names, and what flash attention needs for its gradient."""
     named = jax.checkpoint_policies.save_only_these_names(*names)
@@ -191,19 +203,6 @@ def _keeps(*names: str) -> Callable[..., bool]:
     return lambda primitive, *args, **how: (
         primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *args, **how)
     )
-
-
-_POLICIES: Mapping[str, Any] = {
-    "full": None,
-    "attention": _keeps("attention"),
-    "products": _keeps("attention", "product", LOW_RANK),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
 
 
 class _Unrolled(nn.Module):

@@ -16,10 +16,8 @@ from jaxpeft.planning.placing import place
 from jaxpeft.planning.programs import gib
 from jaxpeft.planning.report import Row
 from jaxpeft.planning.subject import with_changes
+from jaxpeft.remat import stronger
 from jaxpeft.sharding.sizes import ROWS, divisors
-
-_ORDER = ("none", "products", "attention", "full")
-"""Policies of remat, from the one that keeps most."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,13 @@ def changes(config: Config, remat: str, over: int) -> Iterator[Change]:
         remat: what it computes again.
         over: devices that rows are spread over.
     """
-    stronger = _ORDER[_ORDER.index(remat) + 1 :] if remat in _ORDER else ()
-    parts = _accumulations(config, over)
-    same: list[dict[str, Any]] = [{"model__remat": policy} for policy in stronger]
+    policies, parts = stronger(remat), _accumulations(config, over)
+    same: list[dict[str, Any]] = [{"model__remat": policy} for policy in policies]
     same += [{"train__accumulation": n} for n in parts]
-    if stronger and parts:
+    if policies and parts:
         same.append({"model__remat": "full", "train__accumulation": parts[-1]})
     yield from (_change(config, one) for one in same)
-    least: dict[str, Any] = {"model__remat": "full"} if stronger else {}
+    least: dict[str, Any] = {"model__remat": "full"} if policies else {}
     least |= {"train__accumulation": parts[-1]} if parts else {}
     for form in ("int8", "nf4") if config.model.quant == "none" else ():
         yield _change(config, {"model__quant": form})

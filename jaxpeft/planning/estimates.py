@@ -13,12 +13,10 @@ from jaxpeft import kernels
 from jaxpeft.core import paths
 from jaxpeft.planning.placing import Placed
 from jaxpeft.planning.subject import Subject
+from jaxpeft.remat import fastest
 from jaxpeft.sharding.rules import rules_of
 from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
 from jaxpeft.training import memory
-
-POLICIES = ("products", "attention", "full")
-"""Of remat, from the one that computes least again to the one that computes most."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Kept:
 
     def fastest(self, room: float) -> str:
         """Gives the policy that computes least again of those that fit into `room` bytes, `full` where none does."""
-        return next((policy for policy in POLICIES if self.total(policy) <= room), "full")
+        return fastest(self.total, room)
 
 
 def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
@@ -54,10 +52,7 @@ def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
     rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
     where = memory.layout_of(subject.outline, mesh, rules_of(subject.config.mesh))
     own = memory.estimate(subject.outline, 0, rows, length, where)
-    # what differentiation keeps is not known here; of the layers' inputs that wait in the host's memory two are on their way
-    on_the_way = 2 * own.kept["full"] // subject.model.config.num_hidden_layers
-    split = {**own.kept, "none": own.kept["products"], "offload": on_the_way}
-    return Kept(split, own.working + placed.gradients + _decoded(subject, mesh))
+    return Kept(own.kept, own.working + placed.gradients + _decoded(subject, mesh))
 
 
 def _decoded(subject: Subject, mesh: Mesh) -> int:

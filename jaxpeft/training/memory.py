@@ -1,14 +1,10 @@
-"""How much memory a step takes, as far as can be told before anything is compiled, and what the backward pass should keep in it.
-
-Of each layer the backward pass finds again what the policy of remat keeps: its input alone (`full`), the result of attention as well
-(`attention`), or the results of its linear modules too (`products`); what `none` and `offload` keep is not estimated. Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-Cost", section 4 (arXiv:1604.06174).
-"""
+"""How much memory a step takes, as far as can be told before anything is compiled, and what the backward pass should keep in it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +18,7 @@ from jaxpeft.forward import run
 from jaxpeft.hub.loading import Outline
 from jaxpeft.models.base import abstract_params
 from jaxpeft.models.chunked_attention import block_of
+from jaxpeft.remat import ATTENTION, REMAT_POLICIES, fastest
 from jaxpeft.sharding.rules import Rules
 from jaxpeft.sharding.sizes import FSDP, SEQUENCE, TENSOR
 from jaxpeft.sharding.specs import HOST, Layout, layout
@@ -29,8 +26,6 @@ from jaxpeft.training.head_loss import MOST_LOGITS
 
 USABLE = 0.92
 """Share of a device's memory that a step is planned into: the allocator needs room between its pieces."""
-_POLICIES = ("products", "attention", "full")
-_MARKS = {"products": ("product", "attention"), "attention": ("attention",), "full": ()}
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Estimate:
 
     def fastest(self, budget: float) -> str:
         """Gives the policy that computes least again of those that fit into `budget` bytes, `full` where none does."""
-        return next((policy for policy in _POLICIES if self.total(policy) <= budget), "full")
+        return fastest(self.total, budget)
 
 
 def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layout | None = None) -> Estimate:
@@ -86,10 +81,12 @@ def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layo
     asked: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
     jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **asked))(abstract_params(one), ids)
     size, hidden, tensor = jnp.dtype(options.dtype).itemsize, model.config.hidden_size, _along(where, TENSOR)
-    named = [(name, _share(name, aval, hidden, tensor)) for name, aval in _named(jaxpr.jaxpr)]
+    marked: Counter[str] = Counter()
+    for name, aval in _named(jaxpr.jaxpr):
+        marked[name] += _share(name, aval, hidden, tensor)
     stream = rows * length * hidden * size
     layers = model.config.num_hidden_layers
-    per_layer = {policy: stream + sum(n for name, n in named if name in marks) for policy, marks in _MARKS.items()}
+    one_layer = REMAT_POLICIES["products"].nbytes(1, stream, marked)
     vocab = model.config.vocab_size // tensor if options.task == "causal_lm" else 0
     base, gathered = _base(outline, where)
     parts = _along(where, SEQUENCE)
@@ -98,8 +95,8 @@ def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layo
     return Estimate(
         base=base,
         trained=16 * trained,
-        kept={policy: layers * n for policy, n in per_layer.items()},
-        working=scores + gathered + 2 * per_layer["products"] + 2 * size * min(MOST_LOGITS, rows * length * vocab),
+        kept={name: policy.nbytes(layers, stream, marked) for name, policy in REMAT_POLICIES.items()},
+        working=scores + gathered + 2 * one_layer + 2 * size * min(MOST_LOGITS, rows * length * vocab),
     )
 
 
@@ -110,7 +107,7 @@ def _scores(kernel: str, queries: int, keys: int) -> int:
 
 def _share(name: str, aval: Any, hidden: int, tensor: int) -> int:
     """Gives the bytes of an activation on a device: all of what is as wide as the model, a share of heads and wider ones."""
-    whole = name != "attention" and aval.ndim == 3 and aval.shape[-1] == hidden
+    whole = name != ATTENTION and aval.ndim == 3 and aval.shape[-1] == hidden
     return aval.size * aval.dtype.itemsize // (1 if whole else tensor)
 
 

@@ -32,6 +32,7 @@ from jaxpeft.json_files import read_json
 from jaxpeft.models.attention import kernel_of, platform
 from jaxpeft.models.base import Pretrained
 from jaxpeft.peers import ALONE, Peers
+from jaxpeft.remat import REMAT_POLICIES
 from jaxpeft.sharding.mesh import heads_of, make_mesh
 from jaxpeft.sharding.processes import check_processes
 from jaxpeft.sharding.rules import Rules, rules_of
@@ -242,7 +243,7 @@ def _with_remat(
     where = memory.layout_of(outlined, mesh, rules_of(config.mesh))
     needs = memory.estimate(outlined, trained, max(1, rows), length // mesh.shape[SEQUENCE], where)
     remat = needs.fastest(budget) if config.model.remat == "auto" else config.model.remat
-    if remat not in needs.kept:  # what it keeps is not estimated
+    if not REMAT_POLICIES[remat].estimated:
         return outlined
     _log.info("remat %s: %.1f GB estimated of %.1f GB", remat, needs.total(remat) / 1e9, budget / 1e9)
     if needs.total(remat) > budget:

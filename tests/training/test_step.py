@@ -15,7 +15,8 @@ import pytest
 
 import jaxpeft
 from jaxpeft import models
-from jaxpeft.models.base import REMAT_POLICIES, Options
+from jaxpeft.models.base import Options
+from jaxpeft.remat import REMAT_POLICIES
 from jaxpeft.training.losses import causal_lm
 from jaxpeft.training.step import TrainState, init_state, make_loss_sum, make_train_step
 from tests.models.conftest import tiny_config
