@@ -126,9 +126,10 @@ def figures(options: Any, adapter: int, seconds: list[float], peak: float, kind:
 
 def bf16_peak(kind: str) -> float:
     """Gives the bf16 FLOP/s of a device by its vendor's data sheet, 0 where they are not known."""
-    from jaxpeft.training.flops import PEAK_FLOPS
+    from jaxpeft.chips import chip_of
 
-    return next((most for name, most in PEAK_FLOPS.items() if name in kind), 0.0)
+    chip = chip_of(kind)
+    return (chip and chip.flops) or 0.0
 
 
 def token_ids(options: Any) -> Any:

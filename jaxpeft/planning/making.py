@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxpeft import chips
 from jaxpeft.config.schema import Config
 from jaxpeft.core import tree
 from jaxpeft.errors import ConfigError
-from jaxpeft.planning import changes, chips, topology
+from jaxpeft.planning import changes, topology
 from jaxpeft.planning.candidates import Setting, examine, stacked
 from jaxpeft.planning.report import Plan
 from jaxpeft.planning.subject import described_in_json, model_config, with_changes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxpeft.planning.chips import GIB
+from jaxpeft.chips import GIB
 from jaxpeft.planning.report import Plan
 
 _PARTS = ("base", "adapters", "optimizer", "activations", "temporaries")

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft.planning.chips import GIB
+from jaxpeft.chips import GIB
 from jaxpeft.planning.topology import Topology
 
 # called temporaries, and the arguments and results are in it

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.planning.chips import GIB
+from jaxpeft.chips import GIB
 from jaxpeft.planning.collectives import Collective
 from jaxpeft.planning.roofline import Roofline
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.planning.chips import Chip
+from jaxpeft.chips import Chip
 from jaxpeft.planning.collectives import Collective
 from jaxpeft.planning.topology import Topology
 from jaxpeft.planning.work import Work

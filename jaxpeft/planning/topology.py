@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from jaxpeft.chips import CHIPS, Chip
 from jaxpeft.errors import ConfigError, nearest, shown
-from jaxpeft.planning.chips import CHIPS, Chip
 
 MOST, MOST_SIMULATED = 2**17, 2**12
 """Devices of a plan: of TPUs, and of those that this machine has to simulate."""

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxpeft import kernels
+from jaxpeft.chips import chip_of
 from jaxpeft.core import paths
-
-PEAK_FLOPS: Mapping[str, float] = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-}
-"""Dense bf16 FLOP/s of one device, from the vendors' data sheets, by a part of `device_kind`."""
 
 
 def per_token(trainable: Any, frozen: Any) -> float:
@@ -47,7 +30,5 @@ def _matrix_parameters(tree: Any) -> int:
 
 def peak(devices: Sequence[Any]) -> float | None:
     """Gives the FLOP/s that the devices could do, or None where it is not known (a CPU)."""
-    kind = devices[0].device_kind
-    known = [name for name in PEAK_FLOPS if name in kind]
-    # the longest name: a "TPU v5 lite" is no "TPU v5"
-    return PEAK_FLOPS[max(known, key=len)] * len(devices) if known else None
+    chip = chip_of(devices[0].device_kind)
+    return None if chip is None or chip.flops is None else chip.flops * len(devices)

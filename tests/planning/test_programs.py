@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxpeft.chips import GIB
 from jaxpeft.planning import programs, topology
-from jaxpeft.planning.chips import GIB
 
 V5E, CPU = topology.read("v5e:2x2"), topology.read("cpu:8")
 

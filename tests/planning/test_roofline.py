@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jaxpeft.planning.chips import CHIPS
+from jaxpeft.chips import CHIPS
 from jaxpeft.planning.collectives import Collective
 from jaxpeft.planning.roofline import rate, roofline
 from jaxpeft.planning.topology import read

@@ -2,11 +2,11 @@
 
 import importlib.util
 
+import jax
 import pytest
 
 from jaxpeft.errors import ConfigError
 from jaxpeft.planning import topology
-from jaxpeft.planning.chips import CHIPS, GIB, usable
 
 
 @pytest.mark.parametrize(
@@ -66,22 +66,6 @@ def test_without_libtpu_a_tpu_is_refused(monkeypatch):
 
 
 def test_too_many_simulated_devices_for_this_process():
+    assert len(jax.devices()) == 8
     with pytest.raises(ConfigError, match="cpu:64 needs 64 simulated devices, and this process has 8 already"):
         topology.devices(topology.read("cpu:64"))
-
-
-def test_what_a_chip_may_take(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    assert usable(CHIPS["v5e"], None) == 15.75 * GIB
-    assert usable(CHIPS["h100"], None) == 60e9
-    assert usable(CHIPS["cpu"], None) is None
-    assert usable(CHIPS["cpu"], 2) == 2 * GIB
-    assert usable(CHIPS["v5e"], 8) == 8 * GIB
-    # its compiler takes no more, whatever is allowed
-    assert usable(CHIPS["v5e"], 64) == 15.75 * GIB
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert usable(CHIPS["h100"], None) == 72e9
-
-
-def test_every_chip_says_where_its_figures_come_from():
-    assert all(chip.sources for chip in CHIPS.values())

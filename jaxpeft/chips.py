@@ -82,7 +82,28 @@ CHIPS: Mapping[str, Chip] = {
         Chip("cpu", "cpu", "cpu", sources=("nothing is known of a CPU's figures: give its memory with --hbm",)),
     )
 }  # fmt: skip
-"""Every chip by its name in `--topology`."""
+"""Every chip that can be planned for, by its name in `--topology`."""
+_SHEET = "the vendor's data sheet"
+_OTHERS = tuple(
+    Chip(name, platform, kind, flops=flops, sources=(_SHEET,))
+    for name, platform, kind, flops in (
+        ("v4", "tpu", "TPU v4", 275e12), ("v7x", "tpu", "TPU7x", 2307e12), ("a100", "cuda", "A100", 312e12),
+        ("b200", "cuda", "B200", 2250e12), ("l4", "cuda", "L4", 121e12), ("l40s", "cuda", "L40S", 362e12),
+    )
+)  # fmt: skip
+"""Chips of which no more is said than their FLOP/s."""
+_KINDS: Mapping[str, Chip] = {
+    **{chip.kind: chip for chip in (*CHIPS.values(), *_OTHERS)},
+    "TPU v5e": CHIPS["v5e"], "TPU v5p": CHIPS["v5p"], "TPU v6e": CHIPS["v6e"],
+}  # fmt: skip
+"""Every chip by a part of JAX's `device_kind`; of some there are two."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Return the chip that JAX names so, None for one that is not known."""
+    known = [kind for kind in _KINDS if kind in device_kind]
+    # the longest: a "TPU v5 lite" is no "TPU v5"
+    return _KINDS[max(known, key=len)] if known else None
 
 
 def usable(chip: Chip, given: float | None) -> float | None:
