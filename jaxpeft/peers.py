@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError, PeersError
 
 T = TypeVar("T")
@@ -127,7 +128,7 @@ class Peers:
         if not self.many:
             return
         plain = json.loads(json.dumps(values))  # as the others get it, tuples as lists
-        theirs, mine = _flat(self.agreed(what, lambda: plain)), _flat(plain)
+        theirs, mine = paths.flatten(self.agreed(what, lambda: plain)), paths.flatten(plain)
         names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
         if names:
             rows = [f"\n  {name}: {mine.get(name)!r} here, {theirs.get(name)!r} there" for name in names[:_SHOWN]]
@@ -193,10 +194,3 @@ def _missing(error: Exception) -> list[str]:
 
 def _short(error: Exception) -> str:
     return str(error).splitlines()[0][:200]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return out

@@ -52,7 +52,7 @@ def differences(
     earlier = "config" not in saved.get("base", {"config": {}})  # it was hashed with the weights, as it was spelled
     if earlier:
         now = {**now, "base": {"sha256": now["base"]["sha256"]}}
-    old, new = _flat(saved), _flat(now)
+    old, new = _fields(saved), _fields(now)
     absent = object()
     changed: dict[str, str] = {}
     for key in sorted(old.keys() | new.keys()):
@@ -79,11 +79,6 @@ def _names(name: str, key: str) -> bool:
     return any(key == full or key.startswith(f"{full}.") for full in (name, f"config.{name}"))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return out
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values by their paths, tuples as JSON has them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in paths.flatten(values).items()}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from jaxpeft import atomic
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -32,12 +33,7 @@ def write(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
     files = _hashes(folder, sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
     body = json.dumps({"format": FORMAT, "step": step, "files": files, "meta": dict(meta)}, sort_keys=True)
     text = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}) + "\n"
-    temporary = folder / f".{NAME}.tmp"
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
+    atomic.write_text(folder / NAME, text, sync=True)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,11 @@ def walk(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any
             yield (*prefix, key), value
 
 
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves of a nested dict by their paths, joined with dots."""
+    return {".".join(map(str, path)): leaf for path, leaf in walk(values)}
+
+
 def build(items: Iterator[tuple[Path, Any]] | list[tuple[Path, Any]]) -> Tree:
     """Makes the nested dict that `walk` would walk like this."""
     tree: Tree = {}

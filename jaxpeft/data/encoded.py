@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxpeft import cache
+from jaxpeft import atomic, cache
 
 Arrays = dict[str, np.ndarray]
 CacheState = Literal["off", "hit", "miss", "rebuilt"]
@@ -99,18 +98,15 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
     """Writes an npz file with its SHA-256 behind it, whole or not at all; a failure is only logged."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
-    temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            file.write(buffer.getbuffer())
-            file.write(hashlib.sha256(buffer.getbuffer()).digest())
-        Path(temporary).replace(path)
+        with atomic.replacing(path, unique=True) as temporary:
+            temporary.touch(mode=0o600)  # rows may be nobody else's affair
+            with temporary.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.write(hashlib.sha256(buffer.getbuffer()).digest())
     except OSError as error:
         _LOG.warning("%s: the tokens could not be cached (%s); going on without", path, error)
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def to_arrays(encoded: Encoded) -> Arrays:

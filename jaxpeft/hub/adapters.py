@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import jaxpeft
-from jaxpeft import kernels
+from jaxpeft import atomic, kernels
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
@@ -113,18 +113,18 @@ def _save_one(
     files = layout.files(Content(config, tensors, sites, model, settings.labels))
     files |= {EXTRA: adapter_extra.written(settings, files)}
     card = adapter_card.text(main, layout, config, settings) + _pooling_note(layout, model)
-    _replace(folder / CARD, lambda file: file.write_text(card))
+    atomic.write_text(folder / CARD, card)
     for name in sorted(files, key=lambda name: (name.endswith(".safetensors"), name == layout.weights)):
-        _replace(folder / name, partial(_write_json if name.endswith(".json") else write_arrays, files[name]))
+        if name.endswith(".json"):
+            atomic.write_text(folder / name, json.dumps(files[name], indent=2) + "\n")
+        else:
+            with atomic.replacing(folder / name) as temporary:
+                write_arrays(files[name], temporary)
     _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), sum(t.nbytes for t in tensors.values()) / 1e3, folder)
 
 
 def _site_names(method: Method, params: Mapping[str, Any]) -> set[str]:
     return {entry.site.name for entry in adapter_tensors.adapted(method, params) if entry.site.path}
-
-
-def _write_json(content: Mapping[str, Any], file: FilePath) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _base_named(model: Pretrained) -> tuple[str, str | None]:
@@ -155,7 +155,7 @@ def _save_parts(
         own = dataclasses.replace(part, modules_to_save=(*method.modules_to_save, *part.modules_to_save))
         _save_one(folder / name, own, params, model, settings)
     content = {"jaxpeft_version": jaxpeft.__version__, "parts": names, "method": method.as_dict()}
-    _replace(folder / PARTS, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+    atomic.write_text(folder / PARTS, json.dumps(content, indent=2) + "\n")
 
 
 def _load_parts(
@@ -289,13 +289,6 @@ def read_settings(path: str | FilePath) -> Settings:
         return parse_settings(adapter_extra.read_extra(first), first / EXTRA)
     except WeightsError as error:
         raise AdapterError(error.problems) from error
-
-
-def _replace(target: FilePath, write: Callable[[FilePath], object]) -> None:
-    """Writes a file beside its place and moves it there, so that it is never seen half-written."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    write(temporary)
-    temporary.replace(target)
 
 
 def load_adapter(

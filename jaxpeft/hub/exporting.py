@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxpeft
+from jaxpeft import atomic
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
@@ -114,17 +113,13 @@ def export(request: Request) -> Report:
 def _beside(out: Path) -> Generator[Path]:
     """Gives a folder beside another one, which gets its name in the end; of a failure nothing is left."""
     target = out.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
-    try:
+    with atomic.replacing(target, unique=True) as temporary:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
         yield temporary
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _to_peft(work: _Work, folder: Path, base: Tree) -> Report:

@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ import jax
 import numpy as np
 
 import jaxpeft
-from jaxpeft import cache
+from jaxpeft import atomic, cache
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
@@ -122,24 +121,20 @@ class Entry:
         digests: dict[str, str] = {}
         tensors = {name: dataclasses.replace(leaf, digests=digests) for name, leaf in self._tensors(params)}
         size = sum(tensor.nbytes for tensor in tensors.values())
-        temporary: FilePath | None = None
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder.parent).free
             if free < size:
                 raise OSError(f"{size / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free")
-            temporary = FilePath(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.folder.parent))
-            with timed(f"writing {size / 1e9:.1f} GB of quantised kernels to {self.folder}"):
+            saying = f"writing {size / 1e9:.1f} GB of quantised kernels to {self.folder}"
+            with timed(saying), atomic.replacing(self.folder, unique=True) as temporary:
+                temporary.mkdir(mode=0o700)
                 write_model(temporary, tensors)
                 record = {"what": self.what, "sha256": digests}
                 (temporary / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
-                temporary.rename(self.folder)
         except OSError as error:
             if not (self.folder / _RECORD).is_file():  # else another process was faster
                 _log.warning("%s: the quantised kernels could not be cached (%s); going on without", self.folder, error)
-        finally:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
 
     def _tensors(self, params: Tree) -> Iterator[tuple[str, _Layer]]:
         for path, leaves in self.leaves.items():

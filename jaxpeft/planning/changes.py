@@ -17,7 +17,7 @@ from jaxpeft.planning.programs import gib
 from jaxpeft.planning.report import Row
 from jaxpeft.planning.subject import with_changes
 from jaxpeft.remat import stronger
-from jaxpeft.sharding.sizes import ROWS, divisors
+from jaxpeft.sharding.sizes import divisors, row_shards
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Ch
         # how much more the program takes than the estimate of it
         beside = max(1, row.memory.total - found.placed.held)
         scale = beside / max(1, found.kept.total(row.remat))
-        tried = list(changes(found.config, row.remat, math.prod(row.mesh[axis] for axis in ROWS)))
+        tried = list(changes(found.config, row.remat, row_shards(row.mesh)))
     sizes = [_predicted(setting, change, scale) for change in tried]
     likely = [change for change, size in zip(tried, sizes, strict=True) if size <= room]
     least = min(sizes, default=math.inf)
@@ -147,7 +147,7 @@ def _rows_over(setting: Setting, config: Config) -> int | None:
         mesh, _, _ = prepared(setting, with_changes(config, train__batch_size=any_size))
     except (ConfigError, TargetError):
         return None
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return row_shards(mesh.shape)
 
 
 def _predicted(setting: Setting, change: Change, scale: float) -> float:

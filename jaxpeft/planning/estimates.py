@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from jaxpeft.planning.placing import Placed
 from jaxpeft.planning.subject import Subject
 from jaxpeft.remat import fastest
 from jaxpeft.sharding.rules import rules_of
-from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
+from jaxpeft.sharding.sizes import SEQUENCE, TENSOR, row_shards
 from jaxpeft.training import memory
 
 
@@ -48,7 +47,7 @@ def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
         placed: its leaves, and where they lie.
         mesh: the devices.
     """
-    over = math.prod(mesh.shape[axis] for axis in ROWS)
+    over = row_shards(mesh.shape)
     rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
     where = memory.layout_of(subject.outline, mesh, rules_of(subject.config.mesh))
     own = memory.estimate(subject.outline, 0, rows, length, where)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpeft.errors import ConfigError
 from jaxpeft.sharding.mesh_config import MeshConfig, batch_problems
 from jaxpeft.sharding.processes import joined
-from jaxpeft.sharding.sizes import AXES, DATA, FSDP, ROWS, SEQUENCE, STRATEGIES, TENSOR, Heads, sizes
+from jaxpeft.sharding.sizes import AXES, DATA, FSDP, ROWS, SEQUENCE, STRATEGIES, TENSOR, Heads, row_shards, sizes
 
 if TYPE_CHECKING:
     from jaxpeft.config.schema import Config
@@ -41,7 +41,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads
     many, chosen = math.prod(along.values()), config.mesh.strategy
     slices = _slices(config.mesh, len(groups), along[DATA])
     _check_slices(config.mesh, along, len(there), slices)
-    over = math.prod(along[axis] for axis in ROWS)
+    over = row_shards(along)
     problems = batch_problems(config, along, f"{over} devices")
     if problems:
         raise ConfigError(problems)
@@ -59,7 +59,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads
 
 def evaluation_rows(config: Config, mesh: Mesh) -> int:
     """Gives the rows of a batch of an evaluation: `evaluation.batch_size`, or the next number that the devices share evenly."""
-    over = math.prod(mesh.shape[axis] for axis in ROWS)
+    over = row_shards(mesh.shape)
     return -(-config.evaluation.batch_size // over) * over
 
 

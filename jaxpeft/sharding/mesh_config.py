@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from jaxpeft.core.expressions import broken_expression
 from jaxpeft.core.options import option
 from jaxpeft.errors import nearest
-from jaxpeft.sharding.sizes import AXES, ROWS, STRATEGIES, known_sizes
+from jaxpeft.sharding.sizes import AXES, ROWS, STRATEGIES, known_sizes, row_shards
 
 if TYPE_CHECKING:
     from jaxpeft.config.schema import Config
@@ -120,7 +119,7 @@ def batch_problems(config: Config, sizes: Mapping[str, int], named: str) -> list
         named: what to call the devices that rows are spread over.
     """
     found: list[str] = []
-    over, parts = math.prod(sizes[axis] for axis in ROWS), config.train.accumulation
+    over, parts = row_shards(sizes), config.train.accumulation
     size, by = config.train.batch_size, over * parts
     if size % by and size % parts == 0:
         near = " or ".join(str(n) for n in (size // by * by, (size // by + 1) * by) if n)

@@ -13,10 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError
+from jaxpeft.sharding.sizes import ROWS
 
 Rows = tuple[int, ...]
-_ROWS = ("data", "fsdp")
-"""The axes of a mesh that rows are spread over."""
 
 
 def check_processes(mesh: Mesh) -> None:
@@ -116,4 +115,4 @@ def _rows_here(mesh: Any, rows: int) -> Rows:
 
 
 def _row_axes(mesh: Any) -> tuple[str, ...]:
-    return tuple(axis for axis in _ROWS if axis in mesh.shape)
+    return tuple(axis for axis in ROWS if axis in mesh.shape)

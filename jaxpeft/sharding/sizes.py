@@ -58,6 +58,11 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
+def row_shards(sizes: Mapping[str, int]) -> int:
+    """Return over how many devices the rows of a batch are spread, from the size of each axis."""
+    return math.prod(sizes[axis] for axis in ROWS)
+
+
 def sizes(mesh: MeshConfig, devices: int, groups: int = 1, heads: Heads | None = None) -> dict[str, int]:
     """Gives the size of each axis.
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpeft import atomic
 from jaxpeft.errors import ConfigError, WeightsError
 from jaxpeft.hub import digests
 from jaxpeft.json_files import read_json
@@ -65,6 +66,4 @@ def require_same(problems: Sequence[str], allowed: Sequence[str]) -> None:
 
 def write(folder: Path, tensors: Mapping[str, str]) -> None:
     """Write the record of the base, whole or not at all."""
-    temporary = folder / f".{NAME}.tmp"
-    temporary.write_text(json.dumps({"sha256": dict(tensors)}, indent=1) + "\n")
-    temporary.replace(folder / NAME)
+    atomic.write_text(folder / NAME, json.dumps({"sha256": dict(tensors)}, indent=1) + "\n")

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft import data
+from jaxpeft import atomic, data
 from jaxpeft.command.running import guarded, set_up_logging
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config, as_dict
@@ -91,9 +91,7 @@ def run(
             "prediction": next_steps.prediction(setup, folder / "adapter"),
             "config": as_dict(config),
         }
-        temporary = folder / f".{RESULT}.tmp"
-        temporary.write_text(json.dumps(measured, indent=2) + "\n")
-        temporary.replace(folder / RESULT)
+        atomic.write_text(folder / RESULT, json.dumps(measured, indent=2) + "\n")
         # of a whole model they are many times the adapter, and nothing goes on from them any more
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return measured

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxpeft import atomic
 from jaxpeft.config.schema import Config, OptimizerConfig, as_dict
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
@@ -149,9 +150,7 @@ class Before:
             self.figures = self._evaluator(trainable, frozen, setup.test)
             note(_shown(self.figures))
         if setup.peers.first:
-            temporary = record.with_name(f".{record.name}.tmp")
-            temporary.write_text(json.dumps({"run": run, "figures": self.figures}) + "\n")
-            temporary.replace(record)
+            atomic.write_text(record, json.dumps({"run": run, "figures": self.figures}) + "\n")
 
 
 def _recorded(record: Path, run: str) -> dict[str, float] | None:

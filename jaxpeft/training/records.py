@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from jaxpeft import atomic
 from jaxpeft.config.schema import LogConfig
 from jaxpeft.errors import ConfigError
 
@@ -53,9 +54,7 @@ class JsonLines:
             _log.warning("%s: damaged in line %s: put aside in %s; the other lines stay", path, numbers, aside.name)
         # the final figures come last, and are written again
         kept = [line for line in lines if line["step"] <= resume_at and not _is_final(line)]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, step: int, figures: Figures) -> None:

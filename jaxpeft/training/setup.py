@@ -36,7 +36,7 @@ from jaxpeft.remat import REMAT_POLICIES
 from jaxpeft.sharding.mesh import heads_of, make_mesh
 from jaxpeft.sharding.processes import check_processes
 from jaxpeft.sharding.rules import Rules, rules_of
-from jaxpeft.sharding.sizes import ROWS, SEQUENCE
+from jaxpeft.sharding.sizes import SEQUENCE, row_shards
 from jaxpeft.sharding.specs import require_used, shardings
 from jaxpeft.training import compiling, memory, placing
 from jaxpeft.training.decided import Decided, decide
@@ -239,7 +239,7 @@ def _with_remat(
     """Chooses what the backward pass computes again, where the config leaves it open; warns of a step that may not fit a known memory."""
     if budget is None:
         return outlined
-    rows = config.train.batch_size // (config.train.accumulation * math.prod(mesh.shape[axis] for axis in ROWS))
+    rows = config.train.batch_size // (config.train.accumulation * row_shards(mesh.shape))
     where = memory.layout_of(outlined, mesh, rules_of(config.mesh))
     needs = memory.estimate(outlined, trained, max(1, rows), length // mesh.shape[SEQUENCE], where)
     remat = needs.fastest(budget) if config.model.remat == "auto" else config.model.remat
