@@ -13,7 +13,7 @@ import pytest
 from jaxpeft.config.schema import Config
 from jaxpeft.core import paths
 from jaxpeft.planning.subject import Subject, subject
-from jaxpeft.training.begin import split_for
+from jaxpeft.training.begin import rewritten
 from jaxpeft.training.setup import Setup, prepare
 from jaxpeft.training.step import make_train_step
 
@@ -55,7 +55,7 @@ def shapes(tree: Any) -> dict[str, Any]:
 def test_a_plan_has_the_leaves_of_the_run(make_config: MakeConfig, case: str) -> None:
     kind, given = CASES[case]
     planned, run = both(make_config(kind, **given))
-    trainable, frozen = split_for(run, run.config.method)
+    trainable, frozen = rewritten(run, run.config.method)
     assert planned.model.options == run.model.options
     assert planned.model.config == run.model.config
     assert shapes(planned.base) == shapes(run.params)
