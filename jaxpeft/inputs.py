@@ -215,8 +215,8 @@ def _misfit(wanted: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str 
             inner = "; give what lies under 'params'" if set(params) == {"params"} else _OF_ANOTHER
             return f"{paths.text(path)}: is not there, and the model has {list(leaf.shape)} there{inner}"
     modules = {path[:n] for path in wanted for n in range(len(path))}
-    site = {name for method in METHODS.values() for name in method.site_names()}
-    root = {name for method in METHODS.values() for name in method.root_names}
+    site = {name for method in METHODS.values() for name in method.leaves.names}
+    root = {name for method in METHODS.values() for name in method.leaves.root}
     for path in [path for path in held if path not in wanted]:
         module, name = path[:-1], path[-1]
         stored = name in _FEW_BITS and (*module, "kernel") in wanted

@@ -141,7 +141,7 @@ DEFAULTS = {("jaxpeft.config.candidates", "full")}
 
 
 def test_no_module_outside_of_the_methods_has_a_case_for_one_of_them() -> None:
-    known = {text for name, method in jaxpeft.METHODS.items() for text in (name, method.peft_type) if text}
+    known = {text for name, method in jaxpeft.METHODS.items() for text in (name, method.peft.type) if text}
     found: set[tuple[str, str]] = set()
     for module, path in modules().items():
         if module.startswith("jaxpeft.methods"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxpeft import names
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
+from jaxpeft.core.training_hooks import trains_head_alone
 from jaxpeft.errors import nearest, shown
 from jaxpeft.methods import METHODS, read
 from jaxpeft.methods.lora import LoRA
@@ -38,7 +39,7 @@ class CandidateConfig:
             found.append(
                 f"name: {self.name!r} is a method, and this candidate's is {self.method.name!r}; set its method.name"
             )
-        if self.method.head_alone and self.learning_rate is not None:
+        if trains_head_alone(self.method) and self.learning_rate is not None:
             found.append(f"learning_rate: {self.method.name!r} trains the head alone; set head_learning_rate")
         return found
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jaxpeft.config.candidates import CandidateConfig, CompareConfig
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
+from jaxpeft.core.training_hooks import trains_head_alone
 from jaxpeft.errors import nearest, shown
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import read
@@ -374,7 +375,7 @@ class Config:
     def problems(self) -> list[str]:
         """Lists what is wrong across sections."""
         found: list[str] = []
-        if self.model.task == "causal_lm" and self.method.head_alone:
+        if self.model.task == "causal_lm" and trains_head_alone(self.method):
             found.append(f"method.name: {self.method.name!r} trains a classification head, task is 'causal_lm'")
         if self.model.task == "causal_lm" and self.optimizer.head_learning_rate is not None:
             found.append("optimizer.head_learning_rate: a language model has no new head; remove it")

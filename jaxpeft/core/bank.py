@@ -91,7 +91,7 @@ def _layer_axes(path: Path, sites: Sequence[Site] | None) -> int:
 
 
 def _kinds(method: Method) -> tuple[str, ...]:
-    return tuple((part.leaf_names or part.root_names or (part.name,))[0] for part in method.parts())
+    return tuple((part.leaves.site or part.leaves.root or (part.name,))[0] for part in method.parts())
 
 
 def require_same_base(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> None:
@@ -121,7 +121,7 @@ def _padded(found: Sequence[Any], path: Path, method: Method) -> list[Any]:
     shapes = {leaf.shape for leaf in found}
     if len(shapes) == 1:
         return list(found)
-    if not (method.rank_pads and hasattr(method, "rank_pattern")):
+    if not (method.leaves.rank_pads and hasattr(method, "rank_pattern")):
         raise ConfigError(
             f"bank: {paths.text(path)} has the shapes {' and '.join(str(list(s)) for s in sorted(shapes))}, which {method.name} "
             "cannot pad; give all adapters the same options"

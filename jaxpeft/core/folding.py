@@ -19,6 +19,11 @@ from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 
 
+def can_fold(kind: type[Method]) -> bool:
+    """Return whether plain leaves compute what a method does; what adds no leaf is plain already."""
+    return kind.fold is not Method.fold or kind.leaves.marker is None
+
+
 def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) -> dict[str, Any]:
     """Gives the base leaves of one site with every adapter in it folded in, in their dtypes; nothing where there is none.
 
@@ -31,13 +36,13 @@ def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) 
     Raises:
         ConfigError: an adapter changes a leaf that the module has not, or the kernel is quantised.
     """
-    adapters = {name for part in parts for name in part.site_names()}
+    adapters = {name for part in parts for name in part.leaves.names}
     before = {key: leaf for key, leaf in node.items() if key not in adapters and not isinstance(leaf, Mapping)}
     left, out = dict(node), dict[str, Any]()
     for part in parts:
-        own = {key: left.pop(key) for key in part.site_names() if key in left}  # two parts may be of one method
+        own = {key: left.pop(key) for key in part.leaves.names if key in left}  # two parts may be of one method
         if own:
-            shared = {key: roots[key] for key in part.root_names if key in roots}
+            shared = {key: roots[key] for key in part.leaves.root if key in roots}
             out |= _folded(part, site, own, shared, {**before, **out}, before if out else None)
     return out
 
@@ -50,8 +55,8 @@ def adding_parts(method: Method, markers: Iterable[str]) -> list[Method]:
         markers: of all methods, in the order in which the interceptor lets them compute.
     """
     order = {marker: i for i, marker in enumerate(markers)}
-    adding = [part for part in method.parts() if part.leaf_names or part.root_names]
-    return sorted(adding, key=lambda part: order.get((part.leaf_names or part.root_names)[0], len(order)))
+    adding = [part for part in method.parts() if part.leaves.site or part.leaves.root]
+    return sorted(adding, key=lambda part: order.get((part.leaves.site or part.leaves.root)[0], len(order)))
 
 
 def _as_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array:
@@ -72,7 +77,7 @@ def _folded(
     for i in range(len(site.names)):
         mine, base = layer_of(site, own, i), layer_of(site, plain, i)
         given = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
-        on = mine.pop(method.site_names()[-1], True)
+        on = mine.pop(method.leaves.names[-1], True)
         whole = {**given, "kernel": kernels.read(base, site.shape, site.order)}
         whole |= {"bias": given["bias"].reshape(-1)} if "bias" in given else {}
         whole |= {} if before is None else {"original": kernel_of(site, before, i)}

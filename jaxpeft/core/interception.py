@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from jaxpeft import kernels
 from jaxpeft.core import views
-from jaxpeft.core.method import Call, Method
+from jaxpeft.core.method import Call
+from jaxpeft.core.specs import Computation
 from jaxpeft.errors import ConfigError
 from jaxpeft.kernels import joint
 
@@ -36,7 +37,7 @@ class Hooks:
         rows: which adapter of a bank to compute with: int32, a scalar or `[batch]`; None where leaves are no bank.
     """
 
-    methods: Mapping[str, type[Method]]
+    methods: Mapping[str, Computation]
     root: Mapping[str, Any]
     rows: Any = None
 
@@ -62,7 +63,7 @@ class Hooks:
             return lambda x: joint.products(x.astype(module.dtype), [alone])[0]
         wrapped = base
         for marker, method in self.methods.items():
-            if marker in leaves and method.computes(module, name):
+            if marker in leaves and method.sites.computes(module, name):
                 wrapped = self._site(module, name, leaves, wrapped, key, method)
         return wrapped
 
@@ -92,11 +93,9 @@ class Hooks:
         factors = None
         if adapters:
             (method,) = adapters
-            if method.site_names()[-1] in leaves or not method.computes(module, "__call__"):
+            if method.leaves.names[-1] in leaves or not method.sites.computes(module, "__call__"):
                 return None
-            factors = method.low_rank_factors(
-                {key: leaves[key] for key in method.leaf_names if key in leaves}, training
-            )
+            factors = method.sites.low_rank({key: leaves[key] for key in method.leaves.site if key in leaves}, training)
             if factors is None:
                 return None
         return joint.Linear({key: leaves[key] for key in kernels.FORMS[form].leaves}, factors, leaves.get("bias"))
@@ -108,17 +107,17 @@ class Hooks:
         leaves: Mapping[str, Any],
         base: Callable[..., Any],
         key: Any,
-        method: type[Method],
+        method: Computation,
     ) -> Callable[..., Any]:
         _require_inputs(module, name, method)
-        compute = getattr(method, method.hooks[name])
-        own = {k: leaves[k] for k in method.leaf_names if k in leaves} | {
-            k: self.root[k] for k in method.root_names if k in self.root
+        compute = getattr(method, method.sites.hooks[name])
+        own = {k: leaves[k] for k in method.leaves.site if k in leaves} | {
+            k: self.root[k] for k in method.leaves.root if k in self.root
         }
         if self.rows is not None and self.rows.ndim == 0:
             own = {k: leaf[self.rows] for k, leaf in own.items()}
         rows = self.rows if self.rows is not None and self.rows.ndim else None
-        on = leaves.get(method.site_names()[-1]) if method.leaf_names else None
+        on = leaves.get(method.leaves.names[-1]) if method.leaves.site else None
         if on is not None and self.rows is not None:
             on = on[self.rows]
 
@@ -148,14 +147,14 @@ def _in_order(
     return args, rest
 
 
-def _require_inputs(module: Any, name: str, method: type[Method]) -> None:
+def _require_inputs(module: Any, name: str, method: Computation) -> None:
     """Refuses a module whose method does not take the inputs that an adapter gives it.
 
     Raises:
         ConfigError: naming the module's type and the input.
     """
-    takes = inspect.signature(getattr(type(module), name)).parameters if method.needed_inputs else {}
-    for wanted in method.needed_inputs:
+    takes = inspect.signature(getattr(type(module), name)).parameters if method.sites.inputs else {}
+    for wanted in method.sites.inputs:
         if wanted not in takes:
             raise ConfigError(
                 f"{type(module).__name__}.{name} takes no input {wanted!r}, which the {method.name} method gives; it works on "
@@ -165,7 +164,7 @@ def _require_inputs(module: Any, name: str, method: type[Method]) -> None:
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:
     """Makes the function for `flax.linen.intercept_methods`."""
-    names = {TOGETHER, *(name for method in hooks.methods.values() for name in method.hooks)}
+    names = {TOGETHER, *(name for method in hooks.methods.values() for name in method.sites.hooks)}
 
     def intercept(
         next_fun: Callable[..., Any],

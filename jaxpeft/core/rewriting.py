@@ -24,7 +24,7 @@ def add_adapter(method: Method, params: Mapping[str, Any], rng: jax.Array, sites
     tree = paths.build(list(paths.walk(params)))
     for part in method.parts():
         chosen = chosen_sites(part, params, sites)
-        targets.report_coverage(targets.find_sites(params, part.kinds), chosen)
+        targets.report_coverage(targets.find_sites(params, part.sites.kinds), chosen)
         add_leaves(part, params, tree, rng, chosen)
     mask = dict(paths.walk(trainable_mask(method, tree)))
     return paths.map_with_path(lambda path, leaf: kernels.near(leaf).astype(jnp.float32) if mask[path] else leaf, tree)
@@ -80,12 +80,12 @@ def chosen_sites(
         TargetError: the targets do not name sites of this model, or sites of a kind that the method cannot adapt.
     """
     found = list(targets.find_sites(params, targets.KINDS) if sites is None else sites)
-    wanted = method.where(tuple(n for site in found if site.kind in method.kinds for n in site.names))
+    wanted = method.where(tuple(n for site in found if site.kind in method.sites.kinds for n in site.names))
     if wanted is None:
         return {}
     targets.require_fast_targets(wanted, [name for site in found for name in site.names])
-    targets.require_kinds(method.name, wanted, found, method.kinds)
-    chosen = targets.resolve(params, wanted, method.kinds, found)
+    targets.require_kinds(method.name, wanted, found, method.sites.kinds)
+    chosen = targets.resolve(params, wanted, method.sites.kinds, found)
     method.check_sites(tuple(n for s, on in chosen.items() for n, yes in zip(s.names, on, strict=True) if yes))
     return chosen
 
@@ -131,14 +131,14 @@ def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, 
             "than others; load the model with scan_layers=False"
         )
     sizes = {tuple(leaf.shape for leaf in layer.values()) for layer in layers if layer is not None}
-    if len(sizes) > 1 and not method.pads:
+    if len(sizes) > 1 and not method.leaves.pads:
         raise ConfigError(
             f"{method.name}: the layers of {paths.text(site.path)} are stacked, and with these options their leaves differ in size, "
             "which zeros cannot fill up; load the model with scan_layers=False"
         )
     stacked = _stack_padded(layers)
-    if not all(on) and not method.zero_is_base:
-        stacked[method.site_names()[-1]] = jnp.asarray(on)
+    if not all(on) and not method.leaves.zero_is_base:
+        stacked[method.leaves.names[-1]] = jnp.asarray(on)
     return {key: leaf.reshape(*site.layers, *leaf.shape[1:]) for key, leaf in stacked.items()}
 
 
@@ -209,7 +209,7 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
 
 def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) -> bool:
     for part in method.parts():
-        if path[-1] in (*part.site_names(), *part.root_names):
+        if path[-1] in (*part.leaves.names, *part.leaves.root):
             return jnp.issubdtype(leaf.dtype, jnp.floating) and part.trains(path, params)
     whole = paths.is_head(path) or targets.under(".".join(path[:-1]), modules_to_save(method))
     wanted = whole or any(part.trains(path, params) for part in method.parts())
@@ -229,14 +229,14 @@ def modules_to_save(method: Method) -> tuple[str, ...]:
 
 def adapted_modules(method: Method, params: Mapping[str, Any]) -> list[Path]:
     """Lists the modules of a tree that hold the leaves of a method, the root as `()`."""
-    markers = {part.leaf_names[0] for part in method.parts() if part.leaf_names}
-    markers |= {part.root_names[0] for part in method.parts() if part.root_names and not part.leaf_names}
+    markers = {part.leaves.site[0] for part in method.parts() if part.leaves.site}
+    markers |= {part.leaves.root[0] for part in method.parts() if part.leaves.root and not part.leaves.site}
     return [path[:-1] for path, _ in paths.walk(params) if path[-1] in markers]
 
 
 def adapter_names(method: Method) -> frozenset[str]:
     """Gives the names of all leaves that a method adds, to sites and at the root of the tree."""
-    return frozenset(name for part in method.parts() for name in (*part.site_names(), *part.root_names))
+    return frozenset(name for part in method.parts() for name in (*part.leaves.names, *part.leaves.root))
 
 
 def without_adapter(method: Method, params: Mapping[str, Any]) -> Tree:

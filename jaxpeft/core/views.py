@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpeft import kernels
-from jaxpeft.core.method import Kernel, Method
+from jaxpeft.core.method import Kernel
+from jaxpeft.core.specs import Computation
 from jaxpeft.errors import ConfigError
 
 Shape = tuple[int, ...]
@@ -149,7 +150,7 @@ def look(
     leaves: Mapping[str, Any],
     args: tuple[Any, ...],
     base: Callable[..., Any],
-    method: type[Method],
+    method: Computation,
 ) -> Seen:
     """Sees a call of a module as methods compute it.
 
@@ -164,11 +165,11 @@ def look(
     Raises:
         ConfigError: the module is of a type that the method cannot adapt.
     """
-    if not method.leaf_names:  # what computes the whole model
+    if not method.leaves.site:  # what computes the whole model
         return Seen(args, base, lambda: None, None, lambda y: y)
     einsum = args[1] if isinstance(module, _EINSUM) and len(args) > 1 and isinstance(args[1], str) else None
     found = plan(module, {key: leaf.shape for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}, einsum)
-    if found is None or found.kind not in method.kinds:
+    if found is None or found.kind not in method.sites.kinds:
         what = type(module).__name__
         raise ConfigError(f"{method.name} cannot adapt a {what} ({_where(module)}); leave it out of its targets")
     shape, order = found.shape, found.order

@@ -74,19 +74,27 @@ class Adapted:
     @property
     def prefix(self) -> str:
         """What the names of its tensors begin with."""
-        return f"{self.method.module_prefix}{self.site.name}." if self.site.path else ""
+        return f"{self.method.peft.module_prefix}{self.site.name}." if self.site.path else ""
 
     def take(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
         """Gives the tensors from the leaves of the tree, by name."""
         own = {key: np.asarray(leaves[key])[self._region(like)] for key, like in self.fresh.items()}
-        packed = self.method.pack(self.site, own) if self.site.path else self.method.pack_root(own)
+        packed = (
+            self.method.peft.pack(self.method, self.site, own)
+            if self.site.path
+            else self.method.peft.pack_root(self.method, own)
+        )
         return {self.prefix + name: np.asarray(tensor) for name, tensor in packed.items()}
 
     def put(self, leaves: Mapping[str, Array], tensors: Mapping[str, Array]) -> None:
         """Writes the tensors into the leaves of the tree, in place."""
         own = {key: leaves[key][self._region(like)] for key, like in self.fresh.items()}
         given = self.given(tensors)
-        found = self.method.unpack(self.site, given, own) if self.site.path else self.method.unpack_root(given, own)
+        found = (
+            self.method.peft.unpack(self.method, self.site, given, own)
+            if self.site.path
+            else self.method.peft.unpack_root(self.method, given, own)
+        )
         for key, like in self.fresh.items():
             leaves[key][self._region(like)] = found[key]
 
@@ -96,7 +104,11 @@ class Adapted:
 
     def tensors(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Gives shapes and dtypes of the tensors, by name."""
-        pack = partial(self.method.pack, self.site) if self.site.path else self.method.pack_root
+        pack = (
+            partial(self.method.peft.pack, self.method, self.site)
+            if self.site.path
+            else partial(self.method.peft.pack_root, self.method)
+        )
         return {self.prefix + name: tensor for name, tensor in jax.eval_shape(pack, dict(self.fresh)).items()}
 
     def _region(self, like: Any) -> tuple[Any, ...]:
@@ -110,7 +122,7 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
         method: the method that rewrote `params`.
         params: the rewritten tree; abstract leaves will do.
     """
-    adding = [name for part in method.parts() for name in (*part.site_names(), *part.root_names)]
+    adding = [name for part in method.parts() for name in (*part.leaves.names, *part.leaves.root)]
     wrapped = {name: part for part in method.parts() for name in adapted_names(part, params)}
     out: list[Whole] = []
     for path, flag in paths.walk(trainable_mask(method, params)):
@@ -119,9 +131,9 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
         layers = paths.get(params, path).shape[0] if paths.layer_axis(path) is not None else None
         leaf_name = paths.hf_names(path[-1:], None)[0]
         for row, module in enumerate(paths.hf_names(path[:-1], layers)):
-            middle = method.wrapping(path, wrapped.get(module))
+            middle = method.peft.wrapper(method, path, wrapped.get(module))
             out.append(
-                Whole(f"{method.module_prefix}{module}.{middle}{leaf_name}", path, None if layers is None else row)
+                Whole(f"{method.peft.module_prefix}{module}.{middle}{leaf_name}", path, None if layers is None else row)
             )
     return out
 
@@ -149,7 +161,7 @@ def adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
                     fresh = jax.eval_shape(partial(part.init, one, kernel), key)
                     index = tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else None
                     out.append(Adapted(part, one, index, fresh))
-        root = {name: params[name] for name in part.root_names if name in params}
+        root = {name: params[name] for name in part.leaves.root if name in params}
         if root:
             like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in root.items()}
             out.append(Adapted(part, Site((), ("",), (0, 0)), None, like))
@@ -177,14 +189,14 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
         params: the rewritten tree.
     """
     problems = [problem for part in method.parts() for problem in _root_mismatches(part, params)]
-    for part in (part for part in method.parts() if part.leaf_names):
+    for part in (part for part in method.parts() if part.leaves.site):
         chosen = chosen_sites(part, params)
-        alike = [other for other in method.parts() if other is not part and other.leaf_names == part.leaf_names]
+        alike = [other for other in method.parts() if other is not part and other.leaves.site == part.leaves.site]
         elsewhere = {name for other in alike for name in adapted_names(other, params)}
         fixed = _fixed(part, [site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes])
         for site in targets.find_sites(params, targets.KINDS):
             leaves = paths.get(params, site.path)
-            there = {key: leaves[key] for key in part.leaf_names if key in leaves}
+            there = {key: leaves[key] for key in part.leaves.site if key in leaves}
             on = chosen.get(site, (False,) * len(site.names))
             for i, (name, wanted) in enumerate(zip(site.names, on, strict=True)):
                 if name in elsewhere:
@@ -198,15 +210,15 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
 
 def _root_mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
     """Compares the leaves at the root with those that the method makes."""
-    if not method.root_names:
+    if not method.leaves.root:
         return []
     sites = tuple(site.one(i) for site, on in chosen_sites(method, params).items() for i, yes in enumerate(on) if yes)
     made = jax.eval_shape(partial(method.init_root, params, sites), jax.eval_shape(lambda: jax.random.key(0)))
     wanted = {key: list(leaf.shape) for key, leaf in made.items()}
-    there = {key: list(params[key].shape) for key in method.root_names if key in params}
+    there = {key: list(params[key].shape) for key in method.leaves.root if key in params}
     return [
         f"{key}: is {there.get(key, 'not')} in the tree, the method makes it {wanted.get(key, 'not')}"
-        for key in method.root_names
+        for key in method.leaves.root
         if there.get(key) != wanted.get(key)
     ]
 
@@ -228,7 +240,7 @@ def _fixed(method: Method, sites: Sequence[Site]) -> dict[str, dict[str, Array]]
 
 
 def _follows(method: Method, key: str, like: Any) -> bool:
-    return key not in method.trained_leaves and ((_whole(like) and key not in method.files) or not like.shape)
+    return key not in method.leaves.trained and ((_whole(like) and key not in method.peft.tensors) or not like.shape)
 
 
 def _site_mismatches(
@@ -236,13 +248,13 @@ def _site_mismatches(
 ) -> list[str]:
     """Compare the leaves of one layer of a site with those that the method makes; `fixed` is None where it makes none."""
     if fixed is None:
-        trained = [key for key in leaves if key in method.trained_leaves and np.asarray(leaves[key]).any()]
+        trained = [key for key in leaves if key in method.leaves.trained and np.asarray(leaves[key]).any()]
         return [f"{site.name}: holds {trained[0]} in the tree, the method does not adapt it"] if trained else []
     fresh = jax.eval_shape(
         partial(method.init, site, partial(jnp.zeros, site.shape, jnp.float32)),
         jax.eval_shape(lambda: jax.random.key(0)),
     )
-    if fresh.keys() != leaves.keys() - {method.site_names()[-1]}:
+    if fresh.keys() != leaves.keys() - {method.leaves.names[-1]}:
         odd = ", ".join(sorted(fresh.keys() ^ leaves.keys()))
         return [f"{site.name}: differs from what the method makes in the leaves {odd}"]
     for key, like in fresh.items():
@@ -300,7 +312,10 @@ def wrong_numbers(method: Method, params: Mapping[str, Any], tensors: Mapping[st
     problems = [f"not finite: {name}" for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     for entry in adapted(method, params):
         if entry.site.path:
-            problems += [entry.prefix + why for why in entry.method.wrong_numbers(entry.site, entry.given(tensors))]
+            problems += [
+                entry.prefix + why
+                for why in entry.method.peft.wrong_numbers(entry.method, entry.site, entry.given(tensors))
+            ]
     return problems
 
 
@@ -314,7 +329,7 @@ def without_copies(method: Method, header: Mapping[str, Tensor], base: Mapping[s
         header: the tensors of the file.
         base: the parameters that the adapter is for.
     """
-    roots = [name for part in method.parts() for name in part.root_files.values() if name in header]
+    roots = [name for part in method.parts() for name in part.peft.root_tensors.values() if name in header]
     shared = {name.rpartition(".")[2]: header[name].read() for name in roots}
     leaves = {name: (path, i) for path, leaf in paths.walk(base) for i, name in enumerate(_names(path, leaf))}
     kept: dict[str, Tensor] = {}
@@ -322,7 +337,7 @@ def without_copies(method: Method, header: Mapping[str, Tensor], base: Mapping[s
         plain = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
         if ".original_module." in name or (plain != name and plain in header):
             continue
-        own = _unwrapped(name.removeprefix(method.module_prefix))
+        own = _unwrapped(name.removeprefix(method.peft.module_prefix))
         copied = ".base_layer." in name or (_embedding_of(own) and not _saves(method, own))
         if own.endswith(".weight") and copied and own in leaves:
             path, row = leaves[own]
@@ -364,7 +379,7 @@ def with_embeddings(method: Method, header: Mapping[str, Tensor], base: Mapping[
     trained = (any(part.trains(path, base) for part in method.parts()) for path, _ in paths.walk(base))
     walked = zip(paths.walk(base), trained, strict=True)
     leaves = {name for (path, leaf), own in walked if not own for name in _names(path, leaf)}
-    given = {name: _unwrapped(name.removeprefix(method.module_prefix)) for name in header}
+    given = {name: _unwrapped(name.removeprefix(method.peft.module_prefix)) for name in header}
     found = {name: _embedding_of(own) for name, own in given.items() if own in leaves and not _saves(method, own)}
     found = {name: module for name, module in found.items() if module is not None}
     whole = tuple(sorted(set(found.values())))
@@ -409,7 +424,7 @@ def outgrown(method: Method, header: Mapping[str, Tensor], base: Mapping[str, An
         if _embedding_of(name)
     }
     found = (
-        (name, tensor, shapes.get(_unwrapped(name.removeprefix(method.module_prefix))))
+        (name, tensor, shapes.get(_unwrapped(name.removeprefix(method.peft.module_prefix))))
         for name, tensor in header.items()
     )
     return [

@@ -92,7 +92,7 @@ def _save_one(
     folder.mkdir(parents=True, exist_ok=True)
     main, others = beside.split(method) or (method, ())
     tensors = adapter_tensors.to_tensors(method, params)
-    tie, _ = tie_of(method.module_prefix, model, params)
+    tie, _ = tie_of(method.peft.module_prefix, model, params)
     tied = tie is not None and f"{tie.embedding}weight" in tensors
     if tie is not None and tied:
         tensors[f"{tie.head}weight"] = tensors[f"{tie.embedding}weight"].copy()
@@ -103,12 +103,12 @@ def _save_one(
     name, revision = _base_named(model)
     config = peft_config.write(main, model.options.task, name, revision, whole)
     sites = sorted(_site_names(main, params))
-    config |= _named_targets(config, sites) | main.peft_sizes(params, model.config)
+    config |= _named_targets(config, sites) | main.peft.base_sizes(main, params, model.config)
     tensors = {beside.renamed(method, name): tensor for name, tensor in tensors.items()}
     config |= beside.written(main, {name: part for part in others for name in _site_names(part, params)})
     if tied:
         config["ensure_weight_tying"] = True
-    layout = LAYOUTS[main.layout]
+    layout = LAYOUTS[main.peft.layout]
     _require_alone(folder, layout)
     files = layout.files(Content(config, tensors, sites, model, settings.labels))
     files |= {EXTRA: adapter_extra.written(settings, files)}
@@ -327,7 +327,7 @@ def load_adapter(
         config, header = _without_pooler(config, header)
     header = _one_name(config, header, model, params, folder / layout.weights)
     method = peft_config.read(config, str(folder / CONFIG), params)
-    method = method.fitted({name: tensor.shape for name, tensor in header.items()})
+    method = method.peft.fit(method, {name: tensor.shape for name, tensor in header.items()})
     spelled = partial(beside.renamed, method)
     header = {spelled(name): tensor for name, tensor in header.items()}
     header = adapter_tensors.without_copies(method, header, params)
@@ -397,7 +397,7 @@ def _one_name(
 ) -> dict[str, Tensor]:
     """Return the tensors of a file, those of a tied head under the embedding's name."""
     kind = peft_config.method_of(config)
-    tie, leaf = tie_of(kind.module_prefix, model, params) if kind is not None else (None, None)
+    tie, leaf = tie_of(kind.peft.module_prefix, model, params) if kind is not None else (None, None)
     if tie is None:
         return dict(header)
     names = {tie.embedding.split(".")[-2], "lm_head"}

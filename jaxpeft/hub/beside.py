@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.core.method import Method
+from jaxpeft.core.training_hooks import trains_head_alone
 from jaxpeft.methods import METHODS
 
-MODULES = "|".join(sorted({re.escape(method.beside.module) for method in METHODS.values() if method.beside}))
+MODULES = "|".join(sorted({re.escape(method.peft.beside.module) for method in METHODS.values() if method.peft.beside}))
 """An expression of the modules in which PEFT keeps a method beside another."""
 
 
@@ -25,12 +26,12 @@ def split(method: Method) -> tuple[Method, tuple[Method, ...]] | None:
     """
     if method.parts() == (method,):
         return method, ()
-    parts = [part for part in method.parts() if not part.head_alone]
-    if len(parts) == 1 and parts[0].layout == method.layout:
+    parts = [part for part in method.parts() if not trains_head_alone(part)]
+    if len(parts) == 1 and parts[0].peft.layout == method.peft.layout:
         return parts[0], ()
     for main in parts:
         others = tuple(part for part in parts if part is not main)
-        if others and main.beside is not None and {part.name for part in others} == {main.beside.method}:
+        if others and main.peft.beside is not None and {part.name for part in others} == {main.peft.beside.method}:
             return main, others
     return None
 
@@ -45,9 +46,12 @@ def renamed(method: Method, text: str) -> str:
         text: the name, or a message.
     """
     main, others = split(method) or (method, ())
-    if main.beside is None or not others:
+    if main.peft.beside is None or not others:
         return text
-    module, own = f".{main.beside.module}", "|".join(map(re.escape, METHODS[main.beside.method].files.values()))
+    module, own = (
+        f".{main.peft.beside.module}",
+        "|".join(map(re.escape, METHODS[main.peft.beside.method].peft.tensors.values())),
+    )
     return re.sub(
         rf"({re.escape(module)})?(\.(?:{own})\b)", lambda found: found[2] if found[1] else module + found[2], text
     )
@@ -60,7 +64,7 @@ def written(main: Method, sites: Mapping[str, Method]) -> dict[str, Any]:
         main: the method.
         sites: those beside it by the Hugging Face name of their sites.
     """
-    return {main.beside.option: main.beside.write(sites)} if main.beside and sites else {}
+    return {main.peft.beside.option: main.peft.beside.write(sites)} if main.peft.beside and sites else {}
 
 
 def read(kind: type[Method], config: Mapping[str, Any], tied: bool) -> tuple[list[dict[str, Any]], list[str]]:
@@ -71,5 +75,5 @@ def read(kind: type[Method], config: Mapping[str, Any], tied: bool) -> tuple[lis
         config: its content.
         tied: whether the language-model head is the embedding.
     """
-    given = config.get(kind.beside.option) if kind.beside else None
-    return kind.beside.read(given, tied) if kind.beside and given else ([], [])
+    given = config.get(kind.peft.beside.option) if kind.peft.beside else None
+    return kind.peft.beside.read(given, tied) if kind.peft.beside and given else ([], [])

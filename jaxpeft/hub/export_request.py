@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxpeft.core.folding import can_fold
 from jaxpeft.errors import AdapterError, ConfigError, WeightsError
 from jaxpeft.hub import loading, peft_config
 from jaxpeft.hub.adapter_extra import read_extra
@@ -227,8 +228,8 @@ def require_mergeable(adapter: Adapter) -> None:
     for part in adapter.parts:
         kind = peft_config.method_of(read_json(part / CONFIG))
         if kind is None and layout_of(part) is not LAYOUTS["peft"]:
-            kind = next(one for one in METHODS.values() if LAYOUTS[one.layout] is layout_of(part))
-        if kind is not None and not kind.mergeable:
+            kind = next(one for one in METHODS.values() if LAYOUTS[one.peft.layout] is layout_of(part))
+        if kind is not None and not can_fold(kind):
             raise ConfigError(
                 f"{part}: {kind.name} cannot be merged: no plain weights compute what it does; keep the adapter beside its base, "
                 "as --to peft writes it"

@@ -146,12 +146,12 @@ def _adapter_usage(out: Path, method: Method, model: Pretrained) -> str:
     if reads_elsewhere(model):
         how = f"of jaxpeft.load(..., pooling={model.options.pooling!r})"
         return f"load it: {here} {how}; other libraries' classifiers read {model.config.own_pooling!r}"
-    parts = [part for part in method.parts() if part.peft_type or part.layout != "peft"]
+    parts = [part for part in method.parts() if part.peft.type or part.peft.layout != "peft"]
     if not parts:
         return f"load it: {here}; other libraries have no {method.name}"
     if len(method.parts()) > 1:
         return f"load it: {here}; other libraries load its folders one by one"
-    library = LAYOUTS[method.layout]
+    library = LAYOUTS[method.peft.layout]
     there = f"peft.PeftModel.from_pretrained(base_model, {str(out)!r})" if library.name == "peft" else library.library
     return f"load it: {there} or {here}"
 

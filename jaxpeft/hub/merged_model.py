@@ -158,7 +158,9 @@ def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:
     ((path, embedding),) = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] == "embedding")
     node = paths.get(params, path[:-1])
     apart = [
-        p for p in adding_parts(method, MARKERS) if p.leaf_names and p.leaf_names[0] in node and "attend" not in p.hooks
+        p
+        for p in adding_parts(method, MARKERS)
+        if p.leaves.site and p.leaves.site[0] in node and "attend" not in p.sites.hooks
     ]
     if not apart:
         return model

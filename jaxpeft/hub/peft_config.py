@@ -36,13 +36,16 @@ def write(method: Method, task: str, base: str, revision: str | None, names: lis
         revision: its hub commit.
         names: Hugging Face names of the modules that are saved whole, for `modules_to_save`.
     """
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in method.to_peft().items()}
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in method.peft.write_options(method).items()
+    }
     return {
         "task_type": TASK_TYPES[task],
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
-        "peft_type": method.peft_type or method.name.upper(),
+        "peft_type": method.peft.type or method.name.upper(),
         **({"modules_to_save": names} if names else {}),
     } | values
 
@@ -63,15 +66,15 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
         raise AdapterError(f"{where}: modules_to_save: must be a list of names, is {shown(saved)}")
     kind = method_of(config)
     if kind is None:
-        known = ", ".join(dict.fromkeys(method.peft_type or name.upper() for name, method in METHODS.items()))
+        known = ", ".join(dict.fromkeys(method.peft.type or name.upper() for name, method in METHODS.items()))
         raise AdapterError(
             f"{where}: peft_type {shown(str(config.get('peft_type')))} is not supported (supported: {known})"
         )
-    own = {key: value for key, value in config.items() if key not in COMMON - kind.peft_ignored}
+    own = {key: value for key, value in config.items() if key not in COMMON - kind.peft.ignored}
     others, problems = beside.read(kind, own, "lm_head" not in head)
-    if kind.beside is not None and (others or problems):
-        own.pop(kind.beside.option)
-    values, odd = kind.from_peft(own)
+    if kind.peft.beside is not None and (others or problems):
+        own.pop(kind.peft.beside.option)
+    values, odd = kind.peft.read_options(kind, own)
     values = {key: _plain(value) for key, value in values.items()} | {"modules_to_save": _modules_to_save(config, head)}
     method, found = parse(kind, values, kind.name)
     problems += [*odd, *found]
@@ -85,7 +88,7 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
 
 def method_of(config: Mapping[str, Any]) -> type[Method] | None:
     """Gives the method that an `adapter_config.json` is of: the first whose files look like that."""
-    return next((method for method in METHODS.values() if method.reads(config)), None)
+    return next((method for method in METHODS.values() if method.peft.reads(method, config)), None)
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from jaxpeft.core import training_hooks
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ExportError
@@ -31,7 +32,7 @@ def logits(model: Pretrained, params: Tree, method: Method | None = None) -> np.
         method: that adapts them, which may need places in front of the tokens.
     """
     rng = np.random.default_rng(_SEED)
-    virtual = sum(part.virtual_positions for part in method.parts()) if method else 0
+    virtual = training_hooks.virtual_positions(method) if method else 0
     roberta = getattr(model.config, "kind", None) == "roberta"
     behind = model.config.pad_token_id + 1 if roberta else 0  # where its positions begin
     length = max(1, min(LENGTH, model.config.max_position_embeddings - virtual - behind))

@@ -113,8 +113,8 @@ def from_dict(values: Mapping[str, Any]) -> Method:
 
 
 MARKERS: Mapping[str, type[Method]] = {
-    (method.leaf_names or method.root_names)[0]: method
+    (method.leaves.site or method.leaves.root)[0]: method
     for method in reversed(_ALL)  # of methods that compute alike, such as LoRA's, the first
-    if method.leaf_names or method.root_names
+    if method.leaves.site or method.leaves.root
 }
 """The method that computes a module which holds a marker leaf."""

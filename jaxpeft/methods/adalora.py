@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxpeft.core import paths
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import TargetError, nearest
 from jaxpeft.lazy import jax, jnp
@@ -28,10 +30,46 @@ from jaxpeft.methods import rank_allocation
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS
+from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
 if TYPE_CHECKING:
     import optax
+
+
+@dataclass(frozen=True)
+class AdaLoRAFormat(TargetedFormat["AdaLoRA"]):
+    """How adapters of `AdaLoRA` stand in files."""
+
+    def pack(self, method: AdaLoRA, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives the tensors, as PEFT has them."""
+        left = method.rank_pattern.get(site.name, method.rank)
+        a, e, b = (leaves[name] for name in ("adalora_a", "adalora_e", "adalora_b"))
+        return {"lora_A": a.T[:left], "lora_E": e[:left, None], "lora_B": b.T[:, :left]}
+
+    def unpack(self, method: AdaLoRA, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives the leaves; a site of rank zero keeps its zeros."""
+        if not method.rank_pattern.get(site.name, method.rank):
+            return dict(fresh)
+        a, e, b = tensors["lora_A"].T, tensors["lora_E"][:, 0], tensors["lora_B"].T
+        return {**fresh, "adalora_a": a, "adalora_e": e, "adalora_b": b}
+
+    def write_options(self, method: AdaLoRA) -> dict[str, Any]:
+        """Gives the options; PEFT wants a number of steps that its schedule fits in, and reads none from it."""
+        left = method.rank_pattern.items()
+        pattern = {f"{name}.lora_E": [True] * kept + [False] * (method.rank - kept) for name, kept in left}
+        steps = {"total_step": method.initial_steps + method.final_steps + 1, "init_lora_weights": True}
+        return super().write_options(method) | steps | {"rank_pattern": pattern or None}
+
+    def read_options(self, kind: type[AdaLoRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options; of the entries that were kept, how many there are."""
+        values, problems = super().read_options(kind, config)
+        pattern: Any = values.pop("rank_pattern", None) or {}
+        if not isinstance(pattern, Mapping) or not all(isinstance(kept, list) for kept in pattern.values()):
+            return values, [*problems, "rank_pattern: must give a list of true and false for each site"]
+        values["rank_pattern"] = {key.partition(".lora_E")[0]: sum(map(bool, kept)) for key, kept in pattern.items()}
+        if isinstance(values.get("target_rank"), int) and isinstance(values.get("rank"), int):
+            values["target_rank"] = min(values["target_rank"], values["rank"])
+        return values, problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +86,11 @@ class AdaLoRA(Biased):
 
     name: ClassVar[str] = "adalora"
     paper: ClassVar[str] = "arXiv:2303.10512"
-    leaf_names: ClassVar[tuple[str, ...]] = ("adalora_a", "adalora_e", "adalora_b", "adalora_scale", "adalora_dropout")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"adalora_a", "adalora_e", "adalora_b"})
-    peft_type: ClassVar[str | None] = "ADALORA"
-    peft_options: ClassVar[Mapping[str, str]] = {
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("adalora_a", "adalora_e", "adalora_b", "adalora_scale", "adalora_dropout"),
+        trained=frozenset({"adalora_a", "adalora_e", "adalora_b"}),
+    )
+    peft: ClassVar[PeftFormat[Any]] = AdaLoRAFormat(type="ADALORA", options={
         **TARGET_OPTIONS,
         "init_r": "rank",
         "target_r": "target_rank",
@@ -65,12 +104,10 @@ class AdaLoRA(Biased):
         "beta2": "beta2",
         "orth_reg_weight": "orthogonality",
         "rank_pattern": "rank_pattern",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("init_r", "lora_alpha")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({
+    }, required=("init_r", "lora_alpha"), ignored=frozenset({
         "r", "total_step", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config",
         "qalora_group_size", "megatron_core", "ensure_weight_tying", "fan_in_fan_out",
-    })  # fmt: skip
+    }), )  # fmt: skip
 
     rank: int = option(12, "rank r of every site at first", at_least=1)
     target_rank: int = option(8, "mean rank of the sites in the end", at_least=1)
@@ -159,38 +196,6 @@ class AdaLoRA(Biased):
         return rank_allocation.allocating(self, inner, steps)
 
     # ------------------------------------------------------------------------------------------------------------- files
-
-    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives the tensors, as PEFT has them."""
-        left = self.rank_pattern.get(site.name, self.rank)
-        a, e, b = (leaves[name] for name in ("adalora_a", "adalora_e", "adalora_b"))
-        return {"lora_A": a.T[:left], "lora_E": e[:left, None], "lora_B": b.T[:, :left]}
-
-    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives the leaves; a site of rank zero keeps its zeros."""
-        if not self.rank_pattern.get(site.name, self.rank):
-            return dict(fresh)
-        a, e, b = tensors["lora_A"].T, tensors["lora_E"][:, 0], tensors["lora_B"].T
-        return {**fresh, "adalora_a": a, "adalora_e": e, "adalora_b": b}
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; PEFT wants a number of steps that its schedule fits in, and reads none from it."""
-        left = self.rank_pattern.items()
-        pattern = {f"{name}.lora_E": [True] * kept + [False] * (self.rank - kept) for name, kept in left}
-        steps = {"total_step": self.initial_steps + self.final_steps + 1, "init_lora_weights": True}
-        return super().to_peft() | steps | {"rank_pattern": pattern or None}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; of the entries that were kept, how many there are."""
-        values, problems = super().from_peft(config)
-        pattern: Any = values.pop("rank_pattern", None) or {}
-        if not isinstance(pattern, Mapping) or not all(isinstance(kept, list) for kept in pattern.values()):
-            return values, [*problems, "rank_pattern: must give a list of true and false for each site"]
-        values["rank_pattern"] = {key.partition(".lora_E")[0]: sum(map(bool, kept)) for key, kept in pattern.items()}
-        if isinstance(values.get("target_rank"), int) and isinstance(values.get("rank"), int):
-            values["target_rank"] = min(values["target_rank"], values["rank"])
-        return values, problems
 
 
 def _sites(tree: Leaves) -> list[Leaves]:

@@ -23,11 +23,31 @@ from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.bottleneck import Bottleneck, alone, bottleneck, joined, leaf_names
+from jaxpeft.methods.bottleneck import Bottleneck, BottleneckFormat, alone, bottleneck, joined, leaf_names
 
 _INITS = {"lora": "mam_adapter", "bert": "bert", "houlsby": "houlsby"}
+
+
+_LEAVES = leaf_names("adapter", "down", "down_bias", "up", "up_bias")
+
+
+@dataclass(frozen=True)
+class AdapterFormat(BottleneckFormat["Adapter"]):
+    """How adapters of `Adapter` stand in files."""
+
+    def write_options(self, method: Adapter) -> dict[str, Any]:
+        """Gives the options as the adapters library has them."""
+        return super().write_options(method) | {"init_weights": _INITS[method.init_weights]}
+
+    def read_options(self, kind: type[Adapter], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options of the adapters library."""
+        values, problems = super().read_options(kind, config)
+        begun = next((ours for ours, theirs in _INITS.items() if theirs == config.get("init_weights", "bert")), "lora")
+        return values | {"init_weights": begun}, problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +64,29 @@ class Adapter(Bottleneck):
 
     name: ClassVar[str] = "adapter"
     paper: ClassVar[str] = "arXiv:1902.00751"
-    leaf_names: ClassVar[tuple[str, ...]] = leaf_names("adapter", "down", "down_bias", "up", "up_bias")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(
-        {"adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias", "adapter_gain"}
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=_LEAVES,
+        trained=frozenset({"adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias", "adapter_gain"}),
     )
-    files: ClassVar[Mapping[str, str]] = {
-        "adapter_down": "adapter_down.0.weight",
-        "adapter_down_bias": "adapter_down.0.bias",
-        "adapter_up": "adapter_up.weight",
-        "adapter_up_bias": "adapter_up.bias",
-        "adapter_gain": "scaling",
-    }
+    peft: ClassVar[PeftFormat[Any]] = Bottleneck.peft.changed(
+        AdapterFormat,
+        tensors={
+            "adapter_down": "adapter_down.0.weight",
+            "adapter_down_bias": "adapter_down.0.bias",
+            "adapter_up": "adapter_up.weight",
+            "adapter_up_bias": "adapter_up.bias",
+            "adapter_gain": "scaling",
+        },
+    )
 
     init_weights: Literal["lora", "bert", "houlsby"] = option(
         "lora", "how the matrices begin; 'lora' with W_up at zero"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "fresh_is_base", self.init_weights == "lora")
+    @property
+    def fresh_is_base(self) -> bool:
+        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        return self.init_weights == "lora"
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Makes the matrices as `init_weights` says, and the biases zero."""
@@ -75,7 +99,9 @@ class Adapter(Bottleneck):
         else:
             down = 0.01 * jax.random.truncated_normal(keys[0], -2, 2, (d, b))
             up = 0.01 * jax.random.truncated_normal(keys[1], -2, 2, (b, d))
-        return self.leaves(site, {"down": down, "down_bias": jnp.zeros((b,)), "up": up, "up_bias": jnp.zeros((d,))})
+        return self.site_leaves(
+            site, {"down": down, "down_bias": jnp.zeros((b,)), "up": up, "up_bias": jnp.zeros((d,))}
+        )
 
     @staticmethod
     def compute(call: Call) -> Any:
@@ -86,17 +112,6 @@ class Adapter(Bottleneck):
     def compute_alone(call: Call) -> Any:
         """Computes `h + A(h)`, `[..., in] -> [..., d]`."""
         return alone(call, "adapter", _network)
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options as the adapters library has them."""
-        return super().to_peft() | {"init_weights": _INITS[self.init_weights]}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options of the adapters library."""
-        values, problems = super().from_peft(config)
-        begun = next((ours for ours, theirs in _INITS.items() if theirs == config.get("init_weights", "bert")), "lora")
-        return values | {"init_weights": begun}, problems
 
 
 def _network(leaves: Leaves, z: Any) -> Any:

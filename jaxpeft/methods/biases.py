@@ -36,5 +36,5 @@ class Biased(Targeted):
     def _trains_bias(self, path: Path, params: Leaves) -> bool:
         if self.bias in ("none", "all"):
             return self.bias == "all"
-        adapted, wanted = self.leaf_names[0] in paths.get(params, path[:-1]), self.where(())
+        adapted, wanted = self.leaves.site[0] in paths.get(params, path[:-1]), self.where(())
         return adapted and whole_leaf(self.name, path, paths.get(params, path), lambda name: matches(name, wanted))

@@ -23,17 +23,39 @@ import numpy as np
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping, rotations
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.targeted import TARGET_OPTIONS
+from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
 if TYPE_CHECKING:
     from jax import Array
 
 _SIZE = 4
+
+
+@dataclass(frozen=True)
+class BOFTFormat(TargetedFormat["BOFT"]):
+    """How adapters of `BOFT` stand in files."""
+
+    def write_options(self, method: BOFT) -> dict[str, Any]:
+        """Gives the options; PEFT writes 0 for the one of size and number that is not given."""
+        size = 0 if method.blocks else method.block_size or _SIZE
+        return super().write_options(method) | {"boft_block_size": size, "boft_block_num": method.blocks or 0}
+
+    def read_options(self, kind: type[BOFT], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads BOFT's options."""
+        values, problems = super().read_options(kind, config)
+        return {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}, problems
+
+    def fit(self, method: BOFT, shapes: Mapping[str, tuple[int, ...]]) -> BOFT:
+        """Return BOFT of one factor where the file holds one: without its CUDA extension PEFT computes that, whatever it is asked for."""
+        factors = {shape[0] for name, shape in shapes.items() if name.endswith(".boft_R") and shape}
+        return dataclasses.replace(method, factors=1) if factors == {1} else method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +71,25 @@ class BOFT(Biased):
 
     name: ClassVar[str] = "boft"
     paper: ClassVar[str] = "arXiv:2311.06243"
-    leaf_names: ClassVar[tuple[str, ...]] = ("boft_r", "boft_s", "boft_dropout")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"boft_r", "boft_s"})
-    zero_is_base: ClassVar[bool] = False
-    files: ClassVar[Mapping[str, str]] = {"boft_r": "boft_R", "boft_s": "boft_s"}
-    peft_type: ClassVar[str | None] = "BOFT"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        **TARGET_OPTIONS,
-        "boft_block_size": "block_size",
-        "boft_block_num": "blocks",
-        "boft_n_butterfly_factor": "factors",
-        "boft_dropout": "dropout",
-        "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("boft_block_size", "boft_block_num")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "fan_in_fan_out"})
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("boft_r", "boft_s", "boft_dropout"),
+        trained=frozenset({"boft_r", "boft_s"}),
+        zero_is_base=False,
+    )
+    peft: ClassVar[PeftFormat[Any]] = BOFTFormat(
+        tensors={"boft_r": "boft_R", "boft_s": "boft_s"},
+        type="BOFT",
+        options={
+            **TARGET_OPTIONS,
+            "boft_block_size": "block_size",
+            "boft_block_num": "blocks",
+            "boft_n_butterfly_factor": "factors",
+            "boft_dropout": "dropout",
+            "bias": "bias",
+        },
+        required=("boft_block_size", "boft_block_num"),
+        ignored=frozenset({"init_weights", "fan_in_fan_out"}),
+    )
 
     block_size: int | None = option(
         None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2
@@ -126,22 +152,6 @@ class BOFT(Biased):
         for difference, there, back in _factors(leaves):
             kernel = rotations.turned_kernel(kernel[there], difference)[back]
         return {"kernel": kernel * leaves["boft_s"]}
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; PEFT writes 0 for the one of size and number that is not given."""
-        size = 0 if self.blocks else self.block_size or _SIZE
-        return super().to_peft() | {"boft_block_size": size, "boft_block_num": self.blocks or 0}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads BOFT's options."""
-        values, problems = super().from_peft(config)
-        return {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}, problems
-
-    def fitted(self, shapes: Mapping[str, tuple[int, ...]]) -> BOFT:
-        """Return BOFT of one factor where the file holds one: without its CUDA extension PEFT computes that, whatever it is asked for."""
-        factors = {shape[0] for name, shape in shapes.items() if name.endswith(".boft_R") and shape}
-        return dataclasses.replace(self, factors=1) if factors == {1} else self
 
 
 def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from jaxpeft.core.method import Call, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import SiteSpec
 from jaxpeft.core.targets import Site, Targets, usual
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.dropping import dropped
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
 
 ATTENTION = ("self_attn.o_proj", "attention.output.dense", "attention.out_lin")
 FEED_FORWARD = ("mlp.down_proj", "output.dense", "ffn.lin2")
@@ -49,6 +51,57 @@ def leaf_names(name: str, *own: str) -> tuple[str, ...]:
     return tuple(f"{name}_{key}" for key in (*own, *form))
 
 
+def _joins(module: Any, name: str) -> bool:
+    """Return whether a method is that where a module's output joins the residual stream; of a module without one, its output."""
+    return name == "join" or not hasattr(module, "join")
+
+
+M = TypeVar("M", bound="Bottleneck")
+
+
+@dataclass(frozen=True)
+class BottleneckFormat(TargetedFormat[M]):
+    """How adapters of `Bottleneck` stand in files."""
+
+    def reads(self, kind: type[M], config: Mapping[str, Any]) -> bool:
+        """Return whether a config is of this method, by its own name or as a section of the adapters library."""
+        section = config.get("peft_type") == self.layout and bool(config.get("phm_layer")) == kind.factored
+        return section or super().reads(kind, config)
+
+    def names(self, kind: type[M]) -> Mapping[str, str]:
+        """Gives the method's options by what the adapters library calls them."""
+        return self.options
+
+    def write_options(self, method: M) -> dict[str, Any]:
+        """Gives the options as the adapters library has them; the sites are told by the layout of its files."""
+        return {
+            key: value for key, value in super().write_options(method).items() if key not in TARGET_OPTIONS
+        } | _FORMS[method.placement]
+
+    def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options of the adapters library."""
+        values, problems = super().read_options(kind, config)
+        form = {key: config.get(key, absent) for key, absent in _FORM.items()}
+        if form["is_parallel"] is True:
+            form["original_ln_before"] = False  # it reads x, whatever that says
+        if form["original_ln_before"] is False:
+            form["residual_before_ln"] = True  # the same then
+        placement = next((name for name, flags in _FORMS.items() if flags == form), None)
+        on = (bool(config.get("mh_adapter")), bool(config.get("output_adapter")))
+        sublayers = {(True, True): "both", (True, False): "attention", (False, True): "feed_forward"}.get(on)
+        if placement is None:
+            said = ", ".join(f"{key} {value!r}" for key, value in form.items())
+            problems.append(f"{said}: together none of the placements {', '.join(_FORMS)}")
+        if sublayers is None:
+            problems.append("mh_adapter, output_adapter: neither is true, so there is no adapter")
+        if placement is None or sublayers is None:
+            return values, problems
+        return values | {
+            "placement": placement,
+            "sublayers": "default" if sublayers == _USUAL[placement] else sublayers,
+        }, problems
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(Targeted):
     """A method that puts a small network behind sub-layers, or beside them.
@@ -60,24 +113,20 @@ class Bottleneck(Targeted):
         factored: whether the matrices are those of the adapters library's `phm_layer`.
     """
 
-    hooks: ClassVar[Mapping[str, str]] = {"join": "compute", "__call__": "compute_alone"}
-    mergeable: ClassVar[bool] = False
-    layout: ClassVar[str] = "adapters"
-    factored: ClassVar[bool] = False
-    module_prefix: ClassVar[str] = ""
-    peft_options: ClassVar[Mapping[str, str]] = {
+    sites: ClassVar[SiteSpec] = SiteSpec(hooks={"join": "compute", "__call__": "compute_alone"}, applies=_joins)
+    peft: ClassVar[PeftFormat[Any]] = BottleneckFormat(layout="adapters", module_prefix="", options={
         **TARGET_OPTIONS,
         "non_linearity": "non_linearity",
         "reduction_factor": "reduction_factor",
         "scaling": "scaling",
         "dropout": "dropout",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("reduction_factor", "non_linearity")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset(_FORM) | {
+    }, required=("reduction_factor", "non_linearity"), ignored=frozenset(_FORM) | {
         "mh_adapter", "output_adapter", "init_weights", "init_weights_seed", "inv_adapter_reduction_factor",
         "adapter_residual_before_ln", "phm_layer", "phm_dim", "phm_rank", "phm_bias", "phm_c_init", "phm_init_range", "learn_phm",
         "factorized_phm_W", "factorized_phm_rule", "shared_phm_rule", "shared_W_phm", "hypercomplex_nonlinearity",
-    }  # fmt: skip
+    }, )  # fmt: skip
+
+    factored: ClassVar[bool] = False
     usual_targets: ClassVar[tuple[str, ...]] = (*ATTENTION, *FEED_FORWARD)
 
     targets: str | tuple[str, ...] = option("default", "sites: 'default' for those that sublayers says, or names")
@@ -120,7 +169,7 @@ class Bottleneck(Targeted):
         """Gives the width b of the bottleneck at a site."""
         return max(1, int(site.shape[1] // self.reduction_factor))
 
-    def leaves(self, site: Site, own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def site_leaves(self, site: Site, own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Makes the leaves of a site, float32.
 
         Args:
@@ -135,52 +184,6 @@ class Bottleneck(Targeted):
         if self.dropout:
             made["dropout"] = jnp.asarray(self.dropout)
         return {f"{self.name}_{key}": leaf.astype(jnp.float32) for key, leaf in made.items()}
-
-    @classmethod
-    def computes(cls, module: Any, name: str) -> bool:
-        """Computes where a module's output joins the residual stream; of a module that does not say where, its output."""
-        return super().computes(module, name) and (name == "join" or not hasattr(module, "join"))
-
-    @classmethod
-    def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Return whether a config is of this method, by its own name or as a section of the adapters library."""
-        section = config.get("peft_type") == cls.layout and bool(config.get("phm_layer")) == cls.factored
-        return section or super().reads(config)
-
-    @classmethod
-    def file_options(cls) -> Mapping[str, str]:
-        """Gives the method's options by what the adapters library calls them."""
-        return cls.peft_options
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options as the adapters library has them; the sites are told by the layout of its files."""
-        return {key: value for key, value in super().to_peft().items() if key not in TARGET_OPTIONS} | _FORMS[
-            self.placement
-        ]
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options of the adapters library."""
-        values, problems = super().from_peft(config)
-        form = {key: config.get(key, absent) for key, absent in _FORM.items()}
-        if form["is_parallel"] is True:
-            form["original_ln_before"] = False  # it reads x, whatever that says
-        if form["original_ln_before"] is False:
-            form["residual_before_ln"] = True  # the same then
-        placement = next((name for name, flags in _FORMS.items() if flags == form), None)
-        on = (bool(config.get("mh_adapter")), bool(config.get("output_adapter")))
-        sublayers = {(True, True): "both", (True, False): "attention", (False, True): "feed_forward"}.get(on)
-        if placement is None:
-            said = ", ".join(f"{key} {value!r}" for key, value in form.items())
-            problems.append(f"{said}: together none of the placements {', '.join(_FORMS)}")
-        if sublayers is None:
-            problems.append("mh_adapter, output_adapter: neither is true, so there is no adapter")
-        if placement is None or sublayers is None:
-            return values, problems
-        return values | {
-            "placement": placement,
-            "sublayers": "default" if sublayers == _USUAL[placement] else sublayers,
-        }, problems
 
 
 def joined(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:

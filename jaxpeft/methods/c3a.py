@@ -12,19 +12,23 @@ Chen et al. 2025, "Parameter-Efficient Fine-Tuning via Circular Convolution", se
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site, pattern_value, require_ends
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.targeted import require_divisor
+from jaxpeft.methods.targeted import TargetedFormat, require_divisor
 
 if TYPE_CHECKING:
     from jax import Array
+
+
+_LEAVES = ("c3a_kernel",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +43,27 @@ class C3A(Biased):
 
     name: ClassVar[str] = "c3a"
     paper: ClassVar[str] = "arXiv:2407.19342"
-    leaf_names: ClassVar[tuple[str, ...]] = ("c3a_kernel",)
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(leaf_names)
-    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
-    pads: ClassVar[bool] = False
-    files: ClassVar[Mapping[str, str]] = {"c3a_kernel": "c3a_kernel"}
-    peft_type: ClassVar[str | None] = "C3A"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        "target_modules": "targets",
-        "layers_to_transform": "layers_to_transform",
-        "layers_pattern": "layers_pattern",
-        "block_size": "block_size",
-        "block_size_pattern": "block_size_pattern",
-        "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("block_size",)
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=_LEAVES,
+        trained=frozenset(_LEAVES),
+        # zeros compute it, but would be trained
+        zero_is_base=False,
+        pads=False,
+    )
+    peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
+        tensors={"c3a_kernel": "c3a_kernel"},
+        type="C3A",
+        options={
+            "target_modules": "targets",
+            "layers_to_transform": "layers_to_transform",
+            "layers_pattern": "layers_pattern",
+            "block_size": "block_size",
+            "block_size_pattern": "block_size_pattern",
+            "bias": "bias",
+        },
+        required=("block_size",),
+        ignored=frozenset({"init_weights"}),
+    )
 
     block_size: int = option(256, "size k of the blocks, which divides the inputs and outputs of each site", at_least=1)
     block_size_pattern: dict[str, int] = option({}, "other block sizes, by the end of a site's name", at_least=1)
@@ -63,9 +72,10 @@ class C3A(Biased):
     )
     bias: Literal["none", "all", "c3a_only"] = bias_option()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "fresh_is_base", self.init_weights == "zeros")
+    @property
+    def fresh_is_base(self) -> bool:
+        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        return self.init_weights == "zeros"
 
     def expressions(self, whole: bool) -> dict[str, Any]:
         """Gives the options that hold regular expressions."""

@@ -20,10 +20,21 @@ from typing import Any, ClassVar
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.bottleneck import Bottleneck, NonLinearity, Placement, alone, bottleneck, joined, leaf_names
+from jaxpeft.methods.bottleneck import (
+    Bottleneck,
+    BottleneckFormat,
+    NonLinearity,
+    Placement,
+    alone,
+    bottleneck,
+    joined,
+    leaf_names,
+)
 
 _RULES: Mapping[str, Any] = {
     "phm_layer": True,
@@ -35,6 +46,27 @@ _RULES: Mapping[str, Any] = {
     "shared_W_phm": False,
 }
 _MATRICES = ("down_left", "down_right", "down_bias", "up_left", "up_right", "up_bias")
+
+
+_LEAVES = leaf_names("compacter", *_MATRICES)
+
+
+@dataclass(frozen=True)
+class CompacterFormat(BottleneckFormat["Compacter"]):
+    """How adapters of `Compacter` stand in files."""
+
+    def write_options(self, method: Compacter) -> dict[str, Any]:
+        """Gives the options as the adapters library has them."""
+        return {**super().write_options(method), **_RULES}
+
+    def read_options(self, kind: type[Compacter], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options of the adapters library; other ways to share and to factorise are refused."""
+        values, problems = super().read_options(kind, config)
+        other = {key: config[key] for key, ours in _RULES.items() if config.get(key, ours) != ours}
+        return values, problems + [
+            f"{key}: {value!r} is not supported by the compacter method; nothing was loaded"
+            for key, value in other.items()
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,28 +83,31 @@ class Compacter(Bottleneck):
 
     name: ClassVar[str] = "compacter"
     paper: ClassVar[str] = "arXiv:2106.04647"
-    leaf_names: ClassVar[tuple[str, ...]] = leaf_names("compacter", *_MATRICES)
-    root_names: ClassVar[tuple[str, ...]] = ("compacter_rule",)
-    factored: ClassVar[bool] = True
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(
-        {"compacter_rule", "compacter_gain", *(f"compacter_{key}" for key in _MATRICES)}
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=_LEAVES,
+        root=("compacter_rule",),
+        trained=frozenset({"compacter_rule", "compacter_gain", *(f"compacter_{key}" for key in _MATRICES)}),
     )
-    peft_options: ClassVar[Mapping[str, str]] = {
-        **Bottleneck.peft_options,
-        "phm_dim": "phm_dim",
-        "phm_rank": "rank",
-        "phm_init_range": "rule_range",
-    }
-    files: ClassVar[Mapping[str, str]] = {
-        "compacter_down_left": "adapter_down.0.W_left",
-        "compacter_down_right": "adapter_down.0.W_right",
-        "compacter_down_bias": "adapter_down.0.b",
-        "compacter_up_left": "adapter_up.W_left",
-        "compacter_up_right": "adapter_up.W_right",
-        "compacter_up_bias": "adapter_up.b",
-        "compacter_gain": "scaling",
-    }
-    root_files: ClassVar[Mapping[str, str]] = {"compacter_rule": "phm_rule"}
+    peft: ClassVar[PeftFormat[Any]] = Bottleneck.peft.changed(
+        CompacterFormat,
+        options={
+            **Bottleneck.peft.options,
+            "phm_dim": "phm_dim",
+            "phm_rank": "rank",
+            "phm_init_range": "rule_range",
+        },
+        tensors={
+            "compacter_down_left": "adapter_down.0.W_left",
+            "compacter_down_right": "adapter_down.0.W_right",
+            "compacter_down_bias": "adapter_down.0.b",
+            "compacter_up_left": "adapter_up.W_left",
+            "compacter_up_right": "adapter_up.W_right",
+            "compacter_up_bias": "adapter_up.b",
+            "compacter_gain": "scaling",
+        },
+        root_tensors={"compacter_rule": "phm_rule"},
+    )
+    factored: ClassVar[bool] = True
 
     placement: Placement = option("houlsby", "what the adapter reads: houlsby, pfeiffer, parallel")
     reduction_factor: float = option(32.0, "d / b: how many times narrower than the model the bottleneck is", above=0)
@@ -103,7 +138,7 @@ class Compacter(Bottleneck):
             "up_right": _glorot(keys[2], n, r, d // n),
             "up_bias": jnp.zeros((d,)),
         }
-        return self.leaves(site, own)
+        return self.site_leaves(site, own)
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
         """Makes the rule."""
@@ -119,20 +154,6 @@ class Compacter(Bottleneck):
     def compute_alone(call: Call) -> Any:
         """Computes `h + A(h)`, `[..., in] -> [..., d]`."""
         return alone(call, "compacter", _network)
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options as the adapters library has them."""
-        return {**super().to_peft(), **_RULES}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options of the adapters library; other ways to share and to factorise are refused."""
-        values, problems = super().from_peft(config)
-        other = {key: config[key] for key, ours in _RULES.items() if config.get(key, ours) != ours}
-        return values, problems + [
-            f"{key}: {value!r} is not supported by the compacter method; nothing was loaded"
-            for key, value in other.items()
-        ]
 
 
 def _glorot(key: jax.Array, n: int, rows: int, columns: int) -> jax.Array:

@@ -11,19 +11,20 @@ Bini et al. 2025, "Decoupling Angles and Strength in Low-rank Adaptation", secti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site, pattern_value, require_patterns
 from jaxpeft.lazy import jnp
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS
+from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
 if TYPE_CHECKING:
     from jax import Array
@@ -44,28 +45,29 @@ class DeLoRA(Biased):
 
     name: ClassVar[str] = "delora"
     paper: ClassVar[str] = "arXiv:2503.18225"
-    leaf_names: ClassVar[tuple[str, ...]] = (
+    leaves: ClassVar[LeafSpec] = LeafSpec(site=(
         "delora_a", "delora_b", "delora_lambda", "delora_w_norm", "delora_share", "delora_dropout",
-    )  # fmt: skip
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"delora_a", "delora_b", "delora_lambda"})
-    files: ClassVar[Mapping[str, str]] = {
-        "delora_a": "delora_A",
-        "delora_b": "delora_B",
-        "delora_lambda": "delora_lambda",
-        "delora_w_norm": "delora_w_norm",
-    }
-    peft_type: ClassVar[str | None] = "DELORA"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        **TARGET_OPTIONS,
-        "r": "rank",
-        "delora_lambda": "boundary",
-        "rank_pattern": "rank_pattern",
-        "lambda_pattern": "boundary_pattern",
-        "module_dropout": "dropout",
-        "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r",)
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    ), trained=frozenset({"delora_a", "delora_b", "delora_lambda"}), )  # fmt: skip
+    peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
+        tensors={
+            "delora_a": "delora_A",
+            "delora_b": "delora_B",
+            "delora_lambda": "delora_lambda",
+            "delora_w_norm": "delora_w_norm",
+        },
+        type="DELORA",
+        options={
+            **TARGET_OPTIONS,
+            "r": "rank",
+            "delora_lambda": "boundary",
+            "rank_pattern": "rank_pattern",
+            "lambda_pattern": "boundary_pattern",
+            "module_dropout": "dropout",
+            "bias": "bias",
+        },
+        required=("r",),
+        ignored=frozenset({"init_weights"}),
+    )
 
     rank: int = option(8, "rank r of the update", at_least=1)
     boundary: float = option(15.0, "what the boundary l begins at", above=0)

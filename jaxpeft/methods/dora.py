@@ -18,17 +18,46 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", sections 4.1 to 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from jaxpeft.core.method import Call, Kernel, Leaves
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec, SiteSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.dropping import dropped
-from jaxpeft.methods.lora import LoRA, update
+from jaxpeft.methods.lora import LoRA, LoRAFormat, update
 from jaxpeft.methods.low_rank import product
+
+
+@dataclass(frozen=True)
+class DoRAFormat(LoRAFormat["DoRA"]):
+    """How adapters of `DoRA` stand in files."""
+
+    def pack(self, method: DoRA, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives LoRA's tensors and the magnitude."""
+        return super().pack(method, site, _lora(leaves)) | {"lora_magnitude_vector": leaves["dora_magnitude"]}
+
+    def unpack(self, method: DoRA, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives LoRA's leaves and the magnitude."""
+        leaves = super().unpack(method, site, tensors, _lora(fresh))
+        return _dora(leaves) | {"dora_magnitude": tensors["lora_magnitude_vector"]}
+
+    def write_options(self, method: DoRA) -> dict[str, Any]:
+        """Gives LoRA's options, and the one that makes it this method."""
+        return super().write_options(method) | {"use_dora": True}
+
+    def reads(self, kind: type[DoRA], config: Mapping[str, Any]) -> bool:
+        """Says whether an `adapter_config.json` is of a LoRA with `use_dora`."""
+        return str(config.get("peft_type")) == self.type and bool(config.get("use_dora"))
+
+    def read_options(self, kind: type[DoRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads LoRA's options."""
+        return super().read_options(kind, {key: value for key, value in config.items() if key != "use_dora"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +73,14 @@ class DoRA(LoRA):
 
     name: ClassVar[str] = "dora"
     paper: ClassVar[str] = "arXiv:2402.09353"
-    leaf_names: ClassVar[tuple[str, ...]] = (
+    # the update is scaled together with the kernel
+    sites: ClassVar[SiteSpec] = dataclasses.replace(LoRA.sites, low_rank=SiteSpec().low_rank)
+    leaves: ClassVar[LeafSpec] = dataclasses.replace(LoRA.leaves, site=(
         "dora_a", "dora_b", "dora_magnitude", "dora_scale", "dora_dropout", "dora_norm", "dora_a0", "dora_b0",
-    )  # fmt: skip
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"dora_a", "dora_b", "dora_magnitude"})
-    zero_is_base: ClassVar[bool] = False
+    ), trained=frozenset({"dora_a", "dora_b", "dora_magnitude"}), zero_is_base=False, )  # fmt: skip
+    peft: ClassVar[PeftFormat[Any]] = LoRA.peft.changed(
+        DoRAFormat,
+    )
 
     def problems(self) -> list[str]:
         """Lists options that exclude each other."""
@@ -65,11 +97,6 @@ class DoRA(LoRA):
         """Makes A and B as LoRA does, and the magnitude that of the kernel."""
         norm = _norm(kernel())
         return _dora(super().init(site, kernel, rng)) | {"dora_magnitude": norm, "dora_norm": norm}
-
-    @staticmethod
-    def low_rank_factors(leaves: Leaves, training: bool) -> None:
-        """Gives None: the update is scaled together with the kernel."""
-        del leaves, training
 
     @staticmethod
     def compute(call: Call) -> Any:
@@ -92,29 +119,6 @@ class DoRA(LoRA):
         whole = LoRA.fold(_lora(leaves), base)["kernel"]
         alone = whole - base["kernel"] + base["original"] if "original" in base else whole
         return {"kernel": leaves["dora_magnitude"] / _positive(_norm(alone)) * whole}
-
-    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives LoRA's tensors and the magnitude."""
-        return super().pack(site, _lora(leaves)) | {"lora_magnitude_vector": leaves["dora_magnitude"]}
-
-    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives LoRA's leaves and the magnitude."""
-        leaves = super().unpack(site, tensors, _lora(fresh))
-        return _dora(leaves) | {"dora_magnitude": tensors["lora_magnitude_vector"]}
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives LoRA's options, and the one that makes it this method."""
-        return super().to_peft() | {"use_dora": True}
-
-    @classmethod
-    def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Says whether an `adapter_config.json` is of a LoRA with `use_dora`."""
-        return str(config.get("peft_type")) == cls.peft_type and bool(config.get("use_dora"))
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads LoRA's options."""
-        return super().from_peft({key: value for key, value in config.items() if key != "use_dora"})
 
 
 def _scaled(kernel: Kernel, leaves: Leaves, x: Any, y: Any, plain: Any) -> Any:

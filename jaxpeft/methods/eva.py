@@ -49,7 +49,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     def update(state: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {name: _merged(state and state[name], x, most) for name, x in inputs.items()}
 
-    found = run.over_inputs(params, method.leaf_names[0], update, method.eva_batches)
+    found = run.over_inputs(params, method.leaves.site[0], update, method.eva_batches)
     if not found:
         raise ConfigError("method.init_weights: 'eva' looks at training batches, and there is none; give another start")
     ranks = _ranks({name: np.asarray(values) for name, (values, _) in found.items()}, method.rank * len(found))
@@ -57,12 +57,12 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     rewritten = run.rewrite(made)
     for site, on in chosen_sites(made, rewritten).items():
         node = paths.get(rewritten, site.path)
-        a = node[method.leaf_names[0]]
+        a = node[method.leaves.site[0]]
         for i, name in enumerate(site.names):
             if on[i]:
                 index = (*(np.unravel_index(i, site.layers) if site.layers else ()), slice(None), slice(0, ranks[name]))
                 a = a.at[index].set(found[name][1][: ranks[name]].T)
-        node[method.leaf_names[0]] = a
+        node[method.leaves.site[0]] = a
     return made, rewritten
 
 

@@ -10,7 +10,6 @@ Gao et al. 2024, "Parameter-Efficient Fine-Tuning with Discrete Fourier Transfor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,13 +18,15 @@ import numpy as np
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site, pattern_value, require_ends
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.made import through
 from jaxpeft.methods.sparse import as_torch_draws, scattered
-from jaxpeft.methods.targeted import TARGET_OPTIONS
+from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
 if TYPE_CHECKING:
     from jax import Array
@@ -44,22 +45,27 @@ class FourierFT(Biased):
 
     name: ClassVar[str] = "fourierft"
     paper: ClassVar[str] = "arXiv:2405.03003"
-    leaf_names: ClassVar[tuple[str, ...]] = ("fourierft_spectrum", "fourierft_indices", "fourierft_scale")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"fourierft_spectrum"})
-    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
-    pads: ClassVar[bool] = False
-    files: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "fourierft_spectrum"}
-    peft_type: ClassVar[str | None] = "FOURIERFT"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        **TARGET_OPTIONS,
-        "n_frequency": "frequencies",
-        "n_frequency_pattern": "frequencies_pattern",
-        "scaling": "scaling",
-        "random_loc_seed": "location_seed",
-        "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "random_loc_seed")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("fourierft_spectrum", "fourierft_indices", "fourierft_scale"),
+        trained=frozenset({"fourierft_spectrum"}),
+        # zeros compute it, but would be trained
+        zero_is_base=False,
+        pads=False,
+    )
+    peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
+        tensors={"fourierft_spectrum": "fourierft_spectrum"},
+        type="FOURIERFT",
+        options={
+            **TARGET_OPTIONS,
+            "n_frequency": "frequencies",
+            "n_frequency_pattern": "frequencies_pattern",
+            "scaling": "scaling",
+            "random_loc_seed": "location_seed",
+            "bias": "bias",
+        },
+        required=("n_frequency", "scaling", "random_loc_seed"),
+        ignored=frozenset({"init_weights"}),
+    )
 
     frequencies: int = option(1000, "how many frequencies n of a kernel are trained", at_least=1)
     frequencies_pattern: dict[str, int] = option({}, "other numbers, by the end of a site's name", at_least=1)
@@ -70,9 +76,10 @@ class FourierFT(Biased):
     )
     bias: Literal["none", "all", "fourier_only"] = bias_option()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "fresh_is_base", self.init_weights == "zeros")
+    @property
+    def fresh_is_base(self) -> bool:
+        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        return self.init_weights == "zeros"
 
     def expressions(self, whole: bool) -> dict[str, Any]:
         """Gives the options that hold regular expressions."""

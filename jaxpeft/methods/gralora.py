@@ -13,22 +13,28 @@ Jung et al. 2025, "GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import require_divisor
+from jaxpeft.methods.targeted import TargetedFormat, require_divisor
 
 if TYPE_CHECKING:
     from jax import Array
+
+
+_LEAVES = (
+        "gralora_a", "gralora_b", "gralora_general_a", "gralora_general_b", "gralora_scale", "gralora_dropout",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +50,32 @@ class GraLoRA(Biased):
 
     name: ClassVar[str] = "gralora"
     paper: ClassVar[str] = "arXiv:2505.20355"
-    leaf_names: ClassVar[tuple[str, ...]] = (
-        "gralora_a", "gralora_b", "gralora_general_a", "gralora_general_b", "gralora_scale", "gralora_dropout",
-    )  # fmt: skip
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(leaf_names[:4])
-    files: ClassVar[Mapping[str, str]] = {
-        "gralora_a": "gralora_A",
-        "gralora_b": "gralora_B",
-        "gralora_general_a": "gralora_A_general.weight",
-        "gralora_general_b": "gralora_B_general.weight",
-    }
-    peft_type: ClassVar[str | None] = "GRALORA"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        "target_modules": "targets",
-        "layers_to_transform": "layers_to_transform",
-        "layers_pattern": "layers_pattern",
-        "r": "rank",
-        "hybrid_r": "hybrid_rank",
-        "alpha": "alpha",
-        "gralora_k": "blocks",
-        "gralora_dropout": "dropout",
-        "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r", "alpha", "gralora_k")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=_LEAVES,
+        trained=frozenset(_LEAVES[:4]),
+    )
+    peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
+        tensors={
+            "gralora_a": "gralora_A",
+            "gralora_b": "gralora_B",
+            "gralora_general_a": "gralora_A_general.weight",
+            "gralora_general_b": "gralora_B_general.weight",
+        },
+        type="GRALORA",
+        options={
+            "target_modules": "targets",
+            "layers_to_transform": "layers_to_transform",
+            "layers_pattern": "layers_pattern",
+            "r": "rank",
+            "hybrid_r": "hybrid_rank",
+            "alpha": "alpha",
+            "gralora_k": "blocks",
+            "gralora_dropout": "dropout",
+            "bias": "bias",
+        },
+        required=("r", "alpha", "gralora_k"),
+        ignored=frozenset({"init_weights"}),
+    )
 
     rank: int = option(32, "rank r, a multiple of blocks", at_least=1)
     hybrid_rank: int = option(0, "rank h of the plain LoRA that is added", at_least=0)

@@ -13,4 +13,3 @@ class Head(Method):
     """Trains the task head, and `modules_to_save`; adds no leaves."""
 
     name: ClassVar[str] = "head"
-    head_alone: ClassVar[bool] = True

@@ -10,20 +10,21 @@ Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import product
 from jaxpeft.methods.made import through
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +39,22 @@ class HiRA(Targeted):
 
     name: ClassVar[str] = "hira"
     paper: ClassVar[str] = "https://openreview.net/forum?id=TwJrTz9cRS"
-    leaf_names: ClassVar[tuple[str, ...]] = ("hira_a", "hira_b", "hira_dropout")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"hira_a", "hira_b"})
-    files: ClassVar[Mapping[str, str]] = {"hira_a": "hira_A", "hira_b": "hira_B"}
-    peft_type: ClassVar[str | None] = "HIRA"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        **TARGET_OPTIONS,
-        "r": "rank",
-        "hira_dropout": "dropout",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r",)
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "rank_pattern"})  # PEFT 0.21 makes no use of it
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("hira_a", "hira_b", "hira_dropout"),
+        trained=frozenset({"hira_a", "hira_b"}),
+    )
+    peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
+        tensors={"hira_a": "hira_A", "hira_b": "hira_B"},
+        type="HIRA",
+        options={
+            **TARGET_OPTIONS,
+            "r": "rank",
+            "hira_dropout": "dropout",
+        },
+        required=("r",),
+        # PEFT 0.21 makes no use of it
+        ignored=frozenset({"init_weights", "rank_pattern"}),
+    )
 
     rank: int = option(32, "rank r of the matrix that the kernel is multiplied by", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of the update", at_least=0, below=1)

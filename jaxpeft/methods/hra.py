@@ -16,19 +16,20 @@ Yuan et al. 2024, "Bridging The Gap between Low-rank and Orthogonal Adaptation v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import rotations
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS
+from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
 if TYPE_CHECKING:
     from jax import Array
@@ -48,19 +49,23 @@ class HRA(Biased):
 
     name: ClassVar[str] = "hra"
     paper: ClassVar[str] = "arXiv:2405.17484"
-    leaf_names: ClassVar[tuple[str, ...]] = ("hra_u", "hra_gram_schmidt")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"hra_u"})
-    files: ClassVar[Mapping[str, str]] = {"hra_u": "hra_u"}
-    as_they_are: ClassVar[frozenset[str]] = frozenset({"hra_u"})
-    peft_type: ClassVar[str | None] = "HRA"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        **TARGET_OPTIONS,
-        "r": "rank",
-        "apply_GS": "gram_schmidt",
-        "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r",)
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("hra_u", "hra_gram_schmidt"),
+        trained=frozenset({"hra_u"}),
+    )
+    peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
+        tensors={"hra_u": "hra_u"},
+        untransposed=frozenset({"hra_u"}),
+        type="HRA",
+        options={
+            **TARGET_OPTIONS,
+            "r": "rank",
+            "apply_GS": "gram_schmidt",
+            "bias": "bias",
+        },
+        required=("r",),
+        ignored=frozenset({"init_weights"}),
+    )
 
     rank: int = option(8, "number r of reflections, even", at_least=2)
     gram_schmidt: bool = option(False, "make the columns of U orthonormal first")

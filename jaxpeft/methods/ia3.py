@@ -13,22 +13,36 @@ Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxpeft.core.expressions import full_match, require_fast
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import TargetError
 from jaxpeft.lazy import jnp
-from jaxpeft.methods.targeted import Targeted
+from jaxpeft.methods.targeted import Targeted, TargetedFormat
 
 if TYPE_CHECKING:
     import jax
 
 _FEEDFORWARD = ("down_proj", "output.dense", "lin2", "fc2", "wo", "mlp.c_proj", "dense_4h_to_h")
+
+
+@dataclass(frozen=True)
+class IA3Format(TargetedFormat["IA3"]):
+    """How adapters of `IA3` stand in files."""
+
+    def write_options(self, method: IA3) -> dict[str, Any]:
+        """Gives the options; PEFT takes a list of feed-forward modules where it is a part of the targets only."""
+        options = super().write_options(method)
+        plain = isinstance(options["target_modules"], tuple) and set(method.feedforward) <= set(method.targets)
+        if method.feedforward and not (plain and isinstance(method.feedforward, tuple)):
+            options["feedforward_modules"] = method.feedforward_expression
+        return options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +57,25 @@ class IA3(Targeted):
 
     name: ClassVar[str] = "ia3"
     paper: ClassVar[str] = "arXiv:2205.05638"
-    leaf_names: ClassVar[tuple[str, ...]] = ("ia3_l",)
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"ia3_l"})
-    zero_is_base: ClassVar[bool] = False
-    files: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("ia3_l",),
+        trained=frozenset({"ia3_l"}),
+        zero_is_base=False,
+    )
+    peft: ClassVar[PeftFormat[Any]] = IA3Format(
+        tensors={"ia3_l": "ia3_l"},
+        type="IA3",
+        options={
+            "target_modules": "targets",
+            "exclude_modules": "exclude",
+            "feedforward_modules": "feedforward",
+        },
+        required=("feedforward_modules",),
+        ignored=frozenset({"init_ia3_weights", "fan_in_fan_out"}),
+    )
     usual_targets: ClassVar[tuple[str, ...]] = (
         "k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "k", "v", "c_attn", "query_key_value", *_FEEDFORWARD,
     )  # fmt: skip
-    peft_type: ClassVar[str | None] = "IA3"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        "target_modules": "targets",
-        "exclude_modules": "exclude",
-        "feedforward_modules": "feedforward",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("feedforward_modules",)
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights", "fan_in_fan_out"})
 
     targets: str | tuple[str, ...] = option(
         "default",
@@ -122,14 +140,6 @@ class IA3(Targeted):
         if "bias" in base and scale.shape != (base["kernel"].shape[0], 1):
             folded["bias"] = scale.reshape(-1) * base["bias"]
         return folded
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; PEFT takes a list of feed-forward modules where it is a part of the targets only."""
-        options = super().to_peft()
-        plain = isinstance(options["target_modules"], tuple) and set(self.feedforward) <= set(self.targets)
-        if self.feedforward and not (plain and isinstance(self.feedforward, tuple)):
-            options["feedforward_modules"] = self.feedforward_expression
-        return options
 
 
 def _rescaled(leaves: Leaves, x: Any) -> Any:

@@ -8,14 +8,26 @@ Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.methods.selected import Selected
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import SiteSpec
+from jaxpeft.methods.selected import Selected, SelectedFormat
+
+
+@dataclass(frozen=True)
+class LNTuningFormat(SelectedFormat["LNTuning"]):
+    """How adapters of `LNTuning` stand in files."""
+
+    def wrapper(self, method: LNTuning, path: Path, by: Method | None) -> str:
+        """Names the copy of the norm that PEFT trains."""
+        del path
+        return "ln_tuning_layers." if by else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +36,21 @@ class LNTuning(Selected):
 
     name: ClassVar[str] = "ln_tuning"
     paper: ClassVar[str] = "arXiv:2312.11420"
-    kinds: ClassVar[tuple[str, ...]] = ("norm",)
+    sites: ClassVar[SiteSpec] = dataclasses.replace(
+        Selected.sites,
+        kinds=("norm",),
+    )
+    peft: ClassVar[PeftFormat[Any]] = Selected.peft.changed(
+        LNTuningFormat,
+        type="LN_TUNING",
+        options={"target_modules": "targets", "exclude_modules": "exclude"},
+    )
     base_leaves: ClassVar[frozenset[str]] = frozenset({"scale", "bias"})
     usual_targets: ClassVar[tuple[str, ...]] = (
         "input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm", "LayerNorm", "sa_layer_norm",
         "output_layer_norm",
     )  # fmt: skip
-    peft_type: ClassVar[str | None] = "LN_TUNING"
-    peft_options: ClassVar[Mapping[str, str]] = {"target_modules": "targets", "exclude_modules": "exclude"}
 
     targets: str | tuple[str, ...] = option(
         "default", "list of name suffixes, a regular expression, or 'default' for all norms of the known models"
     )
-
-    def wrapping(self, path: Path, by: Method | None) -> str:
-        """Names the copy of the norm that PEFT trains."""
-        del path
-        return "ln_tuning_layers." if by else ""

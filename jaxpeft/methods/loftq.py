@@ -44,7 +44,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     from jaxpeft.core.rewriting import chosen_sites, kernel_of
 
     original = run.original_kernels()
-    names = (method.leaf_names[0], method.leaf_names[1])
+    names = (method.leaves.site[0], method.leaves.site[1])
     made: dict[Any, Any] = {}
     for site, on in chosen_sites(method, params).items():
         node = paths.get(params, site.path)

@@ -14,21 +14,27 @@ LyCORIS Fine-Tuning to Model Evaluation", section 3 (arXiv:2309.14859).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping
 from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.made import through
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked, TargetedFormat
 
 if TYPE_CHECKING:
     from jax import Array
+
+
+_LEAVES = (
+        "loha_w1_a", "loha_w1_b", "loha_w2_a", "loha_w2_b", "loha_scale", "loha_rank_dropout", "loha_module_dropout",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +50,26 @@ class LoHa(Ranked):
 
     name: ClassVar[str] = "loha"
     paper: ClassVar[str] = "arXiv:2309.14859"
-    leaf_names: ClassVar[tuple[str, ...]] = (
-        "loha_w1_a", "loha_w1_b", "loha_w2_a", "loha_w2_b", "loha_scale", "loha_rank_dropout", "loha_module_dropout",
-    )  # fmt: skip
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(leaf_names[:4])
-    files: ClassVar[Mapping[str, str]] = {leaf: leaf.replace("loha", "hada") for leaf in leaf_names[:4]}
-    peft_type: ClassVar[str | None] = "LOHA"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        **TARGET_OPTIONS,
-        "r": "rank",
-        "alpha": "alpha",
-        "rank_pattern": "rank_pattern",
-        "alpha_pattern": "alpha_pattern",
-        "rank_dropout": "rank_dropout",
-        "module_dropout": "module_dropout",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r", "alpha")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset(
-        {"init_weights", "use_effective_conv2d"}
-    )  # of convolutions alone
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=_LEAVES,
+        trained=frozenset(_LEAVES[:4]),
+    )
+    peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
+        tensors={leaf: leaf.replace("loha", "hada") for leaf in _LEAVES[:4]},
+        type="LOHA",
+        options={
+            **TARGET_OPTIONS,
+            "r": "rank",
+            "alpha": "alpha",
+            "rank_pattern": "rank_pattern",
+            "alpha_pattern": "alpha_pattern",
+            "rank_dropout": "rank_dropout",
+            "module_dropout": "module_dropout",
+        },
+        required=("r", "alpha"),
+        # of convolutions alone
+        ignored=frozenset({"init_weights", "use_effective_conv2d"}),
+    )
 
     rank_dropout: float = option(0.0, "rate at which outputs of the update are left out", at_least=0, below=1)
     module_dropout: float = option(0.0, "rate at which the whole update of a site is left out", at_least=0, below=1)

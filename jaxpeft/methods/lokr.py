@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping
 from jaxpeft.methods.loha import LoHa, uniform
 from jaxpeft.methods.low_rank import product
-from jaxpeft.methods.targeted import Ranked
+from jaxpeft.methods.targeted import Ranked, TargetedFormat
 
 if TYPE_CHECKING:
     from jax import Array
@@ -48,21 +49,23 @@ class LoKr(Ranked):
 
     name: ClassVar[str] = "lokr"
     paper: ClassVar[str] = "arXiv:2309.14859"
-    leaf_names: ClassVar[tuple[str, ...]] = (
+    leaves: ClassVar[LeafSpec] = LeafSpec(site=(
         "lokr_scale", *_FACTORS, "lokr_rank_dropout", "lokr_rank_dropout_scale", "lokr_module_dropout",
-    )  # fmt: skip
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(_FACTORS)
-    rank_pads: ClassVar[bool] = False  # the sizes of the factors are options as well
-    files: ClassVar[Mapping[str, str]] = {leaf: leaf for leaf in _FACTORS}
-    peft_type: ClassVar[str | None] = "LOKR"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        **LoHa.peft_options,
-        "decompose_both": "decompose_both",
-        "decompose_factor": "decompose_factor",
-        "rank_dropout_scale": "rank_dropout_scale",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r", "alpha")
-    peft_ignored: ClassVar[frozenset[str]] = LoHa.peft_ignored
+    ), trained=frozenset(_FACTORS),
+        # the sizes of the factors are options as well
+        rank_pads=False, )  # fmt: skip
+    peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
+        tensors={leaf: leaf for leaf in _FACTORS},
+        type="LOKR",
+        options={
+            **LoHa.peft.options,
+            "decompose_both": "decompose_both",
+            "decompose_factor": "decompose_factor",
+            "rank_dropout_scale": "rank_dropout_scale",
+        },
+        required=("r", "alpha"),
+        ignored=LoHa.peft.ignored,
+    )
 
     decompose_both: bool = option(False, "make the first factor of low rank as well")
     decompose_factor: int = option(-1, "what the first factor of in and of out is near to; -1 for their square roots")

@@ -26,22 +26,72 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from jaxpeft.core.beside import Beside
 from jaxpeft.core.method import Call, Kernel, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec, SiteSpec
 from jaxpeft.core.targets import Site, pattern_value
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import eva, loftq, starts
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked, TargetedFormat
 from jaxpeft.methods.token_indices import TOKEN_INDICES
 
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+M = TypeVar("M", bound="LoRA")
+
+
+@dataclass(frozen=True)
+class LoRAFormat(TargetedFormat[M]):
+    """How adapters of `LoRA` stand in files."""
+
+    def pack(self, method: M, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives A and B; the start that is taken off makes them those of twice the rank."""
+        a, b = leaves["lora_a"], leaves["lora_b"]
+        if "lora_a0" in leaves:
+            a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
+            b = jnp.concatenate([b, -leaves["lora_b0"]])
+        names = _names(site)
+        return {names[0]: a.T, names[1]: b.T} | ({"lora_B.bias": leaves["lora_bias"]} if "lora_bias" in leaves else {})
+
+    def unpack(self, method: M, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives A and B."""
+        names = _names(site)
+        found = {"lora_a": tensors[names[0]].T, "lora_b": tensors[names[1]].T}
+        return {**fresh, **found} | ({"lora_bias": tensors["lora_B.bias"]} if "lora_bias" in fresh else {})
+
+    def write_options(self, method: M) -> dict[str, Any]:
+        """Gives the options of the plain LoRA that the files are."""
+        return super().write_options(method) | {"init_lora_weights": True, "fan_in_fan_out": False}
+
+    def reads(self, kind: type[M], config: Mapping[str, Any]) -> bool:
+        """Says whether an `adapter_config.json` is of a LoRA; with `use_dora` it is DoRA's."""
+        return super().reads(kind, config) and not config.get("use_dora")
+
+    def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads LoRA's options; what changed the base when training began is refused."""
+        past = str(config.get("init_lora_weights", "")).lower()
+        values, problems = super().read_options(kind, config)
+        if past.startswith(_BASE_CHANGING):
+            problems.append(
+                f"init_lora_weights: {past!r} changed the base when training began; save it converted to plain LoRA "
+                "(in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            )
+        return values, problems
+
+
+def _low_rank(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
+    """Return A and s B; None with dropout, a bias of B's own, or a start that is taken off, which must cancel to the bit."""
+    if "lora_bias" in leaves or "lora_a0" in leaves or (training and "lora_dropout" in leaves):
+        return None
+    return leaves["lora_a"], leaves["lora_scale"] * leaves["lora_b"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +108,11 @@ class LoRA(Biased, Ranked):
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "arXiv:2106.09685"
-    leaf_names: ClassVar[tuple[str, ...]] = (
+    leaves: ClassVar[LeafSpec] = LeafSpec(site=(
         "lora_a", "lora_b", "lora_scale", "lora_dropout", "lora_a0", "lora_b0", "lora_bias",
-    )  # fmt: skip
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"lora_a", "lora_b", "lora_bias"})
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
-    peft_type: ClassVar[str | None] = "LORA"
-    peft_options: ClassVar[Mapping[str, str]] = {
+    ), trained=frozenset({"lora_a", "lora_b", "lora_bias"}), )  # fmt: skip
+    sites: ClassVar[SiteSpec] = SiteSpec(kinds=("linear", "embedding"), low_rank=_low_rank)
+    peft: ClassVar[PeftFormat[Any]] = LoRAFormat(type="LORA", options={
         **TARGET_OPTIONS,
         "r": "rank",
         "lora_alpha": "alpha",
@@ -74,14 +122,12 @@ class LoRA(Biased, Ranked):
         "lora_bias": "lora_bias",
         "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern",
-    }
-    # PEFT always writes both; its defaults in their place would be another adapter, without a word
-    peft_required: ClassVar[tuple[str, ...]] = ("r", "lora_alpha")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({
+    },
+        # PEFT always writes both; its defaults in their place would be another adapter, without a word
+        required=("r", "lora_alpha"), ignored=frozenset({
         "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "qalora_group_size",
         "megatron_core", "ensure_weight_tying",
-    })  # fmt: skip
-    beside: ClassVar[Beside | None] = TOKEN_INDICES
+    }), beside=TOKEN_INDICES, )  # fmt: skip
 
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) in place of alpha / rank")
@@ -141,13 +187,6 @@ class LoRA(Biased, Ranked):
         return y + call.each(update, x).astype(y.dtype)
 
     @staticmethod
-    def low_rank_factors(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
-        """Gives A and s B; None with dropout, a bias of B's own, or a start that is taken off, which must cancel to the bit."""
-        if "lora_bias" in leaves or "lora_a0" in leaves or (training and "lora_dropout" in leaves):
-            return None
-        return leaves["lora_a"], leaves["lora_scale"] * leaves["lora_b"]
-
-    @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `W + s A B`, less the start that was a part of `W`."""
         scale = leaves["lora_scale"]
@@ -157,21 +196,6 @@ class LoRA(Biased, Ranked):
         if "lora_bias" not in leaves:
             return {"kernel": kernel}
         return {"kernel": kernel, "bias": base.get("bias", 0.0) + scale * leaves["lora_bias"]}
-
-    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives A and B; the start that is taken off makes them those of twice the rank."""
-        a, b = leaves["lora_a"], leaves["lora_b"]
-        if "lora_a0" in leaves:
-            a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
-            b = jnp.concatenate([b, -leaves["lora_b0"]])
-        names = _names(site)
-        return {names[0]: a.T, names[1]: b.T} | ({"lora_B.bias": leaves["lora_bias"]} if "lora_bias" in leaves else {})
-
-    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives A and B."""
-        names = _names(site)
-        found = {"lora_a": tensors[names[0]].T, "lora_b": tensors[names[1]].T}
-        return {**fresh, **found} | ({"lora_bias": tensors["lora_B.bias"]} if "lora_bias" in fresh else {})
 
     def saved(self) -> LoRA:
         """Gives the plain LoRA that the files of this one are."""
@@ -186,27 +210,6 @@ class LoRA(Biased, Ranked):
             rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
             alpha_pattern={key: more * alpha for key, alpha in self.alpha_pattern.items()},
         )
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options of the plain LoRA that the files are."""
-        return super(LoRA, self.saved()).to_peft() | {"init_lora_weights": True, "fan_in_fan_out": False}
-
-    @classmethod
-    def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Says whether an `adapter_config.json` is of a LoRA; with `use_dora` it is DoRA's."""
-        return super().reads(config) and not config.get("use_dora")
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads LoRA's options; what changed the base when training began is refused."""
-        past = str(config.get("init_lora_weights", "")).lower()
-        values, problems = super().from_peft(config)
-        if past.startswith(_BASE_CHANGING):
-            problems.append(
-                f"init_lora_weights: {past!r} changed the base when training began; save it converted to plain LoRA "
-                "(in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
-            )
-        return values, problems
 
 
 _FROM_RUN: Mapping[str, Callable[[LoRA, Leaves, Any], tuple[Method, Leaves]]] = {

@@ -12,11 +12,24 @@ Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Lang
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxpeft.methods.lora import LoRA
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec, SiteSpec
+from jaxpeft.methods.lora import LoRA, LoRAFormat
+
+
+@dataclass(frozen=True)
+class LoRAFAFormat(LoRAFormat["LoRAFA"]):
+    """How adapters of `LoRAFA` stand in files."""
+
+    def reads(self, kind: type[LoRAFA], config: Mapping[str, Any]) -> bool:
+        """Says no: its files are LoRA's."""
+        del config
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +44,17 @@ class LoRAFA(LoRA):
 
     name: ClassVar[str] = "lora_fa"
     paper: ClassVar[str] = "arXiv:2308.03303"
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"lora_b", "lora_bias"})
-    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    leaves: ClassVar[LeafSpec] = dataclasses.replace(
+        LoRA.leaves,
+        trained=frozenset({"lora_b", "lora_bias"}),
+    )
+    sites: ClassVar[SiteSpec] = dataclasses.replace(
+        LoRA.sites,
+        kinds=("linear",),
+    )
+    peft: ClassVar[PeftFormat[Any]] = LoRA.peft.changed(
+        LoRAFAFormat,
+    )
 
     def problems(self) -> list[str]:
         """Lists options that exclude each other, and the one that needs a trained A."""
@@ -40,9 +62,3 @@ class LoRAFA(LoRA):
         if self.lora_plus_ratio != 1:
             found.append("lora_plus_ratio: compares B with A, and A is not trained; set the learning rate itself")
         return found
-
-    @classmethod
-    def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Says no: its files are LoRA's."""
-        del config
-        return False

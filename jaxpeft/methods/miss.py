@@ -21,15 +21,32 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jnp
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
-from jaxpeft.methods.targeted import TARGET_OPTIONS
+from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
 if TYPE_CHECKING:
     from jax import Array
+
+
+@dataclass(frozen=True)
+class MiSSFormat(TargetedFormat["MiSS"]):
+    """How adapters of `MiSS` stand in files."""
+
+    def write_options(self, method: MiSS) -> dict[str, Any]:
+        """Gives the options; PEFT names the variant in `init_weights`."""
+        return super().write_options(method) | {"init_weights": True if method.variant == "balance" else method.variant}
+
+    def read_options(self, kind: type[MiSS], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads MiSS's options; any other start than that of a variant is the one in balance."""
+        values, problems = super().read_options(kind, config)
+        start = config.get("init_weights")
+        return values | {"variant": start if isinstance(start, str) else "balance"}, problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +62,26 @@ class MiSS(Biased):
 
     name: ClassVar[str] = "miss"
     paper: ClassVar[str] = "arXiv:2409.15371"
-    leaf_names: ClassVar[tuple[str, ...]] = ("miss_block", "miss_dropout")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"miss_block"})
-    files: ClassVar[Mapping[str, str]] = {"miss_block": "miss_block"}
-    as_they_are: ClassVar[frozenset[str]] = frozenset({"miss_block"})
-    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
-    peft_type: ClassVar[str | None] = "MISS"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        **TARGET_OPTIONS,
-        "r": "rank",
-        "mini_r": "mini_rank",
-        "miss_dropout": "dropout",
-        "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r",)
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("miss_block", "miss_dropout"),
+        trained=frozenset({"miss_block"}),
+        # zeros compute it, but would be trained
+        zero_is_base=False,
+    )
+    peft: ClassVar[PeftFormat[Any]] = MiSSFormat(
+        tensors={"miss_block": "miss_block"},
+        untransposed=frozenset({"miss_block"}),
+        type="MISS",
+        options={
+            **TARGET_OPTIONS,
+            "r": "rank",
+            "mini_r": "mini_rank",
+            "miss_dropout": "dropout",
+            "bias": "bias",
+        },
+        required=("r",),
+        ignored=frozenset({"init_weights"}),
+    )
 
     rank: int = option(64, "size r of the shards", at_least=1)
     variant: Literal["balance", "mini", "bat"] = option("balance", "form of the shared matrix")
@@ -101,17 +123,6 @@ class MiSS(Biased):
         n_in, n_out = kernel.shape
         whole = jnp.tile(block, (-(-n_in // block.shape[0]), n_out // block.shape[1]))
         return {"kernel": kernel + whole[:n_in]}
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; PEFT names the variant in `init_weights`."""
-        return super().to_peft() | {"init_weights": True if self.variant == "balance" else self.variant}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads MiSS's options; any other start than that of a variant is the one in balance."""
-        values, problems = super().from_peft(config)
-        start = config.get("init_weights")
-        return values | {"variant": start if isinstance(start, str) else "balance"}, problems
 
 
 def _update(block: Any, x: Any, kernel: Any, width: int) -> Any:

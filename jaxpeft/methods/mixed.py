@@ -13,15 +13,28 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jaxpeft.core.method as core
+from jaxpeft.core import training_hooks
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
+from jaxpeft.core.peft_format import PeftFormat
 
 
 def _read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str]]:
     from jaxpeft import methods  # the table that this method stands in
 
     return methods.read(values, where)
+
+
+@dataclass(frozen=True)
+class MixedFormat(PeftFormat["Mixed"]):
+    """How adapters of `Mixed` stand in files."""
+
+    def wrapper(self, method: Mixed, path: Path, by: Method | None) -> str:
+        """Return what the part does; PEFT keeps a part beside another in a module of its own."""
+        inner = by.peft.wrapper(by, path, by) if by else ""
+        held = next((part.peft.beside for part in method.methods if part.peft.beside), None)
+        return f"{held.module}.{inner}" if held and by and by.name == held.method else inner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +46,7 @@ class Mixed(Method):
 
     name: ClassVar[str] = "mixed"
     paper: ClassVar[str] = "arXiv:2110.07577"
+    peft: ClassVar[PeftFormat[Any]] = MixedFormat()
 
     methods: tuple[core.Method, ...] = option((), "the methods, each a section with its `name` and options", read=_read)
 
@@ -40,20 +54,20 @@ class Mixed(Method):
         """Lists what cannot be put together."""
         found = ["methods: names fewer than two; use the method itself"] if len(self.methods) < 2 else []
         found += ["methods: holds a mixed method; write its methods out" for m in self.methods if isinstance(m, Mixed)]
-        whole = [m.name for m in self.methods if m.root_names]
+        whole = [m.name for m in self.methods if m.leaves.root]
         if len(set(whole)) < len(whole) or len(whole) > 1:
             found.append(f"methods: {' and '.join(whole)} each keep leaves for the whole model; take one of them")
         for i, part in enumerate(self.methods):
             for other in self.methods[:i]:
                 if (
-                    part.leaf_names
-                    and part.leaf_names == other.leaf_names
-                    and part.trained_leaves != other.trained_leaves
+                    part.leaves.site
+                    and part.leaves.site == other.leaves.site
+                    and part.leaves.trained != other.leaves.trained
                 ):
                     found.append(
                         f"methods: {other.name} and {part.name} train other ones of the same leaves; take one of them"
                     )
-                if type(part) is type(other) and type(part).optimizer is not Method.optimizer:
+                if type(part) is type(other) and isinstance(part, training_hooks.Optimizing):
                     found.append(
                         f"methods: two {part.name} would each wrap the optimizer; put the sites of both into one"
                     )
@@ -71,35 +85,13 @@ class Mixed(Method):
         """Trains what any of the methods trains."""
         return any(part.trains(path, params) for part in self.methods)
 
-    def rate(self, path: Path) -> float:
-        """Gives the rate of the method that the leaf is of."""
-        owners = [m for m in self.methods if path[-1] in (*m.site_names(), *m.root_names)]
-        return owners[0].rate(path) if owners else 1.0
-
-    def wrapping(self, path: Path, by: Method | None) -> str:
-        """Return what the part does; PEFT keeps a part beside another in a module of its own."""
-        inner = by.wrapping(path, by) if by else ""
-        held = next((part.beside for part in self.methods if part.beside), None)
-        return f"{held.module}.{inner}" if held and by and by.name == held.method else inner
-
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         """Starts each method; each sees the model with those before it."""
         made: list[Method] = []
         for part in self.methods:
-            begun, params = part.start(params, run)
+            begun, params = training_hooks.start(part, params, run)
             made.append(begun)
         return Mixed(methods=tuple(made), modules_to_save=self.modules_to_save), params
-
-    def penalty(self, trainable: Leaves) -> Any:
-        """Adds up the methods' penalties."""
-        given = [value for part in self.methods if (value := part.penalty(trainable)) is not None]
-        return sum(given[1:], given[0]) if given else None
-
-    def optimizer(self, inner: Any, steps: int) -> Any:
-        """Lets each method wrap the optimizer."""
-        for part in self.methods:
-            inner = part.optimizer(inner, steps)
-        return inner
 
     def as_dict(self) -> dict[str, Any]:
         """Gives the options as plain values."""

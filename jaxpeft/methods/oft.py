@@ -25,17 +25,55 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping, rotations
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.targeted import TARGET_OPTIONS
+from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
 if TYPE_CHECKING:
     from jax import Array
 
 _SIZE, _TERMS, _TINY = 32, 5, 1e-30
+
+
+@dataclass(frozen=True)
+class OFTFormat(TargetedFormat["OFT"]):
+    """How adapters of `OFT` stand in files."""
+
+    def write_options(self, method: OFT) -> dict[str, Any]:
+        """Gives the options; the version says that the Neumann series is that of PEFT since 0.18."""
+        size = 0 if method.blocks else method.block_size or _SIZE
+        own = {
+            "r": method.blocks or 0,
+            "oft_block_size": size,
+            "peft_version": "0.18.0",
+            "coft": method.eps is not None,
+        }
+        own |= {
+            "use_cayley_neumann": method.neumann_terms > 0,
+            "num_cayley_neumann_terms": method.neumann_terms or _TERMS,
+        }
+        return super().write_options(method) | own | ({} if method.eps is None else {"eps": method.eps})
+
+    def read_options(self, kind: type[OFT], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads OFT's options; the Neumann series from before PEFT 0.18, which was another, is refused."""
+        values, problems = super().read_options(kind, config)
+        values = {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}
+        series = bool(config.get("use_cayley_neumann"))
+        values["neumann_terms"] = config.get("num_cayley_neumann_terms", _TERMS) if series else 0
+        if config.get("coft"):
+            values["eps"] = config.get("eps", 6e-5)
+        version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+        if series and (version is None or (int(version[1]), int(version[2])) < (0, 18)):
+            problems.append(
+                f"use_cayley_neumann: peft_version is {config.get('peft_version')!r}, and before PEFT 0.18 the series was another one; "
+                "train it anew, or merge it there"
+            )
+        return values, problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +91,22 @@ class OFT(Biased):
 
     name: ClassVar[str] = "oft"
     paper: ClassVar[str] = "arXiv:2306.07280"
-    leaf_names: ClassVar[tuple[str, ...]] = ("oft_r", "oft_terms", "oft_eps", "oft_dropout")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"oft_r"})
-    files: ClassVar[Mapping[str, str]] = {"oft_r": "oft_R.weight"}
-    as_they_are: ClassVar[frozenset[str]] = frozenset({"oft_r"})
-    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
-    peft_type: ClassVar[str | None] = "OFT"
-    peft_options: ClassVar[Mapping[str, str]] = {
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("oft_r", "oft_terms", "oft_eps", "oft_dropout"),
+        trained=frozenset({"oft_r"}),
+        # zeros compute it, but would be trained
+        zero_is_base=False,
+    )
+    peft: ClassVar[PeftFormat[Any]] = OFTFormat(tensors={"oft_r": "oft_R.weight"}, untransposed=frozenset({"oft_r"}), type="OFT", options={
         **TARGET_OPTIONS,
         "r": "blocks",
         "oft_block_size": "block_size",
         "block_share": "block_share",
         "module_dropout": "dropout",
         "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r", "oft_block_size", "use_cayley_neumann")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({
+    }, required=("r", "oft_block_size", "use_cayley_neumann"), ignored=frozenset({
         "init_weights", "fan_in_fan_out", "peft_version", "use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps",
-    })  # fmt: skip
+    }), )  # fmt: skip
 
     block_size: int | None = option(
         None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2
@@ -139,30 +175,6 @@ class OFT(Biased):
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `R W`."""
         return {"kernel": rotations.turned_kernel(base["kernel"], _difference(leaves))}
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; the version says that the Neumann series is that of PEFT since 0.18."""
-        size = 0 if self.blocks else self.block_size or _SIZE
-        own = {"r": self.blocks or 0, "oft_block_size": size, "peft_version": "0.18.0", "coft": self.eps is not None}
-        own |= {"use_cayley_neumann": self.neumann_terms > 0, "num_cayley_neumann_terms": self.neumann_terms or _TERMS}
-        return super().to_peft() | own | ({} if self.eps is None else {"eps": self.eps})
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads OFT's options; the Neumann series from before PEFT 0.18, which was another, is refused."""
-        values, problems = super().from_peft(config)
-        values = {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}
-        series = bool(config.get("use_cayley_neumann"))
-        values["neumann_terms"] = config.get("num_cayley_neumann_terms", _TERMS) if series else 0
-        if config.get("coft"):
-            values["eps"] = config.get("eps", 6e-5)
-        version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
-        if series and (version is None or (int(version[1]), int(version[2])) < (0, 18)):
-            problems.append(
-                f"use_cayley_neumann: peft_version is {config.get('peft_version')!r}, and before PEFT 0.18 the series was another one; "
-                "train it anew, or merge it there"
-            )
-        return values, problems
 
 
 def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:

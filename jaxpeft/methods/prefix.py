@@ -22,11 +22,14 @@ from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Leaves, Method
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.virtual_tokens import (
     VirtualTokens,
+    VirtualTokensFormat,
     call_behind,
     each_row,
     layers_and_width,
@@ -34,6 +37,21 @@ from jaxpeft.methods.virtual_tokens import (
     repeated,
     word_embedding,
 )
+
+_ROOT_LEAVES = (
+        "prefix_embeddings", "prefix_w1", "prefix_b1", "prefix_w2", "prefix_b2", "prefix_dropout",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrefixTuningFormat(VirtualTokensFormat["PrefixTuning"]):
+    """How adapters of `PrefixTuning` stand in files."""
+
+    def base_sizes(self, method: PrefixTuning, params: Leaves, config: Any) -> dict[str, Any]:
+        """Gives the sizes of the base; heads are those of the keys."""
+        width, heads = layers_and_width(params)[1], config.num_attention_heads
+        sizes = {"token_dim": width, "num_attention_heads": getattr(config, "num_key_value_heads", heads)}
+        return super().base_sizes(method, params, config) | sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +67,15 @@ class PrefixTuning(VirtualTokens):
 
     name: ClassVar[str] = "prefix"
     paper: ClassVar[str] = "arXiv:2101.00190"
-    root_names: ClassVar[tuple[str, ...]] = (
-        "prefix_embeddings", "prefix_w1", "prefix_b1", "prefix_w2", "prefix_b2", "prefix_dropout",
-    )  # fmt: skip
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(root_names) - {"prefix_dropout"}
-    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
-    peft_ignored: ClassVar[frozenset[str]] = VirtualTokens.peft_ignored | {"prefix_projection", "init_weights"}
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        root=_ROOT_LEAVES,
+        trained=frozenset(_ROOT_LEAVES) - {"prefix_dropout"},
+    )
+    peft: ClassVar[PeftFormat[Any]] = VirtualTokens.peft.changed(
+        PrefixTuningFormat,
+        type="PREFIX_TUNING",
+        ignored=VirtualTokens.peft.ignored | {"prefix_projection", "init_weights"},
+    )
 
     projection: bool = option(False, "train a network that makes the table, in place of the table itself")
     encoder_hidden_size: int | None = option(None, "width of that network; None for that of the keys", at_least=1)
@@ -109,12 +130,6 @@ class PrefixTuning(VirtualTokens):
         if "prefix_dropout" in call.leaves and call.dropout_key is not None:
             past = jnp.broadcast_to(past, (len(call.x), *past.shape[1:]))  # each row drops its own
         return call_behind(call, past=dropped(call, past, "prefix_dropout"))
-
-    def peft_sizes(self, params: Leaves, config: Any) -> dict[str, Any]:
-        """Gives the sizes of the base; heads are those of the keys."""
-        width, heads = layers_and_width(params)[1], config.num_attention_heads
-        sizes = {"token_dim": width, "num_attention_heads": getattr(config, "num_key_value_heads", heads)}
-        return super().peft_sizes(params, config) | sizes
 
 
 @dataclass(frozen=True, kw_only=True)

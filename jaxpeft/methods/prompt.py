@@ -10,15 +10,20 @@ Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Leaves, Method
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.virtual_tokens import VirtualTokens, call_behind, each_row, repeated, rows_of, word_embedding
+
+_ROOT_LEAVES = ("prompt_embeddings",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +38,13 @@ class PromptTuning(VirtualTokens):
 
     name: ClassVar[str] = "prompt"
     paper: ClassVar[str] = "arXiv:2104.08691"
-    root_names: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(root_names)
-    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
-    peft_ignored: ClassVar[frozenset[str]] = VirtualTokens.peft_ignored | {
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        root=_ROOT_LEAVES,
+        trained=frozenset(_ROOT_LEAVES),
+    )
+    peft: ClassVar[PeftFormat[Any]] = dataclasses.replace(VirtualTokens.peft, type="PROMPT_TUNING", ignored=VirtualTokens.peft.ignored | {
         "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
-    }  # fmt: skip
+    }, )  # fmt: skip
 
     init_weights: Literal["vocabulary", "normal"] = option(
         "vocabulary", "start from rows of the word embedding, drawn at random, or from N(0, 1)"

@@ -23,9 +23,33 @@ from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.virtual_tokens import VirtualTokens, call_behind, each_row, linear, word_embedding
+from jaxpeft.methods.virtual_tokens import (
+    VirtualTokens,
+    VirtualTokensFormat,
+    call_behind,
+    each_row,
+    linear,
+    word_embedding,
+)
+
+_ROOT_LEAVES = (
+        "ptuning_embeddings", "ptuning_w1", "ptuning_b1", "ptuning_w2", "ptuning_b2", "ptuning_w3", "ptuning_b3",
+        "ptuning_x1", "ptuning_x2", "ptuning_h", "ptuning_b",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PTuningFormat(VirtualTokensFormat["PTuning"]):
+    """How adapters of `PTuning` stand in files."""
+
+    def read_options(self, kind: type[PTuning], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options: the encoder is no part of a file."""
+        values, problems = super().read_options(kind, config)
+        return values | {"encoder": "none"}, problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +66,13 @@ class PTuning(VirtualTokens):
 
     name: ClassVar[str] = "ptuning"
     paper: ClassVar[str] = "arXiv:2103.10385"
-    root_names: ClassVar[tuple[str, ...]] = (
-        "ptuning_embeddings", "ptuning_w1", "ptuning_b1", "ptuning_w2", "ptuning_b2", "ptuning_w3", "ptuning_b3",
-        "ptuning_x1", "ptuning_x2", "ptuning_h", "ptuning_b",
-    )  # fmt: skip
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(root_names)
-    peft_type: ClassVar[str | None] = "P_TUNING"
-    peft_ignored: ClassVar[frozenset[str]] = VirtualTokens.peft_ignored | {
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        root=_ROOT_LEAVES,
+        trained=frozenset(_ROOT_LEAVES),
+    )
+    peft: ClassVar[PeftFormat[Any]] = VirtualTokens.peft.changed(PTuningFormat, type="P_TUNING", ignored=VirtualTokens.peft.ignored | {
         "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
-    }  # fmt: skip
+    }, )  # fmt: skip
 
     encoder: Literal["mlp", "lstm", "none"] = option("mlp", "the network that makes the embeddings")
     encoder_hidden_size: int | None = option(None, "width e of that network; None for the model's", at_least=1)
@@ -94,12 +116,6 @@ class PTuning(VirtualTokens):
     def compute(call: Call) -> Any:
         """Calls the model with the table as its prompt."""
         return call_behind(call, prompt=each_row(call, PTuning.table))
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options: the encoder is no part of a file."""
-        values, problems = super().from_peft(config)
-        return values | {"encoder": "none"}, problems
 
 
 def both_ways(x: jax.Array, x_kernel: jax.Array, h_kernel: jax.Array, bias: jax.Array) -> jax.Array:

@@ -23,12 +23,35 @@ from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import product
+from jaxpeft.methods.targeted import TargetedFormat
 from jaxpeft.methods.vera import VeRA, largest, without_projections
+
+
+@dataclass(frozen=True)
+class RandLoraFormat(TargetedFormat["RandLora"]):
+    """How adapters of `RandLora` stand in files."""
+
+    def write_options(self, method: RandLora) -> dict[str, Any]:
+        """Gives the options; the bases are always in the file."""
+        kinds = {
+            "sparse": method.bases == "sparse",
+            "very_sparse": method.bases == "very_sparse",
+            "save_projection": True,
+        }
+        return super().write_options(method) | kinds
+
+    def read_options(self, kind: type[RandLora], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options; a file without its bases is refused."""
+        kinds = [kind for kind in ("very_sparse", "sparse") if config.get(kind)]  # in PEFT the first of them wins
+        values, problems = super().read_options(kind, config)
+        return values | ({"bases": kinds[0]} if kinds else {}), [*problems, *without_projections(config)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +68,30 @@ class RandLora(Biased):
 
     name: ClassVar[str] = "randlora"
     paper: ClassVar[str] = "arXiv:2502.00987"
-    leaf_names: ClassVar[tuple[str, ...]] = ("randlora_lambda", "randlora_gamma", "randlora_scale", "randlora_dropout")
-    root_names: ClassVar[tuple[str, ...]] = ("randlora_a", "randlora_b")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"randlora_lambda", "randlora_gamma"})
-    peft_type: ClassVar[str | None] = "RANDLORA"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        "target_modules": "targets",
-        "layers_to_transform": "layers_to_transform",
-        "layers_pattern": "layers_pattern",
-        "r": "rank",
-        "randlora_alpha": "alpha",
-        "randlora_dropout": "dropout",
-        "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r", "randlora_alpha")
-    peft_ignored: ClassVar[frozenset[str]] = VeRA.peft_ignored | {"sparse", "very_sparse"}
-    files: ClassVar[Mapping[str, str]] = {"randlora_lambda": "randlora_lambda", "randlora_gamma": "randlora_gamma"}
-    root_files: ClassVar[Mapping[str, str]] = {
-        "randlora_a": "base_model.randlora_A",
-        "randlora_b": "base_model.randlora_B",
-    }
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("randlora_lambda", "randlora_gamma", "randlora_scale", "randlora_dropout"),
+        root=("randlora_a", "randlora_b"),
+        trained=frozenset({"randlora_lambda", "randlora_gamma"}),
+    )
+    peft: ClassVar[PeftFormat[Any]] = RandLoraFormat(
+        type="RANDLORA",
+        options={
+            "target_modules": "targets",
+            "layers_to_transform": "layers_to_transform",
+            "layers_pattern": "layers_pattern",
+            "r": "rank",
+            "randlora_alpha": "alpha",
+            "randlora_dropout": "dropout",
+            "bias": "bias",
+        },
+        required=("r", "randlora_alpha"),
+        ignored=VeRA.peft.ignored | {"sparse", "very_sparse"},
+        tensors={"randlora_lambda": "randlora_lambda", "randlora_gamma": "randlora_gamma"},
+        root_tensors={
+            "randlora_a": "base_model.randlora_A",
+            "randlora_b": "base_model.randlora_B",
+        },
+    )
 
     rank: int = option(32, "rank r of one random basis; the smaller, the more is trained", at_least=1)
     alpha: float = option(640.0, "numerator of the scaling alpha / rank", above=0)
@@ -112,18 +139,6 @@ class RandLora(Biased):
         """Gives `W + s P Q`."""
         first, second = _factors(leaves, *base["kernel"].shape)
         return {"kernel": base["kernel"] + leaves["randlora_scale"] * product(first, second)}
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; the bases are always in the file."""
-        kinds = {"sparse": self.bases == "sparse", "very_sparse": self.bases == "very_sparse", "save_projection": True}
-        return super().to_peft() | kinds
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; a file without its bases is refused."""
-        kinds = [kind for kind in ("very_sparse", "sparse") if config.get(kind)]  # in PEFT the first of them wins
-        values, problems = super().from_peft(config)
-        return values | ({"bases": kinds[0]} if kinds else {}), [*problems, *without_projections(config)]
 
 
 def _factors(leaves: Leaves, n_in: int, n_out: int) -> tuple[Any, Any]:

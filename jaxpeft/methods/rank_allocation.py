@@ -70,7 +70,7 @@ def allocating(method: AdaLoRA, inner: optax.GradientTransformation, steps: int)
         )
 
     def init(params: Any) -> Allocation:
-        own = [(path, leaf) for path, leaf in paths.walk(params) if path[-1] in method.trained_leaves]
+        own = [(path, leaf) for path, leaf in paths.walk(params) if path[-1] in method.leaves.trained]
         first, second = (paths.build([(path, jnp.zeros_like(leaf)) for path, leaf in own]) for _ in range(2))
         kept = paths.build([(path, jnp.ones_like(leaf, bool)) for path, leaf in own if path[-1] == "adalora_e"])
         return Allocation(jnp.zeros((), jnp.int32), first, second, kept, inner.init(params))

@@ -13,21 +13,38 @@ equations 3 and 4, table 1 (arXiv:2409.00119).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jnp
-from jaxpeft.methods.targeted import Targeted
+from jaxpeft.methods.targeted import Targeted, TargetedFormat
 
 if TYPE_CHECKING:
     import jax
 
 _ROWS = {"road_1": 1, "road_2": 2, "road_4": 4}
+
+
+_LEAVES = ("road_theta", "road_alpha")
+
+
+@dataclass(frozen=True)
+class RoAdFormat(TargetedFormat["RoAd"]):
+    """How adapters of `RoAd` stand in files."""
+
+    def pack(self, method: RoAd, site: Site, leaves: Leaves) -> dict[str, Any]:
+        """Gives angles and scales as one row each."""
+        return {name: leaf.reshape(-1) for name, leaf in super().pack(method, site, leaves).items()}
+
+    def unpack(self, method: RoAd, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives angles and scales by groups."""
+        return {name: tensors[name].reshape(leaf.shape) for name, leaf in fresh.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +60,22 @@ class RoAd(Targeted):
 
     name: ClassVar[str] = "road"
     paper: ClassVar[str] = "arXiv:2409.00119"
-    leaf_names: ClassVar[tuple[str, ...]] = ("road_theta", "road_alpha")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset(leaf_names)
-    zero_is_base: ClassVar[bool] = False
-    files: ClassVar[Mapping[str, str]] = {name: name for name in leaf_names}
-    peft_type: ClassVar[str | None] = "ROAD"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        "target_modules": "targets",
-        "variant": "variant",
-        "group_size": "group_size",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("variant", "group_size")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=_LEAVES,
+        trained=frozenset(_LEAVES),
+        zero_is_base=False,
+    )
+    peft: ClassVar[PeftFormat[Any]] = RoAdFormat(
+        tensors={name: name for name in _LEAVES},
+        type="ROAD",
+        options={
+            "target_modules": "targets",
+            "variant": "variant",
+            "group_size": "group_size",
+        },
+        required=("variant", "group_size"),
+        ignored=frozenset({"init_weights"}),
+    )
 
     variant: Literal["road_1", "road_2", "road_4"] = option("road_1", "how many angles and scales: 1, 2 or 4 a pair")
     group_size: int = option(64, "outputs of a group, whose halves are paired; divides those of each site", at_least=2)
@@ -89,14 +110,6 @@ class RoAd(Targeted):
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `W R'` and `R b`."""
         return {name: _rotated(leaves, base[name]) for name in ("kernel", "bias") if name in base}
-
-    def pack(self, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives angles and scales as one row each."""
-        return {name: leaf.reshape(-1) for name, leaf in super().pack(site, leaves).items()}
-
-    def unpack(self, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives angles and scales by groups."""
-        return {name: tensors[name].reshape(leaf.shape) for name, leaf in fresh.items()}
 
 
 def _rotated(leaves: Leaves, z: Any) -> Any:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from jaxpeft.core import paths
 from jaxpeft.core.method import Kernel, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import SiteSpec
 from jaxpeft.core.targets import ALL, Site, Targets, matches, whole_leaf
-from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted
+from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
 
 if TYPE_CHECKING:
     import jax
+
+
+M = TypeVar("M", bound="Selected")
+
+
+@dataclass(frozen=True)
+class SelectedFormat(TargetedFormat[M]):
+    """How adapters of `Selected` stand in files."""
+
+    def wrapper(self, method: M, path: Path, by: Method | None) -> str:
+        """Keeps the module's own names: nothing stands around it."""
+        del path, by
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +39,14 @@ class Selected(Targeted):
         base_leaves: the names of the leaves that are trained.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "norm")
+    sites: ClassVar[SiteSpec] = SiteSpec(
+        kinds=("linear", "norm"),
+    )
+    peft: ClassVar[PeftFormat[Any]] = SelectedFormat(
+        options=TARGET_OPTIONS,
+    )
+
     base_leaves: ClassVar[frozenset[str]] = frozenset()
-    peft_options: ClassVar[Mapping[str, str]] = TARGET_OPTIONS
 
     targets: str | tuple[str, ...] = option(ALL, "list of name suffixes, a regular expression, or 'all'")
 
@@ -45,8 +64,3 @@ class Selected(Targeted):
         if path[-1] not in self.base_leaves or paths.is_head(path):
             return False
         return whole_leaf(self.name, path, paths.get(params, path), lambda name: matches(name, self.wanted()))
-
-    def wrapping(self, path: Path, by: Method | None) -> str:
-        """Keeps the module's own names: nothing stands around it."""
-        del path, by
-        return ""

@@ -11,7 +11,6 @@ Bhardwaj et al. 2024, "Sparse High Rank Adapters", section 3, its mask SHiRA-Ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -20,12 +19,28 @@ import numpy as np
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.made import through
 from jaxpeft.methods.sparse import one_of_each_part, scattered
-from jaxpeft.methods.targeted import Targeted
+from jaxpeft.methods.targeted import Targeted, TargetedFormat
+
+_LEAVES = ("shira_weight", "shira_indices")
+
+
+@dataclass(frozen=True)
+class SHiRAFormat(TargetedFormat["SHiRA"]):
+    """How adapters of `SHiRA` stand in files."""
+
+    def wrong_numbers(self, method: SHiRA, site: Site, tensors: Leaves) -> list[str]:
+        """Refuses places outside of the kernel, which would be left out without a word, and parts of one."""
+        places, (n_in, n_out) = np.asarray(tensors["shira_indices"]), site.shape
+        inside = (places >= 0) & (places < np.array([[n_out], [n_in]])) & (places == np.floor(places))
+        why = f"shira_indices: names places that the kernel, {n_out} outputs by {n_in} inputs, has not"
+        return [] if inside.all() else [why]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +56,20 @@ class SHiRA(Targeted):
 
     name: ClassVar[str] = "shira"
     paper: ClassVar[str] = "arXiv:2406.13175"
-    leaf_names: ClassVar[tuple[str, ...]] = ("shira_weight", "shira_indices")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"shira_weight"})
-    zero_is_base: ClassVar[bool] = False  # zeros compute it, but would be trained
-    files: ClassVar[Mapping[str, str]] = {name: name for name in leaf_names}
-    as_they_are: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
-    peft_type: ClassVar[str | None] = "SHIRA"
-    peft_options: ClassVar[Mapping[str, str]] = {"target_modules": "targets", "r": "rank"}
-    peft_required: ClassVar[tuple[str, ...]] = ("r",)
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "mask_type", "random_seed"})
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=_LEAVES,
+        trained=frozenset({"shira_weight"}),
+        # zeros compute it, but would be trained
+        zero_is_base=False,
+    )
+    peft: ClassVar[PeftFormat[Any]] = SHiRAFormat(
+        tensors={name: name for name in _LEAVES},
+        untransposed=frozenset({"shira_indices"}),
+        type="SHIRA",
+        options={"target_modules": "targets", "r": "rank"},
+        required=("r",),
+        ignored=frozenset({"init_weights", "mask_type", "random_seed"}),
+    )
 
     rank: int = option(32, "rank r of the LoRA that would train as many numbers", at_least=1)
 
@@ -82,13 +102,6 @@ class SHiRA(Targeted):
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `W + S`."""
         return {"kernel": base["kernel"] + _sparse(base["kernel"].shape, leaves)}
-
-    def wrong_numbers(self, site: Site, tensors: Leaves) -> list[str]:
-        """Refuses places outside of the kernel, which would be left out without a word, and parts of one."""
-        places, (n_in, n_out) = np.asarray(tensors["shira_indices"]), site.shape
-        inside = (places >= 0) & (places < np.array([[n_out], [n_in]])) & (places == np.floor(places))
-        why = f"shira_indices: names places that the kernel, {n_out} outputs by {n_in} inputs, has not"
-        return [] if inside.all() else [why]
 
 
 def _sparse(shape: tuple[int, int], leaves: Leaves) -> Any:

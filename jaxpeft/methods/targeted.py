@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxpeft.core.expressions import broken_expression
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.targets import ALL_LINEAR, Site, Targets, is_keyword, pattern_value, require_patterns, usual
 from jaxpeft.errors import ConfigError, TargetError
 
@@ -22,6 +23,40 @@ TARGET_OPTIONS: Mapping[str, str] = {
 """From PEFT's names of the target options to ours."""
 
 
+M = TypeVar("M", bound="Targeted")
+
+
+@dataclass(frozen=True)
+class TargetedFormat(PeftFormat[M]):
+    """How adapters of `Targeted` stand in files."""
+
+    def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads `adapter_config.json`; the modules must be named in it."""
+        values, problems = super().read_options(kind, config)
+        if isinstance(values.get("layers_to_transform"), int):
+            values["layers_to_transform"] = (values["layers_to_transform"],)
+        if values.get("layers_to_transform") in ((), []):
+            del values["layers_to_transform"]
+        if isinstance(values.get("layers_pattern"), str):
+            values["layers_pattern"] = (values["layers_pattern"],) if values["layers_pattern"] else ()
+        if not values.get("targets"):
+            problems.append("target_modules: is not set; name the modules that the adapter holds")
+        return values, problems
+
+    def write_options(self, method: M) -> dict[str, Any]:
+        """Gives the options; an empty list is PEFT's null. Where PEFT lacks one that chooses, the file names the sites one by one."""
+        values, told = super().write_options(method), self.names(type(method)).values()
+        untold = (method.exclude and "exclude" not in told) or (
+            method.layers_to_transform is not None and "layers_to_transform" not in told
+        )
+        named = {"target_modules": "default"} if untold else {}
+        return (
+            values
+            | {key: values[key] or None for key in ("exclude_modules", "layers_pattern") if key in values}
+            | named
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Targeted(Method):
     """A method that adds leaves to chosen sites.
@@ -29,6 +64,8 @@ class Targeted(Method):
     Class attributes:
         usual_targets: the ends of site names that `targets="default"` stands for, those that the model has.
     """
+
+    peft: ClassVar[PeftFormat[Any]] = TargetedFormat()
 
     usual_targets: ClassVar[tuple[str, ...]] = ()
 
@@ -81,33 +118,6 @@ class Targeted(Method):
                     "name its sites"
                 )
         return Targets(targets, self.exclude, numbers, self.layers_pattern, self.modules_to_save)
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads `adapter_config.json`; the modules must be named in it."""
-        values, problems = super().from_peft(config)
-        if isinstance(values.get("layers_to_transform"), int):
-            values["layers_to_transform"] = (values["layers_to_transform"],)
-        if values.get("layers_to_transform") in ((), []):
-            del values["layers_to_transform"]
-        if isinstance(values.get("layers_pattern"), str):
-            values["layers_pattern"] = (values["layers_pattern"],) if values["layers_pattern"] else ()
-        if not values.get("targets"):
-            problems.append("target_modules: is not set; name the modules that the adapter holds")
-        return values, problems
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; an empty list is PEFT's null. Where PEFT lacks one that chooses, the file names the sites one by one."""
-        values, told = super().to_peft(), self.file_options().values()
-        untold = (self.exclude and "exclude" not in told) or (
-            self.layers_to_transform is not None and "layers_to_transform" not in told
-        )
-        named = {"target_modules": "default"} if untold else {}
-        return (
-            values
-            | {key: values[key] or None for key in ("exclude_modules", "layers_pattern") if key in values}
-            | named
-        )
 
 
 def require_divisor(field: str, size: int, site: Site) -> None:

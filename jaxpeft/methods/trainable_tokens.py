@@ -16,13 +16,28 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec, SiteSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jnp
-from jaxpeft.methods.targeted import Targeted
+from jaxpeft.methods.targeted import Targeted, TargetedFormat
 
 if TYPE_CHECKING:
     import jax
+
+
+@dataclass(frozen=True)
+class TrainableTokensFormat(TargetedFormat["TrainableTokens"]):
+    """How adapters of `TrainableTokens` stand in files."""
+
+    def read_options(self, kind: type[TrainableTokens], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads PEFT's options; how the rows began says nothing of what they are."""
+        given = {key: value for key, value in config.items() if key != "init_weights"}
+        values, problems = super().read_options(
+            kind, given | {"target_modules": given.get("target_modules") or "default"}
+        )
+        return values, problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +48,22 @@ class TrainableTokens(Targeted):
     """
 
     name: ClassVar[str] = "trainable_tokens"
-    leaf_names: ClassVar[tuple[str, ...]] = ("token_rows", "token_ids")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"token_rows"})
-    files: ClassVar[Mapping[str, str]] = {"token_rows": "trainable_tokens_delta"}
-    as_they_are: ClassVar[frozenset[str]] = frozenset({"token_rows"})
-    kinds: ClassVar[tuple[str, ...]] = ("embedding", "linear")
-    hooks: ClassVar[Mapping[str, str]] = {"__call__": "compute", "attend": "compute_head"}
-    zero_is_base: ClassVar[bool] = False
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("token_rows", "token_ids"),
+        trained=frozenset({"token_rows"}),
+        zero_is_base=False,
+    )
+    sites: ClassVar[SiteSpec] = SiteSpec(
+        kinds=("embedding", "linear"),
+        hooks={"__call__": "compute", "attend": "compute_head"},
+    )
+    peft: ClassVar[PeftFormat[Any]] = TrainableTokensFormat(
+        tensors={"token_rows": "trainable_tokens_delta"},
+        untransposed=frozenset({"token_rows"}),
+        type="TRAINABLE_TOKENS",
+        options={"token_indices": "tokens", "target_modules": "targets"},
+    )
     usual_targets: ClassVar[tuple[str, ...]] = ("embed_tokens", "word_embeddings")
-    peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
-    peft_options: ClassVar[Mapping[str, str]] = {"token_indices": "tokens", "target_modules": "targets"}
 
     tokens: tuple[int, ...] = option((), "ids of the tokens", at_least=0)
     targets: str | tuple[str, ...] = option(
@@ -105,13 +126,6 @@ class TrainableTokens(Targeted):
             if "original" in base
             else {"kernel": kernel.at[:, ids].set(rows.T)}
         )
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads PEFT's options; how the rows began says nothing of what they are."""
-        given = {key: value for key, value in config.items() if key != "init_weights"}
-        values, problems = super().from_peft(given | {"target_modules": given.get("target_modules") or "default"})
-        return values, problems
 
 
 def _with_logits(call: Call, logits: Any, rows: Any) -> Any:

@@ -17,12 +17,29 @@ from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.targeted import TARGET_OPTIONS, require_divisor
+from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat, require_divisor
+
+
+@dataclass(frozen=True)
+class VBLoRAFormat(TargetedFormat["VBLoRA"]):
+    """How adapters of `VBLoRA` stand in files."""
+
+    def read_options(self, kind: type[VBLoRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options; a file that holds the largest weights in place of the logits is refused."""
+        values, problems = super().read_options(kind, config)
+        if config.get("save_only_topk_weights"):
+            problems.append(
+                "save_only_topk_weights: the file holds no logits, which training goes on from; save it with "
+                "save_only_topk_weights=False where it was trained"
+            )
+        return values, problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +56,13 @@ class VBLoRA(Biased):
 
     name: ClassVar[str] = "vblora"
     paper: ClassVar[str] = "arXiv:2405.15179"
-    leaf_names: ClassVar[tuple[str, ...]] = ("vblora_logits_a", "vblora_logits_b", "vblora_topk", "vblora_dropout")
-    root_names: ClassVar[tuple[str, ...]] = ("vblora_vector_bank",)
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"vblora_logits_a", "vblora_logits_b", "vblora_vector_bank"})
-    fresh_is_base: ClassVar[bool] = False
-    zero_is_base: ClassVar[bool] = False
-    files: ClassVar[Mapping[str, str]] = {"vblora_logits_a": "vblora_logits_A", "vblora_logits_b": "vblora_logits_B"}
-    root_files: ClassVar[Mapping[str, str]] = {"vblora_vector_bank": "base_model.vblora_vector_bank"}
-    as_they_are: ClassVar[frozenset[str]] = frozenset({"vblora_vector_bank"})
-    peft_type: ClassVar[str | None] = "VBLORA"
-    peft_options: ClassVar[Mapping[str, str]] = {
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("vblora_logits_a", "vblora_logits_b", "vblora_topk", "vblora_dropout"),
+        root=("vblora_vector_bank",),
+        trained=frozenset({"vblora_logits_a", "vblora_logits_b", "vblora_vector_bank"}),
+        zero_is_base=False,
+    )
+    peft: ClassVar[PeftFormat[Any]] = VBLoRAFormat(tensors={"vblora_logits_a": "vblora_logits_A", "vblora_logits_b": "vblora_logits_B"}, root_tensors={"vblora_vector_bank": "base_model.vblora_vector_bank"}, untransposed=frozenset({"vblora_vector_bank"}), type="VBLORA", options={
         **TARGET_OPTIONS,
         "r": "rank",
         "num_vectors": "vectors",
@@ -56,11 +70,9 @@ class VBLoRA(Biased):
         "topk": "topk",
         "vblora_dropout": "dropout",
         "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r", "num_vectors", "vector_length", "topk")
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({
+    }, required=("r", "num_vectors", "vector_length", "topk"), ignored=frozenset({
         "init_vector_bank_bound", "init_logits_std", "save_only_topk_weights",
-    })  # fmt: skip
+    }), )  # fmt: skip
 
     rank: int = option(4, "rank r of the updates", at_least=1)
     vectors: int = option(256, "how many vectors h the bank has", at_least=1)
@@ -72,6 +84,11 @@ class VBLoRA(Biased):
     bank_bound: float = option(0.02, "the bank begins uniform within this bound", above=0)
     logits_std: float = option(0.1, "standard deviation of the logits as they begin", above=0)
     bias: Literal["none", "all", "vblora_only"] = bias_option()
+
+    @property
+    def fresh_is_base(self) -> bool:
+        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        return False
 
     def problems(self) -> list[str]:
         """Refuses to mix more vectors than there are."""
@@ -109,17 +126,6 @@ class VBLoRA(Biased):
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Gives `W + A B`."""
         return {"kernel": base["kernel"] + product(*_matrices(leaves))}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; a file that holds the largest weights in place of the logits is refused."""
-        values, problems = super().from_peft(config)
-        if config.get("save_only_topk_weights"):
-            problems.append(
-                "save_only_topk_weights: the file holds no logits, which training goes on from; save it with "
-                "save_only_topk_weights=False where it was trained"
-            )
-        return values, problems
 
 
 def _matrices(leaves: Leaves) -> tuple[Any, Any]:

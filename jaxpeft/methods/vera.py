@@ -20,11 +20,28 @@ from typing import Any, ClassVar, Literal
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
 from jaxpeft.methods.dropping import dropped
 from jaxpeft.methods.low_rank import product
+from jaxpeft.methods.targeted import TargetedFormat
+
+
+@dataclass(frozen=True)
+class VeRAFormat(TargetedFormat["VeRA"]):
+    """How adapters of `VeRA` stand in files."""
+
+    def write_options(self, method: VeRA) -> dict[str, Any]:
+        """Gives the options; the projections are always in the file."""
+        return super().write_options(method) | {"save_projection": True}
+
+    def read_options(self, kind: type[VeRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options; a file without its projections is refused."""
+        values, problems = super().read_options(kind, config)
+        return values, [*problems, *without_projections(config)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +57,27 @@ class VeRA(Biased):
 
     name: ClassVar[str] = "vera"
     paper: ClassVar[str] = "arXiv:2310.11454"
-    leaf_names: ClassVar[tuple[str, ...]] = ("vera_lambda_b", "vera_lambda_d", "vera_dropout")
-    root_names: ClassVar[tuple[str, ...]] = ("vera_a", "vera_b")
-    trained_leaves: ClassVar[frozenset[str]] = frozenset({"vera_lambda_b", "vera_lambda_d"})
-    peft_type: ClassVar[str | None] = "VERA"
-    peft_options: ClassVar[Mapping[str, str]] = {
-        "target_modules": "targets",
-        "layers_to_transform": "layers_to_transform",
-        "layers_pattern": "layers_pattern",
-        "r": "rank",
-        "vera_dropout": "dropout",
-        "d_initial": "d_initial",
-        "bias": "bias",
-    }
-    peft_required: ClassVar[tuple[str, ...]] = ("r",)
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"save_projection", "projection_prng_key", "init_weights"})
-    files: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}
-    root_files: ClassVar[Mapping[str, str]] = {"vera_a": "base_model.vera_A", "vera_b": "base_model.vera_B"}
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=("vera_lambda_b", "vera_lambda_d", "vera_dropout"),
+        root=("vera_a", "vera_b"),
+        trained=frozenset({"vera_lambda_b", "vera_lambda_d"}),
+    )
+    peft: ClassVar[PeftFormat[Any]] = VeRAFormat(
+        type="VERA",
+        options={
+            "target_modules": "targets",
+            "layers_to_transform": "layers_to_transform",
+            "layers_pattern": "layers_pattern",
+            "r": "rank",
+            "vera_dropout": "dropout",
+            "d_initial": "d_initial",
+            "bias": "bias",
+        },
+        required=("r",),
+        ignored=frozenset({"save_projection", "projection_prng_key", "init_weights"}),
+        tensors={"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"},
+        root_tensors={"vera_a": "base_model.vera_A", "vera_b": "base_model.vera_B"},
+    )
 
     rank: int = option(256, "rank r of the shared projections", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
@@ -93,16 +114,6 @@ class VeRA(Biased):
         n_in, n_out = base["kernel"].shape
         a, b = leaves["vera_a"][:n_in] * leaves["vera_lambda_d"], leaves["vera_b"][:, :n_out] * leaves["vera_lambda_b"]
         return {"kernel": base["kernel"] + product(a, b)}
-
-    def to_peft(self) -> dict[str, Any]:
-        """Gives the options; the projections are always in the file."""
-        return super().to_peft() | {"save_projection": True}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; a file without its projections is refused."""
-        values, problems = super().from_peft(config)
-        return values, [*problems, *without_projections(config)]
 
 
 def without_projections(config: Mapping[str, Any]) -> list[str]:

@@ -13,18 +13,56 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxpeft import kernels
 from jaxpeft.core import paths
 from jaxpeft.core.method import Call, Leaves, Method
 from jaxpeft.core.options import option
+from jaxpeft.core.peft_format import PeftFormat
+from jaxpeft.core.specs import SiteSpec
 from jaxpeft.core.targets import Site, find_sites
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 
 TABLE = "prompt_embeddings"
 _KEYS, _WORDS = ("k_proj", "key", "k_lin"), ("embed_tokens", "word_embeddings", "wte")
+
+
+M = TypeVar("M", bound="VirtualTokens")
+
+
+@dataclass(frozen=True)
+class VirtualTokensFormat(PeftFormat[M]):
+    """How adapters of `VirtualTokens` stand in files."""
+
+    def pack_root(self, method: M, leaves: Leaves) -> dict[str, Any]:
+        """Gives the table as one matrix."""
+        table = method.table(leaves)
+        return {TABLE: table.reshape(len(table), -1)}
+
+    def unpack_root(self, method: M, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
+        """Gives the leaves of a method that keeps the table itself."""
+        marker = method.leaves.root[0]
+        return {**fresh, marker: tensors[TABLE].reshape(fresh[marker].shape)}
+
+    def base_sizes(self, method: M, params: Leaves, config: Any) -> dict[str, Any]:
+        """Gives the sizes of the base, as PEFT asks for them."""
+        width = word_embedding(params).shape[1]
+        sizes = {"token_dim": width, "num_layers": layers_and_width(params)[0]}
+        return {**sizes, "num_attention_heads": config.num_attention_heads, "num_transformer_submodules": 1}
+
+    def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Reads the options; PEFT's 2 submodules are those of an encoder and a decoder."""
+        one = config.get("num_transformer_submodules") == 1
+        known = {k: v for k, v in config.items() if not (one and k == "num_transformer_submodules")}
+        values, problems = super().read_options(kind, known)
+        if config.get("task_type") is None:
+            problems.append(
+                "task_type: is not set, and PEFT then computes the base alone, without the virtual tokens; set it to what the adapter "
+                "was trained for, such as CAUSAL_LM"
+            )
+        return values, problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +72,24 @@ class VirtualTokens(Method):
     A fresh one changes the outputs: every token attends to the virtual ones, whatever they hold.
     """
 
-    mergeable: ClassVar[bool] = False
-    fresh_is_base: ClassVar[bool] = False
-    needed_inputs: ClassVar[tuple[str, ...]] = ("virtual",)
-    module_prefix: ClassVar[str] = "base_model."  # PEFT keeps the base as it is beside the table
-    peft_options: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "num_virtual_tokens"}
-    peft_required: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
-    # sizes of the base, which the shape of the table tells as well, and of networks that files leave out
-    peft_ignored: ClassVar[frozenset[str]] = frozenset(
-        {"task_type", "token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"}
+    sites: ClassVar[SiteSpec] = SiteSpec(
+        inputs=("virtual",),
+    )
+    peft: ClassVar[PeftFormat[Any]] = VirtualTokensFormat(
+        # PEFT keeps the base as it is beside the table
+        module_prefix="base_model.",
+        options={"num_virtual_tokens": "num_virtual_tokens"},
+        required=("num_virtual_tokens",),
+        # sizes of the base, which the shape of the table tells as well, and of networks that files leave out
+        ignored=frozenset({"task_type", "token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"}),
     )
 
     num_virtual_tokens: int = option(20, "how many virtual tokens stand in front of a row", at_least=1)
+
+    @property
+    def fresh_is_base(self) -> bool:
+        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        return False
 
     @property
     def virtual_positions(self) -> int:
@@ -56,35 +100,6 @@ class VirtualTokens(Method):
     def table(leaves: Leaves) -> Any:
         """Gives the table, float32 `[virtual tokens, ...]`, from the leaves."""
         raise NotImplementedError
-
-    def pack_root(self, leaves: Leaves) -> dict[str, Any]:
-        """Gives the table as one matrix."""
-        table = self.table(leaves)
-        return {TABLE: table.reshape(len(table), -1)}
-
-    def unpack_root(self, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives the leaves of a method that keeps the table itself."""
-        marker = self.root_names[0]
-        return {**fresh, marker: tensors[TABLE].reshape(fresh[marker].shape)}
-
-    def peft_sizes(self, params: Leaves, config: Any) -> dict[str, Any]:
-        """Gives the sizes of the base, as PEFT asks for them."""
-        width = word_embedding(params).shape[1]
-        sizes = {"token_dim": width, "num_layers": layers_and_width(params)[0]}
-        return {**sizes, "num_attention_heads": config.num_attention_heads, "num_transformer_submodules": 1}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; PEFT's 2 submodules are those of an encoder and a decoder."""
-        one = config.get("num_transformer_submodules") == 1
-        known = {k: v for k, v in config.items() if not (one and k == "num_transformer_submodules")}
-        values, problems = super().from_peft(known)
-        if config.get("task_type") is None:
-            problems.append(
-                "task_type: is not set, and PEFT then computes the base alone, without the virtual tokens; set it to what the adapter "
-                "was trained for, such as CAUSAL_LM"
-            )
-        return values, problems
 
 
 def call_behind(call: Call, *, past: Any = None, prompt: Any = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpeft.config.schema import Config
+from jaxpeft.core import training_hooks
 from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.models.attention import KERNELS, kernel_of
 from jaxpeft.planning import estimates
@@ -171,7 +173,9 @@ def _attention(setting: Setting, config: Config, mesh: Mesh) -> str:
 def step_of(run: Subject, placed: Placed, mesh: Mesh) -> Any:
     """Makes the run's own step, jitted as the loop does."""
     config = run.config
-    step = make_train_step(run.model, run.loss, run.optimizer, config.train.accumulation, config.method.penalty)
+    step = make_train_step(
+        run.model, run.loss, run.optimizer, config.train.accumulation, partial(training_hooks.penalty, config.method)
+    )
     return jit_train_step(step, mesh, jax.tree.map(lambda leaf: leaf.sharding, placed.state))
 
 

@@ -1,42 +1,44 @@
-"""Linear sites whose kernel is quantised: what computes a module that holds one, as an adapter method computes its own."""
+"""Linear sites whose kernel is quantized: what computes a module that holds one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from jaxpeft.core.method import Call, Method
+from jaxpeft.core.method import Call
+from jaxpeft.core.specs import LeafSpec, SiteSpec
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.kernels.form import Quantised
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored(Method):
-    """A linear module with a quantised kernel; of each form there is one, below.
+@dataclass(frozen=True)
+class QuantizedSite:
+    """The computation of a linear module with a quantized kernel.
 
-    Class attributes:
+    Attributes:
+        name: of the number format.
         form: how the kernel is stored.
     """
 
-    form: ClassVar[Quantised]
+    name: str
+    form: Quantised
 
-    @classmethod
-    def of(cls, name: str, form: Quantised) -> type[Stored]:
-        """Makes what computes the sites of one form.
+    @property
+    def leaves(self) -> LeafSpec:
+        """The leaves that hold the kernel."""
+        return LeafSpec(self.form.leaves)
 
-        Args:
-            name: of the form.
-            form: how the kernel is stored.
-        """
+    @property
+    def sites(self) -> SiteSpec:
+        """Linear modules, computed by `compute`."""
+        return SiteSpec()
 
-        def compute(call: Call) -> Any:
-            y = form.matmul(call.x, call.leaves)
-            return y if call.bias is None else y + call.bias.astype(y.dtype)
-
-        body = {"name": name, "form": form, "leaf_names": form.leaves, "compute": staticmethod(compute)}
-        return type(f"Stored{name.upper()}", (cls,), body)
+    def compute(self, call: Call) -> Any:
+        """Compute `x W + b`, `[..., in] -> [..., out]` in the dtype of `x`, from the codes of `W`."""
+        y = self.form.matmul(call.x, call.leaves)
+        return y if call.bias is None else y + call.bias.astype(y.dtype)
 
 
-MARKERS: Mapping[str, type[Method]] = {form.leaves[0]: Stored.of(name, form) for name, form in QUANTIZED.items()}
-"""What computes a module that holds a quantised kernel, by the leaf that tells its form."""
+MARKERS: Mapping[str, QuantizedSite] = {form.leaves[0]: QuantizedSite(name, form) for name, form in QUANTIZED.items()}
+"""What computes a module that holds a quantized kernel, by the leaf that tells its format."""

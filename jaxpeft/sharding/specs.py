@@ -226,10 +226,10 @@ def _beside(rules: Rules, params: Mapping[str, Any], method: Method | None) -> I
                 for key in form.leaves
             )
         for part in parts:
-            names = node & set(part.site_names())
+            names = node & set(part.leaves.names)
             sides = _sides(partial(_made, part), site, known) if names else {}
             yield from (((*site.path, key), _derived(base, sides.get(key, ()), _FEW)) for key in names)
-    yield from (((name,), Rule("")) for part in parts for name in part.root_names if name in params)
+    yield from (((name,), Rule("")) for part in parts for name in part.leaves.root if name in params)
 
 
 _KERNELS = {"linear": "kernel", "embedding": "embedding"}

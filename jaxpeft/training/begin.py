@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core import paths, tree
+from jaxpeft.core import paths, training_hooks, tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import adapter_names, trainable_mask
@@ -65,7 +65,7 @@ def begun(
     if meta is not None:
         return (method, *split)
     run = Start(setup.model, setup.params, key, setup.tokenizer, partial(_first_batches, setup))
-    started, params = method.start(fresh, run)
+    started, params = training_hooks.start(method, fresh, run)
     return (started, *(split if params is fresh else _placed(setup, started, params)))
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxpeft.checkpoint.identity import tree_spec
 from jaxpeft.checkpoint.manager import Checkpoints
 from jaxpeft.config.schema import OptimizerConfig
-from jaxpeft.core import paths, tree
+from jaxpeft.core import paths, training_hooks, tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.batches import Position
@@ -246,7 +246,9 @@ class Run:
         """Compiles the step for every padded length, so that nothing is compiled while training."""
         setup = self.setup
         parts = setup.config.train.accumulation
-        train_step = make_train_step(setup.model, setup.loss, self.optimizer, parts, self.method.penalty)
+        train_step = make_train_step(
+            setup.model, setup.loss, self.optimizer, parts, partial(training_hooks.penalty, self.method)
+        )
         how = compiling.options(setup.mesh.devices.flat[0])
         step = jit_train_step(train_step, setup.mesh, self.places, how)
         lengths = setup.batches.lengths

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft.config.schema import Config, OptimizerConfig
-from jaxpeft.core import paths
+from jaxpeft.core import paths, training_hooks
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
+from jaxpeft.core.training_hooks import trains_head_alone
 from jaxpeft.errors import ConfigError
 
 _NOT_DECAYED = frozenset({"bias", "scale"})
@@ -71,7 +72,7 @@ def build(config: OptimizerConfig, steps: int, method: Method | None = None) -> 
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
     if method is None:
         return optax.chain(clip, update)
-    return method.optimizer(optax.chain(clip, update, _at_rates(method)), steps)
+    return training_hooks.wrap_optimizer(method, optax.chain(clip, update, _at_rates(method)), steps)
 
 
 def _at_rates(method: Method) -> optax.GradientTransformation:
@@ -80,7 +81,7 @@ def _at_rates(method: Method) -> optax.GradientTransformation:
     def scale(updates: Any, params: Any) -> Any:
         del params
         return paths.map_with_path(
-            lambda path, leaf: leaf if (rate := method.rate(path)) == 1.0 else rate * leaf, updates
+            lambda path, leaf: leaf if (rate := training_hooks.rate(method, path)) == 1.0 else rate * leaf, updates
         )
 
     return optax.stateless(scale)
@@ -120,7 +121,7 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
 
 def options_for(config: Config) -> OptimizerConfig:
     """Gives the optimizer's options for the method of a config."""
-    return for_head_alone(config.optimizer) if config.method.head_alone else config.optimizer
+    return for_head_alone(config.optimizer) if trains_head_alone(config.method) else config.optimizer
 
 
 def for_head_alone(config: OptimizerConfig) -> OptimizerConfig:

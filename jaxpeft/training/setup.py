@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxpeft import data
 from jaxpeft.config.schema import Config, as_dict
-from jaxpeft.core import tree
+from jaxpeft.core import training_hooks, tree
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.data.dialogs import last_answer
@@ -265,7 +265,7 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
     """
     method, rules = config.method, rules_of(config.mesh)
     most = getattr(outlined.model.config, "max_position_embeddings", None)
-    virtual = sum(part.virtual_positions for part in method.parts())
+    virtual = training_hooks.virtual_positions(method)
     if most is not None and length + virtual > most:
         behind = f" behind {virtual} virtual ones" if virtual else ""
         raise ConfigError(
@@ -276,7 +276,7 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
     mask = trainable_mask(method, params)
     own = tree.partition(params, mask)[0], tree.partition(shardings(mesh, rules, params, method), mask)[0]
     held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
-    method.optimizer(optax.identity(), steps)  # which refuses a schedule that does not fit the run
+    training_hooks.wrap_optimizer(method, optax.identity(), steps)  # which refuses a schedule that does not fit the run
     if not config.compare.candidates:  # whose rules may be those of another
         require_used(rules, outlined.leaves, params)
     return sum(jax.tree.leaves(held))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxpeft import kernels
 from jaxpeft.core import paths, targets
-from jaxpeft.core.folding import adding_parts, fold_site
+from jaxpeft.core.folding import adding_parts, can_fold, fold_site
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import (
@@ -49,7 +49,7 @@ def merge(
     tree = paths.build(list(paths.walk(params)))
     adding = adding_parts(method, MARKERS)
     for part in adding:
-        if not part.mergeable:
+        if not can_fold(type(part)):
             raise ConfigError(f"{part.name} cannot be merged: no plain weights compute what it does; keep the adapter")
         if not adapted_modules(part, params):
             raise ConfigError(
@@ -58,7 +58,7 @@ def merge(
     _require_made_by(method, params, sites)
     if tied or (tied is None and sites is None and _without_head(params)):
         _require_untied(adding, params)
-    roots = {key: tree.pop(key) for part in adding for key in part.root_names if key in tree}
+    roots = {key: tree.pop(key) for part in adding for key in part.leaves.root if key in tree}
     names = adapter_names(method)
     for site in targets.find_sites(params, targets.KINDS) if sites is None else sites:
         node = paths.get(tree, site.path)
@@ -81,7 +81,7 @@ def _require_made_by(method: Method, params: Mapping[str, Any], sites: Sequence[
     names = {
         name
         for kind in (*MARKERS.values(), *map(type, method.parts()))
-        for name in (*kind.site_names(), *kind.root_names)
+        for name in (*kind.leaves.names, *kind.leaves.root)
     }
     held = {path: leaf for path, leaf in paths.walk(params) if path[-1] in names}
     base = paths.build([(path, leaf) for path, leaf in paths.walk(params) if path not in held])
@@ -102,7 +102,7 @@ def _require_made_by(method: Method, params: Mapping[str, Any], sites: Sequence[
                 f"{paths.text(path)}: {method.name} with these options makes this leaf, and it is not there; {fix}"
             )
         shape, own = wanted[path].shape, held[path]
-        if shape != own.shape and not (method.rank_pads and _is_padded(own, shape)):
+        if shape != own.shape and not (method.leaves.rank_pads and _is_padded(own, shape)):
             raise ConfigError(
                 f"{paths.text(path)}: has shape {list(own.shape)}, and {method.name} with these options makes {list(shape)}; {fix}"
             )
@@ -134,7 +134,7 @@ def _require_untied(adding: Sequence[Method], params: Mapping[str, Any]) -> None
     """
     for path, _ in paths.walk(params):
         for part in adding:
-            lookups = part.leaf_names and path[-1] == part.leaf_names[0] and "attend" not in part.hooks
+            lookups = part.leaves.site and path[-1] == part.leaves.site[0] and "attend" not in part.sites.hooks
             if lookups and kernels.form_of(paths.get(params, path[:-1])) == "embedding":
                 raise ConfigError(
                     f"{paths.text(path[:-1])} is the language-model head as well, and {part.name} changes it where tokens are looked up "

@@ -65,7 +65,7 @@ def require_plain(method: Method, params: Mapping[str, Any]) -> None:
     """
     found = next((path for path, _ in paths.walk(params) if path[-1] in MARKERS), None)
     if found is not None:
-        own = any(found[-1] in (*part.leaf_names, *part.root_names) for part in method.parts())
+        own = any(found[-1] in (*part.leaves.site, *part.leaves.root) for part in method.parts())
         where, name = paths.text(found[:-1]) or "the root of the tree", method.name if own else MARKERS[found[-1]].name
         both = "" if own else f"; for {name} and {method.name} at once, rewrite the base with jaxpeft.Mixed"
         raise ConfigError(f"{where} already holds {name} leaves; rewrite the base, or merge first{both}")

@@ -137,7 +137,7 @@ def moved(method: Any, params: Any, *, size: float = 0.2, seed: int = 0) -> Any:
         leaf = host.setdefault(path, np.array(paths.get(params, path)))
         leaf[region] += size * rng.standard_normal(leaf[region].shape).astype(leaf.dtype)
 
-    inside = {name for part in method.parts() for name in (*part.site_names(), *part.root_names)}
+    inside = {name for part in method.parts() for name in (*part.leaves.names, *part.leaves.root)}
     mask = dict(paths.walk(jaxpeft.trainable_mask(method, params)))
     for path, flag in mask.items():
         if flag and path[-1] not in inside:

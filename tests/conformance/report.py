@@ -23,6 +23,7 @@ import pytest
 
 import jaxpeft
 from jaxpeft import models
+from jaxpeft.core.folding import can_fold
 from jaxpeft.core.tree import count
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Options, abstract_params
@@ -98,11 +99,11 @@ def capabilities() -> list[str]:
         source = Path(sys.modules[cls.__module__].__file__ or "")
         text = " ".join((sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0].split())
         what = text.partition(": ")[2] or text
-        adds = any(part.leaf_names or part.root_names for part in row.method.parts())
+        adds = any(part.leaves.site or part.leaves.root for part in row.method.parts())
         yes = {True: "yes", False: "no"}
         lines.append(
             f"| `{name}` | {what.rstrip('.')} | {share(SHOWN[name] if name in SHOWN else cls())} | "
-            f"{yes[all(p.mergeable for p in row.method.parts())] if adds else 'is plain'} | {cls.peft_type or '-'} | "
+            f"{yes[all(can_fold(type(p)) for p in row.method.parts())] if adds else 'is plain'} | {cls.peft.type or '-'} | "
             f"{yes[adds and not row.alone]} | {yes[not row.unquantised]} | {paper(cls.paper)} | "
             f"{sum(1 for _ in source.open())} |"
         )
@@ -182,7 +183,7 @@ def peft_types() -> str:
     """Says which kinds of files of PEFT's no method reads."""
     from peft import PeftType
 
-    theirs, ours = [str(kind.value) for kind in PeftType], {cls.peft_type for cls in METHODS.values()}
+    theirs, ours = [str(kind.value) for kind in PeftType], {cls.peft.type for cls in METHODS.values()}
     lacking = [f"`{kind}`" for kind in theirs if kind not in ours]
     return (
         f"Of the {len(theirs)} types of PEFT {version('peft')} {len(theirs) - len(lacking)} go both ways. A file of another is refused by "

@@ -13,6 +13,7 @@ import pytest
 import jaxpeft
 from jaxpeft.checkpoint.manager import Checkpoints
 from jaxpeft.core import paths
+from jaxpeft.core.folding import can_fold
 from jaxpeft.core.tree import combine
 from jaxpeft.errors import ConfigError
 from jaxpeft.training.begin import fixed_leaves
@@ -84,21 +85,21 @@ def test_no_second_program_is_compiled_at_the_second_step(subject: Subject) -> N
 
 @every_subject
 def test_merged_is_unmerged_or_merging_refuses(subject: Subject) -> None:
-    if not subject.method.mergeable:
+    if not all(can_fold(type(part)) for part in subject.method.parts()):
         with pytest.raises(ConfigError, match="cannot be merged: no plain weights compute what it does"):
             jaxpeft.merge(subject.method, subject.moved)
         return
     merged = jaxpeft.merge(subject.method, subject.moved)
     assert {p: x.shape for p, x in paths.walk(merged)} == {p: x.shape for p, x in paths.walk(subject.base)}
     assert close(subject.logits(merged), subject.logits(subject.moved))
-    if subject.method.parts()[0].leaf_names:
+    if subject.method.parts()[0].leaves.site:
         with pytest.raises(ConfigError, match="nothing to merge"):
             jaxpeft.merge(subject.method, merged)
 
 
 @every_subject
 def test_rewriting_twice_is_refused(subject: Subject) -> None:
-    if any(part.leaf_names or part.root_names for part in subject.method.parts()):
+    if any(part.leaves.site or part.leaves.root for part in subject.method.parts()):
         with pytest.raises(ConfigError, match="already holds"):
             jaxpeft.rewrite(subject.method, subject.fresh, jax.random.key(0))
 

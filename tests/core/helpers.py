@@ -66,7 +66,7 @@ def perturbed(method: Any, params: Any, seed: int = 0, size: float = 0.2) -> Any
     rng = np.random.default_rng(seed)
 
     def change(path: Any, leaf: Any) -> Any:
-        if path[-1] not in method.trained_leaves:
+        if path[-1] not in method.leaves.trained:
             return leaf
         used = np.any(np.asarray(paths.get(params, path[:-1])["lora_a"]) != 0, axis=-2)
         used = used[..., None, :] if path[-1] == "lora_a" else used[..., None]

@@ -24,7 +24,7 @@ def random(*shape: int) -> jax.Array:
 
 def moved(method: Any, params: Any) -> Any:
     rng = np.random.default_rng(1)
-    names = method.trained_leaves
+    names = method.leaves.trained
     return paths.map_with_path(
         lambda path, x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) if path[-1] in names else x, params
     )
@@ -148,7 +148,7 @@ def test_multi_head_attention_under_scan_remat_and_vmap(lifted: bool, method: An
     folded = jaxpeft.merge(method, params, sites=sites)
     assert_close(model.apply({"params": folded}, x), out)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(jaxpeft.apply(model, p, x) ** 2)))(params)
-    trained = next(iter(method.trained_leaves - {"lora_bias"}))
+    trained = next(iter(method.leaves.trained - {"lora_bias"}))
     assert float(jnp.abs(grads["stack"]["up"][trained]).max()) > 0
 
 

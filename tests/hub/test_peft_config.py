@@ -68,7 +68,7 @@ def test_what_is_written_is_read_back_the_same(method):
     assert peft_config.read(json.loads(json.dumps(written)), "x", HEADS) == method
 
 
-OWN = [name for name, m in METHODS.items() if m.peft_type is None and m.layout == "peft" and name != "mixed"]
+OWN = [name for name, m in METHODS.items() if m.peft.type is None and m.peft.layout == "peft" and name != "mixed"]
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -183,7 +183,7 @@ def test_another_kind_of_adapter_is_refused_with_what_is_supported(kind):
     (problem,) = problems({**MINIMUM, "peft_type": kind})
     assert problem.startswith(f"peft_type {str(kind)!r} is not supported (supported: LORA, ")
     for name, method in METHODS.items():
-        assert (method.peft_type or name.upper()) in problem
+        assert (method.peft.type or name.upper()) in problem
 
 
 @pytest.mark.parametrize("empty", [None, [], ""])

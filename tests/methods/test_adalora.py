@@ -239,7 +239,7 @@ def test_a_file_that_was_cut_is_read_and_written(reference: Any, tmp_path: Path)
     far, found = loaded_gap(torch_model, tmp_path / "theirs", case, wanted)
     assert far < 1e-5
     assert found.rank_pattern == kept
-    assert found.site_names()[0] == "adalora_a"
+    assert found.leaves.names[0] == "adalora_a"
     assert sorted(set(kept.values()))[0] == 0
 
     our_model, base = torch_model.load(scan_layers=True)
@@ -276,13 +276,15 @@ def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> Non
 
 def test_what_is_refused_in_a_file() -> None:
     config = {"init_r": 4, "target_r": 8, "lora_alpha": 8, "target_modules": ["q"], "r": 8, "total_step": 10}
-    values, problems = jaxpeft.AdaLoRA.from_peft(config)
+    values, problems = jaxpeft.AdaLoRA.peft.read_options(jaxpeft.AdaLoRA, config)
     assert not problems
     assert values["target_rank"] == 4  # peft cuts nothing then
     for pattern in ({"q.lora_E": 3}, [1]):
-        _, problems = jaxpeft.AdaLoRA.from_peft(config | {"rank_pattern": pattern})
+        _, problems = jaxpeft.AdaLoRA.peft.read_options(jaxpeft.AdaLoRA, config | {"rank_pattern": pattern})
         assert problems == ["rank_pattern: must give a list of true and false for each site"]
-    _, problems = jaxpeft.AdaLoRA.from_peft({"target_modules": ["q"], "use_dora": True, "alpha_pattern": {"q": 1}})
+    _, problems = jaxpeft.AdaLoRA.peft.read_options(
+        jaxpeft.AdaLoRA, {"target_modules": ["q"], "use_dora": True, "alpha_pattern": {"q": 1}}
+    )
     assert problems == [
         "use_dora: True is not supported by the adalora method; nothing was loaded",
         "alpha_pattern: {'q': 1} is not supported by the adalora method; nothing was loaded",

@@ -182,7 +182,7 @@ def test_what_is_refused() -> None:
     dora = {"peft_type": "LORA", "use_dora": True}
     assert peft_config.method_of(dora) is jaxpeft.DoRA
     assert peft_config.method_of(dora | {"use_dora": False}) is jaxpeft.LoRA
-    _, problems = jaxpeft.DoRA.from_peft(
-        {"use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["q"], "use_qalora": True}
+    _, problems = jaxpeft.DoRA.peft.read_options(
+        jaxpeft.DoRA, {"use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["q"], "use_qalora": True}
     )
     assert problems == ["use_qalora: True is not supported by the dora method; nothing was loaded"]

@@ -64,7 +64,7 @@ def test_what_is_refused() -> None:
         jaxpeft.LoRAFA(lora_plus_ratio=4.0)
     with pytest.raises(TargetError, match="which is an embedding site; lora_fa adapts linear sites"):
         jaxpeft.rewrite(jaxpeft.LoRAFA(targets=("embed_tokens", "q_proj")), load("llama")[1], jax.random.key(0))
-    assert not jaxpeft.LoRAFA.reads({"peft_type": "LORA"})
+    assert not jaxpeft.LoRAFA.peft.reads(jaxpeft.LoRAFA, {"peft_type": "LORA"})
     with pytest.raises(ConfigError, match="lora and lora_fa train other ones of the same leaves; take one of them"):
         jaxpeft.Mixed(methods=(jaxpeft.LoRA(targets=("q_proj",)), jaxpeft.LoRAFA(targets=("v_proj",))))
     with pytest.raises(ConfigError, match="two adalora would each wrap the optimizer; put the sites of both into one"):

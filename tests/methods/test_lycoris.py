@@ -93,7 +93,7 @@ def test_outputs_that_stay_grow_by_as_much_as_others_are_left_out() -> None:
         (jaxpeft.LoKr(rank=2, rank_dropout=0.5, rank_dropout_scale=True), True),
     ):
         params = jaxpeft.rewrite(method, {"proj": {"kernel": jnp.zeros((8, 40))}}, jax.random.key(0))
-        params["proj"] = {k: random(*v.shape) if k in method.trained_leaves else v for k, v in params["proj"].items()}
+        params["proj"] = {k: random(*v.shape) if k in method.leaves.trained else v for k, v in params["proj"].items()}
         whole = jaxpeft.apply(Holder(), params, x)
         dropped = jaxpeft.apply(Holder(), params, x, rngs={"dropout": jax.random.key(1)})
         ratio = np.asarray(dropped / whole)

@@ -154,6 +154,6 @@ def test_the_bases_are_as_wide_as_the_widest_site_and_of_unit_variance() -> None
 
 def test_what_is_refused_by_config() -> None:
     for method, config in ((jaxpeft.VeRA, {}), (jaxpeft.RandLora, {"r": 4})):
-        _, problems = method.from_peft({"target_modules": ["q"], "fan_in_fan_out": True, **config})
+        _, problems = method.peft.read_options(method, {"target_modules": ["q"], "fan_in_fan_out": True, **config})
         assert problems[0].startswith("fan_in_fan_out: True is not supported")
         assert problems[1].endswith("is not set; take it from where the adapter was trained")

@@ -42,7 +42,7 @@ def test_layers_that_are_not_adapted_compute_the_base_and_are_not_trained(method
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(0)), size=0.1)
     other, unrolled = load("llama"), jaxpeft.unstack_layers(params)
     first = unrolled["model"]["layers"]["0"]
-    keep = {name for name in method.leaf_names if name not in ("kernel", "bias")} | {method.site_names()[-1]}
+    keep = {name for name in method.leaves.site if name not in ("kernel", "bias")} | {method.leaves.names[-1]}
     bare = paths.build([(p, x) for p, x in paths.walk(unrolled) if "0" not in p or p[-1] not in keep])
     assert any(name in first["self_attn"]["q_proj"] for name in keep)
     np.testing.assert_allclose(run(model, params), run(other[0], bare), atol=1e-5)
@@ -118,13 +118,13 @@ def test_every_option_of_the_real_peft_is_read_or_known_to_change_nothing(method
     import peft
 
     fields = {f.name for f in dataclasses.fields(getattr(peft, config))}
-    assert fields - COMMON - method.peft_options.keys() <= method.peft_ignored
-    assert set(method.peft_options) <= fields, "is no option of peft"
-    assert method.peft_ignored <= fields, "is no option of peft"
-    _, problems = method.from_peft(
-        {"target_modules": ["q_proj"], "unheard_of": 1, **dict.fromkeys(method.peft_required, 1)}
+    assert fields - COMMON - method.peft.options.keys() <= method.peft.ignored
+    assert set(method.peft.options) <= fields, "is no option of peft"
+    assert method.peft.ignored <= fields, "is no option of peft"
+    _, problems = method.peft.read_options(
+        method, {"target_modules": ["q_proj"], "unheard_of": 1, **dict.fromkeys(method.peft.required, 1)}
     )
     assert f"unheard_of: 1 is not supported by the {method.name} method; nothing was loaded" in problems
-    _, problems = method.from_peft({"target_modules": ["q_proj"]})
-    missing = [f"{key}: is not set; take it from where the adapter was trained" for key in method.peft_required]
+    _, problems = method.peft.read_options(method, {"target_modules": ["q_proj"]})
+    missing = [f"{key}: is not set; take it from where the adapter was trained" for key in method.peft.required]
     assert missing == [problem for problem in problems if "is not set" in problem]
