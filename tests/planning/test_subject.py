@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import pytest
 
 from jaxpeft.config.schema import Config
-from jaxpeft.core import paths
+from jaxpeft.core import paths, training_hooks
 from jaxpeft.planning.subject import Subject, subject
 from jaxpeft.training.begin import rewritten
 from jaxpeft.training.setup import Setup, prepare
@@ -73,7 +74,7 @@ def test_the_step_is_the_runs_own(make_config: MakeConfig, case: str) -> None:
     method, parts = run.config.method, run.config.train.accumulation
 
     def program(model: Any, loss: Any) -> str:
-        step = make_train_step(model, loss, planned.optimizer, parts, method.penalty)
+        step = make_train_step(model, loss, planned.optimizer, parts, partial(training_hooks.penalty, method))
         return str(jax.make_jaxpr(step)(planned.state, planned.frozen, planned.batch))
 
     assert program(planned.model, planned.loss) == program(run.model, run.loss)

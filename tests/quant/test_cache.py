@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxpeft
 from jaxpeft import cache
 from jaxpeft.hub import quantised_cache
-from jaxpeft.kernels import QUANTIZED, placing
+from jaxpeft.kernels import QUANTIZED
+from jaxpeft.quant import placing
 from tests.hub.helpers import assert_bit_equal, edited
 
 TASK: Any = "causal_lm"

@@ -139,7 +139,6 @@ def test_any_method_that_trains_the_head_alone_gets_its_rate() -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Probe(Method):
         name: ClassVar[str] = "probe"
-        head_alone: ClassVar[bool] = True
 
     given = Config(method=Probe(), optimizer=OptimizerConfig(learning_rate=0.1, head_learning_rate=0.5))
     assert optimizers.options_for(given) == OptimizerConfig(learning_rate=0.5)
