@@ -31,12 +31,12 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, q: Any, k: Any, v: Any, mask: Mask) -> Any:
-        """Attends: `[batch, length, heads, head_dim]` to `[batch, length, heads * head_dim]`."""
+        """Attend: `[batch, length, heads, head_dim]` to `[batch, length, heads * head_dim]`."""
         return attention.attend(self, self.kernel, q, k, v, mask, 0.0)
 
 
 def masks(batch: int, length: int) -> Mapping[str, Callable[[str], Mask]]:
-    """Gives the masks, by the name of the kernel that is to take them."""
+    """Return the masks, by the name of the kernel that is to take them."""
     segments = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) * 4 // length + 1, (batch, length))
     text = jnp.broadcast_to((jnp.arange(length) < length * 3 // 4).astype(jnp.int32), (batch, length))
     made = {
@@ -49,7 +49,7 @@ def masks(batch: int, length: int) -> Mapping[str, Callable[[str], Mask]]:
 
 
 def main(argv: list[str]) -> None:
-    """Measures every kernel of the device with every mask."""
+    """Measure every kernel of the device with every mask."""
     parser = argparse.ArgumentParser(prog="benchmarks.attention")
     for name, usual in (("batch", 4), ("length", 2048), ("heads", 32), ("kv-heads", 8), ("head-dim", 128)):
         parser.add_argument(f"--{name}", type=int, default=usual)
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
 
 
 def taken(run: Callable[..., Any], arrays: tuple[Any, Any, Any], loops: tuple[int, int]) -> float:
-    """Gives the milliseconds of one call of `run`, whose results are the arrays of the next."""
+    """Return the milliseconds of one call of `run`, whose results are the arrays of the next."""
     return milliseconds(lambda arrays, _: run(*arrays), arrays, None, loops)
 
 

@@ -46,7 +46,7 @@ class Pass:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=Path, default=ASSETS / "gsm8k" / "train.jsonl")
     for name, default in (("pairs", 5), ("batch", 32), ("length", 512), ("quickstart-steps", 40)):
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def load_tokenizer() -> Any:
-    """Loads MiniLM's tokenizer."""
+    """Load MiniLM's tokenizer."""
     from jaxpeft.data.pipeline import load_tokenizer
     from jaxpeft.hub.sources import resolve
 
@@ -85,7 +85,7 @@ def load_tokenizer() -> Any:
 
 
 def ours(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
-    """Makes a pass by jaxpeft."""
+    """Make a pass by jaxpeft."""
     from jaxpeft import data
 
     began = time.perf_counter()
@@ -104,7 +104,7 @@ def ours(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
 
 
 def theirs(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
-    """Makes a pass by datasets.map and torch's DataLoader."""
+    """Make a pass by datasets.map and torch's DataLoader."""
     import datasets
     import torch
 
@@ -139,7 +139,7 @@ def theirs(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
 
 
 def _count(batches: Any) -> tuple[int, int, int]:
-    """Counts tokens and learned tokens, and gives a number that changes with each of them, whatever their order."""
+    """Count tokens and learned tokens, and return a number that changes with each of them, whatever their order."""
     tokens = learned = digest = 0
     for batch in batches:
         ids, labels, mask = (np.asarray(batch[name]) for name in ("input_ids", "labels", "attention_mask"))
@@ -152,7 +152,7 @@ def _count(batches: Any) -> tuple[int, int, int]:
 
 
 def quickstart(steps: int) -> int:
-    """Gives the tokens/s, of real text, that the quickstart's LoRA training takes on this machine."""
+    """Return the tokens/s, of real text, that the quickstart's LoRA training takes on this machine."""
     import dataclasses
 
     from jaxpeft import config as configs
@@ -170,7 +170,7 @@ def quickstart(steps: int) -> int:
 
 
 def packed(path: Path) -> float:
-    """Gives the share of the places of packed rows of 1024 that are filled, by the tokenizer of the tiny Llama."""
+    """Return the share of the places of packed rows of 1024 that are filled, by the tokenizer of the tiny Llama."""
     from transformers import AutoTokenizer
 
     from jaxpeft import data

@@ -35,7 +35,7 @@ ROWS, LENGTH, VOCAB = 2, 256, 4096
 
 
 def main(argv: list[str]) -> None:
-    """Compares every format."""
+    """Compare every format."""
     parser = argparse.ArgumentParser(prog="benchmarks.gradients")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=256)
@@ -63,7 +63,7 @@ def _leaf(i: int, path: paths.Path, leaf: Any) -> Any:
 
 
 def compare(model: Any, held: Any, plain: Any) -> dict[str, Any]:
-    """Compares the gradients on a base, in bfloat16, with those on what it stands for, in float32.
+    """Compare the gradients on a base, in bfloat16, with those on what it stands for, in float32.
 
     Args:
         model: computes in bfloat16.

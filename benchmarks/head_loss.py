@@ -26,7 +26,7 @@ GIB = 2**30
 
 
 def main(argv: list[str]) -> None:
-    """Measures both ways; the chunks first, since a device reports its highest peak alone."""
+    """Measure both ways; the chunks first, since a device reports its highest peak alone."""
     parser = argparse.ArgumentParser(prog="benchmarks.head_loss")
     parser.add_argument("--vocab", type=int, default=256_000)
     parser.add_argument("--tokens", type=int, default=8192)
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 
 def measured(x: Any, kernel: Any, labels: Any, most: int) -> dict[str, Any]:
-    """Measures the loss of hidden states `[1, tokens, d]` and its gradient by them, in chunks of `most` logits."""
+    """Measure the loss of hidden states `[1, tokens, d]` and its gradient by them, in chunks of `most` logits."""
 
     def loss(x: Any, kernel: Any, labels: Any) -> Any:
         weights = jnp.ones(labels.shape, jnp.float32)

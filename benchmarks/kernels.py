@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> None:
-    """Prints milliseconds a step, how many calls, and the name of each kernel."""
+    """Print milliseconds a step, how many calls, and the name of each kernel."""
     parser = argparse.ArgumentParser(prog="benchmarks.kernels")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--top", type=int, default=40)

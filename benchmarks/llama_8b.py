@@ -29,7 +29,7 @@ CONFIG = "configs/llama3_8b_lora.py"
 
 
 def main() -> None:
-    """Makes what is needed, runs the main job, prints the figures."""
+    """Make what is needed, runs the main job, prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--folder", type=Path)
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def run(folder: Path, workdir: Path, steps: int, overrides: list[str]) -> None:
-    """Runs the config in a process of its own."""
+    """Run the config in a process of its own."""
     command = [sys.executable, "-m", "jaxpeft.train", "--config", CONFIG, "--workdir", str(workdir)]
     options = {
         "model.path": folder, "data.train": folder / "rows.jsonl", "data.format": "text", "train.epochs": None, "train.steps": steps,
@@ -57,7 +57,7 @@ def run(folder: Path, workdir: Path, steps: int, overrides: list[str]) -> None:
 
 
 def figures(workdir: Path) -> dict[str, Any]:
-    """Gives the medians of the steps of a run, padding not counted as tokens."""
+    """Return the medians of the steps of a run, padding not counted as tokens."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     tokens = [line["tokens"] for line in lines if "tokens" in line][WARM_UP:]
     steps = [line for line in lines if "tokens_per_second" in line][WARM_UP:]
@@ -74,7 +74,7 @@ def figures(workdir: Path) -> dict[str, Any]:
 
 
 def make_model(folder: Path) -> None:
-    """Writes the model: one file a layer, the same random numbers in each."""
+    """Write the model: one file a layer, the same random numbers in each."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer of as many words as the model has rows, one token a word."""
+    """Write a tokenizer of as many words as the model has rows, one token a word."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -123,7 +123,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_texts(path: Path) -> None:
-    """Writes texts of random words; their lengths are log-normal about 100 tokens, as alpaca's are."""
+    """Write texts of random words; their lengths are log-normal about 100 tokens, as alpaca's are."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(100), 0.6, ROWS)), SHORTEST, LONGEST).astype(int)
     with path.open("w") as file:

@@ -28,7 +28,7 @@ REPEATS = 3
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure(folder: Path, scan: bool) -> dict[str, Any]:
-    """Reads and loads, turn by turn, and gives the figures of the best of three."""
+    """Read and load, turn by turn, and return the figures of the best of three."""
     from jaxpeft.hub.safetensors_files import open_folder
 
     tensors = open_folder(folder).values()
@@ -74,7 +74,7 @@ def measure(folder: Path, scan: bool) -> dict[str, Any]:
 
 
 def plain_read(files: list[Path]) -> float:
-    """Gives the seconds that reading the files takes."""
+    """Return the seconds that reading the files takes."""
     buffer = bytearray(BLOCK)
     started = time.perf_counter()
     for file in files:
@@ -85,7 +85,7 @@ def plain_read(files: list[Path]) -> float:
 
 
 def load_once(folder: Path, scan: bool) -> dict[str, float]:
-    """Loads the model in this process: seconds, and the peak of memory above what was used before."""
+    """Load the model in this process: seconds, and the peak of memory above what was used before."""
     import jax
 
     import jaxpeft
@@ -101,13 +101,13 @@ def load_once(folder: Path, scan: bool) -> dict[str, float]:
 
 
 def resident_bytes() -> int:
-    """Gives the memory that this process uses now (Linux)."""
+    """Return the memory that this process uses now (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def make_model(folder: Path, layers: int, dtype: str) -> None:
-    """Writes a Llama of TinyLlama's shape with random numbers."""
+    """Write a Llama of TinyLlama's shape with random numbers."""
     from safetensors.numpy import save_file
 
     d, wide, vocab, kv = 2048, 5632, 32000, 256

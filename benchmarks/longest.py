@@ -25,7 +25,7 @@ SHARE = 0.985
 
 
 def main(argv: list[str]) -> None:
-    """Finds the longest row, and trains on it."""
+    """Find the longest row, and train on it."""
     parser = argparse.ArgumentParser(prog="benchmarks.longest")
     parser.add_argument("--budget", type=float, default=80.0, help="GB of memory, 10^9 bytes")
     parser.add_argument("--shape", choices=sorted(step.SHAPES), default="llama3_8b")
@@ -72,7 +72,7 @@ def _of(options: Any) -> dict[str, Any]:
 
 
 def trained(program: step.Program, length: int, steps: int) -> dict[str, Any]:
-    """Trains a few steps on a row of a length; says what they took."""
+    """Train a few steps on a row of a length; say what they took."""
     import jax
 
     began = time.perf_counter()

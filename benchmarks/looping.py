@@ -13,7 +13,7 @@ from jaxpeft.training import compiling
 
 
 def milliseconds(once: Callable[[Any, Any], Any], carry: Any, held: Any, loops: tuple[int, int]) -> float:
-    """Gives the milliseconds of one round, as the difference of two programs that loop: calling them is in both.
+    """Return the milliseconds of one round, as the difference of two programs that loop: calling them is in both.
 
     Args:
         once: computes a round, `(carry, held) -> carry`; what it leaves out of its result may not be computed at all.

@@ -26,7 +26,7 @@ LABELS = 77
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for name, default in (("batch", 32), ("length", 32), ("rank", 16), ("pairs", 8), ("steps", 10), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def jaxpeft_step(batch: dict[str, np.ndarray[Any, Any]], rank: int, folder: str) -> Callable[[], float]:
-    """Makes our step on a fixed batch, and saves its fresh adapter in `folder`; a call runs it and gives the loss."""
+    """Make our step on a fixed batch, and save its fresh adapter in `folder`; a call runs it and return the loss."""
     import jax
     import optax
 
@@ -96,14 +96,14 @@ def jaxpeft_step(batch: dict[str, np.ndarray[Any, Any]], rank: int, folder: str)
 
 
 def without_dropout(config: Any) -> Any:
-    """Gives an encoder's config with every dropout rate at zero."""
+    """Return an encoder's config with every dropout rate at zero."""
     import dataclasses
 
     return dataclasses.replace(config, hidden_dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
 
 
 def peft_step(batch: dict[str, np.ndarray[Any, Any]], threads: int, folder: str) -> Callable[[], float]:
-    """Makes the same step of torch `peft`, from the adapter in `folder`."""
+    """Make the same step of torch `peft`, from the adapter in `folder`."""
     import torch
     from peft import PeftModel
     from transformers import BertForSequenceClassification

@@ -32,7 +32,7 @@ Ways = Callable[[Any, list[joint.Linear]], tuple[Any, ...]]
 
 
 def apart(x: Any, sites: list[joint.Linear]) -> tuple[Any, ...]:
-    """Computes the sites one by one, differentiated as written."""
+    """Compute the sites one by one, differentiated as written."""
     out: list[Any] = []
     for site in sites:
         a, b = site.factors or (None, None)
@@ -44,7 +44,7 @@ def apart(x: Any, sites: list[joint.Linear]) -> tuple[Any, ...]:
 
 
 def merged(x: Any, sites: list[joint.Linear]) -> tuple[Any, ...]:
-    """Computes the sites with kernels that the update has been added to, made anew for each product."""
+    """Compute the sites with kernels that the update has been added to, made anew for each product."""
     return tuple(_merged(site.stored, *(site.factors or ()))(x) for site in sites)
 
 
@@ -73,7 +73,7 @@ WAYS: Mapping[str, Ways] = {"apart": apart, "joint": joint.products, "merged": m
 
 
 def groups(shape: str) -> dict[str, tuple[int, list[int]]]:
-    """Gives the sites of one layer that read one input: the inputs, and the outputs of each."""
+    """Return the sites of one layer that read one input: the inputs, and the outputs of each."""
     of = SHAPES[shape]
     d, wide = of["hidden_size"], of["intermediate_size"]
     kv = d // of["num_attention_heads"] * of["num_key_value_heads"]
@@ -81,7 +81,7 @@ def groups(shape: str) -> dict[str, tuple[int, list[int]]]:
 
 
 def main(argv: list[str]) -> None:
-    """Measures every group of sites in every format, each way."""
+    """Measure every group of sites in every format, each way."""
     parser = argparse.ArgumentParser(prog="benchmarks.lora_product")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama3_8b")
     parser.add_argument("--rows", type=int, default=8192)
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
 
 
 def _site(i: int, n_in: int, n_out: int, rank: int, form: str) -> joint.Linear:
-    """Makes a site: a kernel like those of a model, and an update of a thousandth of it."""
+    """Make a site: a kernel like those of a model, and an update of a thousandth of it."""
     keys = jax.random.split(jax.random.key(i), 3)
     kernel = (0.02 * jax.random.normal(keys[0], (n_in, n_out))).astype(jnp.bfloat16)
     stored = {"kernel": kernel} if form == "none" else jax.jit(QUANTIZED[form].store)(kernel)
@@ -114,7 +114,7 @@ def _site(i: int, n_in: int, n_out: int, rank: int, form: str) -> joint.Linear:
 
 
 def timed(run: Ways, sites: list[joint.Linear], n_in: int, rows: int, loops: tuple[int, int]) -> float:
-    """Gives the milliseconds of one call and its gradients."""
+    """Return the milliseconds of one call and its gradients."""
     x = jax.random.normal(jax.random.key(9), (1, rows, n_in)).astype(jnp.bfloat16)
     factors = [site.factors for site in sites]
     stored = [dict(site.stored) for site in sites]
@@ -134,7 +134,7 @@ def timed(run: Ways, sites: list[joint.Linear], n_in: int, rows: int, loops: tup
 
 
 def update_error(run: Ways, sites: list[joint.Linear], n_in: int, rows: int = 256) -> float:
-    """Gives the relative error of what the updates add to the outputs."""
+    """Return the relative error of what the updates add to the outputs."""
     x = jax.random.normal(jax.random.key(9), (1, rows, n_in)).astype(jnp.bfloat16)
     none = [
         dataclasses.replace(site, factors=(jnp.zeros_like(site.factors[0]), site.factors[1]))
@@ -162,7 +162,7 @@ def _wide(site: joint.Linear) -> Leaves:
 
 
 def _held(site: joint.Linear, dtype: Any) -> Any:
-    """Gives the merged kernel, as it is rounded."""
+    """Return the merged kernel, as it is rounded."""
     a, b = site.factors or (None, None)
     return (_wide(site)["kernel"] + a @ b).astype(dtype).astype(jnp.float32)
 

@@ -26,7 +26,7 @@ LLAMA_8B = ("4096x4096", "4096x1024", "4096x14336", "14336x4096")
 
 
 def milliseconds(run: Callable[..., Any], arguments: tuple[Any, ...], repeats: int, inner: int = 10) -> float:
-    """Gives the median time of a call, of batches of calls that wait for one another on the device alone."""
+    """Return the median time of a call, of batches of calls that wait for one another on the device alone."""
     jax.block_until_ready(run(*arguments))
     times: list[float] = []
     for _ in range(repeats):
@@ -39,13 +39,13 @@ def milliseconds(run: Callable[..., Any], arguments: tuple[Any, ...], repeats: i
 
 
 def off(found: Any, exact: Any) -> float:
-    """Gives the relative error."""
+    """Return the relative error."""
     difference = jnp.linalg.norm(found.astype(jnp.float32) - exact)
     return float(difference / jnp.linalg.norm(exact))
 
 
 def measure(name: str, kernel: Any, x: Any, dy: Any, repeats: int) -> dict[str, Any]:
-    """Measures one format; `bf16` is the kernel as it is."""
+    """Measure one format; `bf16` is the kernel as it is."""
     leaves = {"kernel": kernel} if name == "bf16" else jax.jit(QUANTIZED[name].store)(kernel)
     product = (lambda x, leaves: x @ leaves["kernel"]) if name == "bf16" else QUANTIZED[name].matmul
     forward = jax.jit(product)
@@ -74,7 +74,7 @@ def measure(name: str, kernel: Any, x: Any, dy: Any, repeats: int) -> dict[str, 
 
 
 def main(argv: list[str]) -> None:
-    """Measures all formats of all shapes."""
+    """Measure all formats of all shapes."""
     parser = argparse.ArgumentParser(prog="benchmarks.matmul")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--shape", nargs="+", default=LLAMA_8B)

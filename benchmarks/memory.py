@@ -48,7 +48,7 @@ def get_config():
 
 
 def main(argv: list[str]) -> None:
-    """Measures each configuration in a process of its own."""
+    """Measure each configuration in a process of its own."""
     parser = argparse.ArgumentParser(prog="benchmarks.memory")
     parser.add_argument("--only", nargs="*", choices=sorted(CASES), default=[name for name in CASES if name != "tiny"])
     parser.add_argument("--here", help="measure this one in this process")
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
 
 
 def emit(line: Mapping[str, Any]) -> None:
-    """Prints one JSON line."""
+    """Print one JSON line."""
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
@@ -130,7 +130,7 @@ def measured(name: str) -> dict[str, Any]:
 
 
 def made(run: Any, rows: int) -> tuple[Any, Any, Any]:
-    """Makes the arguments of a step: random numbers of the shapes of a run, leaf by leaf."""
+    """Make the arguments of a step: random numbers of the shapes of a run, leaf by leaf."""
     import jax
     import jax.numpy as jnp
 
@@ -158,12 +158,12 @@ def made(run: Any, rows: int) -> tuple[Any, Any, Any]:
 
 
 def peak_of(device: Any) -> int:
-    """Gives the peak of the allocator so far, 0 where it counts none."""
+    """Return the peak of the allocator so far, 0 where it counts none."""
     return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def config_of(case: Mapping[str, Any]) -> Any:
-    """Makes the config of a case."""
+    """Make the config of a case."""
     from jaxpeft.config import load
 
     with tempfile.TemporaryDirectory() as folder:

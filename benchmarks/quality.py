@@ -84,7 +84,7 @@ class Task:
 
 
 def banking77(assets: Path, seed: int) -> Config:
-    """Gives the LoRA run of the comparison on BANKING77."""
+    """Return the LoRA run of the comparison on BANKING77."""
     config = _loaded("compare_banking77.py", assets)
     lora = next(one for one in config.compare.candidates if one.method.name == "lora")
     config = config.run_of(lora, seed)
@@ -93,7 +93,7 @@ def banking77(assets: Path, seed: int) -> Config:
 
 
 def stories(assets: Path, seed: int) -> Config:
-    """Gives the run of the tiny Llama on stories of the kind that it knows, at a lower rate than Shakespeare's."""
+    """Return the run of the tiny Llama on stories of the kind that it knows, at a lower rate than Shakespeare's."""
     folder = assets / "tinystories-2mb"
     options = {
         "data.train": folder / "train.jsonl", "data.test": folder / "dev.jsonl", "data.validation_share": 0.01,
@@ -110,13 +110,13 @@ TASKS: Mapping[str, Task] = {
 
 
 def _loaded(name: str, assets: Path, **options: Any) -> Config:
-    """Reads a config file, which finds the assets by the environment."""
+    """Read a config file, which finds the assets by the environment."""
     os.environ["JAXPEFT_ASSETS"] = str(assets.resolve())
     return configs.load(CONFIGS / name, [(option, str(value)) for option, value in options.items()])
 
 
 def config_of(task: str, form: str, seed: int, steps: int | None, assets: Path, model: Mapping[str, Any]) -> Config:
-    """Gives the config of one run.
+    """Return the config of one run.
 
     Args:
         task: a key of `TASKS`.
@@ -140,7 +140,7 @@ def config_of(task: str, form: str, seed: int, steps: int | None, assets: Path, 
 def trained(
     task: str, form: str, seed: int, steps: int | None, assets: Path, model: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trains once; gives the figures before, where there is no new head, and after: the arguments are those of `config_of`."""
+    """Train once; return the figures before, where there is no new head, and after: the arguments are those of `config_of`."""
     config = config_of(task, form, seed, steps, assets, model)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
@@ -169,7 +169,7 @@ def trained(
 
 
 def kernels(task: str, assets: Path) -> dict[str, Array]:
-    """Gives the linear kernels of a task's model `[in, out]`, by the names of their modules; a head is none of them."""
+    """Return the linear kernels of a task's model `[in, out]`, by the names of their modules; a head is none of them."""
     model = TASKS[task].config(assets, 0).model
     labels = 2 if model.task == "sequence_classification" else None
     _, params = jaxpeft.load(model.path, task=model.task, num_labels=labels, pooling=model.pooling)
@@ -178,7 +178,7 @@ def kernels(task: str, assets: Path) -> dict[str, Array]:
 
 
 def errors(kernel: Array, form: str) -> tuple[float, float]:
-    """Gives the relative root mean square error of a stored kernel, and its relative mean absolute error."""
+    """Return the relative root mean square error of a stored kernel, and its relative mean absolute error."""
     off = np.asarray(QUANTIZED[form].read(_stored(kernel, form)), np.float64) - kernel
     norm = np.linalg.norm(kernel.astype(np.float64))
     return float(np.linalg.norm(off) / norm), float(np.mean(np.abs(off)) / np.mean(np.abs(kernel)))
@@ -189,7 +189,7 @@ def _stored(kernel: Array, form: str) -> Mapping[str, Any]:
 
 
 def block_of(shape: tuple[int, int], form: str) -> tuple[int, str]:
-    """Gives how many weights of a kernel share a scale, as a number and in words."""
+    """Return how many weights of a kernel share a scale, as a number and in words."""
     leaves = jax.eval_shape(QUANTIZED[form].store, jax.ShapeDtypeStruct(shape, np.float32))
     scales = leaves[QUANTIZED[form].leaves[1]]
     over_rows = form == "nf4" and scales.ndim == 1
@@ -198,7 +198,7 @@ def block_of(shape: tuple[int, int], form: str) -> tuple[int, str]:
 
 
 def codes_of(form: str) -> Array:
-    """Gives what a format can hold, as shares of the largest magnitude, ascending."""
+    """Return what a format can hold, as shares of the largest magnitude, ascending."""
     if form == "nf4":
         return np.asarray(CODES)
     if form == "fp8":
@@ -210,7 +210,7 @@ def codes_of(form: str) -> Array:
 
 @functools.cache
 def expected(form: str, block: int, quantiles: int = 200, points: int = 40_001) -> tuple[float, float]:
-    """Gives both errors that follow for normal numbers of which so many share a scale, their largest magnitude.
+    """Return both errors that follow for normal numbers of which so many share a scale, their largest magnitude.
 
     Given that it is `m`, the others are normal numbers cut off at `m`, and it has no error itself; the mean is taken
     over the quantiles of `m`, whose distribution is `(2 Phi(m) - 1)^block`.
@@ -235,7 +235,7 @@ def expected(form: str, block: int, quantiles: int = 200, points: int = 40_001) 
 
 
 def measured(task: str, form: str, held: Mapping[str, Array]) -> dict[str, Any]:
-    """Gives the errors of one format on a model's kernels, on normal numbers, and those that are expected."""
+    """Return the errors of one format on a model's kernels, on normal numbers, and those that are expected."""
     rng = np.random.default_rng(0)
     real = [errors(kernel, form) for kernel in held.values()]
     normal = [errors(rng.standard_normal(kernel.shape, np.float32), form) for kernel in held.values()]

@@ -58,7 +58,7 @@ class Case:
 
 
 def main(argv: list[str]) -> int:
-    """Plans what is missing, and writes the page; gives the exit code: 1 where a case gave no plan."""
+    """Plan what is missing, and write the page; return the exit code: 1 where a case gave no plan."""
     parser = argparse.ArgumentParser(prog="benchmarks.scale")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(SHAPES))
     parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES))
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 
 def cases(options: Any) -> Iterator[Case]:
-    """Yields what is asked for, models that compile fast first."""
+    """Yield what is asked for, models that compile fast first."""
     if options.chosen:
         yield from (Case(*one, strategy) for one in CHOSEN for strategy in options.strategies)
         return
@@ -88,17 +88,17 @@ def cases(options: Any) -> Iterator[Case]:
 
 
 def lines() -> list[dict[str, Any]]:
-    """Reads the plans that there are."""
+    """Read the plans that there are."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
 
 
 def done() -> set[Case]:
-    """Gives the cases that there are plans of."""
+    """Return the cases that there are plans of."""
     return {Case(**line["case"]) for line in lines()}
 
 
 def run(case: Case, timeout: float, tries: int) -> bool:
-    """Plans one case, and adds it to the results; one that takes too long or fails is said and left out, and gives False."""
+    """Plan one case, and add it to the results; one that takes too long or fails is said and left out, and return False."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         command = [
@@ -132,7 +132,7 @@ COLUMNS = "| strategy | mesh | remat | base | adapters and optimizer | activatio
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    """Writes the page."""
+    """Write the page."""
     parts = [HEAD]
     groups = dict.fromkeys((line["case"]["model"], line["case"]["quant"], line["case"]["topology"]) for line in found)
     for model, quant, topology in groups:
@@ -158,7 +158,7 @@ def page(found: list[dict[str, Any]]) -> str:
 
 
 def _missing(found: list[dict[str, Any]]) -> list[str]:
-    """Says which cases of the grid have no plan yet."""
+    """Return which cases of the grid have no plan yet."""
     there = {Case(**line["case"]) for line in found}
     rows: list[str] = []
     for model in MODELS:
@@ -172,7 +172,7 @@ def _missing(found: list[dict[str, Any]]) -> list[str]:
 
 
 def named(row: Mapping[str, Any]) -> str:
-    """Gives a strategy with what is changed."""
+    """Return a strategy with what is changed."""
     return f"{row['strategy']}, {row['change']}" if row["change"] else row["strategy"]
 
 

@@ -32,7 +32,7 @@ Read = Callable[[Tensor, int, int, tuple[int, int]], Any]
 
 
 def calls(tensor: Tensor, start: int, stop: int, columns: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """Reads with a call for each row."""
+    """Read with a call for each row."""
     row, at = tensor.shape[1] * 2, columns[0] * 2
     out = np.empty((stop - start, columns[1] - columns[0]), np.uint16)
     view, size = out.reshape(-1).view(np.uint8).data, (columns[1] - columns[0]) * 2
@@ -43,17 +43,17 @@ def calls(tensor: Tensor, start: int, stop: int, columns: tuple[int, int]) -> np
 
 
 def mapped(tensor: Tensor, start: int, stop: int, columns: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """Reads as jaxpeft does."""
+    """Read as jaxpeft does."""
     return tensor.read_rows(start, stop, columns)
 
 
 def whole(tensor: Tensor, start: int, stop: int, columns: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """Reads the rows whole."""
+    """Read the rows whole."""
     return tensor.read_rows(start, stop)[:, slice(*columns)].copy()
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=int, default=256)
     size = parser.parse_args().megabytes << 20
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def speed(way: Read, tensor: Tensor, parts: int, clock: Callable[[], float]) -> float:
-    """Reads one part of all rows, a block after the other: GB/s."""
+    """Read one part of all rows, a block after the other: GB/s."""
     part = tensor.shape[1] // parts
     step, started = max(1, _BLOCK // (2 * part)), clock()
     for start in range(0, tensor.shape[0], step):

@@ -43,7 +43,7 @@ RUNS = (
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure(folder: Path, counts: list[int]) -> Iterator[dict[str, Any]]:
-    """Runs every way with every number of processes; yields the figures of a run, the largest of its processes."""
+    """Run every way with every number of processes; yields the figures of a run, the largest of its processes."""
     import jax
 
     for options in RUNS:
@@ -81,7 +81,7 @@ def measure(folder: Path, counts: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def run(folder: Path, count: int, options: dict[str, Any]) -> list[dict[str, float]]:
-    """Loads once, in processes of its own."""
+    """Load once, in processes of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -107,7 +107,7 @@ def run(folder: Path, count: int, options: dict[str, Any]) -> list[dict[str, flo
 
 
 def load(folder: Path, port: str, count: int, index: int, options: dict[str, Any]) -> dict[str, float]:
-    """Loads this process's part: the figures of one process."""
+    """Load this process's part: the figures of one process."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -144,7 +144,7 @@ def load(folder: Path, port: str, count: int, index: int, options: dict[str, Any
 
 
 def places(leaves: Any, way: str) -> Any:
-    """Gives the sharding of each leaf, over all devices; small ones are on each of them."""
+    """Return the sharding of each leaf, over all devices; small ones are on each of them."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -169,7 +169,7 @@ def places(leaves: Any, way: str) -> Any:
 
 
 def peak_bytes() -> int:
-    """Gives the most memory that this process has used since the peak was set back (Linux)."""
+    """Return the most memory that this process has used since the peak was set back (Linux)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
 

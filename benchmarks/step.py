@@ -46,7 +46,7 @@ GIB = 2**30
 
 
 def flops(shape: Mapping[str, Any], batch: int, length: int, adapter: int) -> float:
-    """Gives the FLOPs that a step cannot do without: 4 a frozen and 6 a trained weight and token, and causal attention's.
+    """Return the FLOPs that a step cannot do without: 4 a frozen and 6 a trained weight and token, and causal attention's.
 
     Args:
         shape: of the model.
@@ -64,7 +64,7 @@ def flops(shape: Mapping[str, Any], batch: int, length: int, adapter: int) -> fl
 
 
 def main(argv: list[str]) -> None:
-    """Runs what is asked for."""
+    """Run what is asked for."""
     parser = argparse.ArgumentParser(prog="benchmarks.step")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama3_8b")
     parser.add_argument("--batch", type=int, default=4)
@@ -97,13 +97,13 @@ def main(argv: list[str]) -> None:
 
 
 def emit(line: Mapping[str, Any]) -> None:
-    """Prints one JSON line."""
+    """Print one JSON line."""
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
 
 def figures(options: Any, adapter: int, seconds: list[float], peak: float, kind: str) -> dict[str, Any]:
-    """Gives what every program reports.
+    """Return what every program reports.
 
     Args:
         options: of the command.
@@ -125,7 +125,7 @@ def figures(options: Any, adapter: int, seconds: list[float], peak: float, kind:
 
 
 def bf16_peak(kind: str) -> float:
-    """Gives the bf16 FLOP/s of a device by its vendor's data sheet, 0 where they are not known."""
+    """Return the bf16 FLOP/s of a device by its vendor's data sheet, 0 where they are not known."""
     from jaxpeft.chips import chip_of
 
     chip = chip_of(kind)
@@ -133,7 +133,7 @@ def bf16_peak(kind: str) -> float:
 
 
 def token_ids(options: Any) -> Any:
-    """Gives the random ids of the batch, `[batch, length]` int32: the same in every program."""
+    """Return the random ids of the batch, `[batch, length]` int32: the same in every program."""
     import numpy as np
 
     vocab = SHAPES[options.shape]["vocab_size"]
@@ -159,7 +159,7 @@ class Program:
     batch: Any
 
     def compiled(self, xla: Mapping[str, Any] | None = None) -> Any:
-        """Compiles it as the main job does, with more XLA options if there are any."""
+        """Compile it as the main job does, with more XLA options if there are any."""
         import jax
 
         from jaxpeft.training import compiling
@@ -169,7 +169,7 @@ class Program:
 
 
 def program(options: Any) -> Program:
-    """Makes the step of the main job, and what it takes, from the options of the command."""
+    """Make the step of the main job, and what it takes, from the options of the command."""
     import jax
     import optax
 
@@ -191,7 +191,7 @@ def program(options: Any) -> Program:
 
 
 def batch_of(ids: Any) -> dict[str, Any]:
-    """Gives the batch of rows of ids `[batch, length]`, every token of which is learned."""
+    """Return the batch of rows of ids `[batch, length]`, every token of which is learned."""
     import jax.numpy as jnp
 
     ids = jnp.asarray(ids)
@@ -200,7 +200,7 @@ def batch_of(ids: Any) -> dict[str, Any]:
 
 
 def ours(options: Any) -> dict[str, Any]:
-    """Measures jaxpeft."""
+    """Measure jaxpeft."""
     began = time.perf_counter()
     import jax
 
@@ -244,7 +244,7 @@ def ours(options: Any) -> dict[str, Any]:
 
 
 def planned(compiled: Any) -> float:
-    """Gives the bytes that the compiled step plans with: arguments, results that are not donated, and temporaries."""
+    """Return the bytes that the compiled step plans with: arguments, results that are not donated, and temporaries."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return math.nan
@@ -253,7 +253,7 @@ def planned(compiled: Any) -> float:
 
 
 def method_of(options: Any) -> Any:
-    """Gives the method of the command."""
+    """Return the method of the command."""
     import jaxpeft
 
     if options.method == "none":
@@ -263,7 +263,7 @@ def method_of(options: Any) -> Any:
 
 
 def random_model(options: Any) -> tuple[Any, Any]:
-    """Gives a model of the shape, and its base: normal numbers, leaf by leaf, quantised as each is there."""
+    """Return a model of the shape, and its base: normal numbers, leaf by leaf, quantised as each is there."""
     import jax
     import jax.numpy as jnp
 

@@ -39,7 +39,7 @@ PEERS = {
 
 
 def main(argv: list[str]) -> None:
-    """Measures one peer."""
+    """Measure one peer."""
     parser = argparse.ArgumentParser(prog="benchmarks.step_peer")
     parser.add_argument("peer", choices=sorted(PEERS))
     parser.add_argument("--shape", choices=sorted(step.SHAPES), default="llama3_8b")
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(name: str, how: Peer, options: Any) -> dict[str, Any]:
-    """Measures a peer."""
+    """Measure a peer."""
     began = time.perf_counter()
     import peft
     import torch
@@ -92,7 +92,7 @@ def measure(name: str, how: Peer, options: Any) -> dict[str, Any]:
 
 
 def made(how: Peer, options: Any) -> Any:
-    """Gives the model with its adapter, on the device."""
+    """Return the model with its adapter, on the device."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -123,7 +123,7 @@ def made(how: Peer, options: Any) -> Any:
 
 
 def _to_nf4(model: Any) -> None:
-    """Puts bitsandbytes' 4-bit layers, with double quantisation, in place of the layers' linear ones."""
+    """Put bitsandbytes' 4-bit layers, with double quantisation, in place of the layers' linear ones."""
     import bitsandbytes as bnb
     import torch
 

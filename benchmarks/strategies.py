@@ -84,7 +84,7 @@ CASES: Mapping[str, Case] = {
 
 
 def prepared(case: Case) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, Any]]]:
-    """Makes model, rewritten parameters and a batch of a case, from fixed seeds."""
+    """Make model, rewritten parameters and a batch of a case, from fixed seeds."""
     decoder = case.architecture["model_type"] == "llama"
     task, labels = ("causal_lm", None) if decoder else ("sequence_classification", 3)
     model = models.build(case.architecture, Options(task, labels, jnp.float32, scan_layers=case.scan))
@@ -119,7 +119,7 @@ def _batch(rng: np.random.Generator, *, decoder: bool, packed: bool) -> dict[str
 
 
 def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, float, Tree]:
-    """Computes loss, weight and gradients of a case on a mesh: `(sum of the loss, weight, gradients)`, on the host."""
+    """Compute loss, weight and gradients of a case on a mesh: `(sum of the loss, weight, gradients)`, on the host."""
     model, params, batch = prepared(case)
     mesh = mesh_of(options, devices)
     found = layout(mesh, rules_of(options), params, case.method)
@@ -135,13 +135,13 @@ def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, floa
 
 
 def mesh_of(options: MeshConfig, devices: int) -> Mesh:
-    """Makes the mesh of the first so many devices."""
+    """Make the mesh of the first so many devices."""
     config = Config(mesh=options, train=TrainConfig(batch_size=ROWS, steps=1), data=DataConfig(max_length=LENGTH))
     return make_mesh(config, jax.devices()[:devices], heads_of(LLAMA))
 
 
 def difference(one: tuple[float, float, Tree], other: tuple[float, float, Tree]) -> float:
-    """Gives the largest relative difference of two results: of the losses, and of each leaf's gradient by its largest number."""
+    """Return the largest relative difference of two results: of the losses, and of each leaf's gradient by its largest number."""
     found = [abs(one[0] - other[0]) / abs(one[0]), abs(one[1] - other[1])]
     for a, b in zip(jax.tree.leaves(one[2]), jax.tree.leaves(other[2]), strict=True):
         found.append(float(np.max(np.abs(a - b), initial=0) / max(float(np.max(np.abs(a), initial=0)), 1e-6)))
@@ -149,13 +149,13 @@ def difference(one: tuple[float, float, Tree], other: tuple[float, float, Tree])
 
 
 def options_of(strategy: str, devices: int) -> MeshConfig:
-    """Gives the options of a strategy on so many devices: hybrid ones in two groups, long rows over at most 8."""
+    """Return the options of a strategy on so many devices: hybrid ones in two groups, long rows over at most 8."""
     slices = 2 if strategy == "hybrid_fsdp" and devices > 1 else 1
     return MeshConfig(strategy=strategy, slices=slices)  # pyright: ignore[reportArgumentType]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", default="1,2,4,8", help="numbers of devices")
     parser.add_argument("--cases", default="lora, packed;adapter;prefix;lora on nf4", help=f"of {'; '.join(CASES)}")

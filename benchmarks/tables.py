@@ -38,12 +38,12 @@ output to output where 64 does not divide them.
 
 
 def lines(name: str) -> list[dict[str, Any]]:
-    """Reads what a command printed."""
+    """Read what a command printed."""
     return [json.loads(line) for line in (HERE / "results" / name).read_text().splitlines()]
 
 
 def matmul(name: str) -> str:
-    """Writes the table of `benchmarks.matmul`."""
+    """Write the table of `benchmarks.matmul`."""
     rows = lines(name)
     where = f"{rows[0]['device']}, jax {rows[0]['jax']}, {rows[0]['rows']} rows."
     table = [
@@ -72,7 +72,7 @@ step, of which there are not the same number in all rows.
 
 
 def step(*names: str) -> str:
-    """Writes the tables of `benchmarks.step`, one a device and shape: of the same work the newest line, fastest first."""
+    """Write the tables of `benchmarks.step`, one a device and shape: of the same work the newest line, fastest first."""
     done = [row for name in names for row in lines(name) if not row.get("failed")]
     newest = {tuple(str(row.get(key, _USUAL.get(key))) for key in _SAME): row for row in done}
     parts = [STEP]
@@ -123,7 +123,7 @@ Columns = Mapping[str, Callable[[Mapping[str, Any]], Any]]
 
 
 def listed(text: str, name: str, columns: Columns) -> str:
-    """Writes a table of a row a line.
+    """Write a table of a row a line.
 
     Args:
         text: what stands above it.
@@ -222,20 +222,20 @@ together, on a CPU, which computes fp8 in bfloat16.
 
 
 def gradients(name: str) -> str:
-    """Writes the table of `benchmarks.gradients`."""
+    """Write the table of `benchmarks.gradients`."""
     rows = [f"| {r['base']} | {r['error']:.2%} | {r['loss']:.4f} | {r['loss_float32']:.4f} |" for r in lines(name)]
     return GRADIENTS + "\n".join([*rows, ""])
 
 
 def quality(*names: str) -> str:
-    """Writes the tables of `benchmarks.quality train`, one a task of each file."""
+    """Write the tables of `benchmarks.quality train`, one a task of each file."""
     files = [lines(name) for name in names]
     tasks = [[row for row in rows if row["task"] == task] for rows in files for task in _each(rows, "task")]
     return "\n".join([QUALITY, *map(_task, tasks)])
 
 
 def _task(rows: list[dict[str, Any]]) -> str:
-    """Writes the table of one task: a row a format, over its seeds."""
+    """Write the table of one task: a row a format, over its seeds."""
     one, forms = rows[0], _each(rows, "format")
     figures = _figures(one)
     titles = [title for name in figures for title in (name, "- none")]
@@ -254,7 +254,7 @@ def _task(rows: list[dict[str, Any]]) -> str:
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], float]]:
-    """Gives what to show of a task, by title."""
+    """Return what to show of a task, by title."""
     after = {"loss": lambda row: row["after"]["loss"]}
     if row["before"]:
         return {"loss before": lambda row: row["before"]["loss"], **after}
@@ -262,7 +262,7 @@ def _figures(row: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], 
 
 
 def _cells(rows: list[dict[str, Any]], form: str, of: Callable[[Mapping[str, Any]], float]) -> tuple[str, str]:
-    """Writes a figure of one format, and its difference from that of `none` with the same seed."""
+    """Write a figure of one format, and its difference from that of `none` with the same seed."""
     here, none = ({row["seed"]: of(row) for row in rows if row["format"] == name} for name in (form, "none"))
     apart = [value - none[seed] for seed, value in here.items() if seed in none]
     return _over_seeds(list(here.values())), "" if form == "none" or not apart else _over_seeds(apart, "+")
@@ -278,7 +278,7 @@ def _each(rows: list[dict[str, Any]], key: str) -> list[Any]:
 
 
 def error(name: str) -> str:
-    """Writes the table of `benchmarks.quality error`."""
+    """Write the table of `benchmarks.quality error`."""
     rows = lines(name)
     count = {row["model"]: f"{row['model']}, {row['kernels']} kernels of {row['weights']:,} weights" for row in rows}
     table = [
@@ -311,7 +311,7 @@ The machine was busy with other work: of the times that of the processor, of one
 
 
 def shard_loading(name: str) -> str:
-    """Writes the table of `benchmarks.shard_loading`."""
+    """Write the table of `benchmarks.shard_loading`."""
     rows = lines(name)
     model = f"The model has {rows[0]['model_mb']:.0f} MB in bfloat16; jax {rows[0]['jax']}."
     return SHARDS + "\n".join([*map(_shard_row, rows), "", model, ""])
@@ -338,7 +338,7 @@ mapping of a few rows, which is what `jaxpeft` does; and the rows whole, which a
 
 
 def segments(name: str) -> str:
-    """Writes the table of `benchmarks.segments`."""
+    """Write the table of `benchmarks.segments`."""
     ways = [f"{way}_{state}" for state in ("warm", "cold") for way in ("calls", "mapped", "whole")]
     sizes = ("row_bytes", "part_bytes")
     rows = [[*(f"{row[key]:,} B" for key in sizes), *(f"{row[way]:.2f}" for way in ways)] for row in lines(name)]
@@ -355,7 +355,7 @@ one device: the largest difference, relative to the loss and to the largest numb
 
 
 def strategies(name: str) -> str:
-    """Gives what `benchmarks.strategies` printed."""
+    """Return what `benchmarks.strategies` printed."""
     return STRATEGIES + (HERE / "results" / name).read_text() + "```\n"
 
 

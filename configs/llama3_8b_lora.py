@@ -17,7 +17,7 @@ from jaxpeft.config import defaults
 
 
 def get_config() -> ConfigDict:
-    """Gives the options that differ from the defaults."""
+    """Return the options that differ from the defaults."""
     config = defaults("lora")
     config.model.path = "meta-llama/Llama-3.1-8B"
     config.model.task = "causal_lm"

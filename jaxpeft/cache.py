@@ -10,7 +10,7 @@ OFF = "off"
 
 
 def folder() -> Path | None:
-    """Gives the folder of all caches, None where there is to be none.
+    """Return the folder of all caches, None where there is to be none.
 
     It is that of the environment's `JAXPEFT_CACHE`, `off` for none; else `jaxpeft` in `XDG_CACHE_HOME`, else `~/.cache/jaxpeft`.
     """

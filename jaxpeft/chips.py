@@ -107,7 +107,7 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def usable(chip: Chip, given: float | None) -> float | None:
-    """Gives the bytes of a chip that a step may take, None where nothing tells.
+    """Return the bytes of a chip that a step may take, None where nothing tells.
 
     Args:
         chip: which.

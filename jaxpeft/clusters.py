@@ -93,7 +93,7 @@ class Place:
 
 
 def find(environment: Environment, flags: Flags | None = None) -> Place | None:
-    """Tells which process of how many this is.
+    """Return which process of how many this is.
 
     Args:
         environment: the variables.
@@ -119,14 +119,14 @@ def find(environment: Environment, flags: Flags | None = None) -> Place | None:
 
 
 def _alone(environment: Environment) -> Place | None:
-    """Gives the place of a process by itself: None, but where it may not use all GPUs."""
+    """Return the place of a process by itself: None, but where it may not use all GPUs."""
     place = Place(DEVICES, processes=1, process=0)
     devices = _devices(environment, place)
     return None if devices is None else replace(place, devices=devices)
 
 
 def waits(environment: Environment, flags: Flags | None = None) -> Waits:
-    """Tells how long is waited for other processes.
+    """Return how long is waited for other processes.
 
     Raises:
         ConfigError: a number is none.
@@ -142,7 +142,7 @@ def waits(environment: Environment, flags: Flags | None = None) -> Waits:
 
 
 def _given(environment: Environment, flags: Flags) -> tuple[dict[str, str], dict[str, str]]:
-    """Gives what is said by hand, and under which name."""
+    """Return what is said by hand, and under which name."""
     given: dict[str, str] = {}
     names: dict[str, str] = {}
     for field, (flag, *variables) in NAMES.items():
@@ -156,7 +156,7 @@ def _given(environment: Environment, flags: Flags) -> tuple[dict[str, str], dict
 
 
 def _whole(given: Mapping[str, str], names: Mapping[str, str], there: Place | None) -> Place:
-    """Puts together what is said by hand and what a cluster says."""
+    """Put together what is said by hand and what a cluster says."""
     coordinator = given.get("coordinator")
     processes = _number(names["processes"], given["processes"]) if "processes" in given else None
     process = _number(names["process"], given["process"]) if "process" in given else None
@@ -217,7 +217,7 @@ def _tpu(environment: Environment) -> Place | None:
 
 
 def on_tpu_vm(environment: Environment) -> Place | None:
-    """Tells a TPU VM, once JAX is imported: JAX writes into the environment that it has found one."""
+    """Tell a TPU VM, once JAX is imported: JAX writes into the environment that it has found one."""
     there = environment.get("TPU_ML_PLATFORM") == "JAX" and not environment.get("TPU_SKIP_MDS_QUERY")
     named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu")
@@ -266,7 +266,7 @@ _HOST = rf"(?:[^,\[\]\s]|{_RANGES})+"
 
 
 def _first_host(nodes: str) -> str:
-    """Gives the first of a list of hosts such as `a1,b2` or `gpu[01-04,07]-ib,cpu3`."""
+    """Return the first of a list of hosts such as `a1,b2` or `gpu[01-04,07]-ib,cpu3`."""
     found = re.fullmatch(rf"({_HOST})(?:,{_HOST})*", nodes)
     if found is None:
         raise ConfigError(
@@ -276,7 +276,7 @@ def _first_host(nodes: str) -> str:
 
 
 def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
-    """Gives the GPUs of this task: as many for each task of the node, all of them for a task that is alone there."""
+    """Return the GPUs of this task: as many for each task of the node, all of them for a task that is alone there."""
     tasks = _tasks_here(environment)
     gpus = _gpus_here(environment)
     each = environment.get("SLURM_GPUS_PER_TASK")
@@ -300,7 +300,7 @@ def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
 
 
 def _tasks_here(environment: Environment) -> int:
-    """Gives the tasks of this node, of a list such as `4(x2),1`."""
+    """Return the tasks of this node, of a list such as `4(x2),1`."""
     counts: list[int] = []
     told = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
     for part in filter(None, told.split(",")):
@@ -314,7 +314,7 @@ def _tasks_here(environment: Environment) -> int:
 
 
 def _gpus_here(environment: Environment) -> int:
-    """Gives how many GPUs a task sees, 0 where nobody says."""
+    """Return how many GPUs a task sees, 0 where nobody says."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if value := environment.get(name):
             # none is written as NoDevFiles or -1

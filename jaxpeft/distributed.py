@@ -41,7 +41,7 @@ _DETECTION = {"Open MPI": "ompi", "Kubernetes": "k8s"}
 
 
 def start(place: Place | None, waits: Waits) -> Peers:
-    """Joins the processes of a run, before JAX is used.
+    """Join the processes of a run, before JAX is used.
 
     Args:
         place: which of them this is; None for a process by itself, if this is no TPU VM.
@@ -138,7 +138,7 @@ def _free_port() -> int:
 
 
 def hush(process: int, processes: int | None) -> None:
-    """Lets process 0 alone say what goes on; the others say warnings, with their number.
+    """Let process 0 alone say what goes on; the others say warnings, with their number.
 
     Args:
         process: the number of this one.
@@ -156,7 +156,7 @@ def hush(process: int, processes: int | None) -> None:
 
 
 def together(peers: Peers, waits: Waits, body: Callable[[], int], *, show_traceback: bool) -> int:
-    """Runs the work of this process, so that all of them end together.
+    """Run the work of this process, so that all of them end together.
 
     Does not return where one of several processes has failed: Python's own end would wait for the others.
 
@@ -197,11 +197,11 @@ class _Watcher:
     over: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Begins to watch, in a thread that ends with the process."""
+        """Begin to watch, in a thread that ends with the process."""
         threading.Thread(target=self._run, daemon=True, name="peers").start()
 
     def tell(self, text: str, code: int) -> None:
-        """Says an error of this process, to the others too; what another has said already, process 0 alone repeats."""
+        """State an error of this process, to the others too; what another has said already, process 0 alone repeats."""
         host, told = platform.node(), True
         mine = json.dumps({"process": self.peers.process, "host": host, "code": code, "text": text})
         try:
@@ -213,7 +213,7 @@ class _Watcher:
             sys.stderr.write(f"{self._name(self.peers.process)}jaxpeft: {text}\n")
 
     def leave(self, code: int) -> None:
-        """Ends this process now, process 0 last: it holds what the others hear of each other by."""
+        """End this process now, process 0 last: it holds what the others hear of each other by."""
         try:
             self.peers.client.wait_at_barrier(_ENDED, _LEAVE * 1000)
         except jax.errors.JaxRuntimeError:
@@ -266,7 +266,7 @@ class _Watcher:
         os._exit(1)
 
     def _look(self, heard: dict[str, tuple[str, float]], warned: set[str]) -> None:
-        """Warns, well before JAX ends the run, of a process that has given no sign of life."""
+        """Warn, well before JAX ends the run, of a process that has given no sign of life."""
         now = time.monotonic()
         for key, told in self.peers.client.key_value_dir_get(_ALIVE):
             if heard.get(key, ("", 0.0))[0] != told:

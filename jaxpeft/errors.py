@@ -80,7 +80,7 @@ def shown(value: object, most: int = 80) -> str:
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """Gives a hint such as `; did you mean 'rank'?`, or an empty string where nothing is near.
+    """Return a hint such as `; did you mean 'rank'?`, or an empty string where nothing is near.
 
     Args:
         name: what was written.

@@ -27,7 +27,7 @@ def apply(
     adapter: Any | None = None,
     **kw: Any,
 ) -> Any:
-    """Runs a model with whatever adapter leaves its tree holds.
+    """Run a model with whatever adapter leaves its tree holds.
 
     Args:
         model: what `load` gave, or any Linen or NNX module.
@@ -68,7 +68,7 @@ def run(
     method: str | None = None,
     **kw: Any,
 ) -> Any:
-    """Runs a model as `apply` does, on inputs that are not looked at.
+    """Run a model as `apply` does, on inputs that are not looked at.
 
     Args:
         model: as for `apply`.

@@ -13,7 +13,7 @@ class StderrHandler(logging.Handler):
     """Writes each record as a line to the present `sys.stderr`."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a record."""
+        """Write a record."""
         sys.stderr.write(self.format(record) + "\n")
 
 
@@ -21,14 +21,14 @@ class _Fallback(StderrHandler):
     """Writes what no handler of the user's would."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a record, unless the user's own handlers do."""
+        """Write a record, unless the user's own handlers do."""
         if not logging.getLogger().handlers:
             super().emit(record)
 
 
 @contextmanager
 def timed(what: str) -> Generator[Callable[[str], None]]:
-    """Logs what is being done, and then how long it took; a step that fails says so itself.
+    """Log what is being done, and then how long it took; a step that fails says so itself.
 
     Gives a function that takes what came of it, to be said with the time.
     """
@@ -40,7 +40,7 @@ def timed(what: str) -> Generator[Callable[[str], None]]:
 
 
 def show() -> None:
-    """Lets what is loaded be seen on standard error; a user who has set up logging, or a level, has the say."""
+    """Let what is loaded be seen on standard error; a user who has set up logging, or a level, has the say."""
     logger = logging.getLogger("jaxpeft")
     if logger.handlers or logger.level != logging.NOTSET or logging.getLogger().handlers:
         return

@@ -11,14 +11,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def problem(name: str) -> str | None:
-    """Says why a name cannot be a folder's, None where it can."""
+    """Return why a name cannot be a folder's, None where it can."""
     if _NAME.fullmatch(name):
         return None
     return f"{cut(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
 
 
 def folder_named(root: Path, name: str) -> Path:
-    """Gives the folder of a name below a root.
+    """Return the folder of a name below a root.
 
     Args:
         root: the folder that holds all of them.
@@ -36,7 +36,7 @@ def folder_named(root: Path, name: str) -> Path:
 
 
 def require_no_way_out(folder: Path) -> None:
-    """Refuses a folder that holds links to somewhere else: what is written there would land elsewhere.
+    """Refuse a folder that holds links to somewhere else: what is written there would land elsewhere.
 
     Raises:
         ConfigError: naming each link.

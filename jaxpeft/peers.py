@@ -56,7 +56,7 @@ class Peers:
         return self.processes > 1
 
     def wait(self, what: str) -> None:
-        """Waits until all processes are here.
+        """Wait until all processes are here.
 
         Args:
             what: they come to, for a message.
@@ -72,7 +72,7 @@ class Peers:
             raise self._lost(what, error) from None
 
     def agreed(self, what: str, make: Callable[[], T]) -> T:
-        """Gives what process 0 makes, to all processes.
+        """Return what process 0 makes, to all processes.
 
         Args:
             what: it is, for a message.
@@ -94,7 +94,7 @@ class Peers:
             raise self._lost(what, error) from None
 
     def gathered(self, what: str, value: T) -> list[T]:
-        """Gives what each process has, to all of them, in their order.
+        """Return what each process has, to all of them, in their order.
 
         Args:
             what: it is, for a message.
@@ -116,7 +116,7 @@ class Peers:
         return [json.loads(text) for text in found]
 
     def same(self, what: str, values: Mapping[str, Any]) -> None:
-        """Refuses values that differ from those of process 0.
+        """Refuse values that differ from those of process 0.
 
         Args:
             what: they are.
@@ -140,7 +140,7 @@ class Peers:
         self.wait(f"the same {what}")
 
     def require_shared(self, folder: Path) -> None:
-        """Refuses a folder that is not one and the same for all processes.
+        """Refuse a folder that is not one and the same for all processes.
 
         Args:
             folder: that process 0 can write.
@@ -178,7 +178,7 @@ ALONE = Peers()
 
 
 def seen(path: Path) -> bool:
-    """Says whether a file that another host has written is seen here, after a while if need be."""
+    """Return whether a file that another host has written is seen here, after a while if need be."""
     end = time.monotonic() + SEEN
     while not path.exists():
         if time.monotonic() > end:
@@ -188,7 +188,7 @@ def seen(path: Path) -> bool:
 
 
 def _missing(error: Exception) -> list[str]:
-    """Gives the processes that a barrier has waited for in vain: they stand alone on lines of what JAX says."""
+    """Return the processes that a barrier has waited for in vain: they stand alone on lines of what JAX says."""
     return [line.strip() for line in str(error).splitlines() if line.strip().isdecimal()]
 
 

@@ -50,7 +50,7 @@ gc.set_threshold(200_000, 20, 100)
 
 @pytest.fixture(autouse=True)
 def levels_of_logging() -> Iterator[None]:
-    """Puts back what a command that ran in this process has said of which messages are seen."""
+    """Put back what a command that ran in this process has said of which messages are seen."""
     before = dict(_levels())
     yield
     for name, level in _levels():
@@ -65,7 +65,7 @@ def _levels() -> list[tuple[str, int]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def memory() -> Iterator[None]:
-    """Lets go of the compiled programs of the modules before, where thousands of them have filled a process's share of the memory."""
+    """Let go of the compiled programs of the modules before, where thousands of them have filled a process's share of the memory."""
     yield
     resident = Path("/proc/self/statm")
     if resident.is_file() and int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:

@@ -76,7 +76,7 @@ TRAINABLE: Mapping[str, int | Mapping[str, int]] = {
 
 
 def model_config(config: Config, name: str) -> Mapping[str, Any]:
-    """Gives the model's own config.json where the model is on this machine, and what is known of it elsewhere."""
+    """Return the model's own config.json where the model is on this machine, and what is known of it elsewhere."""
     if name == "llama3_8b_lora":
         return LLAMA_31_8B
     try:
@@ -95,7 +95,7 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def runs() -> Iterator[Any]:
-    """Gives every config with each method that it trains."""
+    """Return every config with each method that it trains."""
     for path in FILES:
         config = configs.load(str(path), [])
         if not config.compare.candidates:

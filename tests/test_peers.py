@@ -58,7 +58,7 @@ Run = Callable[[Callable[[Peers], Any]], list[Any]]
 
 @pytest.fixture
 def run() -> Generator[Run]:
-    """Runs a function as two processes; gives what came of each, errors too."""
+    """Run a function as two processes; return what came of each, errors too."""
     service, pool = Service(2), ThreadPoolExecutor(2)
 
     def both(body: Callable[[Peers], Any]) -> list[Any]:
@@ -166,7 +166,7 @@ def test_a_tpu_that_knows_no_other_hosts_is_one_process(
 
 @pytest.fixture
 def quiet_logs() -> Generator[None]:
-    """Puts the levels of the loggers back."""
+    """Put the levels of the loggers back."""
     names = ("jaxpeft", "jaxpeft.training.watch")
     before = {name: logging.getLogger(name).level for name in names}
     yield

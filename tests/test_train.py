@@ -19,7 +19,7 @@ __all__ = ["tiny_models"]
 
 
 def run(*arguments: str, wrapper: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the command; `wrapper` is Python to run in its place."""
+    """Run the command; `wrapper` is Python to run in its place."""
     command = [sys.executable, "-m", "jaxpeft.train"] if wrapper is None else [sys.executable, "-c", wrapper]
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
@@ -147,7 +147,7 @@ def test_missing_rows_are_told_in_one_line_and_a_traceback_only_if_asked(config_
 
 
 def stopped_by(signum: int, config_file: Path, workdir: Path) -> subprocess.Popen[str]:
-    """Runs until a few steps are done, and sends the signal."""
+    """Run until a few steps are done, and sends the signal."""
     command = [sys.executable, "-m", "jaxpeft.train", "--config", str(config_file), "--workdir", str(workdir)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

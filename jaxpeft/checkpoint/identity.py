@@ -29,14 +29,14 @@ _EARLIER = " (an earlier version of jaxpeft wrote it, another way; give --allow-
 
 
 def tree_spec(tree: Any) -> dict[str, str]:
-    """Gives `{path: "dtype[shape]"}` of a tree of arrays: Orbax would cast a leaf to another dtype in silence."""
+    """Return `{path: "dtype[shape]"}` of a tree of arrays: Orbax would cast a leaf to another dtype in silence."""
     return {paths.text(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in paths.walk(tree)}
 
 
 def differences(
     saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Lists every field whose value differs, as `field: was ..., is ...`.
+    """List every field whose value differs, as `field: was ..., is ...`.
 
     Args:
         saved: nested plain values, from the checkpoint.

@@ -53,7 +53,7 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, best: Any | None, meta: Mapping[str, Any], fixed: Mapping[str, Any] | None = None
     ) -> None:
-        """Saves a step: arrays, then the manifest, which commits it; then old steps are deleted.
+        """Save a step: arrays, then the manifest, which commits it; then old steps are deleted.
 
         Args:
             step: optimizer steps done.
@@ -91,13 +91,13 @@ class Checkpoints:
             shutil.rmtree(self._folder / str(step))
 
     def _steps(self) -> list[int]:
-        """Lists the steps that there are folders of, the newest first."""
+        """List the steps that there are folders of, the newest first."""
         there = self._folder.iterdir() if self._folder.is_dir() else ()
         names = [path.name for path in there if path.is_dir() and path.name.isdecimal()]
         return sorted((int(name) for name in names if name == str(int(name))), reverse=True)
 
     def latest(self) -> int | None:
-        """Gives the newest good step, None where none was ever saved; says which newer ones are not good, and why.
+        """Return the newest good step, None where none was ever saved; say which newer ones are not good, and why.
 
         Raises:
             DamagedError: steps were saved, and none of them is good.
@@ -133,7 +133,7 @@ class Checkpoints:
         return None
 
     def put_aside(self, after: int | None) -> None:
-        """Puts the folders of steps beyond the one that is gone on from under another name, so that they can be saved again.
+        """Put the folders of steps beyond the one that is gone on from under another name, so that they can be saved again.
 
         Args:
             after: that step, None for a new run.
@@ -147,11 +147,11 @@ class Checkpoints:
         self._peers.wait("what was put aside")
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """Reads the plain values of a good step."""
+        """Read the plain values of a good step."""
         return self._peers.agreed(f"what step {step} is of", lambda: manifest.read(self._folder / str(step)))
 
     def check_identity(self, step: int, identity: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
-        """Refuses to resume another run.
+        """Refuse to resume another run.
 
         Args:
             step: the step to go on from.
@@ -175,7 +175,7 @@ class Checkpoints:
     def restore(
         self, step: int, state: Any, best: Any, fixed: Mapping[str, Any] | None = None
     ) -> tuple[Any, Any | None, dict[str, Any]]:
-        """Restores the arrays of a step, onto the devices of the examples.
+        """Restore the arrays of a step, onto the devices of the examples.
 
         Args:
             step: which.
@@ -210,7 +210,7 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Frees Orbax's threads."""
+        """Free Orbax's threads."""
         if "_manager" in self.__dict__:
             self._manager.close()
 

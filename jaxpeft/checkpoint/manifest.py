@@ -23,7 +23,7 @@ UNFINISHED = f"has no {NAME}: its saving was interrupted"
 
 
 def write(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
-    """Commits the folder of a step.
+    """Commit the folder of a step.
 
     Args:
         folder: of the step, with all its files.
@@ -37,7 +37,7 @@ def write(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Gives the plain values that `write` was given.
+    """Return the plain values that `write` was given.
 
     Args:
         folder: of a step that `problem` finds good.
@@ -85,7 +85,7 @@ def problem(folder: Path, step: int) -> str | None:
 
 
 def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
-    """Gives the SHA-256 of each file, several at once: other processes of a run wait for it."""
+    """Return the SHA-256 of each file, several at once: other processes of a run wait for it."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(names, pool.map(_sha256, (folder / name for name in names)), strict=True))
 

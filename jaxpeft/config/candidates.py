@@ -31,7 +31,7 @@ class CandidateConfig:
         return self.name or self.method.name
 
     def problems(self) -> list[str]:
-        """Lists what is wrong across options."""
+        """List what is wrong across options."""
         found: list[str] = []
         if why := names.problem(self.title):
             found.append(f"name: {why}")
@@ -70,7 +70,7 @@ class CompareConfig:
         return self.reference or next(full, None)
 
     def problems(self) -> list[str]:
-        """Lists what is wrong across options."""
+        """List what is wrong across options."""
         found = [
             f"candidates: {count} of them are called {title!r}; give each a name of its own"
             for title, count in Counter(self.titles).items()

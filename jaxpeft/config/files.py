@@ -30,7 +30,7 @@ _DEEPEST = 2
 
 
 def defaults(method: str = "lora") -> ml_collections.ConfigDict:
-    """Gives the default config, to be changed by a config file's `get_config()`.
+    """Return the default config, to be changed by a config file's `get_config()`.
 
     Args:
         method: name of the fine-tuning method, whose options `config.method` then holds.
@@ -68,7 +68,7 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
 
 
 def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
-    """Makes a `Config` from plain values, as `as_dict` gives them; the method's section is read by its name."""
+    """Make a `Config` from plain values, as `as_dict` gives them; the method's section is read by its name."""
     section = values.get("method", {})
     if not isinstance(section, Mapping):
         return None, [f"config.method: must be a section with options, is {shown(section)}"]
@@ -169,7 +169,7 @@ def _methods_first(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]
 
 
 def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
-    """Sets one option from the command line; gives the problem, if any."""
+    """Set one option from the command line; return the problem, if any."""
     method = values.setdefault("method", {"name": "lora"})
     if option == "method":
         return ["--config.method: is a section; set --config.method.name=NAME"]
@@ -203,7 +203,7 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
 
 
 def _split_key(option: str, values: Mapping[str, Any]) -> tuple[str, str]:
-    """Splits `method.rank_pattern.q_proj` into the option, a mapping, and a key of it; the key is empty elsewhere."""
+    """Split `method.rank_pattern.q_proj` into the option, a mapping, and a key of it; the key is empty elsewhere."""
     parts = option.split(".")
     for n in range(1, min(len(parts), _DEEPEST + 1)):
         if typing.get_origin(_hint(".".join(parts[:n]), values)) is dict:
@@ -212,7 +212,7 @@ def _split_key(option: str, values: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _hint(option: str, values: Mapping[str, Any]) -> Any:
-    """Gives the annotated type of a dotted option, or None where there is none."""
+    """Return the annotated type of a dotted option, or None where there is none."""
     cls: Any = Config
     for key in option.split("."):
         hints = hints_of(cls) if dataclasses.is_dataclass(cls) else {}

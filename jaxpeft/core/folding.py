@@ -25,7 +25,7 @@ def can_fold(kind: type[Method]) -> bool:
 
 
 def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) -> dict[str, Any]:
-    """Gives the base leaves of one site with every adapter in it folded in, in their dtypes; nothing where there is none.
+    """Return the base leaves of one site with every adapter in it folded in, in their dtypes; nothing where there is none.
 
     Args:
         parts: the methods that add leaves, in the order in which they compute.
@@ -60,14 +60,14 @@ def adding_parts(method: Method, markers: Iterable[str]) -> list[Method]:
 
 
 def _as_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array:
-    """Gives a folded leaf the axes and the dtype of the base's."""
+    """Return a folded leaf the axes and the dtype of the base's."""
     return (kernels.as_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)).astype(leaf.dtype)
 
 
 def _folded(
     method: Method, site: Site, own: Leaves, shared: Leaves, plain: Leaves, before: Leaves | None
 ) -> dict[str, Any]:
-    """Gives the base leaves of a site with its adapter folded in, layer by layer; `before` are those without any adapter."""
+    """Return the base leaves of a site with its adapter folded in, layer by layer; `before` are those without any adapter."""
     form = kernels.form_of(plain) or "kernel"
     if form not in ("kernel", "embedding"):
         raise ConfigError(

@@ -44,7 +44,7 @@ class Hooks:
     def wrap(
         self, module: Any, name: str, leaves: Mapping[str, Any], base: Callable[..., Any], key: Callable[[], Any] | None
     ) -> Callable[..., Any]:
-        """Gives what to call in place of a method of a module.
+        """Return what to call in place of a method of a module.
 
         Args:
             module: a Linen or an NNX module.
@@ -68,7 +68,7 @@ class Hooks:
         return wrapped
 
     def _together(self, module: Any, base: Callable[..., Any], training: bool) -> Callable[..., Any]:
-        """Computes sites that read the same input at once, where all of them can be, and one has an adapter."""
+        """Compute sites that read the same input at once, where all of them can be, and one has an adapter."""
 
         def call(x: Any, *others: Any) -> Any:
             sites = [self._linear(each, training) for each in (module, *others)]
@@ -80,7 +80,7 @@ class Hooks:
         return call
 
     def _linear(self, module: Any, training: bool) -> joint.Linear | None:
-        """Sees a module as `x W + x A B`; None where it computes anything else."""
+        """See a module as `x W + x A B`; None where it computes anything else."""
         if not hasattr(type(module), TOGETHER) or self.rows is not None:
             return None
         leaves = module.variables.get("params", {})
@@ -138,7 +138,7 @@ class Hooks:
 def _in_order(
     names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Gives a call's first inputs by place, those that were given by name among them."""
+    """Return a call's first inputs by place, those that were given by name among them."""
     rest = dict(kwargs)
     for name in names[len(args) :]:
         if name not in rest:
@@ -148,7 +148,7 @@ def _in_order(
 
 
 def _require_inputs(module: Any, name: str, method: Computation) -> None:
-    """Refuses a module whose method does not take the inputs that an adapter gives it.
+    """Refuse a module whose method does not take the inputs that an adapter gives it.
 
     Raises:
         ConfigError: naming the module's type and the input.
@@ -163,7 +163,7 @@ def _require_inputs(module: Any, name: str, method: Computation) -> None:
 
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:
-    """Makes the function for `flax.linen.intercept_methods`."""
+    """Make the function for `flax.linen.intercept_methods`."""
     names = {TOGETHER, *(name for method in hooks.methods.values() for name in method.sites.hooks)}
 
     def intercept(
@@ -185,7 +185,7 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
 
 
 def _repeatable(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a method of a Linen module run more than once in a call: each run names its parameters anew."""
+    """Let a method of a Linen module run more than once in a call: each run names its parameters anew."""
     runs = 0
 
     def again(*args: Any, **kwargs: Any) -> Any:

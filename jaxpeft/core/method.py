@@ -58,7 +58,7 @@ class Call:
         return self.args[0]
 
     def each(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Computes `fn(leaves, *arrays)`; where each row of the batch has an adapter of its own, row by row.
+        """Compute `fn(leaves, *arrays)`; where each row of the batch has an adapter of its own, row by row.
 
         Args:
             fn: a pure function of adapter leaves and arrays.
@@ -101,11 +101,11 @@ class Method:
             raise ConfigError(found)
 
     def problems(self) -> list[str]:
-        """Lists what is wrong across options, each as `field: why`."""
+        """List what is wrong across options, each as `field: why`."""
         return []
 
     def parts(self) -> tuple[Method, ...]:
-        """Gives the methods that this one is made of: itself, but for a method made of methods."""
+        """Return the methods that this one is made of: itself, but for a method made of methods."""
         return (self,)
 
     @property
@@ -116,7 +116,7 @@ class Method:
     # ------------------------------------------------------------------------------------------------------------- sites
 
     def where(self, names: tuple[str, ...]) -> Targets | None:
-        """Gives the target options, or None for a method that adds no leaves to sites.
+        """Return the target options, or None for a method that adds no leaves to sites.
 
         Args:
             names: the Hugging Face names of all sites of the method's kinds, for defaults that depend on the model.
@@ -125,7 +125,7 @@ class Method:
         return None
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Checks options that name sites, given the names of all adapted ones.
+        """Check options that name sites, given the names of all adapted ones.
 
         Raises:
             TargetError: an option names a site that is not adapted.
@@ -135,7 +135,7 @@ class Method:
     # ------------------------------------------------------------------------------------------------------------ leaves
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the adapter leaves of one site of one layer, float32.
+        """Make the adapter leaves of one site of one layer, float32.
 
         Args:
             site: one layer of a site: `site.name` is its Hugging Face name, with the layer number.
@@ -145,7 +145,7 @@ class Method:
         raise NotImplementedError(f"{self.name} adds no leaves")  # pragma: no cover - where() is None
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the leaves at the root of the tree, float32.
+        """Make the leaves at the root of the tree, float32.
 
         Args:
             params: the base; abstract leaves will do.
@@ -156,7 +156,7 @@ class Method:
         return {}
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Says whether the method trains a leaf of the base or of its own.
+        """Return whether the method trains a leaf of the base or of its own.
 
         Args:
             path: of the leaf.
@@ -170,12 +170,12 @@ class Method:
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes a site with its adapter: `[..., in] -> [..., out]`."""
+        """Compute a site with its adapter: `[..., in] -> [..., out]`."""
         return call.base(*call.args, **call.kwargs)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Folds the adapter leaves of one site of one layer into its base leaves.
+        """Fold the adapter leaves of one site of one layer into its base leaves.
 
         Args:
             leaves: the site's adapter leaves, and those at the root.
@@ -189,5 +189,5 @@ class Method:
         return dict(base)
 
     def as_dict(self) -> dict[str, Any]:
-        """Gives the options as plain values, with the method's name."""
+        """Return the options as plain values, with the method's name."""
         return {"name": self.name, **dataclasses.asdict(self)}

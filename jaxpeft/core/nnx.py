@@ -23,7 +23,7 @@ from jaxpeft.errors import ConfigError
 
 
 def params_of(model: nnx.Module) -> Tree:
-    """Gives the parameters of a module as a nested dict of arrays; numbers of a list's items become strings."""
+    """Return the parameters of a module as a nested dict of arrays; numbers of a list's items become strings."""
     return _plain(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
@@ -32,7 +32,7 @@ def _plain(node: Any) -> Any:
 
 
 def with_params(model: nnx.Module, params: Mapping[str, Any]) -> nnx.Module:
-    """Gives a copy of a module that holds these parameters.
+    """Return a copy of a module that holds these parameters.
 
     Args:
         model: a module; it is not changed.
@@ -63,14 +63,14 @@ def _attribute(node: Any, key: str) -> Any:
 
 
 def modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
-    """Yields the modules inside a module with their paths, itself first."""
+    """Yield the modules inside a module with their paths, itself first."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
             yield tuple(map(str, path)), node
 
 
 def own_leaves(module: Any) -> dict[str, Any]:
-    """Gives the arrays of a module's own parameters."""
+    """Return the arrays of a module's own parameters."""
     return {
         name: value[...]
         for name, value in vars(module).items()
@@ -81,7 +81,7 @@ def own_leaves(module: Any) -> dict[str, Any]:
 def run(
     model: nnx.Module, params: Mapping[str, Any], hooks: Hooks, key: jax.Array | None, args: Any, kwargs: Any
 ) -> Any:
-    """Calls a module with the leaves of a tree, adapter leaves among them.
+    """Call a module with the leaves of a tree, adapter leaves among them.
 
     Args:
         model: the module; it is not changed, and what it would change of itself (statistics, caches) is dropped.
@@ -120,7 +120,7 @@ def _nodes(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, d
 
 
 def _adapt(holder: Any, added: Mapping[str, Any]) -> None:
-    """Gives a module of the copy its adapter leaves, as parameters of its own, and a class that computes with them.
+    """Return a module of the copy its adapter leaves, as parameters of its own, and a class that computes with them.
 
     As parameters they are split and stacked like the module's others under `nnx.scan` and `nnx.vmap`.
     """
@@ -131,7 +131,7 @@ def _adapt(holder: Any, added: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _adapted_class(cls: type) -> type:
-    """Gives a subclass whose methods compute with the adapter leaves that an instance holds.
+    """Return a subclass whose methods compute with the adapter leaves that an instance holds.
 
     It is made once for each class: NNX and JAX keep what they know of a class for good.
     """

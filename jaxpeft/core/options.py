@@ -71,7 +71,7 @@ def option(default: Any, doc: str, *, read: Reader | None = None, **bounds: floa
 
 
 def no_option(key: str, known: Iterable[str]) -> str:
-    """Says that there is no such option, with the nearest ones, or why there is none of that name.
+    """Say that there is no such option, with the nearest ones, or why there is none of that name.
 
     Args:
         key: what was written, with its section or without.
@@ -96,7 +96,7 @@ def hints_of(cls: type[Any]) -> Mapping[str, Any]:
 
 
 def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None, list[str]]:
-    """Makes a `cls` from plain values, finding every problem at once.
+    """Make a `cls` from plain values, finding every problem at once.
 
     Args:
         cls: a frozen dataclass of options; its method `problems() -> list[str]`, if any, checks across fields.
@@ -132,7 +132,7 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
 
 
 def settle(instance: Any, where: str) -> list[str]:
-    """Gives an instance made directly, as `LoRA(targets=["query"])`, its values as the annotated types.
+    """Return an instance made directly, as `LoRA(targets=["query"])`, its values as the annotated types.
 
     Returns:
         What is wrong with them.
@@ -276,7 +276,7 @@ def _no_text(value: str, where: str) -> list[str]:
 
 
 def _words(hint: Any) -> str:
-    """Names a type as people do."""
+    """Name a type as people do."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_words(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:

@@ -17,7 +17,7 @@ _TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
 def walk(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yields `(path, leaf)` for every leaf of a nested dict, in the order of its keys."""
+    """Yield `(path, leaf)` for every leaf of a nested dict, in the order of its keys."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from walk(value, (*prefix, key))
@@ -31,7 +31,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(items: Iterator[tuple[Path, Any]] | list[tuple[Path, Any]]) -> Tree:
-    """Makes the nested dict that `walk` would walk like this."""
+    """Make the nested dict that `walk` would walk like this."""
     tree: Tree = {}
     for path, leaf in items:
         node = tree
@@ -42,12 +42,12 @@ def build(items: Iterator[tuple[Path, Any]] | list[tuple[Path, Any]]) -> Tree:
 
 
 def map_with_path(fn: Callable[[Path, Any], Any], tree: Mapping[str, Any]) -> Tree:
-    """Gives the tree whose leaf at each path is `fn(path, leaf)`."""
+    """Return the tree whose leaf at each path is `fn(path, leaf)`."""
     return build([(path, fn(path, leaf)) for path, leaf in walk(tree)])
 
 
 def get(tree: Mapping[str, Any], path: Path) -> Any:
-    """Gives the node or leaf at `path`.
+    """Return the node or leaf at `path`.
 
     Raises:
         KeyError: there is none.
@@ -59,23 +59,23 @@ def get(tree: Mapping[str, Any], path: Path) -> Any:
 
 
 def text(path: Path) -> str:
-    """Writes a path as people read it: `model/layers/self_attn/q_proj`."""
+    """Write a path as people read it: `model/layers/self_attn/q_proj`."""
     return "/".join(path)
 
 
 def layers_at(path: Path) -> int | None:
-    """Gives the index in `path` of what holds the layers, or None where the leaf is of no layer."""
+    """Return the index in `path` of what holds the layers, or None where the leaf is of no layer."""
     return next((i for i, key in enumerate(path[:-1]) if key in LAYER_CONTAINERS), None)
 
 
 def layer_axis(path: Path) -> int | None:
-    """Gives the index in `path` after which the layer number belongs, or None where the leaf is not stacked."""
+    """Return the index in `path` after which the layer number belongs, or None where the leaf is not stacked."""
     at = layers_at(path)
     return None if at is None or path[at + 1].isdigit() else at
 
 
 def hf_names(path: Path, layers: int | None) -> tuple[str, ...]:
-    """Gives the Hugging Face names of a module or leaf path: one, or one a layer where it is stacked.
+    """Return the Hugging Face names of a module or leaf path: one, or one a layer where it is stacked.
 
     Args:
         path: of a module (`.../q_proj`) or of a leaf (`.../q_proj/kernel`, which torch calls `weight`).
@@ -90,7 +90,7 @@ def hf_names(path: Path, layers: int | None) -> tuple[str, ...]:
 
 
 def is_head(path: Path) -> bool:
-    """Says whether a path belongs to the task head.
+    """Return whether a path belongs to the task head.
 
     A model with a task is `{backbone: ..., head modules: ...}`, so the head is what stands beside the backbone; a
     language-model head is pretrained and does not count.

@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 def find_sites(
     model: Any, params: Mapping[str, Any], *args: Any, variables: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> tuple[Site, ...]:
-    """Lists the sites of any Flax model, for `jaxpeft.rewrite(..., sites=...)`.
+    """List the sites of any Flax model, for `jaxpeft.rewrite(..., sites=...)`.
 
     Args:
         model: a Linen module, or an NNX module.
@@ -87,7 +87,7 @@ def _site(path: Path, module: Any, shapes: Shapes, einsum: str | None, params: M
 
 
 def _of_nnx(path: Path, module: Any, shapes: Shapes) -> list[Site]:
-    """Gives the site of an NNX module, whose stacked layers show as axes that its type has not."""
+    """Return the site of an NNX module, whose stacked layers show as axes that its type has not."""
     main = "kernel" if "kernel" in shapes else "embedding" if "embedding" in shapes else next(iter(shapes))
     wanted = {
         nnx.Linear: 2, nnx.Embed: 2, nnx.LayerNorm: 1, nnx.RMSNorm: 1,
@@ -117,7 +117,7 @@ def _made(path: Path, module: Any, shapes: Shapes, layers: tuple[int, ...], eins
 
 
 def _names(path: Path, layers: tuple[int, ...]) -> tuple[str, ...]:
-    """Names a module, with the number of its layer where they are stacked: behind the container, or behind the first part."""
+    """Name a module, with the number of its layer where they are stacked: behind the container, or behind the first part."""
     if not layers:
         return (".".join(path),)
     count = 1

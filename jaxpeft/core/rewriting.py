@@ -69,7 +69,7 @@ _FLOATING = frozenset({"kernel", "bias", "scale", "embedding"})
 def chosen_sites(
     method: Method, params: Mapping[str, Any], sites: Sequence[Site] | None = None
 ) -> dict[Site, tuple[bool, ...]]:
-    """Finds the sites that a method adapts, and for each which of its layers.
+    """Find the sites that a method adapts, and for each which of its layers.
 
     Args:
         method: one that is not made of others.
@@ -93,7 +93,7 @@ def chosen_sites(
 def add_leaves(
     method: Method, params: Mapping[str, Any], tree: Tree, rng: jax.Array, chosen: Mapping[Site, tuple[bool, ...]]
 ) -> None:
-    """Puts the leaves of one method into a tree whose dicts are its own."""
+    """Put the leaves of one method into a tree whose dicts are its own."""
     for site, on in chosen.items():
         node = paths.get(tree, site.path)
         made = site_leaves(method, site, on, paths.get(params, site.path), rng)
@@ -110,7 +110,7 @@ def add_leaves(
 
 
 def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, rng: jax.Array) -> dict[str, Any]:
-    """Makes the leaves of a site, stacked over its layers; a layer that is not adapted is one of zeros.
+    """Make the leaves of a site, stacked over its layers; a layer that is not adapted is one of zeros.
 
     Args:
         method: what to add.
@@ -143,19 +143,19 @@ def site_leaves(method: Method, site: Site, on: tuple[bool, ...], base: Leaves, 
 
 
 def kernel_of(site: Site, base: Leaves, i: int) -> jax.Array:
-    """Gives the kernel of layer `i` of a site, float32 `[in, out]`, from the leaves of its module."""
+    """Return the kernel of layer `i` of a site, float32 `[in, out]`, from the leaves of its module."""
     return kernels.read(layer_of(site, base, i), site.shape, site.order)
 
 
 def layer_of(site: Site, leaves: Leaves, i: int) -> dict[str, Any]:
-    """Gives the leaves of layer `i` of a site, those of modules inside it apart."""
+    """Return the leaves of layer `i` of a site, those of modules inside it apart."""
     own = {key: kernels.near(leaf) for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}
     where = np.unravel_index(i, site.layers) if site.layers else ()
     return {key: leaf[tuple(map(int, where))] for key, leaf in own.items()} if site.layers else own
 
 
 def _stack_padded(layers: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array]:
-    """Stacks the leaves of all layers, padding with zeros to the largest shape; None is a layer of zeros."""
+    """Stack the leaves of all layers, padding with zeros to the largest shape; None is a layer of zeros."""
     made = [layer for layer in layers if layer is not None]
     out: dict[str, jax.Array] = {}
     for key in made[0]:
@@ -171,7 +171,7 @@ def _pad(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
-    """Says for every leaf whether it is trained: what the method trains, `modules_to_save`, and the task head.
+    """Return for every leaf whether it is trained: what the method trains, `modules_to_save`, and the task head.
 
     Args:
         method: the method that rewrote `params`.
@@ -223,24 +223,24 @@ def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) ->
 
 
 def modules_to_save(method: Method) -> tuple[str, ...]:
-    """Gives the names of the modules that a method, or one of those that it is made of, trains and saves whole."""
+    """Return the names of the modules that a method, or one of those that it is made of, trains and save whole."""
     return tuple(dict.fromkeys(name for part in (method, *method.parts()) for name in part.modules_to_save))
 
 
 def adapted_modules(method: Method, params: Mapping[str, Any]) -> list[Path]:
-    """Lists the modules of a tree that hold the leaves of a method, the root as `()`."""
+    """List the modules of a tree that hold the leaves of a method, the root as `()`."""
     markers = {part.leaves.site[0] for part in method.parts() if part.leaves.site}
     markers |= {part.leaves.root[0] for part in method.parts() if part.leaves.root and not part.leaves.site}
     return [path[:-1] for path, _ in paths.walk(params) if path[-1] in markers]
 
 
 def adapter_names(method: Method) -> frozenset[str]:
-    """Gives the names of all leaves that a method adds, to sites and at the root of the tree."""
+    """Return the names of all leaves that a method adds, to sites and at the root of the tree."""
     return frozenset(name for part in method.parts() for name in (*part.leaves.names, *part.leaves.root))
 
 
 def without_adapter(method: Method, params: Mapping[str, Any]) -> Tree:
-    """Drops the adapter leaves: the tree computes as the base, with the leaves of the base that were trained as they are now.
+    """Drop the adapter leaves: the tree computes as the base, with the leaves of the base that were trained as they are now.
 
     Args:
         method: the method that rewrote `params`.

@@ -54,7 +54,7 @@ class Site:
         return self.names[0]
 
     def one(self, i: int) -> Site:
-        """Gives one layer of the site, as a site that is not stacked."""
+        """Return one layer of the site, as a site that is not stacked."""
         return dataclasses.replace(self, names=(self.names[i],), layers=())
 
 
@@ -81,7 +81,7 @@ KINDS = ("linear", "embedding", "norm")
 
 
 def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) -> list[Site]:
-    """Lists the modules of a tree that can be adapted, by the leaves that they hold, below the layer axis if any.
+    """List the modules of a tree that can be adapted, by the leaves that they hold, below the layer axis if any.
 
     Args:
         params: the parameter tree; abstract leaves will do.
@@ -98,7 +98,7 @@ def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) ->
 
 
 def _modules(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yields the modules that hold leaves of their own."""
+    """Yield the modules that hold leaves of their own."""
     if prefix and any(not isinstance(value, Mapping) for value in tree.values()):
         yield prefix, tree
     for key, value in tree.items():
@@ -116,7 +116,7 @@ def resolve(
     kinds: Sequence[str] = ("linear",),
     sites: Sequence[Site] | None = None,
 ) -> dict[Site, tuple[bool, ...]]:
-    """Finds the sites to adapt, and for each which of its layers.
+    """Find the sites to adapt, and for each which of its layers.
 
     Args:
         params: the parameter tree; abstract leaves will do.
@@ -143,7 +143,7 @@ def resolve(
 
 
 def require_fast_targets(wanted: Targets, names: Sequence[str]) -> None:
-    """Refuses targets whose expressions take too long on one of the names.
+    """Refuse targets whose expressions take too long on one of the names.
 
     Raises:
         TargetError: naming the expression.
@@ -154,12 +154,12 @@ def require_fast_targets(wanted: Targets, names: Sequence[str]) -> None:
 
 
 def is_keyword(targets: str | tuple[str, ...]) -> bool:
-    """Says whether targets are `"all-linear"`, or `"all"` sites of the method's kinds, and so no regular expression."""
+    """Return whether targets are `"all-linear"`, or `"all"` sites of the method's kinds, and so no regular expression."""
     return isinstance(targets, str) and targets.lower() in (ALL_LINEAR, ALL)
 
 
 def usual(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Gives those of the usual targets of a method that a model has.
+    """Return those of the usual targets of a method that a model has.
 
     Args:
         entries: ends of site names.
@@ -169,7 +169,7 @@ def usual(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Sequence[str]) -> None:
-    """Refuses targets that name sites of a kind that the method cannot adapt: leaving them out would be silent.
+    """Refuse targets that name sites of a kind that the method cannot adapt: leaving them out would be silent.
 
     Args:
         method: its name.
@@ -204,7 +204,7 @@ def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Se
 
 
 def _report_unknown(wanted: Targets, sites: Sequence[Site]) -> None:
-    """Logs the modules that a keyword leaves out because no method knows their type."""
+    """Log the modules that a keyword leaves out because no method knows their type."""
     left = [f"{site.name} ({site.kind})" for site in sites if site.kind not in KINDS]
     left = [name for name in left if not named(name.split(" ")[0], wanted.exclude)]
     if left:
@@ -213,7 +213,7 @@ def _report_unknown(wanted: Targets, sites: Sequence[Site]) -> None:
 
 
 def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
-    """Says whether the module of this Hugging Face name and kind is to be adapted."""
+    """Return whether the module of this Hugging Face name and kind is to be adapted."""
     if named(name, wanted.exclude) or under(name, wanted.modules_to_save) or paths.is_head(tuple(name.split("."))):
         return False
     if isinstance(wanted.targets, str):
@@ -227,7 +227,7 @@ def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
 
 
 def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]) -> bool:
-    """Says whether a leaf of the base is to be trained, which a stacked one can be for all of its layers only.
+    """Return whether a leaf of the base is to be trained, which a stacked one can be for all of its layers only.
 
     Args:
         method: the name of the method that trains it.
@@ -249,7 +249,7 @@ def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]
 
 
 def under(name: str, modules: Iterable[str]) -> bool:
-    """Says whether a name, or the name of a module around it, ends with one of `modules`: `norm` takes `input_layernorm`.
+    """Return whether a name, or the name of a module around it, ends with one of `modules`: `norm` takes `input_layernorm`.
 
     That is how PEFT reads `modules_to_save`; in `targets` an entry begins at a dot.
     """
@@ -258,7 +258,7 @@ def under(name: str, modules: Iterable[str]) -> bool:
 
 
 def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """Gives the value of the first pattern that matches the end of a name, as `rank_pattern` means it in PEFT."""
+    """Return the value of the first pattern that matches the end of a name, as `rank_pattern` means it in PEFT."""
     for pattern, value in patterns.items():
         if full_match(_at_end(pattern), name):
             return value
@@ -270,7 +270,7 @@ def _at_end(pattern: str) -> str:
 
 
 def require_ends(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuses a pattern that is not the end of a site's name in plain letters: PEFT reads others in another way here.
+    """Refuse a pattern that is not the end of a site's name in plain letters: PEFT reads others in another way here.
 
     It looks for a dot and the pattern in front of the end of the name, and does not group what the pattern may be.
 
@@ -287,7 +287,7 @@ def require_ends(field: str, patterns: Mapping[str, Any], names: Sequence[str]) 
 
 
 def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuses a pattern that matches none of the adapted sites, or takes too long to.
+    """Refuse a pattern that matches none of the adapted sites, or take too long to.
 
     Raises:
         TargetError: naming the pattern and the nearest names.
@@ -299,7 +299,7 @@ def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[st
 
 
 def named(name: str, entries: str | tuple[str, ...]) -> bool:
-    """Says whether a site name is one that entries mean: an expression of the whole name, or ends of names."""
+    """Return whether a site name is one that entries mean: an expression of the whole name, or end of names."""
     if isinstance(entries, str):
         return full_match(entries, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
@@ -354,7 +354,7 @@ def _sample(names: Sequence[str], n: int = 8) -> str:
 
 
 def report_coverage(sites: Sequence[Site], chosen: Mapping[Site, tuple[bool, ...]]) -> None:
-    """Logs, where a kind of site is adapted in some layers only, a table of how many of each kind are adapted."""
+    """Log, where a kind of site is adapted in some layers only, a table of how many of each kind are adapted."""
     there: dict[str, int] = {}
     taken: dict[str, int] = {}
     for site in sites:

@@ -14,7 +14,7 @@ from jaxpeft.core.paths import Path, Tree
 
 
 def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    """Splits a tree in two: the leaves whose mask is True, and the others.
+    """Split a tree in two: the leaves whose mask is True, and the others.
 
     The parts are plain nested dicts that hold only their own leaves, so an optimizer state made from the first part
     cannot hold an array for a leaf of the second.
@@ -43,7 +43,7 @@ def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree,
 
 
 def combine(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tree:
-    """Puts two parts of a tree together again; the inverse of `partition`.
+    """Put two parts of a tree together again; the inverse of `partition`.
 
     Args:
         a: nested dict of arrays.
@@ -68,17 +68,17 @@ def _combine(a: Mapping[str, Any], b: Mapping[str, Any], prefix: Path) -> Tree:
 
 
 def _copy(node: Any) -> Any:
-    """Copies the dicts, not the arrays, so that no part shares a dict with the whole."""
+    """Copy the dicts, not the arrays, so that no part shares a dict with the whole."""
     return {key: _copy(value) for key, value in node.items()} if isinstance(node, Mapping) else node
 
 
 def count(tree: Mapping[str, Any]) -> int:
-    """Gives the number of parameters of a tree of arrays or abstract arrays; a quantised kernel counts as the one it stands for."""
+    """Return the number of parameters of a tree of arrays or abstract arrays; a quantised kernel counts as the one it stands for."""
     return sum(kernels.parameters(path[-1], leaf.shape) for path, leaf in paths.walk(tree))
 
 
 def stack_layers(params: Mapping[str, Any]) -> Tree:
-    """Stacks unrolled layers: `layers/0/...`, `layers/1/...` become one `layers/...` with a leading layer axis.
+    """Stack unrolled layers: `layers/0/...`, `layers/1/...` become one `layers/...` with a leading layer axis.
 
     Raises:
         ValueError: the layers do not hold the same leaves, which scanned layers must.
@@ -107,7 +107,7 @@ def _stack(layers: list[Mapping[str, Any]], name: str) -> Tree:
 
 
 def unstack_layers(params: Mapping[str, Any]) -> Tree:
-    """Unrolls stacked layers; the inverse of `stack_layers`."""
+    """Unroll stacked layers; the inverse of `stack_layers`."""
     out: Tree = {}
     for key, node in params.items():
         if not isinstance(node, Mapping):

@@ -68,7 +68,7 @@ _NORM = (nn.LayerNorm, nn.RMSNorm, nnx.LayerNorm, nnx.RMSNorm)
 
 
 def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) -> Plan | None:
-    """Says what kind of site a module is, and how its kernel is laid out.
+    """Return what kind of site a module is, and how its kernel is laid out.
 
     Args:
         module: a Linen or an NNX module.
@@ -99,7 +99,7 @@ def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) ->
 
 
 def _laid_out(module: Any, full: Shape, einsum: str | None) -> tuple[Shape, Shape, Shape] | None:
-    """Gives the contracted and the made axes of a kernel, and both in that order; None for what is not supported."""
+    """Return the contracted and the made axes of a kernel, and both in that order; None for what is not supported."""
     if isinstance(module, _GENERAL):
         n = len(_tuple(module.axis))
         if module.batch_dims if isinstance(module, nn.DenseGeneral) else module.batch_axis:
@@ -127,7 +127,7 @@ def _tuple(value: Any) -> tuple[int, ...]:
 
 
 def _equation(module: Any, einsum: str | None) -> tuple[str, str, str, str, str] | None:
-    """Takes an equation `x,kernel->y` apart: `(x, kernel, y, contracted letters, made letters)`."""
+    """Take an equation `x,kernel->y` apart: `(x, kernel, y, contracted letters, made letters)`."""
     text = einsum or getattr(module, "einsum_str", None)
     if text is None or "." in text:
         return None
@@ -140,7 +140,7 @@ def _equation(module: Any, einsum: str | None) -> tuple[str, str, str, str, str]
 
 
 def operands(module: Any) -> int:
-    """Gives how many of the inputs of a module `look` needs by place: an `Einsum` may be called with its equation."""
+    """Return how many of the inputs of a module `look` needs by place: an `Einsum` may be called with its equation."""
     return 2 if isinstance(module, _EINSUM) else 1
 
 
@@ -152,7 +152,7 @@ def look(
     base: Callable[..., Any],
     method: Computation,
 ) -> Seen:
-    """Sees a call of a module as methods compute it.
+    """See a call of a module as methods compute it.
 
     Args:
         module: a Linen or an NNX module.
@@ -197,7 +197,7 @@ def look(
 def _moved(
     x: Any, axes: Shape, places: Shape, made: Shape, base: Callable[[Any], Any], kernel: Kernel, bias: Any
 ) -> Seen:
-    """Sees a contraction: the axes of `x` that are contracted go last and become one, and so do those that are made.
+    """See a contraction: the axes of `x` that are contracted go last and become one, and so do those that are made.
 
     Args:
         x: what the module is called with.
@@ -261,7 +261,7 @@ def _einsum(
 
 
 def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, bias: Any) -> Seen:
-    """Sees a convolution: patches `[..., in * window]` times the kernel."""
+    """See a convolution: patches `[..., in * window]` times the kernel."""
     window = _tuple(module.kernel_size)
     n = len(window)
     lead = x.shape[: x.ndim - n - 1]
@@ -292,11 +292,11 @@ def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, 
 
 
 def _each(value: Any, n: int) -> tuple[int, ...]:
-    """Gives a number for each of `n` axes, from one for all, None for 1, or a number for each."""
+    """Return a number for each of `n` axes, from one for all, None for 1, or a number for each."""
     return (value or 1,) * n if value is None or isinstance(value, int) else tuple(value)
 
 
 def _where(module: Any) -> str:
-    """Says where a module stands, as far as it knows."""
+    """Return where a module stands, as far as it knows."""
     path = getattr(module, "path", ())
     return "/".join(map(str, path)) or "at the root"

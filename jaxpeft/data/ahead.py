@@ -36,18 +36,18 @@ class Source(Protocol[T_co]):
     """Anything with numbered items."""
 
     def __len__(self) -> int:
-        """Gives how many items there are."""
+        """Return how many items there are."""
         ...
 
     def __getitem__(self, i: int) -> T_co:
-        """Makes an item; the same one each time."""
+        """Make an item; the same one each time."""
         ...
 
 
 def ahead(
     source: Source[T], workers: int = 0, *, timeout: float = 60.0, waiting: Callable[[], None] = lambda: None
 ) -> Generator[T]:
-    """Yields the items of a source in order; the next ones are made while one is used.
+    """Yield the items of a source in order; the next ones are made while one is used.
 
     Args:
         source: of the items; with workers it is sent to each of them, and item `i` is made by worker `i % workers`.
@@ -92,11 +92,11 @@ class _Taker(Generic[T]):
         self._thread.start()
 
     def next(self) -> Future[T]:
-        """Gives the next item, or `_END`, made or not."""
+        """Return the next item, or `_END`, made or not."""
         return self._futures.get()
 
     def close(self) -> None:
-        """Ends the thread, if it does so in time."""
+        """End the thread, if it does so in time."""
         self._closed.set()
         try:
             while True:
@@ -141,7 +141,7 @@ class _Sealing(Generic[T]):
 
 
 def _dataset(source: Source[T], first: int, step: int) -> Iterator[_Sealed[T]]:
-    """Iterates over every `step`-th item from the first on."""
+    """Iterate over every `step`-th item from the first on."""
     # here, not at the top: whoever only reads rows need not wait for it
     import grain
     from absl import flags
@@ -175,7 +175,7 @@ class _Processes(Generic[T]):
         ]
 
     def items(self) -> Generator[T]:
-        """Starts them and yields what they make.
+        """Start them and yields what they make.
 
         Raises:
             WorkerError: one has ended.
@@ -187,7 +187,7 @@ class _Processes(Generic[T]):
             self.end()
 
     def end(self) -> None:
-        """Kills those that have not ended by themselves: they hold nothing that could be lost."""
+        """Kill those that have not ended by themselves: they hold nothing that could be lost."""
         for process in self._all:
             if process.pid is not None:
                 process.kill()
@@ -216,7 +216,7 @@ class _Processes(Generic[T]):
 
 
 def _work(source: Source[Any], first: int, step: int, pipe: Connection) -> None:
-    """Makes items in a worker process; signals are left to the main process, without which the pipe breaks."""
+    """Make items in a worker process; signals are left to the main process, without which the pipe breaks."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     try:

@@ -90,7 +90,7 @@ class Batches:
         return padding_share(self._encoded.lengths[kept], int(self._lengths(plan).sum()) * self._batch_size)
 
     def rows(self, step: int) -> np.ndarray:
-        """Gives the sequences of a step, int64 [batch], -1 for a filler row.
+        """Return the sequences of a step, int64 [batch], -1 for a filler row.
 
         Raises:
             ConfigError: the step is negative.
@@ -99,7 +99,7 @@ class Batches:
         return plan.rows[i]
 
     def batch(self, step: int, own: Own = None) -> Batch:
-        """Gives the arrays of a step; with accumulation each has a leading axis `[accumulation, batch / accumulation]`.
+        """Return the arrays of a step; with accumulation each has a leading axis `[accumulation, batch / accumulation]`.
 
         Args:
             step: its number.
@@ -121,18 +121,18 @@ class Batches:
         return _in_parts(collate(self._encoded, rows, int(self._lengths(plan)[i]), self._pad_id), k)
 
     def sample(self) -> Batch:
-        """Gives a batch, for its shapes."""
+        """Return a batch, for its shapes."""
         return self.batch(0)
 
     def told(self, position: Position) -> str:
-        """Names the sequences of the batch before a position, for a message."""
+        """Name the sequences of the batch before a position, for a message."""
         rows = self.rows(position["step"] - 1)
         return f"sequences {', '.join(map(str, rows[:4].tolist()))}{', ...' if len(rows) > 4 else ''}"
 
     def feed(
         self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None, own: Own = None
     ) -> Generator[tuple[Batch, Position]]:
-        """Yields the batches of a run from a position on, each with the position behind it.
+        """Yield the batches of a run from a position on, each with the position behind it.
 
         Args:
             position: `step` of the next batch; empty for the beginning.
@@ -190,7 +190,7 @@ def eval_batches(
     own: Own = None,
     pad_to: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yields every sequence once, by length and then in order, each batch with the sequences it holds.
+    """Yield every sequence once, by length and then in order, each batch with the sequences it holds.
 
     Args:
         encoded: the split to evaluate.
@@ -212,7 +212,7 @@ def eval_batches(
 
 
 def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Batch:
-    """Pads sequences on the right.
+    """Pad sequences on the right.
 
     A filler row has one place that counts as text, since attention over none at all is not a number.
 

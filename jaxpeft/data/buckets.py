@@ -36,12 +36,12 @@ def choose_lengths(lengths: np.ndarray, max_length: int, most: int = 4, worth: f
 
 
 def padding_share(lengths: np.ndarray, slots: int) -> float:
-    """Gives the share of `slots` places that hold no token of the sequences with these `lengths`, int [n]."""
+    """Return the share of `slots` places that hold no token of the sequences with these `lengths`, int [n]."""
     return 1 - int(lengths.sum()) / slots if slots else 0.0
 
 
 def assign(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
-    """Gives the index of the smallest bucket that holds each sequence.
+    """Return the index of the smallest bucket that holds each sequence.
 
     Args:
         lengths: int [n].
@@ -67,5 +67,5 @@ def _steps(max_length: int) -> list[int]:
 
 
 def _slots(within: dict[int, int], chosen: Sequence[int]) -> int:
-    """Counts the places of all sequences, of which `within[step]` have at most `step` tokens."""
+    """Count the places of all sequences, of which `within[step]` have at most `step` tokens."""
     return sum(b * (within[b] - within.get(a, 0)) for a, b in itertools.pairwise((0, *chosen)))

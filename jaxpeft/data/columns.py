@@ -83,7 +83,7 @@ class Columns:
     tools: str | None = None
 
     def given(self) -> dict[str, str]:
-        """Gives the fields that have a column."""
+        """Return the fields that have a column."""
         return {field: column for field, column in dataclasses.asdict(self).items() if column is not None}
 
 
@@ -96,7 +96,7 @@ _TABLE = re.compile(r"\.(csv|tsv)\b")
 
 
 def find_format(present: Sequence[str], asked: Columns, name: str, texts: Sequence[str] = ()) -> Kind:
-    """Tells the format of a language model's rows by their columns.
+    """Tell the format of a language model's rows by their columns.
 
     Args:
         present: the columns of the rows.
@@ -147,7 +147,7 @@ def _likely(texts: Sequence[str]) -> str:
 
 
 def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -> Columns:
-    """Gives the columns to use, all the names of `present`.
+    """Return the columns to use, all the names of `present`.
 
     Args:
         present: the columns of the rows.
@@ -194,7 +194,7 @@ def _refuse_foreign(asked: Columns, fields: set[str], kind: str, name: str) -> N
 
 
 def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dict[str, str]]:
-    """Lists the ways in which the columns are rows of a format."""
+    """List the ways in which the columns are rows of a format."""
     given, optional = asked.given(), OPTIONAL.get(kind, {})
     if not given.keys() <= {*REQUIRED[kind][0], *optional}:
         return []

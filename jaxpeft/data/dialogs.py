@@ -66,7 +66,7 @@ def last_answer(dialog: Dialog | Completion) -> str:
 
 
 def read_completion(record: Record, columns: Columns) -> Dialog | Completion:
-    """Reads a prompt and its completion: two texts, or two lists of messages, beside which tools and a system text may stand.
+    """Read a prompt and its completion: two texts, or two lists of messages, beside which tools and a system text may stand.
 
     Raises:
         RowError: a field is missing or wrong.
@@ -76,7 +76,7 @@ def read_completion(record: Record, columns: Columns) -> Dialog | Completion:
 
 
 def read_instruction(record: Record, columns: Columns) -> Dialog:
-    """Reads an instruction, its input if there is one, and the output, as alpaca's rows are, as a chat.
+    """Read an instruction, its input if there is one, and the output, as alpaca's rows are, as a chat.
 
     The user's turn keeps `instruction` and `input` as well, for templates that part them. The turns of a `history` stand
     before it, and are learned too.
@@ -95,7 +95,7 @@ def read_instruction(record: Record, columns: Columns) -> Dialog:
 
 
 def read_dialog(record: Record, columns: Columns) -> Dialog:
-    """Reads a list of messages, with `role` and `content`, or ShareGPT's `from` and `value`.
+    """Read a list of messages, with `role` and `content`, or ShareGPT's `from` and `value`.
 
     Raises:
         RowError: a field is missing or wrong.
@@ -110,7 +110,7 @@ def read_dialog(record: Record, columns: Columns) -> Dialog:
 
 
 def read_preference(record: Record, columns: Columns) -> Preference:
-    """Reads a better and a worse answer: texts or messages, with the prompt in a column of its own or in both.
+    """Read a better and a worse answer: texts or messages, with the prompt in a column of its own or in both.
 
     Raises:
         RowError: a field is missing or wrong, or both answers are the same.
@@ -223,7 +223,7 @@ def _plain(
 
 
 def field(record: Record, column: str | None) -> Any:
-    """Gives the value of a column.
+    """Return the value of a column.
 
     Raises:
         RowError: the row does not have it.
@@ -235,7 +235,7 @@ def field(record: Record, column: str | None) -> Any:
 
 
 def named(read: Any, record: Record, column: str | None) -> Any:
-    """Reads a column; what is wrong with it is said with the column's name."""
+    """Read a column; what is wrong with it is said with the column's name."""
     return _within(read, field(record, column), column)
 
 

@@ -50,7 +50,7 @@ def encode(
     cache_dir: str | Path | None = None,
     use_cache: bool = True,
 ) -> Encoded:
-    """Tokenises examples, or takes them from the cache.
+    """Tokenise examples, or take them from the cache.
 
     Classification: one sequence a row, cut to `max_length`. Token classification: the same, the tag of a word on its
     first sub-token and -100 on the rest. Text: every document split into consecutive sequences, nothing lost. Dialogs:
@@ -100,7 +100,7 @@ def make_options(
     examples: Examples, tokenizer: Any, max_length: int, add_bos: bool, add_eos: bool, chat_template: str | None,
     separator: str,
 ) -> Options:  # fmt: skip
-    """Gives what changes the tokens; the chat template where there are chats."""
+    """Return what changes the tokens; the chat template where there are chats."""
     chat = any(isinstance(text, Dialog) for text in examples.texts)
     source = template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
     template = {"default": source} if isinstance(source, str) else source
@@ -116,12 +116,12 @@ def _joins_words(tokenizer: Any) -> bool:
 
 
 def fingerprint(examples: Examples, tokenizer: Any, options: Options) -> str:
-    """Gives the SHA-256 of what the tokens depend on: this format, the tokenizer, its template, options, data."""
+    """Return the SHA-256 of what the tokens depend on: this format, the tokenizer, its template, options, data."""
     return _hash([FORMAT, tokenizer_hash(tokenizer), dataclasses.asdict(options), examples.sha256])
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Gives the SHA-256 of what a tokenizer does."""
+    """Return the SHA-256 of what a tokenizer does."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # A call with truncation leaves these two set on the tokenizer, so the second run would miss the cache of the first.
     state.pop("truncation", None)
@@ -135,7 +135,7 @@ def _hash(parts: Any) -> str:
 
 
 def pad_id(tokenizer: Any, vocab_size: int) -> int:
-    """Gives the id to pad with: the tokenizer's own where it has one that the model knows, else 0.
+    """Return the id to pad with: the tokenizer's own where it has one that the model knows, else 0.
 
     Padding is told from text by position, never by id, so a pad token that is also EOS does no harm.
     """
@@ -167,7 +167,7 @@ def _check_options(examples: Examples, tokenizer: Any, options: Options) -> None
 
 @contextmanager
 def _uncollected() -> Generator[None]:
-    """Keeps Python from looking for cycles, again and again, among millions of numbers that have none."""
+    """Keep Python from looking for cycles, again and again, among millions of numbers that have none."""
     was = gc.isenabled()
     gc.disable()
     try:

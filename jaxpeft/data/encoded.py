@@ -73,13 +73,13 @@ class Encoded:
 
 
 def cache_folder(folder: str | Path | None) -> Path | None:
-    """Gives the folder of the cache, None for none: in `folder`, else in that of `jaxpeft.cache`."""
+    """Return the folder of the cache, None for none: in `folder`, else in that of `jaxpeft.cache`."""
     found = Path(folder).expanduser() if folder else cache.folder()
     return None if found is None else found / "encoded"
 
 
 def load_arrays(path: Path) -> Arrays | None:
-    """Reads a cache file; gives None, and logs why, where it is damaged.
+    """Read a cache file; return None, and logs why, where it is damaged.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -95,7 +95,7 @@ def load_arrays(path: Path) -> Arrays | None:
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Writes an npz file with its SHA-256 behind it, whole or not at all; a failure is only logged."""
+    """Write an npz file with its SHA-256 behind it, whole or not at all; a failure is only logged."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     try:
@@ -110,7 +110,7 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def to_arrays(encoded: Encoded) -> Arrays:
-    """Gives what the cache stores: the arrays, and the counts, int64 [7], in the order of their names."""
+    """Return what the cache stores: the arrays, and the counts, int64 [7], in the order of their names."""
     counts = np.array([encoded.counts[name] for name in sorted(encoded.counts)], np.int64)
     arrays = {"tokens": encoded.tokens, "offsets": encoded.offsets, "source": encoded.source, "counts": counts}
     if encoded.type_ids is not None:

@@ -43,7 +43,7 @@ class Encoding:
         return pad_id(self.tokenizer, self.vocab)
 
     def __call__(self, examples: Examples, progress: Progress | None = None, *, judged: bool = True) -> Encoded:
-        """Tokenises examples.
+        """Tokenise examples.
 
         Args:
             examples: of one split.
@@ -69,7 +69,7 @@ class Encoding:
         return pack(encoded, options.max_length)
 
     def identity(self, examples: Examples) -> dict[str, str]:
-        """Gives the hashes of the tokenizer and of the chat template that examples are written with."""
+        """Return the hashes of the tokenizer and of the chat template that examples are written with."""
         template = json.dumps(self.chat_template(examples) or "", sort_keys=True)
         return {
             "tokenizer": tokenizer_hash(self.tokenizer),
@@ -85,7 +85,7 @@ class Encoding:
         return made["default"] if made and len(made) == 1 else made
 
     def prompt(self, examples: Examples, row: int) -> list[int]:
-        """Gives the tokens that the answer of a row is generated from."""
+        """Return the tokens that the answer of a row is generated from."""
         return prompt_ids(examples, row, self.tokenizer, make_options(examples, self.tokenizer, **self._of(examples)))
 
     def _of(self, examples: Examples) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def evaluated_lengths(config: Config, train: Encoded, split: Encoded) -> tuple[i
 
 
 def one_length(config: Config) -> int | None:
-    """Gives the length of all batches where positions are spread over devices, which is known to divide; None elsewhere.
+    """Return the length of all batches where positions are spread over devices, which is known to divide; None elsewhere.
 
     Which rows make a batch does not depend on it: a run has the same batches on any mesh.
     """
@@ -133,7 +133,7 @@ def one_length(config: Config) -> int | None:
 
 
 def told(encoded: Encoded) -> str:
-    """Says in one line what became of the rows."""
+    """Return in one line what became of the rows."""
     counts = encoded.counts
     parts = [f"{counts['rows']} rows", f"{counts['tokens']} tokens"]
     if encoded.kind in GENERATIVE:

@@ -95,7 +95,7 @@ def make_examples(
     labels: Labeling | Sequence[str] = (),
     like: Examples | None = None,
 ) -> Examples:
-    """Makes examples of rows.
+    """Make examples of rows.
 
     Args:
         rows: the rows of one split.
@@ -141,7 +141,7 @@ def make_examples(
 
 
 def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:
-    r"""Cuts each text at the first separator into `prompt` and `completion`.
+    r"""Cut each text at the first separator into `prompt` and `completion`.
 
     Args:
         rows: rows of text.
@@ -164,7 +164,7 @@ def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:
 
 
 def join(parts: Sequence[Examples]) -> Examples:
-    """Puts examples of several sources behind one another; different formats of dialogs become chats.
+    """Put examples of several sources behind one another; different formats of dialogs become chats.
 
     Args:
         parts: at least one; of one problem and one label list.
@@ -217,7 +217,7 @@ def _column(
     problems: Problems,
     fix: str = "add it or leave the row out",
 ) -> list[T]:
-    """Reads a field of every row; a row whose field is wrong is reported and left out."""
+    """Read a field of every row; a row whose field is wrong is reported and left out."""
     values = list[T]()
     for i, record in enumerate(rows.records):
         try:
@@ -263,7 +263,7 @@ def _labels(
     rows: Rows, column: str | None, problem: Problem | None, labeling: Labeling, problems: Problems, *, known: bool,
     sure: bool = False,
 ) -> tuple[list[Any], Labeling]:  # fmt: skip
-    """Gives the ids or the float of every row, and how they were read; of tags (`problem` None) the ids of every word."""
+    """Return the ids or the float of every row, and how they were read; of tags (`problem` None) the ids of every word."""
     if problem == "regression":
         return _column(rows, column, label_float, problems, LEAVE_OUT), dataclasses.replace(labeling, names=())
     if not known and problem == "multi_label":

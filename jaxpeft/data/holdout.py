@@ -12,7 +12,7 @@ from jaxpeft.errors import DataError
 
 
 def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    """Splits rows in two, the second drawn by the seed.
+    """Split rows in two, the second drawn by the seed.
 
     Args:
         rows: the training rows.

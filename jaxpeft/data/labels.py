@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNOR
 
 
 def label_name(value: Any) -> str:
-    """Gives the name of one label: a string, a whole number or a truth value, written as a string.
+    """Return the name of one label: a string, a whole number or a truth value, written as a string.
 
     Raises:
         RowError: it is something else, or there is none.
@@ -59,7 +59,7 @@ def has_label(value: Any, unlabeled: Collection[str]) -> bool:
 
 
 def label_list(value: Any) -> list[str]:
-    """Gives the names of a list of labels, each there once.
+    """Return the names of a list of labels, each there once.
 
     Raises:
         RowError: it is not a list of labels.
@@ -92,7 +92,7 @@ def tag_list(value: Any, unlabeled: Collection[str] = ()) -> list[str]:
 
 
 def label_float(value: Any) -> float:
-    """Gives a regression target, from a number or a string that holds one.
+    """Return a regression target, from a number or a string that holds one.
 
     Raises:
         RowError: it is not a finite number, or float32 holds none as large.
@@ -114,7 +114,7 @@ def label_float(value: Any) -> float:
 
 
 def guess_problem(values: Iterable[Any]) -> Problem:
-    """Tells the problem from the labels of the training split: lists, numbers that are not all whole, or anything else.
+    """Tell the problem from the labels of the training split: lists, numbers that are not all whole, or anything else.
 
     Numbers count as numbers also where a CSV file gives them as strings; whole ones, `1.0` too, are the names of classes.
     """
@@ -140,7 +140,7 @@ def number(value: Any) -> float | None:
 
 
 def sort_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Sorts the distinct names: by value where all are whole numbers, else by code point."""
+    """Sort the distinct names: by value where all are whole numbers, else by code point."""
     distinct = set(names)
     if all(_INTEGER.fullmatch(name) for name in distinct):
         return tuple(sorted(distinct, key=lambda name: (int(name), name)))
@@ -148,7 +148,7 @@ def sort_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def multi_hot(ids: Sequence[Sequence[int]], size: int) -> np.ndarray:
-    """Gives float32 `[n, size]` with 1 at each id of each row."""
+    """Return float32 `[n, size]` with 1 at each id of each row."""
     hot = np.zeros((len(ids), size), np.float32)
     for row, of_row in zip(hot, ids, strict=True):
         row[list(of_row)] = 1

@@ -29,7 +29,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text", None)
 
 
 def read_text(value: Any) -> str:
-    """Reads a text.
+    """Read a text.
 
     Raises:
         RowError: it is no string, is empty, or cannot be written as UTF-8.
@@ -60,7 +60,7 @@ def unfold(value: Any) -> Any:
 
 
 def read_messages(value: Any) -> tuple[Message, ...]:
-    """Reads a list of messages.
+    """Read a list of messages.
 
     Raises:
         RowError: it is no list, or a message is wrong; the message names the turn.

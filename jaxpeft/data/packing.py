@@ -18,7 +18,7 @@ Piece = tuple[int, int, int]
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Puts each item, the longest first, into the first bin that has room for it (first-fit decreasing).
+    """Put each item, the longest first, into the first bin that has room for it (first-fit decreasing).
 
     A tree over the bins holds the most room below each node, so an item finds its bin in `O(log n)`. It takes at most 11/9
     of the fewest bins possible, plus 6/9 (Dósa 2007).
@@ -50,7 +50,7 @@ def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def pour(bins: Sequence[Sequence[int]], lengths: np.ndarray, capacity: int) -> list[list[Piece]]:
-    """Cuts the sequences of the emptiest bins, to fill the rooms of the others with them.
+    """Cut the sequences of the emptiest bins, to fill the rooms of the others with them.
 
     Texts of two thirds of a row leave a third of each row empty, however they are packed. A text that is longer than a row
     is cut anyway; here a few others are, too. None is cut to less than 64 tokens.
@@ -78,7 +78,7 @@ def pour(bins: Sequence[Sequence[int]], lengths: np.ndarray, capacity: int) -> l
 
 
 def _spread(pieces: Sequence[Piece], rooms: list[tuple[int, int]]) -> list[tuple[int, Piece]] | None:
-    """Cuts pieces into the largest rooms, a heap of `(-room, bin)`; gives None where they do not fit."""
+    """Cut pieces into the largest rooms, a heap of `(-room, bin)`; return None where they do not fit."""
     out: list[tuple[int, Piece]] = []
     for sequence, first, stop in pieces:
         start = first
@@ -94,7 +94,7 @@ def _spread(pieces: Sequence[Piece], rooms: list[tuple[int, int]]) -> list[tuple
 
 
 def pack(encoded: Encoded, capacity: int) -> Encoded:
-    """Packs documents into rows.
+    """Pack documents into rows.
 
     A document's first token has no label any more: it would be predicted from another document. Texts, of which long ones
     are split anyway, are cut where that fills rows; a dialog stays whole.
@@ -134,5 +134,5 @@ def pack(encoded: Encoded, capacity: int) -> Encoded:
 
 
 def fill(packed: Encoded, capacity: int) -> float:
-    """Gives the share of all places of the rows that hold a token."""
+    """Return the share of all places of the rows that hold a token."""
     return len(packed.tokens) / (len(packed) * capacity)

@@ -43,7 +43,7 @@ def parse_jsonl(body: bytes, name: str, _: Layout) -> Parsed:
 
 
 def parse_lines(lines: Sequence[tuple[int, bytes]], name: str, cut: int | None = None) -> list[Record]:
-    """Reads lines of one JSON object each.
+    """Read lines of one JSON object each.
 
     Args:
         lines: `(1-based number, bytes)`.

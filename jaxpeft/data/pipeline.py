@@ -61,7 +61,7 @@ class Splits:
 def read_splits(
     config: Config, source: sources.Source, shown: Shown, read: tuple[Examples, Examples, Examples] | None = None
 ) -> Splits:
-    """Reads and tokenises the rows of a config; of a stream, its first buffer.
+    """Read and tokenises the rows of a config; of a stream, its first buffer.
 
     Args:
         config: a checked config.
@@ -112,7 +112,7 @@ def read_splits(
 
 
 def _streamed(config: Config, encoding: Encoding, source: sources.Source) -> tuple[Stream, tuple[Examples, Examples]]:
-    """Opens a stream and reads the rows that are held out; labels are those of the latter: a stream is not read through."""
+    """Open a stream and reads the rows that are held out; labels are those of the latter: a stream is not read through."""
     if config.model.task == "causal_lm":
         stream = Stream(config, encoding)
         return stream, read_held(config, stream.first[0])
@@ -123,7 +123,7 @@ def _streamed(config: Config, encoding: Encoding, source: sources.Source) -> tup
 
 
 def make_batches(config: Config, splits: Splits) -> Batches | Stream:
-    """Makes the training batches of a run."""
+    """Make the training batches of a run."""
     if splits.stream is not None:
         return splits.stream
     options = config.train
@@ -135,7 +135,7 @@ def make_batches(config: Config, splits: Splits) -> Batches | Stream:
 
 
 def load_tokenizer(source: sources.Source) -> Any:
-    """Loads the tokenizer of a model folder; no code of the folder is run.
+    """Load the tokenizer of a model folder; no code of the folder is run.
 
     Raises:
         DataError: there is none, or its files cannot be used.

@@ -24,7 +24,7 @@ class Plan:
 
 
 def order(n: int, *seeds: int) -> np.ndarray:
-    """Gives a permutation, int64 [n], that depends on nothing but `n` and the seeds.
+    """Return a permutation, int64 [n], that depends on nothing but `n` and the seeds.
 
     Sorting raw bits keeps it so over NumPy's versions, which `Generator.permutation` does not promise.
     """
@@ -35,7 +35,7 @@ def order(n: int, *seeds: int) -> np.ndarray:
 def make_plan(
     bucket_of: np.ndarray, buckets: Sequence[int], batch_size: int, seeds: tuple[int, int] | None, drop: bool = False
 ) -> Plan:
-    """Makes the plan of one epoch.
+    """Make the plan of one epoch.
 
     Each bucket's rows are cut into batches, and what is left over moves up to the next bucket; so the number of
     batches of each length is the same for any seed.

@@ -34,7 +34,7 @@ class Problems:
         self.total = 0
 
     def add(self, where: str, fault: str, text: str, fix: str) -> None:
-        """Adds one problem.
+        """Add one problem.
 
         Args:
             where: `file:line:column`, or what stands for it.
@@ -48,7 +48,7 @@ class Problems:
             self._lines.append(f"{where}: {fault}{shown}; {fix}")
 
     def raise_if_any(self) -> None:
-        """Raises what was added.
+        """Raise what was added.
 
         Raises:
             DataError: at least one problem was added.
@@ -60,6 +60,6 @@ class Problems:
 
 
 def excerpt(line: str, column: int = 1) -> str:
-    """Gives at most 80 characters of a line: its beginning, or what surrounds `column` where that lies further on."""
+    """Return at most 80 characters of a line: its beginning, or what surrounds `column` where that lies further on."""
     start = 0 if column <= EXCERPT else column - 1 - EXCERPT // 2
     return line[start : start + EXCERPT]

@@ -29,7 +29,7 @@ _KINDS: Mapping[str, Kind] = {
 
 
 def read_examples(config: Config, source: Source | None = None) -> tuple[Examples, Examples, Examples]:
-    """Reads the rows of the three splits; the validation split stands for a test split that is not given.
+    """Read the rows of the three splits; the validation split stands for a test split that is not given.
 
     Args:
         config: of the run.
@@ -62,7 +62,7 @@ def read_examples(config: Config, source: Source | None = None) -> tuple[Example
 
 
 def _joined(sources: Sequence[Rows], kind: Kind, config: Config) -> Rows:
-    """Puts the rows of all sources behind one another; where their columns have other names, under the names of the fields."""
+    """Put the rows of all sources behind one another; where their columns have other names, under the names of the fields."""
     found = [find_columns(rows.columns(), columns_of(config, kind), kind, rows.name).given() for rows in sources]
     if all(of == found[0] for of in found):
         return Rows.join(sources, _name(sources))
@@ -80,7 +80,7 @@ def _head(config: Config, source: Source | None) -> KeptHead | None:
 
 
 def read_held(config: Config, like: Examples | None, source: Source | None = None) -> tuple[Examples, Examples]:
-    """Reads the validation and the test rows; the first stand for a test split that is not given.
+    """Read the validation and the test rows; the first stand for a test split that is not given.
 
     Args:
         config: of the run, with validation rows.
@@ -117,7 +117,7 @@ def _test(config: Config, like: Examples | None, validation: Examples) -> Exampl
 
 
 def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Rows]:
-    """Takes rows of each source in the proportion of the weights: as many as there can be without one taken twice.
+    """Take rows of each source in the proportion of the weights: as many as there can be without one taken twice.
 
     Args:
         sources: rows of each source.
@@ -141,7 +141,7 @@ def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Ro
 
 
 def recognize(config: Config, rows: Rows, *, tell: bool = False) -> tuple[Rows, Kind]:
-    """Gives rows with their format; texts that hold the separator become prompts with completions.
+    """Return rows with their format; texts that hold the separator become prompts with completions.
 
     Args:
         config: of the run.
@@ -167,7 +167,7 @@ def tell_unread(config: Config, rows: Rows, kind: Kind) -> None:
 
 
 def cut(config: Config, rows: Rows, kind: Kind, columns: Columns | None = None) -> tuple[Rows, Kind]:
-    """Gives rows of a format with their format; texts that hold the separator become prompts with completions.
+    """Return rows of a format with their format; texts that hold the separator become prompts with completions.
 
     Rows of a classification that have no label are left out.
 
@@ -189,14 +189,14 @@ def cut(config: Config, rows: Rows, kind: Kind, columns: Columns | None = None) 
 
 
 def columns_of(config: Config, kind: Kind) -> Columns:
-    """Gives the columns that the config names; of texts that were cut, the text has none any more."""
+    """Return the columns that the config names; of texts that were cut, the text has none any more."""
     named = config.data.columns
     cut = kind == "prompt_completion" and config.data.separator
     return Columns(**{field: column for field, column in named.items() if not (cut and field == "text")})
 
 
 def kind_of(config: Config, rows: Rows) -> Kind:
-    """Gives the format of rows, told from their columns where the config does not name it.
+    """Return the format of rows, told from their columns where the config does not name it.
 
     Raises:
         ConfigError: a format is named where the task has only one.
@@ -217,7 +217,7 @@ def kind_of(config: Config, rows: Rows) -> Kind:
 
 
 def read_source(path: str, split: str, config: Config) -> Rows:
-    """Reads the rows of a file, a folder or a hub id.
+    """Read the rows of a file, a folder or a hub id.
 
     Raises:
         DataError: it cannot be read.
@@ -249,7 +249,7 @@ def _examples(
 
 
 def _other(path: str, split: str, config: Config, like: Examples | None, labeling: Labeling | None = None) -> Examples:
-    """Reads another split; its columns are those of the training rows, or found as theirs were."""
+    """Read another split; its columns are those of the training rows, or found as theirs were."""
     rows = read_source(path, split, config)
     if config.data.separator:
         return _examples(*recognize(config, rows), config)

@@ -22,7 +22,7 @@ MOST_NOTES = 20
 
 
 def rows(splits: Splits, n: int, *, colour: bool) -> Iterator[Text]:
-    """Yields the first training rows, token by token as text.
+    """Yield the first training rows, token by token as text.
 
     Learned tokens are green, the rest dim; without colours learned text stands between `⟦` and `⟧`. Documents that share
     a packed row are parted by a line.
@@ -64,7 +64,7 @@ def reading(examples: Examples) -> Iterator[Text]:
 
 
 def pairs(examples: Examples, n: int) -> Iterator[Text]:
-    """Yields the first preference pairs: what both answers begin with, the better one in green, the other in red.
+    """Yield the first preference pairs: what both answers begin with, the better one in green, the other in red.
 
     Args:
         examples: of preference pairs.
@@ -115,7 +115,7 @@ def _written(tokenizer: Any, encoded: Encoded, at: slice, learned: np.ndarray, c
 
 
 def statistics(config: Config, splits: Splits) -> Table:
-    """Gives the figures of the splits: rows, lengths, what is cut, dropped and learned, packing, padding, labels.
+    """Return the figures of the splits: rows, lengths, what is cut, dropped and learned, packing, padding, labels.
 
     Args:
         config: of the run.
@@ -148,7 +148,7 @@ def statistics(config: Config, splits: Splits) -> Table:
 
 
 def _documents(encoded: Encoded) -> np.ndarray:
-    """Gives the length of each document, packed or not."""
+    """Return the length of each document, packed or not."""
     if encoded.segments is None:
         return encoded.lengths
     begins = np.zeros(len(encoded.tokens), bool)

@@ -40,15 +40,15 @@ class _Reader(Protocol):
     note: str
 
     def raw(self) -> Iterator[Raw]:
-        """Yields the rows from the first on, unparsed, so that those before a start cost little."""
+        """Yield the rows from the first on, unparsed, so that those before a start cost little."""
         ...
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
-        """Parses some of them."""
+        """Parse some of them."""
         ...
 
     def identity(self) -> str:
-        """Tells this content from another."""
+        """Tell this content from another."""
         ...
 
 
@@ -82,7 +82,7 @@ class RowStream:
         self._identity = ""
 
     def rows(self, start: int, count: int) -> Rows:
-        """Gives `count` rows from row `start` on, fewer where they end; goes on from the last call where it can.
+        """Return `count` rows from row `start` on, fewer where they end; goes on from the last call where it can.
 
         Raises:
             DataError: a row cannot be read.
@@ -104,18 +104,18 @@ class RowStream:
         return Rows(nested(records, self._columns), self.name, made, lines, places, notes=notes)
 
     def _all(self) -> Iterator[tuple[_Reader, int, Raw]]:
-        """Yields every row with its 1-based number in its file."""
+        """Yield every row with its 1-based number in its file."""
         return ((reader, i, raw) for reader in self._readers for i, raw in enumerate(reader.raw(), 1))
 
     def identity(self) -> str:
-        """Gives the SHA-256 of what tells this source from another without reading all of it; looked up once."""
+        """Return the SHA-256 of what tells this source from another without reading all of it; looked up once."""
         if not self._identity:
             told = " ".join(reader.identity() for reader in self._readers)
             self._identity = hashlib.sha256(told.encode()).hexdigest()
         return self._identity
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves open files behind: another process opens them itself."""
+        """Leave open files behind: another process opens them itself."""
         return self.__dict__ | {"_at": 0, "_rest": iter(())}
 
 
@@ -124,7 +124,7 @@ class _File:
         self.path, self.name, self.layout, self.note = path, str(path), layout, ""
 
     def raw(self) -> Iterator[Raw]:
-        """Yields the rows, but not the blank ones that a file may end with."""
+        """Yield the rows, but not the blank ones that a file may end with."""
         blank: list[Raw] = []
         try:
             for number, row in self._raw():
@@ -138,11 +138,11 @@ class _File:
             raise DataError(unreadable(self.name, error)) from None
 
     def _raw(self) -> Iterator[Raw]:
-        """Yields every row; a blank one is false, or white space."""
+        """Yield every row; a blank one is false, or white space."""
         raise NotImplementedError
 
     def identity(self) -> str:
-        """Gives the hash of the size, the first and the last MiB: a change in between is not seen."""
+        """Return the hash of the size, the first and the last MiB: a change in between is not seen."""
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             edges = file.read(_EDGE)
@@ -159,7 +159,7 @@ class _TextFile(_File):
 
     @contextmanager
     def _text(self) -> Generator[TextIO]:
-        """Opens the file as text, without a byte order mark."""
+        """Open the file as text, without a byte order mark."""
         encoding = "utf-8-sig" if self.encoding == UTF8 else self.encoding
         try:
             with open_file(self.path) as file, io.TextIOWrapper(file, encoding, newline="") as text:
@@ -260,7 +260,7 @@ class _Hub:
         return [record for _, record in raws]
 
     def identity(self) -> str:
-        """Gives the split and the commit that the revision stands for now."""
+        """Return the split and the commit that the revision stands for now."""
         if not self._hash:
             from huggingface_hub import HfApi
             from huggingface_hub.errors import HfHubHTTPError

@@ -58,7 +58,7 @@ class Rows:
         return self.origin or self.sha256
 
     def remade(self, *made_by: str, **changes: Any) -> Rows:
-        """Gives rows that were made from these.
+        """Return rows that were made from these.
 
         Args:
             made_by: what made them: other words give another hash.
@@ -68,13 +68,13 @@ class Rows:
         return dataclasses.replace(self, sha256=digest, origin=self.source, **changes)
 
     def where(self, row: int) -> str:
-        """Gives the place of row `row` (from 0) for a message: `file:line:1 (row N)`, N counted from 1."""
+        """Return the place of row `row` (from 0) for a message: `file:line:1 (row N)`, N counted from 1."""
         name, number = self.places[row] if self.places else (self.name, row + 1)
         line = f":{self.lines[row]}:1" if self.lines and self.lines[row] else ""
         return f"{name}{line} (row {number})"
 
     def take(self, chosen: Sequence[int]) -> Rows:
-        """Gives some of the rows, by number from 0; they count as other content, so their hash is another."""
+        """Return some of the rows, by number from 0; they count as other content, so their hash is another."""
         lines = tuple(self.lines[i] for i in chosen) if self.lines else ()
         places = tuple(self._place(i) for i in chosen)
         return self.remade(str(list(chosen)), records=[self.records[i] for i in chosen], lines=lines, places=places)
@@ -84,7 +84,7 @@ class Rows:
 
     @staticmethod
     def join(parts: Sequence[Rows], name: str) -> Rows:
-        """Puts rows behind one another; each keeps its place.
+        """Put rows behind one another; each keeps its place.
 
         Args:
             parts: at least one.
@@ -99,7 +99,7 @@ class Rows:
         return Rows([r for part in parts for r in part.records], name, digest, lines, _places(parts), origin, notes)
 
     def columns(self) -> list[str]:
-        """Gives the columns that any row has, in the order of first appearance."""
+        """Return the columns that any row has, in the order of first appearance."""
         return list(dict.fromkeys(key for record in self.records for key in record))
 
 
@@ -144,7 +144,7 @@ def read_rows(
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """Says whether `read_rows` would look for a path on the hub: it reads as an id, and is no file here."""
+    """Return whether `read_rows` would look for a path on the hub: it reads as an id, and is no file here."""
     if str(path).startswith("package:") or Path(path).expanduser().exists():
         return False
     if not isinstance(path, str) or not _HUB_ID.fullmatch(path) or ending_of(path) in PARSERS:
@@ -196,7 +196,7 @@ def _read_package(text: str) -> Rows:
 
 
 def load_hub(hub_id: str, split: str, config: str | None, revision: str | None, *, streaming: bool = False) -> Any:
-    """Opens one split of a hub data set.
+    """Open one split of a hub data set.
 
     Raises:
         DataError: there is none.
@@ -216,7 +216,7 @@ def load_hub(hub_id: str, split: str, config: str | None, revision: str | None, 
 
 
 def hub_name(hub_id: str, split: str, config: str | None) -> str:
-    """Names one split of a hub data set, for messages."""
+    """Name one split of a hub data set, for messages."""
     return f"{hub_id}[{':'.join(filter(None, (config, split)))}]"
 
 

@@ -59,7 +59,7 @@ class Renderer:
         self._templates = {name: environment.from_string(source) for name, source in sources.items()}
 
     def reply(self, messages: Sequence[Any], tools: Sequence[Any], cuts: Sequence[tuple[int, bool]]) -> Reply:
-        """Writes out the first so many messages of each cut, with or without what an answer begins with."""
+        """Write out the first so many messages of each cut, with or without what an answer begins with."""
         try:
             with _limited():
                 return {"texts": list(self._texts(messages, tools, cuts))}
@@ -111,7 +111,7 @@ class Renderer:
 
 @contextmanager
 def _limited() -> Generator[None]:
-    """Raises TimeoutError in the block after `SECONDS` of the processor's time, and ends the process a little later.
+    """Raise TimeoutError in the block after `SECONDS` of the processor's time, and end the process a little later.
 
     It is raised again and again, since jinja goes on after any error in what it computes ahead.
     """
@@ -125,7 +125,7 @@ def _limited() -> Generator[None]:
 
 
 def _limit(what: int, most: int) -> None:
-    """Lowers a limit of the process, on systems that have it."""
+    """Lower a limit of the process, on systems that have it."""
     with suppress(ValueError, OSError):
         hard = resource.getrlimit(what)[1]
         resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
@@ -141,7 +141,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Multiplies numbers and short sequences."""
+        """Multiply numbers and short sequences."""
         sizes = [len(side) * n for side, n in ((left, right), (right, left)) if hasattr(side, "__len__") and _whole(n)]
         if max(sizes, default=0) > LONGEST or (operator == "**" and _whole(right) and abs(right) > 1000):
             raise SecurityError(f"a product of more than {LONGEST:,} items")
@@ -158,7 +158,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
-        """Gives the body as it is."""
+        """Return the body as it is."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -205,7 +205,7 @@ def _replies(lines: Iterator[str]) -> Iterator[Reply]:
 
 
 def main() -> None:
-    """Answers the lines of standard input; ends where it ends, so also with whoever started it."""
+    """Answer the lines of standard input; ends where it ends, so also with whoever started it."""
     signal.signal(signal.SIGPROF, _stop)
     _limit(resource.RLIMIT_AS, MEMORY)
     _limit(resource.RLIMIT_FSIZE, 0)

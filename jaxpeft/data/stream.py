@@ -50,7 +50,7 @@ class StreamedSource:
     like: Examples | None
 
     def examples(self, buffer: int) -> Examples | None:
-        """Makes the examples of a buffer, None where the rows have ended."""
+        """Make the examples of a buffer, None where the rows have ended."""
         rows = self.rows.rows(buffer * self.count, self.count)
         if not len(rows):
             return None
@@ -126,24 +126,24 @@ class Stream:
 
     @property
     def identity(self) -> str:
-        """Tells this stream from another: its sources' sizes, first and last MiB, or commits."""
+        """Tell this stream from another: its sources' sizes, first and last MiB, or commit."""
         named = [f"{source.rows.identity()} {source.count}" for source in self._sources]
         return hashlib.sha256(" ".join(named).encode()).hexdigest()
 
     def sample(self) -> Batch:
-        """Gives a batch, for its shapes."""
+        """Return a batch, for its shapes."""
         return self._batches(self.first[1]).batch(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the first buffer behind: worker processes make their own."""
+        """Leave the first buffer behind: worker processes make their own."""
         return {name: value for name, value in self.__dict__.items() if name != "first"}
 
     def told(self, position: Position) -> str:
-        """Names the batch before a position, for a message."""
+        """Name the batch before a position, for a message."""
         return f"batch {position['batch'] - 1} of buffer {position['buffer']} of epoch {position['epoch']}"
 
     def buffer(self, number: int) -> Encoded | None:
-        """Reads and tokenises a buffer, None where there is none."""
+        """Read and tokenises a buffer, None where there is none."""
         examples = self._examples(number)
         if examples is None:
             return None
@@ -154,7 +154,7 @@ class Stream:
     def feed(
         self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None, own: Own = None
     ) -> Generator[tuple[Batch, Position]]:
-        """Yields batches from a position on, each with the position behind it.
+        """Yield batches from a position on, each with the position behind it.
 
         Args:
             position: `epoch`, `buffer` and `batch` of the next batch; empty for the beginning.

@@ -39,7 +39,7 @@ class Labelled:
 def write_all(
     dialogs: Sequence[Dialog | Completion], template: Template | None, separator: str = ""
 ) -> Iterator[Script | RenderError]:
-    """Writes dialogs out, or says why one cannot be; what makes all of them fail is the last thing said.
+    """Write dialogs out, or say why one cannot be; what makes all of them fail is the last thing said.
 
     Args:
         dialogs: the dialogs.
@@ -60,7 +60,7 @@ def write_all(
 
 
 def write(dialog: Dialog | Completion, template: Template | None, separator: str = "") -> Script:
-    """Writes one dialog out: see `write_all`.
+    """Write one dialog out: see `write_all`.
 
     Raises:
         RenderError: the template cannot write it, or no answer of it can be learned.
@@ -72,7 +72,7 @@ def write(dialog: Dialog | Completion, template: Template | None, separator: str
 
 
 def write_prompt(dialog: Dialog | Completion, template: Template | None, separator: str = "") -> Script:
-    """Writes out what an answer is to be generated from; its tokens are those that training has before the answer.
+    """Write out what an answer is to be generated from; its tokens are those that training has before the answer.
 
     Args:
         dialog: the turns so far; of a completion, its prompt counts.
@@ -124,12 +124,12 @@ def _written(writings: Sequence[Writing[Script]], template: Template | None) -> 
 
 
 def marks_of(tokenizer: Any) -> set[str]:
-    """Gives the texts that are one token each, whatever stands around them: EOS, the marks of a chat template, and so on."""
+    """Return the texts that are one token each, whatever stands around them: EOS, the marks of a chat template, and so on."""
     return {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
 
 
 def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], end: int | None) -> list[Labelled]:
-    """Tokenises dialogs and labels what is learned.
+    """Tokenise dialogs and labels what is learned.
 
     Args:
         scripts: the dialogs, written out.
@@ -182,7 +182,7 @@ def _rows(
 
 
 def encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
-    """Tokenises texts without special tokens, as `tokenizers` gives them: what is not asked for is not made.
+    """Tokenise texts without special tokens, as `tokenizers` gives them: what is not asked for is not made.
 
     Args:
         tokenizer: a fast tokenizer of `transformers`.
@@ -230,12 +230,12 @@ def prefixes(tokenizer: Any, texts: Sequence[tuple[str, Sequence[int]]]) -> list
 
 
 def _doubled(ids: Sequence[int], bos: int | None) -> int:
-    """Counts the BOS before the last BOS of those that a text begins with."""
+    """Count the BOS before the last BOS of those that a text begins with."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair == (bos, bos), itertools.pairwise(ids)))
 
 
 def _behind_anchor(text: str, tokenizer: Any) -> list[int]:
-    """Tokenises a text as if something stood before it: some tokenizers begin a text with a mark of their own."""
+    """Tokenise a text as if something stood before it: some tokenizers begin a text with a mark of their own."""
     anchor, whole = encodings(tokenizer, [ANCHOR, ANCHOR + text])
     known = len(anchor.ids)
     return whole.ids[known:] if whole.ids[:known] == anchor.ids else encodings(tokenizer, [text])[0].ids

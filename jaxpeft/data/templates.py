@@ -117,7 +117,7 @@ class Template:
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, generate: bool, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
-        """Writes messages out.
+        """Write messages out.
 
         Args:
             messages: the turns.
@@ -188,7 +188,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @lru_cache(maxsize=4)
 def compiled(sources: tuple[tuple[str, str], ...], tokens: tuple[tuple[str, str], ...]) -> Template:
-    """Gives the template of sources and special tokens, as long as it is in use: each has a process.
+    """Return the template of sources and special tokens, as long as it is in use: each has a process.
 
     Raises:
         ConfigError: it is no jinja.

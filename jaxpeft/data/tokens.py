@@ -57,7 +57,7 @@ class Batch:
 
 
 def tokenize(examples: Examples, tokenizer: Any, start: int, stop: int, options: Options) -> Batch:
-    """Tokenises the rows from `start` up to `stop`."""
+    """Tokenise the rows from `start` up to `stop`."""
     kinds = {"classification": _sentences, "token_classification": _words, "text": _documents}
     return kinds.get(examples.kind, _dialogs)(examples, tokenizer, range(start, stop), options)
 
@@ -116,7 +116,7 @@ def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: Options) 
 
 
 def prompt_ids(examples: Examples, row: int, tokenizer: Any, options: Options) -> list[int]:
-    """Gives the tokens that the last answer of a dialog is generated from: those that training has before it.
+    """Return the tokens that the last answer of a dialog is generated from: those that training has before it.
 
     Args:
         examples: of dialogs.
@@ -159,19 +159,19 @@ def _scripts(examples: Examples, tokenizer: Any, rows: range, options: Options) 
 
 
 def prefix(tokenizer: Any) -> list[int]:
-    """Gives the tokens that a tokenizer puts before a text by itself, such as BOS."""
+    """Return the tokens that a tokenizer puts before a text by itself, such as BOS."""
     whole, alone = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
     return whole[:at]
 
 
 def special_tokens(tokenizer: Any) -> dict[str, str]:
-    """Gives a tokenizer's special tokens by name, such as `bos_token`."""
+    """Return a tokenizer's special tokens by name, such as `bos_token`."""
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 
 def _with_ends(ids: Sequence[int], tokenizer: Any, options: Options) -> list[int]:
-    """Adds BOS and EOS where asked for and not there, and never leaves two BOS at the beginning."""
+    """Add BOS and EOS where asked for and not there, and never leaves two BOS at the beginning."""
     whole, bos, eos = list(ids), tokenizer.bos_token_id, tokenizer.eos_token_id
     while len(whole) > 1 and bos is not None and whole[0] == whole[1] == bos:
         del whole[0]

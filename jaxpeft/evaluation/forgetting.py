@@ -59,7 +59,7 @@ class Forgetting:
 
 
 def backbone_of(model: Pretrained, params: Mapping[str, Any]) -> tuple[Pretrained, dict[str, Any]]:
-    """Takes the head off.
+    """Take the head off.
 
     Args:
         model: what `jaxpeft.load` gave, for any task.
@@ -77,7 +77,7 @@ def backbone_of(model: Pretrained, params: Mapping[str, Any]) -> tuple[Pretraine
 def embeddings(
     model: Pretrained, params: Mapping[str, Any], batches: Iterable[tuple[Mapping[str, Any], np.ndarray[Any, Any]]]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Gives the direction of the mean hidden state of each row, by the model without its head.
+    """Return the direction of the mean hidden state of each row, by the model without its head.
 
     Args:
         model: what `jaxpeft.load` gave, for any task.
@@ -109,7 +109,7 @@ def embeddings(
 
 
 def centroid_accuracy(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
-    """Gives the share of rows whose own class has the nearest mean, each row left out of its own class's.
+    """Return the share of rows whose own class has the nearest mean, each row left out of its own class's.
 
     Args:
         rows: `[n, d]`, each of norm one.

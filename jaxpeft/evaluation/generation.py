@@ -22,7 +22,7 @@ from jaxpeft.sharding.activations import mesh_under
 def greedy(
     model: nn.Module, params: Mapping[str, Any], prompts: Sequence[Sequence[int]], *, most: int, ends: Set[int]
 ) -> list[list[int]]:
-    """Continues prompts by the likeliest token each.
+    """Continue prompts by the likeliest token each.
 
     The whole row is computed anew for every token, with one program for all of them: for a few samples, not for many.
 

@@ -48,7 +48,7 @@ def classification_metrics(
     tags: Sequence[str] = (),
     rows: np.ndarray | None = None,
 ) -> Metrics:
-    """Computes the metrics of one problem.
+    """Compute the metrics of one problem.
 
     Where a metric is undefined (one class only, constant predictions), it is 0.
 
@@ -84,7 +84,7 @@ def classification_metrics(
 
 
 def lm_metrics(total_loss: float, total_tokens: float) -> Metrics:
-    """Computes loss and perplexity of a language model, weighted by tokens.
+    """Compute loss and perplexity of a language model, weighted by tokens.
 
     Args:
         total_loss: the sum of the losses of all tokens, in nats.
@@ -192,7 +192,7 @@ def _macro(made: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def _ids(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Gives class ids in the shape of the labels, from logits or from ids."""
+    """Return class ids in the shape of the labels, from logits or from ids."""
     made = predictions.argmax(-1) if predictions.ndim == labels.ndim + 1 else predictions
     _same_shape(made, labels)
     return made

@@ -46,12 +46,12 @@ class Whole:
         return self.path[-1] == "kernel"
 
     def take(self, leaf: Array) -> Array:
-        """Gives the tensor from the leaf."""
+        """Return the tensor from the leaf."""
         part = leaf if self.layer is None else leaf[self.layer]
         return part.T if self.transposed else part
 
     def put(self, leaf: Array, tensor: Array) -> None:
-        """Writes the tensor into the leaf, in place."""
+        """Write the tensor into the leaf, in place."""
         leaf[... if self.layer is None else self.layer] = tensor.T if self.transposed else tensor
 
 
@@ -77,7 +77,7 @@ class Adapted:
         return f"{self.method.peft.module_prefix}{self.site.name}." if self.site.path else ""
 
     def take(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
-        """Gives the tensors from the leaves of the tree, by name."""
+        """Return the tensors from the leaves of the tree, by name."""
         own = {key: np.asarray(leaves[key])[self._region(like)] for key, like in self.fresh.items()}
         packed = (
             self.method.peft.pack(self.method, self.site, own)
@@ -87,7 +87,7 @@ class Adapted:
         return {self.prefix + name: np.asarray(tensor) for name, tensor in packed.items()}
 
     def put(self, leaves: Mapping[str, Array], tensors: Mapping[str, Array]) -> None:
-        """Writes the tensors into the leaves of the tree, in place."""
+        """Write the tensors into the leaves of the tree, in place."""
         own = {key: leaves[key][self._region(like)] for key, like in self.fresh.items()}
         given = self.given(tensors)
         found = (
@@ -99,11 +99,11 @@ class Adapted:
             leaves[key][self._region(like)] = found[key]
 
     def given(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """Gives its own of the tensors of a file, by the ends of their names."""
+        """Return its own of the tensors of a file, by the ends of their names."""
         return {name.removeprefix(self.prefix): tensors[name] for name in self.tensors()}
 
     def tensors(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Gives shapes and dtypes of the tensors, by name."""
+        """Return shapes and dtypes of the tensors, by name."""
         pack = (
             partial(self.method.peft.pack, self.method, self.site)
             if self.site.path
@@ -116,7 +116,7 @@ class Adapted:
 
 
 def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
-    """Lists the leaves of the base that are trained whole: those of heads, of `modules_to_save`, biases.
+    """List the leaves of the base that are trained whole: those of heads, of `modules_to_save`, biases.
 
     Args:
         method: the method that rewrote `params`.
@@ -144,7 +144,7 @@ def adapted_names(method: Method, params: Mapping[str, Any]) -> list[str]:
 
 
 def adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
-    """Lists the adapted sites, layer by layer, and the roots of the methods that keep leaves there.
+    """List the adapted sites, layer by layer, and the roots of the methods that keep leaves there.
 
     Args:
         method: the method that rewrote `params`.
@@ -169,7 +169,7 @@ def adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
 
 
 def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
-    """Gives the tensors of the adapter file, float32, by name, C-contiguous: safetensors writes other layouts scrambled."""
+    """Return the tensors of the adapter file, float32, by name, C-contiguous: safetensors writes other layouts scrambled."""
     out: dict[str, Array] = {}
     host: dict[Path, Array] = {}
     for entry in wholes(method, params):
@@ -182,7 +182,7 @@ def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
-    """Lists where a rewritten tree is not as the method would have made it: a file of it would be another adapter.
+    """List where a rewritten tree is not as the method would have made it: a file of it would be another adapter.
 
     Args:
         method: what the tree is to be saved as.
@@ -209,7 +209,7 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
 
 
 def _root_mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
-    """Compares the leaves at the root with those that the method makes."""
+    """Compare the leaves at the root with those that the method makes."""
     if not method.leaves.root:
         return []
     sites = tuple(site.one(i) for site, on in chosen_sites(method, params).items() for i, yes in enumerate(on) if yes)
@@ -285,7 +285,7 @@ def _wanted(method: Method, params: Mapping[str, Any]) -> dict[str, jax.ShapeDty
 
 
 def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    """Lists every tensor that is missing, extra, misshaped or not of numbers in an adapter file for a rewritten tree.
+    """List every tensor that is missing, extra, misshaped or not of numbers in an adapter file for a rewritten tree.
 
     Where whole numbers are wanted floating ones will do, as PEFT writes them on Windows.
     """
@@ -308,7 +308,7 @@ def _whole(tensor: Any) -> bool:
 
 
 def wrong_numbers(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> list[str]:
-    """Lists the tensors of an adapter file whose numbers cannot be, as `differences` found them to fit."""
+    """List the tensors of an adapter file whose numbers cannot be, as `differences` found them to fit."""
     problems = [f"not finite: {name}" for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     for entry in adapted(method, params):
         if entry.site.path:
@@ -320,7 +320,7 @@ def wrong_numbers(method: Method, params: Mapping[str, Any], tensors: Mapping[st
 
 
 def without_copies(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Leaves out what PEFT writes beside an adapter.
+    """Leave out what PEFT writes beside an adapter.
 
     That is a saved module's other names, equal copies of base weights, and equal copies at each site of what sites share.
 
@@ -439,7 +439,7 @@ def _names(path: Path, leaf: Any) -> tuple[str, ...]:
 
 
 def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> Tree:
-    """Gives the rewritten tree with the leaves of an adapter file in place of the fresh ones.
+    """Return the rewritten tree with the leaves of an adapter file in place of the fresh ones.
 
     Args:
         method: the method that rewrote `params`.
@@ -458,5 +458,5 @@ def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
 
 
 def _as_placed(value: Array, leaf: Any) -> Any:
-    """Puts an array where a leaf is; a leaf that is free to move, as a fresh one beside a sharded base, stays so."""
+    """Put an array where a leaf is; a leaf that is free to move, as a fresh one beside a sharded base, stays so."""
     return jax.device_put(value, leaf.sharding) if leaf.committed else jnp.asarray(value)

@@ -69,7 +69,7 @@ class AdapterHub(Layout):
     usage = "There: `model.load_adapter(folder, use_safetensors=True, set_active=True)`.\n"
 
     def files(self, content: Content) -> dict[str, Mapping[str, Any]]:
-        """Gives the content of each file by its name.
+        """Return the content of each file by its name.
 
         Raises:
             AdapterError: sites are adapted that the library does not adapt.
@@ -104,7 +104,7 @@ class AdapterHub(Layout):
         return files
 
     def read(self, folder: Path, model: Pretrained, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads a folder; without a prediction head in it, the model's own stays.
+        """Read a folder; without a prediction head in it, the model's own stays.
 
         Raises:
             AdapterError: another kind of adapter, or one for another kind of model.
@@ -129,7 +129,7 @@ class AdapterHub(Layout):
 
 
 def _model_type(model: Pretrained) -> str | None:
-    """Gives the `model_type` of a model's `config.json`, None of a decoder that no file is known of."""
+    """Return the `model_type` of a model's `config.json`, None of a decoder that no file is known of."""
     kind = getattr(model.config, "kind", None)
     if kind is None and model.source is not None:
         kind = read_json(model.source.folder / "config.json").get("model_type")
@@ -144,7 +144,7 @@ def _end(site: str) -> str | None:
 
 
 def _where(sites: Sequence[str], layers: int) -> dict[str, Any]:
-    """Gives the options that say which sub-layers of which layers have adapters.
+    """Return the options that say which sub-layers of which layers have adapters.
 
     Raises:
         AdapterError: they cannot say it.
@@ -170,7 +170,7 @@ def _where(sites: Sequence[str], layers: int) -> dict[str, Any]:
 
 
 def _there(name: str, sites: Sequence[str]) -> str:
-    """Gives the library's name of a tensor of a site, or of one at the root."""
+    """Return the library's name of a tensor of a site, or of one at the root."""
     site = next((site for site in sites if name.startswith(f"{site}.")), None)
     if site is None:
         backbone = sites[0].split(".")[0]
@@ -185,7 +185,7 @@ _STACKS = ("encoder", "transformer", "layers")
 
 
 def _options(section: Mapping[str, Any], has_version: bool, layers: int) -> dict[str, Any]:
-    """Gives the options as a method reads them: with its own word for the sites, and the layers that are not left out."""
+    """Return the options as a method reads them: with its own word for the sites, and the layers that are not left out."""
     options = {key: value for key, value in section.items() if key not in ("leave_out", "architecture")}
     act = str(options.get("non_linearity", "")).lower().replace("leakyrelu", "leaky_relu")
     if act:
@@ -197,7 +197,7 @@ def _options(section: Mapping[str, Any], has_version: bool, layers: int) -> dict
 
 
 def _named_here(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives the tensors by the names of sites; the name of the backbone is left out where the library saved it alone."""
+    """Return the tensors by the names of sites; the name of the backbone is left out where the library saved it alone."""
     sites: dict[str, str] = {}
     for site in (name for found in targets.find_sites(params) for name in found.names):
         end = _end(site)
@@ -213,7 +213,7 @@ def _named_here(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[st
 
 
 def _inside(name: str) -> str:
-    """Gives a module's name without that of the backbone around the layers."""
+    """Return a module's name without that of the backbone around the layers."""
     return re.sub(rf"^(?!(?:{'|'.join(_STACKS)})\.)[^.]+\.", "", name)
 
 
@@ -239,12 +239,12 @@ class Held:
         return self.value.nbytes
 
     def read(self) -> np.ndarray[Any, Any]:
-        """Gives the tensor."""
+        """Return the tensor."""
         return self.value
 
 
 def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives the tensors of the prediction head by the names that the model has for them.
+    """Return the tensors of the prediction head by the names that the model has for them.
 
     Raises:
         AdapterError: the head is not one that the model has.
@@ -269,12 +269,12 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
 
 
 def _torch(path: paths.Path, leaf: Any) -> np.ndarray[Any, Any]:
-    """Gives a leaf as torch has it."""
+    """Return a leaf as torch has it."""
     return np.asarray(leaf).T if path[-1] == "kernel" else np.asarray(leaf)
 
 
 def _require_same_head(file: Path, params: Mapping[str, Any]) -> None:
-    """Refuses a language-model head that is not the base's: the library saves it with an adapter, and may have trained it."""
+    """Refuse a language-model head that is not the base's: the library saves it with an adapter, and may have trained it."""
     for path, leaf in paths.walk(params):
         if path == ("lm_head", "kernel") or ("lm_head" not in params and path[-1] == "embedding"):
             base = _torch(path, leaf)
@@ -287,14 +287,14 @@ def _require_same_head(file: Path, params: Mapping[str, Any]) -> None:
 
 
 def _head_modules(own: Mapping[str, Any]) -> list[str]:
-    """Gives the linear modules of the model's head in the order in which they are applied."""
+    """Return the linear modules of the model's head in the order in which they are applied."""
     return sorted({name.rpartition(".")[0] for name in own}, key=lambda name: (not name.startswith("pre_"), name))
 
 
 def _head_problems(
     config: Mapping[str, Any], model: Pretrained, own: Mapping[str, Any], *, saved_here: bool
 ) -> list[str]:
-    """Lists in what a prediction head differs from the model's; what one that jaxpeft saved reads, its own file says."""
+    """List in what a prediction head differs from the model's; what one that jaxpeft saved reads, its own file says."""
     task, head, usual = model.options.task, config.get("config"), model.config.own_pooling
     if isinstance(head, Mapping):
         found, reads = _layer_problems(head, task, _head_modules(own)), usual
@@ -313,7 +313,7 @@ def _head_problems(
 
 
 def _layer_problems(head: Mapping[str, Any], task: str, modules: Sequence[str]) -> list[str]:
-    """Lists in what the layers of a head of the library's differ from those that the model has."""
+    """List in what the layers of a head of the library's differ from those that the model has."""
     found: list[str] = []
     if head.get("head_type") not in _HEAD_TYPES[task]:
         found.append(f"head_type: {head.get('head_type')!r} is another kind of head than {task}")

@@ -52,7 +52,7 @@ def save_adapter(
     settings: Settings | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Saves what a method trained as a Hugging Face PEFT adapter folder: the adapter and the head, never the base.
+    """Save what a method trained as a Hugging Face PEFT adapter folder: the adapter and the head, never the base.
 
     Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads, and `jaxpeft.json` with what the run
     decided (`read_settings`), the identity of the base, and the SHA-256 of every tensor. Bottleneck adapters are saved as the `adapters` library has them: `adapter_config.json` and
@@ -88,7 +88,7 @@ def save_adapter(
 def _save_one(
     folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, settings: Settings
 ) -> None:
-    """Saves one method's adapter, and those that its files hold beside it, of a tree that may hold others'."""
+    """Save one method's adapter, and those that its files hold beside it, of a tree that may hold others'."""
     folder.mkdir(parents=True, exist_ok=True)
     main, others = beside.split(method) or (method, ())
     tensors = adapter_tensors.to_tensors(method, params)
@@ -136,7 +136,7 @@ def _base_named(model: Pretrained) -> tuple[str, str | None]:
 
 
 def _require_alone(folder: FilePath, layout: Layout) -> None:
-    """Refuses a folder that holds an adapter in another layout: which of the two is meant, nobody could tell."""
+    """Refuse a folder that holds an adapter in another layout: which of the two is meant, nobody could tell."""
     for other in LAYOUTS.values():
         if other is not layout and (folder / other.weights).is_file():
             raise AdapterError(
@@ -147,7 +147,7 @@ def _require_alone(folder: FilePath, layout: Layout) -> None:
 def _save_parts(
     folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, settings: Settings
 ) -> None:
-    """Saves a method made of methods as one adapter folder a part, each of which `peft` loads, and the list of them."""
+    """Save a method made of methods as one adapter folder a part, each of which `peft` loads, and the list of them."""
     names: list[str] = []
     for part in method.parts():
         name = part.name if part.name not in names else f"{part.name}_{len(names)}"
@@ -161,7 +161,7 @@ def _save_parts(
 def _load_parts(
     folder: FilePath, model: Pretrained, params: Mapping[str, Any], allow_base: bool
 ) -> tuple[Method, Tree]:
-    """Loads what `_save_parts` saved: the adapter leaves of each part, and the leaves of the base that it trained.
+    """Load what `_save_parts` saved: the adapter leaves of each part, and the leaves of the base that it trained.
 
     The parts are what their files say, which may be another method than was trained: a plain LoRA for one with a start.
     """
@@ -187,7 +187,7 @@ def parts_of(folder: FilePath) -> tuple[FilePath, ...]:
 
 
 def _read_parts(file: FilePath) -> dict[str, Any]:
-    """Reads the list of a mixed adapter's parts.
+    """Read the list of a mixed adapter's parts.
 
     Raises:
         AdapterError: it names no folders inside its own, or not one for each method.
@@ -208,7 +208,7 @@ def _read_parts(file: FilePath) -> dict[str, Any]:
 
 
 def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -> None:
-    """Refuses a tree that is not what the method made of the model."""
+    """Refuse a tree that is not what the method made of the model."""
     there = {p for p, _ in paths.walk(params)}
     there |= {(*p[:-1], "kernel") for p in there if p[-1] in kernels.FORMS}  # whatever form holds it
     missing = [p for p, _ in paths.walk(abstract_params(model)) if p not in there]
@@ -226,7 +226,7 @@ def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -
 
 
 def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """Gives full names of sites where PEFT would read the target options otherwise.
+    """Return full names of sites where PEFT would read the target options otherwise.
 
     `all-linear` would mean other modules in another model, and the numbers of layers that no dot stands before
     (`layers.0` of a backbone alone) PEFT does not see.
@@ -258,7 +258,7 @@ def _completed(settings: Settings, model: Pretrained, labels: tuple[str, ...]) -
 
 
 def _pooling_note(layout: Layout, model: Pretrained) -> str:
-    """Says where a classifier reads what `transformers` does not, so that its logits in the library are others."""
+    """Return where a classifier reads what `transformers` does not, so that its logits in the library are others."""
     how, own = model.options.pooling, model.config.own_pooling
     if model.options.task != "sequence_classification" or how == own:
         return ""
@@ -270,7 +270,7 @@ def _pooling_note(layout: Layout, model: Pretrained) -> str:
 
 
 def read_settings(path: str | FilePath) -> Settings:
-    """Reads what a run decided that goes with its adapter: the names of the labels, the problem type, the pooling, and so on.
+    """Read what a run decided that goes with its adapter: the names of the labels, the problem type, the pooling, and so on.
 
     Args:
         path: the folder of an adapter.
@@ -294,7 +294,7 @@ def read_settings(path: str | FilePath) -> Settings:
 def load_adapter(
     path: str | FilePath, model: Pretrained, params: Mapping[str, Any], *, allow_base: bool = False
 ) -> tuple[Method, Tree]:
-    """Loads an adapter folder, written by jaxpeft or by Hugging Face PEFT, onto a base.
+    """Load an adapter folder, written by jaxpeft or by Hugging Face PEFT, onto a base.
 
     Args:
         path: the folder.
@@ -362,7 +362,7 @@ def load_adapter(
 
 
 def layout_of(folder: FilePath) -> Layout:
-    """Gives the layout of a folder.
+    """Return the layout of a folder.
 
     Raises:
         AdapterError: its weights are missing, or are a pickle.
@@ -381,7 +381,7 @@ def layout_of(folder: FilePath) -> Layout:
 
 
 def _without_pooler(config: dict[str, Any], header: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Leaves out what PEFT trains in the pooler of an encoder: hidden states do not depend on it, so it is not built."""
+    """Leave out what PEFT trains in the pooler of an encoder: hidden states do not depend on it, so it is not built."""
     targets = config.get("target_modules")
     if isinstance(targets, list):
         config = config | {"target_modules": [name for name in targets if "pooler" not in str(name).split(".")]}
@@ -411,7 +411,7 @@ def _size(header: Mapping[str, Any]) -> int:
 
 
 def check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained, *, allow_base: bool = False) -> None:
-    """Refuses a base or a task that the adapter is not for; no weight is read, but for the base's SHA-256.
+    """Refuse a base or a task that the adapter is not for; no weight is read, but for the base's SHA-256.
 
     Args:
         folder: of the adapter.

@@ -41,7 +41,7 @@ class Rows(Described, Protocol):
     """A tensor that is read by its rows."""
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Reads `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
+        """Read `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
         ...
 
 
@@ -68,7 +68,7 @@ class Filled:
         return 4 * math.prod(self.shape)
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Gives `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
+        """Return `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
         rest = self.shape[1:] if columns is None else (columns[1] - columns[0], *self.shape[2:])
         return np.full((stop - start, *rest) if self.shape else (), self.value, np.float32)
 
@@ -98,7 +98,7 @@ class Packed:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
-    """Puts the tensors that hold one quantised matrix together; of their numbers the tables and the JSON text are read.
+    """Put the tensors that hold one quantised matrix together; of their numbers the tables and the JSON text are read.
 
     Args:
         tensors: of a checkpoint, by name.
@@ -150,7 +150,7 @@ def _parse(state: Tensor) -> Mapping[str, Any] | None:
 
 
 def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
-    """Says what of the JSON text is not this format."""
+    """Return what of the JSON text is not this format."""
     wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": nf4.BLOCK}
     wanted |= {"nested_blocksize": nf4.SECOND, "nested_dtype": "float32"} if nested else {}
     problems = [
@@ -181,7 +181,7 @@ def _counts(n: Any) -> bool:
 
 
 def _checked(name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapping[str, Any], nested: bool) -> Packed:
-    """Gives the leaves, of tensors that have the sizes and the tables that they must have."""
+    """Return the leaves, of tensors that have the sizes and the tables that they must have."""
     out, n_in = state["shape"]
     blocks = -(-out * n_in // nf4.BLOCK)
     seconds = -(-blocks // nf4.SECOND)

@@ -109,7 +109,7 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Reads what an adapter folder says of itself; no tensor is read.
+    """Read what an adapter folder says of itself; no tensor is read.
 
     Raises:
         AdapterError: it is no adapter folder, or a file of it is missing or a pickle.
@@ -127,7 +127,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def require_free(out: Path) -> None:
-    """Refuses a folder that holds something.
+    """Refuse a folder that holds something.
 
     Raises:
         ConfigError: naming it.
@@ -139,7 +139,7 @@ def require_free(out: Path) -> None:
 
 
 def quant_of(request: Request, adapter: Adapter, outline: Outline) -> Quant | None:
-    """Gives how the base is to be rounded: as the one that the adapter was trained on, if that is asked for; None for not at all.
+    """Return how the base is to be rounded: as the one that the adapter was trained on, if that is asked for; None for not at all.
 
     A base that is quantised in its files is not rounded again.
 
@@ -164,7 +164,7 @@ def quant_of(request: Request, adapter: Adapter, outline: Outline) -> Quant | No
 
 
 def outline_of(request: Request, adapter: Adapter) -> Outline:
-    """Finds the base, and everything about it but its numbers; activations are float32, so that weights alone differ.
+    """Find the base, and everything about it but its numbers; activations are float32, so that weights alone differ.
 
     Raises:
         ConfigError: neither the request nor the adapter says base or task.
@@ -206,21 +206,21 @@ def _task(request: Request, adapter: Adapter) -> str:
 
 
 def _labels(adapter: Adapter, task: str) -> int | None:
-    """Gives the number of labels that the adapter says, or that its head has; None for what the base says."""
+    """Return the number of labels that the adapter says, or that its head has; None for what the base says."""
     if adapter.settings.task or "classification" not in task:
         return adapter.settings.num_labels
     return _rows(adapter, _HEAD)
 
 
 def _rows(adapter: Adapter, which: re.Pattern[str]) -> int | None:
-    """Gives the number of rows of a tensor of the adapter, None where it holds no such tensor."""
+    """Return the number of rows of a tensor of the adapter, None where it holds no such tensor."""
     header = read_header(adapter.parts[0] / layout_of(adapter.parts[0]).weights)
     found = [tensor.shape[0] for name, tensor in header.items() if which.search(name) and tensor.shape]
     return found[0] if found else None
 
 
 def require_mergeable(adapter: Adapter) -> None:
-    """Refuses what cannot be merged before a weight is read.
+    """Refuse what cannot be merged before a weight is read.
 
     Raises:
         ConfigError: saying which method it is, and what to do.
@@ -237,7 +237,7 @@ def require_mergeable(adapter: Adapter) -> None:
 
 
 def reads_elsewhere(model: Pretrained) -> bool:
-    """Says whether a classifier reads what that of `transformers` does not."""
+    """Return whether a classifier reads what that of `transformers` does not."""
     return model.options.task == "sequence_classification" and model.options.pooling not in (
         None,
         model.config.own_pooling,
@@ -245,7 +245,7 @@ def reads_elsewhere(model: Pretrained) -> bool:
 
 
 def require_same_elsewhere(request: Request, outline: Outline) -> None:
-    """Refuses a whole model that `transformers` would compute other logits with.
+    """Refuse a whole model that `transformers` would compute other logits with.
 
     Raises:
         ConfigError: saying what the classifier reads, and what works.
@@ -261,7 +261,7 @@ def require_same_elsewhere(request: Request, outline: Outline) -> None:
 
 
 def require_unmerged(adapter: Adapter, outline: Outline) -> None:
-    """Refuses a base that the adapter is merged into already, and says where the base is not known to be the adapter's.
+    """Refuse a base that the adapter is merged into already, and say where the base is not known to be the adapter's.
 
     Raises:
         AdapterError: naming the base.

@@ -78,7 +78,7 @@ class _Work:
 
 
 def export(request: Request) -> Report:
-    """Exports an adapter.
+    """Export an adapter.
 
     Raises:
         ConfigError: the request cannot be met: the folder is not empty, the task is not known, the method cannot be merged.
@@ -111,7 +111,7 @@ def export(request: Request) -> Report:
 
 @contextmanager
 def _beside(out: Path) -> Generator[Path]:
-    """Gives a folder beside another one, which gets its name in the end; of a failure nothing is left."""
+    """Return a folder beside another one, which gets its name in the end; of a failure nothing is left."""
     target = out.resolve()
     with atomic.replacing(target, unique=True) as temporary:
         try:
@@ -216,7 +216,7 @@ def _warn(error: float, dtype: Any) -> None:
 
 
 def _record(work: _Work) -> dict[str, Any]:
-    """Says what was merged into what; what the base itself was merged from is kept."""
+    """Return what was merged into what; what the base itself was merged from is kept."""
     source = work.outline.model.source
     return {
         "jaxpeft_version": jaxpeft.__version__,

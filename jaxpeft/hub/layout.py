@@ -57,7 +57,7 @@ class Layout:
     usage: str = ""
 
     def files(self, content: Content) -> dict[str, Mapping[str, Any]]:
-        """Gives the content of each file by its name: of a `.json` values, of a `.safetensors` tensors.
+        """Return the content of each file by its name: of a `.json` values, of a `.safetensors` tensors.
 
         Args:
             content: what is to be saved.
@@ -68,7 +68,7 @@ class Layout:
         return {CONFIG: content.config, self.weights: content.tensors}
 
     def read(self, folder: Path, model: Pretrained, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads a folder.
+        """Read a folder.
 
         Args:
             folder: holds `weights`.

@@ -42,7 +42,7 @@ class LeafSource:
     transposed: bool
 
     def read(self, index: Index | None) -> np.ndarray[Any, Any]:
-        """Reads a slice of the leaf.
+        """Read a slice of the leaf.
 
         Args:
             index: a slice for each axis of the leaf; None for all of it.
@@ -67,7 +67,7 @@ class LeafSource:
         return out
 
     def read_layer(self, layer: int, index: Index | None) -> np.ndarray[Any, Any]:
-        """Reads a slice of one layer of the leaf.
+        """Read a slice of one layer of the leaf.
 
         Args:
             layer: its number; 0 where the leaf is not stacked.
@@ -78,7 +78,7 @@ class LeafSource:
         return self.read((slice(layer, layer + 1), *(index or (slice(None),) * (len(self.shape) - 1))))[0]
 
     def _blocks(self, out: np.ndarray[Any, Any], tensor: Rows, spans: Sequence[Span]) -> Iterator[Callable[[], None]]:
-        """Yields functions that each read a block of the tensor's rows into its place in `out`."""
+        """Yield functions that each read a block of the tensor's rows into its place in `out`."""
         if not spans:
             yield lambda: out.__setitem__(..., tensor.read_rows(0, 1))
             return
@@ -92,13 +92,13 @@ class LeafSource:
 
 
 def spans_of(index: Index | None, shape: tuple[int, ...]) -> tuple[Span, ...]:
-    """Gives from where to where a slice reaches along each axis; None is all of it."""
+    """Return from where to where a slice reaches along each axis; None is all of it."""
     whole = (slice(None),) * len(shape) if index is None else index
     return tuple(s.indices(n)[:2] for s, n in zip(whole, shape, strict=True))
 
 
 def _rows_at_once(tensor: Rows, others: Sequence[Span]) -> int:
-    """Gives how many rows make a block, where of each the spans along the other axes are read."""
+    """Return how many rows make a block, where of each the spans along the other axes are read."""
     row = max(1, tensor.nbytes // max(1, tensor.shape[0]))
     if not others or others[0] == (0, tensor.shape[1]):
         return max(1, _BLOCK_BYTES // row)
@@ -107,7 +107,7 @@ def _rows_at_once(tensor: Rows, others: Sequence[Span]) -> int:
 
 
 def _copy(place: np.ndarray[Any, Any], tensor: Rows, rows: Span, others: Sequence[Span]) -> None:
-    """Reads rows of a tensor into their place, a few at a time: a transposed copy is then six times as fast."""
+    """Read rows of a tensor into their place, a few at a time: a transposed copy is then six times as fast."""
     behind = (slice(None), slice(None), *(slice(*span) for span in others[1:]))[: 1 + len(others)]
     block = tensor.read_rows(*rows, *others[:1])[behind]
     if block.dtype == place.dtype:
@@ -119,7 +119,7 @@ def _copy(place: np.ndarray[Any, Any], tensor: Rows, rows: Span, others: Sequenc
 
 
 def joined(tensors: Sequence[Rows], *, stacked: bool) -> LeafSource:
-    """Gives the leaf that tensors of one shape and dtype make as they are.
+    """Return the leaf that tensors of one shape and dtype make as they are.
 
     Args:
         tensors: one, or one a layer.
@@ -155,7 +155,7 @@ class Grown:
         return self.there.nbytes
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Reads `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
+        """Read `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
         own = self.there.shape[0]
         found = [self.there.read_rows(start, min(stop, own), columns).astype(self.dtype)] if start < own else []
         if stop > own:
@@ -164,7 +164,7 @@ class Grown:
         return np.concatenate(found)
 
     def _mean(self, columns: Span | None) -> np.ndarray[Any, Any]:
-        """Adds up the same rows one after the other whatever the columns are, so that every part has the same mean."""
+        """Add up the same rows one after the other whatever the columns are, so that every part has the same mean."""
         own, total = self.there.shape[0], np.zeros((), np.float64)
         for start in range(0, own, _MEAN_ROWS):
             rows = self.there.read_rows(start, min(start + _MEAN_ROWS, own), columns)

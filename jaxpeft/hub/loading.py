@@ -49,7 +49,7 @@ def load(
     sharding: shards.Places | None = None,
     cache: bool = True,
 ) -> tuple[Pretrained, Tree]:
-    """Loads a pretrained model: a Linen module and its parameters.
+    """Load a pretrained model: a Linen module and its parameters.
 
     Args:
         path_or_hub_id: a folder with `config.json` and safetensors weights, a hub id, or `package:NAME`.
@@ -112,7 +112,7 @@ class Outline:
     meter: Meter = field(default_factory=Meter, compare=False)
 
     def read(self, seed: int = 0, sharding: shards.Places | None = None, *, cache: bool = True) -> Tree:
-        """Reads the numbers, slice by slice: see `load`.
+        """Read the numbers, slice by slice: see `load`.
 
         Raises:
             ConfigError: a sharding does not fit its leaf.
@@ -138,7 +138,7 @@ class Outline:
         return shards.leaves(self.abstract, self.plan, self.quant)
 
     def _cached(self) -> quantised_cache.Entry | None:
-        """Gives the place of the quantised kernels on disk; None where there are none, or the files have them."""
+        """Return the place of the quantised kernels on disk; None where there are none, or the files have them."""
         if self.quant is None or self.plan.held:
             return None
         return quantised_cache.entry(self.plan, self.quant, self.quant.sites(self.abstract))
@@ -240,7 +240,7 @@ def _pooling(task: str, checkpoint: Checkpoint) -> str | None:
 
 
 def _new_leaves(model: Pretrained, wanted: tuple[Path, ...], seed: int) -> dict[Path, np.ndarray[Any, Any]]:
-    """Makes the leaves of a new head whole, on one device of each process: the numbers do not depend on how they are spread."""
+    """Make the leaves of a new head whole, on one device of each process: the numbers do not depend on how they are spread."""
     if not wanted:
         return {}
     ids = np.zeros((1, 2), np.int32)

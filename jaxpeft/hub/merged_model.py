@@ -69,14 +69,14 @@ class _Drift:
 
 
 def dtype_of(outline: Outline, dtype: Any) -> np.dtype[Any]:
-    """Gives the dtype that a merged model has: the one that is asked for, or that of the base's largest leaf that is not quantised."""
+    """Return the dtype that a merged model has: the one that is asked for, or that of the base's largest leaf that is not quantised."""
     if dtype is not None:
         return np.dtype(dtype)
     return max(outline.plan.sources.values(), key=lambda source: math.prod(source.shape)).dtype
 
 
 def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
-    """Folds the adapter into the base, one module at a time: the tree never holds more than one module twice.
+    """Fold the adapter into the base, one module at a time: the tree never holds more than one module twice.
 
     Args:
         method: the method that rewrote `params`; its layers are not stacked.
@@ -122,13 +122,13 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
 
 
 def _folded(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leaves) -> Leaves:
-    """Gives the leaves of one module with every adapter in it folded in, float32; nothing where it is not adapted."""
+    """Return the leaves of one module with every adapter in it folded in, float32; nothing where it is not adapted."""
     exact = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
     return fold_site(adding_parts(method, MARKERS), site, {**node, **exact}, roots)
 
 
 def rounded(params: Tree, quant: Quant) -> None:
-    """Rounds kernels as a quantised base holds them, in place; they become float32.
+    """Round kernels as a quantised base holds them, in place; they become float32.
 
     Args:
         params: a tree whose layers are not stacked.
@@ -143,7 +143,7 @@ def rounded(params: Tree, quant: Quant) -> None:
 
 
 def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:
-    """Gives the head an own copy of a tied embedding that is adapted where tokens are looked up, but not in the head.
+    """Return the head an own copy of a tied embedding that is adapted where tokens are looked up, but not in the head.
 
     Args:
         method: the method that rewrote `params`.
@@ -195,7 +195,7 @@ class _Leaf:
 
 
 def tensors_of(model: Pretrained, params: Tree, dtype: Any) -> dict[str, Readable]:
-    """Gives the tensors of a merged model by the names that `transformers` has for them.
+    """Return the tensors of a merged model by the names that `transformers` has for them.
 
     Args:
         model: what was merged.
@@ -214,7 +214,7 @@ def tensors_of(model: Pretrained, params: Tree, dtype: Any) -> dict[str, Readabl
 
 
 def _pooler(model: Pretrained) -> dict[str, Tensor]:
-    """Gives the base's pooler, which the classes of `transformers` have in some tasks though nothing here reads it."""
+    """Return the base's pooler, which the classes of `transformers` have in some tasks though nothing here reads it."""
     family = next((f for f in FAMILIES.values() if f.model_types[0] == getattr(model.config, "kind", None)), None)
     task = model.options.task
     if family is None or not (task == "encoder" or (task == "sequence_classification" and family.own_pooler)):
@@ -226,7 +226,7 @@ def _pooler(model: Pretrained) -> dict[str, Tensor]:
 
 
 def config_of(model: Pretrained, base: Mapping[str, Any], settings: Settings, kept: bool, dtype: Any) -> dict[str, Any]:
-    """Gives the `config.json` of a merged model: the base's, with the head, its labels and problem type, and the dtype.
+    """Return the `config.json` of a merged model: the base's, with the head, its labels and problem type, and the dtype.
 
     Args:
         model: what was merged.
@@ -269,7 +269,7 @@ def _labels_of(base: Mapping[str, Any]) -> list[str]:
 
 
 def write(folder: FilePath, tensors: Mapping[str, Readable], config: Mapping[str, Any], shard_bytes: int) -> list[str]:
-    """Writes weights and config; gives the names of the files of weights.
+    """Write weights and config; return the names of the files of weights.
 
     Raises:
         ConfigError: the disk has no room.
@@ -285,7 +285,7 @@ def write(folder: FilePath, tensors: Mapping[str, Readable], config: Mapping[str
 
 
 def copy_files(base: FilePath | None, adapter: FilePath, folder: FilePath, settings: Settings) -> None:
-    """Copies the tokenizer's files, those that lie with the adapter in place of the base's, and the generation config.
+    """Copy the tokenizer's files, those that lie with the adapter in place of the base's, and the generation config.
 
     Args:
         base: the folder of the base, None where nothing of it is to be copied.

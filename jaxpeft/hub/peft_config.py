@@ -27,7 +27,7 @@ COMMON = frozenset({
 
 
 def write(method: Method, task: str, base: str, revision: str | None, names: list[str]) -> dict[str, Any]:
-    """Makes the content of `adapter_config.json`.
+    """Make the content of `adapter_config.json`.
 
     Args:
         method: what was trained.
@@ -51,7 +51,7 @@ def write(method: Method, task: str, base: str, revision: str | None, names: lis
 
 
 def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Method:
-    """Makes the method that `adapter_config.json` describes.
+    """Make the method that `adapter_config.json` describes.
 
     Args:
         config: its content.
@@ -87,7 +87,7 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
 
 
 def method_of(config: Mapping[str, Any]) -> type[Method] | None:
-    """Gives the method that an `adapter_config.json` is of: the first whose files look like that."""
+    """Return the method that an `adapter_config.json` is of: the first whose files look like that."""
     return next((method for method in METHODS.values() if method.peft.reads(method, config)), None)
 
 
@@ -98,7 +98,7 @@ def _plain(value: Any) -> Any:
 
 
 def _modules_to_save(config: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]:
-    """Drops the head's own names, which are always saved, and PEFT's stock names of heads that the model has not."""
+    """Drop the head's own names, which are always saved, and PEFT's stock names of heads that the model has not."""
     given = config.get("modules_to_save") or ()
     named: list[str] = [given] if isinstance(given, str) else list(given)
     return tuple(name for name in named if not paths.is_head((name,)) or (name in head and not paths.is_head((name,))))

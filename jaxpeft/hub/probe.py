@@ -22,7 +22,7 @@ _SEED = 0
 
 
 def logits(model: Pretrained, params: Tree, method: Method | None = None) -> np.ndarray[Any, Any]:
-    """Computes the logits of the probe batch, or the hidden states of an encoder, at its real tokens.
+    """Compute the logits of the probe batch, or the hidden states of an encoder, at its real tokens.
 
     The batch holds random tokens of the vocabulary, the last ones among them, where new tokens are; its rows differ in length.
 
@@ -53,12 +53,12 @@ def _program(model: Pretrained) -> Any:
 
 
 def gap_of(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
-    """Gives the largest difference of two arrays of logits."""
+    """Return the largest difference of two arrays of logits."""
     return float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
 
 
 def require_equal(gap: float, wanted: np.ndarray[Any, Any], tolerance: float, what: str) -> None:
-    """Refuses logits that differ.
+    """Refuse logits that differ.
 
     Raises:
         ExportError: saying by how much.

@@ -68,7 +68,7 @@ class Entry:
     plan: WeightPlan
 
     def opened(self) -> WeightPlan | None:
-        """Gives the plan that reads the quantised kernels from here; None, and says why, where they are not here whole."""
+        """Return the plan that reads the quantised kernels from here; None, and say why, where they are not here whole."""
         if not self.folder.is_dir():
             return None
         try:
@@ -88,7 +88,7 @@ class Entry:
         return joined([tensors[name] for name in _names(path, key, source)], stacked=source.stacked)
 
     def _require_whole(self, tensors: Mapping[str, Tensor]) -> None:
-        """Checks names, shapes, dtypes and checksums.
+        """Check names, shapes, dtypes and checksums.
 
         Raises:
             WeightsError: naming what is not as it was written.
@@ -113,7 +113,7 @@ class Entry:
                     raise WeightsError(f"the checksum of {name} does not match")
 
     def write(self, params: Tree) -> None:
-        """Writes the quantised kernels of a tree, whole or not at all; a failure is only told.
+        """Write the quantised kernels of a tree, whole or not at all; a failure is only told.
 
         Args:
             params: what was read and quantised.
@@ -172,7 +172,7 @@ class _Layer:
 
 
 def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
-    """Gives one layer of a leaf: by its parts, since of what waits in the host's memory JAX takes no slice."""
+    """Return one layer of a leaf: by its parts, since of what waits in the host's memory JAX takes no slice."""
     if leaf.sharding.memory_kind == jax.local_devices()[0].default_memory().kind:
         return np.asarray(leaf[layer])
     array = np.empty(leaf.shape[1:], leaf.dtype)
@@ -185,7 +185,7 @@ def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
 
 
 def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry | None:
-    """Finds the place of a base that is to be quantised; None where it has none: it is small, or the cache is off.
+    """Find the place of a base that is to be quantised; None where it has none: it is small, or the cache is off.
 
     Args:
         plan: where its kernels are read from.
@@ -222,7 +222,7 @@ def _stamp(file: FilePath) -> list[int]:
 
 
 def _kernels(path: Path, source: LeafSource) -> Iterator[tuple[str, list[Any]]]:
-    """Yields the name of each layer of a kernel, and where its numbers come from."""
+    """Yield the name of each layer of a kernel, and where its numbers come from."""
     for name, tensor in zip(_names(path, path[-1], source), source.tensors, strict=True):
         if isinstance(tensor, Tensor):
             where = [str(tensor.file.resolve()), tensor.offset, list(tensor.shape)]
@@ -230,7 +230,7 @@ def _kernels(path: Path, source: LeafSource) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _names(path: Path, key: str, source: LeafSource) -> tuple[str, ...]:
-    """Gives the names of a leaf beside a kernel: one, or one a layer."""
+    """Return the names of a leaf beside a kernel: one, or one a layer."""
     return paths.hf_names((*path[:-1], key), len(source.tensors) if source.stacked else None)
 
 

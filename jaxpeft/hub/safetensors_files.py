@@ -67,7 +67,7 @@ class Meter:
         self._lock, self._bytes = threading.Lock(), 0
 
     def add(self, count: int) -> None:
-        """Counts bytes."""
+        """Count bytes."""
         with self._lock:
             self._bytes += count
 
@@ -101,7 +101,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Reads `tensor[start:stop]` along the first axis.
+        """Read `tensor[start:stop]` along the first axis.
 
         Args:
             start: the first row.
@@ -118,7 +118,7 @@ class Tensor:
         return self._read(self.offset + start * row, shape)
 
     def _segments(self, start: int, stop: int, columns: Span) -> np.ndarray[Any, Any]:
-        """Copies a part of each row out of a mapping of these rows."""
+        """Copy a part of each row out of a mapping of these rows."""
         out = aligned_empty((stop - start, columns[1] - columns[0], *self.shape[2:]), self.dtype)
         if not out.size:
             return out
@@ -142,7 +142,7 @@ class Tensor:
             self.meter.add(asked)
 
     def read(self) -> np.ndarray[Any, Any]:
-        """Reads the whole tensor."""
+        """Read the whole tensor."""
         return self._read(self.offset, self.shape)
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -166,7 +166,7 @@ def _cut_short(file: Path, size: int) -> str:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Makes an uninitialised array at a 64-byte boundary, which JAX takes over on the CPU without a copy."""
+    """Make an uninitialised array at a 64-byte boundary, which JAX takes over on the CPU without a copy."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -174,7 +174,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[An
 
 
 def open_folder(folder: Path, meter: Meter | None = None) -> dict[str, Tensor]:
-    """Reads the headers of a model folder's weight files.
+    """Read the headers of a model folder's weight files.
 
     Args:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
@@ -231,7 +231,7 @@ def _open_sharded(folder: Path) -> dict[str, Tensor]:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Reads and checks the header of one safetensors file.
+    """Read and checks the header of one safetensors file.
 
     Raises:
         WeightsError: saying what the file is in place of safetensors (a Git LFS pointer, HTML, a pickle, truncated).

@@ -23,7 +23,7 @@ class Readable(Described, Protocol):
     """A tensor that is read when it is written."""
 
     def read(self) -> np.ndarray[Any, Any]:
-        """Gives its numbers."""
+        """Return its numbers."""
         ...
 
 
@@ -55,7 +55,7 @@ def write_arrays(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None
 
 
 def write_model(folder: Path, tensors: Mapping[str, Readable], shard_bytes: int = SHARD_BYTES) -> list[str]:
-    """Writes the weights of a model: `model.safetensors`, or shards and the index that names them.
+    """Write the weights of a model: `model.safetensors`, or shards and the index that names them.
 
     Args:
         folder: where to.
@@ -91,7 +91,7 @@ def _shards(tensors: Mapping[str, Readable], most: int) -> list[list[str]]:
 
 
 def write_file(path: Path, tensors: Mapping[str, Readable]) -> None:
-    """Writes one safetensors file, those of the widest numbers first: each tensor then begins where its numbers may."""
+    """Write one safetensors file, those of the widest numbers first: each tensor then begin where its numbers may."""
     ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -34,7 +34,7 @@ def read(
     sharding: Places | None = None,
     quant: Quant | None = None,
 ) -> Tree:
-    """Reads every leaf, straight into device arrays; kernels that are quantised one layer after the other.
+    """Read every leaf, straight into device arrays; kernels that are quantised one layer after the other.
 
     Args:
         abstract: the model's tree, for the order of the leaves.
@@ -63,7 +63,7 @@ def read(
 def _read_leaf(
     path: Path, weights: WeightPlan, new: Mapping[Path, _Array], place: Places, quant: Quant | None, site: Site | None
 ) -> Iterator[tuple[Path, jax.Array]]:
-    """Reads one leaf of the model, which a quantised kernel holds in several."""
+    """Read one leaf of the model, which a quantised kernel holds in several."""
     source, module = weights.sources.get(path), path[:-1]
     if path in weights.held:
         for key, leaf in weights.held[path].items():
@@ -84,14 +84,14 @@ def _read_leaf(
 
 
 def _quantised(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.ShapeDtypeStruct]:
-    """Gives the leaves that a kernel becomes, by their names."""
+    """Return the leaves that a kernel becomes, by their names."""
     layers = source.shape[:1] if source.stacked else ()
     leaves = quant.abstract(site.shape, source.dtype)
     return {key: jax.ShapeDtypeStruct((*layers, *leaf.shape), leaf.dtype) for key, leaf in leaves.items()}
 
 
 def leaves(abstract: Tree, weights: WeightPlan, quant: Quant | None = None) -> Tree:
-    """Gives shape and dtype of every leaf that `read` would give, as it is stored.
+    """Return shape and dtype of every leaf that `read` would give, as it is stored.
 
     Args:
         abstract: the model's tree.
@@ -115,7 +115,7 @@ def leaves(abstract: Tree, weights: WeightPlan, quant: Quant | None = None) -> T
 
 
 def _place(place: Places, path: Path, shape: tuple[int, ...], *, lenient: bool = False) -> Sharding:
-    """Gives the sharding of one leaf.
+    """Return the sharding of one leaf.
 
     Raises:
         ConfigError: it does not fit.
@@ -136,7 +136,7 @@ def _place(place: Places, path: Path, shape: tuple[int, ...], *, lenient: bool =
 
 
 def _put(shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[[Index | None], _Array]) -> jax.Array:
-    """Reads the parts of a leaf that this process holds, one after the other, onto the devices that hold them."""
+    """Read the parts of a leaf that this process holds, one after the other, onto the devices that hold them."""
     at = sharding.addressable_devices_indices_map(shape)
     holders: dict[Any, list[Any]] = {}
     for device, index in at.items():
@@ -156,6 +156,6 @@ def _part(leaf: _Array, index: Index | None) -> _Array:
 
 
 def _layer(source: LeafSource, layer: int, place: Sharding) -> jax.Array:
-    """Reads one layer of a kernel, `[in, out]`."""
+    """Read one layer of a kernel, `[in, out]`."""
     shape = source.shape[1:] if source.stacked else source.shape
     return _put(shape, source.dtype, place, partial(source.read_layer, layer))

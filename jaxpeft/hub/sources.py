@@ -59,7 +59,7 @@ PACKAGED: Mapping[str, PackagedModel] = {
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Source:
-    """Finds the folder of a model.
+    """Find the folder of a model.
 
     Args:
         name: a folder; `package:NAME`, one of `PACKAGED`; or a hub id, `org/name`.
@@ -120,7 +120,7 @@ def package_of(folder: str) -> str | None:
 
 
 def file_sha256(path: Path) -> str:
-    """Gives the SHA-256 of a file's content in hexadecimal, or `absent`."""
+    """Return the SHA-256 of a file's content in hexadecimal, or `absent`."""
     if not path.is_file():
         return "absent"
     with path.open("rb") as file:

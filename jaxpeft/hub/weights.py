@@ -41,7 +41,7 @@ class WeightPlan:
     held: Mapping[Path, Mapping[str, LeafSource]] = field(default_factory=dict[Path, Mapping[str, LeafSource]])
 
     def grown(self, abstract: Tree) -> WeightPlan:
-        """Gives the plan with the rows of added tokens, which begin as the mean of the others.
+        """Return the plan with the rows of added tokens, which begin as the mean of the others.
 
         Args:
             abstract: the model's tree with them.
@@ -65,7 +65,7 @@ def plan(
     *,
     relabel: bool = True,
 ) -> WeightPlan:
-    """Matches a model's leaves to a checkpoint's tensors.
+    """Match a model's leaves to a checkpoint's tensors.
 
     Args:
         abstract: the model's tree of `ShapeDtypeStruct`.
@@ -212,12 +212,12 @@ def _unfit(one: _Wanted) -> list[str]:
 
 
 def _held(packed: Sequence[Packed], *, stacked: bool) -> dict[str, LeafSource]:
-    """Gives the leaves that hold a quantised kernel, or one a layer."""
+    """Return the leaves that hold a quantised kernel, or one a layer."""
     return {key: joined([one.leaves[key] for one in packed], stacked=stacked) for key in packed[0].leaves}
 
 
 def _extra(named: Tensors, used: set[str], family: Family, *, head_wanted: bool) -> list[str]:
-    """Says which tensors belong to nothing. The head of another task is left out without a word; where this task's head is
+    """Return which tensors belong to nothing. The head of another task is left out without a word; where this task's head is
     in the checkpoint, a tensor that looks like a head's may be a misspelt one of it.
     """
     extra = [n for n in named if n not in used and not _may_be_left(n, family)]
@@ -241,7 +241,7 @@ def _other_labels(name: str, there: int, wanted: int) -> str:
 
 
 def _common_dtype(tensors: Sequence[Tensor]) -> np.dtype[Any]:
-    """Gives the dtype that holds every layer's numbers; float64 becomes float32."""
+    """Return the dtype that holds every layer's numbers; float64 becomes float32."""
     kinds = {tensor.dtype for tensor in tensors}
     (kind,) = kinds if len(kinds) == 1 else (np.dtype(np.float32),)
     return np.dtype(np.float32) if kind == np.float64 else kind
@@ -284,7 +284,7 @@ def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> 
 
 
 def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
-    """Gives the tensors of a model whose head is its embedding: one of the two, under the embedding's name.
+    """Return the tensors of a model whose head is its embedding: one of the two, under the embedding's name.
 
     Where both are there they are compared: each of several processes compares its part of them.
 
@@ -307,7 +307,7 @@ def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
 
 
 def _equal(a: Tensor | Packed, b: Tensor | Packed, rows: int = 4096) -> bool:
-    """Compares this process's part of two tensors, a few rows at a time."""
+    """Compare this process's part of two tensors, a few rows at a time."""
     if isinstance(a, Packed) or isinstance(b, Packed) or a.shape != b.shape:
         return False
     first, last = (a.shape[0] * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))

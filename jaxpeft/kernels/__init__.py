@@ -37,7 +37,7 @@ _STORED = {name: form for form in QUANTIZED.values() for name in form.leaves}
 
 
 def parameters(name: str, shape: tuple[int, ...]) -> int:
-    """Gives how many parameters a leaf holds: of a quantised kernel those that it stands for, of its scales none.
+    """Return how many parameters a leaf holds: of a quantised kernel those that it stands for, of its scales none.
 
     Args:
         name: of the leaf.
@@ -50,17 +50,17 @@ def parameters(name: str, shape: tuple[int, ...]) -> int:
 
 
 def form_of(leaves: Leaves) -> str | None:
-    """Gives the name of the leaf that tells how a module's kernel is stored, None where it has none."""
+    """Return the name of the leaf that tells how a module's kernel is stored, None where it has none."""
     return next((name for name in FORMS if name in leaves), None)
 
 
 def is_quantised(leaves: Leaves) -> bool:
-    """Says whether a module holds its kernel in another form than its numbers."""
+    """Return whether a module holds its kernel in another form than its numbers."""
     return form_of(leaves) not in (None, "kernel", "embedding")
 
 
 def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) -> Any:
-    """Gives the kernel of one site of one layer, float32 `[in, out]`.
+    """Return the kernel of one site of one layer, float32 `[in, out]`.
 
     Args:
         leaves: of the module, without layer axes.
@@ -78,7 +78,7 @@ def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) ->
 
 
 def near(leaf: Any) -> Any:
-    """Gives a leaf as it is on its devices, where it waits in the host's memory; other leaves, abstract ones too, as they are."""
+    """Return a leaf as it is on its devices, where it waits in the host's memory; other leaves, abstract ones too, as they are."""
     from jax.core import Tracer
 
     if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.sharding.memory_kind in (None, "device"):
@@ -87,7 +87,7 @@ def near(leaf: Any) -> Any:
 
 
 def as_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:
-    """Gives a kernel `[in, out]` the axes of the leaf that it comes from; the inverse of `read` for a plain one."""
+    """Return a kernel `[in, out]` the axes of the leaf that it comes from; the inverse of `read` for a plain one."""
     if not order:
         return kernel.reshape(like.shape)
     back = [order.index(axis) for axis in range(len(order))]
@@ -95,7 +95,7 @@ def as_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:
 
 
 def describe(leaves: Leaves, axes: int) -> tuple[str, tuple[int, int]] | None:
-    """Gives the kind and the shape of the site that a module's leaves make, or None where they make none.
+    """Return the kind and the shape of the site that a module's leaves make, or None where they make none.
 
     Args:
         leaves: of the module, abstract or not.

@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 def _no_product(*given: Any) -> Any:
-    """Stands for the product of a table, which has none.
+    """Stand for the product of a table, which has none.
 
     Raises:
         TypeError: always.
@@ -70,7 +70,7 @@ class Quantised(Form):
     pooled: bool = False
 
     def matmul(self, x: Any, leaves: Leaves) -> Any:
-        """Gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, with a gradient for `x` alone."""
+        """Return `x W`, `[..., in] -> [..., out]` in the dtype of `x`, with a gradient for `x` alone."""
         forward, backward = self.forward, self.backward
         run = jax.custom_vjp(forward)
         run.defvjp(lambda x, leaves: (forward(x, leaves), leaves), lambda leaves, dy: (backward(leaves, dy), None))
@@ -78,7 +78,7 @@ class Quantised(Form):
 
 
 def forward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], Any]:
-    """Makes `x W` with a kernel that is decoded for it.
+    """Make `x W` with a kernel that is decoded for it.
 
     Args:
         decode: gives the transposed kernel `[out, in]` in a dtype, from its leaves.
@@ -93,7 +93,7 @@ def forward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], 
 
 
 def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any], Any]:
-    """Makes `dy W'` with a kernel that is decoded again for it: no decoded kernel is kept from the forward pass.
+    """Make `dy W'` with a kernel that is decoded again for it: no decoded kernel is kept from the forward pass.
 
     Args:
         decode: as for `forward_of`.
@@ -108,18 +108,18 @@ def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any],
 
 
 def _decoded(decode: Callable[[Leaves, Any], Any], leaves: Leaves, dtype: Any) -> Any:
-    """Decodes a kernel in a function of its own, which is traced once for all kernels of a shape."""
+    """Decode a kernel in a function of its own, which is traced once for all kernels of a shape."""
     return jax.jit(decode, static_argnums=1)(leaves, jnp.dtype(dtype))
 
 
 def over_rows(narrow: Any, wide: Any, dtype: Any) -> Any:
-    """Computes `narrow^T wide`, summed over all axes but the last: `[..., r]`, `[..., n]` to `[r, n]`."""
+    """Compute `narrow^T wide`, summed over all axes but the last: `[..., r]`, `[..., n]` to `[r, n]`."""
     rows = tuple(range(narrow.ndim - 1))
     return jax.lax.dot_general(narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.dtype(dtype))
 
 
 def selected(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
-    """Looks up a small table by a tree of selects, which XLA fuses with what is around it, as it does not a gather.
+    """Look up a small table by a tree of selects, which XLA fuses with what is around it, as it does not a gather.
 
     Args:
         index: whole numbers below the length of the table.
@@ -136,12 +136,12 @@ def selected(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
 
 
 def packed(codes: Any) -> Any:
-    """Packs 4-bit codes `[..., n]`, the earlier of two in the high half of a byte: `[..., n / 2]` uint8."""
+    """Pack 4-bit codes `[..., n]`, the earlier of two in the high half of a byte: `[..., n / 2]` uint8."""
     pairs = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], -1, 2)
     return (pairs[..., 0] << 4) | pairs[..., 1]
 
 
 def unpacked(data: Any) -> Any:
-    """Gives the codes that `packed` has packed, uint8."""
+    """Return the codes that `packed` has packed, uint8."""
     halves = (data[..., None] >> jnp.asarray([4, 0], jnp.uint8)) & jnp.uint8(15)
     return halves.reshape(*data.shape[:-1], -1)

@@ -23,7 +23,7 @@ _TINY = 1e-30
 
 
 def store(kernel: Any) -> dict[str, Any]:
-    """Quantises a kernel.
+    """Quantise a kernel.
 
     Args:
         kernel: `[in, out]`, floating.
@@ -36,24 +36,24 @@ def store(kernel: Any) -> dict[str, Any]:
 
 
 def _rows(x: Any, kind: Any) -> tuple[Any, Any]:
-    """Gives `x` in 8 bits, and the scale of each row `[..., 1]`, float32."""
+    """Return `x` in 8 bits, and the scale of each row `[..., 1]`, float32."""
     most = float(jnp.finfo(kind).max)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32), _TINY) / most
     return jnp.clip(x.astype(jnp.float32) / scale, -most, most).astype(kind), scale
 
 
 def decoded(leaves: Leaves, dtype: Any) -> Any:
-    """Gives the transposed kernel `[out, in]`."""
+    """Return the transposed kernel `[out, in]`."""
     return (leaves["kernel_fp8"].astype(jnp.float32) * leaves["kernel_fp8_scale"][:, None]).astype(dtype)
 
 
 def _product(x: Any, codes: Any, axis: int, dtype: Any) -> Any:
-    """Gives the product of codes, not scaled yet."""
+    """Return the product of codes, not scaled yet."""
     return jax.lax.dot_general(x, codes, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=_wide(dtype))
 
 
 def _wide(dtype: Any) -> Any:
-    """Gives the dtype to write what is not scaled in: float16 ends at 65504, and codes of up to 448 are added up."""
+    """Return the dtype to write what is not scaled in: float16 ends at 65504, and codes of up to 448 are added up."""
     return jnp.float32 if dtype == jnp.float16 else dtype
 
 
@@ -72,12 +72,12 @@ def _backward(leaves: Leaves, dy: Any) -> Any:
 
 
 def forward(x: Any, leaves: Leaves) -> Any:
-    """Computes `x W`: in 8 bits on a GPU, elsewhere in the dtype of `x`."""
+    """Compute `x W`: in 8 bits on a GPU, elsewhere in the dtype of `x`."""
     return jax.lax.platform_dependent(x, dict(leaves), cuda=_forward, default=forward_of(decoded))
 
 
 def backward(leaves: Leaves, dy: Any) -> Any:
-    """Computes `dy W'`, likewise."""
+    """Compute `dy W'`, likewise."""
     return jax.lax.platform_dependent(dict(leaves), dy, cuda=_backward, default=backward_of(decoded))
 
 

@@ -20,7 +20,7 @@ _GROUP = 64
 
 
 def _numbers(kernel: Any, group: int, most: int) -> tuple[Any, Any]:
-    """Gives the numbers `[out, in]`, float32, and their scales `[out, in / group]`, bfloat16."""
+    """Return the numbers `[out, in]`, float32, and their scales `[out, in / group]`, bfloat16."""
     rows = kernel.astype(jnp.float32).T
     groups = rows.reshape(rows.shape[0], -1, group)
     scale = (jnp.max(jnp.abs(groups), axis=2) / most).astype(jnp.bfloat16)
@@ -35,7 +35,7 @@ def _scaled(numbers: Any, scale: Any, dtype: Any) -> Any:
 
 
 def store_int8(kernel: Any, group: int | None = None) -> dict[str, Any]:
-    """Quantises a kernel to 8 bits.
+    """Quantise a kernel to 8 bits.
 
     Args:
         kernel: `[in, out]`, floating.
@@ -49,7 +49,7 @@ def store_int8(kernel: Any, group: int | None = None) -> dict[str, Any]:
 
 
 def store_int4(kernel: Any, group: int | None = None) -> dict[str, Any]:
-    """Quantises a kernel to 4 bits.
+    """Quantise a kernel to 4 bits.
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
@@ -64,12 +64,12 @@ def store_int4(kernel: Any, group: int | None = None) -> dict[str, Any]:
 
 
 def decoded_int8(leaves: Leaves, dtype: Any) -> Any:
-    """Gives the transposed kernel `[out, in]`."""
+    """Return the transposed kernel `[out, in]`."""
     return _scaled(leaves["kernel_int8"], leaves["kernel_int8_scale"], dtype)
 
 
 def decoded_int4(leaves: Leaves, dtype: Any) -> Any:
-    """Gives the transposed kernel `[out, in]`."""
+    """Return the transposed kernel `[out, in]`."""
     return _scaled(unpacked(leaves["kernel_int4"]).astype(jnp.int8) - 8, leaves["kernel_int4_scale"], dtype)
 
 

@@ -43,7 +43,7 @@ class Linear:
 
 
 def products(x: Any, sites: Sequence[Linear]) -> tuple[Any, ...]:
-    """Computes `x W_i + x A_i B_i + bias_i` of each site.
+    """Compute `x W_i + x A_i B_i + bias_i` of each site.
 
     Args:
         x: `[..., in]`, floating; the products are in its dtype, gradients of factors are summed in theirs.
@@ -87,12 +87,12 @@ def products(x: Any, sites: Sequence[Linear]) -> tuple[Any, ...]:
 
 
 def _there(update: Any, forms: list[Any]) -> Any:
-    """Gives an update that large products are added to; apart, where they cannot add themselves: else it would add itself to them."""
+    """Return an update that large products are added to; apart, where they cannot add themselves: else it would add itself to them."""
     return update if all(form.adds for form in forms) else jax.lax.optimization_barrier(update)
 
 
 def _narrow(x: Any, factors: list[Any]) -> list[Any]:
-    """Gives `x A` of each site, None of one without an update: one product for all."""
+    """Return `x A` of each site, None of one without an update: one product for all."""
     from jax.ad_checkpoint import checkpoint_name
 
     adapted = [own[0] for own in factors if own is not None]
@@ -104,7 +104,7 @@ def _narrow(x: Any, factors: list[Any]) -> list[Any]:
 
 
 def _columns(matrices: list[Any]) -> list[slice]:
-    """Gives where the columns of each matrix are, once they stand side by side."""
+    """Return where the columns of each matrix are, once they stand side by side."""
     ends = list(itertools.accumulate((matrix.shape[1] for matrix in matrices), initial=0))
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 

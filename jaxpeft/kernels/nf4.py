@@ -46,7 +46,7 @@ _NAMES = ("kernel_nf4", "kernel_nf4_absmax", "kernel_nf4_absmax_scale", "kernel_
 
 @functools.cache
 def dynamic() -> tuple[float, ...]:
-    """Gives the 256 values of the 8-bit type, ascending: 7 magnitudes of ten, each with twice as many steps as that below."""
+    """Return the 256 values of the 8-bit type, ascending: 7 magnitudes of ten, each with twice as many steps as that below."""
     found = [0.0, 1.0]
     for exponent in range(7):
         bounds = _spaced(2**exponent + 1)
@@ -56,14 +56,14 @@ def dynamic() -> tuple[float, ...]:
 
 
 def _spaced(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Gives equal steps from 0.1 to 1, from both ends to the middle, each rounded once, as those of torch are."""
+    """Return equal steps from 0.1 to 1, from both ends to the middle, each rounded once, as those of torch are."""
     first, last = np.float32(0.1), np.float32(1)
     step, places = float((last - first) / np.float32(count - 1)), np.arange(count)
     return np.where(places < count // 2, float(first) + step * places, 1 - step * places[::-1]).astype(np.float32)
 
 
 def store(kernel: Any, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> dict[str, Any]:
-    """Quantises a kernel.
+    """Quantise a kernel.
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
@@ -87,7 +87,7 @@ def store(kernel: Any, whole: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _twice(absmax: Any) -> tuple[Any, Any, Any]:
-    """Quantises the scales of all blocks `[blocks]`: their places, their own scales, and their mean.
+    """Quantise the scales of all blocks `[blocks]`: their places, their own scales, and their mean.
 
     The barriers keep the sum apart from what comes before and behind it, which differs with how the kernel is spread: compiled
     by itself it adds up in the same order.
@@ -101,7 +101,7 @@ def _twice(absmax: Any) -> tuple[Any, Any, Any]:
 
 
 def blocks_of(kernel: Any) -> Any:
-    """Gives the blocks `[blocks, 64]` of a kernel `[in, out]`, the last of them filled up with zeros."""
+    """Return the blocks `[blocks, 64]` of a kernel `[in, out]`, the last of them filled up with zeros."""
     return _padded(kernel.T.reshape(-1), BLOCK)
 
 
@@ -110,7 +110,7 @@ def _padded(flat: Any, size: int) -> Any:
 
 
 def _nearest(values: Any) -> Any:
-    """Gives the places of the nearest values of the 8-bit type, uint8."""
+    """Return the places of the nearest values of the 8-bit type, uint8."""
     table = np.asarray(dynamic(), np.float32)
     return jnp.searchsorted(jnp.asarray((table[:-1] + table[1:]) / 2), values).astype(jnp.uint8)
 
@@ -120,7 +120,7 @@ def _dynamic(places: Any) -> Any:
 
 
 def decoded(leaves: Leaves, dtype: Any) -> Any:
-    """Gives the transposed kernel `[out, in]`."""
+    """Return the transposed kernel `[out, in]`."""
     data, places = leaves["kernel_nf4"], leaves["kernel_nf4_absmax"]
     scale = jnp.repeat(leaves["kernel_nf4_absmax_scale"], SECOND)[: places.size].reshape(places.shape)
     absmax = (places if places.dtype == jnp.float32 else _dynamic(places)) * scale + leaves["kernel_nf4_absmax_mean"]

@@ -101,7 +101,7 @@ def read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str
 
 
 def from_dict(values: Mapping[str, Any]) -> Method:
-    """Makes the method whose `as_dict` gives these values.
+    """Make the method whose `as_dict` gives these values.
 
     Raises:
         ConfigError: there is no such method, or an option of it is wrong.

@@ -41,27 +41,27 @@ class AdaLoRAFormat(TargetedFormat["AdaLoRA"]):
     """How adapters of `AdaLoRA` stand in files."""
 
     def pack(self, method: AdaLoRA, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives the tensors, as PEFT has them."""
+        """Return the tensors, as PEFT has them."""
         left = method.rank_pattern.get(site.name, method.rank)
         a, e, b = (leaves[name] for name in ("adalora_a", "adalora_e", "adalora_b"))
         return {"lora_A": a.T[:left], "lora_E": e[:left, None], "lora_B": b.T[:, :left]}
 
     def unpack(self, method: AdaLoRA, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives the leaves; a site of rank zero keeps its zeros."""
+        """Return the leaves; a site of rank zero keeps its zeros."""
         if not method.rank_pattern.get(site.name, method.rank):
             return dict(fresh)
         a, e, b = tensors["lora_A"].T, tensors["lora_E"][:, 0], tensors["lora_B"].T
         return {**fresh, "adalora_a": a, "adalora_e": e, "adalora_b": b}
 
     def write_options(self, method: AdaLoRA) -> dict[str, Any]:
-        """Gives the options; PEFT wants a number of steps that its schedule fits in, and reads none from it."""
+        """Return the options; PEFT wants a number of steps that its schedule fits in, and reads none from it."""
         left = method.rank_pattern.items()
         pattern = {f"{name}.lora_E": [True] * kept + [False] * (method.rank - kept) for name, kept in left}
         steps = {"total_step": method.initial_steps + method.final_steps + 1, "init_lora_weights": True}
         return super().write_options(method) | steps | {"rank_pattern": pattern or None}
 
     def read_options(self, kind: type[AdaLoRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; of the entries that were kept, how many there are."""
+        """Read the options; of the entries that were kept, how many there are."""
         values, problems = super().read_options(kind, config)
         pattern: Any = values.pop("rank_pattern", None) or {}
         if not isinstance(pattern, Mapping) or not all(isinstance(kept, list) for kept in pattern.values()):
@@ -123,7 +123,7 @@ class AdaLoRA(Biased):
     rank_pattern: dict[str, int] = option({}, "ranks that are left of single sites, by whole names", at_least=0)
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other."""
+        """List options that exclude each other."""
         found = super().problems()
         if self.target_rank > self.rank:
             found.append(f"target_rank: is {self.target_rank}, above rank {self.rank}, which it is reached from")
@@ -132,7 +132,7 @@ class AdaLoRA(Biased):
         return found
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuses a rank of what is no adapted site.
+        """Refuse a rank of what is no adapted site.
 
         Raises:
             TargetError: naming it.
@@ -144,7 +144,7 @@ class AdaLoRA(Biased):
     # ------------------------------------------------------------------------------------------------------------ leaves
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes A and B normal and e zero; what is left of a site whose rank is cut to zero is one entry of zeros."""
+        """Make A and B normal and e zero; what is left of a site whose rank is cut to zero is one entry of zeros."""
         del kernel
         left = self.rank_pattern.get(site.name, self.rank)
         (n_in, n_out), r = site.shape, max(1, left)
@@ -159,19 +159,19 @@ class AdaLoRA(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + (D(x) A) (s e B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + (D(x) A) (s e B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "adalora_dropout"))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + s A diag(e) B`."""
+        """Return `W + s A diag(e) B`."""
         return {"kernel": base["kernel"] + product(leaves["adalora_a"], _scaled(leaves))}
 
     # ---------------------------------------------------------------------------------------------------------- training
 
     def penalty(self, trainable: Leaves) -> Any:
-        """Gives `orthogonality` times the mean of ||A'A - I|| and ||B B' - I||, padding left out."""
+        """Return `orthogonality` times the mean of ||A'A - I|| and ||B B' - I||, padding left out."""
         if not self.orthogonality:
             return None
         total, count = jnp.zeros(()), jnp.zeros(())
@@ -188,7 +188,7 @@ class AdaLoRA(Biased):
         return self.orthogonality * total / jnp.maximum(count, 1.0)
 
     def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-        """Wraps the optimizer so that it allocates the ranks.
+        """Wrap the optimizer so that it allocates the ranks.
 
         Raises:
             ConfigError: the run is too short for its first and last steps.
@@ -199,7 +199,7 @@ class AdaLoRA(Biased):
 
 
 def _sites(tree: Leaves) -> list[Leaves]:
-    """Gives the modules of a tree that hold the method's leaves."""
+    """Return the modules of a tree that hold the method's leaves."""
     return [paths.get(tree, path[:-1]) for path, _ in paths.walk(tree) if path[-1] == "adalora_a"]
 
 
@@ -208,5 +208,5 @@ def _scaled(leaves: Leaves) -> Any:
 
 
 def _update(leaves: Leaves, x: Any) -> Any:
-    """Gives `(x A) (s e B)`, `[..., in] -> [..., out]`, in the dtype of `x`."""
+    """Return `(x A) (s e B)`, `[..., in] -> [..., out]`, in the dtype of `x`."""
     return low_rank(x, leaves["adalora_a"], _scaled(leaves))

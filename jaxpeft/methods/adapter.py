@@ -40,11 +40,11 @@ class AdapterFormat(BottleneckFormat["Adapter"]):
     """How adapters of `Adapter` stand in files."""
 
     def write_options(self, method: Adapter) -> dict[str, Any]:
-        """Gives the options as the adapters library has them."""
+        """Return the options as the adapters library has them."""
         return super().write_options(method) | {"init_weights": _INITS[method.init_weights]}
 
     def read_options(self, kind: type[Adapter], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options of the adapters library."""
+        """Read the options of the adapters library."""
         values, problems = super().read_options(kind, config)
         begun = next((ours for ours, theirs in _INITS.items() if theirs == config.get("init_weights", "bert")), "lora")
         return values | {"init_weights": begun}, problems
@@ -89,7 +89,7 @@ class Adapter(Bottleneck):
         return self.init_weights == "lora"
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the matrices as `init_weights` says, and the biases zero."""
+        """Make the matrices as `init_weights` says, and the biases zero."""
         del kernel
         d, b, keys = site.shape[1], self.width(site), jax.random.split(rng)
         if self.init_weights == "lora":
@@ -105,15 +105,15 @@ class Adapter(Bottleneck):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype of `h`."""
+        """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype of `h`."""
         return joined(call, "adapter", _network)
 
     @staticmethod
     def compute_alone(call: Call) -> Any:
-        """Computes `h + A(h)`, `[..., in] -> [..., d]`."""
+        """Compute `h + A(h)`, `[..., in] -> [..., d]`."""
         return alone(call, "adapter", _network)
 
 
 def _network(leaves: Leaves, z: Any) -> Any:
-    """Gives `A(z)` less its dropout, `[..., d] -> [..., d]`."""
+    """Return `A(z)` less its dropout, `[..., d] -> [..., d]`."""
     return bottleneck(leaves, "adapter", z, leaves["adapter_down"], leaves["adapter_up"])

@@ -43,12 +43,12 @@ class BOFTFormat(TargetedFormat["BOFT"]):
     """How adapters of `BOFT` stand in files."""
 
     def write_options(self, method: BOFT) -> dict[str, Any]:
-        """Gives the options; PEFT writes 0 for the one of size and number that is not given."""
+        """Return the options; PEFT writes 0 for the one of size and number that is not given."""
         size = 0 if method.blocks else method.block_size or _SIZE
         return super().write_options(method) | {"boft_block_size": size, "boft_block_num": method.blocks or 0}
 
     def read_options(self, kind: type[BOFT], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads BOFT's options."""
+        """Read BOFT's options."""
         values, problems = super().read_options(kind, config)
         return {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}, problems
 
@@ -102,12 +102,12 @@ class BOFT(Biased):
     bias: Literal["none", "all", "boft_only"] = bias_option()
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other."""
+        """List options that exclude each other."""
         both = self.blocks is not None and self.block_size is not None
         return super().problems() + (["blocks: is in place of block_size; remove one of them"] if both else [])
 
     def site_blocks(self, site: Site) -> tuple[int, int]:
-        """Gives the number and the size of the blocks at a site.
+        """Return the number and the size of the blocks at a site.
 
         Raises:
             ConfigError: they do not divide its inputs as the factors need it.
@@ -124,7 +124,7 @@ class BOFT(Biased):
         return count, n_in // count
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Makes the matrices of zeros and the scales of ones."""
+        """Make the matrices of zeros and the scales of ones."""
         del kernel, rng
         count, size = self.site_blocks(site)
         leaves = {
@@ -135,7 +135,7 @@ class BOFT(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `((x R) W) * s + b`, `[..., in] -> [..., out]`; dropout leaves blocks of one factor as they are."""
+        """Compute `((x R) W) * s + b`, `[..., in] -> [..., out]`; dropout leaves blocks of one factor as they are."""
         drawn, stay = dropping.rate(call, "boft_dropout"), None
         if drawn is not None:
             factors, count = call.leaves["boft_r"].shape[-4:-2]
@@ -147,7 +147,7 @@ class BOFT(Biased):
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `(R W) * s`; the bias stays as it is."""
+        """Return `(R W) * s`; the bias stays as it is."""
         kernel = base["kernel"]
         for difference, there, back in _factors(leaves):
             kernel = rotations.turned_kernel(kernel[there], difference)[back]
@@ -155,7 +155,7 @@ class BOFT(Biased):
 
 
 def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:
-    """Gives `x R`; blocks that do not stay, `[m, d]`, are the identity."""
+    """Return `x R`; blocks that do not stay, `[m, d]`, are the identity."""
     for i, (difference, there, back) in reversed(list(enumerate(_factors(leaves)))):
         kept = difference if stay is None else difference * stay[i][:, None, None]
         x = rotations.turned(x[..., there], kept)[..., back]
@@ -163,14 +163,14 @@ def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:
 
 
 def _rescaled(leaves: Leaves, y: Any, bias: Any) -> Any:
-    """Gives `(y - b) * s + b`, which is `y` bit by bit where `s` is one."""
+    """Return `(y - b) * s + b`, which is `y` bit by bit where `s` is one."""
     scale = leaves["boft_s"][0]
     out = y * scale.astype(y.dtype)
     return out if bias is None else out + (bias.astype(jnp.float32) * (1.0 - scale)).astype(y.dtype)
 
 
 def _factors(leaves: Leaves) -> list[tuple[Any, Any, Any]]:
-    """Gives of each factor `R - I` of its blocks, `[d, k, k]`, and what orders the inputs for it and back again, `[in]`."""
+    """Return of each factor `R - I` of its blocks, `[d, k, k]`, and what orders the inputs for it and back again, `[in]`."""
     matrices = leaves["boft_r"]
     _, count, size, _ = matrices.shape
     differences = rotations.cayley(0.5 * (matrices - jnp.swapaxes(matrices, -1, -2)))
@@ -179,6 +179,6 @@ def _factors(leaves: Leaves) -> list[tuple[Any, Any, Any]]:
 
 
 def _butterfly(n: int, width: int, piece: int) -> Any:
-    """Gives the order of `n` inputs in which, within each stretch of `width`, even pieces stand before odd ones."""
+    """Return the order of `n` inputs in which, within each stretch of `width`, even pieces stand before odd ones."""
     pieces = np.arange(n).reshape(-1, width // piece, piece)
     return np.concatenate([pieces[:, 0::2], pieces[:, 1::2]], axis=1).reshape(-1)

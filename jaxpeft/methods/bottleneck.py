@@ -41,7 +41,7 @@ _FORMS = {"houlsby": _FORM, "pfeiffer": _FORM | {"original_ln_before": True}, "p
 
 
 def leaf_names(name: str, *own: str) -> tuple[str, ...]:
-    """Gives the names of all leaves of a method at a site.
+    """Return the names of all leaves of a method at a site.
 
     Args:
         name: of the method.
@@ -69,17 +69,17 @@ class BottleneckFormat(TargetedFormat[M]):
         return section or super().reads(kind, config)
 
     def names(self, kind: type[M]) -> Mapping[str, str]:
-        """Gives the method's options by what the adapters library calls them."""
+        """Return the method's options by what the adapters library calls them."""
         return self.options
 
     def write_options(self, method: M) -> dict[str, Any]:
-        """Gives the options as the adapters library has them; the sites are told by the layout of its files."""
+        """Return the options as the adapters library has them; the sites are told by the layout of its files."""
         return {
             key: value for key, value in super().write_options(method).items() if key not in TARGET_OPTIONS
         } | _FORMS[method.placement]
 
     def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options of the adapters library."""
+        """Read the options of the adapters library."""
         values, problems = super().read_options(kind, config)
         form = {key: config.get(key, absent) for key, absent in _FORM.items()}
         if form["is_parallel"] is True:
@@ -143,7 +143,7 @@ class Bottleneck(Targeted):
     dropout: float = option(0.0, "rate of dropout on what the adapter gives", at_least=0, below=1)
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other, or that no file can say."""
+        """List options that exclude each other, or that no file can say."""
         found = super().problems()
         if self.sublayers != "default" and self.targets != "default":
             found.append("sublayers: goes with targets 'default'; the targets name the sites already")
@@ -154,7 +154,7 @@ class Bottleneck(Targeted):
         return found
 
     def where(self, names: tuple[str, ...]) -> Targets:
-        """Gives the target options; by default the modules that write to the residual stream behind the sub-layers."""
+        """Return the target options; by default the modules that write to the residual stream behind the sub-layers."""
         wanted = super().where(names)
         if self.targets != "default":
             return wanted
@@ -166,11 +166,11 @@ class Bottleneck(Targeted):
         return Targets(entries, exclude, wanted.layers_to_transform, wanted.layers_pattern)
 
     def width(self, site: Site) -> int:
-        """Gives the width b of the bottleneck at a site."""
+        """Return the width b of the bottleneck at a site."""
         return max(1, int(site.shape[1] // self.reduction_factor))
 
     def site_leaves(self, site: Site, own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Makes the leaves of a site, float32.
+        """Make the leaves of a site, float32.
 
         Args:
             site: one layer of a site.
@@ -187,7 +187,7 @@ class Bottleneck(Targeted):
 
 
 def joined(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
-    """Computes where a sub-layer's output joins the residual stream: `N(x + h + A(z))`, `[..., d]`, in the dtype of `h`.
+    """Compute where a sub-layer's output joins the residual stream: `N(x + h + A(z))`, `[..., d]`, in the dtype of `h`.
 
     Args:
         call: with `h` and `x` `[..., d]`, and `N` or None.
@@ -204,7 +204,7 @@ def joined(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
 
 
 def alone(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
-    """Computes a module that does not say where its output joins the residual stream: `h + A(h)`, `[..., in] -> [..., d]`.
+    """Compute a module that does not say where its output joins the residual stream: `h + A(h)`, `[..., in] -> [..., d]`.
 
     Args:
         call: of a linear module.
@@ -229,7 +229,7 @@ def _added(call: Call, name: str, network: Callable[[Leaves, Any], Any], z: Any)
 
 
 def bottleneck(leaves: Leaves, name: str, z: Any, down: Any, up: Any) -> Any:
-    """Gives `s (act(z W_down + b_down) W_up + b_up)`, `[..., d] -> [..., d]`, in the dtype of `z`.
+    """Return `s (act(z W_down + b_down) W_up + b_up)`, `[..., d] -> [..., d]`, in the dtype of `z`.
 
     Args:
         leaves: of the site.

@@ -78,11 +78,11 @@ class C3A(Biased):
         return self.init_weights == "zeros"
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Gives the options that hold regular expressions."""
+        """Return the options that hold regular expressions."""
         return super().expressions(whole) | {"block_size_pattern": self.block_size_pattern}
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuses a pattern that matches no adapted site, or that PEFT would read otherwise.
+        """Refuse a pattern that matches no adapted site, or that PEFT would read otherwise.
 
         Raises:
             TargetError: naming the pattern.
@@ -90,7 +90,7 @@ class C3A(Biased):
         require_ends("block_size_pattern", self.block_size_pattern, names)
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Makes `w` as `init_weights` says.
+        """Make `w` as `init_weights` says.
 
         Raises:
             ConfigError: the block size does not divide the inputs and outputs of the site.
@@ -109,13 +109,13 @@ class C3A(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + x C / in`, `[..., in] -> [..., out]`, in the dtype of `x W`; the transforms are of float32."""
+        """Compute `x W + x C / in`, `[..., in] -> [..., out]`, in the dtype of `x W`; the transforms are of float32."""
         y = call.base(*call.args)
         return y + call.each(_correlated, call.x.astype(jnp.float32)).astype(y.dtype)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + C / in`."""
+        """Return `W + C / in`."""
         w = leaves["c3a_kernel"]
         places = jnp.arange(w.shape[2])
         blocks = w[:, :, (places[:, None] - places[None, :]) % w.shape[2]]  # [out / k, in / k, k of in, k of out]
@@ -124,7 +124,7 @@ class C3A(Biased):
 
 
 def _correlated(leaves: Leaves, x: Any) -> Any:
-    """Gives `x C / in` of `x` `[..., in]` float32."""
+    """Return `x C / in` of `x` `[..., in]` float32."""
     w = leaves["c3a_kernel"]
     blocks = jnp.fft.rfft(x.reshape(*x.shape[:-1], *w.shape[1:]))
     mixed = jnp.einsum("...nf,mnf->...mf", blocks, jnp.conj(jnp.fft.rfft(w)), precision="highest")

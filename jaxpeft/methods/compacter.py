@@ -56,11 +56,11 @@ class CompacterFormat(BottleneckFormat["Compacter"]):
     """How adapters of `Compacter` stand in files."""
 
     def write_options(self, method: Compacter) -> dict[str, Any]:
-        """Gives the options as the adapters library has them."""
+        """Return the options as the adapters library has them."""
         return {**super().write_options(method), **_RULES}
 
     def read_options(self, kind: type[Compacter], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options of the adapters library; other ways to share and to factorise are refused."""
+        """Read the options of the adapters library; other ways to share and to factorise are refused."""
         values, problems = super().read_options(kind, config)
         other = {key: config[key] for key, ours in _RULES.items() if config.get(key, ours) != ours}
         return values, problems + [
@@ -117,7 +117,7 @@ class Compacter(Bottleneck):
     rule_range: float = option(1e-4, "standard deviation of the rule at the start", above=0)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the factors as Glorot and Bengio 2010 have it, the left one of `W_up` and the biases zero.
+        """Make the factors as Glorot and Bengio 2010 have it, the left one of `W_up` and the biases zero.
 
         Raises:
             ConfigError: `phm_dim` does not divide a width.
@@ -141,18 +141,18 @@ class Compacter(Bottleneck):
         return self.site_leaves(site, own)
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the rule."""
+        """Make the rule."""
         del params, sites
         return {"compacter_rule": self.rule_range * jax.random.normal(rng, (self.phm_dim,) * 3, jnp.float32)}
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype of `h`."""
+        """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype of `h`."""
         return joined(call, "compacter", _network)
 
     @staticmethod
     def compute_alone(call: Call) -> Any:
-        """Computes `h + A(h)`, `[..., in] -> [..., d]`."""
+        """Compute `h + A(h)`, `[..., in] -> [..., d]`."""
         return alone(call, "compacter", _network)
 
 
@@ -161,7 +161,7 @@ def _glorot(key: jax.Array, n: int, rows: int, columns: int) -> jax.Array:
 
 
 def _network(leaves: Leaves, z: Any) -> Any:
-    """Gives `A(z)` less its dropout, `[..., d] -> [..., d]`."""
+    """Return `A(z)` less its dropout, `[..., d] -> [..., d]`."""
     down, up = (
         kronecker(leaves["compacter_rule"], leaves[f"compacter_{side}_left"], leaves[f"compacter_{side}_right"])
         for side in ("down", "up")
@@ -170,7 +170,7 @@ def _network(leaves: Leaves, z: Any) -> Any:
 
 
 def kronecker(rule: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Gives `sum_i R_i (x) (L_i V_i)`, `[in, out]`.
+    """Return `sum_i R_i (x) (L_i V_i)`, `[in, out]`.
 
     Args:
         rule: `R [n, n, n]`.

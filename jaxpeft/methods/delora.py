@@ -77,12 +77,12 @@ class DeLoRA(Biased):
     bias: Literal["none", "all", "delora_only"] = bias_option()
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Gives the options that hold regular expressions."""
+        """Return the options that hold regular expressions."""
         own = {"rank_pattern": self.rank_pattern, "boundary_pattern": self.boundary_pattern}
         return super().expressions(whole) | own
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuses a rank or boundary pattern that matches no adapted site.
+        """Refuse a rank or boundary pattern that matches no adapted site.
 
         Raises:
             TargetError: naming the pattern.
@@ -91,7 +91,7 @@ class DeLoRA(Biased):
         require_patterns("boundary_pattern", self.boundary_pattern, names)
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Makes A uniform, B of zeros, and the norms of the kernel's rows."""
+        """Make A uniform, B of zeros, and the norms of the kernel's rows."""
         (n_in, n_out), rank = site.shape, pattern_value(site.name, self.rank_pattern, self.rank)
         boundary = pattern_value(site.name, self.boundary_pattern, self.boundary)
         leaves = {
@@ -105,19 +105,19 @@ class DeLoRA(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + (x * n) A diag(l / (r |ai| |bi|)) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + (x * n) A diag(l / (r |ai| |bi|)) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(call.x)
         x = dropped(call, call.x.astype(y.dtype), "delora_dropout")
         return y + call.each(lambda leaves, x: low_rank(x, *_factors(leaves)), x).astype(y.dtype)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + diag(n) A diag(l / (r |ai| |bi|)) B`."""
+        """Return `W + diag(n) A diag(l / (r |ai| |bi|)) B`."""
         return {"kernel": base["kernel"] + product(*_factors(leaves))}
 
 
 def _factors(leaves: Leaves) -> tuple[Any, Any]:
-    """Gives `[in, r]` and `[r, out]` whose product is the update."""
+    """Return `[in, r]` and `[r, out]` whose product is the update."""
     a, b = leaves["delora_a"], leaves["delora_b"]
     strength = leaves["delora_lambda"] * leaves["delora_share"] / (_norm(a, 0) * _norm(b, 1))
     return leaves["delora_w_norm"][:, None] * a, strength[:, None] * b

@@ -39,24 +39,24 @@ class DoRAFormat(LoRAFormat["DoRA"]):
     """How adapters of `DoRA` stand in files."""
 
     def pack(self, method: DoRA, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives LoRA's tensors and the magnitude."""
+        """Return LoRA's tensors and the magnitude."""
         return super().pack(method, site, _lora(leaves)) | {"lora_magnitude_vector": leaves["dora_magnitude"]}
 
     def unpack(self, method: DoRA, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives LoRA's leaves and the magnitude."""
+        """Return LoRA's leaves and the magnitude."""
         leaves = super().unpack(method, site, tensors, _lora(fresh))
         return _dora(leaves) | {"dora_magnitude": tensors["lora_magnitude_vector"]}
 
     def write_options(self, method: DoRA) -> dict[str, Any]:
-        """Gives LoRA's options, and the one that makes it this method."""
+        """Return LoRA's options, and the one that makes it this method."""
         return super().write_options(method) | {"use_dora": True}
 
     def reads(self, kind: type[DoRA], config: Mapping[str, Any]) -> bool:
-        """Says whether an `adapter_config.json` is of a LoRA with `use_dora`."""
+        """Return whether an `adapter_config.json` is of a LoRA with `use_dora`."""
         return str(config.get("peft_type")) == self.type and bool(config.get("use_dora"))
 
     def read_options(self, kind: type[DoRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads LoRA's options."""
+        """Read LoRA's options."""
         return super().read_options(kind, {key: value for key, value in config.items() if key != "use_dora"})
 
 
@@ -83,7 +83,7 @@ class DoRA(LoRA):
     )
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other."""
+        """List options that exclude each other."""
         found = super().problems()
         if self.lora_bias:
             found.append("lora_bias: DoRA has no bias beside B; remove it")
@@ -94,13 +94,13 @@ class DoRA(LoRA):
         return found
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes A and B as LoRA does, and the magnitude that of the kernel."""
+        """Make A and B as LoRA does, and the magnitude that of the kernel."""
         norm = _norm(kernel())
         return _dora(super().init(site, kernel, rng)) | {"dora_magnitude": norm, "dora_norm": norm}
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + (m / n - 1) D(x) W + m / n s (D(x) A) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + (m / n - 1) D(x) W + m / n s (D(x) A) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         if jnp.issubdtype(call.x.dtype, jnp.integer):
             return call.each(partial(_scaled, call.kernel), call.x, y, y)
@@ -115,21 +115,21 @@ class DoRA(LoRA):
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `m / n (W + s A B)`."""
+        """Return `m / n (W + s A B)`."""
         whole = LoRA.fold(_lora(leaves), base)["kernel"]
         alone = whole - base["kernel"] + base["original"] if "original" in base else whole
         return {"kernel": leaves["dora_magnitude"] / _positive(_norm(alone)) * whole}
 
 
 def _scaled(kernel: Kernel, leaves: Leaves, x: Any, y: Any, plain: Any) -> Any:
-    """Gives `y + f plain + (1 + f) s (x A) B`, `f = (m - n) / n`, in the dtype of `y` `[..., out]`."""
+    """Return `y + f plain + (1 + f) s (x A) B`, `f = (m - n) / n`, in the dtype of `y` `[..., out]`."""
     norm = _column_norms(jax.lax.stop_gradient(dict(leaves)), kernel())
     f = ((leaves["dora_magnitude"] - norm) / norm).astype(y.dtype)
     return y + f * plain + (1 + f) * update(_lora(leaves), x).astype(y.dtype)
 
 
 def _column_norms(leaves: Leaves, kernel: Any) -> Any:
-    """Gives n `[out]` from the kernel `[in, out]` and its norm n0."""
+    """Return n `[out]` from the kernel `[in, out]` and its norm n0."""
     a, b, before = leaves["dora_a"], leaves["dora_scale"] * leaves["dora_b"], leaves["dora_norm"]
     if "dora_a0" in leaves:
         a = jnp.concatenate([a, leaves["dora_a0"]], axis=1)
@@ -144,7 +144,7 @@ def _norm(kernel: Any) -> Any:
 
 
 def _positive(norm: Any) -> Any:
-    """Gives one for zero: a column of zeros, or padding, has no direction."""
+    """Return one for zero: a column of zeros, or padding, has no direction."""
     return jnp.where(norm > 0, norm, jnp.ones_like(norm))
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def leaves(name: str, rank_dropout: float, module_dropout: float) -> dict[str, Array]:
-    """Makes the leaves that hold the rates, of those that are not zero.
+    """Make the leaves that hold the rates, of those that are not zero.
 
     Args:
         name: of the method.
@@ -24,7 +24,7 @@ def leaves(name: str, rank_dropout: float, module_dropout: float) -> dict[str, A
 
 
 def kept(call: Call, name: str, update: Array, *, scaled: bool) -> Array:
-    """Gives what is left of the update of a site; outside of a training call all of it.
+    """Return what is left of the update of a site; outside of a training call all of it.
 
     Args:
         call: of the site.
@@ -43,7 +43,7 @@ def kept(call: Call, name: str, update: Array, *, scaled: bool) -> Array:
 
 
 def rate(call: Call, leaf: str) -> tuple[Any, Any] | None:
-    """Gives a key and the rate that a leaf holds, None where nothing is left out.
+    """Return a key and the rate that a leaf holds, None where nothing is left out.
 
     Args:
         call: of a site.
@@ -55,13 +55,13 @@ def rate(call: Call, leaf: str) -> tuple[Any, Any] | None:
 
 
 def dropped(call: Call, x: Any, leaf: str) -> Any:
-    """Applies dropout to `x` in a training call, at the rate of a leaf, where there is one."""
+    """Apply dropout to `x` in a training call, at the rate of a leaf, where there is one."""
     drawn = rate(call, leaf)
     return x if drawn is None else dropout(*drawn, x)
 
 
 def dropout(key: Array, rate: Array, x: Array) -> Array:
-    """Zeroes each element with probability `rate` and scales the others by 1 / (1 - rate).
+    """Zeroe each element with probability `rate` and scales the others by 1 / (1 - rate).
 
     Args:
         key: a key.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-    """Gives the sites their ranks and A its directions.
+    """Return the sites their ranks and A its directions.
 
     Args:
         method: LoRA with `init_weights="eva"`.
@@ -67,21 +67,21 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
 
 
 def _merged(before: Any, rows: Any, most: int) -> tuple[Any, Any]:
-    """Gives the variances `[k]` and directions `[k, in]` of the rows so far, from those before and rows `[tokens, in]`."""
+    """Return the variances `[k]` and directions `[k, in]` of the rows so far, from those before and rows `[tokens, in]`."""
     stacked = rows if before is None else jnp.concatenate([jnp.sqrt(before[0])[:, None] * before[1], rows])
     _, values, directions = jnp.linalg.svd(stacked, full_matrices=False)
     return jnp.square(values[:most]), directions[:most]
 
 
 def _ranks(variances: Mapping[str, Any], total: int) -> dict[str, int]:
-    """Gives each site its rank: the `total` directions that explain the largest shares of their sites' variance."""
+    """Return each site its rank: the `total` directions that explain the largest shares of their sites' variance."""
     shares = [(float(value / values.sum()), name) for name, values in variances.items() for value in values]
     chosen = [name for _, name in sorted(shares, key=lambda pair: -pair[0])[:total]]
     return {name: rank for name in variances if (rank := chosen.count(name))}
 
 
 def _with_ranks(method: LoRA, ranks: Mapping[str, int]) -> LoRA:
-    """Gives the plain LoRA with these ranks at these sites, and the scaling that each had."""
+    """Return the plain LoRA with these ranks at these sites, and the scaling that each had."""
 
     def alpha(name: str, rank: int) -> float:
         return method.site_scale(name) * (math.sqrt(rank) if method.rslora else rank)

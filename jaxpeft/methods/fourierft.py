@@ -82,11 +82,11 @@ class FourierFT(Biased):
         return self.init_weights == "zeros"
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Gives the options that hold regular expressions."""
+        """Return the options that hold regular expressions."""
         return super().expressions(whole) | {"frequencies_pattern": self.frequencies_pattern}
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuses a pattern that matches no adapted site, or that PEFT would read otherwise.
+        """Refuse a pattern that matches no adapted site, or that PEFT would read otherwise.
 
         Raises:
             TargetError: naming the pattern.
@@ -94,7 +94,7 @@ class FourierFT(Biased):
         require_ends("frequencies_pattern", self.frequencies_pattern, names)
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Draws the frequencies by the seed, and makes `c` as `init_weights` says.
+        """Draw the frequencies by the seed, and make `c` as `init_weights` says.
 
         Raises:
             ConfigError: the kernel of the site has fewer frequencies.
@@ -116,7 +116,7 @@ class FourierFT(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + x U`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + x U`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(
             partial(through, partial(_update, (call.x.shape[-1], y.shape[-1]))), call.x.astype(y.dtype)
@@ -124,11 +124,11 @@ class FourierFT(Biased):
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + U`."""
+        """Return `W + U`."""
         return {"kernel": base["kernel"] + _update(base["kernel"].shape, leaves)}
 
 
 def _update(shape: tuple[int, int], leaves: Leaves) -> Any:
-    """Gives `U` `[in, out]`: the transform of the transpose is the transpose of the transform."""
+    """Return `U` `[in, out]`: the transform of the transpose is the transpose of the transform."""
     spectrum = scattered(leaves["fourierft_indices"], leaves["fourierft_spectrum"], shape)
     return leaves["fourierft_scale"] * jnp.fft.ifft2(spectrum).real

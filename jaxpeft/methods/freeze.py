@@ -33,7 +33,7 @@ class Freeze(Method):
     embeddings: bool = option(False, "train the embeddings, and the norm behind them, as well")
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains the leaves of the last layers.
+        """Train the leaves of the last layers.
 
         Raises:
             ConfigError: the model has fewer layers, or they are stacked and some of them only would be trained.
@@ -53,7 +53,7 @@ class Freeze(Method):
         return whole_leaf(self.name, path, paths.get(params, path), last)
 
     def _around(self, path: Path) -> bool:
-        """Says whether a leaf outside the layers is trained."""
+        """Return whether a leaf outside the layers is trained."""
         if any("embed" in key for key in path):
             return self.embeddings
         return self.lm_head if path[0] == "lm_head" else self.final_norm

@@ -16,6 +16,6 @@ class Full(Method):
     name: ClassVar[str] = "full"
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains every leaf."""
+        """Train every leaf."""
         del path, params
         return True

@@ -85,14 +85,14 @@ class GraLoRA(Biased):
     bias: Literal["none", "all", "gralora_only"] = bias_option()
 
     def problems(self) -> list[str]:
-        """Refuses a rank that the blocks do not divide."""
+        """Refuse a rank that the blocks do not divide."""
         rest = self.rank % self.blocks
         return super().problems() + (
             [f"rank: {self.rank} is no multiple of blocks, {self.blocks}"] if self.blocks > 0 and rest else []
         )
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Makes A and A' uniform as PEFT has them, B and B' zero.
+        """Make A and A' uniform as PEFT has them, B and B' zero.
 
         Raises:
             ConfigError: the blocks do not divide the inputs and outputs of the site.
@@ -113,13 +113,13 @@ class GraLoRA(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W` and the updates of its blocks, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W` and the updates of its blocks, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "gralora_dropout"))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives the kernel with the update of each block."""
+        """Return the kernel with the update of each block."""
         a, b = _by_blocks(leaves)
         blocks = jnp.einsum("iajs,jiso->iajo", a, b, precision="highest").reshape(base["kernel"].shape)
         general = product(leaves["gralora_general_a"], leaves["gralora_general_b"]) if _hybrid(leaves) else 0.0
@@ -137,7 +137,7 @@ def _update(leaves: Leaves, x: Any) -> Any:
 
 
 def _by_blocks(leaves: Leaves) -> tuple[Any, Any]:
-    """Gives A as `[i, in / k, j, r / k]` and B as `[j, i, r / k, out / k]`."""
+    """Return A as `[i, in / k, j, r / k]` and B as `[j, i, r / k, out / k]`."""
     a, b = leaves["gralora_a"], leaves["gralora_b"]
     k = a.shape[0]
     return a.reshape(*a.shape[:2], k, -1), b.reshape(k, k, -1, b.shape[2])

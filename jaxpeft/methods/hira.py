@@ -60,7 +60,7 @@ class HiRA(Targeted):
     dropout: float = option(0.0, "rate of dropout on the input of the update", at_least=0, below=1)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes A uniform as PEFT has it, and B zero."""
+        """Make A uniform as PEFT has it, and B zero."""
         del kernel
         n_in, n_out = site.shape
         leaves = {"hira_a": uniform(rng, (n_in, self.rank), n_in), "hira_b": jnp.zeros((self.rank, n_out), jnp.float32)}
@@ -68,14 +68,14 @@ class HiRA(Targeted):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + D(x) (W * (A B))`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + D(x) (W * (A B))`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         x = dropped(call, call.x.astype(y.dtype), "hira_dropout")
         return y + call.each(partial(through, partial(_update, call.kernel)), x)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + W * (A B)`."""
+        """Return `W + W * (A B)`."""
         kernel = base["kernel"]
         return {"kernel": kernel + _update(lambda: base.get("original", kernel), leaves)}
 

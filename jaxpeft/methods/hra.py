@@ -72,13 +72,13 @@ class HRA(Biased):
     bias: Literal["none", "all", "hra_only"] = bias_option()
 
     def problems(self) -> list[str]:
-        """Refuses an odd rank."""
+        """Refuse an odd rank."""
         odd = self.rank % 2 == 1 and not self.gram_schmidt
         why = f"rank: is {self.rank}; must be even, as only pairs of reflections can begin at the base"
         return super().problems() + ([why] if odd else [])
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Makes U uniform, its columns equal in pairs; with Gram-Schmidt, which needs them to differ, all on their own."""
+        """Make U uniform, its columns equal in pairs; with Gram-Schmidt, which needs them to differ, all on their own."""
         del kernel
         n_in = site.shape[0]
         if self.gram_schmidt:
@@ -87,18 +87,18 @@ class HRA(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `(x + (x P) K) W + b`, `[..., in] -> [..., out]`."""
+        """Compute `(x + (x P) K) W + b`, `[..., in] -> [..., out]`."""
         return rotations.into(call, lambda leaves, x: x + low_rank(x, *_factors(leaves)))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + P (K W)`."""
+        """Return `W + P (K W)`."""
         p, k = _factors(leaves)
         return {"kernel": base["kernel"] + product(p, product(k, base["kernel"]))}
 
 
 def _factors(leaves: Leaves) -> tuple[Any, Any]:
-    """Gives `P [in, r]` and `K [r, in]` of `x -> x + (x P) K`; columns of zeros reflect nothing."""
+    """Return `P [in, r]` and `K [r, in]` of `x -> x + (x P) K`; columns of zeros reflect nothing."""
     columns = leaves["hra_u"]
     if "hra_gram_schmidt" in leaves:
         q = _orthonormal(columns)
@@ -117,7 +117,7 @@ def _factors(leaves: Leaves) -> tuple[Any, Any]:
 
 
 def _orthonormal(columns: Any) -> Any:
-    """Makes columns orthonormal, one after the other: each is taken off those behind it."""
+    """Make columns orthonormal, one after the other: each is taken off those behind it."""
     out: list[Any] = []
     for i in range(columns.shape[1]):
         out.append(_unit(columns[:, i : i + 1]))
@@ -126,5 +126,5 @@ def _orthonormal(columns: Any) -> Any:
 
 
 def _unit(columns: Any) -> Any:
-    """Gives columns of length one; zeros stay so."""
+    """Return columns of length one; zeros stay so."""
     return columns / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(columns), axis=0), _TINY))

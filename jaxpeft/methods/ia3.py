@@ -37,7 +37,7 @@ class IA3Format(TargetedFormat["IA3"]):
     """How adapters of `IA3` stand in files."""
 
     def write_options(self, method: IA3) -> dict[str, Any]:
-        """Gives the options; PEFT takes a list of feed-forward modules where it is a part of the targets only."""
+        """Return the options; PEFT takes a list of feed-forward modules where it is a part of the targets only."""
         options = super().write_options(method)
         plain = isinstance(options["target_modules"], tuple) and set(method.feedforward) <= set(method.targets)
         if method.feedforward and not (plain and isinstance(method.feedforward, tuple)):
@@ -86,7 +86,7 @@ class IA3(Targeted):
     )
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Gives the options that hold regular expressions."""
+        """Return the options that hold regular expressions."""
         return super().expressions(whole) | {"feedforward": [self.feedforward]}
 
     @property
@@ -101,7 +101,7 @@ class IA3(Targeted):
         return f".*({'|'.join(map(re.escape, ends))})" if ends else r"(?!)"
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuses a `feedforward` that matches no adapted site, or takes some layers of a site only.
+        """Refuse a `feedforward` that matches no adapted site, or take some layers of a site only.
 
         Raises:
             TargetError: naming what it matches.
@@ -116,25 +116,25 @@ class IA3(Targeted):
             raise TargetError(f"feedforward: takes some layers of {min(kinds)} and not others; take all or none")
 
     def rescales_input(self, name: str) -> bool:
-        """Says whether the input of the site of this Hugging Face name is rescaled, in place of its output."""
+        """Return whether the input of the site of this Hugging Face name is rescaled, in place of its output."""
         return full_match(self.feedforward_expression, name) is not None
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes `l` of ones."""
+        """Make `l` of ones."""
         del kernel, rng
         n_in, n_out = site.shape
         return {"ia3_l": jnp.ones((n_in, 1) if self.rescales_input(site.name) else (1, n_out), jnp.float32)}
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Rescales what the site takes in, or what it puts out, `[..., in] -> [..., out]`."""
+        """Rescale what the site takes in, or what it puts out, `[..., in] -> [..., out]`."""
         if call.leaves["ia3_l"].shape[-2:] == (call.x.shape[-1], 1):
             return call.base(call.each(_rescaled, call.x))
         return call.each(_rescaled, call.base(call.x))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `l * W`, and `l * b` of a site whose output is rescaled."""
+        """Return `l * W`, and `l * b` of a site whose output is rescaled."""
         scale = leaves["ia3_l"]
         folded = {"kernel": scale * base["kernel"]}
         if "bias" in base and scale.shape != (base["kernel"].shape[0], 1):

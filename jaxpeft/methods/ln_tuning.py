@@ -25,7 +25,7 @@ class LNTuningFormat(SelectedFormat["LNTuning"]):
     """How adapters of `LNTuning` stand in files."""
 
     def wrapper(self, method: LNTuning, path: Path, by: Method | None) -> str:
-        """Names the copy of the norm that PEFT trains."""
+        """Name the copy of the norm that PEFT trains."""
         del path
         return "ln_tuning_layers." if by else ""
 

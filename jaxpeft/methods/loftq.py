@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-    """Gives A and B the largest part of what the base lost.
+    """Return A and B the largest part of what the base lost.
 
     Args:
         method: LoRA with `init_weights="loftq"`.

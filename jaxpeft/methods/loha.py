@@ -75,7 +75,7 @@ class LoHa(Ranked):
     module_dropout: float = option(0.0, "rate at which the whole update of a site is left out", at_least=0, below=1)
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Makes `B2` of zeros, the others uniform as PEFT has them."""
+        """Make `B2` of zeros, the others uniform as PEFT has them."""
         del kernel
         (n_in, n_out), rank = site.shape, self.site_rank(site.name)
         keys = jax.random.split(rng, 3)
@@ -89,14 +89,14 @@ class LoHa(Ranked):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + s x ((B1 A1) * (B2 A2))`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + s x ((B1 A1) * (B2 A2))`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(call.x)
         update = call.each(_update, call.x.astype(y.dtype)).astype(y.dtype)
         return y + dropping.kept(call, LoHa.name, update, scaled=True)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + s (B1 A1) * (B2 A2)`."""
+        """Return `W + s (B1 A1) * (B2 A2)`."""
         return {"kernel": base["kernel"] + _whole(leaves)}
 
 
@@ -111,13 +111,13 @@ def _update(leaves: Leaves, x: Any) -> Any:
 
 
 def _whole(leaves: Leaves) -> Any:
-    """Gives `s (B1 A1) * (B2 A2)`, `[in, out]`."""
+    """Return `s (B1 A1) * (B2 A2)`, `[in, out]`."""
     first = product(leaves["loha_w1_b"], leaves["loha_w1_a"])
     return leaves["loha_scale"] * first * product(leaves["loha_w2_b"], leaves["loha_w2_a"])
 
 
 def uniform(key: Array, shape: tuple[int, ...], fan: int) -> Array:
-    """Draws float32 numbers uniform within 1/sqrt(fan): Kaiming with a = sqrt(5), as PEFT has it.
+    """Draw float32 numbers uniform within 1/sqrt(fan): Kaiming with a = sqrt(5), as PEFT has it.
 
     Args:
         key: a key.

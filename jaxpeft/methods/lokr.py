@@ -74,13 +74,13 @@ class LoKr(Ranked):
     module_dropout: float = option(0.0, "rate at which the whole update of a site is left out", at_least=0, below=1)
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other."""
+        """List options that exclude each other."""
         wrong = self.decompose_factor < 1 and self.decompose_factor != -1
         found = [f"decompose_factor: must be -1 or at least 1, is {self.decompose_factor}"] if wrong else []
         return super().problems() + found
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Makes `K1`, or its `A`, of zeros, the others uniform as PEFT has them."""
+        """Make `K1`, or its `A`, of zeros, the others uniform as PEFT has them."""
         del kernel
         rank = self.site_rank(site.name)
         (in1, in2), (out1, out2) = (factors(n, self.decompose_factor) for n in site.shape)
@@ -102,20 +102,20 @@ class LoKr(Ranked):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + s x (K1 (x) K2)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + s x (K1 (x) K2)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(call.x)
         update = call.each(_update, call.x.astype(y.dtype)).astype(y.dtype)
         return y + dropping.kept(call, LoKr.name, update, scaled="lokr_rank_dropout_scale" in call.leaves)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + s K1 (x) K2`."""
+        """Return `W + s K1 (x) K2`."""
         first, second = (functools.reduce(product, _factor(leaves, name)) for name in ("lokr_w1", "lokr_w2"))
         return {"kernel": base["kernel"] + leaves["lokr_scale"] * jnp.kron(first, second)}
 
 
 def _update(leaves: Leaves, x: Any) -> Any:
-    """Gives `s K1' x K2` of `x` `[..., in]` as `[..., in1, in2]`."""
+    """Return `s K1' x K2` of `x` `[..., in]` as `[..., in1, in2]`."""
     first, second = _factor(leaves, "lokr_w1"), _factor(leaves, "lokr_w2")
     h = _times(x.reshape(*x.shape[:-1], -1, second[0].shape[0]), *second)
     h = _times(jnp.swapaxes(h, -1, -2), leaves["lokr_scale"] * first[0], *first[1:])
@@ -123,7 +123,7 @@ def _update(leaves: Leaves, x: Any) -> Any:
 
 
 def _factor(leaves: Leaves, name: str) -> tuple[Any, ...]:
-    """Gives the matrices whose product is a factor."""
+    """Return the matrices whose product is a factor."""
     return (leaves[f"{name}_b"], leaves[f"{name}_a"]) if f"{name}_b" in leaves else (leaves[name],)
 
 
@@ -134,7 +134,7 @@ def _times(x: Any, *matrices: Any) -> Any:
 
 
 def factors(n: int, near: int = -1) -> tuple[int, int]:
-    """Splits a number into two factors, the first not the larger but where `near` itself divides.
+    """Split a number into two factors, the first not the larger but where `near` itself divides.
 
     Args:
         n: at least 1.

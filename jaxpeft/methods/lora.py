@@ -53,7 +53,7 @@ class LoRAFormat(TargetedFormat[M]):
     """How adapters of `LoRA` stand in files."""
 
     def pack(self, method: M, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives A and B; the start that is taken off makes them those of twice the rank."""
+        """Return A and B; the start that is taken off makes them those of twice the rank."""
         a, b = leaves["lora_a"], leaves["lora_b"]
         if "lora_a0" in leaves:
             a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
@@ -62,21 +62,21 @@ class LoRAFormat(TargetedFormat[M]):
         return {names[0]: a.T, names[1]: b.T} | ({"lora_B.bias": leaves["lora_bias"]} if "lora_bias" in leaves else {})
 
     def unpack(self, method: M, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives A and B."""
+        """Return A and B."""
         names = _names(site)
         found = {"lora_a": tensors[names[0]].T, "lora_b": tensors[names[1]].T}
         return {**fresh, **found} | ({"lora_bias": tensors["lora_B.bias"]} if "lora_bias" in fresh else {})
 
     def write_options(self, method: M) -> dict[str, Any]:
-        """Gives the options of the plain LoRA that the files are."""
+        """Return the options of the plain LoRA that the files are."""
         return super().write_options(method) | {"init_lora_weights": True, "fan_in_fan_out": False}
 
     def reads(self, kind: type[M], config: Mapping[str, Any]) -> bool:
-        """Says whether an `adapter_config.json` is of a LoRA; with `use_dora` it is DoRA's."""
+        """Return whether an `adapter_config.json` is of a LoRA; with `use_dora` it is DoRA's."""
         return super().reads(kind, config) and not config.get("use_dora")
 
     def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads LoRA's options; what changed the base when training began is refused."""
+        """Read LoRA's options; what changed the base when training began is refused."""
         past = str(config.get("init_lora_weights", "")).lower()
         values, problems = super().read_options(kind, config)
         if past.startswith(_BASE_CHANGING):
@@ -141,7 +141,7 @@ class LoRA(Biased, Ranked):
     eva_rho: float = option(2.0, "most rank that the start 'eva' gives a site, as a multiple of rank", at_least=1)
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other."""
+        """List options that exclude each other."""
         found = super().problems()
         for name, usual in (("eva_batches", 8), ("eva_rho", 2.0)):
             if self.init_weights != "eva" and getattr(self, name) != usual:
@@ -149,12 +149,12 @@ class LoRA(Biased, Ranked):
         return found
 
     def site_scale(self, name: str) -> float:
-        """Gives the scaling s at the site of this Hugging Face name."""
+        """Return the scaling s at the site of this Hugging Face name."""
         rank, alpha = self.site_rank(name), pattern_value(name, self.alpha_pattern, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes A and B as `init_weights` says."""
+        """Make A and B as `init_weights` says."""
         rank, scale = self.site_rank(site.name), self.site_scale(site.name)
         a, b = starts.STARTS[self.init_weights](site, kernel, rank, scale, rng)
         leaves = {"lora_a": a, "lora_b": b, "lora_scale": jnp.asarray(scale, jnp.float32)}
@@ -167,17 +167,17 @@ class LoRA(Biased, Ranked):
         return leaves
 
     def rate(self, path: Path) -> float:
-        """Gives B the learning rate of LoRA+."""
+        """Return B the learning rate of LoRA+."""
         return self.lora_plus_ratio if path[-1].endswith("_b") else 1.0
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Gives A and B the start that the data or the model's files give, where `init_weights` asks for one."""
+        """Return A and B the start that the data or the model's files give, where `init_weights` asks for one."""
         begin = _FROM_RUN.get(self.init_weights)
         return begin(self, params, run) if begin is not None else (self, params)
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + (D(x) A) (s B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + (D(x) A) (s B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         x = (
             call.x
@@ -188,7 +188,7 @@ class LoRA(Biased, Ranked):
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + s A B`, less the start that was a part of `W`."""
+        """Return `W + s A B`, less the start that was a part of `W`."""
         scale = leaves["lora_scale"]
         kernel = base["kernel"] + product(leaves["lora_a"], scale * leaves["lora_b"])
         if "lora_a0" in leaves:
@@ -198,7 +198,7 @@ class LoRA(Biased, Ranked):
         return {"kernel": kernel, "bias": base.get("bias", 0.0) + scale * leaves["lora_bias"]}
 
     def saved(self) -> LoRA:
-        """Gives the plain LoRA that the files of this one are."""
+        """Return the plain LoRA that the files of this one are."""
         if self.init_weights not in starts.FROM_KERNEL:
             return dataclasses.replace(self, init_weights="default", eva_batches=8, eva_rho=2.0)
         more = math.sqrt(2) if self.rslora else 2
@@ -220,7 +220,7 @@ _FROM_RUN: Mapping[str, Callable[[LoRA, Leaves, Any], tuple[Method, Leaves]]] = 
 
 
 def update(leaves: Leaves, x: Any) -> Any:
-    """Gives `s (x A) B`, less the start, of `x` `[..., in]` or of token ids."""
+    """Return `s (x A) B`, less the start, of `x` `[..., in]` or of token ids."""
     scale = leaves["lora_scale"]
     out = _product(x, leaves["lora_a"], scale * leaves["lora_b"])
     if "lora_a0" in leaves:

@@ -27,7 +27,7 @@ class LoRAFAFormat(LoRAFormat["LoRAFA"]):
     """How adapters of `LoRAFA` stand in files."""
 
     def reads(self, kind: type[LoRAFA], config: Mapping[str, Any]) -> bool:
-        """Says no: its files are LoRA's."""
+        """State no: its files are LoRA's."""
         del config
         return False
 
@@ -57,7 +57,7 @@ class LoRAFA(LoRA):
     )
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other, and the one that needs a trained A."""
+        """List options that exclude each other, and the one that needs a trained A."""
         found = super().problems()
         if self.lora_plus_ratio != 1:
             found.append("lora_plus_ratio: compares B with A, and A is not trained; set the learning rate itself")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def low_rank(x: Array, a: Array, b: Array) -> Array:
-    """Computes `(x A) B`.
+    """Compute `(x A) B`.
 
     Args:
         x: `[..., in]`, floating.
@@ -52,5 +52,5 @@ def _backward(kept: Any, dy: Array) -> tuple[Array, Array, Array]:
 
 
 def product(a: Any, b: Any) -> Any:
-    """Multiplies float32 matrices without rounding them on the way."""
+    """Multiply float32 matrices without rounding them on the way."""
     return jnp.matmul(a, b, precision="highest")

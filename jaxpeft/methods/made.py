@@ -10,7 +10,7 @@ from jaxpeft.lazy import jax
 
 
 def through(make: Callable[[Leaves], Any], leaves: Leaves, x: Any) -> Any:
-    """Computes `x M(leaves)`; the backward pass makes `M` again, as one for every site would be a second model.
+    """Compute `x M(leaves)`; the backward pass makes `M` again, as one for every site would be a second model.
 
     Args:
         make: gives `M`, `[in, out]` float32, of the leaves.

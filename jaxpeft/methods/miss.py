@@ -39,11 +39,11 @@ class MiSSFormat(TargetedFormat["MiSS"]):
     """How adapters of `MiSS` stand in files."""
 
     def write_options(self, method: MiSS) -> dict[str, Any]:
-        """Gives the options; PEFT names the variant in `init_weights`."""
+        """Return the options; PEFT names the variant in `init_weights`."""
         return super().write_options(method) | {"init_weights": True if method.variant == "balance" else method.variant}
 
     def read_options(self, kind: type[MiSS], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads MiSS's options; any other start than that of a variant is the one in balance."""
+        """Read MiSS's options; any other start than that of a variant is the one in balance."""
         values, problems = super().read_options(kind, config)
         start = config.get("init_weights")
         return values | {"variant": start if isinstance(start, str) else "balance"}, problems
@@ -90,7 +90,7 @@ class MiSS(Biased):
     bias: Literal["none", "all", "MiSS_only"] = bias_option()
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Makes the shared matrix of zeros.
+        """Make the shared matrix of zeros.
 
         Raises:
             ConfigError: the shards do not fit the site.
@@ -107,7 +107,7 @@ class MiSS(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W` and the update, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W` and the update, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(call.x)
         x = dropped(call, call.x.astype(y.dtype), "miss_dropout")
         bat = call.leaves["miss_block"].ndim - (call.rows is not None) == 3
@@ -116,7 +116,7 @@ class MiSS(Biased):
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives the kernel with the update of each shard."""
+        """Return the kernel with the update of each shard."""
         block, kernel = leaves["miss_block"], base["kernel"]
         if block.ndim == 3:
             return {"kernel": kernel + _bat(block, base.get("original", kernel))}
@@ -126,7 +126,7 @@ class MiSS(Biased):
 
 
 def _update(block: Any, x: Any, kernel: Any, width: int) -> Any:
-    """Gives the update of `x` `[..., in]`, `[..., width]`."""
+    """Return the update of `x` `[..., in]`, `[..., width]`."""
     if kernel is not None:
         return x @ _bat(block, kernel).astype(x.dtype)
     rank, columns = block.shape
@@ -136,7 +136,7 @@ def _update(block: Any, x: Any, kernel: Any, width: int) -> Any:
 
 
 def _bat(block: Any, kernel: Any) -> Any:
-    """Gives the update of a kernel `[in, out]`, shard by shard."""
+    """Return the update of a kernel `[in, out]`, shard by shard."""
     count, rank, _ = block.shape
     shards = kernel.reshape(-1, rank, count, rank)
     update = jnp.einsum("aibo,bij->ajbo", shards, block) + jnp.transpose(block, (2, 0, 1))

@@ -51,7 +51,7 @@ class Mixed(Method):
     methods: tuple[core.Method, ...] = option((), "the methods, each a section with its `name` and options", read=_read)
 
     def problems(self) -> list[str]:
-        """Lists what cannot be put together."""
+        """List what cannot be put together."""
         found = ["methods: names fewer than two; use the method itself"] if len(self.methods) < 2 else []
         found += ["methods: holds a mixed method; write its methods out" for m in self.methods if isinstance(m, Mixed)]
         whole = [m.name for m in self.methods if m.leaves.root]
@@ -78,15 +78,15 @@ class Mixed(Method):
         return found
 
     def parts(self) -> tuple[Method, ...]:
-        """Gives the methods, the first with the modules that the whole saves."""
+        """Return the methods, the first with the modules that the whole saves."""
         return self.methods
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains what any of the methods trains."""
+        """Train what any of the methods trains."""
         return any(part.trains(path, params) for part in self.methods)
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Starts each method; each sees the model with those before it."""
+        """Start each method; each sees the model with those before it."""
         made: list[Method] = []
         for part in self.methods:
             begun, params = training_hooks.start(part, params, run)
@@ -94,7 +94,7 @@ class Mixed(Method):
         return Mixed(methods=tuple(made), modules_to_save=self.modules_to_save), params
 
     def as_dict(self) -> dict[str, Any]:
-        """Gives the options as plain values."""
+        """Return the options as plain values."""
         return {
             "name": self.name,
             "modules_to_save": self.modules_to_save,

@@ -45,7 +45,7 @@ class OFTFormat(TargetedFormat["OFT"]):
     """How adapters of `OFT` stand in files."""
 
     def write_options(self, method: OFT) -> dict[str, Any]:
-        """Gives the options; the version says that the Neumann series is that of PEFT since 0.18."""
+        """Return the options; the version says that the Neumann series is that of PEFT since 0.18."""
         size = 0 if method.blocks else method.block_size or _SIZE
         own = {
             "r": method.blocks or 0,
@@ -60,7 +60,7 @@ class OFTFormat(TargetedFormat["OFT"]):
         return super().write_options(method) | own | ({} if method.eps is None else {"eps": method.eps})
 
     def read_options(self, kind: type[OFT], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads OFT's options; the Neumann series from before PEFT 0.18, which was another, is refused."""
+        """Read OFT's options; the Neumann series from before PEFT 0.18, which was another, is refused."""
         values, problems = super().read_options(kind, config)
         values = {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}
         series = bool(config.get("use_cayley_neumann"))
@@ -121,7 +121,7 @@ class OFT(Biased):
     bias: Literal["none", "all", "oft_only"] = bias_option()
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other."""
+        """List options that exclude each other."""
         found = super().problems()
         if self.blocks is not None and self.block_size is not None:
             found.append("blocks: is in place of block_size; remove one of them")
@@ -130,7 +130,7 @@ class OFT(Biased):
         return found
 
     def site_block_size(self, site: Site) -> int:
-        """Gives the size of the blocks at a site.
+        """Return the size of the blocks at a site.
 
         Raises:
             ConfigError: it would be one, which nothing rotates in.
@@ -147,7 +147,7 @@ class OFT(Biased):
         return size
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Makes `S` of zeros."""
+        """Make `S` of zeros."""
         del kernel, rng
         size = self.site_block_size(site)
         count = 1 if self.block_share else site.shape[0] // size
@@ -164,7 +164,7 @@ class OFT(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `(x R) W + b`, `[..., in] -> [..., out]`; dropout leaves whole blocks as they are."""
+        """Compute `(x R) W + b`, `[..., in] -> [..., out]`; dropout leaves whole blocks as they are."""
         drawn, stay = dropping.rate(call, "oft_dropout"), None
         if drawn is not None:
             size = _size(call.leaves["oft_r"].shape[-1])
@@ -173,7 +173,7 @@ class OFT(Biased):
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `R W`."""
+        """Return `R W`."""
         return {"kernel": rotations.turned_kernel(base["kernel"], _difference(leaves))}
 
 
@@ -183,7 +183,7 @@ def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:
 
 
 def _difference(leaves: Leaves) -> Any:
-    """Gives `R - I` of each block, float32."""
+    """Return `R - I` of each block, float32."""
     skew = _skew(_within(leaves["oft_r"], leaves["oft_eps"]) if "oft_eps" in leaves else leaves["oft_r"])
     if "oft_terms" not in leaves:
         return rotations.cayley(skew)
@@ -194,19 +194,19 @@ def _difference(leaves: Leaves) -> Any:
 
 
 def _within(vectors: Any, eps: Any) -> Any:
-    """Shrinks each `S` that is outside of the ball of COFT onto it."""
+    """Shrink each `S` that is outside of the ball of COFT onto it."""
     radius = eps / math.sqrt(vectors.shape[0])
     squares = 2.0 * jnp.sum(jnp.square(vectors), axis=1, keepdims=True)
     return vectors * radius / jnp.sqrt(jnp.maximum(jnp.maximum(squares, jnp.square(radius)), _TINY))
 
 
 def _size(numbers: int) -> int:
-    """Gives the size of a block of which so many numbers stand above the diagonal."""
+    """Return the size of a block of which so many numbers stand above the diagonal."""
     return (1 + math.isqrt(1 + 8 * numbers)) // 2
 
 
 def _skew(vectors: Any) -> Any:
-    """Makes skew-symmetric matrices of the numbers above their diagonals, row by row: `[b, k (k - 1) / 2] -> [b, k, k]`."""
+    """Make skew-symmetric matrices of the numbers above their diagonals, row by row: `[b, k (k - 1) / 2] -> [b, k, k]`."""
     size = _size(vectors.shape[1])
     rows, columns = jnp.triu_indices(size, 1)
     upper = jnp.zeros((vectors.shape[0], size, size), vectors.dtype).at[:, rows, columns].set(vectors)

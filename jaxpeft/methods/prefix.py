@@ -48,7 +48,7 @@ class PrefixTuningFormat(VirtualTokensFormat["PrefixTuning"]):
     """How adapters of `PrefixTuning` stand in files."""
 
     def base_sizes(self, method: PrefixTuning, params: Leaves, config: Any) -> dict[str, Any]:
-        """Gives the sizes of the base; heads are those of the keys."""
+        """Return the sizes of the base; heads are those of the keys."""
         width, heads = layers_and_width(params)[1], config.num_attention_heads
         sizes = {"token_dim": width, "num_attention_heads": getattr(config, "num_key_value_heads", heads)}
         return super().base_sizes(method, params, config) | sizes
@@ -84,7 +84,7 @@ class PrefixTuning(VirtualTokens):
     init_tokens: tuple[int, ...] = option((), "start from these tokens' keys and values, repeated or cut", at_least=0)
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other."""
+        """List options that exclude each other."""
         found: list[str] = []
         if self.init_tokens and self.projection:
             found.append("init_tokens: cannot go with projection: no input of the network is known to give their keys")
@@ -93,7 +93,7 @@ class PrefixTuning(VirtualTokens):
         return found
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the table, or the network that makes it."""
+        """Make the table, or the network that makes it."""
         del sites
         layers, width = layers_and_width(params)
         keys, zero = jax.random.split(rng, 3), self.init_weights == "zero"
@@ -108,7 +108,7 @@ class PrefixTuning(VirtualTokens):
         return leaves | ({"prefix_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Gives the table the keys and values of `init_tokens`, if there are any."""
+        """Return the table the keys and values of `init_tokens`, if there are any."""
         if not self.init_tokens:
             return self, params
         ids = repeated(self.init_tokens, self.num_virtual_tokens, word_embedding(params).shape[0])
@@ -116,7 +116,7 @@ class PrefixTuning(VirtualTokens):
 
     @staticmethod
     def table(leaves: Leaves) -> Any:
-        """Gives keys and values, float32 `[n, layers, 2, w]`."""
+        """Return keys and values, float32 `[n, layers, 2, w]`."""
         table = leaves["prefix_embeddings"]
         if "prefix_w1" not in leaves:
             return table
@@ -125,7 +125,7 @@ class PrefixTuning(VirtualTokens):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Calls the model with the table as its past."""
+        """Call the model with the table as its past."""
         past = each_row(call, PrefixTuning.table)
         if "prefix_dropout" in call.leaves and call.dropout_key is not None:
             past = jnp.broadcast_to(past, (len(call.x), *past.shape[1:]))  # each row drops its own

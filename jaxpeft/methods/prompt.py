@@ -53,13 +53,13 @@ class PromptTuning(VirtualTokens):
     init_text: str = option("", "start from the embeddings of this text's tokens, repeated or cut; in training only")
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other."""
+        """List options that exclude each other."""
         given = [name for name in ("init_tokens", "init_text") if getattr(self, name)]
         given += ["init_weights"] if self.init_weights == "normal" else []
         return [f"{given[0]}: cannot go with {given[1]}; remove one of them"] if len(given) > 1 else []
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the table; where it starts from a text, as if there were none."""
+        """Make the table; where it starts from a text, as if there were none."""
         del sites
         vocab, hidden = word_embedding(params).shape
         if self.init_weights == "normal":
@@ -69,7 +69,7 @@ class PromptTuning(VirtualTokens):
         return {"prompt_embeddings": rows_of(params, ids)}
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Gives the table the embeddings of `init_text`, if there is any, with the marks that the tokenizer sets around it."""
+        """Return the table the embeddings of `init_text`, if there is any, with the marks that the tokenizer sets around it."""
         if not self.init_text:
             return self, params
         tokens = run.tokenizer(self.init_text)["input_ids"] if run.tokenizer is not None else []
@@ -81,10 +81,10 @@ class PromptTuning(VirtualTokens):
 
     @staticmethod
     def table(leaves: Leaves) -> Any:
-        """Gives the embeddings, float32 `[n, hidden]`."""
+        """Return the embeddings, float32 `[n, hidden]`."""
         return leaves["prompt_embeddings"]
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Calls the model with the table as its prompt."""
+        """Call the model with the table as its prompt."""
         return call_behind(call, prompt=each_row(call, PromptTuning.table))

@@ -47,7 +47,7 @@ class PTuningFormat(VirtualTokensFormat["PTuning"]):
     """How adapters of `PTuning` stand in files."""
 
     def read_options(self, kind: type[PTuning], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options: the encoder is no part of a file."""
+        """Read the options: the encoder is no part of a file."""
         values, problems = super().read_options(kind, config)
         return values | {"encoder": "none"}, problems
 
@@ -78,12 +78,12 @@ class PTuning(VirtualTokens):
     encoder_hidden_size: int | None = option(None, "width e of that network; None for the model's", at_least=1)
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other."""
+        """List options that exclude each other."""
         lost = self.encoder == "none" and self.encoder_hidden_size is not None
         return ["encoder_hidden_size: there is no network with encoder 'none'; remove it"] if lost else []
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the embeddings, and the network as torch begins one."""
+        """Make the embeddings, and the network as torch begins one."""
         del sites
         hidden = word_embedding(params).shape[1]
         e, keys = self.encoder_hidden_size or hidden, jax.random.split(rng, 8)
@@ -99,7 +99,7 @@ class PTuning(VirtualTokens):
 
     @staticmethod
     def table(leaves: Leaves) -> Any:
-        """Gives the embeddings, float32 `[n, hidden]`."""
+        """Return the embeddings, float32 `[n, hidden]`."""
         x = leaves["ptuning_embeddings"]
         if "ptuning_h" in leaves:
             for layer in range(2):
@@ -114,12 +114,12 @@ class PTuning(VirtualTokens):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Calls the model with the table as its prompt."""
+        """Call the model with the table as its prompt."""
         return call_behind(call, prompt=each_row(call, PTuning.table))
 
 
 def both_ways(x: jax.Array, x_kernel: jax.Array, h_kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Computes an LSTM in both directions (Hochreiter and Schmidhuber 1997, with forget gates).
+    """Compute an LSTM in both directions (Hochreiter and Schmidhuber 1997, with forget gates).
 
     Args:
         x: `[n, in]`.

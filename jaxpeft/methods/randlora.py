@@ -39,7 +39,7 @@ class RandLoraFormat(TargetedFormat["RandLora"]):
     """How adapters of `RandLora` stand in files."""
 
     def write_options(self, method: RandLora) -> dict[str, Any]:
-        """Gives the options; the bases are always in the file."""
+        """Return the options; the bases are always in the file."""
         kinds = {
             "sparse": method.bases == "sparse",
             "very_sparse": method.bases == "very_sparse",
@@ -48,7 +48,7 @@ class RandLoraFormat(TargetedFormat["RandLora"]):
         return super().write_options(method) | kinds
 
     def read_options(self, kind: type[RandLora], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; a file without its bases is refused."""
+        """Read the options; a file without its bases is refused."""
         kinds = [kind for kind in ("very_sparse", "sparse") if config.get(kind)]  # in PEFT the first of them wins
         values, problems = super().read_options(kind, config)
         return values | ({"bases": kinds[0]} if kinds else {}), [*problems, *without_projections(config)]
@@ -102,7 +102,7 @@ class RandLora(Biased):
     bias: Literal["none", "all", "randlora_only"] = bias_option()
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes lambda zero and gamma constant."""
+        """Make lambda zero and gamma constant."""
         del kernel, rng
         smaller = min(site.shape)
         n = math.ceil(smaller / self.rank)
@@ -114,7 +114,7 @@ class RandLora(Biased):
         return leaves | ({"randlora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the bases, of unit variance."""
+        """Make the bases, of unit variance."""
         del params
         smaller, larger = sorted(largest(sites))
         shapes = (self.rank, 1, smaller), (larger, math.ceil(smaller / self.rank), self.rank)
@@ -130,19 +130,19 @@ class RandLora(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + s (D(x) P) Q`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + s (D(x) P) Q`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "randlora_dropout"), y)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + s P Q`."""
+        """Return `W + s P Q`."""
         first, second = _factors(leaves, *base["kernel"].shape)
         return {"kernel": base["kernel"] + leaves["randlora_scale"] * product(first, second)}
 
 
 def _factors(leaves: Leaves, n_in: int, n_out: int) -> tuple[Any, Any]:
-    """Gives P `[in, n r]` and Q `[n r, out]` of the update."""
+    """Return P `[in, n r]` and Q `[n r, out]` of the update."""
     gamma, weights = leaves["randlora_gamma"], leaves["randlora_lambda"]
     smaller, n = gamma.shape
     a = leaves["randlora_a"][:, 0, :smaller].T  # [m, r]
@@ -152,6 +152,6 @@ def _factors(leaves: Leaves, n_in: int, n_out: int) -> tuple[Any, Any]:
 
 
 def _update(leaves: Leaves, x: Any, y: Any) -> Any:
-    """Gives `s (x P) Q`, `[..., in] -> [..., out]`, in the dtype of `x`."""
+    """Return `s (x P) Q`, `[..., in] -> [..., out]`, in the dtype of `x`."""
     first, second = _factors(leaves, x.shape[-1], y.shape[-1])
     return (x @ first.astype(x.dtype)) @ (leaves["randlora_scale"] * second).astype(x.dtype)

@@ -50,7 +50,7 @@ class Allocation(NamedTuple):
 
 
 def allocating(method: AdaLoRA, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-    """Wraps an optimizer so that it allocates the ranks.
+    """Wrap an optimizer so that it allocates the ranks.
 
     Args:
         method: with the schedule.
@@ -100,12 +100,12 @@ def allocating(method: AdaLoRA, inner: optax.GradientTransformation, steps: int)
 
 
 def entries(a: Any) -> Any:
-    """Says which entries are no padding of a stack, `[..., in, r]` to `[..., r]`: those whose column of A is not zero."""
+    """Return which entries are no padding of a stack, `[..., in, r]` to `[..., r]`: those whose column of A is not zero."""
     return jnp.any(a != 0, axis=-2)
 
 
 def _cut(method: AdaLoRA, step: Any, end: int, there: Mapping[Path, Any]) -> Any:
-    """Gives how many entries are to be zero at a step, int32; none where it is below one."""
+    """Return how many entries are to be zero at a step, int32; none where it is below one."""
     initial, sites = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     for flags in there.values():
         initial += jnp.sum(flags.astype(jnp.int32))
@@ -117,7 +117,7 @@ def _cut(method: AdaLoRA, step: Any, end: int, there: Mapping[Path, Any]) -> Any
 
 
 def _best(first: Tree, second: Tree, there: Mapping[Path, Any], cut: Any) -> dict[Path, Any]:
-    """Gives for each e which entries are kept: all but the `cut` worst of all sites, and those that are as bad as they."""
+    """Return for each e which entries are kept: all but the `cut` worst of all sites, and those that are as bad as they."""
     scores: dict[Path, Any] = {}
     for path, flags in there.items():
         a, e, b = (

@@ -39,11 +39,11 @@ class RoAdFormat(TargetedFormat["RoAd"]):
     """How adapters of `RoAd` stand in files."""
 
     def pack(self, method: RoAd, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Gives angles and scales as one row each."""
+        """Return angles and scales as one row each."""
         return {name: leaf.reshape(-1) for name, leaf in super().pack(method, site, leaves).items()}
 
     def unpack(self, method: RoAd, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives angles and scales by groups."""
+        """Return angles and scales by groups."""
         return {name: tensors[name].reshape(leaf.shape) for name, leaf in fresh.items()}
 
 
@@ -81,12 +81,12 @@ class RoAd(Targeted):
     group_size: int = option(64, "outputs of a group, whose halves are paired; divides those of each site", at_least=2)
 
     def problems(self) -> list[str]:
-        """Refuses a group that has no halves."""
+        """Refuse a group that has no halves."""
         odd = [f"group_size: is {self.group_size}; must be even"] if self.group_size % 2 else []
         return super().problems() + odd
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes angles of zero and scales of one.
+        """Make angles of zero and scales of one.
 
         Raises:
             ConfigError: the outputs of the site do not make whole groups.
@@ -103,17 +103,17 @@ class RoAd(Targeted):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Rotates what the site puts out, `[..., in] -> [..., out]`."""
+        """Rotate what the site puts out, `[..., in] -> [..., out]`."""
         return call.each(_rotated, call.base(*call.args))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W R'` and `R b`."""
+        """Return `W R'` and `R b`."""
         return {name: _rotated(leaves, base[name]) for name in ("kernel", "bias") if name in base}
 
 
 def _rotated(leaves: Leaves, z: Any) -> Any:
-    """Gives `R z` of `z` `[..., out]`, in its dtype."""
+    """Return `R z` of `z` `[..., out]`, in its dtype."""
     theta, alpha = leaves["road_theta"], leaves["road_alpha"]
     groups, rows, half = theta.shape
     of_c, of_s = (slice(0, 2), slice(2, 4)) if rows == _ROWS["road_4"] else (slice(None), slice(None))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def cayley(skew: Array) -> Array:
-    """Gives the difference of the Cayley transform from the identity.
+    """Return the difference of the Cayley transform from the identity.
 
     Args:
         skew: `[..., k, k]`, skew-symmetric, float32; so is the result.
@@ -27,7 +27,7 @@ def cayley(skew: Array) -> Array:
 
 
 def turned(x: Array, difference: Array) -> Array:
-    """Rotates each block of an input.
+    """Rotate each block of an input.
 
     Args:
         x: `[..., blocks * k]`, floating; the result has its shape and dtype.
@@ -39,7 +39,7 @@ def turned(x: Array, difference: Array) -> Array:
 
 
 def turned_kernel(kernel: Array, difference: Array) -> Array:
-    """Gives the kernel that computes with `x` what `kernel` computes with the rotated one.
+    """Return the kernel that computes with `x` what `kernel` computes with the rotated one.
 
     Args:
         kernel: `[blocks * k, out]`, float32.
@@ -51,10 +51,10 @@ def turned_kernel(kernel: Array, difference: Array) -> Array:
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """Gives the divisor of `n` that is nearest to `wanted`, the smaller of two, as PEFT adjusts the size of blocks."""
+    """Return the divisor of `n` that is nearest to `wanted`, the smaller of two, as PEFT adjusts the size of blocks."""
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
 def into(call: Call, fn: Any) -> Any:
-    """Computes a site with its input changed: `base(fn(leaves, x))`."""
+    """Compute a site with its input changed: `base(fn(leaves, x))`."""
     return call.base(call.each(fn, call.x))

@@ -26,7 +26,7 @@ class SelectedFormat(TargetedFormat[M]):
     """How adapters of `Selected` stand in files."""
 
     def wrapper(self, method: M, path: Path, by: Method | None) -> str:
-        """Keeps the module's own names: nothing stands around it."""
+        """Keep the module's own names: nothing stands around it."""
         del path, by
         return ""
 
@@ -51,16 +51,16 @@ class Selected(Targeted):
     targets: str | tuple[str, ...] = option(ALL, "list of name suffixes, a regular expression, or 'all'")
 
     def wanted(self) -> Targets:
-        """Gives the target options, without a look at the model: an entry that it has not selects nothing."""
+        """Return the target options, without a look at the model: an entry that it has not selects nothing."""
         return self.where(self.usual_targets)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Adds nothing."""
+        """Add nothing."""
         del site, kernel, rng
         return {}
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Trains the leaves of the selected sites."""
+        """Train the leaves of the selected sites."""
         if path[-1] not in self.base_leaves or paths.is_head(path):
             return False
         return whole_leaf(self.name, path, paths.get(params, path), lambda name: matches(name, self.wanted()))

@@ -36,7 +36,7 @@ class SHiRAFormat(TargetedFormat["SHiRA"]):
     """How adapters of `SHiRA` stand in files."""
 
     def wrong_numbers(self, method: SHiRA, site: Site, tensors: Leaves) -> list[str]:
-        """Refuses places outside of the kernel, which would be left out without a word, and parts of one."""
+        """Refuse places outside of the kernel, which would be left out without a word, and parts of one."""
         places, (n_in, n_out) = np.asarray(tensors["shira_indices"]), site.shape
         inside = (places >= 0) & (places < np.array([[n_out], [n_in]])) & (places == np.floor(places))
         why = f"shira_indices: names places that the kernel, {n_out} outputs by {n_in} inputs, has not"
@@ -74,7 +74,7 @@ class SHiRA(Targeted):
     rank: int = option(32, "rank r of the LoRA that would train as many numbers", at_least=1)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Draws the entries, and makes `w` zero.
+        """Draw the entries, and make `w` zero.
 
         Raises:
             ConfigError: the kernel of the site has fewer entries.
@@ -92,7 +92,7 @@ class SHiRA(Targeted):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + x S`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + x S`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(
             partial(through, partial(_sparse, (call.x.shape[-1], y.shape[-1]))), call.x.astype(y.dtype)
@@ -100,10 +100,10 @@ class SHiRA(Targeted):
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + S`."""
+        """Return `W + S`."""
         return {"kernel": base["kernel"] + _sparse(base["kernel"].shape, leaves)}
 
 
 def _sparse(shape: tuple[int, int], leaves: Leaves) -> Any:
-    """Gives `S` `[in, out]`; PEFT adds up what is named twice, too."""
+    """Return `S` `[in, out]`; PEFT adds up what is named twice, too."""
     return scattered(leaves["shira_indices"], leaves["shira_weight"], shape)

@@ -14,7 +14,7 @@ _FEW, _CHUNK = (2**32 - 1) // 20, 1 << 22
 
 @functools.lru_cache(maxsize=8)
 def as_torch_draws(count: int, total: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Gives the first numbers of `torch.randperm(total)` of a CPU generator with a seed: what files mean that hold a seed alone.
+    """Return the first numbers of `torch.randperm(total)` of a CPU generator with a seed: what files mean that hold a seed alone.
 
     Both draw from the Mersenne Twister, and swap: of fewer than 2^32 / 20 numbers 32 bits each, from the first number on; of more
     64 bits each, building the permutation up from one number, so that every draw counts.
@@ -59,7 +59,7 @@ def _built_up(count: int, total: int, twister: np.random.RandomState) -> np.ndar
 
 
 def scattered(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
-    """Gives a matrix `[in, out]` float32 that is zero but at some places; of one that is named twice it holds the sum.
+    """Return a matrix `[in, out]` float32 that is zero but at some places; of one that is named twice it holds the sum.
 
     Args:
         indices: `[2, n]`, places in the outputs and in the inputs.
@@ -71,7 +71,7 @@ def scattered(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
 
 
 def one_of_each_part(key: jax.Array, count: int, total: int) -> jax.Array:
-    """Draws one number of each of `count` parts, as equal as can be, that the numbers below `total` are cut into.
+    """Draw one number of each of `count` parts, as equal as can be, that the numbers below `total` are cut into.
 
     Args:
         key: a key.

@@ -31,7 +31,7 @@ class TargetedFormat(PeftFormat[M]):
     """How adapters of `Targeted` stand in files."""
 
     def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads `adapter_config.json`; the modules must be named in it."""
+        """Read `adapter_config.json`; the modules must be named in it."""
         values, problems = super().read_options(kind, config)
         if isinstance(values.get("layers_to_transform"), int):
             values["layers_to_transform"] = (values["layers_to_transform"],)
@@ -44,7 +44,7 @@ class TargetedFormat(PeftFormat[M]):
         return values, problems
 
     def write_options(self, method: M) -> dict[str, Any]:
-        """Gives the options; an empty list is PEFT's null. Where PEFT lacks one that chooses, the file names the sites one by one."""
+        """Return the options; an empty list is PEFT's null. Where PEFT lacks one that chooses, the file names the sites one by one."""
         values, told = super().write_options(method), self.names(type(method)).values()
         untold = (method.exclude and "exclude" not in told) or (
             method.layers_to_transform is not None and "layers_to_transform" not in told
@@ -78,7 +78,7 @@ class Targeted(Method):
     layers_pattern: tuple[str, ...] = option((), "names of the container whose numbers count, such as 'layers'")
 
     def problems(self) -> list[str]:
-        """Lists options that exclude each other, as in PEFT."""
+        """List options that exclude each other, as in PEFT."""
         expression = isinstance(self.targets, str) and not is_keyword(self.targets) and self.targets != "default"
         found: list[str] = []
         if expression and (self.layers_to_transform is not None or self.layers_pattern):
@@ -94,7 +94,7 @@ class Targeted(Method):
         return found
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Gives the options that hold regular expressions.
+        """Return the options that hold regular expressions.
 
         Args:
             whole: whether `targets` is one.
@@ -106,7 +106,7 @@ class Targeted(Method):
         }
 
     def where(self, names: tuple[str, ...]) -> Targets:
-        """Gives the target options."""
+        """Return the target options."""
         layers = self.layers_to_transform
         numbers = (layers,) if isinstance(layers, int) else layers or None
         targets = self.targets
@@ -121,7 +121,7 @@ class Targeted(Method):
 
 
 def require_divisor(field: str, size: int, site: Site) -> None:
-    """Refuses a size of blocks that does not divide the inputs and outputs of a site.
+    """Refuse a size of blocks that does not divide the inputs and outputs of a site.
 
     Raises:
         ConfigError: naming the site, and the largest size that does.
@@ -144,11 +144,11 @@ class Ranked(Targeted):
     alpha_pattern: dict[str, float] = option({}, "other alphas, by the end of a site's name", above=0)
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Gives the options that hold regular expressions."""
+        """Return the options that hold regular expressions."""
         return super().expressions(whole) | {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuses a rank or alpha pattern that matches no adapted site.
+        """Refuse a rank or alpha pattern that matches no adapted site.
 
         Raises:
             TargetError: naming the pattern.
@@ -157,9 +157,9 @@ class Ranked(Targeted):
         require_patterns("alpha_pattern", self.alpha_pattern, names)
 
     def site_rank(self, name: str) -> int:
-        """Gives the rank at the site of this Hugging Face name."""
+        """Return the rank at the site of this Hugging Face name."""
         return pattern_value(name, self.rank_pattern, self.rank)
 
     def site_scale(self, name: str) -> float:
-        """Gives the scaling s at the site of this Hugging Face name."""
+        """Return the scaling s at the site of this Hugging Face name."""
         return pattern_value(name, self.alpha_pattern, self.alpha) / self.site_rank(name)

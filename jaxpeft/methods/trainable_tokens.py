@@ -32,7 +32,7 @@ class TrainableTokensFormat(TargetedFormat["TrainableTokens"]):
     """How adapters of `TrainableTokens` stand in files."""
 
     def read_options(self, kind: type[TrainableTokens], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads PEFT's options; how the rows began says nothing of what they are."""
+        """Read PEFT's options; how the rows began says nothing of what they are."""
         given = {key: value for key, value in config.items() if key != "init_weights"}
         values, problems = super().read_options(
             kind, given | {"target_modules": given.get("target_modules") or "default"}
@@ -71,7 +71,7 @@ class TrainableTokens(Targeted):
     )
 
     def problems(self) -> list[str]:
-        """Lists what is wrong with the tokens."""
+        """List what is wrong with the tokens."""
         found = super().problems()
         if not self.tokens:
             found.append("tokens: is empty; name the ids of the tokens to train")
@@ -80,7 +80,7 @@ class TrainableTokens(Targeted):
         return found
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Takes the rows of the base.
+        """Take the rows of the base.
 
         Raises:
             ConfigError: the model has no such token.
@@ -98,7 +98,7 @@ class TrainableTokens(Targeted):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Gives the embeddings of token ids, or the logits of `x`, with the trained rows in place."""
+        """Return the embeddings of token ids, or the logits of `x`, with the trained rows in place."""
         base = call.base(*call.args)
         if not jnp.issubdtype(call.x.dtype, jnp.integer):
             return _with_logits(call, base, call.kernel().T)
@@ -112,12 +112,12 @@ class TrainableTokens(Targeted):
 
     @staticmethod
     def compute_head(call: Call) -> Any:
-        """Gives the logits of a head that is tied to the embedding."""
+        """Return the logits of a head that is tied to the embedding."""
         return _with_logits(call, call.base(*call.args), call.kernel())
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Puts the rows in their places."""
+        """Put the rows in their places."""
         kernel, rows, ids = base["kernel"], leaves["token_rows"], leaves["token_ids"]
         if kernel.shape[-1] == rows.shape[-1] and "embedding" in base:
             return {"kernel": kernel.at[ids].set(rows)}
@@ -129,7 +129,7 @@ class TrainableTokens(Targeted):
 
 
 def _with_logits(call: Call, logits: Any, rows: Any) -> Any:
-    """Adds to logits `[..., vocab]` what the trained rows differ by from the base's `rows [vocab, d]`."""
+    """Add to logits `[..., vocab]` what the trained rows differ by from the base's `rows [vocab, d]`."""
 
     def added(leaves: Leaves, x: Any, plain: Any) -> Any:
         ids = leaves["token_ids"]

@@ -32,7 +32,7 @@ class VBLoRAFormat(TargetedFormat["VBLoRA"]):
     """How adapters of `VBLoRA` stand in files."""
 
     def read_options(self, kind: type[VBLoRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; a file that holds the largest weights in place of the logits is refused."""
+        """Read the options; a file that holds the largest weights in place of the logits is refused."""
         values, problems = super().read_options(kind, config)
         if config.get("save_only_topk_weights"):
             problems.append(
@@ -91,12 +91,12 @@ class VBLoRA(Biased):
         return False
 
     def problems(self) -> list[str]:
-        """Refuses to mix more vectors than there are."""
+        """Refuse to mix more vectors than there are."""
         many = [f"topk: {self.topk} is more than vectors, {self.vectors}"] if self.topk > self.vectors else []
         return super().problems() + many
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the logits normal.
+        """Make the logits normal.
 
         Raises:
             ConfigError: the length of the vectors does not divide the inputs and outputs of the site.
@@ -110,32 +110,32 @@ class VBLoRA(Biased):
         return leaves | ({"vblora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes the bank uniform."""
+        """Make the bank uniform."""
         del params, sites
         shape = (self.vectors, self.vector_length)
         return {"vblora_vector_bank": jax.random.uniform(rng, shape, jnp.float32, -self.bank_bound, self.bank_bound)}
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + (D(x) A) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + (D(x) A) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         x = dropped(call, call.x.astype(y.dtype), "vblora_dropout")
         return y + call.each(lambda leaves, x: low_rank(x, *_matrices(leaves)), x)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + A B`."""
+        """Return `W + A B`."""
         return {"kernel": base["kernel"] + product(*_matrices(leaves))}
 
 
 def _matrices(leaves: Leaves) -> tuple[Any, Any]:
-    """Gives A `[in, r]` and B `[r, out]`."""
+    """Return A `[in, r]` and B `[r, out]`."""
     a, b = (_mixed(leaves, leaves[name]) for name in ("vblora_logits_a", "vblora_logits_b"))
     return a.reshape(a.shape[0], -1).T, b.transpose(1, 0, 2).reshape(b.shape[1], -1)
 
 
 def _mixed(leaves: Leaves, logits: Any) -> Any:
-    """Mixes vectors of the bank, `[..., h] -> [..., l]`."""
+    """Mix vectors of the bank, `[..., h] -> [..., l]`."""
     largest, which = jax.lax.top_k(logits, leaves["vblora_topk"].shape[0])
     return jnp.einsum(
         "...k,...kl->...l", jax.nn.softmax(largest), leaves["vblora_vector_bank"][which], precision="highest"

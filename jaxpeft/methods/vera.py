@@ -35,11 +35,11 @@ class VeRAFormat(TargetedFormat["VeRA"]):
     """How adapters of `VeRA` stand in files."""
 
     def write_options(self, method: VeRA) -> dict[str, Any]:
-        """Gives the options; the projections are always in the file."""
+        """Return the options; the projections are always in the file."""
         return super().write_options(method) | {"save_projection": True}
 
     def read_options(self, kind: type[VeRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; a file without its projections is refused."""
+        """Read the options; a file without its projections is refused."""
         values, problems = super().read_options(kind, config)
         return values, [*problems, *without_projections(config)]
 
@@ -85,7 +85,7 @@ class VeRA(Biased):
     bias: Literal["none", "all", "vera_only"] = bias_option()
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes d constant and b zero."""
+        """Make d constant and b zero."""
         del kernel, rng
         leaves = {
             "vera_lambda_b": jnp.zeros((site.shape[1],), jnp.float32),
@@ -94,7 +94,7 @@ class VeRA(Biased):
         return leaves | ({"vera_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
 
     def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
-        """Makes A and B uniform within sqrt(6 / fan_in), as He et al. 2015 have it."""
+        """Make A and B uniform within sqrt(6 / fan_in), as He et al. 2015 have it."""
         del params
         keys, n_in, n_out = jax.random.split(rng), *largest(sites)
         return {
@@ -104,20 +104,20 @@ class VeRA(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Computes `x W + (((D(x) A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + (((D(x) A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "vera_dropout"))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Gives `W + (A * d) (B * b)`."""
+        """Return `W + (A * d) (B * b)`."""
         n_in, n_out = base["kernel"].shape
         a, b = leaves["vera_a"][:n_in] * leaves["vera_lambda_d"], leaves["vera_b"][:, :n_out] * leaves["vera_lambda_b"]
         return {"kernel": base["kernel"] + product(a, b)}
 
 
 def without_projections(config: Mapping[str, Any]) -> list[str]:
-    """Gives why a file whose random matrices are left out cannot be read, if they are."""
+    """Return why a file whose random matrices are left out cannot be read, if they are."""
     if config.get("save_projection", True):
         return []
     why = "so the shared random matrices are not in the file, and torch's random numbers are not made here"
@@ -125,12 +125,12 @@ def without_projections(config: Mapping[str, Any]) -> list[str]:
 
 
 def largest(sites: tuple[Site, ...]) -> tuple[int, int]:
-    """Gives the largest `in` and the largest `out` of sites."""
+    """Return the largest `in` and the largest `out` of sites."""
     return max(site.shape[0] for site in sites), max(site.shape[1] for site in sites)
 
 
 def _update(leaves: Leaves, x: Any) -> Any:
-    """Gives `(((x A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x`."""
+    """Return `(((x A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x`."""
     b = leaves["vera_lambda_b"].astype(x.dtype)
     h = x @ leaves["vera_a"][: x.shape[-1]].astype(x.dtype) * leaves["vera_lambda_d"].astype(x.dtype)
     return h @ leaves["vera_b"][:, : b.shape[-1]].astype(x.dtype) * b

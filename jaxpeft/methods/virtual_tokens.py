@@ -37,23 +37,23 @@ class VirtualTokensFormat(PeftFormat[M]):
     """How adapters of `VirtualTokens` stand in files."""
 
     def pack_root(self, method: M, leaves: Leaves) -> dict[str, Any]:
-        """Gives the table as one matrix."""
+        """Return the table as one matrix."""
         table = method.table(leaves)
         return {TABLE: table.reshape(len(table), -1)}
 
     def unpack_root(self, method: M, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Gives the leaves of a method that keeps the table itself."""
+        """Return the leaves of a method that keeps the table itself."""
         marker = method.leaves.root[0]
         return {**fresh, marker: tensors[TABLE].reshape(fresh[marker].shape)}
 
     def base_sizes(self, method: M, params: Leaves, config: Any) -> dict[str, Any]:
-        """Gives the sizes of the base, as PEFT asks for them."""
+        """Return the sizes of the base, as PEFT asks for them."""
         width = word_embedding(params).shape[1]
         sizes = {"token_dim": width, "num_layers": layers_and_width(params)[0]}
         return {**sizes, "num_attention_heads": config.num_attention_heads, "num_transformer_submodules": 1}
 
     def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Reads the options; PEFT's 2 submodules are those of an encoder and a decoder."""
+        """Read the options; PEFT's 2 submodules are those of an encoder and a decoder."""
         one = config.get("num_transformer_submodules") == 1
         known = {k: v for k, v in config.items() if not (one and k == "num_transformer_submodules")}
         values, problems = super().read_options(kind, known)
@@ -98,12 +98,12 @@ class VirtualTokens(Method):
 
     @staticmethod
     def table(leaves: Leaves) -> Any:
-        """Gives the table, float32 `[virtual tokens, ...]`, from the leaves."""
+        """Return the table, float32 `[virtual tokens, ...]`, from the leaves."""
         raise NotImplementedError
 
 
 def call_behind(call: Call, *, past: Any = None, prompt: Any = None) -> Any:
-    """Calls the model with virtual positions in front, behind those of another method if there are any.
+    """Call the model with virtual positions in front, behind those of another method if there are any.
 
     Args:
         call: of the model.
@@ -122,7 +122,7 @@ def call_behind(call: Call, *, past: Any = None, prompt: Any = None) -> Any:
 
 
 def _joined(a: Any, b: Any, batch: int) -> Any:
-    """Puts two arrays one behind the other along their axis before the last; either may have one row for all."""
+    """Put two arrays one behind the other along their axis before the last; either may have one row for all."""
     if a is None:
         return b
     rows = max(a.shape[batch], b.shape[batch])
@@ -131,7 +131,7 @@ def _joined(a: Any, b: Any, batch: int) -> Any:
 
 
 def each_row(call: Call, table: Any) -> Any:
-    """Computes the table of each row, or of all: `[batch or 1, virtual tokens, ...]`.
+    """Compute the table of each row, or of all: `[batch or 1, virtual tokens, ...]`.
 
     Args:
         call: of the model.
@@ -145,7 +145,7 @@ def each_row(call: Call, table: Any) -> Any:
 
 
 def layers_and_width(params: Leaves) -> tuple[int, int]:
-    """Gives the number of attention layers and the width of their keys, as the key projections say.
+    """Return the number of attention layers and the width of their keys, as the key projections say.
 
     Raises:
         ConfigError: there is none, or they differ in width.
@@ -159,7 +159,7 @@ def layers_and_width(params: Leaves) -> tuple[int, int]:
 
 
 def word_embedding(params: Leaves) -> Site:
-    """Gives the embedding of the vocabulary.
+    """Return the embedding of the vocabulary.
 
     Raises:
         ConfigError: there is none.
@@ -173,7 +173,7 @@ def word_embedding(params: Leaves) -> Site:
 
 
 def rows_of(params: Leaves, ids: Any) -> Any:
-    """Gives rows of the word embedding, float32 `[n, hidden]`.
+    """Return rows of the word embedding, float32 `[n, hidden]`.
 
     Args:
         params: the base.
@@ -185,7 +185,7 @@ def rows_of(params: Leaves, ids: Any) -> Any:
 
 
 def repeated(tokens: Sequence[int], count: int, vocab: int) -> Any:
-    """Gives `count` token ids, `[count]` int32: those given, over and over, the last time in part.
+    """Return `count` token ids, `[count]` int32: those given, over and over, the last time in part.
 
     Args:
         tokens: at least one.
@@ -201,7 +201,7 @@ def repeated(tokens: Sequence[int], count: int, vocab: int) -> Any:
 
 
 def linear(rng: jax.Array, n_in: int, *n_out: int) -> tuple[jax.Array, jax.Array]:
-    """Makes a weight `[in, *out]` and a bias `[*out]`, uniform within 1 / sqrt(in), as torch begins a linear layer."""
+    """Make a weight `[in, *out]` and a bias `[*out]`, uniform within 1 / sqrt(in), as torch begins a linear layer."""
     keys, bound = jax.random.split(rng), n_in**-0.5
     weight = jax.random.uniform(keys[0], (n_in, *n_out), jnp.float32, -bound, bound)
     return weight, jax.random.uniform(keys[1], n_out, jnp.float32, -bound, bound)

@@ -16,7 +16,7 @@ FAMILIES: Mapping[str, Family] = {model_type: family for family in _ALL for mode
 
 
 def build(config: Mapping[str, Any], options: Options, where: str = "config.json") -> Pretrained:
-    """Makes the Linen module that a `config.json` describes.
+    """Make the Linen module that a `config.json` describes.
 
     Args:
         config: its content.

@@ -32,7 +32,7 @@ Array = jax.Array
 
 
 def by_heads(qkv: Iterable[Array]) -> tuple[Array, Array, Array]:
-    """Says where queries, keys and values `[batch, length, heads, d]` lie."""
+    """Return where queries, keys and values `[batch, length, heads, d]` lie."""
     q, k, v = qkv
     k, v = (placed(array, BATCH, LENGTH, KV_HEADS, HEAD_DIM) for array in (k, v))
     return placed(q, BATCH, LENGTH, HEADS, HEAD_DIM), k, v
@@ -105,7 +105,7 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array
 
 
 def _xla_by_positions(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
-    """Attends where positions are spread over devices: each has its own queries, and the keys and values of all positions."""
+    """Attend where positions are spread over devices: each has its own queries, and the keys and values of all positions."""
     batch, length, heads, d = q.shape
     seen = mask.full(length)
     k, v = (placed(array, BATCH, None, KV_HEADS, HEAD_DIM) for array in (k, v))
@@ -124,7 +124,7 @@ def _xla_by_positions(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[
 def _on_each(
     compute: Callable[..., Array], q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]
 ) -> Array:
-    """Attends with a kernel that the partitioner cannot spread: each device computes its own rows and heads, and queries with all keys."""
+    """Attend with a kernel that the partitioner cannot spread: each device computes its own rows and heads, and queries with all keys."""
     across = size_of(TENSOR)
     if q.shape[2] % across == 0 and across % k.shape[2] == 0:
         # fewer heads of keys than devices: each device has the one that its queries read
@@ -226,19 +226,19 @@ KERNELS: Mapping[str, AttentionKernel] = {
 
 
 def platform(device: Any) -> str:
-    """Gives the platform of a device: `cpu`, `tpu`, `cuda` or `rocm`."""
+    """Return the platform of a device: `cpu`, `tpu`, `cuda` or `rocm`."""
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version else "cuda"
 
 
 def fastest(platform: str) -> str:
-    """Gives the kernel to try first on a platform: `cuda`, `rocm`, `tpu` or `cpu`."""
+    """Return the kernel to try first on a platform: `cuda`, `rocm`, `tpu` or `cpu`."""
     return next((name for name, kernel in KERNELS.items() if kernel.platform == platform), "xla")
 
 
 def kernel_of(asked: str, platform: str, spread: int) -> str:
-    """Gives the kernel that a run attends with: the one asked for, or the fastest.
+    """Return the kernel that a run attends with: the one asked for, or the fastest.
 
     Args:
         asked: a key of `KERNELS`, or `auto`.
@@ -262,7 +262,7 @@ def kernel_of(asked: str, platform: str, spread: int) -> str:
 
 
 def lacks(options: Options, config: Any) -> str:
-    """Says why the kernel that a model is to attend with does not fit it; empty if it does.
+    """Return why the kernel that a model is to attend with does not fit it; empty if it does.
 
     Args:
         options: of the model.

@@ -116,7 +116,7 @@ class ConfigReader:
         self.problems: list[str] = []
 
     def get(self, key: str) -> Any:
-        """Gives the value of a key, or its default."""
+        """Return the value of a key, or its default."""
         return self._config.get(key, self._defaults.get(key))
 
     def integer(self, key: str, least: int = 1, most: int = LARGEST) -> int:
@@ -130,7 +130,7 @@ class ConfigReader:
         return max(least, 1)
 
     def number(self, key: str) -> float:
-        """Gives a number that is not negative; notes a problem if it is not one."""
+        """Return a number that is not negative; note a problem if it is not one."""
         value = self.get(key)
         return 0.0 if _is_number(value) and value == 0 else self.positive(key, value)
 
@@ -143,7 +143,7 @@ class ConfigReader:
         return 1.0
 
     def rate(self, key: str, default: float = 0.0) -> float:
-        """Gives a dropout rate, `default` where it is null; notes a problem if it is not in [0, 1)."""
+        """Return a dropout rate, `default` where it is null; note a problem if it is not in [0, 1)."""
         value = self.get(key)
         if value is None:
             return default
@@ -153,14 +153,14 @@ class ConfigReader:
         return default
 
     def flag(self, key: str) -> bool:
-        """Gives true or false, false where it is null; notes a problem if it is neither."""
+        """Return true or false, false where it is null; note a problem if it is neither."""
         value = self.get(key)
         if not isinstance(value, bool | None):
             self.problems.append(f"{key}: must be true or false, is {shown(value)}")
         return bool(value)
 
     def one_of(self, key: str, known: Mapping[str, Any]) -> str:
-        """Gives a name in `known`; notes a problem if it is not."""
+        """Return a name in `known`; note a problem if it is not."""
         value = self.get(key)
         if isinstance(value, str) and value in known:
             return value
@@ -168,12 +168,12 @@ class ConfigReader:
         return next(iter(known))
 
     def refuse(self, key: str, why: str) -> None:
-        """Notes a problem if a switch is on."""
+        """Note a problem if a switch is on."""
         if self.get(key):
             self.problems.append(f"{key}: {shown(self.get(key))} is not supported: {why}")
 
     def quantised(self) -> None:
-        """Notes a problem where the checkpoint is quantised, and not as `bitsandbytes` does it in NF4."""
+        """Note a problem where the checkpoint is quantised, and not as `bitsandbytes` does it in NF4."""
         found: Any = self.get("quantization_config")
         if not found:
             return
@@ -194,7 +194,7 @@ class ConfigReader:
             )
 
     def finish(self) -> None:
-        """Raises what was found.
+        """Raise what was found.
 
         Raises:
             ConfigError: every problem.
@@ -210,14 +210,14 @@ def _is_number(value: Any) -> bool:
 
 
 def with_pooling(options: Options, own: str) -> Options:
-    """Names the architecture's own pooling where none was asked for, so that saying it and leaving it out are the same."""
+    """Name the architecture's own pooling where none was asked for, so that saying it and leaving it out are the same."""
     if options.task != "sequence_classification" or options.pooling is not None:
         return options
     return dataclasses.replace(options, pooling=own)
 
 
 def option_problems(options: Options, model_type: str, tasks: Sequence[str], poolings: Sequence[str]) -> list[str]:
-    """Says what is wrong with the task, the labels, the pooling or the remat policy asked of an architecture.
+    """Return what is wrong with the task, the labels, the pooling or the remat policy asked of an architecture.
 
     Args:
         options: what was asked.

@@ -30,7 +30,7 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def block_of(queries: int, keys: int) -> int:
-    """Gives how many keys are a block.
+    """Return how many keys are a block.
 
     Args:
         queries: rows times heads times the queries of a row.
@@ -152,7 +152,7 @@ class _Blocks:
         return jax.lax.dynamic_slice_in_dim(self.v, start, self.size, 2)
 
     def where_seen(self, start: Array, do: Callable[[Any], Any], skip: Callable[[Any], Any], carry: Any) -> Any:
-        """Does one thing where a query may see a key of a block, as far as positions alone tell, and another where none does."""
+        """Do one thing where a query may see a key of a block, as far as positions alone tell, and another where none does."""
         if not self.mask.causal:
             return do(carry)
         seen = start < self.first + self.length
@@ -161,11 +161,11 @@ class _Blocks:
         return jax.lax.cond(seen, do, skip, carry)
 
     def where(self, allowed: Array | None, array: Array, other: float) -> Array:
-        """Gives an array of the shape of the scores with another number where they do not count."""
+        """Return an array of the shape of the scores with another number where they do not count."""
         return array if allowed is None else jnp.where(allowed, array.reshape(self.apart), other).reshape(array.shape)
 
     def scores(self, start: Array) -> tuple[Array, Array | None]:
-        """Gives the scores of a block, and which of them count: `[batch or 1, 1, query, key]`, None for all."""
+        """Return the scores of a block, and which of them count: `[batch or 1, 1, query, key]`, None for all."""
         scores = (
             jnp.einsum("bhtd,bhsd->bhts", self.q, self.keys(start), preferred_element_type=jnp.float32) * self.scale
         )

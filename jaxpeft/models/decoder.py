@@ -84,7 +84,7 @@ _OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def read_config(config: Mapping[str, Any], problems: Sequence[str] = (), where: str = "config.json") -> DecoderConfig:
-    """Reads a decoder's `config.json`.
+    """Read a decoder's `config.json`.
 
     Args:
         config: its content.
@@ -128,7 +128,7 @@ def read_config(config: Mapping[str, Any], problems: Sequence[str] = (), where: 
 
 
 def _heads(reader: ConfigReader) -> tuple[int, int, int]:
-    """Gives the numbers of query and key heads, and the size of a head."""
+    """Return the numbers of query and key heads, and the size of a head."""
     hidden = reader.get("hidden_size")
     heads = reader.integer("num_attention_heads", most=MOST_HEADS)
     given = reader.get("num_key_value_heads") is not None
@@ -180,7 +180,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, residual: Array, past: Array | None, cos: Array, sin: Array, mask: Mask) -> Array:
-        """Attends, and joins the residual stream.
+        """Attend, and join the residual stream.
 
         Args:
             x: `[batch, length, d]`.
@@ -212,7 +212,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, residual: Array) -> Array:
-        """Maps `x [..., d]` to `[..., d]`, and joins the residual stream."""
+        """Map `x [..., d]` to `[..., d]`, and join the residual stream."""
         c, options = self.config, self.options
         gate_proj, up_proj = (
             dense(c.intermediate_size, name, options, bias=c.mlp_bias) for name in ("gate_proj", "up_proj")
@@ -239,7 +239,7 @@ class Block(nn.Module):
         mask: Mask,
         places: Array | None,
     ) -> tuple[Array, None]:
-        """Runs the layer.
+        """Run the layer.
 
         Args:
             x: `[batch, length, d]`.
@@ -265,11 +265,11 @@ class DecoderBackbone(Pretrained):
     """Embedding, layers and final norm: the model of task `encoder`."""
 
     def setup(self) -> None:
-        """Makes the embedding, which a tied head shares."""
+        """Make the embedding, which a tied head shares."""
         self.embed_tokens = nn.Embed(self.config.vocab_size, self.config.hidden_size, dtype=self.options.dtype)
 
     def logits(self, x: Array) -> Array:
-        """Gives the logits of a tied head: `x E^T`."""
+        """Return the logits of a tied head: `x E^T`."""
         return self.embed_tokens.attend(x)
 
     @nn.compact
@@ -283,7 +283,7 @@ class DecoderBackbone(Pretrained):
         segment_ids: Array | None = None,
         virtual: Virtual = Virtual(),  # noqa: B008 - frozen
     ) -> Array:
-        """Gives the hidden states after the final norm, `[batch, length, d]`; `token_type_ids` mean nothing here."""
+        """Return the hidden states after the final norm, `[batch, length, d]`; `token_type_ids` mean nothing here."""
         del token_type_ids
         c, options = self.config, self.options
         batch, length = input_ids.shape
@@ -307,7 +307,7 @@ class DecoderWithHead(Pretrained):
     """A decoder with a language-model or classification head."""
 
     def setup(self) -> None:
-        """Makes the backbone and the head."""
+        """Make the backbone and the head."""
         c, options = self.config, self.options
         self.model = DecoderBackbone(c, options)
         if options.task != "causal_lm":
@@ -317,7 +317,7 @@ class DecoderWithHead(Pretrained):
             self.lm_head = dense(c.vocab_size, None, options, bias=False)
 
     def head(self, x: Array) -> Array:
-        """Gives a language model's logits, float32 `[..., vocab]`, of hidden states `[..., d]`."""
+        """Return a language model's logits, float32 `[..., vocab]`, of hidden states `[..., d]`."""
         out = self.model.logits(x) if self.config.tie_word_embeddings else self.lm_head(x)
         out = out.astype(jnp.float32)
         return placed(out, BATCH, LENGTH, VOCAB) if out.ndim == 3 else out
@@ -331,7 +331,7 @@ class DecoderWithHead(Pretrained):
         hidden: bool = False,
         **inputs: Any,
     ) -> Array:
-        """Gives float32 logits: of every position, or one row a text for sequence classification.
+        """Return float32 logits: of every position, or one row a text for sequence classification.
 
         Of a language model `hidden` asks for what the head reads in place of the logits, `[batch, length, d]`.
         """
@@ -349,7 +349,7 @@ class DecoderWithHead(Pretrained):
 
 
 def build(config: Mapping[str, Any], options: Options, where: str) -> Pretrained:
-    """Makes a decoder from its `config.json`.
+    """Make a decoder from its `config.json`.
 
     Raises:
         ConfigError: listing everything that is not supported.

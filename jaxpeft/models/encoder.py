@@ -31,11 +31,11 @@ class _Part(nn.Module):
     options: Options
 
     def norm(self, name: str, x: Array) -> Array:
-        """Applies a layer norm of this name."""
+        """Apply a layer norm of this name."""
         return LayerNorm(self.config.layer_norm_eps, self.options.dtype, name=name)(x)
 
     def attention(self, x: Array, past: Array | None, mask: Mask, names: tuple[str, str, str]) -> Array:
-        """Projects and attends: `[batch, length, d]` to the same, before the output projection."""
+        """Project and attends: `[batch, length, d]` to the same, before the output projection."""
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         first, *others = (dense(c.hidden_size, name, self.options) for name in names)
@@ -49,7 +49,7 @@ class Embeddings(_Part):
 
     @nn.compact
     def __call__(self, input_ids: Array, token_type_ids: Array | None, position_ids: Array, virtual: Virtual) -> Array:
-        """Gives `[batch, length, d]`, a prompt in front if there is one, whose token type is 0."""
+        """Return `[batch, length, d]`, a prompt in front if there is one, whose token type is 0."""
         c = self.config
 
         def embed(count: int, name: str, ids: Array) -> Array:
@@ -101,7 +101,7 @@ class BertBlock(_Part):
 
     @nn.compact
     def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
-        """Runs the layer on `[batch, length, d]`."""
+        """Run the layer on `[batch, length, d]`."""
         x = entered(x)
         x = _Attention(self.config, self.options, name="attention")(x, past, mask)
         h = _Intermediate(self.config, self.options, name="intermediate")(x)
@@ -131,7 +131,7 @@ class DistilBertBlock(_Part):
 
     @nn.compact
     def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
-        """Runs the layer on `[batch, length, d]`."""
+        """Run the layer on `[batch, length, d]`."""
         x = entered(x)
         c, options = self.config, self.options
         norms = (LayerNorm(c.layer_norm_eps, options.dtype, name=f"{name}_layer_norm") for name in ("sa", "output"))
@@ -178,7 +178,7 @@ class EncoderBackbone(Pretrained):
         segment_ids: Array | None = None,
         virtual: Virtual = Virtual(),  # noqa: B008 - frozen
     ) -> Array:
-        """Gives hidden states `[batch, length, d]`, or the pooler's vector `[batch, d]`.
+        """Return hidden states `[batch, length, d]`, or the pooler's vector `[batch, d]`.
 
         Raises:
             DataError: rows are longer than the position table, or a prompt stands before rows of several documents.
@@ -202,7 +202,7 @@ class EncoderBackbone(Pretrained):
 
 
 def _shifted(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
-    """Gives the positions of prompt and tokens; RoBERTa's begin behind that of pad tokens, which virtual ones do not shift."""
+    """Return the positions of prompt and tokens; RoBERTa's begin behind that of pad tokens, which virtual ones do not shift."""
     shifted = virtual.positions(where)
     if c.kind != "roberta" or not virtual.count:
         return shifted
@@ -211,7 +211,7 @@ def _shifted(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
 
 
 def _check_length(c: EncoderConfig, length: int, virtual: int, segment_ids: Array | None) -> None:
-    """Refuses rows beyond the position table, whose look-up would give NaN."""
+    """Refuse rows beyond the position table, whose look-up would give NaN."""
     most = c.max_position_embeddings - (c.pad_token_id + 1 if c.kind == "roberta" else 0)
     if length + virtual > most and segment_ids is None:
         beside = f" behind {virtual} virtual ones" if virtual else ""
@@ -242,7 +242,7 @@ class RobertaHead(_Part):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps `[batch, d]` to `[batch, labels]`, float32."""
+        """Map `[batch, d]` to `[batch, labels]`, float32."""
         c = self.config
         x = dropout(self, c.classifier_dropout, x.astype(jnp.float32))
         x = jnp.tanh(head_dense(c.hidden_size, "dense")(x))
@@ -261,7 +261,7 @@ class EncoderWithHead(Pretrained):
         virtual: Virtual = Virtual(),  # noqa: B008 - frozen
         **inputs: Any,
     ) -> Array:
-        """Gives float32 logits: `[batch, labels]`, or of every token for token classification.
+        """Return float32 logits: `[batch, labels]`, or of every token for token classification.
 
         The pooling `cls` reads the first place, which is a prompt's if there is one.
         """
@@ -283,7 +283,7 @@ class EncoderWithHead(Pretrained):
 
 
 def build(config: Mapping[str, Any], options: Options, where: str) -> Pretrained:
-    """Makes an encoder from its `config.json`.
+    """Make an encoder from its `config.json`.
 
     Raises:
         ConfigError: listing everything that is not supported.

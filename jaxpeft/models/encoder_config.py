@@ -59,7 +59,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 def read_config(
     config: Mapping[str, Any], task: str, problems: Sequence[str] = (), where: str = "config.json"
 ) -> EncoderConfig:
-    """Reads an encoder's `config.json`.
+    """Read an encoder's `config.json`.
 
     Args:
         config: its content.

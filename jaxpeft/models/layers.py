@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalises `[..., d]`; the result has the dtype of the activations."""
+        """Normalise `[..., d]`; the result has the dtype of the activations."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
@@ -42,7 +42,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalises `[..., d]`; the result has the dtype of the activations."""
+        """Normalise `[..., d]`; the result has the dtype of the activations."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
@@ -52,7 +52,7 @@ class LayerNorm(nn.Module):
 
 
 def dropout(module: nn.Module, rate: float, x: Array) -> Array:
-    """Applies dropout in a training call, that is, one that was given a `dropout` key (Srivastava et al. 2014).
+    """Apply dropout in a training call, that is, one that was given a `dropout` key (Srivastava et al. 2014).
 
     Args:
         module: whose key stream is used.
@@ -73,19 +73,19 @@ _STEPS = 1 << 16
 
 
 def _draws(key: Array, shape: tuple[int, ...]) -> Array:
-    """Draws uniform uint16 numbers, two from each 32 bits that the generator makes: they are most of dropout's cost."""
+    """Draw uniform uint16 numbers, two from each 32 bits that the generator makes: they are most of dropout's cost."""
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
     return halves.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
 
 def kept(x: Array) -> Array:
-    """Marks what a layer's products give, which remat of `products` does not compute again."""
+    """Mark what a layer's products give, which remat of `products` does not compute again."""
     return checkpoint_name(x, PRODUCT)
 
 
 def entered(x: Array) -> Array:
-    """Marks what a layer is given, which remat of `offload` keeps in the host's memory."""
+    """Mark what a layer is given, which remat of `offload` keeps in the host's memory."""
     return checkpoint_name(x, INPUT)
 
 
@@ -93,12 +93,12 @@ class Linear(nn.Dense):
     """A linear module; where others read the same input, computing them with it is a method of its own."""
 
     def together(self, x: Array, *others: nn.Dense) -> tuple[Array, ...]:
-        """Gives what this module and others give for `x`."""
+        """Return what this module and others give for `x`."""
         return self(x), *(other(x) for other in others)
 
 
 def dense(features: int, name: str | None, options: Options, *, bias: bool = True) -> Linear:
-    """Makes a linear module that computes in the activations' dtype."""
+    """Make a linear module that computes in the activations' dtype."""
     return Linear(features, use_bias=bias, dtype=options.dtype, name=name)
 
 
@@ -106,7 +106,7 @@ class Joining(Linear):
     """A linear module that writes to the residual stream: where a sub-layer's output joins it is a method of its own."""
 
     def join(self, h: Array, residual: Array, norm: Callable[[Array], Array] | None = None) -> Array:
-        """Gives `residual + h`, normalised where a layer normalises behind the sum.
+        """Return `residual + h`, normalised where a layer normalises behind the sum.
 
         Args:
             h: `[..., d]`, the sub-layer's output.
@@ -118,19 +118,19 @@ class Joining(Linear):
 
 
 def joining(features: int, name: str, options: Options, *, bias: bool = True) -> Joining:
-    """Makes a linear module that writes to the residual stream."""
+    """Make a linear module that writes to the residual stream."""
     return Joining(features, use_bias=bias, dtype=options.dtype, name=name)
 
 
 def head_dense(features: int, name: str | None, *, bias: bool = True) -> nn.Dense:
-    """Makes a linear module of a task head: float32, whatever the base."""
+    """Make a linear module of a task head: float32, whatever the base."""
     return nn.Dense(features, use_bias=bias, dtype=jnp.float32, name=name, kernel_init=nn.initializers.normal(0.02))
 
 
 def run_layers(
     block: type[nn.Module], fields: Mapping[str, Any], count: int, name: str, options: Options, *inputs: Any
 ) -> Array:
-    """Runs a stack of layers, scanned or unrolled, in the scope of the calling module.
+    """Run a stack of layers, scanned or unrolled, in the scope of the calling module.
 
     Args:
         block: a module class; called with `(x, per_layer, *shared)`, it gives `(x, None)`.
@@ -158,14 +158,14 @@ def run_layers(
 
 
 def _remat(block: type[nn.Module], options: Options) -> Any:
-    """Wraps a block so that the backward pass computes again what the policy does not keep."""
+    """Wrap a block so that the backward pass computes again what the policy does not keep."""
     if options.remat == "none":
         return block
     return nn.remat(block, policy=_saveable(REMAT_POLICIES[options.remat]), prevent_cse=not options.scan_layers)
 
 
 def _bringing(block: type[nn.Module], options: Options) -> Any:
-    """Wraps a block so that it begins by bringing its parameters to where it computes with them; most are there already.
+    """Wrap a block so that it begins by bringing its parameters to where it computes with them; most are there already.
 
     Inside of remat, so that the backward pass brings them anew, and keeps none.
     """
@@ -197,7 +197,7 @@ def _saveable(policy: RematPolicy) -> Any:
 
 
 def _keeps(*names: str) -> Callable[..., bool]:
-    """Makes a policy that keeps what bears one of these names, and what flash attention needs for its gradient."""
+    """Make a policy that keeps what bears one of these names, and what flash attention needs for its gradient."""
     named = jax.checkpoint_policies.save_only_these_names(*names)
     # its sums are named nowhere: without them attention would be computed again
     return lambda primitive, *args, **how: (
@@ -221,7 +221,7 @@ class _Unrolled(nn.Module):
 
 
 def pool(x: Array, attention_mask: Array | None, how: str | None) -> Array:
-    """Gives one vector a row.
+    """Return one vector a row.
 
     Args:
         x: `[batch, length, d]`.

@@ -37,7 +37,7 @@ class Mask:
     window: int = 0
 
     def given(self) -> Array | None:
-        """Gives what depends on the rows as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
+        """Return what depends on the rows as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
         parts = [] if self.dense is None else [self.dense]
         if self.text is not None:
             parts.append(self.text[:, None, None, :])
@@ -49,7 +49,7 @@ class Mask:
         return found
 
     def full(self, length: int) -> Array | None:
-        """Gives all of it as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
+        """Return all of it as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
         given = self.given()
         if not self.causal:
             return given
@@ -59,19 +59,19 @@ class Mask:
         return seen if given is None else seen & given
 
     def ready(self, kernel: str, length: int) -> Mask:
-        """Gives the same as a kernel takes it, made once for all layers."""
+        """Return the same as a kernel takes it, made once for all layers."""
         if kernel != "xla":
             return self
         full = self.full(length)
         return Mask(full if full is None else placed(full, BATCH, None, LENGTH, None))
 
     def within(self, near: Array) -> Mask:
-        """Narrows it to where `near`, bool, broadcast to `[batch, 1, query, key]`, is true."""
+        """Narrow it to where `near`, bool, broadcast to `[batch, 1, query, key]`, is true."""
         return dataclasses.replace(self, dense=near if self.dense is None else self.dense & near)
 
 
 def allowed(attention_mask: Array | None, segment_ids: Array | None, *, causal: bool, window: int = 0) -> Mask:
-    """Says which position may attend to which.
+    """Return which position may attend to which.
 
     Args:
         attention_mask: `[batch, length]`, 1 for a token; None for tokens alone.
@@ -106,14 +106,14 @@ class Virtual:
         return 0 if self.prompt is None else self.prompt.shape[-2]
 
     def prepend(self, x: Array) -> Array:
-        """Puts the prompt in front of embeddings `[batch, length, hidden]`."""
+        """Put the prompt in front of embeddings `[batch, length, hidden]`."""
         if self.prompt is None:
             return x
         prompt = jnp.broadcast_to(self.prompt.astype(x.dtype), (x.shape[0], *self.prompt.shape[-2:]))
         return jnp.concatenate([prompt, x], axis=1)
 
     def positions(self, where: Array) -> Array:
-        """Gives the positions of prompt and tokens `[batch, prompted + length]`, from the tokens' own, which are shifted."""
+        """Return the positions of prompt and tokens `[batch, prompted + length]`, from the tokens' own, which are shifted."""
         where = where + self.count
         if self.prompt is None:
             return where
@@ -121,7 +121,7 @@ class Virtual:
         return jnp.concatenate([jnp.broadcast_to(own, (where.shape[0], self.prompted)), where], axis=1)
 
     def mask(self, mask: Mask, length: int) -> Mask:
-        """Widens what tokens may attend to by the virtual positions, which every query sees but a prompt's its future.
+        """Widen what tokens may attend to by the virtual positions, which every query sees but a prompt's its future.
 
         Args:
             mask: of the tokens.
@@ -150,14 +150,14 @@ class Virtual:
         return Mask(jnp.concatenate([jnp.ones((*seen.shape[:3], past), bool), seen], axis=3))
 
     def places(self, segment_ids: Array | None, length: int) -> Array:
-        """Gives the place of each key, `[batch or 1, count + length]`: virtual positions, then tokens, in each segment anew."""
+        """Return the place of each key, `[batch or 1, count + length]`: virtual positions, then tokens, in each segment anew."""
         own = positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], length) + self.count
         front = jnp.broadcast_to(jnp.arange(self.count, dtype=own.dtype), (own.shape[0], self.count))
         return jnp.concatenate([front, own], axis=1)
 
 
 def before(module: nn.Module, past: Array | None, k: Array, v: Array) -> tuple[Array, Array]:
-    """Puts keys and values of virtual positions in front of a layer's own.
+    """Put keys and values of virtual positions in front of a layer's own.
 
     Args:
         module: the attention, which keeps its own keys and values for a caller that asks for them.
@@ -175,7 +175,7 @@ def before(module: nn.Module, past: Array | None, k: Array, v: Array) -> tuple[A
 
 
 def positions(segment_ids: Array | None, batch: int, length: int) -> Array:
-    """Gives `[batch, length]` positions that count from zero, in each segment anew."""
+    """Return `[batch, length]` positions that count from zero, in each segment anew."""
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     if segment_ids is None:
         return index

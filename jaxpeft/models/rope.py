@@ -50,7 +50,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
 
 
 def read(reader: ConfigReader) -> Rope:
-    """Reads `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5; `rope_scaling` goes first.
+    """Read `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5; `rope_scaling` goes first.
 
     Every problem is noted in `reader`.
     """
@@ -77,13 +77,13 @@ def read(reader: ConfigReader) -> Rope:
 
 
 def _original(reader: ConfigReader, given: Mapping[str, Any]) -> int:
-    """Gives the positions that the model was first trained on; they may stand in three places."""
+    """Return the positions that the model was first trained on; they may stand in three places."""
     name = "original_max_position_embeddings"
     return int(reader.positive(name, reader.get(name) or given.get(name) or reader.get("max_position_embeddings")))
 
 
 def _given(reader: ConfigReader) -> tuple[str, Mapping[str, Any]]:
-    """Gives the field that holds the rope's settings, and the settings."""
+    """Return the field that holds the rope's settings, and the settings."""
     field = "rope_scaling" if reader.get("rope_scaling") else "rope_parameters"
     given: Any = reader.get(field) or {}
     if not isinstance(given, Mapping):
@@ -98,7 +98,7 @@ def _given(reader: ConfigReader) -> tuple[str, Mapping[str, Any]]:
 
 
 def tables(rope: Rope, head_dim: int, most_positions: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gives the cosines and sines of the rotation angles.
+    """Return the cosines and sines of the rotation angles.
 
     Args:
         rope: how the frequencies are made.
@@ -132,7 +132,7 @@ def _frequencies(rope: Rope, head_dim: int, most_positions: int, positions: jax.
 
 
 def _llama3(rope: Rope, frequencies: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Keeps high frequencies, divides low ones by the factor, and blends between the two (Llama 3.1's scaling)."""
+    """Keep high frequencies, divides low ones by the factor, and blends between the two (Llama 3.1's scaling)."""
     wavelengths = 2 * math.pi / frequencies
     blend = (rope.original / wavelengths - rope.low) / (rope.high - rope.low)
     blended = (1 - blend) * frequencies / rope.factor + blend * frequencies
@@ -141,7 +141,7 @@ def _llama3(rope: Rope, frequencies: np.ndarray[Any, Any]) -> np.ndarray[Any, An
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates each pair `(x[i], x[i + d/2])` by its angle.
+    """Rotate each pair `(x[i], x[i + d/2])` by its angle.
 
     Args:
         x: `[batch, length, heads, d]`.

@@ -79,7 +79,7 @@ class Candidate:
 
 
 def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
-    """Compiles a config under its strategy, and reads the program.
+    """Compile a config under its strategy, and reads the program.
 
     Args:
         setting: what all candidates share.
@@ -109,7 +109,7 @@ def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
 
 
 def predicted(setting: Setting, config: Config) -> int:
-    """Gives the bytes of one device that a step takes by arithmetic alone: arguments, activations, and the layer at work.
+    """Return the bytes of one device that a step takes by arithmetic alone: arguments, activations, and the layer at work.
 
     Raises:
         ConfigError: the config does not go with the devices.
@@ -120,7 +120,7 @@ def predicted(setting: Setting, config: Config) -> int:
 
 
 def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]]:
-    """Makes the mesh and the shapes of a run, with remat chosen.
+    """Make the mesh and the shapes of a run, with remat chosen.
 
     Returns:
         `(mesh, run, what is to be said)`.
@@ -141,7 +141,7 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
 
 
 def stacked(setting: Setting, config: Config, attention: str, remat: str) -> tuple[Subject, list[str]]:
-    """Makes the shapes of a run, with layers scanned where they can be: `(run, what is to be said)`.
+    """Make the shapes of a run, with layers scanned where they can be: `(run, what is to be said)`.
 
     Raises:
         ConfigError: the options do not go together, or the model is not supported.
@@ -157,7 +157,7 @@ def stacked(setting: Setting, config: Config, attention: str, remat: str) -> tup
 
 
 def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
-    """Chooses what the backward pass computes again, as a run does: as little as memory allows, on a CPU nothing."""
+    """Choose what the backward pass computes again, as a run does: as little as memory allows, on a CPU nothing."""
     room = setting.room
     chosen = "none"
     if room is not None:
@@ -171,7 +171,7 @@ def _attention(setting: Setting, config: Config, mesh: Mesh) -> str:
 
 
 def step_of(run: Subject, placed: Placed, mesh: Mesh) -> Any:
-    """Makes the run's own step, jitted as the loop does."""
+    """Make the run's own step, jitted as the loop does."""
     config = run.config
     step = make_train_step(
         run.model, run.loss, run.optimizer, config.train.accumulation, partial(training_hooks.penalty, config.method)
@@ -180,7 +180,7 @@ def step_of(run: Subject, placed: Placed, mesh: Mesh) -> Any:
 
 
 def _memory(setting: Setting, run: Subject, placed: Placed, kept: estimates.Kept, compiled: Compiled) -> Memory:
-    """Splits the memory of a step: arguments by arithmetic, activations by estimate, the rest is what the compiler says beside."""
+    """Split the memory of a step: arguments by arithmetic, activations by estimate, the rest is what the compiler says beside."""
     activations = kept.kept[run.model.options.remat]
     known = placed.base + placed.adapters + placed.optimizer
     if setting.topology.chip.platform == "cuda":  # the program is a CPU's: what it keeps says nothing
@@ -225,7 +225,7 @@ def _row(config: Config, change: str, mesh: Mapping[str, int], remat: str, verdi
 
 
 def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compiled) -> Row:
-    """Reads the program's work and collectives, and how long they take at least."""
+    """Read the program's work and collectives, and how long they take at least."""
     model_flops = run.tokens * flops.per_token(run.state.trainable, run.frozen)
     row = dataclasses.replace(row, model_flops=model_flops)
     if compiled.text is None:
@@ -251,7 +251,7 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
 
 
 def _slices(mesh: Mesh) -> tuple[str, int]:
-    """Gives the axes of a mesh that go over slices, and how many slices there are."""
+    """Return the axes of a mesh that go over slices, and how many slices there are."""
     of = np.vectorize(lambda device: getattr(device, "slice_index", 0) or 0, otypes=[int])(mesh.devices)
     over = [name for i, name in enumerate(mesh.axis_names) if (of != np.take(of, [0], axis=i)).any()]
     return "+".join(over) or "none", len(np.unique(of))

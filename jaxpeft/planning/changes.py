@@ -34,7 +34,7 @@ class Change:
 
 
 def changes(config: Config, remat: str, over: int) -> Iterator[Change]:
-    """Yields changes, the nearest first: those that leave the numbers of a run alone, then those that do not, then both.
+    """Yield changes, the nearest first: those that leave the numbers of a run alone, then those that do not, then both.
 
     Args:
         config: what does not fit.
@@ -59,7 +59,7 @@ def changes(config: Config, remat: str, over: int) -> Iterator[Change]:
 
 
 def repairs(config: Config, over: int) -> Iterator[Change]:
-    """Yields changes to a batch that cannot be spread: fewer parts first, then the next size that can be.
+    """Yield changes to a batch that cannot be spread: fewer parts first, then the next size that can be.
 
     Args:
         config: what is refused.
@@ -75,7 +75,7 @@ def repairs(config: Config, over: int) -> Iterator[Change]:
 
 
 def _accumulations(config: Config, over: int) -> list[int]:
-    """Gives the numbers of parts above the config's that a batch can be computed in, each at least twice the one before."""
+    """Return the numbers of parts above the config's that a batch can be computed in, each at least twice the one before."""
     size, found = config.train.batch_size, [config.train.accumulation]
     for n in divisors(size):
         if size % (n * over) == 0 and n >= 2 * found[-1]:
@@ -87,7 +87,7 @@ def _accumulations(config: Config, over: int) -> list[int]:
 
 
 def _smaller(config: Config, over: int) -> list[int]:
-    """Gives smaller batches that can be spread, each half of the one before."""
+    """Return smaller batches that can be spread, each half of the one before."""
     size, found = config.train.batch_size // 2, list[int]()
     while size >= over:
         if size % over == 0:
@@ -102,7 +102,7 @@ def _change(config: Config, what: dict[str, Any]) -> Change:
 
 
 def with_nearest(setting: Setting, found: Candidate, most: int) -> Row:
-    """Adds the nearest change that fits to a row that does not, if one does.
+    """Add the nearest change that fits to a row that does not, if one does.
 
     Args:
         setting: what all candidates share.
@@ -121,7 +121,7 @@ def with_nearest(setting: Setting, found: Candidate, most: int) -> Row:
 
 
 def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Change]:
-    """Gives the changes that may fit by arithmetic, the nearest first; what cannot is added to `ruled_out`."""
+    """Return the changes that may fit by arithmetic, the nearest first; what cannot is added to `ruled_out`."""
     row = found.row
     room, scale = setting.room or math.inf, 1.0
     if found.placed is None or found.kept is None or row.memory is None:
@@ -141,7 +141,7 @@ def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Ch
 
 
 def _rows_over(setting: Setting, config: Config) -> int | None:
-    """Gives how many devices rows are spread over where the batch is refused, which a size for any mesh tells; None where more is."""
+    """Return how many devices rows are spread over where the batch is refused, which a size for any mesh tells; None where more is."""
     any_size = setting.topology.size * config.train.accumulation
     try:
         mesh, _, _ = prepared(setting, with_changes(config, train__batch_size=any_size))
@@ -151,7 +151,7 @@ def _rows_over(setting: Setting, config: Config) -> int | None:
 
 
 def _predicted(setting: Setting, change: Change, scale: float) -> float:
-    """Gives about how many bytes a change would take, without compiling it."""
+    """Return about how many bytes a change would take, without compiling it."""
     try:
         mesh, run, _ = prepared(setting, change.config)
     except (ConfigError, TargetError):
@@ -161,7 +161,7 @@ def _predicted(setting: Setting, change: Change, scale: float) -> float:
 
 
 def summary(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Names the strategy to take in its place, in the verdict of each row that does not fit where another does as it is."""
+    """Name the strategy to take in its place, in the verdict of each row that does not fit where another does as it is."""
     fitting = [row for row in rows if row.fits and row.memory is not None]
     if not fitting:
         return tuple(rows)

@@ -47,7 +47,7 @@ class Collective:
 def collectives(
     program: Program, mesh: Mapping[str, int], across: str = "none", slices: int = 1
 ) -> tuple[Collective, ...]:
-    """Finds the collectives of a program.
+    """Find the collectives of a program.
 
     Args:
         program: compiled for the devices of a mesh, in the mesh's order.
@@ -88,7 +88,7 @@ def collectives(
 
 
 def _payload(program: Program, computation: str, one: Instruction, kind: str) -> int:
-    """Gives the bytes of the whole array: what an all-gather gives, what the others are given."""
+    """Return the bytes of the whole array: what an all-gather gives, what the others are given."""
     given = sum(operand.nbytes for operand in program.operands(computation, one))
     if kind != "all-gather" or one.opcode == "send":
         return given or one.nbytes
@@ -103,7 +103,7 @@ def _wire(kind: str, size: int, n: int) -> int:
 
 
 def groups_of(text: str, devices: int) -> Groups:
-    """Reads the groups of devices that a collective runs among.
+    """Read the groups of devices that a collective runs among.
 
     Args:
         text: the attributes of the instruction. Groups are written out, or as an iota that is reshaped and transposed, or as axes of a
@@ -139,7 +139,7 @@ def _iota(shape: str, dims: str, order: str | None) -> Groups:
 
 
 def _of_mesh(mesh: str, order: str | None, axes: str) -> Groups:
-    """Reads groups as `mesh['a'=4,'b'=2] {'a'}`: those devices are together that differ along `a` alone."""
+    """Read groups as `mesh['a'=4,'b'=2] {'a'}`: those devices are together that differ along `a` alone."""
     names = re.findall(r"'([^']*)'=(\d+)", mesh)
     sizes = [int(n) for _, n in names]
     ids = np.arange(int(np.prod(sizes))) if order is None else _ordered(order)
@@ -152,7 +152,7 @@ def _of_mesh(mesh: str, order: str | None, axes: str) -> Groups:
 
 
 def _ordered(text: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Reads the devices of a mesh: written out, or as an iota that is reshaped and transposed."""
+    """Read the devices of a mesh: written out, or as an iota that is reshaped and transposed."""
     shuffled = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if shuffled is None:
         return np.array(_ints(text))
@@ -161,7 +161,7 @@ def _ordered(text: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
 
 
 def _split(names: Sequence[tuple[str, str]], together: Sequence[tuple[str, str, str]]) -> tuple[list[int], list[bool]]:
-    """Splits axes of which a part alone is named, as `'a':(2)4`: 4 of the axis's devices behind the first 2."""
+    """Split axes of which a part alone is named, as `'a':(2)4`: 4 of the axis's devices behind the first 2."""
     sizes: list[int] = []
     on: list[bool] = []
     for name, size in names:
@@ -181,7 +181,7 @@ def _rows(ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Groups:
 
 
 def axes_of(groups: Groups, mesh: Mapping[str, int]) -> str:
-    """Gives the axes along which the members of groups differ, `none` where none do."""
+    """Return the axes along which the members of groups differ, `none` where none do."""
     places = np.array(np.unravel_index(np.arange(int(np.prod(list(mesh.values())))), tuple(mesh.values())))
     differ = np.zeros(len(mesh), bool)
     for group in groups:

@@ -31,16 +31,16 @@ class Kept:
     working: int
 
     def total(self, remat: str) -> int:
-        """Gives all of it under a policy."""
+        """Return all of it under a policy."""
         return self.kept[remat] + self.working
 
     def fastest(self, room: float) -> str:
-        """Gives the policy that computes least again of those that fit into `room` bytes, `full` where none does."""
+        """Return the policy that computes least again of those that fit into `room` bytes, `full` where none does."""
         return fastest(self.total, room)
 
 
 def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
-    """Estimates what a step keeps.
+    """Estimate what a step keeps.
 
     Args:
         subject: the run.
@@ -55,7 +55,7 @@ def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
 
 
 def _decoded(subject: Subject, mesh: Mesh) -> int:
-    """Gives the bytes of what a quantised base is decoded to while it is used: its largest kernel."""
+    """Return the bytes of what a quantised base is decoded to while it is used: its largest kernel."""
     if subject.model.options.quant is None:
         return 0
     size, layers = jnp.dtype(subject.model.options.dtype).itemsize, subject.model.config.num_hidden_layers

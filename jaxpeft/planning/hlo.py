@@ -85,7 +85,7 @@ class Instruction:
 
     @cached_property
     def called(self) -> Mapping[str, tuple[str, ...]]:
-        """Names of the computations that it calls, by the attribute that names them."""
+        """Name of the computations that it calls, by the attribute that names them."""
         return {key: tuple(_NAME.findall(value)) for key, value in _CALLED.findall(self.text)}
 
 
@@ -122,7 +122,7 @@ class Program:
         return [name for name in names if name in self.computations]
 
     def _visit(self, name: str, order: list[str], seen: set[str]) -> None:
-        """Puts a computation behind all that it calls."""
+        """Put a computation behind all that it calls."""
         seen.add(name)
         for one in self.computations[name].values():
             for callee in self._callees(one):
@@ -131,7 +131,7 @@ class Program:
         order.append(name)
 
     def trips(self, loop: Instruction) -> int:
-        """Gives how often the body of a `while` runs, 1 where nothing tells."""
+        """Return how often the body of a `while` runs, 1 where nothing tells."""
         known = _TRIPS.search(loop.text)
         if known:
             return int(known.group(1))
@@ -140,7 +140,7 @@ class Program:
         return -(-limit // self._step(loop))
 
     def _step(self, loop: Instruction) -> int:
-        """Gives what a loop adds to its counter in each iteration, 1 where nothing tells: the compiler may unroll it by two."""
+        """Return what a loop adds to its counter in each iteration, 1 where nothing tells: the compiler may unroll it by two."""
         condition = self.computations.get(next(iter(loop.called.get("condition", ())), ""), {})
         body = self.computations.get(next(iter(loop.called.get("body", ())), ""), {})
         places = [int(found.group(1)) for one in condition.values() if (found := _INDEX.search(one.text))]
@@ -154,7 +154,7 @@ class Program:
         return max((int(n) for n in numbers if n.strip().isdigit()), default=1) or 1
 
     def _constants(self, name: str, depth: int) -> list[str]:
-        """Gives the whole numbers of a condition, those in its fusions too."""
+        """Return the whole numbers of a condition, those in its fusions too."""
         found: list[str] = []
         for one in self.computations.get(name, {}).values():
             if one.opcode == "constant" and re.fullmatch(r"\d+", one.inside.strip()):
@@ -164,13 +164,13 @@ class Program:
         return found
 
     def operands(self, computation: str, one: Instruction) -> list[Instruction]:
-        """Gives the instructions that make the operands of one."""
+        """Return the instructions that make the operands of one."""
         there = self.computations[computation]
         return [there[name] for name in one.operands if name in there]
 
 
 def parse(text: str) -> Program:
-    """Reads the text of a compiled module.
+    """Read the text of a compiled module.
 
     Args:
         text: what `compiled.as_text()` gives.
@@ -210,7 +210,7 @@ def _instruction(raw: str) -> Instruction | None:
 
 
 def _shape(text: str) -> tuple[str, str]:
-    """Splits an instruction behind its shape, which may be a tuple."""
+    """Split an instruction behind its shape, which may be a tuple."""
     if text.startswith("("):
         end = _closing(text[1:]) + 2
         return text[:end], text[end:].lstrip()
@@ -219,7 +219,7 @@ def _shape(text: str) -> tuple[str, str]:
 
 
 def _closing(text: str) -> int:
-    """Gives where the parenthesis closes that has been opened before `text`."""
+    """Return where the parenthesis closes that has been opened before `text`."""
     depth = 1
     for found in re.finditer(r"[()]", text):
         depth += 1 if found.group() == "(" else -1
@@ -229,7 +229,7 @@ def _closing(text: str) -> int:
 
 
 def arrays(shape: str) -> tuple[Array, ...]:
-    """Reads the arrays of a shape, such as `(bf16[8,4]{1,0:S(1)}, s32[])`."""
+    """Read the arrays of a shape, such as `(bf16[8,4]{1,0:S(1)}, s32[])`."""
     found: list[Array] = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         space = _SPACE.search(layout)

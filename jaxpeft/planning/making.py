@@ -49,7 +49,7 @@ class Request:
 
 
 def make(request: Request) -> Plan:
-    """Makes a plan. The environment must be prepared (`topology.prepare`).
+    """Make a plan. The environment must be prepared (`topology.prepare`).
 
     Raises:
         JaxpeftError: whatever cannot be used, named.

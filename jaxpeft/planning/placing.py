@@ -50,7 +50,7 @@ class Placed:
 
 
 def place(subject: Subject, mesh: Mesh) -> Placed:
-    """Says where everything lies.
+    """Return where everything lies.
 
     Args:
         subject: the run.
@@ -85,7 +85,7 @@ def place(subject: Subject, mesh: Mesh) -> Placed:
 
 
 def local(leaf: Any) -> int:
-    """Gives the bytes of an abstract array that one device holds, none where it waits in the host's memory."""
+    """Return the bytes of an abstract array that one device holds, none where it waits in the host's memory."""
     if leaf.sharding.memory_kind in ("pinned_host", "unpinned_host"):
         return 0
     size = 1

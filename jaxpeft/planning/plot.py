@@ -11,7 +11,7 @@ _PARTS = ("base", "adapters", "optimizer", "activations", "temporaries")
 
 
 def draw(path: Path, plan: Plan) -> None:
-    """Draws the memory of one device over the strategies as a PNG.
+    """Draw the memory of one device over the strategies as a PNG.
 
     Args:
         path: of the PNG.

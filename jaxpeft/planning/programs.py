@@ -41,7 +41,7 @@ class Compiled:
 
 
 def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limit: float | None, held: int) -> Compiled:
-    """Compiles a step.
+    """Compile a step.
 
     Args:
         step: a jitted function.
@@ -69,7 +69,7 @@ def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limi
 
 
 def _options(topology: Topology, limit: float | None, folder: str) -> Mapping[str, Any]:
-    """Tells the compiler of TPU programs where to write them, and of a limit below the chip's memory, which it heeds as it does that."""
+    """Tell the compiler of TPU programs where to write them, and of a limit below the chip's memory, which it heeds as it does that."""
     if topology.chip.platform != "tpu":
         return {}
     options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -84,7 +84,7 @@ def _said(pattern: re.Pattern[str], text: str) -> int:
 
 
 def _text(compiled: Any, folder: Path) -> tuple[str | None, str]:
-    """Gives the text of a program, or why there is none."""
+    """Return the text of a program, or why there is none."""
     try:
         return compiled.as_text(), ""
     except (
@@ -96,11 +96,11 @@ def _text(compiled: Any, folder: Path) -> tuple[str | None, str]:
 
 
 def written(folder: Path) -> str | None:
-    """Gives the text of a program that the compiler has written to a folder, as it is after its optimizations; None where it has not."""
+    """Return the text of a program that the compiler has written to a folder, as it is after its optimizations; None where it has not."""
     files = sorted(folder.glob("*.after_optimizations.txt"), key=lambda file: file.stat().st_size)
     return files[-1].read_text() if files else None
 
 
 def gib(nbytes: float) -> str:
-    """Writes bytes as GiB."""
+    """Write bytes as GiB."""
     return f"{nbytes / GIB:.2f} GiB"

@@ -136,13 +136,13 @@ class Plan:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Gives a plan as plain JSON values."""
+    """Return a plan as plain JSON values."""
     best = plan.best
     return {"version": VERSION, **dataclasses.asdict(plan), "best": best.strategy if best else None}
 
 
 def as_table(plan: Plan) -> str:
-    """Writes a plan for a terminal."""
+    """Write a plan for a terminal."""
     head = (
         f"{plan.method} on {plan.parameters / 1e9:.2f} B parameters ({plan.trained / 1e6:.1f} M trained), rows of {plan.length} "
         f"tokens, on {plan.topology} ({plan.devices} devices)\nlayers {plan.layers}; {plan.programs}"
@@ -182,7 +182,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _short(row: Row) -> str:
-    """Says in a few words whether a row fits."""
+    """Return in a few words whether a row fits."""
     memory = row.memory
     if row.fits is None or memory is None or memory.limit is None:
         return "no limit"
@@ -191,7 +191,7 @@ def _short(row: Row) -> str:
 
 
 def _talk(rows: Sequence[Row]) -> str:
-    """Writes the collectives of each row, and its notes."""
+    """Write the collectives of each row, and its notes."""
     lines: list[str] = []
     for row in _with_nearest(rows):
         name = f"{row.strategy}, {row.change}" if row.change else row.strategy
@@ -209,7 +209,7 @@ def _talk(rows: Sequence[Row]) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Pads columns to their widest cell: words on the left, numbers on the right."""
+    """Pad columns to their widest cell: words on the left, numbers on the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     left = (0, 1, 2, 3, 13, len(widths) - 1)
     return "\n".join(

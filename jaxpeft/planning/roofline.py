@@ -53,7 +53,7 @@ def roofline(
     model_flops: float,
     devices: int,
 ) -> Roofline | None:
-    """Gives the least time of a step, None of a chip whose figures are not known.
+    """Return the least time of a step, None of a chip whose figures are not known.
 
     Args:
         chip: its figures.
@@ -78,7 +78,7 @@ def roofline(
 
 
 def rates(topology: Topology, mesh: Any, found: Sequence[Collective]) -> dict[Collective, float]:
-    """Gives the bytes/s at which each collective can run.
+    """Return the bytes/s at which each collective can run.
 
     Args:
         topology: of the devices.
@@ -89,7 +89,7 @@ def rates(topology: Topology, mesh: Any, found: Sequence[Collective]) -> dict[Co
 
 
 def rate(topology: Topology, mesh: Any, axes: str) -> float:
-    """Gives the bytes/s that a chip sends along axes of the mesh.
+    """Return the bytes/s that a chip sends along axes of the mesh.
 
     Of a torus that is two links for each of its axes that the group of chips extends along, one where the group is no ring: where it
     is not the whole axis, or the slice too small; where the group goes over several slices, or hosts of GPUs, their network.
@@ -114,12 +114,12 @@ def rate(topology: Topology, mesh: Any, axes: str) -> float:
 
 
 def _extents(devices: Sequence[Any]) -> list[int]:
-    """Gives over how many places of each axis of the torus devices are spread."""
+    """Return over how many places of each axis of the torus devices are spread."""
     return [len(set(axis.tolist())) for axis in np.array([device.coords for device in devices]).T]
 
 
 def _group(mesh: Any, axes: str) -> list[Any]:
-    """Gives the devices that differ from the first along some axes alone."""
+    """Return the devices that differ from the first along some axes alone."""
     wanted = axes.split("+")
     index = tuple(slice(None) if name in wanted else 0 for name in mesh.axis_names)
     return list(np.atleast_1d(np.asarray(mesh.devices[index])).ravel())

@@ -86,7 +86,7 @@ class Subject:
 
 
 def model_config(path: str, revision: str | None, given: str | None) -> dict[str, Any]:
-    """Reads the `config.json` of a model, and nothing else of it.
+    """Read the `config.json` of a model, and nothing else of it.
 
     Args:
         path: as `config.model.path`.
@@ -128,7 +128,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def subject(config: Config, described: Mapping[str, Any], attention: str, remat: str, *, scan: bool) -> Subject:
-    """Makes the shapes of a run.
+    """Make the shapes of a run.
 
     Args:
         config: a checked config.
@@ -159,7 +159,7 @@ def subject(config: Config, described: Mapping[str, Any], attention: str, remat:
 
 
 def with_changes(config: Config, **changes: Any) -> Config:
-    """Gives a config with some options of its sections changed, each named `section__option`."""
+    """Return a config with some options of its sections changed, each named `section__option`."""
     out = config
     for key, value in changes.items():
         section, _, option = key.partition("__")
@@ -196,7 +196,7 @@ def _batch(
 
 
 def described_in_json(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives what a report says of a model: those of its sizes that its `config.json` names."""
+    """Return what a report says of a model: those of its sizes that its `config.json` names."""
     keys = (
         "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "vocab_size", "dtype", "torch_dtype",

@@ -56,7 +56,7 @@ class Topology:
 
 
 def read(text: str, slices: int = 1) -> Topology:
-    """Reads a topology.
+    """Read a topology.
 
     Args:
         text: `CHIP:SHAPE`.
@@ -97,7 +97,7 @@ def _sizes(shape: str) -> tuple[int, ...]:
 
 
 def environment(topology: Topology) -> Mapping[str, str]:
-    """Gives what the environment must say before JAX is imported: no accelerator is looked for, nor metadata of one."""
+    """Return what the environment must say before JAX is imported: no accelerator is looked for, nor metadata of one."""
     if topology.chip.platform != "tpu":
         return {"JAX_PLATFORMS": "cpu"}
     return {
@@ -113,7 +113,7 @@ def environment(topology: Topology) -> Mapping[str, str]:
 
 
 def prepare(topology: Topology, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Sets the environment of this process, which has not imported JAX yet.
+    """Set the environment of this process, which has not imported JAX yet.
 
     Raises:
         ConfigError: the compiler of TPU programs is not installed.
@@ -127,7 +127,7 @@ def prepare(topology: Topology, environ: MutableMapping[str, str] = os.environ) 
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Gives the devices to compile for.
+    """Return the devices to compile for.
 
     Raises:
         ConfigError: there is no such topology.

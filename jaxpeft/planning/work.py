@@ -45,7 +45,7 @@ class Work:
 
 
 def work(program: Program, *, causal: bool = True) -> Work:
-    """Adds up the work of a program.
+    """Add up the work of a program.
 
     Args:
         program: compiled.
@@ -66,7 +66,7 @@ def work(program: Program, *, causal: bool = True) -> Work:
 
 
 def _kernel(program: Program, computation: str, one: Instruction, causal: bool) -> float | None:
-    """Gives the FLOPs of a call of a kernel, None where nothing tells: what it says itself, or those of splash attention."""
+    """Return the FLOPs of a call of a kernel, None where nothing tells: what it says itself, or those of splash attention."""
     said = _ESTIMATE.search(one.text)
     if said is not None:
         return float(said.group(1))
@@ -80,7 +80,7 @@ def _kernel(program: Program, computation: str, one: Instruction, causal: bool) 
 
 
 def _outer(program: Program) -> set[str]:
-    """Gives the computations whose instructions run one by one: those that are no part of a fusion."""
+    """Return the computations whose instructions run one by one: those that are no part of a fusion."""
     found, waiting = {program.entry}, [program.entry]
     while waiting:
         for one in program.computations[waiting.pop()].values():
@@ -108,7 +108,7 @@ def _product(program: Program, computation: str, one: Instruction) -> float:
 
 
 def _convolution(one: Instruction, left: Array, right: Array) -> float:
-    """Counts the products of a convolution that are none with padding: a TPU writes products of matrices as such."""
+    """Count the products of a convolution that are none with padding: a TPU writes products of matrices as such."""
     labels = _LABELS.search(one.text)
     if labels is None:
         return 0.0
@@ -124,7 +124,7 @@ def _convolution(one: Instruction, left: Array, right: Array) -> float:
 
 
 def _window(text: str) -> tuple[Sequence[int], ...]:
-    """Gives stride, padding before, and dilation of both operands, one of each a spatial dimension."""
+    """Return stride, padding before, and dilation of both operands, one of each a spatial dimension."""
     found = _WINDOW.search(text)
     fields = dict(part.split("=", 1) for part in found.group(1).split()) if found else {}
     many = len(fields.get("size", "").split("x"))
@@ -136,13 +136,13 @@ def _window(text: str) -> tuple[Sequence[int], ...]:
 
 
 def _valid(given: int, kernel: int, result: int, stride: int, pad: int, spread: int, apart: int) -> int:
-    """Counts the pairs of places of result and kernel that meet a number of the input."""
+    """Count the pairs of places of result and kernel that meet a number of the input."""
     place = np.arange(result)[:, None] * stride - pad + np.arange(kernel)[None, :] * apart
     return int(((place >= 0) & (place < (given - 1) * spread + 1) & (place % spread == 0)).sum())
 
 
 def _moved(program: Program, computation: str, one: Instruction) -> int:
-    """Gives the bytes of the device's memory that an instruction reads and writes."""
+    """Return the bytes of the device's memory that an instruction reads and write."""
     if one.opcode in _FREE:
         return 0
     operands = program.operands(computation, one)
@@ -160,12 +160,12 @@ def _moved(program: Program, computation: str, one: Instruction) -> int:
 
 
 def _near(arrays: Sequence[Array]) -> int:
-    """Gives the bytes of those arrays that are in the device's memory."""
+    """Return the bytes of those arrays that are in the device's memory."""
     return sum(array.nbytes for array in arrays if array.space == 0)
 
 
 def _read(program: Program, fusion: str, i: int, operand: Instruction) -> int:
-    """Gives the bytes that a fusion reads of an operand, of which it may take a slice alone."""
+    """Return the bytes that a fusion reads of an operand, of which it may take a slice alone."""
     whole = _near(operand.arrays)
     if not whole or not fusion:
         return whole
@@ -197,7 +197,7 @@ def _used(program: Program, fusion: str, name: str, whole: int) -> int:
 
 
 def _written(program: Program, fusion: str, one: Instruction) -> int:
-    """Gives the bytes that a fusion writes, of which some may be slices of what is there."""
+    """Return the bytes that a fusion writes, of which some may be slices of what is there."""
     there = program.computations.get(fusion, {})
     root = next((inner for inner in there.values() if inner.root), None)
     if root is None:

@@ -45,7 +45,7 @@ class _Group:
 def stored(
     quant: Quant, read: Callable[[int, Sharding], jax.Array], layers: int | None, places: Places
 ) -> dict[str, jax.Array]:
-    """Gives the leaves that hold a kernel, or one a layer: each is read, quantised and let go before the next.
+    """Return the leaves that hold a kernel, or one a layer: each is read, quantised and let go before the next.
 
     Args:
         quant: how.
@@ -76,7 +76,7 @@ def stored(
 
 @functools.lru_cache(maxsize=64)
 def _compiled(quant: Quant, places: tuple[tuple[str, Sharding], ...]) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """Gives the program that quantises one kernel, the same function for all kernels: it is traced once for each shape."""
+    """Return the program that quantises one kernel, the same function for all kernels: it is traced once for each shape."""
     (_, first), *_ = places
     whole = None
     if isinstance(first, NamedSharding):
@@ -85,7 +85,7 @@ def _compiled(quant: Quant, places: tuple[tuple[str, Sharding], ...]) -> Callabl
 
 
 def _groups(places: Places, layers: int | None, codes: str) -> Iterator[_Group]:
-    """Gives the groups of layers, in their order; a kernel alone is one. `codes` names the leaf that is as large as the kernel."""
+    """Return the groups of layers, in their order; a kernel alone is one. `codes` names the leaf that is as large as the kernel."""
     first = places[codes]
     if not isinstance(first, NamedSharding):
         here = {key: _in_device_memory(place) for key, place in places.items()}
@@ -113,7 +113,7 @@ def _groups(places: Places, layers: int | None, codes: str) -> Iterator[_Group]:
 
 
 def _cut(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Mesh]:
-    """Gives the meshes of the devices that have the same place along some axes, in the order of a leaf cut by these."""
+    """Return the meshes of the devices that have the same place along some axes, in the order of a leaf cut by these."""
     for at in itertools.product(*(range(mesh.shape[axis]) for axis in axes)):
         place = dict(zip(axes, at, strict=True))
         index = tuple(slice(place[a], place[a] + 1) if a in place else slice(None) for a in mesh.axis_names)
@@ -125,13 +125,13 @@ def _named(mesh: Mesh, specs: Mapping[str, tuple[Any, ...]]) -> dict[str, Shardi
 
 
 def _kernel(mesh: Mesh, codes: tuple[Any, ...]) -> Sharding:
-    """Puts a kernel `[in, out]` where its codes `[out, in ...]` will lie."""
+    """Put a kernel `[in, out]` where its codes `[out, in ...]` will lie."""
     rows, columns = (*codes, None, None)[:2]
     return NamedSharding(mesh, PartitionSpec(columns, rows))
 
 
 def _host(place: Sharding) -> bool:
-    """Says whether a leaf is kept in the memory of the host."""
+    """Return whether a leaf is kept in the memory of the host."""
     return place.memory_kind not in (None, jax.local_devices()[0].default_memory().kind)
 
 
@@ -140,14 +140,14 @@ def _in_device_memory(place: Sharding) -> Sharding:
 
 
 def _fetched(leaf: jax.Array) -> dict[Any, np.ndarray[Any, Any]]:
-    """Takes this process's parts of a leaf off the devices, which need not hold the layers of a stack together then."""
+    """Take this process's parts of a leaf off the devices, which need not hold the layers of a stack together then."""
     return {shard.device: np.asarray(shard.data) for shard in leaf.addressable_shards}
 
 
 def _put_back(
     made: list[dict[Any, np.ndarray[Any, Any]]], place: Sharding, shape: tuple[int, ...], layers: range | None
 ) -> list[jax.Array]:
-    """Puts what was fetched into the memory of the host, as the devices see it: one array a device, of its layers."""
+    """Put what was fetched into the memory of the host, as the devices see it: one array a device, of its layers."""
     parts: list[jax.Array] = []
     for device, index in place.addressable_devices_indices_map(shape).items():
         if device not in made[0] or index is None:

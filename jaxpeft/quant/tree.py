@@ -66,15 +66,15 @@ class Quant:
             raise ConfigError(f"quant_group: must be a whole number of at least 1, is {whole!r}")
 
     def __str__(self) -> str:
-        """Gives what to call `jaxpeft.load` with: the name of the form, where nothing else is chosen."""
+        """Return what to call `jaxpeft.load` with: the name of the form, where nothing else is chosen."""
         return repr(self.form) if self == Quant(self.form) else f"jaxpeft.{self!r}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Gives it as plain values, as they stand in `jaxpeft.json`."""
+        """Return it as plain values, as they stand in `jaxpeft.json`."""
         return dataclasses.asdict(self)
 
     def sites(self, params: Mapping[str, Any]) -> dict[Path, Site]:
-        """Gives the sites to quantise, by the path of their kernels.
+        """Return the sites to quantise, by the path of their kernels.
 
         Args:
             params: the tree of a base; abstract leaves will do.
@@ -104,7 +104,7 @@ class Quant:
         return {(*site.path, "kernel"): site for site in chosen}
 
     def _warn_of_unused(self, params: Mapping[str, Any]) -> None:
-        """Says what is excluded and is no module: it may be misspelt, or there in other models."""
+        """Return what is excluded and is no module: it may be misspelt, or there in other models."""
         names = [name for site in targets.find_sites(params) for name in site.names]
         entries = (self.exclude,) if isinstance(self.exclude, str) else self.exclude
         for entry in entries:
@@ -116,7 +116,7 @@ class Quant:
 
     @classmethod
     def of(cls, form: str, params: Mapping[str, Any], kernels: Set[Path]) -> Quant:
-        """Gives it for kernels that are quantised already, named as shortly as they can be.
+        """Return it for kernels that are quantised already, named as shortly as they can be.
 
         Args:
             form: a key of `jaxpeft.kernels.QUANTIZED`.
@@ -132,7 +132,7 @@ class Quant:
         return cls(form, targets=_suffixes(list(held), sites))
 
     def abstract(self, shape: tuple[int, int], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """Gives shape and dtype of the leaves that hold a kernel of one layer.
+        """Return shape and dtype of the leaves that hold a kernel of one layer.
 
         Args:
             shape: of the kernel, `(in, out)`.
@@ -143,7 +143,7 @@ class Quant:
     def store(
         self, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     ) -> Callable[[Any], dict[str, Any]]:
-        """Gives what makes the leaves of a kernel `[in, out]`.
+        """Return what makes the leaves of a kernel `[in, out]`.
 
         Args:
             whole: makes a function compute on whole arrays on every device of a mesh; None where there is one device.
@@ -153,7 +153,7 @@ class Quant:
         return partial(form.store, **options, **({"whole": whole} if form.pooled and whole is not None else {}))
 
     def stored(self, layers: list[Callable[[], jax.Array]], stacked: bool) -> dict[str, jax.Array]:
-        """Gives the leaves that hold a kernel, or one a layer: each is made, quantised and let go before the next.
+        """Return the leaves that hold a kernel, or one a layer: each is made, quantised and let go before the next.
 
         Args:
             layers: give the kernel of each layer, `[in, out]`, placed on its devices.
@@ -166,7 +166,7 @@ class Quant:
 
 
 def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
-    """Gives shape and dtype of the leaves of a base as they are stored: those of the form in place of each quantised kernel.
+    """Return shape and dtype of the leaves of a base as they are stored: those of the form in place of each quantised kernel.
 
     Args:
         params: the tree of a base that is not quantised; abstract leaves will do.
@@ -185,7 +185,7 @@ def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
 
 
 def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:
-    """Names sites: by the last component where all that have it are chosen, else by their whole names."""
+    """Name sites: by the last component where all that have it are chosen, else by their whole names."""
     last = {site: site.name.rpartition(".")[2] for site in sites}
     shared = {last[site] for site in sites if site not in chosen}
     found = {name for site in chosen for name in ([last[site]] if last[site] not in shared else site.names)}
@@ -193,7 +193,7 @@ def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:
 
 
 def read_quant(values: Any, where: Any) -> Quant:
-    """Reads what `as_dict` gives.
+    """Read what `as_dict` gives.
 
     Args:
         values: it.
@@ -213,7 +213,7 @@ def read_quant(values: Any, where: Any) -> Quant:
 
 
 def quantise(params: Mapping[str, Any], quant: Quant | str) -> Tree:
-    """Quantises a base that is there already; `load` does so as it reads one.
+    """Quantise a base that is there already; `load` does so as it reads one.
 
     Args:
         params: the tree of a base, without adapter leaves.
@@ -242,7 +242,7 @@ def quantise(params: Mapping[str, Any], quant: Quant | str) -> Tree:
 
 
 def dequantise(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
-    """Gives the base that a quantised one stands for; adapter leaves stay where they are.
+    """Return the base that a quantised one stands for; adapter leaves stay where they are.
 
     Args:
         params: a tree.

@@ -28,7 +28,7 @@ NAMES: tuple[tuple[str, Any], ...] = (
 
 
 def mesh_under(params: Any) -> Mesh | None:
-    """Gives the mesh that the leaves of a tree lie on, None where they are on none."""
+    """Return the mesh that the leaves of a tree lie on, None where they are on none."""
     found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
     return next(
         (where.mesh for where in found if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh)), None
@@ -36,7 +36,7 @@ def mesh_under(params: Any) -> Mesh | None:
 
 
 def on_mesh(mesh: Mesh | None, fn: F) -> F:
-    """Gives a function that is traced for a mesh; one device leaves it as it is, and so does None.
+    """Return a function that is traced for a mesh; one device leaves it as it is, and so does None.
 
     Args:
         mesh: the devices.
@@ -54,13 +54,13 @@ def on_mesh(mesh: Mesh | None, fn: F) -> F:
 
 
 def mesh_of() -> AbstractMesh | None:
-    """Gives the mesh that is traced for, None where there is none."""
+    """Return the mesh that is traced for, None where there is none."""
     found = jax.sharding.get_abstract_mesh()
     return None if found.empty or not nn.get_logical_axis_rules() else found
 
 
 def size_of(*axes: str) -> int:
-    """Gives how many devices of the mesh that is traced for are along some axes, 1 without a mesh."""
+    """Return how many devices of the mesh that is traced for are along some axes, 1 without a mesh."""
     mesh = mesh_of()
     count = 1
     for axis in axes if mesh is not None else ():
@@ -69,7 +69,7 @@ def size_of(*axes: str) -> int:
 
 
 def spec_of(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
-    """Gives the spec of an activation; an axis that does not divide its dimension is left out.
+    """Return the spec of an activation; an axis that does not divide its dimension is left out.
 
     Args:
         shape: of the activation.
@@ -84,7 +84,7 @@ def spec_of(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
 
 
 def placed(x: jax.Array, *names: str | None) -> jax.Array:
-    """Says where an activation lies, where a mesh is traced for.
+    """Return where an activation lies, where a mesh is traced for.
 
     Args:
         x: the activation.

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads | None = None) -> Mesh:
-    """Makes the mesh of a run.
+    """Make the mesh of a run.
 
     Args:
         config: a checked config.
@@ -58,13 +58,13 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads
 
 
 def evaluation_rows(config: Config, mesh: Mesh) -> int:
-    """Gives the rows of a batch of an evaluation: `evaluation.batch_size`, or the next number that the devices share evenly."""
+    """Return the rows of a batch of an evaluation: `evaluation.batch_size`, or the next number that the devices share evenly."""
     over = row_shards(mesh.shape)
     return -(-config.evaluation.batch_size // over) * over
 
 
 def heads_of(config: Mapping[str, Any]) -> Heads | None:
-    """Gives the heads that the `config.json` of a model names, None where it names none."""
+    """Return the heads that the `config.json` of a model names, None where it names none."""
     queries = next(
         (config[name] for name in ("num_attention_heads", "n_heads") if isinstance(config.get(name), int)), None
     )
@@ -81,13 +81,13 @@ def _sizes(options: MeshConfig, there: Sequence[Any], groups: int, heads: Heads 
 
 
 def _groups(devices: Sequence[Any]) -> list[int]:
-    """Lists the groups of devices that a slower network joins: slices of a TPU, else processes, which is hosts."""
+    """List the groups of devices that a slower network joins: slices of a TPU, else processes, which is hosts."""
     by_slice = sorted({getattr(device, "slice_index", 0) or 0 for device in devices})
     return by_slice if len(by_slice) > 1 else sorted({device.process_index for device in devices})
 
 
 def _slices(options: MeshConfig, groups: int, data: int) -> int:
-    """Gives how many slices a mesh goes over.
+    """Return how many slices a mesh goes over.
 
     Raises:
         ConfigError: the devices are in another number of groups.
@@ -103,7 +103,7 @@ def _slices(options: MeshConfig, groups: int, data: int) -> int:
 
 
 def _check_slices(options: MeshConfig, along: Mapping[str, int], devices: int, slices: int) -> None:
-    """Refuses an axis that does not go over the slices evenly.
+    """Refuse an axis that does not go over the slices evenly.
 
     Raises:
         ConfigError: with what would.
@@ -130,7 +130,7 @@ def _check_slices(options: MeshConfig, along: Mapping[str, int], devices: int, s
 def _arranged(
     options: MeshConfig, along: Mapping[str, int], devices: Sequence[Any], slices: int
 ) -> np.ndarray[Any, Any]:
-    """Gives the devices as an array of the mesh's shape, neighbours along the last axes."""
+    """Return the devices as an array of the mesh's shape, neighbours along the last axes."""
     shape = tuple(along.values())
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -155,17 +155,17 @@ def _by_order(devices: Sequence[Any], inner: tuple[int, ...], axis: int, slices:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Gives the sharding of an array that each device holds."""
+    """Return the sharding of an array that each device holds."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh, axis: int) -> NamedSharding:
-    """Gives the sharding of an array whose axis of rows is spread over the devices."""
+    """Return the sharding of an array whose axis of rows is spread over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 
 def batch_shardings(mesh: Mesh, batch: Mapping[str, Any], axis: int = 0) -> dict[str, NamedSharding]:
-    """Gives the sharding of each array of a batch: rows over `data` and `fsdp`, positions over `sequence`.
+    """Return the sharding of each array of a batch: rows over `data` and `fsdp`, positions over `sequence`.
 
     Args:
         mesh: the devices.
@@ -182,7 +182,7 @@ def batch_shardings(mesh: Mesh, batch: Mapping[str, Any], axis: int = 0) -> dict
 
 
 def has_positions(array: Any, ids: tuple[int, ...]) -> bool:
-    """Says whether an array of a batch has an axis of positions: whole numbers of the shape of its `input_ids`.
+    """Return whether an array of a batch has an axis of positions: whole numbers of the shape of its `input_ids`.
 
     The labels of a row with several may be as many as its positions; they are floating.
     """
@@ -190,7 +190,7 @@ def has_positions(array: Any, ids: tuple[int, ...]) -> bool:
 
 
 def place(mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0) -> dict[str, jax.Array]:
-    """Puts a batch onto the devices.
+    """Put a batch onto the devices.
 
     Args:
         mesh: the devices.

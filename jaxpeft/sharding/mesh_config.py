@@ -49,7 +49,7 @@ class MeshConfig:
     offload: bool = option(False, "the frozen kernels of the layers in host memory, fetched a layer at a time")
 
     def problems(self) -> list[str]:
-        """Lists what is wrong across options."""
+        """List what is wrong across options."""
         given = {axis: size for axis in AXES if (size := getattr(self, axis)) is not None}
         found = [f"{axis}: must be -1 or at least 1, is 0" for axis, size in given.items() if size == 0]
         found += ["slices: must be -1 or at least 1, is 0"] if self.slices == 0 else []
@@ -105,13 +105,13 @@ class MeshConfig:
 
 
 def known_rows(mesh: MeshConfig) -> tuple[dict[str, int], str]:
-    """Gives the sizes of the axes as far as they are known without the devices, 1 elsewhere, and what to call those of the rows."""
+    """Return the sizes of the axes as far as they are known without the devices, 1 elsewhere, and what to call those of the rows."""
     known = known_sizes(mesh) or {axis: max(1, getattr(mesh, axis) or 1) for axis in AXES}
     return known, " x ".join(f"mesh.{axis} {known[axis]}" for axis in ROWS if axis == ROWS[0] or known[axis] > 1)
 
 
 def batch_problems(config: Config, sizes: Mapping[str, int], named: str) -> list[str]:
-    """Lists batches that cannot be spread over a mesh evenly, as `section.field: why`.
+    """List batches that cannot be spread over a mesh evenly, as `section.field: why`.
 
     Args:
         config: the options.

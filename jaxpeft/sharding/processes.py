@@ -19,7 +19,7 @@ Rows = tuple[int, ...]
 
 
 def check_processes(mesh: Mesh) -> None:
-    """Refuses a mesh that leaves out the devices of a process, which would then wait for nothing.
+    """Refuse a mesh that leaves out the devices of a process, which would then wait for nothing.
 
     Raises:
         ConfigError: naming the processes.
@@ -34,7 +34,7 @@ def check_processes(mesh: Mesh) -> None:
 
 
 def own_rows(mesh: Mesh, rows: int) -> Rows | None:
-    """Gives the rows that this process makes, of a batch or of each micro-batch.
+    """Return the rows that this process makes, of a batch or of each micro-batch.
 
     Args:
         mesh: the devices.
@@ -49,7 +49,7 @@ def own_rows(mesh: Mesh, rows: int) -> Rows | None:
 def joined(
     batch: Mapping[str, np.ndarray[Any, Any]], shardings: Mapping[str, NamedSharding], axis: int
 ) -> dict[str, jax.Array]:
-    """Makes the arrays of a batch of which each process has its own rows.
+    """Make the arrays of a batch of which each process has its own rows.
 
     Args:
         batch: arrays with the rows of `own_rows` along an axis, all of the others'.
@@ -67,7 +67,7 @@ def joined(
 
 
 def put(tree: Any, where: Any) -> Any:
-    """Puts a tree where it lies on a mesh, whose devices may be those of several processes.
+    """Put a tree where it lies on a mesh, whose devices may be those of several processes.
 
     Args:
         tree: of arrays; those of one process alone are the same in each.
@@ -86,7 +86,7 @@ def _put(leaf: Any, where: NamedSharding) -> jax.Array:
 
 
 def on_host(params: Tree, *, keep: bool) -> Tree:
-    """Gives a tree whose leaves are whole in this process's memory; of one process they are anyway, and stay where they are.
+    """Return a tree whose leaves are whole in this process's memory; of one process they are anyway, and stay where they are.
 
     One leaf after the other is gathered, so that no device holds the whole tree.
 

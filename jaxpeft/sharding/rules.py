@@ -49,7 +49,7 @@ class Rules:
     offload: bool = False
 
     def find(self, path: str) -> Rule:
-        """Gives the first rule that a path matches.
+        """Return the first rule that a path matches.
 
         Raises:
             ConfigError: none does.
@@ -62,11 +62,11 @@ class Rules:
         )
 
     def own(self, path: str) -> Rule | None:
-        """Gives the first of the user's rules that a path matches, None where none does."""
+        """Return the first of the user's rules that a path matches, None where none does."""
         return next((rule for rule in self.rules if rule.own and full_match(rule.pattern, path)), None)
 
     def require_fast(self, paths: Iterable[str]) -> None:
-        """Refuses a rule of the user's that takes too long on one of the paths.
+        """Refuse a rule of the user's that takes too long on one of the paths.
 
         Raises:
             ConfigError: naming the expression.
@@ -99,7 +99,7 @@ TABLE: tuple[Rule, ...] = (
 
 
 def rules_of(mesh: MeshConfig) -> Rules:
-    """Gives the rules of a run: the user's own, then those of its strategy.
+    """Return the rules of a run: the user's own, then those of its strategy.
 
     Args:
         mesh: its options.
@@ -109,7 +109,7 @@ def rules_of(mesh: MeshConfig) -> Rules:
 
 
 def strategy_rules(strategy: str | None) -> tuple[Rule, ...]:
-    """Gives the rules of a named strategy; None for the whole tree on each device."""
+    """Return the rules of a named strategy; None for the whole tree on each device."""
     uses = STRATEGIES[strategy].axes if strategy else ()
     if not {TENSOR, FSDP} & set(uses):
         return (Rule(".*"),)

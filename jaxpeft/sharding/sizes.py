@@ -64,7 +64,7 @@ def row_shards(sizes: Mapping[str, int]) -> int:
 
 
 def sizes(mesh: MeshConfig, devices: int, groups: int = 1, heads: Heads | None = None) -> dict[str, int]:
-    """Gives the size of each axis.
+    """Return the size of each axis.
 
     Args:
         mesh: the options.
@@ -118,13 +118,13 @@ def _or(values: list[int]) -> str:
 
 
 def known_sizes(mesh: MeshConfig) -> dict[str, int] | None:
-    """Gives the sizes where they do not depend on the devices, None where they do."""
+    """Return the sizes where they do not depend on the devices, None where they do."""
     wanted = _wanted(mesh, 0, 1, None)
     return None if -1 in wanted.values() or 0 in wanted.values() else wanted
 
 
 def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: Heads | None) -> dict[str, int]:
-    """Gives the size of each axis, -1 of at most one that takes the rest; with 0 devices 0 for what depends on them."""
+    """Return the size of each axis, -1 of at most one that takes the rest; with 0 devices 0 for what depends on them."""
     given = {axis: size for axis in AXES if (size := getattr(mesh, axis)) is not None}
     found = {axis: given.get(axis, 1) for axis in AXES}
     if mesh.strategy is None:
@@ -149,12 +149,12 @@ def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: Heads | None) ->
 
 
 def _tensor(devices: int, most: int, heads: int | None) -> int:
-    """Gives the largest size of `tensor` that divides the devices and the heads, and is no more than `most`."""
+    """Return the largest size of `tensor` that divides the devices and the heads, and is no more than `most`."""
     return max(n for n in divisors(devices) if n <= most and (heads is None or heads % n == 0))
 
 
 def _too_many(given: Mapping[str, int], devices: int) -> str:
-    """Says that the sizes need more devices than there are, and what the largest of them could be."""
+    """Say that the sizes need more devices than there are, and what the largest of them could be."""
     large = {axis: size for axis, size in given.items() if size > 1}
     axis = max(large, key=large.__getitem__)
     if len(large) == 1:
@@ -166,7 +166,7 @@ def _too_many(given: Mapping[str, int], devices: int) -> str:
 
 
 def _no_rest(rest: str, given: Mapping[str, int], devices: int) -> str:
-    """Says that nothing whole is left for the axis that takes the rest, and the nearest sizes of another that leave it."""
+    """Say that nothing whole is left for the axis that takes the rest, and the nearest sizes of another that leave it."""
     large = {axis: size for axis, size in given.items() if size > 1}
     product = " x ".join(f"{axis} {size}" for axis, size in large.items())
     used = math.prod(large.values())

@@ -54,12 +54,12 @@ class Layout:
 
 
 def shardings(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None) -> Tree:
-    """Gives the sharding of each leaf: the arguments are those of `layout`."""
+    """Return the sharding of each leaf: the arguments are those of `layout`."""
     return layout(mesh, rules, params, method).shardings
 
 
 def log_dropped(found: Layout, most: int = 4) -> None:
-    """Logs what was left out, one line for all layers that are alike."""
+    """Log what was left out, one line for all layers that are alike."""
     alike = list(dict.fromkeys(re.sub(r"/\d+/", "/*/", why) for why in found.dropped))
     more = [f"and {len(alike) - most} more"] if len(alike) > most else []
     if alike:
@@ -67,12 +67,12 @@ def log_dropped(found: Layout, most: int = 4) -> None:
 
 
 def by_path(tree: Mapping[str, Any]) -> Callable[[Path], NamedSharding]:
-    """Gives the shardings of a tree as a function of the path, for what reads one leaf after the other."""
+    """Return the shardings of a tree as a function of the path, for what reads one leaf after the other."""
     return partial(paths.get, tree)
 
 
 def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None) -> Layout:
-    """Finds where each leaf of a tree lies.
+    """Find where each leaf of a tree lies.
 
     Args:
         mesh: the devices.
@@ -99,7 +99,7 @@ def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method |
 
 
 def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
-    """Lists the leaves of quantised kernels of layers that lie along `fsdp`, by their paths within a layer, with their specs without it.
+    """List the leaves of quantised kernels of layers that lie along `fsdp`, by their paths within a layer, with their specs without it.
 
     Args:
         found: where the leaves of a base lie, as they are stored.
@@ -125,7 +125,7 @@ def _axes(entry: Any) -> tuple[str, ...]:
 
 
 def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
-    """Refuses a rule of the user's that matches no leaf, as a misspelt one does.
+    """Refuse a rule of the user's that matches no leaf, as a misspelt one does.
 
     Args:
         rules: of the run.
@@ -144,13 +144,13 @@ def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
 
 
 def _offloaded(path: Path, leaf: Any) -> bool:
-    """Says whether a frozen leaf is one of those that wait in the host's memory: the matrices of a layer's kernels."""
+    """Return whether a frozen leaf is one of those that wait in the host's memory: the matrices of a layer's kernels."""
     axes = leaf.ndim - (paths.layer_axis(path) is not None)
     return paths.layers_at(path) is not None and (path[-1] == "kernel" or path[-1] in _STORED) and axes > 1
 
 
 def fitted(mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]) -> tuple[PartitionSpec, list[str]]:
-    """Brings a rule to the shape of a leaf.
+    """Bring a rule to the shape of a leaf.
 
     An axis that does not divide its dimension is left out, but for `fsdp`, which is there for storage alone: another of the
     dimensions that the rule speaks of will do.
@@ -191,7 +191,7 @@ def fitted(mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]) -> tuple[
 
 
 def _spec(held: Sequence[Sequence[str]]) -> PartitionSpec:
-    """Gives the spec of a leaf from the axes that each of its dimensions lies along."""
+    """Return the spec of a leaf from the axes that each of its dimensions lies along."""
     spec = [None if not axes else axes[0] if len(axes) == 1 else tuple(axes) for axes in held]
     while spec and spec[-1] is None:
         spec.pop()
@@ -211,7 +211,7 @@ def _undivided(mesh: Mesh, path: Path, shape: tuple[int, ...], i: int, axes: lis
 
 
 def _beside(rules: Rules, params: Mapping[str, Any], method: Method | None) -> Iterator[tuple[Path, Rule]]:
-    """Yields the rules of the leaves that derive theirs from a kernel's, and of adapter leaves at the root."""
+    """Yield the rules of the leaves that derive theirs from a kernel's, and of adapter leaves at the root."""
     parts = () if method is None else method.parts()
     known: dict[Any, Sides] = {}
     for site in targets.find_sites(params, targets.KINDS):
@@ -238,7 +238,7 @@ _FEW = tuple(axis for axis in AXES if axis != FSDP)
 
 
 def _derived(base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...], *, own: bool = False) -> Rule:
-    """Gives the rule of a leaf from that of the kernel beside it; no axis is taken twice.
+    """Return the rule of a leaf from that of the kernel beside it; no axis is taken twice.
 
     Args:
         base: of the kernel; axes before the last two are of its layers, and those of the leaf.
@@ -257,7 +257,7 @@ def _derived(base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...]
 
 
 def _sides(make: partial[dict[str, jax.Array]], site: Site, known: dict[Any, Sides]) -> Sides:
-    """Finds which side of a kernel each dimension of the leaves runs along.
+    """Find which side of a kernel each dimension of the leaves runs along.
 
     Args:
         make: the leaves of a site of one layer.
@@ -285,19 +285,19 @@ def _shapes(make: Callable[[Site], dict[str, jax.Array]], site: Site) -> dict[st
 
 
 def _side(n: int, wide: tuple[int, ...], tall: tuple[int, ...], i: int, ndim: int) -> int | None:
-    """Gives the side that a dimension of `n` runs along, from the shapes with twice the inputs and twice the outputs."""
+    """Return the side that a dimension of `n` runs along, from the shapes with twice the inputs and twice the outputs."""
     doubles = [len(shape) == ndim and shape[i] == 2 * n for shape in (wide, tall)]
     return doubles.index(True) if sum(doubles) == 1 else None
 
 
 def _stored(form: Quantised, site: Site) -> dict[str, jax.Array]:
-    """Makes the leaves of a quantised kernel; where inputs share a scale each has its own here, which tells its side best."""
+    """Make the leaves of a quantised kernel; where inputs share a scale each has its own here, which tells its side best."""
     kernel = jnp.zeros(site.shape, jnp.float32)
     return form.store(kernel, group=1) if form.grouped else form.store(kernel)
 
 
 def _made(method: Method, site: Site) -> dict[str, jax.Array]:
-    """Makes the adapter leaves of a site."""
+    """Make the adapter leaves of a site."""
     return method.init(site, lambda: jnp.zeros(site.shape, jnp.float32), jax.random.key(0))
 
 
@@ -305,7 +305,7 @@ def _made(method: Method, site: Site) -> dict[str, jax.Array]:
 
 
 def state_shardings(mesh: Mesh, state: Any, trainable: Mapping[str, Any], where: Mapping[str, Any]) -> Any:
-    """Gives the sharding of each array of a training state: of what belongs to a trained leaf that leaf's, of the rest none.
+    """Return the sharding of each array of a training state: of what belongs to a trained leaf that leaf's, of the rest none.
 
     Args:
         mesh: the devices.

@@ -37,7 +37,7 @@ def _placed(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tr
 
 
 def rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:
-    """Rewrites the base and splits it, where its leaves are, or abstractly."""
+    """Rewrite the base and splits it, where its leaves are, or abstractly."""
     params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
     return tree.partition(params, trainable_mask(method, params))
 
@@ -70,7 +70,7 @@ def begun(
 
 
 def method_of(meta: Mapping[str, Any], configured: Method) -> Method:
-    """Gives the method of a checkpoint as it was started.
+    """Return the method of a checkpoint as it was started.
 
     Args:
         meta: of the checkpoint.
@@ -80,7 +80,7 @@ def method_of(meta: Mapping[str, Any], configured: Method) -> Method:
 
 
 def _first_batches(setup: Setup) -> Generator[Mapping[str, Any]]:
-    """Yields the training batches from the first on, their parts one after the other."""
+    """Yield the training batches from the first on, their parts one after the other."""
     with closing(setup.batches.feed({}, setup.steps, lambda: None)) as feed:
         for batch, _ in feed:
             if setup.config.train.accumulation == 1:
@@ -91,7 +91,7 @@ def _first_batches(setup: Setup) -> Generator[Mapping[str, Any]]:
 
 
 def fixed_leaves(method: Method, frozen: Tree) -> dict[str, jax.Array]:
-    """Gives the adapter leaves that are not trained, by path: what a checkpoint must hold beside the trained ones.
+    """Return the adapter leaves that are not trained, by path: what a checkpoint must hold beside the trained ones.
 
     They were made from the base, from data, or from a key, which another machine may do otherwise. Scalars follow from the
     method's options.

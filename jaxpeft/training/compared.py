@@ -98,7 +98,7 @@ def run(
 
 
 def _forgetting(setup: Setup, result: Result, evaluator: Evaluator, stop: StopRequest) -> Forgetting | None:
-    """Measures what the base could do of the config's other rows, and what the adapted one can."""
+    """Measure what the base could do of the config's other rows, and what the adapted one can."""
     config = setup.config
     examples = other_rows(config)
     if examples is None:
@@ -132,7 +132,7 @@ def _until_stopped(batches: Any, stop: StopRequest) -> Any:
 
 
 def main() -> int:
-    """Runs what standard input says; gives the exit code."""
+    """Run what standard input says; return the exit code."""
     line = sys.stdin.readline()
     if not line:
         return 0  # the comparison has ended before this run was its turn

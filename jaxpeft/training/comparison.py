@@ -64,7 +64,7 @@ class Planned:
 def run(
     config: Config, workdir: Path, stop: StopRequest, allowed: Sequence[str] = (), *, traceback: bool = False
 ) -> dict[Planned, str]:
-    """Runs what is left of a comparison, and writes its table and plot.
+    """Run what is left of a comparison, and write its table and plot.
 
     Leaves in `workdir`: `comparison.md`, `comparison.json`, `comparison.png` and a folder `NAME/seed-N` of each run.
 
@@ -129,7 +129,7 @@ def _measured_before(config: Config) -> str:
 
 
 def plan(config: Config, workdir: Path) -> list[Planned]:
-    """Lists the runs of a comparison: all candidates with the first seed, then with the next.
+    """List the runs of a comparison: all candidates with the first seed, then with the next.
 
     Raises:
         ConfigError: a folder in the way leads elsewhere.
@@ -147,7 +147,7 @@ def plan(config: Config, workdir: Path) -> list[Planned]:
 
 
 def finished(runs: Sequence[Planned], allowed: Sequence[str] = ()) -> dict[Planned, dict[str, Any]]:
-    """Gives the results that are there already.
+    """Return the results that are there already.
 
     Args:
         runs: of the comparison.
@@ -171,14 +171,14 @@ def finished(runs: Sequence[Planned], allowed: Sequence[str] = ()) -> dict[Plann
 
 
 def read_result(one: Planned) -> dict[str, Any] | None:
-    """Reads what a run has left, None where it has not ended."""
+    """Read what a run has left, None where it has not ended."""
     with suppress(FileNotFoundError, ValueError):
         return json.loads((one.folder / RESULT).read_text())
     return None
 
 
 def check_inputs(config: Config) -> None:
-    """Refuses, before any run, rows or a model that no run could use.
+    """Refuse, before any run, rows or a model that no run could use.
 
     Raises:
         JaxpeftError: naming them.
@@ -190,7 +190,7 @@ def check_inputs(config: Config) -> None:
 
 
 def other_rows(config: Config) -> Examples | None:
-    """Reads the rows that forgetting is measured on, None where there are none.
+    """Read the rows that forgetting is measured on, None where there are none.
 
     Raises:
         DataError: they cannot be read, or are not labelled.
@@ -279,7 +279,7 @@ def _complete(run: _Process, one: Planned, stop: StopRequest, asked: Mapping[str
 
 
 def _followed(process: subprocess.Popen[str], said: IO[str], stop: StopRequest) -> str:
-    """Waits for the end of a run, which a request to stop is passed on to; shows what it says, and gives the last of it."""
+    """Wait for the end of a run, which a request to stop is passed on to; shows what it says, and return the last of it."""
     last, asked, ended = "", False, False
     while not ended:
         ended = process.poll() is not None
@@ -295,7 +295,7 @@ def _followed(process: subprocess.Popen[str], said: IO[str], stop: StopRequest) 
 
 
 def shown(failed: Mapping[Planned, str], workdir: Path) -> str:
-    """Says which runs have failed, and what to do."""
+    """Return which runs have failed, and what to do."""
     rows = [f"  {one}: {why}" for one, why in failed.items()]
     fix = f"the same command tries them again; what they said is in {workdir}/NAME/seed-N/{LOG}"
     return "\n".join([f"{len(failed)} runs have failed:", *rows, fix])

@@ -43,17 +43,17 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def shown(self, pattern: str = "{:.4f}") -> str:
-        """Writes it as people do."""
+        """Write it as people do."""
         around = "" if self.deviation is None else f" ± {pattern.replace('+', '').format(self.deviation)}"
         return pattern.format(self.mean) + around
 
     def as_dict(self) -> dict[str, Any]:
-        """Gives it as plain values."""
+        """Return it as plain values."""
         return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
 
 
 def summary(config: Config, results: Mapping[str, Sequence[Result]], failed: Mapping[str, str]) -> dict[str, Any]:
-    """Gives what a comparison has found as plain values: what `comparison.json` holds.
+    """Return what a comparison has found as plain values: what `comparison.json` holds.
 
     Args:
         config: with the candidates.
@@ -147,7 +147,7 @@ def _spread(plain: Mapping[str, Any]) -> str:
 
 
 def markdown(config: Config, made: Mapping[str, Any]) -> str:
-    """Gives what `summary` gives as a page with a table."""
+    """Return what `summary` gives as a page with a table."""
     columns = _columns(made)
     lines = [
         _opening(config, made),
@@ -215,7 +215,7 @@ def _forgetting_note(forgetting: Mapping[str, Any]) -> str:
 
 
 def _shown(path: str) -> str:
-    """Names rows by the end of their path."""
+    """Name rows by the end of their path."""
     return "/".join(path.rsplit("/", 2)[-2:])
 
 
@@ -224,7 +224,7 @@ def _bytes(count: int) -> str:
 
 
 def draw(path: Path, made: Mapping[str, Any]) -> None:
-    """Draws the figure of each candidate over its trainable parameters as a PNG; bars are standard deviations.
+    """Draw the figure of each candidate over its trainable parameters as a PNG; bars are standard deviations.
 
     Args:
         path: of the PNG.

@@ -23,7 +23,7 @@ _FOLDER = "jax_compilation_cache_dir"
 
 
 def options(device: Any) -> dict[str, bool]:
-    """Gives XLA's options for programs of a device: `compiler_options` of `jax.jit`."""
+    """Return XLA's options for programs of a device: `compiler_options` of `jax.jit`."""
     return dict(_OPTIONS.get(platform(device), {}))
 
 
@@ -43,7 +43,7 @@ def compile_each(lowered: Sequence[Any], device: Any) -> list[Any]:
 
 
 def kept_in() -> str | None:
-    """Gives the folder where compiled programs are kept, None for nowhere."""
+    """Return the folder where compiled programs are kept, None for nowhere."""
     return getattr(jax.config, _FOLDER)
 
 

@@ -51,7 +51,7 @@ class Evaluator:
         return total, weight, made, given
 
     def __call__(self, trainable: Tree, frozen: Tree, split: Encoded) -> dict[str, float]:
-        """Gives the figures of a split: `loss`, and those of its kind of problem.
+        """Return the figures of a split: `loss`, and those of its kind of problem.
 
         Args:
             trainable: the trained part of the tree.
@@ -91,7 +91,7 @@ class Evaluator:
 
 
 def metric_of(setup: Setup) -> str:
-    """Gives the figure to choose the best step by."""
+    """Return the figure to choose the best step by."""
     return setup.config.evaluation.metric or _DEFAULT_METRIC.get(setup.problem) or _metric_of_labels(setup)
 
 
@@ -105,7 +105,7 @@ def _metric_of_labels(setup: Setup) -> str:
 
 
 def better(metric: str, value: float, than: float | None) -> bool:
-    """Says whether a figure beats the best so far."""
+    """Return whether a figure beats the best so far."""
     if math.isnan(value):
         return False
     return than is None or (value < than if metric in LOWER_IS_BETTER else value > than)

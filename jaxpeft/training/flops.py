@@ -11,7 +11,7 @@ from jaxpeft.core import paths
 
 
 def per_token(trainable: Any, frozen: Any) -> float:
-    """Gives the model FLOPs of training on one token.
+    """Return the model FLOPs of training on one token.
 
     A frozen parameter of a matrix costs 4: 2 forward, and 2 backward for the gradient of its input; its own gradient is
     never computed. A trainable one costs 6. An embedding is a look-up and costs nothing; attention is left out.
@@ -29,6 +29,6 @@ def _matrix_parameters(tree: Any) -> int:
 
 
 def peak(devices: Sequence[Any]) -> float | None:
-    """Gives the FLOP/s that the devices could do, or None where it is not known (a CPU)."""
+    """Return the FLOP/s that the devices could do, or None where it is not known (a CPU)."""
     chip = chip_of(devices[0].device_kind)
     return None if chip is None or chip.flops is None else chip.flops * len(devices)

@@ -43,12 +43,12 @@ class CrossEntropy:
     softcap: float | None = None
 
     def capped(self, logits: Array) -> Array:
-        """Gives the logits to compute with, float32."""
+        """Return the logits to compute with, float32."""
         z = logits.astype(jnp.float32)
         return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
 
     def losses(self, z: Array, labels: Array) -> Array:
-        """Gives the loss of each position `[...]` from logits `[..., classes]`, capped, and labels `[...]` in range."""
+        """Return the loss of each position `[...]` from logits `[..., classes]`, capped, and labels `[...]` in range."""
         lse = jax.nn.logsumexp(z, axis=-1)
         picked = jnp.take_along_axis(z, labels[..., None], axis=-1)[..., 0]
         out = lse - picked
@@ -57,7 +57,7 @@ class CrossEntropy:
         return out + self.z_loss * jnp.square(lse) if self.z_loss else out
 
     def sums(self, logits: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
-        """Sums over the positions that have a label.
+        """Sum over the positions that have a label.
 
         Args:
             logits: `[..., classes]`, floating.
@@ -73,7 +73,7 @@ class CrossEntropy:
         return jnp.sum(jnp.where(counted > 0, losses * counted, 0.0)), jnp.sum(counted)
 
     def gradient(self, logits: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
-        """Gives the sum that `sums` gives, and its gradient by the logits, float32."""
+        """Return the sum that `sums` gives, and its gradient by the logits, float32."""
         safe, counted = _counted(labels, weights)
         z = self.capped(logits)
         lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
@@ -89,7 +89,7 @@ class CrossEntropy:
 
 
 def _counted(labels: Array, weights: Array) -> tuple[Array, Array]:
-    """Gives labels in range, and the weight of each position."""
+    """Return labels in range, and the weight of each position."""
     labelled = labels != IGNORE
     # the label is replaced before the look-up: a gather out of range gives NaN, and 0 * NaN is NaN
     return jnp.where(labelled, labels, 0), jnp.where(labelled, jnp.broadcast_to(weights, labels.shape), 0.0)
@@ -103,7 +103,7 @@ def through_head(
     weights: Array,
     most_logits: int = MOST_LOGITS,
 ) -> tuple[Array, Array]:
-    """Sums the cross-entropy of what a head makes of hidden states.
+    """Sum the cross-entropy of what a head makes of hidden states.
 
     Args:
         entropy: which.
@@ -121,7 +121,7 @@ def through_head(
     count, size, devices = _chunks(length, batch * classes, most_logits)
 
     def split(array: Array, fill: Any) -> Array:
-        """Gives the chunks; where positions are spread, each of them has as many of every device's positions."""
+        """Return the chunks; where positions are spread, each of them has as many of every device's positions."""
         wide, rest = [(0, 0), (0, count * size - length), *((0, 0),) * (array.ndim - 2)], array.shape[2:]
         parts = jnp.pad(array, wide, constant_values=fill).reshape(batch, devices, count, size // devices, *rest)
         return jnp.moveaxis(parts, 2, 0).reshape(count, batch, size, *rest)
@@ -165,7 +165,7 @@ def through_head(
 
 
 def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
-    """Gives how many chunks there are, the positions of each, and the devices that positions are spread over.
+    """Return how many chunks there are, the positions of each, and the devices that positions are spread over.
 
     Args:
         length: positions of a row.
@@ -181,7 +181,7 @@ def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
 
 
 def _over(run: Callable[[Any], Array], items: Any) -> Array:
-    """Maps over the leading axis, without a loop where it is 1."""
+    """Map over the leading axis, without a loop where it is 1."""
     if len(items[0]) == 1:
         return run(jax.tree.map(lambda part: part[0], items))
     return jax.lax.map(run, items)

@@ -90,7 +90,7 @@ _OF_A_HOST = ("model.path", "data.train", "data.validation", "data.test")
 
 
 def compared(config: Config) -> dict[str, Any]:
-    """Gives the options that all processes must have in common."""
+    """Return the options that all processes must have in common."""
     values = as_dict(config)
     del values["log"]
     for section, option in (name.split(".") for name in _OF_A_HOST):
@@ -99,12 +99,12 @@ def compared(config: Config) -> dict[str, Any]:
 
 
 def quiet(config: Config) -> Config:
-    """Gives the config of a process that leaves logs and plots to the first."""
+    """Return the config of a process that leaves logs and plots to the first."""
     return replace(config, log=replace(config.log, progress="off", tensorboard=False, wandb=None, plot=False))
 
 
 def log_setup(setup: Setup) -> None:
-    """Says what is trained on, and where."""
+    """Return what is trained on, and where."""
     batches, there, used = setup.batches, jax.devices(), devices_of(setup.params)
     rows = f"{setup.problem}, {len(setup.labels)} classes" if setup.labels else setup.problem
     _log.info(
@@ -116,7 +116,7 @@ def log_setup(setup: Setup) -> None:
 
 
 def _computing(setup: Setup) -> str:
-    """Says how the model is computed: its layers, remat, attention, and where compiled programs are kept."""
+    """Return how the model is computed: its layers, remat, attention, and where compiled programs are kept."""
     options = setup.model.options
     lacks = attention.lacks(options, setup.model.config)
     kernel = options.attention if not lacks else f"xla ({options.attention}: {lacks})"
@@ -184,7 +184,7 @@ def fit(
 
 
 def _whole(setup: Setup, result: Result) -> Tree | None:
-    """Gives the tree with what is saved of it whole in the first process, None in others; the rest of the base stays where it is."""
+    """Return the tree with what is saved of it whole in the first process, None in others; the rest of the base stays where it is."""
     fixed = on_host(fixed_leaves(result.method, result.frozen), keep=setup.peers.first)
     trainable = on_host(result.trainable, keep=setup.peers.first)
     if not setup.peers.first:
@@ -194,7 +194,7 @@ def _whole(setup: Setup, result: Result) -> Tree | None:
 
 
 def _answers(setup: Setup, params: Tree) -> list[str]:
-    """Answers the sample rows by the likeliest tokens."""
+    """Answer the sample rows by the likeliest tokens."""
     if not setup.samples:
         return []
     prompts, most = [prompt for prompt, _ in setup.samples], setup.config.evaluation.sample_tokens

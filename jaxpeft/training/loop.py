@@ -99,12 +99,12 @@ class Result:
 
 
 def identity_of(setup: Setup, method: Method, trainable: Tree) -> dict[str, Any]:
-    """Gives what makes a run this run."""
+    """Return what makes a run this run."""
     return dict(setup.identity) | {"method": method.as_dict(), "tree": tree_spec(trainable), "steps": setup.steps}
 
 
 def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequence[str]) -> None:
-    """Refuses, before anything is computed, to go on from another run's checkpoints.
+    """Refuse, before anything is computed, to go on from another run's checkpoints.
 
     Args:
         setup: the prepared run.
@@ -185,7 +185,7 @@ class Run:
         self.sizes = tree.count(trainable), tree.count(trainable) + tree.count(self.frozen)
 
     def fit(self) -> Result:
-        """Trains to the end, going on from the newest checkpoint if there is one.
+        """Train to the end, going on from the newest checkpoint if there is one.
 
         Raises:
             Stopped: a signal asked to; the last finished step is saved.
@@ -243,7 +243,7 @@ class Run:
         return self.progress.stopped_early or (self.step >= self.setup.steps and not self._evaluation_due())
 
     def _compiled(self) -> Mapping[int, Step]:
-        """Compiles the step for every padded length, so that nothing is compiled while training."""
+        """Compile the step for every padded length, so that nothing is compiled while training."""
         setup = self.setup
         parts = setup.config.train.accumulation
         train_step = make_train_step(
@@ -289,7 +289,7 @@ class Run:
 
     @contextmanager
     def _aside(self) -> Generator[None]:
-        """Counts the time that is spent on something else than steps."""
+        """Count the time that is spent on something else than steps."""
         began = time.perf_counter()
         yield
         self.aside += time.perf_counter() - began
@@ -326,7 +326,7 @@ class Run:
         return f"loss {loss:.4f}  lr {rate:.2e}  {tokens_per_second:,.0f} tok/s  {used}  {memory:.2f} GB"
 
     def _flush(self) -> float:
-        """Writes the figures of the steps since the last time; they are read here, not step by step.
+        """Write the figures of the steps since the last time; they are read here, not step by step.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -362,7 +362,7 @@ class Run:
         return every is not None and self.step > 0 and self.step % every == 0
 
     def _evaluate(self) -> None:
-        """Evaluates the validation rows, and keeps the tree if it is the best so far."""
+        """Evaluate the validation rows, and keep the tree if it is the best so far."""
         self._flush()
         figures = self.evaluator(self.state.trainable, self.frozen, self.setup.validation)
         self._write(self.step, {f"validation/{name}": value for name, value in figures.items()})
@@ -404,13 +404,13 @@ def _names(trainable: Tree) -> list[str]:
 
 
 def _chance(setup: Setup) -> float | None:
-    """Gives the loss of a guess: of a classification into n classes, ln n."""
+    """Return the loss of a guess: of a classification into n classes, ln n."""
     classes = setup.model.config.vocab_size if setup.problem == "lm" else len(setup.labels)
     return math.log(classes) if setup.problem in ("lm", "single_label", "token") else None
 
 
 def devices_of(params: Tree) -> list[Any]:
-    """Gives the devices that a tree's leaves are on."""
+    """Return the devices that a tree's leaves are on."""
     found = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
     return sorted(found, key=lambda device: device.id)
 
@@ -418,7 +418,7 @@ def devices_of(params: Tree) -> list[Any]:
 def _abstract_batch(
     batch: Mapping[str, np.ndarray[Any, Any]], length: int, mesh: Mesh, axis: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Gives the shapes of a batch whose rows are padded to `length`, and where they lie."""
+    """Return the shapes of a batch whose rows are padded to `length`, and where they lie."""
     ids = batch["input_ids"].shape
 
     shapes = {

@@ -63,7 +63,7 @@ _OTHERS: Mapping[str | None, Loss] = {"multi_label": multi_label, "regression": 
 
 
 def loss_for(task: str, problem: str | None, entropy: CrossEntropy = CrossEntropy()) -> Loss:  # noqa: B008 - frozen
-    """Gives the loss of a task.
+    """Return the loss of a task.
 
     Args:
         task: of the model.

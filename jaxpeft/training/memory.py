@@ -45,11 +45,11 @@ class Estimate:
     working: int
 
     def total(self, remat: str) -> int:
-        """Gives all of it under a policy."""
+        """Return all of it under a policy."""
         return self.base + self.trained + self.kept[remat] + self.working
 
     def largest(self, remat: str, count: int = 3) -> list[tuple[str, int]]:
-        """Gives the largest terms of it under a policy, with what they are called."""
+        """Return the largest terms of it under a policy, with what they are called."""
         terms = {
             "the base": self.base, "trained leaves, gradients and moments": self.trained,
             "activations": self.kept[remat], "the layer at work and logits": self.working,
@@ -57,12 +57,12 @@ class Estimate:
         return sorted(terms.items(), key=lambda term: -term[1])[:count]
 
     def fastest(self, budget: float) -> str:
-        """Gives the policy that computes least again of those that fit into `budget` bytes, `full` where none does."""
+        """Return the policy that computes least again of those that fit into `budget` bytes, `full` where none does."""
         return fastest(self.total, budget)
 
 
 def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layout | None = None) -> Estimate:
-    """Estimates the memory of a step on each device.
+    """Estimate the memory of a step on each device.
 
     Args:
         outline: of the model.
@@ -101,12 +101,12 @@ def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layo
 
 
 def _scores(kernel: str, queries: int, keys: int) -> int:
-    """Gives how many scores attention over spread positions holds at once; those behind the softmax and their gradients are as many."""
+    """Return how many scores attention over spread positions holds at once; those behind the softmax and their gradients are as many."""
     return queries * (block_of(queries, keys) if kernel == "chunked" else keys)
 
 
 def _share(name: str, aval: Any, hidden: int, tensor: int) -> int:
-    """Gives the bytes of an activation on a device: all of what is as wide as the model, a share of heads and wider ones."""
+    """Return the bytes of an activation on a device: all of what is as wide as the model, a share of heads and wider ones."""
     whole = name != ATTENTION and aval.ndim == 3 and aval.shape[-1] == hidden
     return aval.size * aval.dtype.itemsize // (1 if whole else tensor)
 
@@ -117,12 +117,12 @@ def _along(where: Layout | None, axis: str) -> int:
 
 
 def layout_of(outline: Outline, mesh: Mesh, rules: Rules) -> Layout:
-    """Finds where the leaves of a base lie, as they are stored."""
+    """Find where the leaves of a base lie, as they are stored."""
     return layout(mesh, rules, outline.leaves)
 
 
 def budget_of(device: Any, given: float | None) -> float | None:
-    """Gives how many bytes a step may take, None where nothing tells.
+    """Return how many bytes a step may take, None where nothing tells.
 
     Args:
         device: whose memory is asked for.
@@ -135,7 +135,7 @@ def budget_of(device: Any, given: float | None) -> float | None:
 
 
 def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
-    """Gives the bytes of the base on a device, and of what is fetched or gathered of it at once: two layers, and the largest table."""
+    """Return the bytes of the base on a device, and of what is fetched or gathered of it at once: two layers, and the largest table."""
     layers = outline.model.config.num_hidden_layers
     base = one_layer = table = 0
     for path, leaf in paths.walk(outline.leaves):
@@ -152,7 +152,7 @@ def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
 
 
 def _named(jaxpr: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the names that values bear, and their shapes and dtypes, those in inner programs too."""
+    """Yield the names that values bear, and their shapes and dtypes, those in inner programs too."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "name":
             yield equation.params["name"], equation.outvars[0].aval

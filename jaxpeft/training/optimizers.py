@@ -20,7 +20,7 @@ _NOT_DECAYED = frozenset({"bias", "scale"})
 
 
 def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """Makes the learning rate as a function of the step: linear warm-up, then the named decay.
+    """Make the learning rate as a function of the step: linear warm-up, then the named decay.
 
     Args:
         config: the optimizer's options.
@@ -56,7 +56,7 @@ def _stable_decay(peak: float, end: float, left: int, decay: int) -> optax.Sched
 
 
 def build(config: OptimizerConfig, steps: int, method: Method | None = None) -> optax.GradientTransformation:
-    """Makes the optimizer: clipping by the global norm, then the update, with a learning rate of its own for the head.
+    """Make the optimizer: clipping by the global norm, then the update, with a learning rate of its own for the head.
 
     It is given the trainable part of the tree, and so holds no state for a frozen leaf.
 
@@ -76,7 +76,7 @@ def build(config: OptimizerConfig, steps: int, method: Method | None = None) -> 
 
 
 def _at_rates(method: Method) -> optax.GradientTransformation:
-    """Scales updates by the rate that the method gives each leaf: as if its learning rate were so many times the others'."""
+    """Scale updates by the rate that the method gives each leaf: as if its learning rate were so many times the others'."""
 
     def scale(updates: Any, params: Any) -> Any:
         del params
@@ -120,11 +120,11 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
 
 
 def options_for(config: Config) -> OptimizerConfig:
-    """Gives the optimizer's options for the method of a config."""
+    """Return the optimizer's options for the method of a config."""
     return for_head_alone(config.optimizer) if trains_head_alone(config.method) else config.optimizer
 
 
 def for_head_alone(config: OptimizerConfig) -> OptimizerConfig:
-    """Gives the options with the head's own learning rate for everything."""
+    """Return the options with the head's own learning rate for everything."""
     rate = config.head_learning_rate or config.learning_rate
     return dataclasses.replace(config, learning_rate=rate, head_learning_rate=None)

@@ -43,7 +43,7 @@ class Outputs:
         return self._run({"hidden": True})
 
     def head(self, x: jax.Array, chunk: jax.Array) -> jax.Array:
-        """Gives the logits of hidden states; `chunk`, an int32 scalar, tells one call's dropout from another's."""
+        """Return the logits of hidden states; `chunk`, an int32 scalar, tells one call's dropout from another's."""
         rngs = None if self.key is None else {"dropout": jax.random.fold_in(self.key, chunk)}
         return run(self.model, self.params, x, rngs=rngs, method="head")
 

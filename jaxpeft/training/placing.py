@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def check(options: MeshConfig, mesh: Mesh) -> None:
-    """Refuses to offload where the devices have no such memory.
+    """Refuse to offload where the devices have no such memory.
 
     Raises:
         ConfigError: naming the memories that they have.
@@ -35,7 +35,7 @@ def check(options: MeshConfig, mesh: Mesh) -> None:
 
 
 def bringing(model: Pretrained, found: Layout) -> Pretrained:
-    """Gives a model whose layers bring their kernels to where they compute with them, each when it is its turn.
+    """Return a model whose layers bring their kernels to where they compute with them, each when it is its turn.
 
     Kernels that wait in the host's memory are fetched. The codes of quantised ones that lie along `fsdp` are gathered before they
     are decoded: left to itself the partitioner gathers what they are decoded to, four times as much of NF4.
@@ -56,7 +56,7 @@ def bringing(model: Pretrained, found: Layout) -> Pretrained:
 
 
 def read(outlined: Outline, seed: int, found: Layout) -> Tree:
-    """Reads the base, each leaf to where it lies.
+    """Read the base, each leaf to where it lies.
 
     Args:
         outlined: the model.

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def rows_shown(kind: str, what: str) -> Generator[Callable[[int, int], None] | None]:
-    """Gives a function `(rows done, rows in all)` that shows a bar, or None where no bar is wanted.
+    """Return a function `(rows done, rows in all)` that shows a bar, or None where no bar is wanted.
 
     Args:
         kind: `auto`, `bar`, `plain` or `off`.
@@ -41,7 +41,7 @@ def _resolved(kind: str) -> str:
 
 
 def memory_gb() -> float:
-    """Gives the peak memory in GB: of the device where it tells, else of this process."""
+    """Return the peak memory in GB: of the device where it tells, else of this process."""
     stats: Any = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9
@@ -71,7 +71,7 @@ class StepProgress:
             self._bar.start()
 
     def update(self, step: int, figures: str) -> None:
-        """Shows a step with its figures."""
+        """Show a step with its figures."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         elif self._kind == "plain":
@@ -79,7 +79,7 @@ class StepProgress:
             _log.info("%s step %d/%d  %s  %s left", self._name, step, self._total, figures, _clock(left))
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -23,11 +23,11 @@ class Writer(Protocol):
     """Takes the figures of a step."""
 
     def write(self, step: int, figures: Figures) -> None:
-        """Writes the figures of a step."""
+        """Write the figures of a step."""
         ...
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flush and close."""
         ...
 
 
@@ -58,12 +58,12 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, step: int, figures: Figures) -> None:
-        """Appends a line."""
+        """Append a line."""
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
@@ -122,12 +122,12 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(folder), purge_step=resume_at + 1 if resume_at else None)
 
     def write(self, step: int, figures: Figures) -> None:
-        """Writes a scalar for each figure."""
+        """Write a scalar for each figure."""
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         self._writer.close()
 
 
@@ -144,16 +144,16 @@ class WeightsAndBiases:
         self._run: Any = wandb.init(project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow")
 
     def write(self, step: int, figures: Figures) -> None:
-        """Logs the figures."""
+        """Log the figures."""
         self._run.log(dict(figures), step=step)
 
     def close(self) -> None:
-        """Ends the run."""
+        """End the run."""
         self._run.finish()
 
 
 def check(log: LogConfig) -> None:
-    """Refuses early what `open_writers` could not do.
+    """Refuse early what `open_writers` could not do.
 
     Raises:
         ConfigError: Weights & Biases is asked for and not installed.
@@ -163,7 +163,7 @@ def check(log: LogConfig) -> None:
 
 
 def open_writers(log: LogConfig, folder: Path, resume_at: int) -> list[Writer]:
-    """Opens what the config asks for.
+    """Open what the config asks for.
 
     Args:
         log: the options.

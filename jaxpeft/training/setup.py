@@ -106,7 +106,7 @@ class Setup:
 
 
 def prepare(config: Config, peers: Peers = ALONE) -> Setup:
-    """Reads tokenizer, rows and weights.
+    """Read tokenizer, rows and weights.
 
     Args:
         config: a checked config.
@@ -211,7 +211,7 @@ def _chosen(config: Config, splits: Splits, length: int, steps: int, mesh: Mesh,
 
 
 def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mesh) -> Outline:
-    """Outlines the model, with its layers scanned or unrolled as the config says or as suits the length of the run."""
+    """Outline the model, with its layers scanned or unrolled as the config says or as suits the length of the run."""
     attention = kernel_of(config.model.attention, platform(mesh.devices.flat[0]), mesh.shape[SEQUENCE])
     found = _outline(config, splits, bool(config.model.scan_layers), attention)
     few = found.model.config.num_hidden_layers <= _MANY_LAYERS or steps >= _FEW_STEPS
@@ -236,7 +236,7 @@ def _outline(config: Config, splits: Splits, scan_layers: bool, attention: str) 
 def _with_remat(
     config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh, budget: float | None
 ) -> Outline:
-    """Chooses what the backward pass computes again, where the config leaves it open; warns of a step that may not fit a known memory."""
+    """Choose what the backward pass computes again, where the config leaves it open; warns of a step that may not fit a known memory."""
     if budget is None:
         return outlined
     rows = config.train.batch_size // (config.train.accumulation * row_shards(mesh.shape))
@@ -258,7 +258,7 @@ def _with_remat(
 
 
 def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mesh) -> int:
-    """Refuses, before weights are read, what the model, its sites or the length of the run do not allow.
+    """Refuse, before weights are read, what the model, its sites or the length of the run do not allow.
 
     Returns:
         How many trained parameters a device holds.

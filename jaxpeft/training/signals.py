@@ -23,13 +23,13 @@ _JUST_OVER = 0.5
 
 
 def exit_code(signum: int) -> int:
-    """Gives what a command ends with that a signal has stopped."""
+    """Return what a command ends with that a signal has stopped."""
     return 128 + signum
 
 
 @contextmanager
 def heard(seconds: float, late: Callable[[], None], stop: Callable[[int], None]) -> Generator[None]:
-    """Lets a thread hear signals while this one waits in code that is not Python's, which no handler interrupts.
+    """Let a thread hear signals while this one waits in code that is not Python's, which no handler interrupts.
 
     Args:
         seconds: that the waiting may take.
@@ -120,7 +120,7 @@ class StopRequest:
         os.kill(os.getpid(), signum)
 
     def agree(self, reached: Callable[[int], bool]) -> None:
-        """Lets all processes of a run stop at the same call, once JAX has its own handler of SIGTERM.
+        """Let all processes of a run stop at the same call, once JAX has its own handler of SIGTERM.
 
         Args:
             reached: says whether a numbered call is the one; it costs a look at a variable, and hears of a signal of another
@@ -136,7 +136,7 @@ class StopRequest:
         return self._signum is not None
 
     def raise_if_requested(self) -> None:
-        """Raises `Stopped` if the run should stop; called where all processes come by equally often.
+        """Raise `Stopped` if the run should stop; called where all processes come by equally often.
 
         Raises:
             Stopped: with the exit code that the signal stands for.
@@ -149,7 +149,7 @@ class StopRequest:
             raise Stopped(self._signum)
 
     def raise_while_waiting(self) -> None:
-        """Raises `Stopped` while something is waited for; not among several processes, of which the others may not wait.
+        """Raise `Stopped` while something is waited for; not among several processes, of which the others may not wait.
 
         Raises:
             Stopped: as above.

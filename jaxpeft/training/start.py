@@ -52,11 +52,11 @@ class Start:
         return apply(self.model, params, *inputs, **kw)
 
     def rewrite(self, method: Method) -> Tree:
-        """Rewrites the base with another method, from the same key."""
+        """Rewrite the base with another method, from the same key."""
         return rewrite(method, self.base, self.key)
 
     def original_kernels(self) -> Callable[[Site, int], jax.Array]:
-        """Gives what reads the kernel of a layer of a site as the model's files have it, float32 `[in, out]`.
+        """Return what reads the kernel of a layer of a site as the model's files have it, float32 `[in, out]`.
 
         Raises:
             ConfigError: the model was not loaded from files, or they hold it quantised.
@@ -82,7 +82,7 @@ class Start:
     def over_inputs(
         self, params: Mapping[str, Any], marker: str, update: Callable[[Any, Mapping[str, jax.Array]], Any], most: int
     ) -> Any:
-        """Folds a function over what the sites are called with, batch by batch, compiled.
+        """Fold a function over what the sites are called with, batch by batch, compiled.
 
         Args:
             params: the rewritten tree.

@@ -36,13 +36,13 @@ class TrainState(NamedTuple):
 
 
 def init_state(trainable: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Makes the state before the first step."""
+    """Make the state before the first step."""
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
 def make_loss_sum(model: nn.Module, loss: Loss) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Makes `(trainable, frozen, batch, dropout_key or None) -> (loss sum, weight)`, to be differentiated in its first
+    """Make `(trainable, frozen, batch, dropout_key or None) -> (loss sum, weight)`, to be differentiated in its first
     argument: the frozen part is a constant to it, so no gradient of a base weight is ever computed.
     """
 
@@ -59,7 +59,7 @@ def make_train_step(
     accumulation: int,
     penalty: Callable[[Tree], Any] | None = None,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes the step `(state, frozen, batch) -> (state, metrics)`, to be jitted with its first argument donated.
+    """Make the step `(state, frozen, batch) -> (state, metrics)`, to be jitted with its first argument donated.
 
     With accumulation the batch's arrays have a leading axis of parts. The sums of the parts are divided once by the sum
     of their weights, so k parts give the gradient of the one big batch, whatever the tokens in each.
@@ -132,7 +132,7 @@ def jit_train_step(step: Any, mesh: Mesh, state: Any, options: Mapping[str, Any]
 
 
 def _with_penalty(penalty: Callable[[Tree], Any] | None, trainable: Tree, grads: Tree) -> tuple[jax.Array, Tree]:
-    """Gives what a method adds to the loss, and the gradients with its own added."""
+    """Return what a method adds to the loss, and the gradients with its own added."""
     if penalty is None or jax.eval_shape(penalty, trainable) is None:
         return jnp.zeros(()), grads
     added, own = jax.value_and_grad(penalty)(trainable)

@@ -32,7 +32,7 @@ class Watch:
         self._zeros = 0
 
     def see(self, step: int, rows: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Takes the figures of a step; gives those that are to be written.
+        """Take the figures of a step; return those that are to be written.
 
         Args:
             step: its number, from 1.
@@ -64,7 +64,7 @@ class Watch:
         return {"loss": loss, "grad_norm": norm}
 
     def stop_if_too_many(self, newest: Callable[[], str]) -> None:
-        """Stops the run where too many steps in a row were not finite: the program has applied none of them.
+        """Stop the run where too many steps in a row were not finite: the program has applied none of them.
 
         Args:
             newest: names the newest checkpoint, if it is asked.

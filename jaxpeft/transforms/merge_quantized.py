@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 def merge_quantised(
     method: Method, params: Mapping[str, Any], quant: Quant | str | None = None, dtype: Any = jnp.bfloat16
 ) -> tuple[Tree, dict[str, float]]:
-    """Folds an adapter into a quantised base, and says how far what is given is from what was merged.
+    """Fold an adapter into a quantised base, and say how far what is given is from what was merged.
 
     Args:
         method: the method that rewrote `params`.
@@ -65,7 +65,7 @@ def _own(params: Mapping[str, Any], site: Site) -> dict[str, Any]:
 
 
 def _kernel(params: Mapping[str, Any], site: Site, layer: int) -> Any:
-    """Gives the kernel of one layer, float32 `[in, out]`."""
+    """Return the kernel of one layer, float32 `[in, out]`."""
     leaves = _own(params, site)
     form = kernels.FORMS[kernels.form_of(leaves) or "kernel"]
     stored = {key: leaves[key][layer] if site.layers else leaves[key] for key in form.leaves}

@@ -47,7 +47,7 @@ def merge_adapters(
     sign: Literal["total", "frequency"] = "total",
     rng: Array | None = None,
 ) -> tuple[LoRA, Tree]:
-    """Merges LoRA adapters of one base into one.
+    """Merge LoRA adapters of one base into one.
 
     Args:
         adapters: `(method, params)` each.
@@ -114,7 +114,7 @@ def _check(
 
 
 def _sites(method: LoRA, params: Mapping[str, Any]) -> dict[str, tuple[Array, Array, float]]:
-    """Gives `(A [in, r], B [r, out], s)` of each adapted site of each layer, a start that is taken off among them."""
+    """Return `(A [in, r], B [r, out], s)` of each adapted site of each layer, a start that is taken off among them."""
     out: dict[str, tuple[Array, Array, float]] = {}
     for site, on in chosen_sites(method, params).items():
         for i, name in enumerate(site.names):
@@ -138,7 +138,7 @@ def _merged(
     sign: str,
     key: Array | None,
 ) -> tuple[Array, Array]:
-    """Merges the updates of one site; gives A and B."""
+    """Merge the updates of one site; return A and B."""
     if how == "cat":
         return (
             jnp.concatenate([w * s * a for (a, _, s), w in zip(held, weights, strict=True)], axis=1),
@@ -167,7 +167,7 @@ def _merged(
 def _combined(
     tensors: Sequence[Array], weights: Sequence[float], kind: str, density: float, sign: str, key: Array | None
 ) -> Array:
-    """Combines tensors of one shape with weights, as `kind` says."""
+    """Combine tensors of one shape with weights, as `kind` says."""
     stacked = jnp.stack(tensors)
     if kind.startswith("dare") and key is not None:
         stacked = jnp.where(jax.random.bernoulli(key, density, stacked.shape), stacked / density, 0.0)
@@ -183,7 +183,7 @@ def _combined(
 
 
 def _largest(tensor: Array, density: float) -> Array:
-    """Keeps the share `density` of the entries that are the largest, and zeroes the others."""
+    """Keep the share `density` of the entries that are the largest, and zeroes the others."""
     kept = int(density * tensor.size)
     flat = tensor.reshape(-1)
     chosen = jnp.argsort(-jnp.abs(flat), stable=True)[:kept]

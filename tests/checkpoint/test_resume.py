@@ -35,7 +35,7 @@ def config(make_config: MakeConfig) -> Config:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
-    """Makes the next run stop, as SIGTERM would, after so many steps."""
+    """Make the next run stop, as SIGTERM would, after so many steps."""
     fit = loop.Run._train
 
     def train(self: Any, compiled: Any) -> None:
@@ -50,7 +50,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
 
 
 def state_of(folder: Path) -> dict[str, Any]:
-    """Reads the newest checkpoint, as plain arrays by path."""
+    """Read the newest checkpoint, as plain arrays by path."""
     import orbax.checkpoint as ocp
 
     newest = max((p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))

@@ -75,12 +75,12 @@ class Subject:
         return jaxpeft.trainable_mask(self.method, self.fresh)
 
     def logits(self, params: Any, **options: Any) -> np.ndarray[Any, Any]:
-        """Gives the logits of the real tokens."""
+        """Return the logits of the real tokens."""
         out = np.asarray(run(self.model, params, **options))
         return out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
 
     def batch(self) -> dict[str, Any]:
-        """Gives a training batch."""
+        """Return a training batch."""
         labels = np.where(BATCH.mask, BATCH.ids, -100) if self.kind == "llama" else np.array([0, 1, 2], np.int32)
         return {
             "input_ids": BATCH.ids,
@@ -108,7 +108,7 @@ class Subject:
         )
 
     def step(self, state: Any, frozen: Any) -> Any:
-        """Trains one step; gives the state and the figures."""
+        """Train one step; return the state and the figures."""
         return self._step(state, frozen, self.batch())
 
     @functools.cached_property
@@ -129,7 +129,7 @@ class Subject:
 
 
 def moved(method: Any, params: Any, *, size: float = 0.2, seed: int = 0) -> Any:
-    """Adds noise to every trained leaf, to that part of a stacked one that its method made: padding stays zero."""
+    """Add noise to every trained leaf, to that part of a stacked one that its method made: padding stays zero."""
     rng = np.random.default_rng(seed)
     host: dict[Any, Any] = {}
 
@@ -183,7 +183,7 @@ _COUNT = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests of one subject one after the other, whatever else they are parametrised by."""
+    """Put the tests of one subject one after the other, whatever else they are parametrised by."""
 
     def subject_of_item(item: pytest.Item) -> tuple[int, str]:
         values = getattr(item, "callspec", None)
@@ -197,12 +197,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def every_subject(test: Any) -> Any:
-    """Runs a test on every method, model, and way to run the layers."""
+    """Run a test on every method, model, and way to run the layers."""
     return pytest.mark.parametrize("subject", [pytest.param(p.values, id=p.id) for p in SUBJECTS], indirect=True)(test)
 
 
 def every_method(*, scan: bool | None = None, kind: str | None = None) -> Any:
-    """Runs a test on every method, on one model and one way to run the layers; with JAXPEFT_CONFORMANCE=full on all, and on variants.
+    """Run a test on every method, on one model and one way to run the layers; with JAXPEFT_CONFORMANCE=full on all, and on variants.
 
     Each needs programs of its own, whose compilation is most of the time of these tests.
 

@@ -17,13 +17,13 @@ from tests.core.helpers import BATCH, QUICK, run
 
 
 def quantised(params: Mapping[str, Any], form: str = "nf4") -> tuple[Any, Any]:
-    """Gives a tree whose kernels of the layers are quantised, and the same tree with the kernels that they stand for."""
+    """Return a tree whose kernels of the layers are quantised, and the same tree with the kernels that they stand for."""
     stored = quantise(params, form)
     return stored, dequantise(stored)
 
 
 def on_quantised(method: Any, model: Any, base: Any, move: Any) -> str | None:
-    """Tries a method on a quantised base; gives why it cannot, None where it computes as on the base that it stands for.
+    """Try a method on a quantised base; return why it cannot, None where it computes as on the base that it stands for.
 
     `base` is that base twice, as `quantised` gives it.
     """
@@ -41,7 +41,7 @@ def on_quantised(method: Any, model: Any, base: Any, move: Any) -> str | None:
 
 
 def in_one_batch(method: Any, model: Any, base: Any, move: Any) -> str | None:
-    """Tries a bank of three, one for each row; gives why it cannot, None where each row computes as with its own adapter."""
+    """Try a bank of three, one for each row; return why it cannot, None where each row computes as with its own adapter."""
     fresh = jaxpeft.rewrite(method, base, jax.random.key(0))
     names = jaxpeft.adapter_names(method)  # heads and other leaves of the base are the same for all
 
@@ -67,7 +67,7 @@ def in_one_batch(method: Any, model: Any, base: Any, move: Any) -> str | None:
 
 
 def real(out: Any, flat: bool = True) -> Any:
-    """Keeps the logits of tokens that are no padding."""
+    """Keep the logits of tokens that are no padding."""
     out = np.asarray(out)
     if out.ndim < 3:
         return out

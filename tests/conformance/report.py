@@ -56,7 +56,7 @@ class Results:
         self.gaps: dict[tuple[str, str], float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Takes a test's result."""
+        """Take a test's result."""
         found = re.match(r".*::test_(\w+)\[(.+)\]", report.nodeid)
         if found is None or (report.when != "call" and not report.failed):
             return
@@ -72,12 +72,12 @@ class Results:
 
 
 def row_of(parameters: str) -> str:
-    """Gives the row of a test's parameters, such as `lora pissa-llama-scanned`."""
+    """Return the row of a test's parameters, such as `lora pissa-llama-scanned`."""
     return next(name for name in sorted(ROWS, key=len, reverse=True) if parameters.startswith(f"{name}-"))
 
 
 def share(method: Any) -> str:
-    """Gives the share of parameters that a method trains of a Llama of the 1B shape, with its default options."""
+    """Return the share of parameters that a method trains of a Llama of the 1B shape, with its default options."""
     model = models.build(LLAMA_1B, Options("causal_lm", None, jax.numpy.bfloat16, scan_layers=False))
     base = abstract_params(model)
     try:
@@ -89,7 +89,7 @@ def share(method: Any) -> str:
 
 
 def capabilities() -> list[str]:
-    """Writes the table of what each method can do."""
+    """Write the table of what each method can do."""
     lines = [
         "| method | what it does | trained, 1B | merges | PEFT type | several in one batch | quantised base | paper | lines |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -111,14 +111,14 @@ def capabilities() -> list[str]:
 
 
 def paper(text: str) -> str:
-    """Links a paper."""
+    """Link a paper."""
     return (
         f"[{text}](https://arxiv.org/abs/{text.removeprefix('arXiv:')})" if text.startswith("arXiv:") else text or "-"
     )
 
 
 def tables(results: Results) -> list[str]:
-    """Writes the tables of properties and of files."""
+    """Write the tables of properties and of files."""
     tests = list(dict.fromkeys(test for _, test in (*results.passed, *results.failed)))
     ours = [test for test in tests if test not in (*PEFT, *LIBRARY)]
     letters = {test: chr(ord("a") + i) for i, test in enumerate(ours)}
@@ -160,19 +160,19 @@ FILES = (
 
 
 def gaps(results: Results, name: str, tests: Iterable[str]) -> str:
-    """Writes the largest difference of a logit in each of some tests."""
+    """Write the largest difference of a logit in each of some tests."""
     found = (results.gaps.get((name, test)) for test in tests)
     return " | ".join("-" if gap is None else f"{gap:.1e}" for gap in found)
 
 
 def cell(results: Results, name: str, test: str) -> str:
-    """Says how many of a method's checks of a property passed."""
+    """Return how many of a method's checks of a property passed."""
     passed, failed = results.passed[name, test], results.failed[name, test]
     return f"{passed}/{passed + failed}" if passed + failed else ""
 
 
 def page(results: Results | None) -> str:
-    """Writes the page; without results its first table alone."""
+    """Write the page; without results its first table alone."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft"))
     where = f"On the CPU with {libraries}, Python {platform.python_version()}."
     tried = ["## Properties", "", *tables(results), ""] if results else []
@@ -180,7 +180,7 @@ def page(results: Results | None) -> str:
 
 
 def peft_types() -> str:
-    """Says which kinds of files of PEFT's no method reads."""
+    """Return which kinds of files of PEFT's no method reads."""
     from peft import PeftType
 
     theirs, ours = [str(kind.value) for kind in PeftType], {cls.peft.type for cls in METHODS.values()}
@@ -192,7 +192,7 @@ def peft_types() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the tests and writes the page."""
+    """Run the tests and write the page."""
     if argv == ["--capabilities"]:
         _, heading, tried = OUT.read_text().partition("## Properties\n")
         OUT.write_text(page(None) + heading + tried)

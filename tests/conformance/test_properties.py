@@ -57,7 +57,7 @@ def test_only_trained_leaves_receive_gradient_and_every_one_does(subject: Subjec
 
 
 def may_stand_still(name: str) -> bool:
-    """Says whether a leaf has no influence on these outputs: types and positions that no token has, unread poolers."""
+    """Return whether a leaf has no influence on these outputs: types and positions that no token has, unread poolers."""
     return any(part in name for part in ("token_type_embeddings", "pooler", "embed_tokens", "word_embeddings"))
 
 
@@ -156,7 +156,7 @@ def test_it_works_under_remat_and_sharded(subject: Subject) -> None:
 
 
 def sharded(model: Any, params: Any) -> Any:
-    """Computes with the base spread over eight devices."""
+    """Compute with the base spread over eight devices."""
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))

@@ -23,7 +23,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # programs with gradients compile
 
 @functools.cache
 def unrolled(kind: str, task: str) -> Any:
-    """Gives float32 params of a tiny unrolled model, every leaf random: zero biases would hide what is left out."""
+    """Return float32 params of a tiny unrolled model, every leaf random: zero biases would hide what is left out."""
     model = make(kind, task)
     tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4), jnp.int32))["params"]
     rng = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def make(kind: str, task: str | None = None, dtype: Any = jnp.float32, **options
 
 
 def load(kind: str = "llama", task: str | None = None, dtype: Any = jnp.float32, **options: Any) -> Any:
-    """Gives `(model, params)` as `jaxpeft.load` would: the head float32, the base in `dtype`."""
+    """Return `(model, params)` as `jaxpeft.load` would: the head float32, the base in `dtype`."""
     task = task or TASKS[kind]
     params = unrolled(kind, task)
     if options.get("scan_layers"):
@@ -52,7 +52,7 @@ def load(kind: str = "llama", task: str | None = None, dtype: Any = jnp.float32,
 
 
 def run(model: Any, params: Any, rngs: Any = None) -> Any:
-    """Gives the logits of `BATCH`, compiled."""
+    """Return the logits of `BATCH`, compiled."""
     return _run(model)(params, BATCH.ids, BATCH.mask, rngs)
 
 
@@ -62,7 +62,7 @@ def _run(model: Any) -> Any:
 
 
 def perturbed(method: Any, params: Any, seed: int = 0, size: float = 0.2) -> Any:
-    """Adds noise to the adapter leaves that are trained, as training would; zero padding stays zero."""
+    """Add noise to the adapter leaves that are trained, as training would; zero padding stays zero."""
     rng = np.random.default_rng(seed)
 
     def change(path: Any, leaf: Any) -> Any:
@@ -80,7 +80,7 @@ def leaves(tree: Any) -> dict[str, Any]:
 
 
 def names(tree: Any, suffix: str) -> set[str]:
-    """Gives the paths of the leaves that end with a name."""
+    """Return the paths of the leaves that end with a name."""
     return {name for name in leaves(tree) if name.split("/")[-1] == suffix}
 
 
@@ -95,6 +95,6 @@ def assert_bits(a: Any, b: Any) -> None:
 
 
 def largest(a: Any, b: Any) -> float:
-    """Gives the largest difference of two trees or arrays."""
+    """Return the largest difference of two trees or arrays."""
     gaps = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x, np.float32) - np.asarray(y, np.float32)).max()), a, b)
     return max(jax.tree.leaves(gaps))

@@ -63,7 +63,7 @@ def test_what_cannot_be_put_into_one_tree_is_refused() -> None:
 
 
 def torch_merge(pair: Any, how: str, **options: Any) -> tuple[Any, Any]:
-    """Merges two adapters of one linear module with the real peft; gives A and B as ours are."""
+    """Merge two adapters of one linear module with the real peft; return A and B as ours are."""
     import torch
     from peft import LoraConfig, get_peft_model
 

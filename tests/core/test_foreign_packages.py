@@ -27,7 +27,7 @@ def close(a: Any, b: Any) -> None:
 
 
 def trained(run: Any, method: Any, params: Any) -> tuple[float, float]:
-    """Trains the adapter towards a target for a few steps; gives the first loss and the last."""
+    """Train the adapter towards a target for a few steps; return the first loss and the last."""
     trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
     optimizer = optax.adam(1e-2)
     state = optimizer.init(trainable)

@@ -60,7 +60,7 @@ CORPUS = [
 
 @functools.cache
 def tokenizer_of(kind: str) -> Any:
-    """Trains a small tokenizer: `bytes` splits as GPT-2's, `metaspace` marks the beginning of a text, as Llama 2's."""
+    """Train a small tokenizer: `bytes` splits as GPT-2's, `metaspace` marks the beginning of a text, as Llama 2's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -20,7 +20,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", *"abcdefghijklmnopqr
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    """Writes bytes or text to a file of a name and gives its path as a string."""
+    """Write bytes or text to a file of a name and return its path as a string."""
 
     def write_file(name: str, content: bytes | str) -> str:
         path = tmp_path / name
@@ -32,7 +32,7 @@ def write(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def asset() -> Any:
-    """Gives the path of a shared asset, or skips."""
+    """Return the path of a shared asset, or skips."""
 
     def find(name: str) -> Path:
         if not (ASSETS / name).exists():
@@ -43,7 +43,7 @@ def asset() -> Any:
 
 
 def make_word_tokenizer(template: str | None = None, **special: str) -> Any:
-    """Makes a tokenizer of one token a word, over the letters and digits; `template` is `bert` or `bos`."""
+    """Make a tokenizer of one token a word, over the letters and digits; `template` is `bert` or `bos`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -92,7 +92,7 @@ def minilm() -> Any:
 
 
 def make_rows(*records: dict[str, Any], name: str = "rows.jsonl") -> Rows:
-    """Makes rows without a file; the hash follows the content."""
+    """Make rows without a file; the hash follows the content."""
     import hashlib
 
     sha256 = hashlib.sha256(repr(records).encode()).hexdigest()
@@ -100,19 +100,19 @@ def make_rows(*records: dict[str, Any], name: str = "rows.jsonl") -> Rows:
 
 
 def make_classified(*pairs: tuple[str, str], **options: Any) -> Examples:
-    """Makes single-label examples of (text, label)."""
+    """Make single-label examples of (text, label)."""
     return make_examples(make_rows(*({"text": t, "label": y} for t, y in pairs)), kind="classification", **options)
 
 
 def make_documents(*texts: str) -> Examples:
-    """Makes examples of plain text."""
+    """Make examples of plain text."""
     return make_examples(make_rows(*({"text": t} for t in texts)), kind="text", columns=Columns("text"))
 
 
 def make_encoded(
     lengths: list[int], *, kind: str = "classification", labels: Any = None, types: bool = False
 ) -> Encoded:
-    """Makes sequences of these lengths: token `t` of sequence `i` is `1000 * i + t + 1`, its label `i`."""
+    """Make sequences of these lengths: token `t` of sequence `i` is `1000 * i + t + 1`, its label `i`."""
     tokens = np.concatenate([1000 * i + 1 + np.arange(n) for i, n in enumerate(lengths)]).astype(np.int32)
     if labels is None:
         labels = tokens if kind != "classification" else np.arange(len(lengths), dtype=np.int32)

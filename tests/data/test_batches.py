@@ -15,7 +15,7 @@ CASES = [(n, size, seed) for n in (1, 7, 32, 101, 500) for size in (1, 4, 32) fo
 
 @pytest.fixture
 def data(encoded_of):
-    """Gives `n` sequences of random lengths up to 100, most of them short."""
+    """Return `n` sequences of random lengths up to 100, most of them short."""
 
     def make(n, seed=0, **options):
         lengths = np.minimum(np.random.default_rng(seed).geometric(0.06, n), 100)

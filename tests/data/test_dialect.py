@@ -23,7 +23,7 @@ def table(delimiter: str, rows: Any = GOOD, **options: Any) -> str:
 
 
 def read(path: str, **layout: Any) -> Rows:
-    """Reads a file whole and as a stream, which are the same."""
+    """Read a file whole and as a stream, which are the same."""
     rows = read_rows(path, layout=Layout(**layout))
     stream = RowStream(path, "train", layout=Layout(**layout)).rows(0, 99)
     assert (stream.records, stream.lines) == (rows.records, rows.lines)

@@ -12,7 +12,7 @@ from jaxpeft.errors import ConfigError, DataError
 
 @pytest.fixture
 def refusal(rows_of):
-    """Gives the lines of the error that records are refused with."""
+    """Return the lines of the error that records are refused with."""
 
     def refused(*records, kind="classification", **options) -> list[str]:
         with pytest.raises(DataError) as caught:

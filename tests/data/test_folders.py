@@ -99,7 +99,7 @@ def test_other_splits_are_found_beside(
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Any:
-    """Saves a data set, as one or as splits, and gives its folder and its rows."""
+    """Save a data set, as one or as splits, and return its folder and its rows."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -37,7 +37,7 @@ def test_labels_are_those_of_all_sources(
 
 
 def names(folder: Path, *words: str) -> Path:
-    """Writes a text for each word in the folder's sub-folders `pos` and `neg`."""
+    """Write a text for each word in the folder's sub-folders `pos` and `neg`."""
     for label in ("pos", "neg"):
         (folder / label).mkdir(parents=True)
         for word in words:

@@ -39,7 +39,7 @@ def config_file(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Path:
 
 
 def table(shown: str) -> dict[str, list[str]]:
-    """Gives the cells of each row of the printed table."""
+    """Return the cells of each row of the printed table."""
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     return {name: values for name, *values in cells}
 

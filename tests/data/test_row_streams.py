@@ -42,7 +42,7 @@ def write_file(path: Path, records: list[dict[str, str]]) -> None:
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes a source of `RECORDS`: a file, a folder of four, or a hub data set."""
+    """Make a source of `RECORDS`: a file, a folder of four, or a hub data set."""
 
     def source(kind: str) -> str:
         if kind == "org/name":
@@ -63,7 +63,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, commit: str = "abc") -> None:
-    """Answers as the hub would."""
+    """Answer as the hub would."""
     import datasets
     import huggingface_hub
 

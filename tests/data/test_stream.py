@@ -26,7 +26,7 @@ MakeStream = Callable[..., Stream]
 
 
 def write_texts(path: Path, rows: int, start: int = 0) -> Path:
-    """Writes texts of one to nine words, of which the first tells the row."""
+    """Write texts of one to nine words, of which the first tells the row."""
     rng = np.random.default_rng(0)
     texts = [" ".join([WORDS[(start + i) % 60], *rng.choice(WORDS, rng.integers(0, 9))]) for i in range(rows)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -35,7 +35,7 @@ def write_texts(path: Path, rows: int, start: int = 0) -> Path:
 
 @pytest.fixture
 def make_stream(tiny_models: Mapping[str, Path], tmp_path: Path) -> MakeStream:
-    """Makes a stream of 23 texts, 7 at a time; options of the sections `data` and `train`."""
+    """Make a stream of 23 texts, 7 at a time; options of the sections `data` and `train`."""
     train = write_texts(tmp_path / "train.jsonl", 23)
 
     def make(**options: Any) -> Stream:
@@ -65,7 +65,7 @@ def make_stream(tiny_models: Mapping[str, Path], tmp_path: Path) -> MakeStream:
 def fed(
     stream: Stream, count: int, position: Mapping[str, int] | None = None, own: tuple[int, ...] | None = None
 ) -> list[tuple[dict[str, Any], dict[str, int]]]:
-    """Gives so many batches from a position on, with the position behind each."""
+    """Return so many batches from a position on, with the position behind each."""
     feed = stream.feed(dict(position or {}), 0, own=own)
     try:
         return list(itertools.islice(feed, count))
@@ -74,7 +74,7 @@ def fed(
 
 
 def same(ours: list[Any], theirs: list[Any]) -> bool:
-    """Says whether two lists of batches are bit-equal, with their positions."""
+    """Return whether two lists of batches are bit-equal, with their positions."""
     return len(ours) == len(theirs) and all(
         a[1] == b[1] and a[0].keys() == b[0].keys() and all(np.array_equal(a[0][k], b[0][k]) for k in a[0])
         for a, b in zip(ours, theirs, strict=True)
@@ -141,7 +141,7 @@ def test_processes_get_parts_of_the_same_batches(make_stream: MakeStream) -> Non
 
 
 def write_chats(path: Path, rows: int) -> Path:
-    """Writes chats of two turns."""
+    """Write chats of two turns."""
     turns = [
         [{"role": "user", "content": WORDS[i]}, {"role": "assistant", "content": WORDS[i + 1]}] for i in range(rows)
     ]
@@ -158,7 +158,7 @@ def test_chats_are_streamed_by_a_thread_and_by_processes(make_stream: MakeStream
 
 
 def write_labelled(path: Path, kind: str, rows: int, labels: list[Any]) -> Path:
-    """Writes rows of a classification, or of a token classification."""
+    """Write rows of a classification, or of a token classification."""
     tokens = kind == "token_classification"
     made = [{"tokens": [WORDS[i], WORDS[i + 1]], "tags": ["O", labels[i % len(labels)]]} if tokens
             else {"text": WORDS[i], "label": labels[i % len(labels)]} for i in range(rows)]  # fmt: skip

@@ -27,7 +27,7 @@ def template_of(family: str, tokenizer: Any) -> Template:
 
 
 def rows_of(family: str, messages: Any, tokenizer: Any) -> list[Labelled]:
-    """Gives the rows of a dialog."""
+    """Return the rows of a dialog."""
     script = write(Dialog(tuple(messages)), template_of(family, tokenizer))
     (made,) = label([script], tokenizer, begin=prefix(tokenizer), end=tokenizer.eos_token_id)
     rows = [*made.earlier, made]
@@ -40,7 +40,7 @@ def labelled(family: str, messages: Any, tokenizer: Any) -> Labelled:
 
 
 def answers(rows: list[Labelled]) -> list[tuple[list[int], list[int]]]:
-    """Gives of each run of learned tokens those before it, and itself."""
+    """Return of each run of learned tokens those before it, and itself."""
     runs: list[tuple[list[int], list[int]]] = []
     for row in rows:
         assert row.labels[0] == IGNORED

@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def ran(config: Path, processes: int, devices: int) -> Team:
-    """Runs a config in so many processes, which must end as they should."""
+    """Run a config in so many processes, which must end as they should."""
     team = Team(Job(config, config.parent / f"run-{processes}x{devices}"), processes, devices)
     for done in team():
         assert done.returncode == 0, done.stderr
@@ -32,7 +32,7 @@ def ran(config: Path, processes: int, devices: int) -> Team:
 
 
 def assert_same(one: Team, several: Team, *, shared: bool = False) -> None:
-    """Says that two runs are the same but for the order in which sums were taken; `shared` where every process has all rows."""
+    """Say that two runs are the same but for the order in which sums were taken; `shared` where every process has all rows."""
     parts = several.processes if shared else 1
     assert [step[: len(step) // parts] for step in several.rows()] == one.rows()
     wanted, made = figures(one.job.workdir), figures(several.job.workdir)

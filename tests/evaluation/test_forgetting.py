@@ -26,7 +26,7 @@ def units(rows: Any) -> np.ndarray:
 
 
 def batches(n: int = 6) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Makes two batches, of which the last row is no row."""
+    """Make two batches, of which the last row is no row."""
     rng = np.random.default_rng(0)
     mask = (np.arange(8) < rng.integers(2, 8, (n, 1))).astype(np.int32)
     ids = rng.integers(5, 60, (n, 8)).astype(np.int32) * mask

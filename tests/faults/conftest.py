@@ -107,7 +107,7 @@ class Marks:
 
 @pytest.fixture
 def marks(request: pytest.FixtureRequest) -> Marks:
-    """Checks that are noted for the table."""
+    """Check that are noted for the table."""
     named = re.match(r"test_case_(\d+)_", request.node.name)
     assert named and int(named[1]) in CASES, "name the test test_case_NUMBER_..."
     request.node.user_properties.append(("case", int(named[1])))
@@ -115,7 +115,7 @@ def marks(request: pytest.FixtureRequest) -> Marks:
 
 
 def files(folder: Path, names: Sequence[str] = ("*",)) -> dict[str, bytes]:
-    """Reads every file below a folder."""
+    """Read every file below a folder."""
     found = (path for name in names for path in folder.rglob(name))
     return {str(path.relative_to(folder)): path.read_bytes() for path in found if path.is_file()}
 
@@ -128,7 +128,7 @@ def _context() -> Any:
 
 
 def run(arguments: list[str], fault: str | None, said: str, cache: str) -> None:
-    """Runs the main job in a process forked for it."""
+    """Run the main job in a process forked for it."""
     with open(said, "w") as file:  # noqa: PTH123
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -143,28 +143,28 @@ def run(arguments: list[str], fault: str | None, said: str, cache: str) -> None:
 
 
 def command(words: Sequence[str]) -> Done:
-    """Runs Python, in the folder of the project."""
+    """Run Python, in the folder of the project."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
     return Done(done.returncode, done.stderr, time.perf_counter() - began)
 
 
 def here(*arguments: str) -> Done:
-    """Runs the main job in this process: for what is refused, where starting another would take the time."""
+    """Run the main job in this process: for what is refused, where starting another would take the time."""
     from jaxpeft.train import main
 
     return told(lambda: main(list(arguments)))
 
 
 def library(call: Callable[[], Any]) -> Done:
-    """Calls the library, and tells what it raises as every command of jaxpeft does."""
+    """Call the library, and tell what it raises as every command of jaxpeft does."""
     from jaxpeft.command.running import guarded
 
     return told(lambda: guarded(lambda: (call(), 0)[1], show_traceback=False))
 
 
 def told(body: Callable[[], int]) -> Done:
-    """Gives what a command says in this process."""
+    """Return what a command says in this process."""
     said, logger, handler = io.StringIO(), logging.getLogger("jaxpeft"), logs.StderrHandler()
     handlers, level = logger.handlers[:], logger.level
     logger.handlers, began = [handler], time.perf_counter()
@@ -184,7 +184,7 @@ class Job:
     workdir: Path
 
     def __call__(self, *arguments: str, fault: str | None = None, kill_after: float | None = None) -> Done:
-        """Runs it in a process of its own, with a fault or without.
+        """Run it in a process of its own, with a fault or without.
 
         Args:
             arguments: more of them.
@@ -205,17 +205,17 @@ class Job:
         return Done(code, said.read_text() if said.exists() else "", seconds)
 
     def command(self, *arguments: str, fault: str | None = None) -> Done:
-        """Runs it as a person does: the whole command, from the start of Python to its end."""
+        """Run it as a person does: the whole command, from the start of Python to its end."""
         words = ["-m", "tests.faults.entry", fault, "--"] if fault else ["-m", "jaxpeft.train"]
         words += ["--config", str(self.config), "--workdir", str(self.workdir), *arguments]
         return command(words)
 
     def here(self, *arguments: str) -> Done:
-        """Runs it in this process."""
+        """Run it in this process."""
         return here("--config", str(self.config), "--workdir", str(self.workdir), *arguments)
 
     def at(self, workdir: Path) -> Job:
-        """Gives the same command in another folder."""
+        """Return the same command in another folder."""
         return Job(self.config, workdir)
 
     @property
@@ -229,14 +229,14 @@ class Job:
         return sorted(int(path.name) for path in self.checkpoints.iterdir() if path.name.isdecimal())
 
     def digest(self) -> str:
-        """Gives the hash of the adapter that the run has saved."""
+        """Return the hash of the adapter that the run has saved."""
         tensors = load_file(self.workdir / "adapter" / "adapter_model.safetensors")
         return hashlib.sha256(b"".join(name.encode() + tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
 
 
 @pytest.fixture
 def chats(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Callable[..., Job]:
-    """Makes a run of chats: lists of messages, and a template; further options as for `write_config`."""
+    """Make a run of chats: lists of messages, and a template; further options as for `write_config`."""
 
     def make(rows: Sequence[Sequence[Mapping[str, Any]]], template: str = CHAT, **options: Any) -> Job:
         file, jinja = tmp_path / "rows.jsonl", tmp_path / "mine.jinja"
@@ -285,5 +285,5 @@ def damage(file: Path, how: str) -> None:
 
 
 def largest(folder: Path) -> Path:
-    """Gives the largest file below a folder: that of the arrays."""
+    """Return the largest file below a folder: that of the arrays."""
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)

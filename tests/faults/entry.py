@@ -23,7 +23,7 @@ def _signal(number: int) -> Callable[[], None]:
 
 
 def _fill_disk() -> None:
-    """Lets no file grow beyond 2,000 bytes from now on."""
+    """Let no file grow beyond 2,000 bytes from now on."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
@@ -37,7 +37,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Sets the fault and runs the job."""
+    """Set the fault and runs the job."""
     at, arguments = argv[0], argv[argv.index("--") + 1 :]
     point, number, *kind = at.split(":")
     # Orbax, imported before the command has set up logging, would do so itself

@@ -43,7 +43,7 @@ class Results:
         self.seconds = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Takes a test's result."""
+        """Take a test's result."""
         self.seconds += report.duration
         cases = [int(str(value)) for name, value in report.user_properties if name == "case"]
         if report.failed:
@@ -55,12 +55,12 @@ class Results:
                 self.met[case] |= {str(value) for name, value in report.user_properties if name == "mark"}
 
     def marks(self, case: int) -> list[bool]:
-        """Says of each mark of a case whether a test shows it and none has failed."""
+        """Return of each mark of a case whether a test shows it and none has failed."""
         return [mark in self.met[case] and not self.failed[case] for mark in MARKS]
 
 
 def page(results: Results) -> str:
-    """Writes the page."""
+    """Write the page."""
     rows: list[str] = []
     for case, (what, promised) in CASES.items():
         told = " ".join(mark if met else "-" for mark, met in zip(MARKS, results.marks(case), strict=True))
@@ -77,7 +77,7 @@ def page(results: Results) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the tests and writes the page."""
+    """Run the tests and write the page."""
     os.environ.setdefault("JAXPEFT_KILLS", "50")
     results = Results()
     code = pytest.main([str(Path(__file__).parent), "-q", *argv], plugins=[results])

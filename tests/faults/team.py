@@ -61,7 +61,7 @@ class Team:
     heartbeat: int = 100
 
     def __call__(self, *arguments: str, members: Mapping[int, Member] | None = None, pause: float = 0.0) -> list[Done]:
-        """Runs it to the end; gives how each process has ended."""
+        """Run it to the end; return how each process has ended."""
         said = [self.job.config.parent / f"said-{os.getpid()}-{i}.txt" for i in range(self.processes)]
         port, started = free_port(), []
         began = time.perf_counter()
@@ -93,7 +93,7 @@ class Team:
         return self.job.config.parent / f"batches-{self.job.workdir.name}-{self.processes}-{process}.jsonl"
 
     def rows(self) -> list[list[str]]:
-        """Gives the hashes of the rows of each batch, over all processes."""
+        """Return the hashes of the rows of each batch, over all processes."""
         parts = [[json.loads(line) for line in self.batches(i).read_text().splitlines()] for i in range(self.processes)]
         # of each micro-batch one process after the other
         return [
@@ -103,14 +103,14 @@ class Team:
 
 
 def free_port() -> int:
-    """Gives a port that nobody listens on."""
+    """Return a port that nobody listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 def take_part(arguments: list[str], member: Member, devices: int, said: Path, cache: Path, batches: Path) -> None:
-    """Runs one process of a team, in a process forked for it."""
+    """Run one process of a team, in a process forked for it."""
     import jax
 
     from jaxpeft.training import loop
@@ -134,13 +134,13 @@ def take_part(arguments: list[str], member: Member, devices: int, said: Path, ca
 
 
 def hashes(ids: Any) -> list[list[str]]:
-    """Gives a short hash of each row of tokens, by micro-batch."""
+    """Return a short hash of each row of tokens, by micro-batch."""
     micro = ids if ids.ndim == 3 else ids[None]
     return [[hashlib.sha256(row.tobytes()).hexdigest()[:12] for row in rows] for rows in micro]
 
 
 def hide(step: int, seconds: float) -> None:
-    """Lets this process not see a checkpoint for a while, as on a host whose view of a shared folder is behind."""
+    """Let this process not see a checkpoint for a while, as on a host whose view of a shared folder is behind."""
     from jaxpeft import peers
     from jaxpeft.checkpoint import manager
 

@@ -112,7 +112,7 @@ def test_case_28_a_mark_and_line_ends_of_windows_do_no_harm(job: Job, whole: Job
 
 
 def model_with(source: Path, target: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """Copies a model folder and changes one of its JSON files."""
+    """Copy a model folder and changes one of its JSON files."""
     shutil.copytree(source, target)
     content = json.loads((target / file).read_text())
     change(content)

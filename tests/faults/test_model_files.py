@@ -36,7 +36,7 @@ def model(tiny_models: Models, tmp_path: Path) -> Path:
 
 
 def change(file: Path, edit: Callable[[Tensors], Any]) -> None:
-    """Changes the tensors of a file."""
+    """Change the tensors of a file."""
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -288,7 +288,7 @@ def test_case_38_code_in_a_checkpoint_is_not_run(job: Job, whole: Job, marks: Ma
 
 
 def peak_of(job: Job, *arguments: str) -> tuple[Done, float]:
-    """Runs the command in a fresh Python; gives its peak of memory, too, in MB: the kernel's, of this program alone."""
+    """Run the command in a fresh Python; return its peak of memory, too, in MB: the kernel's, of this program alone."""
     code = (
         "import sys; from jaxpeft.train import main; code = main(sys.argv[1:])\n"
         "print('PEAK', open('/proc/self/status').read().partition('VmHWM:')[2].split()[0], file=sys.stderr); sys.exit(code)"

@@ -22,13 +22,13 @@ Change = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 
 def change_batches(patch: pytest.MonkeyPatch, change: Change) -> None:
-    """Changes the batches by step."""
+    """Change the batches by step."""
     real = Batches.batch
     patch.setattr(Batches, "batch", lambda self, step, own=None: change(step, real(self, step, own)))
 
 
 def _goes_on(job: Job, marks: Marks, *words: str) -> None:
-    """Gives the command again: it goes on from what is saved, and leaves that as it is."""
+    """Return the command again: it goes on from what is saved, and leave that as it is."""
     before = files(job.checkpoints)
     again = job.here(*words)
     assert (again.returncode, "restoring step 8" in again.stderr) == (0, True), again.stderr

@@ -130,7 +130,7 @@ def test_case_9_a_folder_that_is_not_shared_is_refused(team: Team, two: Team, ma
 
 
 def stopped_at_8(whole: Team, team: Team) -> None:
-    """Copies what a run has left, up to step 8."""
+    """Copy what a run has left, up to step 8."""
     for step in (4, 8):
         shutil.copytree(whole.job.checkpoints / str(step), team.job.checkpoints / str(step))
 

@@ -30,13 +30,13 @@ TIMING = {"tokens_per_second", "model_flops_per_second", "memory_gb"}
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    """Reads the figures of a run, without how long they took."""
+    """Read the figures of a run, without how long they took."""
     lines = [{k: v for k, v in line.items() if k not in TIMING} for line in read_lines(folder / "metrics.jsonl")]
     return [line for line in lines if len(line) > 1]
 
 
 def arrays(folder: Path, step: int) -> dict[str, bytes]:
-    """Reads the arrays of a checkpoint."""
+    """Read the arrays of a checkpoint."""
     import orbax.checkpoint as ocp
 
     state = ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(step) / "state")
@@ -44,7 +44,7 @@ def arrays(folder: Path, step: int) -> dict[str, bytes]:
 
 
 def compile_once(patch: pytest.MonkeyPatch) -> None:
-    """Lets runs of one config share their compiled step: it is the same program."""
+    """Let runs of one config share their compiled step: it is the same program."""
     made: list[Any] = []
     compiled = loop.Run._compiled
 
@@ -56,7 +56,7 @@ def compile_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Makes the next run stop, as SIGTERM would, after so many steps."""
+    """Make the next run stop, as SIGTERM would, after so many steps."""
     fit = loop.Run._train
 
     def train(self: Any, compiled: Any) -> None:
@@ -71,7 +71,7 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def text_config(folder: Path, models: Mapping[str, Path], **options: Any) -> Path:
-    """Writes the config of a short run of a language model."""
+    """Write the config of a short run of a language model."""
     rows = write_rows(folder / "rows.jsonl", "text", 60)
     options = {"log__tensorboard": False, "log__plot": False, "optimizer__learning_rate": 1e-2, **options}
     return write_config(folder / "mine.py", models["llama"], rows, model__task="causal_lm", **options)

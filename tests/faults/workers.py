@@ -14,7 +14,7 @@ class Raising(Batches):
     """Raises."""
 
     def batch(self, step: int, own: Own = None) -> Batch:
-        """Makes a batch."""
+        """Make a batch."""
         if step == AT:
             raise ZeroDivisionError("three is too many")
         return super().batch(step, own)
@@ -24,7 +24,7 @@ class Ending(Batches):
     """Ends its process."""
 
     def batch(self, step: int, own: Own = None) -> Batch:
-        """Makes a batch."""
+        """Make a batch."""
         if step == AT:
             os._exit(9)
         return super().batch(step, own)
@@ -34,7 +34,7 @@ class Hanging(Batches):
     """Hangs."""
 
     def batch(self, step: int, own: Own = None) -> Batch:
-        """Makes a batch."""
+        """Make a batch."""
         if step == AT:
             time.sleep(1000)
         return super().batch(step, own)

@@ -37,7 +37,7 @@ def one_torch_thread() -> None:
 
 @pytest.fixture
 def save(reference: Any, tmp_path: Any) -> Callable[..., Saved]:
-    """Trains and saves an adapter."""
+    """Train and save an adapter."""
 
     def make(
         method: Any = METHOD,

@@ -25,19 +25,19 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"") -> Path:
-    """Writes a safetensors file of any header, fitting or not; bytes are taken as they are."""
+    """Write a safetensors file of any header, fitting or not; bytes are taken as they are."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
     return path
 
 
 def entry(begin: Any, end: Any, shape: Any, dtype: Any = "F32") -> dict[str, Any]:
-    """Gives one entry of a header."""
+    """Return one entry of a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 def shard(folder: Path, files: dict[str, Tensors]) -> Path:
-    """Writes files of tensors and the index that names them."""
+    """Write files of tensors and the index that names them."""
     folder.mkdir(parents=True, exist_ok=True)
     for file, tensors in files.items():
         save_file(tensors, folder / file)
@@ -52,7 +52,7 @@ def edited(
     weights: Callable[[Tensors], Any] | None = None,
     config: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Path:
-    """Copies a model folder; `weights` and `config` change what they are given, in place."""
+    """Copy a model folder; `weights` and `config` change what they are given, in place."""
     shutil.copytree(source, target)
     if weights is not None:
         tensors = load_file(target / "model.safetensors")
@@ -64,7 +64,7 @@ def edited(
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes a JSON file in place."""
+    """Change a JSON file in place."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
@@ -81,7 +81,7 @@ def assert_bit_equal(a: Any, b: Any) -> None:
 
 
 def trained(method: Any, params: Any, seed: int = 0) -> Any:
-    """Adds noise to the leaves that are trained, as training would; zero padding stays zero, as it does in training."""
+    """Add noise to the leaves that are trained, as training would; zero padding stays zero, as it does in training."""
     mask, rng = trainable_mask(method, params), np.random.default_rng(seed)
 
     def change(path: tuple[str, ...], leaf: Any) -> Any:
@@ -110,7 +110,7 @@ class Saved:
     params: Any
 
     def load(self, **options: Any) -> Any:
-        """Loads it onto the base that it was made from, or onto one loaded anew with these options."""
+        """Load it onto the base that it was made from, or onto one loaded anew with these options."""
         model, params = self.model, self.base
         if options:
             given = {"task": "sequence_classification", "dtype": jax.numpy.float32} | options
@@ -118,20 +118,20 @@ class Saved:
         return jaxpeft.load_adapter(self.folder, model, params)
 
     def problems(self, **options: Any) -> list[str]:
-        """Gives why it is refused."""
+        """Return why it is refused."""
         with pytest.raises(AdapterError) as caught:
             self.load(**options)
         return list(caught.value.problems)
 
     def edit(self, change: Callable[[Tensors], Any]) -> None:
-        """Changes its tensors in place."""
+        """Change its tensors in place."""
         file = self.folder / "adapter_model.safetensors"
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file)
 
     def config(self, **values: Any) -> None:
-        """Changes its adapter_config.json in place."""
+        """Change its adapter_config.json in place."""
         edit_json(self.folder / "adapter_config.json", lambda config: config.update(values))
 
 
@@ -146,14 +146,14 @@ _CLASSES = {
 
 
 def torch_base(folder: Path, task: str) -> Any:
-    """Loads a fresh torch model: peft changes the one that it is given."""
+    """Load a fresh torch model: peft changes the one that it is given."""
     import transformers
 
     return _past_by_its_old_name(getattr(transformers, _CLASSES[task][0]).from_pretrained(folder).eval())
 
 
 def _past_by_its_old_name(model: Any) -> Any:
-    """Lets a model take `past_key_values`, which transformers 5.24 calls `cache`.
+    """Let a model take `past_key_values`, which transformers 5.24 calls `cache`.
 
     peft 0.21 looks for the old name in the signature of a classifier, and refuses prefix tuning where it is not there.
     """
@@ -172,7 +172,7 @@ def _past_by_its_old_name(model: Any) -> Any:
 
 
 def peft_load(folder: Path, task: str, adapter: Path) -> Any:
-    """Loads an adapter folder with the real peft."""
+    """Load an adapter folder with the real peft."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(torch_base(folder, task), adapter).eval()
@@ -181,7 +181,7 @@ def peft_load(folder: Path, task: str, adapter: Path) -> Any:
 def peft_save(
     folder: Path, task: str, adapter: Path, *, config: str = "LoraConfig", size: float = 0.2, **options: Any
 ) -> Any:
-    """Makes an adapter with the real peft, trained leaves random, and saves it; gives the torch model."""
+    """Make an adapter with the real peft, trained leaves random, and save it; return the torch model."""
     import peft
     import torch
 

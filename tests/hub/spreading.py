@@ -24,13 +24,13 @@ def requested(task: Any, quant: str | None = None, **options: Any) -> ModelReque
 
 
 def mesh_of(shape: tuple[int, int], devices: Any = None) -> Mesh:
-    """Makes a mesh of two axes, `a` and `b`."""
+    """Make a mesh of two axes, `a` and `b`."""
     there = np.asarray(jax.devices() if devices is None else devices)
     return Mesh(there[: shape[0] * shape[1]].reshape(shape), ("a", "b"))
 
 
 def places(leaves: Any, mesh: Mesh, way: str) -> Callable[[Path], NamedSharding]:
-    """Gives the sharding of each leaf, cut along `a` (and `b` for `both`) where that divides it.
+    """Return the sharding of each leaf, cut along `a` (and `b` for `both`) where that divides it.
 
     Args:
         leaves: as they are stored, `Outline.leaves`.

@@ -128,7 +128,7 @@ class Exchange:
 
 @pytest.fixture(scope="module")
 def exchange(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Exchange:
-    """Saves every adapter here, then lets the library load them, and make its own, all in one process."""
+    """Save every adapter here, then let the library load them, and make its own, all in one process."""
     folder = tmp_path_factory.mktemp("adapters")
     batch = {"input_ids": BATCH.ids.tolist(), "attention_mask": BATCH.mask.tolist()}
     jobs: dict[str, Any] = {}

@@ -77,7 +77,7 @@ BATCH = make_batch("right")
 
 
 def real(task, out):
-    """Keeps what belongs to tokens."""
+    """Keep what belongs to tokens."""
     return out[BATCH.mask.astype(bool)] if task != SEQUENCE else out
 
 

@@ -33,7 +33,7 @@ def adapted(
     move: Any = (),
     **options: Any,
 ) -> Any:
-    """Makes an adapter in peft, of a base with tokens added, whose leaves of these names are moved; saves it."""
+    """Make an adapter in peft, of a base with tokens added, whose leaves of these names are moved; saves it."""
     import peft
     import torch
 
@@ -53,7 +53,7 @@ def adapted(
 
 
 def difference(torch_model: Any, model: Any, params: Any, vocab: int) -> float:
-    """Gives the largest difference of the logits, over the largest of them."""
+    """Return the largest difference of the logits, over the largest of them."""
     import torch
 
     ids = np.random.default_rng(0).integers(0, vocab, (3, 11))
@@ -104,7 +104,7 @@ def test_it_computes_what_peft_does(reference, tmp_path, tied, options, scan):
 
 
 def reloaded(folder: Any, adapter: Any, tokens: int) -> Any:
-    """Loads an adapter in peft onto a base with tokens added, whose new rows are others than those of `adapted`."""
+    """Load an adapter in peft onto a base with tokens added, whose new rows are others than those of `adapted`."""
     from peft import PeftModel
 
     base = torch_base(folder, CAUSAL)

@@ -50,7 +50,7 @@ class Made:
         return export(Request(self.folder, to, out, **options))
 
     def refused(self, out: Path, error: Any = ConfigError, to: str = "merged", **options: Any) -> str:
-        """Gives why an export is refused; nothing is left of it."""
+        """Return why an export is refused; nothing is left of it."""
         before = sorted(out.parent.iterdir())
         with pytest.raises(error) as caught:
             self.export(out, to, **options)
@@ -59,7 +59,7 @@ class Made:
 
 
 def ours(model: Any, params: Any) -> Any:
-    """Gives logits of the real tokens."""
+    """Return logits of the real tokens."""
     return real(np.asarray(jax.jit(lambda p: jaxpeft.apply(model, p, BATCH.ids, BATCH.mask))(params)))
 
 
@@ -81,7 +81,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.fixture
 def make(reference: Any, tmp_path: Path) -> Any:
-    """Trains and saves an adapter of a tiny model; the base's folder, or `edit` of a copy of it."""
+    """Train and save an adapter of a tiny model; the base's folder, or `edit` of a copy of it."""
 
     def made(
         method: Any = LORA,

@@ -27,7 +27,7 @@ METHODS = {
 
 
 def mutations(own: dict[str, Any], seed: int, count: int):
-    """Yields changed copies: one or two fields set, removed or added, at the top or a level below."""
+    """Yield changed copies: one or two fields set, removed or added, at the top or a level below."""
     rng = random.Random(seed)
     for _ in range(count):
         content = json.loads(json.dumps(own))
@@ -44,7 +44,7 @@ def mutations(own: dict[str, Any], seed: int, count: int):
 
 
 def outcomes(file: Any, load: Any, seed: int, count: int) -> dict[str, int]:
-    """Counts how loading ends with each changed file."""
+    """Count how loading ends with each changed file."""
     own, found = json.loads(file.read_text()), dict[str, int]()
     for content in mutations(own, seed, count):
         file.write_text(json.dumps(content))

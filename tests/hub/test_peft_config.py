@@ -21,7 +21,7 @@ METHOD = LoRA(
 
 
 def peft_lora(**options):
-    """Gives the content of the adapter_config.json that peft itself writes."""
+    """Return the content of the adapter_config.json that peft itself writes."""
     from peft import LoraConfig
 
     content = LoraConfig(**options).to_dict()

@@ -33,7 +33,7 @@ def published(assets):
 
 
 def few_words(folder):
-    """Saves a RoBERTa-base with few words and thin MLPs: its attention and its head are those that the adapter is for."""
+    """Save a RoBERTa-base with few words and thin MLPs: its attention and its head are those that the adapter is for."""
     import torch
     from transformers import RobertaConfig, RobertaForSequenceClassification
 

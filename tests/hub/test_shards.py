@@ -42,7 +42,7 @@ def outlined(folder: FilePath, task: Any = "causal_lm", **options: Any) -> Any:
 
 
 def spread(folder: FilePath, shape: tuple[int, int], way: str, **options: Any) -> tuple[Any, Any]:
-    """Loads a model spread over a mesh; gives its outline too."""
+    """Load a model spread over a mesh; return its outline too."""
     found = outlined(folder, **options)
     return found, found.read(0, places(found.leaves, mesh_of(shape), way), cache=False)
 

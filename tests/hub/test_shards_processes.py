@@ -24,7 +24,7 @@ SIZES = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hi
 
 
 def run(count: int, folder: Path, **options: Any) -> list[Any]:
-    """Runs the processes and gives what they printed."""
+    """Run the processes and return what they printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

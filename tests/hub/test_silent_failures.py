@@ -31,7 +31,7 @@ def llama(reference: Callable[..., Any]) -> Any:
 
 
 def adapted(method: Any, base: Any) -> Any:
-    """Gives a trained tree."""
+    """Return a trained tree."""
     return trained(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
 
 

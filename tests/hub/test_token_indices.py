@@ -24,7 +24,7 @@ TOKENS = (5, 3, 9)
 
 
 def tied(reference: Any, on: bool) -> Any:  # noqa: F811
-    """Gives the models of a reference with the head tied to the embedding."""
+    """Return the models of a reference with the head tied to the embedding."""
     return lambda kind, task: reference(kind, task, **({"tie_word_embeddings": True} if on else {}))
 
 

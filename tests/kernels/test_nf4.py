@@ -15,7 +15,7 @@ SHAPES = [(128, 192), (64, 4096), (172, 64), (64, 172), (96, 1000)]
 
 
 def weights(shape: tuple[int, int], seed: int = 0) -> Any:
-    """Gives a kernel as torch has it, `[out, in]`."""
+    """Return a kernel as torch has it, `[out, in]`."""
     return (0.02 * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
 
 
@@ -24,7 +24,7 @@ def stored(rows: Any) -> Any:
 
 
 def plain(rows: Any) -> tuple[Any, ...]:
-    """Quantises in plain NumPy: codes, magnitudes of blocks, their 8-bit places, scales and mean."""
+    """Quantise in plain NumPy: codes, magnitudes of blocks, their 8-bit places, scales and mean."""
     flat = rows.reshape(-1)
     blocks = [flat[i : i + 64] for i in range(0, flat.size, 64)]
     absmax = np.asarray([np.abs(block).max() for block in blocks], np.float32)

@@ -39,7 +39,7 @@ class Stubs:
         (folder / "bin").mkdir(parents=True)
 
     def add(self, name: str, answer: str | None = None) -> Path:
-        """Adds a program; `answer` is a bash script that gets its arguments."""
+        """Add a program; `answer` is a bash script that gets its arguments."""
         program, script = self.folder / "bin" / name, self.folder / f"{name}.answer"
         program.write_text(
             _STUB.format(python=sys.executable, log=str(self.log), name=name, answer=str(script)), encoding="utf-8"
@@ -50,18 +50,18 @@ class Stubs:
         return program
 
     def calls(self, name: str | None = None) -> list[list[str]]:
-        """Gives the calls so far, each as the program's name and its arguments; those of one program without the name."""
+        """Return the calls so far, each as the program's name and its arguments; those of one program without the name."""
         noted = self.noted()
         if name is None:
             return [[call["name"], *call["arguments"]] for call in noted]
         return [call["arguments"] for call in noted if call["name"] == name]
 
     def noted(self) -> list[dict]:
-        """Gives the calls so far, with standard input and the environment of each."""
+        """Return the calls so far, with standard input and the environment of each."""
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Gives a small environment in which the stubs are found first."""
+        """Return a small environment in which the stubs are found first."""
         kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
         return {**kept, "PATH": f"{self.folder / 'bin'}:/usr/local/bin:/usr/bin:/bin", **more}
 
@@ -69,7 +69,7 @@ class Stubs:
 def bash(
     script: Path | str, *arguments: str, env: dict[str, str], cwd: Path = ROOT, seconds: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script of launch/."""
+    """Run a script of launch/."""
     return subprocess.run(
         ["bash", str(script), *arguments],
         env=env,
@@ -83,7 +83,7 @@ def bash(
 
 
 def tool(name: str) -> str:
-    """Gives the path of a linter that comes as a Python package, skips the test where it is not installed."""
+    """Return the path of a linter that comes as a Python package, skips the test where it is not installed."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
@@ -103,7 +103,7 @@ def shellcheck(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def mutated(file: Path, before: str, after: str, folder: Path) -> Path:
-    """Writes a file of launch/ with one mistake in it, into a folder launch/ beside everything else of launch/."""
+    """Write a file of launch/ with one mistake in it, into a folder launch/ beside everything else of launch/."""
     text = file.read_text()
     assert before in text, f"{file.name} does not have {before!r}"
     copy = folder / "launch"

@@ -20,7 +20,7 @@ ADDED_BY_JAX = {("", "pods", "list"), ("", "services", "list"), ("batch", "jobs"
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """Gives the objects of a manifest, checked by the schema.
+    """Return the objects of a manifest, checked by the schema.
 
     Raises:
         ValueError: naming the place and what is wrong there.
@@ -36,25 +36,25 @@ def parse(text: str) -> list[dict[str, Any]]:
 
 
 def jobset(objects: list[dict[str, Any]]) -> dict[str, Any]:
-    """Gives the JobSet of a manifest."""
+    """Return the JobSet of a manifest."""
     (found,) = (one for one in objects if one["kind"] == "JobSet")
     return found
 
 
 def job(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives the one kind of job of a JobSet."""
+    """Return the one kind of job of a JobSet."""
     (found,) = manifest["spec"]["replicatedJobs"]
     return found["template"]["spec"] | {"replicas": found["replicas"]}
 
 
 def trainer(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives the one container of a JobSet's Pods."""
+    """Return the one container of a JobSet's Pods."""
     (found,) = job(manifest)["template"]["spec"]["containers"]
     return found
 
 
 def require_sound(objects: list[dict[str, Any]]) -> None:
-    """Refuses what a cluster would take, but which would not run, or not go on.
+    """Refuse what a cluster would take, but which would not run, or not go on.
 
     Raises:
         ValueError: naming everything that is wrong.
@@ -125,7 +125,7 @@ def _gpu(manifest: Mapping[str, Any], objects: list[dict[str, Any]]) -> dict[str
 
 
 def outcome(manifest: Mapping[str, Any], code: int, *, disrupted: bool = False) -> str:
-    """Tells what the JobSet does when a Pod ends, as the controllers of Job and JobSet do: the first rule that fits.
+    """Return what the JobSet does when a Pod ends, as the controllers of Job and JobSet do: the first rule that fits.
 
     Args:
         manifest: a checked JobSet.

@@ -35,7 +35,7 @@ class Ray:
 
 
 def noted(ends: list[list[int]]) -> list[int]:
-    """Gives the codes of a job, by the program that SkyPilot runs for it."""
+    """Return the codes of a job, by the program that SkyPilot runs for it."""
     made = RayCodeGen()
     made.add_prologue(1)
     text = "\n".join(made._code)

@@ -24,7 +24,7 @@ class Instruction:
 
 
 def instructions(path: Path) -> list[Instruction]:
-    """Reads a Dockerfile, lines that go on joined, without comments."""
+    """Read a Dockerfile, lines that go on joined, without comments."""
     lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     text = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     parts = (line.split(None, 1) for line in text.splitlines() if line.strip())
@@ -32,7 +32,7 @@ def instructions(path: Path) -> list[Instruction]:
 
 
 def require_sound(path: Path) -> None:
-    """Refuses an image that is not the same tomorrow, runs as root, holds what it should not, or keeps signals from Python.
+    """Refuse an image that is not the same tomorrow, runs as root, holds what it should not, or keep signals from Python.
 
     Raises:
         ValueError: naming everything that is wrong.
@@ -143,7 +143,7 @@ def pins() -> dict[str, str]:
 
 
 def require_pins(pinned: dict[str, str]) -> None:
-    """Refuses pins that leave something of pyproject.toml out, or that it does not allow.
+    """Refuse pins that leave something of pyproject.toml out, or that it does not allow.
 
     Raises:
         ValueError: naming what is wrong.

@@ -40,7 +40,7 @@ def test_a_block_runs_to_its_end(block: str, stubs: Stubs) -> None:
 
 
 def require_known(program: str, arguments: list[str], stdin: str) -> None:
-    """Refuses a call that its program, or jaxpeft, would refuse, as far as that is known here."""
+    """Refuse a call that its program, or jaxpeft, would refuse, as far as that is known here."""
     for word in arguments:
         assert not word.startswith(("launch/", "configs/")) or (ROOT / word).exists(), f"there is no {word}"
     if program == "kubectl" and arguments[0] == "apply":
@@ -56,12 +56,12 @@ def require_known(program: str, arguments: list[str], stdin: str) -> None:
 
 
 def require_trainable(arguments: list[str]) -> None:
-    """Refuses what the trainer would refuse."""
+    """Refuse what the trainer would refuse."""
     job_of(*read_arguments(RunArguments, [*arguments, "--validate"]))
 
 
 def runs_of(text: str) -> set[tuple[str, str]]:
-    """Gives the folder and the config of every `sky jobs launch`; what is not given is as in the task."""
+    """Return the folder and the config of every `sky jobs launch`; what is not given is as in the task."""
     found = set()
     for line in re.findall(r"^sky jobs launch .*$", text.replace("\\\n", ""), re.MULTILINE):
         given = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["envs"]

@@ -27,7 +27,7 @@ ACCELERATOR = r"(tpu-(v5litepod|v5p|v6e)-\d+|(H100|H200|A100|A100-80GB|L4|B200):
 
 
 def parse(path: Path) -> dict[str, Any]:
-    """Reads a task and refuses what SkyPilot does not have, or takes and does not find, or with which a run does not go on.
+    """Read a task and refuse what SkyPilot does not have, or take and does not find, or with which a run does not go on.
 
     Raises:
         ValueError: naming everything that is wrong.
@@ -88,7 +88,7 @@ def test_shellcheck_finds_nothing(part: str, tmp_path: Path) -> None:
 
 
 def part_of(part: str, stubs: Stubs, home: Path, task: Path = TASK, **env: str) -> tuple[Path, dict[str, str]]:
-    """Gives a script of the task, whose store is a folder of the test, and its environment on node 0."""
+    """Return a script of the task, whose store is a folder of the test, and its environment on node 0."""
     found = yaml.safe_load(task.read_text())
     script = home / part
     script.write_text(found[part].replace('"/runs', f'"{home}/runs'))
@@ -164,7 +164,7 @@ def test_a_signal_to_all_processes_leaves_the_trainer_time_to_save(waits: bool, 
 
 
 def noted(ends: list[tuple[int, int]]) -> list[int]:
-    """Gives the codes that SkyPilot notes for nodes that end in this order: once one has failed, the others are ended with 137."""
+    """Return the codes that SkyPilot notes for nodes that end in this order: once one has failed, the others are ended with 137."""
     codes, failed = dict[int, int](), False
     for node, code in ends:
         codes[node] = 137 if failed else code

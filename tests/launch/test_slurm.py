@@ -33,7 +33,7 @@ exit $highest
 
 
 def directives(script: Path) -> dict[str, str]:
-    """Reads the #SBATCH lines as sbatch does: only those before the first command.
+    """Read the #SBATCH lines as sbatch does: only those before the first command.
 
     Raises:
         ValueError: a line that sbatch would refuse, or not see.
@@ -73,7 +73,7 @@ FORMS = {
 
 
 def require_sound(found: dict[str, str]) -> None:
-    """Refuses directives with which a job would not go on, or JAX not find its GPUs.
+    """Refuse directives with which a job would not go on, or JAX not find its GPUs.
 
     Raises:
         ValueError: naming the directive.

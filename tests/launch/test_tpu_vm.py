@@ -283,7 +283,7 @@ def unit_of(folder: Path) -> dict[str, str]:
 
 
 def require_contract(unit: dict[str, str]) -> None:
-    """Refuses a unit that starts bad input again, lets a failure lie, or kills a run that is saving."""
+    """Refuse a unit that starts bad input again, lets a failure lie, or kills a run that is saving."""
     assert unit["Restart"] == "on-failure"
     assert unit["RestartPreventExitStatus"].split() == ["2"]
     assert "143" not in unit.get("SuccessExitStatus", "")  # a run that was stopped on one host goes on

@@ -96,7 +96,7 @@ def test_spot_is_asked_for_by_1_alone(more: dict[str, str], spot: bool, stubs: S
 
 
 def as_xpk_runs_it(command: str, env: dict[str, str], tmp_path: Path) -> int:
-    """Runs a command as xpk's container does, stops the container, and gives its exit code."""
+    """Run a command as xpk's container does, stops the container, and return its exit code."""
     shell = 'trap "kill -TERM \\$! 2> /dev/null" TERM; (' + command + ") & PID=$!; "
     shell += "while kill -0 $PID 2> /dev/null; do sleep 0.1; done; wait $PID; exit $?"
     process = subprocess.Popen(["bash", "-c", shell], env=env, start_new_session=True)

@@ -19,12 +19,12 @@ quiet = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprec
 
 
 def case_of(method: Any, kind: str, config: str, size: float = 0.2, **options: Any) -> Case:
-    """Makes a case: a method, and the class and options of peft's config that mean the same."""
+    """Make a case: a method, and the class and options of peft's config that mean the same."""
     return Case(method=method, kind=kind, peft=(config, options), size=size, padding="right")
 
 
 def exported(reference: Any, folder: Path, case: Case) -> float:
-    """Saves a moved adapter, loads it with peft, and gives the largest gap of the logits."""
+    """Save a moved adapter, loads it with peft, and return the largest gap of the logits."""
     torch_model = reference(case.kind, TASKS[case.kind])
     model, base = torch_model.load()
     params = moved(case.method, jaxpeft.rewrite(case.method, base, jax.random.key(0)), size=case.size)
@@ -35,7 +35,7 @@ def exported(reference: Any, folder: Path, case: Case) -> float:
 
 
 def imported(reference: Any, folder: Path, case: Case) -> tuple[float, Any]:
-    """Loads what peft saved, unrolled and scanned, and gives the largest gap of the logits, and the method."""
+    """Load what peft saved, unrolled and scanned, and return the largest gap of the logits, and the method."""
     torch_model = reference(case.kind, TASKS[case.kind])
     config, options = case.peft
     adapted = peft_save(torch_model.folder, case.task, folder, config=config, size=case.size, **options)
@@ -43,7 +43,7 @@ def imported(reference: Any, folder: Path, case: Case) -> tuple[float, Any]:
 
 
 def loaded_gap(torch_model: Any, folder: Path, case: Case, wanted: Any) -> tuple[float, Any]:
-    """Loads a folder, unrolled and scanned, and gives the largest gap to the wanted logits, and the method."""
+    """Load a folder, unrolled and scanned, and return the largest gap to the wanted logits, and the method."""
     gaps: list[float] = []
     method: Any = None
     for scan in (False, True):
@@ -54,7 +54,7 @@ def loaded_gap(torch_model: Any, folder: Path, case: Case, wanted: Any) -> tuple
 
 
 def gap(wanted: Any, found: Any, torch_model: Any, case: Case) -> float:
-    """Gives the largest difference as a share of the largest logit; the adapter must change something."""
+    """Return the largest difference as a share of the largest logit; the adapter must change something."""
     assert np.abs(wanted - theirs(case, torch_model.model)).max() > 0.02, (
         "the adapter changes too little to tell anything"
     )

@@ -30,7 +30,7 @@ SHAPES = {"one": (8, 6), "two": (6, 5), "three": (5, 7)}
 
 
 def torch_model(method: Any, steps: int) -> Any:
-    """Makes three linear modules with peft's AdaLoRA; `forward` gives a loss of zero and what peft adds to it."""
+    """Make three linear modules with peft's AdaLoRA; `forward` gives a loss of zero and what peft adds to it."""
     import torch
     from peft import AdaLoraConfig, get_peft_model
 
@@ -52,7 +52,7 @@ def torch_model(method: Any, steps: int) -> Any:
 
 
 def tensors(model: Any) -> dict[tuple[str, str], Any]:
-    """Gives peft's parameters by our paths."""
+    """Return peft's parameters by our paths."""
     layers = {name: getattr(model.base_model.model, name) for name in SHAPES}
     return {
         (name, key): getattr(layer, theirs)["default"]
@@ -62,7 +62,7 @@ def tensors(model: Any) -> dict[tuple[str, str], Any]:
 
 
 def as_leaf(key: str, array: Any) -> jax.Array:
-    """Copies: JAX would share the memory that torch changes in place."""
+    """Copy: JAX would share the memory that torch changes in place."""
     return jnp.asarray(np.array(array.reshape(-1) if key == "adalora_e" else array.T, np.float32))
 
 

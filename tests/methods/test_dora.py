@@ -36,7 +36,7 @@ def random(*shape: int) -> jax.Array:
 
 
 def site(**options: Any) -> tuple[Any, Any]:
-    """Gives one linear site with a moved adapter: `(model, params)`."""
+    """Return one linear site with a moved adapter: `(model, params)`."""
     base = {"proj": {"kernel": random(8, 6), "bias": random(6)}}
     params = jaxpeft.rewrite(jaxpeft.DoRA(rank=2, alpha=6.0, **options), base, jax.random.key(1))
     params["proj"] |= {"dora_b": random(2, 6), "dora_magnitude": 1 + jnp.abs(random(6))}
@@ -127,7 +127,7 @@ def nn_of(base: Any) -> Any:
 
 
 def without_padding(tree: Any) -> Any:
-    """Unrolls a tree and drops the adapter leaves of the first layer, which is not adapted."""
+    """Unroll a tree and drops the adapter leaves of the first layer, which is not adapted."""
     tree = jaxpeft.unstack_layers(tree)
     for module in (
         tree["model"]["layers"]["0"]["self_attn"]["q_proj"],

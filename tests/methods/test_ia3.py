@@ -20,7 +20,7 @@ pytestmark = quiet
 
 
 def shapes(method: Any, kind: str, **options: Any) -> dict[str, tuple[int, ...]]:
-    """Gives the shapes of the scales by the last names of their sites."""
+    """Return the shapes of the scales by the last names of their sites."""
     params = jaxpeft.rewrite(method, load(kind, **options)[1], jax.random.key(0))
     return {".".join(p[-3:-1]): leaf.shape for p, leaf in paths.walk(params) if p[-1] == "ia3_l"}
 

@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
 
 
 def torch_names(encoder: str) -> dict[str, Any]:
-    """Gives torch's tensors, by name, as functions of our leaves."""
+    """Return torch's tensors, by name, as functions of our leaves."""
     heads = (0, 2, 4) if encoder == "mlp" else (0, 2)
     names: dict[str, Any] = {"embedding.weight": lambda x: x["ptuning_embeddings"]}
     for i, at in enumerate(heads, 1):

@@ -32,7 +32,7 @@ def site(n_in: int, n_out: int = 6) -> Site:
 
 
 def rotation(method: Any, n: int, size: float = 0.3) -> Any:
-    """Gives the matrix that a moved adapter multiplies its input with."""
+    """Return the matrix that a moved adapter multiplies its input with."""
     leaves = method.init(site(n, n), lambda: jnp.eye(n), jax.random.key(0))
     own = {
         k: v + size * jnp.asarray(RNG.normal(size=v.shape), jnp.float32) if k.endswith(("_r", "_u")) else v
@@ -122,7 +122,7 @@ def test_variants_go_both_ways_with_the_real_peft(
 
 
 def with_plain_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets BOFT in peft compute several butterfly factors without its CUDA extension."""
+    """Let BOFT in peft compute several butterfly factors without its CUDA extension."""
     import torch
     from peft.tuners.boft import layer
 

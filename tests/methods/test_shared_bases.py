@@ -79,7 +79,7 @@ each_method = pytest.mark.parametrize("method", METHODS, ids=["vera", "randlora"
 
 
 def replaced(method: Any, **options: Any) -> Any:
-    """Gives the method with other options."""
+    """Return the method with other options."""
     return dataclasses.replace(method, **options)
 
 

@@ -45,7 +45,7 @@ def adapted(method: Any, base: Any, seed: int = 0) -> Any:
 
 
 def windowed(scan: bool) -> Any:
-    """Gives a tiny mistral, whose windows are shorter than its rows."""
+    """Return a tiny mistral, whose windows are shorter than its rows."""
     config = tiny_config("mistral", sliding_window=6)
     model = models.build(config, Options(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan))
     return model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
@@ -55,7 +55,7 @@ def windowed(scan: bool) -> Any:
 
 
 def packed() -> tuple[Any, Any]:
-    """Gives the two shorter rows of the batch in one row, and which is which."""
+    """Return the two shorter rows of the batch in one row, and which is which."""
     parts = [BATCH.ids[row, : LENGTHS[row]] for row in (1, 2)]
     ids = np.concatenate(parts)
     return ids[None], np.repeat([0, 1], [len(part) for part in parts])[None].astype(np.int32)

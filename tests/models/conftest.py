@@ -38,7 +38,7 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
 
 
 def tiny_config(model_type: str, **switches: Any) -> dict[str, Any]:
-    """Gives the `config.json` of a tiny model."""
+    """Return the `config.json` of a tiny model."""
     return {"model_type": model_type, **_TINY[model_type], **switches}
 
 
@@ -51,7 +51,7 @@ class Batch:
 
 
 def make_batch(side: str) -> Batch:
-    """Makes three rows of ids; `side` is `none`, `right` or `left`."""
+    """Make three rows of ids; `side` is `none`, `right` or `left`."""
     rng = np.random.default_rng(0)
     ids = rng.integers(4, VOCAB, (len(LENGTHS), LENGTH)).astype(np.int32)
     mask = np.ones_like(ids)
@@ -71,7 +71,7 @@ class Reference:
     model: Any
 
     def __call__(self, batch: Batch, **inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Gives the logits, or the hidden states of an encoder without a head."""
+        """Return the logits, or the hidden states of an encoder without a head."""
         import torch
 
         given = {"input_ids": batch.ids, "attention_mask": batch.mask, **inputs}
@@ -80,13 +80,13 @@ class Reference:
         return (out.last_hidden_state if self.task == "encoder" else out.logits).numpy()
 
     def load(self, **options: Any) -> Any:
-        """Gives `(model, params)` in float32."""
+        """Return `(model, params)` in float32."""
         labels = LABELS if "classification" in self.task else None
         defaults: dict[str, Any] = {"task": self.task, "num_labels": labels, "dtype": jnp.float32}
         return jaxpeft.load(self.folder, **(defaults | options))
 
     def difference(self, batches: list[Batch], model: Any, params: Any, **inputs: np.ndarray[Any, Any]) -> float:
-        """Gives the largest difference over real tokens between torch and jaxpeft."""
+        """Return the largest difference over real tokens between torch and jaxpeft."""
         run = jax.jit(lambda ids, mask, kw: jaxpeft.apply(model, params, ids, mask, **kw))
         largest = 0.0
         for batch in batches:
@@ -131,13 +131,13 @@ def _make(
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
-    """Makes torch references, each once a session."""
+    """Make torch references, each once a session."""
     made: dict[str, Reference] = {}
 
     def get(
         model_type: str, task: str, rewrite: Callable[[dict[str, Any]], None] | None = None, **switches: Any
     ) -> Reference:
-        """Makes a torch model with these switches; `rewrite` edits the saved config.json."""
+        """Make a torch model with these switches; `rewrite` edits the saved config.json."""
         key = f"{model_type} {task} {json.dumps(switches, sort_keys=True)} {rewrite and rewrite.__name__}"
         if key not in made:
             folder = tmp_path_factory.mktemp("reference")
@@ -155,7 +155,7 @@ def padded() -> list[Batch]:
 
 @pytest.fixture
 def parity(reference: Any, padded: list[Batch], request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Checks that a model gives torch's numbers, with scanned and unrolled layers."""
+    """Check that a model gives torch's numbers, with scanned and unrolled layers."""
 
     def check(
         model_type: str, task: str, *, rewrite: Any = None, inputs: Any = None, load: Any = None, **switches: Any
@@ -172,5 +172,5 @@ def parity(reference: Any, padded: list[Batch], request: pytest.FixtureRequest) 
 
 @pytest.fixture(scope="session", name="tiny_config")
 def tiny_config_fixture() -> Callable[..., dict[str, Any]]:
-    """Gives the `config.json` of a tiny model, by architecture and switches."""
+    """Return the `config.json` of a tiny model, by architecture and switches."""
     return tiny_config

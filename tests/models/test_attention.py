@@ -105,7 +105,7 @@ def test_rows_padded_on_the_right_need_no_mask_and_give_the_same(window: int, ca
 
 
 def masks(kind: str, rng: np.random.Generator, length: int = 256) -> tuple[Mask, Any]:
-    """Gives a mask, and which positions hold text."""
+    """Return a mask, and which positions hold text."""
     text = jnp.arange(length)[None] < jnp.asarray([[length], [length // 2 + 2]])
     return {
         "causal": Mask(causal=True),
@@ -117,7 +117,7 @@ def masks(kind: str, rng: np.random.Generator, length: int = 256) -> tuple[Mask,
 
 
 def with_gradient(compute: Any, q: Any, k: Any, v: Any, mask: Mask, text: Any) -> Any:
-    """Gives the result of an attention where there is text, and the gradients of a function of it."""
+    """Return the result of an attention where there is text, and the gradients of a function of it."""
 
     def loss(q: Any, k: Any, v: Any) -> Any:
         out = compute(q, k, v, mask, lambda weights: weights)

@@ -68,7 +68,7 @@ def test_remat_keeps_what_its_policy_names(load, padded, scan_layers):
 
 
 def count_kept(function, params):
-    """Counts the bytes that the forward pass hands to the backward pass."""
+    """Count the bytes that the forward pass hands to the backward pass."""
     residuals = jax.eval_shape(lambda p: jax.vjp(function, p)[1], params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 

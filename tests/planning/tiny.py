@@ -31,7 +31,7 @@ def get_config():
 
 
 def write(folder: Path, **changed: Any) -> tuple[Path, Path]:
-    """Writes `(config file, config.json)`."""
+    """Write `(config file, config.json)`."""
     (folder / "small.py").write_text(CONFIG)
     (folder / "config.json").write_text(json.dumps({**SMALL, **changed}))
     return folder / "small.py", folder / "config.json"

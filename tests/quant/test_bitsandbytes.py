@@ -36,7 +36,7 @@ def text(state: dict[str, Any]) -> np.ndarray[Any, Any]:
 
 
 def packed(name: str, weight: Any, double: bool) -> Tensors:
-    """Gives the tensors that Hugging Face saves of a matrix `[out, in]`, made of what jaxpeft gives."""
+    """Return the tensors that Hugging Face saves of a matrix `[out, in]`, made of what jaxpeft gives."""
     leaves = jax.tree.map(np.asarray, jax.jit(nf4.store)(jnp.asarray(weight).T))
     absmax = np.abs(np.asarray(nf4.blocks_of(jnp.asarray(weight).T))).max(axis=1)
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
@@ -59,7 +59,7 @@ def packed(name: str, weight: Any, double: bool) -> Tensors:
 
 @pytest.fixture
 def folder(reference: Any, tmp_path: Path) -> Callable[..., Path]:
-    """Makes the folder of a tiny model whose linear modules are quantised."""
+    """Make the folder of a tiny model whose linear modules are quantised."""
 
     def make(
         kind: str = "llama", task: str = "causal_lm", *, double: bool = True, skip: str = "no", then: Change | None = None,
@@ -80,7 +80,7 @@ def folder(reference: Any, tmp_path: Path) -> Callable[..., Path]:
 
 
 def second(params: Any) -> Any:
-    """Gives the leaves of `q_proj` of the second layer."""
+    """Return the leaves of `q_proj` of the second layer."""
     layers = params["model"]["layers"]
     if "1" in layers:
         return layers["1"]["self_attn"]["q_proj"]

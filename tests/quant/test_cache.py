@@ -40,7 +40,7 @@ def base(reference: Any) -> Path:
 
 @pytest.fixture
 def quantising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the kernels that are quantised."""
+    """Count the kernels that are quantised."""
     counted, plain = list[int](), placing.stored
 
     def stored(quant: Any, read: Any, layers: int | None, places: Any) -> Any:

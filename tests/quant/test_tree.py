@@ -60,7 +60,7 @@ def test_of_the_kernels_one_is_there_at_a_time(reference: Any, scan: bool, monke
 
 
 def there() -> int:
-    """Counts the numbers of all kernels that are there now; two arrays of one buffer are one."""
+    """Count the numbers of all kernels that are there now; two arrays of one buffer are one."""
     alone = [a for a in jax.live_arrays() if a.ndim >= 2 and a.dtype == jnp.float32 and len(a.devices()) == 1]
     return sum({a.unsafe_buffer_pointer(): a.size for a in alone if a.shape[-2:] in SHAPES}.values())
 

@@ -22,7 +22,7 @@ TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer that knows `WORDS`, one token each."""
+    """Write a tokenizer that knows `WORDS`, one token each."""
     from tokenizers import Tokenizer, pre_tokenizers, processors
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -57,7 +57,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 
 def write_rows(path: Path, kind: str, n: int = 60) -> Path:
-    """Writes rows whose first word tells the label."""
+    """Write rows whose first word tells the label."""
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     for i in range(n):
@@ -76,7 +76,7 @@ def write_rows(path: Path, kind: str, n: int = 60) -> Path:
 
 
 def write_config(path: Path, model: Path, rows: Path, **options: Any) -> Path:
-    """Writes the config file of a short classification, for tests of commands; further options by `section__option=value`."""
+    """Write the config file of a short classification, for tests of commands; further options by `section__option=value`."""
     given = {
         "model__path": str(model), "model__task": "sequence_classification", "data__train": str(rows),
         "data__max_length": 16, "data__validation_share": 0.2, "train__batch_size": 8, **options,
@@ -91,7 +91,7 @@ def write_config(path: Path, model: Path, rows: Path, **options: Any) -> Path:
 
 @pytest.fixture
 def make_config(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Config]:
-    """Makes the config of a short run; options by `section__option=value`."""
+    """Make the config of a short run; options by `section__option=value`."""
 
     def make(kind: str = "single", method: str = "lora", **options: Any) -> Config:
         values = defaults(method).to_dict()

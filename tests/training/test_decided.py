@@ -38,7 +38,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def end_of(caplog: pytest.LogCaptureFixture) -> str:
-    """Gives the Python that a run printed last."""
+    """Return the Python that a run printed last."""
     (told,) = (message for r in caplog.records if (message := r.getMessage()).startswith("next, use the adapter:\n"))
     return "\n".join(line[2:] for line in told.splitlines()[1:])
 

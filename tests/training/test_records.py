@@ -98,7 +98,7 @@ def test_a_new_run_begins_an_empty_file(tmp_path: Path) -> None:
 
 
 def events(folder: Path) -> list[Any]:
-    """Reads the events of a folder, oldest file first: each is a length, its checksum, the message, its checksum."""
+    """Read the events of a folder, oldest file first: each is a length, its checksum, the message, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     found: list[Any] = []

@@ -49,7 +49,7 @@ def test_what_was_set_before_is_set_again() -> None:
 
 
 def told(seconds: float, wait: float, signum: int | None = None) -> list[object]:
-    """Waits for a while, with a signal or without, and gives what was called meanwhile and a little later."""
+    """Wait for a while, with a signal or without, and return what was called meanwhile and a little later."""
     calls: list[object] = []
     with StopRequest():
         with signals.heard(seconds, lambda: calls.append("late"), calls.append):

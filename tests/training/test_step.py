@@ -26,7 +26,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 160}
 
 
 def setup(method: Any, dtype: Any = jnp.float32, **options: Any) -> tuple[Any, Any, Any]:
-    """Gives the model, the trainable and the frozen part, with a LoRA B that is not zero."""
+    """Return the model, the trainable and the frozen part, with a LoRA B that is not zero."""
     given = Options("causal_lm", None, dtype, **options)
     model = models.build(tiny_config("llama", **WIDE), given)
     base = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -36,7 +36,7 @@ def setup(method: Any, dtype: Any = jnp.float32, **options: Any) -> tuple[Any, A
 
 
 def batch(parts: int = 1) -> dict[str, np.ndarray[Any, Any]]:
-    """Makes rows of very different numbers of tokens."""
+    """Make rows of very different numbers of tokens."""
     rng = np.random.default_rng(0)
     ids = rng.integers(4, 90, (ROWS, LENGTH)).astype(np.int32)
     mask = (np.arange(LENGTH) < np.asarray([12, 12, 2, 3, 12, 2, 2, 7])[:, None]).astype(np.int32)

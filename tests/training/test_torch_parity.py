@@ -25,7 +25,7 @@ CASES = {
 
 
 def batches(task: str) -> list[dict[str, np.ndarray[Any, Any]]]:
-    """Makes five padded batches of random rows, again and again, so that there is something to learn: by heart."""
+    """Make five padded batches of random rows, again and again, so that there is something to learn: by heart."""
     rng = np.random.default_rng(0)
     out: list[dict[str, np.ndarray[Any, Any]]] = []
     for _ in range(5):

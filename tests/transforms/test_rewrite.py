@@ -39,7 +39,7 @@ def make(*, scan: bool = False, dtype: Any = jnp.float32, kind: str = "llama", *
 
 
 def moved(params: Any) -> Any:
-    """Gives the tree with every lora_b away from zero, padding apart."""
+    """Return the tree with every lora_b away from zero, padding apart."""
 
     def move(path: Any, leaf: Any) -> Any:
         return leaf + 0.05 if path[-1] == "lora_b" else leaf
