@@ -3,7 +3,7 @@
     python -m benchmarks.data [--rows FILE.jsonl] [--pairs 5] [--batch 32] [--length 512] [--quickstart-steps 40]
 
 Both read the same file of questions and answers (by default gsm8k's 7,473, in `JAXPEFT_ASSETS` or beside the checkout),
-tokenise them with MiniLM's fast tokenizer, answers alone learned, and give one epoch of shuffled, padded batches; nothing
+tokenize them with MiniLM's fast tokenizer, answers alone learned, and give one epoch of shuffled, padded batches; nothing
 comes from a cache. A pair is one pass of each, right after the other; the order changes from pair to pair. `again` is a
 second epoch, of which the tokens are there already. Prints one JSON line: tokens/s of each, the ratios, whether the tokens
 are the same, tokens/s that the quickstart's training takes, and the share of filled places when packed to 1024.

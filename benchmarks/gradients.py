@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
         [(path, _leaf(i, path, leaf)) for i, (path, leaf) in enumerate(paths.walk(abstract_params(narrow)))]
     )
     for form in (None, *QUANTIZED):
-        held = base if form is None else jaxpeft.quantise(base, form)
-        plain = base if form is None else jaxpeft.dequantise(held)
+        held = base if form is None else jaxpeft.quantize(base, form)
+        plain = base if form is None else jaxpeft.dequantize(held)
         sys.stdout.write(json.dumps({"base": form or "bf16", **compare(narrow, held, plain)}) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The main job on a Llama of 8 B parameters: seconds a step, tokens/s, FLOP/s utilisation and peak memory of a device.
+"""The main job on a Llama of 8 B parameters: seconds a step, tokens/s, FLOP/s utilization and peak memory of a device.
 
     python -m benchmarks.llama_8b [--steps 20] [--folder FOLDER] [--config.OPTION=VALUE ...]
 

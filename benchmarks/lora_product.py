@@ -25,7 +25,7 @@ from benchmarks.looping import milliseconds
 from benchmarks.step import SHAPES
 from jaxpeft import kernels
 from jaxpeft.kernels import QUANTIZED, joint
-from jaxpeft.kernels.form import Quantised, over_rows
+from jaxpeft.kernels.form import Quantized, over_rows
 
 Leaves = Mapping[str, Any]
 Ways = Callable[[Any, list[joint.Linear]], tuple[Any, ...]]
@@ -38,7 +38,7 @@ def apart(x: Any, sites: list[joint.Linear]) -> tuple[Any, ...]:
         a, b = site.factors or (None, None)
         form = kernels.form_of(site.stored) or "kernel"
         held = kernels.FORMS[form]
-        own = held.matmul(x, site.stored) if isinstance(held, Quantised) else held.forward(x, site.stored)
+        own = held.matmul(x, site.stored) if isinstance(held, Quantized) else held.forward(x, site.stored)
         out.append(own + (x @ a.astype(x.dtype)) @ b.astype(x.dtype) if a is not None and b is not None else own)
     return tuple(out)
 

@@ -290,7 +290,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--steps", type=int, help="of each run, in place of the task's own")
     parser.add_argument(
-        "--dtype", help="of the weights that are not quantised, and of activations, in place of float32"
+        "--dtype", help="of the weights that are not quantized, and of activations, in place of float32"
     )
     parser.add_argument("--minilm", type=Path, help="a folder of MiniLM's files, in place of the package")
     options = parser.parse_args(argv)

@@ -29,7 +29,7 @@ TOPOLOGIES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16")
 STRATEGIES = ("fsdp", "fsdp_tensor", "tensor", "hybrid_fsdp", "sequence", "replicated")
 LENGTH, GIB = 2048, 2**30
 CHOSEN = (("llama3_8b", "none", "v5e:4x4"), ("llama3_70b", "nf4", "v5e:8x8"), ("llama3_405b", "none", "v5p:8x8x8"))
-"""Beside the grid: a model that fits a small slice, one that is quantised, and the largest there is."""
+"""Beside the grid: a model that fits a small slice, one that is quantized, and the largest there is."""
 
 
 @dataclass(frozen=True)

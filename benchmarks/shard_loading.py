@@ -7,7 +7,7 @@ and 4 processes of two CPU devices each, joined by gloo. `fsdp` cuts every matri
 as tensor parallelism does: o and down along columns, all others along rows; `columns` cuts every matrix of a layer along columns.
 Of each process: `read_mb` is what it asked of the files, `held_mb` what its devices hold, each part once, `part_mb` the same share of
 the model's `model_mb`; `peak_mb` the peak of its memory during the load less what it used before, which on a CPU has in it what the devices
-hold; `above_mb` is without that, to be set beside `largest_mb`, the largest part that a device holds. Where kernels are quantised
+hold; `above_mb` is without that, to be set beside `largest_mb`, the largest part that a device holds. Where kernels are quantized
 on the way, a CPU device's work on the present one and the compiler are in it. All processes share this
 machine's cores, and find the files in the page cache. Prints a JSON line for each run, with the largest figures of its processes.
 """

@@ -1,4 +1,4 @@
-"""One training step of a model of a true shape: tokens/s, memory, compilation, utilisation, loss; beside torch's if asked for.
+"""One training step of a model of a true shape: tokens/s, memory, compilation, utilization, loss; beside torch's if asked for.
 
     python -m benchmarks.step [--shape llama3_8b] [--batch 4] [--length 2048] [--method lora] [--quant none] [--remat none]
                               [--scan] [--steps 12] [--cache] [--peer peft ...] [--xla NAME=VALUE ...] [--trace FOLDER]
@@ -263,7 +263,7 @@ def method_of(options: Any) -> Any:
 
 
 def random_model(options: Any) -> tuple[Any, Any]:
-    """Return a model of the shape, and its base: normal numbers, leaf by leaf, quantised as each is there."""
+    """Return a model of the shape, and its base: normal numbers, leaf by leaf, quantized as each is there."""
     import jax
     import jax.numpy as jnp
 

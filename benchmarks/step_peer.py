@@ -65,7 +65,7 @@ def measure(name: str, how: Peer, options: Any) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-4, fused=True)
     run = torch.compile(model) if how.compiled else model
     if cuda:
-        torch.cuda.reset_peak_memory_stats()  # of training alone: a model is quantised after it is there
+        torch.cuda.reset_peak_memory_stats()  # of training alone: a model is quantized after it is there
     ids = torch.tensor(step.token_ids(options), dtype=torch.long, device=model.device)
     losses: list[Any] = []
     seconds: list[float] = []
@@ -123,7 +123,7 @@ def made(how: Peer, options: Any) -> Any:
 
 
 def _to_nf4(model: Any) -> None:
-    """Put bitsandbytes' 4-bit layers, with double quantisation, in place of the layers' linear ones."""
+    """Put bitsandbytes' 4-bit layers, with double quantization, in place of the layers' linear ones."""
     import bitsandbytes as bnb
     import torch
 
@@ -134,7 +134,7 @@ def _to_nf4(model: Any) -> None:
                     child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16,
                     compress_statistics=True, quant_type="nf4",
                 )  # fmt: skip
-                # quantised on the device that it is on, as soon as the layer is put there
+                # quantized on the device that it is on, as soon as the layer is put there
                 layer.weight = bnb.nn.Params4bit(
                     child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
                 )

@@ -25,7 +25,7 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Options, Pretrained, abstract_params
-from jaxpeft.quant.tree import quantise
+from jaxpeft.quant.tree import quantize
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import heads_of, make_mesh, place
 from jaxpeft.sharding.mesh_config import MeshConfig
@@ -94,7 +94,7 @@ def prepared(case: Case) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, An
         lambda path, leaf: jnp.asarray(rng.normal(path[-1].key == "scale", 0.1, leaf.shape), jnp.float32),
         abstract_params(model),
     )
-    base = quantise(base, case.quant) if case.quant else base
+    base = quantize(base, case.quant) if case.quant else base
     params = rewrite(case.method, base, jax.random.key(0))
     flags = trainable_mask(case.method, params)
     # away from zero, where an adapter begins: else half of the gradients would be zeros

@@ -19,7 +19,7 @@ MATMUL = """## One frozen product in every number format
 `python -m benchmarks.matmul`: TFLOP/s forward and backward, the relative error of both, and the bytes of a weight. The error is that
 of the stored kernel, normal random numbers, and of the product.
 """
-QUALITY = """## Quality of a quantised base
+QUALITY = """## Quality of a quantized base
 
 `python -m benchmarks.quality train --assets FOLDER`: LoRA on all linear modules, whose frozen kernels are held in
 each format; the rest of a run is the same. Mean ± standard deviation over the seeds; `- none` is the difference from
@@ -66,7 +66,7 @@ STEP = """## One training step
 tokens. `method none` trains the embedding of one token: the gradient goes through all layers, and nothing is adapted. MFU is that of the
 FLOPs that cannot be left out (4 a frozen and 6 a trained weight and token, and causal attention) at the device's bfloat16 peak, whatever
 the number format and whatever is computed again. PEFT is Hugging Face's, with adapters in bfloat16: `compile` is torch.compile, `checkpoint`
-gradient checkpointing, `nf4` a base quantised by bitsandbytes, `liger` the kernels of Liger. The loss is that of the first and of the last
+gradient checkpointing, `nf4` a base quantized by bitsandbytes, `liger` the kernels of Liger. The loss is that of the first and of the last
 step, of which there are not the same number in all rows.
 """
 
@@ -301,7 +301,7 @@ def _error_row(row: Mapping[str, Any]) -> str:
 SHARDS = """## Loading into shards
 
 `python -m benchmarks.shard_loading`: a Llama of TinyLlama's width, loaded by several processes of two CPU devices each on one machine of two
-cores. Of the process in which it is most: what it asked of the files, what its devices hold (each part once) before kernels are quantised, the
+cores. Of the process in which it is most: what it asked of the files, what its devices hold (each part once) before kernels are quantized, the
 ratio of both, the largest part on one device, and the peak of its memory above what its devices hold in the end.
 The machine was busy with other work: of the times that of the processor, of one process, says more.
 

@@ -12,6 +12,7 @@ that same tree:
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -40,10 +41,10 @@ if TYPE_CHECKING:
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
     from jaxpeft.methods import METHODS as METHODS
     from jaxpeft.quant.tree import Quant as Quant
-    from jaxpeft.quant.tree import dequantise as dequantise
-    from jaxpeft.quant.tree import quantise as quantise
+    from jaxpeft.quant.tree import dequantize as dequantize
+    from jaxpeft.quant.tree import quantize as quantize
     from jaxpeft.transforms.merge import merge as merge
-    from jaxpeft.transforms.merge_quantized import merge_quantised as merge_quantised
+    from jaxpeft.transforms.merge_quantized import merge_quantized as merge_quantized
     from jaxpeft.transforms.rewrite import rewrite as rewrite
     from jaxpeft.transforms.weighted import merge_adapters as merge_adapters
 
@@ -51,10 +52,10 @@ _WHERE = {
     "bank": "core.bank",
     "pick": "core.bank",
     "merge_adapters": "transforms.weighted",
-    "merge_quantised": "transforms.merge_quantized",
+    "merge_quantized": "transforms.merge_quantized",
     "Quant": "quant.tree",
-    "quantise": "quant.tree",
-    "dequantise": "quant.tree",
+    "quantize": "quant.tree",
+    "dequantize": "quant.tree",
     "find_sites": "core.probing",
     "params_of": "core.nnx",
     "with_params": "core.nnx",
@@ -78,6 +79,9 @@ _WHERE = {
     "METHODS": "methods",
 }
 
+_RENAMED = {"quantise": "quantize", "dequantise": "dequantize", "merge_quantised": "merge_quantized"}
+"""Public names of versions before 0.2, which still work."""
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use: `jaxpeft.train` checks a config before JAX is imported.
@@ -86,6 +90,9 @@ def __getattr__(name: str) -> Any:
         AttributeError: there is no such name. Python asks for a submodule here too, before it imports it, so what cannot be
             the name of a class imports nothing.
     """
+    if name in _RENAMED:
+        warnings.warn(f"jaxpeft.{name} is called jaxpeft.{_RENAMED[name]} now", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name in _WHERE:
         return getattr(importlib.import_module(f"jaxpeft.{_WHERE[name]}"), name)
     if name == "__all__":

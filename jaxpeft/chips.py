@@ -21,7 +21,7 @@ class Chip:
             what JAX reserves.
         flops: dense bfloat16 FLOP/s; None where they are not known, and so below.
         bandwidth: bytes/s of its memory.
-        link: bytes/s one way of one link to a neighbour.
+        link: bytes/s one way of one link to a neighbor.
         links: how many links. A TPU has two along each axis of its torus; a GPU's go into one switch.
         wraps: an axis of a slice of a multiple of so many chips is a ring, others are lines, all axes where one of three is; 0 for a
             switch.

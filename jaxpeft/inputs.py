@@ -32,7 +32,7 @@ _TABLES = {"token_type_ids": "type_vocab_size", "position_ids": "max_position_em
 """The further inputs of a model, and the field of its config that says how many rows the table has which they look up."""
 
 _FEW_BITS = frozenset(name for form in QUANTIZED.values() for name in form.leaves)
-"""The leaves of a module whose kernel is quantised."""
+"""The leaves of a module whose kernel is quantized."""
 _OF_ANOTHER = "; these are another model's parameters: give those that were loaded or made with it"
 
 
@@ -226,8 +226,8 @@ def _misfit(wanted: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str 
 
 
 def _is_stored_otherwise(params: Mapping[str, Any], path: paths.Path) -> bool:
-    """Return whether a module holds its kernel quantised."""
+    """Return whether a module holds its kernel quantized."""
     try:
-        return path[-1] == "kernel" and kernels.is_quantised(paths.get(params, path[:-1]))
+        return path[-1] == "kernel" and kernels.is_quantized(paths.get(params, path[:-1]))
     except (KeyError, TypeError):
         return False

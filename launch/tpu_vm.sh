@@ -17,7 +17,7 @@
 #
 #   TYPE            accelerator type; RUNTIME: the TPU software version, tpu-ubuntu2204-base by default
 #   STORE           gs://BUCKET (best with a hierarchical namespace) or HOST:/PATH of an NFS server
-#   SLICES=1        so many of them, joined over the data centre's network
+#   SLICES=1        so many of them, joined over the data center's network
 #   SPOT=1          machines that can be taken away, the default; SPOT=0 for others
 #   PROJECT         as gcloud has it by default
 #   EVERY=60        seconds between two looks of `keep`

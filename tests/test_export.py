@@ -117,7 +117,7 @@ def test_refusals_are_a_line_and_exit_code_2(
     )
     out, given = tmp_path / "out", ["--adapter", str(adapter), "--out", str(tmp_path / "out")]
     for arguments, text in (
-        (["--to=merged_quantized_reference"], "was trained on a base that is not quantised"),
+        (["--to=merged_quantized_reference"], "was trained on a base that is not quantized"),
         (["--to=merged", f"--base={other}"], "the adapter was trained on another base"),
         (["--to=merged", "--task=encoder"], "--task: is encoder, the adapter was trained for sequence_classification"),
         (["--to=peft", f"--out={other}"], "is not empty; give a new folder"),

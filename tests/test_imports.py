@@ -130,6 +130,14 @@ def methods() -> set[str]:
     return {cls.__name__ for cls in jaxpeft.METHODS.values()}
 
 
+@pytest.mark.parametrize(("old", "new"), jaxpeft._RENAMED.items())
+def test_a_public_name_that_is_renamed_still_works_with_a_warning(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"jaxpeft.{old} is called jaxpeft.{new} now"):
+        found = getattr(jaxpeft, old)
+    assert found is getattr(jaxpeft, new)
+    assert old not in jaxpeft.__all__
+
+
 def test_a_name_that_is_none_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'jaxpeft' has no attribute 'Lora'"):
         jaxpeft.Lora  # noqa: B018 - the access is the test

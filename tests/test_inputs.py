@@ -154,10 +154,10 @@ def test_what_a_model_would_compute_without_is_refused(extra: str, added: bool, 
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
-def test_a_quantised_base_with_adapters_at_sites_and_at_the_root_is_the_models_own(kind: str) -> None:
+def test_a_quantized_base_with_adapters_at_sites_and_at_the_root_is_the_models_own(kind: str) -> None:
     model, params = load("llama")
     method = jaxpeft.Mixed(methods=(jaxpeft.LoRA(rank=2), jaxpeft.PromptTuning()))
-    tree = jaxpeft.rewrite(method, jaxpeft.quantise(params, kind), KEY)
+    tree = jaxpeft.rewrite(method, jaxpeft.quantize(params, kind), KEY)
     assert jax.eval_shape(lambda: jaxpeft.apply(model, tree, IDS)).shape == (*IDS.shape, 99)
 
 

@@ -11,10 +11,10 @@ from jaxpeft.logs import timed
 
 
 def test_a_step_says_what_it_does_and_then_how_long_it_took(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), timed("tokenising") as note:
-        assert caplog.messages == ["tokenising ..."]
+    with caplog.at_level(logging.INFO), timed("tokenizing") as note:
+        assert caplog.messages == ["tokenizing ..."]
         note("7 rows")
-    assert re.fullmatch(r"tokenising: 7 rows, 0\.\d s", caplog.messages[1])
+    assert re.fullmatch(r"tokenizing: 7 rows, 0\.\d s", caplog.messages[1])
 
 
 def test_a_step_that_fails_says_no_time(caplog: pytest.LogCaptureFixture) -> None:

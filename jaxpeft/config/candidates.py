@@ -55,7 +55,7 @@ class CompareConfig:
     )
     forgetting: str = option(
         "",
-        "rows of something else, by which to tell what the base has forgotten; labelled, or texts of a language model",
+        "rows of something else, by which to tell what the base has forgotten; labeled, or texts of a language model",
     )
 
     @property

@@ -157,7 +157,7 @@ class DataConfig:
     max_rows: int | None = option(None, "use only so many rows of each training source, chosen by the seed", at_least=1)
     streaming: bool = option(False, "read the training rows while training, for what fits neither memory nor disk")
     buffer_rows: int = option(
-        10_000, "streamed rows that are tokenised, shuffled and packed together, over all sources", at_least=1
+        10_000, "streamed rows that are tokenized, shuffled and packed together, over all sources", at_least=1
     )
     workers: int = option(
         0, "processes that prepare batches, of a stream its tokens; 0 for a thread", at_least=0, at_most=1024
@@ -268,7 +268,7 @@ class TrainConfig:
     )
     z_loss: float = option(
         0.0,
-        "weight of the squared log of the softmax's normaliser, where the loss is a cross-entropy; not in evaluations",
+        "weight of the squared log of the softmax's normalizer, where the loss is a cross-entropy; not in evaluations",
         at_least=0,
     )
     compiled: str = option(

@@ -34,7 +34,7 @@ def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) 
         roots: the adapters' leaves at the root of the tree.
 
     Raises:
-        ConfigError: an adapter changes a leaf that the module has not, or the kernel is quantised.
+        ConfigError: an adapter changes a leaf that the module has not, or the kernel is quantized.
     """
     adapters = {name for part in parts for name in part.leaves.names}
     before = {key: leaf for key, leaf in node.items() if key not in adapters and not isinstance(leaf, Mapping)}
@@ -71,7 +71,7 @@ def _folded(
     form = kernels.form_of(plain) or "kernel"
     if form not in ("kernel", "embedding"):
         raise ConfigError(
-            f"{paths.text(site.path)} is stored as {form}; jaxpeft.merge_quantised decodes it, or merge into the base that is not quantised"
+            f"{paths.text(site.path)} is stored as {form}; jaxpeft.merge_quantized decodes it, or merge into the base that is not quantized"
         )
     layers: list[dict[str, Any]] = []
     for i in range(len(site.names)):

@@ -34,7 +34,7 @@ def require_numbers(params: Mapping[str, Any]) -> None:
     """Refuse what is no tree, one of which a leaf is no array of NumPy or JAX, or a leaf of the base holds whole numbers, truth values or complex ones.
 
     Args:
-        params: a tree, rewritten, quantised or not; abstract leaves will do.
+        params: a tree, rewritten, quantized or not; abstract leaves will do.
 
     Raises:
         ConfigError: naming the first such leaf.
@@ -58,7 +58,7 @@ def require_numbers(params: Mapping[str, Any]) -> None:
         if path[-1] in _FLOATING and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ConfigError(
                 f"{paths.text(path)}: must be an array of floats, is {leaf.dtype} {list(leaf.shape)}; a base whose kernels are held in "
-                "few bits comes from jaxpeft.quantise or jaxpeft.load(..., quant=...)"
+                "few bits comes from jaxpeft.quantize or jaxpeft.load(..., quant=...)"
             )
 
 
@@ -214,9 +214,9 @@ def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) ->
     whole = paths.is_head(path) or targets.under(".".join(path[:-1]), modules_to_save(method))
     wanted = whole or any(part.trains(path, params) for part in method.parts())
     module = paths.get(params, path[:-1])
-    if wanted and path[-1] != "bias" and kernels.is_quantised(module):
+    if wanted and path[-1] != "bias" and kernels.is_quantized(module):
         raise ConfigError(
-            f"{method.name} would train the kernel of {paths.text(path[:-1])}, which is quantised (it is held as "
+            f"{method.name} would train the kernel of {paths.text(path[:-1])}, which is quantized (it is held as "
             f"{kernels.form_of(module)}); load a base that is not"
         )
     return wanted and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -73,7 +73,7 @@ def _copy(node: Any) -> Any:
 
 
 def count(tree: Mapping[str, Any]) -> int:
-    """Return the number of parameters of a tree of arrays or abstract arrays; a quantised kernel counts as the one it stands for."""
+    """Return the number of parameters of a tree of arrays or abstract arrays; a quantized kernel counts as the one it stands for."""
     return sum(kernels.parameters(path[-1], leaf.shape) for path, leaf in paths.walk(tree))
 
 

@@ -55,7 +55,7 @@ def _show(config: Config, rows: int) -> None:
     splits = pipeline.read_splits(config, source, lambda what: nullcontext(), read)
     for part in () if read else report.reading(splits.examples):
         console.print(part)
-    for part in report.rows(splits, rows, colour=console.is_terminal):
+    for part in report.rows(splits, rows, color=console.is_terminal):
         console.print(part)
     console.print(report.statistics(config, splits))
 

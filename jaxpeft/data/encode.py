@@ -50,7 +50,7 @@ def encode(
     cache_dir: str | Path | None = None,
     use_cache: bool = True,
 ) -> Encoded:
-    """Tokenise examples, or take them from the cache.
+    """Tokenize examples, or take them from the cache.
 
     Classification: one sequence a row, cut to `max_length`. Token classification: the same, the tag of a word on its
     first sub-token and -100 on the rest. Text: every document split into consecutive sequences, nothing lost. Dialogs:

@@ -43,7 +43,7 @@ class Encoding:
         return pad_id(self.tokenizer, self.vocab)
 
     def __call__(self, examples: Examples, progress: Progress | None = None, *, judged: bool = True) -> Encoded:
-        """Tokenise examples.
+        """Tokenize examples.
 
         Args:
             examples: of one split.
@@ -141,7 +141,7 @@ def told(encoded: Encoded) -> str:
     parts += [f"{counts['truncated']} cut at {encoded.max_length} tokens"] if counts["truncated"] else []
     parts += [f"{counts['unlearned']} answers that cannot be learned"] if counts["unlearned"] else []
     parts += [f"{counts['dropped']} rows dropped: nothing learned is left of them"] if counts["dropped"] else []
-    line = f"{', '.join(parts)} ({'from the cache' if encoded.cache == 'hit' else 'tokenised'})"
+    line = f"{', '.join(parts)} ({'from the cache' if encoded.cache == 'hit' else 'tokenized'})"
     if encoded.segments is not None:
         full = fill(encoded, encoded.max_length)
         line += f"; packed into {len(encoded)} rows of {encoded.max_length} tokens, {full:.1%} full"

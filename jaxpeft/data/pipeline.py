@@ -61,12 +61,12 @@ class Splits:
 def read_splits(
     config: Config, source: sources.Source, shown: Shown, read: tuple[Examples, Examples, Examples] | None = None
 ) -> Splits:
-    """Read and tokenises the rows of a config; of a stream, its first buffer.
+    """Read and tokenizes the rows of a config; of a stream, its first buffer.
 
     Args:
         config: a checked config.
         source: the model, whose tokenizer is used.
-        shown: shows how far the tokenising is.
+        shown: shows how far the tokenizing is.
         read: what `read_examples` gives, where it is there.
 
     Raises:
@@ -80,7 +80,7 @@ def read_splits(
     encoding = Encoding(config.data, load_tokenizer(source), config.model.vocab_size or vocab)
 
     def tokens(examples: Examples) -> Encoded:
-        what = f"tokenising {examples.rows.name}"
+        what = f"tokenizing {examples.rows.name}"
         with timed(what) as note, shown(what) as progress:
             encoded = encoding(examples, progress)
             note(told(encoded))

@@ -21,16 +21,16 @@ MOST_LABELS = 20
 MOST_NOTES = 20
 
 
-def rows(splits: Splits, n: int, *, colour: bool) -> Iterator[Text]:
+def rows(splits: Splits, n: int, *, color: bool) -> Iterator[Text]:
     """Yield the first training rows, token by token as text.
 
-    Learned tokens are green, the rest dim; without colours learned text stands between `⟦` and `⟧`. Documents that share
+    Learned tokens are green, the rest dim; without colors learned text stands between `⟦` and `⟧`. Documents that share
     a packed row are parted by a line.
 
     Args:
         splits: the data of a run.
         n: how many rows.
-        colour: whether the terminal shows colours.
+        color: whether the terminal shows colors.
     """
     encoded = splits.train
     for row in range(min(n, len(encoded))):
@@ -38,7 +38,7 @@ def rows(splits: Splits, n: int, *, colour: bool) -> Iterator[Text]:
         learned = encoded.labels[at] != IGNORED if encoded.per_token else np.zeros(encoded.lengths[row], bool)
         told = f"{encoded.lengths[row]} tokens" + (f", {int(learned.sum())} learned" if encoded.per_token else "")
         yield Text(f"--- row {row + 1}: {told}{_label(splits, row)}", style="bold")
-        yield _written(splits.tokenizer, encoded, at, learned, colour)
+        yield _written(splits.tokenizer, encoded, at, learned, color)
 
 
 def reading(examples: Examples) -> Iterator[Text]:
@@ -96,7 +96,7 @@ def _label(splits: Splits, row: int) -> str:
     return f", label {names[int(label)]}" if names else f", target {float(label):g}"
 
 
-def _written(tokenizer: Any, encoded: Encoded, at: slice, learned: np.ndarray, colour: bool) -> Text:
+def _written(tokenizer: Any, encoded: Encoded, at: slice, learned: np.ndarray, color: bool) -> Text:
     ids = encoded.tokens[at]
     segments = np.ones(len(ids), np.int32) if encoded.segments is None else encoded.segments[at]
     # decoded by runs of one kind, not token by token: a character may be spread over several
@@ -107,7 +107,7 @@ def _written(tokenizer: Any, encoded: Encoded, at: slice, learned: np.ndarray, c
         if first and segments[first] != segments[first - 1]:
             text.append("\n- - -\n", style="bold")
         part = tokenizer.decode(ids[run].tolist())
-        if colour:
+        if color:
             text.append(part, style="green" if learned[first] or not encoded.per_token else "dim")
         else:
             text.append(f"⟦{part}⟧" if learned[first] else part)

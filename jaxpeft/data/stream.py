@@ -65,7 +65,7 @@ class Stream:
     """The training batches of rows that are not held.
 
     Buffer `b` of an epoch holds the rows from `b * data.buffer_rows` on, of several sources in the proportion of their
-    weights. It is tokenised, packed and shuffled as a data set of its own, so its batches are a function of the seed, the
+    weights. It is tokenized, packed and shuffled as a data set of its own, so its batches are a function of the seed, the
     epoch and its number. An epoch ends where the first source ends.
 
     Args:
@@ -143,7 +143,7 @@ class Stream:
         return f"batch {position['batch'] - 1} of buffer {position['buffer']} of epoch {position['epoch']}"
 
     def buffer(self, number: int) -> Encoded | None:
-        """Read and tokenises a buffer, None where there is none."""
+        """Read and tokenizes a buffer, None where there is none."""
         examples = self._examples(number)
         if examples is None:
             return None

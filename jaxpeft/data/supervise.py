@@ -1,8 +1,8 @@
 """Dialogs to tokens and labels: what the model sees, and which of its tokens it learns.
 
-The tokens before an answer are those that generation would see: those of the text up to there, tokenised by itself. Those of the
+The tokens before an answer are those that generation would see: those of the text up to there, tokenized by itself. Those of the
 answer go on behind them; where the tokens of both together would begin otherwise (`"A: "` and `"A: 42"` split differently), the
-answer is tokenised behind a short anchor instead. The next answer shares the row if the tokens before it begin with the row's;
+answer is tokenized behind a short anchor instead. The next answer shares the row if the tokens before it begin with the row's;
 else it gets one of its own.
 """
 
@@ -25,7 +25,7 @@ TOGETHER = 64
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Tokens and labels of one row, both of the same length; -100 where nothing is learned.
 
     `earlier` are the rows of the same dialog before it.
@@ -33,7 +33,7 @@ class Labelled:
 
     ids: list[int]
     labels: list[int]
-    earlier: tuple[Labelled, ...] = ()
+    earlier: tuple[Labeled, ...] = ()
 
 
 def write_all(
@@ -128,8 +128,8 @@ def marks_of(tokenizer: Any) -> set[str]:
     return {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
 
 
-def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], end: int | None) -> list[Labelled]:
-    """Tokenise dialogs and labels what is learned.
+def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], end: int | None) -> list[Labeled]:
+    """Tokenize dialogs and labels what is learned.
 
     Args:
         scripts: the dialogs, written out.
@@ -144,7 +144,7 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
     marks = tuple(mark for mark in marks_of(tokenizer) if mark)
     rows = [(i, row) for i, script in enumerate(scripts) for row in (*script.earlier, script)]
     pieces = prefixes(tokenizer, [(row.text, row.cuts) for _, row in rows])
-    made: list[list[Labelled]] = [[] for _ in scripts]
+    made: list[list[Labeled]] = [[] for _ in scripts]
     for (i, row), upto in zip(rows, pieces, strict=True):
         for ids, learned, tail in _rows(row, upto, tokenizer):
             labels = [IGNORED] * len(ids)
@@ -155,7 +155,7 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
             first = [] if row.begun else [*begin]
             whole = [*first, *ids, *last]
             doubled = _doubled(whole, tokenizer.bos_token_id)
-            made[i].append(Labelled(whole[doubled:], [*[IGNORED] * len(first), *labels, *last][doubled:]))
+            made[i].append(Labeled(whole[doubled:], [*[IGNORED] * len(first), *labels, *last][doubled:]))
     return [replace(of[-1], earlier=tuple(of[:-1])) for of in made]
 
 
@@ -182,7 +182,7 @@ def _rows(
 
 
 def encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
-    """Tokenise texts without special tokens, as `tokenizers` gives them: what is not asked for is not made.
+    """Tokenize texts without special tokens, as `tokenizers` gives them: what is not asked for is not made.
 
     Args:
         tokenizer: a fast tokenizer of `transformers`.
@@ -200,7 +200,7 @@ def encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
 
 
 def prefixes(tokenizer: Any, texts: Sequence[tuple[str, Sequence[int]]]) -> list[list[list[int]]]:
-    """Tokenise texts up to each of their cuts, as if each was a text of its own.
+    """Tokenize texts up to each of their cuts, as if each was a text of its own.
 
     A token that has been added to the vocabulary parts a text: what stands before it and behind it do not see each other. So a
     text up to a cut has the tokens that the whole has before the last such token, and those of the rest.
@@ -235,7 +235,7 @@ def _doubled(ids: Sequence[int], bos: int | None) -> int:
 
 
 def _behind_anchor(text: str, tokenizer: Any) -> list[int]:
-    """Tokenise a text as if something stood before it: some tokenizers begin a text with a mark of their own."""
+    """Tokenize a text as if something stood before it: some tokenizers begin a text with a mark of their own."""
     anchor, whole = encodings(tokenizer, [ANCHOR, ANCHOR + text])
     known = len(anchor.ids)
     return whole.ids[known:] if whole.ids[:known] == anchor.ids else encodings(tokenizer, [text])[0].ids

@@ -57,7 +57,7 @@ class Batch:
 
 
 def tokenize(examples: Examples, tokenizer: Any, start: int, stop: int, options: Options) -> Batch:
-    """Tokenise the rows from `start` up to `stop`."""
+    """Tokenize the rows from `start` up to `stop`."""
     kinds = {"classification": _sentences, "token_classification": _words, "text": _documents}
     return kinds.get(examples.kind, _dialogs)(examples, tokenizer, range(start, stop), options)
 

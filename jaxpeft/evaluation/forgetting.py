@@ -4,7 +4,7 @@ r"""Forgetting: what a base could do of something else, and cannot do any more w
 
 for an ability `a` that no run is trained for, measured on rows of another data set. It is negative where training has helped.
 
-Of an encoder, or any classifier, `a` is how well labelled sentences stand by their classes. With the hidden states `h [T, d]` of
+Of an encoder, or any classifier, `a` is how well labeled sentences stand by their classes. With the hidden states `h [T, d]` of
 sentence i, the head left off:
 
     e_i = mean of h over the tokens, over its norm

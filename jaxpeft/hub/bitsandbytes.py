@@ -1,10 +1,10 @@
-"""Weights that `bitsandbytes` has quantised to NF4, as Hugging Face checkpoints hold them: found and checked, not yet read.
+"""Weights that `bitsandbytes` has quantized to NF4, as Hugging Face checkpoints hold them: found and checked, not yet read.
 
 A matrix `X.weight [out, in]` is there as its codes, two a byte, row by row, and beside it
 
-    X.weight.absmax                            of each block of 64: uint8, or float32 without double quantisation
+    X.weight.absmax                            of each block of 64: uint8, or float32 without double quantization
     X.weight.quant_map                         the 16 values of the codes
-    X.weight.nested_absmax, .nested_quant_map  with double quantisation: of 256 blocks, and the 256 values of the 8-bit type
+    X.weight.nested_absmax, .nested_quant_map  with double quantization: of 256 blocks, and the 256 values of the 8-bit type
     X.weight.quant_state.bitsandbytes__nf4     JSON: shape, dtype, sizes of the blocks, `nested_offset`
 
 which are the leaves of `jaxpeft.kernels.nf4` in the same order, byte for byte.
@@ -75,12 +75,12 @@ class Filled:
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix of a checkpoint that is quantised.
+    """A matrix of a checkpoint that is quantized.
 
     Attributes:
         file: that holds its codes.
         shape: of the matrix, `[out, in]`.
-        dtype: that it was quantised from.
+        dtype: that it was quantized from.
         leaves: what holds it, by the names of `jaxpeft.kernels.nf4.NF4.leaves`.
         problems: what is wrong with it; then there are no leaves.
     """
@@ -98,7 +98,7 @@ class Packed:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
-    """Put the tensors that hold one quantised matrix together; of their numbers the tables and the JSON text are read.
+    """Put the tensors that hold one quantized matrix together; of their numbers the tables and the JSON text are read.
 
     Args:
         tensors: of a checkpoint, by name.
@@ -127,14 +127,14 @@ def _packed(name: str, codes: Tensor, beside: Mapping[str, Tensor]) -> Packed:
         return _broken(beside, f"missing: {name}{_STATE}nf4")
     (state, *others) = stated
     if others or state != f"{_STATE[1:]}nf4":
-        return _broken(beside, f"quantised: {name} is in {state.partition('__')[2]}, only nf4 is supported; {_INSTEAD}")
+        return _broken(beside, f"quantized: {name} is in {state.partition('__')[2]}, only nf4 is supported; {_INSTEAD}")
     parsed = _parse(beside[state])
     if parsed is None:
-        return _broken(beside, f"quantised: {name}.{state} is not what bitsandbytes writes; fetch the file again")
+        return _broken(beside, f"quantized: {name}.{state} is not what bitsandbytes writes; fetch the file again")
     nested = "nested_absmax" in beside or "nested_blocksize" in parsed
     needed = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ()))
     problems = [f"missing: {name}.{key}" for key in needed if key not in beside]
-    problems += [f"quantised: {name}: {problem}" for problem in _state_problems(parsed, nested)]
+    problems += [f"quantized: {name}: {problem}" for problem in _state_problems(parsed, nested)]
     if problems:
         return _broken(beside, *problems)
     return _checked(name, codes, beside, parsed, nested)
@@ -199,7 +199,7 @@ def _checked(name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapp
             problems.append(f"misshaped: {name}.{key} is {tensor.dtype} {list(tensor.shape)}, must be {dtype} [{size}]")
     tables = {"quant_map": nf4.CODES, "nested_quant_map": nf4.dynamic()}
     problems += [
-        f"quantised: {name}.{key} is not the table of nf4; {_INSTEAD}"
+        f"quantized: {name}.{key} is not the table of nf4; {_INSTEAD}"
         for key, table in tables.items()
         if not problems and key in wanted and not np.allclose(beside[key].read(), table, rtol=1e-5, atol=0)
     ]

@@ -96,13 +96,13 @@ class SafetensorsCheckpoint:
         folder = self.source.folder
         if not plan.held:
             raise WeightsError(
-                f"{folder}: quantization_config of config.json says that the weights are quantised, and none is; remove it there, and "
-                "give quant='nf4' to quantise them"
+                f"{folder}: quantization_config of config.json says that the weights are quantized, and none is; remove it there, and "
+                "give quant='nf4' to quantize them"
             )
         found = Quant.of("nf4", abstract, plan.held.keys())
         if asked not in (None, Quant("nf4"), found):
             raise ConfigError(
-                f"quant: is {asked}, and {folder} is quantised already, as {found}; leave quant out, or give the unquantised model"
+                f"quant: is {asked}, and {folder} is quantized already, as {found}; leave quant out, or give the unquantized model"
             )
         return found
 

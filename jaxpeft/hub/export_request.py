@@ -141,7 +141,7 @@ def require_free(out: Path) -> None:
 def quant_of(request: Request, adapter: Adapter, outline: Outline) -> Quant | None:
     """Return how the base is to be rounded: as the one that the adapter was trained on, if that is asked for; None for not at all.
 
-    A base that is quantised in its files is not rounded again.
+    A base that is quantized in its files is not rounded again.
 
     Raises:
         ConfigError: it is asked for, and there is none; or it is not of this version.
@@ -152,7 +152,7 @@ def quant_of(request: Request, adapter: Adapter, outline: Outline) -> Quant | No
     quant = None if recorded is None else read_quant(recorded, adapter.folder / EXTRA)
     if request.to == "merged_quantized_reference" and quant is None:
         raise ConfigError(
-            f"--to {request.to}: {adapter.folder} was trained on a base that is not quantised ({EXTRA} names no quant), so there "
+            f"--to {request.to}: {adapter.folder} was trained on a base that is not quantized ({EXTRA} names no quant), so there "
             "is nothing to round; use --to merged"
         )
     if request.to == "merged" and quant is not None:

@@ -44,7 +44,7 @@ from jaxpeft.hub.merge_record import MERGE, records
 from jaxpeft.hub.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
 from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
-from jaxpeft.quant.tree import Quant, dequantise
+from jaxpeft.quant.tree import Quant, dequantize
 
 WARN_ABOVE = 0.01
 """The relative error of a merge above which there is a warning."""
@@ -103,7 +103,7 @@ def export(request: Request) -> Report:
         if request.to == "peft":
             return _to_peft(work, folder, base)
         if outline.plan.held:  # in float32 the base is what its files stand for, exactly
-            work = dataclasses.replace(work, params=dequantise(params))
+            work = dataclasses.replace(work, params=dequantize(params))
             del params
         del base  # the tree alone holds it now, and gives it up leaf by leaf
         return _to_merged(work, folder, quant)

@@ -19,7 +19,7 @@ from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub import merge_record, quantised_cache, shards, sources, weights
+from jaxpeft.hub import merge_record, quantized_cache, shards, sources, weights
 from jaxpeft.hub.checkpoints import Checkpoint, SafetensorsCheckpoint
 from jaxpeft.hub.choices import Task
 from jaxpeft.hub.model_request import ModelRequest
@@ -64,14 +64,14 @@ def load(
         revision: of a hub id: branch, tag or commit.
         vocab_size: of the embedding and the language-model head, where tokens were added to the tokenizer; the new rows begin
             as the mean of the others. None keeps the model's.
-        quant: `nf4`, `int4`, `int8`, `fp8`, or a `jaxpeft.Quant` that says which kernels: they are quantised as they are read, one
+        quant: `nf4`, `int4`, `int8`, `fp8`, or a `jaxpeft.Quant` that says which kernels: they are quantized as they are read, one
             layer after the other, so that the model never exists as a whole in more bits. Embeddings and heads stay as they are.
-            A checkpoint that `bitsandbytes` has quantised to NF4 is read as it is, with None or `nf4`.
+            A checkpoint that `bitsandbytes` has quantized to NF4 is read as it is, with None or `nf4`.
         seed: for the leaves of a newly made head.
         sharding: a `jax.sharding.Sharding` for all leaves, or a function that gives that of each leaf by its path, as it is
-            stored (a quantised kernel as the leaves that hold it); None for the first device. A process reads the parts of the
+            stored (a quantized kernel as the leaves that hold it); None for the first device. A process reads the parts of the
             files that its own devices hold, and the numbers are the same on any of them.
-        cache: whether quantised kernels of more than a gigabyte are kept on disk, and read from there the next time; the
+        cache: whether quantized kernels of more than a gigabyte are kept on disk, and read from there the next time; the
             environment's `JAXPEFT_CACHE` says where, or `off`. Several processes keep none.
 
     Returns:
@@ -99,7 +99,7 @@ class Outline:
         stored: the same as the checkpoint has them: they differ where tokens are added.
         config: the content of `config.json`.
         plan: where each leaf is to be read from.
-        quant: which kernels are quantised as they are read, and how; None for none.
+        quant: which kernels are quantized as they are read, and how; None for none.
         meter: how many bytes of the checkpoint's tensors were read.
     """
 
@@ -134,14 +134,14 @@ class Outline:
 
     @property
     def leaves(self) -> Tree:
-        """Shape and dtype of every leaf as `read` gives it: a quantised kernel as the leaves that hold it."""
+        """Shape and dtype of every leaf as `read` gives it: a quantized kernel as the leaves that hold it."""
         return shards.leaves(self.abstract, self.plan, self.quant)
 
-    def _cached(self) -> quantised_cache.Entry | None:
-        """Return the place of the quantised kernels on disk; None where there are none, or the files have them."""
+    def _cached(self) -> quantized_cache.Entry | None:
+        """Return the place of the quantized kernels on disk; None where there are none, or the files have them."""
         if self.quant is None or self.plan.held:
             return None
-        return quantised_cache.entry(self.plan, self.quant, self.quant.sites(self.abstract))
+        return quantized_cache.entry(self.plan, self.quant, self.quant.sites(self.abstract))
 
 
 def outline(path_or_hub_id: str | FilePath, request: ModelRequest, revision: str | None = None) -> Outline:
@@ -216,7 +216,7 @@ def _grown(outlined: Outline, vocab_size: int, quantized: Mapping[Path, Site]) -
     for path, leaf in paths.walk(wanted):
         if path in quantized and leaf.shape != paths.get(own, path).shape:
             raise ConfigError(
-                f"quant: {quantized[path].name} is to be quantised, and vocab_size={vocab_size} gives it more tokens; exclude it"
+                f"quant: {quantized[path].name} is to be quantized, and vocab_size={vocab_size} gives it more tokens; exclude it"
             )
     return dataclasses.replace(outlined, model=grown, abstract=wanted, plan=outlined.plan.grown(wanted))
 

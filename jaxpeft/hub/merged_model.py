@@ -69,7 +69,7 @@ class _Drift:
 
 
 def dtype_of(outline: Outline, dtype: Any) -> np.dtype[Any]:
-    """Return the dtype that a merged model has: the one that is asked for, or that of the base's largest leaf that is not quantised."""
+    """Return the dtype that a merged model has: the one that is asked for, or that of the base's largest leaf that is not quantized."""
     if dtype is not None:
         return np.dtype(dtype)
     return max(outline.plan.sources.values(), key=lambda source: math.prod(source.shape)).dtype
@@ -128,7 +128,7 @@ def _folded(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leave
 
 
 def rounded(params: Tree, quant: Quant) -> None:
-    """Round kernels as a quantised base holds them, in place; they become float32.
+    """Round kernels as a quantized base holds them, in place; they become float32.
 
     Args:
         params: a tree whose layers are not stacked.

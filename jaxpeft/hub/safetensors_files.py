@@ -166,7 +166,7 @@ def _cut_short(file: Path, size: int) -> str:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Make an uninitialised array at a 64-byte boundary, which JAX takes over on the CPU without a copy."""
+    """Make an uninitialized array at a 64-byte boundary, which JAX takes over on the CPU without a copy."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64

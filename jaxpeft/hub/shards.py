@@ -34,16 +34,16 @@ def read(
     sharding: Places | None = None,
     quant: Quant | None = None,
 ) -> Tree:
-    """Read every leaf, straight into device arrays; kernels that are quantised one layer after the other.
+    """Read every leaf, straight into device arrays; kernels that are quantized one layer after the other.
 
     Args:
         abstract: the model's tree, for the order of the leaves.
         weights: what `plan` gave.
         new: the newly made leaves, by path, whole.
-        sharding: for all leaves, or what gives that of each by its path, as it is stored: of a quantised kernel those of the
+        sharding: for all leaves, or what gives that of each by its path, as it is stored: of a quantized kernel those of the
             leaves that hold it, such as `(..., "kernel_nf4")`; None for this process's first device. One sharding for all leaves
-            is left out where it does not fit a leaf of a quantised kernel or of a new head, which every device then holds whole.
-        quant: which kernels are quantised, and how; None for none.
+            is left out where it does not fit a leaf of a quantized kernel or of a new head, which every device then holds whole.
+        quant: which kernels are quantized, and how; None for none.
 
     Raises:
         ConfigError: a sharding does not fit its leaf.
@@ -63,7 +63,7 @@ def read(
 def _read_leaf(
     path: Path, weights: WeightPlan, new: Mapping[Path, _Array], place: Places, quant: Quant | None, site: Site | None
 ) -> Iterator[tuple[Path, jax.Array]]:
-    """Read one leaf of the model, which a quantised kernel holds in several."""
+    """Read one leaf of the model, which a quantized kernel holds in several."""
     source, module = weights.sources.get(path), path[:-1]
     if path in weights.held:
         for key, leaf in weights.held[path].items():
@@ -76,14 +76,14 @@ def _read_leaf(
     elif quant is None or site is None:
         yield path, _put(source.shape, source.dtype, _place(place, path, source.shape), source.read)
     else:
-        leaves = _quantised(source, quant, site)
+        leaves = _quantized(source, quant, site)
         at = {key: _place(place, (*module, key), leaf.shape, lenient=True) for key, leaf in leaves.items()}
         layers = source.shape[0] if source.stacked else None
         made = placing.stored(quant, partial(_layer, source), layers, at)
         yield from (((*module, key), leaf) for key, leaf in made.items())
 
 
-def _quantised(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.ShapeDtypeStruct]:
+def _quantized(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the leaves that a kernel becomes, by their names."""
     layers = source.shape[:1] if source.stacked else ()
     leaves = quant.abstract(site.shape, source.dtype)
@@ -96,7 +96,7 @@ def leaves(abstract: Tree, weights: WeightPlan, quant: Quant | None = None) -> T
     Args:
         abstract: the model's tree.
         weights: what `plan` gave.
-        quant: which kernels are quantised, and how; None for none.
+        quant: which kernels are quantized, and how; None for none.
     """
     chosen = {} if quant is None else quant.sites(abstract)
     items: list[tuple[Path, Any]] = []
@@ -109,7 +109,7 @@ def leaves(abstract: Tree, weights: WeightPlan, quant: Quant | None = None) -> T
         elif quant is None or path not in chosen:
             found = {path[-1]: jax.ShapeDtypeStruct(source.shape, source.dtype)}
         else:
-            found = _quantised(source, quant, chosen[path])
+            found = _quantized(source, quant, chosen[path])
         items += [((*path[:-1], key), one) for key, one in found.items()]
     return paths.build(items)
 

@@ -72,13 +72,13 @@ def plan(
         tensors: the checkpoint's, by name.
         family: the architecture: its prefix, and what may be left over.
         dtype: of the loaded leaves; None keeps each tensor's own, float64 apart, which becomes float32. Kernels that are
-            quantised stay as they are.
+            quantized stay as they are.
         folder: what to call the checkpoint in messages.
         relabel: whether a head for another number of labels may be made newly.
 
     Raises:
         WeightsError: listing every missing, extra, misshaped or non-floating tensor with the nearest names, and what is wrong
-            with one that is quantised.
+            with one that is quantized.
     """
     named, problems = _canonical_names(tensors, abstract, family)
     wanted = [_wanted(path, leaf, named) for path, leaf in paths.walk(abstract)]
@@ -200,19 +200,19 @@ def _unfit(one: _Wanted) -> list[str]:
     if broken := [problem for tensor in packed.values() for problem in tensor.problems]:
         return broken
     if packed and one.path[-1] != "kernel":
-        return [f"quantised: {name} is, and belongs to no linear module" for name in packed]
+        return [f"quantized: {name} is, and belongs to no linear module" for name in packed]
     if packed and len(packed) < there:
-        few = f"quantised: {next(iter(packed))} is, and {there - len(packed)} of the {there} layers stacked with it are not"
+        few = f"quantized: {next(iter(packed))} is, and {there - len(packed)} of the {there} layers stacked with it are not"
         return [f"{few}; set scan_layers=False"]
     if len({frozenset((key, t.dtype) for key, t in tensor.leaves.items()) for tensor in packed.values()}) > 1:
         return [
-            f"quantised: {next(iter(packed))} and the layers stacked with it have scales of different dtypes; set scan_layers=False"
+            f"quantized: {next(iter(packed))} and the layers stacked with it have scales of different dtypes; set scan_layers=False"
         ]
     return []
 
 
 def _held(packed: Sequence[Packed], *, stacked: bool) -> dict[str, LeafSource]:
-    """Return the leaves that hold a quantised kernel, or one a layer."""
+    """Return the leaves that hold a quantized kernel, or one a layer."""
     return {key: joined([one.leaves[key] for one in packed], stacked=stacked) for key in packed[0].leaves}
 
 

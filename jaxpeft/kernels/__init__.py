@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxpeft.kernels.form import Form, Quantised, over_rows
+from jaxpeft.kernels.form import Form, Quantized, over_rows
 from jaxpeft.kernels.fp8 import FP8
 from jaxpeft.kernels.integers import INT4, INT8
 from jaxpeft.kernels.nf4 import NF4
@@ -17,7 +17,7 @@ from jaxpeft.lazy import jax, jnp
 
 Leaves = Mapping[str, Any]
 
-QUANTIZED: Mapping[str, Quantised] = {"nf4": NF4, "int4": INT4, "int8": INT8, "fp8": FP8}
+QUANTIZED: Mapping[str, Quantized] = {"nf4": NF4, "int4": INT4, "int8": INT8, "fp8": FP8}
 """Every format of a quantized kernel by its name in configs."""
 _PLAIN = (
     Form(
@@ -37,7 +37,7 @@ _STORED = {name: form for form in QUANTIZED.values() for name in form.leaves}
 
 
 def parameters(name: str, shape: tuple[int, ...]) -> int:
-    """Return how many parameters a leaf holds: of a quantised kernel those that it stands for, of its scales none.
+    """Return how many parameters a leaf holds: of a quantized kernel those that it stands for, of its scales none.
 
     Args:
         name: of the leaf.
@@ -54,7 +54,7 @@ def form_of(leaves: Leaves) -> str | None:
     return next((name for name in FORMS if name in leaves), None)
 
 
-def is_quantised(leaves: Leaves) -> bool:
+def is_quantized(leaves: Leaves) -> bool:
     """Return whether a module holds its kernel in another form than its numbers."""
     return form_of(leaves) not in (None, "kernel", "embedding")
 

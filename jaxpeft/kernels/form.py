@@ -51,7 +51,7 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantised(Form):
+class Quantized(Form):
     """One way to store a kernel in few bits.
 
     Attributes:

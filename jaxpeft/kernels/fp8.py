@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxpeft.kernels.form import Leaves, Quantised, backward_of, forward_of
+from jaxpeft.kernels.form import Leaves, Quantized, backward_of, forward_of
 from jaxpeft.lazy import jax, jnp
 
 _LEAVES = ("kernel_fp8", "kernel_fp8_scale")
@@ -23,7 +23,7 @@ _TINY = 1e-30
 
 
 def store(kernel: Any) -> dict[str, Any]:
-    """Quantise a kernel.
+    """Quantize a kernel.
 
     Args:
         kernel: `[in, out]`, floating.
@@ -81,7 +81,7 @@ def backward(leaves: Leaves, dy: Any) -> Any:
     return jax.lax.platform_dependent(dict(leaves), dy, cuda=_backward, default=backward_of(decoded))
 
 
-FP8 = Quantised(
+FP8 = Quantized(
     leaves=_LEAVES,
     read=lambda leaves: decoded(leaves, jnp.float32).T,
     shape=lambda shape: (shape[1], shape[0]),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxpeft.kernels.form import Leaves, Quantised, backward_of, forward_of, packed, unpacked
+from jaxpeft.kernels.form import Leaves, Quantized, backward_of, forward_of, packed, unpacked
 from jaxpeft.lazy import jnp
 
 _GROUP = 64
@@ -35,7 +35,7 @@ def _scaled(numbers: Any, scale: Any, dtype: Any) -> Any:
 
 
 def store_int8(kernel: Any, group: int | None = None) -> dict[str, Any]:
-    """Quantise a kernel to 8 bits.
+    """Quantize a kernel to 8 bits.
 
     Args:
         kernel: `[in, out]`, floating.
@@ -49,7 +49,7 @@ def store_int8(kernel: Any, group: int | None = None) -> dict[str, Any]:
 
 
 def store_int4(kernel: Any, group: int | None = None) -> dict[str, Any]:
-    """Quantise a kernel to 4 bits.
+    """Quantize a kernel to 4 bits.
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
@@ -73,7 +73,7 @@ def decoded_int4(leaves: Leaves, dtype: Any) -> Any:
     return _scaled(unpacked(leaves["kernel_int4"]).astype(jnp.int8) - 8, leaves["kernel_int4_scale"], dtype)
 
 
-INT8 = Quantised(
+INT8 = Quantized(
     leaves=("kernel_int8", "kernel_int8_scale"),
     read=lambda leaves: decoded_int8(leaves, jnp.float32).T,
     shape=lambda shape: (shape[1], shape[0]),
@@ -82,7 +82,7 @@ INT8 = Quantised(
     backward=backward_of(decoded_int8),
     grouped=True,
 )
-INT4 = Quantised(
+INT4 = Quantized(
     leaves=("kernel_int4", "kernel_int4_scale"),
     read=lambda leaves: decoded_int4(leaves, jnp.float32).T,
     shape=lambda shape: (2 * shape[1], shape[0]),

@@ -10,7 +10,7 @@ as it ends, forward and backward, with nothing to read and to write again in bet
 it is, only narrow ones are transposed: on a CPU this alone makes a step of MiniLM 1.6 times as fast (`python -m
 benchmarks.lora_cpu`).
 
-The kernels are not trained, or seldom: their gradient is made where it is asked for, and of a quantised one there is none.
+The kernels are not trained, or seldom: their gradient is made where it is asked for, and of a quantized one there is none.
 """
 
 from __future__ import annotations

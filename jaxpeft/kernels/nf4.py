@@ -8,7 +8,7 @@ r"""NF4: 4 bits a weight, which are quantiles of a normal distribution, with a s
 0.516 bytes. Codes are those of `bitsandbytes`; of scales in 8 bits about 0.2% are not those of its CPU program, which takes a
 neighbor: ours are the nearest. A block of zeros is decoded to zeros.
 
-Where a checkpoint has the `a` themselves (no double quantisation), `kernel_nf4_absmax` holds them in float32, with `s = 1` and
+Where a checkpoint has the `a` themselves (no double quantization), `kernel_nf4_absmax` holds them in float32, with `s = 1` and
 `m = 0`, which changes none of them.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 (arXiv:2305.14314); the 8-bit type is that of
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.kernels.form import Leaves, Quantised, backward_of, forward_of, packed, selected, unpacked
+from jaxpeft.kernels.form import Leaves, Quantized, backward_of, forward_of, packed, selected, unpacked
 from jaxpeft.lazy import jax, jnp
 
 BLOCK, SECOND = 64, 256
@@ -39,7 +39,7 @@ _BOUNDS = (
     -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
     0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
 )  # fmt: skip
-"""Between which codes a weight lies: the means of neighbours, rounded as `bitsandbytes` has them."""
+"""Between which codes a weight lies: the means of neighbors, rounded as `bitsandbytes` has them."""
 
 _NAMES = ("kernel_nf4", "kernel_nf4_absmax", "kernel_nf4_absmax_scale", "kernel_nf4_absmax_mean")
 
@@ -63,7 +63,7 @@ def _spaced(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def store(kernel: Any, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> dict[str, Any]:
-    """Quantise a kernel.
+    """Quantize a kernel.
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
@@ -87,7 +87,7 @@ def store(kernel: Any, whole: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _twice(absmax: Any) -> tuple[Any, Any, Any]:
-    """Quantise the scales of all blocks `[blocks]`: their places, their own scales, and their mean.
+    """Quantize the scales of all blocks `[blocks]`: their places, their own scales, and their mean.
 
     The barriers keep the sum apart from what comes before and behind it, which differs with how the kernel is spread: compiled
     by itself it adds up in the same order.
@@ -130,7 +130,7 @@ def decoded(leaves: Leaves, dtype: Any) -> Any:
     return (values * jnp.repeat(absmax, BLOCK)[: values.size].reshape(values.shape)).astype(dtype)
 
 
-NF4 = Quantised(
+NF4 = Quantized(
     leaves=_NAMES,
     read=lambda leaves: decoded(leaves, jnp.float32).T,
     shape=lambda shape: (2 * shape[1], shape[0]),

@@ -2,7 +2,7 @@ r"""BOFT: the input of a frozen kernel is rotated by a product of sparse rotatio
 
     y = ((x R) W) * s + b,    R = Bm ... B1,    Bi = Pi diag(Ri1, ..., Rid) Pi',    Rij: [k, k] orthogonal,  in = d k
 
-A factor rotates blocks of `k` inputs that a permutation `Pi` brings together, in factor i out of `2^(i-1) k` neighbours (the
+A factor rotates blocks of `k` inputs that a permutation `Pi` brings together, in factor i out of `2^(i-1) k` neighbors (the
 butterfly): with m factors an output depends on `2^(m-1) k` inputs, at `m k in` numbers. One factor is OFT with scales. A block is the
 Cayley transform of the skew-symmetric part of a trained matrix. Matrices start at zero and `s` at one, so a fresh adapter leaves
 every output as it was.

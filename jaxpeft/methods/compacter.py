@@ -60,7 +60,7 @@ class CompacterFormat(BottleneckFormat["Compacter"]):
         return {**super().write_options(method), **_RULES}
 
     def read_options(self, kind: type[Compacter], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Read the options of the adapters library; other ways to share and to factorise are refused."""
+        """Read the options of the adapters library; other ways to share and to factorize are refused."""
         values, problems = super().read_options(kind, config)
         other = {key: config[key] for key, ours in _RULES.items() if config.get(key, ours) != ours}
         return values, problems + [

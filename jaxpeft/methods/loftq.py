@@ -1,9 +1,9 @@
-"""LoftQ: A and B begin as what the quantised base lost, as far as their rank reaches.
+"""LoftQ: A and B begin as what the quantized base lost, as far as their rank reaches.
 
     s A B = the r largest singular triples of W - Q
 
-`W` is the kernel as the model's files have it, `Q` the same kernel as the quantised base gives it. This is one round of the
-paper's alternation, which leaves `Q` as it is. The kernels are read from the files one after the other; a site whose kernel is not quantised starts as LoRA does.
+`W` is the kernel as the model's files have it, `Q` the same kernel as the quantized base gives it. This is one round of the
+paper's alternation, which leaves `Q` as it is. The kernels are read from the files one after the other; a site whose kernel is not quantized starts as LoRA does.
 
 Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", section 3.2, algorithm 1 with T = 1
 (arXiv:2310.08659).
@@ -30,14 +30,14 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
 
     Args:
         method: LoRA with `init_weights="loftq"`.
-        params: the quantised base, rewritten with it.
+        params: the quantized base, rewritten with it.
         run: model and base: a `jaxpeft.training.start.Start`.
 
     Returns:
         `(method, params)`: a plain LoRA, and the tree with these A and B.
 
     Raises:
-        ConfigError: no kernel that is adapted is quantised, or the model has no files.
+        ConfigError: no kernel that is adapted is quantized, or the model has no files.
     """
     from jaxpeft import kernels
     from jaxpeft.core import paths
@@ -48,7 +48,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     made: dict[Any, Any] = {}
     for site, on in chosen_sites(method, params).items():
         node = paths.get(params, site.path)
-        if not kernels.is_quantised(node):
+        if not kernels.is_quantized(node):
             continue
         a, b = (np.array(node[name]) for name in names)
         for i, name in enumerate(site.names):
@@ -62,7 +62,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         made |= {(*site.path, name): jnp.asarray(leaf) for name, leaf in zip(names, (a, b), strict=True)}
     if not made:
         raise ConfigError(
-            "method.init_weights: 'loftq' makes up for a quantised base, and no kernel that is adapted is quantised; "
+            "method.init_weights: 'loftq' makes up for a quantized base, and no kernel that is adapted is quantized; "
             "give another start"
         )
     tree = paths.map_with_path(made.get, params)

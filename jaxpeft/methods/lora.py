@@ -13,7 +13,7 @@ frozen start `A0`, `B0`, so the base is never changed; in files such an adapter 
 * `olora`: the first r columns and rows of the QR factors of `W'` (Büyükakyüz 2024, section 3, arXiv:2406.01775);
 * `eva`: the directions in which the site's inputs vary most over the first batches, and the ranks given to those sites where
   they explain most (Paischer et al. 2024, section 3, arXiv:2410.07170);
-* `loftq`: the r largest singular triples of what a quantised base lost (Li et al. 2023, section 3.2, arXiv:2310.08659).
+* `loftq`: the r largest singular triples of what a quantized base lost (Li et al. 2023, section 3.2, arXiv:2310.08659).
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1 (arXiv:2106.09685); the scaling of rsLoRA is
 Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732); `lora_plus_ratio` is

@@ -36,7 +36,7 @@ class Options:
         remat: what the backward pass computes again: a key of `jaxpeft.remat.REMAT_POLICIES`.
         attention: the kernel that computes attention where it fits, a key of `jaxpeft.models.attention.KERNELS`.
         right_padded: whether rows are padded behind their tokens alone: a decoder needs no mask for it then.
-        quant: which kernels of the base are quantised, and how (`jaxpeft.Quant`); None for none.
+        quant: which kernels of the base are quantized, and how (`jaxpeft.Quant`); None for none.
         offload: whether the layers' kernels may lie in the host's memory: each layer then fetches its own.
         gathered: by their paths within a layer, the leaves that it gathers before it computes with them, and where to.
     """
@@ -172,8 +172,8 @@ class ConfigReader:
         if self.get(key):
             self.problems.append(f"{key}: {shown(self.get(key))} is not supported: {why}")
 
-    def quantised(self) -> None:
-        """Note a problem where the checkpoint is quantised, and not as `bitsandbytes` does it in NF4."""
+    def quantized(self) -> None:
+        """Note a problem where the checkpoint is quantized, and not as `bitsandbytes` does it in NF4."""
         found: Any = self.get("quantization_config")
         if not found:
             return

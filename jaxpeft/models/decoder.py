@@ -96,7 +96,7 @@ def read_config(config: Mapping[str, Any], problems: Sequence[str] = (), where: 
     """
     kind = config["model_type"]
     reader = ConfigReader(config, {**_DEFAULTS, **_OWN_DEFAULTS.get(kind, {})}, problems, where)
-    reader.quantised()
+    reader.quantized()
     layers = reader.integer("num_hidden_layers", most=MOST_LAYERS)
     heads, kv_heads, head_dim = _heads(reader)
     bias = reader.flag("attention_bias") and kind in ("llama", "qwen3")

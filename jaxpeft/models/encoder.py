@@ -45,7 +45,7 @@ class _Part(nn.Module):
 
 
 class Embeddings(_Part):
-    """Word, position and token-type embeddings, summed and normalised."""
+    """Word, position and token-type embeddings, summed and normalized."""
 
     @nn.compact
     def __call__(self, input_ids: Array, token_type_ids: Array | None, position_ids: Array, virtual: Virtual) -> Array:

@@ -72,7 +72,7 @@ def read_config(
     """
     kind = config["model_type"]
     reader = ConfigReader(config, _DEFAULTS[kind], problems, where)
-    reader.quantised()
+    reader.quantized()
     reader.refuse("is_decoder", "only encoders are")
     reader.refuse("add_cross_attention", "only encoders are")
     reader.refuse("pruned_heads", "all layers must have all heads")

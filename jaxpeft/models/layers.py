@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalise `[..., d]`; the result has the dtype of the activations."""
+        """Normalize `[..., d]`; the result has the dtype of the activations."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
@@ -42,7 +42,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalise `[..., d]`; the result has the dtype of the activations."""
+        """Normalize `[..., d]`; the result has the dtype of the activations."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
@@ -106,7 +106,7 @@ class Joining(Linear):
     """A linear module that writes to the residual stream: where a sub-layer's output joins it is a method of its own."""
 
     def join(self, h: Array, residual: Array, norm: Callable[[Array], Array] | None = None) -> Array:
-        """Return `residual + h`, normalised where a layer normalises behind the sum.
+        """Return `residual + h`, normalized where a layer normalizes behind the sum.
 
         Args:
             h: `[..., d]`, the sub-layer's output.

@@ -136,7 +136,7 @@ def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Ch
     likely = [change for change, size in zip(tried, sizes, strict=True) if size <= room]
     least = min(sizes, default=math.inf)
     if not likely and least < math.inf:
-        ruled_out.append(f"batch, remat and quantisation, which come to about {gib(least)} at least")
+        ruled_out.append(f"batch, remat and quantization, which come to about {gib(least)} at least")
     return likely
 
 

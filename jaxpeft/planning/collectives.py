@@ -77,7 +77,7 @@ def collectives(
             else:
                 groups = groups_of(one.text, int(np.prod(list(mesh.values()))))
                 axes, n = axes_of(groups, mesh), len(groups[0]) if groups else 1
-                if kind == "collective-permute":  # which names pairs of neighbours
+                if kind == "collective-permute":  # which names pairs of neighbors
                     n = math.prod(mesh.get(axis, 1) for axis in axes.split("+"))
             entry = sums[kind, axes, n]
             entry[0] += times

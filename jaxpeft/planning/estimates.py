@@ -55,7 +55,7 @@ def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
 
 
 def _decoded(subject: Subject, mesh: Mesh) -> int:
-    """Return the bytes of what a quantised base is decoded to while it is used: its largest kernel."""
+    """Return the bytes of what a quantized base is decoded to while it is used: its largest kernel."""
     if subject.model.options.quant is None:
         return 0
     size, layers = jnp.dtype(subject.model.options.dtype).itemsize, subject.model.config.num_hidden_layers

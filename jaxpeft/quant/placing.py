@@ -1,8 +1,8 @@
-"""Quantising kernels as they are read, a layer after the other, each device its own part: the bits are those of one device.
+"""Quantizing kernels as they are read, a layer after the other, each device its own part: the bits are those of one device.
 
-A kernel is put where its codes will lie, and quantised by one program over the mesh. What a form adds up over a whole kernel is
-gathered first, and added up on every device (`Quantised.pooled`): the order of a sum is the same on any mesh. Where the axis of
-the layers is itself spread over devices, those that hold a layer quantise it, and the others have no part in it.
+A kernel is put where its codes will lie, and quantized by one program over the mesh. What a form adds up over a whole kernel is
+gathered first, and added up on every device (`Quantized.pooled`): the order of a sum is the same on any mesh. Where the axis of
+the layers is itself spread over devices, those that hold a layer quantize it, and the others have no part in it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Group:
 def stored(
     quant: Quant, read: Callable[[int, Sharding], jax.Array], layers: int | None, places: Places
 ) -> dict[str, jax.Array]:
-    """Return the leaves that hold a kernel, or one a layer: each is read, quantised and let go before the next.
+    """Return the leaves that hold a kernel, or one a layer: each is read, quantized and let go before the next.
 
     Args:
         quant: how.
@@ -76,7 +76,7 @@ def stored(
 
 @functools.lru_cache(maxsize=64)
 def _compiled(quant: Quant, places: tuple[tuple[str, Sharding], ...]) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """Return the program that quantises one kernel, the same function for all kernels: it is traced once for each shape."""
+    """Return the program that quantizes one kernel, the same function for all kernels: it is traced once for each shape."""
     (_, first), *_ = places
     whole = None
     if isinstance(first, NamedSharding):

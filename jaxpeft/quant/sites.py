@@ -9,7 +9,7 @@ from typing import Any
 from jaxpeft.core.method import Call
 from jaxpeft.core.specs import LeafSpec, SiteSpec
 from jaxpeft.kernels import QUANTIZED
-from jaxpeft.kernels.form import Quantised
+from jaxpeft.kernels.form import Quantized
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class QuantizedSite:
     """
 
     name: str
-    form: Quantised
+    form: Quantized
 
     @property
     def leaves(self) -> LeafSpec:

@@ -1,4 +1,4 @@
-"""Quantising the kernels of a parameter tree: which of them, and each as soon as it is there."""
+"""Quantizing the kernels of a parameter tree: which of them, and each as soon as it is there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Quant:
-    """How a base is quantised.
+    """How a base is quantized.
 
     Attributes:
         form: a key of `jaxpeft.kernels.QUANTIZED`.
@@ -74,7 +74,7 @@ class Quant:
         return dataclasses.asdict(self)
 
     def sites(self, params: Mapping[str, Any]) -> dict[Path, Site]:
-        """Return the sites to quantise, by the path of their kernels.
+        """Return the sites to quantize, by the path of their kernels.
 
         Args:
             params: the tree of a base; abstract leaves will do.
@@ -116,7 +116,7 @@ class Quant:
 
     @classmethod
     def of(cls, form: str, params: Mapping[str, Any], kernels: Set[Path]) -> Quant:
-        """Return it for kernels that are quantised already, named as shortly as they can be.
+        """Return it for kernels that are quantized already, named as shortly as they can be.
 
         Args:
             form: a key of `jaxpeft.kernels.QUANTIZED`.
@@ -153,7 +153,7 @@ class Quant:
         return partial(form.store, **options, **({"whole": whole} if form.pooled and whole is not None else {}))
 
     def stored(self, layers: list[Callable[[], jax.Array]], stacked: bool) -> dict[str, jax.Array]:
-        """Return the leaves that hold a kernel, or one a layer: each is made, quantised and let go before the next.
+        """Return the leaves that hold a kernel, or one a layer: each is made, quantized and let go before the next.
 
         Args:
             layers: give the kernel of each layer, `[in, out]`, placed on its devices.
@@ -166,10 +166,10 @@ class Quant:
 
 
 def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
-    """Return shape and dtype of the leaves of a base as they are stored: those of the form in place of each quantised kernel.
+    """Return shape and dtype of the leaves of a base as they are stored: those of the form in place of each quantized kernel.
 
     Args:
-        params: the tree of a base that is not quantised; abstract leaves will do.
+        params: the tree of a base that is not quantized; abstract leaves will do.
         quant: how it is to be; None for not.
     """
     sites = {} if quant is None else quant.sites(params)
@@ -212,8 +212,8 @@ def read_quant(values: Any, where: Any) -> Quant:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def quantise(params: Mapping[str, Any], quant: Quant | str) -> Tree:
-    """Quantise a base that is there already; `load` does so as it reads one.
+def quantize(params: Mapping[str, Any], quant: Quant | str) -> Tree:
+    """Quantize a base that is there already; `load` does so as it reads one.
 
     Args:
         params: the tree of a base, without adapter leaves.
@@ -241,8 +241,8 @@ def quantise(params: Mapping[str, Any], quant: Quant | str) -> Tree:
     return paths.build(items)
 
 
-def dequantise(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
-    """Return the base that a quantised one stands for; adapter leaves stay where they are.
+def dequantize(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
+    """Return the base that a quantized one stands for; adapter leaves stay where they are.
 
     Args:
         params: a tree.
@@ -252,7 +252,7 @@ def dequantise(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
     for site in targets.find_sites(params):
         node = {key: leaf for key, leaf in paths.get(params, site.path).items() if not isinstance(leaf, Mapping)}
         form = kernels.form_of(node)
-        if form is None or not kernels.is_quantised(node):
+        if form is None or not kernels.is_quantized(node):
             continue
         held = {key: items.pop((*site.path, key)) for key in kernels.FORMS[form].leaves}
         layers = (

@@ -130,14 +130,14 @@ def _check_slices(options: MeshConfig, along: Mapping[str, int], devices: int, s
 def _arranged(
     options: MeshConfig, along: Mapping[str, int], devices: Sequence[Any], slices: int
 ) -> np.ndarray[Any, Any]:
-    """Return the devices as an array of the mesh's shape, neighbours along the last axes."""
+    """Return the devices as an array of the mesh's shape, neighbors along the last axes."""
     shape = tuple(along.values())
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     axis = options.across
     outer = tuple(slices if name == axis else 1 for name in along)
     inner = tuple(size // slices if name == axis else size for name, size in along.items())
-    if len(_groups(devices)) == 1:  # nothing tells them apart, as on simulated devices: neighbours are a group
+    if len(_groups(devices)) == 1:  # nothing tells them apart, as on simulated devices: neighbors are a group
         return _by_order(devices, inner, AXES.index(axis), slices)
     by_process = len({getattr(device, "slice_index", 0) or 0 for device in devices}) == 1
     return mesh_utils.create_hybrid_device_mesh(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DATA, FSDP, EXPERT, SEQUENCE, TENSOR = "data", "fsdp", "expert", "sequence", "tensor"
 AXES = (DATA, FSDP, EXPERT, SEQUENCE, TENSOR)
-"""Every mesh has all of them, in this order: what talks most is last, between neighbours."""
+"""Every mesh has all of them, in this order: what talks most is last, between neighbors."""
 ROWS = (DATA, FSDP)
 """The axes that the rows of a batch are spread over."""
 MOST_TENSOR = 8
@@ -52,7 +52,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     "replicated": Strategy(DATA, (DATA,), "the whole tree on each device, rows spread"),
     "fsdp": Strategy(FSDP, (DATA, FSDP), "each kernel spread, and gathered when it is used; rows spread"),
     "tensor": Strategy(TENSOR, (DATA, TENSOR), "heads and the feed-forward's width spread"),
-    "fsdp_tensor": Strategy(FSDP, (DATA, FSDP, TENSOR), "both: tensor between neighbours, fsdp over the rest"),
+    "fsdp_tensor": Strategy(FSDP, (DATA, FSDP, TENSOR), "both: tensor between neighbors, fsdp over the rest"),
     "sequence": Strategy(SEQUENCE, (DATA, FSDP, SEQUENCE, TENSOR), "positions of a row spread, for long rows"),
     "hybrid_fsdp": Strategy(FSDP, (DATA, FSDP, TENSOR), "fsdp within a host or slice, whole copies across them"),
 }

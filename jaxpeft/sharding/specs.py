@@ -1,6 +1,6 @@
 """The spec of every leaf of a tree: by the rules, and beside a kernel derived from the kernel's.
 
-Which dimensions of an adapter leaf, or of one that holds a quantised kernel, run along the kernel's inputs or outputs is found
+Which dimensions of an adapter leaf, or of one that holds a quantized kernel, run along the kernel's inputs or outputs is found
 without knowing any method or format: the leaves are made abstractly once more for a site with twice as many inputs, and for one
 with twice as many outputs. A dimension that doubles with one of them alone runs along it.
 """
@@ -28,7 +28,7 @@ from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.kernels import QUANTIZED
-from jaxpeft.kernels.form import Quantised
+from jaxpeft.kernels.form import Quantized
 from jaxpeft.sharding.rules import Axes, Rule, Rules
 from jaxpeft.sharding.sizes import AXES, FSDP
 
@@ -77,7 +77,7 @@ def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method |
     Args:
         mesh: the devices.
         rules: of the run.
-        params: the tree, rewritten by `method` or not, its kernels quantised or not; abstract leaves will do.
+        params: the tree, rewritten by `method` or not, its kernels quantized or not; abstract leaves will do.
         method: whose adapter leaves are in it, None where there are none.
 
     Raises:
@@ -99,7 +99,7 @@ def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method |
 
 
 def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
-    """List the leaves of quantised kernels of layers that lie along `fsdp`, by their paths within a layer, with their specs without it.
+    """List the leaves of quantized kernels of layers that lie along `fsdp`, by their paths within a layer, with their specs without it.
 
     Args:
         found: where the leaves of a base lie, as they are stored.
@@ -129,7 +129,7 @@ def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
 
     Args:
         rules: of the run.
-        *trees: of all methods of the run, with their adapter leaves; the kernel of a quantised site is one of its leaves.
+        *trees: of all methods of the run, with their adapter leaves; the kernel of a quantized site is one of its leaves.
 
     Raises:
         ConfigError: naming the rules, and leaves that there are.
@@ -234,7 +234,7 @@ def _beside(rules: Rules, params: Mapping[str, Any], method: Method | None) -> I
 
 _KERNELS = {"linear": "kernel", "embedding": "embedding"}
 _FEW = tuple(axis for axis in AXES if axis != FSDP)
-"""The axes that derived leaves take: of a quantised kernel all, of an adapter not `fsdp`: small leaves are faster whole."""
+"""The axes that derived leaves take: of a quantized kernel all, of an adapter not `fsdp`: small leaves are faster whole."""
 
 
 def _derived(base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...], *, own: bool = False) -> Rule:
@@ -290,8 +290,8 @@ def _side(n: int, wide: tuple[int, ...], tall: tuple[int, ...], i: int, ndim: in
     return doubles.index(True) if sum(doubles) == 1 else None
 
 
-def _stored(form: Quantised, site: Site) -> dict[str, jax.Array]:
-    """Make the leaves of a quantised kernel; where inputs share a scale each has its own here, which tells its side best."""
+def _stored(form: Quantized, site: Site) -> dict[str, jax.Array]:
+    """Make the leaves of a quantized kernel; where inputs share a scale each has its own here, which tells its side best."""
     kernel = jnp.zeros(site.shape, jnp.float32)
     return form.store(kernel, group=1) if form.grouped else form.store(kernel)
 

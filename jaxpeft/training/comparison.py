@@ -193,7 +193,7 @@ def other_rows(config: Config) -> Examples | None:
     """Read the rows that forgetting is measured on, None where there are none.
 
     Raises:
-        DataError: they cannot be read, or are not labelled.
+        DataError: they cannot be read, or are not labeled.
     """
     path = config.compare.forgetting
     if not path:

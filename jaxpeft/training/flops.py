@@ -1,4 +1,4 @@
-"""Counting the work of a step, and what the device could do: model FLOP/s utilisation."""
+"""Counting the work of a step, and what the device could do: model FLOP/s utilization."""
 
 from __future__ import annotations
 

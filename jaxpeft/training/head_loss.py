@@ -34,7 +34,7 @@ class CrossEntropy:
 
     Attributes:
         smoothing: share of the label that is spread over all classes, in [0, 1).
-        z_loss: weight of the squared log of the normaliser.
+        z_loss: weight of the squared log of the normalizer.
         softcap: logits are `cap tanh(z / cap)`, where the model's head does not do so itself; None for not.
     """
 
@@ -90,9 +90,9 @@ class CrossEntropy:
 
 def _counted(labels: Array, weights: Array) -> tuple[Array, Array]:
     """Return labels in range, and the weight of each position."""
-    labelled = labels != IGNORE
+    labeled = labels != IGNORE
     # the label is replaced before the look-up: a gather out of range gives NaN, and 0 * NaN is NaN
-    return jnp.where(labelled, labels, 0), jnp.where(labelled, jnp.broadcast_to(weights, labels.shape), 0.0)
+    return jnp.where(labeled, labels, 0), jnp.where(labeled, jnp.broadcast_to(weights, labels.shape), 0.0)
 
 
 def through_head(

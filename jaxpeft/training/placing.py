@@ -37,7 +37,7 @@ def check(options: MeshConfig, mesh: Mesh) -> None:
 def bringing(model: Pretrained, found: Layout) -> Pretrained:
     """Return a model whose layers bring their kernels to where they compute with them, each when it is its turn.
 
-    Kernels that wait in the host's memory are fetched. The codes of quantised ones that lie along `fsdp` are gathered before they
+    Kernels that wait in the host's memory are fetched. The codes of quantized ones that lie along `fsdp` are gathered before they
     are decoded: left to itself the partitioner gathers what they are decoded to, four times as much of NF4.
 
     What the backward pass finds again must not be kept on the devices: with a remat of `none` it would be all of them.

@@ -59,7 +59,7 @@ class Start:
         """Return what reads the kernel of a layer of a site as the model's files have it, float32 `[in, out]`.
 
         Raises:
-            ConfigError: the model was not loaded from files, or they hold it quantised.
+            ConfigError: the model was not loaded from files, or they hold it quantized.
         """
         source = self.model.source
         if source is None:
@@ -70,7 +70,7 @@ class Start:
         )  # fmt: skip
         found = outline(source.folder, asked)
         if found.plan.held:
-            raise ConfigError(f"{source.folder}: holds the model quantised, and not the kernels that it was made from")
+            raise ConfigError(f"{source.folder}: holds the model quantized, and not the kernels that it was made from")
 
         def read(site: Site, i: int) -> jax.Array:
             leaf = found.plan.sources[*site.path, "kernel"]

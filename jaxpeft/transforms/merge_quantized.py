@@ -1,4 +1,4 @@
-"""Merging an adapter into a quantised base: decoded, merged in float32, and rounded once, to a dtype or to a number format."""
+"""Merging an adapter into a quantized base: decoded, merged in float32, and rounded once, to a dtype or to a number format."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
-from jaxpeft.quant.tree import Quant, dequantise, quantise
+from jaxpeft.quant.tree import Quant, dequantize, quantize
 from jaxpeft.transforms.merge import merge
 
 _log = logging.getLogger(__name__)
 
 
-def merge_quantised(
+def merge_quantized(
     method: Method, params: Mapping[str, Any], quant: Quant | str | None = None, dtype: Any = jnp.bfloat16
 ) -> tuple[Tree, dict[str, float]]:
-    """Fold an adapter into a quantised base, and say how far what is given is from what was merged.
+    """Fold an adapter into a quantized base, and say how far what is given is from what was merged.
 
     Args:
         method: the method that rewrote `params`.
-        params: the rewritten tree, some kernels of which are quantised.
-        quant: how to quantise the merged base again; None gives plain kernels.
-        dtype: of the kernels that were quantised and are not any more.
+        params: the rewritten tree, some kernels of which are quantized.
+        quant: how to quantize the merged base again; None gives plain kernels.
+        dtype: of the kernels that were quantized and are not any more.
 
     Returns:
-        `(tree without adapter leaves, errors)`: `||given - merged|| / ||merged||` of each kernel that was quantised, by the name of
-        its module. What was lost when the base was quantised first is no part of it.
+        `(tree without adapter leaves, errors)`: `||given - merged|| / ||merged||` of each kernel that was quantized, by the name of
+        its module. What was lost when the base was quantized first is no part of it.
 
     Raises:
-        ConfigError: no kernel is quantised, the tree holds no leaf of this method, or a kernel does not fit the number format.
+        ConfigError: no kernel is quantized, the tree holds no leaf of this method, or a kernel does not fit the number format.
         TargetError: a target of `quant` matches nothing.
     """
-    held = [site for site in targets.find_sites(params) if kernels.is_quantised(_own(params, site))]
+    held = [site for site in targets.find_sites(params) if kernels.is_quantized(_own(params, site))]
     if not held:
-        raise ConfigError("merge_quantised: no kernel of the base is quantised; jaxpeft.merge gives what it becomes")
-    whole = merge(method, dequantise(params))
-    made = whole if quant is None else quantise(whole, quant)
+        raise ConfigError("merge_quantized: no kernel of the base is quantized; jaxpeft.merge gives what it becomes")
+    whole = merge(method, dequantize(params))
+    made = whole if quant is None else quantize(whole, quant)
     mine = {(*site.path, "kernel") for site in held}
     given = paths.map_with_path(lambda path, leaf: leaf.astype(dtype) if path in mine else leaf, made)
     errors: dict[str, float] = {}

@@ -183,7 +183,7 @@ _COUNT = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of one subject one after the other, whatever else they are parametrised by."""
+    """Put the tests of one subject one after the other, whatever else they are parametrized by."""
 
     def subject_of_item(item: pytest.Item) -> tuple[int, str]:
         values = getattr(item, "callspec", None)

@@ -1,4 +1,4 @@
-"""What is found out about a method by trying it: whether several serve one batch, and whether its base may be quantised."""
+"""What is found out about a method by trying it: whether several serve one batch, and whether its base may be quantized."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError
-from jaxpeft.quant.tree import dequantise, quantise
+from jaxpeft.quant.tree import dequantize, quantize
 from tests.core.helpers import BATCH, QUICK, run
 
 
-def quantised(params: Mapping[str, Any], form: str = "nf4") -> tuple[Any, Any]:
-    """Return a tree whose kernels of the layers are quantised, and the same tree with the kernels that they stand for."""
-    stored = quantise(params, form)
-    return stored, dequantise(stored)
+def quantized(params: Mapping[str, Any], form: str = "nf4") -> tuple[Any, Any]:
+    """Return a tree whose kernels of the layers are quantized, and the same tree with the kernels that they stand for."""
+    stored = quantize(params, form)
+    return stored, dequantize(stored)
 
 
-def on_quantised(method: Any, model: Any, base: Any, move: Any) -> str | None:
-    """Try a method on a quantised base; return why it cannot, None where it computes as on the base that it stands for.
+def on_quantized(method: Any, model: Any, base: Any, move: Any) -> str | None:
+    """Try a method on a quantized base; return why it cannot, None where it computes as on the base that it stands for.
 
-    `base` is that base twice, as `quantised` gives it.
+    `base` is that base twice, as `quantized` gives it.
     """
     stored, plain = base
     try:

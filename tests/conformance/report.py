@@ -91,7 +91,7 @@ def share(method: Any) -> str:
 def capabilities() -> list[str]:
     """Write the table of what each method can do."""
     lines = [
-        "| method | what it does | trained, 1B | merges | PEFT type | several in one batch | quantised base | paper | lines |",
+        "| method | what it does | trained, 1B | merges | PEFT type | several in one batch | quantized base | paper | lines |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, cls in METHODS.items():
@@ -104,7 +104,7 @@ def capabilities() -> list[str]:
         lines.append(
             f"| `{name}` | {what.rstrip('.')} | {share(SHOWN[name] if name in SHOWN else cls())} | "
             f"{yes[all(can_fold(type(p)) for p in row.method.parts())] if adds else 'is plain'} | {cls.peft.type or '-'} | "
-            f"{yes[adds and not row.alone]} | {yes[not row.unquantised]} | {paper(cls.paper)} | "
+            f"{yes[adds and not row.alone]} | {yes[not row.unquantized]} | {paper(cls.paper)} | "
             f"{sum(1 for _ in source.open())} |"
         )
     return lines

@@ -24,7 +24,7 @@ class Row:
         why: why a fresh adapter changes the outputs, for a method that says so.
         scanned: whether stacked layers will do.
         alone: why several cannot serve one batch, as it is told; empty where they can.
-        unquantised: why its base cannot be quantised, as it is told; empty where it can.
+        unquantized: why its base cannot be quantized, as it is told; empty where it can.
         peft_models: those on which the real `peft` can do it.
         padding: side of the rows that are compared with the real `peft`.
     """
@@ -37,14 +37,14 @@ class Row:
     scanned: bool = True
     padding: str = "right"
     alone: str = ""
-    unquantised: str = ""
+    unquantized: str = ""
     peft_models: tuple[str, ...] = (DECODER, ENCODER)
 
 
 LINEAR = r".*\.(q_proj|down_proj|query|output\.dense)"
 """Some linear sites of both tiny models."""
 
-QUANTISED = "which is quantised"
+QUANTIZED = "which is quantized"
 ATTENDED = "every token attends to the virtual ones, whatever they hold"
 
 ROWS: Mapping[str, Row] = {
@@ -55,7 +55,7 @@ ROWS: Mapping[str, Row] = {
     "lora pissa": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="pissa")),
     "lora olora": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="olora")),
     "ln_tuning": Row(jaxpeft.LNTuning(), peft=("LNTuningConfig", {"target_modules": r".*(norm|LayerNorm)$"})),
-    "freeze": Row(jaxpeft.Freeze(layers=1), scanned=False, unquantised=QUANTISED),
+    "freeze": Row(jaxpeft.Freeze(layers=1), scanned=False, unquantized=QUANTIZED),
     "trainable_tokens": Row(
         jaxpeft.TrainableTokens(tokens=(5, 17, 40)),
         peft=("TrainableTokensConfig", {"token_indices": [5, 17, 40]}),
@@ -73,7 +73,7 @@ ROWS: Mapping[str, Row] = {
     ),
     "bitfit": Row(jaxpeft.BitFit(), models=(ENCODER,)),
     "head": Row(jaxpeft.Head(), models=(ENCODER,)),
-    "full": Row(jaxpeft.Full(), unquantised=QUANTISED),
+    "full": Row(jaxpeft.Full(), unquantized=QUANTIZED),
     "ia3": Row(
         jaxpeft.IA3(targets=LINEAR, feedforward=r".*(down_proj|\.output\.dense)"),
         peft=("IA3Config", {"target_modules": LINEAR, "feedforward_modules": r".*(down_proj|\.output\.dense)"}),

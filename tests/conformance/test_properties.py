@@ -18,7 +18,7 @@ from jaxpeft.core.tree import combine
 from jaxpeft.errors import ConfigError
 from jaxpeft.training.begin import fixed_leaves
 from tests.conformance.conftest import Subject, every_method, every_subject, moved, subject_of
-from tests.conformance.probing import in_one_batch, on_quantised, quantised
+from tests.conformance.probing import in_one_batch, on_quantized, quantized
 from tests.conformance.rows import ROWS
 from tests.core.helpers import BATCH, QUICK, assert_bits, largest, load
 
@@ -183,15 +183,15 @@ def test_one_adapter_for_each_row_of_a_batch_or_a_clear_refusal(subject: Subject
 
 
 @functools.cache
-def quantised_base(kind: str, scan: bool) -> tuple[Any, Any]:
-    return quantised(load(kind, scan_layers=scan)[1])
+def quantized_base(kind: str, scan: bool) -> tuple[Any, Any]:
+    return quantized(load(kind, scan_layers=scan)[1])
 
 
 @every_method(scan=True, kind="llama")
-def test_it_computes_on_a_quantised_base(subject: Subject) -> None:
-    why = on_quantised(subject.method, subject.model, quantised_base(subject.kind, subject.scan), mover(subject))
-    assert bool(why) == bool(subject.row.unquantised), why
-    assert subject.row.unquantised in (why or "")
+def test_it_computes_on_a_quantized_base(subject: Subject) -> None:
+    why = on_quantized(subject.method, subject.model, quantized_base(subject.kind, subject.scan), mover(subject))
+    assert bool(why) == bool(subject.row.unquantized), why
+    assert subject.row.unquantized in (why or "")
 
 
 @every_method(scan=False)

@@ -90,7 +90,7 @@ def test_another_seed_or_epoch_gives_other_batches(data):
     assert not np.array_equal(first, np.concatenate(epoch_rows(Batches(encoded, 8, seed=0), 1)))
 
 
-def test_neighbours_change_from_epoch_to_epoch_and_lengths_are_mixed(data):
+def test_neighbors_change_from_epoch_to_epoch_and_lengths_are_mixed(data):
     batches = Batches(data(500), 4, (16, 32, 100))
     groups = [{frozenset(rows.tolist()) for rows in epoch_rows(batches, e)} for e in (0, 1)]
     assert len(groups[0] & groups[1]) < 5

@@ -21,7 +21,7 @@ from jaxpeft.data.roles import AN_OPTION, HOW_GOOD, role, roles
         ("canonical_solution", "the answer"),
         ("is_correct", "how good the answer is"),
         ("Complex_CoT", "a thought before the answer"),
-        ("colour", None),
+        ("color", None),
         ("2", None),
     ],
 )

@@ -157,7 +157,7 @@ def test_chats_are_streamed_by_a_thread_and_by_processes(make_stream: MakeStream
     assert sum(int((batch["labels"] != -100).any(-1).sum()) for batch in made) == 23
 
 
-def write_labelled(path: Path, kind: str, rows: int, labels: list[Any]) -> Path:
+def write_labeled(path: Path, kind: str, rows: int, labels: list[Any]) -> Path:
     """Write rows of a classification, or of a token classification."""
     tokens = kind == "token_classification"
     made = [{"tokens": [WORDS[i], WORDS[i + 1]], "tags": ["O", labels[i % len(labels)]]} if tokens
@@ -179,8 +179,8 @@ def write_labelled(path: Path, kind: str, rows: int, labels: list[Any]) -> Path:
 def test_labels_of_a_stream_are_those_of_the_validation_rows(
     make_stream: MakeStream, tmp_path: Path, task: str, labels: list[Any], names: tuple[str, ...]
 ) -> None:
-    train = write_labelled(tmp_path / "labelled.jsonl", task, 23, labels)
-    held = write_labelled(tmp_path / "held.jsonl", task, 6, labels)
+    train = write_labeled(tmp_path / "labeled.jsonl", task, 23, labels)
+    held = write_labeled(tmp_path / "held.jsonl", task, 6, labels)
     stream = make_stream(task=task, train=str(train), validation=str(held))
     assert stream.first[0].label_names == names
     made = [batch for batch, position in fed(stream, 9) if position["epoch"] == 0]
@@ -200,7 +200,7 @@ def test_labels_of_a_stream_are_those_of_the_validation_rows(
 
 def test_rows_of_a_stream_that_have_no_label_are_left_out(make_stream: MakeStream, tmp_path: Path) -> None:
     files = {
-        split: str(write_labelled(tmp_path / f"{split}.jsonl", "sequence_classification", rows, ["b", "a", -100, "-"]))
+        split: str(write_labeled(tmp_path / f"{split}.jsonl", "sequence_classification", rows, ["b", "a", -100, "-"]))
         for split, rows in (("train", 24), ("validation", 8))
     }
     stream = make_stream(task="sequence_classification", **files, unlabeled=("-",))
@@ -213,11 +213,11 @@ def test_rows_of_a_stream_that_have_no_label_are_left_out(make_stream: MakeStrea
 def test_a_label_that_the_validation_rows_have_not_is_told_and_may_be_named(
     make_stream: MakeStream, tmp_path: Path
 ) -> None:
-    train = write_labelled(tmp_path / "labelled.jsonl", "sequence_classification", 20, list("aaaabbbbc"))
-    held = write_labelled(tmp_path / "held.jsonl", "sequence_classification", 8, list("aaaabbbb"))
+    train = write_labeled(tmp_path / "labeled.jsonl", "sequence_classification", 20, list("aaaabbbbc"))
+    held = write_labeled(tmp_path / "held.jsonl", "sequence_classification", 8, list("aaaabbbb"))
     options = {"task": "sequence_classification", "train": str(train), "validation": str(held)}
     with pytest.raises(
-        DataError, match=r"labelled.jsonl:9:1 \(row 9\): field 'label' holds 'c', which is not one of the 2"
+        DataError, match=r"labeled.jsonl:9:1 \(row 9\): field 'label' holds 'c', which is not one of the 2"
     ):
         fed(make_stream(**options), 9)
     named = make_stream(**options, labels=("c", "b", "a"))

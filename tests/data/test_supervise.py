@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxpeft.data.dialogs import Completion, Dialog
-from jaxpeft.data.supervise import IGNORED, Labelled, label, prefixes, write, write_prompt
+from jaxpeft.data.supervise import IGNORED, Labeled, label, prefixes, write, write_prompt
 from jaxpeft.data.templates import Template
 from jaxpeft.data.tokens import prefix, special_tokens
 from tests.data.chats import CHATS, LIST, PARIS, SUM, TEMPLATES, USER, tokenizer_of
@@ -26,7 +26,7 @@ def template_of(family: str, tokenizer: Any) -> Template:
     return Template(TEMPLATES[family], special_tokens(tokenizer))
 
 
-def rows_of(family: str, messages: Any, tokenizer: Any) -> list[Labelled]:
+def rows_of(family: str, messages: Any, tokenizer: Any) -> list[Labeled]:
     """Return the rows of a dialog."""
     script = write(Dialog(tuple(messages)), template_of(family, tokenizer))
     (made,) = label([script], tokenizer, begin=prefix(tokenizer), end=tokenizer.eos_token_id)
@@ -35,11 +35,11 @@ def rows_of(family: str, messages: Any, tokenizer: Any) -> list[Labelled]:
     return rows
 
 
-def labelled(family: str, messages: Any, tokenizer: Any) -> Labelled:
+def labeled(family: str, messages: Any, tokenizer: Any) -> Labeled:
     return rows_of(family, messages, tokenizer)[-1]
 
 
-def answers(rows: list[Labelled]) -> list[tuple[list[int], list[int]]]:
+def answers(rows: list[Labeled]) -> list[tuple[list[int], list[int]]]:
     """Return of each run of learned tokens those before it, and itself."""
     runs: list[tuple[list[int], list[int]]] = []
     for row in rows:
@@ -92,7 +92,7 @@ def test_just_the_answers_are_learned_and_each_with_its_end(family: str, chat: s
 @every_chat
 def test_the_tokens_are_the_whole_text_and_begin_with_one_bos_at_most(family: str, chat: str, kind: str) -> None:
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
-    made = labelled(family, messages, tokenizer)
+    made = labeled(family, messages, tokenizer)
     if messages[-1]["role"] == "user":
         messages = messages[:-1]  # what follows the last answer teaches nothing
     text = template_of(family, tokenizer).render(messages, generate=False)
@@ -128,7 +128,7 @@ def test_a_completion_begins_behind_the_tokens_of_its_prompt(kind: str, prompt: 
 
 def test_a_template_that_writes_eos_gets_no_second_one() -> None:
     tokenizer = tokenizer_of("bytes")
-    made = labelled("brackets", (USER, PARIS), tokenizer)
+    made = labeled("brackets", (USER, PARIS), tokenizer)
     assert made.ids.count(tokenizer.eos_token_id) == 1
     assert made.labels[-1] == tokenizer.eos_token_id
 
@@ -151,14 +151,14 @@ def test_marks_that_are_no_tokens_of_the_tokenizer_end_no_answer_so_eos_is_added
 @pytest.mark.parametrize("family", ["marks", "brackets", "headers", "turns", "thoughts"])
 def test_an_answer_ends_once_though_it_stands_in_the_mark_of_its_end(family: str, said: str) -> None:
     tokenizer = tokenizer_of("bytes")
-    made = labelled(family, (USER, {"role": "assistant", "content": said}), tokenizer)
+    made = labeled(family, (USER, {"role": "assistant", "content": said}), tokenizer)
     assert made.ids.count(tokenizer.eos_token_id) == (family == "brackets")
 
 
 def test_eos_is_learned_where_it_is_the_pad_token_too() -> None:
     tokenizer = tokenizer_of("bytes")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert labelled("plain", (USER, SUM), tokenizer).labels[-1] == tokenizer.eos_token_id
+    assert labeled("plain", (USER, SUM), tokenizer).labels[-1] == tokenizer.eos_token_id
 
 
 def test_answers_share_a_row_as_long_as_no_token_before_them_changes() -> None:

@@ -59,7 +59,7 @@ def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
     assert 0 <= step < STEPS
     marks.message(ended[0], f"stopped on request; step {step} is saved, the same command goes on from it")
     # the second says nothing of what it does too; what Gloo says may be cut anywhere, so words are looked for
-    for word in ("loading", "tokenising", "compiling the", "stopped on request"):
+    for word in ("loading", "tokenizing", "compiling the", "stopped on request"):
         assert word in ended[0].stderr
         assert word not in ended[1].stderr
     assert len(set(map(len, (team.batches(i).read_text().splitlines() for i in range(2))))) == 1

@@ -323,12 +323,12 @@ def test_numbers_that_float16_cannot_hold_are_refused(make, tmp_path):
     assert "use bfloat16 or float32" in text
 
 
-# ------------------------------------------------------------------------------------------------- quantised reference
+# ------------------------------------------------------------------------------------------------- quantized reference
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
-    """All kernels that were quantised, and not only those that the adapter is on."""
+    """All kernels that were quantized, and not only those that the adapter is on."""
     made = make(jaxpeft.LoRA(rank=4, targets=("query",)), quant=form)
     assert json.loads((made.folder / "jaxpeft.json").read_text())["quant"]["form"] == form
     made.export(tmp_path / "reference", "merged_quantized_reference", dtype="float32")
@@ -347,9 +347,9 @@ def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
     assert_close(theirs(SEQUENCE, torch_base(tmp_path / "reference", SEQUENCE)), made.logits())
 
 
-def test_without_a_quantised_base_there_is_nothing_to_round(make, tmp_path):
+def test_without_a_quantized_base_there_is_nothing_to_round(make, tmp_path):
     text = make().refused(tmp_path / "merged", to="merged_quantized_reference")
-    assert "was trained on a base that is not quantised (jaxpeft.json names no quant)" in text
+    assert "was trained on a base that is not quantized (jaxpeft.json names no quant)" in text
     assert text.endswith("use --to merged")
 
 

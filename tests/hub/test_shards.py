@@ -209,7 +209,7 @@ def test_of_a_tied_head_that_is_there_twice_each_process_compares_its_part(
             assert outlined(folder).meter.bytes == pytest.approx(2 * 99 * 32 * 4 / 4, rel=0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------- quantised
+# ------------------------------------------------------------------------------------------------------------- quantized
 
 
 BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3, 1))}
@@ -269,7 +269,7 @@ def test_what_is_added_up_over_a_kernel_is_added_up_on_every_device(reference: A
     assert re.findall(r"(f32\[[\d,]+\])\S* all-gather\(", program) in (["f32[256,2]"], ["f32[512]"], ["f32[512,1]"])
 
 
-def test_every_kernel_of_a_shape_is_quantised_by_one_program(reference: Any) -> None:
+def test_every_kernel_of_a_shape_is_quantized_by_one_program(reference: Any) -> None:
     from jaxpeft.quant import placing
 
     placing._compiled.cache_clear()

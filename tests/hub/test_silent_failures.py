@@ -149,7 +149,7 @@ def test_row_15_a_merge_says_which_base_it_was_and_how_far_it_is_off(llama: Any,
     assert record["base"]["sha256"] == json.loads((tmp_path / "adapter" / "jaxpeft.json").read_text())["base_sha256"]
     assert (record["relative_error"], record["largest_logit_difference"]) == (report.error, report.gap)
     assert report.error > 0 and report.gap > 0
-    with pytest.raises(ConfigError, match=r"a base that is not quantised .* use --to merged"):
+    with pytest.raises(ConfigError, match=r"a base that is not quantized .* use --to merged"):
         export(Request(tmp_path / "adapter", "merged_quantized_reference", tmp_path / "other"))
 
 

@@ -24,7 +24,7 @@ def stored(rows: Any) -> Any:
 
 
 def plain(rows: Any) -> tuple[Any, ...]:
-    """Quantise in plain NumPy: codes, magnitudes of blocks, their 8-bit places, scales and mean."""
+    """Quantize in plain NumPy: codes, magnitudes of blocks, their 8-bit places, scales and mean."""
     flat = rows.reshape(-1)
     blocks = [flat[i : i + 64] for i in range(0, flat.size, 64)]
     absmax = np.asarray([np.abs(block).max() for block in blocks], np.float32)

@@ -28,7 +28,7 @@ def random(*shape: int) -> jax.Array:
 
 
 class Sublayer(nn.Module):
-    """A projection that joins a residual stream behind dropout, and may be normalised there."""
+    """A projection that joins a residual stream behind dropout, and may be normalized there."""
 
     normed: bool
 

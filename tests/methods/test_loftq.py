@@ -1,4 +1,4 @@
-"""LoftQ's start: the adapted quantised model is nearer to the model of the files than the quantised one."""
+"""LoftQ's start: the adapted quantized model is nearer to the model of the files than the quantized one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.rewriting import chosen_sites, kernel_of, layer_of
 from jaxpeft.errors import ConfigError
 from jaxpeft.training.start import Start
-from tests.conformance.probing import quantised, real
+from tests.conformance.probing import quantized, real
 from tests.core.helpers import BATCH, load
 from tests.models.conftest import reference  # noqa: F401 - a fixture
 
@@ -28,7 +28,7 @@ def started(method: Any, model: Any, base: Any) -> Any:
 @pytest.mark.parametrize("name", ["lora", "lora_fa"])
 def test_a_and_b_begin_as_the_largest_part_of_what_the_base_lost(reference: Any, scan: bool, name: str) -> None:  # noqa: F811
     model, original = reference("llama", "causal_lm").load(scan_layers=scan)
-    stored, _ = quantised(original)
+    stored, _ = quantized(original)
     method = jaxpeft.METHODS[name](rank=8, alpha=8.0, rank_pattern={"q_proj": 2}, init_weights="loftq")
     begun, params = started(method, model, stored)
     assert begun.init_weights == "default"
@@ -54,10 +54,10 @@ def test_a_and_b_begin_as_the_largest_part_of_what_the_base_lost(reference: Any,
     assert after < 0.9 * before
 
 
-def test_a_site_that_is_not_quantised_starts_as_lora_does(reference: Any) -> None:  # noqa: F811
+def test_a_site_that_is_not_quantized_starts_as_lora_does(reference: Any) -> None:  # noqa: F811
     model, original = reference("llama", "causal_lm").load()
     method = jaxpeft.LoRA(rank=2, init_weights="loftq", targets=("q_proj", "embed_tokens"))
-    _, params = started(method, model, quantised(original)[0])
+    _, params = started(method, model, quantized(original)[0])
     plain = jaxpeft.rewrite(jaxpeft.LoRA(rank=2, targets=("embed_tokens",)), original, KEY)
     found, wanted = (tree["model"]["embed_tokens"]["lora_b"] for tree in (params, plain))
     np.testing.assert_array_equal(found, wanted)
@@ -66,7 +66,7 @@ def test_a_site_that_is_not_quantised_starts_as_lora_does(reference: Any) -> Non
 def test_it_is_refused_where_it_would_do_nothing(reference: Any) -> None:  # noqa: F811
     model, base = reference("llama", "causal_lm").load()
     method = jaxpeft.LoRA(rank=2, init_weights="loftq")
-    with pytest.raises(ConfigError, match="no kernel that is adapted is quantised; give another start"):
+    with pytest.raises(ConfigError, match="no kernel that is adapted is quantized; give another start"):
         started(method, model, base)
     made, base = load("llama")
     with pytest.raises(ConfigError, match="the model was made, not loaded: there are no files"):

@@ -75,7 +75,7 @@ def test_what_arithmetic_rules_out_is_not_compiled(config):
     fsdp = with_changes(config, mesh__strategy="fsdp")
     row = with_nearest(setting(1000), examine(setting(1000), fsdp), most=6)
     assert row.nearest is None
-    assert row.tried[0].startswith("batch, remat and quantisation, which come to about 0.0")
+    assert row.tried[0].startswith("batch, remat and quantization, which come to about 0.0")
 
 
 def test_a_refused_batch_says_why_and_is_repaired(config):

@@ -1,4 +1,4 @@
-"""What the tests of quantised bases share: tiny models that torch saved, and whole runs."""
+"""What the tests of quantized bases share: tiny models that torch saved, and whole runs."""
 
 from __future__ import annotations
 

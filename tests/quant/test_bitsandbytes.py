@@ -1,4 +1,4 @@
-"""Checkpoints that `bitsandbytes` has quantised: loaded as they are, merged, and everything that does not fit."""
+"""Checkpoints that `bitsandbytes` has quantized: loaded as they are, merged, and everything that does not fit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def packed(name: str, weight: Any, double: bool) -> Tensors:
 
 @pytest.fixture
 def folder(reference: Any, tmp_path: Path) -> Callable[..., Path]:
-    """Make the folder of a tiny model whose linear modules are quantised."""
+    """Make the folder of a tiny model whose linear modules are quantized."""
 
     def make(
         kind: str = "llama", task: str = "causal_lm", *, double: bool = True, skip: str = "no", then: Change | None = None,
@@ -72,7 +72,7 @@ def folder(reference: Any, tmp_path: Path) -> Callable[..., Path]:
             if then is not None:
                 then(tensors)
 
-        target = tmp_path / f"quantised{len(list(tmp_path.iterdir()))}"
+        target = tmp_path / f"quantized{len(list(tmp_path.iterdir()))}"
         settings = {"quantization_config": CONFIG | config}
         return edited(reference(kind, task, **dict(sizes)).folder, target, weights, lambda c: c.update(settings))
 
@@ -89,7 +89,7 @@ def second(params: Any) -> Any:
 
 @both
 @pytest.mark.parametrize(("kind", "task"), [("llama", "causal_lm"), ("bert", "sequence_classification")])
-def test_it_is_loaded_as_the_model_that_is_quantised_on_the_way(
+def test_it_is_loaded_as_the_model_that_is_quantized_on_the_way(
     reference: Any, folder: Any, scan: bool, kind: str, task: Any
 ) -> None:
     _, wanted = jaxpeft.load(reference(kind, task).folder, task=task, scan_layers=scan, quant="nf4")
@@ -100,11 +100,11 @@ def test_it_is_loaded_as_the_model_that_is_quantised_on_the_way(
 
 
 @both
-def test_without_double_quantisation_the_scales_are_those_of_the_file(reference: Any, folder: Any, scan: bool) -> None:
+def test_without_double_quantization_the_scales_are_those_of_the_file(reference: Any, folder: Any, scan: bool) -> None:
     model, params = jaxpeft.load(folder(double=False), task="causal_lm", scan_layers=scan)
     plain, base = jaxpeft.load(reference("llama", "causal_lm").folder, task="causal_lm", scan_layers=scan)
     _, twice = jaxpeft.load(folder(), task="causal_lm", scan_layers=scan)
-    held = jaxpeft.dequantise(params)
+    held = jaxpeft.dequantize(params)
     leaves, kernel, original = second(params), second(held)["kernel"], second(base)["kernel"]
     absmax = leaves["kernel_nf4_absmax"]
     assert absmax.dtype == np.float32 and absmax.shape == (32 * 32 // 64,)  # 64 does not divide 32 inputs
@@ -123,18 +123,18 @@ def test_what_is_left_as_it_is_is_recorded(folder: Any) -> None:
     kernels = {paths.text(path[:-1]) for path, _ in paths.walk(params) if path[-1] == "kernel"}
     layers = {f"model/layers/{i}/self_attn/v_proj" for i in (0, 1)}
     assert kernels == {*(name.replace(".", "/") for name in names), *layers, "lm_head"}
-    assert how.sites(jaxpeft.dequantise(params)).keys() == {
+    assert how.sites(jaxpeft.dequantize(params)).keys() == {
         (*path[:-1], "kernel") for path, _ in paths.walk(params) if path[-1] == "kernel_nf4"
     }
 
 
-def test_a_head_that_is_quantised_is_read_too(folder: Any) -> None:
+def test_a_head_that_is_quantized_is_read_too(folder: Any) -> None:
     def head(tensors: Tensors) -> None:
         tensors |= packed("lm_head.weight", tensors.pop("lm_head.weight"), double=True)
 
     model, params = jaxpeft.load(folder(then=head), task="causal_lm")
     assert "kernel_nf4" in params["lm_head"]
-    assert model.options.quant.sites(jaxpeft.dequantise(params)).keys() >= {("lm_head", "kernel")}
+    assert model.options.quant.sites(jaxpeft.dequantize(params)).keys() >= {("lm_head", "kernel")}
     _, others = jaxpeft.load(folder(then=head), task="sequence_classification", num_labels=2)
     assert set(others["score"]) == {"kernel"}
 
@@ -179,22 +179,22 @@ BROKEN: list[tuple[Change, str]] = [
     (lambda t: t.pop(f"{Q}.nested_absmax"), f"missing: {Q}.nested_absmax"),
     (cut(Q), f"misshaped: {Q} has 511 bytes, must have 512 for [32, 32] in nf4"),
     (cut(f"{Q}.absmax"), f"misshaped: {Q}.absmax is uint8 [15], must be uint8 [16]"),
-    (moved, f"quantised: {Q}.quant_map is not the table of nf4; load the unquantized model"),
+    (moved, f"quantized: {Q}.quant_map is not the table of nf4; load the unquantized model"),
     (state(shape=[16, 64]), f"misshaped: {Q} is [16, 64], must be [32, 32]"),
-    (state(shape=[32.0, 32]), f"quantised: {Q}: shape is [32.0, 32], must be [out, in]"),
-    (state(shape=[32, 31]), f"quantised: {Q}: shape is [32, 31], and nf4 needs an even number of inputs"),
-    (state(blocksize=128), f"quantised: {Q}: blocksize is 128, must be 64; load the unquantized model, with quant='nf4'"),
-    (state(nested_blocksize=64), f"quantised: {Q}: nested_blocksize is 64, must be 256"),
-    (state(nested_offset=None), f"quantised: {Q}: nested_offset is None, must be a number"),
-    (state(dtype="int8"), f"quantised: {Q}: dtype is 'int8', must be one of float32, float16, bfloat16"),
-    (state(dtype=["float16"]), f"quantised: {Q}: dtype is ['float16'], must be one of float32, float16, bfloat16"),
-    (state(nested_offset=10**400), f"quantised: {STATE} is not what bitsandbytes writes"),
-    (state(nested_offset=True), f"quantised: {Q}: nested_offset is True, must be a number"),
-    (state(shape=[10**200, 10**200]), f"quantised: {Q}: shape is [1000"),
+    (state(shape=[32.0, 32]), f"quantized: {Q}: shape is [32.0, 32], must be [out, in]"),
+    (state(shape=[32, 31]), f"quantized: {Q}: shape is [32, 31], and nf4 needs an even number of inputs"),
+    (state(blocksize=128), f"quantized: {Q}: blocksize is 128, must be 64; load the unquantized model, with quant='nf4'"),
+    (state(nested_blocksize=64), f"quantized: {Q}: nested_blocksize is 64, must be 256"),
+    (state(nested_offset=None), f"quantized: {Q}: nested_offset is None, must be a number"),
+    (state(dtype="int8"), f"quantized: {Q}: dtype is 'int8', must be one of float32, float16, bfloat16"),
+    (state(dtype=["float16"]), f"quantized: {Q}: dtype is ['float16'], must be one of float32, float16, bfloat16"),
+    (state(nested_offset=10**400), f"quantized: {STATE} is not what bitsandbytes writes"),
+    (state(nested_offset=True), f"quantized: {Q}: nested_offset is True, must be a number"),
+    (state(shape=[10**200, 10**200]), f"quantized: {Q}: shape is [1000"),
     (lambda t: t.update({STATE: np.frombuffer(b'{"blocksize": ' + b"1" * 5000 + b"}", np.uint8)}),
-     f"quantised: {STATE} is not what bitsandbytes writes"),
-    (lambda t: t.update({STATE: text({})[:-1]}), f"quantised: {STATE} is not what bitsandbytes writes"),
-    (lambda t: t.update({STATE.replace("nf4", "fp4"): t.pop(STATE)}), f"quantised: {Q} is in fp4, only nf4 is supported"),
+     f"quantized: {STATE} is not what bitsandbytes writes"),
+    (lambda t: t.update({STATE: text({})[:-1]}), f"quantized: {STATE} is not what bitsandbytes writes"),
+    (lambda t: t.update({STATE.replace("nf4", "fp4"): t.pop(STATE)}), f"quantized: {Q} is in fp4, only nf4 is supported"),
 ]  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def test_layers_that_differ_are_not_stacked(folder: Any) -> None:
     path = folder(skip=r"1\.mlp\.up_proj")
     with pytest.raises(
         WeightsError,
-        match=r"quantised: model\.layers\.0\.mlp\.up_proj\.weight is, and 1 of the 2 layers .* scan_layers=False",
+        match=r"quantized: model\.layers\.0\.mlp\.up_proj\.weight is, and 1 of the 2 layers .* scan_layers=False",
     ):
         jaxpeft.load(path, task="causal_lm", scan_layers=True)
     jaxpeft.load(path, task="causal_lm")
@@ -246,22 +246,22 @@ def test_layers_that_differ_are_not_stacked(folder: Any) -> None:
         ({"quant_method": "gptq"}, "is not supported: load the unquantized model"),
     ],
 )  # fmt: skip
-def test_other_quantised_checkpoints_are_refused(folder: Any, config: Any, wanted: str) -> None:
+def test_other_quantized_checkpoints_are_refused(folder: Any, config: Any, wanted: str) -> None:
     with pytest.raises(ConfigError, match=f"quantization_config: .*{re.escape(wanted)}"):
         jaxpeft.load(folder(**config), task="causal_lm")
 
 
 def test_what_contradicts_the_files_is_refused(folder: Any, reference: Any, tmp_path: Path) -> None:
     path = folder()
-    with pytest.raises(ConfigError, match=r"quant: is 'int8', and .* is quantised already, as 'nf4'; leave quant out"):
+    with pytest.raises(ConfigError, match=r"quant: is 'int8', and .* is quantized already, as 'nf4'; leave quant out"):
         jaxpeft.load(path, task="causal_lm", quant="int8")
-    with pytest.raises(ConfigError, match="is quantised already"):
+    with pytest.raises(ConfigError, match="is quantized already"):
         jaxpeft.load(path, task="causal_lm", quant=jaxpeft.Quant("nf4", exclude=("q_proj",)))
     plain = edited(
         reference("llama", "causal_lm").folder, tmp_path / "plain", None, lambda c: c.update(quantization_config=CONFIG)
     )
     with pytest.raises(
-        WeightsError, match=r"quantization_config of config\.json says that the weights are quantised, and none is"
+        WeightsError, match=r"quantization_config of config\.json says that the weights are quantized, and none is"
     ):
         jaxpeft.load(plain, task="causal_lm")
 
@@ -285,7 +285,7 @@ def test_an_adapter_is_trained_saved_and_merged(folder: Any, tmp_path: Path, cap
         np.testing.assert_allclose(run(plain, merged), wanted, rtol=1e-4, atol=1e-4)
     assert "is not rounded" not in caplog.text
     export(Request(tmp_path / "adapter", "peft", tmp_path / "peft"))
-    with pytest.raises(ConfigError, match="merge into the base that is not quantised"):
+    with pytest.raises(ConfigError, match="merge into the base that is not quantized"):
         jaxpeft.merge(method, params)
 
 
@@ -294,7 +294,7 @@ def test_loftq_has_nothing_to_make_up_for(folder: Any) -> None:
 
     path = folder()
     model, base = jaxpeft.load(path, task="causal_lm")
-    with pytest.raises(ConfigError, match="holds the model quantised, and not the kernels that it was made from"):
+    with pytest.raises(ConfigError, match="holds the model quantized, and not the kernels that it was made from"):
         Start(model, base, jax.random.key(0)).original_kernels()
 
 
@@ -317,7 +317,7 @@ def test_what_the_real_library_saves_is_what_it_computes_with(reference: Any, fo
             wanted[name] = functional.dequantize_4bit(data, held).numpy()
 
     _, params = jaxpeft.load(folder(skip="", then=save, sizes=sizes), task="causal_lm")
-    held = jaxpeft.dequantise(params)
+    held = jaxpeft.dequantize(params)
     for name, weight in wanted.items():
         kernel = paths.get(held, (*name.split(".")[:-1], "kernel"))
         assert np.abs(np.asarray(kernel).T - plain[name]).max() < 0.16 * np.abs(plain[name]).max()

@@ -1,4 +1,4 @@
-"""The cache of quantised kernels: bit-equal to those quantised anew, whole or not used, and never in the way."""
+"""The cache of quantized kernels: bit-equal to those quantized anew, whole or not used, and never in the way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpeft
 from jaxpeft import cache
-from jaxpeft.hub import quantised_cache
+from jaxpeft.hub import quantized_cache
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.quant import placing
 from tests.hub.helpers import assert_bit_equal, edited
@@ -29,7 +29,7 @@ TASK: Any = "causal_lm"
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that takes small bases."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(quantised_cache, "LEAST_BYTES", 1)
+    monkeypatch.setattr(quantized_cache, "LEAST_BYTES", 1)
     return tmp_path / "cache" / "quantised"
 
 
@@ -39,8 +39,8 @@ def base(reference: Any) -> Path:
 
 
 @pytest.fixture
-def quantising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the kernels that are quantised."""
+def quantizing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the kernels that are quantized."""
     counted, plain = list[int](), placing.stored
 
     def stored(quant: Any, read: Any, layers: int | None, places: Any) -> Any:
@@ -57,8 +57,8 @@ def entries(root: Path) -> list[Path]:
 
 @pytest.mark.parametrize("form", QUANTIZED)
 @pytest.mark.parametrize("written", [False, True], ids=["unrolled", "scanned"])
-def test_what_is_read_again_is_bit_by_bit_what_was_quantised(
-    root: Path, base: Path, quantising: list[int], caplog: pytest.LogCaptureFixture, form: Any, written: bool
+def test_what_is_read_again_is_bit_by_bit_what_was_quantized(
+    root: Path, base: Path, quantizing: list[int], caplog: pytest.LogCaptureFixture, form: Any, written: bool
 ) -> None:
     caplog.set_level(logging.INFO)
     wanted = {
@@ -67,18 +67,18 @@ def test_what_is_read_again_is_bit_by_bit_what_was_quantised(
     assert not entries(root)
     _, first = jaxpeft.load(base, task=TASK, scan_layers=written, quant=form)
     (folder,) = entries(root)
-    assert f"quantised kernels to {folder}" in caplog.text
+    assert f"quantized kernels to {folder}" in caplog.text
     assert_bit_equal(first, wanted[written])
-    quantising.clear()
+    quantizing.clear()
     for scan in (False, True):
         model, params = jaxpeft.load(base, task=TASK, scan_layers=scan, quant=form)
         assert_bit_equal(params, wanted[scan])
         assert model.options.quant == jaxpeft.Quant(form)
-    assert not quantising
-    assert f"reading the quantised kernels from {folder}" in caplog.text
+    assert not quantizing
+    assert f"reading the quantized kernels from {folder}" in caplog.text
 
 
-def test_it_holds_the_quantised_kernels_alone(root: Path, base: Path) -> None:
+def test_it_holds_the_quantized_kernels_alone(root: Path, base: Path) -> None:
     jaxpeft.load(base, task=TASK, quant="nf4")
     (folder,) = entries(root)
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "quantised.json"}
@@ -94,7 +94,7 @@ def test_what_the_kernels_depend_on_is_told_apart(root: Path, base: Path, tmp_pa
         jaxpeft.load(base, task=TASK, quant=how)
         assert len(entries(root)) == n
     jaxpeft.load(base, task=TASK, quant="nf4", dtype=jnp.bfloat16)
-    jaxpeft.load(base, task=TASK, quant="nf4", vocab_size=120)  # changes no kernel that is quantised
+    jaxpeft.load(base, task=TASK, quant="nf4", vocab_size=120)  # changes no kernel that is quantized
     assert len(entries(root)) == 5
 
     def change(tensors: Any) -> None:
@@ -109,38 +109,38 @@ def test_what_the_kernels_depend_on_is_told_apart(root: Path, base: Path, tmp_pa
     assert_bit_equal(params, jaxpeft.load(copy, task=TASK, quant="nf4", cache=False)[1])
 
 
-def test_it_is_read_onto_many_devices(root: Path, base: Path, quantising: list[int]) -> None:
+def test_it_is_read_onto_many_devices(root: Path, base: Path, quantizing: list[int]) -> None:
     _, wanted = jaxpeft.load(base, task=TASK, quant="nf4")
-    quantising.clear()
+    quantizing.clear()
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     _, params = jaxpeft.load(base, task=TASK, quant="nf4", sharding=NamedSharding(mesh, PartitionSpec()))
-    assert not quantising
+    assert not quantizing
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
     assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, wanted))
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_what_waits_in_the_memory_of_the_host_is_kept_too(
-    root: Path, base: Path, quantising: list[int], scan: bool
+    root: Path, base: Path, quantizing: list[int], scan: bool
 ) -> None:
     _, wanted = jaxpeft.load(base, task=TASK, quant="nf4", scan_layers=scan, cache=False)
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
     where = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
     for times in (1, 0):
-        quantising.clear()
+        quantizing.clear()
         _, params = jaxpeft.load(base, task=TASK, quant="nf4", scan_layers=scan, sharding=where)
-        assert bool(quantising) is bool(times)
+        assert bool(quantizing) is bool(times)
         assert len(entries(root)) == 1
         assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, wanted))
 
 
-def test_axes_are_spread_where_they_can_be(root: Path, reference: Any, quantising: list[int]) -> None:
+def test_axes_are_spread_where_they_can_be(root: Path, reference: Any, quantizing: list[int]) -> None:
     folder = reference("llama", TASK, vocab_size=104).folder
     _, wanted = jaxpeft.load(folder, task=TASK, quant="nf4")
-    quantising.clear()
+    quantizing.clear()
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     _, params = jaxpeft.load(folder, task=TASK, quant="nf4", sharding=NamedSharding(mesh, PartitionSpec("x")))
-    assert not quantising
+    assert not quantizing
     leaves = params["model"]["layers"]["0"]["self_attn"]["q_proj"]
     assert leaves["kernel_nf4"].addressable_shards[0].data.shape == (4, 16)
     assert leaves["kernel_nf4_absmax_mean"].sharding.is_fully_replicated
@@ -168,14 +168,14 @@ def edit(folder: Path) -> None:
     [
         (flip, "the checksum of model.layers."),
         (cut, "bytes are missing"),
-        (edit, "quantised.json is another's"),
+        (edit, "quantized.json is another's"),
         (lambda folder: (folder / "quantised.json").unlink(), "no such file"),
         (lambda folder: (folder / "quantised.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     ],
 )
 def test_a_damaged_one_is_told_and_made_anew(
-    root: Path, base: Path, quantising: list[int], caplog: pytest.LogCaptureFixture, damage: Any, why: str
+    root: Path, base: Path, quantizing: list[int], caplog: pytest.LogCaptureFixture, damage: Any, why: str
 ) -> None:
     _, wanted = jaxpeft.load(base, task=TASK, quant="nf4")
     (folder,) = entries(root)
@@ -184,9 +184,9 @@ def test_a_damaged_one_is_told_and_made_anew(
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert message.startswith(f"{folder}: the cached kernels are damaged (") and why in message
     assert_bit_equal(params, wanted)
-    quantising.clear()
+    quantizing.clear()
     _, again = jaxpeft.load(base, task=TASK, quant="nf4")
-    assert not quantising and entries(root) == [folder]
+    assert not quantizing and entries(root) == [folder]
     assert_bit_equal(again, wanted)
 
 
@@ -206,7 +206,7 @@ def test_where_nothing_can_be_written_the_load_goes_on(
         monkeypatch.setattr(Path, "rename", rename)
     _, params = jaxpeft.load(base, task=TASK, quant="nf4")
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert "the quantised kernels could not be cached (" in message
+    assert "the quantized kernels could not be cached (" in message
     assert message.endswith("going on without")
     assert how == "file" or not entries(root)
     assert_bit_equal(params, jaxpeft.load(base, task=TASK, quant="nf4", cache=False)[1])
@@ -217,7 +217,7 @@ def test_another_process_that_was_faster_is_no_trouble(
 ) -> None:
     jaxpeft.load(base, task=TASK, quant="nf4")
     there = entries(root)
-    monkeypatch.setattr(quantised_cache.Entry, "opened", lambda _: None)
+    monkeypatch.setattr(quantized_cache.Entry, "opened", lambda _: None)
     jaxpeft.load(base, task=TASK, quant="nf4")
     assert entries(root) == there
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -225,7 +225,7 @@ def test_another_process_that_was_faster_is_no_trouble(
 
 def test_small_bases_and_plain_ones_are_not_kept(root: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jaxpeft.load(base, task=TASK)
-    monkeypatch.setattr(quantised_cache, "LEAST_BYTES", 10**6)
+    monkeypatch.setattr(quantized_cache, "LEAST_BYTES", 10**6)
     jaxpeft.load(base, task=TASK, quant="nf4")
     assert not entries(root)
 

@@ -1,4 +1,4 @@
-"""Whole runs on a quantised base, by config."""
+"""Whole runs on a quantized base, by config."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_a_run_learns_says_what_its_base_was_and_is_loaded_again(
     assert "kernel" in params["bert"]["pooler"]["dense"]
 
 
-def test_what_trains_the_base_is_refused_on_a_quantised_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="which is quantised"):
+def test_what_trains_the_base_is_refused_on_a_quantized_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="which is quantized"):
         job.run(make_config(method="full", model__quant="int8"), tmp_path / "run")
 
 

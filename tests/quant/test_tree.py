@@ -1,4 +1,4 @@
-"""Quantised trees: as they are loaded and as they are made of plain ones, which kernels, and what does not fit."""
+"""Quantized trees: as they are loaded and as they are made of plain ones, which kernels, and what does not fit."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"
 
 @both
 @every_form
-def test_a_model_that_is_loaded_quantised_is_the_one_that_is_quantised_later(
+def test_a_model_that_is_loaded_quantized_is_the_one_that_is_quantized_later(
     reference: Any,
     form: Any,
     scan: bool,
 ) -> None:
     folder = reference("llama", "causal_lm").folder
     model, plain = jaxpeft.load(folder, task="causal_lm", scan_layers=scan)
-    quantised, params = jaxpeft.load(folder, task="causal_lm", scan_layers=scan, quant=form)
-    assert_bit_equal(params, jaxpeft.quantise(plain, form))
-    assert quantised.options.quant == jaxpeft.Quant(form) and model.options.quant is None
+    quantized, params = jaxpeft.load(folder, task="causal_lm", scan_layers=scan, quant=form)
+    assert_bit_equal(params, jaxpeft.quantize(plain, form))
+    assert quantized.options.quant == jaxpeft.Quant(form) and model.options.quant is None
     held = {path[-1] for path, _ in paths.walk(params)}
     assert {"embedding", "scale", *QUANTIZED[form].leaves} == held - {"kernel"}
     assert [path for path, _ in paths.walk(params) if path[-1] == "kernel"] == [("lm_head", "kernel")]
     assert count(params) == count(plain)
     assert flops.per_token({}, params) == flops.per_token({}, plain)
-    np.testing.assert_allclose(run(quantised, params), run(model, jaxpeft.dequantise(params)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(quantized, params), run(model, jaxpeft.dequantize(params)), rtol=1e-4, atol=1e-4)
 
 
 @both
@@ -69,7 +69,7 @@ SHAPES = [(32, 32), (32, 16), (32, 48), (48, 32)]
 """Of the kernels of the tiny Llama's layers."""
 
 
-def test_a_quantised_model_is_loaded_onto_many_devices(reference: Any) -> None:
+def test_a_quantized_model_is_loaded_onto_many_devices(reference: Any) -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     folder = reference("llama", "causal_lm").folder
     _, alone = jaxpeft.load(folder, task="causal_lm", quant="nf4")
@@ -81,7 +81,7 @@ def test_a_quantised_model_is_loaded_onto_many_devices(reference: Any) -> None:
 @both
 def test_targets_say_which_and_groups_how(scan: bool) -> None:
     _, base = load("llama", scan_layers=scan)
-    params = jaxpeft.quantise(
+    params = jaxpeft.quantize(
         base, jaxpeft.Quant("int8", targets=("q_proj", "down_proj"), exclude=("q_proj",), group=16)
     )
     held = {path[-2] for path, _ in paths.walk(params) if path[-1] == "kernel_int8"}
@@ -94,23 +94,23 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
     _, base = load("llama")
     _, stacked = load("llama", scan_layers=True)
     with pytest.raises(ConfigError, match=r"quant: 'nf3' is no number format \(known: nf4, int4, int8, fp8\)"):
-        jaxpeft.quantise(base, "nf3")
+        jaxpeft.quantize(base, "nf3")
     with pytest.raises(
         ConfigError, match="quant_group: 32 does not go with nf4, which has no groups; int4 and int8 have"
     ):
         jaxpeft.Quant("nf4", group=32)
     with pytest.raises(ConfigError, match=r"quant_group: 7 does not divide the 32 inputs of model\.layers\.0\."):
-        jaxpeft.quantise(base, jaxpeft.Quant("int4", group=7))
+        jaxpeft.quantize(base, jaxpeft.Quant("int4", group=7))
     with pytest.raises(TargetError, match="'no_proj'"):
-        jaxpeft.quantise(base, jaxpeft.Quant("int4", targets=("no_proj",)))
+        jaxpeft.quantize(base, jaxpeft.Quant("int4", targets=("no_proj",)))
     with pytest.raises(ConfigError, match=r"1 of the 2 stacked layers of model\.layers\.0\.mlp\.up_proj are named"):
-        jaxpeft.quantise(stacked, jaxpeft.Quant("int4", targets=("0.mlp.up_proj",)))
+        jaxpeft.quantize(stacked, jaxpeft.Quant("int4", targets=("0.mlp.up_proj",)))
     odd = {"layers": {"0": {"proj": {"kernel": jnp.zeros((3, 4))}}}}
     with pytest.raises(ConfigError, match=r"layers\.0\.proj takes 3 inputs, and nf4 needs an even number; exclude it"):
-        jaxpeft.quantise(odd, "nf4")
+        jaxpeft.quantize(odd, "nf4")
     folder = reference("llama", "causal_lm").folder
     with pytest.raises(
-        ConfigError, match="quant: lm_head is to be quantised, and vocab_size=120 gives it more tokens; exclude it"
+        ConfigError, match="quant: lm_head is to be quantized, and vocab_size=120 gives it more tokens; exclude it"
     ):
         jaxpeft.load(folder, task="causal_lm", vocab_size=120, quant=jaxpeft.Quant("int8", targets=("lm_head",)))
     with pytest.raises(ConfigError, match="no number format"):
@@ -136,11 +136,11 @@ def test_lists_are_taken_and_what_is_excluded_in_vain_is_said(caplog: pytest.Log
     _, base = load("llama", scan_layers=False)
     listed: Any = ["q_proj", "k_proj"]
     assert jaxpeft.Quant("nf4", targets=listed) == jaxpeft.Quant("nf4", targets=("q_proj", "k_proj"))
-    jaxpeft.quantise(base, jaxpeft.Quant("int8", exclude=("k_proj",)))
+    jaxpeft.quantize(base, jaxpeft.Quant("int8", exclude=("k_proj",)))
     assert not caplog.records
-    jaxpeft.quantise(base, jaxpeft.Quant("int8", exclude=("qproj", "k_proj")))
+    jaxpeft.quantize(base, jaxpeft.Quant("int8", exclude=("qproj", "k_proj")))
     assert "quant_exclude: 'qproj' is no linear module of this model; did you mean 'q_proj'" in caplog.text
-    jaxpeft.quantise(base, jaxpeft.Quant("int8", exclude=r".*no_such"))
+    jaxpeft.quantize(base, jaxpeft.Quant("int8", exclude=r".*no_such"))
     assert "quant_exclude: '.*no_such' is no linear module" in caplog.text
 
 
@@ -148,7 +148,7 @@ def test_lists_are_taken_and_what_is_excluded_in_vain_is_said(caplog: pytest.Log
 def test_training_moves_the_adapter_and_no_bit_of_the_base(form: Any) -> None:
     model, base = load("llama", scan_layers=True)
     method = jaxpeft.LoRA(rank=2)
-    params = jaxpeft.rewrite(method, jaxpeft.quantise(base, form), jax.random.key(0))
+    params = jaxpeft.rewrite(method, jaxpeft.quantize(base, form), jax.random.key(0))
     trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
     ids = jnp.asarray([[1, 2, 3, 4]])
 

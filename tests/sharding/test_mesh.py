@@ -35,7 +35,7 @@ def test_a_strategy_says_its_mesh(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "jaxpeft"):
         make_mesh(config(strategy="fsdp_tensor"), heads=Heads(4, 2))
     assert caplog.messages == [
-        "mesh of fsdp_tensor: fsdp 4 x tensor 2 (both: tensor between neighbours, fsdp over the rest)"
+        "mesh of fsdp_tensor: fsdp 4 x tensor 2 (both: tensor between neighbors, fsdp over the rest)"
     ]
 
 

@@ -83,7 +83,7 @@ def test_every_leaf_of_every_family_is_covered(kind: str, scan: bool) -> None:
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
-def test_leaves_of_a_quantised_kernel_lie_as_the_kernel(form: str) -> None:
+def test_leaves_of_a_quantized_kernel_lie_as_the_kernel(form: str) -> None:
     specs_of = found(abstract(LLAMA, None, form), None, **BOTH)
     mlp = "model/layers/mlp"
     assert specs_of[f"{mlp}/gate_proj/kernel_{form}"] == P(None, ("tensor", "fsdp"))

@@ -69,7 +69,7 @@ def test_it_is_torchs_cross_entropy(smoothing: float) -> None:
     assert float(count) == int((labels != IGNORE).sum())
 
 
-def test_the_z_loss_is_the_squared_log_of_the_normaliser() -> None:
+def test_the_z_loss_is_the_squared_log_of_the_normalizer() -> None:
     z = jnp.asarray(RNG.normal(size=(4, 9)), jnp.float32)
     labels = jnp.zeros((4,), jnp.int32)
     added = CrossEntropy(z_loss=0.5).losses(z, labels) - CrossEntropy().losses(z, labels)

@@ -1,4 +1,4 @@
-"""Losses against torch's, and where nothing is labelled."""
+"""Losses against torch's, and where nothing is labeled."""
 
 from __future__ import annotations
 

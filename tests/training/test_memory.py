@@ -42,7 +42,7 @@ def test_what_policies_keep_grows_by_what_xla_keeps(llama: Path) -> None:
     assert wide == config.num_hidden_layers * ROWS * LENGTH * widths * 4
 
 
-def test_a_quantised_base_counts_as_it_is_stored(llama: Path) -> None:
+def test_a_quantized_base_counts_as_it_is_stored(llama: Path) -> None:
     outlined = outline(llama, ModelRequest("causal_lm", quant=Quant("nf4")))
     _, params = jaxpeft.load(llama, task="causal_lm", quant="nf4")
     assert memory.estimate(outlined, 0, ROWS, LENGTH).base == sum(leaf.nbytes for leaf in jax.tree.leaves(params))

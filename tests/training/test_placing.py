@@ -43,7 +43,7 @@ def test_the_codes_of_a_layer_are_gathered_and_not_what_they_stand_for(tmp_path:
     text = step_of(run, placed, mesh).lower(placed.state, placed.frozen, placed.batch).compile().as_text()
     found = [one for one in collectives(parse(text), mesh.shape) if one.kind == "all-gather"]
     parameters = 2 * (4 * 512 * 512 + 3 * 512 * 1024)
-    # of the layers' kernels once forward and once backward, and the head in float32 in each pass, which is not quantised
+    # of the layers' kernels once forward and once backward, and the head in float32 in each pass, which is not quantized
     assert sum(one.nbytes for one in found) < 2 * (0.52 * parameters + 4 * 512 * 1024)
 
 

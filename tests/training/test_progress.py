@@ -46,9 +46,9 @@ def test_off_says_nothing(caplog: pytest.LogCaptureFixture, capsys: pytest.Captu
 
 
 def test_rows_are_shown_only_by_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.rows_shown("plain", "tokenising") as shown:
+    with progress.rows_shown("plain", "tokenizing") as shown:
         assert shown is None
-    with progress.rows_shown("bar", "tokenising") as shown:
+    with progress.rows_shown("bar", "tokenizing") as shown:
         assert shown is not None
         shown(5, 10)
     capsys.readouterr()

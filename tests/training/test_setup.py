@@ -64,7 +64,7 @@ def test_many_layers_for_few_steps_are_scanned(
     assert options(**given).scan_layers is scanned
 
 
-def test_a_quantised_base_is_not_stacked_on_a_gpu(
+def test_a_quantized_base_is_not_stacked_on_a_gpu(
     options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(setup, "_MANY_LAYERS", 1)

@@ -1,15 +1,15 @@
-"""Quantised kernels on disk: a base that was quantised once is read in few bits the next time.
+"""Quantized kernels on disk: a base that was quantized once is read in few bits the next time.
 
-    <cache>/quantised/<key>/model.safetensors    (or shards with their index) one tensor a leaf and layer
-    <cache>/quantised/<key>/quantised.json       what it is, and the SHA-256 of every tensor
+    <cache>/quantized/<key>/model.safetensors    (or shards with their index) one tensor a leaf and layer
+    <cache>/quantized/<key>/quantized.json       what it is, and the SHA-256 of every tensor
 
 The key is the SHA-256 of what the leaves depend on: where each kernel lies in which files, their sizes and times (hashing their
-bytes would cost as much as reading them), how it is quantised, its dtype, the platform, and the versions of jaxpeft and of this
-format. How layers run is no part of it, nor how leaves are spread over devices: the bits are the same. What is not quantised is
+bytes would cost as much as reading them), how it is quantized, its dtype, the platform, and the versions of jaxpeft and of this
+format. How layers run is no part of it, nor how leaves are spread over devices: the bits are the same. What is not quantized is
 always read from the model's own files.
 
 Several processes keep none, and read none: all of them would have to find the same here, on disks that need not be shared, and
-to check a base each would read all of it, where without a cache it reads and quantises its own part.
+to check a base each would read all of it, where without a cache it reads and quantizes its own part.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from jaxpeft.quant.tree import Quant
 
 FORMAT = 2
 LEAST_BYTES = 1 << 30
-"""How many bytes of kernels are worth a place on disk; fewer are quantised in seconds."""
+"""How many bytes of kernels are worth a place on disk; fewer are quantized in seconds."""
 _RECORD = "quantised.json"
 _THREADS = 8
 _log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """The place of one quantised base in the cache.
+    """The place of one quantized base in the cache.
 
     Attributes:
         folder: of it, which need not be there.
@@ -68,16 +68,16 @@ class Entry:
     plan: WeightPlan
 
     def opened(self) -> WeightPlan | None:
-        """Return the plan that reads the quantised kernels from here; None, and say why, where they are not here whole."""
+        """Return the plan that reads the quantized kernels from here; None, and say why, where they are not here whole."""
         if not self.folder.is_dir():
             return None
         try:
-            with timed(f"reading the quantised kernels from {self.folder}") as told:
+            with timed(f"reading the quantized kernels from {self.folder}") as told:
                 tensors = open_folder(self.folder)
                 self._require_whole(tensors)
                 told("checked")
         except (WeightsError, OSError) as error:
-            _log.warning("%s: the cached kernels are damaged (%s); quantising again", self.folder, error)
+            _log.warning("%s: the cached kernels are damaged (%s); quantizing again", self.folder, error)
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
         held = {path: {key: self._leaf(tensors, path, key) for key in leaves} for path, leaves in self.leaves.items()}
@@ -113,10 +113,10 @@ class Entry:
                     raise WeightsError(f"the checksum of {name} does not match")
 
     def write(self, params: Tree) -> None:
-        """Write the quantised kernels of a tree, whole or not at all; a failure is only told.
+        """Write the quantized kernels of a tree, whole or not at all; a failure is only told.
 
         Args:
-            params: what was read and quantised.
+            params: what was read and quantized.
         """
         digests: dict[str, str] = {}
         tensors = {name: dataclasses.replace(leaf, digests=digests) for name, leaf in self._tensors(params)}
@@ -126,7 +126,7 @@ class Entry:
             free = shutil.disk_usage(self.folder.parent).free
             if free < size:
                 raise OSError(f"{size / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free")
-            saying = f"writing {size / 1e9:.1f} GB of quantised kernels to {self.folder}"
+            saying = f"writing {size / 1e9:.1f} GB of quantized kernels to {self.folder}"
             with timed(saying), atomic.replacing(self.folder, unique=True) as temporary:
                 temporary.mkdir(mode=0o700)
                 write_model(temporary, tensors)
@@ -134,7 +134,7 @@ class Entry:
                 (temporary / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
         except OSError as error:
             if not (self.folder / _RECORD).is_file():  # else another process was faster
-                _log.warning("%s: the quantised kernels could not be cached (%s); going on without", self.folder, error)
+                _log.warning("%s: the quantized kernels could not be cached (%s); going on without", self.folder, error)
 
     def _tensors(self, params: Tree) -> Iterator[tuple[str, _Layer]]:
         for path, leaves in self.leaves.items():
@@ -185,11 +185,11 @@ def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
 
 
 def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry | None:
-    """Find the place of a base that is to be quantised; None where it has none: it is small, or the cache is off.
+    """Find the place of a base that is to be quantized; None where it has none: it is small, or the cache is off.
 
     Args:
         plan: where its kernels are read from.
-        quant: how they are quantised.
+        quant: how they are quantized.
         sites: which, by the path of the kernel.
     """
     root = cache.folder()
@@ -199,7 +199,7 @@ def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry |
         return None
     if jax.process_count() > 1:
         _log.info(
-            "the quantised kernels are not cached: each of %d processes quantises its own part", jax.process_count()
+            "the quantized kernels are not cached: each of %d processes quantizes its own part", jax.process_count()
         )
         return None
     what = {
