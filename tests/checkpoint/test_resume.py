@@ -24,7 +24,6 @@ OPTIONS: dict[str, Any] = {
     "method": "lora", "train__steps": STEPS, "train__accumulation": 2, "evaluation__every_steps": 2,
     "checkpoint__every_steps": 2,
 }  # fmt: skip
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -92,6 +91,7 @@ def test_what_only_logs_may_change_on_resume(config: Config, tmp_path: Path, mon
     assert job.run(chattier, tmp_path / "run").steps == STEPS
 
 
+@pytest.mark.slow
 def test_a_start_from_data_is_the_same_after_an_interruption(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

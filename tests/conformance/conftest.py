@@ -26,6 +26,8 @@ from jaxpeft.training.step import init_state, make_train_step
 from tests.conformance.rows import DECODER, ROWS, Row
 from tests.core.helpers import BATCH, QUICK, load, run
 from tests.models import conftest as models
+from tests.representatives import METHODS as REPRESENTATIVES
+from tests.representatives import case
 
 reference = models.reference  # a fixture, of tiny torch models
 
@@ -197,8 +199,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def every_subject(test: Any) -> Any:
-    """Run a test on every method, model, and way to run the layers."""
-    return pytest.mark.parametrize("subject", [pytest.param(p.values, id=p.id) for p in SUBJECTS], indirect=True)(test)
+    """Run a test on every method, model, and way to run the layers; `make test` on one of each kind of computation."""
+
+    def quick(name: str, kind: str, scan: bool) -> bool:
+        return REPRESENTATIVES.get(name) == kind and scan == (kind == DECODER)
+
+    chosen = [case(str(p.id), p.values, quick=quick(*p.values)) for p in SUBJECTS]
+    return pytest.mark.parametrize("subject", chosen, indirect=True)(test)
 
 
 def every_method(*, scan: bool | None = None, kind: str | None = None) -> Any:
@@ -221,5 +228,5 @@ def every_method(*, scan: bool | None = None, kind: str | None = None) -> Any:
             return True
         return (name in METHODS or name in MAIN) and ((of in kinds and scanned in scans) or not row.scanned)
 
-    chosen = [pytest.param(p.values, id=p.id) for p in SUBJECTS if wanted(p.values)]
+    chosen = [case(str(p.id), p.values, quick=p.values[0] in REPRESENTATIVES) for p in SUBJECTS if wanted(p.values)]
     return pytest.mark.parametrize("subject", chosen, indirect=True)

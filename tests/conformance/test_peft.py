@@ -15,7 +15,9 @@ import jaxpeft
 from tests.conformance.conftest import moved
 from tests.conformance.rows import ROWS
 from tests.hub.helpers import peft_load, peft_save
-from tests.models.conftest import Batch, Reference, make_batch
+from tests.models.conftest import Batch, Reference, forward, make_batch
+from tests.representatives import METHODS
+from tests.representatives import case as param
 
 pytestmark = [
     # It copies RandLora's shared bases, each as large as a kernel, to every site of a file, and misses the copies elsewhere.
@@ -59,7 +61,8 @@ CASES = {
     for kind in row.models
     if kind in row.peft_models
 }
-every_case = pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+QUICK = {f"{name}-{kind}" for name, kind in METHODS.items()}
+every_case = pytest.mark.parametrize("case", [param(name, case, quick=name in QUICK) for name, case in CASES.items()])
 
 
 def theirs(case: Case, torch_model: Any) -> Any:
@@ -68,8 +71,7 @@ def theirs(case: Case, torch_model: Any) -> Any:
 
 
 def ours(case: Case, model: Any, params: Any) -> Any:
-    run = jax.jit(lambda ids, mask: jaxpeft.apply(model, params, ids, mask))
-    return real(case, np.asarray(run(case.batch.ids, case.batch.mask)))
+    return real(case, np.asarray(forward(model, params, case.batch.ids, case.batch.mask)))
 
 
 def real(case: Case, out: Any) -> Any:
@@ -98,6 +100,7 @@ def test_the_real_peft_gives_the_logits_of_what_jaxpeft_saved(
     check(record_property, case, loaded, theirs(case, torch_model.model), ours(case, model, params))
 
 
+@pytest.mark.slow  # `test_golden.py` compares with logits that peft gave before
 @every_case
 def test_jaxpeft_gives_the_logits_of_what_the_real_peft_saved(
     reference: Any,

@@ -13,7 +13,7 @@ import jaxpeft
 from jaxpeft import models
 from jaxpeft.core import paths
 from jaxpeft.models.base import Options
-from tests.models.conftest import LABELS, Batch, make_batch, tiny_config
+from tests.models.conftest import LABELS, Batch, forward, make_batch, tiny_config
 
 BATCH: Batch = make_batch("right")
 TASKS = {"llama": "causal_lm", "bert": "sequence_classification"}
@@ -53,12 +53,7 @@ def load(kind: str = "llama", task: str | None = None, dtype: Any = jnp.float32,
 
 def run(model: Any, params: Any, rngs: Any = None) -> Any:
     """Return the logits of `BATCH`, compiled."""
-    return _run(model)(params, BATCH.ids, BATCH.mask, rngs)
-
-
-@functools.cache
-def _run(model: Any) -> Any:
-    return jax.jit(lambda p, ids, mask, rngs: jaxpeft.apply(model, p, ids, mask, rngs=rngs), compiler_options=QUICK)
+    return forward(model, params, BATCH.ids, BATCH.mask, None if rngs is None else {"rngs": rngs})
 
 
 def perturbed(method: Any, params: Any, seed: int = 0, size: float = 0.2) -> Any:

@@ -74,6 +74,9 @@ LINEN = {
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("name", LINEN)
+@pytest.mark.representatives(
+    "*-lora", "Dense-*", "Einsum turned-oft", "Conv 2-dora", "DenseGeneral in-ia3", "Conv 1 causal-oft"
+)
 def test_every_linear_linen_module_computes_as_its_merged_kernel(name: str, method: Any) -> None:
     make, shape = LINEN[name]
     model, x = One(make), random(*shape)
@@ -131,6 +134,7 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2), jaxpeft.LoRA(rank=2, targets=("query", "out", "up"), layers_to_transform=(1,)), jaxpeft.VeRA(rank=3)], ids=["all", "one layer", "shared"])  # fmt: skip
 @pytest.mark.parametrize("lifted", [True, False], ids=["scan of remat", "vmap"])
+@pytest.mark.representatives("scan of remat-*", "vmap-all")
 def test_multi_head_attention_under_scan_remat_and_vmap(lifted: bool, method: Any) -> None:
     model, x = Stack(lifted), random(2, 5, 8)
     base = model.init(jax.random.key(0), x)["params"]
@@ -214,6 +218,7 @@ NNX = {
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("name", NNX)
+@pytest.mark.representatives("*-lora", "Linear-*", "Conv-oft", "Einsum-dora")
 def test_every_linear_nnx_module_computes_as_its_merged_kernel(name: str, method: Any) -> None:
     make, shape = NNX[name]
     model, x = NnxOne(make(nnx.Rngs(0))), random(*shape)
@@ -257,6 +262,7 @@ class NnxStack(nnx.Module):
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["a list", "scan of remat"])
 @pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2, dropout=0.5), jaxpeft.DoRA(rank=2), jaxpeft.VeRA(rank=3)], ids=lambda m: m.name)  # fmt: skip
+@pytest.mark.representatives("lora-a list", "vera-scan of remat", "dora-scan of remat")
 def test_nnx_attention_and_embeddings_in_lists_and_under_scan_and_remat(method: Any, scanned: bool) -> None:
     model, ids = NnxStack(nnx.Rngs(0), scanned), jnp.arange(10).reshape(2, 5)
     base = jaxpeft.params_of(model)
@@ -309,6 +315,7 @@ class Cell(nn.Module):
 
 @pytest.mark.parametrize("called", ["layers", "stack"])
 @pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.representatives("2-layers", "3-stack")
 def test_a_bank_of_scanned_layers_of_any_name(called: str, count: int) -> None:
     model, x, method = Scanned(called), random(3, 4), jaxpeft.LoRA(rank=2)
     base = model.init(jax.random.key(0), x)["params"]

@@ -47,6 +47,7 @@ def trained(run: Any, method: Any, params: Any) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2), jaxpeft.DoRA(rank=2)], ids=lambda m: m.name)
+@pytest.mark.representatives("dora")
 def test_the_feed_forward_of_gpt2_of_flaxmodels(method: Any) -> None:
     from flaxmodels.gpt2 import gpt2
 
@@ -64,6 +65,7 @@ def test_the_feed_forward_of_gpt2_of_flaxmodels(method: Any) -> None:
 
 
 @pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2), jaxpeft.LoHa(rank=2)], ids=lambda m: m.name)
+@pytest.mark.representatives("loha")
 def test_resnet_of_flaxmodels_with_its_statistics(method: Any) -> None:
     import flaxmodels
 
@@ -81,6 +83,7 @@ def test_resnet_of_flaxmodels_with_its_statistics(method: Any) -> None:
 
 
 @pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2), jaxpeft.OFT(block_size=4)], ids=lambda m: m.name)
+@pytest.mark.representatives("lora")
 def test_a_transformer_block_of_fabrique(method: Any) -> None:
     from fabrique.models.bert.modeling import ModelArgs, TransformerBlock
 

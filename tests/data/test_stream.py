@@ -103,7 +103,6 @@ def test_each_row_stands_once_in_an_epoch_and_in_another_place_in_the_next(make_
     assert rows[0] != rows[1]
 
 
-@pytest.mark.slow
 def test_worker_processes_make_the_same_batches(make_stream: MakeStream) -> None:
     alone = fed(make_stream(), 10)
     for workers in (1, 2):

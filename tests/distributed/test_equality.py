@@ -15,7 +15,6 @@ from tests.faults.team import Member, Team
 from tests.faults.test_resume import figures
 from tests.training.runs import write_config, write_rows
 
-pytestmark = pytest.mark.slow
 STEPS = 4
 OPTIONS: dict[str, Any] = {
     "mesh__data": -1, "method__dropout": 0.1, "train__steps": STEPS, "evaluation__every_steps": 2, "log__every_steps": 1,
@@ -44,6 +43,7 @@ def assert_same(one: Team, several: Team, *, shared: bool = False) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.slow
 def test_a_real_model_is_trained_as_by_one_process(assets: Path, tmp_path: Path, processes: int) -> None:
     rows = tmp_path / "rows.jsonl"
     lines = (assets / "tinystories-2mb" / "train.jsonl").read_text().splitlines()[:40]
@@ -57,6 +57,7 @@ def test_a_real_model_is_trained_as_by_one_process(assets: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_tensor", "sequence", "hybrid_fsdp"])
+@pytest.mark.representatives("fsdp")
 def test_every_strategy_goes_over_processes(tmp_path: Path, tiny_models: Mapping[str, Path], strategy: str) -> None:
     given = {**OPTIONS, "evaluation__batch_size": 5, "mesh__data": None, "mesh__strategy": strategy}
     config = write_config(
@@ -66,6 +67,7 @@ def test_every_strategy_goes_over_processes(tmp_path: Path, tiny_models: Mapping
     assert_same(ran(config, 1, 4), ran(config, 2, 2), shared=strategy == "sequence")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "figure"), [("single", "accuracy"), ("tags", "recall")])
 def test_a_classification_has_the_same_figures(
     tmp_path: Path, tiny_models: Mapping[str, Path], kind: str, figure: str
@@ -81,6 +83,7 @@ def test_a_classification_has_the_same_figures(
     assert told[0].keys() == told[1].keys() and figure in told[0]
 
 
+@pytest.mark.slow
 def test_answers_and_a_start_from_data_are_the_same(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:
     rows = tmp_path / "rows.jsonl"
     pairs = [{"prompt": f"word{i} word{i + 1}", "completion": f" word{i + 2}"} for i in range(50)]
@@ -95,6 +98,7 @@ def test_answers_and_a_start_from_data_are_the_same(tmp_path: Path, tiny_models:
 
 
 @pytest.mark.parametrize(("method", "strategy"), [("vera", None), ("full", "fsdp")])
+@pytest.mark.slow
 def test_processes_of_one_device_save_what_is_not_trained_and_what_has_not_begun(
     tmp_path: Path, tiny_models: Mapping[str, Path], method: str, strategy: str | None
 ) -> None:
@@ -119,6 +123,7 @@ def test_processes_of_one_device_save_what_is_not_trained_and_what_has_not_begun
     assert_same(ran(config, 1, 2), team)
 
 
+@pytest.mark.slow
 def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "text", 40)
     options = OPTIONS | {"mesh__data": 2}
@@ -129,6 +134,7 @@ def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path: Path, tiny_models
     assert said in ended[0].error
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all_at_once_with_its_code(
     tmp_path: Path, tiny_models: Mapping[str, Path]
 ) -> None:

@@ -16,10 +16,9 @@ from tests.conftest import ROOT
 from tests.faults.team import free_port
 from tests.training.runs import write_config, write_rows
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.representatives("15-143")
 def test_a_signal_ends_the_waiting_for_the_others(
     tmp_path: Path, tiny_models: Mapping[str, Path], number: signal.Signals, code: int
 ) -> None:

@@ -13,12 +13,12 @@ import pytest
 from jaxpeft.training.lock import lock_folder
 from tests.faults.conftest import Job, Marks, damage, files, largest
 
-pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("JAXPEFT_KILLS", "1"))
 """How often a run is killed at random: the table of docs/reliability.md is made with 50."""
 
 
 @pytest.mark.parametrize("fault", ["in_step:5", "in_save:3", "in_eval:3"])
+@pytest.mark.representatives("in_save:3")
 def test_case_1_a_kill_anywhere_and_the_same_command_ends_as_if_nothing_had_happened(
     job: Job, whole: Job, marks: Marks, fault: str
 ) -> None:
@@ -30,6 +30,7 @@ def test_case_1_a_kill_anywhere_and_the_same_command_ends_as_if_nothing_had_happ
     marks.same_end(job, whole)
 
 
+@pytest.mark.slow
 def test_case_1_killed_at_random_moments_it_ends_as_if_nothing_had_happened(job: Job, whole: Job, marks: Marks) -> None:
     began, random, kills = time.perf_counter(), Random(0), 0
     assert job().returncode == 0
@@ -58,6 +59,7 @@ def test_case_2_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, mark
     assert (job.checkpoints / "4.set-aside").is_dir()
 
 
+@pytest.mark.slow
 def test_case_2_a_first_step_without_a_manifest_starts_anew_and_says_so(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="after_arrays:1").returncode == -9
     done = job()
@@ -66,6 +68,7 @@ def test_case_2_a_first_step_without_a_manifest_starts_anew_and_says_so(job: Job
     marks.same_end(job, whole)
 
 
+@pytest.mark.slow
 def test_case_3_killed_while_an_old_step_is_deleted_a_good_one_is_left(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="in_delete:1").returncode == -9
     done = job()
@@ -76,6 +79,7 @@ def test_case_3_killed_while_an_old_step_is_deleted_a_good_one_is_left(job: Job,
 
 
 @pytest.mark.parametrize(("signal", "code"), [("term", 143), ("int", 130)])
+@pytest.mark.representatives("term-143")
 def test_case_4_a_signal_in_a_step_saves_that_step(job: Job, whole: Job, marks: Marks, signal: str, code: int) -> None:
     done = job(fault=f"in_step:3:{signal}")
     marks.exit(done, code)
@@ -87,6 +91,7 @@ def test_case_4_a_signal_in_a_step_saves_that_step(job: Job, whole: Job, marks: 
 
 
 @pytest.mark.parametrize("fault", ["in_compile:1:term", "in_eval:3:term", "after_arrays:2:term"])
+@pytest.mark.slow
 def test_case_5_a_signal_anywhere_else_loses_nothing(job: Job, whole: Job, marks: Marks, fault: str) -> None:
     done = job(fault=fault)
     marks.exit(done, 143)
@@ -96,6 +101,7 @@ def test_case_5_a_signal_anywhere_else_loses_nothing(job: Job, whole: Job, marks
     marks.same_end(job, whole)
 
 
+@pytest.mark.slow
 def test_case_5_a_signal_before_the_first_step_says_that_nothing_was_there_to_save(
     job: Job, whole: Job, marks: Marks
 ) -> None:
@@ -108,6 +114,7 @@ def test_case_5_a_signal_before_the_first_step_says_that_nothing_was_there_to_sa
     marks.same_end(job, whole)
 
 
+@pytest.mark.slow
 def test_case_6_two_signals_and_a_kill_leave_the_newest_step_as_it_was(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     before = files(job.checkpoints)
@@ -121,6 +128,7 @@ def test_case_6_two_signals_and_a_kill_leave_the_newest_step_as_it_was(job: Job,
     marks.same_end(job, whole)
 
 
+@pytest.mark.slow
 def test_case_10_a_full_disk_is_told_once_and_the_run_goes_on_later(job: Job, whole: Job, marks: Marks) -> None:
     done = job.command(fault="in_save:3:full")
     marks.exit(done, 1)
@@ -137,6 +145,7 @@ def test_case_12_a_flipped_bit_is_found_and_the_step_before_is_taken(job: Job, w
 
 
 @pytest.mark.parametrize(("how", "what"), [("gone", "is missing"), ("cut", "is damaged: its checksum does not match")])
+@pytest.mark.slow
 def test_case_13_a_missing_or_cut_file_is_found_and_the_step_before_is_taken(
     job: Job, whole: Job, marks: Marks, how: str, what: str
 ) -> None:
@@ -158,6 +167,7 @@ def _damaged(job: Job, whole: Job, marks: Marks, how: str, what: str) -> None:
     marks.same_end(job, whole)
 
 
+@pytest.mark.slow
 def test_case_13_an_empty_folder_and_junk_are_no_steps(job: Job, whole: Job, marks: Marks) -> None:
     shutil.copytree(whole.workdir, job.workdir)
     (job.checkpoints / "99").mkdir()
@@ -190,6 +200,7 @@ def test_case_14_all_damaged_is_an_error_that_lists_each(job: Job, whole: Job, m
     marks.kept(before, files(job.checkpoints))
 
 
+@pytest.mark.slow
 def test_case_15_a_copied_checkpoint_is_as_good(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     moved = job.at(tmp_path / "elsewhere")
@@ -213,6 +224,7 @@ def test_case_16_a_second_run_in_the_folder_is_refused(job: Job, marks: Marks) -
         marks.kept(before, files(job.workdir))
 
 
+@pytest.mark.slow
 def test_case_17_the_newest_step_is_the_highest_whatever_the_clock_said(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     for n, step in enumerate(reversed(job.steps)):

@@ -12,7 +12,6 @@ import pytest
 
 from tests.faults.conftest import GOOD, Job, Marks, command, files, here
 
-pytestmark = pytest.mark.slow
 ROW = b'{"text": "word1 word2", "label": "red"}\n'
 
 

@@ -22,7 +22,6 @@ from tests.faults.conftest import GOOD, Done, Job, Marks, command, files, librar
 from tests.faults.test_input import refused
 from tests.hub.helpers import QUERY, edit_json
 
-pytestmark = pytest.mark.slow
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, np.ndarray[Any, Any]]
 Models = Mapping[str, Path]

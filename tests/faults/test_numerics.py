@@ -17,7 +17,6 @@ from jaxpeft.training import losses, setup
 from jaxpeft.training.records import read_lines
 from tests.faults.conftest import GOOD, Job, Marks, files
 
-pytestmark = pytest.mark.slow
 Change = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 

@@ -15,7 +15,6 @@ from tests.faults.team import HEARTBEAT, Member, Team
 from tests.faults.test_resume import figures
 from tests.training.runs import write_config, write_rows
 
-pytestmark = pytest.mark.slow
 STEPS = 12
 PAUSE, SLOW = 1.0, 2.0
 """Seconds before each step: a signal is heard of everywhere in about a second, on a busy machine in several."""
@@ -49,6 +48,7 @@ def team(two: Team, tmp_path: Path) -> Team:
 
 
 @pytest.mark.parametrize(("process", "fault"), [(1, "in_step:3:term"), (0, "in_step:3:term"), (1, "in_compile:1:term")])
+@pytest.mark.representatives("1-in_step:3:term")
 def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
     team: Team, two: Team, marks: Marks, process: int, fault: str
 ) -> None:
@@ -70,6 +70,7 @@ def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
 
 
 @pytest.mark.parametrize("process", [1, 0])
+@pytest.mark.slow
 def test_case_8_a_process_that_is_killed_ends_the_other_and_all_go_on_together(
     team: Team, two: Team, marks: Marks, process: int
 ) -> None:
@@ -92,6 +93,7 @@ def test_case_8_a_process_that_is_killed_ends_the_other_and_all_go_on_together(
     marks.same_end(team.job, two.job)
 
 
+@pytest.mark.slow
 def test_case_9_a_host_whose_view_is_behind_for_a_moment_goes_on_from_the_same_step(
     team: Team, two: Team, marks: Marks
 ) -> None:
@@ -104,6 +106,7 @@ def test_case_9_a_host_whose_view_is_behind_for_a_moment_goes_on_from_the_same_s
     marks.same_end(team.job, two.job)
 
 
+@pytest.mark.slow
 def test_case_9_a_host_that_never_sees_the_newest_step_is_refused(team: Team, two: Team, marks: Marks) -> None:
     stopped_at_8(two, team)
     before = files(team.job.checkpoints)
@@ -118,6 +121,7 @@ def test_case_9_a_host_that_never_sees_the_newest_step_is_refused(team: Team, tw
     assert files(team.job.checkpoints) == before
 
 
+@pytest.mark.slow
 def test_case_9_a_folder_that_is_not_shared_is_refused(team: Team, two: Team, marks: Marks, tmp_path: Path) -> None:
     stopped_at_8(two, team)
     other = tmp_path / "other"
@@ -135,6 +139,7 @@ def stopped_at_8(whole: Team, team: Team) -> None:
         shutil.copytree(whole.job.checkpoints / str(step), team.job.checkpoints / str(step))
 
 
+@pytest.mark.slow
 def test_case_19_gone_on_with_4_2_and_1_processes_the_batches_are_the_same(
     config: Path, two: Team, marks: Marks, tmp_path: Path
 ) -> None:
@@ -159,6 +164,7 @@ def test_case_19_gone_on_with_4_2_and_1_processes_the_batches_are_the_same(
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_case_7_a_process_by_itself_that_was_joined_stops_by_the_same_notice(
     config: Path, marks: Marks, tmp_path: Path
 ) -> None:
@@ -176,6 +182,7 @@ def test_case_7_a_process_by_itself_that_was_joined_stops_by_the_same_notice(
         (("--config.train.batch_size=16",), "train.batch_size: 16 here, 8 there"),
     ],
 )
+@pytest.mark.slow
 def test_case_20_processes_with_other_options_are_refused(
     team: Team, marks: Marks, arguments: tuple[str, ...], said: str
 ) -> None:
@@ -187,6 +194,7 @@ def test_case_20_processes_with_other_options_are_refused(
     assert not team.job.checkpoints.exists()
 
 
+@pytest.mark.slow
 def test_case_20_processes_that_read_other_rows_are_refused(team: Team, marks: Marks, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "text", 99)
     ended = team(members={1: Member(arguments=(f"--config.data.train={rows}",))})

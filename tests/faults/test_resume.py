@@ -22,7 +22,6 @@ from jaxpeft.training.signals import Stopped
 from tests.faults.conftest import Job, Marks, files
 from tests.training.runs import write_config, write_rows
 
-pytestmark = pytest.mark.slow
 STEPS = 20
 EVERY = 1 if "JAXPEFT_KILLS" in os.environ else 4
 """After every how many steps a run is stopped: the table of docs/reliability.md is made with each."""

@@ -10,7 +10,6 @@ from jaxpeft.data import pipeline
 from tests.faults import workers
 from tests.faults.conftest import Done, Job, Marks, files
 
-pytestmark = pytest.mark.slow
 OPTIONS = ("--config.data.workers=1", "--config.data.worker_timeout=5", "--config.checkpoint.every_steps=1")
 
 
@@ -36,6 +35,7 @@ def _goes_on(job: Job, marks: Marks, done: Done, monkeypatch: pytest.MonkeyPatch
         (workers.Hanging, "data.workers: the worker processes have given nothing for 5 s; raise data.worker_timeout"),
     ],
 )
+@pytest.mark.slow
 def test_case_31_a_worker_that_ends_or_hangs_is_told(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch, kind: type, said: str
 ) -> None:

@@ -36,6 +36,7 @@ ROUND_TRIPS = {
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize(("kind", "task", "method", "options"), ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+@pytest.mark.representatives("*-scanned")
 def test_saving_and_loading_gives_the_same_bits(save, kind, task, method, options, scan):
     saved = save(method, kind, task, scan_layers=scan, **options)
     found, params = saved.load()

@@ -15,7 +15,7 @@ import jaxpeft
 from jaxpeft.errors import AdapterError
 from jaxpeft.methods.lora import LoRA
 from tests.hub.helpers import peft_load, peft_save, trained
-from tests.models.conftest import Reference, make_batch
+from tests.models.conftest import Reference, forward, make_batch
 
 # peft 0.21 asks transformers 5.23 for an attribute that it calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -71,6 +71,11 @@ every_case = pytest.mark.parametrize(
     ("case", "scan"),
     [pytest.param(CASES[name], scan, id=f"{name}-{'scanned' if scan else 'unrolled'}") for name, scan in ROWS],
 )
+one_of_each_kind = pytest.mark.representatives(
+    "llama-unrolled", "rank_pattern-scanned", "alpha_pattern-unrolled", "rslora-scanned", "layers-scanned", "exclude-unrolled",
+    "regex-unrolled", "lm_head whole-*", "attention whole-*", "llama classes-scanned", "bias all-scanned",
+    "bias lora_only-unrolled", "bert tokens-unrolled", "distilbert-scanned", "roberta-unrolled",
+)  # fmt: skip
 
 
 BATCH = make_batch("right")
@@ -82,8 +87,7 @@ def real(task, out):
 
 
 def ours(model, params):
-    run = jax.jit(lambda ids, mask: jaxpeft.apply(model, params, ids, mask))
-    return real(model.options.task, np.asarray(run(BATCH.ids, BATCH.mask)))
+    return real(model.options.task, np.asarray(forward(model, params, BATCH.ids, BATCH.mask)))
 
 
 def theirs(task, torch_model):
@@ -98,6 +102,7 @@ def assert_same(torch_model, adapted, model, params):
 
 
 @every_case
+@one_of_each_kind
 def test_peft_gives_the_logits_of_an_adapter_that_jaxpeft_saved(reference, tmp_path, case, scan):
     torch_model = reference(case.kind, case.task)
     model, params = torch_model.load(scan_layers=scan)
@@ -108,6 +113,7 @@ def test_peft_gives_the_logits_of_an_adapter_that_jaxpeft_saved(reference, tmp_p
 
 
 @every_case
+@one_of_each_kind
 def test_jaxpeft_gives_the_logits_of_an_adapter_that_peft_saved(reference, tmp_path, case, scan):
     torch_model = reference(case.kind, case.task)
     options = {PEFT_NAMES.get(key, key): value for key, value in case.options.items()}
@@ -120,6 +126,7 @@ def test_jaxpeft_gives_the_logits_of_an_adapter_that_peft_saved(reference, tmp_p
 
 
 @pytest.mark.parametrize("name", ["all-linear", "rank_pattern", "bias lora_only", "embedding whole", "distilbert"])
+@pytest.mark.representatives("rank_pattern", "bias lora_only")
 def test_both_write_the_same_tensors(reference, tmp_path, name):
     """What peft saves again, of an adapter that jaxpeft saved, are the same names, shapes and bits."""
     case = CASES[name]

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import jaxpeft
 from jaxpeft.errors import AdapterError
 from tests.hub.helpers import edit_json, torch_base
+from tests.models.conftest import forward
 
 CAUSAL = "causal_lm"
 QV = ["q_proj", "v_proj"]
@@ -59,7 +60,7 @@ def difference(torch_model: Any, model: Any, params: Any, vocab: int) -> float:
     ids = np.random.default_rng(0).integers(0, vocab, (3, 11))
     with torch.no_grad():
         theirs = torch_model(torch.from_numpy(ids)).logits.numpy()
-    ours = np.asarray(jaxpeft.apply(model, params, ids))
+    ours = np.asarray(forward(model, params, ids, None))
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
@@ -89,6 +90,16 @@ LOADED = {
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(("tied", "options"), LOADED.values(), ids=LOADED)
+@pytest.mark.representatives(
+    "*, trained-False",
+    "embeddings changed, tied-True",
+    "embedding adapted, tied-False",
+    "rows of tokens, tied-True",
+    "*both adapted-False",
+    "*rows of both*-True",
+    "tied by its option-False",
+    "*their rows, tied-False",
+)
 def test_it_computes_what_peft_does(reference, tmp_path, tied, options, scan):
     folder = reference("llama", CAUSAL, tie_word_embeddings=tied).folder
     theirs = adapted(folder, tmp_path / "a", **options)

@@ -21,7 +21,7 @@ from jaxpeft.hub.exporting import Request, export
 from jaxpeft.kernels import QUANTIZED
 from tests.conformance.conftest import moved
 from tests.hub.helpers import edit_json, edited, peft_load, peft_save, torch_base
-from tests.models.conftest import Reference, make_batch
+from tests.models.conftest import Reference, forward, make_batch
 from tests.training.runs import write_tokenizer
 
 CAUSAL, SEQUENCE, TOKENS, ENCODER = "causal_lm", "sequence_classification", "token_classification", "encoder"
@@ -60,7 +60,7 @@ class Made:
 
 def ours(model: Any, params: Any) -> Any:
     """Return logits of the real tokens."""
-    return real(np.asarray(jax.jit(lambda p: jaxpeft.apply(model, p, BATCH.ids, BATCH.mask))(params)))
+    return real(np.asarray(forward(model, params, BATCH.ids, BATCH.mask)))
 
 
 def theirs(task: str, torch_model: Any) -> Any:
@@ -130,6 +130,16 @@ MERGED = {
 
 
 @pytest.mark.parametrize(("method", "kind", "task", "scan"), MERGED.values(), ids=MERGED)
+@pytest.mark.representatives(
+    "biases",
+    "classes of llama",
+    "dora llama scanned",
+    "ia3 bert scanned",
+    "lora roberta scanned",
+    "methods at one site",
+    "saved modules",
+    "tokens of distilbert",
+)
 def test_transformers_gives_the_logits_of_the_adapter_beside_its_base(make, tmp_path, method, kind, task, scan):
     made = make(method, kind, task, labels=LABELS if "class" in task else (), scan_layers=scan)
     report = made.export(tmp_path / "merged")

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -18,7 +17,7 @@ from jaxpeft.hub.exporting import Request, export
 from jaxpeft.methods.lora import LoRA
 from tests.conftest import ROOT
 from tests.hub.helpers import assert_bit_equal, peft_load, torch_base
-from tests.models.conftest import Reference, make_batch
+from tests.models.conftest import Reference, forward, make_batch
 
 WEIGHTS, SEQUENCE = "adapter_model.safetensors", "sequence_classification"
 
@@ -65,7 +64,7 @@ def test_the_adapter_that_microsoft_published_for_mnli_goes_both_ways(published,
     jaxpeft.save_adapter(tmp_path / "again", method, params, model)
     assert_bit_equal(load_file(tmp_path / "again" / WEIGHTS), tensors)
     batch = make_batch("right")
-    ours = np.asarray(jax.jit(lambda ids, mask: jaxpeft.apply(model, params, ids, mask))(batch.ids, batch.mask))
+    ours = np.asarray(forward(model, params, batch.ids, batch.mask))
     adapted = peft_load(tmp_path / "base", "sequence_classification", tmp_path / "again")
     theirs = Reference(None, "sequence_classification", adapted)(batch)
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()

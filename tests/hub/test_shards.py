@@ -56,6 +56,9 @@ def size_of(params: Any) -> int:
 @pytest.mark.parametrize(
     ("sizes", "shape"), [(SIZES, (4, 2)), (SIZES, (2, 4)), (ODD, (3, 1))], ids=["4x2", "2x4", "odd"]
 )
+@pytest.mark.representatives(
+    "4x2-both-*", "odd-rows-unrolled", "odd-layers-scanned", "2x4-columns-scanned", "2x4-whole-unrolled"
+)
 def test_every_leaf_is_that_of_a_plain_load_and_each_byte_is_read_once(
     reference: Any, way: str, scan: bool, sizes: Any, shape: Any
 ) -> None:
@@ -158,6 +161,7 @@ def test_leaves_may_lie_in_the_memory_of_the_host(reference: Any) -> None:
 
 
 @each_way
+@pytest.mark.representatives("both", "whole")
 def test_a_new_head_has_the_same_numbers_on_any_mesh(reference: Any, way: str) -> None:
     folder = reference("roberta", "encoder").folder
     options: Any = {"task": "sequence_classification", "num_labels": 4, "scan_layers": True}
@@ -170,6 +174,7 @@ def test_a_new_head_has_the_same_numbers_on_any_mesh(reference: Any, way: str) -
 
 @each_way
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.representatives("True-rows", "False-both")
 def test_added_tokens_are_cut_with_the_others_and_have_the_same_numbers(reference: Any, way: str, tied: bool) -> None:
     folder = reference("llama", "causal_lm", tie_word_embeddings=tied).folder
     options: Any = {"vocab_size": 104, "dtype": jnp.bfloat16}  # 99 in the file, which no number of devices divides
@@ -219,6 +224,13 @@ BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3,
 @pytest.mark.parametrize("way", WAYS[1:])
 @pytest.mark.parametrize(
     ("form", "base"), [*(("nf4", base) for base in BASES), *((form, "rows") for form in QUANTIZED if form != "nf4")]
+)
+@pytest.mark.representatives(
+    "nf4-flat-both-*",
+    "nf4-padded-rows-unrolled",
+    "int4-rows-columns-scanned",
+    "int8-rows-layers-scanned",
+    "fp8-rows-rows-unrolled",
 )
 def test_codes_and_scales_are_bit_by_bit_those_of_one_device(
     reference: Any, form: Any, way: str, scan: bool, base: str

@@ -218,13 +218,14 @@ def test_nodes_find_each_other(rank: int) -> None:
 def by_skypilot(path: Path, home: Path, *words: str, program: str = "sky_task.py") -> subprocess.CompletedProcess[str]:
     python = ROOT / ".venv" / "skypilot" / "bin" / "python"
     if not python.exists():
-        pytest.skip("SkyPilot is not installed beside jaxpeft; `make test` does it: make .venv/.installed-skypilot")
+        pytest.skip("SkyPilot is not installed beside jaxpeft; `make test-all` does it: make .venv/.installed-skypilot")
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [str(python), "-W", "ignore", str(Path(__file__).parent / program), str(path), *words]
     env |= {"HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_skypilot_reads_the_task(tmp_path: Path) -> None:
     done = by_skypilot(TASK, tmp_path, "CONFIG=b.py")
     assert done.returncode == 0, done.stderr
@@ -235,6 +236,7 @@ def test_skypilot_reads_the_task(tmp_path: Path) -> None:
     assert said["envs"]["CONFIG"] == "b.py" and said["secrets"] == ["HF_TOKEN"]
 
 
+@pytest.mark.slow
 def test_skypilot_makes_the_same_of_nodes_that_end(tmp_path: Path) -> None:
     done = by_skypilot(TASK, tmp_path, json.dumps([ends for ends, _ in ENDS.values()]), program="sky_ends.py")
     assert done.returncode == 0, done.stderr
@@ -242,6 +244,7 @@ def test_skypilot_makes_the_same_of_nodes_that_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mistake", ["a misspelt field of the resources", "a misspelt field", "nodes in words"])
+@pytest.mark.slow
 def test_skypilot_refuses_a_mistake(mistake: str, tmp_path: Path) -> None:
     before, after, _ = MISTAKES[mistake]
     done = by_skypilot(mutated(TASK, before, after, tmp_path), tmp_path)

@@ -82,6 +82,7 @@ SCHEDULES = {
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.representatives("with rests")
 def test_ranks_are_those_of_pefts_allocator_step_by_step(name: str) -> None:
     import torch
 

@@ -63,6 +63,7 @@ def test_lokr_splits_numbers_as_peft_does(n: int, near: int) -> None:
         ),
     ],
 )
+@pytest.mark.representatives("method0-*", "method2-*")
 def test_variants_go_both_ways_with_the_real_peft(
     reference: Any,  # noqa: F811
     tmp_path: Path,

@@ -65,6 +65,7 @@ def build(kind: str, scan: bool, **switches: Any) -> Any:
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize(("kind", "switches"), [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 6})])
+@pytest.mark.representatives("llama-*-unrolled", "mistral-*-scanned")
 def test_a_prefix_that_starts_from_tokens_is_the_tokens_in_front_of_the_row(
     kind: str, switches: Any, scan: bool
 ) -> None:

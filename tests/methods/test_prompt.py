@@ -20,6 +20,7 @@ KEY = jax.random.key(0)
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.representatives("scanned-llama", "unrolled-bert")
 def test_a_prompt_starts_as_rows_of_the_word_embedding(kind: str, scan: bool) -> None:
     _, base = load(kind, scan_layers=scan)
     made = base["model"]["embed_tokens"] if kind == "llama" else base["bert"]["embeddings"]["word_embeddings"]

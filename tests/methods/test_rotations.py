@@ -103,6 +103,7 @@ def test_blocks_give_way_to_the_divisor_that_peft_takes(n: int, wanted: int) -> 
         (jaxpeft.HRA(rank=4, gram_schmidt=True), "HRAConfig", {"r": 4, "apply_GS": True}),
     ],
 )
+@pytest.mark.representatives("method1-*", "method2-*", "method4-*", "method6-*")
 def test_variants_go_both_ways_with_the_real_peft(
     reference: Any,  # noqa: F811
     tmp_path: Path,
@@ -143,6 +144,7 @@ def with_plain_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         (jaxpeft.HRA(rank=4, bias="all", targets=("query",)), "HRAConfig", {"r": 4, "bias": "all"}),
     ],
 )
+@pytest.mark.representatives("*OFTConfig-theirs0")
 def test_trained_biases_go_both_ways_with_the_real_peft(
     reference: Any,  # noqa: F811
     tmp_path: Path,

@@ -36,6 +36,7 @@ every_method = pytest.mark.parametrize("method", [pytest.param(m, id=name) for n
 
 
 @every_method
+@pytest.mark.representatives("oft", "ia3", "lokr", "miss")
 def test_layers_that_are_not_adapted_compute_the_base_and_are_not_trained(method: Any) -> None:
     method = dataclasses.replace(method, layers_to_transform=(1,))
     model, base = load("llama", scan_layers=True)
@@ -59,6 +60,7 @@ def test_layers_that_are_not_adapted_compute_the_base_and_are_not_trained(method
 
 
 @every_method
+@pytest.mark.representatives("oft", "ia3", "lokr", "miss")
 def test_each_row_computes_with_its_own_adapter(method: Any) -> None:
     method = dataclasses.replace(method, layers_to_transform=(1,))
     model, base = load("llama", scan_layers=True)
@@ -87,6 +89,7 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, id=name) for name, m in DROPPING.items()])
+@pytest.mark.representatives("oft", "loha outputs", "lokr outputs", "miss")
 def test_dropout_is_in_training_calls_alone_and_never_on_the_base(method: Any) -> None:
     rates = {f.name: 0.0 for f in dataclasses.fields(method) if f.name.endswith("dropout")}
     without = dataclasses.replace(method, **rates)

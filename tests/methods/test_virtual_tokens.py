@@ -63,6 +63,7 @@ def packed() -> tuple[Any, Any]:
 
 @every_method
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.representatives("llama-prefix", "mistral-prompt", "llama-lstm", "mistral-projection")
 def test_a_packed_row_of_a_decoder_gives_the_logits_of_its_texts_alone(method: Any, kind: str) -> None:
     model, base = load("llama") if kind == "llama" else windowed(scan=True)
     params = adapted(method, base)
@@ -187,6 +188,16 @@ KINDS = {
 @quiet
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.representatives(
+    "bert tokens-prefix",
+    "bert left-prompt",
+    "llama classes-prompt",
+    "llama left-prefix",
+    "mistral-prefix",
+    "qwen3-prefix",
+    "roberta left-prompt",
+    "llama whole-prompt",
+)
 def test_models_tasks_and_paddings_against_the_real_peft(
     reference: Any,  # noqa: F811
     tmp_path: Any,
@@ -268,6 +279,7 @@ def test_a_llama_classifier_reads_the_last_token_where_the_real_peft_reads_the_l
 
 @every_method
 @pytest.mark.parametrize("kind", ["qwen3", "bert"])
+@pytest.mark.representatives("bert-lstm", "qwen3-prefix", "qwen3-projection", "bert-prompt")
 def test_a_file_holds_one_table_and_the_sizes_that_peft_asks_for(
     reference: Any,  # noqa: F811
     tmp_path: Any,

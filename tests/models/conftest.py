@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def make_batch(side: str) -> Batch:
     return Batch(ids, mask)
 
 
+@partial(jax.jit, static_argnums=0)
+def forward(model: Any, params: Any, ids: Any, mask: Any, inputs: Mapping[str, Any] | None = None) -> Any:
+    """Return the outputs of a model, compiled once for all params of one structure: as constants they would be folded."""
+    return jaxpeft.apply(model, params, ids, mask, **(inputs or {}))
+
+
 @dataclass(frozen=True)
 class Reference:
     """A torch model and the folder that it was saved to."""
@@ -87,10 +94,9 @@ class Reference:
 
     def difference(self, batches: list[Batch], model: Any, params: Any, **inputs: np.ndarray[Any, Any]) -> float:
         """Return the largest difference over real tokens between torch and jaxpeft."""
-        run = jax.jit(lambda ids, mask, kw: jaxpeft.apply(model, params, ids, mask, **kw))
         largest = 0.0
         for batch in batches:
-            ours, theirs = np.asarray(run(batch.ids, batch.mask, inputs)), self(batch, **inputs)
+            ours, theirs = np.asarray(forward(model, params, batch.ids, batch.mask, inputs)), self(batch, **inputs)
             assert ours.shape == theirs.shape
             assert ours.dtype == np.float32
             gap = np.abs(ours - theirs)

@@ -132,6 +132,7 @@ MASKS = ("causal", "window", "packed", "padded", "both ways")
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.representatives("packed-2", "window-1", "padded-1", "both ways-2")
 def test_splash_attention_is_the_reference(kind: str, kv_heads: int) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 256, n, 64)), jnp.float32) for n in (2, kv_heads, kv_heads))

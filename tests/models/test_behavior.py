@@ -40,6 +40,7 @@ def assert_close(a, b, tolerance):
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3", "bert", "distilbert"])
+@pytest.mark.representatives("bert", "mistral")
 def test_scanned_and_unrolled_layers_agree_in_loss_and_gradient(load, padded, kind):
     losses, gradients = zip(
         *(loss_and_gradient(*load(kind, scan_layers=scan), padded[1]) for scan in (False, True)), strict=True
@@ -74,6 +75,7 @@ def count_kept(function, params):
 
 
 @pytest.mark.parametrize(("kind", "scan_layers"), RUNS)
+@pytest.mark.representatives("bert-True", "qwen3-False", "distilbert-False")
 def test_bf16(load, padded, kind, scan_layers):
     exact = jaxpeft.apply(*load(kind), padded[1].ids, padded[1].mask)
     model, params = load(kind, dtype=jnp.bfloat16, scan_layers=scan_layers)
@@ -95,6 +97,7 @@ def test_bf16_of_the_other_tasks(reference, padded, task):
 
 
 @pytest.mark.parametrize(("kind", "scan_layers"), RUNS)
+@pytest.mark.representatives("mistral-False", "qwen3-True", "bert-False", "distilbert-True")
 def test_documents_in_one_row_do_not_see_each_other(load, padded, kind, scan_layers):
     model, params = load(kind, scan_layers=scan_layers)
     ids = padded[0].ids[:1]
@@ -118,6 +121,7 @@ def test_positions_start_anew_in_each_segment():
 
 
 @pytest.mark.parametrize(("kind", "scan_layers"), RUNS)
+@pytest.mark.representatives("bert-True", "qwen3-False", "distilbert-False", "roberta-False")
 def test_dropout_needs_a_key_and_differs_by_it(reference, padded, kind, scan_layers):
     decoder = {"attention_dropout": 0.5, "classifier_dropout": 0.0}
     switches = SWITCHES.get(kind, {}) | ({} if "bert" in kind else decoder)

@@ -25,6 +25,9 @@ def inputs(rng: np.random.Generator, kv_heads: int, dtype: Any = jnp.float32) ->
 @pytest.mark.parametrize("block", [16, 40, 96])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.representatives(
+    "both ways-1-16", "causal-4-40", "packed-4-16", "padded-1-40", "window-4-16", "window-1-96"
+)
 def test_it_is_the_reference_with_its_gradients(kind: str, kv_heads: int, block: int) -> None:
     rng = np.random.default_rng(0)
     q, k, v = inputs(rng, kv_heads)

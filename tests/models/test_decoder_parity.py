@@ -68,12 +68,29 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES])
+@pytest.mark.representatives(
+    "llama-attention-bias",
+    "llama-mlp-bias",
+    "llama-head-dim",
+    "llama-one-key-head",
+    "llama-tied",
+    "llama-rope-dynamic-long",
+    "llama-rope-llama3",
+    "llama-rope-linear",
+    "llama-eps",
+    "mistral-window",
+    "qwen2-layer-types",
+    "qwen2-plain",
+    "qwen3-plain",
+    "qwen3-window-upper",
+)
 def test_a_causal_language_model_with_a_switch(parity, kind, switches):
     parity(kind, "causal_lm", **switches)
 
 
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "encoder"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.representatives("llama-sequence*", "llama-encoder", "mistral-token*", "qwen3-sequence*")
 def test_the_other_tasks(parity, kind, task):
     parity(kind, task)
 
@@ -98,6 +115,7 @@ WINDOWS = [
 
 @pytest.mark.parametrize("switches", WINDOWS, ids=["on", "off"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.representatives("qwen2-on", "qwen3-off")
 def test_windows_as_configs_on_the_hub_spell_them(parity, kind, switches):
     parity(kind, "causal_lm", rewrite=hub_windows, **switches)
 
@@ -137,6 +155,7 @@ OLD = [
 
 
 @pytest.mark.parametrize(("rewrite", "rope"), OLD, ids=[rewrite.__name__ for rewrite, _ in OLD])
+@pytest.mark.representatives("old_llama3", "old_linear", "both_spellings")
 def test_the_older_spelling_of_rope(parity, rewrite, rope):
     parity("llama", "causal_lm", rewrite=rewrite, rope_parameters=rope, max_position_embeddings=8)
 

@@ -32,11 +32,23 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("task", [SEQUENCES, TOKENS, HIDDEN])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.representatives(
+    "bert-encoder", "bert-token*", "roberta-sequence*", "roberta-encoder", "distilbert-sequence*", "distilbert-token*"
+)
 def test_every_task(parity, kind, task):
     parity(kind, task)
 
 
 @pytest.mark.parametrize(("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES])
+@pytest.mark.representatives(
+    "bert-eps",
+    "bert-hidden-act",
+    "bert-one-type",
+    "bert-gelu-new",
+    "distilbert-sinusoidal",
+    "distilbert-activation",
+    "roberta-pad-token",
+)
 def test_a_sequence_classifier_with_a_switch(parity, kind, switches):
     parity(kind, SEQUENCES, **switches)
 
@@ -76,6 +88,7 @@ def _head(model, kind, x):
 
 @pytest.mark.parametrize("how", ["cls", "mean"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])
+@pytest.mark.representatives("bert-cls", "bert-mean", "distilbert-mean", "llama-cls", "roberta-mean")
 def test_pooling(reference, padded, kind, how):
     import jaxpeft
 

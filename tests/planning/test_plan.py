@@ -114,7 +114,6 @@ def test_every_strategy_on_a_cpu(tmp_path):
     assert "memory in GiB of one device" in printed
 
 
-@pytest.mark.slow
 def test_a_gpu_that_is_not_there_is_planned_by_arithmetic(tmp_path):
     found, printed = planned(tmp_path, "--topology", "h100:8", "--strategies", "fsdp")
     (row,) = found["rows"]
@@ -145,7 +144,6 @@ def test_where_every_strategy_is_refused_the_reasons_are_the_answer(tmp_path, ca
     assert capsys.readouterr().err.endswith(said)
 
 
-@pytest.mark.slow
 def test_nothing_fits(tmp_path):
     found, printed = planned(
         tmp_path, "--topology", "cpu:8", "--hbm", "0.01", "--strategies", "fsdp", "--tries", "0", code=plan.NONE_FITS

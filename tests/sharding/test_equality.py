@@ -33,9 +33,9 @@ def test_every_strategy_on_eight_devices(strategy: str) -> None:
     assert difference(alone(PLAIN), computed(CASES[PLAIN], options_of(strategy, 8), 8)) < TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", [name for name in CASES if name != PLAIN])
+@pytest.mark.representatives("lora on nf4-fsdp_tensor", "prefix-sequence", "full-fsdp")
 def test_every_kind_of_adapter_and_base_under_every_strategy(name: str, strategy: str) -> None:
     assert difference(alone(name), computed(CASES[name], options_of(strategy, 8), 8)) < TOLERANCE
 
@@ -59,10 +59,10 @@ def test_several_axes_at_once_and_a_base_in_host_memory(scan: bool) -> None:
         assert difference(one, computed(case, options, 8)) < TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [MeshConfig(strategy="sequence"), MeshConfig(strategy="sequence", data=2, sequence=2, tensor=2)]
 )
+@pytest.mark.representatives("options0")
 def test_spread_positions_attend_to_blocks_of_keys(monkeypatch: pytest.MonkeyPatch, options: MeshConfig) -> None:
     monkeypatch.setattr(chunked_attention, "MOST_SCORES", 1)
     monkeypatch.setattr(chunked_attention, "LEAST_KEYS", 24)  # which does not divide the keys

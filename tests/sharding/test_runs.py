@@ -49,7 +49,6 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -62,6 +61,7 @@ def losses(folder: Path) -> list[float]:
     ],
     ids=lambda mesh: "_".join(map(str, mesh.values())),
 )
+@pytest.mark.representatives("fsdp_tensor")
 def test_a_run_learns_as_on_one_device_under_every_strategy(
     config: Config, tmp_path: Path, mesh: dict[str, Any]
 ) -> None:
@@ -144,7 +144,6 @@ def test_trees_and_moments_lie_where_the_rules_say(config: Config) -> None:
     assert specs["model/norm/scale"] == jax.sharding.PartitionSpec()
 
 
-@pytest.mark.slow
 def test_offloaded_kernels_stay_in_host_memory_and_the_step_takes_them_from_there(config: Config) -> None:
     setup = prepare(spread(config, strategy="fsdp", offload=True))
     assert (setup.model.options.offload, setup.model.options.remat) == (True, "products")

@@ -220,7 +220,6 @@ def test_two_comparisons_at_once_in_one_folder_are_refused(config: Config, tmp_p
 # ---------------------------------------------------------------------------------------------------------------- one run
 
 
-@pytest.mark.slow
 def test_a_run_leaves_its_figures_and_no_checkpoints(make_config: MakeConfig, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "others.jsonl", "single", 30)
     config = make_config(compare__forgetting=str(rows), optimizer__head_learning_rate=0.1)

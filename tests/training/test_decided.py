@@ -17,7 +17,6 @@ from jaxpeft.training.records import read_lines
 from tests.training.runs import LABELS, SPECIAL, WORDS
 
 MakeConfig = Callable[..., Config]
-pytestmark = pytest.mark.slow
 CHATS = [{"messages": [{"role": "user", "content": WORDS[i]}, {"role": "assistant", "content": WORDS[i + 1]}]} for i in range(20)]  # fmt: skip
 ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "chat": (CHATS, {"data__chat_template": "chatml"}),
@@ -44,6 +43,7 @@ def end_of(caplog: pytest.LogCaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("kind", ["single", "pair", "regression", "text", *ROWS])
+@pytest.mark.representatives("chat", "single", "tags")
 def test_what_is_printed_at_the_end_predicts(
     make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], kind: str,
     tiny_models: Any,

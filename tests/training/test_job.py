@@ -23,7 +23,6 @@ from jaxpeft.training.setup import prepare
 from tests.training.runs import write_rows
 
 MakeConfig = Callable[..., Config]
-pytestmark = pytest.mark.slow
 
 
 def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Path) -> None:

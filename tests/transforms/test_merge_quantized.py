@@ -30,6 +30,7 @@ def rewritten(form: str | None, scan: bool) -> tuple[Any, Any, Any]:
 
 @both
 @every_form
+@pytest.mark.representatives("nf4-*", "int8-unrolled")
 def test_the_merged_base_computes_what_base_and_adapter_did(form: str, scan: bool, caplog: Any) -> None:
     model, method, params = rewritten(form, scan)
     with caplog.at_level(logging.INFO, "jaxpeft"):
@@ -43,6 +44,7 @@ def test_the_merged_base_computes_what_base_and_adapter_did(form: str, scan: boo
 
 @both
 @every_form
+@pytest.mark.representatives("nf4-scanned", "int4-unrolled")
 def test_what_is_lost_is_said(form: str, scan: bool) -> None:
     _, method, params = rewritten(form, scan)
     whole, _ = jaxpeft.merge_quantized(method, params, dtype=jnp.float32)
