@@ -1,4 +1,6 @@
-"""Writes the golden adapters, each with the logits that the real `peft` computes with it: `python -m tests.conformance.golden`.
+"""Write the golden adapters, each with the logits that the real `peft` computes with it.
+
+`python -m tests.conformance.golden NAME ...` writes those of some rows of `rows.py`, without names all of them.
 
 `golden/bases` holds the two tiny models, `golden/NAME` the files that `peft` saves of a method, and `logits.safetensors` the
 logits of the last token that is no padding, or of the row where the model classifies rows. With them `make test` compares
@@ -9,12 +11,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.conformance.rows import ROWS
 from tests.conformance.test_peft import CASES, TASKS, Case
@@ -58,24 +62,29 @@ def save(name: str, folder: Path) -> Any:
     return model
 
 
-def main() -> None:
-    """Write all files anew."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    logits: dict[str, np.ndarray[Any, Any]] = {}
+def write_bases() -> None:
+    """Write the models, random ones."""
     with tempfile.TemporaryDirectory() as made:
-        for kind, task in TASKS.items():
-            if any(case.kind == kind for case in GOLDEN.values()):
-                _make(Path(made) / kind, kind, task, None, {})
-                (FOLDER / "bases" / kind).mkdir(parents=True)
-                for file in ("config.json", "model.safetensors"):
-                    shutil.copy(Path(made) / kind / file, FOLDER / "bases" / kind / file)
-    for kind in {case.kind for case in GOLDEN.values()}:
-        case = next(case for case in GOLDEN.values() if case.kind == kind)
-        logits[f"base {kind}"] = theirs(case, torch_base(base_of(case), case.task))
-    for name, case in GOLDEN.items():
-        logits[name] = theirs(case, save(name, FOLDER / name))
-    save_file({name: np.ascontiguousarray(of) for name, of in logits.items()}, LOGITS)
+        for kind in sorted({case.kind for case in GOLDEN.values()}):
+            _make(Path(made) / kind, kind, TASKS[kind], None, {})
+            (FOLDER / "bases" / kind).mkdir(parents=True)
+            for file in ("config.json", "model.safetensors"):
+                shutil.copy(Path(made) / kind / file, FOLDER / "bases" / kind / file)
+
+
+def main(names: Sequence[str]) -> None:
+    """Write the files of some methods anew, without names all files."""
+    if not names:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        write_bases()
+    logits = load_file(LOGITS) if LOGITS.is_file() else {}
+    for case in {case.kind: case for case in GOLDEN.values()}.values():
+        logits[f"base {case.kind}"] = theirs(case, torch_base(base_of(case), case.task))
+    for name in names or GOLDEN:
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+        logits[name] = theirs(GOLDEN[name], save(name, FOLDER / name))
+    save_file({name: np.ascontiguousarray(logits[name]) for name in sorted(logits)}, LOGITS)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

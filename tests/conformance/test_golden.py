@@ -29,6 +29,7 @@ def logits() -> Logits:
 
 @every_method
 def test_jaxpeft_gives_the_logits_that_peft_gave(logits: Logits, name: str) -> None:
+    assert (FOLDER / name).is_dir(), f"make it: python -m tests.conformance.golden '{name}'"
     case = GOLDEN[name]
     labels = None if case.task == "causal_lm" else LABELS
     model, base = jaxpeft.load(base_of(case), task=case.task, num_labels=labels, dtype=jnp.float32)
@@ -59,4 +60,4 @@ def test_the_peft_that_is_installed_saves_files_of_the_same_form(tmp_path: Path,
         key: (leaf.shape, leaf.dtype) for key, leaf in other.items()
     }
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, FOLDER / name)]
-    assert configs[0].keys() == configs[1].keys(), "make the files anew: python -m tests.conformance.golden"
+    assert configs[0].keys() == configs[1].keys(), f"make it anew: python -m tests.conformance.golden '{name}'"

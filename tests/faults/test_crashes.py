@@ -47,6 +47,7 @@ def test_case_1_killed_at_random_moments_it_ends_as_if_nothing_had_happened(job:
         marks.same_end(job, whole)
 
 
+@pytest.mark.slow
 def test_case_2_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, marks: Marks) -> None:
     assert job(fault="after_arrays:2").returncode == -9
     assert job.steps == [2, 4]

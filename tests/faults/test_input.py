@@ -46,6 +46,7 @@ def test_case_11_a_folder_that_cannot_be_written_is_refused_before_jax_is_import
     marks.kept({"file": b"mine"}, files(tmp_path, ["file"]))
 
 
+@pytest.mark.slow
 def test_case_11_a_folder_that_is_missing_is_made(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
     deep = job.at(tmp_path / "a" / "b" / "c")
     done = deep()
@@ -135,6 +136,7 @@ def test_case_29_a_token_that_the_model_has_not_is_refused(
 
 
 @pytest.mark.parametrize("pad", [None, "[SEP]"])
+@pytest.mark.representatives("None")
 def test_case_29_no_pad_token_or_one_that_is_eos_does_no_harm(
     chats: Any, tiny_models: Mapping[str, Path], marks: Marks, tmp_path: Path, pad: str | None
 ) -> None:

@@ -72,6 +72,7 @@ def softmax(x):
     ("problem", "score"),
     [("single_label_classification", softmax), ("multi_label_classification", lambda x: 1 / (1 + np.exp(-x)))],
 )
+@pytest.mark.representatives("single*softmax-bert", "multi*bert")
 def test_the_pipeline_gives_the_labels_and_scores(exported, problem, score, kind):
     folder, logits = exported(SEQUENCE, kind, Settings(problem_type=problem, pad_token_id=0), LABELS, num_labels=3)
     found = pipeline("text-classification", folder, top_k=None)(TEXTS, batch_size=2)

@@ -265,6 +265,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @quiet
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.representatives("schedule")
 def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:  # noqa: F811
     kind, options, peft = VARIANTS[name]
     method = jaxpeft.AdaLoRA(rank=4, target_rank=2, alpha=6.0, **options)

@@ -143,6 +143,7 @@ def test_dropout_acts_on_the_prompts_of_each_row_in_training_only() -> None:
 
 @quiet
 @pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.representatives("bert")
 def test_deep_prompts_are_saved_as_prefix_tuning_and_read_as_it(reference: Any, tmp_path: Any, kind: str) -> None:  # noqa: F811
     method = jaxpeft.PTuningV2(num_virtual_tokens=5, projection=True)
     case = case_of(method, kind, "PrefixTuningConfig", num_virtual_tokens=5)

@@ -62,6 +62,7 @@ def test_without_a_network_the_embeddings_are_the_prompt() -> None:
 
 @quiet
 @pytest.mark.parametrize("kind", ["llama", "roberta"])
+@pytest.mark.representatives("llama")
 def test_a_network_is_left_out_of_files(reference: Any, tmp_path: Any, kind: str) -> None:  # noqa: F811
     options = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 6, "encoder_dropout": 0.3}
     case = case_of(

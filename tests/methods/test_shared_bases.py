@@ -85,6 +85,7 @@ def replaced(method: Any, **options: Any) -> Any:
 
 
 @each_method
+@pytest.mark.representatives("vera")
 def test_layers_that_are_not_adapted_compute_the_base_and_get_no_gradient(method: Any) -> None:
     method = replaced(method, targets=("k_proj", "down_proj"), layers_to_transform=(1,))
     model, base = load("llama", scan_layers=True)

@@ -35,7 +35,7 @@ def test_every_strategy_on_eight_devices(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", [name for name in CASES if name != PLAIN])
-@pytest.mark.representatives("lora on nf4-fsdp_tensor", "prefix-sequence", "full-fsdp")
+@pytest.mark.representatives("lora on nf4-fsdp_tensor")
 def test_every_kind_of_adapter_and_base_under_every_strategy(name: str, strategy: str) -> None:
     assert difference(alone(name), computed(CASES[name], options_of(strategy, 8), 8)) < TOLERANCE
 
@@ -59,17 +59,19 @@ def test_several_axes_at_once_and_a_base_in_host_memory(scan: bool) -> None:
         assert difference(one, computed(case, options, 8)) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", [PLAIN, "lora on nf4", "lora, bert"])
 @pytest.mark.parametrize(
     "options", [MeshConfig(strategy="sequence"), MeshConfig(strategy="sequence", data=2, sequence=2, tensor=2)]
 )
-@pytest.mark.representatives("options0")
-def test_spread_positions_attend_to_blocks_of_keys(monkeypatch: pytest.MonkeyPatch, options: MeshConfig) -> None:
+@pytest.mark.representatives("options0-lora, packed")
+def test_spread_positions_attend_to_blocks_of_keys(
+    monkeypatch: pytest.MonkeyPatch, options: MeshConfig, name: str
+) -> None:
     monkeypatch.setattr(chunked_attention, "MOST_SCORES", 1)
     monkeypatch.setattr(chunked_attention, "LEAST_KEYS", 24)  # which does not divide the keys
     monkeypatch.setattr(attention, "_xla_by_positions", None)  # nothing else computes them
     jax.clear_caches()
-    for name in (PLAIN, "lora on nf4", "lora, bert"):
-        assert difference(alone(name), computed(CASES[name], options, 8)) < TOLERANCE
+    assert difference(alone(name), computed(CASES[name], options, 8)) < TOLERANCE
 
 
 def test_the_command_prints_a_row_a_strategy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def end_of(caplog: pytest.LogCaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("kind", ["single", "pair", "regression", "text", *ROWS])
-@pytest.mark.representatives("chat", "single", "tags")
+@pytest.mark.representatives("chat", "single")
 def test_what_is_printed_at_the_end_predicts(
     make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], kind: str,
     tiny_models: Any,

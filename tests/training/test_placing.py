@@ -36,6 +36,7 @@ def setting(scan: bool) -> Setting:
 
 
 @pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.representatives("True")
 def test_the_codes_of_a_layer_are_gathered_and_not_what_they_stand_for(tmp_path: Path, scan: bool) -> None:
     config = changed(tmp_path, mesh__strategy="fsdp", model__quant="nf4")
     mesh, run, _ = prepared(setting(scan), config)

@@ -59,6 +59,7 @@ def largest_gap(a: Any, b: Any) -> float:
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.representatives("2")
 def test_parts_of_a_batch_are_the_batch_whatever_the_tokens_in_each(parts: int) -> None:
     model, trainable, frozen = setup(jaxpeft.LoRA(rank=4))
     whole, metrics = one_step(model, trainable, frozen)
@@ -141,6 +142,7 @@ def gradients(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.representatives("scanned")
 def test_every_remat_policy_gives_the_same_gradients(scan: bool) -> None:
     plain = gradients(scan_layers=scan)
     for policy in list(REMAT_POLICIES)[1:]:
