@@ -10,7 +10,6 @@ import pytest
 
 METHODS: Mapping[str, str] = {
     "lora": "llama",  # a product of low rank is added
-    "dora": "bert",  # the kernel's columns are rescaled
     "oft": "llama",  # the input is multiplied with a matrix
     "ia3": "bert",  # activations are gated
     "vera": "llama",  # sites share leaves

@@ -13,6 +13,7 @@ import jaxpeft
 from jaxpeft.errors import ConfigError
 from tests.conformance.conftest import moved
 from tests.core.helpers import BATCH, load
+from tests.models.conftest import forward
 
 LINEAR = ("q_proj", "v_proj", "down_proj")
 
@@ -26,16 +27,17 @@ def adapters(base: Any, ranks: tuple[int, ...] = (2, 4, 3)) -> list[Any]:
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.representatives("scanned")
 def test_each_row_computes_with_its_own_adapter_and_switching_compiles_nothing(scan: bool) -> None:
     model, base = load("llama", scan_layers=scan)
     given = adapters(base)
     tree = jaxpeft.bank(given)
     run = jax.jit(lambda ids, which: jaxpeft.apply(model, tree, ids, BATCH.mask, adapter=which))
-    alone = [np.asarray(jaxpeft.apply(model, params, BATCH.ids, BATCH.mask)) for _, params in given]
+    alone = [np.asarray(forward(model, params, BATCH.ids, BATCH.mask)) for _, params in given]
     for i, wanted in enumerate(alone):
         np.testing.assert_allclose(run(BATCH.ids, i), wanted, atol=2e-5)
         np.testing.assert_allclose(
-            jaxpeft.apply(model, jaxpeft.pick(given[i][0], tree, i), BATCH.ids, BATCH.mask), wanted, atol=2e-5
+            forward(model, jaxpeft.pick(given[i][0], tree, i), BATCH.ids, BATCH.mask), wanted, atol=2e-5
         )
     assert run._cache_size() == 1
     rows = run(BATCH.ids, jnp.asarray([2, 0, 1]))
@@ -130,6 +132,7 @@ def test_weighted_merges_are_those_of_the_real_peft(how: str, ranks: Any, ours: 
 @pytest.mark.parametrize(
     ("how", "plain"), [("dare_linear", "linear"), ("dare_linear_svd", "svd"), ("dare_ties", "ties")]
 )
+@pytest.mark.representatives("dare_ties-ties")
 def test_dropping_nothing_at_random_is_the_merge_without_dropping(how: str, plain: str) -> None:
     pair = pair_of((3, 3))
     same = {"density": 1.0} if plain == "ties" else {}
@@ -154,6 +157,7 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.representatives("scanned")
 def test_a_cat_merge_of_a_model_computes_the_weighted_sum_of_the_updates(scan: bool) -> None:
     _, base = load("llama", scan_layers=scan)
     given = adapters(base, (2, 3))

@@ -87,6 +87,7 @@ def test_the_next_items_are_made_while_one_is_used() -> None:
         ("hangs", 2, WorkerError, HANGS),
     ],
 )
+@pytest.mark.representatives("exits-2-*", "hangs-2-*", "other-0-*", "timeout-1-*")
 def test_what_goes_wrong_is_told_behind_the_items_before_it(
     how: str, workers: int, kind: type[Exception], text: str
 ) -> None:

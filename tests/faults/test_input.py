@@ -97,6 +97,7 @@ def test_case_28_the_first_20_are_told_at_once_and_the_rest_counted(job: Job, ma
     )
 
 
+@pytest.mark.slow
 def test_case_28_a_mark_and_line_ends_of_windows_do_no_harm(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
     rows = tmp_path / "mine.jsonl"
     given = Path(whole.config.parent / "rows.jsonl").read_bytes()

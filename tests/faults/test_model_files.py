@@ -325,6 +325,7 @@ def test_case_40_a_catastrophic_expression_is_refused_in_time(job: Job, marks: M
     assert time.process_time() - began < SECONDS
 
 
+@pytest.mark.slow
 def test_case_40_a_header_of_10_gb_is_refused_without_reading_it(job: Job, marks: Marks, model: Path) -> None:
     with (model / WEIGHTS).open("wb") as file:
         file.write(struct.pack("<Q", 10 << 30) + b"{")

@@ -156,7 +156,7 @@ def test_case_36_a_batch_that_the_devices_do_not_divide_is_refused_with_the_arit
 
 
 @pytest.mark.parametrize("remat", ["auto", "attention"])
-@pytest.mark.representatives("attention")
+@pytest.mark.slow
 def test_case_37_a_step_that_may_not_fit_is_said_before_it_is_compiled(job: Job, marks: Marks, remat: str) -> None:
     words = "--config.model.memory_gb=0.0005", f"--config.model.remat={remat}"
     done = job.here(*words)

@@ -48,7 +48,7 @@ def team(two: Team, tmp_path: Path) -> Team:
 
 
 @pytest.mark.parametrize(("process", "fault"), [(1, "in_step:3:term"), (0, "in_step:3:term"), (1, "in_compile:1:term")])
-@pytest.mark.representatives("1-in_step:3:term")
+@pytest.mark.slow
 def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
     team: Team, two: Team, marks: Marks, process: int, fault: str
 ) -> None:

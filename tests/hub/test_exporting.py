@@ -253,6 +253,7 @@ def test_tokenizer_and_generation_config_come_along(make, tmp_path, reference):
     ("kind", "pooling", "own"),
     [("bert", "mean", "pooler"), ("bert", "cls", "pooler"), ("roberta", "mean", "cls"), ("llama", "mean", "last")],
 )
+@pytest.mark.representatives("bert-mean-pooler", "llama-mean-last")
 def test_a_pooling_that_transformers_does_not_know_is_refused(make, tmp_path, kind, pooling, own):
     method = jaxpeft.LoRA(targets="all-linear")
     made = make(method, kind, pooling=pooling)
@@ -337,6 +338,7 @@ def test_numbers_that_float16_cannot_hold_are_refused(make, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.representatives("nf4")
 def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
     """All kernels that were quantized, and not only those that the adapter is on."""
     made = make(jaxpeft.LoRA(rank=4, targets=("query",)), quant=form)

@@ -58,6 +58,9 @@ def test_the_real_peft_reads_what_is_saved(reference: Any, tmp_path: Path, kind:
     ],
 )
 @pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.representatives(
+    "False-bert-*", "True-llama-True-given1", "False-llama-True-given3", "False-llama-False-given2"
+)
 def test_what_the_real_peft_saved_is_read(
     reference: Any,  # noqa: F811
     tmp_path: Path,

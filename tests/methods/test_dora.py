@@ -168,6 +168,7 @@ def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> Non
 
 @quiet
 @pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal"])
+@pytest.mark.representatives("pissa", "olora")
 def test_other_starts_are_the_base_and_are_saved_as_what_peft_loads(reference: Any, tmp_path: Path, start: Any) -> None:  # noqa: F811
     method = jaxpeft.DoRA(rank=4, alpha=6.0, targets=("q_proj", "down_proj"), init_weights=start)
     model, base = load("llama")

@@ -11,6 +11,7 @@ from jaxpeft.methods.sparse import as_torch_draws, one_of_each_part
 
 @pytest.mark.parametrize(("count", "total"), [(7, 7), (40, 1536), (1000, 768 * 768), (9, 4096 * 11008)])
 @pytest.mark.parametrize("seed", [0, 777, 2**32 - 1])
+@pytest.mark.representatives("0-1000-*", "777-40-*", "4294967295-7-*")
 def test_the_draws_are_those_of_torch(count: int, total: int, seed: int) -> None:
     import torch
 

@@ -36,7 +36,7 @@ every_method = pytest.mark.parametrize("method", [pytest.param(m, id=name) for n
 
 
 @every_method
-@pytest.mark.representatives("oft", "ia3", "lokr", "miss")
+@pytest.mark.representatives("oft", "ia3")
 def test_layers_that_are_not_adapted_compute_the_base_and_are_not_trained(method: Any) -> None:
     method = dataclasses.replace(method, layers_to_transform=(1,))
     model, base = load("llama", scan_layers=True)

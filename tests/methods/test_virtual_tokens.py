@@ -27,7 +27,7 @@ from tests.conformance.conftest import moved
 from tests.core.helpers import BATCH, CLASSIFIER, load
 from tests.hub.helpers import edit_json, peft_load, peft_save
 from tests.methods.interop import quiet
-from tests.models.conftest import LENGTHS, Reference, make_batch, reference, tiny_config  # noqa: F401 - a fixture
+from tests.models.conftest import LENGTHS, Reference, forward, make_batch, reference, tiny_config  # noqa: F401 - a fixture
 from tests.training.runs import make_config, tiny_models  # noqa: F401 - fixtures
 
 MARK = 1e-4
@@ -63,7 +63,7 @@ def packed() -> tuple[Any, Any]:
 
 @every_method
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-@pytest.mark.representatives("llama-prefix", "mistral-prompt", "llama-lstm", "mistral-projection")
+@pytest.mark.representatives("llama-prefix", "mistral-prompt")
 def test_a_packed_row_of_a_decoder_gives_the_logits_of_its_texts_alone(method: Any, kind: str) -> None:
     model, base = load("llama") if kind == "llama" else windowed(scan=True)
     params = adapted(method, base)
@@ -94,7 +94,7 @@ def test_each_row_of_a_batch_takes_the_virtual_tokens_of_its_own_adapter(method:
     trees = [adapted(method, base, seed) for seed in range(2)]
     both = bank([(method, tree) for tree in trees])
     run = jax.jit(partial(jaxpeft.apply, model, both, BATCH.ids, BATCH.mask))
-    alone = [np.asarray(jaxpeft.apply(model, tree, BATCH.ids, BATCH.mask)) for tree in trees]
+    alone = [np.asarray(forward(model, tree, BATCH.ids, BATCH.mask)) for tree in trees]
     rows = run(adapter=jnp.asarray([1, 0, 1]))
     for row, which in enumerate((1, 0, 1)):
         np.testing.assert_allclose(rows[row], alone[which][row], atol=2e-5)
@@ -188,16 +188,7 @@ KINDS = {
 @quiet
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.representatives(
-    "bert tokens-prefix",
-    "bert left-prompt",
-    "llama classes-prompt",
-    "llama left-prefix",
-    "mistral-prefix",
-    "qwen3-prefix",
-    "roberta left-prompt",
-    "llama whole-prompt",
-)
+@pytest.mark.representatives("bert tokens-prefix", "bert left-prompt", "llama classes-prompt", "mistral-prefix")
 def test_models_tasks_and_paddings_against_the_real_peft(
     reference: Any,  # noqa: F811
     tmp_path: Any,
@@ -214,7 +205,7 @@ def test_models_tasks_and_paddings_against_the_real_peft(
     def check(theirs: Any, model: Any, params: Any) -> None:
         wanted = np.asarray(Reference(tmp_path, task, theirs)(batch))
         wanted = wanted[:, -batch.ids.shape[1] :] if wanted.ndim == 3 else wanted
-        found = np.asarray(jaxpeft.apply(model, params, batch.ids, batch.mask))
+        found = np.asarray(forward(model, params, batch.ids, batch.mask))
         assert found.shape == wanted.shape == plain.shape
         real = batch.mask.astype(bool) if wanted.ndim == 3 else np.ones(len(wanted), bool)
         assert np.abs(wanted - plain)[real].max() > 0.02
@@ -239,7 +230,7 @@ def test_distilbert_takes_prompts_as_the_real_peft_does(reference: Any, tmp_path
     params = adapted(METHODS["prompt"], base)
     jaxpeft.save_adapter(tmp_path, METHODS["prompt"], params, model)
     wanted = Reference(tmp_path, CLASSIFIER, peft_load(torch_model.folder, CLASSIFIER, tmp_path))(batch)
-    np.testing.assert_allclose(jaxpeft.apply(model, params, batch.ids, batch.mask), wanted, atol=1e-5)
+    np.testing.assert_allclose(forward(model, params, batch.ids, batch.mask), wanted, atol=1e-5)
 
 
 @quiet
@@ -268,7 +259,7 @@ def test_a_llama_classifier_reads_the_last_token_where_the_real_peft_reads_the_l
     params = adapted(METHODS["prompt"], base)
     jaxpeft.save_adapter(tmp_path, METHODS["prompt"], params, model)
     theirs = Reference(tmp_path, CLASSIFIER, peft_load(torch_model.folder, CLASSIFIER, tmp_path))(batch)
-    found = np.asarray(jaxpeft.apply(model, params, batch.ids, batch.mask))
+    found = np.asarray(forward(model, params, batch.ids, batch.mask))
     full = [length == batch.ids.shape[1] for length in LENGTHS]
     np.testing.assert_allclose(found[full], theirs[full], atol=1e-5)
     assert np.abs(found - theirs)[np.invert(full)].max() > 0.02

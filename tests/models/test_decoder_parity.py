@@ -71,18 +71,13 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 @pytest.mark.representatives(
     "llama-attention-bias",
     "llama-mlp-bias",
-    "llama-head-dim",
-    "llama-one-key-head",
     "llama-tied",
     "llama-rope-dynamic-long",
     "llama-rope-llama3",
-    "llama-rope-linear",
-    "llama-eps",
-    "mistral-window",
+    "mistral-head-dim",
     "qwen2-layer-types",
-    "qwen2-plain",
-    "qwen3-plain",
     "qwen3-window-upper",
+    "llama-one-key-head",
 )
 def test_a_causal_language_model_with_a_switch(parity, kind, switches):
     parity(kind, "causal_lm", **switches)

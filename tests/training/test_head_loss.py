@@ -32,6 +32,7 @@ def made(batch: int = 3, length: int = 10, width: int = 8, vocab: int = 37) -> t
 
 @every_kind
 @pytest.mark.parametrize("most", [1, 3 * 37 * 3, 10**6], ids=["one position", "uneven chunks", "all at once"])
+@pytest.mark.representatives("uneven chunks-*", "one position-all", "all at once-plain")
 def test_chunks_give_the_loss_and_the_gradients_of_all_logits(entropy: CrossEntropy, most: int) -> None:
     x, kernel, labels, weights = made()
 

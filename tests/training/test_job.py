@@ -114,6 +114,7 @@ def test_a_finished_run_given_again_says_the_same(make_config: MakeConfig, tmp_p
     assert first.seconds == pytest.approx(second.seconds) != 0
 
 
+@pytest.mark.slow
 def test_every_class_counts_whatever_is_held_out_or_drawn(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(train__steps=3)
     rows = [json.dumps({"text": f"word{i} word{i + 1}", "label": f"c{i // 2}"}) for i in range(40)]
@@ -195,6 +196,7 @@ def test_a_run_that_goes_on_does_not_evaluate_again_what_was_before(
         assert len(evaluated) == 2
 
 
+@pytest.mark.slow
 def test_figures_are_called_by_the_rows_that_they_are_of(
     make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -49,6 +49,7 @@ def moved(params: Any) -> Any:
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.representatives("*-scanned")
 def test_a_fresh_adapter_leaves_every_output_bit_as_it_was(method: Any, scan: bool) -> None:
     model, base = make(scan=scan)
     params = jaxpeft.rewrite(method, base, jax.random.key(0))
@@ -149,6 +150,7 @@ def test_rewriting_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.representatives("*-scanned")
 def test_merged_gives_what_unmerged_gives_and_merging_twice_is_refused(method: Any, scan: bool) -> None:
     model, base = make(scan=scan)
     params = moved(jaxpeft.rewrite(method, base, jax.random.key(0)))
