@@ -199,7 +199,8 @@ def main(argv: list[str]) -> int:
         return 0
     results = Results()
     library = [f"{ROOT / 'tests' / 'hub' / 'test_adapterhub.py'}::test_{test}" for test in LIBRARY]
-    code = pytest.main(["-q", str(Path(__file__).parent), *library, *argv], plugins=[results])
+    properties = [str(Path(__file__).with_name(file)) for file in ("test_properties.py", "test_peft.py")]
+    code = pytest.main(["-q", *properties, *library, *argv], plugins=[results])
     OUT.write_text(page(results))
     return int(code)
 

@@ -54,6 +54,7 @@ def answers(rows: list[Labeled]) -> list[tuple[list[int], list[int]]]:
 
 
 @every_chat
+@pytest.mark.representatives("*-system-bytes", "*-three turns-metaspace", "*-a number-bytes")
 def test_generation_sees_the_tokens_that_training_saw(family: str, chat: str, kind: str) -> None:
     """The prompt of every answer, written for generation by jaxpeft and by transformers, is what stands before it."""
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
@@ -72,6 +73,7 @@ def test_generation_sees_the_tokens_that_training_saw(family: str, chat: str, ki
 
 
 @every_chat
+@pytest.mark.representatives("*-system-bytes", "*-three turns-metaspace", "*-a number-bytes")
 def test_just_the_answers_are_learned_and_each_with_its_end(family: str, chat: str, kind: str) -> None:
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
     said = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -90,6 +92,7 @@ def test_just_the_answers_are_learned_and_each_with_its_end(family: str, chat: s
 
 
 @every_chat
+@pytest.mark.representatives("*-system-bytes", "*-three turns-metaspace", "*-a number-bytes")
 def test_the_tokens_are_the_whole_text_and_begin_with_one_bos_at_most(family: str, chat: str, kind: str) -> None:
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
     made = labeled(family, messages, tokenizer)

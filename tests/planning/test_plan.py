@@ -135,7 +135,6 @@ def test_attention_that_a_run_would_refuse_is_refused(tmp_path):
     assert [(row["attention"], row["fits"]) for row in found["rows"]] == [("chunked", True)] * 2
 
 
-@pytest.mark.slow
 def test_where_every_strategy_is_refused_the_reasons_are_the_answer(tmp_path, capsys):
     file, described = write(tmp_path)
     asked = ["--config", str(file), "--model-config", str(described), "--topology", "cpu:8", "--tries", "1"]
