@@ -52,7 +52,7 @@ gc.set_threshold(200_000, 20, 100)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Chooses what `make test` runs, before pytest looks at `-m`; a test that is asked for by its name runs anyway."""
+    """Choose what `make test` runs, before pytest looks at `-m`; a test that is asked for by its name runs anyway."""
     if not any("::" in argument for argument in config.args):
         mark_others(items)
 
