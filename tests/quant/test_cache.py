@@ -204,7 +204,7 @@ def test_where_nothing_can_be_written_the_load_goes_on(
         def rename(*_: Any) -> None:
             raise OSError("no room")
 
-        monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr(Path, "replace", rename)
     _, params = jaxpeft.load(base, task=TASK, quant="nf4")
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert "the quantized kernels could not be cached (" in message
