@@ -147,7 +147,7 @@ def test_an_indexed_job_without_the_package_that_finds_the_others_is_refused(
 def test_a_tpu_that_knows_no_other_hosts_is_one_process(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, quiet_logs: None
 ) -> None:
-    def initialize(**_: Any) -> None:
+    def initialize(*_: Any, **__: Any) -> None:
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)

@@ -26,7 +26,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from jaxpeft.core.method import Call, Kernel, Leaves, Method
 from jaxpeft.core.options import option
@@ -69,7 +69,7 @@ class LoRAFormat(TargetedFormat[M]):
 
     def write_options(self, method: M) -> dict[str, Any]:
         """Return the options of the plain LoRA that the files are."""
-        return super().write_options(method) | {"init_lora_weights": True, "fan_in_fan_out": False}
+        return super().write_options(method.saved()) | {"init_lora_weights": True, "fan_in_fan_out": False}
 
     def reads(self, kind: type[M], config: Mapping[str, Any]) -> bool:
         """Return whether an `adapter_config.json` is of a LoRA; with `use_dora` it is DoRA's."""
@@ -197,7 +197,7 @@ class LoRA(Biased, Ranked):
             return {"kernel": kernel}
         return {"kernel": kernel, "bias": base.get("bias", 0.0) + scale * leaves["lora_bias"]}
 
-    def saved(self) -> LoRA:
+    def saved(self) -> Self:
         """Return the plain LoRA that the files of this one are."""
         if self.init_weights not in starts.FROM_KERNEL:
             return dataclasses.replace(self, init_weights="default", eva_batches=8, eva_rho=2.0)
