@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import tomllib
 
 import pytest
 
@@ -85,8 +86,11 @@ def test_the_package_lists_its_commands_and_runs_them(capsys: pytest.CaptureFixt
 
 
 def test_the_console_script_is_the_package_s_main() -> None:
-    scripts = importlib.metadata.entry_points(group="console_scripts", name="jaxpeft")
-    assert {script.load() for script in scripts} == {package.main}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (script,) = project["scripts"].items()
+    module, _, function = script[1].partition(":")
+    assert script[0] == "jaxpeft"
+    assert getattr(importlib.import_module(module), function) is package.main
 
 
 def test_the_page_of_options_is_what_the_code_says() -> None:

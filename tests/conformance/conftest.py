@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import optax
 import pytest
 
 import jaxpeft
-from jaxpeft.core import paths
+from jaxpeft.core import paths, training_hooks
 from jaxpeft.core.tree import combine
 from jaxpeft.hub import adapter_tensors
 from jaxpeft.methods import METHODS
@@ -93,7 +94,7 @@ class Subject:
 
     @functools.cached_property
     def optimizer(self) -> Any:
-        return self.method.optimizer(optax.adamw(1e-2), 3)
+        return training_hooks.wrap_optimizer(self.method, optax.adamw(1e-2), 3)
 
     @functools.cached_property
     def begun(self) -> Any:
@@ -106,7 +107,8 @@ class Subject:
         task = self.model.options.task
         loss = loss_for(task, "single_label" if task == "sequence_classification" else None)
         return jax.jit(
-            make_train_step(self.model, loss, self.optimizer, 1, self.method.penalty), compiler_options=QUICK
+            make_train_step(self.model, loss, self.optimizer, 1, partial(training_hooks.penalty, self.method)),
+            compiler_options=QUICK,
         )
 
     def step(self, state: Any, frozen: Any) -> Any:

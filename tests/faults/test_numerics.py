@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jaxpeft.data import Batches
+from jaxpeft.training import from_config, losses
 from jaxpeft.training import job as jobs
-from jaxpeft.training import losses, setup
 from jaxpeft.training.records import read_lines
 from tests.faults.conftest import GOOD, Job, Marks, files
 
@@ -89,7 +89,7 @@ def test_case_27_a_first_loss_far_above_chance_is_warned_of(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = losses.loss_for
-    monkeypatch.setattr(setup, "loss_for", lambda *args: _scaled(real(*args), 10.0))
+    monkeypatch.setattr(from_config, "loss_for", lambda *args: _scaled(real(*args), 10.0))
     done = job.here()
     marks.exit(done, 0)
     marks.message(
@@ -113,7 +113,7 @@ def test_case_27_a_gradient_of_zero_for_ten_steps_is_warned_of(
 
         return of
 
-    monkeypatch.setattr(setup, "loss_for", constant)
+    monkeypatch.setattr(from_config, "loss_for", constant)
     done = job.here("--config.train.steps=12")
     marks.exit(done, 0)
     marks.message(
