@@ -23,7 +23,8 @@ def replacing(path: Path, *, unique: bool = False) -> Generator[Path]:
         yield temporary
         temporary.replace(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             temporary.unlink()
 
