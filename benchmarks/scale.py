@@ -123,10 +123,11 @@ def run(case: Case, timeout: float, tries: int) -> bool:
 
 HEAD = """# Large models on large topologies
 
-`python -m benchmarks.scale`: LoRA of rank 16 on all linear layers of Llama 3, one row of 2048 tokens a device, compiled ahead of time for
-devices that are not there ([plan.md](plan.md)). This page is made of `benchmarks/results/scale.jsonl`; nothing in it was measured on a
-TPU. GiB are of one device, and so is what a step sends; the step is the highest of three roofs, and no run is faster: tokens/s and MFU are
-bounds. Where a strategy does not fit, the line below it is the nearest change that does, where one was found.
+`python -m benchmarks.scale` plans LoRA of rank 16 on all linear layers of Llama 3, with one row of 2048 tokens per
+device. It compiles the step ahead of time for devices that need not exist ([plan.md](plan.md)). This page is generated
+from `benchmarks/results/scale.jsonl`; nothing in it was measured on a TPU. GiB are per device, and so is what a step
+sends. The step is the highest of three roofs, and no run is faster: tokens/s and MFU are bounds. If a strategy does not
+fit, the line below it is the nearest change that does, if one was found.
 """
 COLUMNS = "| strategy | mesh | remat | base | adapters and optimizer | activations | temporaries | total | of | sent | step | bound by | tokens/s | MFU | |"  # fmt: skip
 

@@ -11,29 +11,31 @@ from typing import Any
 HERE = Path(__file__).parent
 HEAD = """# Benchmarks
 
-Each module says in its docstring what it measures; those that need no accelerator run with `make bench`. The tables below are made of
-`benchmarks/results/`, what the commands printed, by `python -m benchmarks.tables`; nothing in them is typed by hand.
+The docstring of each module says what it measures. Modules that need no accelerator run with `make bench`.
+`python -m benchmarks.tables` generates the tables below from `benchmarks/results/`, which holds what the commands
+printed; nothing in them is typed by hand.
 """
 MATMUL = """## One frozen product in every number format
 
-`python -m benchmarks.matmul`: TFLOP/s forward and backward, the relative error of both, and the bytes of a weight. The error is that
-of the stored kernel, normal random numbers, and of the product.
+`python -m benchmarks.matmul`: TFLOP/s forward and backward, the relative error of both, and the bytes per weight. The
+error is that of the stored kernel, normal random numbers, and of the product.
 """
 QUALITY = """## Quality of a quantized base
 
-`python -m benchmarks.quality train --assets FOLDER`: LoRA on all linear modules, whose frozen kernels are held in
-each format; the rest of a run is the same. Mean ± standard deviation over the seeds; `- none` is the difference from
-the run of the same seed whose base is in float32, or in what the line says. `banking77` has figures of the test rows, `stories` of the stories
-held out; before training they are what the format alone costs, the same for every seed (a classifier's new head says
-nothing then). On a CPU, fp8 has its weights alone in 8 bits.
+`python -m benchmarks.quality train --assets FOLDER`: LoRA on all linear modules, with their frozen kernels in each
+format; the rest of a run is the same. Figures are the mean ± standard deviation over the seeds. `- none` is the
+difference from the run of the same seed with a base in float32, or in the dtype that the line names. `banking77`
+reports figures of the test rows, `stories` of the held-out stories. Before training, they are the cost of the format
+alone, the same for every seed (a classifier's new head carries no information then). On a CPU, fp8 has only its weights
+in 8 bits.
 """
 ERROR = """## Error of the formats on real weights
 
 `python -m benchmarks.quality error --assets FOLDER`: `||W' - W|| / ||W||` over the linear kernels of a model, median
-(smallest to largest), beside the same of normal random numbers of the same shapes, and what is expected of normal
-numbers by the format's codes and blocks alone, by quadrature. The mean error is the mean `|W' - W|` over the mean
-`|W|`, the median over kernels. Blocks: weights that share a scale, by the inputs of a kernel; NF4's run on from
-output to output where 64 does not divide them.
+(smallest to largest), beside the same for normal random numbers of the same shapes, and the value expected for normal
+numbers from the format's codes and blocks alone, by quadrature. The mean error is the mean `|W' - W|` over the mean
+`|W|`, the median over kernels. Blocks are weights that share a scale, by the inputs of a kernel; NF4's blocks continue
+from output to output where 64 does not divide them.
 """
 
 
@@ -62,12 +64,13 @@ def _row(row: Mapping[str, Any]) -> str:
 
 STEP = """## One training step
 
-`python -m benchmarks.step`: AdamW with clipping, LoRA of rank 16 on all linear layers, random weights of the true shapes and random
-tokens. `method none` trains the embedding of one token: the gradient goes through all layers, and nothing is adapted. MFU is that of the
-FLOPs that cannot be left out (4 a frozen and 6 a trained weight and token, and causal attention) at the device's bfloat16 peak, whatever
-the number format and whatever is computed again. PEFT is Hugging Face's, with adapters in bfloat16: `compile` is torch.compile, `checkpoint`
-gradient checkpointing, `nf4` a base quantized by bitsandbytes, `liger` the kernels of Liger. The loss is that of the first and of the last
-step, of which there are not the same number in all rows.
+`python -m benchmarks.step`: AdamW with clipping, LoRA of rank 16 on all linear layers, random weights of the true
+shapes and random tokens. `method none` trains the embedding of one token: the gradient passes through all layers, and
+nothing is adapted. MFU counts the FLOPs that cannot be left out (4 per frozen and 6 per trained weight and token, and
+causal attention) at the device's bfloat16 peak, whatever the number format and the recomputation. PEFT is Hugging
+Face's, with adapters in bfloat16: `compile` is torch.compile, `checkpoint` gradient checkpointing, `nf4` a base
+quantized by bitsandbytes, `liger` the kernels of Liger. The loss is that of the first and of the last step; the rows
+differ in their number of steps.
 """
 
 
@@ -145,8 +148,9 @@ def _base(row: Mapping[str, Any]) -> str:
 
 MEMORY = """## Memory, predicted and measured
 
-`python -m benchmarks.memory --beside benchmarks/results/step_h200.jsonl`: what `python -m jaxpeft.plan` predicts for one GPU by arithmetic, what XLA says
-of the compiled step, and the peak that `benchmarks.step` measured.
+`python -m benchmarks.memory --beside benchmarks/results/step_h200.jsonl`: the memory that `python -m jaxpeft.plan`
+predicts for one GPU by arithmetic, the memory that XLA reports for the compiled step, and the peak memory that
+`benchmarks.step` measured.
 """
 MEMORY_COLUMNS: Columns = {
     "shape": lambda row: row["shape"], "tokens": lambda row: f"{row['batch']} x {row['length']}", "base": _base,
@@ -160,10 +164,10 @@ def _share(of: float | None) -> str:
     return "" if of is None else f"{of:.1%}"
 
 
-WARM = """## The first step, with compiled programs that are kept
+WARM = """## The first step, with cached programs
 
-`python -m benchmarks.step --steps 2 --cache` a second time: seconds from the command to the end of the first step, Python's imports and the making of
-random weights included; of these, tracing and reading the compiled program.
+`python -m benchmarks.step --steps 2 --cache`, run a second time: seconds from the command to the end of the first step,
+including Python's imports and the creation of random weights; of these, tracing and reading the compiled program.
 """
 WARM_COLUMNS: Columns = {
     "shape": lambda row: row["shape"], "base": _base, "remat": lambda row: row["remat"],
@@ -172,7 +176,8 @@ WARM_COLUMNS: Columns = {
 }  # fmt: skip
 LONGEST = """## The longest row that trains
 
-`python -m benchmarks.longest`: batch 1, LoRA of rank 16; the length follows from the programs of two shorter rows, and is trained on for a step.
+`python -m benchmarks.longest`: batch 1, LoRA of rank 16. The length is derived from the programs of two shorter rows,
+and trained on for one step.
 """
 LONGEST_COLUMNS: Columns = {
     "budget": lambda row: f"{row['budget_gb']:.0f} GB", "shape": lambda row: row["shape"], "base": _base,
@@ -181,8 +186,8 @@ LONGEST_COLUMNS: Columns = {
 }  # fmt: skip
 HEAD_LOSS = """## The loss of a large vocabulary
 
-`python -m benchmarks.head_loss`: what the head and the loss take besides hidden states and head, forward and backward, in chunks as runs compute
-it, and by the whole logits.
+`python -m benchmarks.head_loss`: the memory and time of the head and the loss, beyond hidden states and head, forward
+and backward: in chunks as runs compute it, and with the whole logits.
 """
 HEAD_LOSS_COLUMNS: Columns = {
     "way": lambda row: row["way"], "vocabulary": lambda row: f"{row['vocab']:,}", "tokens": lambda row: f"{row['tokens']:,}",
@@ -191,8 +196,8 @@ HEAD_LOSS_COLUMNS: Columns = {
 }  # fmt: skip
 ATTENTION = """## Attention
 
-`python -m benchmarks.attention`: 4 x 2048 tokens, 32 heads of 128 numbers, 8 key heads; forward, and with the gradient. The error is that from
-`xla` in float32.
+`python -m benchmarks.attention`: 4 x 2048 tokens, 32 heads of 128 numbers, 8 key heads; forward, and with the gradient.
+The error is relative to `xla` in float32.
 """
 ATTENTION_COLUMNS: Columns = {
     "mask": lambda row: row["mask"], "kernel": lambda row: row["kernel"], "forward": lambda row: f"{row['forward_ms']:.2f} ms",
@@ -201,9 +206,9 @@ ATTENTION_COLUMNS: Columns = {
 }  # fmt: skip
 LORA = """## The product with a low-rank update
 
-`python -m benchmarks.lora_product`: linear sites that read one input, 8192 rows, rank 16, forward and backward: site by site, jointly as runs
-compute them, or with kernels that the update is added to for each product. The error is that of what an update of a thousandth of the
-kernel adds to the outputs: of merged kernels most is lost in bfloat16.
+`python -m benchmarks.lora_product`: linear sites that read one input, 8192 rows, rank 16, forward and backward: site by
+site, jointly as runs compute them, or with kernels to which the update is added for each product. The error is that of
+the contribution of an update of a thousandth of the kernel to the outputs: merged kernels lose most of it in bfloat16.
 """
 LORA_COLUMNS: Columns = {
     "base": _base, "sites": lambda row: row["sites"], "way": lambda row: row["way"],
@@ -213,8 +218,8 @@ LORA_COLUMNS: Columns = {
 
 GRADIENTS = """## Gradients in bfloat16
 
-`python -m benchmarks.gradients`: how far the gradients of a LoRA step in bfloat16 are from those in float32 on the same base, all trained leaves
-together, on a CPU, which computes fp8 in bfloat16.
+`python -m benchmarks.gradients`: the distance of the gradients of a LoRA step in bfloat16 from those in float32 on the
+same base, over all trained leaves together, on a CPU, which computes fp8 in bfloat16.
 
 | base | error | loss | loss in float32 |
 |---|---|---|---|
@@ -300,10 +305,11 @@ def _error_row(row: Mapping[str, Any]) -> str:
 
 SHARDS = """## Loading into shards
 
-`python -m benchmarks.shard_loading`: a Llama of TinyLlama's width, loaded by several processes of two CPU devices each on one machine of two
-cores. Of the process in which it is most: what it asked of the files, what its devices hold (each part once) before kernels are quantized, the
-ratio of both, the largest part on one device, and the peak of its memory above what its devices hold in the end.
-The machine was busy with other work: of the times that of the processor, of one process, says more.
+`python -m benchmarks.shard_loading`: a Llama of TinyLlama's width, loaded by several processes of two CPU devices each
+on one machine with two cores. Figures are those of the process with the highest: the bytes it requested from the files,
+the bytes its devices hold (each part once) before kernels are quantized, the ratio of both, the largest part on one
+device, and its peak memory above what its devices hold in the end. The machine was busy with other work: of the times,
+the CPU time of one process says more.
 
 | leaves | base | layers | processes | read | its part | read / part | largest part | memory above | seconds | of the processor |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -328,9 +334,9 @@ def _shard_row(row: Mapping[str, Any]) -> str:
 
 SEGMENTS = """## Reading a part of each row
 
-`python -m benchmarks.segments`: GB/s of the part, one thread, from the page cache (warm, by the time of the processor) and from the
-disk (cold, by the clock). A call for each row; out of a
-mapping of a few rows, which is what `jaxpeft` does; and the rows whole, which asks for all of their bytes.
+`python -m benchmarks.segments`: GB/s of the part, one thread, from the page cache (warm, by CPU time) and from the disk
+(cold, by wall-clock time). The columns are a call for each row; a mapping of a few rows, which is what `jaxpeft` does;
+and whole rows, which requests all their bytes.
 
 | row | part | calls, warm | mapped, warm | whole, warm | calls, cold | mapped, cold | whole, cold |
 |---|---|---|---|---|---|---|---|
@@ -347,8 +353,9 @@ def segments(name: str) -> str:
 
 STRATEGIES = """## The same result under every strategy
 
-`python -m benchmarks.strategies`: loss and gradients of one batch of a tiny Llama in float32, on simulated CPU devices, against those of
-one device: the largest difference, relative to the loss and to the largest number of each leaf's gradient.
+`python -m benchmarks.strategies`: loss and gradients of one batch of a tiny Llama in float32, on simulated CPU devices,
+against those of one device: the largest difference, relative to the loss and to the largest number of each leaf's
+gradient.
 
 ```
 """
