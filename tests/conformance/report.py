@@ -38,12 +38,12 @@ LLAMA_1B = {
 }  # fmt: skip
 HEAD = """# Methods
 
-Every method is one file of `jaxpeft/methods/`, a frozen dataclass of hyperparameters; `config.method.name` chooses it, and
-its docstring and fields say the options. This page is made by `python -m tests.conformance.report`, which
-tries each of them; nothing in its tables is typed by hand.
+Every method is one file in `jaxpeft/methods/`, a frozen dataclass of hyperparameters. `config.method.name` selects it;
+its docstring and fields document the options. `python -m tests.conformance.report` tests every method and generates
+this page; nothing in its tables is typed by hand.
 
-A new method is one file, its line in the table of `jaxpeft/methods/__init__.py`, and one row in `tests/conformance/rows.py`; this page
-then has it, too.
+A new method is one file, its line in the table of `jaxpeft/methods/__init__.py`, and one row in
+`tests/conformance/rows.py`; this page then lists it, too.
 """
 
 
@@ -152,10 +152,10 @@ PEFT = ("the_real_peft_gives_the_logits_of_what_jaxpeft_saved", "jaxpeft_gives_t
 LIBRARY = ("the_library_gives_the_logits_of_what_jaxpeft_saved", "jaxpeft_gives_the_logits_of_what_the_library_saved")
 RESUMED = "interrupted_and_restored_it_goes_on_bit_by_bit"
 FILES = (
-    "Adapters go both ways between jaxpeft and the real `peft` 0.21 on torch, and bottleneck adapters between jaxpeft and the real "
-    "`adapters` 1.3, with random leaves; shown is the largest difference of a logit in float32, over the models that both have (the "
-    "mark is 1e-4 of the largest logit), and a dash where no file of theirs can hold the method. Resumed is a run that was "
-    "interrupted and restored, against the run that was not."
+    "Adapters go both ways between jaxpeft and the real `peft` 0.21 on torch, and bottleneck adapters between jaxpeft "
+    "and the real `adapters` 1.3, with random leaves. The table shows the largest difference of a logit in float32, "
+    "over the models that both have (the limit is 1e-4 of the largest logit), and a dash where none of their files "
+    "can hold the method. Resumed compares a run that was interrupted and restored with the run that was not."
 )
 
 

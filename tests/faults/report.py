@@ -19,17 +19,18 @@ from tests.faults.cases import CASES, MARKS
 OUT = Path(__file__).parents[2] / "docs" / "reliability.md"
 HEAD = """# Reliability
 
-What happens to a run when something goes wrong, and what is promised then. Each case is shown by tests of its number in
-`tests/faults`; this page is made from their results by `python -m tests.faults.report`.
+What happens to a run when something fails, and what jaxpeft promises then. Tests in `tests/faults` with the number of a
+case show it. `python -m tests.faults.report` generates this page from their results.
 
-The four marks: **C** the exit code is the one promised (0 done, 2 bad input: do not restart, 143 and 130 stopped by a
-signal and saved, 1 any other failure), or the run recovers; **M** the message names field, value, file and fix, in at most
-five lines, or in a line for each of several problems, and without a traceback; **T** in time: refused before anything is
-compiled, within a minute; **L** nothing is lost: what was saved is there, byte for byte, and the run that goes on ends as the
-one that nothing happened to.
+The four marks: **C** the exit code is the promised one (0 done, 2 bad input: do not restart, 143 and 130 stopped by a
+signal and saved, 1 any other failure), or the run recovers; **M** the message names field, value, file and fix, in at
+most five lines, or in one line for each of several problems, and without a traceback; **T** in time: refused before
+anything is compiled, within a minute; **L** nothing is lost: what was saved is there, byte for byte, and the resumed
+run ends like an uninterrupted one.
 
-"Bit-equal" here is bit-equal on CPUs, simulated devices among them: all of this page ran there. It does not hold on a GPU yet: on an
-H200 two equal runs differ from the fourth step on, and a resumed run differs from its straight one. On TPUs none of it has run.
+"Bit-equal" means bit-equal on CPUs, including simulated devices: all of this page ran there. It does not hold on a GPU
+yet: on an H200, two equal runs differ from the fourth step on, and a resumed run differs from an uninterrupted one. On
+TPUs none of it has run.
 """
 
 
