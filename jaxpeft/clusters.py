@@ -38,7 +38,7 @@ _WAITS = {
     "start": "JAXPEFT_START_TIMEOUT",
     "barrier": "JAXPEFT_BARRIER_TIMEOUT",
 }
-_ALONE = f"or set {SWITCH}=off to run one process by itself"
+_ALONE = f"or set {SWITCH}=off to run a single process"
 _PORT = 8476
 _SLURM_PORTS = 61440, 4096
 

@@ -36,7 +36,7 @@ def _run(job: train.Job) -> int:
         try:
             failed = comparison.run(job.config, job.workdir, stop, job.allowed, traceback=job.arguments.traceback)
         except Stopped as stopped:
-            log.info("stopped on request; the same command goes on from there")
+            log.info("stopped on request; the same command resumes from there")
             return stopped.exit_code
     if failed:
         log.error("%s", comparison.shown(failed, job.workdir))

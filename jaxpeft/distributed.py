@@ -69,13 +69,13 @@ def start(place: Place | None, waits: Waits) -> Peers:
         if place.by != "TPU VM" or jax.process_count() > 1:
             raise
         # a notebook's TPU, which has no metadata to ask, and is one host
-        _log.warning("this TPU VM says nothing of other hosts (%s): one process by itself", error.__cause__)
+        _log.warning("this TPU VM reports no other hosts (%s): a single process", error.__cause__)
         return ALONE
     state = jax_distributed.global_state
     peers = Peers(state.process_id, state.num_processes, waits.barrier, state.client)
     hush(peers.process, peers.processes)
     _log.info(
-        "joined %d process(es) by %s at %s: %.1f s; one that gives no sign of life for %d s ends them all",
+        "joined %d process(es) by %s at %s: %.1f s; a process without a heartbeat for %d s ends them all",
         peers.processes, place.by, state.coordinator_address, time.perf_counter() - began, waits.heartbeat,
     )  # fmt: skip
     return peers
@@ -89,7 +89,7 @@ def _initialize(place: Place, waits: Waits) -> None:
     if place.coordinator:
         _log.info("waiting for %s processes at %s ...", place.processes, place.coordinator)
     # JAX ends the process where the others do not come, and does not say what to do; nor does it hear a signal until then
-    late = _not_joined(place, f"not all came within {waits.start} s", waits)
+    late = _not_joined(place, f"not all joined within {waits.start} s", waits)
     try:
         with signals.heard(waits.start, lambda: _give_up(late), _stop):
             if place.found_by_jax:
@@ -174,7 +174,7 @@ def together(peers: Peers, waits: Waits, body: Callable[[], int], *, show_traceb
         code = guarded(body, show_traceback=show_traceback, tell=watcher.tell)
     except KeyboardInterrupt:  # asked a second time: what is going on is not waited for
         code = 1
-        watcher.tell("interrupted; start all processes again: they go on from the newest saved step", code)
+        watcher.tell("interrupted; start all processes again: they resume from the newest checkpoint", code)
     if code not in ORDERLY:
         watcher.leave(code)
     watcher.over.set()
@@ -259,7 +259,7 @@ class _Watcher:
         if self.over.wait(_LAST) or self.peers.first:
             return
         _log.error(
-            "process 0 is gone (%s); look at its log, and start all of them again: they go on from the newest saved step",
+            "process 0 is gone (%s); look at its log, and start all of them again: they resume from the newest checkpoint",
             _short(error),
         )
         sys.stderr.flush()
@@ -276,8 +276,8 @@ class _Watcher:
                 warned.add(key)
                 _, host, pid = json.loads(told)
                 _log.warning(
-                    "process %s (%s, pid %d) has given no sign of life for %.0f s; if it has died, all end after %d s with SIGABRT "
-                    "(exit code 134): start all of them again, they go on from the newest saved step",
+                    "process %s (%s, pid %d) has sent no heartbeat for %.0f s; if it has died, all end after %d s with SIGABRT "
+                    "(exit code 134): start all of them again, they resume from the newest checkpoint",
                     key.rsplit("/", 1)[-1], host, pid, now - heard[key][1], self.heartbeat,
                 )  # fmt: skip
 

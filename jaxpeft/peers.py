@@ -159,7 +159,7 @@ class Peers:
                 f"--workdir {folder}: is not the same folder for process {self.process} on {platform.node()} as for process 0: a "
                 f"file written there is not seen after {SEEN:.0f} s; give a folder that all hosts share"
             )
-        self.wait("a look into the folder of the run")
+        self.wait("a check of the folder of the run")
         if self.first:
             mark.unlink(missing_ok=True)
 
@@ -168,7 +168,7 @@ class Peers:
 
     def _lost(self, what: str, error: Exception) -> PeersError:
         late = "DEADLINE_EXCEEDED" in str(error)
-        why = f"not all of them came within {self.timeout} s (JAXPEFT_BARRIER_TIMEOUT)" if late else _short(error)
+        why = f"not all of them arrived within {self.timeout} s (JAXPEFT_BARRIER_TIMEOUT)" if late else _short(error)
         who = f"process {self.process} of {self.processes} waited for the others at {what!r}"
         named = f"; missing: process {', '.join(_missing(error))}" if late and _missing(error) else ""
         return PeersError(f"{who}: {why}{named}; look at their logs, and start all of them again")

@@ -30,13 +30,13 @@ class RunArguments(ConfigArguments):
 
     workdir: str | None = option(None, "folder of the run; runs/NAME_OF_THE_CONFIG by default")
     name: str | None = option(None, "name of the run, in place of --workdir: its folder is runs/NAME")
-    allow_change: tuple[str, ...] = option((), "go on though this field of the config has changed")
-    allow_base: bool = option(False, "go on though the base has changed")
+    allow_change: tuple[str, ...] = option((), "resume although this field of the config has changed")
+    allow_base: bool = option(False, "resume although the base has changed")
     coordinator: str | None = option(None, "host:port of process 0, of a run of several processes")
     processes: int | None = option(None, "how many processes the run has")
     process: int | None = option(None, "which of them this is, from 0")
     heartbeat_timeout: int | None = option(
-        None, "seconds without a sign of life of a process until all end; 100 by default"
+        None, "seconds without a heartbeat of a process until all end; 100 by default"
     )
     validate: bool = option(False, "check the config and stop")
 
@@ -100,7 +100,7 @@ def job_of(given: RunArguments, overrides: Overrides = (), *, compares: bool = F
 _OTHER_VERB = {
     False: "config.compare.candidates: {count} methods to compare; run `python -m jaxpeft.compare --config {path}`, or set "
     "--config.compare.candidates=() to train config.method alone",
-    True: "config.compare.candidates: there is none to compare; list them, or run `python -m jaxpeft.train --config {path}`",
+    True: "config.compare.candidates: is empty; list the methods to compare, or run `python -m jaxpeft.train --config {path}`",
 }
 
 

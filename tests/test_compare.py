@@ -63,7 +63,7 @@ def test_killed_and_given_again_it_goes_on_repeats_nothing_and_tells_what_fails(
     with process:
         until(lambda: (first / "result.json").is_file() and "step 5/" in _text(second / "log.txt"))
         process.kill()
-    until(lambda: "is saved, the same command goes on from it" in _text(second / "log.txt"))
+    until(lambda: "is saved, the same command resumes from it" in _text(second / "log.txt"))
     until(lambda: not (second / ".lock").exists())
     assert not (second / "result.json").exists()
     kept = (first / "result.json").stat().st_mtime_ns
@@ -90,8 +90,8 @@ def test_a_signal_saves_the_run_that_is_going_on_and_ends_with_its_code(config_f
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=IN_TIME)[1]
     assert process.returncode == 130, said
-    assert "is saved, the same command goes on from it" in said
-    assert "stopped on request; the same command goes on from there" in said
+    assert "is saved, the same command resumes from it" in said
+    assert "stopped on request; the same command resumes from there" in said
     assert "Traceback" not in said
     assert list((workdir / "lora" / "seed-0" / "checkpoints").iterdir())
 
@@ -126,7 +126,7 @@ def test_each_verb_refuses_the_others_config(
     )
     assert train.main([*words, "--config.compare.candidates=()", "--validate"]) == 0
     assert compare.main([*words, "--config.compare.candidates=()"]) == 2
-    assert "config.compare.candidates: there is none to compare" in capsys.readouterr().err
+    assert "config.compare.candidates: is empty; list the methods to compare" in capsys.readouterr().err
     assert compare.main([*words, "--validate"]) == 0
 
 

@@ -105,7 +105,7 @@ def test_values_that_differ_are_refused_by_name(run: Run) -> None:
 def test_who_is_missing_at_a_barrier_is_said(run: Run) -> None:
     first, _ = run(lambda one: one.wait("the end") if one.first else None)
     assert isinstance(first, PeersError)
-    assert "process 0 of 2 waited for the others at 'the end': not all of them came within 1 s" in str(first)
+    assert "process 0 of 2 waited for the others at 'the end': not all of them arrived within 1 s" in str(first)
     assert "missing: process 1; look at their logs" in str(first)
 
 
@@ -156,7 +156,7 @@ def test_a_tpu_that_knows_no_other_hosts_is_one_process(
         monkeypatch.delenv(name, raising=False)
     assert distributed.start(None, Waits()) is ALONE
     assert caplog.messages == [
-        "this TPU VM says nothing of other hosts (coordinator_address should be defined.): one process by itself"
+        "this TPU VM reports no other hosts (coordinator_address should be defined.): a single process"
     ]
     with pytest.raises(
         PeersError, match=r"process 1 of 4: could not join the others \(coordinator_address .*found by TPU\)"
@@ -206,5 +206,5 @@ def test_a_process_that_is_not_heard_of_is_named_once(caplog: pytest.LogCaptureF
         watcher._look(heard, warned)
         time.sleep(0.3)
     (said,) = caplog.messages
-    assert said.startswith("process 1 (there, pid 8) has given no sign of life for ")
+    assert said.startswith("process 1 (there, pid 8) has sent no heartbeat for ")
     assert "all end after 1 s with SIGABRT (exit code 134): start all of them again" in said

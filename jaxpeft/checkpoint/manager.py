@@ -80,8 +80,8 @@ class Checkpoints:
                 self._delete_old()
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"{target}: could not be saved ({type(error).__name__}: {str(error).splitlines()[0][:200]}); make room or mend "
-                "the disk, and give the same command again: it goes on from the newest saved step"
+                f"{target}: could not be saved ({type(error).__name__}: {str(error).splitlines()[0][:200]}); make room or repair "
+                "the disk, and run the same command again: it resumes from the newest checkpoint"
             ) from error
 
     def _delete_old(self) -> None:
@@ -118,18 +118,18 @@ class Checkpoints:
             why = manifest.problem(self._folder / str(step), step)
             if why is None:
                 for other, reason in bad:
-                    _log.warning("%s: %s; going on from step %d", self._folder / str(other), reason, step)
+                    _log.warning("%s: %s; resuming from step %d", self._folder / str(other), reason, step)
                 if not manifest.is_numbered(self._folder / str(step)):
-                    told = "was saved by an earlier version, which did not record its number: its name is believed"
+                    told = "was saved by an earlier version, which did not record its number: its name is trusted"
                     _log.warning("%s: %s", self._folder / str(step), told)
                 return step
             bad.append((step, why))
         if any(why != manifest.UNFINISHED for _, why in bad):
             rows = [f"{self._folder / str(step)}: {why}" for step, why in bad]
-            fix = "no saved step is good; restore one from a copy, or give another --workdir to start anew"
+            fix = "no checkpoint is intact; restore one from a copy, or give another --workdir to start a new run"
             raise DamagedError([*rows, fix])
         for step, why in bad:
-            _log.warning("%s: %s; starting anew", self._folder / str(step), why)
+            _log.warning("%s: %s; starting from scratch", self._folder / str(step), why)
         return None
 
     def put_aside(self, after: int | None) -> None:
@@ -167,10 +167,10 @@ class Checkpoints:
             shown = "".join(f"\n  {row}" for row in [*rows[:MOST_SHOWN], *more])
             raise ConfigError(
                 f"{self._folder} holds step {step} of another run; undo these changes, allow one by --allow-change=FIELD, or "
-                f"give another --workdir to start anew:{shown}"
+                f"give another --workdir to start a new run:{shown}"
             )
         for row in let if self._peers.first else ():
-            _log.warning("going on from step %d with another %s", step, row)
+            _log.warning("resuming from step %d with another %s", step, row)
 
     def restore(
         self, step: int, state: Any, best: Any, fixed: Mapping[str, Any] | None = None

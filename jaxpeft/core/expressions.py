@@ -38,7 +38,7 @@ def broken_expression(text: Any) -> str | None:
             warnings.simplefilter("ignore")  # of a set in a set: Python keeps what it compiled, as it reads it today
             re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"{shown(text)} is no regular expression ({error})"
+        return f"{shown(text)} is not a regular expression ({error})"
     if text.count("(") > MOST_GROUPS:
         return f"{shown(text)} is a regular expression of {text.count('(')} groups; at most {MOST_GROUPS} are taken"
     repeats = math.prod(max(1, *(int(count or 0) for count in counts)) for counts in _REPEAT.findall(text))

@@ -103,7 +103,7 @@ def read_dialog(record: Record, columns: Columns) -> Dialog:
     value, column = field(record, columns.messages), columns.messages
     if isinstance(value, str) and value.strip() and value.strip()[0] not in "[{":
         raise RowError(
-            f"field {column!r} is a text, and no JSON",
+            f"field {column!r} is a text, not JSON",
             f"write it as a list of messages; if it is a prompt, set data.columns={{'prompt': {column!r}, 'completion': ...}}",
         )
     return _answered(_chat(_within(read_messages, value, column), _frame(record, columns)), column)

@@ -106,7 +106,7 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
                 file.write(buffer.getbuffer())
                 file.write(hashlib.sha256(buffer.getbuffer()).digest())
     except OSError as error:
-        _LOG.warning("%s: the tokens could not be cached (%s); going on without", path, error)
+        _LOG.warning("%s: the tokens could not be cached (%s); continuing without a cache", path, error)
 
 
 def to_arrays(encoded: Encoded) -> Arrays:

@@ -56,7 +56,7 @@ def unfold(value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RowError(f"is a text, and no JSON ({error})", "write it as JSON") from None
+        raise RowError(f"is a text, not JSON ({error})", "write it as JSON") from None
 
 
 def read_messages(value: Any) -> tuple[Message, ...]:

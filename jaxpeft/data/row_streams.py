@@ -253,7 +253,7 @@ class _Hub:
             yield from ((0, with_label_names(record, data.features)) for record in data)
         except OSError as error:
             raise DataError(
-                f"{self.name}: cannot be read on ({error}); check the network, then run it again"
+                f"{self.name}: could not be read to its end ({error}); check the network, then run it again"
             ) from error
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
@@ -270,7 +270,7 @@ class _Hub:
                 commit = HfApi().dataset_info(hub_id, revision=revision).sha
             except (HfHubHTTPError, OSError) as error:
                 raise DataError(
-                    f"{hub_id}: its revision cannot be told ({type(error).__name__}); check the network"
+                    f"{hub_id}: its revision cannot be determined ({type(error).__name__}); check the network"
                 ) from None
             self._hash = f"{hub_id} {split} {config} {commit}"
         return self._hash

@@ -179,7 +179,7 @@ def _open_answer(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Ans
     is what generation begins the content with; the answer is the rest of the content.
     """
     rewritten = RenderError(
-        f"the chat template writes the turns before turn {i + 1} otherwise once it follows", fix=MEND
+        f"the chat template writes the turns before turn {i + 1} differently once it follows", fix=MEND
     )
     said = dialog.messages[i].get("content")
     (asked, answered), turns = _free(upto, 2), dialog.messages[:i]
@@ -304,7 +304,7 @@ def _find_marks(dialog: Dialog, answers: Collection[int], text: str, cut: Cut) -
                 else _Places(*found)._replace(called=[*range(len(text))], tools=[0])
             )
     raise RenderError(
-        "the chat template writes other turns otherwise where one has another letter: it cannot be told whose words are learned",
+        "the chat template writes other turns differently where one has another letter: it is unknown whose words would be learned",
         fix=MEND,
     )
 

@@ -43,7 +43,7 @@ BUILT_IN: Mapping[str, str] = {
     ),
 }
 """Templates for tokenizers that have none."""
-MEND = "mend the template, or name another as data.chat_template"
+MEND = "fix the template, or name another as data.chat_template"
 Cut = tuple[int, bool]
 """The first so many messages, and whether what an answer of the assistant begins with stands behind them."""
 
@@ -144,7 +144,7 @@ class Template:
         reply = self._receive(SECONDS_TO_START) or {"error": sandbox.TOO_MUCH}
         if reply["error"] is not None:
             _end(process)
-            raise ConfigError(f"chat template: {reply['error']}; mend it, or name another as data.chat_template")
+            raise ConfigError(f"chat template: {reply['error']}; fix it, or name another as data.chat_template")
 
     def _receive(self, seconds: float) -> dict[str, Any] | None:
         """Return the next reply; None where the process has ended, or must: it takes too long, or says too much."""

@@ -122,7 +122,7 @@ def centroid_accuracy(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) 
     counts = np.bincount(own)
     if len(classes) < 2 or counts.max() < 2:
         raise DataError(
-            f"{len(labels)} rows of {len(classes)} classes: the nearest class can be told from two classes on, with two rows in one"
+            f"{len(labels)} rows of {len(classes)} classes: the nearest class needs at least two classes, and two rows in one of them"
         )
     wide = rows.astype(np.float64)
     sums = np.zeros((len(classes), wide.shape[1]))

@@ -81,7 +81,7 @@ def warn_of_edits(folder: Path, extra: Mapping[str, Any]) -> None:
             edited = _edited(recorded[name], content)
             if edited:
                 told = ", ".join(edited[:_SHOWN])
-                _log.warning("%s: edited since it was saved, and believed as it stands: %s", folder / name, told)
+                _log.warning("%s: edited since it was saved, and accepted as it stands: %s", folder / name, told)
 
 
 def _edited(recorded: Mapping[str, str], content: Mapping[str, Any]) -> list[str]:

@@ -67,7 +67,7 @@ def _names(config: Mapping[str, Any], file: str) -> tuple[str, ...]:
     """Return the names by id, empty where `LABEL_0` and so on stand for none."""
     by_id, by_name = _ids(config.get("id2label"), flipped=False), _ids(config.get("label2id"), flipped=True)
     if by_id and by_name and by_id != by_name and set(by_id.values()) == set(by_name.values()):
-        raise WeightsError(f"{file}: id2label and label2id give the classes different ids; mend the one that is wrong")
+        raise WeightsError(f"{file}: id2label and label2id give the classes different ids; fix the one that is wrong")
     found = by_id or by_name
     names = tuple(found[i] for i in sorted(found))
     numbered = sorted(found) == list(range(len(found))) and len(set(names)) == len(names)

@@ -134,7 +134,9 @@ class Entry:
                 (temporary / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
         except OSError as error:
             if not (self.folder / _RECORD).is_file():  # else another process was faster
-                _log.warning("%s: the quantized kernels could not be cached (%s); going on without", self.folder, error)
+                _log.warning(
+                    "%s: the quantized kernels could not be cached (%s); continuing without a cache", self.folder, error
+                )
 
     def _tensors(self, params: Tree) -> Iterator[tuple[str, _Layer]]:
         for path, leaves in self.leaves.items():

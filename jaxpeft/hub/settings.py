@@ -97,13 +97,13 @@ def parse_settings(extra: Mapping[str, Any], where: Path) -> Settings:
     given = {key: value for key, value in extra.items() if key in _FIELDS and value is not None}
     wrong = [(key, given[key], must) for key, (good, must) in _MUST.items() if key in given and not good(given[key])]
     if wrong:
-        fix = "mend it, or remove the file: the adapter is then loaded as one of another library"
+        fix = "fix it, or remove the file: the adapter is then loaded as one of another library"
         raise AdapterError([f"{where}: {key}: must be {must}, is {shown(value)}; {fix}" for key, value, must in wrong])
     if "quant" in given:
         read_quant(given["quant"], where)
     labels, count = given.pop("labels", ()), given.get("num_labels")
     if labels and count != len(labels):
-        raise AdapterError(f"{where}: labels: {len(labels)} names for num_labels {count}; mend it")
+        raise AdapterError(f"{where}: labels: {len(labels)} names for num_labels {count}; fix it")
     return Settings(**given, labels=tuple(labels))
 
 

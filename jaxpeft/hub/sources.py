@@ -139,7 +139,7 @@ def _from_hub(name: str, revision: str | None) -> Source:
             )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         raise WeightsError(
-            f"model {name!r}: neither a folder here nor to be had from the hub "
+            f"model {name!r}: neither a folder here nor available from the hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); check the id, the network and the access token"
         ) from error
     commit = Path(folder).name

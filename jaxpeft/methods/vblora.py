@@ -36,7 +36,7 @@ class VBLoRAFormat(TargetedFormat["VBLoRA"]):
         values, problems = super().read_options(kind, config)
         if config.get("save_only_topk_weights"):
             problems.append(
-                "save_only_topk_weights: the file holds no logits, which training goes on from; save it with "
+                "save_only_topk_weights: the file holds no logits, which training resumes from; save it with "
                 "save_only_topk_weights=False where it was trained"
             )
         return values, problems

@@ -206,7 +206,7 @@ def _copied(setting: Setting, run: Subject) -> list[str]:
         return []
     measured = "measured for 8 B in NF4 with remat of full: 17.1 GiB in place of 10.0"
     return [
-        f"the memory is that of unrolled layers, which a run chooses: of stacked ones XLA copies the codes ({measured})"
+        f"the memory is that of unrolled layers, which a run chooses: XLA copies the codes of stacked ones ({measured})"
     ]
 
 
@@ -214,7 +214,7 @@ def _dropped(placed: Placed) -> list[str]:
     if not placed.dropped:
         return []
     more = f" and {len(placed.dropped) - 2} more" if len(placed.dropped) > 2 else ""
-    return [f"not spread where an axis does not divide a dimension: {'; '.join(placed.dropped[:2])}{more}"]
+    return [f"not sharded where an axis does not divide a dimension: {'; '.join(placed.dropped[:2])}{more}"]
 
 
 def _row(config: Config, change: str, mesh: Mapping[str, int], remat: str, verdict: str, *, fits: bool | None) -> Row:
@@ -235,7 +235,7 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
     done = work(program, causal=run.config.model.task == "causal_lm")
     chip, notes = setting.topology.chip, row.notes
     if done.kernels:
-        notes = (*notes, f"FLOPs without those of {done.kernels} calls of kernels, which say nothing of them")
+        notes = (*notes, f"FLOPs without those of {done.kernels} calls of kernels, which do not report them")
     own_program = not setting.topology.simulated
     roof = roofline(
         chip,

@@ -103,7 +103,7 @@ def model_config(path: str, revision: str | None, given: str | None) -> dict[str
         file = Path(given) / "config.json" if Path(given).is_dir() else Path(given)
         if not file.is_file():
             raise ConfigError(
-                f"--model-config: {given!r} is no file, and no shape that is known{nearest(given, SHAPES)} (known: {', '.join(SHAPES)})"
+                f"--model-config: {given!r} is neither a file nor a known shape{nearest(given, SHAPES)} (known: {', '.join(SHAPES)})"
             )
         return read_json(file)
     folder = Path(path).expanduser()
@@ -122,7 +122,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         raise ConfigError(
-            f"config.model.path: {name!r}: its config.json is not to be had ({type(error).__name__}); name it with --model-config, a "
+            f"config.model.path: {name!r}: its config.json is not available ({type(error).__name__}); name it with --model-config, a "
             f"file or one of {', '.join(SHAPES)}"
         ) from error
 

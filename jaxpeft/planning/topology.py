@@ -68,7 +68,7 @@ def read(text: str, slices: int = 1) -> Topology:
     name, _, shape = text.strip().lower().partition(":")
     if name not in CHIPS:
         raise ConfigError(
-            f"--topology: {shown(name)} is no chip that is known{nearest(name, CHIPS)} (known: {', '.join(CHIPS)}); write {EXAMPLES}"
+            f"--topology: {shown(name)} is not a known chip{nearest(name, CHIPS)} (known: {', '.join(CHIPS)}); write {EXAMPLES}"
         )
     axes = len(CHIPS[name].largest) or 1
     if (

@@ -44,7 +44,7 @@ class Quant:
 
     def __post_init__(self) -> None:
         if self.form not in QUANTIZED:
-            raise ConfigError(f"quant: {self.form!r} is no number format (known: {', '.join(QUANTIZED)})")
+            raise ConfigError(f"quant: {self.form!r} is not a number format (known: {', '.join(QUANTIZED)})")
         for field in ("targets", "exclude"):
             entries: Any = getattr(self, field)
             if isinstance(entries, list):

@@ -58,7 +58,7 @@ class Rules:
             if full_match(rule.pattern, path):
                 return rule
         raise ConfigError(
-            f"{path}: no rule says how it is spread; add one to mesh.rules, such as ({re.escape(path)!r},) for whole on each device"
+            f"{path}: no rule says how to shard it; add one to mesh.rules, such as ({re.escape(path)!r},) to replicate it"
         )
 
     def own(self, path: str) -> Rule | None:

@@ -63,7 +63,7 @@ def log_dropped(found: Layout, most: int = 4) -> None:
     alike = list(dict.fromkeys(re.sub(r"/\d+/", "/*/", why) for why in found.dropped))
     more = [f"and {len(alike) - most} more"] if len(alike) > most else []
     if alike:
-        _log.warning("not spread, as an axis does not divide a dimension:\n  %s", "\n  ".join([*alike[:most], *more]))
+        _log.warning("not sharded, as an axis does not divide a dimension:\n  %s", "\n  ".join([*alike[:most], *more]))
 
 
 def by_path(tree: Mapping[str, Any]) -> Callable[[Path], NamedSharding]:

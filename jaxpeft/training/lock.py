@@ -33,7 +33,7 @@ def lock_folder(folder: Path) -> Generator[None]:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"--workdir {folder}: a run is going on there ({_read_owner(path)}); wait for it, or give another folder"
+            f"--workdir {folder}: another run is active there ({_read_owner(path)}); wait for it, or give another folder"
         ) from None
     try:
         yield

@@ -213,7 +213,7 @@ class Run:
         except Stopped as stopped:
             self._save()
             stopped.saved = True
-            _log.info("stopped on request; step %d is saved, the same command goes on from it", self.step)
+            _log.info("stopped on request; step %d is saved, the same command resumes from it", self.step)
             raise
         finally:
             self.checkpoints.close()

@@ -51,7 +51,10 @@ def bringing(model: Pretrained, found: Layout) -> Pretrained:
     gathered = gathered_codes(found)
     remat = "products" if options.remat == "none" and (waits or gathered) else options.remat
     if remat != options.remat:
-        _log.info("remat %s in place of none: else what layers bring would be kept, which is the whole base", remat)
+        _log.info(
+            "remat %s instead of none: otherwise the backward pass would keep the fetched kernels, which are the whole base",
+            remat,
+        )
     return model.clone(options=dataclasses.replace(options, offload=waits, gathered=gathered, remat=remat))
 
 

@@ -18,7 +18,7 @@ _REPEATED = 1.0
 its group, which it is in."""
 
 
-NOTHING_NEW = "stopped on request; nothing new was there to save, the same command goes on"
+NOTHING_NEW = "stopped on request; there was nothing new to save, the same command resumes the run"
 _JUST_OVER = 0.5
 
 

@@ -32,7 +32,7 @@ def test_a_renamed_step_is_told_and_the_one_before_is_gone_on_from(
     (root / "20").rename(root / "40")
     checkpoints = Checkpoints(root, keep=2)
     assert checkpoints.latest() == 10
-    said = "holds step 20: its folder was renamed or copied; give it its name again, 20; going on from step 10"
+    said = "holds step 20: its folder was renamed or copied; give it its name again, 20; resuming from step 10"
     assert f"{root / '40'}: {said}" in caplog.text
     checkpoints.put_aside(10)
     assert sorted(path.name for path in root.iterdir()) == ["10", "40.set-aside"]
@@ -47,7 +47,9 @@ def test_a_copy_under_another_number_is_none_and_the_original_is_good(tmp_path: 
 def test_steps_that_are_all_renamed_are_refused_with_their_numbers(tmp_path: Path) -> None:
     root = saved(tmp_path, 10)
     (root / "10").rename(root / "11")
-    with pytest.raises(DamagedError, match=r"11: holds step 10: .* give it its name again, 10\nno saved step is good"):
+    with pytest.raises(
+        DamagedError, match=r"11: holds step 10: .* give it its name again, 10\nno checkpoint is intact"
+    ):
         Checkpoints(root, keep=2).latest()
 
 
@@ -60,7 +62,7 @@ def test_a_step_of_an_earlier_version_is_believed_and_told(tmp_path: Path, caplo
     )
     with caplog.at_level(logging.WARNING):
         assert Checkpoints(root, keep=2).latest() == 10
-    assert "saved by an earlier version, which did not record its number: its name is believed" in caplog.text
+    assert "saved by an earlier version, which did not record its number: its name is trusted" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["0040", "٤٠", "40.set-aside", "forty", "-40", "4e1", "9" * 200])

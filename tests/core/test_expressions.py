@@ -28,10 +28,10 @@ SLOW = [
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("(", "is no regular expression (missing ), unterminated subpattern"),
+        ("(", "is not a regular expression (missing ), unterminated subpattern"),
         ("*x", "nothing to repeat"),
         ("a{99999999999}", "the repetition number is too large"),
-        (r"\p{Lu}", r"is no regular expression (bad escape \p"),
+        (r"\p{Lu}", r"is not a regular expression (bad escape \p"),
         ("a" * 1001, "is a regular expression of 1,001 characters; at most 1,000 are taken"),
         ("(" * 33 + "a" + ")" * 33, "is a regular expression of 33 groups; at most 32 are taken"),
         (

@@ -140,5 +140,5 @@ def test_lists_sets_and_numpy_numbers_are_taken_as_peft_takes_them() -> None:
      {"layers_to_transform": (1,), "targets": ("q",), "layers_pattern": ("(",)}],
 )  # fmt: skip
 def test_what_is_no_regular_expression_is_named(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"lora\.\w+: .* is no regular expression"):
+    with pytest.raises(ConfigError, match=r"lora\.\w+: .* is not a regular expression"):
         LoRA(**options)

@@ -36,7 +36,7 @@ class Fails:
 
     def _fail(self) -> None:
         if self.how == "told":
-            raise DataError(["rows.jsonl:3:1: broken; mend it", "rows.jsonl:4:1: broken; mend it"])
+            raise DataError(["rows.jsonl:3:1: broken; fix it", "rows.jsonl:4:1: broken; fix it"])
         if self.how == "other":
             raise FileNotFoundError(2, "gone", "rows.jsonl")
         if self.how == "timeout":

@@ -76,8 +76,8 @@ def test_the_next_items_are_made_while_one_is_used() -> None:
 @pytest.mark.parametrize(
     ("how", "workers", "kind", "text"),
     [
-        ("told", 0, DataError, "^rows.jsonl:3:1: broken; mend it\nrows.jsonl:4:1: broken; mend it$"),
-        ("told", 2, DataError, "^rows.jsonl:3:1: broken; mend it\nrows.jsonl:4:1: broken; mend it$"),
+        ("told", 0, DataError, "^rows.jsonl:3:1: broken; fix it\nrows.jsonl:4:1: broken; fix it$"),
+        ("told", 2, DataError, "^rows.jsonl:3:1: broken; fix it\nrows.jsonl:4:1: broken; fix it$"),
         ("other", 0, FileNotFoundError, r"^\[Errno 2\] gone: 'rows.jsonl'$"),
         ("other", 2, FileNotFoundError, r"^\[Errno 2\] gone: 'rows.jsonl'$"),
         ("timeout", 0, TimeoutError, "^the disk is slow$"),

@@ -166,7 +166,7 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[st
 @pytest.mark.parametrize(
     ("kind", "row", "text"),
     [
-        ("messages", {"messages": "hi"}, "field 'messages' is a text, and no JSON"),
+        ("messages", {"messages": "hi"}, "field 'messages' is a text, not JSON"),
         ("messages", {"messages": []}, "field 'messages' holds no list of messages"),
         ("messages", {"messages": ["hi"]}, "holds a str as turn 1, not an object"),
         ("messages", {"messages": [{"role": "usr", "content": "hi"}]}, "has the unknown role 'usr' in turn 1"),
@@ -183,7 +183,7 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[st
         ("messages", {"messages": [TURNS[0]]}, "'messages' has no turn of the assistant"),
         ("messages", {"messages": [*TURNS, {"role": "system", "content": "x"}]}, "has its system turn at place 3"),
         ("messages", {"messages": [{"role": "system", "content": "x"}] * 2 + TURNS}, "has 2 system turns (1, 2)"),
-        ("messages", {"messages": TURNS, "tools": "f"}, "field 'tools' is a text, and no JSON"),
+        ("messages", {"messages": TURNS, "tools": "f"}, "field 'tools' is a text, not JSON"),
         ("messages", {"messages": TURNS, "tools": [3]}, "field 'tools' holds a list, not a list of objects"),
         ("messages", {"messages": TURNS, "tools": {"name": "f"}}, "field 'tools' holds a dict, not a list of objects"),
         ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "has weight='0.5' in turn 2"),

@@ -295,7 +295,7 @@ def test_a_hub_that_fails_is_told(make: Make, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
     with pytest.raises(
-        DataError, match=r"^org/name: its revision cannot be told \(ConnectionError\); check the network$"
+        DataError, match=r"^org/name: its revision cannot be determined \(ConnectionError\); check the network$"
     ):
         stream.identity()
 
@@ -304,7 +304,9 @@ def test_a_hub_that_fails_is_told(make: Make, monkeypatch: pytest.MonkeyPatch) -
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
-    with pytest.raises(DataError, match=r"^org/name\[train\]: cannot be read on \(no route\); check the network"):
+    with pytest.raises(
+        DataError, match=r"^org/name\[train\]: could not be read to its end \(no route\); check the network"
+    ):
         RowStream("org/name", "train").rows(0, 9)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(

@@ -178,10 +178,10 @@ LEAKS = {
 def test_words_of_other_turns_are_never_learned(leak: str) -> None:
     turns = [{"role": "system", "content": "Be brief."}, user("Add 2."), said("The sum is 2.")]
     with pytest.raises(
-        RenderError, match=r"writes words of another turn into turn 3|otherwise once it follows"
+        RenderError, match=r"writes words of another turn into turn 3|differently once it follows"
     ) as caught:
         written(LEAKS[leak], turns)
-    assert caught.value.fix == "mend the template, or name another as data.chat_template"
+    assert caught.value.fix == "fix the template, or name another as data.chat_template"
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_words_of_other_turns_are_never_learned(leak: str) -> None:
         ("{% for m in messages %}{{ m.content }}{% endfor %}", call({}), "does not write the tool calls of turn 2"),
         ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor %}",
          call({}), "writes 'None' for the content of turn 2, which is null"),
-        ("{% for m in messages %}{{ m.content }}{{ messages | length }}{% endfor %}", said("5"), "the turns before turn 2 otherwise once it follows"),
-        ("{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}", said("5"), "whose words are learned"),
+        ("{% for m in messages %}{{ m.content }}{{ messages | length }}{% endfor %}", said("5"), "the turns before turn 2 differently once it follows"),
+        ("{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}", said("5"), "whose words would be learned"),
     ],
 )  # fmt: skip
 def test_what_a_template_does_not_write_is_refused(source: str, turn: dict[str, Any], text: str) -> None:

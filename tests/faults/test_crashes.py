@@ -53,7 +53,7 @@ def test_case_2_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, mark
     assert job.steps == [2, 4]
     done = job()
     marks.exit(done, 0)
-    said = f"{job.checkpoints}/4: has no manifest.json: its saving was interrupted; going on from step 2"
+    said = f"{job.checkpoints}/4: has no manifest.json: its saving was interrupted; resuming from step 2"
     marks.message(done, said, "restoring step 2")
     marks.in_time(done)
     marks.same_end(job, whole)
@@ -65,7 +65,7 @@ def test_case_2_a_first_step_without_a_manifest_starts_anew_and_says_so(job: Job
     assert job(fault="after_arrays:1").returncode == -9
     done = job()
     marks.exit(done, 0)
-    marks.message(done, f"{job.checkpoints}/2: has no manifest.json: its saving was interrupted; starting anew")
+    marks.message(done, f"{job.checkpoints}/2: has no manifest.json: its saving was interrupted; starting from scratch")
     marks.same_end(job, whole)
 
 
@@ -84,7 +84,7 @@ def test_case_3_killed_while_an_old_step_is_deleted_a_good_one_is_left(job: Job,
 def test_case_4_a_signal_in_a_step_saves_that_step(job: Job, whole: Job, marks: Marks, signal: str, code: int) -> None:
     done = job(fault=f"in_step:3:{signal}")
     marks.exit(done, code)
-    marks.message(done, "stopped on request; step 3 is saved, the same command goes on from it")
+    marks.message(done, "stopped on request; step 3 is saved, the same command resumes from it")
     marks.in_time(done)
     assert job.steps[-1] == 3
     assert job().returncode == 0
@@ -108,7 +108,7 @@ def test_case_5_a_signal_before_the_first_step_says_that_nothing_was_there_to_sa
 ) -> None:
     done = job(fault="in_eval:1:term")
     marks.exit(done, 143)
-    marks.message(done, "stopped on request; nothing new was there to save, the same command goes on")
+    marks.message(done, "stopped on request; there was nothing new to save, the same command resumes the run")
     marks.in_time(done)
     assert not job.checkpoints.exists()
     assert job().returncode == 0
@@ -196,7 +196,7 @@ def test_case_14_all_damaged_is_an_error_that_lists_each(job: Job, whole: Job, m
     done = job.here()
     marks.exit(done, 2)  # which no launcher starts again
     listed = [f"{job.checkpoints}/{step}: " for step in job.steps]
-    marks.message(done, *listed, "no saved step is good; restore one from a copy, or give another --workdir")
+    marks.message(done, *listed, "no checkpoint is intact; restore one from a copy, or give another --workdir")
     marks.early(done)
     marks.kept(before, files(job.checkpoints))
 
@@ -220,7 +220,7 @@ def test_case_16_a_second_run_in_the_folder_is_refused(job: Job, marks: Marks) -
         before = files(job.workdir)
         done = job()
         marks.exit(done, 2)
-        marks.message(done, f"--workdir {job.workdir}: a run is going on there (")
+        marks.message(done, f"--workdir {job.workdir}: another run is active there (")
         marks.early(done)
         marks.kept(before, files(job.workdir))
 

@@ -311,9 +311,7 @@ TEMPLATES = {
 def test_case_40_a_hostile_template_is_refused_in_time(chats: Any, marks: Marks, how: str) -> None:
     template, said = TEMPLATES[how]
     began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(
-        chats([GOOD] * 300, template), marks, "rows.jsonl:", "the chat template", said, "mend the template", most=21
-    )
+    refused(chats([GOOD] * 300, template), marks, "rows.jsonl:", "the chat template", said, "fix the template", most=21)
     assert time.process_time() - began < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 

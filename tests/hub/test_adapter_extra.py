@@ -101,8 +101,8 @@ def test_an_edited_field_is_believed_and_told(save, caplog):
     assert method.alpha == 12.0
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert told == [
-        f"{saved.folder / 'adapter_config.json'}: edited since it was saved, and believed as it stands: lora_alpha",
-        f"{saved.folder / EXTRA}: edited since it was saved, and believed as it stands: labels",
+        f"{saved.folder / 'adapter_config.json'}: edited since it was saved, and accepted as it stands: lora_alpha",
+        f"{saved.folder / EXTRA}: edited since it was saved, and accepted as it stands: labels",
     ]
 
 
@@ -125,7 +125,7 @@ HOSTILE = {
     "labels of another type": ({"labels": "abc"}, "labels: must be a list of names, each once, is 'abc'"),
     "labels that are not text": ({"labels": [1, 2, 3]}, "labels: must be a list of names, each once, is [1, 2, 3]"),
     "a label twice": ({"labels": ["a", "a", "b"]}, "labels: must be a list of names, each once"),
-    "labels of another number": ({"labels": ["a"]}, "labels: 1 names for num_labels 3; mend it"),
+    "labels of another number": ({"labels": ["a"]}, "labels: 1 names for num_labels 3; fix it"),
     "a task that is none": ({"task": "x" * 500}, "task: must be one of causal_lm, "),
     "a number in a task's place": ({"task": 3}, "task: must be one of causal_lm, "),
     "pooling": ({"pooling": ["mean"]}, "pooling: must be a name, is ['mean']"),

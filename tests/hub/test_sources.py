@@ -134,7 +134,7 @@ def test_a_hub_model_that_is_not_there_is_refused(cache, name, revision):
     with pytest.raises(WeightsError) as caught:
         sources.resolve(name, revision)
     (problem,) = caught.value.problems
-    assert problem.startswith(f"model {name!r}: neither a folder here nor to be had from the hub (LocalEntryNotFound")
+    assert problem.startswith(f"model {name!r}: neither a folder here nor available from the hub (LocalEntryNotFound")
     assert problem.endswith("; check the id, the network and the access token")
     assert "\n" not in problem
 

@@ -27,7 +27,7 @@ needs_libtpu = pytest.mark.skipif(
     [
         ([], "2 problems:\n--config: is not given"),
         (["--config", "FILE"], "--topology: is not given; write v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"),
-        (["--config", "FILE", "--topology", "v5:2"], "--topology: 'v5' is no chip that is known"),
+        (["--config", "FILE", "--topology", "v5:2"], "--topology: 'v5' is not a known chip"),
         (["--config", "FILE", "--topology", "cpu:8", "--strategies", "fsdq"], "--strategies: 'fsdq' is none; did you mean 'fsdp'"),
         (["--config", "FILE", "--topology", "cpu:8", "--strategies", ""], "--strategies: is empty; leave it out, or name some of all, rep"),
         (["--config", "FILE", "--topology", "cpu:8", "--config.train.steps=0"], "config.train.steps: must be at least 1, is 0"),
@@ -40,9 +40,9 @@ needs_libtpu = pytest.mark.skipif(
         (["--config", "FILE", "--topology", "cpu:8", "--hbm", "0"], "--hbm: must be at least 0.01, is 0"),
         (
             ["--config", "FILE", "--topology", "cpu:8", "--model-config", "llama3_80b"],
-            "--model-config: 'llama3_80b' is no file, and no shape that is known; did you mean 'llama3_8b'",
+            "--model-config: 'llama3_80b' is neither a file nor a known shape; did you mean 'llama3_8b'",
         ),
-        (["--config", "FILE", "--topology", "cpu:8"], "config.model.path: 'no/such-model': its config.json is not to be had"),
+        (["--config", "FILE", "--topology", "cpu:8"], "config.model.path: 'no/such-model': its config.json is not available"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_refused(words, message, tmp_path, capsys):

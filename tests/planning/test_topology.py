@@ -32,7 +32,7 @@ def test_slices_multiply():
 @pytest.mark.parametrize(
     ("text", "slices", "message"),
     [
-        ("v5f:4x4", 1, r"--topology: 'v5f' is no chip that is known; did you mean 'v5p' or 'v5e'\? .*known: v5e, v5p, v6e, h100"),
+        ("v5f:4x4", 1, r"--topology: 'v5f' is not a known chip; did you mean 'v5p' or 'v5e'\? .*known: v5e, v5p, v6e, h100"),
         ("v5e:4x4x4", 1, "'v5e:4x4x4' is not of a shape that v5e comes in; write v5e:4x4$"),
         ("v5p:4x4", 1, "is not of a shape that v5p comes in; write v5p:4x4x4"),
         ("h100", 1, "'h100' is not of a shape that h100 comes in; write h100:4"),

@@ -94,7 +94,7 @@ def test_targets_say_which_and_groups_how(scan: bool) -> None:
 def test_what_does_not_fit_is_refused(reference: Any) -> None:
     _, base = load("llama")
     _, stacked = load("llama", scan_layers=True)
-    with pytest.raises(ConfigError, match=r"quant: 'nf3' is no number format \(known: nf4, int4, int8, fp8\)"):
+    with pytest.raises(ConfigError, match=r"quant: 'nf3' is not a number format \(known: nf4, int4, int8, fp8\)"):
         jaxpeft.quantize(base, "nf3")
     with pytest.raises(
         ConfigError, match="quant_group: 32 does not go with nf4, which has no groups; int4 and int8 have"
@@ -114,15 +114,15 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
         ConfigError, match="quant: lm_head is to be quantized, and vocab_size=120 gives it more tokens; exclude it"
     ):
         jaxpeft.load(folder, task="causal_lm", vocab_size=120, quant=jaxpeft.Quant("int8", targets=("lm_head",)))
-    with pytest.raises(ConfigError, match="no number format"):
+    with pytest.raises(ConfigError, match="not a number format"):
         jaxpeft.load(reference("llama", "causal_lm").folder, task="causal_lm", quant="q4_k")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": "("}, r"quant_targets: '\(' is no regular expression"),
-        ({"exclude": "[a"}, r"quant_exclude: '\[a' is no regular expression"),
+        ({"targets": "("}, r"quant_targets: '\(' is not a regular expression"),
+        ({"exclude": "[a"}, r"quant_exclude: '\[a' is not a regular expression"),
         ({"group": 2.0}, r"quant_group: must be a whole number of at least 1, is 2\.0"),
         ({"group": 0}, "quant_group: must be a whole number of at least 1, is 0"),
         ({"group": True}, "quant_group: must be a whole number of at least 1, is True"),

@@ -183,7 +183,9 @@ def test_a_rule_that_matches_no_leaf_is_refused() -> None:
 
 def test_a_leaf_that_no_rule_covers_is_an_error() -> None:
     params = abstract(LLAMA, None) | {"extra": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}}
-    said = "extra/kernel: no rule says how it is spread; add one to mesh.rules, such as ('extra/kernel',) for whole on each device"
+    said = (
+        "extra/kernel: no rule says how to shard it; add one to mesh.rules, such as ('extra/kernel',) to replicate it"
+    )
     with pytest.raises(ConfigError, match=re.escape(said)):
         found(params, None, strategy="fsdp")
     assert found(params, None, data=2)["extra/kernel"] == P()

@@ -213,7 +213,7 @@ def test_rows_that_no_run_could_read_are_refused_before_the_first(config: Config
 def test_two_comparisons_at_once_in_one_folder_are_refused(config: Config, tmp_path: Path) -> None:
     from jaxpeft.training.lock import lock_folder
 
-    with lock_folder(tmp_path), pytest.raises(ConfigError, match="a run is going on there"):
+    with lock_folder(tmp_path), pytest.raises(ConfigError, match="another run is active there"):
         run(config, tmp_path)
 
 

@@ -18,7 +18,7 @@ def test_a_second_run_is_refused_and_told_who_has_the_folder(tmp_path: Path) -> 
     second = lock_folder(tmp_path)
     with (
         lock_folder(tmp_path),
-        pytest.raises(ConfigError, match=rf"{tmp_path}: a run is going on there \(.*, pid {os.getpid()}, since "),
+        pytest.raises(ConfigError, match=rf"{tmp_path}: another run is active there \(.*, pid {os.getpid()}, since "),
     ):
         second.__enter__()
     with lock_folder(tmp_path):
