@@ -162,7 +162,7 @@ def _damaged(job: Job, whole: Job, marks: Marks, how: str, what: str) -> None:
     done = job()
     marks.exit(done, 0)
     name = file.relative_to(job.checkpoints / str(newest))
-    marks.message(done, f"{job.checkpoints}/{newest}: {name} {what}; going on from step {before}")
+    marks.message(done, f"{job.checkpoints}/{newest}: {name} {what}; resuming from step {before}")
     marks.in_time(done)
     marks.kept(kept, files(job.checkpoints / str(before)))
     marks.same_end(job, whole)
@@ -185,7 +185,7 @@ def test_case_13_a_manifest_that_is_not_json_is_found(job: Job, whole: Job, mark
     newest = job.steps[-1]
     (job.checkpoints / str(newest) / "manifest.json").write_text('{"body": ')
     done = job.here("--config.train.seed=7")  # refused at the step that is gone on from
-    marks.message(done, f"{job.checkpoints}/{newest}: manifest.json is damaged: it cannot be read; going on from step")
+    marks.message(done, f"{job.checkpoints}/{newest}: manifest.json is damaged: it cannot be read; resuming from step")
 
 
 def test_case_14_all_damaged_is_an_error_that_lists_each(job: Job, whole: Job, marks: Marks) -> None:

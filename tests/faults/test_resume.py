@@ -178,7 +178,7 @@ def test_case_20_a_change_that_is_allowed_is_told_and_gone_on_with(job: Job, who
     assert job(fault="in_step:3:term").returncode == 143
     done = job.here("--config.optimizer.learning_rate=1e-3", "--allow-change=optimizer.learning_rate")
     marks.exit(done, 0)
-    marks.message(done, "going on from step 3 with another config.optimizer.learning_rate: was 0.0002, is 0.001")
+    marks.message(done, "resuming from step 3 with another config.optimizer.learning_rate: was 0.0002, is 0.001")
     wrong = job.here("--config.optimizer.learning_rate=1e-3", "--allow-change=learning_rat")
     marks.exit(wrong, 2)
     marks.message(wrong, "--allow-change=learning_rat: no such field")
