@@ -108,7 +108,7 @@ def file(tmp_path: Path) -> Path:
         ("data.labels", "[0, 1]", "config.data.labels[0]: must be a string, is 0 (int)"),
         ("data.columns", "{[]: 1}", "config.data.columns: must be a mapping, is '{[]: 1}' (str)"),
         ("data.lengths", "1.5," * 500, "config.data.lengths: 495 more of its values are wrong"),
-        ("method.targets", "(" * 900, f"targets: '{'(' * 79}... (902 characters) is no regular expression"),
+        ("method.targets", "(" * 900, f"targets: '{'(' * 79}... (902 characters) is not a regular expression"),
         ("method.name", "0x" + "f" * 5000, f"config.method.name: '0x{'f' * 77}... (5,004 characters) is not a method"),
         ("a." * 3000 + "b", "1", f"--config.{'a.' * 40}... (6,001 characters): no such option"),
         ("method.rank_pattern." + "q" * 3000, "-1", "config.method.rank_pattern: must be at least 1, is -1"),

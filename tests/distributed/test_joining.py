@@ -41,7 +41,7 @@ def test_a_signal_ends_the_waiting_for_the_others(
         assert process.wait(timeout=20) == code
     finally:
         process.kill()
-    assert "stopped on request; nothing new was there to save" in (tmp_path / "said").read_text()
+    assert "stopped on request; there was nothing new to save" in (tmp_path / "said").read_text()
 
 
 def test_processes_of_mpirun_find_each_other_by_what_jax_reads_of_open_mpi() -> None:

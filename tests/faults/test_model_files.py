@@ -125,7 +125,7 @@ def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(
             r".*\.q",
             ("the regular expression '.*\\\\.q' matches no whole site name", "the model has 17 site names, such as"),
         ),
-        ("(", ("config.method.targets: '(' is no regular expression",)),
+        ("(", ("config.method.targets: '(' is not a regular expression",)),
     ],
     ids=["name", "norm", "module", "expression", "broken"],
 )

@@ -74,7 +74,7 @@ def test_variants_go_both_ways_with_the_real_peft(
             TargetError,
             r"feedforward: takes some layers of model\.layers\.\*\.mlp\.down_proj",
         ),
-        ({"feedforward": "("}, ConfigError, r"ia3\.feedforward: '\(' is no regular expression"),
+        ({"feedforward": "("}, ConfigError, r"ia3\.feedforward: '\(' is not a regular expression"),
     ],
 )
 def test_what_names_no_site_is_refused(options: Any, error: type[Exception], text: str) -> None:

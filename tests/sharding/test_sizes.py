@@ -110,7 +110,7 @@ def test_an_impossible_mesh_is_refused_with_the_arithmetic(options: dict[str, An
         ({"strategy": "hybrid_fsdp", "across": "fsdp"}, "across: hybrid_fsdp goes over slices by data; for fsdp over slices set mesh.strategy"),
         ({"strategy": "fsdp", "expert": 4, "rules": ((".*/lora_a",),)}, "expert: nothing of strategy fsdp lies along it"),
         ({"rules": ((),)}, "rules[0]: is empty; begin it with an expression of a path"),
-        ({"rules": (("(", "data"),)}, "rules[0]: '(' is no regular expression"),
+        ({"rules": (("(", "data"),)}, "rules[0]: '(' is not a regular expression"),
         ({"rules": ((".*", "tensr"),)}, "rules[0]: 'tensr' is no axis; did you mean 'tensor'?"),
         ({"rules": ((".*", "data", "fsdp+data"),)}, "rules[0]: an axis stands there twice, in 'data', 'fsdp+data'; a leaf has it once"),
     ],
