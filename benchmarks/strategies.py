@@ -23,17 +23,17 @@ from jaxpeft.core import tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
+from jaxpeft.hub.placing import bringing
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import Options, Pretrained, abstract_params
 from jaxpeft.quant.tree import quantize
 from jaxpeft.sharding.activations import on_mesh
 from jaxpeft.sharding.mesh import heads_of, make_mesh, place
 from jaxpeft.sharding.mesh_config import MeshConfig
-from jaxpeft.sharding.rules import rules_of
+from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.sharding.sizes import SEQUENCE, STRATEGIES
 from jaxpeft.sharding.specs import layout
 from jaxpeft.training.losses import loss_for
-from jaxpeft.training.placing import bringing
 from jaxpeft.training.step import make_loss_sum
 from jaxpeft.transforms.rewrite import rewrite
 
@@ -122,7 +122,7 @@ def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, floa
     """Compute loss, weight and gradients of a case on a mesh: `(sum of the loss, weight, gradients)`, on the host."""
     model, params, batch = prepared(case)
     mesh = mesh_of(options, devices)
-    found = layout(mesh, rules_of(options), params, case.method)
+    found = layout(mesh, sharding_rules(options), params, case.method)
     if mesh.shape[SEQUENCE] > 1:  # as the main job does
         model = model.clone(options=dataclasses.replace(model.options, attention="chunked"))
     loss = make_loss_sum(bringing(model, found), loss_for(model.options.task, "single_label"))

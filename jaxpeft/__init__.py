@@ -43,6 +43,13 @@ if TYPE_CHECKING:
     from jaxpeft.quant.tree import Quant as Quant
     from jaxpeft.quant.tree import dequantize as dequantize
     from jaxpeft.quant.tree import quantize as quantize
+    from jaxpeft.sharding.activations import on_mesh as on_mesh
+    from jaxpeft.sharding.mesh import batch_shardings as batch_shardings
+    from jaxpeft.sharding.mesh import create_device_mesh as create_device_mesh
+    from jaxpeft.sharding.mesh_config import MeshConfig as MeshConfig
+    from jaxpeft.sharding.rules import sharding_rules as sharding_rules
+    from jaxpeft.sharding.specs import shardings as shardings
+    from jaxpeft.sharding.specs import state_shardings as state_shardings
     from jaxpeft.transforms.merge import merge as merge
     from jaxpeft.transforms.merge_quantized import merge_quantized as merge_quantized
     from jaxpeft.transforms.rewrite import rewrite as rewrite
@@ -76,6 +83,13 @@ _WHERE = {
     "save_adapter": "hub.adapters",
     "load": "hub.loading",
     "Settings": "hub.settings",
+    "MeshConfig": "sharding.mesh_config",
+    "create_device_mesh": "sharding.mesh",
+    "batch_shardings": "sharding.mesh",
+    "sharding_rules": "sharding.rules",
+    "shardings": "sharding.specs",
+    "state_shardings": "sharding.specs",
+    "on_mesh": "sharding.activations",
     "METHODS": "methods",
 }
 

@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxpeft import logs, models
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub import merge_record, quantized_cache, shards, sources, weights
+from jaxpeft.hub import merge_record, placing, quantized_cache, shards, sources, weights
 from jaxpeft.hub.checkpoints import Checkpoint, SafetensorsCheckpoint
 from jaxpeft.hub.choices import Task
 from jaxpeft.hub.model_request import ModelRequest
@@ -27,6 +28,8 @@ from jaxpeft.hub.safetensors_files import Meter
 from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Options, Pretrained, abstract_params
 from jaxpeft.quant.tree import Quant
+from jaxpeft.sharding.rules import Rules, strategy_rules
+from jaxpeft.sharding.specs import Layout, by_path, layout, log_dropped
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ def load(
     quant: Quant | str | None = None,
     seed: int = 0,
     sharding: shards.Places | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     cache: bool = True,
 ) -> tuple[Pretrained, Tree]:
     """Load a pretrained model: a Linen module and its parameters.
@@ -71,6 +76,9 @@ def load(
         sharding: a `jax.sharding.Sharding` for all leaves, or a function that gives that of each leaf by its path, as it is
             stored (a quantized kernel as the leaves that hold it); None for the first device. A process reads the parts of the
             files that its own devices hold, and the numbers are the same on any of them.
+        mesh: the devices to shard the parameters over (`create_device_mesh`), in place of `sharding`; the model then gathers what its
+            layers need.
+        rules: which axes of the mesh each leaf lies along (`sharding_rules`); None replicates every leaf.
         cache: whether quantized kernels of more than a gigabyte are kept on disk, and read from there the next time; the
             environment's `JAXPEFT_CACHE` says where, or `off`. Several processes keep none.
 
@@ -85,8 +93,17 @@ def load(
         task, num_labels, dtype, compute_dtype, scan_layers, pooling, remat, attention, vocab_size,
         Quant(quant) if isinstance(quant, str) else quant,
     )  # fmt: skip
+    if mesh is None and rules is not None:
+        raise ConfigError("rules: say nothing without a mesh; give load(mesh=...) as well")
+    if mesh is not None and sharding is not None:
+        raise ConfigError("sharding: the mesh and its rules say where each leaf lies; give one of sharding and mesh")
     outlined = outline(path_or_hub_id, request, revision)
-    return outlined.model, outlined.read(seed, sharding, cache=cache)
+    if mesh is None:
+        return outlined.model, outlined.read(seed, sharding, cache=cache)
+    rules = rules or Rules(strategy_rules(None))
+    placing.check(rules, mesh)
+    found = layout(mesh, rules, outlined.leaves)
+    return placing.bringing(outlined.model, found), outlined.read_sharded(found, seed, cache=cache)
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,17 @@ class Outline:
             place.write(params)
         _report(self, params, time.perf_counter() - started)
         return params
+
+    def read_sharded(self, found: Layout, seed: int = 0, *, cache: bool = True) -> Tree:
+        """Read the numbers, each leaf to where it lies: see `load`.
+
+        Args:
+            found: where the leaves lie, as they are stored.
+            seed: for the leaves of a newly made head.
+            cache: as of `load`.
+        """
+        log_dropped(found)
+        return self.read(seed, by_path(found.shardings), cache=cache)
 
     @property
     def leaves(self) -> Tree:

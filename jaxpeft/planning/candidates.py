@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxpeft.config.schema import Config
 from jaxpeft.core import training_hooks
 from jaxpeft.errors import ConfigError, TargetError
+from jaxpeft.hub import placing
 from jaxpeft.models.attention import KERNELS, kernel_of
 from jaxpeft.planning import estimates
 from jaxpeft.planning.collectives import collectives
@@ -27,10 +28,10 @@ from jaxpeft.planning.subject import Subject, subject
 from jaxpeft.planning.topology import Topology
 from jaxpeft.planning.work import work
 from jaxpeft.sharding.mesh import heads_of, make_mesh
-from jaxpeft.sharding.rules import rules_of
+from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.sharding.sizes import SEQUENCE
 from jaxpeft.sharding.specs import layout
-from jaxpeft.training import flops, placing
+from jaxpeft.training import flops
 from jaxpeft.training.memory import USABLE
 from jaxpeft.training.step import jit_train_step, make_train_step
 
@@ -136,7 +137,7 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
     run, notes = stacked(setting, config, attention, "full" if asked == "auto" else asked)
     if asked == "auto":
         run = _with_remat(setting, run, mesh)
-    found = layout(mesh, rules_of(config.mesh), run.base)
+    found = layout(mesh, sharding_rules(config.mesh), run.base)
     return mesh, run.with_model(placing.bringing(run.model, found)), notes
 
 

@@ -13,7 +13,7 @@ from jaxpeft.core import paths
 from jaxpeft.planning.placing import Placed
 from jaxpeft.planning.subject import Subject
 from jaxpeft.remat import fastest
-from jaxpeft.sharding.rules import rules_of
+from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.sharding.sizes import SEQUENCE, TENSOR, row_shards
 from jaxpeft.training import memory
 
@@ -49,7 +49,7 @@ def kept(subject: Subject, placed: Placed, mesh: Mesh) -> Kept:
     """
     over = row_shards(mesh.shape)
     rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
-    where = memory.layout_of(subject.outline, mesh, rules_of(subject.config.mesh))
+    where = memory.layout_of(subject.outline, mesh, sharding_rules(subject.config.mesh))
     own = memory.estimate(subject.outline, 0, rows, length, where)
     return Kept(own.kept, own.working + placed.gradients + _decoded(subject, mesh))
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxpeft.core import paths, tree
 from jaxpeft.planning.subject import Subject
 from jaxpeft.sharding.mesh import batch_shardings
-from jaxpeft.sharding.rules import rules_of
+from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.sharding.specs import layout, require_used, state_shardings
 from jaxpeft.training.step import TrainState
 
@@ -61,8 +61,8 @@ def place(subject: Subject, mesh: Mesh) -> Placed:
     """
     config = subject.config
     params = tree.combine(subject.state.trainable, subject.frozen)
-    require_used(rules_of(config.mesh), params)
-    found = layout(mesh, rules_of(config.mesh), params, config.method)
+    require_used(sharding_rules(config.mesh), params)
+    found = layout(mesh, sharding_rules(config.mesh), params, config.method)
     trainable = subject.state.trainable
     where = paths.map_with_path(lambda path, _: paths.get(found.shardings, path), trainable)
     state = _with(subject.state, state_shardings(mesh, subject.state, trainable, where))

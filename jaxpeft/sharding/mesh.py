@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads | None = None) -> Mesh:
-    """Make the mesh of a run.
+    """Make the mesh of a run, with which its batches must go: the arguments are those of `create_device_mesh`, but the config.
 
     Args:
         config: a checked config.
@@ -35,17 +35,31 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads
     Raises:
         ConfigError: there are not as many devices, or a batch cannot be spread over them evenly.
     """
-    there = list(jax.devices() if devices is None else devices)
-    groups = _groups(there)
-    along = _sizes(config.mesh, there, len(groups), heads)
-    many, chosen = math.prod(along.values()), config.mesh.strategy
-    slices = _slices(config.mesh, len(groups), along[DATA])
-    _check_slices(config.mesh, along, len(there), slices)
-    over = row_shards(along)
-    problems = batch_problems(config, along, f"{over} devices")
+    mesh = create_device_mesh(config.mesh, devices, heads)
+    problems = batch_problems(config, mesh.shape, f"{row_shards(mesh.shape)} devices")
     if problems:
         raise ConfigError(problems)
-    mesh = Mesh(_arranged(config.mesh, along, there[:many], slices), AXES)
+    return mesh
+
+
+def create_device_mesh(options: MeshConfig, devices: Sequence[Any] | None = None, heads: Heads | None = None) -> Mesh:
+    """Make the mesh of a strategy: five named axes, those that are not used of size 1.
+
+    Args:
+        options: the strategy, and sizes of axes.
+        devices: to make it of, those of a topology that is only described too; None for those that there are.
+        heads: of the model (`heads_of`), which `tensor` divides; None where they are not known.
+
+    Raises:
+        ConfigError: there are not as many devices.
+    """
+    there = list(jax.devices() if devices is None else devices)
+    groups = _groups(there)
+    along = _sizes(options, there, len(groups), heads)
+    many, chosen = math.prod(along.values()), options.strategy
+    slices = _slices(options, len(groups), along[DATA])
+    _check_slices(options, along, len(there), slices)
+    mesh = Mesh(_arranged(options, along, there[:many], slices), AXES)
     if heads is not None and heads.keys % along[TENSOR]:
         _log.warning(
             "mesh.tensor: %d does not divide the %d heads of keys and values, of which each device computes all",

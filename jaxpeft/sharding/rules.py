@@ -98,7 +98,7 @@ TABLE: tuple[Rule, ...] = (
 """Every leaf of every family; each strategy keeps of it the axes that it uses."""
 
 
-def rules_of(mesh: MeshConfig) -> Rules:
+def sharding_rules(mesh: MeshConfig) -> Rules:
     """Return the rules of a run: the user's own, then those of its strategy.
 
     Args:

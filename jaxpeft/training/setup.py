@@ -25,7 +25,7 @@ from jaxpeft.data.pipeline import Splits, make_batches, read_splits
 from jaxpeft.data.stream import Stream
 from jaxpeft.errors import ConfigError, TargetError, nearest
 from jaxpeft.evaluation.metrics import figures_of
-from jaxpeft.hub import sources
+from jaxpeft.hub import placing, sources
 from jaxpeft.hub.base_identity import architecture, fingerprint, weight_files
 from jaxpeft.hub.loading import Outline, outline
 from jaxpeft.json_files import read_json
@@ -35,10 +35,10 @@ from jaxpeft.peers import ALONE, Peers
 from jaxpeft.remat import REMAT_POLICIES
 from jaxpeft.sharding.mesh import heads_of, make_mesh
 from jaxpeft.sharding.processes import check_processes
-from jaxpeft.sharding.rules import Rules, rules_of
+from jaxpeft.sharding.rules import Rules, sharding_rules
 from jaxpeft.sharding.sizes import SEQUENCE, row_shards
 from jaxpeft.sharding.specs import require_used, shardings
-from jaxpeft.training import compiling, memory, placing
+from jaxpeft.training import compiling, memory
 from jaxpeft.training.decided import Decided, decide
 from jaxpeft.training.from_config import abstract_rewrite, model_request, training_loss
 from jaxpeft.training.losses import Loss, loss_for
@@ -119,7 +119,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     described = architecture(
         source
     )  # else the tokenizer's library refuses the same config.json, with an error of its own
-    mesh, rules = _mesh(config, source), rules_of(config.mesh)
+    mesh, rules = _mesh(config, source), sharding_rules(config.mesh)
     compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(rows_shown, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.label_names)
@@ -128,7 +128,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
     outlined = _chosen(config, splits, batches.lengths[-1], steps, mesh, peers)
     found = memory.layout_of(outlined, mesh, rules)
-    params = placing.read(outlined, config.train.seed, found)
+    params = outlined.read_sharded(found, config.train.seed)
     model = placing.bringing(outlined.model, found).clone(source=dataclasses.replace(source, sha256=base["sha256"]))
     return Setup(
         config=config,
@@ -240,7 +240,7 @@ def _with_remat(
     if budget is None:
         return outlined
     rows = config.train.batch_size // (config.train.accumulation * row_shards(mesh.shape))
-    where = memory.layout_of(outlined, mesh, rules_of(config.mesh))
+    where = memory.layout_of(outlined, mesh, sharding_rules(config.mesh))
     needs = memory.estimate(outlined, trained, max(1, rows), length // mesh.shape[SEQUENCE], where)
     remat = needs.fastest(budget) if config.model.remat == "auto" else config.model.remat
     if not REMAT_POLICIES[remat].estimated:
@@ -263,7 +263,7 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
     Returns:
         How many trained parameters a device holds.
     """
-    method, rules = config.method, rules_of(config.mesh)
+    method, rules = config.method, sharding_rules(config.mesh)
     most = getattr(outlined.model.config, "max_position_embeddings", None)
     virtual = training_hooks.virtual_positions(method)
     if most is not None and length + virtual > most:

@@ -17,13 +17,14 @@ import jaxpeft
 from jaxpeft.config.schema import Config
 from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError
+from jaxpeft.hub import placing
 from jaxpeft.hub.loading import outline
 from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.sharding.mesh import make_mesh
 from jaxpeft.sharding.mesh_config import MeshConfig
-from jaxpeft.sharding.rules import rules_of
+from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.sharding.specs import HOST
-from jaxpeft.training import job, memory, placing
+from jaxpeft.training import job, memory
 from jaxpeft.training.begin import begun
 from jaxpeft.training.records import read_lines
 from jaxpeft.training.setup import prepare
@@ -210,7 +211,7 @@ def test_memory_is_estimated_for_each_device(config: Config) -> None:
 
     def base(**mesh: Any) -> memory.Estimate:
         made = spread(config, **mesh)
-        where = memory.layout_of(outlined, make_mesh(made), rules_of(made.mesh))
+        where = memory.layout_of(outlined, make_mesh(made), sharding_rules(made.mesh))
         return memory.estimate(outlined, 100, 2, 16, where)
 
     whole, fsdp, tensor = base(), base(strategy="fsdp"), base(strategy="tensor", tensor=2)

@@ -26,7 +26,7 @@ from jaxpeft.models.base import Options, abstract_params
 from jaxpeft.quant.tree import Quant, stored_abstract
 from jaxpeft.sharding import specs
 from jaxpeft.sharding.mesh_config import MeshConfig
-from jaxpeft.sharding.rules import rules_of
+from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.sharding.sizes import STRATEGIES
 from jaxpeft.transforms.rewrite import rewrite
 from tests.models.conftest import tiny_config
@@ -51,7 +51,7 @@ def abstract(
 
 def found(params: Tree, method: str | None = "lora", options: MeshConfig | None = None, **given: Any) -> dict[str, P]:
     mesh = options or MeshConfig(**given)
-    lay = specs.layout(mesh_of(mesh, 8), rules_of(mesh), params, METHODS[method]() if method else None)
+    lay = specs.layout(mesh_of(mesh, 8), sharding_rules(mesh), params, METHODS[method]() if method else None)
     return {paths.text(path): where.spec for path, where in paths.walk(lay.shardings)}
 
 
@@ -173,12 +173,12 @@ def test_a_rule_that_matches_no_leaf_is_refused() -> None:
     said = "mesh.rules: 'model/embed_tokens/embeding' matches no leaf; did you mean 'model/embed_tokens/embedding'?"
     for quant in (None, "nf4"):
         with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
-            specs.require_used(rules_of(options), abstract(LLAMA, quant=quant))
+            specs.require_used(sharding_rules(options), abstract(LLAMA, quant=quant))
     stored = MeshConfig(strategy="fsdp", rules=((r".*/kernel_nf4",), (r".*/lora_a",), (r".*/adapter_down",)))
     trees = abstract(LLAMA, quant="nf4"), abstract(LLAMA, "adapter")
-    specs.require_used(rules_of(stored), *trees)
+    specs.require_used(sharding_rules(stored), *trees)
     with pytest.raises(ConfigError, match="adapter_down' matches no leaf"):
-        specs.require_used(rules_of(stored), trees[0])
+        specs.require_used(sharding_rules(stored), trees[0])
 
 
 def test_a_leaf_that_no_rule_covers_is_an_error() -> None:
@@ -211,7 +211,7 @@ def test_rules_of_the_users_that_do_not_go_with_a_leaf_are_errors(rule: tuple[st
 def test_an_axis_that_does_not_divide_is_left_out_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     params = abstract({**LLAMA, "vocab_size": 99, "intermediate_size": 132}, None, scan=False)
     options = MeshConfig(strategy="tensor")
-    lay = specs.layout(mesh_of(options, 8), rules_of(options), params)
+    lay = specs.layout(mesh_of(options, 8), sharding_rules(options), params)
     assert "lm_head/kernel [64, 99]: tensor 8 does not divide 99" in lay.dropped
     specs.log_dropped(lay, most=10)
     said = caplog.messages[-1]
@@ -233,7 +233,7 @@ def test_moments_lie_as_the_leaf_they_are_of(name: str) -> None:
     }[name]
     method, options = METHODS["lora"](), MeshConfig(strategy="tensor")
     params, mesh = abstract(LLAMA), mesh_of(options, 8)
-    where, mask = specs.shardings(mesh, rules_of(options), params, method), trainable_mask(method, params)
+    where, mask = specs.shardings(mesh, sharding_rules(options), params, method), trainable_mask(method, params)
     trainable, of = tree.partition(params, mask)[0], tree.partition(where, mask)[0]
     state = jax.eval_shape(optimizer.init, trainable)
     places = specs.state_shardings(mesh, state, trainable, of)
@@ -251,7 +251,7 @@ def test_moments_lie_as_the_leaf_they_are_of(name: str) -> None:
 def test_offloaded_are_the_frozen_matrices_of_layers() -> None:
     options = MeshConfig(strategy="fsdp", offload=True)
     for method, offloaded in (("lora", True), ("full", False)):
-        lay = specs.layout(mesh_of(options, 8), rules_of(options), abstract(LLAMA, method), METHODS[method]())
+        lay = specs.layout(mesh_of(options, 8), sharding_rules(options), abstract(LLAMA, method), METHODS[method]())
         kinds = {paths.text(path): where.memory_kind for path, where in paths.walk(lay.shardings)}
         assert (kinds["model/layers/mlp/gate_proj/kernel"] == specs.HOST) == offloaded
         assert specs.HOST not in {kind for path, kind in kinds.items() if not path.endswith("_proj/kernel")}

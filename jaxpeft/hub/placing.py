@@ -1,4 +1,4 @@
-"""Where the base of a run lies: read onto the devices by the rules, and brought from there to where a layer computes."""
+"""How the base comes from where it lies to where a layer computes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import logging
 import jax
 from jax.sharding import Mesh
 
-from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub.loading import Outline
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.mesh_config import MeshConfig
-from jaxpeft.sharding.specs import HOST, Layout, by_path, gathered_codes, log_dropped
+from jaxpeft.sharding.rules import Rules
+from jaxpeft.sharding.specs import HOST, Layout, gathered_codes
 
 _log = logging.getLogger(__name__)
 
 
-def check(options: MeshConfig, mesh: Mesh) -> None:
+def check(options: MeshConfig | Rules, mesh: Mesh) -> None:
     """Refuse to offload where the devices have no such memory.
 
     Raises:
@@ -56,15 +55,3 @@ def bringing(model: Pretrained, found: Layout) -> Pretrained:
             remat,
         )
     return model.clone(options=dataclasses.replace(options, offload=waits, gathered=gathered, remat=remat))
-
-
-def read(outlined: Outline, seed: int, found: Layout) -> Tree:
-    """Read the base, each leaf to where it lies.
-
-    Args:
-        outlined: the model.
-        seed: of the leaves of a newly made head.
-        found: where its leaves lie, as they are stored.
-    """
-    log_dropped(found)
-    return outlined.read(seed, by_path(found.shardings))

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpeft.config import load
 from jaxpeft.config.schema import Config
+from jaxpeft.hub.placing import bringing
 from jaxpeft.planning import topology
 from jaxpeft.planning.candidates import Setting, prepared, step_of
 from jaxpeft.planning.collectives import collectives
@@ -20,9 +21,8 @@ from jaxpeft.planning.placing import place
 from jaxpeft.planning.subject import with_changes
 from jaxpeft.sharding.mesh import make_mesh
 from jaxpeft.sharding.mesh_config import MeshConfig
-from jaxpeft.sharding.rules import rules_of
+from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.sharding.specs import layout
-from jaxpeft.training.placing import bringing
 from tests.planning.tiny import SMALL, write
 
 
@@ -80,4 +80,4 @@ def test_a_model_of_one_device_stays_as_it_is(tmp_path: Path) -> None:
     config = changed(tmp_path, model__quant="nf4")
     run = prepared(setting(True), config)[1]
     one = make_mesh(dataclasses.replace(config, mesh=MeshConfig()), jax.devices()[:1])
-    assert bringing(run.model, layout(one, rules_of(config.mesh), run.base)) == run.model
+    assert bringing(run.model, layout(one, sharding_rules(config.mesh), run.base)) == run.model
