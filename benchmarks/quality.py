@@ -58,7 +58,7 @@ from jaxpeft.kernels import QUANTIZED
 from jaxpeft.kernels.nf4 import CODES
 from jaxpeft.quant.tree import Quant
 from jaxpeft.training import job, optimizers
-from jaxpeft.training.begin import split_for
+from jaxpeft.training.begin import rewritten
 from jaxpeft.training.evaluation import Evaluator
 from jaxpeft.training.setup import prepare
 from jaxpeft.training.signals import StopRequest
@@ -147,7 +147,7 @@ def trained(
         setup = prepare(config)
         job.log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
-        before = evaluator(*split_for(setup, config.method), setup.test) if setup.problem == "lm" else {}
+        before = evaluator(*rewritten(setup, config.method), setup.data.test) if setup.data.problem == "lm" else {}
         options = optimizers.options_for(config)
         result = job.fit(setup, config.method, options, Path(folder), stop, evaluator, ())
     return {

@@ -29,11 +29,12 @@ from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddi
 from jaxpeft.logs import timed
 from jaxpeft.sharding.mesh import evaluation_rows
 from jaxpeft.training import cpu, job, next_steps, optimizers, records
+from jaxpeft.training.begin import check_resumable
 from jaxpeft.training.comparison import RESULT, other_rows
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import lock_folder
-from jaxpeft.training.loop import Result, check_resumable
 from jaxpeft.training.progress import memory_gb
+from jaxpeft.training.run import Result
 from jaxpeft.training.setup import Setup, prepare
 from jaxpeft.training.signals import Stopped, StopRequest
 
@@ -104,7 +105,7 @@ def _forgetting(setup: Setup, result: Result, evaluator: Evaluator, stop: StopRe
     if examples is None:
         return None
     with timed(f"what is forgotten of {examples.rows.name}") as note:
-        encoding = Encoding(config.data, setup.tokenizer, setup.model.config.vocab_size)
+        encoding = Encoding(config.data, setup.data.tokenizer, setup.model.config.vocab_size)
         split = encoding(examples, judged=False)
         if config.model.task == "causal_lm":
             before, after = (
@@ -114,9 +115,9 @@ def _forgetting(setup: Setup, result: Result, evaluator: Evaluator, stop: StopRe
         else:
 
             def accuracy(params: Mapping[str, Any]) -> float:
-                lengths = evaluated_lengths(config, setup.train, split)
+                lengths = evaluated_lengths(config, setup.data.train, split)
                 batches = data.eval_batches(
-                    split, evaluation_rows(config, setup.mesh), lengths, setup.pad_id, pad_to=one_length(config)
+                    split, evaluation_rows(config, setup.mesh), lengths, setup.data.pad_id, pad_to=one_length(config)
                 )
                 return centroid_accuracy(*embeddings(setup.model, params, _until_stopped(batches, stop)))
 

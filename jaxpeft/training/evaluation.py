@@ -47,7 +47,7 @@ class Evaluator:
         outputs = Outputs(self._setup.model, combine(trainable, frozen), batch, None)
         total, weight = self._setup.plain_loss(outputs, batch)
         # the logits of a language model are large, and not needed
-        made, given = (None, None) if self._setup.problem == "lm" else (outputs.logits, batch["labels"])
+        made, given = (None, None) if self._setup.data.problem == "lm" else (outputs.logits, batch["labels"])
         return total, weight, made, given
 
     def __call__(self, trainable: Tree, frozen: Tree, split: Encoded) -> dict[str, float]:
@@ -59,13 +59,13 @@ class Evaluator:
             split: the rows.
         """
         setup = self._setup
-        lengths = evaluated_lengths(setup.config, setup.train, split)
+        lengths = evaluated_lengths(setup.config, setup.data.train, split)
         total = weight = 0.0
         logits: list[np.ndarray[Any, Any]] = []
         labels: list[np.ndarray[Any, Any]] = []
         sequences: list[np.ndarray[Any, Any]] = []
         for batch, rows in data.eval_batches(
-            split, self._rows, lengths, setup.pad_id, self._own, one_length(setup.config)
+            split, self._rows, lengths, setup.data.pad_id, self._own, one_length(setup.config)
         ):
             self._on_batch()
             batch_total, batch_weight, out, given = self._run(trainable, frozen, place(setup.mesh, batch))
@@ -73,18 +73,18 @@ class Evaluator:
             if out is not None:
                 kept = rows >= 0
                 out, given = np.asarray(out)[kept], np.asarray(given)[kept]
-                if setup.problem == "token":  # positions, since batches differ in length
+                if setup.data.problem == "token":  # positions, since batches differ in length
                     sequences.append(np.repeat(rows[kept], given.shape[1]))
                     out, given = out.reshape(-1, out.shape[-1]), given.reshape(-1)
                 logits.append(out)
                 labels.append(given)
-        if setup.problem == "lm":
+        if setup.data.problem == "lm":
             return lm_metrics(total, weight)
         figures = classification_metrics(
             np.concatenate(logits),
             np.concatenate(labels),
-            setup.problem,  # pyright: ignore[reportArgumentType]
-            tags=setup.labels,
+            setup.data.problem,  # pyright: ignore[reportArgumentType]
+            tags=setup.data.labels,
             rows=np.concatenate(sequences) if sequences else None,
         )
         return {"loss": total / max(weight, 1.0)} | figures
@@ -92,16 +92,16 @@ class Evaluator:
 
 def metric_of(setup: Setup) -> str:
     """Return the figure to choose the best step by."""
-    return setup.config.evaluation.metric or _DEFAULT_METRIC.get(setup.problem) or _metric_of_labels(setup)
+    return setup.config.evaluation.metric or _DEFAULT_METRIC.get(setup.data.problem) or _metric_of_labels(setup)
 
 
 def _metric_of_labels(setup: Setup) -> str:
-    if setup.problem != "token":
+    if setup.data.problem != "token":
         return "accuracy"
-    if has_entities(setup.labels):
+    if has_entities(setup.data.labels):
         return "f1"
     # to call every token O must not be the best answer
-    return "tag_f1" if OUTSIDE in setup.labels else "tag_f1_macro"
+    return "tag_f1" if OUTSIDE in setup.data.labels else "tag_f1_macro"
 
 
 def better(metric: str, value: float, than: float | None) -> bool:

@@ -25,14 +25,15 @@ from jaxpeft.logs import timed
 from jaxpeft.models import attention
 from jaxpeft.peers import ALONE, Peers
 from jaxpeft.sharding.processes import on_host
-from jaxpeft.training import compiling, next_steps, optimizers, plot, records
-from jaxpeft.training.begin import Look, fixed_leaves
+from jaxpeft.training import compiling, loop, next_steps, optimizers, plot, records
+from jaxpeft.training.begin import Look, begin, check_resumable, fixed_leaves
 from jaxpeft.training.decided import ends_of
 from jaxpeft.training.evaluation import Evaluator, metric_of
 from jaxpeft.training.lock import lock_folder
-from jaxpeft.training.loop import Result, Run, check_resumable, devices_of
+from jaxpeft.training.run import Result
 from jaxpeft.training.setup import Setup, prepare
 from jaxpeft.training.signals import StopRequest
+from jaxpeft.training.step_metrics import devices_of
 
 _log = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ def quiet(config: Config) -> Config:
 
 def log_setup(setup: Setup) -> None:
     """Return what is trained on, and where."""
-    batches, there, used = setup.batches, jax.devices(), devices_of(setup.params)
-    rows = f"{setup.problem}, {len(setup.labels)} classes" if setup.labels else setup.problem
+    batches, there, used = setup.data.batches, jax.devices(), devices_of(setup.params)
+    rows = f"{setup.data.problem}, {len(setup.data.labels)} classes" if setup.data.labels else setup.data.problem
     _log.info(
         "%s: %d steps of %d rows padded to %s (%.0f%% padding), on %d of %d device(s): %s, jax %s",
         rows, setup.steps, setup.config.train.batch_size, " or ".join(map(str, batches.lengths)),
@@ -141,13 +142,13 @@ class Before:
     def __call__(self, trainable: Tree, frozen: Tree) -> None:
         """Evaluate the two parts of the tree, if the record does not hold the figures."""
         setup, record = self._setup, self._record
-        run = hashlib.sha256(json.dumps(setup.identity, sort_keys=True).encode()).hexdigest()
+        run = hashlib.sha256(json.dumps(setup.provenance.identity, sort_keys=True).encode()).hexdigest()
         known = setup.peers.agreed("figures before training", lambda: _recorded(record, run))
         if known is not None:
             self.figures = known
             return
         with timed("evaluating before training") as note:
-            self.figures = self._evaluator(trainable, frozen, setup.test)
+            self.figures = self._evaluator(trainable, frozen, setup.data.test)
             note(_shown(self.figures))
         if setup.peers.first:
             atomic.write_text(record, json.dumps({"run": run, "figures": self.figures}) + "\n")
@@ -166,11 +167,11 @@ def fit(
     setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest, evaluator: Evaluator,
     allowed: Sequence[str], look: Look | None = None,
 ) -> Result:  # fmt: skip
-    """Train a method on a prepared setup, and save the adapter beside its checkpoints: the arguments are those of `Run`."""
-    result = Run(setup, method, options, folder, stop, evaluator, allowed, look).fit()
+    """Train a method on a prepared setup, and save the adapter beside its checkpoints: the arguments are those of `begin`."""
+    result = loop.fit(*begin(setup, method, options, folder, stop, evaluator, allowed, look))
     saved = _whole(setup, result)
     if saved is not None:
-        decided = setup.decided
+        decided = setup.provenance.decided
         save_adapter(
             folder / "adapter",
             result.method,
@@ -195,16 +196,16 @@ def _whole(setup: Setup, result: Result) -> Tree | None:
 
 def _answers(setup: Setup, params: Tree) -> list[str]:
     """Answer the sample rows by the likeliest tokens."""
-    if not setup.samples:
+    if not setup.data.samples:
         return []
-    prompts, most = [prompt for prompt, _ in setup.samples], setup.config.evaluation.sample_tokens
-    made = greedy(setup.model, params, prompts, most=most, ends=ends_of(setup.tokenizer))
-    return [setup.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+    prompts, most = [prompt for prompt, _ in setup.data.samples], setup.config.evaluation.sample_tokens
+    made = greedy(setup.model, params, prompts, most=most, ends=ends_of(setup.data.tokenizer))
+    return [setup.data.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
 
 
 def _show_answers(setup: Setup, answers: Mapping[str, list[str]]) -> None:
-    for i, (prompt, wanted) in enumerate(setup.samples):
-        told = [("asked", setup.tokenizer.decode(prompt, skip_special_tokens=True)), ("wanted", wanted)]
+    for i, (prompt, wanted) in enumerate(setup.data.samples):
+        told = [("asked", setup.data.tokenizer.decode(prompt, skip_special_tokens=True)), ("wanted", wanted)]
         told += [(name, of[i]) for name, of in answers.items()]
         _log.info("\nsample %d\n%s", i + 1, "\n".join(f"  {name}: {text.strip()!r}" for name, text in told))
 
@@ -226,7 +227,7 @@ def _finish(setup: Setup, before: Mapping[str, float], result: Result, workdir: 
         next_steps.row("before training", f"{before[metric]:.4f}"),
         next_steps.row(name, f"{result.test[metric]:.4f}", share, result.seconds),
     ]
-    _log.info("\n%s %s\n%s\n\nin %s: %s", setup.judged_by, metric, "\n".join(rows), workdir, ", ".join(left))
+    _log.info("\n%s %s\n%s\n\nin %s: %s", setup.data.judged_by, metric, "\n".join(rows), workdir, ", ".join(left))
     _log.info("next, use the adapter:\n%s", next_steps.prediction(setup, workdir / "adapter"))
 
 
@@ -253,9 +254,9 @@ def _summary(setup: Setup, before: Mapping[str, float], result: Result, workdir:
         "metric": metric_of(setup),
         "before": dict(before),
         "methods": {setup.config.method.name: told},
-        "labels": list(setup.labels),
-        "problem": setup.problem,
+        "labels": list(setup.data.labels),
+        "problem": setup.data.problem,
         "config": as_dict(setup.config),
-        "base_sha256": setup.identity["base"]["sha256"],
+        "base_sha256": setup.provenance.identity["base"]["sha256"],
         "jax": jax.__version__,
     }

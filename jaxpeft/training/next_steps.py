@@ -49,11 +49,13 @@ def prediction(setup: Setup, adapter: Path) -> str:
 
 def _generated(setup: Setup) -> tuple[str, ...]:
     prompt = (
-        "'a prompt' + settings.separator" if setup.decided.kind == "prompt_completion" else "'the beginning of a text'"
+        "'a prompt' + settings.separator"
+        if setup.provenance.decided.kind == "prompt_completion"
+        else "'the beginning of a text'"
     )
     return (
         "from jaxpeft.evaluation.generation import greedy",
-        *(_CHAT if setup.decided.chats else (f"ids = tokenizer({prompt})['input_ids']",)),
+        *(_CHAT if setup.provenance.decided.chats else (f"ids = tokenizer({prompt})['input_ids']",)),
         "ends = {settings.eos_token_id, tokenizer.eos_token_id} - {None}",
         "(answer,) = greedy(model, params, [ids], most=32, ends=ends)",
         "print(tokenizer.decode(answer))",
@@ -61,8 +63,8 @@ def _generated(setup: Setup) -> tuple[str, ...]:
 
 
 def _classified(setup: Setup) -> tuple[str, ...]:
-    pairs = setup.decided.pairs
-    types = ", token_type_ids=inputs['token_type_ids']" if pairs and setup.train.type_ids is not None else ""
+    pairs = setup.provenance.decided.pairs
+    types = ", token_type_ids=inputs['token_type_ids']" if pairs and setup.data.train.type_ids is not None else ""
     text = "'one text', 'the other'" if pairs else "'some text'"
     return (
         f"inputs = tokenizer({text}, return_tensors='np')",

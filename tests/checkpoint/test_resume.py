@@ -35,17 +35,14 @@ def config(make_config: MakeConfig) -> Config:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
     """Make the next run stop, as SIGTERM would, after so many steps."""
-    fit = loop.Run._train
+    real = loop.train_step
 
-    def train(self: Any, compiled: Any) -> None:
-        def check() -> None:
-            if step is not None and self.step >= step:
-                raise Stopped(15)
+    def train_step(run: Any, compiled: Any, state: Any, *rest: Any, **named: Any) -> Any:
+        if step is not None and state.step >= step:
+            raise Stopped(15)
+        return real(run, compiled, state, *rest, **named)
 
-        self.stop.raise_if_requested = check
-        fit(self, compiled)
-
-    monkeypatch.setattr(loop.Run, "_train", train)
+    monkeypatch.setattr(loop, "train_step", train_step)
 
 
 def state_of(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxpeft.checkpoint import identity
-from jaxpeft.training import loop
+from jaxpeft.training import begin, loop
 from jaxpeft.training.records import read_lines
 from jaxpeft.training.signals import Stopped
 from tests.faults.conftest import Job, Marks, files
@@ -45,28 +45,25 @@ def arrays(folder: Path, step: int) -> dict[str, bytes]:
 def compile_once(patch: pytest.MonkeyPatch) -> None:
     """Let runs of one config share their compiled step: it is the same program."""
     made: list[Any] = []
-    compiled = loop.Run._compiled
+    real = loop.compile_steps
 
-    def shared(self: Any) -> Any:
-        made.extend([] if made else [compiled(self)])
+    def shared(run: Any, state: Any) -> Any:
+        made.extend([] if made else [real(run, state)])
         return made[0]
 
-    patch.setattr(loop.Run, "_compiled", shared)
+    patch.setattr(loop, "compile_steps", shared)
 
 
 def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     """Make the next run stop, as SIGTERM would, after so many steps."""
-    fit = loop.Run._train
+    real = loop.train_step
 
-    def train(self: Any, compiled: Any) -> None:
-        def check() -> None:
-            if self.step >= step:
-                raise Stopped(15)
+    def train_step(run: Any, compiled: Any, state: Any, *rest: Any, **named: Any) -> Any:
+        if state.step >= step:
+            raise Stopped(15)
+        return real(run, compiled, state, *rest, **named)
 
-        self.stop.raise_if_requested = check
-        fit(self, compiled)
-
-    patch.setattr(loop.Run, "_train", train)
+    patch.setattr(loop, "train_step", train_step)
 
 
 def text_config(folder: Path, models: Mapping[str, Path], **options: Any) -> Path:
@@ -230,7 +227,7 @@ def test_case_22_a_checkpoint_of_another_dtype_is_refused_not_cast(
     spec = identity.tree_spec
     # adapters are always float32: only a later version of the program could want another dtype
     monkeypatch.setattr(
-        loop, "tree_spec", lambda tree: {k: v.replace("float32", "bfloat16") for k, v in spec(tree).items()}
+        begin, "tree_spec", lambda tree: {k: v.replace("float32", "bfloat16") for k, v in spec(tree).items()}
     )
     done = job.here()
     marks.exit(done, 2)

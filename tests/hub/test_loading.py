@@ -214,6 +214,47 @@ def test_a_folder_without_config_or_weights_is_refused(bert, tmp_path):
         jaxpeft.load(folder, task=SEQUENCE)
 
 
+# ------------------------------------------------------------------------------------------------------------- a mesh
+
+
+def test_a_mesh_and_rules_say_where_leaves_lie_and_no_number_changes(bert):
+    options = jaxpeft.MeshConfig(strategy="fsdp")
+    mesh, rules = jaxpeft.create_device_mesh(options), jaxpeft.sharding_rules(options)
+    model, params = jaxpeft.load(bert, task=SEQUENCE, quant="int8", mesh=mesh, rules=rules)
+    wanted = jaxpeft.shardings(mesh, rules, params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda leaf, at: leaf.sharding == at, params, wanted)))
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+    assert model.options.gathered
+    assert_bit_equal(params, jaxpeft.load(bert, task=SEQUENCE, quant="int8")[1])
+
+
+def test_a_mesh_without_rules_has_every_leaf_on_each_device(bert):
+    mesh = jaxpeft.create_device_mesh(jaxpeft.MeshConfig(strategy="replicated"))
+    _, params = jaxpeft.load(bert, task=SEQUENCE, mesh=mesh)
+    assert {(leaf.is_fully_replicated, len(leaf.devices())) for leaf in jax.tree.leaves(params)} == {(True, 8)}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (
+            {"rules": jaxpeft.sharding_rules(jaxpeft.MeshConfig())},
+            r"rules: say nothing without a mesh; give load\(mesh=...\)",
+        ),
+        (
+            {
+                "mesh": jaxpeft.create_device_mesh(jaxpeft.MeshConfig()),
+                "sharding": jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            },
+            "sharding: the mesh and its rules say where each leaf lies; give one of sharding and mesh",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_go_with_the_rest_is_refused(bert, given, why):
+    with pytest.raises(ConfigError, match=why):
+        jaxpeft.load(bert, task=SEQUENCE, **given)
+
+
 # ---------------------------------------------------------------------------------------------------------- odd dtypes
 
 

@@ -62,7 +62,7 @@ def test_a_plan_has_the_leaves_of_the_run(make_config: MakeConfig, case: str) ->
     assert shapes(planned.base) == shapes(run.params)
     assert shapes(planned.state.trainable) == shapes(trainable)
     assert shapes(planned.frozen) == shapes(frozen)
-    made = shapes(run.batches.sample())
+    made = shapes(run.data.batches.sample())
     assert made.items() <= shapes(planned.batch).items()
     assert planned.batch.keys() - made.keys() <= {"token_type_ids"}  # which the tokenizer decides on, and no file here
 

@@ -92,9 +92,9 @@ def test_rows_of_several_lengths_make_the_same_batches_where_positions_are_sprea
         evaluation__batch_size=8,
     )
     setups = [prepare(spread(config, strategy=strategy)) for strategy in ("fsdp", "sequence")]
-    assert len(setups[0].batches.lengths) > 1
-    assert setups[1].batches.lengths == (32,)
-    orders = [[setup.batches.rows(step).tolist() for step in range(setup.steps)] for setup in setups]
+    assert len(setups[0].data.batches.lengths) > 1
+    assert setups[1].data.batches.lengths == (32,)
+    orders = [[setup.data.batches.rows(step).tolist() for step in range(setup.steps)] for setup in setups]
     assert orders[0] == orders[1]
     one = job.run(spread(config, strategy="fsdp"), tmp_path / "one")
     many = job.run(spread(config, strategy="sequence"), tmp_path / "many")

@@ -26,17 +26,17 @@ def tagged(make_config: MakeConfig, **options: object) -> Config:
 
 def test_entities_are_counted_in_rows_whatever_batch_and_length_they_come_in(make_config: MakeConfig) -> None:
     setup = prepare(tagged(make_config, evaluation__batch_size=5))
-    assert set(setup.labels) == set(TAGS)
-    figures = Evaluator(setup)({}, setup.params, setup.train)
+    assert set(setup.data.labels) == set(TAGS)
+    figures = Evaluator(setup)({}, setup.params, setup.data.train)
     wanted, made = [], []
-    for batch, rows in data.eval_batches(setup.train, 1, (16,), setup.pad_id):
+    for batch, rows in data.eval_batches(setup.data.train, 1, (16,), setup.data.pad_id):
         assert rows.tolist() != [-1]
         logits = np.asarray(
             jaxpeft.apply(setup.model, setup.params, **{k: batch[k] for k in ("input_ids", "attention_mask")})
         )
         there = batch["labels"][0] != -100
-        wanted.append([setup.labels[i] for i in batch["labels"][0][there]])
-        made.append([setup.labels[i] for i in logits[0].argmax(-1)[there]])
+        wanted.append([setup.data.labels[i] for i in batch["labels"][0][there]])
+        made.append([setup.data.labels[i] for i in logits[0].argmax(-1)[there]])
     assert len(wanted) > 40 and len({len(row) for row in wanted}) > 5
     assert figures["f1"] == pytest.approx(f1_score(wanted, made))
     assert figures["precision"] == pytest.approx(precision_score(wanted, made))

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import jaxpeft
+from jaxpeft.checkpoint.manager import Checkpoints
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError, TrainingError
 from jaxpeft.methods import starts
-from jaxpeft.training import job, loop
+from jaxpeft.training import job
 from jaxpeft.training.records import read_lines
 from jaxpeft.training.setup import prepare
 from tests.training.runs import write_rows
@@ -167,10 +168,8 @@ def test_a_run_saves_and_evaluates_at_the_end_of_each_epoch(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    real = loop.Checkpoints.save
-    monkeypatch.setattr(
-        loop.Checkpoints, "save", lambda self, step, *rest: saved.append(step) or real(self, step, *rest)
-    )
+    real = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: saved.append(step) or real(self, step, *rest))
     config = make_config(train__steps=14, checkpoint__every_steps=None)  # of 48 rows, 6 steps an epoch
     job.run(config, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from jaxpeft.config.schema import Config, EvaluationConfig
 from jaxpeft.errors import ConfigError
 from jaxpeft.models.base import Options
-from jaxpeft.training import setup
+from jaxpeft.training import choosing
 from jaxpeft.training.evaluation import metric_of
 from jaxpeft.training.setup import prepare
 from tests.training.runs import LABELS, write_tokenizer
@@ -60,16 +60,16 @@ def test_remat_that_is_asked_for_stays(options: Callable[..., Options]) -> None:
 def test_many_layers_for_few_steps_are_scanned(
     options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], scanned: bool
 ) -> None:
-    monkeypatch.setattr(setup, "_MANY_LAYERS", 1)
+    monkeypatch.setattr(choosing, "_MANY_LAYERS", 1)
     assert options(**given).scan_layers is scanned
 
 
 def test_a_quantized_base_is_not_stacked_on_a_gpu(
     options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "_MANY_LAYERS", 1)
+    monkeypatch.setattr(choosing, "_MANY_LAYERS", 1)
     assert options(model__quant="nf4").scan_layers
-    monkeypatch.setattr(setup, "platform", lambda _: "cuda")
+    monkeypatch.setattr(choosing, "platform", lambda _: "cuda")
     assert not options(model__quant="nf4", model__attention="xla").scan_layers
     assert options(model__attention="xla").scan_layers
 
@@ -91,7 +91,7 @@ def test_the_classes_of_a_kept_head_keep_their_ids(
     AutoModelForSequenceClassification.from_config(base).save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
     made = prepare(make_config(model__path=str(tmp_path / "base")))
-    assert made.labels == LABELS != tuple(sorted(LABELS))
+    assert made.data.labels == LABELS != tuple(sorted(LABELS))
     kept = load_file(tmp_path / "base" / "model.safetensors")["classifier.weight"]
     assert np.array_equal(np.asarray(made.params["classifier"]["kernel"]).T, kept)
 
@@ -107,5 +107,6 @@ def test_the_classes_of_a_kept_head_keep_their_ids(
     ],
 )
 def test_the_best_step_of_tags_is_not_that_of_most_o(problem: str, labels: tuple[str, ...], metric: str) -> None:
-    given: Any = SimpleNamespace(config=SimpleNamespace(evaluation=EvaluationConfig()), problem=problem, labels=labels)
+    rows = SimpleNamespace(problem=problem, labels=labels)
+    given: Any = SimpleNamespace(config=SimpleNamespace(evaluation=EvaluationConfig()), data=rows)
     assert metric_of(given) == metric
