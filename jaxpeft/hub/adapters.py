@@ -21,7 +21,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, cut, shown
-from jaxpeft.hub import adapter_card, adapter_extra, adapter_tensors, beside, peft_config
+from jaxpeft.hub import adapter_card, adapter_checks, adapter_extra, adapter_tensors, beside, peft_config
 from jaxpeft.hub.adapterhub import AdapterHub
 from jaxpeft.hub.base_identity import architecture, differences, fingerprint
 from jaxpeft.hub.layout import CONFIG, EXTRA, Content, Layout
@@ -217,7 +217,7 @@ def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -
         raise AdapterError(
             f"params: {len(missing)} leaves of the model are missing, such as {shown}; give the whole tree"
         )
-    problems = adapter_tensors.mismatches(method, params)
+    problems = adapter_checks.mismatches(method, params)
     if problems:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise AdapterError(
@@ -339,13 +339,13 @@ def load_adapter(
         problems = adapter_tensors.outgrown(method, header, params)
         if not problems:
             made = jax.eval_shape(partial(rewrite, method), like, jax.eval_shape(lambda: jax.random.key(0)))
-            problems = adapter_tensors.differences(method, made, header)
+            problems = adapter_checks.differences(method, made, header)
         rewritten = params if problems else rewrite(method, params, jax.random.key(0))
     except (TargetError, ConfigError) as error:
         raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
     if not problems:
         tensors = {name: tensor.read() for name, tensor in header.items()}
-        problems = adapter_tensors.wrong_numbers(method, rewritten, tensors)
+        problems = adapter_checks.wrong_numbers(method, rewritten, tensors)
         if not problems:
             adapter_extra.require_undamaged(folder, extra)
             loaded = adapter_tensors.put_tensors(method, rewritten, tensors)
