@@ -201,7 +201,7 @@ class _Watcher:
         threading.Thread(target=self._run, daemon=True, name="peers").start()
 
     def tell(self, text: str, code: int) -> None:
-        """State an error of this process, to the others too; what another has said already, process 0 alone repeats."""
+        """Report an error of this process, to the others too; what another has said already, process 0 alone repeats."""
         host, told = platform.node(), True
         mine = json.dumps({"process": self.peers.process, "host": host, "code": code, "text": text})
         try:

@@ -126,7 +126,7 @@ def read_preference(record: Record, columns: Columns) -> Preference:
 
 
 def _holds_prompt(answer: Any) -> bool:
-    """Tell whether an answer is a whole chat: one that does not begin with the assistant."""
+    """Return whether an answer is a whole chat: one that does not begin with the assistant."""
     return isinstance(answer, list) and bool(answer) and read_messages(answer)[0]["role"] != "assistant"
 
 

@@ -109,7 +109,7 @@ def make_options(
 
 
 def _joins_words(tokenizer: Any) -> bool:
-    """Tell whether a space belongs to the word behind it, and is not put there by the tokenizer (GPT-2, RoBERTa, Llama 3)."""
+    """Return whether a space belongs to the word behind it, and is not put there by the tokenizer (GPT-2, RoBERTa, Llama 3)."""
     before = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     parts = before.get("pretokenizers", [before])
     return any(part.get("type") == "ByteLevel" and not part.get("add_prefix_space") for part in parts)

@@ -276,7 +276,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _has_all(labeling: Labeling, found: Found) -> bool:
-    """Tell whether a base's head has all labels of the rows; one that only counts its classes has those up to its last."""
+    """Return whether a base's head has all labels of the rows; one that only counts its classes has those up to its last."""
     size = len(labeling.names)
     if any(labeling.id_of(name) is None for name in found.counts):
         return False

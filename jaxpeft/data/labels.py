@@ -38,14 +38,14 @@ def label_name(value: Any) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Tell whether a cell is empty: null, blank or NaN."""
+    """Return whether a cell is empty: null, blank or NaN."""
     return (
         value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
     )
 
 
 def has_label(value: Any, unlabeled: Collection[str]) -> bool:
-    """Tell whether a cell holds something else than what stands for no label.
+    """Return whether a cell holds something else than what stands for no label.
 
     Args:
         value: of the cell.

@@ -136,7 +136,7 @@ def _content(turn: Mapping[str, Any], number: int) -> Any:
 
 
 def is_learned(turn: Mapping[str, Any], role: str, number: int = 0) -> bool:
-    """Tell whether a turn of the assistant is learned: not if its `weight` is 0, or one of `LEARNED` false.
+    """Return whether a turn of the assistant is learned: not if its `weight` is 0, or one of `LEARNED` false.
 
     Raises:
         RowError: what says so is something else, or says two things.

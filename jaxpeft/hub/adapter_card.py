@@ -12,7 +12,7 @@ from jaxpeft.hub.settings import Settings
 
 
 def known_elsewhere(method: Method, layout: Layout) -> bool:
-    """Say whether the library of the layout has the method, so that it can load the folder."""
+    """Return whether the library of the layout has the method, so that it can load the folder."""
     return method.peft.type is not None or layout.name != "peft"
 
 

@@ -65,7 +65,7 @@ def of_fields(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_set(name: str, value: Any) -> bool:
-    """Say whether `peft` has a field as a set, and writes it in any order."""
+    """Return whether `peft` has a field as a set, and writes it in any order."""
     return name in ("target_modules", "exclude_modules") and isinstance(value, list)
 
 
@@ -98,7 +98,7 @@ def differing(recorded: Mapping[str, Any], found: Digests) -> list[str]:
 
 
 def is_record(value: Any) -> bool:
-    """Say whether a value of a file can be what was recorded: text by name."""
+    """Return whether a value of a file can be what was recorded: text by name."""
     return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
 
 

@@ -27,7 +27,7 @@ class LoRAFAFormat(LoRAFormat["LoRAFA"]):
     """How adapters of `LoRAFA` stand in files."""
 
     def reads(self, kind: type[LoRAFA], config: Mapping[str, Any]) -> bool:
-        """State no: its files are LoRA's."""
+        """Return False: its files are LoRA's."""
         del config
         return False
 
