@@ -34,12 +34,6 @@ class SectionDoc:
     options: tuple[OptionDoc, ...]
     paper: str = ""
 
-    @property
-    def prefix(self) -> str:
-        """What stands before the name of one of its options on the command line."""
-        name = "method" if self.name.startswith("method.") else self.name
-        return f"config.{name}."
-
 
 def sections() -> tuple[SectionDoc, ...]:
     """Return every section of a config, each method's options as one of their own."""
