@@ -107,7 +107,7 @@ def _questions(rng: np.random.Generator, known: list[dict[str, str]]) -> tuple[s
 
 def run_jaxpeft(args: argparse.Namespace) -> dict[str, Any]:
     """Run ours, by the command that users run."""
-    from jaxpeft.train import main as train
+    from jaxpeft.train.__main__ import main as train
 
     each = args.steps // 3
     workdir = tempfile.mkdtemp(dir=args.folder)

@@ -156,8 +156,8 @@ def quickstart(steps: int) -> int:
     import dataclasses
 
     from jaxpeft import config as configs
-    from jaxpeft.training import job
-    from jaxpeft.training.records import read_lines
+    from jaxpeft.train import job
+    from jaxpeft.train.records import read_lines
 
     config = configs.load(Path(__file__).parents[1] / "configs" / "quickstart.py", [("compare.candidates", "()")])
     log = dataclasses.replace(config.log, tensorboard=False, plot=False, progress="off", every_steps=5)

@@ -26,9 +26,9 @@ from jaxpeft.core import paths, tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.models.attention import fastest, platform
-from jaxpeft.models.base import Options, abstract_params
-from jaxpeft.training.losses import loss_for
-from jaxpeft.training.step import make_loss_sum
+from jaxpeft.models.base import ModelOptions, abstract_params
+from jaxpeft.train.losses import loss_for
+from jaxpeft.train.step import make_loss_sum
 from jaxpeft.transforms.rewrite import rewrite
 
 ROWS, LENGTH, VOCAB = 2, 256, 4096
@@ -46,7 +46,9 @@ def main(argv: list[str]) -> None:
         "tie_word_embeddings": False,
     }  # fmt: skip
     kernel = fastest(platform(jax.devices()[0]))
-    narrow = models.build(COMMON | shape, Options("causal_lm", None, jnp.bfloat16, attention=kernel, right_padded=True))
+    narrow = models.build(
+        COMMON | shape, ModelOptions("causal_lm", None, jnp.bfloat16, attention=kernel, right_padded=True)
+    )
     base = paths.build(
         [(path, _leaf(i, path, leaf)) for i, (path, leaf) in enumerate(paths.walk(abstract_params(narrow)))]
     )

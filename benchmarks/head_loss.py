@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.training import compiling
-from jaxpeft.training.head_loss import MOST_LOGITS, CrossEntropy, through_head
+from jaxpeft.train import compiling
+from jaxpeft.train.head_loss import MOST_LOGITS, CrossEntropy, through_head
 
 GIB = 2**30
 

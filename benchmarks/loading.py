@@ -48,7 +48,7 @@ def main() -> None:
 
 def measure(folder: Path, scan: bool) -> dict[str, Any]:
     """Read and load, turn by turn, and return the figures of the best of three."""
-    from jaxpeft.hub.safetensors_files import open_folder
+    from jaxpeft.hub.weights.safetensors_files import open_folder
 
     tensors = open_folder(folder).values()
     size, largest = sum(t.nbytes for t in tensors), max(t.nbytes for t in tensors)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft.training import compiling
+from jaxpeft.train import compiling
 
 
 def milliseconds(once: Callable[[Any, Any], Any], carry: Any, held: Any, loops: tuple[int, int]) -> float:

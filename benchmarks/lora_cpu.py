@@ -75,8 +75,8 @@ def jaxpeft_step(batch: dict[str, np.ndarray[Any, Any]], rank: int, folder: str)
     import optax
 
     import jaxpeft
-    from jaxpeft.training.losses import single_label
-    from jaxpeft.training.step import init_state, make_train_step
+    from jaxpeft.train.losses import single_label
+    from jaxpeft.train.step import init_state, make_train_step
 
     model, params = jaxpeft.load(MODEL, task="sequence_classification", num_labels=LABELS)
     model = model.clone(config=without_dropout(model.config))

@@ -28,10 +28,10 @@ from jaxpeft.kernels import QUANTIZED, joint
 from jaxpeft.kernels.form import Quantized, over_rows
 
 Leaves = Mapping[str, Any]
-Ways = Callable[[Any, list[joint.Linear]], tuple[Any, ...]]
+Ways = Callable[[Any, list[joint.LinearSite]], tuple[Any, ...]]
 
 
-def apart(x: Any, sites: list[joint.Linear]) -> tuple[Any, ...]:
+def apart(x: Any, sites: list[joint.LinearSite]) -> tuple[Any, ...]:
     """Compute the sites one by one, differentiated as written."""
     out: list[Any] = []
     for site in sites:
@@ -43,7 +43,7 @@ def apart(x: Any, sites: list[joint.Linear]) -> tuple[Any, ...]:
     return tuple(out)
 
 
-def merged(x: Any, sites: list[joint.Linear]) -> tuple[Any, ...]:
+def merged(x: Any, sites: list[joint.LinearSite]) -> tuple[Any, ...]:
     """Compute the sites with kernels that the update has been added to, made anew for each product."""
     return tuple(_merged(site.stored, *(site.factors or ()))(x) for site in sites)
 
@@ -103,24 +103,24 @@ def main(argv: list[str]) -> None:
                 sys.stdout.flush()
 
 
-def _site(i: int, n_in: int, n_out: int, rank: int, form: str) -> joint.Linear:
+def _site(i: int, n_in: int, n_out: int, rank: int, form: str) -> joint.LinearSite:
     """Make a site: a kernel like those of a model, and an update of a thousandth of it."""
     keys = jax.random.split(jax.random.key(i), 3)
     kernel = (0.02 * jax.random.normal(keys[0], (n_in, n_out))).astype(jnp.bfloat16)
     stored = {"kernel": kernel} if form == "none" else jax.jit(QUANTIZED[form].store)(kernel)
     a, b = jax.random.normal(keys[1], (n_in, rank)), jax.random.normal(keys[2], (rank, n_out))
     size = (2e-5 / rank**0.5) ** 0.5
-    return joint.Linear(stored, (size * a, size * b))
+    return joint.LinearSite(stored, (size * a, size * b))
 
 
-def timed(run: Ways, sites: list[joint.Linear], n_in: int, rows: int, loops: tuple[int, int]) -> float:
+def timed(run: Ways, sites: list[joint.LinearSite], n_in: int, rows: int, loops: tuple[int, int]) -> float:
     """Return the milliseconds of one call and its gradients."""
     x = jax.random.normal(jax.random.key(9), (1, rows, n_in)).astype(jnp.bfloat16)
     factors = [site.factors for site in sites]
     stored = [dict(site.stored) for site in sites]
 
     def once(x: Any, stored: Any, factors: Any) -> Any:
-        held = [joint.Linear(leaves, own) for leaves, own in zip(stored, factors, strict=True)]
+        held = [joint.LinearSite(leaves, own) for leaves, own in zip(stored, factors, strict=True)]
         out, back = jax.vjp(
             lambda x, own: run(x, [dataclasses.replace(s, factors=f) for s, f in zip(held, own, strict=True)]),
             x,
@@ -133,7 +133,7 @@ def timed(run: Ways, sites: list[joint.Linear], n_in: int, rows: int, loops: tup
     return milliseconds(lambda carry, stored: once(carry[0], stored, carry[1]), (x, factors), stored, loops)
 
 
-def update_error(run: Ways, sites: list[joint.Linear], n_in: int, rows: int = 256) -> float:
+def update_error(run: Ways, sites: list[joint.LinearSite], n_in: int, rows: int = 256) -> float:
     """Return the relative error of what the updates add to the outputs."""
     x = jax.random.normal(jax.random.key(9), (1, rows, n_in)).astype(jnp.bfloat16)
     none = [
@@ -144,7 +144,7 @@ def update_error(run: Ways, sites: list[joint.Linear], n_in: int, rows: int = 25
     exact = [x.astype(jnp.float32) @ site.factors[0] @ site.factors[1] for site in sites if site.factors]
     wide = x.astype(jnp.float32)  # in float32 the rounding of the outputs does not hide the update's
 
-    def out(sites: list[joint.Linear]) -> list[Any]:
+    def out(sites: list[joint.LinearSite]) -> list[Any]:
         if run is merged:
             return [wide @ _held(site, x.dtype) for site in sites]
         return list(run(wide, [dataclasses.replace(s, stored=_wide(s)) for s in sites]))
@@ -154,14 +154,14 @@ def update_error(run: Ways, sites: list[joint.Linear], n_in: int, rows: int = 25
     return float(jnp.sqrt(off / sum(jnp.sum(jnp.square(b)) for b in exact)))
 
 
-def _wide(site: joint.Linear) -> Leaves:
+def _wide(site: joint.LinearSite) -> Leaves:
     a, b = site.factors or (None, None)
     if a is None or b is None:
         return site.stored
     return {"kernel": kernels.read(site.stored, (a.shape[0], b.shape[1])).astype(jnp.float32)}
 
 
-def _held(site: joint.Linear, dtype: Any) -> Any:
+def _held(site: joint.LinearSite, dtype: Any) -> Any:
     """Return the merged kernel, as it is rounded."""
     a, b = site.factors or (None, None)
     return (_wide(site)["kernel"] + a @ b).astype(dtype).astype(jnp.float32)

@@ -79,9 +79,9 @@ def beside(row: Mapping[str, Any]) -> dict[str, Any]:
     """Predicts what a line of `benchmarks.step` has measured."""
     import jax
 
-    from jaxpeft.planning import topology
-    from jaxpeft.planning.candidates import Setting, predicted
-    from jaxpeft.planning.shapes import SHAPES
+    from jaxpeft.plan import topology
+    from jaxpeft.plan.examine import Setting, predicted
+    from jaxpeft.plan.shapes import SHAPES
 
     gpu = topology.read("h200:1" if "H200" in row["device"] else "h100:1")
     by_arithmetic = predicted(Setting(SHAPES[row["shape"]], gpu, jax.devices()[:1], None, False), config_of(row))
@@ -97,13 +97,13 @@ def measured(name: str) -> dict[str, Any]:
     import jax
 
     from jaxpeft.models.attention import fastest, platform
-    from jaxpeft.planning import topology
-    from jaxpeft.planning.candidates import Setting, predicted, step_of
-    from jaxpeft.planning.placing import place
-    from jaxpeft.planning.shapes import SHAPES
-    from jaxpeft.planning.subject import subject
+    from jaxpeft.plan import topology
+    from jaxpeft.plan.examine import Setting, predicted, step_of
+    from jaxpeft.plan.shapes import SHAPES
+    from jaxpeft.plan.step_arguments import step_arguments
+    from jaxpeft.plan.subject import subject
     from jaxpeft.sharding.mesh import make_mesh
-    from jaxpeft.training import compiling
+    from jaxpeft.train import compiling
 
     case, device = CASES[name], jax.devices()[0]
     described = SHAPES.get(case["shape"], TINY)
@@ -113,7 +113,7 @@ def measured(name: str) -> dict[str, Any]:
     mesh = make_mesh(config, [device])
     state, frozen, batch = made(run, case["batch"])
     before = peak_of(device)
-    step = step_of(run, place(run, mesh), mesh)
+    step = step_of(run, step_arguments(run, mesh), mesh)
     compiled = step.lower(state, frozen, batch).compile(compiler_options=compiling.options(device))
     for _ in range(3):
         state, metrics = compiled(state, frozen, batch)
@@ -136,7 +136,7 @@ def made(run: Any, rows: int) -> tuple[Any, Any, Any]:
 
     from jaxpeft.core import paths, tree
     from jaxpeft.core.rewriting import trainable_mask
-    from jaxpeft.training.step import init_state
+    from jaxpeft.train.step import init_state
     from jaxpeft.transforms.rewrite import rewrite
 
     def leaf(path: tuple[str, ...], shape: Any) -> Any:

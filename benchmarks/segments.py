@@ -3,7 +3,7 @@
     python -m benchmarks.segments [--megabytes 256]
 
 `calls` is one `pread` for each row, `mapped` copies out of a mapping of a few rows, which is what `jaxpeft` does
-(`hub/safetensors_files.py`), `whole` reads the rows whole and keeps the part, which asks for all bytes. Blocks of a megabyte, one
+(`hub/weights/safetensors_files.py`), `whole` reads the rows whole and keeps the part, which asks for all bytes. Blocks of a megabyte, one
 thread, best of three in turns; warm is by the time of the processor, which does not count what else the machine does, cold, after
 the file was dropped from the page cache, by the clock. Prints a JSON line for each size.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.hub.safetensors_files import Tensor
+from jaxpeft.hub.weights.safetensors_files import Tensor
 
 SIZES = ((4096, 8), (4096, 4), (14336, 4), (28672, 2))
 """Columns of 2 bytes, and how many devices they are spread over: 1 to 28 KiB of each row."""

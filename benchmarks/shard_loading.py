@@ -116,7 +116,7 @@ def load(folder: Path, port: str, count: int, index: int, options: dict[str, Any
         jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
     from jaxpeft.hub.loading import outline
     from jaxpeft.hub.model_request import ModelRequest
-    from jaxpeft.quant.tree import Quant
+    from jaxpeft.quant.quantize import Quant
 
     logging.getLogger("jaxpeft").setLevel("WARNING")
     way = options.pop("way")

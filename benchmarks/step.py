@@ -4,7 +4,7 @@
                               [--scan] [--steps 12] [--cache] [--peer peft ...] [--xla NAME=VALUE ...] [--trace FOLDER]
 
 Prints one JSON line, and one before for each peer, which runs in a process of its own. The weights are random numbers of the
-model's shape, the tokens random ids; the step is that of the main job (`jaxpeft.training.step`), with AdamW and clipping. Method
+model's shape, the tokens random ids; the step is that of the main job (`jaxpeft.train.step`), with AdamW and clipping. Method
 `none` trains the embedding of one token: the gradient goes through all layers, and no linear site is adapted.
 
 Peers, torch with Hugging Face PEFT: `peft` (eager), `peft-compile`, `peft-checkpoint`, `peft-nf4`, `peft-nf4-checkpoint`,
@@ -162,7 +162,7 @@ class Program:
         """Compile it as the main job does, with more XLA options if there are any."""
         import jax
 
-        from jaxpeft.training import compiling
+        from jaxpeft.train import compiling
 
         how = compiling.options(jax.devices()[0]) | dict(xla or {})
         return self.step.lower(self.state, self.frozen, self.batch).compile(compiler_options=how)
@@ -175,8 +175,8 @@ def program(options: Any) -> Program:
 
     from jaxpeft.core import tree
     from jaxpeft.core.rewriting import trainable_mask
-    from jaxpeft.training.losses import loss_for
-    from jaxpeft.training.step import init_state, make_train_step
+    from jaxpeft.train.losses import loss_for
+    from jaxpeft.train.step import init_state, make_train_step
     from jaxpeft.transforms.rewrite import rewrite
 
     model, base = random_model(options)
@@ -205,7 +205,7 @@ def ours(options: Any) -> dict[str, Any]:
     import jax
 
     from jaxpeft.core import tree
-    from jaxpeft.training import compiling
+    from jaxpeft.train import compiling
 
     if options.cache:
         compiling.keep_programs("auto")
@@ -270,12 +270,12 @@ def random_model(options: Any) -> tuple[Any, Any]:
     from jaxpeft import models
     from jaxpeft.core import paths
     from jaxpeft.models.attention import fastest, platform
-    from jaxpeft.models.base import Options, abstract_params
-    from jaxpeft.quant.tree import Quant
+    from jaxpeft.models.base import ModelOptions, abstract_params
+    from jaxpeft.quant.quantize import Quant
 
     quant = None if options.quant == "none" else Quant(options.quant)
     attention = fastest(platform(jax.devices()[0])) if options.attention == "auto" else options.attention
-    how = Options(
+    how = ModelOptions(
         "causal_lm", None, jnp.bfloat16, scan_layers=options.scan, remat=options.remat, attention=attention,
         right_padded=True, quant=quant,
     )  # fmt: skip

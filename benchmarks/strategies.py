@@ -23,18 +23,19 @@ from jaxpeft.core import tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
-from jaxpeft.hub.placing import bringing
+from jaxpeft.hub.fetching import bringing
 from jaxpeft.methods import METHODS
-from jaxpeft.models.base import Options, Pretrained, abstract_params
-from jaxpeft.quant.tree import quantize
-from jaxpeft.sharding.activations import on_mesh
-from jaxpeft.sharding.mesh import heads_of, make_mesh, place
+from jaxpeft.models.base import ModelOptions, Pretrained, abstract_params
+from jaxpeft.processes.arrays import put_batch
+from jaxpeft.quant.quantize import quantize
+from jaxpeft.sharding.layout import layout
+from jaxpeft.sharding.logical_axes import on_mesh
+from jaxpeft.sharding.mesh import heads_of, make_mesh
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.sharding.sizes import SEQUENCE, STRATEGIES
-from jaxpeft.sharding.specs import layout
-from jaxpeft.training.losses import loss_for
-from jaxpeft.training.step import make_loss_sum
+from jaxpeft.train.losses import loss_for
+from jaxpeft.train.step import make_loss_sum
 from jaxpeft.transforms.rewrite import rewrite
 
 ROWS, LENGTH, VOCAB = 8, 64, 96
@@ -87,7 +88,7 @@ def prepared(case: Case) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, An
     """Make model, rewritten parameters and a batch of a case, from fixed seeds."""
     decoder = case.architecture["model_type"] == "llama"
     task, labels = ("causal_lm", None) if decoder else ("sequence_classification", 3)
-    model = models.build(case.architecture, Options(task, labels, jnp.float32, scan_layers=case.scan))
+    model = models.build(case.architecture, ModelOptions(task, labels, jnp.float32, scan_layers=case.scan))
     rng = np.random.default_rng(0)
     # a norm's scale about 1, as it is in models: about 0 each layer would shrink its input, and the gradients of queries to rounding
     base = jax.tree_util.tree_map_with_path(
@@ -130,7 +131,7 @@ def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, floa
     trainable, frozen = tree.partition(jax.device_put(params, found.shardings), mask)
     key = jax.random.key(1) if case.dropout else None
     run: Callable[..., Any] = jax.jit(on_mesh(mesh, jax.value_and_grad(loss, has_aux=True)))
-    (total, weight), grads = run(trainable, frozen, place(mesh, batch), key)
+    (total, weight), grads = run(trainable, frozen, put_batch(mesh, batch), key)
     return float(total), float(weight), jax.tree.map(np.asarray, grads)
 
 

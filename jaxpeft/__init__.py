@@ -33,23 +33,23 @@ if TYPE_CHECKING:
     from jaxpeft.core.tree import unstack_layers as unstack_layers
     from jaxpeft.errors import JaxpeftError as JaxpeftError
     from jaxpeft.forward import apply as apply
-    from jaxpeft.hub.adapters import load_adapter as load_adapter
-    from jaxpeft.hub.adapters import read_settings as read_settings
-    from jaxpeft.hub.adapters import save_adapter as save_adapter
+    from jaxpeft.hub.adapters.folders import load_adapter as load_adapter
+    from jaxpeft.hub.adapters.folders import read_settings as read_settings
+    from jaxpeft.hub.adapters.folders import save_adapter as save_adapter
+    from jaxpeft.hub.adapters.settings import Settings as Settings
     from jaxpeft.hub.loading import load as load
-    from jaxpeft.hub.settings import Settings as Settings
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
     from jaxpeft.methods import METHODS as METHODS
-    from jaxpeft.quant.tree import Quant as Quant
-    from jaxpeft.quant.tree import dequantize as dequantize
-    from jaxpeft.quant.tree import quantize as quantize
-    from jaxpeft.sharding.activations import on_mesh as on_mesh
+    from jaxpeft.quant.quantize import Quant as Quant
+    from jaxpeft.quant.quantize import dequantize as dequantize
+    from jaxpeft.quant.quantize import quantize as quantize
+    from jaxpeft.sharding.layout import shardings as shardings
+    from jaxpeft.sharding.layout import state_shardings as state_shardings
+    from jaxpeft.sharding.logical_axes import on_mesh as on_mesh
     from jaxpeft.sharding.mesh import batch_shardings as batch_shardings
     from jaxpeft.sharding.mesh import create_device_mesh as create_device_mesh
     from jaxpeft.sharding.mesh_config import MeshConfig as MeshConfig
     from jaxpeft.sharding.rules import sharding_rules as sharding_rules
-    from jaxpeft.sharding.specs import shardings as shardings
-    from jaxpeft.sharding.specs import state_shardings as state_shardings
     from jaxpeft.transforms.merge import merge as merge
     from jaxpeft.transforms.merge_quantized import merge_quantized as merge_quantized
     from jaxpeft.transforms.rewrite import rewrite as rewrite
@@ -60,9 +60,9 @@ _WHERE = {
     "pick": "core.bank",
     "merge_adapters": "transforms.weighted",
     "merge_quantized": "transforms.merge_quantized",
-    "Quant": "quant.tree",
-    "quantize": "quant.tree",
-    "dequantize": "quant.tree",
+    "Quant": "quant.quantize",
+    "quantize": "quant.quantize",
+    "dequantize": "quant.quantize",
     "find_sites": "core.probing",
     "params_of": "core.nnx",
     "with_params": "core.nnx",
@@ -78,18 +78,18 @@ _WHERE = {
     "unstack_layers": "core.tree",
     "JaxpeftError": "errors",
     "apply": "forward",
-    "load_adapter": "hub.adapters",
-    "read_settings": "hub.adapters",
-    "save_adapter": "hub.adapters",
+    "load_adapter": "hub.adapters.folders",
+    "read_settings": "hub.adapters.folders",
+    "save_adapter": "hub.adapters.folders",
     "load": "hub.loading",
-    "Settings": "hub.settings",
+    "Settings": "hub.adapters.settings",
     "MeshConfig": "sharding.mesh_config",
     "create_device_mesh": "sharding.mesh",
     "batch_shardings": "sharding.mesh",
     "sharding_rules": "sharding.rules",
-    "shardings": "sharding.specs",
-    "state_shardings": "sharding.specs",
-    "on_mesh": "sharding.activations",
+    "shardings": "sharding.layout",
+    "state_shardings": "sharding.layout",
+    "on_mesh": "sharding.logical_axes",
     "METHODS": "methods",
 }
 

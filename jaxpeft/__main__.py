@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 
-from jaxpeft.command.arguments import HELP
-from jaxpeft.command.table import COMMANDS
+from jaxpeft.command.parser import HELP
+from jaxpeft.command.verbs import VERBS, command_line
 from jaxpeft.errors import cut, nearest
 
 
@@ -22,20 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_listing())
         return 0
     name, *rest = words
-    if name not in COMMANDS:
+    if name not in VERBS:
         sys.stderr.write(
-            f"jaxpeft: {cut(name)!r}: no such command{nearest(name, COMMANDS)}; `jaxpeft --help` lists them\n"
+            f"jaxpeft: {cut(name)!r}: no such command{nearest(name, VERBS)}; `jaxpeft --help` lists them\n"
         )
         return 2
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    return command_line(name).main(rest)
 
 
 def _listing() -> str:
     """Return every command with the first sentence of its help."""
-    lines = [
-        f"  {name:9}{str(importlib.import_module(module).__doc__).splitlines()[0]}"
-        for name, (module, _) in COMMANDS.items()
-    ]
+    lines = [f"  {name:9}{str(command_line(name).__doc__).splitlines()[0]}" for name in VERBS]
     return "\n".join(
         [
             "jaxpeft: parameter-efficient fine-tuning in JAX. Commands:",

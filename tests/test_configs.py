@@ -18,10 +18,10 @@ from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.core.tree import count, partition
 from jaxpeft.errors import WeightsError
 from jaxpeft.hub import sources
-from jaxpeft.models.base import Options, abstract_params
-from jaxpeft.training import optimizers
-from jaxpeft.training.losses import loss_for
-from jaxpeft.training.step import init_state, make_train_step
+from jaxpeft.models.base import ModelOptions, abstract_params
+from jaxpeft.train import optimizers
+from jaxpeft.train.losses import loss_for
+from jaxpeft.train.step import init_state, make_train_step
 from jaxpeft.transforms.rewrite import rewrite
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -111,7 +111,9 @@ def test_the_config_is_valid_and_its_step_can_be_traced(path: Path, config: Conf
     dtype = jnp.dtype("float32" if config.model.dtype == "auto" else config.model.dtype)
     labels = None if config.model.task == "causal_lm" else LABELS
     remat = "products" if config.model.remat == "auto" else config.model.remat
-    options = Options(config.model.task, labels, dtype, bool(config.model.scan_layers), config.model.pooling, remat)
+    options = ModelOptions(
+        config.model.task, labels, dtype, bool(config.model.scan_layers), config.model.pooling, remat
+    )
     model = models.build(model_config(config, path.stem), options)
     base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
 

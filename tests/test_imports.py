@@ -117,7 +117,7 @@ def test_every_public_name_can_be_imported_first() -> None:
     names = {where: name for name, where in jaxpeft._WHERE.items()} | {"": "LoRA"}
     lines = [
         "from jaxpeft import *; LoRA, rewrite, Quant, load_adapter",
-        "import jaxpeft.core.targets, jaxpeft.quant.tree",
+        "import jaxpeft.core.targets, jaxpeft.quant.quantize",
     ]
     lines += [f"from jaxpeft import {name}" for name in names.values()]
     done = subprocess.run(

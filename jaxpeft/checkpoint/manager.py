@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jaxpeft.checkpoint import manifest
 from jaxpeft.checkpoint.identity import differences
 from jaxpeft.errors import CheckpointError, ConfigError, DamagedError
-from jaxpeft.peers import ALONE, SEEN, Peers, seen
+from jaxpeft.processes.peers import ALONE, SEEN, Peers, seen
 
 _log = logging.getLogger(__name__)
 ASIDE = ".set-aside"

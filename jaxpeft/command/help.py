@@ -7,7 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxpeft.command.arguments import HELP, Arguments, ConfigArguments, argument_docs, flag
+from jaxpeft.command.parser import HELP, Arguments, ConfigArguments, argument_docs, flag
 from jaxpeft.config import reference
 from jaxpeft.core.option_docs import OptionDoc
 from jaxpeft.errors import ConfigError

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterable, Iterator
 
-from jaxpeft.command.arguments import argument_docs, flag
-from jaxpeft.command.table import COMMANDS
+from jaxpeft.command.parser import argument_docs, flag
+from jaxpeft.command.verbs import VERBS, command_line
 from jaxpeft.config import reference
 from jaxpeft.core.option_docs import OptionDoc
 
@@ -45,11 +44,11 @@ def _lines() -> Iterator[str]:
         yield f"{_escaped(one.doc)}{f' Paper: {one.paper}' if one.paper else ''}\n"
         yield from _table(one.options)
     yield "## Commands\n"
-    for name, (module, arguments) in COMMANDS.items():
-        found = importlib.import_module(module)
-        yield f"### {name}\n"
-        yield f"{str(found.__doc__).splitlines()[0]}\n"
-        yield from _table(argument_docs(getattr(found, arguments)), flags=True)
+    for verb in VERBS:
+        module = command_line(verb)
+        yield f"### {verb}\n"
+        yield f"{str(module.__doc__).splitlines()[0]}\n"
+        yield from _table(argument_docs(module.ARGUMENTS), flags=True)
 
 
 def _table(options: Iterable[OptionDoc], *, flags: bool = False) -> Iterator[str]:

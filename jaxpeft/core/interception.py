@@ -79,7 +79,7 @@ class Hooks:
 
         return call
 
-    def _linear(self, module: Any, training: bool) -> joint.Linear | None:
+    def _linear(self, module: Any, training: bool) -> joint.LinearSite | None:
         """See a module as `x W + x A B`; None where it computes anything else."""
         if not hasattr(type(module), TOGETHER) or self.rows is not None:
             return None
@@ -98,7 +98,7 @@ class Hooks:
             factors = method.sites.low_rank({key: leaves[key] for key in method.leaves.site if key in leaves}, training)
             if factors is None:
                 return None
-        return joint.Linear({key: leaves[key] for key in kernels.FORMS[form].leaves}, factors, leaves.get("bias"))
+        return joint.LinearSite({key: leaves[key] for key in kernels.FORMS[form].leaves}, factors, leaves.get("bias"))
 
     def _site(
         self,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from jaxpeft.core.beside import Beside
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import shown
@@ -18,6 +17,26 @@ if TYPE_CHECKING:
 Leaves = Mapping[str, Any]
 M = TypeVar("M", bound="Method")
 F = TypeVar("F", bound="PeftFormat[Any]")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a method's files say of methods of another kind beside it.
+
+    Attributes:
+        option: PEFT's name of the option in `adapter_config.json`.
+        method: name of the other method.
+        module: PEFT's name of the module that holds the other method's tensors inside the adapted one.
+        write: the option's value from the other methods, by the Hugging Face name of their sites.
+        read: `(value, tied) -> (options, problems)`: the options of each of the other methods; `tied` says whether the
+            language-model head is the embedding.
+    """
+
+    option: str
+    method: str
+    module: str
+    write: Callable[[Mapping[str, Any]], Any]
+    read: Callable[[Any, bool], tuple[list[dict[str, Any]], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,7 @@ class PeftFormat(Generic[M]):
         root_tensors: the same as `tensors` for leaves at the root.
         module_prefix: what the names of the base's modules begin with.
         beside: how files hold methods of another kind beside this one, None where they cannot.
-        layout: of adapter folders: `peft`, or a key of `jaxpeft.hub.adapters.LAYOUTS` for the files of another library.
+        layout: of adapter folders: `peft`, or a key of `jaxpeft.hub.adapters.folders.LAYOUTS` for the files of another library.
     """
 
     type: str | None = None

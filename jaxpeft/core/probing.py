@@ -112,7 +112,7 @@ def _einsum_axes(module: Any) -> int:
 
 
 def _made(path: Path, module: Any, shapes: Shapes, layers: tuple[int, ...], einsum: str | None) -> Site:
-    plan = views.plan(module, shapes, einsum) or views.Plan(type(module).__name__, (0, 0))
+    plan = views.plan(module, shapes, einsum) or views.KernelView(type(module).__name__, (0, 0))
     return Site(path, _names(path, layers), plan.shape, layers, plan.kind, plan.order)
 
 

@@ -66,7 +66,7 @@ def start(method: Method, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     Args:
         method: that rewrote the tree.
         params: the rewritten tree.
-        run: model, tokenizer and batches: a `jaxpeft.training.start.Start`.
+        run: model, tokenizer and batches: a `jaxpeft.train.data_start.Start`.
 
     Returns:
         `(method, params)`: the method, whose options may depend on the data, and the tree.

@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelView:
     """How the kernel of a module becomes `[in, out]`.
 
     Attributes:
@@ -67,7 +67,7 @@ _EMBED = (nn.Embed, nnx.Embed)
 _NORM = (nn.LayerNorm, nn.RMSNorm, nnx.LayerNorm, nnx.RMSNorm)
 
 
-def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) -> Plan | None:
+def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) -> KernelView | None:
     """Return what kind of site a module is, and how its kernel is laid out.
 
     Args:
@@ -80,22 +80,24 @@ def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) ->
     """
     if not leaves:
         return None
-    unknown = Plan(type(module).__name__, (0, 0))
+    unknown = KernelView(type(module).__name__, (0, 0))
     form = kernels.form_of(leaves)
     if form is None:
         width = leaves["scale"][-1] if leaves.get("scale") else 0
-        return Plan("norm", (width, width)) if width and (isinstance(module, _NORM) or len(leaves) <= 2) else unknown
+        return (
+            KernelView("norm", (width, width)) if width and (isinstance(module, _NORM) or len(leaves) <= 2) else unknown
+        )
     full = kernels.FORMS[form].shape(leaves[form])
     if isinstance(module, _EMBED):
-        return Plan("embedding", (full[0], full[1]))
+        return KernelView("embedding", (full[0], full[1]))
     if isinstance(module, _DENSE):
-        return Plan("linear", (full[0], full[1]))
+        return KernelView("linear", (full[0], full[1]))
     found = _laid_out(module, full, einsum)
     if found is None:
         return unknown
     contracted, made, order = found
     shape = (math.prod(full[i] for i in contracted), math.prod(full[i] for i in made))
-    return Plan("linear", shape, () if order == tuple(range(len(full))) else order)
+    return KernelView("linear", shape, () if order == tuple(range(len(full))) else order)
 
 
 def _laid_out(module: Any, full: Shape, einsum: str | None) -> tuple[Shape, Shape, Shape] | None:

@@ -3,15 +3,15 @@
 `read_rows` -> `make_examples` -> `encode` -> `Batches` (training) or `eval_batches` (evaluation).
 """
 
-from jaxpeft.data.batches import Batches, eval_batches
-from jaxpeft.data.buckets import choose_lengths, padding_share
-from jaxpeft.data.columns import Columns, Kind, find_format
-from jaxpeft.data.encode import encode, pad_id
-from jaxpeft.data.encoded import Encoded
-from jaxpeft.data.examples import Examples, make_examples
-from jaxpeft.data.holdout import hold_out, hold_out_text
-from jaxpeft.data.packing import fill, pack
-from jaxpeft.data.rows import Rows, is_hub_id, read_rows
+from jaxpeft.data.batches.training import Batches, eval_batches
+from jaxpeft.data.examples.make import Examples, make_examples
+from jaxpeft.data.rows.columns import Columns, Kind, find_format
+from jaxpeft.data.rows.holdout import hold_out, hold_out_text
+from jaxpeft.data.rows.read import Rows, is_hub_id, read_rows
+from jaxpeft.data.tokens.arrays import Encoded
+from jaxpeft.data.tokens.buckets import choose_lengths, padding_share
+from jaxpeft.data.tokens.encode import encode, pad_id
+from jaxpeft.data.tokens.packing import fill, pack
 
 __all__ = [
     "Batches",

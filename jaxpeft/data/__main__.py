@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from jaxpeft.command.arguments import ConfigArguments, Overrides
+from jaxpeft.command.parser import ConfigArguments, Overrides
 from jaxpeft.command.running import load_config, run_command
 from jaxpeft.config import Config
 from jaxpeft.core.options import option
@@ -24,6 +24,9 @@ class DataArguments(ConfigArguments):
     """The arguments of `data`."""
 
     show: int = option(3, "rows to show", at_least=0)
+
+
+ARGUMENTS = DataArguments
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +40,8 @@ def main(argv: list[str]) -> int:
 
 
 def _show(config: Config, rows: int) -> None:
-    from jaxpeft.data import pipeline, reading, report
+    from jaxpeft.data import pipeline, report
+    from jaxpeft.data.examples import reading
     from jaxpeft.hub import sources
 
     console = Console(highlight=False, soft_wrap=True)

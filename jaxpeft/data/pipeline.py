@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.config.schema import Config
-from jaxpeft.data.batches import Batches
-from jaxpeft.data.encoded import Encoded
-from jaxpeft.data.encoding import Encoding, one_length, padded_lengths, told
-from jaxpeft.data.examples import Examples
-from jaxpeft.data.reading import read_examples, read_held
-from jaxpeft.data.stream import Stream
+from jaxpeft.data.batches.stream import Stream
+from jaxpeft.data.batches.training import Batches
+from jaxpeft.data.examples.make import Examples
+from jaxpeft.data.examples.reading import read_examples, read_held
+from jaxpeft.data.tokens.arrays import Encoded
+from jaxpeft.data.tokens.encoder import Encoder, one_length, padded_lengths, told
 from jaxpeft.errors import ConfigError, DataError, cut
 from jaxpeft.hub import sources
 from jaxpeft.json_files import read_json
@@ -53,7 +53,7 @@ class Splits:
     pad_id: int
     problem: str
     asked: Examples
-    encoding: Encoding
+    encoding: Encoder
     identity: Mapping[str, Any]
     stream: Stream | None = None
 
@@ -77,7 +77,7 @@ def read_splits(
     vocab = read_json(file).get("vocab_size")
     if not isinstance(vocab, int) or isinstance(vocab, bool) or vocab < 1:
         raise ConfigError(f"{file}: vocab_size must be an integer above 0, is {cut(repr(vocab))}")
-    encoding = Encoding(config.data, load_tokenizer(source), config.model.vocab_size or vocab)
+    encoding = Encoder(config.data, load_tokenizer(source), config.model.vocab_size or vocab)
 
     def tokens(examples: Examples) -> Encoded:
         what = f"tokenizing {examples.rows.name}"
@@ -111,7 +111,7 @@ def read_splits(
     )
 
 
-def _streamed(config: Config, encoding: Encoding, source: sources.Source) -> tuple[Stream, tuple[Examples, Examples]]:
+def _streamed(config: Config, encoding: Encoder, source: sources.Source) -> tuple[Stream, tuple[Examples, Examples]]:
     """Open a stream and reads the rows that are held out; labels are those of the latter: a stream is not read through."""
     if config.model.task == "causal_lm":
         stream = Stream(config, encoding)

@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxpeft.config.schema import Config
-from jaxpeft.data.dialogs import Completion, Dialog
-from jaxpeft.data.encoded import Encoded
-from jaxpeft.data.examples import Examples
-from jaxpeft.data.packing import fill
+from jaxpeft.data.chat.dialogs import Completion, Dialog
+from jaxpeft.data.chat.supervise import IGNORED
+from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.pipeline import Splits, make_batches
-from jaxpeft.data.supervise import IGNORED
+from jaxpeft.data.tokens.arrays import Encoded
+from jaxpeft.data.tokens.packing import fill
 
 MOST_LABELS = 20
 MOST_NOTES = 20

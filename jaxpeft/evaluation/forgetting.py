@@ -31,7 +31,7 @@ from jaxpeft import forward, models
 from jaxpeft.errors import DataError
 from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
-from jaxpeft.sharding.activations import mesh_under, on_mesh
+from jaxpeft.sharding.logical_axes import mesh_under, on_mesh
 
 _INPUTS = ("token_type_ids", "position_ids", "segment_ids")
 _LEAST = 1e-12

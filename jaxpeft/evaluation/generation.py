@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft.forward import apply
 from jaxpeft.models.base import Pretrained
-from jaxpeft.sharding.activations import mesh_under
+from jaxpeft.sharding.logical_axes import mesh_under
 
 
 def greedy(

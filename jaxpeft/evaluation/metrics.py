@@ -12,7 +12,7 @@ import numpy as np
 from jaxpeft.errors import ConfigError, DataError
 from jaxpeft.evaluation.entities import OUTSIDE, find_entities, has_entities
 
-Problem = Literal["single_label", "multi_label", "regression", "token"]
+TaskKind = Literal["single_label", "multi_label", "regression", "token"]
 Metrics = dict[str, float]
 
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -43,7 +43,7 @@ def figures_of(problem: str, labels: Sequence[str]) -> tuple[str, ...]:
 def classification_metrics(
     predictions: np.ndarray,
     labels: np.ndarray,
-    problem: Problem,
+    problem: TaskKind,
     *,
     tags: Sequence[str] = (),
     rows: np.ndarray | None = None,

@@ -17,12 +17,12 @@ from typing import Any
 from jaxpeft import models
 from jaxpeft.core import paths
 from jaxpeft.errors import shown
-from jaxpeft.hub import digests
-from jaxpeft.hub.safetensors_files import open_folder
 from jaxpeft.hub.sources import Source, file_sha256
-from jaxpeft.hub.weights import plain_name
+from jaxpeft.hub.weights import digests
+from jaxpeft.hub.weights.leaf_tensors import plain_name
+from jaxpeft.hub.weights.safetensors_files import open_folder
 from jaxpeft.json_files import read_json
-from jaxpeft.models.base import Family, Options
+from jaxpeft.models.base import Family, ModelOptions
 
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path")
 
@@ -34,7 +34,7 @@ def architecture(source: Source) -> dict[str, Any]:
         ConfigError: it is not supported.
     """
     file = source.folder / "config.json"
-    parsed = models.build(read_json(file), Options("encoder", None, None), str(file)).config
+    parsed = models.build(read_json(file), ModelOptions("encoder", None, None), str(file)).config
     return json.loads(json.dumps(dataclasses.asdict(parsed)))
 
 

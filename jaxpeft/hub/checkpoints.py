@@ -14,13 +14,13 @@ import numpy as np
 
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError, WeightsError
-from jaxpeft.hub import bitsandbytes, weights
 from jaxpeft.hub.choices import DTYPES
 from jaxpeft.hub.model_request import ModelRequest
-from jaxpeft.hub.safetensors_files import Meter, open_folder
 from jaxpeft.hub.sources import Source
+from jaxpeft.hub.weights import bitsandbytes, leaf_tensors
+from jaxpeft.hub.weights.safetensors_files import Meter, open_folder
 from jaxpeft.models.base import Family, Pretrained
-from jaxpeft.quant.tree import Quant
+from jaxpeft.quant.quantize import Quant
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SafetensorsCheckpoint:
 
     source: Source
     config: Mapping[str, Any]
-    tensors: weights.Tensors
+    tensors: leaf_tensors.Tensors
     meter: Meter
 
     @classmethod
@@ -71,9 +71,9 @@ class SafetensorsCheckpoint:
         Raises:
             WeightsError: listing each size.
         """
-        weights.require_sizes(model.config, self.tensors, family, self.where)
+        leaf_tensors.require_sizes(model.config, self.tensors, family, self.where)
 
-    def plan(self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest) -> weights.WeightPlan:
+    def plan(self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest) -> leaf_tensors.WeightPlan:
         """Match the leaves of a model to the tensors.
 
         Raises:
@@ -81,10 +81,12 @@ class SafetensorsCheckpoint:
         """
         tensors, folder = self.tensors, self.source.folder
         if request.task == "causal_lm" and model.config.tie_word_embeddings:
-            tensors = weights.untie(tensors, folder)
-        return weights.plan(abstract, tensors, family, request.dtype, folder, relabel=request.num_labels is not None)
+            tensors = leaf_tensors.untie(tensors, folder)
+        return leaf_tensors.plan(
+            abstract, tensors, family, request.dtype, folder, relabel=request.num_labels is not None
+        )
 
-    def quant(self, abstract: Tree, plan: weights.WeightPlan, asked: Quant | None) -> Quant | None:
+    def quant(self, abstract: Tree, plan: leaf_tensors.WeightPlan, asked: Quant | None) -> Quant | None:
         """Return which kernels are quantized, and how: in the tensors, else as was asked.
 
         Raises:
@@ -140,12 +142,12 @@ class DescribedCheckpoint:
     def require_sizes(self, model: Pretrained, family: Family) -> None:
         """Refuse nothing: there are no tensors to compare with."""
 
-    def plan(self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest) -> weights.WeightPlan:
+    def plan(self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest) -> leaf_tensors.WeightPlan:
         """Return what the tensors of such a checkpoint would make."""
         dtype = request.dtype if request.dtype is not None else self.dtype
-        return weights.plan_without_tensors(abstract, dtype, new_head=request.task != "causal_lm")
+        return leaf_tensors.plan_without_tensors(abstract, dtype, new_head=request.task != "causal_lm")
 
-    def quant(self, abstract: Tree, plan: weights.WeightPlan, asked: Quant | None) -> Quant | None:
+    def quant(self, abstract: Tree, plan: leaf_tensors.WeightPlan, asked: Quant | None) -> Quant | None:
         """Return which kernels are quantized: as was asked, else as `bitsandbytes` does it where `config.json` says so."""
         return asked or (Quant("nf4") if self.config.get("quantization_config") else None)
 

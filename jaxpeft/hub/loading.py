@@ -20,16 +20,17 @@ from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub import merge_record, placing, quantized_cache, shards, sources, weights
+from jaxpeft.hub import fetching, merge_record, sources
 from jaxpeft.hub.checkpoints import Checkpoint, SafetensorsCheckpoint
 from jaxpeft.hub.choices import Task
 from jaxpeft.hub.model_request import ModelRequest
-from jaxpeft.hub.safetensors_files import Meter
+from jaxpeft.hub.weights import leaf_tensors, quantized_cache, shards
+from jaxpeft.hub.weights.safetensors_files import Meter
 from jaxpeft.json_files import read_json
-from jaxpeft.models.base import Options, Pretrained, abstract_params
-from jaxpeft.quant.tree import Quant
+from jaxpeft.models.base import ModelOptions, Pretrained, abstract_params
+from jaxpeft.quant.quantize import Quant
+from jaxpeft.sharding.layout import Layout, by_path, layout, log_dropped
 from jaxpeft.sharding.rules import Rules, strategy_rules
-from jaxpeft.sharding.specs import Layout, by_path, layout, log_dropped
 
 _log = logging.getLogger(__name__)
 
@@ -101,9 +102,9 @@ def load(
     if mesh is None:
         return outlined.model, outlined.read(seed, sharding, cache=cache)
     rules = rules or Rules(strategy_rules(None))
-    placing.check(rules, mesh)
+    fetching.check(rules, mesh)
     found = layout(mesh, rules, outlined.leaves)
-    return placing.bringing(outlined.model, found), outlined.read_sharded(found, seed, cache=cache)
+    return fetching.bringing(outlined.model, found), outlined.read_sharded(found, seed, cache=cache)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Outline:
     abstract: Tree
     stored: Tree
     config: Mapping[str, Any]
-    plan: weights.WeightPlan
+    plan: leaf_tensors.WeightPlan
     quant: Quant | None = None
     meter: Meter = field(default_factory=Meter, compare=False)
 
@@ -214,10 +215,10 @@ def outline_of(request: ModelRequest, checkpoint: Checkpoint) -> Outline:
     return found if request.vocab_size in (None, own) else _grown(found, request.vocab_size, sites)
 
 
-def _options(request: ModelRequest, checkpoint: Checkpoint) -> Options:
+def _options(request: ModelRequest, checkpoint: Checkpoint) -> ModelOptions:
     """Return how the model is used, with what the request leaves open taken from the checkpoint."""
     labels = request.num_labels
-    return Options(
+    return ModelOptions(
         task=request.task,
         num_labels=labels if labels is not None else _labels_of(checkpoint.config, request.task),
         dtype=request.compute_dtype or request.dtype or checkpoint.dtype,

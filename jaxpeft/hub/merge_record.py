@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jaxpeft.errors import WeightsError
-from jaxpeft.hub import digests
-from jaxpeft.hub.safetensors_files import open_folder
+from jaxpeft.hub.weights import digests
+from jaxpeft.hub.weights.safetensors_files import open_folder
 from jaxpeft.json_files import read_json
 
 MERGE = "jaxpeft_merge.json"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.choices import DTYPES, TASKS, Task
 from jaxpeft.models.attention import KERNELS, fastest, platform
-from jaxpeft.quant.tree import Quant
+from jaxpeft.quant.quantize import Quant
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ Leaves = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearSite:
     """One site of several that read the same input.
 
     Attributes:
@@ -42,7 +42,7 @@ class Linear:
     bias: Any = None
 
 
-def products(x: Any, sites: Sequence[Linear]) -> tuple[Any, ...]:
+def products(x: Any, sites: Sequence[LinearSite]) -> tuple[Any, ...]:
     """Compute `x W_i + x A_i B_i + bias_i` of each site.
 
     Args:

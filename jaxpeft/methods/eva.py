@@ -33,7 +33,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     Args:
         method: LoRA with `init_weights="eva"`.
         params: the base, rewritten with it.
-        run: model, base and batches: a `jaxpeft.training.start.Start`.
+        run: model, base and batches: a `jaxpeft.train.data_start.Start`.
 
     Returns:
         `(method, params)`: a plain LoRA with these ranks, and the tree with these A.

@@ -31,7 +31,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     Args:
         method: LoRA with `init_weights="loftq"`.
         params: the quantized base, rewritten with it.
-        run: model and base: a `jaxpeft.training.start.Start`.
+        run: model and base: a `jaxpeft.train.data_start.Start`.
 
     Returns:
         `(method, params)`: a plain LoRA, and the tree with these A and B.

@@ -73,8 +73,8 @@ def olora(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pa
     return r[:rank].T, q[:, :rank].T
 
 
-Start = Callable[[Site, Kernel, int, float, "Array"], "Pair"]
-STARTS: Mapping[str, Start] = {
+Initializer = Callable[[Site, Kernel, int, float, "Array"], "Pair"]
+STARTS: Mapping[str, Initializer] = {
     "default": default,
     "gaussian": gaussian,
     "orthogonal": orthogonal,

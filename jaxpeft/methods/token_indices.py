@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.core.beside import Beside
+from jaxpeft.core.peft_format import Beside
 from jaxpeft.errors import shown
 from jaxpeft.methods.trainable_tokens import TrainableTokens
 

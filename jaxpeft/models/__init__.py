@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpeft.errors import ConfigError, shown
 from jaxpeft.models import decoder, encoder
-from jaxpeft.models.base import Family, Options, Pretrained
+from jaxpeft.models.base import Family, ModelOptions, Pretrained
 
 _ALL: tuple[Family, ...] = (decoder.FAMILY, encoder.BERT, encoder.ROBERTA, encoder.DISTILBERT)
 
@@ -15,7 +15,7 @@ FAMILIES: Mapping[str, Family] = {model_type: family for family in _ALL for mode
 """Every family by the `model_type` of `config.json`."""
 
 
-def build(config: Mapping[str, Any], options: Options, where: str = "config.json") -> Pretrained:
+def build(config: Mapping[str, Any], options: ModelOptions, where: str = "config.json") -> Pretrained:
     """Make the Linen module that a `config.json` describes.
 
     Args:

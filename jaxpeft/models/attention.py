@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec
 
 from jaxpeft.errors import ConfigError
 from jaxpeft.models import chunked_attention
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.layers import dropout
 from jaxpeft.models.masks import Mask
 from jaxpeft.remat import ATTENTION
-from jaxpeft.sharding.activations import BATCH, HEAD_DIM, HEADS, KV_HEADS, LENGTH, mesh_of, placed, size_of, spec_of
+from jaxpeft.sharding.logical_axes import BATCH, HEAD_DIM, HEADS, KV_HEADS, LENGTH, mesh_of, placed, size_of, spec_of
 from jaxpeft.sharding.sizes import SEQUENCE, TENSOR
 
 Array = jax.Array
@@ -261,7 +261,7 @@ def kernel_of(asked: str, platform: str, spread: int) -> str:
     return asked
 
 
-def lacks(options: Options, config: Any) -> str:
+def lacks(options: ModelOptions, config: Any) -> str:
     """Return why the kernel that a model is to attend with does not fit it; empty if it does.
 
     Args:

@@ -24,7 +24,7 @@ _FLOAT32 = 3.4e38
 
 
 @dataclass(frozen=True)
-class Options:
+class ModelOptions:
     """How a model is used; the architecture itself is in its config.
 
     Attributes:
@@ -64,7 +64,7 @@ class Pretrained(nn.Module):
     """
 
     config: Any
-    options: Options
+    options: ModelOptions
     source: Any = None
 
 
@@ -85,7 +85,7 @@ class Family:
     """
 
     model_types: tuple[str, ...]
-    build: Callable[[Mapping[str, Any], Options, str], Pretrained]
+    build: Callable[[Mapping[str, Any], ModelOptions, str], Pretrained]
     prefix: str
     ignored: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -209,14 +209,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def with_pooling(options: Options, own: str) -> Options:
+def with_pooling(options: ModelOptions, own: str) -> ModelOptions:
     """Name the architecture's own pooling where none was asked for, so that saying it and leaving it out are the same."""
     if options.task != "sequence_classification" or options.pooling is not None:
         return options
     return dataclasses.replace(options, pooling=own)
 
 
-def option_problems(options: Options, model_type: str, tasks: Sequence[str], poolings: Sequence[str]) -> list[str]:
+def option_problems(options: ModelOptions, model_type: str, tasks: Sequence[str], poolings: Sequence[str]) -> list[str]:
     """Return what is wrong with the task, the labels, the pooling or the remat policy asked of an architecture.
 
     Args:

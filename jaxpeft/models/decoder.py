@@ -23,14 +23,14 @@ from jaxpeft.models.base import (
     MOST_LAYERS,
     ConfigReader,
     Family,
-    Options,
+    ModelOptions,
     Pretrained,
     option_problems,
     with_pooling,
 )
 from jaxpeft.models.layers import RMSNorm, dense, dropout, entered, head_dense, joining, kept, pool, run_layers
 from jaxpeft.models.masks import Mask, Virtual, allowed, before, positions
-from jaxpeft.sharding.activations import BATCH, HIDDEN, LENGTH, MLP, VOCAB, placed
+from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, VOCAB, placed
 
 Array = jax.Array
 
@@ -176,7 +176,7 @@ class Attention(nn.Module):
     """Self-attention with rotary positions."""
 
     config: DecoderConfig
-    options: Options
+    options: ModelOptions
 
     @nn.compact
     def __call__(self, x: Array, residual: Array, past: Array | None, cos: Array, sin: Array, mask: Mask) -> Array:
@@ -208,7 +208,7 @@ class FeedForward(nn.Module):
     """Gated feed-forward: `down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202)."""
 
     config: DecoderConfig
-    options: Options
+    options: ModelOptions
 
     @nn.compact
     def __call__(self, x: Array, residual: Array) -> Array:
@@ -227,7 +227,7 @@ class Block(nn.Module):
     """One decoder layer."""
 
     config: DecoderConfig
-    options: Options
+    options: ModelOptions
 
     @nn.compact
     def __call__(
@@ -348,7 +348,7 @@ class DecoderWithHead(Pretrained):
         return self.score(pool(x, attention_mask, options.pooling))
 
 
-def build(config: Mapping[str, Any], options: Options, where: str) -> Pretrained:
+def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretrained:
     """Make a decoder from its `config.json`.
 
     Raises:

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jaxpeft.errors import DataError
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
-from jaxpeft.models.base import Family, Options, Pretrained, option_problems, with_pooling
+from jaxpeft.models.base import Family, ModelOptions, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import EncoderConfig, read_config
 from jaxpeft.models.layers import LayerNorm, dense, dropout, entered, head_dense, joining, kept, pool, run_layers
 from jaxpeft.models.masks import Mask, Virtual, allowed, before, positions
-from jaxpeft.sharding.activations import BATCH, HIDDEN, LENGTH, MLP, placed
+from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, placed
 
 Array = jax.Array
 
@@ -28,7 +28,7 @@ class _Part(nn.Module):
     """A part of a model that is made from the config alone."""
 
     config: EncoderConfig
-    options: Options
+    options: ModelOptions
 
     def norm(self, name: str, x: Array) -> Array:
         """Apply a layer norm of this name."""
@@ -282,7 +282,7 @@ class EncoderWithHead(Pretrained):
         return head_dense(labels, "classifier")(dropout(self, c.classifier_dropout, x))
 
 
-def build(config: Mapping[str, Any], options: Options, where: str) -> Pretrained:
+def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretrained:
     """Make an encoder from its `config.json`.
 
     Raises:

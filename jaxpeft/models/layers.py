@@ -12,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path
-from jaxpeft.models.base import PAST, Options
+from jaxpeft.models.base import PAST, ModelOptions
 from jaxpeft.remat import INPUT, PRODUCT, REMAT_POLICIES, RematPolicy
-from jaxpeft.sharding.activations import mesh_of
+from jaxpeft.sharding.logical_axes import mesh_of
 
 Array = jax.Array
 
@@ -97,7 +97,7 @@ class Linear(nn.Dense):
         return self(x), *(other(x) for other in others)
 
 
-def dense(features: int, name: str | None, options: Options, *, bias: bool = True) -> Linear:
+def dense(features: int, name: str | None, options: ModelOptions, *, bias: bool = True) -> Linear:
     """Make a linear module that computes in the activations' dtype."""
     return Linear(features, use_bias=bias, dtype=options.dtype, name=name)
 
@@ -117,7 +117,7 @@ class Joining(Linear):
         return out if norm is None else norm(out)
 
 
-def joining(features: int, name: str, options: Options, *, bias: bool = True) -> Joining:
+def joining(features: int, name: str, options: ModelOptions, *, bias: bool = True) -> Joining:
     """Make a linear module that writes to the residual stream."""
     return Joining(features, use_bias=bias, dtype=options.dtype, name=name)
 
@@ -128,7 +128,7 @@ def head_dense(features: int, name: str | None, *, bias: bool = True) -> nn.Dens
 
 
 def run_layers(
-    block: type[nn.Module], fields: Mapping[str, Any], count: int, name: str, options: Options, *inputs: Any
+    block: type[nn.Module], fields: Mapping[str, Any], count: int, name: str, options: ModelOptions, *inputs: Any
 ) -> Array:
     """Run a stack of layers, scanned or unrolled, in the scope of the calling module.
 
@@ -157,14 +157,14 @@ def run_layers(
     return scanned(**fields, name=name)(*inputs)[0]
 
 
-def _remat(block: type[nn.Module], options: Options) -> Any:
+def _remat(block: type[nn.Module], options: ModelOptions) -> Any:
     """Wrap a block so that the backward pass computes again what the policy does not keep."""
     if options.remat == "none":
         return block
     return nn.remat(block, policy=_saveable(REMAT_POLICIES[options.remat]), prevent_cse=not options.scan_layers)
 
 
-def _bringing(block: type[nn.Module], options: Options) -> Any:
+def _bringing(block: type[nn.Module], options: ModelOptions) -> Any:
     """Wrap a block so that it begins by bringing its parameters to where it computes with them; most are there already.
 
     Inside of remat, so that the backward pass brings them anew, and keeps none.

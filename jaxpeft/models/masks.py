@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.models.base import PAST
-from jaxpeft.sharding.activations import BATCH, LENGTH, placed
+from jaxpeft.sharding.logical_axes import BATCH, LENGTH, placed
 
 Array = jax.Array
 

@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.errors import ConfigError
 from jaxpeft.sharding.mesh_config import MeshConfig, batch_problems
-from jaxpeft.sharding.processes import joined
 from jaxpeft.sharding.sizes import AXES, DATA, FSDP, ROWS, SEQUENCE, STRATEGIES, TENSOR, Heads, row_shards, sizes
 
 if TYPE_CHECKING:
@@ -201,17 +200,3 @@ def has_positions(array: Any, ids: tuple[int, ...]) -> bool:
     The labels of a row with several may be as many as its positions; they are floating.
     """
     return array.shape == ids and np.issubdtype(array.dtype, np.integer)
-
-
-def place(mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0) -> dict[str, jax.Array]:
-    """Put a batch onto the devices.
-
-    Args:
-        mesh: the devices.
-        batch: arrays with an axis of rows; of several processes each has the rows of its own devices.
-        axis: which axis that is: 1 behind an axis of micro-batches.
-    """
-    where = batch_shardings(mesh, batch, axis)
-    if jax.process_count() > 1:
-        return joined(batch, where, axis)
-    return jax.device_put(dict(batch), where)

@@ -15,7 +15,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
-from jaxpeft.quant.tree import Quant, dequantize, quantize
+from jaxpeft.quant.quantize import Quant, dequantize, quantize
 from jaxpeft.transforms.merge import merge
 
 _log = logging.getLogger(__name__)

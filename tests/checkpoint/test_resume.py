@@ -14,9 +14,9 @@ import pytest
 
 from jaxpeft.checkpoint import manifest
 from jaxpeft.config.schema import Config
-from jaxpeft.training import job, loop
-from jaxpeft.training.records import read_lines
-from jaxpeft.training.signals import Stopped
+from jaxpeft.processes.signals import Stopped
+from jaxpeft.train import job, loop
+from jaxpeft.train.records import read_lines
 
 MakeConfig = Callable[..., Config]
 STEPS = 6

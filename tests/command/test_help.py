@@ -10,6 +10,7 @@ import pytest
 
 from jaxpeft import __main__ as package
 from jaxpeft.command.options_page import page
+from jaxpeft.command.verbs import VERBS, command_line
 from jaxpeft.config.schema import Config
 from jaxpeft.core.options import hints_of
 from jaxpeft.methods import METHODS
@@ -22,15 +23,14 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("name", package.COMMANDS)
+@pytest.mark.parametrize("name", VERBS)
 @pytest.mark.parametrize("asking", ["--help", "-h"])
 def test_every_command_prints_its_arguments(name: str, asking: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert package.main([name, asking]) == 0
     said = words(capsys.readouterr().out)
-    module, arguments = package.COMMANDS[name]
-    found = importlib.import_module(module)
-    assert said.startswith(words(found.__doc__))
-    for field in dataclasses.fields(getattr(found, arguments)):
+    found = command_line(name)
+    assert said.startswith(words(str(found.__doc__)))
+    for field in dataclasses.fields(found.ARGUMENTS):
         assert f"--{field.name.replace('_', '-')}: " in said
         assert field.metadata["doc"] in said
 
@@ -78,8 +78,8 @@ def test_the_package_lists_its_commands_and_runs_them(capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert package.main(["--help"]) == 0
     assert capsys.readouterr().out == said
-    assert [line.split()[0] for line in said.splitlines()[2:-2]] == list(package.COMMANDS)
-    assert all(f"python -m jaxpeft.{name} " in said for name in package.COMMANDS)
+    assert [line.split()[0] for line in said.splitlines()[2:-2]] == list(VERBS)
+    assert all(f"python -m jaxpeft.{name} " in said for name in VERBS)
     assert package.main(["trian"]) == 2
     assert "'trian': no such command; did you mean 'train'" in capsys.readouterr().err
     assert package.main(["train", "--config=configs/quickstart.py", "--validate", "--name=x"]) == 0

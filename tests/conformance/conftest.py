@@ -20,10 +20,10 @@ import pytest
 import jaxpeft
 from jaxpeft.core import paths, training_hooks
 from jaxpeft.core.tree import combine
-from jaxpeft.hub import adapter_tensors
+from jaxpeft.hub.adapters import tensors
 from jaxpeft.methods import METHODS
-from jaxpeft.training.losses import loss_for
-from jaxpeft.training.step import init_state, make_train_step
+from jaxpeft.train.losses import loss_for
+from jaxpeft.train.step import init_state, make_train_step
 from tests.conformance.rows import DECODER, ROWS, Row
 from tests.core.helpers import BATCH, QUICK, load, run
 from tests.models import conftest as models
@@ -146,7 +146,7 @@ def moved(method: Any, params: Any, *, size: float = 0.2, seed: int = 0) -> Any:
     for path, flag in mask.items():
         if flag and path[-1] not in inside:
             add(path, ...)
-    for entry in adapter_tensors.adapted(method, params):
+    for entry in tensors.adapted(method, params):
         for key, like in entry.fresh.items():
             path = (*entry.site.path, key)
             if mask[path]:

@@ -12,7 +12,7 @@ import numpy as np
 import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError
-from jaxpeft.quant.tree import dequantize, quantize
+from jaxpeft.quant.quantize import dequantize, quantize
 from tests.core.helpers import BATCH, QUICK, run
 
 

@@ -26,7 +26,7 @@ from jaxpeft import models
 from jaxpeft.core.folding import can_fold
 from jaxpeft.core.tree import count
 from jaxpeft.methods import METHODS
-from jaxpeft.models.base import Options, abstract_params
+from jaxpeft.models.base import ModelOptions, abstract_params
 from tests.conformance.rows import ROWS, SHOWN
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def row_of(parameters: str) -> str:
 
 def share(method: Any) -> str:
     """Return the share of parameters that a method trains of a Llama of the 1B shape, with its default options."""
-    model = models.build(LLAMA_1B, Options("causal_lm", None, jax.numpy.bfloat16, scan_layers=False))
+    model = models.build(LLAMA_1B, ModelOptions("causal_lm", None, jax.numpy.bfloat16, scan_layers=False))
     base = abstract_params(model)
     try:
         params = jax.eval_shape(lambda p: jaxpeft.rewrite(method, p, jax.random.key(0)), base)

@@ -16,7 +16,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.folding import can_fold
 from jaxpeft.core.tree import combine
 from jaxpeft.errors import ConfigError
-from jaxpeft.training.begin import fixed_leaves
+from jaxpeft.train.begin import fixed_leaves
 from tests.conformance.conftest import Subject, every_method, every_subject, moved, subject_of
 from tests.conformance.probing import in_one_batch, on_quantized, quantized
 from tests.conformance.rows import ROWS

@@ -12,7 +12,7 @@ import numpy as np
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.core import paths
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import ModelOptions
 from tests.models.conftest import LABELS, Batch, forward, make_batch, tiny_config
 
 BATCH: Batch = make_batch("right")
@@ -38,7 +38,7 @@ def unrolled(kind: str, task: str) -> Any:
 def make(kind: str, task: str | None = None, dtype: Any = jnp.float32, **options: Any) -> Any:
     task = task or TASKS[kind]
     labels = LABELS if "classification" in task else None
-    return models.build(tiny_config(kind), Options(task=task, num_labels=labels, dtype=dtype, **options))
+    return models.build(tiny_config(kind), ModelOptions(task=task, num_labels=labels, dtype=dtype, **options))
 
 
 def load(kind: str = "llama", task: str | None = None, dtype: Any = jnp.float32, **options: Any) -> Any:

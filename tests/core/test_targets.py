@@ -13,7 +13,7 @@ import pytest
 from jaxpeft import LoRA, models
 from jaxpeft.core.targets import Targets, find_sites, resolve
 from jaxpeft.errors import ConfigError, TargetError
-from jaxpeft.models.base import Options, abstract_params
+from jaxpeft.models.base import ModelOptions, abstract_params
 from jaxpeft.transforms.rewrite import rewrite
 from tests.models.conftest import tiny_config
 
@@ -37,7 +37,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def tree(kind: str, *, scan: bool = False) -> Any:
     task, labels = ("causal_lm", None) if kind == "llama" else ("sequence_classification", 3)
-    model = models.build(tiny_config(kind), Options(task, labels, jnp.float32, scan_layers=scan))
+    model = models.build(tiny_config(kind), ModelOptions(task, labels, jnp.float32, scan_layers=scan))
     return abstract_params(model)
 
 

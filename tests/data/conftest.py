@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxpeft.data.columns import Columns
-from jaxpeft.data.encoded import Encoded
-from jaxpeft.data.examples import Examples, make_examples
-from jaxpeft.data.rows import Rows
+from jaxpeft.data.examples.make import Examples, make_examples
+from jaxpeft.data.rows.columns import Columns
+from jaxpeft.data.rows.read import Rows
+from jaxpeft.data.tokens.arrays import Encoded
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "assets"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxpeft.data.__main__ import main
-from jaxpeft.train import main as train
-from tests.training.runs import tiny_models
+from jaxpeft.train.__main__ import main as train
+from tests.train.runs import tiny_models
 
 __all__ = ["tiny_models"]
 CONFIG = """

@@ -16,7 +16,7 @@ from jaxpeft.core.tree import stack_layers
 from jaxpeft.errors import DataError
 from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddings
 from jaxpeft.methods import BitFit, LoRA, PTuningV2
-from tests.training.runs import tiny_models
+from tests.train.runs import tiny_models
 
 __all__ = ["tiny_models"]
 

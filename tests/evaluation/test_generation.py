@@ -11,7 +11,7 @@ import pytest
 import jaxpeft
 from jaxpeft.evaluation import generation
 from jaxpeft.evaluation.generation import greedy
-from tests.training.runs import tiny_models
+from tests.train.runs import tiny_models
 
 __all__ = ["tiny_models"]
 PROMPTS = [[2, 7, 9, 11], [2, 30], [2, 40, 41, 42, 43, 44, 45]]

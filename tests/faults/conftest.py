@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 
 from jaxpeft import logs
 from tests.faults.cases import CASES
-from tests.training.runs import tiny_models, write_config, write_rows
+from tests.train.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def run(arguments: list[str], fault: str | None, said: str, cache: str) -> None:
         os.dup2(file.fileno(), 2)
     import jax
 
-    from jaxpeft.train import main
+    from jaxpeft.train.__main__ import main
     from tests.faults import entry
 
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -151,7 +151,7 @@ def command(words: Sequence[str]) -> Done:
 
 def here(*arguments: str) -> Done:
     """Run the main job in this process: for what is refused, where starting another would take the time."""
-    from jaxpeft.train import main
+    from jaxpeft.train.__main__ import main
 
     return told(lambda: main(list(arguments)))
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     # Orbax, imported before the command has set up logging, would do so itself
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
     from jaxpeft.checkpoint import manager, manifest
-    from jaxpeft.training import evaluation, loop
+    from jaxpeft.train import evaluator, loop
 
     count = [0]
     kinds = (kind[0] if kind else "kill").split(",")
@@ -67,12 +67,12 @@ def main(argv: list[str]) -> int:
         "after_arrays": lambda: before(manifest, "write"),
         "in_save": lambda: before(manager.ocp.CheckpointManager, "save"),
         "in_delete": lambda: before(manager.shutil, "rmtree"),
-        "in_eval": lambda: before(evaluation.Evaluator, "__call__"),
+        "in_eval": lambda: before(evaluator.Evaluator, "__call__"),
         "in_compile": lambda: before(loop, "_abstract_batch"),
         "in_step": lambda: before(loop, "place"),
     }
     points[point]()
-    from jaxpeft.train import main as train
+    from jaxpeft.train.__main__ import main as train
 
     return train(arguments)
 

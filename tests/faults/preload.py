@@ -8,6 +8,4 @@ from __future__ import annotations
 import sklearn.metrics  # noqa: F401
 from transformers import AutoTokenizer  # noqa: F401
 
-import jaxpeft.train
-import jaxpeft.training.job  # noqa: F401
 import tests.faults.entry  # noqa: F401

@@ -113,21 +113,21 @@ def take_part(arguments: list[str], member: Member, devices: int, said: Path, ca
     """Run one process of a team, in a process forked for it."""
     import jax
 
-    from jaxpeft.training import loop
+    from jaxpeft.train import loop
 
     logging.getLogger().handlers.clear()  # those of what the server has imported
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     batches.write_text("")
-    place = loop.place
+    put_batch = loop.put_batch
 
     def placed(mesh: Any, batch: Mapping[str, Any], axis: int) -> Any:
         with batches.open("a") as file:
             file.write(json.dumps(hashes(batch["input_ids"])) + "\n")
         time.sleep(member.pause)
-        return place(mesh, batch, axis)
+        return put_batch(mesh, batch, axis)
 
-    loop.place = placed
+    loop.put_batch = placed
     if member.hidden is not None:
         hide(member.hidden, member.hidden_for)
     run(arguments, member.fault, str(said), str(cache))
@@ -141,8 +141,8 @@ def hashes(ids: Any) -> list[list[str]]:
 
 def hide(step: int, seconds: float) -> None:
     """Let this process not see a checkpoint for a while, as on a host whose view of a shared folder is behind."""
-    from jaxpeft import peers
     from jaxpeft.checkpoint import manager
+    from jaxpeft.processes import peers
 
     exists, looked = Path.exists, list[float]()
 

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from jaxpeft.training.lock import lock_folder
+from jaxpeft.processes.lock import lock_folder
 from tests.faults.conftest import Job, Marks, damage, files, largest
 
 KILLS = int(os.environ.get("JAXPEFT_KILLS", "1"))

@@ -36,7 +36,7 @@ def test_case_11_a_folder_that_cannot_be_written_is_refused_before_jax_is_import
     (tmp_path / "file").write_text("mine")
     folder = tmp_path / "file" / inside
     check = (
-        "import sys; from jaxpeft.train import main; code = main(sys.argv[1:]); "
+        "import sys; from jaxpeft.train.__main__ import main; code = main(sys.argv[1:]); "
         "sys.exit(code if not {'jax', 'flax', 'transformers'} & set(sys.modules) else 99)"
     )
     done = command(["-c", check, "--config", str(job.config), "--workdir", str(folder)])
@@ -199,7 +199,7 @@ def test_case_35_every_wrong_option_is_told_at_once_without_importing_jax(job: J
     job.workdir.mkdir()
     (job.workdir / "note").write_text("mine")
     check = (
-        "import sys; from jaxpeft.train import main; code = main(sys.argv[1:]); "
+        "import sys; from jaxpeft.train.__main__ import main; code = main(sys.argv[1:]); "
         "sys.exit(code if not {'jax', 'flax', 'torch', 'transformers'} & set(sys.modules) else 99)"
     )
     given = [word for word in OPTIONS if "warmup" not in word]  # said once no other problem of the length is left

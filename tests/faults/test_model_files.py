@@ -289,7 +289,7 @@ def test_case_38_code_in_a_checkpoint_is_not_run(job: Job, whole: Job, marks: Ma
 def peak_of(job: Job, *arguments: str) -> tuple[Done, float]:
     """Run the command in a fresh Python; return its peak of memory, too, in MB: the kernel's, of this program alone."""
     code = (
-        "import sys; from jaxpeft.train import main; code = main(sys.argv[1:])\n"
+        "import sys; from jaxpeft.train.__main__ import main; code = main(sys.argv[1:])\n"
         "print('PEAK', open('/proc/self/status').read().partition('VmHWM:')[2].split()[0], file=sys.stderr); sys.exit(code)"
     )
     done = command(["-c", code, "--config", str(job.config), "--workdir", str(job.workdir), *arguments])

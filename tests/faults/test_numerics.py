@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxpeft.data import Batches
-from jaxpeft.training import from_config, losses
-from jaxpeft.training import job as jobs
-from jaxpeft.training.records import read_lines
+from jaxpeft.train import from_config, losses
+from jaxpeft.train import job as jobs
+from jaxpeft.train.records import read_lines
 from tests.faults.conftest import GOOD, Job, Marks, files
 
 Change = Callable[[int, dict[str, Any]], dict[str, Any]]

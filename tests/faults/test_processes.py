@@ -13,7 +13,7 @@ import pytest
 from tests.faults.conftest import Job, Marks, files
 from tests.faults.team import HEARTBEAT, Member, Team
 from tests.faults.test_resume import figures
-from tests.training.runs import write_config, write_rows
+from tests.train.runs import write_config, write_rows
 
 STEPS = 12
 PAUSE, SLOW = 1.0, 2.0

@@ -16,11 +16,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxpeft.checkpoint import identity
-from jaxpeft.training import begin, loop
-from jaxpeft.training.records import read_lines
-from jaxpeft.training.signals import Stopped
+from jaxpeft.processes.signals import Stopped
+from jaxpeft.train import begin, loop
+from jaxpeft.train.records import read_lines
 from tests.faults.conftest import Job, Marks, files
-from tests.training.runs import write_config, write_rows
+from tests.train.runs import write_config, write_rows
 
 STEPS = 20
 EVERY = 1 if "JAXPEFT_KILLS" in os.environ else 4
@@ -103,13 +103,13 @@ def test_case_19_on_other_numbers_of_devices_the_batches_are_the_same_and_the_lo
     tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
 ) -> None:
     seen: list[str] = []
-    place = loop.place
+    put_batch = loop.put_batch
 
     def placed(mesh: Any, batch: Mapping[str, Any], axis: int) -> Any:
         seen.append(hashlib.sha256(batch["input_ids"].tobytes()).hexdigest())
-        return place(mesh, batch, axis)
+        return put_batch(mesh, batch, axis)
 
-    monkeypatch.setattr(loop, "place", placed)
+    monkeypatch.setattr(loop, "put_batch", placed)
     config = text_config(tmp_path, tiny_models, train__steps=9, checkpoint__every_steps=3, log__every_steps=1)
     whole, job = Job(config, tmp_path / "whole"), Job(config, tmp_path / "run")
     assert whole.here().returncode == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from jaxpeft.data.batches import Batch, Batches, Own
+from jaxpeft.data.batches.training import Batch, Batches, Own
 
 AT = 3
 

@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 
 import jaxpeft
 from jaxpeft.errors import AdapterError
-from jaxpeft.hub import digests
 from jaxpeft.hub.base_identity import earlier_fingerprint, fingerprint
 from jaxpeft.hub.sources import Source
+from jaxpeft.hub.weights import digests
 from tests.hub.helpers import assert_bit_equal, edit_json, edited, shard, write_raw
 from tests.models.conftest import Reference
 

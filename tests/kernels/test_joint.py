@@ -12,7 +12,7 @@ import pytest
 
 import jaxpeft
 from jaxpeft.kernels import QUANTIZED
-from jaxpeft.kernels.joint import Linear, products
+from jaxpeft.kernels.joint import LinearSite, products
 from tests.core.helpers import load, run
 
 RNG = np.random.default_rng(0)
@@ -33,7 +33,9 @@ def test_they_are_the_sums_of_both_products_and_so_are_the_gradients(form: str |
     wanted = [normal(2, 5, n) for n in (24, 8, 40)]
 
     def joint(x: Any, factors: Any, bias: Any) -> Any:
-        sites = [Linear(*pair, bias=extra) for *pair, extra in zip(stored, factors, (None, bias, None), strict=True)]
+        sites = [
+            LinearSite(*pair, bias=extra) for *pair, extra in zip(stored, factors, (None, bias, None), strict=True)
+        ]
         return sum(jnp.vdot(y, w) for y, w in zip(products(x, sites), wanted, strict=True))
 
     def apart(x: Any, factors: Any, bias: Any) -> Any:
@@ -48,7 +50,7 @@ def test_they_are_the_sums_of_both_products_and_so_are_the_gradients(form: str |
 
 def test_a_kernel_that_is_trained_has_its_gradient() -> None:
     x, kernel, a, b = normal(4, 6), normal(6, 5), normal(6, 2), normal(2, 5)
-    found = jax.grad(lambda k: products(x, [Linear({"kernel": k}, (a, b))])[0].sum())(kernel)
+    found = jax.grad(lambda k: products(x, [LinearSite({"kernel": k}, (a, b))])[0].sum())(kernel)
     np.testing.assert_allclose(found, np.asarray(x).sum(0)[:, None].repeat(5, 1), rtol=1e-5)
 
 

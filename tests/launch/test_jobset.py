@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from jaxpeft import clusters
+from jaxpeft.processes import clusters
 from tests.launch.helpers import IMAGE, LAUNCH, Stubs, bash, mutated
 from tests.launch.manifests import SCHEMA, job, jobset, outcome, parse, require_sound, trainer
 

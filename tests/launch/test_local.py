@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import CACHE
 from tests.launch.helpers import LAUNCH, ROOT, Stubs, bash, mutated
-from tests.training.runs import tiny_models, write_config, write_rows
+from tests.train.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
 LOCAL = LAUNCH / "local.sh"

@@ -7,8 +7,8 @@ import re
 import pytest
 import yaml
 
-from jaxpeft.command.arguments import read_arguments
-from jaxpeft.train import RunArguments, job_of
+from jaxpeft.command.parser import read_arguments
+from jaxpeft.train.arguments import RunArguments, job_of
 from tests.launch.helpers import LAUNCH, ROOT, Stubs, bash
 from tests.launch.manifests import parse, require_sound
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jaxpeft import clusters
+from jaxpeft.processes import clusters
 from tests.launch.helpers import LAUNCH, ROOT, Stubs, bash, mutated, shellcheck
 
 TASK = LAUNCH / "skypilot.yaml"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft import clusters
+from jaxpeft.processes import clusters
 from tests.launch.helpers import LAUNCH, Stubs, bash, mutated
 
 SBATCH = LAUNCH / "slurm.sbatch"

@@ -16,8 +16,8 @@ import jaxpeft
 from jaxpeft.checkpoint.manager import Checkpoints
 from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError, TargetError
-from jaxpeft.training.losses import loss_for
-from jaxpeft.training.step import init_state, make_train_step
+from jaxpeft.train.losses import loss_for
+from jaxpeft.train.step import init_state, make_train_step
 from tests.conformance.test_peft import ours, theirs
 from tests.core.helpers import BATCH, QUICK, leaves, load
 from tests.hub.helpers import peft_load, torch_base

@@ -14,7 +14,7 @@ import pytest
 import jaxpeft
 from jaxpeft.core.tree import combine
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub import peft_config
+from jaxpeft.hub.adapters import peft_config
 from tests.conformance.conftest import moved
 from tests.core.helpers import BATCH, leaves, load, run
 from tests.methods.interop import case_of, exported, imported, quiet

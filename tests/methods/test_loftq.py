@@ -12,7 +12,7 @@ import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.core.rewriting import chosen_sites, kernel_of, layer_of
 from jaxpeft.errors import ConfigError
-from jaxpeft.training.start import Start
+from jaxpeft.train.data_start import Start
 from tests.conformance.probing import quantized, real
 from tests.core.helpers import BATCH, load
 from tests.models.conftest import forward, reference  # noqa: F401 - a fixture

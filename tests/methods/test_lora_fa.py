@@ -14,7 +14,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.tree import combine
 from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.models import build
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import ModelOptions
 from tests.core.helpers import assert_bits, load
 from tests.methods.interop import case_of, exported, quiet
 from tests.models.conftest import reference, tiny_config  # noqa: F401 - a fixture
@@ -41,7 +41,7 @@ def test_it_begins_as_lora_does_and_trains_b_alone() -> None:
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_input_of_a_is_not_kept_for_the_backward_pass(scan: bool) -> None:
     config = tiny_config("llama", hidden_size=64, intermediate_size=512, num_hidden_layers=4)
-    model = build(config, Options(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan))
+    model = build(config, ModelOptions(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan))
     ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     base = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     kept: dict[str, int] = {}

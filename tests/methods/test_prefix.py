@@ -13,8 +13,8 @@ import pytest
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.errors import ConfigError
-from jaxpeft.models.base import Options
-from jaxpeft.training.start import Start
+from jaxpeft.models.base import ModelOptions
+from jaxpeft.train.data_start import Start
 from tests.conformance.conftest import moved
 from tests.core.helpers import BATCH, load
 from tests.methods.interop import case_of, exported, imported, quiet
@@ -57,7 +57,7 @@ def test_a_start_at_zero_is_one_of_keys_and_values_of_zero(projection: bool) -> 
 
 
 def build(kind: str, scan: bool, **switches: Any) -> Any:
-    options = Options(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan)
+    options = ModelOptions(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan)
     model = models.build(tiny_config(kind, **switches), options)
     tree = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
     return model, jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), tree)

@@ -10,7 +10,7 @@ import pytest
 
 import jaxpeft
 from jaxpeft.errors import ConfigError
-from jaxpeft.training.start import Start
+from jaxpeft.train.data_start import Start
 from tests.core.helpers import BATCH, load
 from tests.methods.interop import case_of, imported, quiet
 from tests.models.conftest import reference  # noqa: F401 - a fixture

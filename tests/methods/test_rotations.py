@@ -14,7 +14,7 @@ import pytest
 import jaxpeft
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import AdapterError, ConfigError
-from jaxpeft.hub import peft_config
+from jaxpeft.hub.adapters import peft_config
 from jaxpeft.methods import rotations
 from tests.methods.interop import case_of, exported, imported, quiet
 from tests.models.conftest import reference  # noqa: F401 - a fixture

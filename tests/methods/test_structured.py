@@ -14,7 +14,7 @@ import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.core.tree import combine
-from jaxpeft.hub.peft_config import COMMON
+from jaxpeft.hub.adapters.peft_config import COMMON
 from tests.conformance.conftest import moved
 from tests.core.helpers import BATCH, QUICK, load, run
 

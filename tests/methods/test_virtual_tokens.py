@@ -18,17 +18,17 @@ import jaxpeft
 from jaxpeft import models
 from jaxpeft.core.bank import bank
 from jaxpeft.errors import AdapterError, ConfigError, DataError
-from jaxpeft.models.base import Options
-from jaxpeft.training import job
-from jaxpeft.training.signals import Stopped
-from jaxpeft.training.start import Start
+from jaxpeft.models.base import ModelOptions
+from jaxpeft.processes.signals import Stopped
+from jaxpeft.train import job
+from jaxpeft.train.data_start import Start
 from tests.checkpoint.test_resume import stop_at
 from tests.conformance.conftest import moved
 from tests.core.helpers import BATCH, CLASSIFIER, load
 from tests.hub.helpers import edit_json, peft_load, peft_save
 from tests.methods.interop import quiet
 from tests.models.conftest import LENGTHS, Reference, forward, make_batch, reference, tiny_config  # noqa: F401 - a fixture
-from tests.training.runs import make_config, tiny_models  # noqa: F401 - fixtures
+from tests.train.runs import make_config, tiny_models  # noqa: F401 - fixtures
 
 MARK = 1e-4
 METHODS: dict[str, Any] = {
@@ -47,7 +47,7 @@ def adapted(method: Any, base: Any, seed: int = 0) -> Any:
 def windowed(scan: bool) -> Any:
     """Return a tiny mistral, whose windows are shorter than its rows."""
     config = tiny_config("mistral", sliding_window=6)
-    model = models.build(config, Options(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan))
+    model = models.build(config, ModelOptions(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan))
     return model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
 
 

@@ -15,7 +15,7 @@ import pytest
 from jaxpeft import models
 from jaxpeft.models import attention
 from jaxpeft.models.attention import KERNELS, AttentionKernel, fastest
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.masks import Mask, allowed
 
 
@@ -89,7 +89,7 @@ def test_rows_padded_on_the_right_need_no_mask_and_give_the_same(window: int, ca
         "max_position_embeddings": 8,
         "sliding_window": window or None,
     }
-    options = Options("causal_lm", None, jnp.dtype(jnp.bfloat16))
+    options = ModelOptions("causal_lm", None, jnp.dtype(jnp.bfloat16))
     model = models.build(shape | kind, options)
     params = model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
     ids = jnp.asarray([[5, 6, 7, 8, 9, 0, 0, 0], [4, 3, 2, 1, 5, 6, 7, 8]])
@@ -158,7 +158,7 @@ def test_why_a_kernel_does_not_fit_a_model() -> None:
     config = shape | {"model_type": "llama", "max_position_embeddings": 8}
 
     def why(dtype: Any, **more: Any) -> str:
-        options = Options("causal_lm", None, jnp.dtype(dtype), attention="cudnn")
+        options = ModelOptions("causal_lm", None, jnp.dtype(dtype), attention="cudnn")
         return attention.lacks(options, models.build(config | more, options).config)
 
     assert why(jnp.bfloat16) == ""

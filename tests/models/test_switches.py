@@ -11,12 +11,12 @@ import pytest
 
 from jaxpeft import models
 from jaxpeft.errors import ConfigError
-from jaxpeft.models.base import Options
+from jaxpeft.models.base import ModelOptions
 
 
 def build(config: dict[str, Any], task: str = "encoder", **options: Any) -> Any:
     return models.build(
-        config, Options(task=task, num_labels=options.pop("num_labels", None), dtype=jnp.float32, **options)
+        config, ModelOptions(task=task, num_labels=options.pop("num_labels", None), dtype=jnp.float32, **options)
     )
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tests.models.conftest import reference
-from tests.training.runs import make_config, tiny_models
+from tests.train.runs import make_config, tiny_models
 
 __all__ = ["make_config", "reference", "tiny_models"]

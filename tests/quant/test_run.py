@@ -13,8 +13,8 @@ import pytest
 import jaxpeft
 from jaxpeft.config.schema import Config, ModelConfig
 from jaxpeft.errors import ConfigError
-from jaxpeft.training import job
-from jaxpeft.training.records import read_lines
+from jaxpeft.train import job
+from jaxpeft.train.records import read_lines
 
 MakeConfig = Callable[..., Config]
 

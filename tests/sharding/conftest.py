@@ -1,5 +1,5 @@
 """The fixtures of whole runs."""
 
-from tests.training.runs import make_config, tiny_models
+from tests.train.runs import make_config, tiny_models
 
 __all__ = ["make_config", "tiny_models"]

@@ -14,10 +14,10 @@ from benchmarks.strategies import CASES, LENGTH, Case, computed, difference, mai
 from jaxpeft.models import attention, chunked_attention
 from jaxpeft.models.attention import KERNELS, AttentionKernel, attend
 from jaxpeft.models.masks import Mask, allowed
-from jaxpeft.sharding.activations import on_mesh, placed
+from jaxpeft.sharding.logical_axes import on_mesh, placed
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import STRATEGIES
-from jaxpeft.training.head_loss import CrossEntropy, through_head
+from jaxpeft.train.head_loss import CrossEntropy, through_head
 
 TOLERANCE = 1e-5
 PLAIN = "lora, packed"

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 
 from jaxpeft.config.schema import Config, DataConfig, TrainConfig
 from jaxpeft.errors import ConfigError
-from jaxpeft.sharding.mesh import batch_shardings, evaluation_rows, heads_of, make_mesh, place, replicated
+from jaxpeft.processes.arrays import put_batch
+from jaxpeft.sharding.mesh import batch_shardings, evaluation_rows, heads_of, make_mesh, replicated
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import Heads
 
@@ -114,7 +115,7 @@ def test_rows_go_over_data_and_fsdp_and_positions_over_sequence() -> None:
         "labels": PartitionSpec(("data", "fsdp")),
     }
     parts = {"input_ids": np.zeros((2, 4, 16), np.int32), "weights": np.zeros((2, 4))}
-    assert place(mesh, parts, axis=1)["input_ids"].sharding.shard_shape((2, 4, 16)) == (2, 1, 8)
+    assert put_batch(mesh, parts, axis=1)["input_ids"].sharding.shard_shape((2, 4, 16)) == (2, 1, 8)
 
 
 def test_labels_of_a_row_that_are_as_many_as_its_positions_have_none() -> None:

@@ -17,17 +17,17 @@ import jaxpeft
 from jaxpeft.config.schema import Config
 from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub import placing
+from jaxpeft.hub import fetching
 from jaxpeft.hub.loading import outline
 from jaxpeft.hub.model_request import ModelRequest
+from jaxpeft.sharding.layout import HOST
 from jaxpeft.sharding.mesh import make_mesh
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.rules import sharding_rules
-from jaxpeft.sharding.specs import HOST
-from jaxpeft.training import job, memory
-from jaxpeft.training.begin import begun
-from jaxpeft.training.records import read_lines
-from jaxpeft.training.setup import prepare
+from jaxpeft.train import job, memory
+from jaxpeft.train.begin import begun
+from jaxpeft.train.records import read_lines
+from jaxpeft.train.setup import prepare
 
 MakeConfig = Callable[..., Config]
 CLOSE = 2e-5
@@ -78,7 +78,7 @@ def test_rows_of_several_lengths_make_the_same_batches_where_positions_are_sprea
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "jaxpeft.data.encoding._PROGRAM", 0
+        "jaxpeft.data.tokens.encoder._PROGRAM", 0
     )  # a length more is worth its program, however short the run
     rows = tmp_path / "rows.jsonl"
     texts = (" ".join(f"word{(i * 7 + j) % 50}" for j in range(2 + 9 * i % 29)) for i in range(80))
@@ -200,10 +200,10 @@ def test_offload_is_refused_where_there_is_no_such_memory(config: Config) -> Non
     class Mesh:
         devices = np.array([Device()])
 
-    placing.check(MeshConfig(offload=True), mesh)
+    fetching.check(MeshConfig(offload=True), mesh)
     said = r"mesh\.offload: the devices \(some chip\) have no memory of kind pinned_host \(they have hbm\); set it to False"
     with pytest.raises(ConfigError, match=said):
-        placing.check(MeshConfig(offload=True), Mesh())  # type: ignore[arg-type]
+        fetching.check(MeshConfig(offload=True), Mesh())  # type: ignore[arg-type]
 
 
 def test_memory_is_estimated_for_each_device(config: Config) -> None:

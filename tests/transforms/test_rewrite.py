@@ -16,9 +16,9 @@ from jaxpeft import models
 from jaxpeft.core import paths
 from jaxpeft.core.tree import count, stack_layers, unstack_layers
 from jaxpeft.errors import ConfigError
-from jaxpeft.models.base import Options
-from jaxpeft.training.losses import causal_lm
-from jaxpeft.training.step import init_state, make_train_step
+from jaxpeft.models.base import ModelOptions
+from jaxpeft.train.losses import causal_lm
+from jaxpeft.train.step import init_state, make_train_step
 from tests.models.conftest import tiny_config
 
 IDS = np.random.default_rng(0).integers(4, 90, (3, 8)).astype(np.int32)
@@ -29,12 +29,12 @@ METHODS = [jaxpeft.LoRA(rank=4), PATTERNED, PARTIAL, jaxpeft.LoRA(rank=4, rslora
 
 def make(*, scan: bool = False, dtype: Any = jnp.float32, kind: str = "llama", **options: Any) -> tuple[Any, Any]:
     task, labels = ("causal_lm", None) if kind == "llama" else ("sequence_classification", 3)
-    unrolled = models.build(tiny_config(kind), Options(task, labels, dtype, **options))
+    unrolled = models.build(tiny_config(kind), ModelOptions(task, labels, dtype, **options))
     params = unrolled.init(jax.random.key(3), IDS)["params"]
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     if not scan:
         return unrolled, params
-    scanned = models.build(tiny_config(kind), Options(task, labels, dtype, scan_layers=True, **options))
+    scanned = models.build(tiny_config(kind), ModelOptions(task, labels, dtype, scan_layers=True, **options))
     return scanned, stack_layers(params)
 
 

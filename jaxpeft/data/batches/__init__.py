@@ -1,0 +1,1 @@
+"""Tokens to batches, as a pure function of seed and step."""

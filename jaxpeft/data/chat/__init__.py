@@ -1,0 +1,1 @@
+"""Chats: messages, templates, and which of the text is learned."""

@@ -1,0 +1,1 @@
+"""Rows to examples: checked texts or words, and labels as numbers."""

@@ -1,0 +1,1 @@
+"""Files to rows: which files, their formats, and what their columns hold."""

@@ -1,0 +1,1 @@
+"""Examples to tokens: tokenized, cached, padded and packed."""

@@ -1,0 +1,235 @@
+"""Taking an adapter out of jaxpeft: a folder that `peft` loads, or a merged model that `transformers` loads.
+
+What was written is loaded again, and its logits are compared, before it gets its name: a folder that is there is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxpeft
+from jaxpeft import atomic
+from jaxpeft.core import paths
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Tree
+from jaxpeft.errors import ConfigError
+from jaxpeft.export import merged_model
+from jaxpeft.export.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
+from jaxpeft.export.request import (
+    AdapterFolder,
+    ExportRequest,
+    outline_of,
+    quant_of,
+    read_adapter,
+    reads_elsewhere,
+    require_free,
+    require_mergeable,
+    require_same_elsewhere,
+    require_unmerged,
+)
+from jaxpeft.hub import loading
+from jaxpeft.hub.adapters.folder_layout import CONFIG
+from jaxpeft.hub.adapters.folders import LAYOUTS, check_base, load_adapter, save_adapter
+from jaxpeft.hub.base_identity import fingerprint
+from jaxpeft.hub.loading import Outline
+from jaxpeft.hub.merge_record import MERGE, records
+from jaxpeft.hub.weights import digests
+from jaxpeft.json_files import read_json
+from jaxpeft.models.base import Pretrained
+from jaxpeft.quant.quantize import Quant, dequantize
+
+WARN_ABOVE = 0.01
+"""The relative error of a merge above which there is a warning."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        lines: for the person at the terminal: what, its size, the errors, how to load it.
+        gap: the largest difference of logits on the probe batch.
+        error: of a merge, `||merged - exact|| / ||exact - base||` over all changed weights.
+    """
+
+    lines: tuple[str, ...]
+    gap: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """An adapter on its base, loaded: what an export begins with."""
+
+    request: ExportRequest
+    adapter: AdapterFolder
+    outline: Outline
+    method: Method
+    params: Tree
+
+
+def export(request: ExportRequest) -> Report:
+    """Export an adapter.
+
+    Raises:
+        ConfigError: the request cannot be met: the folder is not empty, the task is not known, the method cannot be merged.
+        AdapterError: the adapter cannot be used, is another base's, or is merged into this one already.
+        WeightsError: the base cannot be used.
+        ExportError: what was written does not compute what it was made from; nothing is left of it.
+    """
+    require_free(request.out)
+    adapter = read_adapter(request.adapter)
+    outline = outline_of(request, adapter)
+    quant = quant_of(request, adapter, outline)
+    if request.to != "peft":
+        require_mergeable(adapter)
+        require_same_elsewhere(request, outline)
+        require_unmerged(adapter, outline)
+    for part in adapter.parts:
+        check_base(part, read_json(part / CONFIG), outline.model, allow_base=request.allow_base)
+    with _beside(request.out) as folder:
+        base = outline.read()
+        method, params = load_adapter(request.adapter, outline.model, base, allow_base=request.allow_base)
+        work = _Work(request, adapter, outline, method, params)
+        if request.to == "peft":
+            return _to_peft(work, folder, base)
+        if outline.plan.held:  # in float32 the base is what its files stand for, exactly
+            work = dataclasses.replace(work, params=dequantize(params))
+            del params
+        del base  # the tree alone holds it now, and gives it up leaf by leaf
+        return _to_merged(work, folder, quant)
+
+
+@contextmanager
+def _beside(out: Path) -> Generator[Path]:
+    """Return a folder beside another one, which gets its name in the end; of a failure nothing is left."""
+    target = out.resolve()
+    with atomic.replacing(target, unique=True) as temporary:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
+        yield temporary
+
+
+def _to_peft(work: _Work, folder: Path, base: Tree) -> Report:
+    model, source = work.outline.model, work.outline.model.source
+    wanted = logits(model, work.params, work.method)
+    if work.adapter.base:  # files keep the name that the adapter has for its base, wherever that lies here
+        source = dataclasses.replace(source, name=work.adapter.base, revision=work.adapter.config.get("revision"))
+    save_adapter(folder, work.method, work.params, model.clone(source=source), settings=work.adapter.settings)
+    merged_model.copy_files(None, work.adapter.folder, folder, work.adapter.settings)
+    again, loaded = load_adapter(folder, model, base)
+    gap = gap_of(logits(model, loaded, again), wanted)
+    require_equal(gap, wanted, TOLERANCE, f"{work.request.out}: the adapter that was written, loaded again")
+    weights = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.safetensors"))]
+    lines = (
+        f"wrote {work.request.out}: {work.method.name} adapter, {_size(folder, weights)}",
+        f"largest logit difference, loaded again: {gap:.2g} ({ROWS} rows of random tokens)",
+        _adapter_usage(work.request.out, work.method, model),
+    )
+    return Report(lines, gap)
+
+
+def _adapter_usage(out: Path, method: Method, model: Pretrained) -> str:
+    here = f"jaxpeft.load_adapter({str(out)!r}, model, params)"
+    if reads_elsewhere(model):
+        how = f"of jaxpeft.load(..., pooling={model.options.pooling!r})"
+        return f"load it: {here} {how}; other libraries' classifiers read {model.config.own_pooling!r}"
+    parts = [part for part in method.parts() if part.peft.type or part.peft.layout != "peft"]
+    if not parts:
+        return f"load it: {here}; other libraries have no {method.name}"
+    if len(method.parts()) > 1:
+        return f"load it: {here}; other libraries load its folders one by one"
+    library = LAYOUTS[method.peft.layout]
+    there = f"peft.PeftModel.from_pretrained(base_model, {str(out)!r})" if library.name == "peft" else library.library
+    return f"load it: {there} or {here}"
+
+
+def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
+    request, adapter, outline, method, params = work.request, work.adapter, work.outline, work.method, work.params
+    dtype = None if request.dtype is None else jnp.dtype(request.dtype)
+    if quant is not None:
+        merged_model.rounded(params, quant)
+    wanted = logits(outline.model, params, method)
+    model = merged_model.untied(method, outline.model, params)
+    error = merged_model.fold(method, params, outline, dtype)
+    own = merged_model.dtype_of(outline, dtype)
+    merged = logits(model, params)
+    gap = gap_of(merged, wanted)
+    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
+        require_equal(gap, wanted, TOLERANCE, "the merged weights, and the adapter beside its base")
+    _warn(error, own)
+    kept = not any(paths.is_head(path) for path in outline.plan.new)
+    config = merged_model.config_of(model, outline.config, adapter.settings, kept, own)
+    written: dict[str, str] = {}
+    tensors = {
+        name: digests.Noted(name, tensor, written)
+        for name, tensor in merged_model.tensors_of(model, params, dtype).items()
+    }
+    files = merged_model.write(folder, tensors, config, request.shard_bytes)
+    merged_model.copy_files(model.source.folder, adapter.folder, folder, adapter.settings)
+    record = {
+        "dtype": own.name,
+        "relative_error": error,
+        "largest_logit_difference": gap,
+        "base_rounded_to": "nf4" if outline.plan.held else quant and quant.form,
+        "sha256": written,
+    }
+    (folder / MERGE).write_text(json.dumps(_record(work) | record, indent=2) + "\n")
+    params.clear()
+    task: Any = model.options.task
+    again, loaded = loading.load(folder, task=task, pooling=model.options.pooling, compute_dtype=jnp.float32)
+    found = logits(again, loaded)
+    require_equal(gap_of(found, merged), merged, TOLERANCE / 10, f"{request.out}: what was written, loaded again")
+    what = f"{outline.config['model_type']} with {method.name} merged, {own.name}"
+    lines = (
+        f"wrote {request.out}: {what}, {_size(folder, files)}",
+        f"error of the merge: {error:.2g} of what the adapter changes in the weights",
+        f"largest logit difference to the adapter beside its base: {gap:.2g} ({ROWS} rows of random tokens)",
+        _usage(request.out, model),
+    )
+    return Report(lines, gap, error)
+
+
+def _usage(out: Path, model: Pretrained) -> str:
+    there = f"transformers.AutoModel{merged_model.HEADS[model.options.task]}.from_pretrained({str(out)!r})"
+    return f"load it: {there} or jaxpeft.load({str(out)!r}, task={model.options.task!r})"
+
+
+def _warn(error: float, dtype: Any) -> None:
+    if error > WARN_ABOVE:
+        _log.warning(
+            "%s rounds off %.1f %% of what the adapter changes in the weights; use --dtype float32, or keep the adapter beside "
+            "its base", dtype.name, 100 * error,
+        )  # fmt: skip
+
+
+def _record(work: _Work) -> dict[str, Any]:
+    """Return what was merged into what; what the base itself was merged from is kept."""
+    source = work.outline.model.source
+    return {
+        "jaxpeft_version": jaxpeft.__version__,
+        "adapter": {"path": str(work.adapter.folder), "sha256": work.adapter.sha256, "method": work.method.as_dict()},
+        "base": {"name": source.name, "revision": source.revision, "sha256": fingerprint(source)},
+        "task": work.outline.model.options.task,
+        "earlier": [{key: value for key, value in one.items() if key != "sha256"} for one in records(source.folder)],
+    }
+
+
+def _size(folder: Path, weights: list[str]) -> str:
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    unit = next(((n, name) for n, name in ((1e9, "GB"), (1e6, "MB")) if size >= n), (1e3, "kB"))
+    return f"{size / unit[0]:.1f} {unit[1]}, weights in {', '.join(weights)}"

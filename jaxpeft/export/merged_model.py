@@ -1,0 +1,316 @@
+"""A merged model: the adapter folded into its base in float32, and the folder that `transformers` loads it from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.core import paths, targets
+from jaxpeft.core.folding import adding_parts, fold_site
+from jaxpeft.core.method import Leaves, Method
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.core.rewriting import adapter_names, trainable_mask
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.hub.adapters.settings import Settings
+from jaxpeft.hub.loading import Outline
+from jaxpeft.hub.weights import safetensors_writing
+from jaxpeft.hub.weights.safetensors_files import Tensor, open_folder
+from jaxpeft.hub.weights.safetensors_writing import Readable
+from jaxpeft.json_files import read_json
+from jaxpeft.kernels import QUANTIZED
+from jaxpeft.methods import MARKERS
+from jaxpeft.models import FAMILIES
+from jaxpeft.models.base import Pretrained
+from jaxpeft.quant.quantize import Quant
+
+HEADS = {
+    "causal_lm": "ForCausalLM",
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "encoder": "",
+}
+"""The ends of the names of the classes of `transformers`: `AutoModelForCausalLM`, `AutoModel`."""
+_TOKENIZER = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "spiece.model", "sentencepiece*", "additional_chat_templates/*",
+)  # fmt: skip
+_NOT_MERGED = ("torch_dtype", "num_labels", "_name_or_path", "quantization_config", "problem_type")
+GENERATION = "generation_config.json"
+_TEXT = (".json", ".txt", ".model", ".jinja")
+
+# ---------------------------------------------------------------------------------------------------------------- merging
+
+
+@dataclass
+class _Drift:
+    """How far leaves are from what they should be, and how far they were moved: sums of squares."""
+
+    rounding: float = 0.0
+    change: float = 0.0
+
+    def add(self, before: Any, exact: Any, kept: Any) -> None:
+        old, wanted, got = (np.asarray(x).astype(np.float32) for x in (before, exact, kept))
+        there = tuple(slice(n) for n in old.shape)  # tokens may have been added
+        wanted, got = wanted[there], got[there]
+        self.rounding += float(np.linalg.norm(got - wanted)) ** 2
+        self.change += float(np.linalg.norm(wanted - old)) ** 2
+
+
+def dtype_of(outline: Outline, dtype: Any) -> np.dtype[Any]:
+    """Return the dtype that a merged model has: the one that is asked for, or that of the base's largest leaf that is not quantized."""
+    if dtype is not None:
+        return np.dtype(dtype)
+    return max(outline.plan.sources.values(), key=lambda source: math.prod(source.shape)).dtype
+
+
+def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
+    """Fold the adapter into the base, one module at a time: the tree never holds more than one module twice.
+
+    Args:
+        method: the method that rewrote `params`; its layers are not stacked.
+        params: the rewritten tree, which becomes the merged one.
+        outline: of the base.
+        dtype: of all leaves; None keeps that of each leaf of the base.
+
+    Returns:
+        `||kept - exact|| / ||exact - base||` over all leaves that differ from the base's; 0 where none does.
+
+    Raises:
+        ConfigError: the method cannot be merged, or a number does not fit the dtype.
+    """
+    names, own = adapter_names(method), dtype_of(outline, dtype)
+    trained = {path for path, flag in paths.walk(trainable_mask(method, params)) if flag}
+    roots = {key: params.pop(key) for key in names & params.keys()}
+    sites = {site.path: site for site in targets.find_sites(params, targets.KINDS)}
+    drift = _Drift()
+
+    def kept(path: Path, exact: Any, before: Any) -> Any:
+        source = outline.plan.sources.get(path)
+        leaf = exact.astype(own if dtype is not None or source is None else source.dtype)
+        if leaf.dtype != exact.dtype and not bool(jnp.isfinite(leaf).all()):
+            most = float(jnp.abs(exact).max())
+            raise ConfigError(f"--dtype {leaf.dtype}: {paths.text(path)} does not fit, its largest number is {most:g}; "
+                              "use bfloat16 or float32")  # fmt: skip
+        if path in trained:
+            before = source.read(None) if source else None
+        if before is not None and not np.array_equal(np.asarray(before).astype(np.float32), np.asarray(exact)):
+            drift.add(before, exact, leaf)
+        return leaf
+
+    for module in dict.fromkeys(path[:-1] for path, _ in list(paths.walk(params))):
+        node = paths.get(params, module)
+        base = {key: leaf for key, leaf in node.items() if not isinstance(leaf, Mapping) and key not in names}
+        site = sites.get(module)
+        exact = _folded(method, site, node, base, roots) if site else {}
+        for key in names & node.keys():
+            del node[key]
+        for key in base:
+            node[key] = kept((*module, key), exact.get(key, base[key]), base[key] if key in exact else None)
+    return math.sqrt(drift.rounding / drift.change) if drift.change else 0.0
+
+
+def _folded(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leaves) -> Leaves:
+    """Return the leaves of one module with every adapter in it folded in, float32; nothing where it is not adapted."""
+    exact = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
+    return fold_site(adding_parts(method, MARKERS), site, {**node, **exact}, roots)
+
+
+def rounded(params: Tree, quant: Quant) -> None:
+    """Round kernels as a quantized base holds them, in place; they become float32.
+
+    Args:
+        params: a tree whose layers are not stacked.
+        quant: which kernels, and how.
+
+    Raises:
+        ConfigError: a kernel does not fit the number format.
+    """
+    for path in quant.sites(params):
+        node = paths.get(params, path[:-1])
+        node["kernel"] = QUANTIZED[quant.form].read(quant.stored([partial(node.__getitem__, "kernel")], stacked=False))
+
+
+def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:
+    """Return the head an own copy of a tied embedding that is adapted where tokens are looked up, but not in the head.
+
+    Args:
+        method: the method that rewrote `params`.
+        model: what `load` gave.
+        params: the rewritten tree, changed in place.
+
+    Returns:
+        The model that has such a head, or the same.
+    """
+    if model.options.task != "causal_lm" or "lm_head" in params:
+        return model
+    ((path, embedding),) = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] == "embedding")
+    node = paths.get(params, path[:-1])
+    apart = [
+        p
+        for p in adding_parts(method, MARKERS)
+        if p.leaves.site and p.leaves.site[0] in node and "attend" not in p.sites.hooks
+    ]
+    if not apart:
+        return model
+    params["lm_head"] = {"kernel": embedding.T}
+    return model.clone(config=dataclasses.replace(model.config, tie_word_embeddings=False))
+
+
+# --------------------------------------------------------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A leaf of the tree as a tensor of a file."""
+
+    leaf: Any
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.leaf.shape[::-1] if self.transposed else self.leaf.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.leaf.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.leaf.nbytes)
+
+    def read(self) -> np.ndarray[Any, Any]:
+        return np.asarray(self.leaf).T if self.transposed else np.asarray(self.leaf)
+
+
+def tensors_of(model: Pretrained, params: Tree, dtype: Any) -> dict[str, Readable]:
+    """Return the tensors of a merged model by the names that `transformers` has for them.
+
+    Args:
+        model: what was merged.
+        params: the merged tree; its layers are not stacked.
+        dtype: what was asked for; None for that of each leaf of the base.
+    """
+    own: dict[str, Readable] = {
+        paths.hf_names(path, None)[0]: _Leaf(leaf, path[-1] == "kernel") for path, leaf in paths.walk(params)
+    }
+    pooler = {name: tensor for name, tensor in _pooler(model).items() if name not in own}
+    as_asked = {
+        name: _Leaf(t.read().astype(t.dtype if dtype is None else dtype), transposed=False)
+        for name, t in pooler.items()
+    }
+    return own | as_asked
+
+
+def _pooler(model: Pretrained) -> dict[str, Tensor]:
+    """Return the base's pooler, which the classes of `transformers` have in some tasks though nothing here reads it."""
+    family = next((f for f in FAMILIES.values() if f.model_types[0] == getattr(model.config, "kind", None)), None)
+    task = model.options.task
+    if family is None or not (task == "encoder" or (task == "sequence_classification" and family.own_pooler)):
+        return {}
+    prefix = "" if task == "encoder" else f"{family.prefix}."
+    there = open_folder(model.source.folder)
+    found = {re.search(r"(?:^|\.)(pooler\.dense\.(?:weight|bias))$", name): tensor for name, tensor in there.items()}
+    return {prefix + match[1]: tensor for match, tensor in found.items() if match}
+
+
+def config_of(model: Pretrained, base: Mapping[str, Any], settings: Settings, kept: bool, dtype: Any) -> dict[str, Any]:
+    """Return the `config.json` of a merged model: the base's, with the head, its labels and problem type, and the dtype.
+
+    Args:
+        model: what was merged.
+        base: the content of the base's `config.json`.
+        settings: of the run; the base's names of labels, or `LABEL_0` and so on, where they name none.
+        kept: whether the head is the base's own, trained further, so that what the base says of it holds where the settings
+            say nothing.
+        dtype: of the weights.
+    """
+    task, count = model.options.task, model.options.num_labels
+    config = {key: value for key, value in base.items() if key not in _NOT_MERGED}
+    config |= {"dtype": np.dtype(dtype).name, "vocab_size": model.config.vocab_size}
+    stems = [re.sub(r"(For[A-Z]\w*|Model)$", "", str(name)) for name in base.get("architectures") or ()]
+    if stems:
+        config["architectures"] = [stems[0] + (HEADS[task] or "Model")]
+    if "tie_word_embeddings" in base or task == "causal_lm":
+        config["tie_word_embeddings"] = getattr(model.config, "tie_word_embeddings", base.get("tie_word_embeddings"))
+    if count is None:
+        return config
+    own = _labels_of(base) if kept else []
+    names = next(
+        (list(some) for some in (settings.labels, own) if len(some) == count), [f"LABEL_{i}" for i in range(count)]
+    )
+    config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    config["label2id"] = {name: i for i, name in enumerate(names)}
+    problem = settings.problem_type or (base.get("problem_type") if kept else None)
+    if task == "sequence_classification" and (problem or count == 1):
+        config["problem_type"] = problem or "regression"
+    if config.get("pad_token_id") is None and settings.pad_token_id is not None:
+        config["pad_token_id"] = settings.pad_token_id  # which a decoder's classifier finds the last token by
+    return config
+
+
+def _labels_of(base: Mapping[str, Any]) -> list[str]:
+    """Return the names of labels in a `config.json`, in order; none where they are not numbered."""
+    named = base.get("id2label")
+    if not isinstance(named, dict) or not all(str(key).isdecimal() for key in named):
+        return []
+    return [str(named[key]) for key in sorted(named, key=int)]
+
+
+def write(folder: FilePath, tensors: Mapping[str, Readable], config: Mapping[str, Any], shard_bytes: int) -> list[str]:
+    """Write weights and config; return the names of the files of weights.
+
+    Raises:
+        ConfigError: the disk has no room.
+    """
+    size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+    if size > free:
+        raise ConfigError(
+            f"--out: {size / 1e9:.1f} GB are to be written to {folder.parent}, {free / 1e9:.1f} GB are free"
+        )
+    files = safetensors_writing.write_model(folder, tensors, shard_bytes)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return files
+
+
+def copy_files(base: FilePath | None, adapter: FilePath, folder: FilePath, settings: Settings) -> None:
+    """Copy the tokenizer's files, those that lie with the adapter in place of the base's, and the generation config.
+
+    Args:
+        base: the folder of the base, None where nothing of it is to be copied.
+        adapter: the folder of the adapter.
+        folder: where to.
+        settings: of the run: the token that ended an answer ends one here.
+    """
+    tokenizer = adapter if base is None or (adapter / "tokenizer_config.json").is_file() else base
+    wanted = [file for pattern in _TOKENIZER for file in tokenizer.glob(pattern)]
+    for file in wanted:
+        if file.is_file() and file.suffix in _TEXT:
+            target = folder / file.relative_to(tokenizer)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    if base is not None:
+        _write_generation_config(base, folder, settings.eos_token_id)
+
+
+def _write_generation_config(base: FilePath, folder: FilePath, end: int | None) -> None:
+    """Write the base's `generation_config.json`, which ends an answer where the answers that were trained on end."""
+    file, ends = base / GENERATION, read_json(folder / "config.json").get("eos_token_id")
+    content = read_json(file) if file.is_file() else {}
+    ends = content.get("eos_token_id", ends)
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end is not None and end not in known:
+        content["eos_token_id"] = [*known, end]
+    if content:
+        (folder / GENERATION).write_text(json.dumps(content, indent=2) + "\n")

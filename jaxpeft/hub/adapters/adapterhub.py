@@ -1,0 +1,327 @@
+"""Adapter folders of the `adapters` library (AdapterHub), as version 1.3 writes them with `use_safetensors=True`.
+
+    adapter_config.json     {"config": {the options}, "name": NAME, "model_type": ..., "version": ...}
+    adapter.safetensors     bert.encoder.layer.0.output.adapters.NAME.adapter_up.weight, ...shared_parameters.NAME.phm_rule
+    head_config.json        {"config": {its layers} or null, "model_class": ..., "num_labels": ...}
+    model_head.safetensors  classifier.weight of a model class of transformers, heads.NAME.1.weight of one of the library
+
+The library keeps adapters beside the sub-layers, which here are leaves of the linear modules that end them; it lists the
+layers that are left out, and its options say whether attention and feed-forward have adapters.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from jaxpeft.core import paths, targets
+from jaxpeft.errors import AdapterError
+from jaxpeft.hub.adapters.folder_layout import CONFIG, EXTRA, Content, FolderLayout
+from jaxpeft.hub.adapters.peft_config import COMMON
+from jaxpeft.hub.weights.safetensors_files import read_header
+from jaxpeft.json_files import read_json
+from jaxpeft.models.base import Pretrained
+
+HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"
+VERSION, NAME = "adapters.1.3.0", "default"
+_MODULES = {
+    "attention.output.dense": "attention.output",
+    "output.dense": "output",
+    "attention.out_lin": "attention_adapters",
+    "ffn.lin2": "output_adapters",
+    "self_attn.o_proj": "attention_adapters",
+    "mlp.down_proj": "output_adapters",
+}
+"""From the end of a site's name to that of the module that keeps its adapters; the first that fits."""
+_ATTENTION = ("attention.output.dense", "attention.out_lin", "self_attn.o_proj")
+_FAMILIES = {
+    "bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "llama": "Llama", "mistral": "Mistral",
+    "qwen2": "Qwen2", "qwen3": "Qwen3",
+}  # fmt: skip
+_CLASSES = {
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "causal_lm": "ForCausalLM",
+    "encoder": "Model",
+}
+_HEAD_TYPES = {
+    "sequence_classification": ("classification", "multilabel_classification"),
+    "token_classification": ("tagging",),
+}
+_OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # of files that say no version
+_log = logging.getLogger(__name__)
+
+
+class AdapterHub(FolderLayout):
+    """The layout of the `adapters` library."""
+
+    library = "the adapters library (AdapterHub)"
+    name = "adapters"
+    weights = "adapter.safetensors"
+    pickle = "pytorch_adapter.bin"
+    fix = "save it again in the adapters library, model.save_adapter(folder, name, use_safetensors=True)"
+    usage = "There: `model.load_adapter(folder, use_safetensors=True, set_active=True)`.\n"
+
+    def files(self, content: Content) -> dict[str, Mapping[str, Any]]:
+        """Return the content of each file by its name.
+
+        Raises:
+            AdapterError: sites are adapted that the library does not adapt.
+        """
+        model, kind = content.model, _model_type(content.model)
+        common = {
+            "model_type": kind,
+            "hidden_size": model.config.hidden_size,
+            "model_class": _FAMILIES[kind or "llama"] + _CLASSES[model.options.task],
+            "model_name": content.config["base_model_name_or_path"],
+            "version": VERSION,
+        }
+        where = _where(content.sites, model.config.num_hidden_layers)
+        own = {key: value for key, value in content.config.items() if key not in COMMON}
+        heads = {name: t for name, t in content.tensors.items() if paths.is_head(tuple(name.split(".")))}
+        rest = {_there(name, content.sites): t for name, t in content.tensors.items() if name not in heads}
+        files: dict[str, Mapping[str, Any]] = {
+            CONFIG: {**common, "name": NAME, "config": own | where},
+            self.weights: rest,
+        }
+        if heads:
+            labels = content.labels or [f"LABEL_{i}" for i in range(model.options.num_labels or 0)]
+            numbers = {label: i for i, label in enumerate(labels)}
+            files[HEAD_CONFIG] = {
+                **common,
+                "name": None,
+                "config": None,
+                "num_labels": len(labels),
+                "label2id": numbers,
+            }
+            files[HEAD_WEIGHTS] = heads
+        return files
+
+    def read(self, folder: Path, model: Pretrained, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a folder; without a prediction head in it, the model's own stays.
+
+        Raises:
+            AdapterError: another kind of adapter, or one for another kind of model.
+            WeightsError: a file is missing or broken.
+        """
+        config = read_json(folder / CONFIG)
+        kind, section = _model_type(model), config.get("config")
+        problems: list[str] = []
+        if not isinstance(section, Mapping):
+            problems.append(f"config: must be a section with the adapter's options, is {section!r}")
+        elif section.get("architecture") is not None:
+            problems.append(
+                f"architecture: {section['architecture']!r} is not supported; of this library bottleneck adapters are"
+            )
+        if kind and config.get("model_type") not in (None, kind):
+            problems.append(f"model_type: the adapter is for {config['model_type']!r}, the model is {kind!r}")
+        if problems:
+            raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in problems])
+        options = _options(cast(Mapping[str, Any], section), "version" in config, model.config.num_hidden_layers)
+        tensors = _named_here(read_header(folder / self.weights), params)
+        return {"base_model_name_or_path": config.get("model_name"), **options}, tensors | _head(folder, model, params)
+
+
+def _model_type(model: Pretrained) -> str | None:
+    """Return the `model_type` of a model's `config.json`, None of a decoder that no file is known of."""
+    kind = getattr(model.config, "kind", None)
+    if kind is None and model.source is not None:
+        kind = read_json(model.source.folder / "config.json").get("model_type")
+    return kind
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+def _end(site: str) -> str | None:
+    return next((end for end in _MODULES if site == end or site.endswith(f".{end}")), None)
+
+
+def _where(sites: Sequence[str], layers: int) -> dict[str, Any]:
+    """Return the options that say which sub-layers of which layers have adapters.
+
+    Raises:
+        AdapterError: they cannot say it.
+    """
+    others = [site for site in sites if _end(site) is None]
+    if others:
+        raise AdapterError(
+            f"{others[0]}: the adapters library has adapters where a sub-layer ends only ({', '.join(_MODULES)}); the adapter "
+            "cannot be saved as it has them"
+        )
+    numbers: dict[bool, set[int]] = {True: set(), False: set()}
+    for site in sites:
+        found = re.search(r"\.(\d+)\.", site)
+        numbers[_end(site) in _ATTENTION].add(int(found[1]) if found else -1)
+    attention, output = numbers[True], numbers[False]
+    if attention and output and attention != output:
+        raise AdapterError(
+            f"attention has adapters in the layers {sorted(attention)}, feed-forward in {sorted(output)}; the adapters library "
+            "has one list of layers for both: adapt the same ones"
+        )
+    left = sorted(set(range(layers)) - (attention | output))
+    return {"mh_adapter": bool(attention), "output_adapter": bool(output), "leave_out": left}
+
+
+def _there(name: str, sites: Sequence[str]) -> str:
+    """Return the library's name of a tensor of a site, or of one at the root."""
+    site = next((site for site in sites if name.startswith(f"{site}.")), None)
+    if site is None:
+        backbone = sites[0].split(".")[0]
+        return f"{'' if backbone in _STACKS else backbone + '.'}shared_parameters.{NAME}.{name}"
+    end = _end(site) or ""
+    return f"{site.removesuffix(end)}{_MODULES[end]}.adapters.{NAME}{name.removeprefix(site)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+_STACKS = ("encoder", "transformer", "layers")
+
+
+def _options(section: Mapping[str, Any], has_version: bool, layers: int) -> dict[str, Any]:
+    """Return the options as a method reads them: with its own word for the sites, and the layers that are not left out."""
+    options = {key: value for key, value in section.items() if key not in ("leave_out", "architecture")}
+    act = str(options.get("non_linearity", "")).lower().replace("leakyrelu", "leaky_relu")
+    if act:
+        options["non_linearity"] = act if has_version else _OLD_NAMES.get(act, act)
+    left = section.get("leave_out") or []
+    if left:
+        options["layers_to_transform"] = [i for i in range(layers) if i not in left]
+    return options | {"peft_type": AdapterHub.name, "target_modules": "default"}
+
+
+def _named_here(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors by the names of sites; the name of the backbone is left out where the library saved it alone."""
+    sites: dict[str, str] = {}
+    for site in (name for found in targets.find_sites(params) for name in found.names):
+        end = _end(site)
+        if end is not None:
+            sites[_inside(site.removesuffix(end) + _MODULES[end])] = site
+    named: dict[str, Any] = {}
+    for name, tensor in header.items():
+        found = re.fullmatch(r"(.*)\.adapters\.[^.]+\.(.*)", name)
+        site = sites.get(_inside(found[1])) if found else None
+        shared = re.fullmatch(r"(?:.*\.)?shared_parameters\.[^.]+\.(.*)", name)
+        named[f"{site}.{found[2]}" if found and site else shared[1] if shared else name] = tensor
+    return named
+
+
+def _inside(name: str) -> str:
+    """Return a module's name without that of the backbone around the layers."""
+    return re.sub(rf"^(?!(?:{'|'.join(_STACKS)})\.)[^.]+\.", "", name)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that the model holds already, in place of one in a file."""
+
+    value: np.ndarray[Any, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Row-major shape."""
+        return self.value.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype."""
+        return self.value.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.value.nbytes
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """Return the tensor."""
+        return self.value
+
+
+def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors of the prediction head by the names that the model has for them.
+
+    Raises:
+        AdapterError: the head is not one that the model has.
+    """
+    own = {paths.hf_names(path, None)[0]: (path, leaf) for path, leaf in paths.walk(params) if paths.is_head(path)}
+    there = (folder / HEAD_WEIGHTS).is_file()
+    if not own:
+        if there and model.options.task == "causal_lm":
+            _require_same_head(folder / HEAD_WEIGHTS, params)
+        return {}
+    if not there:
+        _log.warning("%s: holds no %s; the model's own head stays as it is", folder, HEAD_WEIGHTS)
+        return {name: Held(_torch(path, leaf)) for name, (path, leaf) in own.items()}
+    header, config = read_header(folder / HEAD_WEIGHTS), read_json(folder / HEAD_CONFIG)
+    found = _head_problems(config, model, own, saved_here=(folder / EXTRA).is_file())
+    if found:
+        raise AdapterError([f"{folder / HEAD_CONFIG}: {problem}" for problem in found])
+    parts = {name: re.fullmatch(r"heads\.[^.]+\.(\d+)\.(.*)", name) for name in header}
+    numbers = sorted({int(part[1]) for part in parts.values() if part})
+    modules = dict(zip(numbers, _head_modules(own), strict=False))
+    return {f"{modules[int(part[1])]}.{part[2]}" if part else name: header[name] for name, part in parts.items()}
+
+
+def _torch(path: paths.Path, leaf: Any) -> np.ndarray[Any, Any]:
+    """Return a leaf as torch has it."""
+    return np.asarray(leaf).T if path[-1] == "kernel" else np.asarray(leaf)
+
+
+def _require_same_head(file: Path, params: Mapping[str, Any]) -> None:
+    """Refuse a language-model head that is not the base's: the library saves it with an adapter, and may have trained it."""
+    for path, leaf in paths.walk(params):
+        if path == ("lm_head", "kernel") or ("lm_head" not in params and path[-1] == "embedding"):
+            base = _torch(path, leaf)
+            for name, tensor in read_header(file).items():
+                if not np.array_equal(tensor.read().astype(base.dtype), base):
+                    raise AdapterError(
+                        f"{file}: {name} is not that of the base: it was trained with the adapter, which is not supported; save "
+                        "the base with that head, and the adapter with with_head=False"
+                    )
+
+
+def _head_modules(own: Mapping[str, Any]) -> list[str]:
+    """Return the linear modules of the model's head in the order in which they are applied."""
+    return sorted({name.rpartition(".")[0] for name in own}, key=lambda name: (not name.startswith("pre_"), name))
+
+
+def _head_problems(
+    config: Mapping[str, Any], model: Pretrained, own: Mapping[str, Any], *, saved_here: bool
+) -> list[str]:
+    """List in what a prediction head differs from the model's; what one that jaxpeft saved reads, its own file says."""
+    task, head, usual = model.options.task, config.get("config"), model.config.own_pooling
+    if isinstance(head, Mapping):
+        found, reads = _layer_problems(head, task, _head_modules(own)), usual
+        if usual != "last":
+            reads = "pooler" if head.get("use_pooler") else "cls"
+    else:  # that of a model class of transformers
+        given, reads = str(config.get("model_class")), usual
+        kind = _CLASSES[task]
+        found = [] if given.endswith(kind) else [f"model_class: {given!r} is another kind of head than ...{kind}"]
+    known = saved_here and not isinstance(head, Mapping)
+    if task == "sequence_classification" and not known and reads != model.options.pooling:
+        found.append(
+            f"the head reads {reads!r}, the model {model.options.pooling!r}; load the model with pooling={reads!r}"
+        )
+    return found
+
+
+def _layer_problems(head: Mapping[str, Any], task: str, modules: Sequence[str]) -> list[str]:
+    """List in what the layers of a head of the library's differ from those that the model has."""
+    found: list[str] = []
+    if head.get("head_type") not in _HEAD_TYPES[task]:
+        found.append(f"head_type: {head.get('head_type')!r} is another kind of head than {task}")
+    if head.get("layers") != len(modules):
+        found.append(
+            f"layers: the head has {head.get('layers')}, the model's has {len(modules)} ({', '.join(modules)})"
+        )
+    act = "relu" if "pre_classifier" in modules else "tanh"
+    if len(modules) > 1 and head.get("activation_function") != act:
+        found.append(f"activation_function: is {head.get('activation_function')!r}, the model's head has {act!r}")
+    return found

@@ -1,0 +1,104 @@
+"""`adapter_config.json` of Hugging Face PEFT: written from a method, and read back strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxpeft import methods
+from jaxpeft.core import paths
+from jaxpeft.core.method import Method
+from jaxpeft.core.options import parse
+from jaxpeft.errors import AdapterError, shown
+from jaxpeft.hub.adapters import beside
+from jaxpeft.methods import METHODS
+from jaxpeft.methods.mixed import Mixed
+
+TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "encoder": "FEATURE_EXTRACTION",
+}
+COMMON = frozenset({
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config", "jaxpeft", "modules_to_save",
+})  # fmt: skip
+
+
+def write(method: Method, task: str, base: str, revision: str | None, names: list[str]) -> dict[str, Any]:
+    """Make the content of `adapter_config.json`.
+
+    Args:
+        method: what was trained.
+        task: of the model.
+        base: name of the base model.
+        revision: its hub commit.
+        names: Hugging Face names of the modules that are saved whole, for `modules_to_save`.
+    """
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in method.peft.write_options(method).items()
+    }
+    return {
+        "task_type": TASK_TYPES[task],
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "inference_mode": True,
+        "peft_type": method.peft.type or method.name.upper(),
+        **({"modules_to_save": names} if names else {}),
+    } | values
+
+
+def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Method:
+    """Make the method that `adapter_config.json` describes.
+
+    Args:
+        config: its content.
+        where: the file's path, for messages.
+        head: the top level of the model's tree, to tell which of `modules_to_save` are its head.
+
+    Raises:
+        AdapterError: another kind of adapter, or a setting that is not supported; every problem is named.
+    """
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, (str, list)) and all(isinstance(name, str) for name in saved)):
+        raise AdapterError(f"{where}: modules_to_save: must be a list of names, is {shown(saved)}")
+    kind = method_of(config)
+    if kind is None:
+        known = ", ".join(dict.fromkeys(method.peft.type or name.upper() for name, method in METHODS.items()))
+        raise AdapterError(
+            f"{where}: peft_type {shown(str(config.get('peft_type')))} is not supported (supported: {known})"
+        )
+    own = {key: value for key, value in config.items() if key not in COMMON - kind.peft.ignored}
+    others, problems = beside.read(kind, own, "lm_head" not in head)
+    if kind.peft.beside is not None and (others or problems):
+        own.pop(kind.peft.beside.option)
+    values, odd = kind.peft.read_options(kind, own)
+    values = {key: _plain(value) for key, value in values.items()} | {"modules_to_save": _modules_to_save(config, head)}
+    method, found = parse(kind, values, kind.name)
+    problems += [*odd, *found]
+    if method is not None and others and not problems:
+        method, found = methods.read({"name": Mixed.name, "methods": (method.as_dict(), *others)}, "adapter")
+        problems += found
+    if problems or method is None:
+        raise AdapterError([f"{where}: {problem}" for problem in problems])
+    return method
+
+
+def method_of(config: Mapping[str, Any]) -> type[Method] | None:
+    """Return the method that an `adapter_config.json` is of: the first whose files look like that."""
+    return next((method for method in METHODS.values() if method.peft.reads(method, config)), None)
+
+
+def _plain(value: Any) -> Any:
+    return (
+        tuple(sorted(map(str, value))) if isinstance(value, set) else tuple(value) if isinstance(value, list) else value
+    )
+
+
+def _modules_to_save(config: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]:
+    """Drop the head's own names, which are always saved, and PEFT's stock names of heads that the model has not."""
+    given = config.get("modules_to_save") or ()
+    named: list[str] = [given] if isinstance(given, str) else list(given)
+    return tuple(name for name in named if not paths.is_head((name,)) or (name in head and not paths.is_head((name,))))

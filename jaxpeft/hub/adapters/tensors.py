@@ -1,0 +1,324 @@
+"""How the trained leaves of a tree are named and laid out in an adapter file: one list of entries, read and written alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.core import paths
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.core.rewriting import chosen_sites, modules_to_save, trainable_mask
+from jaxpeft.core.targets import Site
+from jaxpeft.hub.adapters import beside
+from jaxpeft.hub.weights.safetensors_files import Tensor
+from jaxpeft.methods.head import Head
+from jaxpeft.methods.mixed import Mixed
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One tensor of an adapter file that is a leaf of the base, trained whole, or one layer of it.
+
+    Attributes:
+        name: the tensor's name in the file.
+        path: of the leaf.
+        layer: row of a stacked leaf, None where the leaf is not stacked.
+    """
+
+    name: str
+    path: Path
+    layer: int | None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether torch stores the transpose."""
+        return self.path[-1] == "kernel"
+
+    def take(self, leaf: Array) -> Array:
+        """Return the tensor from the leaf."""
+        part = leaf if self.layer is None else leaf[self.layer]
+        return part.T if self.transposed else part
+
+    def put(self, leaf: Array, tensor: Array) -> None:
+        """Write the tensor into the leaf, in place."""
+        leaf[... if self.layer is None else self.layer] = tensor.T if self.transposed else tensor
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One layer of a site, whose tensors the method packs.
+
+    Attributes:
+        method: that adapts it.
+        site: one layer of it; `()` as its path is the root of the tree.
+        index: which layer of a stacked site, None where it is not stacked.
+        fresh: its leaves as the method makes them, abstract: without the padding of a stack.
+    """
+
+    method: Method
+    site: Site
+    index: tuple[int, ...] | None
+    fresh: Mapping[str, Any]
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with."""
+        return f"{self.method.peft.module_prefix}{self.site.name}." if self.site.path else ""
+
+    def take(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the tensors from the leaves of the tree, by name."""
+        own = {key: np.asarray(leaves[key])[self._region(like)] for key, like in self.fresh.items()}
+        packed = (
+            self.method.peft.pack(self.method, self.site, own)
+            if self.site.path
+            else self.method.peft.pack_root(self.method, own)
+        )
+        return {self.prefix + name: np.asarray(tensor) for name, tensor in packed.items()}
+
+    def put(self, leaves: Mapping[str, Array], tensors: Mapping[str, Array]) -> None:
+        """Write the tensors into the leaves of the tree, in place."""
+        own = {key: leaves[key][self._region(like)] for key, like in self.fresh.items()}
+        given = self.given(tensors)
+        found = (
+            self.method.peft.unpack(self.method, self.site, given, own)
+            if self.site.path
+            else self.method.peft.unpack_root(self.method, given, own)
+        )
+        for key, like in self.fresh.items():
+            leaves[key][self._region(like)] = found[key]
+
+    def given(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """Return its own of the tensors of a file, by the ends of their names."""
+        return {name.removeprefix(self.prefix): tensors[name] for name in self.tensors()}
+
+    def tensors(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return shapes and dtypes of the tensors, by name."""
+        pack = (
+            partial(self.method.peft.pack, self.method, self.site)
+            if self.site.path
+            else partial(self.method.peft.pack_root, self.method)
+        )
+        return {self.prefix + name: tensor for name, tensor in jax.eval_shape(pack, dict(self.fresh)).items()}
+
+    def _region(self, like: Any) -> tuple[Any, ...]:
+        return (*(self.index or ()), *(slice(0, n) for n in like.shape))
+
+
+def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
+    """List the leaves of the base that are trained whole: those of heads, of `modules_to_save`, biases.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree; abstract leaves will do.
+    """
+    adding = [name for part in method.parts() for name in (*part.leaves.names, *part.leaves.root)]
+    wrapped = {name: part for part in method.parts() for name in adapted_names(part, params)}
+    out: list[Whole] = []
+    for path, flag in paths.walk(trainable_mask(method, params)):
+        if not flag or path[-1] in adding:
+            continue
+        layers = paths.get(params, path).shape[0] if paths.layer_axis(path) is not None else None
+        leaf_name = paths.hf_names(path[-1:], None)[0]
+        for row, module in enumerate(paths.hf_names(path[:-1], layers)):
+            middle = method.peft.wrapper(method, path, wrapped.get(module))
+            out.append(
+                Whole(f"{method.peft.module_prefix}{module}.{middle}{leaf_name}", path, None if layers is None else row)
+            )
+    return out
+
+
+def adapted_names(method: Method, params: Mapping[str, Any]) -> list[str]:
+    """List the names of the layers that one method adapts."""
+    return [n for s, on in chosen_sites(method, params).items() for n, yes in zip(s.names, on, strict=True) if yes]
+
+
+def adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
+    """List the adapted sites, layer by layer, and the roots of the methods that keep leaves there.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree; abstract leaves will do.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    out: list[Adapted] = []
+    for part in method.parts():
+        for site, on in chosen_sites(part, params).items():
+            for i, wanted in enumerate(on):
+                if wanted:
+                    one = site.one(i)
+                    kernel = partial(jnp.zeros, site.shape, jnp.float32)
+                    fresh = jax.eval_shape(partial(part.init, one, kernel), key)
+                    index = tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else None
+                    out.append(Adapted(part, one, index, fresh))
+        root = {name: params[name] for name in part.leaves.root if name in params}
+        if root:
+            like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in root.items()}
+            out.append(Adapted(part, Site((), ("",), (0, 0)), None, like))
+    return out
+
+
+def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the tensors of the adapter file, float32, by name, C-contiguous: safetensors writes other layouts scrambled."""
+    out: dict[str, Array] = {}
+    host: dict[Path, Array] = {}
+    for entry in wholes(method, params):
+        if entry.path not in host:
+            host[entry.path] = np.asarray(paths.get(params, entry.path), np.float32)
+        out[entry.name] = entry.take(host[entry.path])
+    for entry in adapted(method, params):
+        out |= entry.take(paths.get(params, entry.site.path))
+    return {name: np.ascontiguousarray(tensor) for name, tensor in out.items()}
+
+
+def without_copies(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Leave out what PEFT writes beside an adapter.
+
+    That is a saved module's other names, equal copies of base weights, and equal copies at each site of what sites share.
+
+    Args:
+        method: what the adapter is.
+        header: the tensors of the file.
+        base: the parameters that the adapter is for.
+    """
+    roots = [name for part in method.parts() for name in part.peft.root_tensors.values() if name in header]
+    shared = {name.rpartition(".")[2]: header[name].read() for name in roots}
+    leaves = {name: (path, i) for path, leaf in paths.walk(base) for i, name in enumerate(_names(path, leaf))}
+    kept: dict[str, Tensor] = {}
+    for name, tensor in header.items():
+        plain = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
+        if ".original_module." in name or (plain != name and plain in header):
+            continue
+        own = _unwrapped(name.removeprefix(method.peft.module_prefix))
+        copied = ".base_layer." in name or (_embedding_of(own) and not _saves(method, own))
+        if own.endswith(".weight") and copied and own in leaves:
+            path, row = leaves[own]
+            leaf = np.asarray(paths.get(base, path))
+            leaf = leaf[row] if paths.layer_axis(path) is not None else leaf
+            if np.array_equal(tensor.read(), leaf.T if path[-1] == "kernel" else leaf):
+                continue
+        once = shared.get(name.rpartition(".")[2])
+        if once is not None and name not in roots and np.array_equal(tensor.read(), once):
+            continue
+        kept[name] = tensor
+    return kept
+
+
+_EMBEDDINGS = ("embed_tokens", "word_embeddings", "lm_head")
+
+
+def _embedding_of(name: str) -> str | None:
+    """Return the name of the embedding or the head that a tensor is the weight of, as PEFT's `save_embedding_layers` writes it."""
+    module, _, leaf = name.rpartition(".")
+    found = module.rpartition(".")[2]
+    return found if leaf == "weight" and found in _EMBEDDINGS else None
+
+
+def _saves(method: Method, name: str) -> bool:
+    return any(f".{name}".endswith(f".{module}.weight") for module in modules_to_save(method))
+
+
+def with_embeddings(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> Method:
+    """Return the method that saves whole the embeddings that a file holds though no option says so, as with added tokens.
+
+    What one method saves whole it does not adapt: where an embedding is adapted as well, a part of its own saves it.
+
+    Args:
+        method: what the adapter is.
+        header: the tensors of the file, without copies.
+        base: the parameters that the adapter is for.
+    """
+    trained = (any(part.trains(path, base) for part in method.parts()) for path, _ in paths.walk(base))
+    walked = zip(paths.walk(base), trained, strict=True)
+    leaves = {name for (path, leaf), own in walked if not own for name in _names(path, leaf)}
+    given = {name: _unwrapped(name.removeprefix(method.peft.module_prefix)) for name in header}
+    found = {name: _embedding_of(own) for name, own in given.items() if own in leaves and not _saves(method, own)}
+    found = {name: module for name, module in found.items() if module is not None}
+    whole = tuple(sorted(set(found.values())))
+    if method.parts() == (method,) and any(".base_layer." in name for name in found):
+        return Mixed(methods=(method, Head(modules_to_save=whole)))
+    return dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *whole)) if whole else method
+
+
+def saved_modules(method: Method, params: Mapping[str, Any]) -> list[str]:
+    """Return the names for `modules_to_save` of a file: heads, and what the method saves whole.
+
+    An embedding that is adapted as well is left out: PEFT has it as the base inside the adapter's module.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree.
+    """
+    inside = [
+        f".{n}.weight" for part in method.parts() for n in adapted_names(part, params) if _embedding_of(f"{n}.weight")
+    ]
+    named = {name for name in modules_to_save(method) if not any(n.endswith(f".{name}.weight") for n in inside)}
+    return sorted(named | {path[0] for path, _ in paths.walk(params) if paths.is_head(path)})
+
+
+def _unwrapped(name: str) -> str:
+    """Return the name of a tensor of the base that PEFT keeps inside an adapter's module, as the base has it."""
+    return re.sub(rf"(\.(?:{beside.MODULES}))?\.base_layer\.", ".", name)
+
+
+def outgrown(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> list[str]:
+    """List the embeddings and heads of an adapter file that have more tokens than the base: all else would be misread.
+
+    Args:
+        method: what the adapter is.
+        header: the tensors of the file.
+        base: the parameters that the adapter is for.
+    """
+    shapes = {
+        name: list(leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape)
+        for path, leaf in paths.walk(base)
+        for name in _names(path, leaf)
+        if _embedding_of(name)
+    }
+    found = (
+        (name, tensor, shapes.get(_unwrapped(name.removeprefix(method.peft.module_prefix))))
+        for name, tensor in header.items()
+    )
+    return [
+        f"misshaped: {name} is {list(tensor.shape)}, must be {wanted}; load the base with vocab_size={tensor.shape[0]}"
+        for name, tensor, wanted in found
+        if wanted and len(tensor.shape) == 2 and tensor.shape[0] > wanted[0]
+    ]
+
+
+def _names(path: Path, leaf: Any) -> tuple[str, ...]:
+    return paths.hf_names(path, leaf.shape[0] if paths.layer_axis(path) is not None else None)
+
+
+def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> Tree:
+    """Return the rewritten tree with the leaves of an adapter file in place of the fresh ones.
+
+    Args:
+        method: the method that rewrote `params`.
+        params: the rewritten tree.
+        tensors: as `differences` found them to fit.
+    """
+    host: dict[Path, Array] = {}
+    for entry in wholes(method, params):
+        leaf = paths.get(params, entry.path)
+        entry.put(host.setdefault(entry.path, np.zeros(leaf.shape, np.float32)), tensors[entry.name])
+    for entry in adapted(method, params):
+        node = paths.get(params, entry.site.path)
+        own = {key: host.setdefault((*entry.site.path, key), np.array(node[key])) for key in entry.fresh}
+        entry.put(own, tensors)
+    return paths.map_with_path(lambda path, leaf: _as_placed(host[path], leaf) if path in host else leaf, params)
+
+
+def _as_placed(value: Array, leaf: Any) -> Any:
+    """Put an array where a leaf is; a leaf that is free to move, as a fresh one beside a sharded base, stays so."""
+    return jax.device_put(value, leaf.sharding) if leaf.committed else jnp.asarray(value)

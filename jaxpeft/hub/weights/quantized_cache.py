@@ -1,0 +1,240 @@
+"""Quantized kernels on disk: a base that was quantized once is read in few bits the next time.
+
+    <cache>/quantized/<key>/model.safetensors    (or shards with their index) one tensor a leaf and layer
+    <cache>/quantized/<key>/quantized.json       what it is, and the SHA-256 of every tensor
+
+The key is the SHA-256 of what the leaves depend on: where each kernel lies in which files, their sizes and times (hashing their
+bytes would cost as much as reading them), how it is quantized, its dtype, the platform, and the versions of jaxpeft and of this
+format. How layers run is no part of it, nor how leaves are spread over devices: the bits are the same. What is not quantized is
+always read from the model's own files.
+
+Several processes keep none, and read none: all of them would have to find the same here, on disks that need not be shared, and
+to check a base each would read all of it, where without a cache it reads and quantizes its own part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxpeft
+from jaxpeft import atomic, cache
+from jaxpeft.core import paths
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import WeightsError
+from jaxpeft.hub.weights.leaf_sources import LeafSource, joined
+from jaxpeft.hub.weights.leaf_tensors import WeightPlan
+from jaxpeft.hub.weights.safetensors_files import Tensor, open_folder
+from jaxpeft.hub.weights.safetensors_writing import write_model
+from jaxpeft.json_files import read_json
+from jaxpeft.logs import timed
+from jaxpeft.quant.quantize import Quant
+
+FORMAT = 2
+LEAST_BYTES = 1 << 30
+"""How many bytes of kernels are worth a place on disk; fewer are quantized in seconds."""
+_RECORD = "quantised.json"
+_THREADS = 8
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The place of one quantized base in the cache.
+
+    Attributes:
+        folder: of it, which need not be there.
+        what: what the leaves depend on, as plain values.
+        leaves: of each kernel, by its path, shape and dtype of the leaves of one layer, by their names.
+        plan: where the kernels themselves are read from.
+    """
+
+    folder: FilePath
+    what: Mapping[str, Any]
+    leaves: Mapping[Path, Mapping[str, jax.ShapeDtypeStruct]]
+    plan: WeightPlan
+
+    def opened(self) -> WeightPlan | None:
+        """Return the plan that reads the quantized kernels from here; None, and say why, where they are not here whole."""
+        if not self.folder.is_dir():
+            return None
+        try:
+            with timed(f"reading the quantized kernels from {self.folder}") as told:
+                tensors = open_folder(self.folder)
+                self._require_whole(tensors)
+                told("checked")
+        except (WeightsError, OSError) as error:
+            _log.warning("%s: the cached kernels are damaged (%s); quantizing again", self.folder, error)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return None
+        held = {path: {key: self._leaf(tensors, path, key) for key in leaves} for path, leaves in self.leaves.items()}
+        return dataclasses.replace(self.plan, held=held)
+
+    def _leaf(self, tensors: Mapping[str, Tensor], path: Path, key: str) -> LeafSource:
+        source = self.plan.sources[path]
+        return joined([tensors[name] for name in _names(path, key, source)], stacked=source.stacked)
+
+    def _require_whole(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check names, shapes, dtypes and checksums.
+
+        Raises:
+            WeightsError: naming what is not as it was written.
+        """
+        record = read_json(self.folder / _RECORD)
+        digests: Any = record.get("sha256")
+        wanted = {
+            name: leaf
+            for path, leaves in self.leaves.items()
+            for key, leaf in leaves.items()
+            for name in _names(path, key, self.plan.sources[path])
+        }
+        if record.get("what") != self.what or not isinstance(digests, dict):
+            raise WeightsError(f"{_RECORD} is another's")
+        for name, leaf in wanted.items():
+            there = tensors.get(name)
+            if there is None or (there.shape, there.dtype) != (leaf.shape, np.dtype(leaf.dtype)):
+                raise WeightsError(f"{name} is not there")
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            for name, found in zip(wanted, pool.map(lambda name: _sha256(tensors[name].read()), wanted), strict=True):
+                if found != digests.get(name):
+                    raise WeightsError(f"the checksum of {name} does not match")
+
+    def write(self, params: Tree) -> None:
+        """Write the quantized kernels of a tree, whole or not at all; a failure is only told.
+
+        Args:
+            params: what was read and quantized.
+        """
+        digests: dict[str, str] = {}
+        tensors = {name: dataclasses.replace(leaf, digests=digests) for name, leaf in self._tensors(params)}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder.parent).free
+            if free < size:
+                raise OSError(f"{size / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free")
+            saying = f"writing {size / 1e9:.1f} GB of quantized kernels to {self.folder}"
+            with timed(saying), atomic.replacing(self.folder, unique=True) as temporary:
+                temporary.mkdir(mode=0o700)
+                write_model(temporary, tensors)
+                record = {"what": self.what, "sha256": digests}
+                (temporary / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            if not (self.folder / _RECORD).is_file():  # else another process was faster
+                _log.warning(
+                    "%s: the quantized kernels could not be cached (%s); continuing without a cache", self.folder, error
+                )
+
+    def _tensors(self, params: Tree) -> Iterator[tuple[str, _Layer]]:
+        for path, leaves in self.leaves.items():
+            node, source = paths.get(params, path[:-1]), self.plan.sources[path]
+            for key in leaves:
+                for i, name in enumerate(_names(path, key, source)):
+                    yield name, _Layer(name, node[key], i if source.stacked else None)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of a leaf, whose checksum is noted as it is written."""
+
+    name: str
+    leaf: jax.Array
+    layer: int | None
+    digests: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.leaf.shape if self.layer is None else self.leaf.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.leaf.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.leaf.nbytes if self.layer is None else self.leaf.nbytes // self.leaf.shape[0]
+
+    def read(self) -> np.ndarray[Any, Any]:
+        array = np.asarray(self.leaf) if self.layer is None else _of_layer(self.leaf, self.layer)
+        self.digests[self.name] = _sha256(array)
+        return array
+
+
+def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
+    """Return one layer of a leaf: by its parts, since of what waits in the host's memory JAX takes no slice."""
+    if leaf.sharding.memory_kind == jax.local_devices()[0].default_memory().kind:
+        return np.asarray(leaf[layer])
+    array = np.empty(leaf.shape[1:], leaf.dtype)
+    for shard in leaf.addressable_shards:
+        layers, *within = shard.index
+        start, stop, _ = layers.indices(leaf.shape[0])
+        if start <= layer < stop:
+            array[tuple(within)] = np.asarray(shard.data)[layer - start]
+    return array
+
+
+def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry | None:
+    """Find the place of a base that is to be quantized; None where it has none: it is small, or the cache is off.
+
+    Args:
+        plan: where its kernels are read from.
+        quant: how they are quantized.
+        sites: which, by the path of the kernel.
+    """
+    root = cache.folder()
+    sources = {path: plan.sources[path] for path in sites if path in plan.sources}
+    files = [tensor for source in sources.values() for tensor in source.tensors if isinstance(tensor, Tensor)]
+    if root is None or sum(tensor.nbytes for tensor in files) < LEAST_BYTES:
+        return None
+    if jax.process_count() > 1:
+        _log.info(
+            "the quantized kernels are not cached: each of %d processes quantizes its own part", jax.process_count()
+        )
+        return None
+    what = {
+        "format": FORMAT,
+        "jaxpeft": jaxpeft.__version__,
+        "platform": jax.devices()[0].platform,
+        "form": quant.form,
+        "group": quant.group,
+        "files": {str(file): _stamp(file) for file in sorted({tensor.file.resolve() for tensor in files})},
+        "kernels": {name: where for path, source in sources.items() for name, where in _kernels(path, source)},
+    }
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    leaves = {path: quant.abstract(sites[path].shape, sources[path].dtype) for path in sources}
+    return Entry(root / "quantised" / key, what, leaves, plan)
+
+
+def _stamp(file: FilePath) -> list[int]:
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _kernels(path: Path, source: LeafSource) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the name of each layer of a kernel, and where its numbers come from."""
+    for name, tensor in zip(_names(path, path[-1], source), source.tensors, strict=True):
+        if isinstance(tensor, Tensor):
+            where = [str(tensor.file.resolve()), tensor.offset, list(tensor.shape)]
+            yield name, [*where, tensor.dtype.name, source.dtype.name]
+
+
+def _names(path: Path, key: str, source: LeafSource) -> tuple[str, ...]:
+    """Return the names of a leaf beside a kernel: one, or one a layer."""
+    return paths.hf_names((*path[:-1], key), len(source.tensors) if source.stacked else None)
+
+
+def _sha256(array: np.ndarray[Any, Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()

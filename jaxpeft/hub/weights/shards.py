@@ -1,0 +1,161 @@
+"""Reading leaves into their shards: a process reads the parts that its own devices hold, each once, and nothing else.
+
+A kernel is stored as its transpose, `[out, in]`: a part along `out` is one range of bytes of the file, a part along `in` a piece
+of each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxpeft.core import paths
+from jaxpeft.core.paths import Path, Tree
+from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
+from jaxpeft.hub.weights.leaf_sources import Index, LeafSource, spans_of
+from jaxpeft.hub.weights.leaf_tensors import WeightPlan
+from jaxpeft.quant import sharded
+from jaxpeft.quant.quantize import Quant
+
+Places = Sharding | Callable[[Path], Sharding]
+_Array = np.ndarray[Any, Any]
+
+
+def read(
+    abstract: Tree,
+    weights: WeightPlan,
+    new: Mapping[Path, _Array],
+    sharding: Places | None = None,
+    quant: Quant | None = None,
+) -> Tree:
+    """Read every leaf, straight into device arrays; kernels that are quantized one layer after the other.
+
+    Args:
+        abstract: the model's tree, for the order of the leaves.
+        weights: what `plan` gave.
+        new: the newly made leaves, by path, whole.
+        sharding: for all leaves, or what gives that of each by its path, as it is stored: of a quantized kernel those of the
+            leaves that hold it, such as `(..., "kernel_nf4")`; None for this process's first device. One sharding for all leaves
+            is left out where it does not fit a leaf of a quantized kernel or of a new head, which every device then holds whole.
+        quant: which kernels are quantized, and how; None for none.
+
+    Raises:
+        ConfigError: a sharding does not fit its leaf.
+        WeightsError: a file cannot be read.
+    """
+    place = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
+    chosen = {} if quant is None else quant.sites(abstract)
+    items: list[tuple[Path, Any]] = []
+    for path, _ in paths.walk(abstract):
+        for item in _read_leaf(path, weights, new, place, quant if path in chosen else None, chosen.get(path)):
+            if items:  # a copy to a device goes on while the next part is read, and no further
+                jax.block_until_ready(items[-1][1])
+            items.append(item)
+    return paths.build(items)
+
+
+def _read_leaf(
+    path: Path, weights: WeightPlan, new: Mapping[Path, _Array], place: Places, quant: Quant | None, site: Site | None
+) -> Iterator[tuple[Path, jax.Array]]:
+    """Read one leaf of the model, which a quantized kernel holds in several."""
+    source, module = weights.sources.get(path), path[:-1]
+    if path in weights.held:
+        for key, leaf in weights.held[path].items():
+            at = _place(place, (*module, key), leaf.shape, lenient=True)
+            yield (*module, key), _put(leaf.shape, leaf.dtype, at, leaf.read)
+    elif source is None:
+        leaf = new[path]
+        at = _place(place, path, leaf.shape, lenient=True)
+        yield path, _put(leaf.shape, leaf.dtype, at, partial(_part, leaf))
+    elif quant is None or site is None:
+        yield path, _put(source.shape, source.dtype, _place(place, path, source.shape), source.read)
+    else:
+        leaves = _quantized(source, quant, site)
+        at = {key: _place(place, (*module, key), leaf.shape, lenient=True) for key, leaf in leaves.items()}
+        layers = source.shape[0] if source.stacked else None
+        made = sharded.stored(quant, partial(_layer, source), layers, at)
+        yield from (((*module, key), leaf) for key, leaf in made.items())
+
+
+def _quantized(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the leaves that a kernel becomes, by their names."""
+    layers = source.shape[:1] if source.stacked else ()
+    leaves = quant.abstract(site.shape, source.dtype)
+    return {key: jax.ShapeDtypeStruct((*layers, *leaf.shape), leaf.dtype) for key, leaf in leaves.items()}
+
+
+def leaves(abstract: Tree, weights: WeightPlan, quant: Quant | None = None) -> Tree:
+    """Return shape and dtype of every leaf that `read` would give, as it is stored.
+
+    Args:
+        abstract: the model's tree.
+        weights: what `plan` gave.
+        quant: which kernels are quantized, and how; None for none.
+    """
+    chosen = {} if quant is None else quant.sites(abstract)
+    items: list[tuple[Path, Any]] = []
+    for path, leaf in paths.walk(abstract):
+        source, held = weights.sources.get(path), weights.held.get(path)
+        if held is not None:
+            found = {key: jax.ShapeDtypeStruct(one.shape, one.dtype) for key, one in held.items()}
+        elif source is None:
+            found = {path[-1]: jax.ShapeDtypeStruct(leaf.shape, np.float32)}
+        elif quant is None or path not in chosen:
+            found = {path[-1]: jax.ShapeDtypeStruct(source.shape, source.dtype)}
+        else:
+            found = _quantized(source, quant, chosen[path])
+        items += [((*path[:-1], key), one) for key, one in found.items()]
+    return paths.build(items)
+
+
+def _place(place: Places, path: Path, shape: tuple[int, ...], *, lenient: bool = False) -> Sharding:
+    """Return the sharding of one leaf.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    found = place if isinstance(place, Sharding) else place(path)
+    try:
+        found.shard_shape(shape)
+    except (ValueError, IndexError) as error:  # IndexError where the leaf has fewer axes
+        if not isinstance(found, NamedSharding):
+            raise
+        if lenient and isinstance(place, Sharding):
+            return NamedSharding(found.mesh, PartitionSpec(), memory_kind=found.memory_kind)
+        raise ConfigError(
+            f"sharding: {paths.text(path)} is {list(shape)}, which {tuple(found.spec)} over {dict(found.mesh.shape)} does not cut evenly; "
+            "leave out the axes that do not divide it"
+        ) from error
+    return found
+
+
+def _put(shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[[Index | None], _Array]) -> jax.Array:
+    """Read the parts of a leaf that this process holds, one after the other, onto the devices that hold them."""
+    at = sharding.addressable_devices_indices_map(shape)
+    holders: dict[Any, list[Any]] = {}
+    for device, index in at.items():
+        holders.setdefault(spans_of(index, shape), []).append(device)
+    placed: dict[Any, jax.Array] = {}
+    before: list[jax.Array] = []
+    for devices in holders.values():
+        part = read(at[devices[0]])
+        jax.block_until_ready(before)
+        before = [jax.device_put(part, SingleDeviceSharding(d, memory_kind=sharding.memory_kind)) for d in devices]
+        placed |= zip(devices, before, strict=True)
+    return jax.make_array_from_single_device_arrays(shape, sharding, [placed[device] for device in at], dtype=dtype)
+
+
+def _part(leaf: _Array, index: Index | None) -> _Array:
+    return leaf[(...) if index is None else index]
+
+
+def _layer(source: LeafSource, layer: int, place: Sharding) -> jax.Array:
+    """Read one layer of a kernel, `[in, out]`."""
+    shape = source.shape[1:] if source.stacked else source.shape
+    return _put(shape, source.dtype, place, partial(source.read_layer, layer))

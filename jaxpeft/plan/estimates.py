@@ -1,0 +1,67 @@
+"""What a step keeps beside its arguments, from one layer's program: to choose remat, and where no program of the chip's own is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxpeft import kernels
+from jaxpeft.core import paths
+from jaxpeft.plan.step_arguments import StepArguments
+from jaxpeft.plan.subject import Subject
+from jaxpeft.remat import fastest
+from jaxpeft.sharding.rules import sharding_rules
+from jaxpeft.sharding.sizes import SEQUENCE, TENSOR, row_shards
+from jaxpeft.train import memory
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one device.
+
+    Attributes:
+        kept: activations that wait for the backward pass, by the policy of remat.
+        working: the layer at work, its gathered or decoded kernels, a chunk of logits, and the gradients of the trained leaves.
+    """
+
+    kept: Mapping[str, int]
+    working: int
+
+    def total(self, remat: str) -> int:
+        """Return all of it under a policy."""
+        return self.kept[remat] + self.working
+
+    def fastest(self, room: float) -> str:
+        """Return the policy that computes least again of those that fit into `room` bytes, `full` where none does."""
+        return fastest(self.total, room)
+
+
+def kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> Kept:
+    """Estimate what a step keeps.
+
+    Args:
+        subject: the run.
+        placed: its leaves, and where they lie.
+        mesh: the devices.
+    """
+    over = row_shards(mesh.shape)
+    rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
+    where = memory.layout_of(subject.outline, mesh, sharding_rules(subject.config.mesh))
+    own = memory.estimate(subject.outline, 0, rows, length, where)
+    return Kept(own.kept, own.working + placed.gradients + _decoded(subject, mesh))
+
+
+def _decoded(subject: Subject, mesh: Mesh) -> int:
+    """Return the bytes of what a quantized base is decoded to while it is used: its largest kernel."""
+    if subject.model.options.quant is None:
+        return 0
+    size, layers = jnp.dtype(subject.model.options.dtype).itemsize, subject.model.config.num_hidden_layers
+    inner = [
+        kernels.parameters(path[-1], leaf.shape) // (layers if paths.layer_axis(path) is not None else 1)
+        for path, leaf in paths.walk(subject.base)
+        if paths.layers_at(path) is not None
+    ]
+    return size * max(inner, default=0) // mesh.shape[TENSOR]

@@ -1,0 +1,258 @@
+"""One way to run: a config under one strategy, compiled and read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxpeft.config.schema import Config
+from jaxpeft.core import training_hooks
+from jaxpeft.errors import ConfigError, TargetError
+from jaxpeft.hub import fetching
+from jaxpeft.models.attention import KERNELS, kernel_of
+from jaxpeft.plan import estimates
+from jaxpeft.plan.collectives import collectives
+from jaxpeft.plan.hlo import parse
+from jaxpeft.plan.programs import Compiled, compile_step, gib
+from jaxpeft.plan.report import Memory, Row
+from jaxpeft.plan.roofline import rates, roofline
+from jaxpeft.plan.step_arguments import StepArguments, step_arguments
+from jaxpeft.plan.subject import Subject, subject
+from jaxpeft.plan.topology import Topology
+from jaxpeft.plan.work import work
+from jaxpeft.sharding.layout import layout
+from jaxpeft.sharding.mesh import heads_of, make_mesh
+from jaxpeft.sharding.rules import sharding_rules
+from jaxpeft.sharding.sizes import SEQUENCE
+from jaxpeft.train import flops
+from jaxpeft.train.memory import USABLE
+from jaxpeft.train.step import jit_train_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all candidates of a plan share.
+
+    Attributes:
+        described: the content of the model's `config.json`.
+        topology: which devices.
+        devices: they themselves, to compile for.
+        limit: bytes of one that a step may take; None where nothing tells.
+        scan: whether layers are scanned, where they can be.
+    """
+
+    described: Mapping[str, Any]
+    topology: Topology
+    devices: list[Any]
+    limit: float | None
+    scan: bool
+
+    @property
+    def room(self) -> float | None:
+        """What a step is planned into: of a GPU less than its limit, for the allocator needs room between its pieces."""
+        if self.limit is None or self.topology.chip.platform != "cuda":
+            return self.limit
+        return USABLE * self.limit
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A config that has been compiled.
+
+    Attributes:
+        config: it.
+        row: what was found.
+        placed: the arguments of the step; None where it is refused.
+        kept: what it was estimated to keep; None where it is refused.
+    """
+
+    config: Config
+    row: Row
+    placed: StepArguments | None = None
+    kept: estimates.Kept | None = None
+
+
+def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
+    """Compile a config under its strategy, and reads the program.
+
+    Args:
+        setting: what all candidates share.
+        config: checked, with the strategy.
+        change: what differs from the config that was given.
+    """
+    try:
+        mesh, run, notes = prepared(setting, config)
+    except (ConfigError, TargetError) as error:
+        return Candidate(config, _row(config, change, {}, "", f"refused: {'; '.join(error.problems)}", fits=False))
+    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+    placed = step_arguments(run, mesh)
+    kept = estimates.kept(run, placed, mesh)
+    compiled = compile_step(step_of(run, placed, mesh), (placed.state, placed.frozen, placed.batch), setting.topology, setting.limit, placed.held)  # fmt: skip
+    memory = _memory(setting, run, placed, kept, compiled)
+    room = setting.room
+    fits = None if room is None else compiled.fits and memory.total <= room
+    row = _row(config, change, sizes, run.model.options.remat, _verdict(memory, room, fits), fits=fits)
+    row = dataclasses.replace(
+        row,
+        attention=_attention(setting, config, mesh),
+        memory=memory,
+        seconds=round(compiled.seconds, 1),
+        notes=(*notes, *_copied(setting, run), *_dropped(placed), *([compiled.problem] if compiled.problem else [])),
+    )
+    return Candidate(config, _read(setting, row, run, mesh, compiled), placed, kept)
+
+
+def predicted(setting: Setting, config: Config) -> int:
+    """Return the bytes of one device that a step takes by arithmetic alone: arguments, activations, and the layer at work.
+
+    Raises:
+        ConfigError: the config does not go with the devices.
+    """
+    mesh, run, _ = prepared(setting, config)
+    placed = step_arguments(run, mesh)
+    return placed.held + estimates.kept(run, placed, mesh).total(run.model.options.remat)
+
+
+def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]]:
+    """Make the mesh and the shapes of a run, with remat chosen.
+
+    Returns:
+        `(mesh, run, what is to be said)`.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    mesh = make_mesh(config, setting.devices, heads_of(setting.described))
+    asked = config.model.remat
+    attention = _attention(setting, config, mesh)
+    if setting.topology.simulated and KERNELS[attention].platform:  # which is not at hand
+        attention = "xla"
+    run, notes = stacked(setting, config, attention, "full" if asked == "auto" else asked)
+    if asked == "auto":
+        run = _with_remat(setting, run, mesh)
+    found = layout(mesh, sharding_rules(config.mesh), run.base)
+    return mesh, run.with_model(fetching.bringing(run.model, found)), notes
+
+
+def stacked(setting: Setting, config: Config, attention: str, remat: str) -> tuple[Subject, list[str]]:
+    """Make the shapes of a run, with layers scanned where they can be: `(run, what is to be said)`.
+
+    Raises:
+        ConfigError: the options do not go together, or the model is not supported.
+        TargetError: the method's targets are none of the model's.
+    """
+    try:
+        return subject(config, setting.described, attention, remat, scan=setting.scan), []
+    except (ConfigError, TargetError) as error:
+        if not setting.scan:
+            raise
+        run = subject(config, setting.described, attention, remat, scan=False)
+        return run, [f"layers unrolled: they cannot be stacked ({error.problems[0]})"]
+
+
+def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
+    """Choose what the backward pass computes again, as a run does: as little as memory allows, on a CPU nothing."""
+    room = setting.room
+    chosen = "none"
+    if room is not None:
+        placed = step_arguments(run, mesh)
+        chosen = estimates.kept(run, placed, mesh).fastest(USABLE * room - placed.held)
+    return run.with_model(run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen)))
+
+
+def _attention(setting: Setting, config: Config, mesh: Mesh) -> str:
+    return kernel_of(config.model.attention, setting.topology.chip.platform, mesh.shape[SEQUENCE])
+
+
+def step_of(run: Subject, placed: StepArguments, mesh: Mesh) -> Any:
+    """Make the run's own step, jitted as the loop does."""
+    config = run.config
+    step = make_train_step(
+        run.model, run.loss, run.optimizer, config.train.accumulation, partial(training_hooks.penalty, config.method)
+    )
+    return jit_train_step(step, mesh, jax.tree.map(lambda leaf: leaf.sharding, placed.state))
+
+
+def _memory(setting: Setting, run: Subject, placed: StepArguments, kept: estimates.Kept, compiled: Compiled) -> Memory:
+    """Split the memory of a step: arguments by arithmetic, activations by estimate, the rest is what the compiler says beside."""
+    activations = kept.kept[run.model.options.remat]
+    known = placed.base + placed.adapters + placed.optimizer
+    if setting.topology.chip.platform == "cuda":  # the program is a CPU's: what it keeps says nothing
+        total = placed.held + kept.total(run.model.options.remat)
+    else:
+        total = compiled.total
+        activations = max(0, min(activations, total - known))
+    limit = None if setting.limit is None else int(setting.limit)
+    return Memory(placed.base, placed.adapters, placed.optimizer, activations, total - known - activations, total, limit)  # fmt: skip
+
+
+def _verdict(memory: Memory, room: float | None, fits: bool | None) -> str:
+    if room is None or fits is None:
+        return "no limit is known; give --hbm"
+    if fits:
+        return f"fits, {gib(room - memory.total)} to spare"
+    return f"does not fit, by {gib(max(0.0, memory.total - room))}"
+
+
+def _copied(setting: Setting, run: Subject) -> list[str]:
+    options = run.model.options
+    if not (options.scan_layers and options.quant is not None and setting.topology.chip.platform == "cuda"):
+        return []
+    measured = "measured for 8 B in NF4 with remat of full: 17.1 GiB in place of 10.0"
+    return [
+        f"the memory is that of unrolled layers, which a run chooses: XLA copies the codes of stacked ones ({measured})"
+    ]
+
+
+def _dropped(placed: StepArguments) -> list[str]:
+    if not placed.dropped:
+        return []
+    more = f" and {len(placed.dropped) - 2} more" if len(placed.dropped) > 2 else ""
+    return [f"not sharded where an axis does not divide a dimension: {'; '.join(placed.dropped[:2])}{more}"]
+
+
+def _row(config: Config, change: str, mesh: Mapping[str, int], remat: str, verdict: str, *, fits: bool | None) -> Row:
+    return Row(
+        config.mesh.strategy or "config", change, mesh, config.train.batch_size, config.train.accumulation,
+        remat or config.model.remat, config.model.quant, config.model.attention, fits, verdict,
+    )  # fmt: skip
+
+
+def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compiled) -> Row:
+    """Read the program's work and collectives, and how long they take at least."""
+    model_flops = run.tokens * flops.per_token(run.state.trainable, run.frozen)
+    row = dataclasses.replace(row, model_flops=model_flops)
+    if compiled.text is None:
+        return row
+    program = parse(compiled.text)
+    found = collectives(program, row.mesh, *_slices(mesh))
+    done = work(program, causal=run.config.model.task == "causal_lm")
+    chip, notes = setting.topology.chip, row.notes
+    if done.kernels:
+        notes = (*notes, f"FLOPs without those of {done.kernels} calls of kernels, which do not report them")
+    own_program = not setting.topology.simulated
+    roof = roofline(
+        chip,
+        done,
+        own_program,
+        rates(setting.topology, mesh, found),
+        tokens=run.tokens,
+        model_flops=model_flops,
+        devices=mesh.size,
+    )
+    traffic = done.traffic if own_program else None
+    return dataclasses.replace(row, collectives=found, flops=done.flops, traffic=traffic, roofline=roof, notes=notes)
+
+
+def _slices(mesh: Mesh) -> tuple[str, int]:
+    """Return the axes of a mesh that go over slices, and how many slices there are."""
+    of = np.vectorize(lambda device: getattr(device, "slice_index", 0) or 0, otypes=[int])(mesh.devices)
+    over = [name for i, name in enumerate(mesh.axis_names) if (of != np.take(of, [0], axis=i)).any()]
+    return "+".join(over) or "none", len(np.unique(of))

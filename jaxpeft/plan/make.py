@@ -1,0 +1,115 @@
+"""A whole plan: every strategy compiled, one after the other, with what would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpeft import chips
+from jaxpeft.config.schema import Config
+from jaxpeft.core import tree
+from jaxpeft.errors import ConfigError
+from jaxpeft.plan import changes, topology
+from jaxpeft.plan.examine import Setting, examine, stacked
+from jaxpeft.plan.report import Plan
+from jaxpeft.plan.subject import described_in_json, model_config, with_changes
+from jaxpeft.plan.topology import Topology
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What is to be planned.
+
+    Attributes:
+        path: of the config file.
+        config: it, checked.
+        topology: for which devices.
+        strategies: under which; empty for that of the config.
+        hbm: GiB of a device that a step may take; None for what the chip has.
+        model_config: a `config.json`, or the name of a shape; None for that of the config's model.
+        scan: whether layers are scanned.
+        tries: how many changes are compiled at most for a strategy that does not fit.
+    """
+
+    path: str
+    config: Config
+    topology: Topology
+    strategies: tuple[str, ...] = ()
+    hbm: float | None = None
+    model_config: str | None = None
+    scan: bool = True
+    tries: int = 2
+
+
+def make(request: PlanRequest) -> Plan:
+    """Make a plan. The environment must be prepared (`topology.prepare`).
+
+    Raises:
+        JaxpeftError: whatever cannot be used, named.
+    """
+    began, cpu_began = time.perf_counter(), time.process_time()
+    config = request.config
+    described = model_config(config.model.path, config.model.revision, request.model_config)
+    limit = chips.usable(request.topology.chip, request.hbm)
+    if request.hbm is not None and limit is not None and limit < request.hbm * chips.GIB:
+        _log.warning(
+            "--hbm %g: programs of a %s may take %.2f GiB", request.hbm, request.topology.chip.name, limit / chips.GIB
+        )
+    where = topology.devices(request.topology)
+    setting = Setting(described, request.topology, where, limit, request.scan)
+    rows: list[Any] = []
+    for strategy in request.strategies or (None,):
+        own = config if strategy is None else with_changes(config, mesh__strategy=strategy)
+        own = with_changes(own, mesh__slices=request.topology.slices) if request.topology.slices > 1 else own
+        _log.info("%s ...", strategy or config.mesh.strategy or "the config's mesh")
+        found = examine(setting, own)
+        _log.info("  %s (%.0f s)", found.row.verdict, found.row.seconds)
+        rows.append(changes.with_nearest(setting, found, request.tries))
+    if all(row.memory is None and row.nearest is None for row in rows):
+        raise ConfigError(list(dict.fromkeys(row.verdict.removeprefix("refused: ") for row in rows)))
+    run, _ = stacked(setting, config, "xla", "full")
+    return Plan(
+        config=request.path,
+        model=described_in_json(described),
+        method=config.method.name,
+        parameters=tree.count(run.base),
+        trained=tree.count(run.state.trainable),
+        topology=request.topology.name,
+        devices=request.topology.size,
+        chip=dataclasses.asdict(request.topology.chip),
+        length=config.data.max_length,
+        layers="scanned" if request.scan else "unrolled",
+        programs=_programs(request.topology),
+        seconds=round(time.perf_counter() - began, 1),
+        cpu_seconds=round(time.process_time() - cpu_began, 1),
+        versions=_versions(("jax", "libtpu") if request.topology.chip.platform == "tpu" else ("jax",)),
+        rows=changes.summary(rows),
+    )
+
+
+def _programs(where: Topology) -> str:
+    if where.chip.platform == "tpu":
+        return f"compiled by libtpu for {where.chip.kind}"
+    if where.chip.platform == "cpu":
+        return f"compiled for {where.size} simulated CPU devices"
+    return (
+        f"no GPU is asked: memory by arithmetic, FLOPs and collectives of programs compiled for {where.size} simulated CPU devices, whose "
+        "attention writes its scores out"
+    )
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,215 @@
+"""The work of a compiled program: floating-point operations, and bytes that its instructions read from memory and write to it.
+
+XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxpeft.plan.hlo import Array, Instruction, Program
+
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+"""Of splash attention, the products of a head's queries or weights with keys, values or their gradients, by the kernel's name."""
+_ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*?"flops":\s*"?(\d+)')
+_FREE = frozenset(
+    {
+        "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "opt-barrier",
+        "partition-id", "replica-id", "iota", "domain", "async-done", "async-update", "copy-done", "all-gather-done",
+        "all-reduce-done", "collective-permute-done",
+    }
+)  # fmt: skip
+"""Opcodes that move no bytes of their own."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one device does in one run of a program.
+
+    Attributes:
+        flops: of products: multiplications and additions.
+        traffic: bytes read from the device's memory and written to it, each instruction by itself.
+        kernels: how many times kernels are called of whose FLOPs nothing is said.
+    """
+
+    flops: float
+    traffic: int
+    kernels: int
+
+
+def work(program: Program, *, causal: bool = True) -> Work:
+    """Add up the work of a program.
+
+    Args:
+        program: compiled.
+        causal: whether attention kernels compute half of the pairs of positions.
+    """
+    flops, kernels, traffic = 0.0, 0, 0
+    outer = _outer(program)
+    for name, times in program.runs.items():
+        for one in program.computations[name].values():
+            if one.opcode == "custom-call" and "tpu_custom_call" in one.text:
+                own = _kernel(program, name, one, causal)
+                flops, kernels = flops + times * (own or 0.0), kernels + times * (own is None)
+            elif one.opcode in ("dot", "convolution"):
+                flops += times * _product(program, name, one)
+            if name in outer:
+                traffic += times * _moved(program, name, one)
+    return Work(flops, traffic, kernels)
+
+
+def _kernel(program: Program, computation: str, one: Instruction, causal: bool) -> float | None:
+    """Return the FLOPs of a call of a kernel, None where nothing tells: what it says itself, or those of splash attention."""
+    said = _ESTIMATE.search(one.text)
+    if said is not None:
+        return float(said.group(1))
+    products = next((n for name, n in _PRODUCTS.items() if one.name.startswith(name)), None)
+    made = (array for operand in program.operands(computation, one) for array in operand.arrays)
+    queries = next((a for a in made if len(a.dims) > 2 and a.dtype in ("bf16", "f16", "f32")), None)
+    if products is None or queries is None:
+        return None
+    length = queries.dims[-2]
+    return products * 2.0 * queries.size * length / (2 if causal else 1)
+
+
+def _outer(program: Program) -> set[str]:
+    """Return the computations whose instructions run one by one: those that are no part of a fusion."""
+    found, waiting = {program.entry}, [program.entry]
+    while waiting:
+        for one in program.computations[waiting.pop()].values():
+            if one.opcode not in ("while", "conditional", "call", "async-start"):
+                continue
+            names = [
+                n for key, called in one.called.items() for n in called if key != "to_apply" or one.opcode == "call"
+            ]
+            new = [name for name in names if name in program.computations and name not in found]
+            found.update(new)
+            waiting += new
+    return found
+
+
+def _product(program: Program, computation: str, one: Instruction) -> float:
+    operands = program.operands(computation, one)
+    if len(operands) < 2:
+        return 0.0
+    left, right = operands[0].arrays[0], operands[1].arrays[0]
+    if one.opcode == "dot":
+        dims = _CONTRACTED.search(one.text)
+        axes = [int(n) for n in dims.group(1).split(",") if n] if dims else []
+        return 2.0 * one.arrays[0].size * float(np.prod([left.dims[axis] for axis in axes]))
+    return _convolution(one, left, right)
+
+
+def _convolution(one: Instruction, left: Array, right: Array) -> float:
+    """Count the products of a convolution that are none with padding: a TPU writes products of matrices as such."""
+    labels = _LABELS.search(one.text)
+    if labels is None:
+        return 0.0
+    lhs, rhs, out = labels.groups()
+    result = one.arrays[0]
+    pairs = 1.0
+    window = _window(one.text)
+    for i in range(sum(label.isdigit() for label in out)):
+        sizes = left.dims[lhs.index(str(i))], right.dims[rhs.index(str(i))], result.dims[out.index(str(i))]
+        pairs *= _valid(*sizes, *(values[i] for values in window))
+    features = result.dims[out.index("b")] * result.dims[out.index("f")] * right.dims[rhs.index("i")]
+    return 2.0 * features * pairs
+
+
+def _window(text: str) -> tuple[Sequence[int], ...]:
+    """Return stride, padding before, and dilation of both operands, one of each a spatial dimension."""
+    found = _WINDOW.search(text)
+    fields = dict(part.split("=", 1) for part in found.group(1).split()) if found else {}
+    many = len(fields.get("size", "").split("x"))
+
+    def numbers(key: str, default: str) -> list[int]:
+        return [int(part.split("_")[0]) for part in fields.get(key, "x".join([default] * many)).split("x")]
+
+    return numbers("stride", "1"), numbers("pad", "0_0"), numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
+
+
+def _valid(given: int, kernel: int, result: int, stride: int, pad: int, spread: int, apart: int) -> int:
+    """Count the pairs of places of result and kernel that meet a number of the input."""
+    place = np.arange(result)[:, None] * stride - pad + np.arange(kernel)[None, :] * apart
+    return int(((place >= 0) & (place < (given - 1) * spread + 1) & (place % spread == 0)).sum())
+
+
+def _moved(program: Program, computation: str, one: Instruction) -> int:
+    """Return the bytes of the device's memory that an instruction reads and write."""
+    if one.opcode in _FREE:
+        return 0
+    operands = program.operands(computation, one)
+    if one.opcode == "fusion":
+        inner = next((name for name in one.called.get("calls", ()) if name in program.computations), "")
+        read = sum(_read(program, inner, i, operand) for i, operand in enumerate(operands))
+        return read + _written(program, inner, one)
+    if one.opcode == "dynamic-slice":
+        return 2 * _near(one.arrays)
+    if one.opcode == "dynamic-update-slice":
+        return 2 * _near(operands[1].arrays) if len(operands) > 1 else 0
+    # the result of a start names its operand too
+    made = one.arrays[:1] if one.opcode.endswith("-start") else one.arrays
+    return _near(made) + sum(_near(operand.arrays) for operand in operands)
+
+
+def _near(arrays: Sequence[Array]) -> int:
+    """Return the bytes of those arrays that are in the device's memory."""
+    return sum(array.nbytes for array in arrays if array.space == 0)
+
+
+def _read(program: Program, fusion: str, i: int, operand: Instruction) -> int:
+    """Return the bytes that a fusion reads of an operand, of which it may take a slice alone."""
+    whole = _near(operand.arrays)
+    if not whole or not fusion:
+        return whole
+    there = program.computations[fusion]
+    names = [one.name for one in there.values() if one.opcode == "parameter" and one.inside.strip() == str(i)]
+    return min(whole, _used(program, fusion, names[0], whole)) if names else whole
+
+
+def _used(program: Program, fusion: str, name: str, whole: int) -> int:
+    used = 0
+    for one in program.computations[fusion].values():
+        if name not in one.operands:
+            continue
+        if one.opcode == "dynamic-slice" and one.operands[0] == name:
+            used += one.nbytes
+        elif one.opcode == "dynamic-update-slice" and one.operands[0] == name:
+            continue  # written in place
+        elif one.opcode == "bitcast":
+            used += _used(program, fusion, one.name, whole)
+        elif one.opcode == "fusion":
+            inner = one.called["calls"][0]
+            there = program.computations[inner].values()
+            index = str(one.operands.index(name))
+            own = next((p.name for p in there if p.opcode == "parameter" and p.inside.strip() == index), "")
+            used += _used(program, inner, own, whole)
+        else:
+            return whole
+    return used
+
+
+def _written(program: Program, fusion: str, one: Instruction) -> int:
+    """Return the bytes that a fusion writes, of which some may be slices of what is there."""
+    there = program.computations.get(fusion, {})
+    root = next((inner for inner in there.values() if inner.root), None)
+    if root is None:
+        return _near(one.arrays)
+    results = [there[name] for name in root.operands if name in there] if root.opcode == "tuple" else [root]
+    if len(results) != len(one.arrays):
+        return _near(one.arrays)
+    written = 0
+    for array, result in zip(one.arrays, results, strict=True):
+        while result.opcode == "bitcast" and result.operands[0] in there:
+            result = there[result.operands[0]]  # noqa: PLW2901 - what the bitcast is of
+        if array.space == 0:
+            sliced = result.opcode == "dynamic-update-slice" and result.operands[1] in there
+            written += there[result.operands[1]].nbytes if sliced else array.nbytes
+    return written

@@ -1,0 +1,54 @@
+"""Fine-tune a model: `python -m jaxpeft.train --config configs/NAME.py [--config.method.rank=16 ...] [--workdir DIR]`.
+
+The same command resumes a run that was stopped. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM and saved, 130 stopped
+by SIGINT and saved, 1 any other failure. Several processes find each other by flags or by the environment
+(docs/distributed.md); where one is lost, the others end with another exit code than these.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from jaxpeft.train.arguments import Job, RunArguments, place_of_process, run_job
+
+ARGUMENTS = RunArguments
+
+
+def main(argv: list[str]) -> int:
+    """Run the job; return the exit code."""
+    return run_job(argv, __doc__, _run)
+
+
+def _run(job: Job) -> int:
+    """Import JAX, now that the config is good, join the other processes, and run."""
+    from jaxpeft.processes.signals import NOTHING_NEW, Stopped, StopRequest
+
+    place, waits = place_of_process(job.arguments)
+    with StopRequest() as stop:
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        from jaxpeft.processes import distributed
+        from jaxpeft.train import cpu
+        from jaxpeft.train.job import run
+
+        peers = distributed.start(place, waits)
+        cpu.keep_memory()
+        if peers.client is not None:
+            stop.agree(reached_preemption_sync_point)
+
+        def body() -> int:
+            try:
+                stop.raise_if_requested()
+                run(job.config, job.workdir, stop, job.allowed, peers)
+            except Stopped as stopped:
+                if not stopped.saved:
+                    logging.getLogger("jaxpeft").info(NOTHING_NEW)
+                return stopped.exit_code
+            return 0
+
+        return distributed.together(peers, waits, body, show_traceback=job.arguments.traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,230 @@
+"""How a run begins: the base rewritten and split, with the start that a method takes from data, or as a checkpoint has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.checkpoint.identity import tree_spec
+from jaxpeft.checkpoint.manager import Checkpoints
+from jaxpeft.config.schema import OptimizerConfig
+from jaxpeft.core import paths, training_hooks, tree
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.rewriting import adapter_names, trainable_mask
+from jaxpeft.logs import timed
+from jaxpeft.methods import from_dict
+from jaxpeft.processes.arrays import put
+from jaxpeft.processes.signals import StopRequest
+from jaxpeft.sharding.layout import shardings, state_shardings
+from jaxpeft.train import base_record, optimizers, records
+from jaxpeft.train.data_start import Start
+from jaxpeft.train.evaluator import Evaluator
+from jaxpeft.train.run import EvaluationProgress, LoopState, Run
+from jaxpeft.train.setup import Setup
+from jaxpeft.train.step import TrainState, init_state
+from jaxpeft.train.step_metrics import StepMetrics
+from jaxpeft.transforms.rewrite import rewrite
+
+_log = logging.getLogger(__name__)
+Look = Callable[[Tree, Tree], object]
+
+
+def begin(
+    setup: Setup,
+    method: Method,
+    options: OptimizerConfig,
+    folder: Path,
+    stop: StopRequest,
+    evaluator: Evaluator,
+    allowed: Sequence[str] = (),
+    look: Look | None = None,
+) -> tuple[Run, LoopState]:
+    """Return the description of a run and its state before the next step: that of the newest checkpoint if there is one.
+
+    Args:
+        setup: the prepared run.
+        method: what to train.
+        options: the optimizer's.
+        folder: where checkpoints and figures go.
+        stop: asked before each step.
+        evaluator: of the setup.
+        allowed: fields that may differ from those of the checkpoint that is gone on from.
+        look: is shown the two parts of the tree before any training.
+
+    Raises:
+        ConfigError: the checkpoints are another run's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
+    latest = checkpoints.latest()
+    meta = None if latest is None else checkpoints.read_meta(latest)
+    started, trainable, frozen = begun(setup, method, meta, look)
+    optimizer = optimizers.build(options, setup.steps, started)
+    fresh = init_state(trainable, optimizer, setup.config.train.seed)
+    where = state_shardings(setup.mesh, fresh, trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable))
+    state = LoopState(put(fresh, where))
+    identity = identity_of(setup, method, trainable)
+    if latest is not None:
+        checkpoints.check_identity(latest, identity, allowed)
+    checkpoints.put_aside(latest)
+    if latest is not None:
+        with timed(f"restoring step {latest} from {folder / 'checkpoints'}"):
+            state, frozen = _restored(checkpoints, latest, state, started, frozen)
+    trained, total = tree.count(trainable), tree.count(trainable) + tree.count(frozen)
+    writers = _open_records(
+        setup, folder, state.step, f"{started.name} trains {trained:,} of {total:,} parameters ({trained / total:.2%})"
+    )
+    rate = optimizers.schedule(options, options.learning_rate, setup.steps)
+    newest = partial(_newest, checkpoints)
+    metrics = StepMetrics(setup, started.name, rate, trainable, frozen, writers, newest, state.progress.seconds)
+    return Run(setup, started, optimizer, frozen, where, identity, checkpoints, evaluator, metrics, stop), state
+
+
+def _restored(
+    checkpoints: Checkpoints, step: int, state: LoopState, method: Method, frozen: Tree
+) -> tuple[LoopState, Tree]:
+    """Return the state of a checkpoint, and the frozen part of the tree with the leaves that it holds."""
+    train, best, fixed = checkpoints.restore(step, state.train, state.train.trainable, fixed_leaves(method, frozen))
+    frozen = paths.map_with_path(lambda path, leaf: fixed.get(paths.text(path), leaf), frozen)
+    meta = checkpoints.read_meta(step)
+    progress, position = EvaluationProgress(**meta["progress"]), meta["position"]
+    restored = dataclasses.replace(
+        state, train=TrainState(*train), step=step, position=position, progress=progress, best=best
+    )
+    return restored, frozen
+
+
+def _open_records(setup: Setup, folder: Path, step: int, about: str) -> list[records.Writer]:
+    """Write down what the run is, in the first process, and say what it trains; return where figures are written from a step on."""
+    if setup.peers.first:
+        (folder / "config.json").write_text(json.dumps(setup.provenance.identity["config"], indent=2) + "\n")
+        base_record.write(folder, setup.provenance.base_tensors)
+    _log.info("%s", about)
+    return records.open_writers(setup.config.log, folder, step) if setup.peers.first else []
+
+
+def _newest(checkpoints: Checkpoints) -> str:
+    latest = checkpoints.latest()
+    return "no step is saved yet" if latest is None else f"the newest checkpoint is step {latest}, and is finite"
+
+
+def identity_of(setup: Setup, method: Method, trainable: Tree) -> dict[str, Any]:
+    """Return what makes a run this run."""
+    return dict(setup.provenance.identity) | {
+        "method": method.as_dict(),
+        "tree": tree_spec(trainable),
+        "steps": setup.steps,
+    }
+
+
+def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequence[str]) -> None:
+    """Refuse, before anything is computed, to go on from another run's checkpoints.
+
+    Args:
+        setup: the prepared run.
+        method: that will be trained.
+        folder: of the run.
+        allowed: fields that may differ.
+
+    Raises:
+        ConfigError: the checkpoints are another run's, or tensors of the base have changed since.
+        CheckpointError: none of them is good.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
+    latest = checkpoints.latest()
+    if latest is not None:
+        find = partial(base_record.changed, folder, setup.provenance.base_tensors)
+        base_record.require_same(setup.peers.agreed("changed tensors of the base", find), allowed)
+        started = method_of(checkpoints.read_meta(latest), method)
+        trainable, _ = jax.eval_shape(lambda: rewritten(setup, started))
+        checkpoints.check_identity(latest, identity_of(setup, method, trainable), allowed)
+
+
+def _placed(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tree, Tree]:
+    """Split a rewritten tree into `(trainable, frozen)`, each leaf where the rules say.
+
+    The trainable leaves are copies: the step is given them for good (they are donated), the base stays as it was.
+    """
+    where = shardings(setup.mesh, setup.rules, params, method)
+    mask = trainable_mask(method, params)
+    (trainable, frozen), (of_trainable, of_frozen) = tree.partition(params, mask), tree.partition(where, mask)
+    copies = jax.tree.map(jnp.copy, put(trainable, of_trainable))
+    return put(copies, of_trainable), put(frozen, of_frozen)
+
+
+def rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:
+    """Rewrite the base and splits it, where its leaves are, or abstractly."""
+    params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
+    return tree.partition(params, trainable_mask(method, params))
+
+
+def begun(
+    setup: Setup, method: Method, meta: Mapping[str, Any] | None, look: Look | None = None
+) -> tuple[Method, Tree, Tree]:
+    """Return what a run trains: `(method, trainable, frozen)`, with the start that the method takes from the data.
+
+    The base is rewritten once: a fresh adapter may take decompositions of every kernel.
+
+    Args:
+        setup: the prepared run.
+        method: as the config has it.
+        meta: of the checkpoint that is gone on from: the method as it was started; None for a new run.
+        look: is shown `(trainable, frozen)` with the fresh adapter, before a start from the data.
+    """
+    if meta is not None:
+        method = method_of(meta, method)
+    key = jax.random.key(setup.config.train.seed)
+    fresh = rewrite(method, setup.params, key)
+    split = _placed(setup, method, fresh)
+    if look is not None:
+        look(*split)
+    if meta is not None:
+        return (method, *split)
+    run = Start(setup.model, setup.params, key, setup.data.tokenizer, partial(_first_batches, setup))
+    started, params = training_hooks.start(method, fresh, run)
+    return (started, *(split if params is fresh else _placed(setup, started, params)))
+
+
+def method_of(meta: Mapping[str, Any], configured: Method) -> Method:
+    """Return the method of a checkpoint as it was started.
+
+    Args:
+        meta: of the checkpoint.
+        configured: the method of the config: what was trained where the checkpoint is of a version that records none.
+    """
+    return from_dict(meta["method"]) if "method" in meta else configured
+
+
+def _first_batches(setup: Setup) -> Generator[Mapping[str, Any]]:
+    """Yield the training batches from the first on, their parts one after the other."""
+    with closing(setup.data.batches.feed({}, setup.steps, lambda: None)) as feed:
+        for batch, _ in feed:
+            if setup.config.train.accumulation == 1:
+                yield batch
+            else:
+                for i in range(setup.config.train.accumulation):
+                    yield {name: value[i] for name, value in batch.items()}
+
+
+def fixed_leaves(method: Method, frozen: Tree) -> dict[str, jax.Array]:
+    """Return the adapter leaves that are not trained, by path: what a checkpoint must hold beside the trained ones.
+
+    They were made from the base, from data, or from a key, which another machine may do otherwise. Scalars follow from the
+    method's options.
+    """
+    own = adapter_names(method)
+    return {
+        paths.text(path): leaf
+        for path, leaf in paths.walk(frozen)
+        if path[-1] in own and leaf.ndim > (paths.layer_axis(path) is not None)
+    }

@@ -1,0 +1,187 @@
+r"""The cross-entropy of a language model, in chunks of positions: the logits of all positions never exist at once.
+
+Of the logits `z` of a position with label `y`, `lse = log sum exp z`, smoothing `e` and a weight `c` of `lse^2`:
+
+    loss = lse - (1 - e) z_y - e mean(z) + c lse^2
+    dz   = (1 + 2 c lse) softmax(z) - (1 - e) onehot(y) - e / classes
+
+The loss is the end of the forward pass, so a chunk's `dz` is known, up to a factor, as soon as its logits are: they go back through
+the head at once, and nothing of them is kept. Hsu et al. 2024, "Liger Kernel", section 3.2 (arXiv:2410.10989); label smoothing is
+Szegedy et al. 2015, section 7 (arXiv:1512.00567), the z-loss Chowdhery et al. 2022, section 5 (arXiv:2204.02311).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.sharding.logical_axes import size_of
+from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
+
+Array = jax.Array
+IGNORE = -100
+MOST_LOGITS = 1 << 27
+"""Of a chunk: 256 MiB in bfloat16, and as much for their gradient."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """A cross-entropy.
+
+    Attributes:
+        smoothing: share of the label that is spread over all classes, in [0, 1).
+        z_loss: weight of the squared log of the normalizer.
+        softcap: logits are `cap tanh(z / cap)`, where the model's head does not do so itself; None for not.
+    """
+
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+    def capped(self, logits: Array) -> Array:
+        """Return the logits to compute with, float32."""
+        z = logits.astype(jnp.float32)
+        return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
+
+    def losses(self, z: Array, labels: Array) -> Array:
+        """Return the loss of each position `[...]` from logits `[..., classes]`, capped, and labels `[...]` in range."""
+        lse = jax.nn.logsumexp(z, axis=-1)
+        picked = jnp.take_along_axis(z, labels[..., None], axis=-1)[..., 0]
+        out = lse - picked
+        if self.smoothing:
+            out = lse - (1 - self.smoothing) * picked - self.smoothing * jnp.mean(z, axis=-1)
+        return out + self.z_loss * jnp.square(lse) if self.z_loss else out
+
+    def sums(self, logits: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
+        """Sum over the positions that have a label.
+
+        Args:
+            logits: `[..., classes]`, floating.
+            labels: `[...]` int32, -100 for no label.
+            weights: broadcast to `labels`, float32.
+
+        Returns:
+            `(sum of weight * loss, sum of weight)`, float32 scalars; `(0, 0)` where no position has a label.
+        """
+        safe, counted = _counted(labels, weights)
+        losses = self.losses(self.capped(logits), safe)
+        # chosen, not multiplied: 0 * NaN is NaN
+        return jnp.sum(jnp.where(counted > 0, losses * counted, 0.0)), jnp.sum(counted)
+
+    def gradient(self, logits: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
+        """Return the sum that `sums` gives, and its gradient by the logits, float32."""
+        safe, counted = _counted(labels, weights)
+        z = self.capped(logits)
+        lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
+        total = jnp.sum(jnp.where(counted > 0, self.losses(z, safe) * counted, 0.0))
+        classes = jnp.arange(z.shape[-1], dtype=labels.dtype)
+        dz = jnp.exp(z - lse) * (1 + 2 * self.z_loss * lse) if self.z_loss else jnp.exp(z - lse)
+        dz = dz - jnp.where(classes == safe[..., None], 1 - self.smoothing, 0.0)
+        if self.smoothing:
+            dz = dz - self.smoothing / z.shape[-1]
+        if self.softcap is not None:
+            dz = dz * (1 - jnp.square(z / self.softcap))
+        return total, jnp.where(counted[..., None] > 0, dz * counted[..., None], 0.0)
+
+
+def _counted(labels: Array, weights: Array) -> tuple[Array, Array]:
+    """Return labels in range, and the weight of each position."""
+    labeled = labels != IGNORE
+    # the label is replaced before the look-up: a gather out of range gives NaN, and 0 * NaN is NaN
+    return jnp.where(labeled, labels, 0), jnp.where(labeled, jnp.broadcast_to(weights, labels.shape), 0.0)
+
+
+def through_head(
+    entropy: CrossEntropy,
+    head: Callable[[Array, Array], Array],
+    x: Array,
+    labels: Array,
+    weights: Array,
+    most_logits: int = MOST_LOGITS,
+) -> tuple[Array, Array]:
+    """Sum the cross-entropy of what a head makes of hidden states.
+
+    Args:
+        entropy: which.
+        head: `(x [batch, n, d], number of the chunk) -> logits [batch, n, classes]`; what it closes over is differentiated as well.
+        x: `[batch, length, d]`.
+        labels: `[batch, length]` int32, of each position itself, -100 for no label.
+        weights: broadcast to `labels`, float32.
+        most_logits: of a chunk; a chunk has at least one position of each row.
+
+    Returns:
+        `(sum of weight * loss, sum of weight)`, float32 scalars.
+    """
+    (batch, length), weights = labels.shape, jnp.broadcast_to(weights, labels.shape)
+    classes = jax.eval_shape(head, x[:, :1], jnp.zeros((), jnp.int32)).shape[-1]
+    count, size, devices = _chunks(length, batch * classes, most_logits)
+
+    def split(array: Array, fill: Any) -> Array:
+        """Return the chunks; where positions are spread, each of them has as many of every device's positions."""
+        wide, rest = [(0, 0), (0, count * size - length), *((0, 0),) * (array.ndim - 2)], array.shape[2:]
+        parts = jnp.pad(array, wide, constant_values=fill).reshape(batch, devices, count, size // devices, *rest)
+        return jnp.moveaxis(parts, 2, 0).reshape(count, batch, size, *rest)
+
+    chunks = split(x, 0), split(labels, IGNORE), split(weights, 0.0), jnp.arange(count, dtype=jnp.int32)
+    run, closed = jax.closure_convert(head, chunks[0][0], chunks[3][0])
+
+    @jax.custom_vjp
+    def total(x: Array, closed: list[Array]) -> Array:
+        def chunk(item: Any) -> Array:
+            rows, labels, weights, i = item
+            return entropy.sums(run(rows, i, *closed), labels, weights)[0]
+
+        return jnp.sum(_over(chunk, (x, *chunks[1:])))
+
+    def forward(x: Array, closed: list[Array]) -> tuple[Array, Any]:
+        def chunk(item: Any) -> Any:
+            rows, labels, weights, i = item
+            logits, back = jax.vjp(lambda rows, *closed: run(rows, i, *closed), rows, *closed)
+            own, dz = entropy.gradient(logits, labels, weights)
+            dx, *dclosed = back(dz.astype(logits.dtype))
+            return dx, own, dclosed
+
+        if count == 1:
+            dx, own, dclosed = chunk(jax.tree.map(lambda part: part[0], (x, *chunks[1:])))
+            return own, (dx[None], dclosed)
+
+        def step(carry: Any, item: Any) -> Any:
+            dx, *sums = chunk(item)
+            return jax.tree.map(jnp.add, carry, tuple(sums)), dx
+
+        zero = jnp.zeros((), jnp.float32), [jnp.zeros_like(leaf) for leaf in closed]
+        (own, dclosed), dx = jax.lax.scan(step, zero, (x, *chunks[1:]))
+        return own, (dx, dclosed)
+
+    def backward(kept: Any, by: Array) -> Any:
+        return jax.tree.map(lambda leaf: leaf * by.astype(leaf.dtype), kept)
+
+    total.defvjp(forward, backward)
+    return total(chunks[0], closed), jnp.sum(_counted(labels, weights)[1])
+
+
+def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
+    """Return how many chunks there are, the positions of each, and the devices that positions are spread over.
+
+    Args:
+        length: positions of a row.
+        logits: of one position of each row.
+        most: logits of a chunk, on each device.
+    """
+    devices = size_of(SEQUENCE) if length % size_of(SEQUENCE) == 0 else 1
+    size = min(length, max(1, most * size_of(*ROWS, SEQUENCE, TENSOR) // logits))
+    count = -(-length // size)
+    if devices > 1:  # as many positions of each device in each chunk
+        count = next(n for n in range(min(count, length // devices), length + 1) if length // devices % n == 0)
+    return count, -(-length // count), devices
+
+
+def _over(run: Callable[[Any], Array], items: Any) -> Array:
+    """Map over the leading axis, without a loop where it is 1."""
+    if len(items[0]) == 1:
+        return run(jax.tree.map(lambda part: part[0], items))
+    return jax.lax.map(run, items)

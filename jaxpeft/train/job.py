@@ -1,0 +1,262 @@
+"""The main job: a method trained, the final table, and the files that are left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpeft import atomic
+from jaxpeft.config.schema import Config, OptimizerConfig, as_dict
+from jaxpeft.core import paths
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.tree import combine
+from jaxpeft.evaluation.generation import greedy
+from jaxpeft.hub.adapters.folders import save_adapter
+from jaxpeft.logs import timed
+from jaxpeft.models import attention
+from jaxpeft.processes.arrays import on_host
+from jaxpeft.processes.lock import lock_folder
+from jaxpeft.processes.peers import ALONE, Peers
+from jaxpeft.processes.signals import StopRequest
+from jaxpeft.train import compiling, loop, next_steps, optimizers, plot, records
+from jaxpeft.train.artifacts import ends_of
+from jaxpeft.train.begin import Look, begin, check_resumable, fixed_leaves
+from jaxpeft.train.evaluator import Evaluator, metric_of
+from jaxpeft.train.run import RunResult
+from jaxpeft.train.setup import Setup, prepare
+from jaxpeft.train.step_metrics import devices_of
+
+_log = logging.getLogger(__name__)
+
+
+def run(
+    config: Config,
+    workdir: Path,
+    stop: StopRequest | None = None,
+    allowed: Sequence[str] = (),
+    peers: Peers = ALONE,
+) -> RunResult:
+    """Run a config from end to end.
+
+    Leaves in `workdir`: `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`, `tensorboard/`, `checkpoints/` and
+    `adapter/`.
+
+    Args:
+        config: a checked config.
+        workdir: the run's folder; what an earlier run of the same command left there is gone on from.
+        stop: a request to stop that is entered already; None to listen from here to the end.
+        allowed: fields that may differ from those of the run that is gone on from.
+        peers: the processes of the run, of which the first writes what is left behind.
+
+    Raises:
+        JaxpeftError: whatever cannot be used, named.
+        Stopped: on SIGTERM or SIGINT, after saving.
+    """
+    if stop is None:
+        with StopRequest() as stop:
+            return run(config, workdir, stop, allowed, peers)
+    records.check(config.log)
+    peers.same("config", {"config": compared(config), "jax": jax.__version__})
+    config = config if peers.first else quiet(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with lock_folder(workdir) if peers.first else nullcontext():
+        peers.require_shared(workdir)
+        setup = prepare(config, peers)
+        stop.raise_if_requested()
+        check_resumable(setup, config.method, workdir, allowed)
+        log_setup(setup)
+        evaluator = Evaluator(setup, stop.raise_if_requested)
+        before = Before(setup, evaluator, workdir / "before.json")
+        answers = {"before training": _answers(setup, setup.params)}
+        options = optimizers.options_for(config)
+        result = fit(setup, config.method, options, workdir, stop, evaluator, allowed, before)
+        answers["after"] = _answers(setup, result.params)
+        _show_answers(setup, answers)
+        if peers.first:
+            _finish(setup, before.figures, result, workdir)
+    return result
+
+
+_OF_A_HOST = ("model.path", "data.train", "data.validation", "data.test")
+"""Where files lie may differ between hosts: what lies there is compared by its hash."""
+
+
+def compared(config: Config) -> dict[str, Any]:
+    """Return the options that all processes must have in common."""
+    values = as_dict(config)
+    del values["log"]
+    for section, option in (name.split(".") for name in _OF_A_HOST):
+        del values[section][option]
+    return values
+
+
+def quiet(config: Config) -> Config:
+    """Return the config of a process that leaves logs and plots to the first."""
+    return replace(config, log=replace(config.log, progress="off", tensorboard=False, wandb=None, plot=False))
+
+
+def log_setup(setup: Setup) -> None:
+    """Return what is trained on, and where."""
+    batches, there, used = setup.data.batches, jax.devices(), devices_of(setup.params)
+    rows = f"{setup.data.problem}, {len(setup.data.labels)} classes" if setup.data.labels else setup.data.problem
+    _log.info(
+        "%s: %d steps of %d rows padded to %s (%.0f%% padding), on %d of %d device(s): %s, jax %s",
+        rows, setup.steps, setup.config.train.batch_size, " or ".join(map(str, batches.lengths)),
+        100 * batches.padding_share, len(used), len(there), there[0].device_kind, jax.__version__,
+    )  # fmt: skip
+    _log.info("%s", _computing(setup))
+
+
+def _computing(setup: Setup) -> str:
+    """Return how the model is computed: its layers, remat, attention, and where compiled programs are kept."""
+    options = setup.model.options
+    lacks = attention.lacks(options, setup.model.config)
+    kernel = options.attention if not lacks else f"xla ({options.attention}: {lacks})"
+    layers = "scanned" if options.scan_layers else "unrolled"
+    kept = compiling.kept_in()
+    return f"layers {layers}, remat {options.remat}, attention {kernel}, compiled programs {f'in {kept}' if kept else 'not kept'}"
+
+
+class Before:
+    """The figures before any training, with the fresh adapter: evaluated once for a run, however often it goes on.
+
+    Args:
+        setup: the prepared run.
+        evaluator: of the setup.
+        record: the file that keeps them, with the hash of the run that they are of.
+    """
+
+    def __init__(self, setup: Setup, evaluator: Evaluator, record: Path) -> None:
+        self._setup, self._evaluator, self._record = setup, evaluator, record
+        self.figures: dict[str, float] = {}
+
+    def __call__(self, trainable: Tree, frozen: Tree) -> None:
+        """Evaluate the two parts of the tree, if the record does not hold the figures."""
+        setup, record = self._setup, self._record
+        run = hashlib.sha256(json.dumps(setup.provenance.identity, sort_keys=True).encode()).hexdigest()
+        known = setup.peers.agreed("figures before training", lambda: _recorded(record, run))
+        if known is not None:
+            self.figures = known
+            return
+        with timed("evaluating before training") as note:
+            self.figures = self._evaluator(trainable, frozen, setup.data.test)
+            note(_shown(self.figures))
+        if setup.peers.first:
+            atomic.write_text(record, json.dumps({"run": run, "figures": self.figures}) + "\n")
+
+
+def _recorded(record: Path, run: str) -> dict[str, float] | None:
+    """Return the figures in a record of this run, None where there is none that can be read."""
+    try:
+        found = json.loads(record.read_text())
+        return {str(name): float(value) for name, value in found["figures"].items()} if found["run"] == run else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def fit(
+    setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest, evaluator: Evaluator,
+    allowed: Sequence[str], look: Look | None = None,
+) -> RunResult:  # fmt: skip
+    """Train a method on a prepared setup, and save the adapter beside its checkpoints: the arguments are those of `begin`."""
+    result = loop.fit(*begin(setup, method, options, folder, stop, evaluator, allowed, look))
+    saved = _whole(setup, result)
+    if saved is not None:
+        decided = setup.provenance.decided
+        save_adapter(
+            folder / "adapter",
+            result.method,
+            saved,
+            setup.model,
+            settings=decided.settings,
+            tokenizer=decided.tokenizer,
+        )
+    _log.info("%s on the %s rows: %s", method.name, result.split, _shown(result.test))
+    return result
+
+
+def _whole(setup: Setup, result: RunResult) -> Tree | None:
+    """Return the tree with what is saved of it whole in the first process, None in others; the rest of the base stays where it is."""
+    fixed = on_host(fixed_leaves(result.method, result.frozen), keep=setup.peers.first)
+    trainable = on_host(result.trainable, keep=setup.peers.first)
+    if not setup.peers.first:
+        return None
+    frozen = paths.map_with_path(lambda path, leaf: fixed.get(paths.text(path), leaf), result.frozen)
+    return combine(trainable, frozen)
+
+
+def _answers(setup: Setup, params: Tree) -> list[str]:
+    """Answer the sample rows by the likeliest tokens."""
+    if not setup.data.samples:
+        return []
+    prompts, most = [prompt for prompt, _ in setup.data.samples], setup.config.evaluation.sample_tokens
+    made = greedy(setup.model, params, prompts, most=most, ends=ends_of(setup.data.tokenizer))
+    return [setup.data.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+
+
+def _show_answers(setup: Setup, answers: Mapping[str, list[str]]) -> None:
+    for i, (prompt, wanted) in enumerate(setup.data.samples):
+        told = [("asked", setup.data.tokenizer.decode(prompt, skip_special_tokens=True)), ("wanted", wanted)]
+        told += [(name, of[i]) for name, of in answers.items()]
+        _log.info("\nsample %d\n%s", i + 1, "\n".join(f"  {name}: {text.strip()!r}" for name, text in told))
+
+
+def _shown(figures: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+def _finish(setup: Setup, before: Mapping[str, float], result: RunResult, workdir: Path) -> None:
+    metric, config = metric_of(setup), setup.config
+    name = config.method.name
+    (workdir / "summary.json").write_text(json.dumps(_summary(setup, before, result, workdir), indent=2) + "\n")
+    left = ["adapter/", "metrics.jsonl", "summary.json"]
+    if config.log.plot:
+        plot.draw(workdir / "curves.png", name, workdir, metric)
+        left.append("curves.png")
+    share = result.trainable_parameters / result.total_parameters
+    rows = [
+        next_steps.row("before training", f"{before[metric]:.4f}"),
+        next_steps.row(name, f"{result.test[metric]:.4f}", share, result.seconds),
+    ]
+    _log.info("\n%s %s\n%s\n\nin %s: %s", setup.data.judged_by, metric, "\n".join(rows), workdir, ", ".join(left))
+    _log.info("next, use the adapter:\n%s", next_steps.prediction(setup, workdir / "adapter"))
+
+
+def _summary(setup: Setup, before: Mapping[str, float], result: RunResult, workdir: Path) -> dict[str, Any]:
+    """Return the figures of a run as plain values: what `summary.json` holds.
+
+    Args:
+        setup: of the run.
+        before: the figures before training.
+        result: of the run.
+        workdir: its folder, with `metrics.jsonl`.
+    """
+    told = {
+        "validation": records.validation_of(workdir / "metrics.jsonl", result.best_step),
+        result.split: result.test,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "seconds": round(result.seconds, 2),
+        "trainable_parameters": result.trainable_parameters,
+        "total_parameters": result.total_parameters,
+        "method": result.method.as_dict(),
+    }
+    return {
+        "metric": metric_of(setup),
+        "before": dict(before),
+        "methods": {setup.config.method.name: told},
+        "labels": list(setup.data.labels),
+        "problem": setup.data.problem,
+        "config": as_dict(setup.config),
+        "base_sha256": setup.provenance.identity["base"]["sha256"],
+        "jax": jax.__version__,
+    }

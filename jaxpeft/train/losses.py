@@ -1,0 +1,81 @@
+"""Losses as a sum and a weight, so that parts of a batch add up to exactly the whole batch's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpeft.errors import ConfigError
+from jaxpeft.train.head_loss import IGNORE, CrossEntropy, through_head
+from jaxpeft.train.outputs import Batch, Outputs
+
+Loss = Callable[[Outputs, Batch], tuple[jax.Array, jax.Array]]
+
+
+def causal_lm(outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()) -> tuple[jax.Array, jax.Array]:  # noqa: B008 - frozen
+    """Next-token loss: position t predicts the label at t + 1.
+
+    Args:
+        outputs: hidden states and head, whose logits never exist as a whole.
+        batch: `labels [batch, length]`, -100 where there is no loss, and `weights [batch]`.
+        entropy: which cross-entropy.
+
+    Returns:
+        `(sum over tokens, number of tokens)`.
+    """
+    labels = batch["labels"]
+    following = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+    return through_head(entropy, outputs.head, outputs.hidden, following, batch["weights"][:, None])
+
+
+def tokens(outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()) -> tuple[jax.Array, jax.Array]:  # noqa: B008 - frozen
+    """Token classification: `logits [batch, length, classes]`, `labels [batch, length]`; `(sum, number of tokens)`."""
+    return entropy.sums(outputs.logits, batch["labels"], batch["weights"][:, None])
+
+
+def single_label(outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()) -> tuple[jax.Array, jax.Array]:  # noqa: B008 - frozen
+    """One class a row: `logits [batch, classes]`, `labels [batch]` int32; `(sum, number of rows)`."""
+    return entropy.sums(outputs.logits, batch["labels"], batch["weights"])
+
+
+def multi_label(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Several classes a row, each its own yes or no: `labels [batch, classes]` float32 of 0 and 1; `(sum, rows)`."""
+    losses = optax.sigmoid_binary_cross_entropy(outputs.logits.astype(jnp.float32), batch["labels"])
+    return jnp.sum(losses.mean(-1) * batch["weights"]), jnp.sum(batch["weights"])
+
+
+def regression(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Mean squared error: `logits [batch, 1]`, `labels [batch]` float32; `(sum, rows)`."""
+    error = outputs.logits[:, 0].astype(jnp.float32) - batch["labels"]
+    return jnp.sum(jnp.square(error) * batch["weights"]), jnp.sum(batch["weights"])
+
+
+_ENTROPIES: Mapping[str | None, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "causal_lm": causal_lm,
+    "token_classification": tokens,
+    "single_label": single_label,
+}
+_OTHERS: Mapping[str | None, Loss] = {"multi_label": multi_label, "regression": regression}
+
+
+def loss_for(task: str, problem: str | None, entropy: CrossEntropy = CrossEntropy()) -> Loss:  # noqa: B008 - frozen
+    """Return the loss of a task.
+
+    Args:
+        task: of the model.
+        problem: `single_label`, `multi_label` or `regression` for sequence classification.
+        entropy: which cross-entropy, where the loss is one.
+
+    Raises:
+        ConfigError: the task has no loss.
+    """
+    kind = problem if task == "sequence_classification" else task
+    if kind in _ENTROPIES:
+        return partial(_ENTROPIES[kind], entropy=entropy)
+    if kind in _OTHERS:
+        return _OTHERS[kind]
+    raise ConfigError(f"task {task!r} with problem {problem!r} has no loss")

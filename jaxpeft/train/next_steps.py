@@ -1,0 +1,73 @@
+"""What the end of a run prints: its figures, and Python that makes the first prediction with its adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxpeft.train.setup import Setup
+
+_CHAT = (
+    "chat = tokenizer.apply_chat_template([{'role': 'user', 'content': 'a question'}], tokenize=False, add_generation_prompt=True)",
+    "ids = tokenizer(chat, add_special_tokens=False)['input_ids']",
+)
+
+
+def row(name: str, figure: str, share: float | None = None, seconds: float | None = None) -> str:
+    """Return a line of the table at the end of a run.
+
+    Args:
+        name: what the figure is of.
+        figure: as it is shown.
+        share: of the parameters that were trained.
+        seconds: of training.
+    """
+    cost = "" if share is None or seconds is None else f"   {share:>8.3%} trained   {seconds:>6.1f} s"
+    return f"  {name:<18}{figure:>9}{cost}"
+
+
+def prediction(setup: Setup, adapter: Path) -> str:
+    """Return lines of Python that load the adapter onto its base and predict, in the names of the labels.
+
+    Args:
+        setup: of the run.
+        adapter: its folder.
+    """
+    model, folder = setup.config.model, str(adapter)
+    revision = f", revision={model.revision!r}" if model.revision else ""
+    lines = [
+        "import jaxpeft, transformers",
+        f"settings = jaxpeft.read_settings({folder!r})",
+        f"model, params = jaxpeft.load({model.path!r}{revision}, **settings.load_options)",
+        f"method, params = jaxpeft.load_adapter({folder!r}, model, params)",
+        f"tokenizer = transformers.AutoTokenizer.from_pretrained({folder!r})",
+        *(_generated(setup) if model.task == "causal_lm" else _classified(setup)),
+    ]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _generated(setup: Setup) -> tuple[str, ...]:
+    prompt = (
+        "'a prompt' + settings.separator"
+        if setup.provenance.decided.kind == "prompt_completion"
+        else "'the beginning of a text'"
+    )
+    return (
+        "from jaxpeft.evaluation.generation import greedy",
+        *(_CHAT if setup.provenance.decided.chats else (f"ids = tokenizer({prompt})['input_ids']",)),
+        "ends = {settings.eos_token_id, tokenizer.eos_token_id} - {None}",
+        "(answer,) = greedy(model, params, [ids], most=32, ends=ends)",
+        "print(tokenizer.decode(answer))",
+    )
+
+
+def _classified(setup: Setup) -> tuple[str, ...]:
+    pairs = setup.provenance.decided.pairs
+    types = ", token_type_ids=inputs['token_type_ids']" if pairs and setup.data.train.type_ids is not None else ""
+    text = "'one text', 'the other'" if pairs else "'some text'"
+    return (
+        f"inputs = tokenizer({text}, return_tensors='np')",
+        f"logits = jaxpeft.apply(model, params, inputs['input_ids'], inputs['attention_mask']{types})",
+        "print(settings.predict(logits))",
+    )

@@ -1,7 +1,0 @@
-"""What the tests of several processes share: tiny model folders."""
-
-from __future__ import annotations
-
-from tests.training.runs import tiny_models
-
-__all__ = ["tiny_models"]

@@ -1,5 +1,0 @@
-"""The fixtures of whole runs, which plans are compared with."""
-
-from tests.training.runs import make_config, tiny_models
-
-__all__ = ["make_config", "tiny_models"]
