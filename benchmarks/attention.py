@@ -1,10 +1,12 @@
-"""One layer's attention by each kernel that the device has, forward, and forward with its gradient, by the kind of mask.
+"""One layer's attention by each kernel that the device has, forward, and forward with its gradient,
+by the kind of mask.
 
     python -m benchmarks.attention [--batch 4] [--length 2048] [--heads 32] [--kv-heads 8] [--head-dim 128]
 
-Prints a JSON line for each: milliseconds of one call, median of 20, by the difference of loops of two lengths in one program; and how
-far its values and gradients are from those of `xla` in float32, `||found - exact|| / ||exact||`. `causal` is a decoder's own mask,
-`packed` has four documents a row, `window` sees 512 positions back, `padded` an encoder's text of three quarters of the row.
+Prints a JSON line for each: milliseconds of one call, median of 20, by the difference of loops of
+two lengths in one program; and how far its values and gradients are from those of `xla` in float32,
+`||found - exact|| / ||exact||`. `causal` is a decoder's own mask, `packed` has four documents a
+row, `window` sees 512 positions back, `padded` an encoder's text of three quarters of the row.
 """
 
 from __future__ import annotations
@@ -37,40 +39,65 @@ class Layer(nn.Module):
 
 def masks(batch: int, length: int) -> Mapping[str, Callable[[str], Mask]]:
     """Return the masks, by the name of the kernel that is to take them."""
-    segments = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) * 4 // length + 1, (batch, length))
-    text = jnp.broadcast_to((jnp.arange(length) < length * 3 // 4).astype(jnp.int32), (batch, length))
+    segments = jnp.broadcast_to(
+        jnp.arange(length, dtype=jnp.int32) * 4 // length + 1, (batch, length)
+    )
+    text = jnp.broadcast_to(
+        (jnp.arange(length) < length * 3 // 4).astype(jnp.int32), (batch, length)
+    )
     made = {
         "causal": lambda: allowed(None, None, causal=True),
         "packed": lambda: allowed(None, segments, causal=True),
         "window": lambda: allowed(None, None, causal=True, window=512),
         "padded": lambda: allowed(text, None, causal=False),
     }
-    return {name: (lambda kernel, mask=mask: mask().ready(kernel, length)) for name, mask in made.items()}
+    return {
+        name: lambda kernel, mask=mask: mask().ready(kernel, length) for name, mask in made.items()
+    }
 
 
 def main(argv: list[str]) -> None:
     """Measure every kernel of the device with every mask."""
     parser = argparse.ArgumentParser(prog="benchmarks.attention")
-    for name, usual in (("batch", 4), ("length", 2048), ("heads", 32), ("kv-heads", 8), ("head-dim", 128)):
+    for name, usual in (
+        ("batch", 4),
+        ("length", 2048),
+        ("heads", 32),
+        ("kv-heads", 8),
+        ("head-dim", 128),
+    ):
         parser.add_argument(f"--{name}", type=int, default=usual)
     parser.add_argument("--loops", type=int, nargs=2, default=(5, 25))
     o = parser.parse_args(argv)
     here = attention.platform(jax.devices()[0])
     shapes = ((o.batch, o.length, heads, o.head_dim) for heads in (o.heads, o.kv_heads, o.kv_heads))
-    q, k, v = (jax.random.normal(jax.random.key(i), s, jnp.float32).astype(jnp.bfloat16) for i, s in enumerate(shapes))
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), s, jnp.float32).astype(jnp.bfloat16)
+        for i, s in enumerate(shapes)
+    )
     for name, mask in masks(o.batch, o.length).items():
         wide = [array.astype(jnp.float32) for array in (q, k, v)]
         exact = jax.block_until_ready(jax.jit(_with_gradients("xla", mask("xla")))(*wide))
-        for kernel in (kernel for kernel, of in attention.KERNELS.items() if of.platform in ("", here)):
+        for kernel in (
+            kernel for kernel, of in attention.KERNELS.items() if of.platform in ("", here)
+        ):
             alone, both = _alone(kernel, mask(kernel)), _with_gradients(kernel, mask(kernel))
             found = jax.jit(both)(q, k, v)
             line = {
-                "kernel": kernel, "mask": name, "batch": o.batch, "length": o.length, "heads": o.heads, "kv_heads": o.kv_heads,
+                "kernel": kernel,
+                "mask": name,
+                "batch": o.batch,
+                "length": o.length,
+                "heads": o.heads,
+                "kv_heads": o.kv_heads,
                 "head_dim": o.head_dim,
-                "forward_ms": taken(alone, (q, k, v), o.loops), "both_ms": taken(_next(both), (q, k, v), o.loops),
-                "error_values": _error(found[:1], exact[:1]), "error_gradients": _error(found[1:], exact[1:]),
-                "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-            }  # fmt: skip
+                "forward_ms": taken(alone, (q, k, v), o.loops),
+                "both_ms": taken(_next(both), (q, k, v), o.loops),
+                "error_values": _error(found[:1], exact[:1]),
+                "error_gradients": _error(found[1:], exact[1:]),
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+            }
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()
 
@@ -101,7 +128,9 @@ def _with_gradients(kernel: str, mask: Mask) -> Callable[..., tuple[Any, ...]]:
 
 
 def _error(found: Any, exact: Any) -> float:
-    off = sum(jnp.sum(jnp.square(a.astype(jnp.float32) - b)) for a, b in zip(found, exact, strict=True))
+    off = sum(
+        jnp.sum(jnp.square(a.astype(jnp.float32) - b)) for a, b in zip(found, exact, strict=True)
+    )
     return round(float(jnp.sqrt(off / sum(jnp.sum(jnp.square(b)) for b in exact))), 5)
 
 

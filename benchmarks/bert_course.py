@@ -1,13 +1,17 @@
-"""A whole program of a course, full fine-tuning of a BERT with two labels, beside torch's `Trainer`, in turns.
+"""A whole program of a course, full fine-tuning of a BERT with two labels, beside torch's
+`Trainer`, in turns.
 
     python -m benchmarks.bert_course [--pairs 3] [--steps 75] [--batch 8] [--threads 2] [--assets FOLDER] [--warm]
 
-Each program is a process of its own, from the first import to the last evaluation: MiniLM-L6 with its weights and its dropout, AdamW at
-5e-5 with clipping, 75 steps of 8 rows of up to 128 tokens, three evaluations. The rows are made of random words, a word of which tells
-the label; with `--assets`, they are questions of `banking77` there, several in a row, and the label says whether
-the first is about a card. Ours compiles everything (`train.compiled` is `off`); with `--warm`, it finds its programs on disk after the
-first pair. Prints one JSON line for each process, with the seconds of its processor and of the clock, and the mean loss of each third of
-the run; then one with the ratios, ours over torch's, of pairs: median, least, most. `--threads` is torch's; `taskset` holds both to cores.
+Each program is a process of its own, from the first import to the last evaluation: MiniLM-L6 with
+its weights and its dropout, AdamW at 5e-5 with clipping, 75 steps of 8 rows of up to 128 tokens,
+three evaluations. The rows are made of random words, a word of which tells the label; with
+`--assets`, they are questions of `banking77` there, several in a row, and the label says whether
+the first is about a card. Ours compiles everything (`train.compiled` is `off`); with `--warm`, it
+finds its programs on disk after the first pair. Prints one JSON line for each process, with the
+seconds of its processor and of the clock, and the mean loss of each third of the run; then one with
+the ratios, ours over torch's, of pairs: median, least, most. `--threads` is torch's; `taskset`
+holds both to cores.
 """
 
 from __future__ import annotations
@@ -48,14 +52,25 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder), args.assets)
         found = [
-            measure(name, pair, Path(folder), argv) for pair in range(args.pairs) for name in SIDES[:: (-1) ** pair]
+            measure(name, pair, Path(folder), argv)
+            for pair in range(args.pairs)
+            for name in SIDES[:: (-1) ** pair]
         ]
     emit(ratios(found))
 
 
 def measure(name: str, pair: int, folder: Path, argv: list[str]) -> dict[str, Any]:
     """Run one side as a process of its own, and return what it took."""
-    command = [sys.executable, "-m", "benchmarks.bert_course", "--side", name, "--folder", str(folder), *argv]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bert_course",
+        "--side",
+        name,
+        "--folder",
+        str(folder),
+        *argv,
+    ]
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -70,14 +85,20 @@ def ratios(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return ours over torch's of each pair: the median, the least and the most."""
     made: dict[str, Any] = {}
     for kind in ("processor_s", "clock_s"):
-        ours, theirs = ({f["pair"]: f[kind] for f in found if f["program"] == name} for name in SIDES)
+        ours, theirs = (
+            {f["pair"]: f[kind] for f in found if f["program"] == name} for name in SIDES
+        )
         each = [ours[pair] / theirs[pair] for pair in ours]
-        made[kind.replace("_s", "_ratio")] = [round(f(each), 3) for f in (statistics.median, min, max)]
+        made[kind.replace("_s", "_ratio")] = [
+            round(f(each), 3) for f in (statistics.median, min, max)
+        ]
     return made
 
 
 def write_rows(folder: Path, assets: Path | None) -> None:
-    """Write `train.csv` and `validation.csv`: texts of about 20 to 120 tokens, each with one of two labels."""
+    """Write `train.csv` and `validation.csv`: texts of about 20 to 120 tokens, each with one of two
+    labels.
+    """
     rng = np.random.default_rng(0)
     known: list[dict[str, str]] = []
     if assets is not None:
@@ -89,7 +110,24 @@ def write_rows(folder: Path, assets: Path | None) -> None:
             csv.writer(file).writerows([("text", "label"), *part])
 
 
-_COMMON = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "by", "at", "from", "it")
+_COMMON = (
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "was",
+    "for",
+    "on",
+    "that",
+    "with",
+    "as",
+    "by",
+    "at",
+    "from",
+    "it",
+)
 
 
 def _words(rng: np.random.Generator) -> tuple[str, str]:
@@ -102,7 +140,9 @@ def _words(rng: np.random.Generator) -> tuple[str, str]:
 
 def _questions(rng: np.random.Generator, known: list[dict[str, str]]) -> tuple[str, str]:
     drawn = [known[i] for i in rng.integers(0, len(known), int(rng.integers(2, 9)))]
-    return " ".join(row["text"] for row in drawn), "card" if "card" in drawn[0]["category"] else "other"
+    return " ".join(row["text"] for row in drawn), (
+        "card" if "card" in drawn[0]["category"] else "other"
+    )
 
 
 def run_jaxpeft(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,23 +153,40 @@ def run_jaxpeft(args: argparse.Namespace) -> dict[str, Any]:
     workdir = tempfile.mkdtemp(dir=args.folder)
     config = Path(workdir) / "course.py"
     config.write_text(
-        "from jaxpeft.config import defaults\n\n\ndef get_config():\n    config = defaults('full')\n"
-        f"    config.model.path = {MODEL!r}\n    config.model.task = 'sequence_classification'\n"
-        f"    config.data.max_length = {LENGTH}\n    config.optimizer.learning_rate = 5e-5\n    return config\n"
+        "from jaxpeft.config import defaults\n\n\ndef get_config():\n    config ="
+        f" defaults('full')\n    config.model.path = {MODEL!r}\n    config.model.task ="
+        f" 'sequence_classification'\n    config.data.max_length = {LENGTH}\n   "
+        " config.optimizer.learning_rate = 5e-5\n    return config\n"
     )
     options = {
-        "data.train": args.folder / "train.csv", "data.validation": args.folder / "validation.csv",
-        "train.steps": args.steps, "train.epochs": None, "train.batch_size": args.batch, "evaluation.every_steps": each,
-        "train.compiled": args.folder / "compiled" if args.warm else "off", "log.every_steps": 5,
-    }  # fmt: skip
+        "data.train": args.folder / "train.csv",
+        "data.validation": args.folder / "validation.csv",
+        "train.steps": args.steps,
+        "train.epochs": None,
+        "train.batch_size": args.batch,
+        "evaluation.every_steps": each,
+        "train.compiled": args.folder / "compiled" if args.warm else "off",
+        "log.every_steps": 5,
+    }
     code = train(
-        ["--config", str(config), "--workdir", f"{workdir}/run", *(f"--config.{k}={v}" for k, v in options.items())]
+        [
+            "--config",
+            str(config),
+            "--workdir",
+            f"{workdir}/run",
+            *(f"--config.{k}={v}" for k, v in options.items()),
+        ]
     )
     if code:
         raise SystemExit(code)
-    lines = [json.loads(line) for line in (Path(workdir) / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (Path(workdir) / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [line["loss"] for line in lines if "loss" in line]
-    return figures(losses, [line["validation/accuracy"] for line in lines if "validation/accuracy" in line])
+    return figures(
+        losses, [line["validation/accuracy"] for line in lines if "validation/accuracy" in line]
+    )
 
 
 def run_torch(args: argparse.Namespace) -> dict[str, Any]:
@@ -156,24 +213,40 @@ def run_torch(args: argparse.Namespace) -> dict[str, Any]:
     )
     names = sorted(set(rows["train"]["label"]))
     rows = rows.map(
-        lambda row: tokenizer(row["text"], truncation=True, max_length=LENGTH) | {"labels": names.index(row["label"])},
+        lambda row: (
+            tokenizer(row["text"], truncation=True, max_length=LENGTH)
+            | {"labels": names.index(row["label"])}
+        ),
         remove_columns=["text", "label"],
     )
     model = BertForSequenceClassification.from_pretrained(source, num_labels=2)
     each = args.steps // 3
     how = TrainingArguments(
-        tempfile.mkdtemp(dir=args.folder), max_steps=args.steps, per_device_train_batch_size=args.batch, per_device_eval_batch_size=64,
-        learning_rate=5e-5, eval_strategy="steps", eval_steps=each, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
+        tempfile.mkdtemp(dir=args.folder),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=64,
+        learning_rate=5e-5,
+        eval_strategy="steps",
+        eval_steps=each,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
         disable_tqdm=True,
-    )  # fmt: skip
+    )
 
     def accuracy(made: Any) -> dict[str, float]:
         return {"accuracy": float((made.predictions.argmax(-1) == made.label_ids).mean())}
 
     trainer = Trainer(
-        model, how, train_dataset=rows["train"], eval_dataset=rows["validation"], compute_metrics=accuracy,
+        model,
+        how,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        compute_metrics=accuracy,
         data_collator=DataCollatorWithPadding(tokenizer),
-    )  # fmt: skip
+    )
     trainer.train()
     history = trainer.state.log_history
     losses = [line["loss"] for line in history if "loss" in line]

@@ -1,12 +1,15 @@
-"""Tokens a second of the data pipeline, beside `datasets.map` with torch's DataLoader, and what the quickstart takes.
+"""Tokens a second of the data pipeline, beside `datasets.map` with torch's DataLoader, and what the
+quickstart takes.
 
     python -m benchmarks.data [--rows FILE.jsonl] [--pairs 5] [--batch 32] [--length 512] [--quickstart-steps 40]
 
-Both read the same file of questions and answers (by default gsm8k's 7,473, in `JAXPEFT_ASSETS` or beside the checkout),
-tokenize them with MiniLM's fast tokenizer, answers alone learned, and give one epoch of shuffled, padded batches; nothing
-comes from a cache. A pair is one pass of each, right after the other; the order changes from pair to pair. `again` is a
-second epoch, of which the tokens are there already. Prints one JSON line: tokens/s of each, the ratios, whether the tokens
-are the same, tokens/s that the quickstart's training takes, and the share of filled places when packed to 1024.
+Both read the same file of questions and answers (by default gsm8k's 7,473, in `JAXPEFT_ASSETS` or
+beside the checkout), tokenize them with MiniLM's fast tokenizer, answers alone learned, and give
+one epoch of shuffled, padded batches; nothing comes from a cache. A pair is one pass of each, right
+after the other; the order changes from pair to pair. `again` is a second epoch, of which the tokens
+are there already. Prints one JSON line: tokens/s of each, the ratios, whether the tokens are the
+same, tokens/s that the quickstart's training takes, and the share of filled places when packed to
+1024.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ PACKED = {
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the rows: seconds from the file to the last batch, and of an epoch after it; the tokens."""
+    """One pass over the rows: seconds from the file to the last batch, and of an epoch after it;
+    the tokens.
+    """
 
     first: float
     again: float
@@ -58,21 +63,31 @@ def main() -> None:
         "jaxpeft": lambda: ours(args.rows, tokenizer, args.batch, args.length),
         "datasets": lambda: theirs(args.rows, tokenizer, args.batch, args.length),
     }
-    passes: dict[str, list[Pass]] = {name: [side()] for name, side in sides.items()}  # a first one each, to warm up
+    passes: dict[str, list[Pass]] = {
+        name: [side()] for name, side in sides.items()
+    }  # a first one each, to warm up
     for pair in range(args.pairs):
         for name in list(sides) if pair % 2 == 0 else list(sides)[::-1]:
             passes[name].append(sides[name]())
     kept = {name: made[1:] for name, made in passes.items()}
     result: dict[str, Any] = {"rows": args.rows.name, "tokens": kept["jaxpeft"][0].tokens}
     for phase in ("first", "again"):
-        seconds = {name: [float(getattr(one, phase)) for one in made] for name, made in kept.items()}
+        seconds = {
+            name: [float(getattr(one, phase)) for one in made] for name, made in kept.items()
+        }
         ratios = [b / a for a, b in zip(seconds["jaxpeft"], seconds["datasets"], strict=True)]
-        result[phase] = {name: round(kept[name][0].tokens / statistics.median(s)) for name, s in seconds.items()}
-        result[phase]["ratio"] = [round(x, 2) for x in (statistics.median(ratios), min(ratios), max(ratios))]
+        result[phase] = {
+            name: round(kept[name][0].tokens / statistics.median(s)) for name, s in seconds.items()
+        }
+        result[phase]["ratio"] = [
+            round(x, 2) for x in (statistics.median(ratios), min(ratios), max(ratios))
+        ]
     ends = [(made[0].tokens, made[0].learned, made[0].digest) for made in kept.values()]
     result["same_tokens_and_labels"] = ends[0] == ends[1]
     result["quickstart_tokens_per_second"] = quickstart(args.quickstart_steps)
-    result["fill_at_1024"] = {name: packed(ASSETS / path) for name, path in PACKED.items() if (ASSETS / path).is_file()}
+    result["fill_at_1024"] = {
+        name: packed(ASSETS / path) for name, path in PACKED.items() if (ASSETS / path).is_file()
+    }
     sys.stdout.write(json.dumps(result) + "\n")
 
 
@@ -90,7 +105,9 @@ def ours(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
 
     began = time.perf_counter()
     examples = data.make_examples(data.read_rows(path), kind="prompt_completion")
-    encoded = data.encode(examples, tokenizer, max_length=length, vocab_size=len(tokenizer), use_cache=False)
+    encoded = data.encode(
+        examples, tokenizer, max_length=length, vocab_size=len(tokenizer), use_cache=False
+    )
     batches = data.Batches(encoded, batch, pad_id=tokenizer.pad_token_id)
     steps = batches.steps_per_epoch
 
@@ -116,22 +133,36 @@ def theirs(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
         whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
         begin = [tokenizer.cls_token_id]
         ids = [(begin + of)[:length] for of in whole]
-        labels = [([-100] * (1 + len(p)) + of[len(p) :])[:length] for p, of in zip(prompts, whole, strict=True)]
+        labels = [
+            ([-100] * (1 + len(p)) + of[len(p) :])[:length]
+            for p, of in zip(prompts, whole, strict=True)
+        ]
         return {"input_ids": ids, "labels": labels}
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         padded = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
         made: dict[str, Any] = {}
         for name, value in padded.items():
-            of = [torch.ones_like(row["input_ids"]) if name == "attention_mask" else row[name] for row in rows]
-            made[name] = torch.nn.utils.rnn.pad_sequence(of, batch_first=True, padding_value=value).numpy()
+            of = [
+                torch.ones_like(row["input_ids"]) if name == "attention_mask" else row[name]
+                for row in rows
+            ]
+            made[name] = torch.nn.utils.rnn.pad_sequence(
+                of, batch_first=True, padding_value=value
+            ).numpy()
         return made
 
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
-        rows: Any = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
-        rows = rows.map(tokenized, batched=True, remove_columns=rows.column_names).with_format("torch")
-        loader: Any = torch.utils.data.DataLoader(rows, batch_size=batch, shuffle=True, collate_fn=collate)
+        rows: Any = datasets.load_dataset(
+            "json", data_files=str(path), split="train", cache_dir=cache
+        )
+        rows = rows.map(tokenized, batched=True, remove_columns=rows.column_names).with_format(
+            "torch"
+        )
+        loader: Any = torch.utils.data.DataLoader(
+            rows, batch_size=batch, shuffle=True, collate_fn=collate
+        )
         counts = _count(loader)
         first, began = time.perf_counter() - began, time.perf_counter()
         _count(loader)
@@ -139,47 +170,76 @@ def theirs(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
 
 
 def _count(batches: Any) -> tuple[int, int, int]:
-    """Count tokens and learned tokens, and return a number that changes with each of them, whatever their order."""
+    """Count tokens and learned tokens, and return a number that changes with each of them, whatever
+    their order.
+    """
     tokens = learned = digest = 0
     for batch in batches:
-        ids, labels, mask = (np.asarray(batch[name]) for name in ("input_ids", "labels", "attention_mask"))
+        ids, labels, mask = (
+            np.asarray(batch[name]) for name in ("input_ids", "labels", "attention_mask")
+        )
         if "weights" in batch:
             mask = mask * (np.asarray(batch["weights"])[:, None] > 0)
         tokens += int(mask.sum())
         learned += int((labels != -100).sum())
-        digest += int((ids.astype(np.int64) * mask).sum() + (labels.astype(np.int64)[labels != -100] ** 2).sum())
+        digest += int(
+            (ids.astype(np.int64) * mask).sum()
+            + (labels.astype(np.int64)[labels != -100] ** 2).sum()
+        )
     return tokens, learned, digest
 
 
 def quickstart(steps: int) -> int:
-    """Return the tokens/s, of real text, that the quickstart's LoRA training takes on this machine."""
+    """Return the tokens/s, of real text, that the quickstart's LoRA training takes on this
+    machine.
+    """
     import dataclasses
 
     from jaxpeft import config as configs
     from jaxpeft.train import job
     from jaxpeft.train.records import read_lines
 
-    config = configs.load(Path(__file__).parents[1] / "configs" / "quickstart.py", [("compare.candidates", "()")])
-    log = dataclasses.replace(config.log, tensorboard=False, plot=False, progress="off", every_steps=5)
+    config = configs.load(
+        Path(__file__).parents[1] / "configs" / "quickstart.py", [("compare.candidates", "()")]
+    )
+    log = dataclasses.replace(
+        config.log, tensorboard=False, plot=False, progress="off", every_steps=5
+    )
     train = dataclasses.replace(config.train, epochs=None, steps=steps)
     config = dataclasses.replace(config, log=log, train=train)
     with tempfile.TemporaryDirectory() as folder:
         job.run(config, Path(folder))
         lines = read_lines(Path(folder) / "metrics.jsonl")
-    return round(statistics.median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line))
+    return round(
+        statistics.median(
+            line["tokens_per_second"] for line in lines if "tokens_per_second" in line
+        )
+    )
 
 
 def packed(path: Path) -> float:
-    """Return the share of the places of packed rows of 1024 that are filled, by the tokenizer of the tiny Llama."""
+    """Return the share of the places of packed rows of 1024 that are filled, by the tokenizer of
+    the tiny Llama.
+    """
     from transformers import AutoTokenizer
 
     from jaxpeft import data
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "stories260K" / "hf")
     rows = data.read_rows(path)
-    examples = data.make_examples(rows, kind=data.find_format(rows.columns(), data.Columns(), rows.name))
-    encoded = data.encode(examples, tokenizer, max_length=1024, vocab_size=len(tokenizer), add_bos=True, add_eos=True,
-                          most_dropped=1.0, use_cache=False)  # fmt: skip
+    examples = data.make_examples(
+        rows, kind=data.find_format(rows.columns(), data.Columns(), rows.name)
+    )
+    encoded = data.encode(
+        examples,
+        tokenizer,
+        max_length=1024,
+        vocab_size=len(tokenizer),
+        add_bos=True,
+        add_eos=True,
+        most_dropped=1.0,
+        use_cache=False,
+    )
     return round(data.fill(data.pack(encoded, 1024), 1024), 4)
 
 

@@ -1,10 +1,12 @@
-"""What the head and the loss of a language model add to a step's memory: in chunks, as runs compute it, and by the whole logits.
+"""What the head and the loss of a language model add to a step's memory: in chunks, as runs compute
+it, and by the whole logits.
 
     python -m benchmarks.head_loss [--vocab 256000] [--tokens 8192] [--hidden 4096]
 
-Prints a JSON line for each way. `temporaries_gib` is what the compiled program of the loss and its gradients plans besides its arguments and
-results, the gradient of the hidden states among the results; `peak_gib` is what the device reports on top of what lay there before,
-where it reports anything. `ms` is the median of ten calls. The head is frozen, as under LoRA.
+Prints a JSON line for each way. `temporaries_gib` is what the compiled program of the loss and its
+gradients plans besides its arguments and results, the gradient of the hidden states among the
+results; `peak_gib` is what the device reports on top of what lay there before, where it reports
+anything. `ms` is the median of ten calls. The head is frozen, as under LoRA.
 """
 
 from __future__ import annotations
@@ -34,22 +36,34 @@ def main(argv: list[str]) -> None:
     o = parser.parse_args(argv)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (1, o.tokens, o.hidden)).astype(jnp.bfloat16)
-    kernel = jax.jit(lambda key: (0.02 * jax.random.normal(key, (o.hidden, o.vocab))).astype(jnp.bfloat16))(keys[1])
+    kernel = jax.jit(
+        lambda key: (0.02 * jax.random.normal(key, (o.hidden, o.vocab))).astype(jnp.bfloat16)
+    )(keys[1])
     labels = jax.random.randint(keys[2], (1, o.tokens), 0, o.vocab, jnp.int32)
     for name, most in (("chunks", MOST_LOGITS), ("whole", o.tokens * o.vocab)):
         line = measured(x, kernel, labels, most)
         told = {"way": name, "vocab": o.vocab, "tokens": o.tokens, "hidden": o.hidden, **line}
-        sys.stdout.write(json.dumps(told | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}) + "\n")
+        sys.stdout.write(
+            json.dumps(told | {"device": jax.devices()[0].device_kind, "jax": jax.__version__})
+            + "\n"
+        )
         sys.stdout.flush()
 
 
 def measured(x: Any, kernel: Any, labels: Any, most: int) -> dict[str, Any]:
-    """Measure the loss of hidden states `[1, tokens, d]` and its gradient by them, in chunks of `most` logits."""
+    """Measure the loss of hidden states `[1, tokens, d]` and its gradient by them, in chunks of
+    `most` logits.
+    """
 
     def loss(x: Any, kernel: Any, labels: Any) -> Any:
         weights = jnp.ones(labels.shape, jnp.float32)
         total, count = through_head(
-            CrossEntropy(), lambda rows, _: (rows @ kernel).astype(jnp.float32), x, labels, weights, most
+            CrossEntropy(),
+            lambda rows, _: (rows @ kernel).astype(jnp.float32),
+            x,
+            labels,
+            weights,
+            most,
         )
         return total / count
 
@@ -63,12 +77,16 @@ def measured(x: Any, kernel: Any, labels: Any, most: int) -> dict[str, Any]:
         start = time.perf_counter()
         found = jax.block_until_ready(compiled(x, kernel, labels))
         seconds.append(time.perf_counter() - start)
-    planned, peak = compiled.memory_analysis(), (device.memory_stats() or {}).get("peak_bytes_in_use")
+    planned, peak = (
+        compiled.memory_analysis(),
+        (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    )
     return {
         "temporaries_gib": round(planned.temp_size_in_bytes / GIB, 3) if planned else None,
         "peak_gib": None if peak is None else round((peak - before) / GIB, 3),
-        "ms": round(1e3 * statistics.median(seconds[2:]), 2), "loss": round(float(found[0]), 4),
-    }  # fmt: skip
+        "ms": round(1e3 * statistics.median(seconds[2:]), 2),
+        "loss": round(float(found[0]), 4),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Where the device's time goes: the kernels of a profile that `benchmarks.step --trace FOLDER` left, by their sum.
+"""Where the device's time goes: the kernels of a profile that `benchmarks.step --trace FOLDER`
+left, by their sum.
 
 python -m benchmarks.kernels FOLDER [--top 40] [--steps 3]
 """
@@ -32,7 +33,9 @@ def main(argv: list[str]) -> None:
                 for event in line.events:
                     stats = dict(event.stats)
                     name = f"{stats.get('hlo_op', '')} {event.name}"
-                    name = " ".join("".join(c for c in word if not c.isdigit()) for word in name.split())[:150]
+                    name = " ".join(
+                        "".join(c for c in word if not c.isdigit()) for word in name.split()
+                    )[:150]
                     sums[name][0] += event.duration_ns / 1e6
                     sums[name][1] += 1
                     whole += event.duration_ns / 1e6

@@ -1,11 +1,13 @@
-"""The main job on a Llama of 8 B parameters: seconds a step, tokens/s, FLOP/s utilization and peak memory of a device.
+"""The main job on a Llama of 8 B parameters: seconds a step, tokens/s, FLOP/s utilization and peak
+memory of a device.
 
     python -m benchmarks.llama_8b [--steps 20] [--folder FOLDER] [--config.OPTION=VALUE ...]
 
-Runs configs/llama3_8b_lora.py as it stands, on a model of Llama-3.1-8B's shape with random numbers and on made-up texts
-whose lengths are like alpaca's: what a step costs does not depend on the numbers, and nothing is downloaded. What the run
-needs is written to FOLDER (16 GB; a temporary one by default). Prints one JSON line of the median of all steps but the
-first five, with their extremes.
+Runs configs/llama3_8b_lora.py as it stands, on a model of Llama-3.1-8B's shape with random numbers
+and on made-up texts whose lengths are like alpaca's: what a step costs does not depend on the
+numbers, and nothing is downloaded. What the run needs is written to FOLDER (16 GB; a temporary one
+by default). Prints one JSON line of the median of all steps but the first five, with their
+extremes.
 """
 
 from __future__ import annotations
@@ -49,9 +51,16 @@ def run(folder: Path, workdir: Path, steps: int, overrides: list[str]) -> None:
     """Run the config in a process of its own."""
     command = [sys.executable, "-m", "jaxpeft.train", "--config", CONFIG, "--workdir", str(workdir)]
     options = {
-        "model.path": folder, "data.train": folder / "rows.jsonl", "data.format": "text", "train.epochs": None, "train.steps": steps,
-        "evaluation.every_steps": steps, "log.every_steps": 1, "log.tensorboard": False, "log.plot": False,
-    }  # fmt: skip
+        "model.path": folder,
+        "data.train": folder / "rows.jsonl",
+        "data.format": "text",
+        "train.epochs": None,
+        "train.steps": steps,
+        "evaluation.every_steps": steps,
+        "log.every_steps": 1,
+        "log.tensorboard": False,
+        "log.plot": False,
+    }
     given = [f"--config.{name}={value}" for name, value in options.items()]
     subprocess.run([*command, *given, *overrides], check=True)
 
@@ -65,10 +74,14 @@ def figures(workdir: Path) -> dict[str, Any]:
     return {
         "steps": len(steps),
         "tokens_a_step": round(statistics.median(tokens)),
-        "seconds_a_step": round(statistics.median(n / rate for n, rate in zip(tokens, rates, strict=True)), 3),
+        "seconds_a_step": round(
+            statistics.median(n / rate for n, rate in zip(tokens, rates, strict=True)), 3
+        ),
         "tokens_per_second": round(statistics.median(rates)),
         "tokens_per_second_range": [round(min(rates)), round(max(rates))],
-        "model_tflops_per_second": round(statistics.median(line["model_flops_per_second"] for line in steps) / 1e12, 1),
+        "model_tflops_per_second": round(
+            statistics.median(line["model_flops_per_second"] for line in steps) / 1e12, 1
+        ),
         "peak_memory_gb": round(max(line["memory_gb"] for line in steps), 2),
     }
 
@@ -90,21 +103,38 @@ def make_model(folder: Path) -> None:
     layer |= {"mlp.down_proj.weight": random(D, WIDE)}
     layer |= {f"{name}_layernorm.weight": np.ones(D, kind) for name in ("input", "post_attention")}
     ends = {"model.embed_tokens.weight": random(VOCAB, D), "lm_head.weight": random(VOCAB, D)}
-    files = {f"layer-{i}": {f"model.layers.{i}.{name}": t for name, t in layer.items()} for i in range(LAYERS)}
+    files = {
+        f"layer-{i}": {f"model.layers.{i}.{name}": t for name, t in layer.items()}
+        for i in range(LAYERS)
+    }
     files["ends"] = {**ends, "model.norm.weight": np.ones(D, kind)}
     for name, tensors in files.items():
         save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
     where = {tensor: f"{name}.safetensors" for name, tensors in files.items() for tensor in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     config = {
-        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": D, "intermediate_size": WIDE,
-        "num_hidden_layers": LAYERS, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072, "tie_word_embeddings": False, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": D,
+        "intermediate_size": WIDE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "rope_theta": 500000.0,
+        "torch_dtype": "bfloat16",
         "rope_scaling": {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -118,12 +148,18 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<eos>"
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<eos>",
     ).save_pretrained(folder)
 
 
 def make_texts(path: Path) -> None:
-    """Write texts of random words; their lengths are log-normal about 100 tokens, as alpaca's are."""
+    """Write texts of random words; their lengths are log-normal about 100 tokens, as alpaca's
+    are.
+    """
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(100), 0.6, ROWS)), SHORTEST, LONGEST).astype(int)
     with path.open("w") as file:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.loading [--layers 22] [--dtype bfloat16] [--scan] [--folder FOLDER]
 
-Makes a Llama of TinyLlama's shape (1.1 B parameters at 22 layers) with random numbers in a temporary folder, or takes the
-model in FOLDER. The plain read reads the file into one buffer of 8 MiB, again and again; both find the file in the page
-cache. Memory is that of a process of its own: its peak, less what it used before `load` was called. Prints one JSON line;
-`peak_allowed_gb` is the mark: the model's size plus 1.5 of its largest tensor.
+Makes a Llama of TinyLlama's shape (1.1 B parameters at 22 layers) with random numbers in a
+temporary folder, or takes the model in FOLDER. The plain read reads the file into one buffer of 8
+MiB, again and again; both find the file in the page cache. Memory is that of a process of its own:
+its peak, less what it used before `load` was called. Prints one JSON line; `peak_allowed_gb` is the
+mark: the model's size plus 1.5 of its largest tensor.
 """
 
 from __future__ import annotations
@@ -53,12 +54,16 @@ def measure(folder: Path, scan: bool) -> dict[str, Any]:
     tensors = open_folder(folder).values()
     size, largest = sum(t.nbytes for t in tensors), max(t.nbytes for t in tensors)
     files = sorted({t.file for t in tensors})
-    child = [sys.executable, "-m", "benchmarks.loading", "--child", "--folder", str(folder)] + ["--scan"] * scan
+    child = [sys.executable, "-m", "benchmarks.loading", "--child", "--folder", str(folder)] + [
+        "--scan"
+    ] * scan
     read_gbs: list[float] = []
     loads: list[dict[str, float]] = []
     for _ in range(REPEATS):
         read_gbs.append(size / plain_read(files) / 1e9)
-        loads.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
+        loads.append(
+            json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
+        )
     load_gbs = size / min(run["seconds"] for run in loads) / 1e9
     peak = max(run["peak_bytes"] for run in loads)
     return {
@@ -85,7 +90,9 @@ def plain_read(files: list[Path]) -> float:
 
 
 def load_once(folder: Path, scan: bool) -> dict[str, float]:
-    """Load the model in this process: seconds, and the peak of memory above what was used before."""
+    """Load the model in this process: seconds, and the peak of memory above what was used
+    before.
+    """
     import jax
 
     import jaxpeft
@@ -97,7 +104,10 @@ def load_once(folder: Path, scan: bool) -> dict[str, float]:
     _, params = jaxpeft.load(folder, task="causal_lm", scan_layers=scan)
     jax.block_until_ready(params)
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
+    return {
+        "seconds": seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+    }
 
 
 def resident_bytes() -> int:
@@ -122,17 +132,27 @@ def make_model(folder: Path, layers: int, dtype: str) -> None:
     shapes = {"q": (d, d), "k": (kv, d), "v": (kv, d), "o": (d, d)}
     for i in range(layers):
         at = f"model.layers.{i}."
-        tensors |= {f"{at}self_attn.{name}_proj.weight": random(*shape) for name, shape in shapes.items()}
+        tensors |= {
+            f"{at}self_attn.{name}_proj.weight": random(*shape) for name, shape in shapes.items()
+        }
         tensors |= {f"{at}mlp.{name}_proj.weight": random(wide, d) for name in ("gate", "up")}
         tensors[f"{at}mlp.down_proj.weight"] = random(d, wide)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{at}{name}.weight"] = np.ones(d, kind)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": d, "intermediate_size": wide,
-        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 2048, "tie_word_embeddings": False, "rope_theta": 10000.0,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": d,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -1,9 +1,11 @@
-"""The longest row that trains in a budget of memory, batch 1: by the compiled programs of two lengths, then tried.
+"""The longest row that trains in a budget of memory, batch 1: by the compiled programs of two
+lengths, then tried.
 
     python -m benchmarks.longest [--budget 80 GB] [--shape llama3_8b] [--quant nf4] [--remat full] [--probe 16384 32768]
 
-Memory is a constant and so much a token: two compiled programs tell both, and the row that they let expect is compiled and trained
-on for a step, its memory measured. Prints a JSON line. Options of `benchmarks.step` that are not named here are as there.
+Memory is a constant and so much a token: two compiled programs tell both, and the row that they let
+expect is compiled and trained on for a step, its memory measured. Prints a JSON line. Options of
+`benchmarks.step` that are not named here are as there.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scan", action="store_true")
     parser.add_argument("--probe", type=int, nargs=2, default=(16384, 32768))
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--try", dest="length", type=int, help="train on rows of this length at once")
+    parser.add_argument(
+        "--try", dest="length", type=int, help="train on rows of this length at once"
+    )
     options = parser.parse_args(argv)
     options.method, options.attention, options.batch = "lora", "auto", 1
     vocab, rng = step.SHAPES[options.shape]["vocab_size"], np.random.default_rng(0)
@@ -43,10 +47,16 @@ def main(argv: list[str]) -> None:
     def batch(length: int) -> Any:
         return step.batch_of(rng.integers(0, vocab, (1, length)).astype(np.int32))
 
-    budget, program = options.budget * 1e9, step.program(argparse.Namespace(**(vars(options) | {"length": ROUND})))
+    budget, program = (
+        options.budget * 1e9,
+        step.program(argparse.Namespace(**(vars(options) | {"length": ROUND}))),
+    )
     length, told = options.length, {}
     if length is None:
-        at = [step.planned(dataclasses.replace(program, batch=batch(probe)).compiled()) for probe in options.probe]
+        at = [
+            step.planned(dataclasses.replace(program, batch=batch(probe)).compiled())
+            for probe in options.probe
+        ]
         slope = (at[1] - at[0]) / (options.probe[1] - options.probe[0])
         fixed = at[0] - slope * options.probe[0]
         length = int((SHARE * budget - fixed) / slope) // ROUND * ROUND
@@ -86,10 +96,16 @@ def trained(program: step.Program, length: int, steps: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
     stats = jax.devices()[0].memory_stats() or {}
     return {
-        "length": length, "planned_gb": round(step.planned(compiled) / 1e9, 2), "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
-        "compile_s": round(ready - began, 1), "step_s": round(seconds[-1], 2), "tokens_per_second": round(length / seconds[-1]),
-        "loss": [round(loss, 4) for loss in losses], "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-    }  # fmt: skip
+        "length": length,
+        "planned_gb": round(step.planned(compiled) / 1e9, 2),
+        "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
+        "compile_s": round(ready - began, 1),
+        "step_s": round(seconds[-1], 2),
+        "tokens_per_second": round(length / seconds[-1]),
+        "loss": [round(loss, 4) for loss in losses],
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""How long a small part of a step takes on a device, where calling it takes longer than computing it."""
+"""How long a small part of a step takes on a device, where calling it takes longer than computing
+it.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,15 @@ import jax
 from jaxpeft.train import compiling
 
 
-def milliseconds(once: Callable[[Any, Any], Any], carry: Any, held: Any, loops: tuple[int, int]) -> float:
-    """Return the milliseconds of one round, as the difference of two programs that loop: calling them is in both.
+def milliseconds(
+    once: Callable[[Any, Any], Any], carry: Any, held: Any, loops: tuple[int, int]
+) -> float:
+    """Return the milliseconds of one round, as the difference of two programs that loop: calling
+    them is in both.
 
     Args:
-        once: computes a round, `(carry, held) -> carry`; what it leaves out of its result may not be computed at all.
+        once: computes a round, `(carry, held) -> carry`; what it leaves out of its result may not
+            be computed at all.
         carry: arrays of the first round.
         held: arrays that are the same in all rounds.
         loops: rounds of the two programs, the fewer first.
@@ -26,7 +32,11 @@ def milliseconds(once: Callable[[Any, Any], Any], carry: Any, held: Any, loops: 
         def many(carry: Any, held: Any) -> Any:
             return jax.lax.fori_loop(0, count, lambda _, carry: once(carry, held), carry)
 
-        compiled = jax.jit(many).lower(carry, held).compile(compiler_options=compiling.options(jax.devices()[0]))
+        compiled = (
+            jax.jit(many)
+            .lower(carry, held)
+            .compile(compiler_options=compiling.options(jax.devices()[0]))
+        )
         jax.block_until_ready(compiled(carry, held))
         return lambda: jax.block_until_ready(compiled(carry, held))
 

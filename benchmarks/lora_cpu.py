@@ -2,9 +2,10 @@
 
     python -m benchmarks.lora_cpu [--batch 32] [--length 32] [--rank 16] [--pairs 8] [--steps 10] [--threads 2]
 
-Both train the same MiniLM-L6 classifier (77 labels, `pooler`), from the same weights and adapters, on the same random
-batch, with LoRA on all linear layers, float32, AdamW, dropout off. A pair is a block of steps of each, one right after the
-other; the order changes from pair to pair. Prints one JSON line: steps/s of each, the median ratio, and both losses.
+Both train the same MiniLM-L6 classifier (77 labels, `pooler`), from the same weights and adapters,
+on the same random batch, with LoRA on all linear layers, float32, AdamW, dropout off. A pair is a
+block of steps of each, one right after the other; the order changes from pair to pair. Prints one
+JSON line: steps/s of each, the median ratio, and both losses.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ LABELS = 77
 def main() -> None:
     """Measure and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name, default in (("batch", 32), ("length", 32), ("rank", 16), ("pairs", 8), ("steps", 10), ("threads", 2)):
+    for name, default in (
+        ("batch", 32),
+        ("length", 32),
+        ("rank", 16),
+        ("pairs", 8),
+        ("steps", 10),
+        ("threads", 2),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -69,8 +77,12 @@ def main() -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
-def jaxpeft_step(batch: dict[str, np.ndarray[Any, Any]], rank: int, folder: str) -> Callable[[], float]:
-    """Make our step on a fixed batch, and save its fresh adapter in `folder`; a call runs it and return the loss."""
+def jaxpeft_step(
+    batch: dict[str, np.ndarray[Any, Any]], rank: int, folder: str
+) -> Callable[[], float]:
+    """Make our step on a fixed batch, and save its fresh adapter in `folder`; a call runs it and
+    return the loss.
+    """
     import jax
     import optax
 
@@ -99,10 +111,14 @@ def without_dropout(config: Any) -> Any:
     """Return an encoder's config with every dropout rate at zero."""
     import dataclasses
 
-    return dataclasses.replace(config, hidden_dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
+    return dataclasses.replace(
+        config, hidden_dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0
+    )
 
 
-def peft_step(batch: dict[str, np.ndarray[Any, Any]], threads: int, folder: str) -> Callable[[], float]:
+def peft_step(
+    batch: dict[str, np.ndarray[Any, Any]], threads: int, folder: str
+) -> Callable[[], float]:
     """Make the same step of torch `peft`, from the adapter in `folder`."""
     import torch
     from peft import PeftModel
@@ -112,12 +128,20 @@ def peft_step(batch: dict[str, np.ndarray[Any, Any]], threads: int, folder: str)
 
     torch.set_num_threads(threads)
     base = BertForSequenceClassification.from_pretrained(
-        resolve(MODEL).folder, num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        resolve(MODEL).folder,
+        num_labels=LABELS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     model: Any = PeftModel.from_pretrained(base, folder, is_trainable=True).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0
+    )
     ids = torch.tensor(batch["input_ids"], dtype=torch.long)
-    mask, labels = torch.tensor(batch["attention_mask"]), torch.tensor(batch["labels"], dtype=torch.long)
+    mask, labels = (
+        torch.tensor(batch["attention_mask"]),
+        torch.tensor(batch["labels"], dtype=torch.long),
+    )
 
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)

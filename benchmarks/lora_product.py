@@ -1,12 +1,15 @@
-"""Three ways to compute `x (W + A B)` of the linear sites that read one input, forward and backward, by shape and number format.
+"""Three ways to compute `x (W + A B)` of the linear sites that read one input, forward and
+backward, by shape and number format.
 
     python -m benchmarks.lora_product [--shape llama3_8b] [--rows 8192] [--quant none nf4] [--rank 16]
 
-Prints a JSON line for each: `apart` differentiates `x W + (x A) B` site by site; `joint` is `jaxpeft.kernels.joint`, what a run computes;
-`merged` makes `W + A B` in bfloat16 for each of both products, a custom VJP that keeps neither, and so reads and writes no activation
-for the update's sake. `ms` is one call, forward and backward with the gradients of the input and of all factors, median of 20, each
-by the difference of loops of two lengths in one program. `update_error` is `||found - exact|| / ||exact||` of what the update alone
-adds to the outputs, for factors whose product is a thousandth of the kernel: what is lost where `W + A B` is rounded to bfloat16.
+Prints a JSON line for each: `apart` differentiates `x W + (x A) B` site by site; `joint` is
+`jaxpeft.kernels.joint`, what a run computes; `merged` makes `W + A B` in bfloat16 for each of both
+products, a custom VJP that keeps neither, and so reads and writes no activation for the update's
+sake. `ms` is one call, forward and backward with the gradients of the input and of all factors,
+median of 20, each by the difference of loops of two lengths in one program. `update_error` is
+`||found - exact|| / ||exact||` of what the update alone adds to the outputs, for factors whose
+product is a thousandth of the kernel: what is lost where `W + A B` is rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -38,13 +41,23 @@ def apart(x: Any, sites: list[joint.LinearSite]) -> tuple[Any, ...]:
         a, b = site.factors or (None, None)
         form = kernels.form_of(site.stored) or "kernel"
         held = kernels.FORMS[form]
-        own = held.matmul(x, site.stored) if isinstance(held, Quantized) else held.forward(x, site.stored)
-        out.append(own + (x @ a.astype(x.dtype)) @ b.astype(x.dtype) if a is not None and b is not None else own)
+        own = (
+            held.matmul(x, site.stored)
+            if isinstance(held, Quantized)
+            else held.forward(x, site.stored)
+        )
+        out.append(
+            own + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+            if a is not None and b is not None
+            else own
+        )
     return tuple(out)
 
 
 def merged(x: Any, sites: list[joint.LinearSite]) -> tuple[Any, ...]:
-    """Compute the sites with kernels that the update has been added to, made anew for each product."""
+    """Compute the sites with kernels that the update has been added to, made anew for each
+    product.
+    """
     return tuple(_merged(site.stored, *(site.factors or ()))(x) for site in sites)
 
 
@@ -52,8 +65,11 @@ def _merged(stored: Leaves, a: Any, b: Any) -> Callable[[Any], Any]:
     def whole(stored: Leaves, a: Any, b: Any, x: Any) -> Any:
         stored, a, b, _ = jax.lax.optimization_barrier((dict(stored), a, b, x))
         kernel = kernels.read(stored, (a.shape[0], b.shape[1])).astype(jnp.float32)
-        # written out as a sum of outer products: XLA fuses it with the decoding, where a product would be an array of its own
-        return (kernel + sum(a[:, i, None] * b[i, None, :] for i in range(a.shape[1]))).astype(x.dtype)
+        # written out as a sum of outer products: XLA fuses it with the decoding, where a product
+        # would be an array of its own
+        return (kernel + sum(a[:, i, None] * b[i, None, :] for i in range(a.shape[1]))).astype(
+            x.dtype
+        )
 
     def forward(x: Any, stored: Leaves, a: Any, b: Any) -> tuple[Any, Any]:
         return x @ whole(stored, a, b, x), (x, stored, a, b)
@@ -77,7 +93,12 @@ def groups(shape: str) -> dict[str, tuple[int, list[int]]]:
     of = SHAPES[shape]
     d, wide = of["hidden_size"], of["intermediate_size"]
     kv = d // of["num_attention_heads"] * of["num_key_value_heads"]
-    return {"q, k, v": (d, [d, kv, kv]), "o": (d, [d]), "gate, up": (d, [wide, wide]), "down": (wide, [d])}
+    return {
+        "q, k, v": (d, [d, kv, kv]),
+        "o": (d, [d]),
+        "gate, up": (d, [wide, wide]),
+        "down": (wide, [d]),
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -94,11 +115,17 @@ def main(argv: list[str]) -> None:
             for way, run in WAYS.items():
                 sites = [_site(i, n_in, n_out, options.rank, form) for i, n_out in enumerate(outs)]
                 line = {
-                    "shape": options.shape, "rows": options.rows, "rank": options.rank, "quant": form, "sites": name, "way": way,
+                    "shape": options.shape,
+                    "rows": options.rows,
+                    "rank": options.rank,
+                    "quant": form,
+                    "sites": name,
+                    "way": way,
                     "ms": timed(run, sites, n_in, options.rows, options.loops),
                     "update_error": round(update_error(run, sites, n_in), 4),
-                    "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-                }  # fmt: skip
+                    "device": jax.devices()[0].device_kind,
+                    "jax": jax.__version__,
+                }
                 sys.stdout.write(json.dumps(line) + "\n")
                 sys.stdout.flush()
 
@@ -113,7 +140,9 @@ def _site(i: int, n_in: int, n_out: int, rank: int, form: str) -> joint.LinearSi
     return joint.LinearSite(stored, (size * a, size * b))
 
 
-def timed(run: Ways, sites: list[joint.LinearSite], n_in: int, rows: int, loops: tuple[int, int]) -> float:
+def timed(
+    run: Ways, sites: list[joint.LinearSite], n_in: int, rows: int, loops: tuple[int, int]
+) -> float:
     """Return the milliseconds of one call and its gradients."""
     x = jax.random.normal(jax.random.key(9), (1, rows, n_in)).astype(jnp.bfloat16)
     factors = [site.factors for site in sites]
@@ -122,15 +151,21 @@ def timed(run: Ways, sites: list[joint.LinearSite], n_in: int, rows: int, loops:
     def once(x: Any, stored: Any, factors: Any) -> Any:
         held = [joint.LinearSite(leaves, own) for leaves, own in zip(stored, factors, strict=True)]
         out, back = jax.vjp(
-            lambda x, own: run(x, [dataclasses.replace(s, factors=f) for s, f in zip(held, own, strict=True)]),
+            lambda x, own: run(
+                x, [dataclasses.replace(s, factors=f) for s, f in zip(held, own, strict=True)]
+            ),
             x,
             factors,
         )
         dx, dfactors = back(out)
         # everything feeds the next round, so that nothing is left out
-        return dx * jnp.asarray(1e-2, dx.dtype), jax.tree.map(lambda leaf, grad: leaf + 1e-9 * grad, factors, dfactors)
+        return dx * jnp.asarray(1e-2, dx.dtype), jax.tree.map(
+            lambda leaf, grad: leaf + 1e-9 * grad, factors, dfactors
+        )
 
-    return milliseconds(lambda carry, stored: once(carry[0], stored, carry[1]), (x, factors), stored, loops)
+    return milliseconds(
+        lambda carry, stored: once(carry[0], stored, carry[1]), (x, factors), stored, loops
+    )
 
 
 def update_error(run: Ways, sites: list[joint.LinearSite], n_in: int, rows: int = 256) -> float:
@@ -141,8 +176,12 @@ def update_error(run: Ways, sites: list[joint.LinearSite], n_in: int, rows: int 
         for site in sites
         if site.factors
     ]
-    exact = [x.astype(jnp.float32) @ site.factors[0] @ site.factors[1] for site in sites if site.factors]
-    wide = x.astype(jnp.float32)  # in float32 the rounding of the outputs does not hide the update's
+    exact = [
+        x.astype(jnp.float32) @ site.factors[0] @ site.factors[1] for site in sites if site.factors
+    ]
+    wide = x.astype(
+        jnp.float32
+    )  # in float32 the rounding of the outputs does not hide the update's
 
     def out(sites: list[joint.LinearSite]) -> list[Any]:
         if run is merged:

@@ -1,10 +1,12 @@
-"""One frozen product in every number format, forward and backward: its time, its error, and what it holds.
+"""One frozen product in every number format, forward and backward: its time, its error, and what it
+holds.
 
     python -m benchmarks.matmul [--rows 8192] [--shape 4096x14336 ...] [--repeats 20]
 
-Prints a JSON line a format and shape. The backward pass is that of the input alone, as the kernel is never trained. Errors are
-`||found - exact|| / ||exact||` against the product of the same bfloat16 kernel in float32, with normal inputs and gradients: they are
-those of the stored kernel and of the product together.
+Prints a JSON line a format and shape. The backward pass is that of the input alone, as the kernel
+is never trained. Errors are `||found - exact|| / ||exact||` against the product of the same
+bfloat16 kernel in float32, with normal inputs and gradients: they are those of the stored kernel
+and of the product together.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ from jaxpeft.kernels import QUANTIZED
 LLAMA_8B = ("4096x4096", "4096x1024", "4096x14336", "14336x4096")
 
 
-def milliseconds(run: Callable[..., Any], arguments: tuple[Any, ...], repeats: int, inner: int = 10) -> float:
-    """Return the median time of a call, of batches of calls that wait for one another on the device alone."""
+def milliseconds(
+    run: Callable[..., Any], arguments: tuple[Any, ...], repeats: int, inner: int = 10
+) -> float:
+    """Return the median time of a call, of batches of calls that wait for one another on the device
+    alone.
+    """
     jax.block_until_ready(run(*arguments))
     times: list[float] = []
     for _ in range(repeats):
@@ -54,7 +60,8 @@ def measure(name: str, kernel: Any, x: Any, dy: Any, repeats: int) -> dict[str, 
     with jax.default_matmul_precision("highest"):
         y, dx = x.astype(jnp.float32) @ wide, dy.astype(jnp.float32) @ wide.T
     ahead, behind = (
-        milliseconds(run, given, repeats) for run, given in ((forward, (x, leaves)), (both, (x, dy, leaves)))
+        milliseconds(run, given, repeats)
+        for run, given in ((forward, (x, leaves)), (both, (x, dy, leaves)))
     )
     work = 2 * x.shape[0] * kernel.size / 1e9
     return {
@@ -85,7 +92,8 @@ def main(argv: list[str]) -> None:
         keys = jax.random.split(jax.random.key(0), 3)
         kernel = (0.02 * jax.random.normal(keys[0], (n_in, n_out))).astype(jnp.bfloat16)
         x, dy = (
-            jax.random.normal(k, (options.rows, n), jnp.bfloat16) for k, n in zip(keys[1:], (n_in, n_out), strict=True)
+            jax.random.normal(k, (options.rows, n), jnp.bfloat16)
+            for k, n in zip(keys[1:], (n_in, n_out), strict=True)
         )
         for name in ("bf16", *QUANTIZED):
             sys.stdout.write(json.dumps(measure(name, kernel, x, dy, options.repeats)) + "\n")

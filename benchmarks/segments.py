@@ -1,11 +1,13 @@
-"""Ways to read a part of each row of a matrix in a file, as a shard along a tensor's columns needs: GB/s of the part.
+"""Ways to read a part of each row of a matrix in a file, as a shard along a tensor's columns needs:
+GB/s of the part.
 
     python -m benchmarks.segments [--megabytes 256]
 
-`calls` is one `pread` for each row, `mapped` copies out of a mapping of a few rows, which is what `jaxpeft` does
-(`hub/weights/safetensors_files.py`), `whole` reads the rows whole and keeps the part, which asks for all bytes. Blocks of a megabyte, one
-thread, best of three in turns; warm is by the time of the processor, which does not count what else the machine does, cold, after
-the file was dropped from the page cache, by the clock. Prints a JSON line for each size.
+`calls` is one `pread` for each row, `mapped` copies out of a mapping of a few rows, which is what
+`jaxpeft` does (`hub/weights/safetensors_files.py`), `whole` reads the rows whole and keeps the
+part, which asks for all bytes. Blocks of a megabyte, one thread, best of three in turns; warm is by
+the time of the processor, which does not count what else the machine does, cold, after the file was
+dropped from the page cache, by the clock. Prints a JSON line for each size.
 """
 
 from __future__ import annotations

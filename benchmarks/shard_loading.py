@@ -1,15 +1,19 @@
-"""Loading a model into shards with several processes: bytes read, share held, peak host memory and seconds of each.
+"""Loading a model into shards with several processes: bytes read, share held, peak host memory and
+seconds of each.
 
     python -m benchmarks.shard_loading [--layers 6] [--processes 1 2 4] [--folder FOLDER]
 
-Makes a Llama of TinyLlama's width with random numbers in a temporary folder, or takes the model in FOLDER, and loads it with 1, 2
-and 4 processes of two CPU devices each, joined by gloo. `fsdp` cuts every matrix along the rows of its tensor in the file; `tensor`
-as tensor parallelism does: o and down along columns, all others along rows; `columns` cuts every matrix of a layer along columns.
-Of each process: `read_mb` is what it asked of the files, `held_mb` what its devices hold, each part once, `part_mb` the same share of
-the model's `model_mb`; `peak_mb` the peak of its memory during the load less what it used before, which on a CPU has in it what the devices
-hold; `above_mb` is without that, to be set beside `largest_mb`, the largest part that a device holds. Where kernels are quantized
-on the way, a CPU device's work on the present one and the compiler are in it. All processes share this
-machine's cores, and find the files in the page cache. Prints a JSON line for each run, with the largest figures of its processes.
+Makes a Llama of TinyLlama's width with random numbers in a temporary folder, or takes the model in
+FOLDER, and loads it with 1, 2 and 4 processes of two CPU devices each, joined by gloo. `fsdp` cuts
+every matrix along the rows of its tensor in the file; `tensor` as tensor parallelism does: o and
+down along columns, all others along rows; `columns` cuts every matrix of a layer along columns. Of
+each process: `read_mb` is what it asked of the files, `held_mb` what its devices hold, each part
+once, `part_mb` the same share of the model's `model_mb`; `peak_mb` the peak of its memory during
+the load less what it used before, which on a CPU has in it what the devices hold; `above_mb` is
+without that, to be set beside `largest_mb`, the largest part that a device holds. Where kernels are
+quantized on the way, a CPU device's work on the present one and the compiler are in it. All
+processes share this machine's cores, and find the files in the page cache. Prints a JSON line for
+each run, with the largest figures of its processes.
 """
 
 from __future__ import annotations
@@ -52,7 +56,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         port, count, index, options = args.child
-        sys.stdout.write(json.dumps(load(args.folder, port, int(count), int(index), json.loads(options))) + "\n")
+        sys.stdout.write(
+            json.dumps(load(args.folder, port, int(count), int(index), json.loads(options))) + "\n"
+        )
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
@@ -64,7 +70,9 @@ def main() -> None:
 
 
 def measure(folder: Path, counts: list[int]) -> Iterator[dict[str, Any]]:
-    """Run every way with every number of processes; yields the figures of a run, the largest of its processes."""
+    """Run every way with every number of processes; yields the figures of a run, the largest of its
+    processes.
+    """
     import jax
 
     for options in RUNS:
@@ -73,11 +81,16 @@ def measure(folder: Path, counts: list[int]) -> Iterator[dict[str, Any]]:
             first = each[0]
             worst = {key: max(one[key] for one in each) for key in first if key != "model_mb"}
             yield {
-                "scan_layers": False, "quant": "none", **options, "processes": count, "devices": DEVICES * count,
-                "model_mb": first["model_mb"], **worst,
+                "scan_layers": False,
+                "quant": "none",
+                **options,
+                "processes": count,
+                "devices": DEVICES * count,
+                "model_mb": first["model_mb"],
+                **worst,
                 "read_over_part": round(max(one["read_mb"] / one["part_mb"] for one in each), 3),
                 "jax": jax.__version__,
-            }  # fmt: skip
+            }
 
 
 def run(folder: Path, count: int, options: dict[str, Any]) -> list[dict[str, float]]:
@@ -97,16 +110,25 @@ def run(folder: Path, count: int, options: dict[str, Any]) -> list[dict[str, flo
     ]
     environment = os.environ | {"JAXPEFT_CACHE": "off", "JAX_PLATFORMS": "cpu"}
     started = [
-        subprocess.Popen([*program, str(i), json.dumps(options)], stdout=subprocess.PIPE, env=environment, text=True)
+        subprocess.Popen(
+            [*program, str(i), json.dumps(options)],
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
         for i in range(count)
     ]
     said = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         sys.exit("a process failed")
-    return [json.loads(text.splitlines()[-1]) for text in said]  # gloo prints lines of its own before
+    return [
+        json.loads(text.splitlines()[-1]) for text in said
+    ]  # gloo prints lines of its own before
 
 
-def load(folder: Path, port: str, count: int, index: int, options: dict[str, Any]) -> dict[str, float]:
+def load(
+    folder: Path, port: str, count: int, index: int, options: dict[str, Any]
+) -> dict[str, float]:
     """Load this process's part: the figures of one process."""
     import jax
 
@@ -129,16 +151,24 @@ def load(folder: Path, port: str, count: int, index: int, options: dict[str, Any
     params = jax.block_until_ready(found.read(0, places(found.leaves, way), cache=False))
     seconds, worked = time.perf_counter() - started, time.process_time() - worked
     peak = peak_bytes() - before
-    parts = [{str(s.index): s.data.nbytes for s in leaf.addressable_shards} for leaf in jax.tree.leaves(params)]
+    parts = [
+        {str(s.index): s.data.nbytes for s in leaf.addressable_shards}
+        for leaf in jax.tree.leaves(params)
+    ]
     held = sum(sum(part.values()) for part in parts)
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in plain)
     if count > 1:
         jax.distributed.shutdown()
     figures = {
-        "model_mb": model, "read_mb": found.meter.bytes - asked, "held_mb": held, "part_mb": model * held / stored,
-        "largest_mb": max(max(part.values()) for part in parts), "peak_mb": peak, "above_mb": peak - held,
-    }  # fmt: skip
+        "model_mb": model,
+        "read_mb": found.meter.bytes - asked,
+        "held_mb": held,
+        "part_mb": model * held / stored,
+        "largest_mb": max(max(part.values()) for part in parts),
+        "peak_mb": peak,
+        "above_mb": peak - held,
+    }
     times = {"seconds": round(seconds, 2), "cpu_seconds": round(worked, 2)}
     return {key: round(value / 1e6, 2) for key, value in figures.items()} | times
 
@@ -158,7 +188,11 @@ def places(leaves: Any, way: str) -> Any:
         if len(leaf.shape) - layers < 2:
             return NamedSharding(mesh, PartitionSpec())
         rows, columns = (-1, -2) if path[-1] == "kernel" else (-2, -1)
-        by_columns = path[-2] in ("o_proj", "down_proj") if way == "tensor" else way == "columns" and "layers" in path
+        by_columns = (
+            path[-2] in ("o_proj", "down_proj")
+            if way == "tensor"
+            else way == "columns" and "layers" in path
+        )
         axis = columns if by_columns else rows
         spec = [None] * len(leaf.shape)
         spec[axis] = "x" if leaf.shape[axis] % mesh.size == 0 else None
@@ -171,7 +205,9 @@ def places(leaves: Any, way: str) -> Any:
 def peak_bytes() -> int:
     """Return the most memory that this process has used since the peak was set back (Linux)."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
+    return 1024 * int(
+        next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""One training step of a model of a true shape: tokens/s, memory, compilation, utilization, loss; beside torch's if asked for.
+"""One training step of a model of a true shape: tokens/s, memory, compilation, utilization, loss;
+beside torch's if asked for.
 
     python -m benchmarks.step [--shape llama3_8b] [--batch 4] [--length 2048] [--method lora] [--quant none] [--remat none]
                               [--scan] [--steps 12] [--cache] [--peer peft ...] [--xla NAME=VALUE ...] [--trace FOLDER]
 
-Prints one JSON line, and one before for each peer, which runs in a process of its own. The weights are random numbers of the
-model's shape, the tokens random ids; the step is that of the main job (`jaxpeft.train.step`), with AdamW and clipping. Method
-`none` trains the embedding of one token: the gradient goes through all layers, and no linear site is adapted.
+Prints one JSON line, and one before for each peer, which runs in a process of its own. The weights
+are random numbers of the model's shape, the tokens random ids; the step is that of the main job
+(`jaxpeft.train.step`), with AdamW and clipping. Method `none` trains the embedding of one token:
+the gradient goes through all layers, and no linear site is adapted.
 
-Peers, torch with Hugging Face PEFT: `peft` (eager), `peft-compile`, `peft-checkpoint`, `peft-nf4`, `peft-nf4-checkpoint`,
-`peft-liger`, `peft-liger-checkpoint`.
+Peers, torch with Hugging Face PEFT: `peft` (eager), `peft-compile`, `peft-checkpoint`, `peft-nf4`,
+`peft-nf4-checkpoint`, `peft-liger`, `peft-liger-checkpoint`.
 """
 
 from __future__ import annotations
@@ -28,25 +30,46 @@ from typing import Any
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama3_8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
     },
     "llama3_1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
     },
     "tiny": {
-        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 """The shapes of Llama-3.1-8B and Llama-3.2-1B, and one to try the program with."""
-COMMON = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072}
+COMMON = {
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+}
 GIB = 2**30
 
 
 def flops(shape: Mapping[str, Any], batch: int, length: int, adapter: int) -> float:
-    """Return the FLOPs that a step cannot do without: 4 a frozen and 6 a trained weight and token, and causal attention's.
+    """Return the FLOPs that a step cannot do without: 4 a frozen and 6 a trained weight and token,
+    and causal attention's.
 
     Args:
         shape: of the model.
@@ -58,7 +81,8 @@ def flops(shape: Mapping[str, Any], batch: int, length: int, adapter: int) -> fl
     kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
     layer = 2 * d * d + 2 * d * kv + 3 * d * wide
     frozen = shape["num_hidden_layers"] * layer + d * shape["vocab_size"]
-    # of the scores and of the values, forward 2 and backward 4 a pair of positions that see each other
+    # of the scores and of the values, forward 2 and backward 4 a pair of positions that see each
+    # other
     attention = shape["num_hidden_layers"] * 2 * (2 + 4) * d * length / 2
     return batch * length * (4.0 * frozen + 6.0 * adapter + attention)
 
@@ -78,8 +102,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--peer", nargs="*", default=[])
     parser.add_argument("--only-peers", action="store_true")
-    parser.add_argument("--xla", nargs="*", default=[], help="XLA options of the compilation, NAME=VALUE")
-    parser.add_argument("--cache", action="store_true", help="keep compiled programs, and use those that are kept")
+    parser.add_argument(
+        "--xla", nargs="*", default=[], help="XLA options of the compilation, NAME=VALUE"
+    )
+    parser.add_argument(
+        "--cache", action="store_true", help="keep compiled programs, and use those that are kept"
+    )
     parser.add_argument("--trace", type=Path, help="a folder for a profile of three steps")
     options = parser.parse_args(argv)
     from benchmarks.step_peer import PEERS
@@ -88,10 +116,15 @@ def main(argv: list[str]) -> None:
     if unknown:
         parser.error(f"--peer {' '.join(unknown)}: known are {', '.join(PEERS)}")
     for peer in options.peer:
-        # a process of its own: the device's memory is free again behind it, and a failure is that peer's alone
+        # a process of its own: the device's memory is free again behind it, and a failure is that
+        # peer's alone
         command = [sys.executable, "-m", "benchmarks.step_peer", peer, *argv]
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-        emit(json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"program": peer, "failed": True})
+        emit(
+            json.loads(done.stdout.splitlines()[-1])
+            if done.returncode == 0
+            else {"program": peer, "failed": True}
+        )
     if not options.only_peers:
         emit(ours(options))  # last, as its process keeps the device's memory to its end
 
@@ -102,7 +135,9 @@ def emit(line: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def figures(options: Any, adapter: int, seconds: list[float], peak: float, kind: str) -> dict[str, Any]:
+def figures(
+    options: Any, adapter: int, seconds: list[float], peak: float, kind: str
+) -> dict[str, Any]:
     """Return what every program reports.
 
     Args:
@@ -115,13 +150,21 @@ def figures(options: Any, adapter: int, seconds: list[float], peak: float, kind:
     median = statistics.median(seconds)
     work = flops(SHAPES[options.shape], options.batch, options.length, adapter) / median
     return {
-        "shape": options.shape, "batch": options.batch, "length": options.length, "method": options.method, "rank": options.rank,
+        "shape": options.shape,
+        "batch": options.batch,
+        "length": options.length,
+        "method": options.method,
+        "rank": options.rank,
         "quant": options.quant,
-        "tokens_per_second": round(options.batch * options.length / median), "step_ms": round(1e3 * median, 2),
-        "step_ms_range": [round(1e3 * min(seconds), 2), round(1e3 * max(seconds), 2)], "steps": len(seconds),
-        "peak_gib": round(peak / GIB, 2), "tflops_per_second": round(work / 1e12, 1), "device": kind,
+        "tokens_per_second": round(options.batch * options.length / median),
+        "step_ms": round(1e3 * median, 2),
+        "step_ms_range": [round(1e3 * min(seconds), 2), round(1e3 * max(seconds), 2)],
+        "steps": len(seconds),
+        "peak_gib": round(peak / GIB, 2),
+        "tflops_per_second": round(work / 1e12, 1),
+        "device": kind,
         "mfu": round(work / bf16_peak(kind), 4) if bf16_peak(kind) else None,
-    }  # fmt: skip
+    }
 
 
 def bf16_peak(kind: str) -> float:
@@ -137,7 +180,11 @@ def token_ids(options: Any) -> Any:
     import numpy as np
 
     vocab = SHAPES[options.shape]["vocab_size"]
-    return np.random.default_rng(0).integers(0, vocab, (options.batch, options.length)).astype(np.int32)
+    return (
+        np.random.default_rng(0)
+        .integers(0, vocab, (options.batch, options.length))
+        .astype(np.int32)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +232,12 @@ def program(options: Any) -> Program:
     trainable, frozen = tree.partition(params, trainable_mask(method, params))
     del base, params
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-    state = jax.jit(lambda trainable: init_state(trainable, optimizer, 0), donate_argnums=0)(trainable)
-    step = jax.jit(make_train_step(model, loss_for("causal_lm", None), optimizer, 1), donate_argnums=0)
+    state = jax.jit(lambda trainable: init_state(trainable, optimizer, 0), donate_argnums=0)(
+        trainable
+    )
+    step = jax.jit(
+        make_train_step(model, loss_for("causal_lm", None), optimizer, 1), donate_argnums=0
+    )
     return Program(model, step, state, frozen, batch_of(token_ids(options)))
 
 
@@ -233,22 +284,35 @@ def ours(options: Any) -> dict[str, Any]:
     stats = device.memory_stats() or {}
     adapted = tree.count(state.trainable) if options.method != "none" else 0
     return {
-        "program": "jaxpeft", **({"xla": asked} if asked else {}), "remat": options.remat, "layers": "scanned" if options.scan else "unrolled",
+        "program": "jaxpeft",
+        **({"xla": asked} if asked else {}),
+        "remat": options.remat,
+        "layers": "scanned" if options.scan else "unrolled",
         "attention": made.model.options.attention,
-        **figures(options, adapted, seconds[2:], stats.get("peak_bytes_in_use", 0), device.device_kind),
-        "planned_gib": round(planned(compiled) / GIB, 2), "trace_s": round(traced - ready, 1),
-        "compile_s": round(compiled_at - traced, 1), "first_step_s": round(compiled_at + seconds[0] - began, 1),
+        **figures(
+            options, adapted, seconds[2:], stats.get("peak_bytes_in_use", 0), device.device_kind
+        ),
+        "planned_gib": round(planned(compiled) / GIB, 2),
+        "trace_s": round(traced - ready, 1),
+        "compile_s": round(compiled_at - traced, 1),
+        "first_step_s": round(compiled_at + seconds[0] - began, 1),
         "loss": [round(float(losses[0]), 4), round(float(losses[-1]), 4)],
         "jax": jax.__version__,
-    }  # fmt: skip
+    }
 
 
 def planned(compiled: Any) -> float:
-    """Return the bytes that the compiled step plans with: arguments, results that are not donated, and temporaries."""
+    """Return the bytes that the compiled step plans with: arguments, results that are not donated,
+    and temporaries.
+    """
     analysis = compiled.memory_analysis()
     if analysis is None:
         return math.nan
-    sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
+    sizes = (
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes,
+        analysis.temp_size_in_bytes,
+    )
     return sum(sizes) - analysis.alias_size_in_bytes
 
 
@@ -258,12 +322,16 @@ def method_of(options: Any) -> Any:
 
     if options.method == "none":
         return jaxpeft.METHODS["trainable_tokens"](tokens=(0,))
-    ranked = {"rank": options.rank} if options.method in ("lora", "dora", "lora_fa", "adalora") else {}
+    ranked = (
+        {"rank": options.rank} if options.method in ("lora", "dora", "lora_fa", "adalora") else {}
+    )
     return jaxpeft.METHODS[options.method](targets="all-linear", **ranked)
 
 
 def random_model(options: Any) -> tuple[Any, Any]:
-    """Return a model of the shape, and its base: normal numbers, leaf by leaf, quantized as each is there."""
+    """Return a model of the shape, and its base: normal numbers, leaf by leaf, quantized as each is
+    there.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -274,11 +342,19 @@ def random_model(options: Any) -> tuple[Any, Any]:
     from jaxpeft.quant.quantize import Quant
 
     quant = None if options.quant == "none" else Quant(options.quant)
-    attention = fastest(platform(jax.devices()[0])) if options.attention == "auto" else options.attention
+    attention = (
+        fastest(platform(jax.devices()[0])) if options.attention == "auto" else options.attention
+    )
     how = ModelOptions(
-        "causal_lm", None, jnp.bfloat16, scan_layers=options.scan, remat=options.remat, attention=attention,
-        right_padded=True, quant=quant,
-    )  # fmt: skip
+        "causal_lm",
+        None,
+        jnp.bfloat16,
+        scan_layers=options.scan,
+        remat=options.remat,
+        attention=attention,
+        right_padded=True,
+        quant=quant,
+    )
     model = models.build(COMMON | dict(SHAPES[options.shape]), how)
     abstract = abstract_params(model)
     sites = quant.sites(abstract) if quant else {}
@@ -298,7 +374,10 @@ def random_model(options: Any) -> tuple[Any, Any]:
         else:
             count = leaf.shape[0] if site.layers else 1
             layers = [partial(normal, leaf.shape[-2:], 1000 * n + i) for n in range(count)]
-            items += [((*path[:-1], name), made) for name, made in quant.stored(layers, bool(site.layers)).items()]
+            items += [
+                ((*path[:-1], name), made)
+                for name, made in quant.stored(layers, bool(site.layers)).items()
+            ]
     return model, paths.build(items)
 
 

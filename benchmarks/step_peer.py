@@ -1,9 +1,11 @@
-"""The step of `benchmarks.step` by torch: Hugging Face transformers and PEFT, in the ways that people run them.
+"""The step of `benchmarks.step` by torch: Hugging Face transformers and PEFT, in the ways that
+people run them.
 
     python -m benchmarks.step_peer PEER [the options of benchmarks.step]
 
-Prints one JSON line. The model has the same shape, random weights and token ids; LoRA is on all linear layers,
-its adapters in bfloat16, which is faster than PEFT's usual float32; nothing else is raised to float32 either. AdamW is fused.
+Prints one JSON line. The model has the same shape, random weights and token ids; LoRA is on all
+linear layers, its adapters in bfloat16, which is faster than PEFT's usual float32; nothing else is
+raised to float32 either. AdamW is fused.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from benchmarks import step
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """One way to run PEFT: compiled, with gradient checkpointing, on an NF4 base by bitsandbytes, with the kernels of Liger."""
+    """One way to run PEFT: compiled, with gradient checkpointing, on an NF4 base by bitsandbytes,
+    with the kernels of Liger.
+    """
 
     compiled: bool = False
     checkpointed: bool = False
@@ -65,7 +69,8 @@ def measure(name: str, how: Peer, options: Any) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-4, fused=True)
     run = torch.compile(model) if how.compiled else model
     if cuda:
-        torch.cuda.reset_peak_memory_stats()  # of training alone: a model is quantized after it is there
+        # of training alone: a model is quantized after it is there
+        torch.cuda.reset_peak_memory_stats()
     ids = torch.tensor(step.token_ids(options), dtype=torch.long, device=model.device)
     losses: list[Any] = []
     seconds: list[float] = []
@@ -84,11 +89,15 @@ def measure(name: str, how: Peer, options: Any) -> dict[str, Any]:
     kind = torch.cuda.get_device_name() if cuda else "cpu"
     adapter = sum(p.numel() for p in trained)
     return {
-        "program": name, "remat": "full" if how.checkpointed else "none",
-        **step.figures(options, adapter, seconds[3:], peak, kind), "first_step_s": round(first, 1),
+        "program": name,
+        "remat": "full" if how.checkpointed else "none",
+        **step.figures(options, adapter, seconds[3:], peak, kind),
+        "first_step_s": round(first, 1),
         "loss": [round(losses[0], 4), round(losses[-1], 4)],
-        "torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def made(how: Peer, options: Any) -> Any:
@@ -117,13 +126,17 @@ def made(how: Peer, options: Any) -> Any:
     lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear")
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # bitsandbytes' layers give theirs in float32: products with it are slow
+        if (
+            parameter.requires_grad
+        ):  # bitsandbytes' layers give theirs in float32: products with it are slow
             parameter.data = parameter.data.to(torch.bfloat16)
     return adapted.train()
 
 
 def _to_nf4(model: Any) -> None:
-    """Put bitsandbytes' 4-bit layers, with double quantization, in place of the layers' linear ones."""
+    """Put bitsandbytes' 4-bit layers, with double quantization, in place of the layers' linear
+    ones.
+    """
     import bitsandbytes as bnb
     import torch
 
@@ -131,12 +144,19 @@ def _to_nf4(model: Any) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear):
                 layer = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16,
-                    compress_statistics=True, quant_type="nf4",
-                )  # fmt: skip
+                    child.in_features,
+                    child.out_features,
+                    bias=False,
+                    compute_dtype=torch.bfloat16,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                )
                 # quantized on the device that it is on, as soon as the layer is put there
                 layer.weight = bnb.nn.Params4bit(
-                    child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+                    child.weight.data,
+                    requires_grad=False,
+                    quant_type="nf4",
+                    compress_statistics=True,
                 )
                 setattr(parent, name, layer.to(child.weight.device))
     model.is_loaded_in_4bit = True

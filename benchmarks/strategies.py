@@ -1,7 +1,9 @@
-"""The same loss and gradients however a run is spread: `python -m benchmarks.strategies [--devices 1,2,4,8]`, on simulated CPU devices.
+"""The same loss and gradients however a run is spread: `python -m benchmarks.strategies [--devices
+1,2,4,8]`, on simulated CPU devices.
 
-Of a tiny model, in float32, the loss and the gradients of one batch are computed under every strategy and on every number of devices,
-and compared with those of one device. In the table: the largest difference, relative to the largest number of each leaf's gradient.
+Of a tiny model, in float32, the loss and the gradients of one batch are computed under every
+strategy and on every number of devices, and compared with those of one device. In the table: the
+largest difference, relative to the largest number of each leaf's gradient.
 """
 
 from __future__ import annotations
@@ -40,14 +42,27 @@ from jaxpeft.transforms.rewrite import rewrite
 
 ROWS, LENGTH, VOCAB = 8, 64, 96
 LLAMA: Mapping[str, Any] = {
-    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 128,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
 BERT: Mapping[str, Any] = {
-    "model_type": "bert", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 8, "max_position_embeddings": 128, "pad_token_id": 0,
-    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
+    "model_type": "bert",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -88,11 +103,16 @@ def prepared(case: Case) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, An
     """Make model, rewritten parameters and a batch of a case, from fixed seeds."""
     decoder = case.architecture["model_type"] == "llama"
     task, labels = ("causal_lm", None) if decoder else ("sequence_classification", 3)
-    model = models.build(case.architecture, ModelOptions(task, labels, jnp.float32, scan_layers=case.scan))
+    model = models.build(
+        case.architecture, ModelOptions(task, labels, jnp.float32, scan_layers=case.scan)
+    )
     rng = np.random.default_rng(0)
-    # a norm's scale about 1, as it is in models: about 0 each layer would shrink its input, and the gradients of queries to rounding
+    # a norm's scale about 1, as it is in models: about 0 each layer would shrink its input, and the
+    # gradients of queries to rounding
     base = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(rng.normal(path[-1].key == "scale", 0.1, leaf.shape), jnp.float32),
+        lambda path, leaf: jnp.asarray(
+            rng.normal(path[-1].key == "scale", 0.1, leaf.shape), jnp.float32
+        ),
         abstract_params(model),
     )
     base = quantize(base, case.quant) if case.quant else base
@@ -100,27 +120,39 @@ def prepared(case: Case) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, An
     flags = trainable_mask(case.method, params)
     # away from zero, where an adapter begins: else half of the gradients would be zeros
     moved = jax.tree.map(
-        lambda leaf, on: leaf + jnp.asarray(rng.normal(0, 0.05, leaf.shape), leaf.dtype) if on else leaf, params, flags
+        lambda leaf, on: (
+            leaf + jnp.asarray(rng.normal(0, 0.05, leaf.shape), leaf.dtype) if on else leaf
+        ),
+        params,
+        flags,
     )
     return model, moved, _batch(rng, decoder=decoder, packed=case.packed)
 
 
-def _batch(rng: np.random.Generator, *, decoder: bool, packed: bool) -> dict[str, np.ndarray[Any, Any]]:
+def _batch(
+    rng: np.random.Generator, *, decoder: bool, packed: bool
+) -> dict[str, np.ndarray[Any, Any]]:
     ids = rng.integers(1, VOCAB, (ROWS, LENGTH)).astype(np.int32)
     lengths = rng.integers(LENGTH // 2, LENGTH + 1, ROWS)
     mask = (np.arange(LENGTH) < lengths[:, None]).astype(np.int32)
     batch = {"input_ids": ids * mask, "attention_mask": mask, "weights": np.ones(ROWS, np.float32)}
     if not decoder:
         return batch | {"labels": rng.integers(0, 3, ROWS).astype(np.int32)}
-    batch["labels"] = np.where((mask > 0) & (rng.random(ids.shape) < 0.7), ids, -100).astype(np.int32)
+    batch["labels"] = np.where((mask > 0) & (rng.random(ids.shape) < 0.7), ids, -100).astype(
+        np.int32
+    )
     if packed:
         cuts = np.sort(rng.integers(1, LENGTH, (ROWS, 3)), axis=1)
-        batch["segment_ids"] = (np.arange(LENGTH)[None, :, None] >= cuts[:, None, :]).sum(-1).astype(np.int32)
+        batch["segment_ids"] = (
+            (np.arange(LENGTH)[None, :, None] >= cuts[:, None, :]).sum(-1).astype(np.int32)
+        )
     return batch
 
 
 def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, float, Tree]:
-    """Compute loss, weight and gradients of a case on a mesh: `(sum of the loss, weight, gradients)`, on the host."""
+    """Compute loss, weight and gradients of a case on a mesh: `(sum of the loss, weight,
+    gradients)`, on the host.
+    """
     model, params, batch = prepared(case)
     mesh = mesh_of(options, devices)
     found = layout(mesh, sharding_rules(options), params, case.method)
@@ -137,20 +169,30 @@ def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, floa
 
 def mesh_of(options: MeshConfig, devices: int) -> Mesh:
     """Make the mesh of the first so many devices."""
-    config = Config(mesh=options, train=TrainConfig(batch_size=ROWS, steps=1), data=DataConfig(max_length=LENGTH))
+    config = Config(
+        mesh=options,
+        train=TrainConfig(batch_size=ROWS, steps=1),
+        data=DataConfig(max_length=LENGTH),
+    )
     return make_mesh(config, jax.devices()[:devices], heads_of(LLAMA))
 
 
 def difference(one: tuple[float, float, Tree], other: tuple[float, float, Tree]) -> float:
-    """Return the largest relative difference of two results: of the losses, and of each leaf's gradient by its largest number."""
+    """Return the largest relative difference of two results: of the losses, and of each leaf's
+    gradient by its largest number.
+    """
     found = [abs(one[0] - other[0]) / abs(one[0]), abs(one[1] - other[1])]
     for a, b in zip(jax.tree.leaves(one[2]), jax.tree.leaves(other[2]), strict=True):
-        found.append(float(np.max(np.abs(a - b), initial=0) / max(float(np.max(np.abs(a), initial=0)), 1e-6)))
+        found.append(
+            float(np.max(np.abs(a - b), initial=0) / max(float(np.max(np.abs(a), initial=0)), 1e-6))
+        )
     return max(found)
 
 
 def options_of(strategy: str, devices: int) -> MeshConfig:
-    """Return the options of a strategy on so many devices: hybrid ones in two groups, long rows over at most 8."""
+    """Return the options of a strategy on so many devices: hybrid ones in two groups, long rows
+    over at most 8.
+    """
     slices = 2 if strategy == "hybrid_fsdp" and devices > 1 else 1
     return MeshConfig(strategy=strategy, slices=slices)  # pyright: ignore[reportArgumentType]
 
@@ -159,7 +201,9 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", default="1,2,4,8", help="numbers of devices")
-    parser.add_argument("--cases", default="lora, packed;adapter;prefix;lora on nf4", help=f"of {'; '.join(CASES)}")
+    parser.add_argument(
+        "--cases", default="lora, packed;adapter;prefix;lora on nf4", help=f"of {'; '.join(CASES)}"
+    )
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     given = parser.parse_args(argv)
     counts = [int(n) for n in given.devices.split(",")]
@@ -167,8 +211,13 @@ def main(argv: list[str] | None = None) -> None:
     for name in given.cases.split(";"):
         one = computed(CASES[name], MeshConfig(), 1)
         for strategy in given.strategies.split(","):
-            row = (difference(one, computed(CASES[name], options_of(strategy, n), n)) for n in counts)
-            print(f"{name:<18}{strategy:<14}" + "".join(f"{value:>10.1e}" for value in row), flush=True)
+            row = (
+                difference(one, computed(CASES[name], options_of(strategy, n), n)) for n in counts
+            )
+            print(
+                f"{name:<18}{strategy:<14}" + "".join(f"{value:>10.1e}" for value in row),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

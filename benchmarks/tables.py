@@ -1,4 +1,6 @@
-"""Writes benchmarks/README.md from the JSON lines of benchmarks/results/: `python -m benchmarks.tables`."""
+"""Writes benchmarks/README.md from the JSON lines of benchmarks/results/: `python -m
+benchmarks.tables`.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,9 @@ def matmul(name: str) -> str:
 
 def _row(row: Mapping[str, Any]) -> str:
     return (
-        f"| {row['shape']} | {row['format']} | {row['forward_tflops']:.0f} | {row['backward_tflops']:.0f} | "
-        f"{row['forward_error']:.2%} | {row['backward_error']:.2%} | {row['bytes_a_weight']:.3f} |"
+        f"| {row['shape']} | {row['format']} | {row['forward_tflops']:.0f} |"
+        f" {row['backward_tflops']:.0f} | {row['forward_error']:.2%} | {row['backward_error']:.2%}"
+        f" | {row['bytes_a_weight']:.3f} |"
     )
 
 
@@ -75,7 +78,9 @@ differ in their number of steps.
 
 
 def step(*names: str) -> str:
-    """Write the tables of `benchmarks.step`, one a device and shape: of the same work the newest line, fastest first."""
+    """Write the tables of `benchmarks.step`, one a device and shape: of the same work the newest
+    line, fastest first.
+    """
     done = [row for name in names for row in lines(name) if not row.get("failed")]
     newest = {tuple(str(row.get(key, _USUAL.get(key))) for key in _SAME): row for row in done}
     parts = [STEP]
@@ -87,7 +92,10 @@ def step(*names: str) -> str:
         parts += [
             f"{device}, {shape}, {batch} x {length} tokens.",
             "",
-            "| program | base | method | remat | layers | tokens/s | step | peak | MFU | compilation | loss |",
+            (
+                "| program | base | method | remat | layers | tokens/s | step | peak | MFU |"
+                " compilation | loss |"
+            ),
             "|---|---|---|---|---|---|---|---|---|---|---|",
             *map(_step_row, sorted(of, key=lambda row: -row["tokens_per_second"])),
             "",
@@ -116,9 +124,10 @@ _SAME = (
 def _step_row(row: Mapping[str, Any]) -> str:
     compiled = f"{row['compile_s']:.0f} s" if "compile_s" in row else ""
     return (
-        f"| {row['program']} | {_base(row)} | {row['method']} | {row['remat']} | "
-        f"{row.get('layers', '')} | {row['tokens_per_second']:,} | {row['step_ms']:.0f} ms | {row['peak_gib']:.1f} GiB | {_share(row['mfu'])} | "
-        f"{compiled} | {row['loss'][0]:.3f}, {row['loss'][1]:.3f} |"
+        f"| {row['program']} | {_base(row)} | {row['method']} | {row['remat']} |"
+        f" {row.get('layers', '')} | {row['tokens_per_second']:,} | {row['step_ms']:.0f} ms |"
+        f" {row['peak_gib']:.1f} GiB | {_share(row['mfu'])} | {compiled} | {row['loss'][0]:.3f},"
+        f" {row['loss'][1]:.3f} |"
     )
 
 
@@ -135,7 +144,8 @@ def listed(text: str, name: str, columns: Columns) -> str:
     """
     rows = lines(name)
     where = "; ".join(
-        f"{device}, jax {jax}" for device, jax in dict.fromkeys((row["device"], row["jax"]) for row in rows)
+        f"{device}, jax {jax}"
+        for device, jax in dict.fromkeys((row["device"], row["jax"]) for row in rows)
     )
     table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     table += [f"| {' | '.join(str(of(row)) for of in columns.values())} |" for row in rows]
@@ -153,11 +163,15 @@ predicts for one GPU by arithmetic, the memory that XLA reports for the compiled
 `benchmarks.step` measured.
 """
 MEMORY_COLUMNS: Columns = {
-    "shape": lambda row: row["shape"], "tokens": lambda row: f"{row['batch']} x {row['length']}", "base": _base,
-    "remat": lambda row: row["remat"], "predicted": lambda row: f"{row['predicted_gib']:.2f} GiB",
-    "compiled": lambda row: f"{row['compiled_gib']:.2f} GiB", "measured": lambda row: f"{row['measured_gib']:.2f} GiB",
+    "shape": lambda row: row["shape"],
+    "tokens": lambda row: f"{row['batch']} x {row['length']}",
+    "base": _base,
+    "remat": lambda row: row["remat"],
+    "predicted": lambda row: f"{row['predicted_gib']:.2f} GiB",
+    "compiled": lambda row: f"{row['compiled_gib']:.2f} GiB",
+    "measured": lambda row: f"{row['measured_gib']:.2f} GiB",
     "predicted / measured": lambda row: f"{row['predicted_by_measured']:.3f}",
-}  # fmt: skip
+}
 
 
 def _share(of: float | None) -> str:
@@ -170,40 +184,54 @@ WARM = """## The first step, with cached programs
 including Python's imports and the creation of random weights; of these, tracing and reading the compiled program.
 """
 WARM_COLUMNS: Columns = {
-    "shape": lambda row: row["shape"], "base": _base, "remat": lambda row: row["remat"],
-    "tracing": lambda row: f"{row['trace_s']} s", "reading": lambda row: f"{row['compile_s']} s",
+    "shape": lambda row: row["shape"],
+    "base": _base,
+    "remat": lambda row: row["remat"],
+    "tracing": lambda row: f"{row['trace_s']} s",
+    "reading": lambda row: f"{row['compile_s']} s",
     "first step": lambda row: f"{row['first_step_s']} s",
-}  # fmt: skip
+}
 LONGEST = """## The longest row that trains
 
 `python -m benchmarks.longest`: batch 1, LoRA of rank 16. The length is derived from the programs of two shorter rows,
 and trained on for one step.
 """
 LONGEST_COLUMNS: Columns = {
-    "budget": lambda row: f"{row['budget_gb']:.0f} GB", "shape": lambda row: row["shape"], "base": _base,
-    "remat": lambda row: row["remat"], "tokens": lambda row: f"{row['length']:,}", "peak": lambda row: f"{row['peak_gb']:.1f} GB",
-    "step": lambda row: f"{row['step_s']:.0f} s", "device": lambda row: row["device"],
-}  # fmt: skip
+    "budget": lambda row: f"{row['budget_gb']:.0f} GB",
+    "shape": lambda row: row["shape"],
+    "base": _base,
+    "remat": lambda row: row["remat"],
+    "tokens": lambda row: f"{row['length']:,}",
+    "peak": lambda row: f"{row['peak_gb']:.1f} GB",
+    "step": lambda row: f"{row['step_s']:.0f} s",
+    "device": lambda row: row["device"],
+}
 HEAD_LOSS = """## The loss of a large vocabulary
 
 `python -m benchmarks.head_loss`: the memory and time of the head and the loss, beyond hidden states and head, forward
 and backward: in chunks as runs compute it, and with the whole logits.
 """
 HEAD_LOSS_COLUMNS: Columns = {
-    "way": lambda row: row["way"], "vocabulary": lambda row: f"{row['vocab']:,}", "tokens": lambda row: f"{row['tokens']:,}",
-    "temporaries": lambda row: f"{row['temporaries_gib']:.2f} GiB", "peak above": lambda row: f"{row['peak_gib']:.2f} GiB",
+    "way": lambda row: row["way"],
+    "vocabulary": lambda row: f"{row['vocab']:,}",
+    "tokens": lambda row: f"{row['tokens']:,}",
+    "temporaries": lambda row: f"{row['temporaries_gib']:.2f} GiB",
+    "peak above": lambda row: f"{row['peak_gib']:.2f} GiB",
     "time": lambda row: f"{row['ms']:.0f} ms",
-}  # fmt: skip
+}
 ATTENTION = """## Attention
 
 `python -m benchmarks.attention`: 4 x 2048 tokens, 32 heads of 128 numbers, 8 key heads; forward, and with the gradient.
 The error is relative to `xla` in float32.
 """
 ATTENTION_COLUMNS: Columns = {
-    "mask": lambda row: row["mask"], "kernel": lambda row: row["kernel"], "forward": lambda row: f"{row['forward_ms']:.2f} ms",
-    "both": lambda row: f"{row['both_ms']:.2f} ms", "error": lambda row: f"{row['error_values']:.2%}",
+    "mask": lambda row: row["mask"],
+    "kernel": lambda row: row["kernel"],
+    "forward": lambda row: f"{row['forward_ms']:.2f} ms",
+    "both": lambda row: f"{row['both_ms']:.2f} ms",
+    "error": lambda row: f"{row['error_values']:.2%}",
     "error of gradients": lambda row: f"{row['error_gradients']:.2%}",
-}  # fmt: skip
+}
 LORA = """## The product with a low-rank update
 
 `python -m benchmarks.lora_product`: linear sites that read one input, 8192 rows, rank 16, forward and backward: site by
@@ -211,9 +239,12 @@ site, jointly as runs compute them, or with kernels to which the update is added
 the contribution of an update of a thousandth of the kernel to the outputs: merged kernels lose most of it in bfloat16.
 """
 LORA_COLUMNS: Columns = {
-    "base": _base, "sites": lambda row: row["sites"], "way": lambda row: row["way"],
-    "time": lambda row: f"{row['ms']:.2f} ms", "error of the update": lambda row: f"{row['update_error']:.1%}",
-}  # fmt: skip
+    "base": _base,
+    "sites": lambda row: row["sites"],
+    "way": lambda row: row["way"],
+    "time": lambda row: f"{row['ms']:.2f} ms",
+    "error of the update": lambda row: f"{row['update_error']:.1%}",
+}
 
 
 GRADIENTS = """## Gradients in bfloat16
@@ -228,14 +259,21 @@ same base, over all trained leaves together, on a CPU, which computes fp8 in bfl
 
 def gradients(name: str) -> str:
     """Write the table of `benchmarks.gradients`."""
-    rows = [f"| {r['base']} | {r['error']:.2%} | {r['loss']:.4f} | {r['loss_float32']:.4f} |" for r in lines(name)]
+    rows = [
+        f"| {r['base']} | {r['error']:.2%} | {r['loss']:.4f} | {r['loss_float32']:.4f} |"
+        for r in lines(name)
+    ]
     return GRADIENTS + "\n".join([*rows, ""])
 
 
 def quality(*names: str) -> str:
     """Write the tables of `benchmarks.quality train`, one a task of each file."""
     files = [lines(name) for name in names]
-    tasks = [[row for row in rows if row["task"] == task] for rows in files for task in _each(rows, "task")]
+    tasks = [
+        [row for row in rows if row["task"] == task]
+        for rows in files
+        for task in _each(rows, "task")
+    ]
     return "\n".join([QUALITY, *map(_task, tasks)])
 
 
@@ -245,7 +283,8 @@ def _task(rows: list[dict[str, Any]]) -> str:
     figures = _figures(one)
     titles = [title for name in figures for title in (name, "- none")]
     where = (
-        f"{one['task']}, {one['model']}: {one['steps']} steps of {one['rows']} rows, up to {one['max_length']} tokens"
+        f"{one['task']}, {one['model']}: {one['steps']} steps of {one['rows']} rows, up to"
+        f" {one['max_length']} tokens"
     )
     seeds = ", ".join(map(str, _each(rows, "seed")))
     dtype = f", in {one['dtype']}" if "dtype" in one else ""
@@ -254,7 +293,15 @@ def _task(rows: list[dict[str, Any]]) -> str:
         cells = [cell for of in figures.values() for cell in _cells(rows, form, of)]
         table.append(f"| {' | '.join([form, *cells])} |")
     return "\n".join(
-        [f"{where}, rank {one['rank']}{dtype}, seeds {seeds}; {one['device']}, jax {one['jax']}.", "", *table, ""]
+        [
+            (
+                f"{where}, rank {one['rank']}{dtype}, seeds {seeds}; {one['device']}, jax"
+                f" {one['jax']}."
+            ),
+            "",
+            *table,
+            "",
+        ]
     )
 
 
@@ -266,11 +313,17 @@ def _figures(row: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], 
     return {"accuracy": lambda row: row["after"]["accuracy"], **after}
 
 
-def _cells(rows: list[dict[str, Any]], form: str, of: Callable[[Mapping[str, Any]], float]) -> tuple[str, str]:
+def _cells(
+    rows: list[dict[str, Any]], form: str, of: Callable[[Mapping[str, Any]], float]
+) -> tuple[str, str]:
     """Write a figure of one format, and its difference from that of `none` with the same seed."""
-    here, none = ({row["seed"]: of(row) for row in rows if row["format"] == name} for name in (form, "none"))
+    here, none = (
+        {row["seed"]: of(row) for row in rows if row["format"] == name} for name in (form, "none")
+    )
     apart = [value - none[seed] for seed, value in here.items() if seed in none]
-    return _over_seeds(list(here.values())), "" if form == "none" or not apart else _over_seeds(apart, "+")
+    return _over_seeds(list(here.values())), (
+        "" if form == "none" or not apart else _over_seeds(apart, "+")
+    )
 
 
 def _over_seeds(values: list[float], sign: str = "") -> str:
@@ -285,22 +338,47 @@ def _each(rows: list[dict[str, Any]], key: str) -> list[Any]:
 def error(name: str) -> str:
     """Write the table of `benchmarks.quality error`."""
     rows = lines(name)
-    count = {row["model"]: f"{row['model']}, {row['kernels']} kernels of {row['weights']:,} weights" for row in rows}
+    count = {
+        row["model"]: f"{row['model']}, {row['kernels']} kernels of {row['weights']:,} weights"
+        for row in rows
+    }
     table = [
-        "| model | format | blocks | bytes | error | normal | expected | mean error | normal | expected |",
+        (
+            "| model | format | blocks | bytes | error | normal | expected | mean error | normal |"
+            " expected |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(
-        [ERROR, f"{'; '.join(count.values())}; jax {rows[0]['jax']}.", "", *table, *map(_error_row, rows), ""]
+        [
+            ERROR,
+            f"{'; '.join(count.values())}; jax {rows[0]['jax']}.",
+            "",
+            *table,
+            *map(_error_row, rows),
+            "",
+        ]
     )
 
 
 def _error_row(row: Mapping[str, Any]) -> str:
-    blocks = ", ".join(f"{n_in}: {block}" for n_in, block in sorted(row["blocks"].items(), key=lambda one: int(one[0])))
-    wide = [f"{of['median']:.2%} ({of['min']:.2%} to {of['max']:.2%})" for of in (row["rms"], row["normal_rms"])]
-    means = [f"{row[name]['median']:.2%}" for name in ("absolute", "normal_absolute", "expected_absolute")]
+    blocks = ", ".join(
+        f"{n_in}: {block}"
+        for n_in, block in sorted(row["blocks"].items(), key=lambda one: int(one[0]))
+    )
+    wide = [
+        f"{of['median']:.2%} ({of['min']:.2%} to {of['max']:.2%})"
+        for of in (row["rms"], row["normal_rms"])
+    ]
+    means = [
+        f"{row[name]['median']:.2%}"
+        for name in ("absolute", "normal_absolute", "expected_absolute")
+    ]
     cells = [*wide, f"{row['expected_rms']['median']:.2%}", *means]
-    return f"| {row['model']} | {row['format']} | {blocks} | {row['bytes_a_weight']:.3f} | {' | '.join(cells)} |"
+    return (
+        f"| {row['model']} | {row['format']} | {blocks} | {row['bytes_a_weight']:.3f} |"
+        f" {' | '.join(cells)} |"
+    )
 
 
 SHARDS = """## Loading into shards
@@ -325,10 +403,15 @@ def shard_loading(name: str) -> str:
 
 def _shard_row(row: Mapping[str, Any]) -> str:
     cells = [
-        row["way"], "bf16" if row["quant"] == "none" else row["quant"], "scanned" if row["scan_layers"] else "unrolled",
-        str(row["processes"]), *(f"{row[key]:.0f} MB" for key in ("read_mb", "part_mb")), f"{row['read_over_part']:.3f}",
-        *(f"{row[key]:.0f} MB" for key in ("largest_mb", "above_mb")), *(f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds")),
-    ]  # fmt: skip
+        row["way"],
+        "bf16" if row["quant"] == "none" else row["quant"],
+        "scanned" if row["scan_layers"] else "unrolled",
+        str(row["processes"]),
+        *(f"{row[key]:.0f} MB" for key in ("read_mb", "part_mb")),
+        f"{row['read_over_part']:.3f}",
+        *(f"{row[key]:.0f} MB" for key in ("largest_mb", "above_mb")),
+        *(f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds")),
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -347,7 +430,10 @@ def segments(name: str) -> str:
     """Write the table of `benchmarks.segments`."""
     ways = [f"{way}_{state}" for state in ("warm", "cold") for way in ("calls", "mapped", "whole")]
     sizes = ("row_bytes", "part_bytes")
-    rows = [[*(f"{row[key]:,} B" for key in sizes), *(f"{row[way]:.2f}" for way in ways)] for row in lines(name)]
+    rows = [
+        [*(f"{row[key]:,} B" for key in sizes), *(f"{row[way]:.2f}" for way in ways)]
+        for row in lines(name)
+    ]
     return SEGMENTS + "\n".join([*(f"| {' | '.join(cells)} |" for cells in rows), ""])
 
 

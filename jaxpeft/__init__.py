@@ -1,7 +1,7 @@
 """jaxpeft: parameter-efficient fine-tuning of pretrained models in JAX.
 
-A fine-tuning method is a pure function that rewrites a Flax parameter tree, and everything else is a pure function over
-that same tree:
+A fine-tuning method is a pure function that rewrites a Flax parameter tree, and everything else is
+a pure function over that same tree:
 
     model, params = jaxpeft.load("path/to/model", task="causal_lm")
     method = jaxpeft.LoRA(rank=8, alpha=16, targets="all-linear")
@@ -93,19 +93,28 @@ _WHERE = {
     "METHODS": "methods",
 }
 
-_RENAMED = {"quantise": "quantize", "dequantise": "dequantize", "merge_quantised": "merge_quantized"}
+_RENAMED = {
+    "quantise": "quantize",
+    "dequantise": "dequantize",
+    "merge_quantised": "merge_quantized",
+}
 """Public names of versions before 0.2, which still work."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use: `jaxpeft.train` checks a config before JAX is imported.
+    """Import a public name at its first use: `jaxpeft.train` checks a config before JAX is
+    imported.
 
     Raises:
-        AttributeError: there is no such name. Python asks for a submodule here too, before it imports it, so what cannot be
-            the name of a class imports nothing.
+        AttributeError: there is no such name. Python asks for a submodule here too, before it
+            imports it, so what cannot be the name of a class imports nothing.
     """
     if name in _RENAMED:
-        warnings.warn(f"jaxpeft.{name} is called jaxpeft.{_RENAMED[name]} now", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            f"jaxpeft.{name} is called jaxpeft.{_RENAMED[name]} now",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         name = _RENAMED[name]
     if name in _WHERE:
         return getattr(importlib.import_module(f"jaxpeft.{_WHERE[name]}"), name)
@@ -122,4 +131,6 @@ def __dir__() -> list[str]:
 
 def _methods() -> dict[str, Any]:
     """Return the classes of the methods by their names, which the table of methods alone knows."""
-    return {cls.__name__: cls for cls in importlib.import_module("jaxpeft.methods").METHODS.values()}
+    return {
+        cls.__name__: cls for cls in importlib.import_module("jaxpeft.methods").METHODS.values()
+    }

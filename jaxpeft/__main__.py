@@ -1,4 +1,4 @@
-"""`python -m jaxpeft`, also installed as `jaxpeft`: lists the commands, and runs one: `jaxpeft train --config configs/NAME.py`."""
+"""List the commands, and run one: `python -m jaxpeft`, also installed as `jaxpeft`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = words
     if name not in VERBS:
         sys.stderr.write(
-            f"jaxpeft: {cut(name)!r}: no such command{nearest(name, VERBS)}; `jaxpeft --help` lists them\n"
+            f"jaxpeft: {cut(name)!r}: no such command{nearest(name, VERBS)}; `jaxpeft --help` lists"
+            " them\n"
         )
         return 2
     return command_line(name).main(rest)

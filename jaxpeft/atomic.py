@@ -1,4 +1,6 @@
-"""Files and folders that are there whole or not at all: written under another name beside their place, then renamed."""
+"""Files and folders that are there whole or not at all: written under another name beside their
+place, then renamed.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,17 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, *, unique: bool = False) -> Generator[Path]:
-    """Yield where to write a file or a folder, which gets its name at the end; after a failure nothing is left.
+    """Yield where to write a file or a folder, which gets its name at the end; after a failure
+    nothing is left.
 
     Args:
         path: its place.
-        unique: whether other processes may write it at the same time; else what one that was killed has left is written over.
+        unique: whether other processes may write it at the same time; else what one that was killed
+            has left is written over.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp" if unique else f".{path.name}.tmp")
+    temporary = path.with_name(
+        f".{path.name}.{secrets.token_hex(4)}.tmp" if unique else f".{path.name}.tmp"
+    )
     try:
         yield temporary
         temporary.replace(path)

@@ -12,7 +12,8 @@ OFF = "off"
 def folder() -> Path | None:
     """Return the folder of all caches, None where there is to be none.
 
-    It is that of the environment's `JAXPEFT_CACHE`, `off` for none; else `jaxpeft` in `XDG_CACHE_HOME`, else `~/.cache/jaxpeft`.
+    It is that of the environment's `JAXPEFT_CACHE`, `off` for none; else `jaxpeft` in
+    `XDG_CACHE_HOME`, else `~/.cache/jaxpeft`.
     """
     named = os.environ.get(VARIABLE)
     if named == OFF:

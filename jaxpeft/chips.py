@@ -17,14 +17,15 @@ class Chip:
         name: in `--topology`.
         platform: `tpu`, `cuda` or `cpu`.
         kind: a part of JAX's `device_kind`.
-        memory: bytes that a program may take: of a TPU what its compiler allows (it says so where a program does not fit), of a GPU
-            what JAX reserves.
+        memory: bytes that a program may take: of a TPU what its compiler allows (it says so where a
+            program does not fit), of a GPU what JAX reserves.
         flops: dense bfloat16 FLOP/s; None where they are not known, and so below.
         bandwidth: bytes/s of its memory.
         link: bytes/s one way of one link to a neighbor.
-        links: how many links. A TPU has two along each axis of its torus; a GPU's go into one switch.
-        wraps: an axis of a slice of a multiple of so many chips is a ring, others are lines, all axes where one of three is; 0 for a
+        links: how many links. A TPU has two along each axis of its torus; a GPU's go into one
             switch.
+        wraps: an axis of a slice of a multiple of so many chips is a ring, others are lines, all
+            axes where one of three is; 0 for a switch.
         largest: how long the axes of its torus can be, ascending; empty for a switch.
         outside: bytes/s one way, a chip, of the network between slices or hosts.
         host: how many chips a switch joins, 0 for a torus.
@@ -50,52 +51,143 @@ _CLOUD = "https://cloud.google.com/tpu/docs/"
 _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 _COMPILER = "memory: the limit that libtpu 0.0.52 names where a program does not fit"
 _LINKS = "; a link has that bandwidth divided by its ports, half of it each way"
-_RESERVED = "memory: its capacity, of which JAX reserves a share (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default)"
+_RESERVED = (
+    "memory: its capacity, of which JAX reserves a share (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by"
+    " default)"
+)
 _NETWORK = "outside: one 400 Gb/s adapter a GPU, as in NVIDIA's DGX systems"
 
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
         Chip(
-            "v5e", "tpu", "TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 50e9, 4, 16, 3.1e9, largest=(16, 16),
-            sources=(f"{_CLOUD}v5e: 197 TFLOPs, 819 GBps, ICI 400 GBps over 4 ports, 6.4 Tbps outside a pod of 256{_LINKS}", _COMPILER),
-        ),
-        Chip(
-            "v5p", "tpu", "TPU v5", 95.73 * GIB, 459e12, 2765e9, 100e9, 6, 4, 6.2e9, largest=(16, 20, 28),
-            sources=(f"{_CLOUD}v5p: 459 TFLOPs, 2765 GBps, ICI 1200 GBps over 6 ports, 50 Gbps outside a chip{_LINKS}", _COMPILER),
-        ),
-        Chip(
-            "v6e", "tpu", "TPU v6 lite", 31.24 * GIB, 918e12, 1638e9, 100e9, 4, 16, 12.5e9, largest=(16, 16),
+            "v5e",
+            "tpu",
+            "TPU v5 lite",
+            15.75 * GIB,
+            197e12,
+            819e9,
+            50e9,
+            4,
+            16,
+            3.1e9,
+            largest=(16, 16),
             sources=(
-                f"{_CLOUD}v6e: 918 TFLOPs, 1638 GBps, ICI 800 GBps over 4 ports{_LINKS}", _COMPILER,
+                (
+                    f"{_CLOUD}v5e: 197 TFLOPs, 819 GBps, ICI 400 GBps over 4 ports, 6.4 Tbps"
+                    f" outside a pod of 256{_LINKS}"
+                ),
+                _COMPILER,
+            ),
+        ),
+        Chip(
+            "v5p",
+            "tpu",
+            "TPU v5",
+            95.73 * GIB,
+            459e12,
+            2765e9,
+            100e9,
+            6,
+            4,
+            6.2e9,
+            largest=(16, 20, 28),
+            sources=(
+                (
+                    f"{_CLOUD}v5p: 459 TFLOPs, 2765 GBps, ICI 1200 GBps over 6 ports, 50 Gbps"
+                    f" outside a chip{_LINKS}"
+                ),
+                _COMPILER,
+            ),
+        ),
+        Chip(
+            "v6e",
+            "tpu",
+            "TPU v6 lite",
+            31.24 * GIB,
+            918e12,
+            1638e9,
+            100e9,
+            4,
+            16,
+            12.5e9,
+            largest=(16, 16),
+            sources=(
+                f"{_CLOUD}v6e: 918 TFLOPs, 1638 GBps, ICI 800 GBps over 4 ports{_LINKS}",
+                _COMPILER,
                 "outside: 100 Gb/s a chip, an assumption",
             ),
         ),
         Chip(
-            "h100", "cuda", "H100", 80e9, 989e12, 3350e9, 25e9, 18, 0, 50e9, 8,
-            sources=(f"{_NVIDIA}h100/: SXM, 80 GB, 989 TFLOPS dense, 3.35 TB/s, NVLink 900 GB/s both ways", _RESERVED, _NETWORK),
+            "h100",
+            "cuda",
+            "H100",
+            80e9,
+            989e12,
+            3350e9,
+            25e9,
+            18,
+            0,
+            50e9,
+            8,
+            sources=(
+                (
+                    f"{_NVIDIA}h100/: SXM, 80 GB, 989 TFLOPS dense, 3.35 TB/s, NVLink 900 GB/s both"
+                    " ways"
+                ),
+                _RESERVED,
+                _NETWORK,
+            ),
         ),
         Chip(
-            "h200", "cuda", "H200", 141e9, 989e12, 4800e9, 25e9, 18, 0, 50e9, 8,
-            sources=(f"{_NVIDIA}h200/: SXM, 141 GB, 989 TFLOPS dense, 4.8 TB/s, NVLink 900 GB/s both ways", _RESERVED, _NETWORK),
+            "h200",
+            "cuda",
+            "H200",
+            141e9,
+            989e12,
+            4800e9,
+            25e9,
+            18,
+            0,
+            50e9,
+            8,
+            sources=(
+                (
+                    f"{_NVIDIA}h200/: SXM, 141 GB, 989 TFLOPS dense, 4.8 TB/s, NVLink 900 GB/s both"
+                    " ways"
+                ),
+                _RESERVED,
+                _NETWORK,
+            ),
         ),
-        Chip("cpu", "cpu", "cpu", sources=("nothing is known of a CPU's figures: give its memory with --hbm",)),
+        Chip(
+            "cpu",
+            "cpu",
+            "cpu",
+            sources=("nothing is known of a CPU's figures: give its memory with --hbm",),
+        ),
     )
-}  # fmt: skip
+}
 """Every chip that can be planned for, by its name in `--topology`."""
 _SHEET = "the vendor's data sheet"
 _OTHERS = tuple(
     Chip(name, platform, kind, flops=flops, sources=(_SHEET,))
     for name, platform, kind, flops in (
-        ("v4", "tpu", "TPU v4", 275e12), ("v7x", "tpu", "TPU7x", 2307e12), ("a100", "cuda", "A100", 312e12),
-        ("b200", "cuda", "B200", 2250e12), ("l4", "cuda", "L4", 121e12), ("l40s", "cuda", "L40S", 362e12),
+        ("v4", "tpu", "TPU v4", 275e12),
+        ("v7x", "tpu", "TPU7x", 2307e12),
+        ("a100", "cuda", "A100", 312e12),
+        ("b200", "cuda", "B200", 2250e12),
+        ("l4", "cuda", "L4", 121e12),
+        ("l40s", "cuda", "L40S", 362e12),
     )
-)  # fmt: skip
+)
 """Chips of which no more is said than their FLOP/s."""
 _KINDS: Mapping[str, Chip] = {
     **{chip.kind: chip for chip in (*CHIPS.values(), *_OTHERS)},
-    "TPU v5e": CHIPS["v5e"], "TPU v5p": CHIPS["v5p"], "TPU v6e": CHIPS["v6e"],
-}  # fmt: skip
+    "TPU v5e": CHIPS["v5e"],
+    "TPU v5p": CHIPS["v5p"],
+    "TPU v6e": CHIPS["v6e"],
+}
 """Every chip by a part of JAX's `device_kind`; of some there are two."""
 
 
@@ -114,7 +206,9 @@ def usable(chip: Chip, given: float | None) -> float | None:
         given: GiB that the caller allows; None for what the chip has.
     """
     if given is not None:  # more than a TPU's compiler allows it will not take
-        return min(given * GIB, chip.memory) if chip.platform == "tpu" and chip.memory else given * GIB
+        return (
+            min(given * GIB, chip.memory) if chip.platform == "tpu" and chip.memory else given * GIB
+        )
     if chip.memory is None or chip.platform != "cuda":
         return chip.memory
     return chip.memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))

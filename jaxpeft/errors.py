@@ -1,4 +1,6 @@
-"""The errors that jaxpeft raises at its users: each lists every problem found, one a line, with the fix."""
+"""The errors that jaxpeft raises at its users: each lists every problem found, one a line, with the
+fix.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,14 @@ class JaxpeftError(Exception):
     """A refusal with one or more problems.
 
     Args:
-        problems: one string a problem, each naming the field, the value, the file and the fix; one string is one problem.
+        problems: one string a problem, each naming the field, the value, the file and the fix; one
+            string is one problem.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
         super().__init__("\n".join(self.problems))
 
 
@@ -74,7 +79,10 @@ def shown(value: object, most: int = 80) -> str:
     """
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists in lists
+    except (
+        ValueError,
+        RecursionError,
+    ):  # a whole number of thousands of digits; lists in lists in lists
         return f"{type(value).__name__} that is too large to be shown"
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
@@ -87,12 +95,17 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
         known: what could have been meant.
         n: how many names to offer at most.
     """
-    near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5) if len(name) <= _LONGEST_NAME else []
+    near = (
+        difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+        if len(name) <= _LONGEST_NAME
+        else []
+    )
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def cut(text: str, most: int = 80) -> str:
-    """Return a text for a message: in quotes where it has what cannot be printed, and cut where it is long.
+    """Return a text for a message: in quotes where it has what cannot be printed, and cut where it
+    is long.
 
     Args:
         text: a name, a path or what an error says.

@@ -32,24 +32,29 @@ def apply(
     Args:
         model: what `load` gave, or any Linen or NNX module.
         params: its parameters, rewritten or not.
-        *args: of a model that `load` gave, `input_ids` and `attention_mask`, both `[batch, length]`: integer token ids, and 1
-            for a token and 0 for padding; of another module whatever it is called with.
+        *args: of a model that `load` gave, `input_ids` and `attention_mask`, both `[batch,
+            length]`: integer token ids, and 1 for a token and 0 for padding; of another module
+            whatever it is called with.
         rngs: `{"dropout": key}` makes this a training call; None computes without dropout.
-        adapter: for a tree whose adapter leaves are a bank (`jaxpeft.bank`): the number of the adapter to compute with, or
-            `[batch]`, one for each row.
-        **kw: further inputs of the model, such as `token_type_ids`, `position_ids`, `segment_ids`; `variables`, other
-            collections of another module, such as `batch_stats`; `mutable`, the names of collections to give beside the
-            result; and, for another module, what else `flax.linen.Module.apply` takes.
+        adapter: for a tree whose adapter leaves are a bank (`jaxpeft.bank`): the number of the
+            adapter to compute with, or `[batch]`, one for each row.
+        **kw: further inputs of the model, such as `token_type_ids`, `position_ids`, `segment_ids`;
+            `variables`, other collections of another module, such as `batch_stats`; `mutable`, the
+            names of collections to give beside the result; and, for another module, what else
+            `flax.linen.Module.apply` takes.
 
     Returns:
-        Logits, float32: `[batch, length, vocab]` (causal_lm), `[batch, num_labels]` (sequence_classification),
-        `[batch, length, num_labels]` (token_classification); or hidden states `[batch, length, d]` (encoder).
+        Logits, float32: `[batch, length, vocab]` (causal_lm), `[batch, num_labels]`
+            (sequence_classification),
+        `[batch, length, num_labels]` (token_classification); or hidden states `[batch, length, d]`
+        (encoder).
 
     Raises:
-        DataError: the shapes are not `[batch, length]`, token ids lie outside the vocabulary, which an embedding look-up would
-            not notice, or a mask holds anything but 0 and 1. Of traced arrays shapes and dtypes alone are checked.
-        ConfigError: a leaf of the parameters is not the model's, or no array of floats; or a module that holds adapter leaves is of
-            a type that their method cannot adapt.
+        DataError: the shapes are not `[batch, length]`, token ids lie outside the vocabulary, which
+            an embedding look-up would not notice, or a mask holds anything but 0 and 1. Of traced
+            arrays shapes and dtypes alone are checked.
+        ConfigError: a leaf of the parameters is not the model's, or no array of floats; or a module
+            that holds adapter leaves is of a type that their method cannot adapt.
     """
     asked = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
     inputs.require_tree(model, params)
@@ -82,14 +87,18 @@ def run(
     asked = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
     rows = None if adapter is None else jnp.asarray(adapter, jnp.int32)
     hooks = Hooks(
-        {**sites.MARKERS, **MARKERS}, {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)}, rows
+        {**sites.MARKERS, **MARKERS},
+        {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)},
+        rows,
     )
     if isinstance(model, nnx.Module):
         return nnx_trees.run(model, params, hooks, (rngs or {}).get("dropout"), args, kw)
     variables = {"params": params, **kw.pop("variables", {})}
     try:
         with nn.intercept_methods(interceptor(hooks)):
-            return model.apply(variables, *args, rngs=dict(rngs) if rngs else None, method=method, **asked, **kw)
+            return model.apply(
+                variables, *args, rngs=dict(rngs) if rngs else None, method=method, **asked, **kw
+            )
     except JaxpeftError:
         raise
     except inputs.FAILURES as error:

@@ -1,7 +1,7 @@
 """What a model is called with: refused where it cannot be right, by its name and place.
 
-Shapes and dtypes are checked always, numbers where they are at hand: of a traced array, or one that lies on other hosts as well,
-they are not.
+Shapes and dtypes are checked always, numbers where they are at hand: of a traced array, or one that
+lies on other hosts as well, they are not.
 """
 
 from __future__ import annotations
@@ -28,15 +28,23 @@ from jaxpeft.models.base import Pretrained, abstract_params
 
 FAILURES = (FlaxError, TypeError, ValueError, KeyError, AttributeError)
 """What Flax and JAX raise where parameters are not a module's own."""
-_TABLES = {"token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings", "segment_ids": None}
-"""The further inputs of a model, and the field of its config that says how many rows the table has which they look up."""
+_TABLES = {
+    "token_type_ids": "type_vocab_size",
+    "position_ids": "max_position_embeddings",
+    "segment_ids": None,
+}
+"""The further inputs of a model, and the field of its config that says how many rows the table has
+which they look up.
+"""
 
 _FEW_BITS = frozenset(name for form in QUANTIZED.values() for name in form.leaves)
 """The leaves of a module whose kernel is quantized."""
 _OF_ANOTHER = "; these are another model's parameters: give those that were loaded or made with it"
 
 
-def checked(model: Pretrained, args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def checked(
+    model: Pretrained, args: tuple[Any, ...], kw: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the inputs of a pretrained model as arrays.
 
     Args:
@@ -49,7 +57,10 @@ def checked(model: Pretrained, args: tuple[Any, ...], kw: dict[str, Any]) -> tup
     """
     named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kw
     if len(args) > 2 or "input_ids" not in named:
-        raise DataError(f"apply takes input_ids and an attention_mask, and others by name; {len(args)} were given")
+        raise DataError(
+            f"apply takes input_ids and an attention_mask, and others by name; {len(args)} were"
+            " given"
+        )
     ids = _token_ids(model, named.pop("input_ids"))
     mask = named.pop("attention_mask", None)
     first = (ids,) if mask is None else (ids, _mask(mask, ids))
@@ -62,12 +73,16 @@ def _array(name: str, value: Any) -> Any:
     try:
         return np.asarray(value)
     except ValueError:
-        raise DataError(f"{name}: the rows differ in length; pad them, and give an attention_mask") from None
+        raise DataError(
+            f"{name}: the rows differ in length; pad them, and give an attention_mask"
+        ) from None
 
 
 def _numbers(array: Any) -> np.ndarray[Any, Any] | None:
     """Return the numbers of an array, None where they are not at hand."""
-    if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+    if isinstance(array, jax.core.Tracer) or (
+        isinstance(array, jax.Array) and not array.is_fully_addressable
+    ):
         return None
     return np.asarray(array)
 
@@ -76,10 +91,13 @@ def _token_ids(model: Pretrained, given: Any) -> Any:
     ids = _array("input_ids", given)
     if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise DataError(
-            f"input_ids: must be integers [batch, length], none of them 0, are {ids.dtype} {list(ids.shape)}"
+            f"input_ids: must be integers [batch, length], none of them 0, are {ids.dtype}"
+            f" {list(ids.shape)}"
         )
     vocab = getattr(model.config, "vocab_size", None)
-    _require_within("input_ids", ids, vocab, f"the vocabulary of {vocab}; is this the model's own tokenizer?")
+    _require_within(
+        "input_ids", ids, vocab, f"the vocabulary of {vocab}; is this the model's own tokenizer?"
+    )
     return jnp.asarray(ids, jnp.int32) if isinstance(ids, np.ndarray) else ids
 
 
@@ -87,30 +105,44 @@ def _mask(given: Any, ids: Any) -> Any:
     mask = _array("attention_mask", given)
     if mask.shape != ids.shape:
         raise DataError(
-            f"attention_mask: has shape {list(mask.shape)}, input_ids has {list(ids.shape)}; they must be equal"
+            f"attention_mask: has shape {list(mask.shape)}, input_ids has {list(ids.shape)}; they"
+            " must be equal"
         )
-    if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer) or jnp.issubdtype(mask.dtype, jnp.floating)):
-        raise DataError(f"attention_mask: must be numbers, 1 for a token and 0 for padding, is {mask.dtype}")
+    if not (
+        mask.dtype == bool
+        or jnp.issubdtype(mask.dtype, jnp.integer)
+        or jnp.issubdtype(mask.dtype, jnp.floating)
+    ):
+        raise DataError(
+            f"attention_mask: must be numbers, 1 for a token and 0 for padding, is {mask.dtype}"
+        )
     numbers = _numbers(mask)
     if numbers is not None and not np.isin(numbers, (0, 1)).all():
         row, place = map(int, np.argwhere(~np.isin(numbers, (0, 1)))[0])
         raise DataError(
-            f"attention_mask: must be 1 for a token and 0 for padding, is {numbers[row, place]} in row {row}, position {place}"
+            f"attention_mask: must be 1 for a token and 0 for padding, is {numbers[row, place]} in"
+            f" row {row}, position {place}"
         )
     return jnp.asarray(mask)
 
 
 def _further(model: Pretrained, name: str, value: Any, ids: Any) -> Any:
-    """Return a further input: its shape and dtype are right, and a look-up in its table would find something."""
+    """Return a further input: its shape and dtype are right, and a look-up in its table would find
+    something.
+    """
     if name not in _TABLES:
         raise DataError(
-            f"apply: {name!r} is no input of the model{nearest(name, _TABLES)} (known: input_ids, attention_mask, {', '.join(_TABLES)})"
+            f"apply: {name!r} is no input of the model{nearest(name, _TABLES)} (known: input_ids,"
+            f" attention_mask, {', '.join(_TABLES)})"
         )
     if value is None:
         return None
     array = _array(name, value)
     if array.ndim != 2 or array.shape[1] != ids.shape[1] or array.shape[0] not in (1, ids.shape[0]):
-        raise DataError(f"{name}: has shape {list(array.shape)}, input_ids has {list(ids.shape)}; they must be equal")
+        raise DataError(
+            f"{name}: has shape {list(array.shape)}, input_ids has {list(ids.shape)}; they must be"
+            " equal"
+        )
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise DataError(f"{name}: must be integers, are {array.dtype}")
     # rotary positions come from no table
@@ -121,7 +153,9 @@ def _further(model: Pretrained, name: str, value: Any, ids: Any) -> Any:
 
 
 def _require_within(name: str, array: Any, size: int | None, what: str) -> None:
-    """Refuse whole numbers that are negative, or not below a size: a look-up would take another row in silence."""
+    """Refuse whole numbers that are negative, or not below a size: a look-up would take another row
+    in silence.
+    """
     numbers = _numbers(array)
     if numbers is None or not numbers.size:
         return
@@ -131,7 +165,8 @@ def _require_within(name: str, array: Any, size: int | None, what: str) -> None:
 
 
 def require_tree(model: Any, params: Any) -> None:
-    """Refuse parameters that no model could compute with, or of which a pretrained one would leave some out in silence.
+    """Refuse parameters that no model could compute with, or of which a pretrained one would leave
+    some out in silence.
 
     Args:
         model: any module.
@@ -146,12 +181,20 @@ def require_tree(model: Any, params: Any) -> None:
     layers = getattr(model.config, "num_hidden_layers", None)
     for path, _ in paths.walk(params):
         for container, key in pairwise(path):
-            if layers and container in paths.LAYER_CONTAINERS and key.isdecimal() and int(key) >= layers:
+            if (
+                layers
+                and container in paths.LAYER_CONTAINERS
+                and key.isdecimal()
+                and int(key) >= layers
+            ):
                 raise ConfigError(
-                    f"{paths.text(path)}: the model has {layers} layers, and these are another model's parameters"
+                    f"{paths.text(path)}: the model has {layers} layers, and these are another"
+                    " model's parameters"
                 )
     # how it is computed changes no leaf
-    options = dataclasses.replace(model.options, remat="none", attention="xla", offload=False, gathered=())
+    options = dataclasses.replace(
+        model.options, remat="none", attention="xla", offload=False, gathered=()
+    )
     plain: Any = model.clone(options=options, source=None)  # pyright does not see that it hashes
     if why := _misfit(_own_leaves(plain), params):
         raise ConfigError(why)
@@ -171,14 +214,22 @@ def require_adapter(params: Mapping[str, Any], adapter: Any | None) -> None:
     if numbers is None:
         return
     if not jnp.issubdtype(numbers.dtype, jnp.integer):
-        raise DataError(f"adapter: must be the number of an adapter of the bank, or one a row, is {shown(adapter)}")
+        raise DataError(
+            "adapter: must be the number of an adapter of the bank, or one a row, is"
+            f" {shown(adapter)}"
+        )
     marked = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] in MARKERS)
-    count = next((leaf.shape[int(paths.layer_axis(path) is not None)] for path, leaf in marked), None)
+    count = next(
+        (leaf.shape[int(paths.layer_axis(path) is not None)] for path, leaf in marked), None
+    )
     _require_within("adapter", numbers, count, f"the bank of {count} adapters")
 
 
-def misfit(model: Any, params: Mapping[str, Any], args: tuple[Any, ...], kw: Mapping[str, Any]) -> str | None:
-    """Return which leaf of the base is not the model's first, after a call that failed; None where all are, or none is known.
+def misfit(
+    model: Any, params: Mapping[str, Any], args: tuple[Any, ...], kw: Mapping[str, Any]
+) -> str | None:
+    """Return which leaf of the base is not the model's first, after a call that failed; None where
+    all are, or none is known.
 
     Args:
         model: a Linen module.
@@ -201,7 +252,8 @@ def _own_leaves(model: Pretrained) -> Mapping[paths.Path, Any]:
 
 
 def _misfit(wanted: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str | None:
-    """Return which leaf is not the model's first: of another shape, missing, or one that a call would leave out in silence.
+    """Return which leaf is not the model's first: of another shape, missing, or one that a call
+    would leave out in silence.
 
     Args:
         wanted: the model's leaves, by their paths.
@@ -210,10 +262,16 @@ def _misfit(wanted: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str 
     held = dict(paths.walk(params))
     for path, leaf in wanted.items():
         if path in held and held[path].shape != leaf.shape:
-            return f"{paths.text(path)}: has shape {list(held[path].shape)}, and the model has {list(leaf.shape)} there{_OF_ANOTHER}"
+            return (
+                f"{paths.text(path)}: has shape {list(held[path].shape)}, and the model has"
+                f" {list(leaf.shape)} there{_OF_ANOTHER}"
+            )
         if path not in held and not _is_stored_otherwise(params, path):
             inner = "; give what lies under 'params'" if set(params) == {"params"} else _OF_ANOTHER
-            return f"{paths.text(path)}: is not there, and the model has {list(leaf.shape)} there{inner}"
+            return (
+                f"{paths.text(path)}: is not there, and the model has {list(leaf.shape)}"
+                f" there{inner}"
+            )
     modules = {path[:n] for path in wanted for n in range(len(path))}
     site = {name for method in METHODS.values() for name in method.leaves.names}
     root = {name for method in METHODS.values() for name in method.leaves.root}
@@ -221,7 +279,10 @@ def _misfit(wanted: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str 
         module, name = path[:-1], path[-1]
         stored = name in _FEW_BITS and (*module, "kernel") in wanted
         if not stored and not (module in modules and name in (site if module else root)):
-            return f"{paths.text(path)}: is no leaf of the model, which would compute without it{_OF_ANOTHER}"
+            return (
+                f"{paths.text(path)}: is no leaf of the model, which would compute without"
+                f" it{_OF_ANOTHER}"
+            )
     return None
 
 

@@ -1,4 +1,6 @@
-"""JSON files from outside: read by one reader, which refuses what no config holds before anything trips over it."""
+"""JSON files from outside: read by one reader, which refuses what no config holds before anything
+trips over it.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        WeightsError: the file is missing, or holds something else; the message gives the line and column.
+        WeightsError: the file is missing, or holds something else; the message gives the line and
+            column.
     """
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; a model folder holds config.json and model.safetensors")
+        raise WeightsError(
+            f"{path}: no such file; a model folder holds config.json and model.safetensors"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise WeightsError(f"{path}: not UTF-8 text at byte {error.start}") from error
     if text.startswith("version https://git-lfs"):
-        raise WeightsError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` in its repository")
+        raise WeightsError(
+            f"{path}: a Git LFS pointer, not the file; run `git lfs pull` in its repository"
+        )
     return parse_json(text, str(path))
 
 
@@ -40,21 +47,29 @@ def parse_json(text: str | bytes, where: str, *, once: bool = False) -> dict[str
         once: whether a key may stand once only in an object.
 
     Raises:
-        WeightsError: it is not JSON or no object, is nested more than 100 levels deep, or holds a whole number of more than 300
-            digits or half of a surrogate pair.
+        WeightsError: it is not JSON or no object, is nested more than 100 levels deep, or holds a
+            whole number of more than 300 digits or half of a surrogate pair.
     """
     try:
-        value: object = json.loads(text, parse_int=_whole_number, object_pairs_hook=_once if once else None)
+        value: object = json.loads(
+            text, parse_int=_whole_number, object_pairs_hook=_once if once else None
+        )
         deep = next((True for level in _levels(value) if level > _LEVELS), False)
         json.dumps("" if deep else value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise WeightsError(f"{where}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from error
+        raise WeightsError(
+            f"{where}:{error.lineno}:{error.colno}: not JSON ({error.msg})"
+        ) from error
     except UnicodeDecodeError as error:
         raise WeightsError(f"{where}: not UTF-8 text at byte {error.start}") from error
     except UnicodeEncodeError as error:
-        raise WeightsError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from error
+        raise WeightsError(
+            f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+        ) from error
     except _NumberError as error:
-        raise WeightsError(f"{where}: holds a whole number of {error} digits; no setting is that large") from error
+        raise WeightsError(
+            f"{where}: holds a whole number of {error} digits; no setting is that large"
+        ) from error
     except _TwiceError as error:
         raise WeightsError(f"{where}: names {error} twice") from error
     except RecursionError:
@@ -94,7 +109,9 @@ def _levels(value: object) -> Iterator[int]:
     waiting: list[tuple[object, int]] = [(value, 1)]
     while waiting:
         one, level = waiting.pop()
-        inside = one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else None
+        inside = (
+            one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else None
+        )
         if inside is not None:
             yield level
             waiting += [(each, level + 1) for each in cast(list[object], inside)]

@@ -1,8 +1,8 @@
 """JAX, imported at first use.
 
-A config is checked, and refused, before JAX is imported: importing it costs about a second and, on a pod, takes the
-accelerator. Modules that must be importable for that check (the methods, for their hyperparameters) take JAX from here;
-everything else imports it as usual.
+A config is checked, and refused, before JAX is imported: importing it costs about a second and, on
+a pod, takes the accelerator. Modules that must be importable for that check (the methods, for their
+hyperparameters) take JAX from here; everything else imports it as usual.
 """
 
 from __future__ import annotations

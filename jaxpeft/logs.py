@@ -1,4 +1,6 @@
-"""Where log lines go: to standard error, as it is when the line is written (a progress bar puts itself in its place)."""
+"""Where log lines go: to standard error, as it is when the line is written (a progress bar puts
+itself in its place).
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def timed(what: str) -> Generator[Callable[[str], None]]:
 
 
 def show() -> None:
-    """Let what is loaded be seen on standard error; a user who has set up logging, or a level, has the say."""
+    """Let what is loaded be seen on standard error; a user who has set up logging, or a level, has
+    the say.
+    """
     logger = logging.getLogger("jaxpeft")
     if logger.handlers or logger.level != logging.NOTSET or logging.getLogger().handlers:
         return

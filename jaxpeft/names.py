@@ -14,7 +14,10 @@ def problem(name: str) -> str | None:
     """Return why a name cannot be a folder's, None where it can."""
     if _NAME.fullmatch(name):
         return None
-    return f"{cut(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
+    return (
+        f"{cut(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or"
+        " a digit"
+    )
 
 
 def folder_named(root: Path, name: str) -> Path:
@@ -31,12 +34,15 @@ def folder_named(root: Path, name: str) -> Path:
         raise ConfigError(f"name {why}")
     folder = root / name
     if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
-        raise ConfigError(f"name {name}: {folder} is a link that leads out of {root}; give another name")
+        raise ConfigError(
+            f"name {name}: {folder} is a link that leads out of {root}; give another name"
+        )
     return folder
 
 
 def require_no_way_out(folder: Path) -> None:
-    """Refuse a folder that holds links to somewhere else: what is written there would land elsewhere.
+    """Refuse a folder that holds links to somewhere else: what is written there would land
+    elsewhere.
 
     Raises:
         ConfigError: naming each link.
@@ -45,9 +51,14 @@ def require_no_way_out(folder: Path) -> None:
         return
     inside = folder.resolve()
     links = [
-        path for path in sorted(folder.iterdir()) if path.is_symlink() and not path.resolve().is_relative_to(inside)
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_symlink() and not path.resolve().is_relative_to(inside)
     ]
     if links:
         raise ConfigError(
-            [f"{path}: a link that leads out of the run's folder, to {path.resolve()}; remove it" for path in links]
+            [
+                f"{path}: a link that leads out of the run's folder, to {path.resolve()}; remove it"
+                for path in links
+            ]
         )

@@ -1,4 +1,5 @@
-"""The policies of remat: what the backward pass of a layer finds again, and what it computes again. Without JAX, for configs.
+"""The policies of remat: what the backward pass of a layer finds again, and what it computes again.
+Without JAX, for configs.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4 (arXiv:1604.06174).
 """
@@ -13,7 +14,9 @@ from jaxpeft.kernels.form import LOW_RANK
 
 Remat = Literal["none", "products", "attention", "full", "offload"]
 ATTENTION, PRODUCT, INPUT = "attention", "product", "input"
-"""What values are marked with (`checkpoint_name`): the result of attention, that of a linear module, and what a layer is given."""
+"""What values are marked with (`checkpoint_name`): the result of attention, that of a linear
+module, and what a layer is given.
+"""
 _ON_THE_WAY = 2
 """Layers whose inputs are on the device where they wait in the host's memory."""
 
@@ -26,7 +29,8 @@ class RematPolicy:
         again: what the backward pass computes again.
         kept: the marks of the values that are kept beside the layers' inputs.
         offloaded: the marks of those that wait in the host's memory.
-        exact: whether no more than that is kept; else as much is, and what differentiation needs beside it.
+        exact: whether no more than that is kept; else as much is, and what differentiation needs
+            beside it.
     """
 
     again: str
@@ -57,9 +61,13 @@ REMAT_POLICIES: Mapping[str, RematPolicy] = {
     "products": RematPolicy(
         "norms and activations; kept are the results of linear modules and of attention", _PRODUCTS
     ),
-    "attention": RematPolicy("all but attention; kept are its results and the layers' inputs", (ATTENTION,)),
+    "attention": RematPolicy(
+        "all but attention; kept are its results and the layers' inputs", (ATTENTION,)
+    ),
     "full": RematPolicy("everything; kept are the layers' inputs"),
-    "offload": RematPolicy("everything; the layers' inputs wait in the host's memory", offloaded=(INPUT,)),
+    "offload": RematPolicy(
+        "everything; the layers' inputs wait in the host's memory", offloaded=(INPUT,)
+    ),
 }
 """Every policy by its name, from the one that keeps most on the device."""
 
@@ -76,6 +84,8 @@ def fastest(nbytes: Callable[[str], float], budget: float) -> str:
 
 
 def stronger(remat: str) -> tuple[str, ...]:
-    """Return the policies that keep less on the device, from the nearest; none for one that uses the host's memory."""
+    """Return the policies that keep less on the device, from the nearest; none for one that uses
+    the host's memory.
+    """
     order = [name for name, policy in REMAT_POLICIES.items() if not policy.offloaded]
     return tuple(order[order.index(remat) + 1 :]) if remat in order else ()

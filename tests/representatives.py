@@ -1,4 +1,6 @@
-"""What `make test` tries of a property that holds for many: one of each kind. The others are slow, for `make test-all`."""
+"""What `make test` tries of a property that holds for many: one of each kind. The others are slow,
+for `make test-all`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ METHODS: Mapping[str, str] = {
     "ln_tuning": "llama",  # leaves of the base are trained
     "mixed": "bert",  # several methods at once
 }
-"""Rows of `tests.conformance.rows`, one for each kind of computation, and the model that each is tried on."""
+"""Rows of `tests.conformance.rows`, one for each kind of computation, and the model that each is
+tried on.
+"""
 
 
 def case(name: str, value: Any, *, quick: bool) -> Any:
@@ -30,7 +34,8 @@ def case(name: str, value: Any, *, quick: bool) -> Any:
 def mark_others(items: Iterable[pytest.Item]) -> None:
     """Mark as slow what `@pytest.mark.representatives(PATTERN, ...)` of its test does not name.
 
-    A pattern is of the ids of parameters, as pytest shows them in brackets. One that names none of them is an error.
+    A pattern is of the ids of parameters, as pytest shows them in brackets. One that names none of
+    them is an error.
     """
     unused: dict[tuple[str, str], bool] = {}
     for item in items:

@@ -26,7 +26,10 @@ def test_every_chip_says_where_its_figures_come_from() -> None:
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_jax_names_every_chip(name: str) -> None:
-    assert chip_of(f"NVIDIA {CHIPS[name].kind} 80GB" if CHIPS[name].host else CHIPS[name].kind) is CHIPS[name]
+    assert (
+        chip_of(f"NVIDIA {CHIPS[name].kind} 80GB" if CHIPS[name].host else CHIPS[name].kind)
+        is CHIPS[name]
+    )
 
 
 def test_two_names_of_a_chip_and_a_name_of_none() -> None:

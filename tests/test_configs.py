@@ -1,4 +1,6 @@
-"""Every file in configs/: it is valid, says how it is run, and its step can be traced from shapes alone."""
+"""Every file in configs/: it is valid, says how it is run, and its step can be traced from shapes
+alone.
+"""
 
 from __future__ import annotations
 
@@ -27,26 +29,54 @@ from jaxpeft.transforms.rewrite import rewrite
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 LABELS = 77
 LLAMA_31_8B: Mapping[str, Any] = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072, "tie_word_embeddings": False, "rope_theta": 500000.0,
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "rope_theta": 500000.0,
     "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
-}  # fmt: skip
+}
 STORIES_260K: Mapping[str, Any] = {
-    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 MINILM: Mapping[str, Any] = {
-    "model_type": "bert", "vocab_size": 30522, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
-    "num_attention_heads": 12, "max_position_embeddings": 512,
-}  # fmt: skip
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
 BERT_BASE: Mapping[str, Any] = {
-    "model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "max_position_embeddings": 512,
-}  # fmt: skip
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
 ABSENT = {
     "imdb_bert_full": BERT_BASE,
     "llama3_8b_lora": LLAMA_31_8B,
@@ -60,7 +90,9 @@ TRAINABLE: Mapping[str, int | Mapping[str, int]] = {
     "imdb_bert_full": 109_541_453,  # the 109,482,240 of bert-base-uncased, and a head of 77 labels
     "stories_lora": 92_480,
     "wikisql_lora": 184_960,  # of twice the rank
-    "llama3_8b_lora": 41_943_040,  # the figure that torch peft prints for rank 16 on all linear layers
+    "llama3_8b_lora": (
+        41_943_040
+    ),  # the figure that torch peft prints for rank 16 on all linear layers
     "compare_banking77": {
         "full": 22_595_021,
         "lora": 693_197,
@@ -76,7 +108,9 @@ TRAINABLE: Mapping[str, int | Mapping[str, int]] = {
 
 
 def model_config(config: Config, name: str) -> Mapping[str, Any]:
-    """Return the model's own config.json where the model is on this machine, and what is known of it elsewhere."""
+    """Return the model's own config.json where the model is on this machine, and what is known of
+    it elsewhere.
+    """
     if name == "llama3_8b_lora":
         return LLAMA_31_8B
     try:
@@ -103,19 +137,30 @@ def runs() -> Iterator[Any]:
         for candidate in config.compare.candidates:
             own, counts = config.run_of(candidate, 0), TRAINABLE[path.stem]
             assert isinstance(counts, Mapping)
-            yield pytest.param(path, own, counts[candidate.title], id=f"{path.stem}-{candidate.title}")
+            yield pytest.param(
+                path, own, counts[candidate.title], id=f"{path.stem}-{candidate.title}"
+            )
 
 
 @pytest.mark.parametrize(("path", "config", "trainable_parameters"), list(runs()))
-def test_the_config_is_valid_and_its_step_can_be_traced(path: Path, config: Config, trainable_parameters: int) -> None:
+def test_the_config_is_valid_and_its_step_can_be_traced(
+    path: Path, config: Config, trainable_parameters: int
+) -> None:
     dtype = jnp.dtype("float32" if config.model.dtype == "auto" else config.model.dtype)
     labels = None if config.model.task == "causal_lm" else LABELS
     remat = "products" if config.model.remat == "auto" else config.model.remat
     options = ModelOptions(
-        config.model.task, labels, dtype, bool(config.model.scan_layers), config.model.pooling, remat
+        config.model.task,
+        labels,
+        dtype,
+        bool(config.model.scan_layers),
+        config.model.pooling,
+        remat,
     )
     model = models.build(model_config(config, path.stem), options)
-    base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
+    base = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model)
+    )
 
     params = jax.eval_shape(lambda tree: rewrite(config.method, tree, jax.random.key(0)), base)
     trainable, frozen = partition(params, trainable_mask(config.method, params))
@@ -130,8 +175,12 @@ def test_the_config_is_valid_and_its_step_can_be_traced(path: Path, config: Conf
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
     assert {name: value.shape for name, value in metrics.items()} == {
-        "loss": (), "weight": (), "grad_norm": (), "broken": (len(jax.tree.leaves(trainable)),), "tokens": (),
-    }  # fmt: skip
+        "loss": (),
+        "weight": (),
+        "grad_norm": (),
+        "broken": (len(jax.tree.leaves(trainable)),),
+        "tokens": (),
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -34,7 +34,9 @@ for statement in sys.stdin.read().splitlines():
     failed.append(os.read(reader, 4096).decode())
 print("\\n".join(filter(None, failed)), end="")
 """
-"""Runs each statement in a process of its own, where nothing of jaxpeft is imported, and other packages are."""
+"""Runs each statement in a process of its own, where nothing of jaxpeft is imported, and other
+packages are.
+"""
 
 
 def modules() -> dict[str, Path]:
@@ -47,7 +49,9 @@ def modules() -> dict[str, Path]:
 
 
 def imported_at_once(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Yield the imports that run when a module is imported: those of functions, and for type checkers alone, do not."""
+    """Yield the imports that run when a module is imported: those of functions, and for type
+    checkers alone, do not.
+    """
     todo: list[ast.AST] = list(ast.parse(path.read_text()).body)
     while todo:
         node = todo.pop()
@@ -60,7 +64,9 @@ def imported_at_once(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def needs(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Return the modules that have to be there before a module is; of the packages around it those that it names."""
+    """Return the modules that have to be there before a module is; of the packages around it those
+    that it names.
+    """
     wanted: set[str] = set()
     for node in imported_at_once(path):
         if isinstance(node, ast.Import):
@@ -70,11 +76,15 @@ def needs(name: str, path: Path, known: dict[str, Path]) -> set[str]:
             wanted |= inside & known.keys()
             wanted |= {str(node.module)} if inside - known.keys() else set()
     around = {".".join(one.split(".")[:n]) for one in wanted for n in range(1, one.count(".") + 1)}
-    return (wanted | {one for one in around if not name.startswith(f"{one}.")}) & known.keys() - {name}
+    return (wanted | {one for one in around if not name.startswith(f"{one}.")}) & known.keys() - {
+        name
+    }
 
 
 def cycles(graph: dict[str, set[str]]) -> list[str]:
-    """Return the modules that are left when those that need none of the rest are taken away, again and again."""
+    """Return the modules that are left when those that need none of the rest are taken away, again
+    and again.
+    """
     left = dict(graph)
     while free := [name for name, wanted in left.items() if not wanted & left.keys()]:
         for name in free:
@@ -86,18 +96,28 @@ def test_no_module_needs_one_that_needs_it() -> None:
     known = modules()
     graph = {name: needs(name, path, known) for name, path in known.items()}
     assert len(graph) > 150
-    assert graph["jaxpeft.core.targets"] >= {"jaxpeft.kernels", "jaxpeft.core.paths", "jaxpeft.errors"}
+    assert graph["jaxpeft.core.targets"] >= {
+        "jaxpeft.kernels",
+        "jaxpeft.core.paths",
+        "jaxpeft.errors",
+    }
     assert cycles(graph) == []
-    assert cycles({**graph, "jaxpeft.core.paths": {"jaxpeft.methods"}})  # it finds one where there is one
+    assert cycles(
+        {**graph, "jaxpeft.core.paths": {"jaxpeft.methods"}}
+    )  # it finds one where there is one
 
 
 def packages() -> dict[str, set[str]]:
-    """Return the packages and single modules directly under `jaxpeft`, each with those that it imports, in functions too."""
+    """Return the packages and single modules directly under `jaxpeft`, each with those that it
+    imports, in functions too.
+    """
     graph = grimp.build_graph("jaxpeft", exclude_type_checking_imports=True, cache_dir=None)
     found: dict[str, set[str]] = {}
     for module in graph.modules:
         own = ".".join(module.split(".")[:2])
-        others = {".".join(to.split(".")[:2]) for to in graph.find_modules_directly_imported_by(module)}
+        others = {
+            ".".join(to.split(".")[:2]) for to in graph.find_modules_directly_imported_by(module)
+        }
         found.setdefault(own, set()).update(others - {own})
     return found
 
@@ -105,7 +125,12 @@ def packages() -> dict[str, set[str]]:
 def test_no_package_needs_one_that_needs_it() -> None:
     graph = packages()
     assert len(graph) > 20
-    assert graph["jaxpeft.hub"] >= {"jaxpeft.core", "jaxpeft.models", "jaxpeft.methods", "jaxpeft.quant"}
+    assert graph["jaxpeft.hub"] >= {
+        "jaxpeft.core",
+        "jaxpeft.models",
+        "jaxpeft.methods",
+        "jaxpeft.quant",
+    }
     assert cycles(graph) == []
     assert cycles({**graph, "jaxpeft.core": graph["jaxpeft.core"] | {"jaxpeft.methods"}})
     assert graph["jaxpeft.core"] == {"jaxpeft.errors", "jaxpeft.kernels"}
@@ -113,7 +138,8 @@ def test_no_package_needs_one_that_needs_it() -> None:
 
 
 def test_every_public_name_can_be_imported_first() -> None:
-    # one name of each module stands for the others of it, and one method for all: they come from one table
+    # one name of each module stands for the others of it, and one method for all: they come from
+    # one table
     names = {where: name for name, where in jaxpeft._WHERE.items()} | {"": "LoRA"}
     lines = [
         "from jaxpeft import *; LoRA, rewrite, Quant, load_adapter",
@@ -121,7 +147,12 @@ def test_every_public_name_can_be_imported_first() -> None:
     ]
     lines += [f"from jaxpeft import {name}" for name in names.values()]
     done = subprocess.run(
-        [sys.executable, "-c", FORKS], input="\n".join(lines), capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-c", FORKS],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert (done.stdout, done.returncode) == ("", 0), done.stderr
 
@@ -145,11 +176,18 @@ def test_a_name_that_is_none_is_an_attribute_error() -> None:
 
 
 DEFAULTS = {("jaxpeft.config.candidates", "full")}
-"""Modules that name a method as a default: what others are a share of, where a comparison does not say it."""
+"""Modules that name a method as a default: what others are a share of, where a comparison does not
+say it.
+"""
 
 
 def test_no_module_outside_of_the_methods_has_a_case_for_one_of_them() -> None:
-    known = {text for name, method in jaxpeft.METHODS.items() for text in (name, method.peft.type) if text}
+    known = {
+        text
+        for name, method in jaxpeft.METHODS.items()
+        for text in (name, method.peft.type)
+        if text
+    }
     found: set[tuple[str, str]] = set()
     for module, path in modules().items():
         if module.startswith("jaxpeft.methods"):
@@ -157,10 +195,16 @@ def test_no_module_outside_of_the_methods_has_a_case_for_one_of_them() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare):
                 sides = [node.left, *node.comparators]
-                asks = any(isinstance(side, ast.Attribute) and side.attr in ("name", "peft_type") for side in sides)
+                asks = any(
+                    isinstance(side, ast.Attribute) and side.attr in ("name", "peft_type")
+                    for side in sides
+                )
                 texts = {side.value for side in sides if isinstance(side, ast.Constant)} & known
                 found |= {(module, str(text)) for text in texts if asks}
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
                 classes = {word.id for word in ast.walk(node.args[1]) if isinstance(word, ast.Name)}
-                found |= {(module, name) for name in classes & {method.__name__ for method in jaxpeft.METHODS.values()}}
+                found |= {
+                    (module, name)
+                    for name in classes & {method.__name__ for method in jaxpeft.METHODS.values()}
+                }
     assert found == DEFAULTS

@@ -1,4 +1,6 @@
-"""What `apply`, `rewrite` and `merge` are given: another model's parameters, another method's tree, numbers that are none."""
+"""What `apply`, `rewrite` and `merge` are given: another model's parameters, another method's tree,
+numbers that are none.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def changed(tree: Any, path: str, to: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("attention_mask", [[1, 1, 1], [1, 0.5, 0]], "1 for a token and 0 for padding, is 0.5 in row 1, position 1"),
+        (
+            "attention_mask",
+            [[1, 1, 1], [1, 0.5, 0]],
+            "1 for a token and 0 for padding, is 0.5 in row 1, position 1",
+        ),
         ("attention_mask", [[1, 1, -1], [1, 1, 0]], "is -1 in row 0, position 2"),
         ("attention_mask", [[1, 1, NAN], [1, 1, 0]], "is nan in row 0, position 2"),
         ("attention_mask", [[1, 2, 3], [1, 2, 0]], "is 2 in row 0, position 1"),
@@ -55,10 +61,16 @@ def changed(tree: Any, path: str, to: Any) -> Any:
         ("position_ids", [[0, -1, 2]], "position_ids: -1 is outside the model's table of 40"),
         ("segment_ids", [[0.0, NAN, 1.0]], "segment_ids: must be integers"),
         ("segment_ids", [[0, -1, 1]], "segment_ids: -1 is outside"),
-        ("position_id", [[0, 1, 2]], "apply: 'position_id' is no input of the model; did you mean 'position_ids'"),
+        (
+            "position_id",
+            [[0, 1, 2]],
+            "apply: 'position_id' is no input of the model; did you mean 'position_ids'",
+        ),
     ],
 )
-def test_inputs_that_cannot_be_right_are_refused_by_name_and_place(name: str, value: Any, says: str) -> None:
+def test_inputs_that_cannot_be_right_are_refused_by_name_and_place(
+    name: str, value: Any, says: str
+) -> None:
     model, params = load("bert")
     with pytest.raises(DataError, match=says):
         jaxpeft.apply(model, params, **{"input_ids": IDS, name: value})
@@ -93,7 +105,9 @@ def test_of_traced_inputs_the_shapes_and_dtypes_are_checked_alone() -> None:
 def test_the_number_of_an_adapter_is_one_of_the_bank() -> None:
     model, base = load("llama")
     method = jaxpeft.LoRA(rank=2, targets=["q_proj"])
-    tree = jaxpeft.bank([(method, jaxpeft.rewrite(method, base, jax.random.key(i))) for i in range(2)])
+    tree = jaxpeft.bank(
+        [(method, jaxpeft.rewrite(method, base, jax.random.key(i))) for i in range(2)]
+    )
     assert jaxpeft.apply(model, tree, IDS, adapter=[0, 1]).shape[0] == 2
     for wrong, says in (
         (2, "adapter: 2 is outside the bank of 2"),
@@ -110,18 +124,29 @@ def test_another_models_parameters_are_told_by_their_first_leaf() -> None:
     _, other = load("bert")
     with pytest.raises(
         ConfigError,
-        match=r"^lm_head/kernel: is not there, and the model has .* there; these are another model's parameters",
+        match=(
+            r"^lm_head/kernel: is not there, and the model has .* there; these are another model's"
+            r" parameters"
+        ),
     ):
         jaxpeft.apply(model, other, IDS)
-    wide = changed(params, "model/layers/1/mlp/up_proj/kernel", lambda leaf: jnp.pad(leaf, ((0, 0), (0, 3))))
+    wide = changed(
+        params, "model/layers/1/mlp/up_proj/kernel", lambda leaf: jnp.pad(leaf, ((0, 0), (0, 3)))
+    )
     with pytest.raises(
-        ConfigError, match=r"^model/layers/1/mlp/up_proj/kernel: has shape .*, and the model has .* there; these are"
+        ConfigError,
+        match=(
+            r"^model/layers/1/mlp/up_proj/kernel: has shape .*, and the model has .* there;"
+            r" these are"
+        ),
     ):
         jaxpeft.apply(model, wide, IDS)
     rewritten = jaxpeft.rewrite(jaxpeft.LoRA(rank=2), wide, KEY)
     with pytest.raises(ConfigError, match=r"^model/layers/1/mlp/up_proj/kernel: has shape"):
         jax.jit(lambda tree: jaxpeft.apply(model, tree, IDS))(rewritten)
-    with pytest.raises(ConfigError, match=r"^lm_head/kernel: is not there, .*; give what lies under 'params'"):
+    with pytest.raises(
+        ConfigError, match=r"^lm_head/kernel: is not there, .*; give what lies under 'params'"
+    ):
         jaxpeft.apply(model, {"params": params}, IDS)
 
 
@@ -140,21 +165,30 @@ def test_another_models_parameters_are_told_by_their_first_leaf() -> None:
         ("self_attn/q_proj/ia3_l", True),
     ],
 )
-def test_what_a_model_would_compute_without_is_refused(extra: str, added: bool, scanned: bool) -> None:
+def test_what_a_model_would_compute_without_is_refused(
+    extra: str, added: bool, scanned: bool
+) -> None:
     model, params = load("llama", scan_layers=scanned)
     where = "model/layers/" + ("" if scanned else "1/") + extra
     sizes = (2, 32) if scanned else (32,)
     for tree in (params, jaxpeft.rewrite(jaxpeft.LoRA(rank=2, targets=["v_proj"]), params, KEY)):
         more = paths.build([*paths.walk(tree), (tuple(where.split("/")), jnp.ones(sizes))])
         if added:
-            assert jax.eval_shape(lambda more=more: jaxpeft.apply(model, more, IDS)).shape == (*IDS.shape, 99)
+            assert jax.eval_shape(lambda more=more: jaxpeft.apply(model, more, IDS)).shape == (
+                *IDS.shape,
+                99,
+            )
             continue
-        with pytest.raises(ConfigError, match=f"^{where}: is no leaf of the model, which would compute without it"):
+        with pytest.raises(
+            ConfigError, match=f"^{where}: is no leaf of the model, which would compute without it"
+        ):
             jaxpeft.apply(model, more, IDS)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
-def test_a_quantized_base_with_adapters_at_sites_and_at_the_root_is_the_models_own(kind: str) -> None:
+def test_a_quantized_base_with_adapters_at_sites_and_at_the_root_is_the_models_own(
+    kind: str,
+) -> None:
     model, params = load("llama")
     method = jaxpeft.Mixed(methods=(jaxpeft.LoRA(rank=2), jaxpeft.PromptTuning()))
     tree = jaxpeft.rewrite(method, jaxpeft.quantize(params, kind), KEY)
@@ -166,7 +200,10 @@ def test_a_deeper_models_layers_are_not_left_out_in_silence() -> None:
     last = str(len(params["model"]["layers"]))
     deeper = {
         **params,
-        "model": {**params["model"], "layers": {**params["model"]["layers"], last: params["model"]["layers"]["0"]}},
+        "model": {
+            **params["model"],
+            "layers": {**params["model"]["layers"], last: params["model"]["layers"]["0"]},
+        },
     }
     with pytest.raises(ConfigError, match=rf"model/layers/{last}/.*: the model has {last} layers"):
         jaxpeft.apply(model, deeper, IDS)
@@ -185,7 +222,9 @@ def test_a_module_of_somebody_else_is_told_likewise_and_its_own_errors_are_as_th
 
     x = jnp.ones((1, 3))
     params = Two().init(KEY, x)["params"]
-    with pytest.raises(ConfigError, match=r"^second/kernel: has shape \[5, 2\], and the model has \[4, 2\] there"):
+    with pytest.raises(
+        ConfigError, match=r"^second/kernel: has shape \[5, 2\], and the model has \[4, 2\] there"
+    ):
         jaxpeft.apply(Two(), changed(params, "second/kernel", lambda leaf: jnp.ones((5, 2))), x)
     with pytest.raises(ValueError, match=r"^of the module's own"):
         jaxpeft.apply(Two(), params, x, broken=True)
@@ -194,21 +233,35 @@ def test_a_module_of_somebody_else_is_told_likewise_and_its_own_errors_are_as_th
 @pytest.mark.parametrize(
     ("leaf", "says"),
     [
-        (lambda leaf: leaf.astype(jnp.int8), r"down_proj/kernel: must be an array of floats, is int8 \[48, 32\]"),
+        (
+            lambda leaf: leaf.astype(jnp.int8),
+            r"down_proj/kernel: must be an array of floats, is int8 \[48, 32\]",
+        ),
         (lambda leaf: leaf.astype(bool), "down_proj/kernel: must be an array of floats, is bool"),
-        (lambda leaf: leaf.astype(jnp.complex64), "down_proj/kernel: must be an array of floats, is complex64"),
+        (
+            lambda leaf: leaf.astype(jnp.complex64),
+            "down_proj/kernel: must be an array of floats, is complex64",
+        ),
         (lambda leaf: None, r"down_proj/kernel: must be an array, is None \(NoneType\)"),
-        (lambda leaf: [[1.0, 2.0]], r"down_proj/kernel: must be an array, is \[\[1.0, 2.0\]\] \(list\)"),
+        (
+            lambda leaf: [[1.0, 2.0]],
+            r"down_proj/kernel: must be an array, is \[\[1.0, 2.0\]\] \(list\)",
+        ),
     ],
 )
 @pytest.mark.parametrize("use", ["apply", "rewrite", "merge"])
-def test_a_leaf_that_is_no_array_of_floats_is_refused_with_its_path(leaf: Any, says: str, use: str) -> None:
+def test_a_leaf_that_is_no_array_of_floats_is_refused_with_its_path(
+    leaf: Any, says: str, use: str
+) -> None:
     model, params = load("llama")
     method = jaxpeft.LoRA(rank=2)
     tree = jaxpeft.rewrite(method, params, KEY) if use == "merge" else params
     wrong = changed(tree, "model/layers/0/mlp/down_proj/kernel", leaf)
-    run = {"apply": lambda: jaxpeft.apply(model, wrong, IDS), "rewrite": lambda: jaxpeft.rewrite(method, wrong, KEY),
-           "merge": lambda: jaxpeft.merge(method, wrong)}  # fmt: skip
+    run = {
+        "apply": lambda: jaxpeft.apply(model, wrong, IDS),
+        "rewrite": lambda: jaxpeft.rewrite(method, wrong, KEY),
+        "merge": lambda: jaxpeft.merge(method, wrong),
+    }
     with pytest.raises(ConfigError, match=f"^model/layers/0/mlp/{says}"):
         run[use]()
 
@@ -219,24 +272,37 @@ def test_a_leaf_that_is_no_array_of_floats_is_refused_with_its_path(leaf: Any, s
         (None, "^params: must be the nested dict of a model's parameters, is None"),
         ([1], r"^params: must be the nested dict of a model's parameters, is \[1\]"),
         (jnp.ones(2), "^params: must be the nested dict"),
-        ({1: {"kernel": jnp.ones((2, 2))}}, "^params: the keys of its dicts must be strings, 1 is none; write '1'"),
-        ({"a": {("b",): jnp.ones((2, 2))}}, r"^params: the keys of its dicts must be strings, \('b',\) is none"),
+        (
+            {1: {"kernel": jnp.ones((2, 2))}},
+            "^params: the keys of its dicts must be strings, 1 is none; write '1'",
+        ),
+        (
+            {"a": {("b",): jnp.ones((2, 2))}},
+            r"^params: the keys of its dicts must be strings, \('b',\) is none",
+        ),
         ({"a": {"kernel": torch.ones(2, 2)}}, r"^a/kernel: must be an array, is tensor\("),
         ({"a": {"other": torch.ones(2, 2).int()}}, r"^a/other: must be an array, is tensor\("),
     ],
 )
 @pytest.mark.parametrize("use", ["apply", "rewrite", "merge"])
 def test_what_is_no_tree_of_arrays_is_refused(params: Any, says: str, use: str) -> None:
-    run = {"apply": lambda: jaxpeft.apply(load("llama")[0], params, IDS), "merge": lambda: jaxpeft.merge(LORA, params),
-           "rewrite": lambda: jaxpeft.rewrite(LORA, params, KEY)}  # fmt: skip
+    run = {
+        "apply": lambda: jaxpeft.apply(load("llama")[0], params, IDS),
+        "merge": lambda: jaxpeft.merge(LORA, params),
+        "rewrite": lambda: jaxpeft.rewrite(LORA, params, KEY),
+    }
     with pytest.raises(ConfigError, match=says):
         run[use]()
 
 
-@pytest.mark.parametrize("rng", [0, None, "key", jax.random.split(KEY, 2), jnp.ones(2), np.ones((2, 2), np.uint32)])
+@pytest.mark.parametrize(
+    "rng", [0, None, "key", jax.random.split(KEY, 2), jnp.ones(2), np.ones((2, 2), np.uint32)]
+)
 def test_the_key_of_a_rewrite_is_one_key(rng: Any) -> None:
     _, params = load("llama")
-    with pytest.raises(ConfigError, match=r"^rng: must be one key, such as jax.random.key\(0\), is"):
+    with pytest.raises(
+        ConfigError, match=r"^rng: must be one key, such as jax.random.key\(0\), is"
+    ):
         jaxpeft.rewrite(LORA, params, rng)
     assert jax.eval_shape(lambda: jaxpeft.rewrite(LORA, params, jax.random.PRNGKey(0)))
 
@@ -246,7 +312,9 @@ def test_the_key_of_a_rewrite_is_one_key(rng: Any) -> None:
 def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) -> None:
     _, params = load("llama")
     rewritten = jaxpeft.rewrite(METHODS[first](), params, KEY)
-    with pytest.raises(ConfigError, match=f"already holds {first} leaves; rewrite the base, or merge first"):
+    with pytest.raises(
+        ConfigError, match=f"already holds {first} leaves; rewrite the base, or merge first"
+    ):
         jaxpeft.rewrite(METHODS[second](), rewritten, KEY)
 
 
@@ -257,9 +325,18 @@ def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) ->
             jaxpeft.LoRA(rank=2, targets=LORA.targets),
             r"^model/layers/0/self_attn/q_proj/lora_a: has shape \[32, 4\], and lora .* \[32, 2\]",
         ),
-        (jaxpeft.LoRA(rank=8, targets=LORA.targets), r"^model/layers/0/self_attn/q_proj/lora_a: has shape \[32, 4\]"),
-        (jaxpeft.LoRA(rank=4, targets=["q_proj"]), r"v_proj/lora_a: lora with these options does not make this leaf"),
-        (jaxpeft.LoRA(rank=4), r"/lora_a: lora with these options makes this leaf, and it is not there"),
+        (
+            jaxpeft.LoRA(rank=8, targets=LORA.targets),
+            r"^model/layers/0/self_attn/q_proj/lora_a: has shape \[32, 4\]",
+        ),
+        (
+            jaxpeft.LoRA(rank=4, targets=["q_proj"]),
+            r"v_proj/lora_a: lora with these options does not make this leaf",
+        ),
+        (
+            jaxpeft.LoRA(rank=4),
+            r"/lora_a: lora with these options makes this leaf, and it is not there",
+        ),
         (
             jaxpeft.LoRA(rank=4, targets=LORA.targets, dropout=0.1),
             r"lora_dropout: lora with these options makes this leaf",
@@ -270,7 +347,9 @@ def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) ->
     ],
 )
 @pytest.mark.parametrize("scanned", [False, True])
-def test_merging_is_with_the_method_that_made_the_tree(method: Any, says: str, scanned: bool) -> None:
+def test_merging_is_with_the_method_that_made_the_tree(
+    method: Any, says: str, scanned: bool
+) -> None:
     _, params = load("llama", scan_layers=scanned)
     tree = jaxpeft.rewrite(LORA, params, KEY)
     assert jaxpeft.merge(LORA, tree)
@@ -284,7 +363,9 @@ def test_a_tree_of_two_adapters_is_not_merged_by_one_of_them() -> None:
     _, params = load("llama")
     both = jaxpeft.Mixed(methods=(LORA, jaxpeft.IA3(targets=["k_proj"], feedforward=[])))
     tree = jaxpeft.rewrite(both, params, KEY)
-    with pytest.raises(ConfigError, match=r"k_proj/ia3_l: lora with these options does not make this leaf"):
+    with pytest.raises(
+        ConfigError, match=r"k_proj/ia3_l: lora with these options does not make this leaf"
+    ):
         jaxpeft.merge(LORA, tree)
     assert jaxpeft.merge(both, tree)
 
@@ -292,6 +373,11 @@ def test_a_tree_of_two_adapters_is_not_merged_by_one_of_them() -> None:
 def test_an_adapter_picked_from_a_bank_is_merged_with_its_own_rank() -> None:
     _, params = load("llama")
     large = jaxpeft.LoRA(rank=8, targets=LORA.targets)
-    trees = [(LORA, jaxpeft.rewrite(LORA, params, KEY)), (large, jaxpeft.rewrite(large, params, KEY))]
+    trees = [
+        (LORA, jaxpeft.rewrite(LORA, params, KEY)),
+        (large, jaxpeft.rewrite(large, params, KEY)),
+    ]
     picked = jaxpeft.pick(LORA, jaxpeft.bank(trees), 0)
-    jax.tree.map(np.testing.assert_array_equal, jaxpeft.merge(LORA, picked), jaxpeft.merge(*trees[0]))
+    jax.tree.map(
+        np.testing.assert_array_equal, jaxpeft.merge(LORA, picked), jaxpeft.merge(*trees[0])
+    )

@@ -28,10 +28,17 @@ def test_what_no_config_holds_is_refused(tmp_path, text, message):
 
 
 def test_what_configs_do_hold_is_read(tmp_path):
-    usual = {"model_max_length": 10**30, "limit": [0.0, float("inf")], "name": "日本 😀", "deep": [[[[{"a": None}]]]]}
+    usual = {
+        "model_max_length": 10**30,
+        "limit": [0.0, float("inf")],
+        "name": "日本 😀",
+        "deep": [[[[{"a": None}]]]],
+    }
     (tmp_path / "x.json").write_text(json.dumps(usual))
     assert read_json(tmp_path / "x.json") == usual
-    (tmp_path / "x.json").write_text("\ufeff" + json.dumps(usual, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "x.json").write_text(
+        "\ufeff" + json.dumps(usual, ensure_ascii=False), encoding="utf-8"
+    )
     assert read_json(tmp_path / "x.json") == usual
 
 

@@ -10,7 +10,9 @@ import pytest
 from jaxpeft.logs import timed
 
 
-def test_a_step_says_what_it_does_and_then_how_long_it_took(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_says_what_it_does_and_then_how_long_it_took(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.INFO), timed("tokenizing") as note:
         assert caplog.messages == ["tokenizing ..."]
         note("7 rows")

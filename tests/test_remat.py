@@ -19,7 +19,8 @@ def test_every_policy_of_the_table_is_an_option() -> None:
 
 
 @pytest.mark.parametrize(
-    ("remat", "nbytes"), [("none", 444), ("products", 444), ("attention", 44), ("full", 4), ("offload", 2)]
+    ("remat", "nbytes"),
+    [("none", 444), ("products", 444), ("attention", 44), ("full", 4), ("offload", 2)],
 )
 def test_what_waits_for_the_backward_pass(remat: str, nbytes: int) -> None:
     assert REMAT_POLICIES[remat].nbytes(4, 1, MARKED) == nbytes
@@ -28,8 +29,11 @@ def test_what_waits_for_the_backward_pass(remat: str, nbytes: int) -> None:
 def test_the_policy_that_fits_and_computes_least_again() -> None:
     needs = {name: policy.nbytes(4, 1, MARKED) for name, policy in REMAT_POLICIES.items()}
     assert [fastest(needs.__getitem__, budget) for budget in (444, 443, 43, 3)] == [
-        "products", "attention", "full", "full",
-    ]  # fmt: skip
+        "products",
+        "attention",
+        "full",
+        "full",
+    ]
 
 
 def test_what_keeps_less_on_the_device() -> None:

@@ -19,7 +19,9 @@ def test_a_method_is_a_row_of_the_conformance_table_and_for_that_model(name: str
 def items(*ids: str, patterns: tuple[str, ...]) -> list[Any]:
     marker = pytest.mark.representatives(*patterns).mark
     return [
-        SimpleNamespace(nodeid=f"test_it[{each}]", get_closest_marker=lambda _: marker, add_marker=slow.append)
+        SimpleNamespace(
+            nodeid=f"test_it[{each}]", get_closest_marker=lambda _: marker, add_marker=slow.append
+        )
         for each in ids
         for slow in [list[Any]()]
     ]
@@ -35,5 +37,7 @@ def test_others_than_the_representatives_are_slow() -> None:
 
 
 def test_a_pattern_that_names_nothing_is_refused() -> None:
-    with pytest.raises(pytest.UsageError, match=r"representatives name no parameters of\n  test_it: 'roberta'"):
+    with pytest.raises(
+        pytest.UsageError, match=r"representatives name no parameters of\n  test_it: 'roberta'"
+    ):
         mark_others(items("bert", patterns=("bert", "roberta")))

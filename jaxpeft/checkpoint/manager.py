@@ -1,4 +1,6 @@
-"""Saving and restoring a run with Orbax: adapter, optimizer, step, key and data position; never the base."""
+"""Saving and restoring a run with Orbax: adapter, optimizer, step, key and data position; never the
+base.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,14 @@ MOST_SHOWN = 3
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint holds `state`, once there was an evaluation `best`, and `fixed` (trees of arrays), and a manifest with the plain
-    values `meta` (the run's identity and its progress). The data position is the step: batches are a function of seed and
-    step. What is not good (see `manifest`) is never used; where it is newer than the step that a run goes on
-    from, it is put aside under another name.
+    A checkpoint holds `state`, once there was an evaluation `best`, and `fixed` (trees of arrays),
+    and a manifest with the plain values `meta` (the run's identity and its progress). The data
+    position is the step: batches are a function of seed and step. What is not good (see `manifest`)
+    is never used; where it is newer than the step that a run goes on from, it is put aside under
+    another name.
 
-    Of several processes each writes its part of the arrays; process 0 alone writes manifests, deletes, and says which step is
-    the newest: what a host sees of a shared folder may be behind.
+    Of several processes each writes its part of the arrays; process 0 alone writes manifests,
+    deletes, and says which step is the newest: what a host sees of a shared folder may be behind.
 
     Args:
         folder: of the run's checkpoints.
@@ -45,13 +48,20 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        # Saved before training goes on: an adapter is small, and the manifest can follow at once. Deleted by us: an old
-        # step may go only once the new one is committed.
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, enable_async_checkpointing=False)
+        # Saved before training goes on: an adapter is small, and the manifest can follow at once.
+        # Deleted by us: an old step may go only once the new one is committed.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, create=True, enable_async_checkpointing=False
+        )
         return ocp.CheckpointManager(self._folder, options=options)
 
     def save(
-        self, step: int, state: Any, best: Any | None, meta: Mapping[str, Any], fixed: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        state: Any,
+        best: Any | None,
+        meta: Mapping[str, Any],
+        fixed: Mapping[str, Any] | None = None,
     ) -> None:
         """Save a step: arrays, then the manifest, which commits it; then old steps are deleted.
 
@@ -60,7 +70,8 @@ class Checkpoints:
             state: tree of arrays.
             best: tree of arrays, or None while there is none.
             meta: plain JSON values.
-            fixed: arrays by name that do not change during the run and cannot be made again with certainty.
+            fixed: arrays by name that do not change during the run and cannot be made again with
+                certainty.
 
         Raises:
             CheckpointError: it could not be written; the steps saved before are as they were.
@@ -80,8 +91,9 @@ class Checkpoints:
                 self._delete_old()
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"{target}: could not be saved ({type(error).__name__}: {str(error).splitlines()[0][:200]}); make room or repair "
-                "the disk, and run the same command again: it resumes from the newest checkpoint"
+                f"{target}: could not be saved ({type(error).__name__}:"
+                f" {str(error).splitlines()[0][:200]}); make room or repair the disk, and run the"
+                " same command again: it resumes from the newest checkpoint"
             ) from error
 
     def _delete_old(self) -> None:
@@ -97,18 +109,24 @@ class Checkpoints:
         return sorted((int(name) for name in names if name == str(int(name))), reverse=True)
 
     def latest(self) -> int | None:
-        """Return the newest good step, None where none was ever saved; say which newer ones are not good, and why.
+        """Return the newest good step, None where none was ever saved; say which newer ones are not
+        good, and why.
 
         Raises:
             DamagedError: steps were saved, and none of them is good.
             CheckpointError: another process than the first does not see that step.
         """
         step = self._peers.agreed("the newest saved step", self._newest)
-        if step is not None and not self._peers.first and not seen(self._folder / str(step) / manifest.NAME):
+        if (
+            step is not None
+            and not self._peers.first
+            and not seen(self._folder / str(step) / manifest.NAME)
+        ):
             raise CheckpointError(
-                f"{self._folder / str(step)}: is the newest saved step for process 0, and process {self._peers.process} does not see it "
-                f"after {SEEN:.0f} s: its view of the folder is stale, or another folder; start all of them again, or give one "
-                "--workdir that all hosts share"
+                f"{self._folder / str(step)}: is the newest saved step for process 0, and process"
+                f" {self._peers.process} does not see it after {SEEN:.0f} s: its view of the folder"
+                " is stale, or another folder; start all of them again, or give one --workdir that"
+                " all hosts share"
             )
         return step
 
@@ -118,22 +136,31 @@ class Checkpoints:
             why = manifest.problem(self._folder / str(step), step)
             if why is None:
                 for other, reason in bad:
-                    _log.warning("%s: %s; resuming from step %d", self._folder / str(other), reason, step)
+                    _log.warning(
+                        "%s: %s; resuming from step %d", self._folder / str(other), reason, step
+                    )
                 if not manifest.is_numbered(self._folder / str(step)):
-                    told = "was saved by an earlier version, which did not record its number: its name is trusted"
+                    told = (
+                        "was saved by an earlier version, which did not record its number: its name"
+                        " is trusted"
+                    )
                     _log.warning("%s: %s", self._folder / str(step), told)
                 return step
             bad.append((step, why))
         if any(why != manifest.UNFINISHED for _, why in bad):
             rows = [f"{self._folder / str(step)}: {why}" for step, why in bad]
-            fix = "no checkpoint is intact; restore one from a copy, or give another --workdir to start a new run"
+            fix = (
+                "no checkpoint is intact; restore one from a copy, or give another --workdir to"
+                " start a new run"
+            )
             raise DamagedError([*rows, fix])
         for step, why in bad:
             _log.warning("%s: %s; starting from scratch", self._folder / str(step), why)
         return None
 
     def put_aside(self, after: int | None) -> None:
-        """Put the folders of steps beyond the one that is gone on from under another name, so that they can be saved again.
+        """Put the folders of steps beyond the one that is gone on from under another name, so that
+        they can be saved again.
 
         Args:
             after: that step, None for a new run.
@@ -148,9 +175,13 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Read the plain values of a good step."""
-        return self._peers.agreed(f"what step {step} is of", lambda: manifest.read(self._folder / str(step)))
+        return self._peers.agreed(
+            f"what step {step} is of", lambda: manifest.read(self._folder / str(step))
+        )
 
-    def check_identity(self, step: int, identity: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
+    def check_identity(
+        self, step: int, identity: Mapping[str, Any], allowed: Sequence[str] = ()
+    ) -> None:
         """Refuse to resume another run.
 
         Args:
@@ -166,8 +197,8 @@ class Checkpoints:
             more = [f"and {len(rows) - MOST_SHOWN} more"] if len(rows) > MOST_SHOWN else []
             shown = "".join(f"\n  {row}" for row in [*rows[:MOST_SHOWN], *more])
             raise ConfigError(
-                f"{self._folder} holds step {step} of another run; undo these changes, allow one by --allow-change=FIELD, or "
-                f"give another --workdir to start a new run:{shown}"
+                f"{self._folder} holds step {step} of another run; undo these changes, allow one by"
+                f" --allow-change=FIELD, or give another --workdir to start a new run:{shown}"
             )
         for row in let if self._peers.first else ():
             _log.warning("resuming from step %d with another %s", step, row)
@@ -189,7 +220,9 @@ class Checkpoints:
         Raises:
             CheckpointError: the files cannot be read, or hold other leaves.
         """
-        has_best = self._peers.agreed("whether there is a best tree", (self._folder / str(step) / "best").is_dir)
+        has_best = self._peers.agreed(
+            "whether there is a best tree", (self._folder / str(step) / "best").is_dir
+        )
         wanted: dict[str, Any] = {"state": ocp.args.StandardRestore(_abstract(state))}
         if has_best:
             wanted["best"] = ocp.args.StandardRestore(_abstract(best))
@@ -197,7 +230,11 @@ class Checkpoints:
             wanted["fixed"] = ocp.args.StandardRestore(_abstract(dict(fixed)))
         with self._reading(step):
             restored: Any = self._manager.restore(step, args=ocp.args.Composite(**wanted))
-        return restored["state"], restored["best"] if has_best else None, dict(restored["fixed"]) if fixed else {}
+        return (
+            restored["state"],
+            restored["best"] if has_best else None,
+            dict(restored["fixed"]) if fixed else {},
+        )
 
     @contextmanager
     def _reading(self, step: int) -> Generator[None]:
@@ -205,8 +242,9 @@ class Checkpoints:
             yield
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(
-                f"{self._folder / str(step)}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
-                "remove this folder to resume from the one before it"
+                f"{self._folder / str(step)}: cannot be read ({type(error).__name__}:"
+                f" {str(error).splitlines()[0][:200]}); remove this folder to resume from the one"
+                " before it"
             ) from error
 
     def close(self) -> None:

@@ -1,7 +1,9 @@
-"""The manifest of a saved step: what it holds, file by file, with checksums; written last, so that it commits the step.
+"""The manifest of a saved step: what it holds, file by file, with checksums; written last, so that
+it commits the step.
 
-Orbax checks its index, not its arrays: a flipped bit in an array file is restored as it is. A step is good where its
-manifest is whole, says the number of that step, and every file that it names has the SHA-256 that it gives.
+Orbax checks its index, not its arrays: a flipped bit in an array file is restored as it is. A step
+is good where its manifest is whole, says the number of that step, and every file that it names has
+the SHA-256 that it gives.
 """
 
 from __future__ import annotations
@@ -30,8 +32,13 @@ def write(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
         step: its number.
         meta: plain JSON values to keep with it.
     """
-    files = _hashes(folder, sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
-    body = json.dumps({"format": FORMAT, "step": step, "files": files, "meta": dict(meta)}, sort_keys=True)
+    files = _hashes(
+        folder,
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
+    )
+    body = json.dumps(
+        {"format": FORMAT, "step": step, "files": files, "meta": dict(meta)}, sort_keys=True
+    )
     text = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}) + "\n"
     atomic.write_text(folder / NAME, text, sync=True)
 
@@ -46,7 +53,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def is_numbered(folder: Path) -> bool:
-    """Return whether the manifest of a good step says its number; that of an earlier version does not."""
+    """Return whether the manifest of a good step says its number; that of an earlier version does
+    not.
+    """
     return "step" in _body(folder)
 
 
@@ -74,7 +83,9 @@ def problem(folder: Path, step: int) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{NAME} is damaged: it cannot be read"
     if (saved := plain.get("step", step)) != step:
-        return f"holds step {saved}: its folder was renamed or copied; give it its name again, {saved}"
+        return (
+            f"holds step {saved}: its folder was renamed or copied; give it its name again, {saved}"
+        )
     for name in files:
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -17,7 +17,9 @@ _MORE = "--help SECTION prints one section, such as --help method.lora"
 
 
 def help_asked(argv: Sequence[str]) -> str | None:
-    """Return the section that `--help` is asked for, empty for the whole; None where no help is asked for."""
+    """Return the section that `--help` is asked for, empty for the whole; None where no help is
+    asked for.
+    """
     for word, following in itertools.pairwise([*argv, ""]):
         name, _, section = word.partition("=")
         if name in HELP:
@@ -38,10 +40,18 @@ def help_text(cls: type[Arguments], about: str, section: str) -> str:
     """
     configured = issubclass(cls, ConfigArguments)
     if section and not configured:
-        raise ConfigError(f"--help {section}: this command reads no config; its own options stand under --help")
+        raise ConfigError(
+            f"--help {section}: this command reads no config; its own options stand under --help"
+        )
     if section:
         return _lines(_section(reference.section(section)))
-    own = [about.strip(), "", "Options of this command:", "", *_options(argument_docs(cls), flags=True)]
+    own = [
+        about.strip(),
+        "",
+        "Options of this command:",
+        "",
+        *_options(argument_docs(cls), flags=True),
+    ]
     return _lines([*own, *(_config() if configured else ())])
 
 
@@ -77,7 +87,9 @@ def _options(options: Iterable[OptionDoc], *, flags: bool) -> Iterator[str]:
 
 def _wrapped(text: str, indent: int) -> list[str]:
     width = min(_WIDEST, shutil.get_terminal_size().columns)
-    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _lines(lines: Iterable[str]) -> str:

@@ -12,22 +12,23 @@ from jaxpeft.core.option_docs import OptionDoc
 
 _INTRODUCTION = """# Options
 
-Every option of a config, with its type, its default, its bounds and what it does; behind them the options of each command. This
-page is made by `python -m jaxpeft.command.options_page`; the same stands under `python -m jaxpeft.train --help`, and
-`--help method.lora` prints one section.
+Every option of a config, with its type, its default, its bounds and what it does; then the options
+of each command. `python -m jaxpeft.command.options_page` makes this page. `python -m jaxpeft.train
+--help` prints the same, and `--help method.lora` one section.
 
 An option is set in a config file or on the command line:
 
 | where | how |
 |---|---|
-| `NAME.py` | `config.optimizer.learning_rate = 1e-4` in its `get_config()` ([a recipe](../configs/quickstart.py)) |
+| `NAME.py` | `config.optimizer.learning_rate = 1e-4` ([a recipe](../configs/quickstart.py)) |
 | `NAME.yaml` | `optimizer: {learning_rate: 1e-4}` |
 | `NAME.json` | `{"optimizer": {"learning_rate": 1e-4}}` |
 | the command line | `--config.optimizer.learning_rate=1e-4` |
 
-A YAML or JSON file holds what differs from the defaults. `python -m jaxpeft.train --schema > jaxpeft.schema.json` writes the JSON
-schema of both; with `# yaml-language-server: $schema=jaxpeft.schema.json` as the first line of a YAML file, or
-`"$schema": "jaxpeft.schema.json"` in a JSON file, an editor completes options and checks their values.
+A YAML or JSON file holds what differs from the defaults. `python -m jaxpeft.train --schema >
+jaxpeft.schema.json` writes the JSON schema of both. With `# yaml-language-server:
+$schema=jaxpeft.schema.json` as the first line of a YAML file, or `"$schema": "jaxpeft.schema.json"`
+in a JSON file, an editor completes options and checks their values.
 """
 
 
@@ -57,7 +58,10 @@ def _table(options: Iterable[OptionDoc], *, flags: bool = False) -> Iterator[str
     for one in options:
         name = flag(one.name) if flags else one.name
         bounds = f"`{one.bounds}`" if one.bounds else ""
-        yield f"| `{name}` | `{_escaped(one.type)}` | `{_escaped(one.default)}` | {bounds} | {_escaped(one.doc)} |"
+        yield (
+            f"| `{name}` | `{_escaped(one.type)}` | `{_escaped(one.default)}` | {bounds} |"
+            f" {_escaped(one.doc)} |"
+        )
     yield ""
 
 

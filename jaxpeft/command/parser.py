@@ -1,4 +1,6 @@
-"""The arguments of a command: a frozen dataclass of options, as every section of a config is, read from the command line."""
+"""The arguments of a command: a frozen dataclass of options, as every section of a config is, read
+from the command line.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class ConfigArguments(Arguments):
     """What every command takes that reads a config."""
 
     config: str | None = option(
-        None, "the config file: .py, .yaml or .json; --config.SECTION.OPTION=VALUE sets one of its options"
+        None,
+        "the config file: .py, .yaml or .json; --config.SECTION.OPTION=VALUE sets one of its"
+        " options",
     )
     schema: bool = option(False, "print the JSON schema of YAML and JSON configs, and stop")
 
@@ -61,7 +65,9 @@ def read_arguments(cls: type[A], argv: Sequence[str]) -> tuple[A, Overrides]:
     Raises:
         ConfigError: listing every unknown argument, missing or wrong value.
     """
-    overrides, rest = split_overrides(argv) if issubclass(cls, ConfigArguments) else ((), list(argv))
+    overrides, rest = (
+        split_overrides(argv) if issubclass(cls, ConfigArguments) else ((), list(argv))
+    )
     texts, left = _parser(cls).parse_known_args(rest)
     problems = _unknown(left, cls)
     values = {name: _value(text, hints_of(cls)[name]) for name, text in vars(texts).items()}
@@ -73,7 +79,9 @@ def read_arguments(cls: type[A], argv: Sequence[str]) -> tuple[A, Overrides]:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[Overrides, list[str]]:
-    """Return the `--config.x.y=value` and `--config.x.y value` of a command line, and its other arguments."""
+    """Return the `--config.x.y=value` and `--config.x.y value` of a command line, and its other
+    arguments.
+    """
     overrides: list[tuple[str, str]] = []
     rest: list[str] = []
     words = iter(argv)
@@ -88,12 +96,16 @@ def split_overrides(argv: Sequence[str]) -> tuple[Overrides, list[str]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Splits a command line into flags and texts, and leaves types, bounds and messages to the options."""
+    """Splits a command line into flags and texts, and leaves types, bounds and messages to the
+    options.
+    """
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise what argparse says as every other refusal."""
         named = message.removeprefix("argument ")
-        raise ConfigError(f"{named.split('/')[0].split(':')[0]}:{named.partition(':')[2]}; see --help")
+        raise ConfigError(
+            f"{named.split('/')[0].split(':')[0]}:{named.partition(':')[2]}; see --help"
+        )
 
 
 def _parser(cls: type[Any]) -> _Parser:
@@ -103,7 +115,11 @@ def _parser(cls: type[Any]) -> _Parser:
         if hints_of(cls)[field.name] is bool:
             parser.add_argument(*spellings, dest=field.name, nargs="?", const="true")
         else:
-            parser.add_argument(*spellings, dest=field.name, action="append" if _listed(cls, field.name) else "store")
+            parser.add_argument(
+                *spellings,
+                dest=field.name,
+                action="append" if _listed(cls, field.name) else "store",
+            )
     return parser
 
 
@@ -114,12 +130,16 @@ def _listed(cls: type[Any], name: str) -> bool:
 
 def _value(text: str | list[str], hint: Any) -> Any:
     if isinstance(text, str):
-        return text if hint == str | None else read_value(text, hint)  # a folder may be called `none`
+        return (
+            text if hint == str | None else read_value(text, hint)
+        )  # a folder may be called `none`
     return tuple(part for one in text for part in one.split(",") if part)
 
 
 def _unknown(words: Sequence[str], cls: type[Any]) -> list[str]:
-    """Return what is wrong with the words that no flag has taken; what follows an unknown flag is its value."""
+    """Return what is wrong with the words that no flag has taken; what follows an unknown flag is
+    its value.
+    """
     known = [flag(field.name) for field in dataclasses.fields(cls)]
     found: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
@@ -132,6 +152,8 @@ def _unknown(words: Sequence[str], cls: type[Any]) -> list[str]:
 
 
 def _in_flags(problem: str) -> str:
-    """Return a problem of a field as one of its flag: `.slices: must be ...` as `--slices: must be ...`."""
+    """Return a problem of a field as one of its flag: `.slices: must be ...` as `--slices: must be
+    ...`.
+    """
     name, colon, why = problem.removeprefix(".").partition(":")
     return f"{flag(name)}{colon}{why}"

@@ -21,7 +21,12 @@ A = TypeVar("A", bound=Arguments)
 
 
 def run_command(
-    cls: type[A], argv: list[str], about: str | None, body: Callable[[A, Overrides], int], *, level: int = logging.INFO
+    cls: type[A],
+    argv: list[str],
+    about: str | None,
+    body: Callable[[A, Overrides], int],
+    *,
+    level: int = logging.INFO,
 ) -> int:
     """Run a command from its command line.
 
@@ -29,7 +34,8 @@ def run_command(
         cls: its arguments.
         argv: the arguments, without the program's name.
         about: what `--help` says first.
-        body: does the work, given the arguments and the overrides of the config; returns the exit code.
+        body: does the work, given the arguments and the overrides of the config; returns the exit
+            code.
         level: of the log lines that are shown.
 
     Returns:
@@ -52,7 +58,9 @@ def run_command(
     return guarded(whole, show_traceback=show_traceback)
 
 
-def load_config(given: ConfigArguments, overrides: Overrides, example: str = "configs/quickstart.py") -> Config:
+def load_config(
+    given: ConfigArguments, overrides: Overrides, example: str = "configs/quickstart.py"
+) -> Config:
     """Read and check the config that a command line names.
 
     Raises:
@@ -67,10 +75,13 @@ def set_up_logging(*, hushed: bool, level: int = logging.INFO) -> None:
     """Show on standard error what jaxpeft logs.
 
     Args:
-        hushed: whether to silence what the threads of a failed save say: the error itself is reported once.
+        hushed: whether to silence what the threads of a failed save say: the error itself is
+            reported once.
         level: of jaxpeft's own lines.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()]
+    )
     logging.getLogger("jaxpeft").setLevel(level)
     if not hushed:
         return

@@ -9,5 +9,7 @@ VERBS = ("train", "compare", "data", "plan", "export")
 
 
 def command_line(verb: str) -> ModuleType:
-    """Return the module of a command: its `main` runs it, `ARGUMENTS` is the class of its arguments, and its docstring its help."""
+    """Return the module of a command: its `main` runs it, `ARGUMENTS` is the class of its
+    arguments, and its docstring its help.
+    """
     return importlib.import_module(f"jaxpeft.{verb}.__main__")

@@ -1,9 +1,11 @@
-"""Compare methods: `python -m jaxpeft.compare --config configs/NAME.py [--config.train.steps=100 ...] [--workdir DIR]`.
+"""Compare methods: `python -m jaxpeft.compare --config configs/NAME.py [--workdir DIR]`.
 
-Trains the candidates of `config.compare` with the same rows, steps and seeds, each run in a process of its own, and writes
-`comparison.md`, `comparison.json` and `comparison.png` (figure over trainable parameters) into the folder of the comparison. The
-same command resumes a comparison that was stopped, and repeats no run that has ended. Exit codes: 0 done, 1 a run has failed,
-2 bad input, 143 stopped by SIGTERM, 130 stopped by SIGINT.
+Options of the config are set by name: `--config.train.steps=100`. Trains the candidates of
+`config.compare` with the same rows, steps and seeds, each run in a process of its own, and writes
+`comparison.md`, `comparison.json` and `comparison.png` (figure over trainable parameters) into the
+folder of the comparison. The same command resumes a comparison that was stopped, and repeats no run
+that has ended. Exit codes: 0 done, 1 a run has failed, 2 bad input, 143 stopped by SIGTERM, 130
+stopped by SIGINT.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ def _run(job: Job) -> int:
     place, _ = place_of_process(job.arguments)
     if place is not None and place.processes != 1:
         raise ConfigError(
-            f"python -m jaxpeft.compare: trains in one process after the other, and this is one of several ({place.by}); start it once, "
-            "or set JAXPEFT_DISTRIBUTED=off"
+            "python -m jaxpeft.compare: trains in one process after the other, and this is one of"
+            f" several ({place.by}); start it once, or set JAXPEFT_DISTRIBUTED=off"
         )
     with StopRequest() as stop:
         try:
-            failed = runs.run(job.config, job.workdir, stop, job.allowed, traceback=job.arguments.traceback)
+            failed = runs.run(
+                job.config, job.workdir, stop, job.allowed, traceback=job.arguments.traceback
+            )
         except Stopped as stopped:
             log.info("stopped on request; the same command resumes from there")
             return stopped.exit_code

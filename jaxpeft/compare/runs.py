@@ -1,7 +1,8 @@
 """A comparison: every candidate with every seed, one after the other, each in a process of its own.
 
-Nothing here imports JAX: the device, and the peak of memory, are those of the run that is going on. A run that has ended leaves
-`result.json` and is not done again; one that was stopped goes on from its checkpoints.
+Nothing here imports JAX: the device, and the peak of memory, are those of the run that is going on.
+A run that has ended leaves `result.json` and is not done again; one that was stopped goes on from
+its checkpoints.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ LOG = "log.txt"
 PROGRAM = ("-m", "jaxpeft.compare.worker")
 """What does one run, for this Python."""
 _LAST, _EVERY = 10_000, 0.1
-"""How many characters of what a run has said are searched for a reason, and how often, in seconds, it is looked at."""
+"""How many characters of what a run has said are searched for a reason, and how often, in seconds,
+it is looked at.
+"""
 _log = logging.getLogger(__name__)
 
 
@@ -62,11 +65,17 @@ class Planned:
 
 
 def run(
-    config: Config, workdir: Path, stop: StopRequest, allowed: Sequence[str] = (), *, traceback: bool = False
+    config: Config,
+    workdir: Path,
+    stop: StopRequest,
+    allowed: Sequence[str] = (),
+    *,
+    traceback: bool = False,
 ) -> dict[Planned, str]:
     """Run what is left of a comparison, and write its table and plot.
 
-    Leaves in `workdir`: `comparison.md`, `comparison.json`, `comparison.png` and a folder `NAME/seed-N` of each run.
+    Leaves in `workdir`: `comparison.md`, `comparison.json`, `comparison.png` and a folder
+    `NAME/seed-N` of each run.
 
     Args:
         config: a checked config with candidates.
@@ -93,20 +102,33 @@ def run(
         failed: dict[Planned, str] = {}
         began = time.perf_counter()
         left = [one for one in runs if one not in results]
-        _log.info("%d runs: %d candidates, %d seeds; %d of them are done", len(runs), len(config.compare.candidates),
-                  len(config.compare.seeds), len(results))  # fmt: skip
+        _log.info(
+            "%d runs: %d candidates, %d seeds; %d of them are done",
+            len(runs),
+            len(config.compare.candidates),
+            len(config.compare.seeds),
+            len(results),
+        )
         first, asked = _measured_before(config), {"allowed": list(allowed), "traceback": traceback}
         processes = _started(left)
         try:
             for i, (one, process) in enumerate(processes):
                 stop.raise_if_requested()
-                _log.info("\n%s: run %d of %d%s", one, i + 1, len(left), _remaining(began, i, len(left)))
+                _log.info(
+                    "\n%s: run %d of %d%s", one, i + 1, len(left), _remaining(began, i, len(left))
+                )
                 why = _complete(process, one, stop, {**asked, "before": one.name == first})
                 result = read_result(one)
                 if result is not None:
                     results[one] = result
                     metric = result["metric"]
-                    _log.info("%s: %s %s %.4f", one, result.get("split", "test"), metric, result["test"][metric])
+                    _log.info(
+                        "%s: %s %s %.4f",
+                        one,
+                        result.get("split", "test"),
+                        metric,
+                        result["test"][metric],
+                    )
                     continue
                 stop.raise_if_requested()
                 failed[one] = why
@@ -115,16 +137,23 @@ def run(
             processes.close()
             if results:
                 by_name = {
-                    one: [results[r] for r in runs if r.name == one and r in results] for one in config.compare.titles
+                    one: [results[r] for r in runs if r.name == one and r in results]
+                    for one in config.compare.titles
                 }
-                made = table.write(config, by_name, {str(one): why for one, why in failed.items()}, workdir)
+                made = table.write(
+                    config, by_name, {str(one): why for one, why in failed.items()}, workdir
+                )
                 _log.info("\n%s", table.shown(made, by_name, workdir))
     return failed
 
 
 def _measured_before(config: Config) -> str:
-    """Return the candidate whose runs measure what is there before training: one that begins as the base, or the first."""
-    plain = (candidate.title for candidate in config.compare.candidates if candidate.method.fresh_is_base)
+    """Return the candidate whose runs measure what is there before training: one that begins as the
+    base, or the first.
+    """
+    plain = (
+        candidate.title for candidate in config.compare.candidates if candidate.method.fresh_is_base
+    )
     return next(plain, config.compare.titles[0])
 
 
@@ -164,7 +193,9 @@ def finished(runs: Sequence[Planned], allowed: Sequence[str] = ()) -> dict[Plann
         before, now = (values["compare"]["forgetting"] for values in (result["config"], here))
         if before != now:
             changed.append(f"config.compare.forgetting: was {before!r}, is {now!r}")
-        problems += [f"{one.folder}: {why}; give another --workdir, or delete this folder" for why in changed]
+        problems += [
+            f"{one.folder}: {why}; give another --workdir, or delete this folder" for why in changed
+        ]
     if problems:
         raise ConfigError(problems)
     return found
@@ -224,7 +255,9 @@ class _Process:
     said: IO[str]
 
     def end(self) -> None:
-        """Close its standard input, which makes it save and end if it has not, and wait for that."""
+        """Close its standard input, which makes it save and end if it has not, and wait for
+        that.
+        """
         with suppress(BrokenPipeError):
             cast(IO[str], self.process.stdin).close()
         self.process.wait()
@@ -232,7 +265,9 @@ class _Process:
 
 
 def _started(runs: Sequence[Planned]) -> Generator[tuple[Planned, _Process]]:
-    """Yield each run with its process; that of the next is started by then, so that it imports while this one computes."""
+    """Yield each run with its process; that of the next is started by then, so that it imports
+    while this one computes.
+    """
     there: list[_Process] = []
     try:
         for i, one in enumerate(runs):
@@ -249,9 +284,14 @@ def _start(one: Planned) -> _Process:
     with (one.folder / LOG).open("a") as log:
         said = (one.folder / LOG).open(errors="replace")
         said.seek(0, os.SEEK_END)
-        # it writes to a file, which is there whatever becomes of us; and in a session of its own, as Ctrl-C is ours to pass on
+        # it writes to a file, which is there whatever becomes of us; and in a session of its own,
+        # as Ctrl-C is ours to pass on
         process = subprocess.Popen(  # noqa: S603 - this Python, and a module of jaxpeft
-            [sys.executable, *PROGRAM], stdin=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            [sys.executable, *PROGRAM],
+            stdin=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
         )
     return _Process(process, said)
 
@@ -279,7 +319,9 @@ def _complete(run: _Process, one: Planned, stop: StopRequest, asked: Mapping[str
 
 
 def _followed(process: subprocess.Popen[str], said: IO[str], stop: StopRequest) -> str:
-    """Wait for the end of a run, which a request to stop is passed on to; shows what it says, and return the last of it."""
+    """Wait for the end of a run, which a request to stop is passed on to; shows what it says, and
+    return the last of it.
+    """
     last, asked, ended = "", False, False
     while not ended:
         ended = process.poll() is not None

@@ -1,4 +1,6 @@
-"""What a comparison has found, as a table (Markdown and JSON) and as a plot of the figure over trainable parameters."""
+"""What a comparison has found, as a table (Markdown and JSON) and as a plot of the figure over
+trainable parameters.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ from jaxpeft.train import next_steps
 
 Result = Mapping[str, Any]
 _NOTES = (
-    "`±` is the standard deviation over seeds. Memory is the peak of the run's process on a CPU, libraries and compilation "
-    "included, and the device's own where it tells. Time is that of training with its evaluations: their "
-    "compilation counts, that of the step does not. The file is the saved adapter; of `full` that is the whole model."
+    "`±` is the standard deviation over seeds. Memory is the peak of the run's process on a CPU,"
+    " libraries and compilation included, and the device's own where it tells. Time is that of"
+    " training with its evaluations: their compilation counts, that of the step does not. The file"
+    " is the saved adapter; of `full` that is the whole model."
 )
 
 
@@ -44,7 +47,11 @@ class Spread:
 
     def shown(self, pattern: str = "{:.4f}") -> str:
         """Write it as people do."""
-        around = "" if self.deviation is None else f" ± {pattern.replace('+', '').format(self.deviation)}"
+        around = (
+            ""
+            if self.deviation is None
+            else f" ± {pattern.replace('+', '').format(self.deviation)}"
+        )
         return pattern.format(self.mean) + around
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,7 +59,9 @@ class Spread:
         return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
 
 
-def summary(config: Config, results: Mapping[str, Sequence[Result]], failed: Mapping[str, str]) -> dict[str, Any]:
+def summary(
+    config: Config, results: Mapping[str, Sequence[Result]], failed: Mapping[str, str]
+) -> dict[str, Any]:
     """Return what a comparison has found as plain values: what `comparison.json` holds.
 
     Args:
@@ -62,9 +71,15 @@ def summary(config: Config, results: Mapping[str, Sequence[Result]], failed: Map
     """
     some = next(result for runs in results.values() for result in runs)
     metric, reference = some["metric"], config.compare.compared_with
-    figures = {name: Spread(tuple(r["test"][metric] for r in runs)) for name, runs in results.items() if runs}
+    figures = {
+        name: Spread(tuple(r["test"][metric] for r in runs))
+        for name, runs in results.items()
+        if runs
+    }
     measured = some["forgetting"]
-    began = [told[metric] for runs in results.values() for run in runs if (told := run.get("before"))]
+    began = [
+        told[metric] for runs in results.values() for run in runs if (told := run.get("before"))
+    ]
     before = Spread(tuple(began)) if began else None
     return {
         "metric": metric,
@@ -72,8 +87,13 @@ def summary(config: Config, results: Mapping[str, Sequence[Result]], failed: Map
         "before": before.as_dict() if before else None,
         "reference": reference if reference in figures else None,
         "seeds": list(config.compare.seeds),
-        "forgetting": measured
-        and {"rows": config.compare.forgetting, **{k: measured[k] for k in ("measure", "before")}},
+        "forgetting": (
+            measured
+            and {
+                "rows": config.compare.forgetting,
+                **{k: measured[k] for k in ("measure", "before")},
+            }
+        ),
         "device": some["device"],
         "jax": some["jax"],
         "candidates": {
@@ -86,7 +106,11 @@ def summary(config: Config, results: Mapping[str, Sequence[Result]], failed: Map
 
 
 def _candidate(
-    config: Config, name: str, runs: Sequence[Result], figures: Mapping[str, Spread], reference: Spread | None
+    config: Config,
+    name: str,
+    runs: Sequence[Result],
+    figures: Mapping[str, Spread],
+    reference: Spread | None,
 ) -> dict[str, Any]:
     (candidate,) = (one for one in config.compare.candidates if one.title == name)
     made: dict[str, Any] = {"method": candidate.method.as_dict(), "runs": len(runs)}
@@ -96,7 +120,9 @@ def _candidate(
     forgotten = tuple(run["forgetting"]["lost"] for run in runs if run["forgetting"])
     return made | {
         "figure": figure.as_dict(),
-        "of_reference": figure.mean / reference.mean if reference is not None and reference.mean else None,
+        "of_reference": (
+            figure.mean / reference.mean if reference is not None and reference.mean else None
+        ),
         "trainable_parameters": first["trainable_parameters"],
         "trainable_share": first["trainable_parameters"] / first["total_parameters"],
         "peak_memory_gb": max(run["peak_memory_gb"] for run in runs),
@@ -110,7 +136,9 @@ def _candidate(
 def write(
     config: Config, results: Mapping[str, Sequence[Result]], failed: Mapping[str, str], folder: Path
 ) -> Mapping[str, Any]:
-    """Write `comparison.json`, `comparison.md` and `comparison.png`; return `summary`, whose arguments these are."""
+    """Write `comparison.json`, `comparison.md` and `comparison.png`; return `summary`, whose
+    arguments these are.
+    """
     made = summary(config, results, failed)
     (folder / "comparison.json").write_text(json.dumps(made, indent=2) + "\n")
     (folder / "comparison.md").write_text(markdown(config, made))
@@ -119,7 +147,8 @@ def write(
 
 
 def shown(made: Mapping[str, Any], results: Mapping[str, Sequence[Result]], folder: Path) -> str:
-    """Return what the end of a comparison prints: the figures, what is left, and how the best adapter predicts.
+    """Return what the end of a comparison prints: the figures, what is left, and how the best
+    adapter predicts.
 
     Args:
         made: what `summary` gives.
@@ -129,17 +158,26 @@ def shown(made: Mapping[str, Any], results: Mapping[str, Sequence[Result]], fold
     rows = [next_steps.row("before training", _spread(made["before"]))] if made["before"] else []
     done = {name: one for name, one in made["candidates"].items() if one["runs"]}
     for name, one in done.items():
-        rows.append(next_steps.row(name, _spread(one["figure"]), one["trainable_share"], one["seconds"]["mean"]))
+        rows.append(
+            next_steps.row(
+                name, _spread(one["figure"]), one["trainable_share"], one["seconds"]["mean"]
+            )
+        )
     lower = made["metric"] in LOWER_IS_BETTER
     best = min(done, key=lambda name: done[name]["figure"]["mean"] * (1 if lower else -1))
     lines = [
         f"{made['split']} {made['metric']}{' (lower is better)' * lower}",
         *rows,
         "",
-        f"in {folder}: comparison.md, comparison.json, comparison.png, and adapter/, metrics.jsonl of each run in NAME/seed-N/",
+        (
+            f"in {folder}: comparison.md, comparison.json, comparison.png, and adapter/,"
+            " metrics.jsonl of each run in NAME/seed-N/"
+        ),
     ]
     prediction = results[best][0].get("prediction")
-    return "\n".join([*lines, f"next, use the adapter of {best}:", prediction] if prediction else lines)
+    return "\n".join(
+        [*lines, f"next, use the adapter of {best}:", prediction] if prediction else lines
+    )
 
 
 def _spread(plain: Mapping[str, Any]) -> str:
@@ -151,7 +189,11 @@ def markdown(config: Config, made: Mapping[str, Any]) -> str:
     columns = _columns(made)
     lines = [
         _opening(config, made),
-        *([f"Before training: {made['metric']} {_spread(made['before'])}."] if made["before"] else []),
+        *(
+            [f"Before training: {made['metric']} {_spread(made['before'])}."]
+            if made["before"]
+            else []
+        ),
         "",
         f"| method | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
@@ -162,7 +204,12 @@ def markdown(config: Config, made: Mapping[str, Any]) -> str:
     if made["forgetting"]:
         lines += ["", _forgetting_note(made["forgetting"])]
     if made["failed"]:
-        lines += ["", "Failed:", "", *(f"* {name}: {' '.join(why.split())}" for name, why in made["failed"].items())]
+        lines += [
+            "",
+            "Failed:",
+            "",
+            *(f"* {name}: {' '.join(why.split())}" for name, why in made["failed"].items()),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -172,7 +219,10 @@ def _opening(config: Config, made: Mapping[str, Any]) -> str:
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
     said = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     where = f"{made['device']}, jax {made['jax']}"
-    return f"{config.model.path} on {_shown(rows)}, {length} of {train.batch_size} rows, {said}; {where}."
+    return (
+        f"{config.model.path} on {_shown(rows)}, {length} of {train.batch_size} rows, {said};"
+        f" {where}."
+    )
 
 
 def _columns(made: Mapping[str, Any]) -> list[str]:
@@ -207,10 +257,14 @@ def _row(name: str, one: Mapping[str, Any], made: Mapping[str, Any], columns: in
 def _forgetting_note(forgetting: Mapping[str, Any]) -> str:
     rows, before = _shown(forgetting["rows"]), forgetting["before"]
     if forgetting["measure"] == "loss":
-        return f"Forgetting: by how much the mean loss of a token of {rows} has grown; it is {before:.4f} of the base."
+        return (
+            f"Forgetting: by how much the mean loss of a token of {rows} has grown; it is"
+            f" {before:.4f} of the base."
+        )
     return (
-        f"Forgetting: of {rows}, the share of sentences whose own class has the nearest mean, the head left off, of the base "
-        f"({before:.4f}) less that of the adapted model (`jaxpeft/evaluation/forgetting.py`)."
+        f"Forgetting: of {rows}, the share of sentences whose own class has the nearest mean, the"
+        f" head left off, of the base ({before:.4f}) less that of the adapted model"
+        " (`jaxpeft/evaluation/forgetting.py`)."
     )
 
 
@@ -224,7 +278,8 @@ def _bytes(count: int) -> str:
 
 
 def draw(path: Path, made: Mapping[str, Any]) -> None:
-    """Draw the figure of each candidate over its trainable parameters as a PNG; bars are standard deviations.
+    """Draw the figure of each candidate over its trainable parameters as a PNG; bars are standard
+    deviations.
 
     Args:
         path: of the PNG.
@@ -240,11 +295,22 @@ def draw(path: Path, made: Mapping[str, Any]) -> None:
     for i, (name, one) in enumerate(made["candidates"].items()):
         if one["runs"] and math.isfinite(one["figure"]["mean"]):
             axes.errorbar(
-                one["trainable_parameters"], one["figure"]["mean"], one["figure"]["deviation"] or None, label=name, capsize=3,
-                linestyle="none", marker=markers[i % len(markers)], markersize=8, color=f"C{i % 10}",
-            )  # fmt: skip
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel=f"{made['split']} {made['metric']}")
-    axes.set_title(f"{made['metric']} over trainable parameters, mean of {len(made['seeds'])} seed(s)")
+                one["trainable_parameters"],
+                one["figure"]["mean"],
+                one["figure"]["deviation"] or None,
+                label=name,
+                capsize=3,
+                linestyle="none",
+                marker=markers[i % len(markers)],
+                markersize=8,
+                color=f"C{i % 10}",
+            )
+    axes.set(
+        xscale="log", xlabel="trainable parameters", ylabel=f"{made['split']} {made['metric']}"
+    )
+    axes.set_title(
+        f"{made['metric']} over trainable parameters, mean of {len(made['seeds'])} seed(s)"
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)

@@ -1,7 +1,8 @@
-"""One run of a comparison, in a process of its own: `python -m jaxpeft.compare.worker`, which the comparison starts.
+"""One run of a comparison, in a process of its own: `python -m jaxpeft.compare.worker`, which the
+comparison starts.
 
-It is told what to run by a line of JSON on standard input. When that is closed, the comparison has ended, be it killed, and so
-the run saves and stops.
+It is told what to run by a line of JSON on standard input. When that is closed, the comparison has
+ended, be it killed, and so the run saves and stops.
 """
 
 from __future__ import annotations
@@ -41,11 +42,17 @@ from jaxpeft.train.setup import Setup, prepare
 
 
 def run(
-    config: Config, folder: Path, stop: StopRequest, allowed: Sequence[str] = (), *, before: bool = False
+    config: Config,
+    folder: Path,
+    stop: StopRequest,
+    allowed: Sequence[str] = (),
+    *,
+    before: bool = False,
 ) -> dict[str, Any]:
     """Train the method of a config, and measure it.
 
-    Leaves in `folder`: `config.json`, `metrics.jsonl`, `adapter/` and `result.json`; checkpoints until that is written.
+    Leaves in `folder`: `config.json`, `metrics.jsonl`, `adapter/` and `result.json`; checkpoints
+    until that is written.
 
     Args:
         config: a checked config.
@@ -85,9 +92,18 @@ def run(
             "trainable_parameters": result.trainable_parameters,
             "total_parameters": result.total_parameters,
             "peak_memory_gb": round(peak, 3),
-            "adapter_bytes": sum(file.stat().st_size for file in (folder / "adapter").rglob("*.safetensors")),
-            "forgetting": lost
-            and {"measure": lost.measure, "before": lost.before, "after": lost.after, "lost": lost.lost},
+            "adapter_bytes": sum(
+                file.stat().st_size for file in (folder / "adapter").rglob("*.safetensors")
+            ),
+            "forgetting": (
+                lost
+                and {
+                    "measure": lost.measure,
+                    "before": lost.before,
+                    "after": lost.after,
+                    "lost": lost.lost,
+                }
+            ),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "prediction": next_steps.prediction(setup, folder / "adapter"),
@@ -99,7 +115,9 @@ def run(
     return measured
 
 
-def _forgetting(setup: Setup, result: RunResult, evaluator: Evaluator, stop: StopRequest) -> Forgetting | None:
+def _forgetting(
+    setup: Setup, result: RunResult, evaluator: Evaluator, stop: StopRequest
+) -> Forgetting | None:
     """Measure what the base could do of the config's other rows, and what the adapted one can."""
     config = setup.config
     examples = other_rows(config)
@@ -110,7 +128,8 @@ def _forgetting(setup: Setup, result: RunResult, evaluator: Evaluator, stop: Sto
         split = encoding(examples, judged=False)
         if config.model.task == "causal_lm":
             before, after = (
-                evaluator(*parts, split)["loss"] for parts in (({}, setup.params), (result.trainable, result.frozen))
+                evaluator(*parts, split)["loss"]
+                for parts in (({}, setup.params), (result.trainable, result.frozen))
             )
             found = Forgetting("loss", before, after)
         else:
@@ -118,9 +137,15 @@ def _forgetting(setup: Setup, result: RunResult, evaluator: Evaluator, stop: Sto
             def accuracy(params: Mapping[str, Any]) -> float:
                 lengths = evaluated_lengths(config, setup.data.train, split)
                 batches = data.eval_batches(
-                    split, evaluation_rows(config, setup.mesh), lengths, setup.data.pad_id, pad_to=one_length(config)
+                    split,
+                    evaluation_rows(config, setup.mesh),
+                    lengths,
+                    setup.data.pad_id,
+                    pad_to=one_length(config),
                 )
-                return centroid_accuracy(*embeddings(setup.model, params, _until_stopped(batches, stop)))
+                return centroid_accuracy(
+                    *embeddings(setup.model, params, _until_stopped(batches, stop))
+                )
 
             found = Forgetting("centroid_accuracy", accuracy(setup.params), accuracy(result.params))
         note(f"{found.measure} {found.before:.4f} before, {found.after:.4f} after")
@@ -139,7 +164,8 @@ def main() -> int:
     if not line:
         return 0  # the comparison has ended before this run was its turn
     told = json.loads(line)
-    logging.getLogger().handlers.clear()  # a library imported above has set its own, and ours would be left out
+    # a library imported above has set its own, and ours would be left out
+    logging.getLogger().handlers.clear()
     set_up_logging(hushed=not told["traceback"])
     return guarded(lambda: _run(told), show_traceback=told["traceback"])
 

@@ -1,4 +1,6 @@
-"""The section of a config that makes it a comparison: methods that are trained on the same rows, for the same steps."""
+"""The section of a config that makes it a comparison: methods that are trained on the same rows,
+for the same steps.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,16 @@ class CandidateConfig:
 
     name: str = option("", "name of its row and of its folder; empty for the method's")
     method: Method = option(
-        LoRA, "the fine-tuning method: `name` and its hyperparameters; left out, that of the config", read=read
+        LoRA,
+        "the fine-tuning method: `name` and its hyperparameters; left out, that of the config",
+        read=read,
     )
-    learning_rate: float | None = option(None, "peak learning rate; None for optimizer.learning_rate", above=0)
-    head_learning_rate: float | None = option(None, "that of the head; None for the optimizer's", above=0)
+    learning_rate: float | None = option(
+        None, "peak learning rate; None for optimizer.learning_rate", above=0
+    )
+    head_learning_rate: float | None = option(
+        None, "that of the head; None for the optimizer's", above=0
+    )
 
     @property
     def title(self) -> str:
@@ -37,10 +45,13 @@ class CandidateConfig:
             found.append(f"name: {why}")
         if self.name in METHODS and self.name != self.method.name:
             found.append(
-                f"name: {self.name!r} is a method, and this candidate's is {self.method.name!r}; set its method.name"
+                f"name: {self.name!r} is a method, and this candidate's is {self.method.name!r};"
+                " set its method.name"
             )
         if trains_head_alone(self.method) and self.learning_rate is not None:
-            found.append(f"learning_rate: {self.method.name!r} trains the head alone; set head_learning_rate")
+            found.append(
+                f"learning_rate: {self.method.name!r} trains the head alone; set head_learning_rate"
+            )
         return found
 
 
@@ -48,14 +59,21 @@ class CandidateConfig:
 class CompareConfig:
     """What `python -m jaxpeft.compare` compares."""
 
-    candidates: tuple[CandidateConfig, ...] = option((), "the methods, each with its learning rates")
-    seeds: tuple[int, ...] = option((0, 1, 2), "train.seed of the runs of each candidate", at_least=0, below=2**32)
+    candidates: tuple[CandidateConfig, ...] = option(
+        (), "the methods, each with its learning rates"
+    )
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2), "train.seed of the runs of each candidate", at_least=0, below=2**32
+    )
     reference: str | None = option(
-        None, "candidate that the others' figures are given as a share of; None for the one whose method is full"
+        None,
+        "candidate that the others' figures are given as a share of; None for the one whose method"
+        " is full",
     )
     forgetting: str = option(
         "",
-        "rows of something else, by which to tell what the base has forgotten; labeled, or texts of a language model",
+        "rows of something else, by which to tell what the base has forgotten; labeled, or texts of"
+        " a language model",
     )
 
     @property
@@ -65,7 +83,9 @@ class CompareConfig:
 
     @property
     def compared_with(self) -> str | None:
-        """The name of the candidate that the others are given as a share of, None where there is none."""
+        """The name of the candidate that the others are given as a share of, None where there is
+        none.
+        """
         full = (candidate.title for candidate in self.candidates if candidate.method.name == "full")
         return self.reference or next(full, None)
 
@@ -81,11 +101,14 @@ class CompareConfig:
         if not self.seeds:
             found.append("seeds: is empty; give at least one")
         found += [
-            f"seeds: {seed} stands there {n} times; give it once" for seed, n in Counter(self.seeds).items() if n > 1
+            f"seeds: {seed} stands there {n} times; give it once"
+            for seed, n in Counter(self.seeds).items()
+            if n > 1
         ]
         if self.reference is not None and self.reference not in self.titles:
             found.append(
-                f"reference: {shown(self.reference)} is not a candidate{nearest(self.reference, self.titles)} "
-                f"(there are: {', '.join(self.titles)})"
+                f"reference: {shown(self.reference)} is not a"
+                f" candidate{nearest(self.reference, self.titles)} (there are:"
+                f" {', '.join(self.titles)})"
             )
         return found

@@ -40,10 +40,12 @@ def defaults(method: str = "lora") -> ml_collections.ConfigDict:
     """
     if method not in METHODS:
         raise ConfigError(
-            f"method.name: {shown(method)} is not a method{nearest(method, METHODS)} (known: {', '.join(METHODS)})"
+            f"method.name: {shown(method)} is not a method{nearest(method, METHODS)} (known:"
+            f" {', '.join(METHODS)})"
         )
     plain = as_dict(dataclasses.replace(Config(), method=METHODS[method]()))
-    # a wrong type or name is not refused at its line, but with all other problems of the file at once
+    # a wrong type or name is not refused at its line, but with all other problems of the file at
+    # once
     return ml_collections.ConfigDict(plain, type_safe=False)
 
 
@@ -51,12 +53,13 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Read and check a config file.
 
     Args:
-        path: a Python file that defines `get_config()`, which is executed, so it must be one that you trust; or a YAML or JSON
-            file that holds the options that differ from the defaults.
+        path: a Python file that defines `get_config()`, which is executed, so it must be one that
+            you trust; or a YAML or JSON file that holds the options that differ from the defaults.
         overrides: `(dotted option, text)` pairs from the command line.
 
     Raises:
-        ConfigError: listing every unknown option, wrong type, value out of range and pair that excludes each other.
+        ConfigError: listing every unknown option, wrong type, value out of range and pair that
+            excludes each other.
     """
     values, problems = read_file(Path(path)), []
     for option, text in _methods_first(overrides):
@@ -68,7 +71,9 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
 
 
 def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
-    """Make a `Config` from plain values, as `as_dict` gives them; the method's section is read by its name."""
+    """Make a `Config` from plain values, as `as_dict` gives them; the method's section is read by
+    its name.
+    """
     section = values.get("method", {})
     if not isinstance(section, Mapping):
         return None, [f"config.method: must be a section with options, is {shown(section)}"]
@@ -81,7 +86,9 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
 
 
 def _with_methods(compare: Any, method: Mapping[str, Any]) -> Any:
-    """Return the section of a comparison with the config's method for each candidate that sets none."""
+    """Return the section of a comparison with the config's method for each candidate that sets
+    none.
+    """
     candidates = compare.get("candidates") if isinstance(compare, Mapping) else None
     if not isinstance(candidates, (list, tuple)):
         return compare
@@ -90,11 +97,13 @@ def _with_methods(compare: Any, method: Mapping[str, Any]) -> Any:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Read a config file's values as plain nested dicts: Python is executed, YAML and JSON are read.
+    """Read a config file's values as plain nested dicts: Python is executed, YAML and JSON are
+    read.
 
     Raises:
-        ConfigError: the file is missing or of another kind; a Python file fails, or has no `get_config()` that returns a
-            ConfigDict; a YAML or JSON file cannot be read, names an option twice, or holds no sections.
+        ConfigError: the file is missing or of another kind; a Python file fails, or has no
+            `get_config()` that returns a ConfigDict; a YAML or JSON file cannot be read, names an
+            option twice, or holds no sections.
     """
     if why := _no_file(path):
         raise ConfigError(f"--config {cut(str(path), 200)}: {why}")
@@ -104,13 +113,17 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a plain file's values laid over the defaults of its method, as a Python file's `defaults()` are changed."""
+    """Return a plain file's values laid over the defaults of its method, as a Python file's
+    `defaults()` are changed.
+    """
     method = values.get("method")
     name = method.get("name", "lora") if isinstance(method, Mapping) else "lora"
     # a name that is none is refused with the file's other problems
     found = defaults(name if isinstance(name, str) and name in METHODS else "lora").to_dict()
     for key, value in values.items():
-        is_section = isinstance(value, Mapping) and dataclasses.is_dataclass(hints_of(Config).get(key))
+        is_section = isinstance(value, Mapping) and dataclasses.is_dataclass(
+            hints_of(Config).get(key)
+        )
         found[key] = {**found[key], **value} if is_section else value
     return found
 
@@ -127,10 +140,13 @@ def _executed(path: Path) -> dict[str, Any]:
         config = made.to_dict() if isinstance(made, ml_collections.ConfigDict) else made
     except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"{path}{_line_of(error, path)}: {type(error).__name__}: {cut(' '.join(str(error).split()), 400)}"
+            f"{path}{_line_of(error, path)}: {type(error).__name__}:"
+            f" {cut(' '.join(str(error).split()), 400)}"
         ) from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: get_config() must return a ConfigDict, returns a {type(config).__name__}")
+        raise ConfigError(
+            f"{path}: get_config() must return a ConfigDict, returns a {type(config).__name__}"
+        )
     return typing.cast(dict[str, Any], config)
 
 
@@ -140,7 +156,9 @@ def _no_file(path: Path) -> str | None:
         if path.is_file():
             return None
         if path.is_dir():
-            return f"a folder; name one of its files: {', '.join(p.name for p in _configs_in(path))}"
+            return (
+                f"a folder; name one of its files: {', '.join(p.name for p in _configs_in(path))}"
+            )
         there = [str(p) for p in _configs_in(path.parent)] if path.parent.is_dir() else []
     except OSError as error:  # a name that is too long, or a folder that may not be read
         return f"cannot be read ({error.strerror})"
@@ -177,7 +195,11 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
         return []  # told with the file's other problems
     if option == "method.name" and text != method.get("name"):
         dropped = ", ".join(key for key in method if key != "name")
-        _log.info("--config.method.name=%s: the file's options of its own method do not apply (%s)", text, dropped)
+        _log.info(
+            "--config.method.name=%s: the file's options of its own method do not apply (%s)",
+            text,
+            dropped,
+        )
         values["method"] = {"name": text}
         return []
     option, key = _split_key(option, values)
@@ -203,7 +225,9 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
 
 
 def _split_key(option: str, values: Mapping[str, Any]) -> tuple[str, str]:
-    """Split `method.rank_pattern.q_proj` into the option, a mapping, and a key of it; the key is empty elsewhere."""
+    """Split `method.rank_pattern.q_proj` into the option, a mapping, and a key of it; the key is
+    empty elsewhere.
+    """
     parts = option.split(".")
     for n in range(1, min(len(parts), _DEEPEST + 1)):
         if typing.get_origin(_hint(".".join(parts[:n]), values)) is dict:
@@ -230,12 +254,18 @@ def _reader(option: str, values: Mapping[str, Any]) -> Reader | None:
     """Return what reads the sections that an option holds, None where they are of one type."""
     section, _, name = option.rpartition(".")
     cls = _hint(section, values) if section else Config
-    fields = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    fields = (
+        {field.name: field for field in dataclasses.fields(cls)}
+        if dataclasses.is_dataclass(cls)
+        else {}
+    )
     return fields[name].metadata.get("read") if name in fields else None
 
 
 def _all_options(values: Mapping[str, Any]) -> list[str]:
-    """Return the dotted options that there are, those of the method that the values name among them."""
+    """Return the dotted options that there are, those of the method that the values name among
+    them.
+    """
     found: list[str] = []
     for field in dataclasses.fields(Config):
         hint = _hint(field.name, values)

@@ -14,19 +14,27 @@ from jaxpeft.core.option_docs import default_of, first_line
 from jaxpeft.core.options import bounds_of, hints_of
 from jaxpeft.methods import METHODS
 
-_KEYWORDS = {"above": "exclusiveMinimum", "at_least": "minimum", "below": "exclusiveMaximum", "at_most": "maximum"}
+_KEYWORDS = {
+    "above": "exclusiveMinimum",
+    "at_least": "minimum",
+    "below": "exclusiveMaximum",
+    "at_most": "maximum",
+}
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 
 
 def schema() -> dict[str, Any]:
     """Return the schema of a config file's content: JSON Schema, draft 2020-12.
 
-    It holds what can be said of each option alone; what does not go together across options, loading the config says.
+    It holds what can be said of each option alone; what does not go together across options,
+    loading the config says.
     """
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A jaxpeft config",
-        **_section(Config, {"$schema": {"type": "string", "description": "this schema, for editors"}}),
+        **_section(
+            Config, {"$schema": {"type": "string", "description": "this schema, for editors"}}
+        ),
         "$defs": {"method": _method()},
     }
 
@@ -38,21 +46,33 @@ def schema_text() -> str:
 
 def _section(cls: type[Any], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     hints = hints_of(cls)
-    own = {field.name: _option(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
+    own = {
+        field.name: _option(field, hints[field.name])
+        for field in dataclasses.fields(cls)
+        if field.init
+    }
     return {
-        "type": "object", "description": first_line(cls), "properties": {**(more or {}), **own}, "additionalProperties": False,
-    }  # fmt: skip
+        "type": "object",
+        "description": first_line(cls),
+        "properties": {**(more or {}), **own},
+        "additionalProperties": False,
+    }
 
 
 def _method() -> dict[str, Any]:
-    """Return the schema of a method's section: its `name` says which options it has; without one it is LoRA's."""
+    """Return the schema of a method's section: its `name` says which options it has; without one it
+    is LoRA's.
+    """
     return {
         "type": "object",
         "description": "The fine-tuning method: `name` and its options.",
         "properties": {"name": {"enum": list(METHODS), "default": "lora"}},
         "allOf": [
             {
-                "if": {"properties": {"name": {"const": name}}, **({} if name == "lora" else {"required": ["name"]})},
+                "if": {
+                    "properties": {"name": {"const": name}},
+                    **({} if name == "lora" else {"required": ["name"]}),
+                },
                 "then": _section(cls, {"name": {"const": name}}),
             }
             for name, cls in METHODS.items()
@@ -65,7 +85,11 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         return {"$ref": "#/$defs/method"}
     if dataclasses.is_dataclass(hint):
         return _section(_class(hint))
-    return {"description": field.metadata["doc"], "default": default_of(field), **_type(hint, field.metadata)}
+    return {
+        "description": field.metadata["doc"],
+        "default": default_of(field),
+        **_type(hint, field.metadata),
+    }
 
 
 def _type(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +107,9 @@ def _type(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     if dataclasses.is_dataclass(hint):
         return _section(_class(hint))
     limits = (
-        {_KEYWORDS[name]: bound for name, bound in bounds_of(hint, metadata).items()} if hint in (int, float) else {}
+        {_KEYWORDS[name]: bound for name, bound in bounds_of(hint, metadata).items()}
+        if hint in (int, float)
+        else {}
     )
     return {"type": _SCALARS[hint], **limits}
 

@@ -14,17 +14,22 @@ def read(path: Path) -> dict[str, Any]:
     """Read a config file that holds plain values.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML or JSON, names an option twice, or holds no sections.
+        ConfigError: the file cannot be read, is not YAML or JSON, names an option twice, or holds
+            no sections.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from error
+        raise ConfigError(
+            f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     values = READERS[path.suffix](text, path)
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: must hold sections such as model and train, holds a {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: must hold sections such as model and train, holds a {type(values).__name__}"
+        )
     found = {str(key): value for key, value in cast(Mapping[object, Any], values).items()}
     found.pop("$schema", None)  # by which an editor finds the schema of a JSON file
     return found
@@ -46,13 +51,19 @@ def _read_yaml(text: str, path: Path) -> object:
         values: object = YAML(typ="safe", pure=True).load(text)
     except DuplicateKeyError as error:
         twice = str(error.problem).split('"')[1]
-        raise ConfigError(f"{path}{_place(error)}: names {twice!r} twice; leave one of them") from error
+        raise ConfigError(
+            f"{path}{_place(error)}: names {twice!r} twice; leave one of them"
+        ) from error
     except MarkedYAMLError as error:
-        raise ConfigError(f"{path}{_place(error)}: {cut(str(error.problem or error.context), 200)}") from error
+        raise ConfigError(
+            f"{path}{_place(error)}: {cut(str(error.problem or error.context), 200)}"
+        ) from error
     except YAMLError as error:
         raise ConfigError(f"{path}: not YAML ({cut(' '.join(str(error).split()), 200)})") from error
     except (RecursionError, ValueError) as error:  # lists in lists in lists; a date that is none
-        raise ConfigError(f"{path}: not a config ({cut(str(error) or type(error).__name__, 200)})") from error
+        raise ConfigError(
+            f"{path}: not a config ({cut(str(error) or type(error).__name__, 200)})"
+        ) from error
     return {} if values is None else values
 
 

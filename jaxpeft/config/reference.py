@@ -15,7 +15,9 @@ from jaxpeft.core.options import hints_of
 from jaxpeft.errors import ConfigError, cut, nearest
 from jaxpeft.methods import METHODS
 
-NAME_OF_METHOD = OptionDoc("name", "str", "'lora'", "", "the fine-tuning method, one of `config.method.NAME`")
+NAME_OF_METHOD = OptionDoc(
+    "name", "str", "'lora'", "", "the fine-tuning method, one of `config.method.NAME`"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def section(name: str) -> SectionDoc:
     if asked not in known:
         usual = ", ".join(one for one in known if "." not in one)
         raise ConfigError(
-            f"--help {cut(name)}: no section of that name{nearest(asked, known)} (known: {usual}, and method.NAME)"
+            f"--help {cut(name)}: no section of that name{nearest(asked, known)} (known: {usual},"
+            " and method.NAME)"
         )
     return known[asked]
 
@@ -66,9 +69,12 @@ def _sections() -> Iterator[SectionDoc]:
                 for name, cls in METHODS.items()
             )
         elif dataclasses.is_dataclass(hint):
-            yield SectionDoc(field.name, first_line(cast(type[Any], hint)), option_docs(cast(type[Any], hint)))
+            yield SectionDoc(
+                field.name, first_line(cast(type[Any], hint)), option_docs(cast(type[Any], hint))
+            )
     yield SectionDoc(
         "compare.candidates",
-        f"{first_line(CandidateConfig)} Its `method` is a section like `config.method`, which is taken where it is left out.",
+        f"{first_line(CandidateConfig)} Its `method` is a section like `config.method`, which is"
+        " taken where it is left out.",
         option_docs(CandidateConfig),
     )

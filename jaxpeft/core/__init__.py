@@ -1,1 +1,3 @@
-"""The mechanism: tree paths, sites and targets, partition and combine, the interceptor, the `Method` type."""
+"""The mechanism: tree paths, sites and targets, partition and combine, the interceptor, the
+`Method` type.
+"""

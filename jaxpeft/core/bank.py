@@ -1,7 +1,7 @@
 """Several adapters in one tree: a bank, whose adapter leaves have an axis that counts the adapters.
 
-One program serves them all: which adapter computes is an argument of `jaxpeft.apply`, a number for the whole batch or one for
-each row, so switching compiles nothing.
+One program serves them all: which adapter computes is an argument of `jaxpeft.apply`, a number for
+the whole batch or one for each row, so switching compiles nothing.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 
 
-def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]], *, sites: Sequence[Site] | None = None) -> Tree:
+def bank(
+    adapters: Sequence[tuple[Method, Mapping[str, Any]]], *, sites: Sequence[Site] | None = None
+) -> Tree:
     """Put adapters of one base into one tree.
 
-    A leaf `[...]` becomes `[n, ...]`, below the layer axis where there is one; leaves that differ in rank are padded by zeros
-    to the largest.
+    A leaf `[...]` becomes `[n, ...]`, below the layer axis where there is one; leaves that differ
+    in rank are padded by zeros to the largest.
 
     Args:
         adapters: `(method, params)` each, of the same kind of method on the same base.
-        sites: of a model that is not jaxpeft's own, as given to `rewrite`: they say which leaves have axes of layers.
+        sites: of a model that is not jaxpeft's own, as given to `rewrite`: they say which leaves
+            have axes of layers.
 
     Returns:
         A tree for `jaxpeft.apply(model, tree, ..., adapter=i)`.
 
     Raises:
-        ConfigError: the methods are of different kinds, adapt other sites, or train leaves of the base, which only one of
-            them can have.
+        ConfigError: the methods are of different kinds, adapt other sites, or train leaves of the
+            base, which only one of them can have.
     """
     if not adapters:
         raise ConfigError("bank: no adapter is given")
@@ -43,14 +46,16 @@ def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]], *, sites: Sequenc
     kinds = {method.name for method, _ in adapters}
     if len({_kinds(method) for method, _ in adapters}) > 1:
         raise ConfigError(
-            f"bank: the adapters are of different methods ({', '.join(sorted(kinds))}); make a bank of each"
+            f"bank: the adapters are of different methods ({', '.join(sorted(kinds))}); make a bank"
+            " of each"
         )
     leaves = [dict(paths.walk(tree)) for _, tree in adapters]
     for i, other in enumerate(leaves):
         odd = sorted(leaves[0].keys() ^ other.keys())
         if odd:
             raise ConfigError(
-                f"bank: adapters 0 and {i} hold other leaves, such as {paths.text(odd[0])}; give all the same targets and options"
+                f"bank: adapters 0 and {i} hold other leaves, such as {paths.text(odd[0])}; give"
+                " all the same targets and options"
             )
     require_same_base(adapters)
     names = adapter_names(first)
@@ -64,7 +69,9 @@ def bank(adapters: Sequence[tuple[Method, Mapping[str, Any]]], *, sites: Sequenc
     return paths.build(out)
 
 
-def pick(method: Method, tree: Mapping[str, Any], i: int, *, sites: Sequence[Site] | None = None) -> Tree:
+def pick(
+    method: Method, tree: Mapping[str, Any], i: int, *, sites: Sequence[Site] | None = None
+) -> Tree:
     """Return the tree of one adapter of a bank, padded as it is there.
 
     Args:
@@ -91,11 +98,14 @@ def _layer_axes(path: Path, sites: Sequence[Site] | None) -> int:
 
 
 def _kinds(method: Method) -> tuple[str, ...]:
-    return tuple((part.leaves.site or part.leaves.root or (part.name,))[0] for part in method.parts())
+    return tuple(
+        (part.leaves.site or part.leaves.root or (part.name,))[0] for part in method.parts()
+    )
 
 
 def require_same_base(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> None:
-    """Refuse adapters that trained leaves of the base to different numbers: one tree can hold one of them only.
+    """Refuse adapters that trained leaves of the base to different numbers: one tree can hold one
+    of them only.
 
     Raises:
         ConfigError: naming the leaf.
@@ -104,12 +114,18 @@ def require_same_base(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> N
     for i, (method, tree) in enumerate(adapters):
         names = adapter_names(method)
         own = dict(paths.walk(tree))
-        trained = [path for path, flag in paths.walk(trainable_mask(method, tree)) if flag and path[-1] not in names]
-        changed = [path for path in trained if path not in first or not _equal(first[path], own[path])]
+        trained = [
+            path
+            for path, flag in paths.walk(trainable_mask(method, tree))
+            if flag and path[-1] not in names
+        ]
+        changed = [
+            path for path in trained if path not in first or not _equal(first[path], own[path])
+        ]
         if changed:
             raise ConfigError(
-                f"{paths.text(changed[0])} is a leaf of the base, and adapters 0 and {i} trained it to different numbers; "
-                "adapter leaves alone can be put together"
+                f"{paths.text(changed[0])} is a leaf of the base, and adapters 0 and {i} trained it"
+                " to different numbers; adapter leaves alone can be put together"
             )
 
 
@@ -123,8 +139,12 @@ def _padded(found: Sequence[Any], path: Path, method: Method) -> list[Any]:
         return list(found)
     if not (method.leaves.rank_pads and hasattr(method, "rank_pattern")):
         raise ConfigError(
-            f"bank: {paths.text(path)} has the shapes {' and '.join(str(list(s)) for s in sorted(shapes))}, which {method.name} "
-            "cannot pad; give all adapters the same options"
+            f"bank: {paths.text(path)} has the shapes"
+            f" {' and '.join(str(list(s)) for s in sorted(shapes))}, which {method.name} cannot"
+            " pad; give all adapters the same options"
         )
     shape = tuple(max(sizes) for sizes in zip(*(leaf.shape for leaf in found), strict=True))
-    return [jnp.pad(leaf, [(0, n - m) for n, m in zip(shape, leaf.shape, strict=True)]) for leaf in found]
+    return [
+        jnp.pad(leaf, [(0, n - m) for n, m in zip(shape, leaf.shape, strict=True)])
+        for leaf in found
+    ]

@@ -20,12 +20,15 @@ from jaxpeft.errors import ConfigError
 
 
 def can_fold(kind: type[Method]) -> bool:
-    """Return whether plain leaves compute what a method does; what adds no leaf is plain already."""
+    """Return whether plain leaves compute what a method does; what adds no leaf is plain
+    already.
+    """
     return kind.fold is not Method.fold or kind.leaves.marker is None
 
 
 def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) -> dict[str, Any]:
-    """Return the base leaves of one site with every adapter in it folded in, in their dtypes; nothing where there is none.
+    """Return the base leaves of one site with every adapter in it folded in, in their dtypes;
+    nothing where there is none.
 
     Args:
         parts: the methods that add leaves, in the order in which they compute.
@@ -37,10 +40,16 @@ def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) 
         ConfigError: an adapter changes a leaf that the module has not, or the kernel is quantized.
     """
     adapters = {name for part in parts for name in part.leaves.names}
-    before = {key: leaf for key, leaf in node.items() if key not in adapters and not isinstance(leaf, Mapping)}
+    before = {
+        key: leaf
+        for key, leaf in node.items()
+        if key not in adapters and not isinstance(leaf, Mapping)
+    }
     left, out = dict(node), dict[str, Any]()
     for part in parts:
-        own = {key: left.pop(key) for key in part.leaves.names if key in left}  # two parts may be of one method
+        own = {
+            key: left.pop(key) for key in part.leaves.names if key in left
+        }  # two parts may be of one method
         if own:
             shared = {key: roots[key] for key in part.leaves.root if key in roots}
             out |= _folded(part, site, own, shared, {**before, **out}, before if out else None)
@@ -48,7 +57,8 @@ def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) 
 
 
 def adding_parts(method: Method, markers: Iterable[str]) -> list[Method]:
-    """Return the methods that add leaves, in the order in which they compute a site that several of them adapt.
+    """Return the methods that add leaves, in the order in which they compute a site that several of
+    them adapt.
 
     Args:
         method: whose parts they are.
@@ -56,22 +66,29 @@ def adding_parts(method: Method, markers: Iterable[str]) -> list[Method]:
     """
     order = {marker: i for i, marker in enumerate(markers)}
     adding = [part for part in method.parts() if part.leaves.site or part.leaves.root]
-    return sorted(adding, key=lambda part: order.get((part.leaves.site or part.leaves.root)[0], len(order)))
+    return sorted(
+        adding, key=lambda part: order.get((part.leaves.site or part.leaves.root)[0], len(order))
+    )
 
 
 def _as_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array:
     """Return a folded leaf the axes and the dtype of the base's."""
-    return (kernels.as_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)).astype(leaf.dtype)
+    return (
+        kernels.as_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)
+    ).astype(leaf.dtype)
 
 
 def _folded(
     method: Method, site: Site, own: Leaves, shared: Leaves, plain: Leaves, before: Leaves | None
 ) -> dict[str, Any]:
-    """Return the base leaves of a site with its adapter folded in, layer by layer; `before` are those without any adapter."""
+    """Return the base leaves of a site with its adapter folded in, layer by layer; `before` are
+    those without any adapter.
+    """
     form = kernels.form_of(plain) or "kernel"
     if form not in ("kernel", "embedding"):
         raise ConfigError(
-            f"{paths.text(site.path)} is stored as {form}; jaxpeft.merge_quantized decodes it, or merge into the base that is not quantized"
+            f"{paths.text(site.path)} is stored as {form}; jaxpeft.merge_quantized decodes it, or"
+            " merge into the base that is not quantized"
         )
     layers: list[dict[str, Any]] = []
     for i in range(len(site.names)):
@@ -82,13 +99,24 @@ def _folded(
         whole |= {"bias": given["bias"].reshape(-1)} if "bias" in given else {}
         whole |= {} if before is None else {"original": kernel_of(site, before, i)}
         folded = {**whole, **method.fold({**shared, **mine}, whole)} if bool(on) else whole
-        kept = {form if key == "kernel" else key: value for key, value in folded.items() if key != "original"}
+        kept = {
+            form if key == "kernel" else key: value
+            for key, value in folded.items()
+            if key != "original"
+        }
         lost = sorted(kept.keys() - base.keys() - {"kernel"})
         if lost:
             raise ConfigError(
-                f"{site.names[i]}: {method.name} needs a {lost[0]} there when it is merged, and the module has none; keep the adapter"
+                f"{site.names[i]}: {method.name} needs a {lost[0]} there when it is merged, and the"
+                " module has none; keep the adapter"
             )
-        layers.append({key: _as_base(kept[key], leaf, site, key == form) for key, leaf in base.items() if key in kept})
+        layers.append(
+            {
+                key: _as_base(kept[key], leaf, site, key == form)
+                for key, leaf in base.items()
+                if key in kept
+            }
+        )
     if not site.layers:
         return layers[0]
     stacked = {key: jnp.stack([layer[key] for layer in layers]) for key in layers[0]}

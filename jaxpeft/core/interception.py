@@ -1,9 +1,9 @@
 """How a Linen model computes with adapter leaves: one interceptor, no change to the model.
 
-Flax calls the interceptor for every method of every module. A module whose own scope holds a method's marker leaf is computed
-by that method; every other module runs as written. It works under `jit`, `grad`, `nn.scan`, `nn.vmap` and `nn.remat`, because
-the leaves are read from the scope, like any parameter. Leaves at the root of the tree, which sites share, come in from
-outside.
+Flax calls the interceptor for every method of every module. A module whose own scope holds a
+method's marker leaf is computed by that method; every other module runs as written. It works under
+`jit`, `grad`, `nn.scan`, `nn.vmap` and `nn.remat`, because the leaves are read from the scope, like
+any parameter. Leaves at the root of the tree, which sites share, come in from outside.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Hooks:
     Attributes:
         methods: by their marker leaves.
         root: the leaves at the root of the tree.
-        rows: which adapter of a bank to compute with: int32, a scalar or `[batch]`; None where leaves are no bank.
+        rows: which adapter of a bank to compute with: int32, a scalar or `[batch]`; None where
+            leaves are no bank.
     """
 
     methods: Mapping[str, Computation]
@@ -42,7 +43,12 @@ class Hooks:
     rows: Any = None
 
     def wrap(
-        self, module: Any, name: str, leaves: Mapping[str, Any], base: Callable[..., Any], key: Callable[[], Any] | None
+        self,
+        module: Any,
+        name: str,
+        leaves: Mapping[str, Any],
+        base: Callable[..., Any],
+        key: Callable[[], Any] | None,
     ) -> Callable[..., Any]:
         """Return what to call in place of a method of a module.
 
@@ -67,8 +73,12 @@ class Hooks:
                 wrapped = self._site(module, name, leaves, wrapped, key, method)
         return wrapped
 
-    def _together(self, module: Any, base: Callable[..., Any], training: bool) -> Callable[..., Any]:
-        """Compute sites that read the same input at once, where all of them can be, and one has an adapter."""
+    def _together(
+        self, module: Any, base: Callable[..., Any], training: bool
+    ) -> Callable[..., Any]:
+        """Compute sites that read the same input at once, where all of them can be, and one has an
+        adapter.
+        """
 
         def call(x: Any, *others: Any) -> Any:
             sites = [self._linear(each, training) for each in (module, *others)]
@@ -86,7 +96,9 @@ class Hooks:
         leaves = module.variables.get("params", {})
         form = kernels.form_of(leaves)
         adapters = [
-            method for marker, method in self.methods.items() if marker in leaves and marker not in kernels.FORMS
+            method
+            for marker, method in self.methods.items()
+            if marker in leaves and marker not in kernels.FORMS
         ]
         if form is None or len(adapters) > 1:
             return None
@@ -95,10 +107,14 @@ class Hooks:
             (method,) = adapters
             if method.leaves.names[-1] in leaves or not method.sites.computes(module, "__call__"):
                 return None
-            factors = method.sites.low_rank({key: leaves[key] for key in method.leaves.site if key in leaves}, training)
+            factors = method.sites.low_rank(
+                {key: leaves[key] for key in method.leaves.site if key in leaves}, training
+            )
             if factors is None:
                 return None
-        return joint.LinearSite({key: leaves[key] for key in kernels.FORMS[form].leaves}, factors, leaves.get("bias"))
+        return joint.LinearSite(
+            {key: leaves[key] for key in kernels.FORMS[form].leaves}, factors, leaves.get("bias")
+        )
 
     def _site(
         self,
@@ -130,7 +146,9 @@ class Hooks:
             out = seen.restore(compute(made))
             if on is None:
                 return out
-            return jnp.where(on.reshape(*on.shape, *(1,) * (out.ndim - on.ndim)), out, base(*args, **kwargs))
+            return jnp.where(
+                on.reshape(*on.shape, *(1,) * (out.ndim - on.ndim)), out, base(*args, **kwargs)
+            )
 
         return call
 
@@ -157,8 +175,8 @@ def _require_inputs(module: Any, name: str, method: Computation) -> None:
     for wanted in method.sites.inputs:
         if wanted not in takes:
             raise ConfigError(
-                f"{type(module).__name__}.{name} takes no input {wanted!r}, which the {method.name} method gives; it works on "
-                "the models that jaxpeft.load gives"
+                f"{type(module).__name__}.{name} takes no input {wanted!r}, which the {method.name}"
+                " method gives; it works on the models that jaxpeft.load gives"
             )
 
 
@@ -176,16 +194,22 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
         if context.method_name not in names or module.scope is None:
             return next_fun(*args, **kwargs)
         leaves = module.variables.get("params", {})
-        if context.method_name != TOGETHER and not any(marker in leaves for marker in hooks.methods):
+        if context.method_name != TOGETHER and not any(
+            marker in leaves for marker in hooks.methods
+        ):
             return next_fun(*args, **kwargs)
         key = (lambda: module.make_rng("dropout")) if module.has_rng("dropout") else None
-        return hooks.wrap(module, context.method_name, leaves, _repeatable(module, next_fun), key)(*args, **kwargs)
+        return hooks.wrap(module, context.method_name, leaves, _repeatable(module, next_fun), key)(
+            *args, **kwargs
+        )
 
     return intercept
 
 
 def _repeatable(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a method of a Linen module run more than once in a call: each run names its parameters anew."""
+    """Let a method of a Linen module run more than once in a call: each run names its parameters
+    anew.
+    """
     runs = 0
 
     def again(*args: Any, **kwargs: Any) -> Any:

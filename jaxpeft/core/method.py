@@ -1,9 +1,10 @@
 """The `Method` type: a frozen dataclass of hyperparameters with pure functions over one site.
 
-A method never sees the layer axis, a mesh or the train loop. It says, for one site of one layer, which leaves it adds
-(`init`), how the site computes with them (`compute`), and how they fold into the base (`fold`); `jaxpeft.core.rewriting`,
-`jaxpeft.core.interception` and `jaxpeft.core.folding` lift that to a whole tree. What it does in training beside that is in
-`jaxpeft.core.training_hooks`, how files call its leaves and options in its `PeftFormat`.
+A method never sees the layer axis, a mesh or the train loop. It says, for one site of one layer,
+which leaves it adds (`init`), how the site computes with them (`compute`), and how they fold into
+the base (`fold`); `jaxpeft.core.rewriting`, `jaxpeft.core.interception` and `jaxpeft.core.folding`
+lift that to a whole tree. What it does in training beside that is in `jaxpeft.core.training_hooks`,
+how files call its leaves and options in its `PeftFormat`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 Leaves = Mapping[str, Any]
 Kernel = Callable[[], Any]
-"""Gives a site's kernel, float32 `[in, out]` (of an embedding `[vocab, d]`), however it is stored."""
+"""Gives a site's kernel, float32 `[in, out]` (of an embedding `[vocab, d]`), however it is stored.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,16 @@ class Call:
     """One call of one site while the model runs.
 
     Attributes:
-        leaves: the adapter leaves of the site and those that its method keeps at the root of the tree, without a layer axis.
+        leaves: the adapter leaves of the site and those that its method keeps at the root of the
+            tree, without a layer axis.
         args: what the module's method is called with; of a linear site one array, `[..., in]`.
         kwargs: the same, by name.
         base: the module's method without the adapter, `[..., in] -> [..., out]` of a linear site.
         kernel: gives the base's kernel, float32 `[in, out]`.
         bias: the base's bias `[out]`, None where it has none.
         dropout_key: makes a fresh key in a training call, None otherwise.
-        rows: `[batch]` int32, which adapter of a stacked bank each row of a batch takes; None where there is one.
+        rows: `[batch]` int32, which adapter of a stacked bank each row of a batch takes; None where
+            there is one.
     """
 
     leaves: Leaves
@@ -58,7 +62,8 @@ class Call:
         return self.args[0]
 
     def each(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Compute `fn(leaves, *arrays)`; where each row of the batch has an adapter of its own, row by row.
+        """Compute `fn(leaves, *arrays)`; where each row of the batch has an adapter of its own, row
+        by row.
 
         Args:
             fn: a pure function of adapter leaves and arrays.
@@ -77,13 +82,15 @@ class Method:
     """What every fine-tuning method is.
 
     Attributes:
-        modules_to_save: names of modules trained and saved whole, beside what the method adds; the task head always is.
+        modules_to_save: names of modules trained and saved whole, beside what the method adds; the
+            task head always is.
 
     Class attributes:
         name: its name in configs and files.
         paper: where it comes from.
         leaves: the leaves that it adds.
-        sites: the modules that it can adapt, and the functions that compute them; by default `compute`.
+        sites: the modules that it can adapt, and the functions that compute them; by default
+            `compute`.
         peft: how its adapters stand in files.
     """
 
@@ -93,7 +100,9 @@ class Method:
     sites: ClassVar[SiteSpec] = SiteSpec()
     peft: ClassVar[PeftFormat[Any]] = PeftFormat()
 
-    modules_to_save: tuple[str, ...] = option((), "names of modules trained and saved whole, beside the adapter")
+    modules_to_save: tuple[str, ...] = option(
+        (), "names of modules trained and saved whole, beside the adapter"
+    )
 
     def __post_init__(self) -> None:
         found = settle(self, self.name)
@@ -113,13 +122,14 @@ class Method:
         """Whether a fresh adapter leaves every output as it was, bit by bit."""
         return True
 
-    # ------------------------------------------------------------------------------------------------------------- sites
+    # ---------------------------------------------------------------------------------------- sites
 
     def where(self, names: tuple[str, ...]) -> Targets | None:
         """Return the target options, or None for a method that adds no leaves to sites.
 
         Args:
-            names: the Hugging Face names of all sites of the method's kinds, for defaults that depend on the model.
+            names: the Hugging Face names of all sites of the method's kinds, for defaults that
+                depend on the model.
         """
         del names
         return None
@@ -132,7 +142,7 @@ class Method:
         """
         del names
 
-    # ------------------------------------------------------------------------------------------------------------ leaves
+    # --------------------------------------------------------------------------------------- leaves
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Make the adapter leaves of one site of one layer, float32.
@@ -142,9 +152,13 @@ class Method:
             kernel: gives its kernel.
             rng: a key of its own.
         """
-        raise NotImplementedError(f"{self.name} adds no leaves")  # pragma: no cover - where() is None
+        raise NotImplementedError(
+            f"{self.name} adds no leaves"
+        )  # pragma: no cover - where() is None
 
-    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+    def init_root(
+        self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
+    ) -> dict[str, jax.Array]:
         """Make the leaves at the root of the tree, float32.
 
         Args:
@@ -179,8 +193,9 @@ class Method:
 
         Args:
             leaves: the site's adapter leaves, and those at the root.
-            base: its base leaves, float32; `kernel` is `[in, out]`, of an embedding `[vocab, d]`; and `original`, where another
-                method's adapter is folded into that already: the kernel as it was, which `compute` sees.
+            base: its base leaves, float32; `kernel` is `[in, out]`, of an embedding `[vocab, d]`;
+                and `original`, where another method's adapter is folded into that already: the
+                kernel as it was, which `compute` sees.
 
         Returns:
             Those of the base leaves that are changed, float32.

@@ -1,8 +1,8 @@
 """NNX modules: their parameters as a plain tree, their sites, and computing with adapter leaves.
 
-An NNX module holds its arrays itself. `params_of` takes them out as the nested dict that every function here works on;
-`run` puts a tree into a copy of the module, made for the call, whose sites are of a class that computes with what they hold.
-The module that was given is not touched.
+An NNX module holds its arrays itself. `params_of` takes them out as the nested dict that every
+function here works on; `run` puts a tree into a copy of the module, made for the call, whose sites
+are of a class that computes with what they hold. The module that was given is not touched.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ from jaxpeft.errors import ConfigError
 
 
 def params_of(model: nnx.Module) -> Tree:
-    """Return the parameters of a module as a nested dict of arrays; numbers of a list's items become strings."""
+    """Return the parameters of a module as a nested dict of arrays; numbers of a list's items
+    become strings.
+    """
     return _plain(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def _plain(node: Any) -> Any:
-    return {str(key): _plain(value) for key, value in node.items()} if isinstance(node, Mapping) else node
+    return (
+        {str(key): _plain(value) for key, value in node.items()}
+        if isinstance(node, Mapping)
+        else node
+    )
 
 
 def with_params(model: nnx.Module, params: Mapping[str, Any]) -> nnx.Module:
@@ -46,7 +52,9 @@ def with_params(model: nnx.Module, params: Mapping[str, Any]) -> nnx.Module:
         holder = _at(copy, path[:-1])
         variable = getattr(holder, path[-1], None)
         if not isinstance(variable, nnx.Variable):
-            raise ConfigError(f"{paths.text(path)} has no place in this module; merge the adapter first")
+            raise ConfigError(
+                f"{paths.text(path)} has no place in this module; merge the adapter first"
+            )
         variable[...] = leaf
     return copy
 
@@ -79,12 +87,18 @@ def own_leaves(module: Any) -> dict[str, Any]:
 
 
 def run(
-    model: nnx.Module, params: Mapping[str, Any], hooks: Hooks, key: jax.Array | None, args: Any, kwargs: Any
+    model: nnx.Module,
+    params: Mapping[str, Any],
+    hooks: Hooks,
+    key: jax.Array | None,
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     """Call a module with the leaves of a tree, adapter leaves among them.
 
     Args:
-        model: the module; it is not changed, and what it would change of itself (statistics, caches) is dropped.
+        model: the module; it is not changed, and what it would change of itself (statistics,
+            caches) is dropped.
         params: the tree, rewritten or not.
         hooks: what computes a site that holds adapter leaves.
         key: for dropout of the adapters; None where there is none.
@@ -120,9 +134,11 @@ def _nodes(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, d
 
 
 def _adapt(holder: Any, added: Mapping[str, Any]) -> None:
-    """Return a module of the copy its adapter leaves, as parameters of its own, and a class that computes with them.
+    """Return a module of the copy its adapter leaves, as parameters of its own, and a class that
+    computes with them.
 
-    As parameters they are split and stacked like the module's others under `nnx.scan` and `nnx.vmap`.
+    As parameters they are split and stacked like the module's others under `nnx.scan` and
+    `nnx.vmap`.
     """
     for name, leaf in added.items():
         setattr(holder, name, nnx.Param(leaf))
@@ -149,4 +165,6 @@ def _adapted_class(cls: type) -> type:
     return type(f"Adapted{cls.__name__}", (cls,), own)
 
 
-_ACTIVE: ContextVar[tuple[Hooks, Callable[[], jax.Array] | None]] = ContextVar("what computes adapted NNX modules")
+_ACTIVE: ContextVar[tuple[Hooks, Callable[[], jax.Array] | None]] = ContextVar(
+    "what computes adapted NNX modules"
+)

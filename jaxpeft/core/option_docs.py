@@ -33,14 +33,20 @@ class OptionDoc:
 
 
 def option_docs(cls: type[Any]) -> tuple[OptionDoc, ...]:
-    """Return the options of a dataclass in their order; fields that are sections of their own are left out."""
+    """Return the options of a dataclass in their order; fields that are sections of their own are
+    left out.
+    """
     hints = hints_of(cls)
     return tuple(
         OptionDoc(
             field.name,
             type_text(hints[field.name]),
             repr(default_of(field)),
-            ", ".join(f"{sign} {field.metadata[bound]}" for bound, sign in _SIGNS.items() if bound in field.metadata),
+            ", ".join(
+                f"{sign} {field.metadata[bound]}"
+                for bound, sign in _SIGNS.items()
+                if bound in field.metadata
+            ),
             field.metadata["doc"],
         )
         for field in dataclasses.fields(cls)
@@ -49,7 +55,9 @@ def option_docs(cls: type[Any]) -> tuple[OptionDoc, ...]:
 
 
 def type_text(hint: Any) -> str:
-    """Return a type as annotations write it, with `list` for the tuples that options hold lists in."""
+    """Return a type as annotations write it, with `list` for the tuples that options hold lists
+    in.
+    """
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " | ".join(type_text(choice) for choice in inside)

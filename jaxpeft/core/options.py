@@ -1,6 +1,8 @@
-"""Options: fields of frozen dataclasses that carry their doc and their bounds, and are all checked at once.
+"""Options: fields of frozen dataclasses that carry their doc and their bounds, and are all checked
+at once.
 
-One engine serves the config file, the command line and the methods' hyperparameters. It does not import JAX.
+One engine serves the config file, the command line and the methods' hyperparameters. It does not
+import JAX.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from jaxpeft.errors import ConfigError, cut, nearest, shown
 
 T = TypeVar("T")
 Reader = Callable[[Mapping[str, Any], str], tuple[Any, list[str]]]
-"""Makes an instance of plain values, given what to call them: `(instance, [])`, or `(None, problems)`."""
+"""Makes an instance of plain values, given what to call them: `(instance, [])`, or `(None,
+problems)`.
+"""
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (lambda value, bound: value > bound, "above"),
     "at_least": (lambda value, bound: value >= bound, "at least"),
@@ -27,26 +31,68 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "at_most": (lambda value, bound: value <= bound, "at most"),
 }
 _REFUSED = {
-    "trust_remote_code": "refused: no code of a model, a data set or an adapter is ever run; remove it",
-    "baselines": "is removed: a run trains one method; list the methods instead, as in config.compare.candidates = "
-    "({'method': {'name': 'head'}}, {}), where {} is config.method, and run `python -m jaxpeft.compare`",
-    "baseline_learning_rates": "is removed; set the learning_rate of each of config.compare.candidates",
+    "trust_remote_code": (
+        "refused: no code of a model, a data set or an adapter is ever run; remove it"
+    ),
+    "baselines": (
+        "is removed: a run trains one method; list the methods instead, as in"
+        " config.compare.candidates = ({'method': {'name': 'head'}}, {}), where {} is"
+        " config.method, and run `python -m jaxpeft.compare`"
+    ),
+    "baseline_learning_rates": (
+        "is removed; set the learning_rate of each of config.compare.candidates"
+    ),
 }
 """Why there is no such option."""
 _ELSEWHERE = {
-    "lr": "learning_rate", "lr_scheduler": "schedule", "lr_scheduler_type": "schedule", "scheduler": "schedule",
-    "wd": "weight_decay", "beta1": "b1", "beta2": "b2", "adam_beta1": "b1", "adam_beta2": "b2", "adam_epsilon": "eps",
-    "max_grad_norm": "clip_norm", "grad_clip": "clip_norm", "optim": "name", "epoch": "epochs", "num_epochs": "epochs",
-    "num_train_epochs": "epochs", "max_steps": "steps", "num_steps": "steps", "bs": "batch_size",
-    "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size", "grad_accum": "accumulation",
-    "gradient_accumulation_steps": "accumulation", "gradient_checkpointing": "remat", "r": "rank", "lora_r": "rank",
-    "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "target_modules": "targets",
-    "exclude_modules": "exclude", "max_seq_length": "max_length", "max_seq_len": "max_length", "seq_len": "max_length",
-    "model_name": "path", "model_name_or_path": "path", "attn_implementation": "attention", "load_in_4bit": "quant",
-    "num_workers": "workers", "dataloader_num_workers": "workers", "train_file": "train", "dataset": "train",
-    "save_steps": "every_steps", "eval_steps": "every_steps", "logging_steps": "every_steps", "save_total_limit": "keep",
+    "lr": "learning_rate",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "scheduler": "schedule",
+    "wd": "weight_decay",
+    "beta1": "b1",
+    "beta2": "b2",
+    "adam_beta1": "b1",
+    "adam_beta2": "b2",
+    "adam_epsilon": "eps",
+    "max_grad_norm": "clip_norm",
+    "grad_clip": "clip_norm",
+    "optim": "name",
+    "epoch": "epochs",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "bs": "batch_size",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "grad_accum": "accumulation",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_checkpointing": "remat",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "seq_len": "max_length",
+    "model_name": "path",
+    "model_name_or_path": "path",
+    "attn_implementation": "attention",
+    "load_in_4bit": "quant",
+    "num_workers": "workers",
+    "dataloader_num_workers": "workers",
+    "train_file": "train",
+    "dataset": "train",
+    "save_steps": "every_steps",
+    "eval_steps": "every_steps",
+    "logging_steps": "every_steps",
+    "save_total_limit": "keep",
     "early_stopping_patience": "patience",
-}  # fmt: skip
+}
 """What other libraries, and people, call an option."""
 _WHOLE = 2**31 - 1
 """The largest whole number of an option that says no other: more than arrays can count."""
@@ -59,7 +105,8 @@ def option(default: Any, doc: str, *, read: Reader | None = None, **bounds: floa
     Args:
         default: its default; a dict is copied for each instance, a dataclass type is instantiated.
         doc: what it does, with the unit, in one line.
-        read: makes an instance of a section whose type stands for several, as that of methods does; None for one that `parse` makes.
+        read: makes an instance of a section whose type stands for several, as that of methods does;
+            None for one that `parse` makes.
         **bounds: any of `above`, `at_least`, `below`, `at_most`.
     """
     metadata = {"doc": doc, **({"read": read} if read else {}), **bounds}
@@ -99,14 +146,18 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
     """Make a `cls` from plain values, finding every problem at once.
 
     Args:
-        cls: a frozen dataclass of options; its method `problems() -> list[str]`, if any, checks across fields.
+        cls: a frozen dataclass of options; its method `problems() -> list[str]`, if any, checks
+            across fields.
         values: plain values by option name; nested dataclasses take nested mappings.
         where: what to call the mapping in a message, such as `config.method`.
 
     Returns:
         `(instance, [])`, or `(None, problems)`.
     """
-    hints, fields = hints_of(cls), {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
+    hints, fields = (
+        hints_of(cls),
+        {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init},
+    )
     found: list[str] = []
     taken: dict[str, Any] = {}
     for name, value in values.items():
@@ -115,9 +166,14 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
             known = ", ".join(sorted(fields))
             found.append(f"{where}.{cut(key)}: {no_option(key, fields)} (known: {known})")
             continue
-        taken[key], problems = convert(value, hints[key], f"{where}.{key}", fields[key].metadata.get("read"))
+        taken[key], problems = convert(
+            value, hints[key], f"{where}.{key}", fields[key].metadata.get("read")
+        )
         found += problems or _out_of_bounds(taken[key], fields[key].metadata, f"{where}.{key}")
-    wrong = [problem.removeprefix(f"{where}.").partition(":")[0].split(".")[0].split("[")[0] for problem in found]
+    wrong = [
+        problem.removeprefix(f"{where}.").partition(":")[0].split(".")[0].split("[")[0]
+        for problem in found
+    ]
     try:
         instance = cls(**{key: value for key, value in taken.items() if key not in wrong})
     except ConfigError as error:  # a method checks itself when it is made
@@ -127,12 +183,17 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
         check: Callable[[], list[str]] | None = getattr(instance, "problems", None)
         across = check() if check else []
     # what is said of an option whose value is wrong, or stands at its default for that, is no news
-    found += [f"{where}.{p}" for p in across if not any(re.search(rf"\b{re.escape(name)}\b", p) for name in wrong)]
+    found += [
+        f"{where}.{p}"
+        for p in across
+        if not any(re.search(rf"\b{re.escape(name)}\b", p) for name in wrong)
+    ]
     return (None, found) if found else (instance, [])
 
 
 def settle(instance: Any, where: str) -> list[str]:
-    """Return an instance made directly, as `LoRA(targets=["query"])`, its values as the annotated types.
+    """Return an instance made directly, as `LoRA(targets=["query"])`, its values as the annotated
+    types.
 
     Returns:
         What is wrong with them.
@@ -141,7 +202,9 @@ def settle(instance: Any, where: str) -> list[str]:
     found: list[str] = []
     for field in dataclasses.fields(instance):
         name = f"{where}.{field.name}"
-        value, problems = convert(getattr(instance, field.name), hints[field.name], name, field.metadata.get("read"))
+        value, problems = convert(
+            getattr(instance, field.name), hints[field.name], name, field.metadata.get("read")
+        )
         found += problems or _out_of_bounds(value, field.metadata, name)
         object.__setattr__(instance, field.name, value)
     return found or [f"{where}.{problem}" for problem in instance.problems()]
@@ -159,7 +222,13 @@ def bounds_of(number: type[Any], metadata: Mapping[str, Any]) -> Mapping[str, fl
 
 
 def _out_of_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> list[str]:
-    items = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
+    items = (
+        value
+        if isinstance(value, tuple)
+        else value.values()
+        if isinstance(value, dict)
+        else (value,)
+    )
     found: list[str] = []
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
@@ -177,11 +246,17 @@ def _out_of_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> list[
 def _first(problems: list[str], where: str) -> list[str]:
     """Return the first of the problems of one option, and how many more there are."""
     more = len(problems) - _MOST_TOLD
-    return problems if more <= 0 else [*problems[:_MOST_TOLD], f"{where}: {more} more of its values are wrong"]
+    return (
+        problems
+        if more <= 0
+        else [*problems[:_MOST_TOLD], f"{where}: {more} more of its values are wrong"]
+    )
 
 
 def convert(value: Any, hint: Any, where: str, read: Reader | None = None) -> tuple[Any, list[str]]:
-    """Return the value as the annotated type and no problems, or the value as it is and why it is not one."""
+    """Return the value as the annotated type and no problems, or the value as it is and why it is
+    not one.
+    """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _convert_union(value, hint, where)
@@ -189,9 +264,9 @@ def convert(value: Any, hint: Any, where: str, read: Reader | None = None) -> tu
         if type(value) in {type(choice) for choice in get_args(hint)} and value in get_args(hint):
             return value, []
         choices = ", ".join(map(repr, get_args(hint)))
-        return value, [
-            f"{where}: must be one of {choices}, is {shown(value)}{nearest(value if isinstance(value, str) else shown(value), map(str, get_args(hint)))}"
-        ]
+        given = value if isinstance(value, str) else shown(value)
+        hinted = nearest(given, map(str, get_args(hint)))
+        return value, [f"{where}: must be one of {choices}, is {shown(value)}{hinted}"]
     if origin is tuple:
         return _convert_tuple(value, get_args(hint)[0], where, read)
     if origin is dict:
@@ -212,32 +287,50 @@ def _convert_union(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
     return value, [f"{where}: must be {_words(hint)}, is {shown(value)} ({type(value).__name__})"]
 
 
-def _convert_tuple(value: Any, item_hint: Any, where: str, read: Reader | None) -> tuple[Any, list[str]]:
+def _convert_tuple(
+    value: Any, item_hint: Any, where: str, read: Reader | None
+) -> tuple[Any, list[str]]:
     if isinstance(value, (set, frozenset)):
         value = sorted(typing.cast(set[Any], value), key=str)
     if not isinstance(value, (list, tuple)):
-        return value, [f"{where}: must be a list of {_words(item_hint)}, is {shown(value)} ({type(value).__name__})"]
-    pairs = [convert(item, item_hint, f"{where}[{i}]", read) for i, item in enumerate(typing.cast(list[Any], value))]
-    return tuple(item for item, _ in pairs), _first([problem for _, problems in pairs for problem in problems], where)
+        return value, [
+            (
+                f"{where}: must be a list of {_words(item_hint)}, is {shown(value)}"
+                f" ({type(value).__name__})"
+            )
+        ]
+    pairs = [
+        convert(item, item_hint, f"{where}[{i}]", read)
+        for i, item in enumerate(typing.cast(list[Any], value))
+    ]
+    return tuple(item for item, _ in pairs), _first(
+        [problem for _, problems in pairs for problem in problems], where
+    )
 
 
 def _convert_dict(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str]]:
     if not isinstance(value, Mapping):
         return value, [f"{where}: must be a mapping, is {shown(value)} ({type(value).__name__})"]
     items = typing.cast(Mapping[str, Any], value)
-    pairs = {str(key): convert(item, item_hint, f"{where}[{shown(key)}]") for key, item in items.items()}
+    pairs = {
+        str(key): convert(item, item_hint, f"{where}[{shown(key)}]") for key, item in items.items()
+    }
     wrong = [problem for key in pairs for problem in _no_text(key, f"{where}[{shown(key)}]")]
     wrong += [problem for _, problems in pairs.values() for problem in problems]
     return {key: item for key, (item, _) in pairs.items()}, _first(wrong, where)
 
 
-def _convert_dataclass(value: Any, hint: Any, where: str, read: Reader | None) -> tuple[Any, list[str]]:
+def _convert_dataclass(
+    value: Any, hint: Any, where: str, read: Reader | None
+) -> tuple[Any, list[str]]:
     if isinstance(value, hint):
         return value, []
     if read is not None and isinstance(value, Mapping):
         return read(typing.cast(Mapping[str, Any], value), where)
     if not isinstance(value, Mapping):
-        return value, [f"{where}: must be a section with options, is {shown(value)} ({type(value).__name__})"]
+        return value, [
+            f"{where}: must be a section with options, is {shown(value)} ({type(value).__name__})"
+        ]
     return parse(hint, typing.cast(Mapping[str, Any], value), where)
 
 
@@ -261,18 +354,30 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
     ):
         return convert(value.item(), hint, where)  # a number of NumPy's
     quoted = isinstance(value, str) and hint in (int, float)
-    bare = hint is str and isinstance(value, (int, float, datetime.date)) and not isinstance(value, bool)
+    bare = (
+        hint is str
+        and isinstance(value, (int, float, datetime.date))
+        and not isinstance(value, bool)
+    )
     fix = "; write the number without quotes" if quoted else "; write it in quotes" if bare else ""
-    return value, [f"{where}: must be {_words(hint)}, is {shown(value)} ({type(value).__name__}){fix}"]
+    return value, [
+        f"{where}: must be {_words(hint)}, is {shown(value)} ({type(value).__name__}){fix}"
+    ]
 
 
 def _no_text(value: str, where: str) -> list[str]:
-    """Return why a string is no text: bytes that are not UTF-8, which Python keeps as halves of characters, or a NUL."""
+    """Return why a string is no text: bytes that are not UTF-8, which Python keeps as halves of
+    characters, or a NUL.
+    """
     try:
         value.encode()
     except UnicodeEncodeError:
         return [f"{where}: must be text in UTF-8, is {shown(value)}"]
-    return [f"{where}: must be text without NUL characters, is {shown(value)}"] if "\0" in value else []
+    return (
+        [f"{where}: must be text without NUL characters, is {shown(value)}"]
+        if "\0" in value
+        else []
+    )
 
 
 def _words(hint: Any) -> str:
@@ -283,5 +388,11 @@ def _words(hint: Any) -> str:
         return f"a list of {_words(get_args(hint)[0])}"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
-    named = {int: "an integer", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
+    named = {
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        bool: "True or False",
+        type(None): "None",
+    }
     return named.get(hint, getattr(hint, "__name__", str(hint)))

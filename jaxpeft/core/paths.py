@@ -1,7 +1,8 @@
 """Paths of a parameter tree, and the Hugging Face names that they mirror.
 
-A path is a tuple of dict keys, `("model", "layers", "self_attn", "q_proj", "kernel")`. Where the component `layers` (or
-`layer`) is not followed by a number, the leaves below it are stacked: their leading axis counts the layers.
+A path is a tuple of dict keys, `("model", "layers", "self_attn", "q_proj", "kernel")`. Where the
+component `layers` (or `layer`) is not followed by a number, the leaves below it are stacked: their
+leading axis counts the layers.
 """
 
 from __future__ import annotations
@@ -64,21 +65,27 @@ def text(path: Path) -> str:
 
 
 def layers_at(path: Path) -> int | None:
-    """Return the index in `path` of what holds the layers, or None where the leaf is of no layer."""
+    """Return the index in `path` of what holds the layers, or None where the leaf is of no
+    layer.
+    """
     return next((i for i, key in enumerate(path[:-1]) if key in LAYER_CONTAINERS), None)
 
 
 def layer_axis(path: Path) -> int | None:
-    """Return the index in `path` after which the layer number belongs, or None where the leaf is not stacked."""
+    """Return the index in `path` after which the layer number belongs, or None where the leaf is
+    not stacked.
+    """
     at = layers_at(path)
     return None if at is None or path[at + 1].isdigit() else at
 
 
 def hf_names(path: Path, layers: int | None) -> tuple[str, ...]:
-    """Return the Hugging Face names of a module or leaf path: one, or one a layer where it is stacked.
+    """Return the Hugging Face names of a module or leaf path: one, or one a layer where it is
+    stacked.
 
     Args:
-        path: of a module (`.../q_proj`) or of a leaf (`.../q_proj/kernel`, which torch calls `weight`).
+        path: of a module (`.../q_proj`) or of a leaf (`.../q_proj/kernel`, which torch calls
+            `weight`).
         layers: the number of stacked layers, None where the path is not stacked.
     """
     parts = (*path[:-1], _TORCH_LEAVES.get(path[-1], path[-1]))
@@ -92,8 +99,8 @@ def hf_names(path: Path, layers: int | None) -> tuple[str, ...]:
 def is_head(path: Path) -> bool:
     """Return whether a path belongs to the task head.
 
-    A model with a task is `{backbone: ..., head modules: ...}`, so the head is what stands beside the backbone; a
-    language-model head is pretrained and does not count.
+    A model with a task is `{backbone: ..., head modules: ...}`, so the head is what stands beside
+    the backbone; a language-model head is pretrained and does not count.
     """
     return path[0] in HEAD_MODULES
 

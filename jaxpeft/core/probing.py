@@ -1,7 +1,9 @@
-"""The sites of a model that is not jaxpeft's own: found by looking at its modules, not at its tree alone.
+"""The sites of a model that is not jaxpeft's own: found by looking at its modules, not at its tree
+alone.
 
-A tree does not tell whether `[8, 4, 16]` is a `DenseGeneral` with two axes out, one with two axes in, or three stacked layers of
-something. Of a Linen model it is seen by running it abstractly; an NNX module tells it itself.
+A tree does not tell whether `[8, 4, 16]` is a `DenseGeneral` with two axes out, one with two axes
+in, or three stacked layers of something. Of a Linen model it is seen by running it abstractly; an
+NNX module tells it itself.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def find_sites(
-    model: Any, params: Mapping[str, Any], *args: Any, variables: Mapping[str, Any] | None = None, **kwargs: Any
+    model: Any,
+    params: Mapping[str, Any],
+    *args: Any,
+    variables: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[Site, ...]:
     """List the sites of any Flax model, for `jaxpeft.rewrite(..., sites=...)`.
 
@@ -35,26 +41,37 @@ def find_sites(
         **kwargs: what it is called with by name.
 
     Returns:
-        Every module that holds parameters and is called; those of a type that no method adapts have their type as `kind`.
+        Every module that holds parameters and is called; those of a type that no method adapts have
+        their type as `kind`.
 
     Raises:
         ConfigError: layers are stacked along another axis than the first.
     """
     if isinstance(model, nnx.Module):
         found = {
-            path: (module, _shapes(nnx_trees.own_leaves(module)), None) for path, module in nnx_trees.modules(model)
+            path: (module, _shapes(nnx_trees.own_leaves(module)), None)
+            for path, module in nnx_trees.modules(model)
         }
         return tuple(
-            site for path, (module, shapes, _) in found.items() if shapes for site in _of_nnx(path, module, shapes)
+            site
+            for path, (module, shapes, _) in found.items()
+            if shapes
+            for site in _of_nnx(path, module, shapes)
         )
     seen: dict[Path, tuple[nn.Module, Shapes, str | None]] = {}
 
-    def look(fn: Callable[..., Any], given: Any, named: Any, context: nn.module.InterceptorContext) -> Any:
+    def look(
+        fn: Callable[..., Any], given: Any, named: Any, context: nn.module.InterceptorContext
+    ) -> Any:
         module = context.module
         if module.scope is not None and context.method_name in ("__call__", "attend"):
             own = module.variables.get("params", {})
-            shapes = _shapes({key: leaf for key, leaf in own.items() if not isinstance(leaf, Mapping)})
-            einsum = next((value for value in given[1:2] if isinstance(value, str)), named.get("einsum_str"))
+            shapes = _shapes(
+                {key: leaf for key, leaf in own.items() if not isinstance(leaf, Mapping)}
+            )
+            einsum = next(
+                (value for value in given[1:2] if isinstance(value, str)), named.get("einsum_str")
+            )
             if shapes:
                 seen[module.path] = module, shapes, einsum
         return fn(*given, **named)
@@ -64,14 +81,19 @@ def find_sites(
             return model.apply({"params": params, **(variables or {})}, *given, **kwargs)
 
     jax.eval_shape(run, params, args)
-    return tuple(_site(path, module, shapes, einsum, params) for path, (module, shapes, einsum) in seen.items())
+    return tuple(
+        _site(path, module, shapes, einsum, params)
+        for path, (module, shapes, einsum) in seen.items()
+    )
 
 
 def _shapes(leaves: Mapping[str, Any]) -> Shapes:
     return {key: tuple(leaf.shape) for key, leaf in leaves.items()}
 
 
-def _site(path: Path, module: Any, shapes: Shapes, einsum: str | None, params: Mapping[str, Any]) -> Site:
+def _site(
+    path: Path, module: Any, shapes: Shapes, einsum: str | None, params: Mapping[str, Any]
+) -> Site:
     whole = paths.get(params, path)
     layers: tuple[int, ...] = ()
     for name, own in shapes.items():
@@ -79,8 +101,9 @@ def _site(path: Path, module: Any, shapes: Shapes, einsum: str | None, params: M
         extra = len(full) - len(own)
         if full[extra:] != own:
             raise ConfigError(
-                f"{paths.text((*path, name))} is {list(full)} in the tree and {list(own)} in its module: layers are stacked "
-                "along another axis than the first; scan with variable_axes={'params': 0}"
+                f"{paths.text((*path, name))} is {list(full)} in the tree and {list(own)} in its"
+                " module: layers are stacked along another axis than the first; scan with"
+                " variable_axes={'params': 0}"
             )
         layers = full[:extra]
     return _made(path, module, shapes, layers, einsum)
@@ -88,15 +111,34 @@ def _site(path: Path, module: Any, shapes: Shapes, einsum: str | None, params: M
 
 def _of_nnx(path: Path, module: Any, shapes: Shapes) -> list[Site]:
     """Return the site of an NNX module, whose stacked layers show as axes that its type has not."""
-    main = "kernel" if "kernel" in shapes else "embedding" if "embedding" in shapes else next(iter(shapes))
+    main = (
+        "kernel"
+        if "kernel" in shapes
+        else "embedding"
+        if "embedding" in shapes
+        else next(iter(shapes))
+    )
     wanted = {
-        nnx.Linear: 2, nnx.Embed: 2, nnx.LayerNorm: 1, nnx.RMSNorm: 1,
-        nnx.LinearGeneral: _general_axes, nnx.Conv: _conv_axes, nnx.Einsum: _einsum_axes,
-    }  # fmt: skip
+        nnx.Linear: 2,
+        nnx.Embed: 2,
+        nnx.LayerNorm: 1,
+        nnx.RMSNorm: 1,
+        nnx.LinearGeneral: _general_axes,
+        nnx.Conv: _conv_axes,
+        nnx.Einsum: _einsum_axes,
+    }
     count = next((n for cls, n in wanted.items() if isinstance(module, cls)), len(shapes[main]))
     extra = len(shapes[main]) - (count(module) if callable(count) else count)
     layers = shapes[main][: max(extra, 0)]
-    return [_made(path, module, {name: shape[len(layers) :] for name, shape in shapes.items()}, layers, None)]
+    return [
+        _made(
+            path,
+            module,
+            {name: shape[len(layers) :] for name, shape in shapes.items()},
+            layers,
+            None,
+        )
+    ]
 
 
 def _general_axes(module: Any) -> int:
@@ -111,13 +153,17 @@ def _einsum_axes(module: Any) -> int:
     return len(module.kernel_shape)
 
 
-def _made(path: Path, module: Any, shapes: Shapes, layers: tuple[int, ...], einsum: str | None) -> Site:
+def _made(
+    path: Path, module: Any, shapes: Shapes, layers: tuple[int, ...], einsum: str | None
+) -> Site:
     plan = views.plan(module, shapes, einsum) or views.KernelView(type(module).__name__, (0, 0))
     return Site(path, _names(path, layers), plan.shape, layers, plan.kind, plan.order)
 
 
 def _names(path: Path, layers: tuple[int, ...]) -> tuple[str, ...]:
-    """Name a module, with the number of its layer where they are stacked: behind the container, or behind the first part."""
+    """Name a module, with the number of its layer where they are stacked: behind the container, or
+    behind the first part.
+    """
     if not layers:
         return (".".join(path),)
     count = 1

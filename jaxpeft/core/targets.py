@@ -1,10 +1,12 @@
 """Which sites a method adapts: Hugging Face PEFT's target rules, made strict.
 
-A list entry matches a module whose name equals it or ends with `.entry`; a string is a regular expression that must match
-the whole name; `"all-linear"` means every linear module but the language-model head and the task head. Names are Hugging
-Face's, with the layer number, so a list written for PEFT works here unchanged.
+A list entry matches a module whose name equals it or ends with `.entry`; a string is a regular
+expression that must match the whole name; `"all-linear"` means every linear module but the
+language-model head and the task head. Names are Hugging Face's, with the layer number, so a list
+written for PEFT works here unchanged.
 
-What PEFT lets pass in silence is refused here: an entry, a layer number or a pattern that matches nothing.
+What PEFT lets pass in silence is refused here: an entry, a layer number or a pattern that matches
+nothing.
 """
 
 from __future__ import annotations
@@ -34,11 +36,14 @@ class Site:
     Attributes:
         path: of the module, `("model", "layers", "self_attn", "q_proj")`.
         names: its Hugging Face names: one, or one a layer where the layers are stacked.
-        shape: `(in, out)` of its kernel, `(vocab, d)` of an embedding, `(d, d)` of a norm; without layer axes.
-        layers: sizes of the leading axes of its leaves that count layers; empty where they are not stacked.
-        kind: `linear`, `embedding` or `norm`; of a model that is not jaxpeft's own, the module's type where no method can
-            adapt it.
-        order: the axes of its kernel, those that are contracted first; empty where they are in that order.
+        shape: `(in, out)` of its kernel, `(vocab, d)` of an embedding, `(d, d)` of a norm; without
+            layer axes.
+        layers: sizes of the leading axes of its leaves that count layers; empty where they are not
+            stacked.
+        kind: `linear`, `embedding` or `norm`; of a model that is not jaxpeft's own, the module's
+            type where no method can adapt it.
+        order: the axes of its kernel, those that are contracted first; empty where they are in that
+            order.
     """
 
     path: Path
@@ -66,7 +71,8 @@ class Targets:
         targets: list of name suffixes, or a regular expression, or `"all-linear"`, or `"all"`.
         exclude: the same, for what must not be adapted; it wins.
         layers_to_transform: layer numbers; None for all.
-        layers_pattern: names of the container whose numbers count; empty for the first number in a name.
+        layers_pattern: names of the container whose numbers count; empty for the first number in a
+            name.
         modules_to_save: names of modules that are trained whole, and so never adapted.
     """
 
@@ -81,7 +87,8 @@ KINDS = ("linear", "embedding", "norm")
 
 
 def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) -> list[Site]:
-    """List the modules of a tree that can be adapted, by the leaves that they hold, below the layer axis if any.
+    """List the modules of a tree that can be adapted, by the leaves that they hold, below the layer
+    axis if any.
 
     Args:
         params: the parameter tree; abstract leaves will do.
@@ -97,7 +104,9 @@ def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) ->
     return sites
 
 
-def _modules(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def _modules(
+    tree: Mapping[str, Any], prefix: Path = ()
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """Yield the modules that hold leaves of their own."""
     if prefix and any(not isinstance(value, Mapping) for value in tree.values()):
         yield prefix, tree
@@ -128,17 +137,26 @@ def resolve(
         The matched sites; the value has one flag a name of the site.
 
     Raises:
-        TargetError: an entry, a layer number or an expression matches nothing, or no site is left; the message lists
-            the nearest site names.
+        TargetError: an entry, a layer number or an expression matches nothing, or no site is left;
+            the message lists the nearest site names.
     """
-    sites = find_sites(params, kinds) if sites is None else [site for site in sites if site.kind in kinds]
+    sites = (
+        find_sites(params, kinds)
+        if sites is None
+        else [site for site in sites if site.kind in kinds]
+    )
     names = [name for site in sites for name in site.names]
     require_fast_targets(wanted, names)
     _require_all_used(wanted, names)
-    chosen = {site: tuple(matches(name, wanted, site.kind) for name in site.names) for site in sites}
+    chosen = {
+        site: tuple(matches(name, wanted, site.kind) for name in site.names) for site in sites
+    }
     chosen = {site: flags for site, flags in chosen.items() if any(flags)}
     if not chosen:
-        raise TargetError(f"targets {wanted.targets!r} with exclude {wanted.exclude!r} leave no site; {_sample(names)}")
+        raise TargetError(
+            f"targets {wanted.targets!r} with exclude {wanted.exclude!r} leave no site;"
+            f" {_sample(names)}"
+        )
     return chosen
 
 
@@ -150,11 +168,15 @@ def require_fast_targets(wanted: Targets, names: Sequence[str]) -> None:
     """
     for field, entries in (("targets", wanted.targets), ("exclude", wanted.exclude)):
         require_fast(field, {entries: entries} if isinstance(entries, str) else {}, names)
-    require_fast("layers_pattern", {of: _layer_expression(of) for of in wanted.layers_pattern}, names)
+    require_fast(
+        "layers_pattern", {of: _layer_expression(of) for of in wanted.layers_pattern}, names
+    )
 
 
 def is_keyword(targets: str | tuple[str, ...]) -> bool:
-    """Return whether targets are `"all-linear"`, or `"all"` sites of the method's kinds, and so no regular expression."""
+    """Return whether targets are `"all-linear"`, or `"all"` sites of the method's kinds, and so no
+    regular expression.
+    """
     return isinstance(targets, str) and targets.lower() in (ALL_LINEAR, ALL)
 
 
@@ -168,8 +190,11 @@ def usual(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     return tuple(entry for entry in entries if any(named(name, (entry,)) for name in names))
 
 
-def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Sequence[str]) -> None:
-    """Refuse targets that name sites of a kind that the method cannot adapt: leaving them out would be silent.
+def require_kinds(
+    method: str, wanted: Targets, sites: Sequence[Site], kinds: Sequence[str]
+) -> None:
+    """Refuse targets that name sites of a kind that the method cannot adapt: leaving them out would
+    be silent.
 
     Args:
         method: its name.
@@ -190,14 +215,19 @@ def require_kinds(method: str, wanted: Targets, sites: Sequence[Site], kinds: Se
     for entry in entries:
         one = entry if isinstance(wanted.targets, str) else (entry,)
         hit = [(kind, name) for kind, name in others if named(name, one)]
-        # an entry that names sites of both kinds, as a regular expression may, takes those that can be adapted; a module of a
+        # an entry that names sites of both kinds, as a regular expression may, takes those that can
+        # be adapted; a module of a
         # type that no method knows is no such kind
-        unknown = [(kind, name) for kind, name in hit if kind not in KINDS and not named(name, wanted.exclude)]
+        unknown = [
+            (kind, name)
+            for kind, name in hit
+            if kind not in KINDS and not named(name, wanted.exclude)
+        ]
         if unknown or (hit and not any(named(name, one) for name in own)):
             kind, name = (unknown or hit)[0]
             problems.append(
-                f"targets: {entry!r} names {name}, which is {'an' if kind[0] in 'aeiou' else 'a'} {kind} site; {method} adapts "
-                f"{' and '.join(kinds)} sites"
+                f"targets: {entry!r} names {name}, which is {'an' if kind[0] in 'aeiou' else 'a'}"
+                f" {kind} site; {method} adapts {' and '.join(kinds)} sites"
             )
     if problems:
         raise TargetError(problems)
@@ -209,25 +239,34 @@ def _report_unknown(wanted: Targets, sites: Sequence[Site]) -> None:
     left = [name for name in left if not named(name.split(" ")[0], wanted.exclude)]
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        _log.warning("left as they are, of types that no method adapts: %s%s", ", ".join(left[:5]), more)
+        _log.warning(
+            "left as they are, of types that no method adapts: %s%s", ", ".join(left[:5]), more
+        )
 
 
 def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
     """Return whether the module of this Hugging Face name and kind is to be adapted."""
-    if named(name, wanted.exclude) or under(name, wanted.modules_to_save) or paths.is_head(tuple(name.split("."))):
+    if (
+        named(name, wanted.exclude)
+        or under(name, wanted.modules_to_save)
+        or paths.is_head(tuple(name.split(".")))
+    ):
         return False
     if isinstance(wanted.targets, str):
         if wanted.targets == ALL:
             return _in_layers(name, wanted)
         if wanted.targets.lower() == ALL_LINEAR:
-            return kind == "linear" and name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
+            return (
+                kind == "linear" and name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
+            )
         return full_match(wanted.targets, name) is not None
     # PEFT: an entry that is the whole name is taken at its word, whatever layers_to_transform says
     return name in wanted.targets or (named(name, wanted.targets) and _in_layers(name, wanted))
 
 
 def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]) -> bool:
-    """Return whether a leaf of the base is to be trained, which a stacked one can be for all of its layers only.
+    """Return whether a leaf of the base is to be trained, which a stacked one can be for all of its
+    layers only.
 
     Args:
         method: the name of the method that trains it.
@@ -242,14 +281,16 @@ def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]
     flags = [wanted(name) for name in paths.hf_names(path[:-1], layers)]
     if any(flags) and not all(flags):
         raise ConfigError(
-            f"{method}: {paths.text(path)} is one stacked leaf, and it is to be trained in {sum(flags)} of its {len(flags)} "
-            "layers; take all of them, or load the model with scan_layers=False"
+            f"{method}: {paths.text(path)} is one stacked leaf, and it is to be trained in"
+            f" {sum(flags)} of its {len(flags)} layers; take all of them, or load the model with"
+            " scan_layers=False"
         )
     return all(flags)
 
 
 def under(name: str, modules: Iterable[str]) -> bool:
-    """Return whether a name, or the name of a module around it, ends with one of `modules`: `norm` takes `input_layernorm`.
+    """Return whether a name, or the name of a module around it, ends with one of `modules`: `norm`
+    takes `input_layernorm`.
 
     That is how PEFT reads `modules_to_save`; in `targets` an entry begins at a dot.
     """
@@ -258,7 +299,9 @@ def under(name: str, modules: Iterable[str]) -> bool:
 
 
 def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a name, as `rank_pattern` means it in PEFT."""
+    """Return the value of the first pattern that matches the end of a name, as `rank_pattern` means
+    it in PEFT.
+    """
     for pattern, value in patterns.items():
         if full_match(_at_end(pattern), name):
             return value
@@ -270,19 +313,24 @@ def _at_end(pattern: str) -> str:
 
 
 def require_ends(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a pattern that is not the end of a site's name in plain letters: PEFT reads others in another way here.
+    """Refuse a pattern that is not the end of a site's name in plain letters: PEFT reads others in
+    another way here.
 
-    It looks for a dot and the pattern in front of the end of the name, and does not group what the pattern may be.
+    It looks for a dot and the pattern in front of the end of the name, and does not group what the
+    pattern may be.
 
     Raises:
         TargetError: naming the pattern.
     """
     odd = [p for p in patterns if re.fullmatch(r"[\w.]+", p) is None or p in names]
     if odd:
-        raise TargetError([
-            f"{field}: {p!r} would be read otherwise by PEFT; give the end of a site's name, such as {'.'.join(names[0].split('.')[1:])!r}"
-            for p in odd
-        ])  # fmt: skip
+        raise TargetError(
+            [
+                f"{field}: {p!r} would be read otherwise by PEFT; give the end of a site's name,"
+                f" such as {'.'.join(names[0].split('.')[1:])!r}"
+                for p in odd
+            ]
+        )
     require_patterns(field, patterns, names)
 
 
@@ -295,11 +343,15 @@ def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[st
     require_fast(field, {p: _at_end(p) for p in patterns}, names)
     unused = [p for p in patterns if not any(full_match(_at_end(p), name) for name in names)]
     if unused:
-        raise TargetError([f"{field}: {p!r} matches no adapted site{_hint(p, names)}" for p in unused])
+        raise TargetError(
+            [f"{field}: {p!r} matches no adapted site{_hint(p, names)}" for p in unused]
+        )
 
 
 def named(name: str, entries: str | tuple[str, ...]) -> bool:
-    """Return whether a site name is one that entries mean: an expression of the whole name, or end of names."""
+    """Return whether a site name is one that entries mean: an expression of the whole name, or end
+    of names.
+    """
     if isinstance(entries, str):
         return full_match(entries, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
@@ -329,15 +381,22 @@ def _require_all_used(wanted: Targets, names: Sequence[str]) -> None:
         for entry in wanted.targets:
             if not any(named(name, (entry,)) for name in names):
                 problems.append(f"targets: {entry!r} matches no site{_hint(entry, names)}")
-    elif not is_keyword(wanted.targets) and not any(full_match(wanted.targets, name) for name in names):
+    elif not is_keyword(wanted.targets) and not any(
+        full_match(wanted.targets, name) for name in names
+    ):
         problems.append(
-            f"targets: the regular expression {wanted.targets!r} matches no whole site name; {_sample(names)}"
+            f"targets: the regular expression {wanted.targets!r} matches no whole site name;"
+            f" {_sample(names)}"
         )
     numbers = {_layer_number(name, wanted.layers_pattern) for name in names} - {None}
     absent = sorted(set(wanted.layers_to_transform or ()) - numbers)
     if absent:
-        there = f"0 to {max(n for n in numbers if n is not None)}" if numbers else "no numbered layers"
-        problems.append(f"layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {there}")
+        there = (
+            f"0 to {max(n for n in numbers if n is not None)}" if numbers else "no numbered layers"
+        )
+        problems.append(
+            f"layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {there}"
+        )
     if problems:
         raise TargetError(problems)
 
@@ -350,11 +409,17 @@ def _hint(entry: str, names: Sequence[str]) -> str:
 
 def _sample(names: Sequence[str], n: int = 8) -> str:
     shown = ", ".join(names[:n])
-    return f"the model has {len(names)} site names, such as {shown}" if names else "the model has no linear site"
+    return (
+        f"the model has {len(names)} site names, such as {shown}"
+        if names
+        else "the model has no linear site"
+    )
 
 
 def report_coverage(sites: Sequence[Site], chosen: Mapping[Site, tuple[bool, ...]]) -> None:
-    """Log, where a kind of site is adapted in some layers only, a table of how many of each kind are adapted."""
+    """Log, where a kind of site is adapted in some layers only, a table of how many of each kind
+    are adapted.
+    """
     there: dict[str, int] = {}
     taken: dict[str, int] = {}
     for site in sites:

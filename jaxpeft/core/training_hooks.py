@@ -1,4 +1,6 @@
-"""What a method may do in training beside adding leaves: optional functions of its class, asked for here."""
+"""What a method may do in training beside adding leaves: optional functions of its class, asked for
+here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class Starting(Protocol):
     """A method whose adapter may start from data or from the model's files."""
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Return the method, whose options may depend on the data, and the rewritten tree with its start."""
+        """Return the method, whose options may depend on the data, and the rewritten tree with its
+        start.
+        """
         ...
 
 
@@ -45,7 +49,9 @@ class Rated(Protocol):
 class Optimizing(Protocol):
     """A method whose update is not that of the gradient alone."""
 
-    def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    def optimizer(
+        self, inner: optax.GradientTransformation, steps: int
+    ) -> optax.GradientTransformation:
         """Return the optimizer wrapped for a run of so many steps."""
         ...
 
@@ -61,7 +67,8 @@ class Positioned(Protocol):
 
 
 def start(method: Method, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-    """Start an adapter from data, where its method asks for that; nothing of it is done again at a resume.
+    """Start an adapter from data, where its method asks for that; nothing of it is done again at a
+    resume.
 
     Args:
         method: that rewrote the tree.
@@ -93,8 +100,11 @@ def rate(method: Method, path: Path) -> float:
     return part.rate(path) if isinstance(part, Rated) else 1.0
 
 
-def wrap_optimizer(method: Method, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-    """Wrap the optimizer of the trained leaves for a method whose update is not that of the gradient alone.
+def wrap_optimizer(
+    method: Method, inner: optax.GradientTransformation, steps: int
+) -> optax.GradientTransformation:
+    """Wrap the optimizer of the trained leaves for a method whose update is not that of the
+    gradient alone.
 
     Args:
         method: that is trained.

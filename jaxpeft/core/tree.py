@@ -1,4 +1,6 @@
-"""Splitting a parameter tree and putting it together again, and converting between stacked and unrolled layers."""
+"""Splitting a parameter tree and putting it together again, and converting between stacked and
+unrolled layers.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from jaxpeft.core.paths import Path, Tree
 def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """Split a tree in two: the leaves whose mask is True, and the others.
 
-    The parts are plain nested dicts that hold only their own leaves, so an optimizer state made from the first part
-    cannot hold an array for a leaf of the second.
+    The parts are plain nested dicts that hold only their own leaves, so an optimizer state made
+    from the first part cannot hold an array for a leaf of the second.
 
     Args:
         params: nested dict of arrays.
@@ -35,7 +37,8 @@ def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree,
     if differing:
         named = ", ".join(sorted(map(paths.text, differing))[:5])
         raise ValueError(
-            f"mask and params have different leaves ({len(differing)}): {named}; make the mask from params"
+            f"mask and params have different leaves ({len(differing)}): {named}; make the mask from"
+            " params"
         )
     chosen = [(path, leaf) for path, leaf in items if flags[path]]
     others = [(path, leaf) for path, leaf in items if not flags[path]]
@@ -63,7 +66,10 @@ def _combine(a: Mapping[str, Any], b: Mapping[str, Any], prefix: Path) -> Tree:
         elif isinstance(value, Mapping) and isinstance(out[key], Mapping):
             out[key] = _combine(out[key], value, (*prefix, key))
         else:
-            raise ValueError(f"{paths.text((*prefix, key))} is in both trees; combine takes the two parts of one tree")
+            raise ValueError(
+                f"{paths.text((*prefix, key))} is in both trees; combine takes the two parts of one"
+                " tree"
+            )
     return {key: _copy(value) for key, value in out.items()}
 
 
@@ -73,12 +79,15 @@ def _copy(node: Any) -> Any:
 
 
 def count(tree: Mapping[str, Any]) -> int:
-    """Return the number of parameters of a tree of arrays or abstract arrays; a quantized kernel counts as the one it stands for."""
+    """Return the number of parameters of a tree of arrays or abstract arrays; a quantized kernel
+    counts as the one it stands for.
+    """
     return sum(kernels.parameters(path[-1], leaf.shape) for path, leaf in paths.walk(tree))
 
 
 def stack_layers(params: Mapping[str, Any]) -> Tree:
-    """Stack unrolled layers: `layers/0/...`, `layers/1/...` become one `layers/...` with a leading layer axis.
+    """Stack unrolled layers: `layers/0/...`, `layers/1/...` become one `layers/...` with a leading
+    layer axis.
 
     Raises:
         ValueError: the layers do not hold the same leaves, which scanned layers must.
@@ -97,7 +106,11 @@ def stack_layers(params: Mapping[str, Any]) -> Tree:
 def _stack(layers: list[Mapping[str, Any]], name: str) -> Tree:
     shapes = [{path: leaf.shape for path, leaf in paths.walk(layer)} for layer in layers]
     for i, other in enumerate(shapes):
-        odd = {path for path in shapes[0].keys() | other.keys() if shapes[0].get(path) != other.get(path)}
+        odd = {
+            path
+            for path in shapes[0].keys() | other.keys()
+            if shapes[0].get(path) != other.get(path)
+        }
         if odd:
             raise ValueError(
                 f"{name}/0 and {name}/{i} differ at {paths.text(sorted(odd)[0])}: "

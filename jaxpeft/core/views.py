@@ -1,8 +1,10 @@
-"""A linear module of any type seen as `[..., in] -> [..., out]`, so that a method needs to know one kind of linear site only.
+"""A linear module of any type seen as `[..., in] -> [..., out]`, so that a method needs to know one
+kind of linear site only.
 
-`Dense` is that already. `DenseGeneral`, `Einsum` and `Conv` (and NNX's `LinearGeneral`, `Einsum`, `Conv`) are brought to it by
-reshaping what goes in and what comes out: the axes that are contracted become one, and so do those that are made. A convolution
-is the product of its patches, `[..., in * window]`, with its kernel.
+`Dense` is that already. `DenseGeneral`, `Einsum` and `Conv` (and NNX's `LinearGeneral`, `Einsum`,
+`Conv`) are brought to it by reshaping what goes in and what comes out: the axes that are contracted
+become one, and so do those that are made. A convolution is the product of its patches, `[..., in *
+window]`, with its kernel.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) ->
     if form is None:
         width = leaves["scale"][-1] if leaves.get("scale") else 0
         return (
-            KernelView("norm", (width, width)) if width and (isinstance(module, _NORM) or len(leaves) <= 2) else unknown
+            KernelView("norm", (width, width))
+            if width and (isinstance(module, _NORM) or len(leaves) <= 2)
+            else unknown
         )
     full = kernels.FORMS[form].shape(leaves[form])
     if isinstance(module, _EMBED):
@@ -101,7 +105,9 @@ def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) ->
 
 
 def _laid_out(module: Any, full: Shape, einsum: str | None) -> tuple[Shape, Shape, Shape] | None:
-    """Return the contracted and the made axes of a kernel, and both in that order; None for what is not supported."""
+    """Return the contracted and the made axes of a kernel, and both in that order; None for what is
+    not supported.
+    """
     if isinstance(module, _GENERAL):
         n = len(_tuple(module.axis))
         if module.batch_dims if isinstance(module, nn.DenseGeneral) else module.batch_axis:
@@ -137,12 +143,18 @@ def _equation(module: Any, einsum: str | None) -> tuple[str, str, str, str, str]
     x, kernel = inputs.split(",")
     contracted = "".join(c for c in kernel if c in x and c not in y)
     made = "".join(c for c in kernel if c in y and c not in x)
-    whole = len(contracted) + len(made) == len(kernel) and set(x) == set(contracted) | (set(x) & set(y)) and contracted
+    whole = (
+        len(contracted) + len(made) == len(kernel)
+        and set(x) == set(contracted) | (set(x) & set(y))
+        and contracted
+    )
     return (x, kernel, y, contracted, made) if whole and len(set(x)) == len(x) else None
 
 
 def operands(module: Any) -> int:
-    """Return how many of the inputs of a module `look` needs by place: an `Einsum` may be called with its equation."""
+    """Return how many of the inputs of a module `look` needs by place: an `Einsum` may be called
+    with its equation.
+    """
     return 2 if isinstance(module, _EINSUM) else 1
 
 
@@ -169,11 +181,21 @@ def look(
     """
     if not method.leaves.site:  # what computes the whole model
         return Seen(args, base, lambda: None, None, lambda y: y)
-    einsum = args[1] if isinstance(module, _EINSUM) and len(args) > 1 and isinstance(args[1], str) else None
-    found = plan(module, {key: leaf.shape for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}, einsum)
+    einsum = (
+        args[1]
+        if isinstance(module, _EINSUM) and len(args) > 1 and isinstance(args[1], str)
+        else None
+    )
+    found = plan(
+        module,
+        {key: leaf.shape for key, leaf in leaves.items() if not isinstance(leaf, Mapping)},
+        einsum,
+    )
     if found is None or found.kind not in method.sites.kinds:
         what = type(module).__name__
-        raise ConfigError(f"{method.name} cannot adapt a {what} ({_where(module)}); leave it out of its targets")
+        raise ConfigError(
+            f"{method.name} cannot adapt a {what} ({_where(module)}); leave it out of its targets"
+        )
     shape, order = found.shape, found.order
 
     def kernel() -> Any:
@@ -193,13 +215,22 @@ def look(
     axes = tuple(axis % x.ndim for axis in _tuple(general.axis))
     made = leaves["kernel"].shape[len(axes) :]
     flat = None if bias is None else bias.reshape(-1)
-    return _moved(x, axes, tuple(range(-len(made), 0)), made, lambda moved: base(moved, *rest), kernel, flat)
+    return _moved(
+        x, axes, tuple(range(-len(made), 0)), made, lambda moved: base(moved, *rest), kernel, flat
+    )
 
 
 def _moved(
-    x: Any, axes: Shape, places: Shape, made: Shape, base: Callable[[Any], Any], kernel: Kernel, bias: Any
+    x: Any,
+    axes: Shape,
+    places: Shape,
+    made: Shape,
+    base: Callable[[Any], Any],
+    kernel: Kernel,
+    bias: Any,
 ) -> Seen:
-    """See a contraction: the axes of `x` that are contracted go last and become one, and so do those that are made.
+    """See a contraction: the axes of `x` that are contracted go last and become one, and so do
+    those that are made.
 
     Args:
         x: what the module is called with.
@@ -242,7 +273,8 @@ def _einsum(
     letters, of_kernel, y, contracted, made = equation
     axes = tuple(letters.index(c) for c in contracted)
     kept = [c for c in letters if c not in contracted]
-    # the axes that stay must come out in the order in which they went in: others are put so by the einsum itself
+    # the axes that stay must come out in the order in which they went in: others are put so by the
+    # einsum itself
     order = [*kept, *made]
     places = tuple(y.index(c) for c in made)
     straight = [c for c in y if c not in made] == kept
@@ -258,7 +290,11 @@ def _einsum(
         return _moved(x, axes, places, sizes, plain, kernel, bias)
     seen = _moved(x, axes, tuple(range(-len(made), 0)), sizes, plain, kernel, bias)
     return Seen(
-        seen.args, seen.base, kernel, bias, lambda v: jnp.transpose(seen.restore(v), [order.index(c) for c in y])
+        seen.args,
+        seen.base,
+        kernel,
+        bias,
+        lambda v: jnp.transpose(seen.restore(v), [order.index(c) for c in y]),
     )
 
 
@@ -278,10 +314,14 @@ def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, 
         padding = [(side, side) if isinstance(side, int) else tuple(side) for side in padding]
     spatial = "DHW"[-n:]
     patches = jax.lax.conv_general_dilated_patches(
-        given, window, _each(module.strides, n), padding,
-        lhs_dilation=_each(module.input_dilation, n), rhs_dilation=_each(module.kernel_dilation, n),
+        given,
+        window,
+        _each(module.strides, n),
+        padding,
+        lhs_dilation=_each(module.input_dilation, n),
+        rhs_dilation=_each(module.kernel_dilation, n),
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-    )  # fmt: skip
+    )
     patches = patches.reshape(*lead, *patches.shape[1:])
 
     def product(value: Any) -> Any:

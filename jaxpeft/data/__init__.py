@@ -1,4 +1,5 @@
-"""Data on NumPy, without JAX: rows, examples, tokens, batches; each step a pure function of the one before it.
+"""Data on NumPy, without JAX: rows, examples, tokens, batches; each step a pure function of the one
+before it.
 
 `read_rows` -> `make_examples` -> `encode` -> `Batches` (training) or `eval_batches` (evaluation).
 """

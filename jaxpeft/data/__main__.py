@@ -1,7 +1,8 @@
-"""Look at the data: `python -m jaxpeft.data --config configs/NAME.py [--show 3] [--config.SECTION.OPTION=VALUE ...]`.
+"""Look at the data: `python -m jaxpeft.data --config configs/NAME.py [--show 3]`.
 
-Prints rows as the model will see them, the learned tokens set off from the rest, and what there is to know of the data
-before money is spent on it: lengths, what is cut and dropped, packing, labels. Reads no weights.
+Options of the config are set by name: `--config.data.max_length=256`. Prints rows as the model will
+see them, the learned tokens set off from the rest, and what there is to know of the data before
+money is spent on it: lengths, what is cut and dropped, packing, labels. Reads no weights.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def _show(config: Config, rows: int) -> None:
         for part in report.pairs(read[0], rows):
             console.print(part)
         console.print(
-            f"{read[0].rows.name}: {len(read[0])} preference pairs, all of them whole; no method trains on them yet"
+            f"{read[0].rows.name}: {len(read[0])} preference pairs, all of them whole; no method"
+            " trains on them yet"
         )
         return
     splits = pipeline.read_splits(config, source, lambda what: nullcontext(), read)

@@ -1,4 +1,6 @@
-"""From a config to token sequences of three splits: what the main job trains on and `python -m jaxpeft.data` shows."""
+"""From a config to token sequences of three splits: what the main job trains on and `python -m
+jaxpeft.data` shows.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from jaxpeft.logs import timed
 
 _log = logging.getLogger(__name__)
 Shown = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
-"""Makes, of what is being done, a context that gives a function `(rows done, rows in all)`, or None to show nothing."""
+"""Makes, of what is being done, a context that gives a function `(rows done, rows in all)`, or None
+to show nothing.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class Splits:
         problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
         asked: the test rows, to be answered.
         encoding: how rows become tokens.
-        identity: hashes of what was read, of what turns it into tokens, and of the tokens: what makes this data this data.
-        stream: the training rows where they are streamed: `examples` and `train` are its first buffer.
+        identity: hashes of what was read, of what turns it into tokens, and of the tokens: what
+            makes this data this data.
+        stream: the training rows where they are streamed: `examples` and `train` are its first
+            buffer.
     """
 
     examples: Examples
@@ -59,7 +65,10 @@ class Splits:
 
 
 def read_splits(
-    config: Config, source: sources.Source, shown: Shown, read: tuple[Examples, Examples, Examples] | None = None
+    config: Config,
+    source: sources.Source,
+    shown: Shown,
+    read: tuple[Examples, Examples, Examples] | None = None,
 ) -> Splits:
     """Read and tokenizes the rows of a config; of a stream, its first buffer.
 
@@ -88,7 +97,9 @@ def read_splits(
 
     stream = None
     if config.data.streaming:
-        stream, (validation, test) = _streamed(config, dataclasses.replace(encoding, use_cache=False), source)
+        stream, (validation, test) = _streamed(
+            config, dataclasses.replace(encoding, use_cache=False), source
+        )
         train, encoded = stream.first
         _log.info("%s, its first rows: %s", train.rows.name, told(encoded))
     else:
@@ -96,8 +107,15 @@ def read_splits(
         encoded = tokens(train)
     held_out = tokens(validation)
     last = tokens(test) if test is not validation else held_out
-    problem = {"classification": str(train.problem), "token_classification": "token"}.get(train.kind, "lm")
-    named = zip(("train", "validation", "test"), (train, validation, test), (encoded, held_out, last), strict=True)
+    problem = {"classification": str(train.problem), "token_classification": "token"}.get(
+        train.kind, "lm"
+    )
+    named = zip(
+        ("train", "validation", "test"),
+        (train, validation, test),
+        (encoded, held_out, last),
+        strict=True,
+    )
     hashes = {name: (examples.rows.source, tokens.fingerprint) for name, examples, tokens in named}
     if stream is not None:
         hashes["train"] = (stream.identity, hashes["train"][1])
@@ -107,18 +125,34 @@ def read_splits(
         "tokens": {name: made for name, (_, made) in hashes.items()},
     }
     return Splits(
-        train, encoded, held_out, last, encoding.tokenizer, encoding.pad_id, problem, test, encoding, identity, stream
+        train,
+        encoded,
+        held_out,
+        last,
+        encoding.tokenizer,
+        encoding.pad_id,
+        problem,
+        test,
+        encoding,
+        identity,
+        stream,
     )
 
 
-def _streamed(config: Config, encoding: Encoder, source: sources.Source) -> tuple[Stream, tuple[Examples, Examples]]:
-    """Open a stream and reads the rows that are held out; labels are those of the latter: a stream is not read through."""
+def _streamed(
+    config: Config, encoding: Encoder, source: sources.Source
+) -> tuple[Stream, tuple[Examples, Examples]]:
+    """Open a stream and reads the rows that are held out; labels are those of the latter: a stream
+    is not read through.
+    """
     if config.model.task == "causal_lm":
         stream = Stream(config, encoding)
         return stream, read_held(config, stream.first[0])
     held = read_held(config, None, source)
     # what is known of the labels, without the rows: worker processes are sent it
-    like = dataclasses.replace(held[0], texts=[], pairs=None, labels=None, rows=held[0].rows.take([]))
+    like = dataclasses.replace(
+        held[0], texts=[], pairs=None, labels=None, rows=held[0].rows.take([])
+    )
     return Stream(config, encoding, like), held
 
 
@@ -128,10 +162,16 @@ def make_batches(config: Config, splits: Splits) -> Batches | Stream:
         return splits.stream
     options = config.train
     return Batches(
-        splits.train, options.batch_size, padded_lengths(config, splits.train), options.seed, splits.pad_id,
-        accumulation=options.accumulation, workers=config.data.workers, timeout=config.data.worker_timeout,
+        splits.train,
+        options.batch_size,
+        padded_lengths(config, splits.train),
+        options.seed,
+        splits.pad_id,
+        accumulation=options.accumulation,
+        workers=config.data.workers,
+        timeout=config.data.worker_timeout,
         pad_to=one_length(config),
-    )  # fmt: skip
+    )
 
 
 def load_tokenizer(source: sources.Source) -> Any:
@@ -145,12 +185,23 @@ def load_tokenizer(source: sources.Source) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
+        return AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=False, local_files_only=True
+        )
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        StrictDataclassError,
+    ) as error:
         said = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise DataError(
-            f"{source.folder}: no tokenizer that can be used ({said}); the folder must hold tokenizer.json and "
-            "tokenizer_config.json, as they were published, and config.json of the same model"
+            f"{source.folder}: no tokenizer that can be used ({said}); the folder must hold"
+            " tokenizer.json and tokenizer_config.json, as they were published, and config.json of"
+            " the same model"
         ) from error
 
 
@@ -169,6 +220,6 @@ def _require_tokenizers(file: Path) -> None:
     except Exception as error:  # the library raises nothing narrower
         said = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{file}: is no tokenizer that can be used ({said}); give the file as it was published, or write it again with "
-            "save_pretrained of the tokenizer"
+            f"{file}: is no tokenizer that can be used ({said}); give the file as it was published,"
+            " or write it again with save_pretrained of the tokenizer"
         ) from error

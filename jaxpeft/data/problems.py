@@ -60,6 +60,8 @@ class Problems:
 
 
 def excerpt(line: str, column: int = 1) -> str:
-    """Return at most 80 characters of a line: its beginning, or what surrounds `column` where that lies further on."""
+    """Return at most 80 characters of a line: its beginning, or what surrounds `column` where that
+    lies further on.
+    """
     start = 0 if column <= EXCERPT else column - 1 - EXCERPT // 2
     return line[start : start + EXCERPT]

@@ -1,4 +1,6 @@
-"""What people look at before they train: rows as the model sees them, and the figures of a data set."""
+"""What people look at before they train: rows as the model sees them, and the figures of a data
+set.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ MOST_NOTES = 20
 def rows(splits: Splits, n: int, *, color: bool) -> Iterator[Text]:
     """Yield the first training rows, token by token as text.
 
-    Learned tokens are green, the rest dim; without colors learned text stands between `⟦` and `⟧`. Documents that share
-    a packed row are parted by a line.
+    Learned tokens are green, the rest dim; without colors learned text stands between `⟦` and `⟧`.
+    Documents that share a packed row are parted by a line.
 
     Args:
         splits: the data of a run.
@@ -35,8 +37,14 @@ def rows(splits: Splits, n: int, *, color: bool) -> Iterator[Text]:
     encoded = splits.train
     for row in range(min(n, len(encoded))):
         at = slice(*encoded.offsets[row : row + 2].tolist())
-        learned = encoded.labels[at] != IGNORED if encoded.per_token else np.zeros(encoded.lengths[row], bool)
-        told = f"{encoded.lengths[row]} tokens" + (f", {int(learned.sum())} learned" if encoded.per_token else "")
+        learned = (
+            encoded.labels[at] != IGNORED
+            if encoded.per_token
+            else np.zeros(encoded.lengths[row], bool)
+        )
+        told = f"{encoded.lengths[row]} tokens" + (
+            f", {int(learned.sum())} learned" if encoded.per_token else ""
+        )
         yield Text(f"--- row {row + 1}: {told}{_label(splits, row)}", style="bold")
         yield _written(splits.tokenizer, encoded, at, learned, color)
 
@@ -55,16 +63,15 @@ def reading(examples: Examples) -> Iterator[Text]:
     used = examples.columns.given()
     left = [column for column in examples.rows.columns() if column not in used.values()]
     told = [f"{field} is {column!r}" for field, column in used.items()]
-    told += (
-        [f"not used: {', '.join(map(repr, left[:MOST_LABELS]))}{', ...' if len(left) > MOST_LABELS else ''}"]
-        if left
-        else []
-    )
+    if left:
+        more = ", ..." if len(left) > MOST_LABELS else ""
+        told.append(f"not used: {', '.join(map(repr, left[:MOST_LABELS]))}{more}")
     yield Text(f"columns: {'; '.join(told)}")
 
 
 def pairs(examples: Examples, n: int) -> Iterator[Text]:
-    """Yield the first preference pairs: what both answers begin with, the better one in green, the other in red.
+    """Yield the first preference pairs: what both answers begin with, the better one in green, the
+    other in red.
 
     Args:
         examples: of preference pairs.
@@ -115,13 +122,16 @@ def _written(tokenizer: Any, encoded: Encoded, at: slice, learned: np.ndarray, c
 
 
 def statistics(config: Config, splits: Splits) -> Table:
-    """Return the figures of the splits: rows, lengths, what is cut, dropped and learned, packing, padding, labels.
+    """Return the figures of the splits: rows, lengths, what is cut, dropped and learned, packing,
+    padding, labels.
 
     Args:
         config: of the run.
         splits: its data.
     """
-    table = Table(title=f"{splits.examples.rows.name}: {splits.examples.kind}", title_justify="left")
+    table = Table(
+        title=f"{splits.examples.rows.name}: {splits.examples.kind}", title_justify="left"
+    )
     parts = {"train": splits.train, "validation": splits.validation}
     if splits.test is not splits.validation:
         parts["test"] = splits.test
@@ -131,7 +141,10 @@ def statistics(config: Config, splits: Splits) -> Table:
     for field in ("rows", "truncated", "dropped", "tokens", "learned"):
         table.add_row(field, *(f"{part.counts[field]:,}" for part in parts.values()))
     for name, share in (("shortest", 0.0), ("median", 0.5), ("95 of 100", 0.95), ("longest", 1.0)):
-        table.add_row(f"length, {name}", *(f"{np.quantile(_documents(part), share):.0f}" for part in parts.values()))
+        table.add_row(
+            f"length, {name}",
+            *(f"{np.quantile(_documents(part), share):.0f}" for part in parts.values()),
+        )
     if config.data.packing:
         length = config.data.max_length
         table.add_row("packed rows", *(f"{len(part):,}" for part in parts.values()))
@@ -141,7 +154,9 @@ def statistics(config: Config, splits: Splits) -> Table:
     table.add_row("padded to", " or ".join(map(str, batches.lengths)), *blank)
     table.add_row("padding", f"{batches.padding_share:.1%}", *blank)
     steps = batches.steps_per_epoch
-    table.add_row("steps an epoch", "not known: streamed" if steps is None else f"{steps:,}", *blank)
+    table.add_row(
+        "steps an epoch", "not known: streamed" if steps is None else f"{steps:,}", *blank
+    )
     for label, counts in _labels(parts):
         table.add_row(f"label {label}", *(f"{count:,}" for count in counts))
     return table
@@ -166,7 +181,11 @@ def _labels(parts: dict[str, Encoded]) -> list[tuple[str, list[int]]]:
     order = np.argsort(-counts[0], kind="stable")
     shown = [(names[i], [int(count[i]) for count in counts]) for i in order[:MOST_LABELS]]
     left = order[MOST_LABELS:]
-    return [*shown, (f"({len(left)} more)", [int(c[left].sum()) for c in counts])] if len(left) else shown
+    return (
+        [*shown, (f"({len(left)} more)", [int(c[left].sum()) for c in counts])]
+        if len(left)
+        else shown
+    )
 
 
 def _counts(encoded: Encoded, size: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Entities in tag sequences, as CoNLL's `conlleval` and `seqeval` find them.
 
-Written here, and compared with `seqeval` by the tests: its last release is of 2020, has no wheel, and knows L and U of BILOU in
-its strict mode only, which drops every entity that a model begins with the wrong letter.
+Written here, and compared with `seqeval` by the tests: its last release is of 2020, has no wheel,
+and knows L and U of BILOU in its strict mode only, which drops every entity that a model begins
+with the wrong letter.
 """
 
 from __future__ import annotations
@@ -16,16 +17,25 @@ _TAG = re.compile(r"[BIESLU](-.+)?")
 
 
 def has_entities(tags: Sequence[str]) -> bool:
-    """Return whether the tags are those of IOB1, IOB2, IOBES or BILOU, such as `B-PER`, or plain `B`, `I` and `O`."""
+    """Return whether the tags are those of IOB1, IOB2, IOBES or BILOU, such as `B-PER`, or plain
+    `B`, `I` and `O`.
+    """
     inside = [tag for tag in tags if tag != OUTSIDE]
     typed = all("-" in tag for tag in inside) or {"B", "I", OUTSIDE} <= set(tags)
-    return typed and any(tag[:1] in "BI" for tag in inside) and all(_TAG.fullmatch(tag) for tag in inside)
+    return (
+        typed
+        and any(tag[:1] in "BI" for tag in inside)
+        and all(_TAG.fullmatch(tag) for tag in inside)
+    )
 
 
-def find_entities(ids: np.ndarray, rows: np.ndarray, tags: Sequence[str]) -> set[tuple[int, int, str]]:
+def find_entities(
+    ids: np.ndarray, rows: np.ndarray, tags: Sequence[str]
+) -> set[tuple[int, int, str]]:
     """Return the entities of tag sequences.
 
-    An entity begins at B, S or U, and at any other tag that follows O, E, S, L, U, a tag of another type or the end of a row.
+    An entity begins at B, S or U, and at any other tag that follows O, E, S, L, U, a tag of another
+    type or the end of a row.
 
     Args:
         ids: int [n], the tag of each position, as an index into `tags`; the rows one after another.

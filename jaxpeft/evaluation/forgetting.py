@@ -2,16 +2,18 @@ r"""Forgetting: what a base could do of something else, and cannot do any more w
 
     forgetting = a(base) - a(adapted)
 
-for an ability `a` that no run is trained for, measured on rows of another data set. It is negative where training has helped.
+for an ability `a` that no run is trained for, measured on rows of another data set. It is negative
+where training has helped.
 
-Of an encoder, or any classifier, `a` is how well labeled sentences stand by their classes. With the hidden states `h [T, d]` of
-sentence i, the head left off:
+Of an encoder, or any classifier, `a` is how well labeled sentences stand by their classes. With the
+hidden states `h [T, d]` of sentence i, the head left off:
 
     e_i = mean of h over the tokens, over its norm
     c_k = sum of e_j over the sentences j of class k, j != i, over its norm
     a   = share of the sentences whose own class is the k of the largest e_i c_k
 
-No sentence is in the mean that it is compared with, and one that is alone in its class is not counted.
+No sentence is in the mean that it is compared with, and one that is alone in its class is not
+counted.
 
 Of a language model, `a` is minus the mean loss of a token of other texts, in nats.
 """
@@ -69,13 +71,20 @@ def backbone_of(model: Pretrained, params: Mapping[str, Any]) -> tuple[Pretraine
         `(model, params)` that give hidden states `[batch, length, d]`.
     """
     config = read_json(model.source.folder / "config.json")
-    options = dataclasses.replace(model.options, task="encoder", num_labels=None, pooling=None, remat="none")
+    options = dataclasses.replace(
+        model.options, task="encoder", num_labels=None, pooling=None, remat="none"
+    )
     root = {key: leaf for key, leaf in params.items() if not isinstance(leaf, Mapping)}
-    return models.build(config, options), {**params[models.FAMILIES[config["model_type"]].prefix], **root}
+    return models.build(config, options), {
+        **params[models.FAMILIES[config["model_type"]].prefix],
+        **root,
+    }
 
 
 def embeddings(
-    model: Pretrained, params: Mapping[str, Any], batches: Iterable[tuple[Mapping[str, Any], np.ndarray[Any, Any]]]
+    model: Pretrained,
+    params: Mapping[str, Any],
+    batches: Iterable[tuple[Mapping[str, Any], np.ndarray[Any, Any]]],
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the direction of the mean hidden state of each row, by the model without its head.
 
@@ -91,9 +100,9 @@ def embeddings(
 
     def direction(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         inputs: dict[str, Any] = {name: batch[name] for name in _INPUTS if name in batch}
-        hidden = forward.run(backbone, params, batch["input_ids"], batch["attention_mask"], **inputs).astype(
-            jnp.float32
-        )
+        hidden = forward.run(
+            backbone, params, batch["input_ids"], batch["attention_mask"], **inputs
+        ).astype(jnp.float32)
         token = batch["attention_mask"][..., None].astype(jnp.float32)
         total = (hidden * token).sum(1)
         return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), _LEAST)
@@ -103,13 +112,18 @@ def embeddings(
     labels: list[np.ndarray[Any, Any]] = []
     for batch, rows in batches:
         kept = rows >= 0
-        made.append(np.asarray(run(inner, {name: jnp.asarray(array) for name, array in batch.items()}))[kept])
+        made.append(
+            np.asarray(run(inner, {name: jnp.asarray(array) for name, array in batch.items()}))[
+                kept
+            ]
+        )
         labels.append(batch["labels"][kept])
     return np.concatenate(made), np.concatenate(labels)
 
 
 def centroid_accuracy(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
-    """Return the share of rows whose own class has the nearest mean, each row left out of its own class's.
+    """Return the share of rows whose own class has the nearest mean, each row left out of its own
+    class's.
 
     Args:
         rows: `[n, d]`, each of norm one.
@@ -122,7 +136,8 @@ def centroid_accuracy(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) 
     counts = np.bincount(own)
     if len(classes) < 2 or counts.max() < 2:
         raise DataError(
-            f"{len(labels)} rows of {len(classes)} classes: the nearest class needs at least two classes, and two rows in one of them"
+            f"{len(labels)} rows of {len(classes)} classes: the nearest class needs at least two"
+            " classes, and two rows in one of them"
         )
     wide = rows.astype(np.float64)
     sums = np.zeros((len(classes), wide.shape[1]))

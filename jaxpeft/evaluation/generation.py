@@ -20,11 +20,17 @@ from jaxpeft.sharding.logical_axes import mesh_under
 
 
 def greedy(
-    model: nn.Module, params: Mapping[str, Any], prompts: Sequence[Sequence[int]], *, most: int, ends: Set[int]
+    model: nn.Module,
+    params: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    most: int,
+    ends: Set[int],
 ) -> list[list[int]]:
     """Continue prompts by the likeliest token each.
 
-    The whole row is computed anew for every token, with one program for all of them: for a few samples, not for many.
+    The whole row is computed anew for every token, with one program for all of them: for a few
+    samples, not for many.
 
     Args:
         model: a decoder with a language-model head.
@@ -45,7 +51,9 @@ def greedy(
     # the same on every device, and so in every process
     mesh = mesh_under(params)
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    if isinstance(model, Pretrained):  # a kernel that the partitioner cannot split has no say here: the rows are few
+    if isinstance(
+        model, Pretrained
+    ):  # a kernel that the partitioner cannot split has no say here: the rows are few
         model = model.clone(options=dataclasses.replace(model.options, attention="xla"))
 
     @functools.partial(jax.jit, out_shardings=whole)

@@ -27,7 +27,8 @@ FIGURES: dict[str, tuple[str, ...]] = {
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse"})
 
 IGNORED = -100
-# exp(700) is about 1e304: the loss beyond which a perplexity would be infinite, which JSON cannot hold.
+# exp(700) is about 1e304: the loss beyond which a perplexity would be infinite, which JSON cannot
+# hold.
 _LARGEST_EXPONENT = 700.0
 
 
@@ -53,21 +54,23 @@ def classification_metrics(
     Where a metric is undefined (one class only, constant predictions), it is 0.
 
     Args:
-        predictions: single_label: logits [n, classes] or ids [n]; multi_label: logits [n, labels], 0 being a
-            probability of 0.5; regression: [n] or [n, 1]; token: logits [..., classes] or ids of the shape of `labels`.
-        labels: single_label: int [n]; multi_label: 0 or 1 [n, labels]; regression: float [n]; token: int [...], -100
-            where there is no label.
+        predictions: single_label: logits [n, classes] or ids [n]; multi_label: logits [n, labels],
+            0 being a probability of 0.5; regression: [n] or [n, 1]; token: logits [..., classes] or
+            ids of the shape of `labels`.
+        labels: single_label: int [n]; multi_label: 0 or 1 [n, labels]; regression: float [n];
+            token: int [...], -100 where there is no label.
         problem: `single_label`, `multi_label`, `regression` or `token`.
         tags: for token, the names of the classes.
-        rows: for token, int of the shape of `labels`: the sequence that each position belongs to; None where the last axis
-            is the sequence.
+        rows: for token, int of the shape of `labels`: the sequence that each position belongs to;
+            None where the last axis is the sequence.
 
     Returns:
         single_label: accuracy, f1_macro, mcc, and f1 of class 1 where there are two classes.
         multi_label: accuracy (all labels of a row right), f1_micro, f1_macro.
         regression: pearson, spearman, mse.
-        token: accuracy, tag_f1 (micro, of all tags but `O`) and tag_f1_macro (of all that are there or predicted), by position.
-            Where the tags are those of entities (`B-PER`): f1, precision and recall (micro) of whole entities as well.
+        token: accuracy, tag_f1 (micro, of all tags but `O`) and tag_f1_macro (of all that are there
+            or predicted), by position. Where the tags are those of entities (`B-PER`): f1,
+            precision and recall (micro) of whole entities as well.
 
     Raises:
         ConfigError: there is no such problem.
@@ -97,7 +100,9 @@ def lm_metrics(total_loss: float, total_tokens: float) -> Metrics:
         DataError: there is no token.
     """
     if total_tokens <= 0:
-        raise DataError("no token has a label, so there is no loss to average; check the data and its labels")
+        raise DataError(
+            "no token has a label, so there is no loss to average; check the data and its labels"
+        )
     loss = float(total_loss) / float(total_tokens)
     return {"loss": loss, "perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
 
@@ -106,7 +111,11 @@ def _single(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     made = _ids(predictions, labels)
-    classes = predictions.shape[-1] if predictions.ndim == labels.ndim + 1 else int(max(made.max(), labels.max())) + 1
+    classes = (
+        predictions.shape[-1]
+        if predictions.ndim == labels.ndim + 1
+        else int(max(made.max(), labels.max())) + 1
+    )
     score: Any = f1_score
     metrics = {
         "accuracy": float((made == labels).mean()),
@@ -124,14 +133,24 @@ def _multi(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
 
     _same_shape(predictions, labels)
     if labels.ndim != 2:
-        raise DataError(f"multi_label takes labels [n, labels], these have the shape {labels.shape}")
+        raise DataError(
+            f"multi_label takes labels [n, labels], these have the shape {labels.shape}"
+        )
     made, wanted = (predictions > 0).astype(np.int64), labels.astype(np.int64)
     score: Any = f1_score
-    # A single column would be read as binary labels of one output, so both averages are the positive class's.
+    # A single column would be read as binary labels of one output, so both averages are the
+    # positive class's.
     one = labels.shape[1] == 1
     args = (wanted[:, 0], made[:, 0]) if one else (wanted, made)
-    micro, macro = (score(*args, average="binary" if one else kind, zero_division=0) for kind in ("micro", "macro"))
-    return {"accuracy": float((made == wanted).all(1).mean()), "f1_micro": float(micro), "f1_macro": float(macro)}
+    micro, macro = (
+        score(*args, average="binary" if one else kind, zero_division=0)
+        for kind in ("micro", "macro")
+    )
+    return {
+        "accuracy": float((made == wanted).all(1).mean()),
+        "f1_micro": float(micro),
+        "f1_macro": float(macro),
+    }
 
 
 def _regression(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
@@ -153,10 +172,14 @@ def _regression(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
     }
 
 
-def _token(predictions: np.ndarray, labels: np.ndarray, tags: Sequence[str], rows: np.ndarray | None) -> Metrics:
+def _token(
+    predictions: np.ndarray, labels: np.ndarray, tags: Sequence[str], rows: np.ndarray | None
+) -> Metrics:
     made, kept = _ids(predictions, labels), labels != IGNORED
     if rows is None:
-        rows = np.broadcast_to(np.arange(labels.size // labels.shape[-1]).reshape(*labels.shape[:-1], 1), labels.shape)
+        rows = np.broadcast_to(
+            np.arange(labels.size // labels.shape[-1]).reshape(*labels.shape[:-1], 1), labels.shape
+        )
     made, wanted, rows = made[kept], labels[kept], rows[kept]
     _same_shape(made, wanted)
     outside = tags.index(OUTSIDE) if OUTSIDE in tags else None
@@ -170,7 +193,9 @@ def _token(predictions: np.ndarray, labels: np.ndarray, tags: Sequence[str], row
     if not has_entities(tags):
         return metrics
     if max(made.max(), wanted.max()) >= len(tags):
-        raise DataError(f"class {max(made.max(), wanted.max())} has no name among the {len(tags)} tags")
+        raise DataError(
+            f"class {max(made.max(), wanted.max())} has no name among the {len(tags)} tags"
+        )
     entities, true = find_entities(made, rows, tags), find_entities(wanted, rows, tags)
     return metrics | _f1(len(entities & true), len(entities), len(true))
 
@@ -200,6 +225,8 @@ def _ids(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def _same_shape(made: np.ndarray, labels: np.ndarray) -> None:
     if made.shape != labels.shape:
-        raise DataError(f"predictions of the shape {made.shape} do not fit labels of the shape {labels.shape}")
+        raise DataError(
+            f"predictions of the shape {made.shape} do not fit labels of the shape {labels.shape}"
+        )
     if not labels.size:
         raise DataError("there is no label to compare with; check that the split has rows")

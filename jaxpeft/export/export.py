@@ -1,6 +1,8 @@
-"""Taking an adapter out of jaxpeft: a folder that `peft` loads, or a merged model that `transformers` loads.
+"""Taking an adapter out of jaxpeft: a folder that `peft` loads, or a merged model that
+`transformers` loads.
 
-What was written is loaded again, and its logits are compared, before it gets its name: a folder that is there is whole.
+What was written is loaded again, and its logits are compared, before it gets its name: a folder
+that is there is whole.
 """
 
 from __future__ import annotations
@@ -83,8 +85,10 @@ def export(request: ExportRequest) -> Report:
     """Export an adapter.
 
     Raises:
-        ConfigError: the request cannot be met: the folder is not empty, the task is not known, the method cannot be merged.
-        AdapterError: the adapter cannot be used, is another base's, or is merged into this one already.
+        ConfigError: the request cannot be met: the folder is not empty, the task is not known, the
+            method cannot be merged.
+        AdapterError: the adapter cannot be used, is another base's, or is merged into this one
+            already.
         WeightsError: the base cannot be used.
         ExportError: what was written does not compute what it was made from; nothing is left of it.
     """
@@ -100,7 +104,9 @@ def export(request: ExportRequest) -> Report:
         check_base(part, read_json(part / CONFIG), outline.model, allow_base=request.allow_base)
     with _beside(request.out) as folder:
         base = outline.read()
-        method, params = load_adapter(request.adapter, outline.model, base, allow_base=request.allow_base)
+        method, params = load_adapter(
+            request.adapter, outline.model, base, allow_base=request.allow_base
+        )
         work = _Work(request, adapter, outline, method, params)
         if request.to == "peft":
             return _to_peft(work, folder, base)
@@ -113,27 +119,39 @@ def export(request: ExportRequest) -> Report:
 
 @contextmanager
 def _beside(out: Path) -> Generator[Path]:
-    """Return a folder beside another one, which gets its name in the end; of a failure nothing is left."""
+    """Return a folder beside another one, which gets its name in the end; of a failure nothing is
+    left.
+    """
     target = out.resolve()
     with atomic.replacing(target, unique=True) as temporary:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
         except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
+            raise ConfigError(
+                f"--out {out}: cannot be written ({error.strerror}); give another folder"
+            ) from None
         yield temporary
 
 
 def _to_peft(work: _Work, folder: Path, base: Tree) -> Report:
     model, source = work.outline.model, work.outline.model.source
     wanted = logits(model, work.params, work.method)
-    if work.adapter.base:  # files keep the name that the adapter has for its base, wherever that lies here
-        source = dataclasses.replace(source, name=work.adapter.base, revision=work.adapter.config.get("revision"))
-    save_adapter(folder, work.method, work.params, model.clone(source=source), settings=work.adapter.settings)
+    if (
+        work.adapter.base
+    ):  # files keep the name that the adapter has for its base, wherever that lies here
+        source = dataclasses.replace(
+            source, name=work.adapter.base, revision=work.adapter.config.get("revision")
+        )
+    save_adapter(
+        folder, work.method, work.params, model.clone(source=source), settings=work.adapter.settings
+    )
     merged_model.copy_files(None, work.adapter.folder, folder, work.adapter.settings)
     again, loaded = load_adapter(folder, model, base)
     gap = gap_of(logits(model, loaded, again), wanted)
-    require_equal(gap, wanted, TOLERANCE, f"{work.request.out}: the adapter that was written, loaded again")
+    require_equal(
+        gap, wanted, TOLERANCE, f"{work.request.out}: the adapter that was written, loaded again"
+    )
     weights = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.safetensors"))]
     lines = (
         f"wrote {work.request.out}: {work.method.name} adapter, {_size(folder, weights)}",
@@ -147,19 +165,31 @@ def _adapter_usage(out: Path, method: Method, model: Pretrained) -> str:
     here = f"jaxpeft.load_adapter({str(out)!r}, model, params)"
     if reads_elsewhere(model):
         how = f"of jaxpeft.load(..., pooling={model.options.pooling!r})"
-        return f"load it: {here} {how}; other libraries' classifiers read {model.config.own_pooling!r}"
+        return (
+            f"load it: {here} {how}; other libraries' classifiers read {model.config.own_pooling!r}"
+        )
     parts = [part for part in method.parts() if part.peft.type or part.peft.layout != "peft"]
     if not parts:
         return f"load it: {here}; other libraries have no {method.name}"
     if len(method.parts()) > 1:
         return f"load it: {here}; other libraries load its folders one by one"
     library = LAYOUTS[method.peft.layout]
-    there = f"peft.PeftModel.from_pretrained(base_model, {str(out)!r})" if library.name == "peft" else library.library
+    there = (
+        f"peft.PeftModel.from_pretrained(base_model, {str(out)!r})"
+        if library.name == "peft"
+        else library.library
+    )
     return f"load it: {there} or {here}"
 
 
 def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
-    request, adapter, outline, method, params = work.request, work.adapter, work.outline, work.method, work.params
+    request, adapter, outline, method, params = (
+        work.request,
+        work.adapter,
+        work.outline,
+        work.method,
+        work.params,
+    )
     dtype = None if request.dtype is None else jnp.dtype(request.dtype)
     if quant is not None:
         merged_model.rounded(params, quant)
@@ -191,30 +221,43 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
     (folder / MERGE).write_text(json.dumps(_record(work) | record, indent=2) + "\n")
     params.clear()
     task: Any = model.options.task
-    again, loaded = loading.load(folder, task=task, pooling=model.options.pooling, compute_dtype=jnp.float32)
+    again, loaded = loading.load(
+        folder, task=task, pooling=model.options.pooling, compute_dtype=jnp.float32
+    )
     found = logits(again, loaded)
-    require_equal(gap_of(found, merged), merged, TOLERANCE / 10, f"{request.out}: what was written, loaded again")
+    require_equal(
+        gap_of(found, merged),
+        merged,
+        TOLERANCE / 10,
+        f"{request.out}: what was written, loaded again",
+    )
     what = f"{outline.config['model_type']} with {method.name} merged, {own.name}"
     lines = (
         f"wrote {request.out}: {what}, {_size(folder, files)}",
         f"error of the merge: {error:.2g} of what the adapter changes in the weights",
-        f"largest logit difference to the adapter beside its base: {gap:.2g} ({ROWS} rows of random tokens)",
+        (
+            f"largest logit difference to the adapter beside its base: {gap:.2g} ({ROWS} rows of"
+            " random tokens)"
+        ),
         _usage(request.out, model),
     )
     return Report(lines, gap, error)
 
 
 def _usage(out: Path, model: Pretrained) -> str:
-    there = f"transformers.AutoModel{merged_model.HEADS[model.options.task]}.from_pretrained({str(out)!r})"
+    cls = f"transformers.AutoModel{merged_model.HEADS[model.options.task]}"
+    there = f"{cls}.from_pretrained({str(out)!r})"
     return f"load it: {there} or jaxpeft.load({str(out)!r}, task={model.options.task!r})"
 
 
 def _warn(error: float, dtype: Any) -> None:
     if error > WARN_ABOVE:
         _log.warning(
-            "%s rounds off %.1f %% of what the adapter changes in the weights; use --dtype float32, or keep the adapter beside "
-            "its base", dtype.name, 100 * error,
-        )  # fmt: skip
+            "%s rounds off %.1f %% of what the adapter changes in the weights; use --dtype float32,"
+            " or keep the adapter beside its base",
+            dtype.name,
+            100 * error,
+        )
 
 
 def _record(work: _Work) -> dict[str, Any]:
@@ -222,10 +265,17 @@ def _record(work: _Work) -> dict[str, Any]:
     source = work.outline.model.source
     return {
         "jaxpeft_version": jaxpeft.__version__,
-        "adapter": {"path": str(work.adapter.folder), "sha256": work.adapter.sha256, "method": work.method.as_dict()},
+        "adapter": {
+            "path": str(work.adapter.folder),
+            "sha256": work.adapter.sha256,
+            "method": work.method.as_dict(),
+        },
         "base": {"name": source.name, "revision": source.revision, "sha256": fingerprint(source)},
         "task": work.outline.model.options.task,
-        "earlier": [{key: value for key, value in one.items() if key != "sha256"} for one in records(source.folder)],
+        "earlier": [
+            {key: value for key, value in one.items() if key != "sha256"}
+            for one in records(source.folder)
+        ],
     }
 
 

@@ -1,4 +1,6 @@
-"""A merged model: the adapter folded into its base in float32, and the folder that `transformers` loads it from."""
+"""A merged model: the adapter folded into its base in float32, and the folder that `transformers`
+loads it from.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +45,21 @@ HEADS = {
 }
 """The ends of the names of the classes of `transformers`: `AutoModelForCausalLM`, `AutoModel`."""
 _TOKENIZER = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "spiece.model", "sentencepiece*", "additional_chat_templates/*",
-)  # fmt: skip
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "spiece.model",
+    "sentencepiece*",
+    "additional_chat_templates/*",
+)
 _NOT_MERGED = ("torch_dtype", "num_labels", "_name_or_path", "quantization_config", "problem_type")
 GENERATION = "generation_config.json"
 _TEXT = (".json", ".txt", ".model", ".jinja")
 
-# ---------------------------------------------------------------------------------------------------------------- merging
+# ------------------------------------------------------------------------------------------ merging
 
 
 @dataclass
@@ -69,14 +78,17 @@ class _Drift:
 
 
 def dtype_of(outline: Outline, dtype: Any) -> np.dtype[Any]:
-    """Return the dtype that a merged model has: the one that is asked for, or that of the base's largest leaf that is not quantized."""
+    """Return the dtype that a merged model has: the one that is asked for, or that of the base's
+    largest leaf that is not quantized.
+    """
     if dtype is not None:
         return np.dtype(dtype)
     return max(outline.plan.sources.values(), key=lambda source: math.prod(source.shape)).dtype
 
 
 def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
-    """Fold the adapter into the base, one module at a time: the tree never holds more than one module twice.
+    """Fold the adapter into the base, one module at a time: the tree never holds more than one
+    module twice.
 
     Args:
         method: the method that rewrote `params`; its layers are not stacked.
@@ -85,7 +97,8 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
         dtype: of all leaves; None keeps that of each leaf of the base.
 
     Returns:
-        `||kept - exact|| / ||exact - base||` over all leaves that differ from the base's; 0 where none does.
+        `||kept - exact|| / ||exact - base||` over all leaves that differ from the base's; 0 where
+        none does.
 
     Raises:
         ConfigError: the method cannot be merged, or a number does not fit the dtype.
@@ -101,28 +114,40 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
         leaf = exact.astype(own if dtype is not None or source is None else source.dtype)
         if leaf.dtype != exact.dtype and not bool(jnp.isfinite(leaf).all()):
             most = float(jnp.abs(exact).max())
-            raise ConfigError(f"--dtype {leaf.dtype}: {paths.text(path)} does not fit, its largest number is {most:g}; "
-                              "use bfloat16 or float32")  # fmt: skip
+            raise ConfigError(
+                f"--dtype {leaf.dtype}: {paths.text(path)} does not fit, its largest number is"
+                f" {most:g}; use bfloat16 or float32"
+            )
         if path in trained:
             before = source.read(None) if source else None
-        if before is not None and not np.array_equal(np.asarray(before).astype(np.float32), np.asarray(exact)):
+        if before is not None and not np.array_equal(
+            np.asarray(before).astype(np.float32), np.asarray(exact)
+        ):
             drift.add(before, exact, leaf)
         return leaf
 
     for module in dict.fromkeys(path[:-1] for path, _ in list(paths.walk(params))):
         node = paths.get(params, module)
-        base = {key: leaf for key, leaf in node.items() if not isinstance(leaf, Mapping) and key not in names}
+        base = {
+            key: leaf
+            for key, leaf in node.items()
+            if not isinstance(leaf, Mapping) and key not in names
+        }
         site = sites.get(module)
         exact = _folded(method, site, node, base, roots) if site else {}
         for key in names & node.keys():
             del node[key]
         for key in base:
-            node[key] = kept((*module, key), exact.get(key, base[key]), base[key] if key in exact else None)
+            node[key] = kept(
+                (*module, key), exact.get(key, base[key]), base[key] if key in exact else None
+            )
     return math.sqrt(drift.rounding / drift.change) if drift.change else 0.0
 
 
 def _folded(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leaves) -> Leaves:
-    """Return the leaves of one module with every adapter in it folded in, float32; nothing where it is not adapted."""
+    """Return the leaves of one module with every adapter in it folded in, float32; nothing where it
+    is not adapted.
+    """
     exact = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
     return fold_site(adding_parts(method, MARKERS), site, {**node, **exact}, roots)
 
@@ -139,11 +164,14 @@ def rounded(params: Tree, quant: Quant) -> None:
     """
     for path in quant.sites(params):
         node = paths.get(params, path[:-1])
-        node["kernel"] = QUANTIZED[quant.form].read(quant.stored([partial(node.__getitem__, "kernel")], stacked=False))
+        node["kernel"] = QUANTIZED[quant.form].read(
+            quant.stored([partial(node.__getitem__, "kernel")], stacked=False)
+        )
 
 
 def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:
-    """Return the head an own copy of a tied embedding that is adapted where tokens are looked up, but not in the head.
+    """Return the head an own copy of a tied embedding that is adapted where tokens are looked up,
+    but not in the head.
 
     Args:
         method: the method that rewrote `params`.
@@ -155,7 +183,9 @@ def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:
     """
     if model.options.task != "causal_lm" or "lm_head" in params:
         return model
-    ((path, embedding),) = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] == "embedding")
+    ((path, embedding),) = (
+        (path, leaf) for path, leaf in paths.walk(params) if path[-1] == "embedding"
+    )
     node = paths.get(params, path[:-1])
     apart = [
         p
@@ -168,7 +198,7 @@ def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:
     return model.clone(config=dataclasses.replace(model.config, tie_word_embeddings=False))
 
 
-# --------------------------------------------------------------------------------------------------------------- the folder
+# --------------------------------------------------------------------------------------- the folder
 
 
 @dataclass(frozen=True)
@@ -203,7 +233,8 @@ def tensors_of(model: Pretrained, params: Tree, dtype: Any) -> dict[str, Readabl
         dtype: what was asked for; None for that of each leaf of the base.
     """
     own: dict[str, Readable] = {
-        paths.hf_names(path, None)[0]: _Leaf(leaf, path[-1] == "kernel") for path, leaf in paths.walk(params)
+        paths.hf_names(path, None)[0]: _Leaf(leaf, path[-1] == "kernel")
+        for path, leaf in paths.walk(params)
     }
     pooler = {name: tensor for name, tensor in _pooler(model).items() if name not in own}
     as_asked = {
@@ -214,41 +245,60 @@ def tensors_of(model: Pretrained, params: Tree, dtype: Any) -> dict[str, Readabl
 
 
 def _pooler(model: Pretrained) -> dict[str, Tensor]:
-    """Return the base's pooler, which the classes of `transformers` have in some tasks though nothing here reads it."""
-    family = next((f for f in FAMILIES.values() if f.model_types[0] == getattr(model.config, "kind", None)), None)
+    """Return the base's pooler, which the classes of `transformers` have in some tasks though
+    nothing here reads it.
+    """
+    family = next(
+        (f for f in FAMILIES.values() if f.model_types[0] == getattr(model.config, "kind", None)),
+        None,
+    )
     task = model.options.task
-    if family is None or not (task == "encoder" or (task == "sequence_classification" and family.own_pooler)):
+    if family is None or not (
+        task == "encoder" or (task == "sequence_classification" and family.own_pooler)
+    ):
         return {}
     prefix = "" if task == "encoder" else f"{family.prefix}."
     there = open_folder(model.source.folder)
-    found = {re.search(r"(?:^|\.)(pooler\.dense\.(?:weight|bias))$", name): tensor for name, tensor in there.items()}
+    found = {
+        re.search(r"(?:^|\.)(pooler\.dense\.(?:weight|bias))$", name): tensor
+        for name, tensor in there.items()
+    }
     return {prefix + match[1]: tensor for match, tensor in found.items() if match}
 
 
-def config_of(model: Pretrained, base: Mapping[str, Any], settings: Settings, kept: bool, dtype: Any) -> dict[str, Any]:
-    """Return the `config.json` of a merged model: the base's, with the head, its labels and problem type, and the dtype.
+def config_of(
+    model: Pretrained, base: Mapping[str, Any], settings: Settings, kept: bool, dtype: Any
+) -> dict[str, Any]:
+    """Return the `config.json` of a merged model: the base's, with the head, its labels and problem
+    type, and the dtype.
 
     Args:
         model: what was merged.
         base: the content of the base's `config.json`.
-        settings: of the run; the base's names of labels, or `LABEL_0` and so on, where they name none.
-        kept: whether the head is the base's own, trained further, so that what the base says of it holds where the settings
-            say nothing.
+        settings: of the run; the base's names of labels, or `LABEL_0` and so on, where they name
+            none.
+        kept: whether the head is the base's own, trained further, so that what the base says of it
+            holds where the settings say nothing.
         dtype: of the weights.
     """
     task, count = model.options.task, model.options.num_labels
     config = {key: value for key, value in base.items() if key not in _NOT_MERGED}
     config |= {"dtype": np.dtype(dtype).name, "vocab_size": model.config.vocab_size}
-    stems = [re.sub(r"(For[A-Z]\w*|Model)$", "", str(name)) for name in base.get("architectures") or ()]
+    stems = [
+        re.sub(r"(For[A-Z]\w*|Model)$", "", str(name)) for name in base.get("architectures") or ()
+    ]
     if stems:
         config["architectures"] = [stems[0] + (HEADS[task] or "Model")]
     if "tie_word_embeddings" in base or task == "causal_lm":
-        config["tie_word_embeddings"] = getattr(model.config, "tie_word_embeddings", base.get("tie_word_embeddings"))
+        config["tie_word_embeddings"] = getattr(
+            model.config, "tie_word_embeddings", base.get("tie_word_embeddings")
+        )
     if count is None:
         return config
     own = _labels_of(base) if kept else []
     names = next(
-        (list(some) for some in (settings.labels, own) if len(some) == count), [f"LABEL_{i}" for i in range(count)]
+        (list(some) for some in (settings.labels, own) if len(some) == count),
+        [f"LABEL_{i}" for i in range(count)],
     )
     config["id2label"] = {str(i): name for i, name in enumerate(names)}
     config["label2id"] = {name: i for i, name in enumerate(names)}
@@ -256,7 +306,9 @@ def config_of(model: Pretrained, base: Mapping[str, Any], settings: Settings, ke
     if task == "sequence_classification" and (problem or count == 1):
         config["problem_type"] = problem or "regression"
     if config.get("pad_token_id") is None and settings.pad_token_id is not None:
-        config["pad_token_id"] = settings.pad_token_id  # which a decoder's classifier finds the last token by
+        config["pad_token_id"] = (
+            settings.pad_token_id
+        )  # which a decoder's classifier finds the last token by
     return config
 
 
@@ -268,7 +320,9 @@ def _labels_of(base: Mapping[str, Any]) -> list[str]:
     return [str(named[key]) for key in sorted(named, key=int)]
 
 
-def write(folder: FilePath, tensors: Mapping[str, Readable], config: Mapping[str, Any], shard_bytes: int) -> list[str]:
+def write(
+    folder: FilePath, tensors: Mapping[str, Readable], config: Mapping[str, Any], shard_bytes: int
+) -> list[str]:
     """Write weights and config; return the names of the files of weights.
 
     Raises:
@@ -277,15 +331,19 @@ def write(folder: FilePath, tensors: Mapping[str, Readable], config: Mapping[str
     size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
     if size > free:
         raise ConfigError(
-            f"--out: {size / 1e9:.1f} GB are to be written to {folder.parent}, {free / 1e9:.1f} GB are free"
+            f"--out: {size / 1e9:.1f} GB are to be written to {folder.parent}, {free / 1e9:.1f} GB"
+            " are free"
         )
     files = safetensors_writing.write_model(folder, tensors, shard_bytes)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return files
 
 
-def copy_files(base: FilePath | None, adapter: FilePath, folder: FilePath, settings: Settings) -> None:
-    """Copy the tokenizer's files, those that lie with the adapter in place of the base's, and the generation config.
+def copy_files(
+    base: FilePath | None, adapter: FilePath, folder: FilePath, settings: Settings
+) -> None:
+    """Copy the tokenizer's files, those that lie with the adapter in place of the base's, and the
+    generation config.
 
     Args:
         base: the folder of the base, None where nothing of it is to be copied.
@@ -305,7 +363,9 @@ def copy_files(base: FilePath | None, adapter: FilePath, folder: FilePath, setti
 
 
 def _write_generation_config(base: FilePath, folder: FilePath, end: int | None) -> None:
-    """Write the base's `generation_config.json`, which ends an answer where the answers that were trained on end."""
+    """Write the base's `generation_config.json`, which ends an answer where the answers that were
+    trained on end.
+    """
     file, ends = base / GENERATION, read_json(folder / "config.json").get("eos_token_id")
     content = read_json(file) if file.is_file() else {}
     ends = content.get("eos_token_id", ends)

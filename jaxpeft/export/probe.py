@@ -1,4 +1,6 @@
-"""The probe batch: random tokens on which the logits of what was written are compared with those of what it was made from."""
+"""The probe batch: random tokens on which the logits of what was written are compared with those of
+what it was made from.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,19 @@ from jaxpeft.forward import apply
 from jaxpeft.models.base import Pretrained
 
 TOLERANCE = 1e-4
-"""The largest difference of logits that float32 may make, for logits up to 1; relative to the largest one above that."""
+"""The largest difference of logits that float32 may make, for logits up to 1; relative to the
+largest one above that.
+"""
 ROWS, LENGTH = 4, 16
 _SEED = 0
 
 
 def logits(model: Pretrained, params: Tree, method: Method | None = None) -> np.ndarray[Any, Any]:
-    """Compute the logits of the probe batch, or the hidden states of an encoder, at its real tokens.
+    """Compute the logits of the probe batch, or the hidden states of an encoder, at its real
+    tokens.
 
-    The batch holds random tokens of the vocabulary, the last ones among them, where new tokens are; its rows differ in length.
+    The batch holds random tokens of the vocabulary, the last ones among them, where new tokens are;
+    its rows differ in length.
 
     Args:
         model: what is probed; its activations are float32.
@@ -38,7 +44,9 @@ def logits(model: Pretrained, params: Tree, method: Method | None = None) -> np.
     length = max(1, min(LENGTH, model.config.max_position_embeddings - virtual - behind))
     ids = rng.integers(0, model.config.vocab_size, (ROWS, length)).astype(np.int32)
     ids[0, -2:] = model.config.vocab_size - np.arange(1, 1 + min(2, length))
-    mask = (np.arange(length) < np.linspace(length, max(1, length // 4), ROWS).astype(int)[:, None]).astype(np.int32)
+    mask = (
+        np.arange(length) < np.linspace(length, max(1, length // 4), ROWS).astype(int)[:, None]
+    ).astype(np.int32)
     out = np.asarray(_program(cast(Any, model.clone(source=None)))(params, ids, mask))
     return out[mask.astype(bool)] if out.ndim == 3 else out
 
@@ -66,5 +74,6 @@ def require_equal(gap: float, wanted: np.ndarray[Any, Any], tolerance: float, wh
     most = tolerance * max(1.0, float(np.abs(wanted).max()))
     if not gap <= most:  # a NaN as well
         raise ExportError(
-            f"{what}: logits differ by {gap:.2g} on the probe batch, at most {most:.2g} is allowed; nothing was kept"
+            f"{what}: logits differ by {gap:.2g} on the probe batch, at most {most:.2g} is allowed;"
+            " nothing was kept"
         )

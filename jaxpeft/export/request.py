@@ -1,4 +1,6 @@
-"""What an export is asked for, what the adapter says of itself, and what is refused before a weight is read."""
+"""What an export is asked for, what the adapter says of itself, and what is refused before a weight
+is read.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,12 @@ _NOT_THE_ADAPTER = (
     "inference_mode",
     "task_type",
 )
-_HEAD = re.compile(r"(?:^|\.)(?:classifier|classifier\.out_proj|score)(?:\.modules_to_save(?:\.default)?)?\.weight$")
+_HEAD = re.compile(
+    r"(?:^|\.)(?:classifier|classifier\.out_proj|score)(?:\.modules_to_save(?:\.default)?)?\.weight$"
+)
 _EMBEDDING = re.compile(
-    r"\.(?:embed_tokens|word_embeddings)(?:\.modules_to_save(?:\.default)?|(?:\.token_adapter)?\.base_layer)?\.weight$"
+    r"\.(?:embed_tokens|word_embeddings)"
+    r"(?:\.modules_to_save(?:\.default)?|(?:\.token_adapter)?\.base_layer)?\.weight$"
 )
 _log = logging.getLogger(__name__)
 
@@ -94,8 +99,12 @@ class AdapterFolder:
 
     @property
     def base(self) -> str:
-        """Name of its base, empty where it says none; `package:NAME` for the folder that a package holds."""
-        name = str(self.config.get("base_model_name_or_path") or self.config.get("model_name") or "")
+        """Name of its base, empty where it says none; `package:NAME` for the folder that a package
+        holds.
+        """
+        name = str(
+            self.config.get("base_model_name_or_path") or self.config.get("model_name") or ""
+        )
         return package_of(name) or name
 
     @property
@@ -103,9 +112,15 @@ class AdapterFolder:
         """Its identity: its numbers and options, not what its base is called."""
         digests: list[str] = []
         for part in self.parts:
-            options = {key: value for key, value in read_json(part / CONFIG).items() if key not in _NOT_THE_ADAPTER}
+            options = {
+                key: value
+                for key, value in read_json(part / CONFIG).items()
+                if key not in _NOT_THE_ADAPTER
+            }
             digests.append(json.dumps(options, sort_keys=True))
-            digests += [f"{file.name} {file_sha256(file)}" for file in sorted(part.glob("*.safetensors"))]
+            digests += [
+                f"{file.name} {file_sha256(file)}" for file in sorted(part.glob("*.safetensors"))
+            ]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -140,7 +155,8 @@ def require_free(out: Path) -> None:
 
 
 def quant_of(request: ExportRequest, adapter: AdapterFolder, outline: Outline) -> Quant | None:
-    """Return how the base is to be rounded: as the one that the adapter was trained on, if that is asked for; None for not at all.
+    """Return how the base is to be rounded: as the one that the adapter was trained on, if that is
+    asked for; None for not at all.
 
     A base that is quantized in its files is not rounded again.
 
@@ -153,19 +169,21 @@ def quant_of(request: ExportRequest, adapter: AdapterFolder, outline: Outline) -
     quant = None if recorded is None else read_quant(recorded, adapter.folder / EXTRA)
     if request.to == "merged_quantized_reference" and quant is None:
         raise ConfigError(
-            f"--to {request.to}: {adapter.folder} was trained on a base that is not quantized ({EXTRA} names no quant), so there "
-            "is nothing to round; use --to merged"
+            f"--to {request.to}: {adapter.folder} was trained on a base that is not quantized"
+            f" ({EXTRA} names no quant), so there is nothing to round; use --to merged"
         )
     if request.to == "merged" and quant is not None:
         _log.warning(
-            "the adapter was trained on a base rounded to %s, and is merged into the one that is not rounded; "
-            "--to merged_quantized_reference gives what it was trained with", quant.form,
-        )  # fmt: skip
+            "the adapter was trained on a base rounded to %s, and is merged into the one that is"
+            " not rounded; --to merged_quantized_reference gives what it was trained with",
+            quant.form,
+        )
     return quant if request.to == "merged_quantized_reference" else None
 
 
 def outline_of(request: ExportRequest, adapter: AdapterFolder) -> Outline:
-    """Find the base, and everything about it but its numbers; activations are float32, so that weights alone differ.
+    """Find the base, and everything about it but its numbers; activations are float32, so that
+    weights alone differ.
 
     Raises:
         ConfigError: neither the request nor the adapter says base or task.
@@ -173,19 +191,29 @@ def outline_of(request: ExportRequest, adapter: AdapterFolder) -> Outline:
     """
     where, named = adapter.parts[0] / CONFIG, request.base or adapter.base
     if not named:
-        raise ConfigError(f"--base: is not given, and {where} names no base model; give its folder or hub id")
+        raise ConfigError(
+            f"--base: is not given, and {where} names no base model; give its folder or hub id"
+        )
     local = named.startswith("package:") or Path(named).expanduser().is_dir()
     revision = None if request.base or local else adapter.config.get("revision")
     task: Any = _task(request, adapter)
     try:
         asked = ModelRequest(
-            task, _labels(adapter, task), compute_dtype=jnp.float32,
+            task,
+            _labels(adapter, task),
+            compute_dtype=jnp.float32,
             pooling=request.pooling or adapter.settings.pooling,
-            vocab_size=request.vocab_size or adapter.settings.vocab_size or _rows(adapter, _EMBEDDING),
-        )  # fmt: skip
+            vocab_size=request.vocab_size
+            or adapter.settings.vocab_size
+            or _rows(adapter, _EMBEDDING),
+        )
         return loading.outline(named, asked, revision)
     except WeightsError as error:
-        told = () if request.base else (f"this is the base that {where} names; --base gives another place for it",)
+        told = (
+            ()
+            if request.base
+            else (f"this is the base that {where} names; --base gives another place for it",)
+        )
         raise WeightsError([*error.problems, *told]) from error
 
 
@@ -194,20 +222,26 @@ def _task(request: ExportRequest, adapter: AdapterFolder) -> str:
     kind = adapter.config.get("task_type")
     if kind is not None and kind not in tasks:
         raise ConfigError(
-            f"{adapter.parts[0] / CONFIG}: task_type {kind!r} is not supported (supported: {', '.join(tasks)})"
+            f"{adapter.parts[0] / CONFIG}: task_type {kind!r} is not supported (supported:"
+            f" {', '.join(tasks)})"
         )
     said = adapter.settings.task or (tasks[kind] if kind else None)
     if request.task and said and request.task != said:
-        raise ConfigError(f"--task: is {request.task}, the adapter was trained for {said}; leave it out")
+        raise ConfigError(
+            f"--task: is {request.task}, the adapter was trained for {said}; leave it out"
+        )
     if not (request.task or said):
         raise ConfigError(
-            f"--task: is not given, and {adapter.parts[0] / CONFIG} names no task_type; give one of {', '.join(tasks.values())}"
+            f"--task: is not given, and {adapter.parts[0] / CONFIG} names no task_type; give one of"
+            f" {', '.join(tasks.values())}"
         )
     return str(request.task or said)
 
 
 def _labels(adapter: AdapterFolder, task: str) -> int | None:
-    """Return the number of labels that the adapter says, or that its head has; None for what the base says."""
+    """Return the number of labels that the adapter says, or that its head has; None for what the
+    base says.
+    """
     if adapter.settings.task or "classification" not in task:
         return adapter.settings.num_labels
     return _rows(adapter, _HEAD)
@@ -216,7 +250,9 @@ def _labels(adapter: AdapterFolder, task: str) -> int | None:
 def _rows(adapter: AdapterFolder, which: re.Pattern[str]) -> int | None:
     """Return the number of rows of a tensor of the adapter, None where it holds no such tensor."""
     header = read_header(adapter.parts[0] / layout_of(adapter.parts[0]).weights)
-    found = [tensor.shape[0] for name, tensor in header.items() if which.search(name) and tensor.shape]
+    found = [
+        tensor.shape[0] for name, tensor in header.items() if which.search(name) and tensor.shape
+    ]
     return found[0] if found else None
 
 
@@ -229,11 +265,13 @@ def require_mergeable(adapter: AdapterFolder) -> None:
     for part in adapter.parts:
         kind = peft_config.method_of(read_json(part / CONFIG))
         if kind is None and layout_of(part) is not LAYOUTS["peft"]:
-            kind = next(one for one in METHODS.values() if LAYOUTS[one.peft.layout] is layout_of(part))
+            kind = next(
+                one for one in METHODS.values() if LAYOUTS[one.peft.layout] is layout_of(part)
+            )
         if kind is not None and not can_fold(kind):
             raise ConfigError(
-                f"{part}: {kind.name} cannot be merged: no plain weights compute what it does; keep the adapter beside its base, "
-                "as --to peft writes it"
+                f"{part}: {kind.name} cannot be merged: no plain weights compute what it does; keep"
+                " the adapter beside its base, as --to peft writes it"
             )
 
 
@@ -253,16 +291,22 @@ def require_same_elsewhere(request: ExportRequest, outline: Outline) -> None:
     """
     model = outline.model
     if reads_elsewhere(model):
-        how, own, kind = model.options.pooling, model.config.own_pooling, outline.config["model_type"]
+        how, own, kind = (
+            model.options.pooling,
+            model.config.own_pooling,
+            outline.config["model_type"],
+        )
         raise ConfigError(
-            f"--to {request.to}: the classifier reads pooling={how!r}, and that of transformers reads {own!r} of a {kind}: from the "
-            f"same weights it would compute other labels; use --to peft, whose folder jaxpeft.load(..., pooling={how!r}) and "
-            f"jaxpeft.load_adapter compute, or train with model.pooling={own!r}"
+            f"--to {request.to}: the classifier reads pooling={how!r}, and that of transformers"
+            f" reads {own!r} of a {kind}: from the same weights it would compute other labels; use"
+            f" --to peft, whose folder jaxpeft.load(..., pooling={how!r}) and jaxpeft.load_adapter"
+            f" compute, or train with model.pooling={own!r}"
         )
 
 
 def require_unmerged(adapter: AdapterFolder, outline: Outline) -> None:
-    """Refuse a base that the adapter is merged into already, and say where the base is not known to be the adapter's.
+    """Refuse a base that the adapter is merged into already, and say where the base is not known to
+    be the adapter's.
 
     Raises:
         AdapterError: naming the base.
@@ -271,7 +315,10 @@ def require_unmerged(adapter: AdapterFolder, outline: Outline) -> None:
     for record in records(folder):
         if record.get("adapter", {}).get("sha256") == adapter.sha256:
             raise AdapterError(
-                f"{folder}: {MERGE} says that this adapter is merged into it already; give the base that it was trained on"
+                f"{folder}: {MERGE} says that this adapter is merged into it already; give the base"
+                " that it was trained on"
             )
     if not adapter.settings.base_sha256:
-        _log.warning("%s: says no base_sha256; that %s is its base is not checked", adapter.folder, folder)
+        _log.warning(
+            "%s: says no base_sha256; that %s is its base is not checked", adapter.folder, folder
+        )

@@ -53,21 +53,32 @@ def read_head(source: Source, task: str) -> BaseHead | None:
     wanted, own = _ARCHITECTURES.get(task), config.get("architectures") or ()
     if wanted is None or (own and not any(str(name).endswith(wanted) for name in own)):
         return None
-    outputs = [tensor for name, tensor in open_folder(source.folder).items() if _OUTPUT.fullmatch(name)]
+    outputs = [
+        tensor for name, tensor in open_folder(source.folder).items() if _OUTPUT.fullmatch(name)
+    ]
     if len(outputs) != 1 or len(outputs[0].shape) != 2:
         return None
     names = _names(config, str(file))
     size = outputs[0].shape[0]
     return BaseHead(
-        names if len(names) == size else (), size, _PROBLEMS.get(str(config.get("problem_type"))), str(file)
+        names if len(names) == size else (),
+        size,
+        _PROBLEMS.get(str(config.get("problem_type"))),
+        str(file),
     )
 
 
 def _names(config: Mapping[str, Any], file: str) -> tuple[str, ...]:
     """Return the names by id, empty where `LABEL_0` and so on stand for none."""
-    by_id, by_name = _ids(config.get("id2label"), flipped=False), _ids(config.get("label2id"), flipped=True)
+    by_id, by_name = (
+        _ids(config.get("id2label"), flipped=False),
+        _ids(config.get("label2id"), flipped=True),
+    )
     if by_id and by_name and by_id != by_name and set(by_id.values()) == set(by_name.values()):
-        raise WeightsError(f"{file}: id2label and label2id give the classes different ids; fix the one that is wrong")
+        raise WeightsError(
+            f"{file}: id2label and label2id give the classes different ids; fix the one that is"
+            " wrong"
+        )
     found = by_id or by_name
     names = tuple(found[i] for i in sorted(found))
     numbered = sorted(found) == list(range(len(found))) and len(set(names)) == len(names)
@@ -78,6 +89,8 @@ def _ids(named: Any, *, flipped: bool) -> dict[int, str]:
     """Return the name of each id, empty where some id is no whole number."""
     if not isinstance(named, Mapping):
         return {}
-    pairs: list[tuple[Any, Any]] = [(value, key) if flipped else (key, value) for key, value in named.items()]
+    pairs: list[tuple[Any, Any]] = [
+        (value, key) if flipped else (key, value) for key, value in named.items()
+    ]
     whole = all(re.fullmatch(r"[0-9]{1,9}", str(number)) for number, _ in pairs)
     return {int(number): str(name) for number, name in pairs} if whole else {}

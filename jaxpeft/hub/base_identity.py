@@ -1,7 +1,9 @@
-"""What makes two bases the same base: their weights, and the architecture that `config.json` describes.
+"""What makes two bases the same base: their weights, and the architecture that `config.json`
+describes.
 
-How `config.json` is spelled, which tensor lies in which file, and whether names have the backbone's prefix, makes no difference;
-nor do tensors that no task of the architecture reads, and the copy of an embedding that is the head as well.
+How `config.json` is spelled, which tensor lies in which file, and whether names have the backbone's
+prefix, makes no difference; nor do tensors that no task of the architecture reads, and the copy of
+an embedding that is the head as well.
 """
 
 from __future__ import annotations
@@ -39,20 +41,27 @@ def architecture(source: Source) -> dict[str, Any]:
 
 
 def fingerprint(
-    source: Source, share: Callable[[list[str]], list[str]] = lambda own: own, part: slice = slice(None)
+    source: Source,
+    share: Callable[[list[str]], list[str]] = lambda own: own,
+    part: slice = slice(None),
 ) -> str:
     """Return the SHA-256 of a model's weights.
 
     Args:
         source: the model.
-        share: where several processes hash the files in turns: gives the lines of all of them from those of this one.
+        share: where several processes hash the files in turns: gives the lines of all of them from
+            those of this one.
         part: of the files, sorted, those that this process hashes.
     """
     if source.sha256 is not None:
         return source.sha256
     family = models.FAMILIES[read_json(source.folder / "config.json")["model_type"]]
     tied = bool(architecture(source).get("tie_word_embeddings"))
-    own = [f"{name} {found}" for file in weight_files(source)[part] for name, found in digests.of_file(file).items()]
+    own = [
+        f"{name} {found}"
+        for file in weight_files(source)[part]
+        for name, found in digests.of_file(file).items()
+    ]
     lines = {_line(line, family, tied) for line in share(own)} - {None}
     return hashlib.sha256("\n".join(sorted(map(str, lines))).encode()).hexdigest()
 
@@ -68,10 +77,16 @@ def _line(line: str, family: Family, tied: bool) -> str | None:
 
 
 def earlier_fingerprint(source: Source) -> str:
-    """Return the identity that version 1.0 wrote: of the fields of `config.json` as they stand, and of whole files."""
-    config = {k: v for k, v in read_json(source.folder / "config.json").items() if k not in _NOT_THE_MODEL}
+    """Return the identity that version 1.0 wrote: of the fields of `config.json` as they stand, and
+    of whole files.
+    """
+    config = {
+        k: v for k, v in read_json(source.folder / "config.json").items() if k not in _NOT_THE_MODEL
+    }
     lines = [f"{file.name} {file_sha256(file)}" for file in weight_files(source)]
-    return hashlib.sha256("\n".join([json.dumps(config, sort_keys=True), *lines]).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join([json.dumps(config, sort_keys=True), *lines]).encode()
+    ).hexdigest()
 
 
 def weight_files(source: Source) -> list[Path]:
@@ -79,21 +94,31 @@ def weight_files(source: Source) -> list[Path]:
     return sorted({tensor.file for tensor in open_folder(source.folder).values()})
 
 
-def differences(recorded: str, config: Mapping[str, Any] | None, source: Source, task: str) -> list[str]:
+def differences(
+    recorded: str, config: Mapping[str, Any] | None, source: Source, task: str
+) -> list[str]:
     """List in what a base is not the one that an adapter was trained on; empty where it is.
 
     Args:
         recorded: the SHA-256 that the adapter names.
-        config: the architecture that it names; None where an earlier version wrote it, which hashed both in one.
+        config: the architecture that it names; None where an earlier version wrote it, which hashed
+            both in one.
         source: the base.
         task: of the adapter.
     """
     if config is None:
         same = recorded == earlier_fingerprint(source)
-        hint = "an earlier version of jaxpeft saved the adapter, and took a base under another config.json or in other files for another"
+        hint = (
+            "an earlier version of jaxpeft saved the adapter, and took a base under another"
+            " config.json or in other files for another"
+        )
         return [] if same else [f"base_sha256 is {recorded[:12]}..., and {hint}"]
     own = fingerprint(source)
-    found = [] if recorded == own else [f"the weights differ (base_sha256 {recorded[:12]}..., here {own[:12]}...)"]
+    found = (
+        []
+        if recorded == own
+        else [f"the weights differ (base_sha256 {recorded[:12]}..., here {own[:12]}...)"]
+    )
     before, now = (_computed(each, task) for each in (config, architecture(source)))
     return found + [
         f"{name} was {shown(before.get(name))}, config.json has {shown(now.get(name))}"
@@ -103,11 +128,17 @@ def differences(recorded: str, config: Mapping[str, Any] | None, source: Source,
 
 
 def _computed(config: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Return the fields that decide what a trained model computes for a task; those of the rope one by one."""
+    """Return the fields that decide what a trained model computes for a task; those of the rope one
+    by one.
+    """
     rope: Any = config.get("rope")
     unused = {name for name in config if name.endswith("_dropout")} | {"classifier_bias", "rope"}
-    if isinstance(rope, Mapping):  # a decoder, which has no table of positions, and reads padding in a classifier alone
+    if isinstance(
+        rope, Mapping
+    ):  # a decoder, which has no table of positions, and reads padding in a classifier alone
         unused |= set() if rope.get("kind") == "dynamic" else {"max_position_embeddings"}
         unused |= set() if task == "sequence_classification" else {"pad_token_id"}
     kept = {name: value for name, value in config.items() if name not in unused}
-    return kept | {f"rope.{name}": value for name, value in (rope.items() if isinstance(rope, Mapping) else ())}
+    return kept | {
+        f"rope.{name}": value for name, value in (rope.items() if isinstance(rope, Mapping) else ())
+    }

@@ -1,6 +1,8 @@
-"""What a checkpoint says of a model beside the architecture: which leaves it holds, in which dtypes, and which of them quantized.
+"""What a checkpoint says of a model beside the architecture: which leaves it holds, in which
+dtypes, and which of them quantized.
 
-Its tensors say so where they are at hand; a plan, which reads no more of a model than its `config.json`, takes the word of that.
+Its tensors say so where they are at hand; a plan, which reads no more of a model than its
+`config.json`, takes the word of that.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ class SafetensorsCheckpoint:
         """
         leaf_tensors.require_sizes(model.config, self.tensors, family, self.where)
 
-    def plan(self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest) -> leaf_tensors.WeightPlan:
+    def plan(
+        self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest
+    ) -> leaf_tensors.WeightPlan:
         """Match the leaves of a model to the tensors.
 
         Raises:
@@ -86,7 +90,9 @@ class SafetensorsCheckpoint:
             abstract, tensors, family, request.dtype, folder, relabel=request.num_labels is not None
         )
 
-    def quant(self, abstract: Tree, plan: leaf_tensors.WeightPlan, asked: Quant | None) -> Quant | None:
+    def quant(
+        self, abstract: Tree, plan: leaf_tensors.WeightPlan, asked: Quant | None
+    ) -> Quant | None:
         """Return which kernels are quantized, and how: in the tensors, else as was asked.
 
         Raises:
@@ -98,20 +104,22 @@ class SafetensorsCheckpoint:
         folder = self.source.folder
         if not plan.held:
             raise WeightsError(
-                f"{folder}: quantization_config of config.json says that the weights are quantized, and none is; remove it there, and "
-                "give quant='nf4' to quantize them"
+                f"{folder}: quantization_config of config.json says that the weights are quantized,"
+                " and none is; remove it there, and give quant='nf4' to quantize them"
             )
         found = Quant.of("nf4", abstract, plan.held.keys())
         if asked not in (None, Quant("nf4"), found):
             raise ConfigError(
-                f"quant: is {asked}, and {folder} is quantized already, as {found}; leave quant out, or give the unquantized model"
+                f"quant: is {asked}, and {folder} is quantized already, as {found}; leave quant"
+                " out, or give the unquantized model"
             )
         return found
 
 
 @dataclass(frozen=True)
 class DescribedCheckpoint:
-    """A checkpoint of which `config.json` alone is at hand: it holds what that says, in its dtype, and no head of a classifier.
+    """A checkpoint of which `config.json` alone is at hand: it holds what that says, in its dtype,
+    and no head of a classifier.
 
     Attributes:
         config: the content of its `config.json`.
@@ -130,9 +138,13 @@ class DescribedCheckpoint:
         Raises:
             ConfigError: it is none of a base.
         """
-        named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").removeprefix("torch.")
+        named = str(
+            self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        ).removeprefix("torch.")
         if named not in DTYPES:
-            raise ConfigError(f"config.json: dtype {named!r} is not supported; set config.model.dtype")
+            raise ConfigError(
+                f"config.json: dtype {named!r} is not supported; set config.model.dtype"
+            )
         return jnp.dtype(named)
 
     def holds(self, ending: str) -> bool:
@@ -142,13 +154,21 @@ class DescribedCheckpoint:
     def require_sizes(self, model: Pretrained, family: Family) -> None:
         """Refuse nothing: there are no tensors to compare with."""
 
-    def plan(self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest) -> leaf_tensors.WeightPlan:
+    def plan(
+        self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest
+    ) -> leaf_tensors.WeightPlan:
         """Return what the tensors of such a checkpoint would make."""
         dtype = request.dtype if request.dtype is not None else self.dtype
-        return leaf_tensors.plan_without_tensors(abstract, dtype, new_head=request.task != "causal_lm")
+        return leaf_tensors.plan_without_tensors(
+            abstract, dtype, new_head=request.task != "causal_lm"
+        )
 
-    def quant(self, abstract: Tree, plan: leaf_tensors.WeightPlan, asked: Quant | None) -> Quant | None:
-        """Return which kernels are quantized: as was asked, else as `bitsandbytes` does it where `config.json` says so."""
+    def quant(
+        self, abstract: Tree, plan: leaf_tensors.WeightPlan, asked: Quant | None
+    ) -> Quant | None:
+        """Return which kernels are quantized: as was asked, else as `bitsandbytes` does it where
+        `config.json` says so.
+        """
         return asked or (Quant("nf4") if self.config.get("quantization_config") else None)
 
 

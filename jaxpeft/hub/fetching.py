@@ -29,17 +29,21 @@ def check(options: MeshConfig | Rules, mesh: Mesh) -> None:
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST not in kinds:
         raise ConfigError(
-            f"mesh.offload: the devices ({device.device_kind}) have no memory of kind {HOST} (they have {', '.join(kinds)}); set it to False"
+            f"mesh.offload: the devices ({device.device_kind}) have no memory of kind {HOST} (they"
+            f" have {', '.join(kinds)}); set it to False"
         )
 
 
 def bringing(model: Pretrained, found: Layout) -> Pretrained:
-    """Return a model whose layers bring their kernels to where they compute with them, each when it is its turn.
+    """Return a model whose layers bring their kernels to where they compute with them, each when it
+    is its turn.
 
-    Kernels that wait in the host's memory are fetched. The codes of quantized ones that lie along `fsdp` are gathered before they
-    are decoded: left to itself the partitioner gathers what they are decoded to, four times as much of NF4.
+    Kernels that wait in the host's memory are fetched. The codes of quantized ones that lie along
+    `fsdp` are gathered before they are decoded: left to itself the partitioner gathers what they
+    are decoded to, four times as much of NF4.
 
-    What the backward pass finds again must not be kept on the devices: with a remat of `none` it would be all of them.
+    What the backward pass finds again must not be kept on the devices: with a remat of `none` it
+    would be all of them.
 
     Args:
         model: of the run.
@@ -51,7 +55,10 @@ def bringing(model: Pretrained, found: Layout) -> Pretrained:
     remat = "products" if options.remat == "none" and (waits or gathered) else options.remat
     if remat != options.remat:
         _log.info(
-            "remat %s instead of none: otherwise the backward pass would keep the fetched kernels, which are the whole base",
+            "remat %s instead of none: otherwise the backward pass would keep the fetched kernels,"
+            " which are the whole base",
             remat,
         )
-    return model.clone(options=dataclasses.replace(options, offload=waits, gathered=gathered, remat=remat))
+    return model.clone(
+        options=dataclasses.replace(options, offload=waits, gathered=gathered, remat=remat)
+    )

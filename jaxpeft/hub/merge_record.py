@@ -1,4 +1,6 @@
-"""`jaxpeft_merge.json`, beside a merged model: what was merged into what, and the SHA-256 of every tensor that was written."""
+"""`jaxpeft_merge.json`, beside a merged model: what was merged into what, and the SHA-256 of every
+tensor that was written.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,14 @@ def records(folder: Path) -> list[Mapping[str, Any]]:
     found: list[Any] = [record, *earlier] if isinstance(earlier, list) else [None]
     if not all(isinstance(one, dict) and isinstance(one.get("adapter", {}), dict) for one in found):
         raise WeightsError(
-            f"{folder / MERGE}: adapter, earlier: must be an object and a list of such; copy the model again"
+            f"{folder / MERGE}: adapter, earlier: must be an object and a list of such; copy the"
+            " model again"
         )
     if not digests.is_record(recorded):
-        raise WeightsError(f"{folder / MERGE}: sha256: must hold the SHA-256 of every tensor by its name; {_UNCHECKED}")
+        raise WeightsError(
+            f"{folder / MERGE}: sha256: must hold the SHA-256 of every tensor by its name;"
+            f" {_UNCHECKED}"
+        )
     return found
 
 
@@ -40,7 +46,8 @@ _UNCHECKED = "remove 'sha256' there, and the tensors are no longer checked"
 
 
 def require_undamaged(folder: Path) -> None:
-    """Refuse the weights of a merged model that are not as they were written; those of any other model are not looked at.
+    """Refuse the weights of a merged model that are not as they were written; those of any other
+    model are not looked at.
 
     Of several processes each looks at some of the files.
 
@@ -56,6 +63,8 @@ def require_undamaged(folder: Path) -> None:
     there = {name: found for file in own for name, found in digests.of_file(file).items()}
     wanted = {name: digest for name, digest in recorded.items() if where.get(name) in (None, *own)}
     wrong = digests.differing(wanted, there)
-    fix = f"copy the model again; if it was changed on purpose, remove 'sha256' from {folder / MERGE}"
+    fix = (
+        f"copy the model again; if it was changed on purpose, remove 'sha256' from {folder / MERGE}"
+    )
     if wrong:
         raise WeightsError(digests.told(wrong, lambda name: where.get(name, folder), MERGE, fix))

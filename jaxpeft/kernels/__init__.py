@@ -1,6 +1,8 @@
-"""How kernels are stored, and what computes with them: plain ones, and one file for each number format of quantized ones.
+"""How kernels are stored, and what computes with them: plain ones, and one file for each number
+format of quantized ones.
 
-A new format is one file, and one line in `QUANTIZED`. This package knows the leaves of one module, and nothing of trees.
+A new format is one file, and one line in `QUANTIZED`. This package knows the leaves of one module,
+and nothing of trees.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ _STORED = {name: form for form in QUANTIZED.values() for name in form.leaves}
 
 
 def parameters(name: str, shape: tuple[int, ...]) -> int:
-    """Return how many parameters a leaf holds: of a quantized kernel those that it stands for, of its scales none.
+    """Return how many parameters a leaf holds: of a quantized kernel those that it stands for, of
+    its scales none.
 
     Args:
         name: of the leaf.
@@ -46,11 +49,15 @@ def parameters(name: str, shape: tuple[int, ...]) -> int:
     form = _STORED.get(name)
     if form is None:
         return math.prod(shape)
-    return math.prod(shape[:-2]) * math.prod(form.shape(shape[-2:])) if name == form.leaves[0] else 0
+    return (
+        math.prod(shape[:-2]) * math.prod(form.shape(shape[-2:])) if name == form.leaves[0] else 0
+    )
 
 
 def form_of(leaves: Leaves) -> str | None:
-    """Return the name of the leaf that tells how a module's kernel is stored, None where it has none."""
+    """Return the name of the leaf that tells how a module's kernel is stored, None where it has
+    none.
+    """
     return next((name for name in FORMS if name in leaves), None)
 
 
@@ -65,7 +72,8 @@ def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) ->
     Args:
         leaves: of the module, without layer axes.
         shape: `(in, out)`, which a kernel of more axes is brought to.
-        order: the kernel's axes, those that are contracted first; empty where they are in that order.
+        order: the kernel's axes, those that are contracted first; empty where they are in that
+            order.
 
     Raises:
         KeyError: the module holds no kernel in a known form.
@@ -78,16 +86,24 @@ def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) ->
 
 
 def near(leaf: Any) -> Any:
-    """Return a leaf as it is on its devices, where it waits in the host's memory; other leaves, abstract ones too, as they are."""
+    """Return a leaf as it is on its devices, where it waits in the host's memory; other leaves,
+    abstract ones too, as they are.
+    """
     from jax.core import Tracer
 
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.sharding.memory_kind in (None, "device"):
+    if (
+        not isinstance(leaf, jax.Array)
+        or isinstance(leaf, Tracer)
+        or leaf.sharding.memory_kind in (None, "device")
+    ):
         return leaf
     return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
 
 
 def as_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:
-    """Return a kernel `[in, out]` the axes of the leaf that it comes from; the inverse of `read` for a plain one."""
+    """Return a kernel `[in, out]` the axes of the leaf that it comes from; the inverse of `read`
+    for a plain one.
+    """
     if not order:
         return kernel.reshape(like.shape)
     back = [order.index(axis) for axis in range(len(order))]
@@ -95,7 +111,8 @@ def as_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:
 
 
 def describe(leaves: Leaves, axes: int) -> tuple[str, tuple[int, int]] | None:
-    """Return the kind and the shape of the site that a module's leaves make, or None where they make none.
+    """Return the kind and the shape of the site that a module's leaves make, or None where they
+    make none.
 
     Args:
         leaves: of the module, abstract or not.

@@ -1,4 +1,6 @@
-"""How a kernel is stored, and how a linear site computes with it: with one in few bits, which is never trained, too."""
+"""How a kernel is stored, and how a linear site computes with it: with one in few bits, which is
+never trained, too.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,14 @@ class Form:
         leaves: the names of the leaves that hold it; the first tells the form.
         read: gives it as one floating array, from the leaves of its module without layer axes.
         shape: its shape, from that of the leaf that tells the form.
-        forward: gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, from `x` and the leaves.
-        backward: gives `dy W'`, `[..., out] -> [..., in]` in the dtype of `dy`, from the leaves and `dy`.
-        adds: whether either product can add itself to what is there: it ends in the product itself, not in a scaling.
-        trained: gives the gradients of the leaves from `x`, the leaves and `dy`; None where they have none.
+        forward: gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, from `x` and the
+            leaves.
+        backward: gives `dy W'`, `[..., out] -> [..., in]` in the dtype of `dy`, from the leaves and
+            `dy`.
+        adds: whether either product can add itself to what is there: it ends in the product itself,
+            not in a scaling.
+        trained: gives the gradients of the leaves from `x`, the leaves and `dy`; None where they
+            have none.
     """
 
     leaves: tuple[str, ...]
@@ -58,8 +64,9 @@ class Quantized(Form):
         store: gives the leaves that hold a floating kernel `[in, out]`.
         grouped: whether `store` takes `group`, how many inputs share a scale.
         even: whether the inputs must be of an even number.
-        pooled: whether `store` takes `whole`, which makes a function compute on whole arrays on every device that holds a part
-            of the kernel: what is added up over all of it is added up by such a function.
+        pooled: whether `store` takes `whole`, which makes a function compute on whole arrays on
+            every device that holds a part of the kernel: what is added up over all of it is added
+            up by such a function.
 
     The leaf that tells the form is that of the codes, `[out, in ...]`.
     """
@@ -70,10 +77,15 @@ class Quantized(Form):
     pooled: bool = False
 
     def matmul(self, x: Any, leaves: Leaves) -> Any:
-        """Return `x W`, `[..., in] -> [..., out]` in the dtype of `x`, with a gradient for `x` alone."""
+        """Return `x W`, `[..., in] -> [..., out]` in the dtype of `x`, with a gradient for `x`
+        alone.
+        """
         forward, backward = self.forward, self.backward
         run = jax.custom_vjp(forward)
-        run.defvjp(lambda x, leaves: (forward(x, leaves), leaves), lambda leaves, dy: (backward(leaves, dy), None))
+        run.defvjp(
+            lambda x, leaves: (forward(x, leaves), leaves),
+            lambda leaves, dy: (backward(leaves, dy), None),
+        )
         return run(x, dict(leaves))
 
 
@@ -87,13 +99,16 @@ def forward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], 
     def forward(x: Any, leaves: Leaves) -> Any:
         # decoded once x is there, not ahead of time: a kernel is needed one product long
         leaves, x = jax.lax.optimization_barrier((dict(leaves), x))
-        return jax.lax.dot_general(x, _decoded(decode, leaves, x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+        return jax.lax.dot_general(
+            x, _decoded(decode, leaves, x.dtype), (((x.ndim - 1,), (1,)), ((), ()))
+        )
 
     return forward
 
 
 def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any], Any]:
-    """Make `dy W'` with a kernel that is decoded again for it: no decoded kernel is kept from the forward pass.
+    """Make `dy W'` with a kernel that is decoded again for it: no decoded kernel is kept from the
+    forward pass.
 
     Args:
         decode: as for `forward_of`.
@@ -102,7 +117,9 @@ def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any],
     def backward(leaves: Leaves, dy: Any) -> Any:
         # without the barrier XLA decodes once for both passes, and keeps every kernel of the model
         leaves, dy = jax.lax.optimization_barrier((dict(leaves), dy))
-        return jax.lax.dot_general(dy, _decoded(decode, leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ())))
+        return jax.lax.dot_general(
+            dy, _decoded(decode, leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ()))
+        )
 
     return backward
 
@@ -113,13 +130,18 @@ def _decoded(decode: Callable[[Leaves, Any], Any], leaves: Leaves, dtype: Any) -
 
 
 def over_rows(narrow: Any, wide: Any, dtype: Any) -> Any:
-    """Compute `narrow^T wide`, summed over all axes but the last: `[..., r]`, `[..., n]` to `[r, n]`."""
+    """Compute `narrow^T wide`, summed over all axes but the last: `[..., r]`, `[..., n]` to `[r,
+    n]`.
+    """
     rows = tuple(range(narrow.ndim - 1))
-    return jax.lax.dot_general(narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.dtype(dtype))
+    return jax.lax.dot_general(
+        narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.dtype(dtype)
+    )
 
 
 def selected(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
-    """Look up a small table by a tree of selects, which XLA fuses with what is around it, as it does not a gather.
+    """Look up a small table by a tree of selects, which XLA fuses with what is around it, as it
+    does not a gather.
 
     Args:
         index: whole numbers below the length of the table.
@@ -130,13 +152,17 @@ def selected(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
     bit = 0
     while len(table) > 1:
         odd = (index >> bit) & 1 == 1
-        table = [jnp.where(odd, high, low) for low, high in zip(table[::2], table[1::2], strict=True)]
+        table = [
+            jnp.where(odd, high, low) for low, high in zip(table[::2], table[1::2], strict=True)
+        ]
         bit += 1
     return table[0]
 
 
 def packed(codes: Any) -> Any:
-    """Pack 4-bit codes `[..., n]`, the earlier of two in the high half of a byte: `[..., n / 2]` uint8."""
+    """Pack 4-bit codes `[..., n]`, the earlier of two in the high half of a byte: `[..., n / 2]`
+    uint8.
+    """
     pairs = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], -1, 2)
     return (pairs[..., 0] << 4) | pairs[..., 1]
 

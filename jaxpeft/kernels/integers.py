@@ -1,12 +1,15 @@
-r"""INT8 and INT4: whole numbers with a scale for each output, or for each group of inputs of an output.
+r"""INT8 and INT4: whole numbers with a scale for each output, or for each group of inputs of an
+output.
 
     W[i, o] = q[o, i] * s[o, group of i],    s = max |W| / q_max,  |q| <= q_max = 127 or 7
 
-Symmetric, rounded to the nearest; the scales are bfloat16, and the numbers those of the rounded scales. By default INT8 has one
-scale an output, and INT4 one for 64 inputs: 1 and 0.53 bytes a weight.
+Symmetric, rounded to the nearest; the scales are bfloat16, and the numbers those of the rounded
+scales. By default INT8 has one scale an output, and INT4 one for 64 inputs: 1 and 0.53 bytes a
+weight.
 
-Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", section 2.1 (arXiv:2208.07339); for
-groups Shen et al. 2019, "Q-BERT: Hessian Based Ultra Low Precision Quantization of BERT", section 3.2 (arXiv:1909.05840).
+Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", section
+2.1 (arXiv:2208.07339); for groups Shen et al. 2019, "Q-BERT: Hessian Based Ultra Low Precision
+Quantization of BERT", section 3.2 (arXiv:1909.05840).
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ def _numbers(kernel: Any, group: int, most: int) -> tuple[Any, Any]:
 
 
 def _scaled(numbers: Any, scale: Any, dtype: Any) -> Any:
-    groups = numbers.reshape(*scale.shape, -1).astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
+    groups = (
+        numbers.reshape(*scale.shape, -1).astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
+    )
     return groups.reshape(numbers.shape).astype(dtype)
 
 
@@ -53,10 +58,12 @@ def store_int4(kernel: Any, group: int | None = None) -> dict[str, Any]:
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
-        group: how many inputs share a scale, a divisor of `in`; None for the largest that is at most 64.
+        group: how many inputs share a scale, a divisor of `in`; None for the largest that is at
+            most 64.
 
     Returns:
-        `kernel_int4 [out, in / 2]` uint8, two numbers a byte, each with 8 added; `kernel_int4_scale [out, in / group]` bfloat16.
+        `kernel_int4 [out, in / 2]` uint8, two numbers a byte, each with 8 added; `kernel_int4_scale
+        [out, in / group]` bfloat16.
     """
     size = group or max(n for n in range(1, _GROUP + 1) if kernel.shape[0] % n == 0)
     numbers, scale = _numbers(kernel, size, 7)
@@ -70,7 +77,9 @@ def decoded_int8(leaves: Leaves, dtype: Any) -> Any:
 
 def decoded_int4(leaves: Leaves, dtype: Any) -> Any:
     """Return the transposed kernel `[out, in]`."""
-    return _scaled(unpacked(leaves["kernel_int4"]).astype(jnp.int8) - 8, leaves["kernel_int4_scale"], dtype)
+    return _scaled(
+        unpacked(leaves["kernel_int4"]).astype(jnp.int8) - 8, leaves["kernel_int4_scale"], dtype
+    )
 
 
 INT8 = Quantized(

@@ -4,13 +4,15 @@ r"""Linear sites that read the same input, each with a low-rank update or none, 
 
     dh_i = dy_i B_i',    dB_i = h_i' dy_i,    dA = (dh' x)',    dx = dh A' + sum_i dy_i W_i'
 
-Written out, rather than differentiated site by site, so that few passes over activations are left: the input is read once for all
-`A`, and once for all their gradients; what an update gives is written first, and the large product that follows adds itself to it
-as it ends, forward and backward, with nothing to read and to write again in between. Each large array is the operand that stays as
-it is, only narrow ones are transposed: on a CPU this alone makes a step of MiniLM 1.6 times as fast (`python -m
-benchmarks.lora_cpu`).
+Written out, rather than differentiated site by site, so that few passes over activations are left:
+the input is read once for all `A`, and once for all their gradients; what an update gives is
+written first, and the large product that follows adds itself to it as it ends, forward and
+backward, with nothing to read and to write again in between. Each large array is the operand that
+stays as it is, only narrow ones are transposed: on a CPU this alone makes a step of MiniLM 1.6
+times as fast (`python -m benchmarks.lora_cpu`).
 
-The kernels are not trained, or seldom: their gradient is made where it is asked for, and of a quantized one there is none.
+The kernels are not trained, or seldom: their gradient is made where it is asked for, and of a
+quantized one there is none.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class LinearSite:
 
     Attributes:
         stored: the leaves that hold its kernel.
-        factors: `A [in, r]` and `B [r, out]` of its update, the scaling in `B`; None without an update.
+        factors: `A [in, r]` and `B [r, out]` of its update, the scaling in `B`; None without an
+            update.
         bias: `[out]`, or None.
     """
 
@@ -46,7 +49,8 @@ def products(x: Any, sites: Sequence[LinearSite]) -> tuple[Any, ...]:
     """Compute `x W_i + x A_i B_i + bias_i` of each site.
 
     Args:
-        x: `[..., in]`, floating; the products are in its dtype, gradients of factors are summed in theirs.
+        x: `[..., in]`, floating; the products are in its dtype, gradients of factors are summed in
+            theirs.
         sites: at least one.
 
     Returns:
@@ -78,16 +82,28 @@ def products(x: Any, sites: Sequence[LinearSite]) -> tuple[Any, ...]:
         for form, leaves, dy in zip(forms, stored, dys, strict=True):
             own = form.backward(leaves, dy)
             dx = own if dx is None else own + dx
-        return dx, [form.trained(x, leaves, dy) for form, leaves, dy in zip(forms, stored, dys, strict=True)], dfactors
+        return (
+            dx,
+            [
+                form.trained(x, leaves, dy)
+                for form, leaves, dy in zip(forms, stored, dys, strict=True)
+            ],
+            dfactors,
+        )
 
     run = jax.custom_vjp(lambda x, stored, factors: forward(x, stored, factors)[0])
     run.defvjp(forward, backward)
     made = run(x, [dict(site.stored) for site in sites], [site.factors for site in sites])
-    return tuple(y if site.bias is None else y + site.bias.astype(y.dtype) for y, site in zip(made, sites, strict=True))
+    return tuple(
+        y if site.bias is None else y + site.bias.astype(y.dtype)
+        for y, site in zip(made, sites, strict=True)
+    )
 
 
 def _there(update: Any, forms: list[Any]) -> Any:
-    """Return an update that large products are added to; apart, where they cannot add themselves: else it would add itself to them."""
+    """Return an update that large products are added to; apart, where they cannot add themselves:
+    else it would add itself to them.
+    """
     return update if all(form.adds for form in forms) else jax.lax.optimization_barrier(update)
 
 

@@ -1,18 +1,21 @@
-r"""NF4: 4 bits a weight, which are quantiles of a normal distribution, with a scale for each block of 64, itself in 8 bits.
+r"""NF4: 4 bits a weight, which are quantiles of a normal distribution, with a scale for each block
+of 64, itself in 8 bits.
 
     W[i, o] = code[c[o, i]] * a[block],    a = dynamic[k[block]] * s[block of 256 blocks] + m
 
-`a` is the largest magnitude of a block, `m` the mean of all `a`, `s` the largest magnitude of `a - m` in 256 of them, and
-`dynamic` an 8-bit float with as many bits of exponent as it needs. Blocks run through the transposed kernel row by row, as
-`bitsandbytes` stores it: along the inputs, where 64 divides them. In all 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight,
-0.516 bytes. Codes are those of `bitsandbytes`; of scales in 8 bits about 0.2% are not those of its CPU program, which takes a
-neighbor: ours are the nearest. A block of zeros is decoded to zeros.
+`a` is the largest magnitude of a block, `m` the mean of all `a`, `s` the largest magnitude of `a -
+m` in 256 of them, and `dynamic` an 8-bit float with as many bits of exponent as it needs. Blocks
+run through the transposed kernel row by row, as `bitsandbytes` stores it: along the inputs, where
+64 divides them. In all 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight, 0.516 bytes. Codes are
+those of `bitsandbytes`; of scales in 8 bits about 0.2% are not those of its CPU program, which
+takes a neighbor: ours are the nearest. A block of zeros is decoded to zeros.
 
-Where a checkpoint has the `a` themselves (no double quantization), `kernel_nf4_absmax` holds them in float32, with `s = 1` and
-`m = 0`, which changes none of them.
+Where a checkpoint has the `a` themselves (no double quantization), `kernel_nf4_absmax` holds them
+in float32, with `s = 1` and `m = 0`, which changes none of them.
 
-Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 (arXiv:2305.14314); the 8-bit type is that of
-Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1 (arXiv:2110.02861).
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 (arXiv:2305.14314);
+the 8-bit type is that of Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization",
+section 2.1 (arXiv:2110.02861).
 """
 
 from __future__ import annotations
@@ -23,21 +26,31 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.kernels.form import Leaves, Quantized, backward_of, forward_of, packed, selected, unpacked
+from jaxpeft.kernels.form import (
+    Leaves,
+    Quantized,
+    backward_of,
+    forward_of,
+    packed,
+    selected,
+    unpacked,
+)
 from jaxpeft.lazy import jax, jnp
 
 BLOCK, SECOND = 64, 256
 CODES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """Appendix E of the paper."""
 
 _BOUNDS = (
-    -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
-    -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
-    0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
+    -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544,
+    -0.23460740596055984, -0.13791173323988914, -0.045525018125772476, 0.03979014977812767,
+    0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683,
+    0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
 )  # fmt: skip
 """Between which codes a weight lies: the means of neighbors, rounded as `bitsandbytes` has them."""
 
@@ -46,7 +59,9 @@ _NAMES = ("kernel_nf4", "kernel_nf4_absmax", "kernel_nf4_absmax_scale", "kernel_
 
 @functools.cache
 def dynamic() -> tuple[float, ...]:
-    """Return the 256 values of the 8-bit type, ascending: 7 magnitudes of ten, each with twice as many steps as that below."""
+    """Return the 256 values of the 8-bit type, ascending: 7 magnitudes of ten, each with twice as
+    many steps as that below.
+    """
     found = [0.0, 1.0]
     for exponent in range(7):
         bounds = _spaced(2**exponent + 1)
@@ -56,41 +71,57 @@ def dynamic() -> tuple[float, ...]:
 
 
 def _spaced(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return equal steps from 0.1 to 1, from both ends to the middle, each rounded once, as those of torch are."""
+    """Return equal steps from 0.1 to 1, from both ends to the middle, each rounded once, as those
+    of torch are.
+    """
     first, last = np.float32(0.1), np.float32(1)
     step, places = float((last - first) / np.float32(count - 1)), np.arange(count)
-    return np.where(places < count // 2, float(first) + step * places, 1 - step * places[::-1]).astype(np.float32)
+    return np.where(
+        places < count // 2, float(first) + step * places, 1 - step * places[::-1]
+    ).astype(np.float32)
 
 
-def store(kernel: Any, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> dict[str, Any]:
+def store(
+    kernel: Any, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+) -> dict[str, Any]:
     """Quantize a kernel.
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
-        whole: makes a function compute on whole arrays on every device that holds a part of the kernel; None where one holds all.
+        whole: makes a function compute on whole arrays on every device that holds a part of the
+            kernel; None where one holds all.
 
     Returns:
-        `kernel_nf4 [out, in / 2]` uint8, two codes a byte; `kernel_nf4_absmax` uint8, of each block, `[out, in / 64]`, or `[blocks]`
-        where 64 does not divide the inputs; `kernel_nf4_absmax_scale [blocks / 256]` and `kernel_nf4_absmax_mean []`, float32.
+        `kernel_nf4 [out, in / 2]` uint8, two codes a byte; `kernel_nf4_absmax` uint8, of each
+        block, `[out, in / 64]`, or `[blocks]` where 64 does not divide the inputs;
+        `kernel_nf4_absmax_scale [blocks / 256]` and `kernel_nf4_absmax_mean []`, float32.
     """
     rows = kernel.astype(jnp.float32).T
     # where blocks keep to rows they are an axis of their own, along which a kernel can be spread
     blocks = (
-        rows.reshape(rows.shape[0], -1, BLOCK) if rows.shape[1] % BLOCK == 0 else blocks_of(kernel.astype(jnp.float32))
+        rows.reshape(rows.shape[0], -1, BLOCK)
+        if rows.shape[1] % BLOCK == 0
+        else blocks_of(kernel.astype(jnp.float32))
     )
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
     # a block of zeros has the code of zero, whatever its scale is rounded to
-    scaled = (blocks * (1 / jnp.where(absmax > 0, absmax, 1))[..., None]).reshape(-1)[: rows.size].reshape(rows.shape)
+    scaled = (
+        (blocks * (1 / jnp.where(absmax > 0, absmax, 1))[..., None])
+        .reshape(-1)[: rows.size]
+        .reshape(rows.shape)
+    )
     codes = sum((scaled > bound).astype(jnp.uint8) for bound in _BOUNDS)
     places, scale, mean = (_twice if whole is None else whole(_twice))(absmax.reshape(-1))
-    return dict(zip(_NAMES, (packed(codes), places.reshape(absmax.shape), scale, mean), strict=True))
+    return dict(
+        zip(_NAMES, (packed(codes), places.reshape(absmax.shape), scale, mean), strict=True)
+    )
 
 
 def _twice(absmax: Any) -> tuple[Any, Any, Any]:
     """Quantize the scales of all blocks `[blocks]`: their places, their own scales, and their mean.
 
-    The barriers keep the sum apart from what comes before and behind it, which differs with how the kernel is spread: compiled
-    by itself it adds up in the same order.
+    The barriers keep the sum apart from what comes before and behind it, which differs with how the
+    kernel is spread: compiled by itself it adds up in the same order.
     """
     absmax = jax.lax.optimization_barrier(absmax)
     mean = jax.lax.optimization_barrier(jnp.mean(absmax))
@@ -101,7 +132,9 @@ def _twice(absmax: Any) -> tuple[Any, Any, Any]:
 
 
 def blocks_of(kernel: Any) -> Any:
-    """Return the blocks `[blocks, 64]` of a kernel `[in, out]`, the last of them filled up with zeros."""
+    """Return the blocks `[blocks, 64]` of a kernel `[in, out]`, the last of them filled up with
+    zeros.
+    """
     return _padded(kernel.T.reshape(-1), BLOCK)
 
 
@@ -122,11 +155,19 @@ def _dynamic(places: Any) -> Any:
 def decoded(leaves: Leaves, dtype: Any) -> Any:
     """Return the transposed kernel `[out, in]`."""
     data, places = leaves["kernel_nf4"], leaves["kernel_nf4_absmax"]
-    scale = jnp.repeat(leaves["kernel_nf4_absmax_scale"], SECOND)[: places.size].reshape(places.shape)
-    absmax = (places if places.dtype == jnp.float32 else _dynamic(places)) * scale + leaves["kernel_nf4_absmax_mean"]
+    scale = jnp.repeat(leaves["kernel_nf4_absmax_scale"], SECOND)[: places.size].reshape(
+        places.shape
+    )
+    absmax = (places if places.dtype == jnp.float32 else _dynamic(places)) * scale + leaves[
+        "kernel_nf4_absmax_mean"
+    ]
     values = selected(unpacked(data), CODES, jnp.float32)
     if places.ndim == 2:  # blocks keep to rows
-        return (values.reshape(*places.shape, BLOCK) * absmax[..., None]).reshape(values.shape).astype(dtype)
+        return (
+            (values.reshape(*places.shape, BLOCK) * absmax[..., None])
+            .reshape(values.shape)
+            .astype(dtype)
+        )
     return (values * jnp.repeat(absmax, BLOCK)[: values.size].reshape(values.shape)).astype(dtype)
 
 

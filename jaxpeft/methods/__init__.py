@@ -96,8 +96,12 @@ def read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str
     name = values.get("name", "lora")
     if not isinstance(name, str) or name not in METHODS:
         near = nearest(name, METHODS) if isinstance(name, str) else ""
-        return None, [f"{where}.name: {shown(name)} is not a method{near} (known: {', '.join(METHODS)})"]
-    return parse(METHODS[name], {key: value for key, value in values.items() if key != "name"}, where)
+        return None, [
+            f"{where}.name: {shown(name)} is not a method{near} (known: {', '.join(METHODS)})"
+        ]
+    return parse(
+        METHODS[name], {key: value for key, value in values.items() if key != "name"}, where
+    )
 
 
 def from_dict(values: Mapping[str, Any]) -> Method:

@@ -1,15 +1,18 @@
-r"""AdaLoRA: an update in the form of a singular value decomposition, whose rank is given to the sites where it counts most.
+r"""AdaLoRA: an update in the form of a singular value decomposition, whose rank is given to the
+sites where it counts most.
 
     y = x W + s (D(x) A diag(e)) B,    A: [in, r],  e: [r],  B: [r, out],  s = alpha / (r + 1e-5)
 
-In the paper's words A is Q', e is Lambda and B is P' (equation 3). `e` starts at zero, so a fresh adapter leaves every output as
-it was; `D` is dropout. The loss is raised by `orthogonality` times the mean of ||A'A - I|| and ||B B' - I|| over the sites
-(equation 4). r stays in `s` what it was at first, however many entries of `e` are left.
+In the paper's words A is Q', e is Lambda and B is P' (equation 3). `e` starts at zero, so a fresh
+adapter leaves every output as it was; `D` is dropout. The loss is raised by `orthogonality` times
+the mean of ||A'A - I|| and ||B B' - I|| over the sites (equation 4). r stays in `s` what it was at
+first, however many entries of `e` are left.
 
-The optimizer is wrapped: it scores the entries of `e` and sets the worst of all sites to zero, ever more of them, until their
-mean number is `target_rank` a site (`rank_allocation`).
+The optimizer is wrapped: it scores the entries of `e` and sets the worst of all sites to zero, ever
+more of them, until their mean number is `target_rank` a site (`rank_allocation`).
 
-Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", section 3 (arXiv:2303.10512).
+Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+section 3 (arXiv:2303.10512).
 """
 
 from __future__ import annotations
@@ -54,19 +57,35 @@ class AdaLoRAFormat(TargetedFormat["AdaLoRA"]):
         return {**fresh, "adalora_a": a, "adalora_e": e, "adalora_b": b}
 
     def write_options(self, method: AdaLoRA) -> dict[str, Any]:
-        """Return the options; PEFT wants a number of steps that its schedule fits in, and reads none from it."""
+        """Return the options; PEFT wants a number of steps that its schedule fits in, and reads
+        none from it.
+        """
         left = method.rank_pattern.items()
-        pattern = {f"{name}.lora_E": [True] * kept + [False] * (method.rank - kept) for name, kept in left}
-        steps = {"total_step": method.initial_steps + method.final_steps + 1, "init_lora_weights": True}
+        pattern = {
+            f"{name}.lora_E": [True] * kept + [False] * (method.rank - kept) for name, kept in left
+        }
+        steps = {
+            "total_step": method.initial_steps + method.final_steps + 1,
+            "init_lora_weights": True,
+        }
         return super().write_options(method) | steps | {"rank_pattern": pattern or None}
 
-    def read_options(self, kind: type[AdaLoRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[AdaLoRA], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read the options; of the entries that were kept, how many there are."""
         values, problems = super().read_options(kind, config)
         pattern: Any = values.pop("rank_pattern", None) or {}
-        if not isinstance(pattern, Mapping) or not all(isinstance(kept, list) for kept in pattern.values()):
-            return values, [*problems, "rank_pattern: must give a list of true and false for each site"]
-        values["rank_pattern"] = {key.partition(".lora_E")[0]: sum(map(bool, kept)) for key, kept in pattern.items()}
+        if not isinstance(pattern, Mapping) or not all(
+            isinstance(kept, list) for kept in pattern.values()
+        ):
+            return values, [
+                *problems,
+                "rank_pattern: must give a list of true and false for each site",
+            ]
+        values["rank_pattern"] = {
+            key.partition(".lora_E")[0]: sum(map(bool, kept)) for key, kept in pattern.items()
+        }
         if isinstance(values.get("target_rank"), int) and isinstance(values.get("rank"), int):
             values["target_rank"] = min(values["target_rank"], values["rank"])
         return values, problems
@@ -76,9 +95,10 @@ class AdaLoRAFormat(TargetedFormat["AdaLoRA"]):
 class AdaLoRA(Biased):
     """Low-rank adaptation of linear sites whose ranks are allocated during training.
 
-    Leaves of a site: `adalora_a [in, r]`, `adalora_e [r]`, `adalora_b [r, out]`, trained; `adalora_scale []`,
-    `adalora_dropout []` where the rate is not zero. All float32. A file holds all r entries, those that are set to zero among
-    them; of a file of PEFT's that was cut, `rank_pattern` says what is left.
+    Leaves of a site: `adalora_a [in, r]`, `adalora_e [r]`, `adalora_b [r, out]`, trained;
+    `adalora_scale []`, `adalora_dropout []` where the rate is not zero. All float32. A file holds
+    all r entries, those that are set to zero among them; of a file of PEFT's that was cut,
+    `rank_pattern` says what is left.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -90,24 +110,40 @@ class AdaLoRA(Biased):
         site=("adalora_a", "adalora_e", "adalora_b", "adalora_scale", "adalora_dropout"),
         trained=frozenset({"adalora_a", "adalora_e", "adalora_b"}),
     )
-    peft: ClassVar[PeftFormat[Any]] = AdaLoRAFormat(type="ADALORA", options={
-        **TARGET_OPTIONS,
-        "init_r": "rank",
-        "target_r": "target_rank",
-        "lora_alpha": "alpha",
-        "lora_dropout": "dropout",
-        "bias": "bias",
-        "tinit": "initial_steps",
-        "tfinal": "final_steps",
-        "deltaT": "interval",
-        "beta1": "beta1",
-        "beta2": "beta2",
-        "orth_reg_weight": "orthogonality",
-        "rank_pattern": "rank_pattern",
-    }, required=("init_r", "lora_alpha"), ignored=frozenset({
-        "r", "total_step", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config",
-        "qalora_group_size", "megatron_core", "ensure_weight_tying", "fan_in_fan_out",
-    }), )  # fmt: skip
+    peft: ClassVar[PeftFormat[Any]] = AdaLoRAFormat(
+        type="ADALORA",
+        options={
+            **TARGET_OPTIONS,
+            "init_r": "rank",
+            "target_r": "target_rank",
+            "lora_alpha": "alpha",
+            "lora_dropout": "dropout",
+            "bias": "bias",
+            "tinit": "initial_steps",
+            "tfinal": "final_steps",
+            "deltaT": "interval",
+            "beta1": "beta1",
+            "beta2": "beta2",
+            "orth_reg_weight": "orthogonality",
+            "rank_pattern": "rank_pattern",
+        },
+        required=("init_r", "lora_alpha"),
+        ignored=frozenset(
+            {
+                "r",
+                "total_step",
+                "init_lora_weights",
+                "eva_config",
+                "loftq_config",
+                "corda_config",
+                "lora_ga_config",
+                "qalora_group_size",
+                "megatron_core",
+                "ensure_weight_tying",
+                "fan_in_fan_out",
+            }
+        ),
+    )
 
     rank: int = option(12, "rank r of every site at first", at_least=1)
     target_rank: int = option(8, "mean rank of the sites in the end", at_least=1)
@@ -119,16 +155,26 @@ class AdaLoRA(Biased):
     interval: int = option(1, "steps between two allocations", at_least=1)
     beta1: float = option(0.85, "decay of the average of the sensitivity", above=0, below=1)
     beta2: float = option(0.85, "decay of the average of its uncertainty", above=0, below=1)
-    orthogonality: float = option(0.5, "weight of the penalty that keeps A and B orthogonal", at_least=0)
-    rank_pattern: dict[str, int] = option({}, "ranks that are left of single sites, by whole names", at_least=0)
+    orthogonality: float = option(
+        0.5, "weight of the penalty that keeps A and B orthogonal", at_least=0
+    )
+    rank_pattern: dict[str, int] = option(
+        {}, "ranks that are left of single sites, by whole names", at_least=0
+    )
 
     def problems(self) -> list[str]:
         """List options that exclude each other."""
         found = super().problems()
         if self.target_rank > self.rank:
-            found.append(f"target_rank: is {self.target_rank}, above rank {self.rank}, which it is reached from")
-        found += [f"rank_pattern: {name!r} is {left}, above rank {self.rank}, which is cut"
-                  for name, left in self.rank_pattern.items() if left > self.rank]  # fmt: skip
+            found.append(
+                f"target_rank: is {self.target_rank}, above rank {self.rank}, which it is reached"
+                " from"
+            )
+        found += [
+            f"rank_pattern: {name!r} is {left}, above rank {self.rank}, which is cut"
+            for name, left in self.rank_pattern.items()
+            if left > self.rank
+        ]
         return found
 
     def check_sites(self, names: tuple[str, ...]) -> None:
@@ -139,12 +185,19 @@ class AdaLoRA(Biased):
         """
         unknown = [name for name in self.rank_pattern if name not in names]
         if unknown:
-            raise TargetError([f"rank_pattern: {name!r} is no adapted site{nearest(name, names)}" for name in unknown])
+            raise TargetError(
+                [
+                    f"rank_pattern: {name!r} is no adapted site{nearest(name, names)}"
+                    for name in unknown
+                ]
+            )
 
-    # ------------------------------------------------------------------------------------------------------------ leaves
+    # --------------------------------------------------------------------------------------- leaves
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make A and B normal and e zero; what is left of a site whose rank is cut to zero is one entry of zeros."""
+        """Make A and B normal and e zero; what is left of a site whose rank is cut to zero is one
+        entry of zeros.
+        """
         del kernel
         left = self.rank_pattern.get(site.name, self.rank)
         (n_in, n_out), r = site.shape, max(1, left)
@@ -155,7 +208,9 @@ class AdaLoRA(Biased):
             "adalora_b": size * jax.random.normal(keys[1], (r, n_out), jnp.float32),
             "adalora_scale": jnp.asarray(self.alpha / (self.rank + 1e-5), jnp.float32),
         }
-        return leaves | ({"adalora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        return leaves | (
+            {"adalora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
     @staticmethod
     def compute(call: Call) -> Any:
@@ -168,10 +223,12 @@ class AdaLoRA(Biased):
         """Return `W + s A diag(e) B`."""
         return {"kernel": base["kernel"] + product(leaves["adalora_a"], _scaled(leaves))}
 
-    # ---------------------------------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------------------- training
 
     def penalty(self, trainable: Leaves) -> Any:
-        """Return `orthogonality` times the mean of ||A'A - I|| and ||B B' - I||, padding left out."""
+        """Return `orthogonality` times the mean of ||A'A - I|| and ||B B' - I||, padding left
+        out.
+        """
         if not self.orthogonality:
             return None
         total, count = jnp.zeros(()), jnp.zeros(())
@@ -187,7 +244,9 @@ class AdaLoRA(Biased):
                 count += jnp.sum(there.any(-1).astype(jnp.float32))
         return self.orthogonality * total / jnp.maximum(count, 1.0)
 
-    def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    def optimizer(
+        self, inner: optax.GradientTransformation, steps: int
+    ) -> optax.GradientTransformation:
         """Wrap the optimizer so that it allocates the ranks.
 
         Raises:
@@ -195,7 +254,7 @@ class AdaLoRA(Biased):
         """
         return rank_allocation.allocating(self, inner, steps)
 
-    # ------------------------------------------------------------------------------------------------------------- files
+    # ---------------------------------------------------------------------------------------- files
 
 
 def _sites(tree: Leaves) -> list[Leaves]:

@@ -1,15 +1,18 @@
 r"""Bottleneck adapters: a small network behind each sub-layer, or beside it.
 
-    A(z) = D(s (act(z W_down + b_down) W_up + b_up)),    W_down: [d, b],  W_up: [b, d],  b = d / reduction_factor
+    A(z) = D(s (act(z W_down + b_down) W_up + b_up)),    W_down: [d, b],    W_up: [b, d],
+        b = d / reduction_factor
 
-What `z` is, and where `A(z)` is added, `placement` says: see `jaxpeft.methods.bottleneck`. `D` is dropout. `scaling` is a
-number, one that is trained, or one that is trained for each of the d channels; those begin at one. He et al. 2021 take 4.
+What `z` is, and where `A(z)` is added, `placement` says: see `jaxpeft.methods.bottleneck`. `D` is
+dropout. `scaling` is a number, one that is trained, or one that is trained for each of the d
+channels; those begin at one. He et al. 2021 take 4.
 
-`W_up` and the biases start at zero, so a fresh adapter leaves every output as it was; with `init_weights` `bert` or `houlsby`
-both matrices are random and small, and it nearly does.
+`W_up` and the biases start at zero, so a fresh adapter leaves every output as it was; with
+`init_weights` `bert` or `houlsby` both matrices are random and small, and it nearly does.
 
-The leaves stand beside the kernel of the linear module that gives a sub-layer's output. One that does not say where its output
-joins the residual stream, as another's `nn.Dense`, can be adapted in `houlsby`'s place only.
+The leaves stand beside the kernel of the linear module that gives a sub-layer's output. One that
+does not say where its output joins the residual stream, as another's `nn.Dense`, can be adapted in
+`houlsby`'s place only.
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2 (arXiv:1902.00751).
 """
@@ -27,7 +30,14 @@ from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.bottleneck import Bottleneck, BottleneckFormat, alone, bottleneck, joined, leaf_names
+from jaxpeft.methods.bottleneck import (
+    Bottleneck,
+    BottleneckFormat,
+    alone,
+    bottleneck,
+    joined,
+    leaf_names,
+)
 
 _INITS = {"lora": "mam_adapter", "bert": "bert", "houlsby": "houlsby"}
 
@@ -43,10 +53,19 @@ class AdapterFormat(BottleneckFormat["Adapter"]):
         """Return the options as the adapters library has them."""
         return super().write_options(method) | {"init_weights": _INITS[method.init_weights]}
 
-    def read_options(self, kind: type[Adapter], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[Adapter], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read the options of the adapters library."""
         values, problems = super().read_options(kind, config)
-        begun = next((ours for ours, theirs in _INITS.items() if theirs == config.get("init_weights", "bert")), "lora")
+        begun = next(
+            (
+                ours
+                for ours, theirs in _INITS.items()
+                if theirs == config.get("init_weights", "bert")
+            ),
+            "lora",
+        )
         return values | {"init_weights": begun}, problems
 
 
@@ -54,9 +73,10 @@ class AdapterFormat(BottleneckFormat["Adapter"]):
 class Adapter(Bottleneck):
     """Bottleneck adapters behind sub-layers, or beside them.
 
-    Leaves of a site: `adapter_down [d, b]`, `adapter_down_bias [b]`, `adapter_up [b, d]`, `adapter_up_bias [d]`, trained;
-    `adapter_scale []`, or `adapter_gain [1 or d]` that is trained; `adapter_dropout []` where the rate is not zero; and two
-    scalars whose names say the placement and the non-linearity, as in `adapter_pfeiffer` and `adapter_relu`. All float32.
+    Leaves of a site: `adapter_down [d, b]`, `adapter_down_bias [b]`, `adapter_up [b, d]`,
+    `adapter_up_bias [d]`, trained; `adapter_scale []`, or `adapter_gain [1 or d]` that is trained;
+    `adapter_dropout []` where the rate is not zero; and two scalars whose names say the placement
+    and the non-linearity, as in `adapter_pfeiffer` and `adapter_relu`. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -66,7 +86,9 @@ class Adapter(Bottleneck):
     paper: ClassVar[str] = "arXiv:1902.00751"
     leaves: ClassVar[LeafSpec] = LeafSpec(
         site=_LEAVES,
-        trained=frozenset({"adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias", "adapter_gain"}),
+        trained=frozenset(
+            {"adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias", "adapter_gain"}
+        ),
     )
     peft: ClassVar[PeftFormat[Any]] = Bottleneck.peft.changed(
         AdapterFormat,
@@ -93,9 +115,15 @@ class Adapter(Bottleneck):
         del kernel
         d, b, keys = site.shape[1], self.width(site), jax.random.split(rng)
         if self.init_weights == "lora":
-            down, up = jax.random.uniform(keys[0], (d, b), minval=-1, maxval=1) / math.sqrt(d), jnp.zeros((b, d))
+            down, up = (
+                jax.random.uniform(keys[0], (d, b), minval=-1, maxval=1) / math.sqrt(d),
+                jnp.zeros((b, d)),
+            )
         elif self.init_weights == "bert":
-            down, up = 0.02 * jax.random.normal(keys[0], (d, b)), 0.02 * jax.random.normal(keys[1], (b, d))
+            down, up = (
+                0.02 * jax.random.normal(keys[0], (d, b)),
+                0.02 * jax.random.normal(keys[1], (b, d)),
+            )
         else:
             down = 0.01 * jax.random.truncated_normal(keys[0], -2, 2, (d, b))
             up = 0.01 * jax.random.truncated_normal(keys[1], -2, 2, (b, d))
@@ -105,7 +133,9 @@ class Adapter(Bottleneck):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype of `h`."""
+        """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype
+        of `h`.
+        """
         return joined(call, "adapter", _network)
 
     @staticmethod

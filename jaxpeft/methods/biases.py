@@ -1,4 +1,6 @@
-"""What the methods with PEFT's option `bias` have in common: they train biases of the base beside their own leaves."""
+"""What the methods with PEFT's option `bias` have in common: they train biases of the base beside
+their own leaves.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +16,36 @@ from jaxpeft.methods.targeted import Targeted
 
 
 def bias_option() -> Any:
-    """Declare the option `bias`; each method types it with PEFT's own choices: `none`, `all`, and `NAME_only`."""
+    """Declare the option `bias`; each method types it with PEFT's own choices: `none`, `all`, and
+    `NAME_only`.
+    """
     return option("none", "which biases of the base are trained as well")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Biased(Targeted):
-    """A targeted method with an option `bias`: `none`, `all`, or, ending with `_only`, the biases of the sites that it adapts."""
+    """A targeted method with an option `bias`: `none`, `all`, or, ending with `_only`, the biases
+    of the sites that it adapts.
+    """
 
     if TYPE_CHECKING:
         bias: str = bias_option()  # a field of each method, at its own place among the options
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Return whether a leaf is one of the method's own that are trained, or a bias that `bias` names.
+        """Return whether a leaf is one of the method's own that are trained, or a bias that `bias`
+        names.
 
         Raises:
             ConfigError: the leaf is a stacked bias, and only some of its layers are adapted.
         """
-        return super().trains(path, params) or (path[-1] == "bias" and self._trains_bias(path, params))
+        return super().trains(path, params) or (
+            path[-1] == "bias" and self._trains_bias(path, params)
+        )
 
     def _trains_bias(self, path: Path, params: Leaves) -> bool:
         if self.bias in ("none", "all"):
             return self.bias == "all"
         adapted, wanted = self.leaves.site[0] in paths.get(params, path[:-1]), self.where(())
-        return adapted and whole_leaf(self.name, path, paths.get(params, path), lambda name: matches(name, wanted))
+        return adapted and whole_leaf(
+            self.name, path, paths.get(params, path), lambda name: matches(name, wanted)
+        )

@@ -2,8 +2,8 @@
 
     y = x W + b,    b trained
 
-Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
-section 3 (arXiv:2106.10199).
+Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+Language-models", section 3 (arXiv:2106.10199).
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
-r"""BOFT: the input of a frozen kernel is rotated by a product of sparse rotations, the outputs are rescaled.
+r"""BOFT: the input of a frozen kernel is rotated by a product of sparse rotations, the outputs are
+rescaled.
 
-    y = ((x R) W) * s + b,    R = Bm ... B1,    Bi = Pi diag(Ri1, ..., Rid) Pi',    Rij: [k, k] orthogonal,  in = d k
+    y = ((x R) W) * s + b,    R = Bm ... B1,    Bi = Pi diag(Ri1, ..., Rid) Pi',
+        Rij: [k, k] orthogonal,    in = d k
 
-A factor rotates blocks of `k` inputs that a permutation `Pi` brings together, in factor i out of `2^(i-1) k` neighbors (the
-butterfly): with m factors an output depends on `2^(m-1) k` inputs, at `m k in` numbers. One factor is OFT with scales. A block is the
-Cayley transform of the skew-symmetric part of a trained matrix. Matrices start at zero and `s` at one, so a fresh adapter leaves
-every output as it was.
+A factor rotates blocks of `k` inputs that a permutation `Pi` brings together, in factor i out of
+`2^(i-1) k` neighbors (the butterfly): with m factors an output depends on `2^(m-1) k` inputs, at `m
+k in` numbers. One factor is OFT with scales. A block is the Cayley transform of the skew-symmetric
+part of a trained matrix. Matrices start at zero and `s` at one, so a fresh adapter leaves every
+output as it was.
 
-Liu et al. 2023, "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", section 4 (arXiv:2311.06243). PEFT computes
-more than one factor with its CUDA extension only; here all are plain products.
+Liu et al. 2023, "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", section 4
+(arXiv:2311.06243). PEFT computes more than one factor with its CUDA extension only; here all are
+plain products.
 """
 
 from __future__ import annotations
@@ -45,15 +49,26 @@ class BOFTFormat(TargetedFormat["BOFT"]):
     def write_options(self, method: BOFT) -> dict[str, Any]:
         """Return the options; PEFT writes 0 for the one of size and number that is not given."""
         size = 0 if method.blocks else method.block_size or _SIZE
-        return super().write_options(method) | {"boft_block_size": size, "boft_block_num": method.blocks or 0}
+        return super().write_options(method) | {
+            "boft_block_size": size,
+            "boft_block_num": method.blocks or 0,
+        }
 
-    def read_options(self, kind: type[BOFT], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[BOFT], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read BOFT's options."""
         values, problems = super().read_options(kind, config)
-        return {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}, problems
+        return {
+            key: value
+            for key, value in values.items()
+            if value or key not in ("blocks", "block_size")
+        }, problems
 
     def fit(self, method: BOFT, shapes: Mapping[str, tuple[int, ...]]) -> BOFT:
-        """Return BOFT of one factor where the file holds one: without its CUDA extension PEFT computes that, whatever it is asked for."""
+        """Return BOFT of one factor where the file holds one: without its CUDA extension PEFT
+        computes that, whatever it is asked for.
+        """
         factors = {shape[0] for name, shape in shapes.items() if name.endswith(".boft_R") and shape}
         return dataclasses.replace(method, factors=1) if factors == {1} else method
 
@@ -62,11 +77,12 @@ class BOFTFormat(TargetedFormat["BOFT"]):
 class BOFT(Biased):
     """Butterfly orthogonal fine-tuning of linear sites.
 
-    Leaves of a site: `boft_r [m, d, k, k]` and `boft_s [1, out]`, trained; `boft_dropout []` where the rate is not zero, not
-    trained. All float32.
+    Leaves of a site: `boft_r [m, d, k, k]` and `boft_s [1, out]`, trained; `boft_dropout []` where
+    the rate is not zero, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, options exclude each other, or blocks do not divide a site's inputs.
+        ConfigError: an option is out of range, options exclude each other, or blocks do not divide
+            a site's inputs.
     """
 
     name: ClassVar[str] = "boft"
@@ -97,14 +113,19 @@ class BOFT(Biased):
     blocks: int | None = option(None, "number d of blocks, in place of block_size", at_least=1)
     factors: int = option(1, "number m of butterfly factors", at_least=1)
     dropout: float = option(
-        0.0, "rate at which a block of one factor, drawn anew each time, is not rotated", at_least=0, below=1
+        0.0,
+        "rate at which a block of one factor, drawn anew each time, is not rotated",
+        at_least=0,
+        below=1,
     )
     bias: Literal["none", "all", "boft_only"] = bias_option()
 
     def problems(self) -> list[str]:
         """List options that exclude each other."""
         both = self.blocks is not None and self.block_size is not None
-        return super().problems() + (["blocks: is in place of block_size; remove one of them"] if both else [])
+        return super().problems() + (
+            ["blocks: is in place of block_size; remove one of them"] if both else []
+        )
 
     def site_blocks(self, site: Site) -> tuple[int, int]:
         """Return the number and the size of the blocks at a site.
@@ -113,14 +134,20 @@ class BOFT(Biased):
             ConfigError: they do not divide its inputs as the factors need it.
         """
         n_in, size = site.shape[0], self.block_size or _SIZE
-        count, over = (self.blocks, n_in % self.blocks) if self.blocks else (n_in // size, n_in % size)
+        count, over = (
+            (self.blocks, n_in % self.blocks) if self.blocks else (n_in // size, n_in % size)
+        )
         spread = 2 ** (self.factors - 1)
         if over or not count or count % spread or (self.factors > 1 and (n_in // count) % 2):
             blocks = f"{self.blocks} blocks" if self.blocks else f"blocks of {size}"
             even = (
-                f" of even size, {spread} or a multiple of them, for {self.factors} factors" if self.factors > 1 else ""
+                f" of even size, {spread} or a multiple of them, for {self.factors} factors"
+                if self.factors > 1
+                else ""
             )
-            raise ConfigError(f"boft: the {n_in} inputs of {site.name} do not split into {blocks}{even}")
+            raise ConfigError(
+                f"boft: the {n_in} inputs of {site.name} do not split into {blocks}{even}"
+            )
         return count, n_in // count
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
@@ -131,17 +158,23 @@ class BOFT(Biased):
             "boft_r": jnp.zeros((self.factors, count, size, size), jnp.float32),
             "boft_s": jnp.ones((1, site.shape[1]), jnp.float32),
         }
-        return leaves | ({"boft_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        return leaves | (
+            {"boft_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `((x R) W) * s + b`, `[..., in] -> [..., out]`; dropout leaves blocks of one factor as they are."""
+        """Compute `((x R) W) * s + b`, `[..., in] -> [..., out]`; dropout leaves blocks of one
+        factor as they are.
+        """
         drawn, stay = dropping.rate(call, "boft_dropout"), None
         if drawn is not None:
             factors, count = call.leaves["boft_r"].shape[-4:-2]
             which, blocks = jax.random.split(drawn[0])
             chosen = jnp.arange(factors)[:, None] == jax.random.randint(which, (), 0, factors)
-            stay = 1.0 - (chosen & jax.random.bernoulli(blocks, drawn[1], (factors, count))).astype(jnp.float32)
+            stay = 1.0 - (chosen & jax.random.bernoulli(blocks, drawn[1], (factors, count))).astype(
+                jnp.float32
+            )
         y = rotations.into(call, partial(_turned, stay=stay))
         return call.each(partial(_rescaled, bias=call.bias), y)
 
@@ -170,15 +203,25 @@ def _rescaled(leaves: Leaves, y: Any, bias: Any) -> Any:
 
 
 def _factors(leaves: Leaves) -> list[tuple[Any, Any, Any]]:
-    """Return of each factor `R - I` of its blocks, `[d, k, k]`, and what orders the inputs for it and back again, `[in]`."""
+    """Return of each factor `R - I` of its blocks, `[d, k, k]`, and what orders the inputs for it
+    and back again, `[in]`.
+    """
     matrices = leaves["boft_r"]
     _, count, size, _ = matrices.shape
     differences = rotations.cayley(0.5 * (matrices - jnp.swapaxes(matrices, -1, -2)))
-    orders = [_butterfly(count * size, size << i, size // 2 if i else size << i) for i in range(len(matrices))]
-    return [(difference, np.argsort(order), order) for difference, order in zip(differences, orders, strict=True)]
+    orders = [
+        _butterfly(count * size, size << i, size // 2 if i else size << i)
+        for i in range(len(matrices))
+    ]
+    return [
+        (difference, np.argsort(order), order)
+        for difference, order in zip(differences, orders, strict=True)
+    ]
 
 
 def _butterfly(n: int, width: int, piece: int) -> Any:
-    """Return the order of `n` inputs in which, within each stretch of `width`, even pieces stand before odd ones."""
+    """Return the order of `n` inputs in which, within each stretch of `width`, even pieces stand
+    before odd ones.
+    """
     pieces = np.arange(n).reshape(-1, width // piece, piece)
     return np.concatenate([pieces[:, 0::2], pieces[:, 1::2]], axis=1).reshape(-1)

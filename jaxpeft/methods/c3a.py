@@ -1,12 +1,15 @@
 r"""C3A: blocks of circulant matrices beside a frozen kernel, each one vector long.
 
-    y_m = (x W)_m + 1 / in sum_n x_n C(w_mn),    C(w)[i, j] = w[(i - j) mod k],    w: [out / k, in / k, k]
+    y_m = (x W)_m + 1 / in sum_n x_n C(w_mn),    C(w)[i, j] = w[(i - j) mod k],
+        w: [out / k, in / k, k]
 
-`x_n` and `y_m` are blocks of `k` inputs and outputs. The product with `C(w)` is a circular correlation, elementwise where both are
-Fourier transformed: `k log k` work in place of `k^2`, and a rank that the number of trained numbers does not bound. `w` starts at
-zero unless asked otherwise, so a fresh adapter leaves every output as it was.
+`x_n` and `y_m` are blocks of `k` inputs and outputs. The product with `C(w)` is a circular
+correlation, elementwise where both are Fourier transformed: `k log k` work in place of `k^2`, and a
+rank that the number of trained numbers does not bound. `w` starts at zero unless asked otherwise,
+so a fresh adapter leaves every output as it was.
 
-Chen et al. 2025, "Parameter-Efficient Fine-Tuning via Circular Convolution", section 3 (arXiv:2407.19342).
+Chen et al. 2025, "Parameter-Efficient Fine-Tuning via Circular Convolution", section 3
+(arXiv:2407.19342).
 """
 
 from __future__ import annotations
@@ -65,10 +68,16 @@ class C3A(Biased):
         ignored=frozenset({"init_weights"}),
     )
 
-    block_size: int = option(256, "size k of the blocks, which divides the inputs and outputs of each site", at_least=1)
-    block_size_pattern: dict[str, int] = option({}, "other block sizes, by the end of a site's name", at_least=1)
+    block_size: int = option(
+        256, "size k of the blocks, which divides the inputs and outputs of each site", at_least=1
+    )
+    block_size_pattern: dict[str, int] = option(
+        {}, "other block sizes, by the end of a site's name", at_least=1
+    )
     init_weights: Literal["zeros", "xavier_uniform", "kaiming_uniform", "gaussian"] = option(
-        "zeros", "how w begins; the three others change the outputs from the first step, PEFT's default among them"
+        "zeros",
+        "how w begins; the three others change the outputs from the first step, PEFT's default"
+        " among them",
     )
     bias: Literal["none", "all", "c3a_only"] = bias_option()
 
@@ -96,10 +105,16 @@ class C3A(Biased):
             ConfigError: the block size does not divide the inputs and outputs of the site.
         """
         del kernel
-        (n_in, n_out), size = site.shape, pattern_value(site.name, self.block_size_pattern, self.block_size)
+        (n_in, n_out), size = (
+            site.shape,
+            pattern_value(site.name, self.block_size_pattern, self.block_size),
+        )
         require_divisor("c3a.block_size", size, site)
         shape = (n_out // size, n_in // size, size)
-        bounds = {"xavier_uniform": math.sqrt(6 / (n_in + n_out)), "kaiming_uniform": 1 / math.sqrt(n_in)}
+        bounds = {
+            "xavier_uniform": math.sqrt(6 / (n_in + n_out)),
+            "kaiming_uniform": 1 / math.sqrt(n_in),
+        }
         if self.init_weights == "zeros":
             return {"c3a_kernel": jnp.zeros(shape, jnp.float32)}
         if self.init_weights == "gaussian":
@@ -109,7 +124,9 @@ class C3A(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `x W + x C / in`, `[..., in] -> [..., out]`, in the dtype of `x W`; the transforms are of float32."""
+        """Compute `x W + x C / in`, `[..., in] -> [..., out]`, in the dtype of `x W`; the
+        transforms are of float32.
+        """
         y = call.base(*call.args)
         return y + call.each(_correlated, call.x.astype(jnp.float32)).astype(y.dtype)
 
@@ -118,7 +135,9 @@ class C3A(Biased):
         """Return `W + C / in`."""
         w = leaves["c3a_kernel"]
         places = jnp.arange(w.shape[2])
-        blocks = w[:, :, (places[:, None] - places[None, :]) % w.shape[2]]  # [out / k, in / k, k of in, k of out]
+        blocks = w[
+            :, :, (places[:, None] - places[None, :]) % w.shape[2]
+        ]  # [out / k, in / k, k of in, k of out]
         n_in, n_out = base["kernel"].shape
         return {"kernel": base["kernel"] + blocks.transpose(1, 2, 0, 3).reshape(n_in, n_out) / n_in}
 

@@ -1,14 +1,18 @@
-r"""Compacter: bottleneck adapters whose matrices are sums of Kronecker products, with one rule for all sites.
+r"""Compacter: bottleneck adapters whose matrices are sums of Kronecker products, with one rule for
+all sites.
 
     A(z) = D(s (act(z W_down + b_down) W_up + b_up)),    W = sum_i R_i (x) (L_i V_i)
 
-    R: [n, n, n],  L: [n, in / n, r],  V: [n, r, out / n],  (x) the Kronecker product,  n = phm_dim,  r = rank
+    R: [n, n, n],    L: [n, in / n, r],    V: [n, r, out / n],    (x) the Kronecker product,
+        n = phm_dim,    r = rank
 
-`R` stands once at the root of the tree and is trained like the rest. What `z` is, and where `A(z)` is added, `placement` says:
-see `jaxpeft.methods.bottleneck`; Compacter++ is `pfeiffer`. `L` of `W_up` and the biases start at zero, so a fresh adapter
-leaves every output as it was (the `adapters` library draws all factors; it starts a little off the base).
+`R` stands once at the root of the tree and is trained like the rest. What `z` is, and where `A(z)`
+is added, `placement` says: see `jaxpeft.methods.bottleneck`; Compacter++ is `pfeiffer`. `L` of
+`W_up` and the biases start at zero, so a fresh adapter leaves every output as it was (the
+`adapters` library draws all factors; it starts a little off the base).
 
-Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", section 3 (arXiv:2106.04647).
+Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", section 3
+(arXiv:2106.04647).
 """
 
 from __future__ import annotations
@@ -59,8 +63,12 @@ class CompacterFormat(BottleneckFormat["Compacter"]):
         """Return the options as the adapters library has them."""
         return {**super().write_options(method), **_RULES}
 
-    def read_options(self, kind: type[Compacter], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Read the options of the adapters library; other ways to share and to factorize are refused."""
+    def read_options(
+        self, kind: type[Compacter], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Read the options of the adapters library; other ways to share and to factorize are
+        refused.
+        """
         values, problems = super().read_options(kind, config)
         other = {key: config[key] for key, ours in _RULES.items() if config.get(key, ours) != ours}
         return values, problems + [
@@ -73,9 +81,9 @@ class CompacterFormat(BottleneckFormat["Compacter"]):
 class Compacter(Bottleneck):
     """Bottleneck adapters made of Kronecker products.
 
-    Leaves of a site: `compacter_down_left [n, d/n, r]`, `compacter_down_right [n, r, b/n]`, `compacter_down_bias [b]`, the same
-    with `up` from b to d, trained; beside them those of every bottleneck adapter. At the root: `compacter_rule [n, n, n]`,
-    trained. All float32.
+    Leaves of a site: `compacter_down_left [n, d/n, r]`, `compacter_down_right [n, r, b/n]`,
+    `compacter_down_bias [b]`, the same with `up` from b to d, trained; beside them those of every
+    bottleneck adapter. At the root: `compacter_rule [n, n, n]`, trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -86,7 +94,9 @@ class Compacter(Bottleneck):
     leaves: ClassVar[LeafSpec] = LeafSpec(
         site=_LEAVES,
         root=("compacter_rule",),
-        trained=frozenset({"compacter_rule", "compacter_gain", *(f"compacter_{key}" for key in _MATRICES)}),
+        trained=frozenset(
+            {"compacter_rule", "compacter_gain", *(f"compacter_{key}" for key in _MATRICES)}
+        ),
     )
     peft: ClassVar[PeftFormat[Any]] = Bottleneck.peft.changed(
         CompacterFormat,
@@ -110,14 +120,19 @@ class Compacter(Bottleneck):
     factored: ClassVar[bool] = True
 
     placement: Placement = option("houlsby", "what the adapter reads: houlsby, pfeiffer, parallel")
-    reduction_factor: float = option(32.0, "d / b: how many times narrower than the model the bottleneck is", above=0)
+    reduction_factor: float = option(
+        32.0, "d / b: how many times narrower than the model the bottleneck is", above=0
+    )
     non_linearity: NonLinearity = option("gelu", "the function in the bottleneck")
-    phm_dim: int = option(4, "n: how many Kronecker products are summed; it divides d and b", at_least=1)
+    phm_dim: int = option(
+        4, "n: how many Kronecker products are summed; it divides d and b", at_least=1
+    )
     rank: int = option(1, "rank r of the second factor of each product", at_least=1)
     rule_range: float = option(1e-4, "standard deviation of the rule at the start", above=0)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make the factors as Glorot and Bengio 2010 have it, the left one of `W_up` and the biases zero.
+        """Make the factors as Glorot and Bengio 2010 have it, the left one of `W_up` and the biases
+        zero.
 
         Raises:
             ConfigError: `phm_dim` does not divide a width.
@@ -126,8 +141,8 @@ class Compacter(Bottleneck):
         d, b, n, r = site.shape[1], self.width(site), self.phm_dim, self.rank
         if d % n or b % n:
             raise ConfigError(
-                f"compacter.phm_dim: {n} does not divide both the width {d} of {site.name} and its bottleneck's, {b}; take a "
-                "phm_dim and a reduction_factor that fit"
+                f"compacter.phm_dim: {n} does not divide both the width {d} of {site.name} and its"
+                f" bottleneck's, {b}; take a phm_dim and a reduction_factor that fit"
             )
         keys = jax.random.split(rng, 3)
         own = {
@@ -140,14 +155,22 @@ class Compacter(Bottleneck):
         }
         return self.site_leaves(site, own)
 
-    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+    def init_root(
+        self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
+    ) -> dict[str, jax.Array]:
         """Make the rule."""
         del params, sites
-        return {"compacter_rule": self.rule_range * jax.random.normal(rng, (self.phm_dim,) * 3, jnp.float32)}
+        return {
+            "compacter_rule": (
+                self.rule_range * jax.random.normal(rng, (self.phm_dim,) * 3, jnp.float32)
+            )
+        }
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype of `h`."""
+        """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype
+        of `h`.
+        """
         return joined(call, "compacter", _network)
 
     @staticmethod
@@ -163,7 +186,11 @@ def _glorot(key: jax.Array, n: int, rows: int, columns: int) -> jax.Array:
 def _network(leaves: Leaves, z: Any) -> Any:
     """Return `A(z)` less its dropout, `[..., d] -> [..., d]`."""
     down, up = (
-        kronecker(leaves["compacter_rule"], leaves[f"compacter_{side}_left"], leaves[f"compacter_{side}_right"])
+        kronecker(
+            leaves["compacter_rule"],
+            leaves[f"compacter_{side}_left"],
+            leaves[f"compacter_{side}_right"],
+        )
         for side in ("down", "up")
     )
     return bottleneck(leaves, "compacter", z, down, up)

@@ -1,12 +1,15 @@
 r"""DeLoRA: a low-rank update whose angles and strength are trained apart.
 
-    y = x W + (x * n) A diag(l / (r |ai| |bi|)) B,    A: [in, r],  B: [r, out],  ai, bi: their columns and rows,  l: []
+    y = x W + (x * n) A diag(l / (r |ai| |bi|)) B,    A: [in, r],    B: [r, out],
+        ai, bi: their columns and rows,    l: []
 
-`n: [in]` holds the norms of the rows of `W`. Each of the r products of a column and a row has norm one, so the update is never
-longer than the boundary `l` times that of `W`, however far `A` and `B` go. `B` starts at zero, so a fresh adapter leaves every
-output as it was; norms below 1e-4 count as that.
+`n: [in]` holds the norms of the rows of `W`. Each of the r products of a column and a row has norm
+one, so the update is never longer than the boundary `l` times that of `W`, however far `A` and `B`
+go. `B` starts at zero, so a fresh adapter leaves every output as it was; norms below 1e-4 count as
+that.
 
-Bini et al. 2025, "Decoupling Angles and Strength in Low-rank Adaptation", section 3 (arXiv:2503.18225).
+Bini et al. 2025, "Decoupling Angles and Strength in Low-rank Adaptation", section 3
+(arXiv:2503.18225).
 """
 
 from __future__ import annotations
@@ -36,8 +39,9 @@ _SHORTEST = 1e-4
 class DeLoRA(Biased):
     """Low-rank adaptation of linear sites with a bounded strength.
 
-    Leaves of a site: `delora_a [in, r]`, `delora_b [r, out]` and `delora_lambda [1]`, trained; `delora_w_norm [in]`,
-    `delora_share []`, which is 1 / r, and `delora_dropout []` where the rate is not zero, not trained. All float32.
+    Leaves of a site: `delora_a [in, r]`, `delora_b [r, out]` and `delora_lambda [1]`, trained;
+    `delora_w_norm [in]`, `delora_share []`, which is 1 / r, and `delora_dropout []` where the rate
+    is not zero, not trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -45,9 +49,17 @@ class DeLoRA(Biased):
 
     name: ClassVar[str] = "delora"
     paper: ClassVar[str] = "arXiv:2503.18225"
-    leaves: ClassVar[LeafSpec] = LeafSpec(site=(
-        "delora_a", "delora_b", "delora_lambda", "delora_w_norm", "delora_share", "delora_dropout",
-    ), trained=frozenset({"delora_a", "delora_b", "delora_lambda"}), )  # fmt: skip
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=(
+            "delora_a",
+            "delora_b",
+            "delora_lambda",
+            "delora_w_norm",
+            "delora_share",
+            "delora_dropout",
+        ),
+        trained=frozenset({"delora_a", "delora_b", "delora_lambda"}),
+    )
     peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
         tensors={
             "delora_a": "delora_A",
@@ -71,8 +83,12 @@ class DeLoRA(Biased):
 
     rank: int = option(8, "rank r of the update", at_least=1)
     boundary: float = option(15.0, "what the boundary l begins at", above=0)
-    rank_pattern: dict[str, int] = option({}, "other ranks, by the end of a site's name", at_least=1)
-    boundary_pattern: dict[str, float] = option({}, "other boundaries, by the end of a site's name", above=0)
+    rank_pattern: dict[str, int] = option(
+        {}, "other ranks, by the end of a site's name", at_least=1
+    )
+    boundary_pattern: dict[str, float] = option(
+        {}, "other boundaries, by the end of a site's name", above=0
+    )
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     bias: Literal["none", "all", "delora_only"] = bias_option()
 
@@ -101,11 +117,15 @@ class DeLoRA(Biased):
             "delora_w_norm": jnp.linalg.norm(kernel(), axis=1),
             "delora_share": jnp.asarray(1 / rank, jnp.float32),
         }
-        return leaves | ({"delora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        return leaves | (
+            {"delora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `x W + (x * n) A diag(l / (r |ai| |bi|)) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + (x * n) A diag(l / (r |ai| |bi|)) B`, `[..., in] -> [..., out]`, in the
+        dtype of `x W`.
+        """
         y = call.base(call.x)
         x = dropped(call, call.x.astype(y.dtype), "delora_dropout")
         return y + call.each(lambda leaves, x: low_rank(x, *_factors(leaves)), x).astype(y.dtype)

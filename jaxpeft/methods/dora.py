@@ -2,18 +2,21 @@ r"""DoRA: the magnitude and the direction of a kernel's columns are trained apar
 
     y = m / n (x W + s (x A) B),    n = ||W + s A B||,    A: [in, r],  B: [r, out],  m, n: [out]
 
-The norm is that of each column, and a constant to the gradient (section 4.3). `m` begins as `n0 = ||W||` and `B` at zero, so
-`m / n` is one. With dropout, `D(x)` stands in place of `x` everywhere but in the base's own product, as in PEFT:
+The norm is that of each column, and a constant to the gradient (section 4.3). `m` begins as `n0 =
+||W||` and `B` at zero, so `m / n` is one. With dropout, `D(x)` stands in place of `x` everywhere
+but in the base's own product, as in PEFT:
 
     y = x W + (m / n - 1) D(x) W + m / n s (D(x) A) B
 
 `n` is computed without the matrix `W + s A B`, which for one site is as large as its kernel:
 
-    n = n0 + e / (n0 + sqrt(n0^2 + e)),    e = n^2 - n0^2 = sum over r of C (2 A'W + A'A C),    C = s B
+    n = n0 + e / (n0 + sqrt(n0^2 + e)),    e = n^2 - n0^2 = sum over r of C (2 A'W + A'A C),
+        C = s B
 
 so that it is `n0` bit by bit where `B` is zero, and a fresh adapter leaves every output as it was.
 
-Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", sections 4.1 to 4.3 (arXiv:2402.09353).
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", sections 4.1 to 4.3
+(arXiv:2402.09353).
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class DoRAFormat(LoRAFormat["DoRA"]):
 
     def pack(self, method: DoRA, site: Site, leaves: Leaves) -> dict[str, Any]:
         """Return LoRA's tensors and the magnitude."""
-        return super().pack(method, site, _lora(leaves)) | {"lora_magnitude_vector": leaves["dora_magnitude"]}
+        return super().pack(method, site, _lora(leaves)) | {
+            "lora_magnitude_vector": leaves["dora_magnitude"]
+        }
 
     def unpack(self, method: DoRA, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
         """Return LoRA's leaves and the magnitude."""
@@ -55,17 +60,21 @@ class DoRAFormat(LoRAFormat["DoRA"]):
         """Return whether an `adapter_config.json` is of a LoRA with `use_dora`."""
         return str(config.get("peft_type")) == self.type and bool(config.get("use_dora"))
 
-    def read_options(self, kind: type[DoRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[DoRA], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read LoRA's options."""
-        return super().read_options(kind, {key: value for key, value in config.items() if key != "use_dora"})
+        return super().read_options(
+            kind, {key: value for key, value in config.items() if key != "use_dora"}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
     """Weight-decomposed low-rank adaptation of linear sites and embeddings.
 
-    Leaves of a site: those of LoRA under this name, without `dora_bias`; `dora_magnitude [out]`, trained; `dora_norm [out]`,
-    the norm of the kernel's columns, not trained. All float32.
+    Leaves of a site: those of LoRA under this name, without `dora_bias`; `dora_magnitude [out]`,
+    trained; `dora_norm [out]`, the norm of the kernel's columns, not trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -75,9 +84,21 @@ class DoRA(LoRA):
     paper: ClassVar[str] = "arXiv:2402.09353"
     # the update is scaled together with the kernel
     sites: ClassVar[SiteSpec] = dataclasses.replace(LoRA.sites, low_rank=SiteSpec().low_rank)
-    leaves: ClassVar[LeafSpec] = dataclasses.replace(LoRA.leaves, site=(
-        "dora_a", "dora_b", "dora_magnitude", "dora_scale", "dora_dropout", "dora_norm", "dora_a0", "dora_b0",
-    ), trained=frozenset({"dora_a", "dora_b", "dora_magnitude"}), zero_is_base=False, )  # fmt: skip
+    leaves: ClassVar[LeafSpec] = dataclasses.replace(
+        LoRA.leaves,
+        site=(
+            "dora_a",
+            "dora_b",
+            "dora_magnitude",
+            "dora_scale",
+            "dora_dropout",
+            "dora_norm",
+            "dora_a0",
+            "dora_b0",
+        ),
+        trained=frozenset({"dora_a", "dora_b", "dora_magnitude"}),
+        zero_is_base=False,
+    )
     peft: ClassVar[PeftFormat[Any]] = LoRA.peft.changed(
         DoRAFormat,
     )
@@ -89,7 +110,8 @@ class DoRA(LoRA):
             found.append("lora_bias: DoRA has no bias beside B; remove it")
         if self.init_weights == "loftq":
             found.append(
-                "init_weights: 'loftq' would begin with magnitudes that the kernels have not; take another start"
+                "init_weights: 'loftq' would begin with magnitudes that the kernels have not; take"
+                " another start"
             )
         return found
 
@@ -100,7 +122,9 @@ class DoRA(LoRA):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `x W + (m / n - 1) D(x) W + m / n s (D(x) A) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + (m / n - 1) D(x) W + m / n s (D(x) A) B`, `[..., in] -> [..., out]`, in
+        the dtype of `x W`.
+        """
         y = call.base(*call.args)
         if jnp.issubdtype(call.x.dtype, jnp.integer):
             return call.each(partial(_scaled, call.kernel), call.x, y, y)
@@ -122,7 +146,9 @@ class DoRA(LoRA):
 
 
 def _scaled(kernel: Kernel, leaves: Leaves, x: Any, y: Any, plain: Any) -> Any:
-    """Return `y + f plain + (1 + f) s (x A) B`, `f = (m - n) / n`, in the dtype of `y` `[..., out]`."""
+    """Return `y + f plain + (1 + f) s (x A) B`, `f = (m - n) / n`, in the dtype of `y` `[...,
+    out]`.
+    """
     norm = _column_norms(jax.lax.stop_gradient(dict(leaves)), kernel())
     f = ((leaves["dora_magnitude"] - norm) / norm).astype(y.dtype)
     return y + f * plain + (1 + f) * update(_lora(leaves), x).astype(y.dtype)

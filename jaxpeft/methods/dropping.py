@@ -1,4 +1,6 @@
-"""What is left out of an update in a training call, at the rates that leaves of the site hold: of its input, or of itself."""
+"""What is left out of an update in a training call, at the rates that leaves of the site hold: of
+its input, or of itself.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,15 @@ def kept(call: Call, name: str, update: Array, *, scaled: bool) -> Array:
     """
     module, outputs = rate(call, f"{name}_module_dropout"), rate(call, f"{name}_rank_dropout")
     if outputs is not None:
-        stay = jax.random.bernoulli(outputs[0], 1 - outputs[1], update.shape[-1:]).astype(jnp.float32)
+        stay = jax.random.bernoulli(outputs[0], 1 - outputs[1], update.shape[-1:]).astype(
+            jnp.float32
+        )
         stay = stay / jnp.maximum(jnp.mean(stay), 1 / stay.size) if scaled else stay
         update = update * stay.astype(update.dtype)
     if module is not None:
-        update = jnp.where(jax.random.bernoulli(module[0], 1 - module[1]), update, jnp.zeros_like(update))
+        update = jnp.where(
+            jax.random.bernoulli(module[0], 1 - module[1]), update, jnp.zeros_like(update)
+        )
     return update
 
 

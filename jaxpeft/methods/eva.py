@@ -1,12 +1,14 @@
-"""EVA: A begins in the directions in which a site's inputs vary most, and ranks go where they explain most.
+"""EVA: A begins in the directions in which a site's inputs vary most, and ranks go where they
+explain most.
 
-For each site the inputs `X [tokens, in]` of the first batches are reduced to their leading right singular vectors, each batch
-merged into those before it (incremental SVD). `A` takes the first of them; `B` stays zero. The total rank, `rank` times the
-number of sites, is given to the directions that explain the largest shares of their site's variance, `eva_rho * rank` at most
-to one site; the scaling of each site stays what it was, and a site that gets no rank is left out.
+For each site the inputs `X [tokens, in]` of the first batches are reduced to their leading right
+singular vectors, each batch merged into those before it (incremental SVD). `A` takes the first of
+them; `B` stays zero. The total rank, `rank` times the number of sites, is given to the directions
+that explain the largest shares of their site's variance, `eva_rho * rank` at most to one site; the
+scaling of each site stays what it was, and a site that gets no rank is left out.
 
-Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", section 3 and
-algorithm 1 (arXiv:2410.07170).
+Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance
+Adaptation", section 3 and algorithm 1 (arXiv:2410.07170).
 """
 
 from __future__ import annotations
@@ -51,8 +53,13 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
 
     found = run.over_inputs(params, method.leaves.site[0], update, method.eva_batches)
     if not found:
-        raise ConfigError("method.init_weights: 'eva' looks at training batches, and there is none; give another start")
-    ranks = _ranks({name: np.asarray(values) for name, (values, _) in found.items()}, method.rank * len(found))
+        raise ConfigError(
+            "method.init_weights: 'eva' looks at training batches, and there is none; give another"
+            " start"
+        )
+    ranks = _ranks(
+        {name: np.asarray(values) for name, (values, _) in found.items()}, method.rank * len(found)
+    )
     made = _with_ranks(method, ranks)
     rewritten = run.rewrite(made)
     for site, on in chosen_sites(made, rewritten).items():
@@ -60,22 +67,38 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         a = node[method.leaves.site[0]]
         for i, name in enumerate(site.names):
             if on[i]:
-                index = (*(np.unravel_index(i, site.layers) if site.layers else ()), slice(None), slice(0, ranks[name]))
+                index = (
+                    *(np.unravel_index(i, site.layers) if site.layers else ()),
+                    slice(None),
+                    slice(0, ranks[name]),
+                )
                 a = a.at[index].set(found[name][1][: ranks[name]].T)
         node[method.leaves.site[0]] = a
     return made, rewritten
 
 
 def _merged(before: Any, rows: Any, most: int) -> tuple[Any, Any]:
-    """Return the variances `[k]` and directions `[k, in]` of the rows so far, from those before and rows `[tokens, in]`."""
-    stacked = rows if before is None else jnp.concatenate([jnp.sqrt(before[0])[:, None] * before[1], rows])
+    """Return the variances `[k]` and directions `[k, in]` of the rows so far, from those before and
+    rows `[tokens, in]`.
+    """
+    stacked = (
+        rows
+        if before is None
+        else jnp.concatenate([jnp.sqrt(before[0])[:, None] * before[1], rows])
+    )
     _, values, directions = jnp.linalg.svd(stacked, full_matrices=False)
     return jnp.square(values[:most]), directions[:most]
 
 
 def _ranks(variances: Mapping[str, Any], total: int) -> dict[str, int]:
-    """Return each site its rank: the `total` directions that explain the largest shares of their sites' variance."""
-    shares = [(float(value / values.sum()), name) for name, values in variances.items() for value in values]
+    """Return each site its rank: the `total` directions that explain the largest shares of their
+    sites' variance.
+    """
+    shares = [
+        (float(value / values.sum()), name)
+        for name, values in variances.items()
+        for value in values
+    ]
     chosen = [name for _, name in sorted(shares, key=lambda pair: -pair[0])[:total]]
     return {name: rank for name in variances if (rank := chosen.count(name))}
 

@@ -1,11 +1,14 @@
 r"""FourierFT: the update of a frozen kernel is trained by a few of its frequencies.
 
-    y = x W + x U,    U' = s Re(ifft2(F)),    F[u_k, v_k] = c_k,  zero elsewhere,    F: [out, in],  c: [n]
+    y = x W + x U,    U' = s Re(ifft2(F)),    F[u_k, v_k] = c_k,    zero elsewhere,    F: [out, in],
+        c: [n]
 
-Which frequencies is drawn by a seed, the same for all kernels of one shape; the seed alone stands in files, so that the draw is
-that of torch. `c` starts at zero unless asked otherwise, so a fresh adapter leaves every output as it was.
+Which frequencies is drawn by a seed, the same for all kernels of one shape; the seed alone stands
+in files, so that the draw is that of torch. `c` starts at zero unless asked otherwise, so a fresh
+adapter leaves every output as it was.
 
-Gao et al. 2024, "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", section 3 (arXiv:2405.03003).
+Gao et al. 2024, "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", section 3
+(arXiv:2405.03003).
 """
 
 from __future__ import annotations
@@ -36,8 +39,8 @@ if TYPE_CHECKING:
 class FourierFT(Biased):
     """Trained frequencies of the update of linear sites.
 
-    Leaves of a site: `fourierft_spectrum [n]`, float32, trained; `fourierft_indices [2, n]`, int32, rows of which are frequencies
-    along the outputs and along the inputs; `fourierft_scale []`.
+    Leaves of a site: `fourierft_spectrum [n]`, float32, trained; `fourierft_indices [2, n]`, int32,
+    rows of which are frequencies along the outputs and along the inputs; `fourierft_scale []`.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -68,7 +71,9 @@ class FourierFT(Biased):
     )
 
     frequencies: int = option(1000, "how many frequencies n of a kernel are trained", at_least=1)
-    frequencies_pattern: dict[str, int] = option({}, "other numbers, by the end of a site's name", at_least=1)
+    frequencies_pattern: dict[str, int] = option(
+        {}, "other numbers, by the end of a site's name", at_least=1
+    )
     scaling: float = option(150.0, "factor s of the update", above=0)
     location_seed: int = option(777, "seed of which frequencies", at_least=0, below=2**32)
     init_weights: Literal["zeros", "gaussian"] = option(
@@ -100,16 +105,21 @@ class FourierFT(Biased):
             ConfigError: the kernel of the site has fewer frequencies.
         """
         del kernel
-        (n_in, n_out), count = site.shape, pattern_value(site.name, self.frequencies_pattern, self.frequencies)
+        (n_in, n_out), count = (
+            site.shape,
+            pattern_value(site.name, self.frequencies_pattern, self.frequencies),
+        )
         if count > n_in * n_out:
             raise ConfigError(
-                f"fourierft.frequencies: {count} is more than the {n_in * n_out} that the kernel of {site.name} has; give a lower "
-                "number there, in frequencies_pattern"
+                f"fourierft.frequencies: {count} is more than the {n_in * n_out} that the kernel of"
+                f" {site.name} has; give a lower number there, in frequencies_pattern"
             )
         flat = as_torch_draws(count, n_in * n_out, self.location_seed)
         zeros = self.init_weights == "zeros"
         return {
-            "fourierft_spectrum": jnp.zeros((count,), jnp.float32) if zeros else jax.random.normal(rng, (count,)),
+            "fourierft_spectrum": (
+                jnp.zeros((count,), jnp.float32) if zeros else jax.random.normal(rng, (count,))
+            ),
             "fourierft_indices": jnp.asarray(np.stack([flat // n_in, flat % n_in]), jnp.int32),
             "fourierft_scale": jnp.asarray(self.scaling, jnp.float32),
         }
@@ -119,7 +129,8 @@ class FourierFT(Biased):
         """Compute `x W + x U`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(
-            partial(through, partial(_update, (call.x.shape[-1], y.shape[-1]))), call.x.astype(y.dtype)
+            partial(through, partial(_update, (call.x.shape[-1], y.shape[-1]))),
+            call.x.astype(y.dtype),
         )
 
     @staticmethod

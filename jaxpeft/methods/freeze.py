@@ -1,6 +1,8 @@
-"""Freezing all but the last layers: the layers near the output are trained whole, those below stay as they are.
+"""Freezing all but the last layers: the layers near the output are trained whole, those below stay
+as they are.
 
-Lee et al. 2019, "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", section 3 (arXiv:1911.03090).
+Lee et al. 2019, "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", section 3
+(arXiv:1911.03090).
 """
 
 from __future__ import annotations
@@ -36,14 +38,17 @@ class Freeze(Method):
         """Train the leaves of the last layers.
 
         Raises:
-            ConfigError: the model has fewer layers, or they are stacked and some of them only would be trained.
+            ConfigError: the model has fewer layers, or they are stacked and some of them only would
+                be trained.
         """
         at = paths.layers_at(path)
         if at is None:
             return self._around(path)
         count = _count(params, path, at)
         if self.layers > count:
-            raise ConfigError(f"freeze.layers: {self.layers} layers are to be trained, the model has {count}")
+            raise ConfigError(
+                f"freeze.layers: {self.layers} layers are to be trained, the model has {count}"
+            )
         first = count - self.layers
 
         def last(name: str) -> bool:

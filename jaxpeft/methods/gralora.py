@@ -1,14 +1,16 @@
 r"""GraLoRA: the kernel is cut into k times k blocks, each with a low-rank update of its own.
 
-    y_j = (x W)_j + s sum_i D(x)_i A_i[:, j] B_j[i],    A: [k, in / k, r],  B: [k, r, out / k],  i, j < k,  s = alpha / (r + h)
+    y_j = (x W)_j + s sum_i D(x)_i A_i[:, j] B_j[i],    A: [k, in / k, r],    B: [k, r, out / k],
+        i, j < k,    s = alpha / (r + h)
 
-The `r` columns of `A_i` are cut in k parts, of which output block `j` takes the `j`th, and so are the rows of `B_j`: each of the
-blocks has rank `r / k`, and the whole update up to `k r`, with the number of trained numbers of LoRA of rank `r`. With a hybrid
-rank `h`, `s (D(x) A') B'` with `A': [in, h]`, `B': [h, out]` is added. `B` and `B'` start at zero, so a fresh adapter leaves every
+The `r` columns of `A_i` are cut in k parts, of which output block `j` takes the `j`th, and so are
+the rows of `B_j`: each of the blocks has rank `r / k`, and the whole update up to `k r`, with the
+number of trained numbers of LoRA of rank `r`. With a hybrid rank `h`, `s (D(x) A') B'` with `A':
+[in, h]`, `B': [h, out]` is added. `B` and `B'` start at zero, so a fresh adapter leaves every
 output as it was. `D` is dropout.
 
-Jung et al. 2025, "GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning", sections 3.2 and 3.4
-(arXiv:2505.20355).
+Jung et al. 2025, "GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
+sections 3.2 and 3.4 (arXiv:2505.20355).
 """
 
 from __future__ import annotations
@@ -33,16 +35,22 @@ if TYPE_CHECKING:
 
 
 _LEAVES = (
-        "gralora_a", "gralora_b", "gralora_general_a", "gralora_general_b", "gralora_scale", "gralora_dropout",
-    )  # fmt: skip
+    "gralora_a",
+    "gralora_b",
+    "gralora_general_a",
+    "gralora_general_b",
+    "gralora_scale",
+    "gralora_dropout",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraLoRA(Biased):
     """Granular low-rank adaptation of linear sites.
 
-    Leaves of a site: `gralora_a [k, in / k, r]`, `gralora_b [k, r, out / k]`, and with a hybrid rank `gralora_general_a [in, h]`,
-    `gralora_general_b [h, out]`, trained; `gralora_scale []`, `gralora_dropout []` where the rate is not zero. All float32.
+    Leaves of a site: `gralora_a [k, in / k, r]`, `gralora_b [k, r, out / k]`, and with a hybrid
+    rank `gralora_general_a [in, h]`, `gralora_general_b [h, out]`, trained; `gralora_scale []`,
+    `gralora_dropout []` where the rate is not zero. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -88,7 +96,9 @@ class GraLoRA(Biased):
         """Refuse a rank that the blocks do not divide."""
         rest = self.rank % self.blocks
         return super().problems() + (
-            [f"rank: {self.rank} is no multiple of blocks, {self.blocks}"] if self.blocks > 0 and rest else []
+            [f"rank: {self.rank} is no multiple of blocks, {self.blocks}"]
+            if self.blocks > 0 and rest
+            else []
         )
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
@@ -109,11 +119,15 @@ class GraLoRA(Biased):
         if self.hybrid_rank:
             leaves["gralora_general_a"] = uniform(keys[1], (n_in, self.hybrid_rank), n_in)
             leaves["gralora_general_b"] = jnp.zeros((self.hybrid_rank, n_out), jnp.float32)
-        return leaves | ({"gralora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        return leaves | (
+            {"gralora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `x W` and the updates of its blocks, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W` and the updates of its blocks, `[..., in] -> [..., out]`, in the dtype of
+        `x W`.
+        """
         y = call.base(*call.args)
         return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "gralora_dropout"))
 
@@ -121,8 +135,14 @@ class GraLoRA(Biased):
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Return the kernel with the update of each block."""
         a, b = _by_blocks(leaves)
-        blocks = jnp.einsum("iajs,jiso->iajo", a, b, precision="highest").reshape(base["kernel"].shape)
-        general = product(leaves["gralora_general_a"], leaves["gralora_general_b"]) if _hybrid(leaves) else 0.0
+        blocks = jnp.einsum("iajs,jiso->iajo", a, b, precision="highest").reshape(
+            base["kernel"].shape
+        )
+        general = (
+            product(leaves["gralora_general_a"], leaves["gralora_general_b"])
+            if _hybrid(leaves)
+            else 0.0
+        )
         return {"kernel": base["kernel"] + leaves["gralora_scale"] * (blocks + general)}
 
 
@@ -130,9 +150,13 @@ def _update(leaves: Leaves, x: Any) -> Any:
     a, b = _by_blocks(leaves)
     inputs = x.reshape(*x.shape[:-1], a.shape[0], a.shape[1])
     h = jnp.einsum("...ia,iajs->...jis", inputs, a.astype(x.dtype))
-    y = jnp.einsum("...jis,jiso->...jo", h, (leaves["gralora_scale"] * b).astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    y = jnp.einsum("...jis,jiso->...jo", h, (leaves["gralora_scale"] * b).astype(x.dtype)).reshape(
+        *x.shape[:-1], -1
+    )
     if _hybrid(leaves):
-        return y + low_rank(x, leaves["gralora_general_a"], leaves["gralora_scale"] * leaves["gralora_general_b"])
+        return y + low_rank(
+            x, leaves["gralora_general_a"], leaves["gralora_scale"] * leaves["gralora_general_b"]
+        )
     return y
 
 

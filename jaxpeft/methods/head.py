@@ -1,4 +1,6 @@
-"""The head alone: the features of the frozen base, and a trained classifier on top (a linear probe)."""
+"""The head alone: the features of the frozen base, and a trained classifier on top (a linear
+probe).
+"""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@ r"""HiRA: a frozen kernel is multiplied, element by element, by a low-rank matri
 
     y = x W + D(x) (W * (A B)),    A: [in, r],  B: [r, out]
 
-As `W` has a high rank, so has the update. `B` starts at zero, so a fresh adapter leaves every output as it was. `D` is dropout.
+As `W` has a high rank, so has the update. `B` starts at zero, so a fresh adapter leaves every
+output as it was. `D` is dropout.
 
-Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", section 3
-(ICLR 2025, openreview.net/forum?id=TwJrTz9cRS).
+Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language
+Models", section 3 (ICLR 2025, openreview.net/forum?id=TwJrTz9cRS).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
 class HiRA(Targeted):
     """Hadamard product of a low-rank matrix with the kernel of linear sites.
 
-    Leaves of a site: `hira_a [in, r]`, `hira_b [r, out]`, trained; `hira_dropout []` where the rate is not zero. All float32.
+    Leaves of a site: `hira_a [in, r]`, `hira_b [r, out]`, trained; `hira_dropout []` where the rate
+    is not zero. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -63,8 +65,13 @@ class HiRA(Targeted):
         """Make A uniform as PEFT has it, and B zero."""
         del kernel
         n_in, n_out = site.shape
-        leaves = {"hira_a": uniform(rng, (n_in, self.rank), n_in), "hira_b": jnp.zeros((self.rank, n_out), jnp.float32)}
-        return leaves | ({"hira_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        leaves = {
+            "hira_a": uniform(rng, (n_in, self.rank), n_in),
+            "hira_b": jnp.zeros((self.rank, n_out), jnp.float32),
+        }
+        return leaves | (
+            {"hira_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
     @staticmethod
     def compute(call: Call) -> Any:

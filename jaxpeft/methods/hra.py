@@ -1,4 +1,5 @@
-r"""HRA: the input of a frozen kernel is reflected an even number of times, which is a rotation of low rank.
+r"""HRA: the input of a frozen kernel is reflected an even number of times, which is a rotation of
+low rank.
 
     y = (x Hr ... H1) W + b,    Hi = I - 2 ui ui' / |ui|^2,    ui: [in], the columns of U: [in, r]
 
@@ -6,12 +7,13 @@ Two reflections that follow one another, at `u` and `v` of length one with `e = 
 
     x -> x + [x u, x e] [2 e - 2 |e|^2 v; -2 v]'
 
-so a fresh adapter, whose columns are equal in pairs (`e = 0`), leaves every output as it was, bit by bit. The products of all
-pairs are gathered into one, `x + (x P) K` with `P: [in, r]` and `K: [r, in]`. With `gram_schmidt` the columns are made
-orthonormal first, and all are one reflection at a subspace, `x - 2 (x Q) Q'`; it begins anywhere, not at the base.
+so a fresh adapter, whose columns are equal in pairs (`e = 0`), leaves every output as it was, bit
+by bit. The products of all pairs are gathered into one, `x + (x P) K` with `P: [in, r]` and `K: [r,
+in]`. With `gram_schmidt` the columns are made orthonormal first, and all are one reflection at a
+subspace, `x - 2 (x Q) Q'`; it begins anywhere, not at the base.
 
-Yuan et al. 2024, "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation", section 3
-(arXiv:2405.17484).
+Yuan et al. 2024, "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder
+Reflection Adaptation", section 3 (arXiv:2405.17484).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ _TINY = 1e-30
 class HRA(Biased):
     """Householder reflections of the inputs of linear sites.
 
-    Leaves of a site: `hra_u [in, r]`, trained; `hra_gram_schmidt []` where it is asked for, not trained. All float32.
+    Leaves of a site: `hra_u [in, r]`, trained; `hra_gram_schmidt []` where it is asked for, not
+    trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -74,16 +77,26 @@ class HRA(Biased):
     def problems(self) -> list[str]:
         """Refuse an odd rank."""
         odd = self.rank % 2 == 1 and not self.gram_schmidt
-        why = f"rank: is {self.rank}; must be even, as only pairs of reflections can begin at the base"
+        why = (
+            f"rank: is {self.rank}; must be even, as only pairs of reflections can begin at the"
+            " base"
+        )
         return super().problems() + ([why] if odd else [])
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make U uniform, its columns equal in pairs; with Gram-Schmidt, which needs them to differ, all on their own."""
+        """Make U uniform, its columns equal in pairs; with Gram-Schmidt, which needs them to
+        differ, all on their own.
+        """
         del kernel
         n_in = site.shape[0]
         if self.gram_schmidt:
-            return {"hra_u": uniform(rng, (n_in, self.rank), self.rank), "hra_gram_schmidt": jnp.ones((), jnp.float32)}
-        return {"hra_u": jnp.repeat(uniform(rng, (n_in, self.rank // 2), self.rank // 2), 2, axis=1)}
+            return {
+                "hra_u": uniform(rng, (n_in, self.rank), self.rank),
+                "hra_gram_schmidt": jnp.ones((), jnp.float32),
+            }
+        return {
+            "hra_u": jnp.repeat(uniform(rng, (n_in, self.rank // 2), self.rank // 2), 2, axis=1)
+        }
 
     @staticmethod
     def compute(call: Call) -> Any:
@@ -98,7 +111,9 @@ class HRA(Biased):
 
 
 def _factors(leaves: Leaves) -> tuple[Any, Any]:
-    """Return `P [in, r]` and `K [r, in]` of `x -> x + (x P) K`; columns of zeros reflect nothing."""
+    """Return `P [in, r]` and `K [r, in]` of `x -> x + (x P) K`; columns of zeros reflect
+    nothing.
+    """
     columns = leaves["hra_u"]
     if "hra_gram_schmidt" in leaves:
         q = _orthonormal(columns)
@@ -108,12 +123,19 @@ def _factors(leaves: Leaves) -> tuple[Any, Any]:
     u, v = units[:, 1::2][:, ::-1], units[:, 0::2][:, ::-1]
     e = v - u
     p = jnp.stack([u, e], axis=2).reshape(units.shape)
-    k = jnp.stack([2.0 * e - 2.0 * jnp.sum(e * e, axis=0) * v, -2.0 * v], axis=2).reshape(units.shape).T
-    # what a pair is given has gone through the pairs before it: z = x P + z N, with N what they add to its x u and x e
+    k = (
+        jnp.stack([2.0 * e - 2.0 * jnp.sum(e * e, axis=0) * v, -2.0 * v], axis=2)
+        .reshape(units.shape)
+        .T
+    )
+    # what a pair is given has gone through the pairs before it: z = x P + z N, with N what they add
+    # to its x u and x e
     rank = units.shape[1]
     before = (jnp.arange(rank) // 2)[:, None] < (jnp.arange(rank) // 2)[None, :]
     added = jnp.where(before, product(k, p), 0.0)
-    return p, jax.scipy.linalg.solve_triangular(jnp.eye(rank, dtype=k.dtype) - added, k, lower=False)
+    return p, jax.scipy.linalg.solve_triangular(
+        jnp.eye(rank, dtype=k.dtype) - added, k, lower=False
+    )
 
 
 def _orthonormal(columns: Any) -> Any:

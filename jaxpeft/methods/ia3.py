@@ -3,11 +3,11 @@ r"""(IA)^3: what modules put out or take in, rescaled element by element.
     y = (x W + b) * l,    l: [1, out]       of keys and values
     y = (x * l') W + b,   l: [in, 1]        of the module that ends a feed-forward layer
 
-`l` starts at one, so a fresh adapter leaves every output as it was. Which of the two a site computes is told by the shape of
-its leaf.
+`l` starts at one, so a fresh adapter leaves every output as it was. Which of the two a site
+computes is told by the shape of its leaf.
 
-Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section 3.3
-(arXiv:2205.05638).
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
+Learning", section 3.3 (arXiv:2205.05638).
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ class IA3Format(TargetedFormat["IA3"]):
     """How adapters of `IA3` stand in files."""
 
     def write_options(self, method: IA3) -> dict[str, Any]:
-        """Return the options; PEFT takes a list of feed-forward modules where it is a part of the targets only."""
+        """Return the options; PEFT takes a list of feed-forward modules where it is a part of the
+        targets only.
+        """
         options = super().write_options(method)
-        plain = isinstance(options["target_modules"], tuple) and set(method.feedforward) <= set(method.targets)
+        plain = isinstance(options["target_modules"], tuple) and set(method.feedforward) <= set(
+            method.targets
+        )
         if method.feedforward and not (plain and isinstance(method.feedforward, tuple)):
             options["feedforward_modules"] = method.feedforward_expression
         return options
@@ -49,7 +53,8 @@ class IA3Format(TargetedFormat["IA3"]):
 class IA3(Targeted):
     """Rescaling of linear sites.
 
-    Leaf of a site: `ia3_l`, `[in, 1]` where `feedforward` names it, `[1, out]` elsewhere; float32, trained.
+    Leaf of a site: `ia3_l`, `[in, 1]` where `feedforward` names it, `[1, out]` elsewhere; float32,
+    trained.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -74,15 +79,27 @@ class IA3(Targeted):
         ignored=frozenset({"init_ia3_weights", "fan_in_fan_out"}),
     )
     usual_targets: ClassVar[tuple[str, ...]] = (
-        "k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "k", "v", "c_attn", "query_key_value", *_FEEDFORWARD,
-    )  # fmt: skip
+        "k_proj",
+        "v_proj",
+        "key",
+        "value",
+        "k_lin",
+        "v_lin",
+        "k",
+        "v",
+        "c_attn",
+        "query_key_value",
+        *_FEEDFORWARD,
+    )
 
     targets: str | tuple[str, ...] = option(
         "default",
-        "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's usual sites",
+        "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's"
+        " usual sites",
     )
     feedforward: str | tuple[str, ...] = option(
-        "default", "names, or expression, of the sites whose input is rescaled; 'default' for the usual ones"
+        "default",
+        "names, or expression, of the sites whose input is rescaled; 'default' for the usual ones",
     )
 
     def expressions(self, whole: bool) -> dict[str, Any]:
@@ -110,20 +127,32 @@ class IA3(Targeted):
             require_fast("feedforward", {self.feedforward: self.feedforward_expression}, names)
         taken = [name for name in names if self.rescales_input(name)]
         if self.feedforward not in ("default", ()) and not taken:
-            raise TargetError(f"feedforward: {self.feedforward!r} matches no adapted site, such as {names[0]}")
-        kinds = {_any_layer(name) for name in taken} & {_any_layer(name) for name in names if name not in taken}
+            raise TargetError(
+                f"feedforward: {self.feedforward!r} matches no adapted site, such as {names[0]}"
+            )
+        kinds = {_any_layer(name) for name in taken} & {
+            _any_layer(name) for name in names if name not in taken
+        }
         if kinds:
-            raise TargetError(f"feedforward: takes some layers of {min(kinds)} and not others; take all or none")
+            raise TargetError(
+                f"feedforward: takes some layers of {min(kinds)} and not others; take all or none"
+            )
 
     def rescales_input(self, name: str) -> bool:
-        """Return whether the input of the site of this Hugging Face name is rescaled, in place of its output."""
+        """Return whether the input of the site of this Hugging Face name is rescaled, in place of
+        its output.
+        """
         return full_match(self.feedforward_expression, name) is not None
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Make `l` of ones."""
         del kernel, rng
         n_in, n_out = site.shape
-        return {"ia3_l": jnp.ones((n_in, 1) if self.rescales_input(site.name) else (1, n_out), jnp.float32)}
+        return {
+            "ia3_l": jnp.ones(
+                (n_in, 1) if self.rescales_input(site.name) else (1, n_out), jnp.float32
+            )
+        }
 
     @staticmethod
     def compute(call: Call) -> Any:

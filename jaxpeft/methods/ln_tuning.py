@@ -1,9 +1,10 @@
 """LayerNorm tuning: only the norms are trained.
 
-    y = scale * (x - mean(x)) / sqrt(var(x) + eps) + bias,    scale and bias trained; RMSNorm likewise
+    y = scale * (x - mean(x)) / sqrt(var(x) + eps) + bias,
+        scale and bias trained; RMSNorm likewise
 
-Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning", section 3
-(arXiv:2312.11420).
+Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning",
+section 3 (arXiv:2312.11420).
 """
 
 from __future__ import annotations
@@ -47,10 +48,18 @@ class LNTuning(Selected):
     )
     base_leaves: ClassVar[frozenset[str]] = frozenset({"scale", "bias"})
     usual_targets: ClassVar[tuple[str, ...]] = (
-        "input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm", "LayerNorm", "sa_layer_norm",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+        "q_norm",
+        "k_norm",
+        "LayerNorm",
+        "sa_layer_norm",
         "output_layer_norm",
-    )  # fmt: skip
+    )
 
     targets: str | tuple[str, ...] = option(
-        "default", "list of name suffixes, a regular expression, or 'default' for all norms of the known models"
+        "default",
+        "list of name suffixes, a regular expression, or 'default' for all norms of the known"
+        " models",
     )

@@ -2,11 +2,12 @@
 
     s A B = the r largest singular triples of W - Q
 
-`W` is the kernel as the model's files have it, `Q` the same kernel as the quantized base gives it. This is one round of the
-paper's alternation, which leaves `Q` as it is. The kernels are read from the files one after the other; a site whose kernel is not quantized starts as LoRA does.
+`W` is the kernel as the model's files have it, `Q` the same kernel as the quantized base gives it.
+This is one round of the paper's alternation, which leaves `Q` as it is. The kernels are read from
+the files one after the other; a site whose kernel is not quantized starts as LoRA does.
 
-Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", section 3.2, algorithm 1 with T = 1
-(arXiv:2310.08659).
+Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", section 3.2,
+algorithm 1 with T = 1 (arXiv:2310.08659).
 """
 
 from __future__ import annotations
@@ -57,13 +58,17 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
             error = original(site, i) - kernel_of(site, node, i)
             own_a, own_b = starts.largest(error, method.site_rank(name), method.site_scale(name))
             index = tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else ()
-            a[*index, :, : own_a.shape[1]] = own_a  # where the kernel has fewer, the other columns start as LoRA's do
+            a[*index, :, : own_a.shape[1]] = (
+                own_a  # where the kernel has fewer, the other columns start as LoRA's do
+            )
             b[*index, : own_b.shape[0]] = own_b
-        made |= {(*site.path, name): jnp.asarray(leaf) for name, leaf in zip(names, (a, b), strict=True)}
+        made |= {
+            (*site.path, name): jnp.asarray(leaf) for name, leaf in zip(names, (a, b), strict=True)
+        }
     if not made:
         raise ConfigError(
-            "method.init_weights: 'loftq' makes up for a quantized base, and no kernel that is adapted is quantized; "
-            "give another start"
+            "method.init_weights: 'loftq' makes up for a quantized base, and no kernel that is"
+            " adapted is quantized; give another start"
         )
     tree = paths.map_with_path(made.get, params)
     return dataclasses.replace(method, init_weights="default"), tree

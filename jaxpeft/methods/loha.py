@@ -2,13 +2,15 @@ r"""LoHa: the elementwise product of two low-rank matrices beside a frozen kerne
 
     y = x W + s x ((B1 A1) * (B2 A2)),    B: [in, r],  A: [r, out],  s = alpha / r
 
-The product has rank up to `r^2`. It is itself a product of two matrices, one row of the first being the products of all pairs
-of `B1`'s and `B2`'s row, `[in, r^2]`, and likewise `[r^2, out]`: that way where it takes less work than the `[in, out]` matrix.
-`B2` starts at zero and the others uniform, so a fresh adapter leaves every output as it was.
+The product has rank up to `r^2`. It is itself a product of two matrices, one row of the first being
+the products of all pairs of `B1`'s and `B2`'s row, `[in, r^2]`, and likewise `[r^2, out]`: that way
+where it takes less work than the `[in, out]` matrix. `B2` starts at zero and the others uniform, so
+a fresh adapter leaves every output as it was.
 
-Hyeon-Woo et al. 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning", proposition 1
-(arXiv:2108.06098); as an adapter, with its two ways of dropout, Yeh et al. 2023, "Navigating Text-To-Image Customization: From
-LyCORIS Fine-Tuning to Model Evaluation", section 3 (arXiv:2309.14859).
+Hyeon-Woo et al. 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated
+Learning", proposition 1 (arXiv:2108.06098); as an adapter, with its two ways of dropout, Yeh et al.
+2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
+section 3 (arXiv:2309.14859).
 """
 
 from __future__ import annotations
@@ -33,16 +35,23 @@ if TYPE_CHECKING:
 
 
 _LEAVES = (
-        "loha_w1_a", "loha_w1_b", "loha_w2_a", "loha_w2_b", "loha_scale", "loha_rank_dropout", "loha_module_dropout",
-    )  # fmt: skip
+    "loha_w1_a",
+    "loha_w1_b",
+    "loha_w2_a",
+    "loha_w2_b",
+    "loha_scale",
+    "loha_rank_dropout",
+    "loha_module_dropout",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoHa(Ranked):
     """Low-rank Hadamard product at linear sites.
 
-    Leaves of a site: `loha_w1_a [r, out]`, `loha_w1_b [in, r]`, `loha_w2_a`, `loha_w2_b` likewise, trained; `loha_scale []`,
-    and the rates of dropout where they are not zero, not trained. All float32.
+    Leaves of a site: `loha_w1_a [r, out]`, `loha_w1_b [in, r]`, `loha_w2_a`, `loha_w2_b` likewise,
+    trained; `loha_scale []`, and the rates of dropout where they are not zero, not trained. All
+    float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -71,8 +80,12 @@ class LoHa(Ranked):
         ignored=frozenset({"init_weights", "use_effective_conv2d"}),
     )
 
-    rank_dropout: float = option(0.0, "rate at which outputs of the update are left out", at_least=0, below=1)
-    module_dropout: float = option(0.0, "rate at which the whole update of a site is left out", at_least=0, below=1)
+    rank_dropout: float = option(
+        0.0, "rate at which outputs of the update are left out", at_least=0, below=1
+    )
+    module_dropout: float = option(
+        0.0, "rate at which the whole update of a site is left out", at_least=0, below=1
+    )
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
         """Make `B2` of zeros, the others uniform as PEFT has them."""
@@ -89,7 +102,9 @@ class LoHa(Ranked):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `x W + s x ((B1 A1) * (B2 A2))`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + s x ((B1 A1) * (B2 A2))`, `[..., in] -> [..., out]`, in the dtype of `x
+        W`.
+        """
         y = call.base(call.x)
         update = call.each(_update, call.x.astype(y.dtype)).astype(y.dtype)
         return y + dropping.kept(call, LoHa.name, update, scaled=True)

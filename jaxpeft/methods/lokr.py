@@ -1,14 +1,16 @@
 r"""LoKr: a Kronecker product beside a frozen kernel, its factors of low rank where that is smaller.
 
-    y = x W + s x (K1 (x) K2),    K1: [in1, out1],  K2: [in2, out2],  in = in1 in2,  out = out1 out2,  s = alpha / r
+    y = x W + s x (K1 (x) K2),    K1: [in1, out1],    K2: [in2, out2],    in = in1 in2,
+        out = out1 out2,    s = alpha / r
 
-`in` and `out` are split into two factors each, near to one another or with the first near to `decompose_factor`. `K2` is a
-product `B A` of rank r where r is below half its longer side, and so is `K1` with `decompose_both`. With `x` as a matrix
-`[in1, in2]` the product is `K1' x K2`, so the `[in, out]` matrix is never made. `K1` starts at zero, so a fresh adapter leaves
-every output as it was.
+`in` and `out` are split into two factors each, near to one another or with the first near to
+`decompose_factor`. `K2` is a product `B A` of rank r where r is below half its longer side, and so
+is `K1` with `decompose_both`. With `x` as a matrix `[in1, in2]` the product is `K1' x K2`, so the
+`[in, out]` matrix is never made. `K1` starts at zero, so a fresh adapter leaves every output as it
+was.
 
-Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", section 3
-(arXiv:2309.14859).
+Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
+Evaluation", section 3 (arXiv:2309.14859).
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ _FACTORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w
 class LoKr(Ranked):
     """Kronecker product at linear sites.
 
-    Leaves of a site, the factors trained: `lokr_w1 [in1, out1]`, or `lokr_w1_a [r, out1]` and `lokr_w1_b [in1, r]`;
-    `lokr_w2 [in2, out2]`, or `lokr_w2_a [r, out2]` and `lokr_w2_b [in2, r]`; `lokr_scale []`, and the rates of dropout where
-    they are not zero, not trained. All float32.
+    Leaves of a site, the factors trained: `lokr_w1 [in1, out1]`, or `lokr_w1_a [r, out1]` and
+    `lokr_w1_b [in1, r]`; `lokr_w2 [in2, out2]`, or `lokr_w2_a [r, out2]` and `lokr_w2_b [in2, r]`;
+    `lokr_scale []`, and the rates of dropout where they are not zero, not trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -49,11 +51,18 @@ class LoKr(Ranked):
 
     name: ClassVar[str] = "lokr"
     paper: ClassVar[str] = "arXiv:2309.14859"
-    leaves: ClassVar[LeafSpec] = LeafSpec(site=(
-        "lokr_scale", *_FACTORS, "lokr_rank_dropout", "lokr_rank_dropout_scale", "lokr_module_dropout",
-    ), trained=frozenset(_FACTORS),
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=(
+            "lokr_scale",
+            *_FACTORS,
+            "lokr_rank_dropout",
+            "lokr_rank_dropout_scale",
+            "lokr_module_dropout",
+        ),
+        trained=frozenset(_FACTORS),
         # the sizes of the factors are options as well
-        rank_pads=False, )  # fmt: skip
+        rank_pads=False,
+    )
     peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
         tensors={leaf: leaf for leaf in _FACTORS},
         type="LOKR",
@@ -68,15 +77,27 @@ class LoKr(Ranked):
     )
 
     decompose_both: bool = option(False, "make the first factor of low rank as well")
-    decompose_factor: int = option(-1, "what the first factor of in and of out is near to; -1 for their square roots")
-    rank_dropout: float = option(0.0, "rate at which outputs of the update are left out", at_least=0, below=1)
-    rank_dropout_scale: bool = option(False, "let outputs that stay grow by as much as others are left out")
-    module_dropout: float = option(0.0, "rate at which the whole update of a site is left out", at_least=0, below=1)
+    decompose_factor: int = option(
+        -1, "what the first factor of in and of out is near to; -1 for their square roots"
+    )
+    rank_dropout: float = option(
+        0.0, "rate at which outputs of the update are left out", at_least=0, below=1
+    )
+    rank_dropout_scale: bool = option(
+        False, "let outputs that stay grow by as much as others are left out"
+    )
+    module_dropout: float = option(
+        0.0, "rate at which the whole update of a site is left out", at_least=0, below=1
+    )
 
     def problems(self) -> list[str]:
         """List options that exclude each other."""
         wrong = self.decompose_factor < 1 and self.decompose_factor != -1
-        found = [f"decompose_factor: must be -1 or at least 1, is {self.decompose_factor}"] if wrong else []
+        found = (
+            [f"decompose_factor: must be -1 or at least 1, is {self.decompose_factor}"]
+            if wrong
+            else []
+        )
         return super().problems() + found
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
@@ -105,12 +126,16 @@ class LoKr(Ranked):
         """Compute `x W + s x (K1 (x) K2)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(call.x)
         update = call.each(_update, call.x.astype(y.dtype)).astype(y.dtype)
-        return y + dropping.kept(call, LoKr.name, update, scaled="lokr_rank_dropout_scale" in call.leaves)
+        return y + dropping.kept(
+            call, LoKr.name, update, scaled="lokr_rank_dropout_scale" in call.leaves
+        )
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Return `W + s K1 (x) K2`."""
-        first, second = (functools.reduce(product, _factor(leaves, name)) for name in ("lokr_w1", "lokr_w2"))
+        first, second = (
+            functools.reduce(product, _factor(leaves, name)) for name in ("lokr_w1", "lokr_w2")
+        )
         return {"kernel": base["kernel"] + leaves["lokr_scale"] * jnp.kron(first, second)}
 
 
@@ -138,7 +163,8 @@ def factors(n: int, near: int = -1) -> tuple[int, int]:
 
     Args:
         n: at least 1.
-        near: what the first is at most, and equal to where it divides `n`; -1 for as near to one another as can be.
+        near: what the first is at most, and equal to where it divides `n`; -1 for as near to one
+            another as can be.
     """
     if near > 0 and n % near == 0:
         return near, n // near

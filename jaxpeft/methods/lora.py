@@ -1,23 +1,30 @@
 r"""LoRA: a low-rank update beside a frozen kernel.
 
-    y = x W + s (D(x) A) B,    A: [in, r],  B: [r, out],  s = alpha / r, or alpha / sqrt(r) with rsLoRA
+    y = x W + s (D(x) A) B,    A: [in, r],    B: [r, out],
+        s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
-`D` is dropout. `A` starts uniform, `B` at zero, so a fresh adapter leaves every output as it was. `A` and `B` are float32
-whatever the base is; the products run in the model's compute dtype. On an embedding `x` is the one-hot row of a token.
+`D` is dropout. `A` starts uniform, `B` at zero, so a fresh adapter leaves every output as it was.
+`A` and `B` are float32 whatever the base is; the products run in the model's compute dtype. On an
+embedding `x` is the one-hot row of a token.
 
-`init_weights` chooses another start. One that begins in a part of `W` takes that part off again, `- s (D(x) A0) B0` with the
-frozen start `A0`, `B0`, so the base is never changed; in files such an adapter is a plain LoRA of twice the rank.
+`init_weights` chooses another start. One that begins in a part of `W` takes that part off again, `-
+s (D(x) A0) B0` with the frozen start `A0`, `B0`, so the base is never changed; in files such an
+adapter is a plain LoRA of twice the rank.
 
 * `gaussian`: `A ~ N(0, 1/r^2)`; `orthogonal`: neither factor is zero, their product is;
-* `pissa`: the r largest singular triples of `W` (Meng et al. 2024, equations 2 to 4, arXiv:2404.02948);
-* `olora`: the first r columns and rows of the QR factors of `W'` (Büyükakyüz 2024, section 3, arXiv:2406.01775);
-* `eva`: the directions in which the site's inputs vary most over the first batches, and the ranks given to those sites where
-  they explain most (Paischer et al. 2024, section 3, arXiv:2410.07170);
-* `loftq`: the r largest singular triples of what a quantized base lost (Li et al. 2023, section 3.2, arXiv:2310.08659).
+* `pissa`: the r largest singular triples of `W` (Meng et al. 2024, equations 2 to 4,
+  arXiv:2404.02948);
+* `olora`: the first r columns and rows of the QR factors of `W'` (Büyükakyüz 2024, section 3,
+  arXiv:2406.01775);
+* `eva`: the directions in which the site's inputs vary most over the first batches, and the ranks
+  given to those sites where they explain most (Paischer et al. 2024, section 3, arXiv:2410.07170);
+* `loftq`: the r largest singular triples of what a quantized base lost (Li et al. 2023, section
+  3.2, arXiv:2310.08659).
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1 (arXiv:2106.09685); the scaling of rsLoRA is
-Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732); `lora_plus_ratio` is
-Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", section 4 (arXiv:2402.12354).
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1
+(arXiv:2106.09685); the scaling of rsLoRA is Kalajdzievski 2023, "A Rank Stabilization Scaling
+Factor for Fine-Tuning with LoRA" (arXiv:2312.03732); `lora_plus_ratio` is Hayou et al. 2024,
+"LoRA+: Efficient Low Rank Adaptation of Large Models", section 4 (arXiv:2402.12354).
 """
 
 from __future__ import annotations
@@ -59,36 +66,48 @@ class LoRAFormat(TargetedFormat[M]):
             a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
             b = jnp.concatenate([b, -leaves["lora_b0"]])
         names = _names(site)
-        return {names[0]: a.T, names[1]: b.T} | ({"lora_B.bias": leaves["lora_bias"]} if "lora_bias" in leaves else {})
+        return {names[0]: a.T, names[1]: b.T} | (
+            {"lora_B.bias": leaves["lora_bias"]} if "lora_bias" in leaves else {}
+        )
 
     def unpack(self, method: M, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
         """Return A and B."""
         names = _names(site)
         found = {"lora_a": tensors[names[0]].T, "lora_b": tensors[names[1]].T}
-        return {**fresh, **found} | ({"lora_bias": tensors["lora_B.bias"]} if "lora_bias" in fresh else {})
+        return {**fresh, **found} | (
+            {"lora_bias": tensors["lora_B.bias"]} if "lora_bias" in fresh else {}
+        )
 
     def write_options(self, method: M) -> dict[str, Any]:
         """Return the options of the plain LoRA that the files are."""
-        return super().write_options(method.saved()) | {"init_lora_weights": True, "fan_in_fan_out": False}
+        return super().write_options(method.saved()) | {
+            "init_lora_weights": True,
+            "fan_in_fan_out": False,
+        }
 
     def reads(self, kind: type[M], config: Mapping[str, Any]) -> bool:
         """Return whether an `adapter_config.json` is of a LoRA; with `use_dora` it is DoRA's."""
         return super().reads(kind, config) and not config.get("use_dora")
 
-    def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[M], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read LoRA's options; what changed the base when training began is refused."""
         past = str(config.get("init_lora_weights", "")).lower()
         values, problems = super().read_options(kind, config)
         if past.startswith(_BASE_CHANGING):
             problems.append(
-                f"init_lora_weights: {past!r} changed the base when training began; save it converted to plain LoRA "
-                "(in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+                f"init_lora_weights: {past!r} changed the base when training began; save it"
+                " converted to plain LoRA (in PEFT: save_pretrained(...,"
+                " path_initial_model_for_weight_conversion=...))"
             )
         return values, problems
 
 
 def _low_rank(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
-    """Return A and s B; None with dropout, a bias of B's own, or a start that is taken off, which must cancel to the bit."""
+    """Return A and s B; None with dropout, a bias of B's own, or a start that is taken off, which
+    must cancel to the bit.
+    """
     if "lora_bias" in leaves or "lora_a0" in leaves or (training and "lora_dropout" in leaves):
         return None
     return leaves["lora_a"], leaves["lora_scale"] * leaves["lora_b"]
@@ -98,9 +117,9 @@ def _low_rank(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
 class LoRA(Biased, Ranked):
     """Low-rank adaptation of linear sites and embeddings.
 
-    Leaves of a site: `lora_a [in, r]`, `lora_b [r, out]` and, if asked for, `lora_bias [out]`, trained; `lora_scale []`,
-    `lora_dropout []` where the rate is not zero, and the start `lora_a0`, `lora_b0` where it is a part of the base, not
-    trained. All float32.
+    Leaves of a site: `lora_a [in, r]`, `lora_b [r, out]` and, if asked for, `lora_bias [out]`,
+    trained; `lora_scale []`, `lora_dropout []` where the rate is not zero, and the start `lora_a0`,
+    `lora_b0` where it is a part of the base, not trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -108,44 +127,71 @@ class LoRA(Biased, Ranked):
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "arXiv:2106.09685"
-    leaves: ClassVar[LeafSpec] = LeafSpec(site=(
-        "lora_a", "lora_b", "lora_scale", "lora_dropout", "lora_a0", "lora_b0", "lora_bias",
-    ), trained=frozenset({"lora_a", "lora_b", "lora_bias"}), )  # fmt: skip
+    leaves: ClassVar[LeafSpec] = LeafSpec(
+        site=(
+            "lora_a",
+            "lora_b",
+            "lora_scale",
+            "lora_dropout",
+            "lora_a0",
+            "lora_b0",
+            "lora_bias",
+        ),
+        trained=frozenset({"lora_a", "lora_b", "lora_bias"}),
+    )
     sites: ClassVar[SiteSpec] = SiteSpec(kinds=("linear", "embedding"), low_rank=_low_rank)
-    peft: ClassVar[PeftFormat[Any]] = LoRAFormat(type="LORA", options={
-        **TARGET_OPTIONS,
-        "r": "rank",
-        "lora_alpha": "alpha",
-        "lora_dropout": "dropout",
-        "use_rslora": "rslora",
-        "bias": "bias",
-        "lora_bias": "lora_bias",
-        "rank_pattern": "rank_pattern",
-        "alpha_pattern": "alpha_pattern",
-    },
-        # PEFT always writes both; its defaults in their place would be another adapter, without a word
-        required=("r", "lora_alpha"), ignored=frozenset({
-        "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "qalora_group_size",
-        "megatron_core", "ensure_weight_tying",
-    }), beside=TOKEN_INDICES, )  # fmt: skip
+    peft: ClassVar[PeftFormat[Any]] = LoRAFormat(
+        type="LORA",
+        options={
+            **TARGET_OPTIONS,
+            "r": "rank",
+            "lora_alpha": "alpha",
+            "lora_dropout": "dropout",
+            "use_rslora": "rslora",
+            "bias": "bias",
+            "lora_bias": "lora_bias",
+            "rank_pattern": "rank_pattern",
+            "alpha_pattern": "alpha_pattern",
+        },
+        # PEFT always writes both; its defaults in their place would be another adapter, without a
+        # word
+        required=("r", "lora_alpha"),
+        ignored=frozenset(
+            {
+                "init_lora_weights",
+                "eva_config",
+                "loftq_config",
+                "corda_config",
+                "lora_ga_config",
+                "qalora_group_size",
+                "megatron_core",
+                "ensure_weight_tying",
+            }
+        ),
+        beside=TOKEN_INDICES,
+    )
 
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) in place of alpha / rank")
     bias: Literal["none", "all", "lora_only"] = bias_option()
     lora_bias: bool = option(False, "train a bias beside B as well")
-    init_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"] = option(
-        "default", "how A and B begin"
+    init_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"] = (
+        option("default", "how A and B begin")
     )
     lora_plus_ratio: float = option(1.0, "learning rate of B as a multiple of that of A", above=0)
     eva_batches: int = option(8, "batches that the start 'eva' looks at", at_least=1)
-    eva_rho: float = option(2.0, "most rank that the start 'eva' gives a site, as a multiple of rank", at_least=1)
+    eva_rho: float = option(
+        2.0, "most rank that the start 'eva' gives a site, as a multiple of rank", at_least=1
+    )
 
     def problems(self) -> list[str]:
         """List options that exclude each other."""
         found = super().problems()
         for name, usual in (("eva_batches", 8), ("eva_rho", 2.0)):
             if self.init_weights != "eva" and getattr(self, name) != usual:
-                found.append(f"{name}: is for init_weights 'eva', which is {self.init_weights!r}; remove it")
+                found.append(
+                    f"{name}: is for init_weights 'eva', which is {self.init_weights!r}; remove it"
+                )
         return found
 
     def site_scale(self, name: str) -> float:
@@ -171,7 +217,9 @@ class LoRA(Biased, Ranked):
         return self.lora_plus_ratio if path[-1].endswith("_b") else 1.0
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Return A and B the start that the data or the model's files give, where `init_weights` asks for one."""
+        """Return A and B the start that the data or the model's files give, where `init_weights`
+        asks for one.
+        """
         begin = _FROM_RUN.get(self.init_weights)
         return begin(self, params, run) if begin is not None else (self, params)
 
@@ -235,4 +283,8 @@ def _product(x: Any, a: Any, b: Any) -> Any:
 
 
 def _names(site: Site) -> tuple[str, str]:
-    return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    return (
+        ("lora_embedding_A", "lora_embedding_B")
+        if site.kind == "embedding"
+        else ("lora_A.weight", "lora_B.weight")
+    )

@@ -2,12 +2,14 @@ r"""LoRA-FA: LoRA whose A stays as it began; B alone is trained.
 
     y = x W + s (D(x) A) B,    A: [in, r] frozen,  B: [r, out] trained
 
-The gradient of B needs `x A`, `r` numbers a token, and not the input `x` itself, which LoRA keeps for the gradient of A.
+The gradient of B needs `x A`, `r` numbers a token, and not the input `x` itself, which LoRA keeps
+for the gradient of A.
 
-Leaves, computation, and files are LoRA's: PEFT knows such an adapter as a plain LoRA, A included, and reading it gives LoRA.
+Leaves, computation, and files are LoRA's: PEFT knows such an adapter as a plain LoRA, A included,
+and reading it gives LoRA.
 
-Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", section 3
-(arXiv:2308.03303).
+Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
+Fine-tuning", section 3 (arXiv:2308.03303).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class LoRAFAFormat(LoRAFormat["LoRAFA"]):
 class LoRAFA(LoRA):
     """LoRA of linear sites with A frozen.
 
-    On an embedding A begins at zero, and would leave B without a gradient; such sites are not adapted.
+    On an embedding A begins at zero, and would leave B without a gradient; such sites are not
+    adapted.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -60,5 +63,8 @@ class LoRAFA(LoRA):
         """List options that exclude each other, and the one that needs a trained A."""
         found = super().problems()
         if self.lora_plus_ratio != 1:
-            found.append("lora_plus_ratio: compares B with A, and A is not trained; set the learning rate itself")
+            found.append(
+                "lora_plus_ratio: compares B with A, and A is not trained; set the learning rate"
+                " itself"
+            )
         return found

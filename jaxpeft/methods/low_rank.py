@@ -1,8 +1,9 @@
 r"""The product with a low-rank matrix, `x A B`, and its gradient written for speed.
 
-Differentiating `(x @ a) @ b` by rule gives `B`'s gradient as `(dy^T h)^T`: XLA then copies the large `dy` into transposed
-order, and computes again, element by element in that order, whatever `dy` was fused from. Here each large array is the
-operand that stays as it is, and only the narrow ones are transposed:
+Differentiating `(x @ a) @ b` by rule gives `B`'s gradient as `(dy^T h)^T`: XLA then copies the
+large `dy` into transposed order, and computes again, element by element in that order, whatever
+`dy` was fused from. Here each large array is the operand that stays as it is, and only the narrow
+ones are transposed:
 
     h = x A,    dh = dy B^T,    dA = (dh^T x)^T,    dB = h^T dy,    dx = dh A^T
 

@@ -1,4 +1,6 @@
-"""The product with a matrix that is made of fewer numbers, as large as a kernel, and kept for no longer than the product."""
+"""The product with a matrix that is made of fewer numbers, as large as a kernel, and kept for no
+longer than the product.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from jaxpeft.lazy import jax
 
 
 def through(make: Callable[[Leaves], Any], leaves: Leaves, x: Any) -> Any:
-    """Compute `x M(leaves)`; the backward pass makes `M` again, as one for every site would be a second model.
+    """Compute `x M(leaves)`; the backward pass makes `M` again, as one for every site would be a
+    second model.
 
     Args:
         make: gives `M`, `[in, out]` float32, of the leaves.

@@ -2,15 +2,17 @@ r"""MiSS: one small matrix that all shards of a frozen kernel share.
 
     y = x W + (x1 + ... + xn) D,    x = [x1, ..., xn], shards of r inputs each,  D: [r, out]
 
-The inputs are filled up with zeros where r does not divide them. `variant` chooses another form of `D`:
+The inputs are filled up with zeros where r does not divide them. `variant` chooses another form of
+`D`:
 
 * `mini`: `D` is `[r, mini_rank]`, repeated along the outputs;
-* `bat`: the update of the shard of r inputs and r outputs `Wij` of the kernel depends on the shard, `Dj' Wij + Dj'`, with one
-  `Dj: [r, r]` for each r outputs.
+* `bat`: the update of the shard of r inputs and r outputs `Wij` of the kernel depends on the shard,
+  `Dj' Wij + Dj'`, with one `Dj: [r, r]` for each r outputs.
 
 `D` starts at zero, so a fresh adapter leaves every output as it was.
 
-Kang and Yin 2024, "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing", section 3 (arXiv:2409.15371).
+Kang and Yin 2024, "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing",
+section 3 (arXiv:2409.15371).
 """
 
 from __future__ import annotations
@@ -40,9 +42,13 @@ class MiSSFormat(TargetedFormat["MiSS"]):
 
     def write_options(self, method: MiSS) -> dict[str, Any]:
         """Return the options; PEFT names the variant in `init_weights`."""
-        return super().write_options(method) | {"init_weights": True if method.variant == "balance" else method.variant}
+        return super().write_options(method) | {
+            "init_weights": True if method.variant == "balance" else method.variant
+        }
 
-    def read_options(self, kind: type[MiSS], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[MiSS], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read MiSS's options; any other start than that of a variant is the one in balance."""
         values, problems = super().read_options(kind, config)
         start = config.get("init_weights")
@@ -53,11 +59,12 @@ class MiSSFormat(TargetedFormat["MiSS"]):
 class MiSS(Biased):
     """Shard sharing at linear sites.
 
-    Leaves of a site: `miss_block`, `[r, out]`, of `mini` `[r, mini_rank]`, of `bat` `[out / r, r, r]`, trained;
-    `miss_dropout []` where the rate is not zero, not trained. All float32.
+    Leaves of a site: `miss_block`, `[r, out]`, of `mini` `[r, mini_rank]`, of `bat` `[out / r, r,
+    r]`, trained; `miss_dropout []` where the rate is not zero, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, options exclude each other, or the shards do not fit a site.
+        ConfigError: an option is out of range, options exclude each other, or the shards do not fit
+            a site.
     """
 
     name: ClassVar[str] = "miss"
@@ -97,13 +104,27 @@ class MiSS(Biased):
         """
         del kernel, rng
         (n_in, n_out), rank = site.shape, self.rank
-        shapes = {"balance": (rank, n_out), "mini": (rank, self.mini_rank), "bat": (n_out // rank, rank, rank)}
-        whole = {"balance": True, "mini": n_out % self.mini_rank == 0, "bat": not (n_in % rank or n_out % rank)}
+        shapes = {
+            "balance": (rank, n_out),
+            "mini": (rank, self.mini_rank),
+            "bat": (n_out // rank, rank, rank),
+        }
+        whole = {
+            "balance": True,
+            "mini": n_out % self.mini_rank == 0,
+            "bat": not (n_in % rank or n_out % rank),
+        }
         if rank > n_in or not whole[self.variant]:
-            shards = f"rank {rank}" + (f" and mini_rank {self.mini_rank}" if self.variant == "mini" else "")
-            raise ConfigError(f"miss: the kernel of {site.name}, {n_in} by {n_out}, does not split by {shards}")
+            shards = f"rank {rank}" + (
+                f" and mini_rank {self.mini_rank}" if self.variant == "mini" else ""
+            )
+            raise ConfigError(
+                f"miss: the kernel of {site.name}, {n_in} by {n_out}, does not split by {shards}"
+            )
         leaves = {"miss_block": jnp.zeros(shapes[self.variant], jnp.float32)}
-        return leaves | ({"miss_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        return leaves | (
+            {"miss_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
     @staticmethod
     def compute(call: Call) -> Any:
@@ -112,7 +133,9 @@ class MiSS(Biased):
         x = dropped(call, call.x.astype(y.dtype), "miss_dropout")
         bat = call.leaves["miss_block"].ndim - (call.rows is not None) == 3
         kernel, width = call.kernel() if bat else None, y.shape[-1]
-        return y + call.each(lambda leaves, x: _update(leaves["miss_block"], x, kernel, width), x).astype(y.dtype)
+        return y + call.each(
+            lambda leaves, x: _update(leaves["miss_block"], x, kernel, width), x
+        ).astype(y.dtype)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
     LoRA on attention, adapters on feed-forward, BitFit on norms
 
-Each computes its own sites; what is trained is what any of them trains. Mao et al. 2021, "UniPELT: A Unified Framework for
-Parameter-Efficient Language Model Tuning", section 3, without its gates (arXiv:2110.07577).
+Each computes its own sites; what is trained is what any of them trains. Mao et al. 2021, "UniPELT:
+A Unified Framework for Parameter-Efficient Language Model Tuning", section 3, without its gates
+(arXiv:2110.07577).
 """
 
 from __future__ import annotations
@@ -41,22 +42,36 @@ class MixedFormat(PeftFormat["Mixed"]):
 class Mixed(Method):
     """A method made of methods, in the order in which they are applied.
 
-    Two of them may not put the same leaves at one site; where they are of the same kind, their targets must not overlap.
+    Two of them may not put the same leaves at one site; where they are of the same kind, their
+    targets must not overlap.
     """
 
     name: ClassVar[str] = "mixed"
     paper: ClassVar[str] = "arXiv:2110.07577"
     peft: ClassVar[PeftFormat[Any]] = MixedFormat()
 
-    methods: tuple[core.Method, ...] = option((), "the methods, each a section with its `name` and options", read=_read)
+    methods: tuple[core.Method, ...] = option(
+        (), "the methods, each a section with its `name` and options", read=_read
+    )
 
     def problems(self) -> list[str]:
         """List what cannot be put together."""
-        found = ["methods: names fewer than two; use the method itself"] if len(self.methods) < 2 else []
-        found += ["methods: holds a mixed method; write its methods out" for m in self.methods if isinstance(m, Mixed)]
+        found = (
+            ["methods: names fewer than two; use the method itself"]
+            if len(self.methods) < 2
+            else []
+        )
+        found += [
+            "methods: holds a mixed method; write its methods out"
+            for m in self.methods
+            if isinstance(m, Mixed)
+        ]
         whole = [m.name for m in self.methods if m.leaves.root]
         if len(set(whole)) < len(whole) or len(whole) > 1:
-            found.append(f"methods: {' and '.join(whole)} each keep leaves for the whole model; take one of them")
+            found.append(
+                f"methods: {' and '.join(whole)} each keep leaves for the whole model; take one of"
+                " them"
+            )
         for i, part in enumerate(self.methods):
             for other in self.methods[:i]:
                 if (
@@ -65,15 +80,18 @@ class Mixed(Method):
                     and part.leaves.trained != other.leaves.trained
                 ):
                     found.append(
-                        f"methods: {other.name} and {part.name} train other ones of the same leaves; take one of them"
+                        f"methods: {other.name} and {part.name} train other ones of the same"
+                        " leaves; take one of them"
                     )
                 if type(part) is type(other) and isinstance(part, training_hooks.Optimizing):
                     found.append(
-                        f"methods: two {part.name} would each wrap the optimizer; put the sites of both into one"
+                        f"methods: two {part.name} would each wrap the optimizer; put the sites of"
+                        " both into one"
                     )
             if getattr(part, "init_weights", "") == "eva":
                 found.append(
-                    "methods: init_weights 'eva' gives ranks to the sites of one method alone; take another start"
+                    "methods: init_weights 'eva' gives ranks to the sites of one method alone; take"
+                    " another start"
                 )
         return found
 

@@ -1,17 +1,20 @@
-r"""OFT: the input of a frozen kernel is rotated, block by block, so that the angles between its columns stay as they are.
+r"""OFT: the input of a frozen kernel is rotated, block by block, so that the angles between its
+columns stay as they are.
 
     y = (x R) W + b,    R = diag(R1, ..., Rb),    Ri: [k, k] orthogonal,  in = b k
 
-A block is the Cayley transform of a skew-symmetric matrix `S`, of which the numbers above the diagonal are trained:
-`R = (I - S) (I + S)^-1`, or, much cheaper and nearly orthogonal, some terms of the Neumann series of its inverse (as in PEFT):
+A block is the Cayley transform of a skew-symmetric matrix `S`, of which the numbers above the
+diagonal are trained: `R = (I - S) (I + S)^-1`, or, much cheaper and nearly orthogonal, some terms
+of the Neumann series of its inverse (as in PEFT):
 
     R = I + 2 S + 2 S^2 + ... + 2 S^(n-2) + S^(n-1),    n = neumann_terms
 
-With `eps` (COFT) each `S` is kept within a ball about zero, of radius `eps / sqrt(b)` in Frobenius norm. `S` starts at zero, so
-a fresh adapter leaves every output as it was.
+With `eps` (COFT) each `S` is kept within a ball about zero, of radius `eps / sqrt(b)` in Frobenius
+norm. `S` starts at zero, so a fresh adapter leaves every output as it was.
 
-Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", section 3 (arXiv:2306.07280); on the input's
-side and with the Neumann series, Qiu et al. 2025, "Orthogonal Finetuning Made Scalable" (arXiv:2506.19847).
+Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", section 3
+(arXiv:2306.07280); on the input's side and with the Neumann series, Qiu et al. 2025, "Orthogonal
+Finetuning Made Scalable" (arXiv:2506.19847).
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ class OFTFormat(TargetedFormat["OFT"]):
     """How adapters of `OFT` stand in files."""
 
     def write_options(self, method: OFT) -> dict[str, Any]:
-        """Return the options; the version says that the Neumann series is that of PEFT since 0.18."""
+        """Return the options; the version says that the Neumann series is that of PEFT since
+        0.18.
+        """
         size = 0 if method.blocks else method.block_size or _SIZE
         own = {
             "r": method.blocks or 0,
@@ -57,12 +62,24 @@ class OFTFormat(TargetedFormat["OFT"]):
             "use_cayley_neumann": method.neumann_terms > 0,
             "num_cayley_neumann_terms": method.neumann_terms or _TERMS,
         }
-        return super().write_options(method) | own | ({} if method.eps is None else {"eps": method.eps})
+        return (
+            super().write_options(method)
+            | own
+            | ({} if method.eps is None else {"eps": method.eps})
+        )
 
-    def read_options(self, kind: type[OFT], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Read OFT's options; the Neumann series from before PEFT 0.18, which was another, is refused."""
+    def read_options(
+        self, kind: type[OFT], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Read OFT's options; the Neumann series from before PEFT 0.18, which was another, is
+        refused.
+        """
         values, problems = super().read_options(kind, config)
-        values = {key: value for key, value in values.items() if value or key not in ("blocks", "block_size")}
+        values = {
+            key: value
+            for key, value in values.items()
+            if value or key not in ("blocks", "block_size")
+        }
         series = bool(config.get("use_cayley_neumann"))
         values["neumann_terms"] = config.get("num_cayley_neumann_terms", _TERMS) if series else 0
         if config.get("coft"):
@@ -70,8 +87,8 @@ class OFTFormat(TargetedFormat["OFT"]):
         version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
         if series and (version is None or (int(version[1]), int(version[2])) < (0, 18)):
             problems.append(
-                f"use_cayley_neumann: peft_version is {config.get('peft_version')!r}, and before PEFT 0.18 the series was another one; "
-                "train it anew, or merge it there"
+                f"use_cayley_neumann: peft_version is {config.get('peft_version')!r}, and before"
+                " PEFT 0.18 the series was another one; train it anew, or merge it there"
             )
         return values, problems
 
@@ -80,13 +97,16 @@ class OFTFormat(TargetedFormat["OFT"]):
 class OFT(Biased):
     """Orthogonal fine-tuning of linear sites.
 
-    A size or number of blocks that does not divide `in` gives way to the nearest that does, as in PEFT.
+    A size or number of blocks that does not divide `in` gives way to the nearest that does, as in
+    PEFT.
 
-    Leaves of a site: `oft_r [b, k (k - 1) / 2]`, or `[1, ...]` where blocks share, trained; `oft_terms [n]` of the Neumann
-    series, `oft_eps []` and `oft_dropout []` where they are asked for, not trained. All float32.
+    Leaves of a site: `oft_r [b, k (k - 1) / 2]`, or `[1, ...]` where blocks share, trained;
+    `oft_terms [n]` of the Neumann series, `oft_eps []` and `oft_dropout []` where they are asked
+    for, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, options exclude each other, or blocks would be of one element.
+        ConfigError: an option is out of range, options exclude each other, or blocks would be of
+            one element.
     """
 
     name: ClassVar[str] = "oft"
@@ -97,16 +117,31 @@ class OFT(Biased):
         # zeros compute it, but would be trained
         zero_is_base=False,
     )
-    peft: ClassVar[PeftFormat[Any]] = OFTFormat(tensors={"oft_r": "oft_R.weight"}, untransposed=frozenset({"oft_r"}), type="OFT", options={
-        **TARGET_OPTIONS,
-        "r": "blocks",
-        "oft_block_size": "block_size",
-        "block_share": "block_share",
-        "module_dropout": "dropout",
-        "bias": "bias",
-    }, required=("r", "oft_block_size", "use_cayley_neumann"), ignored=frozenset({
-        "init_weights", "fan_in_fan_out", "peft_version", "use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps",
-    }), )  # fmt: skip
+    peft: ClassVar[PeftFormat[Any]] = OFTFormat(
+        tensors={"oft_r": "oft_R.weight"},
+        untransposed=frozenset({"oft_r"}),
+        type="OFT",
+        options={
+            **TARGET_OPTIONS,
+            "r": "blocks",
+            "oft_block_size": "block_size",
+            "block_share": "block_share",
+            "module_dropout": "dropout",
+            "bias": "bias",
+        },
+        required=("r", "oft_block_size", "use_cayley_neumann"),
+        ignored=frozenset(
+            {
+                "init_weights",
+                "fan_in_fan_out",
+                "peft_version",
+                "use_cayley_neumann",
+                "num_cayley_neumann_terms",
+                "coft",
+                "eps",
+            }
+        ),
+    )
 
     block_size: int | None = option(
         None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2
@@ -114,9 +149,14 @@ class OFT(Biased):
     blocks: int | None = option(None, "number b of blocks, in place of block_size", at_least=1)
     block_share: bool = option(False, "rotate all blocks of a site alike")
     neumann_terms: int = option(
-        _TERMS, "terms n of the Neumann series; 0 for the exact Cayley transform", at_least=0, at_most=1000
+        _TERMS,
+        "terms n of the Neumann series; 0 for the exact Cayley transform",
+        at_least=0,
+        at_most=1000,
     )
-    eps: float | None = option(None, "radius that COFT keeps S within, times sqrt(b); None for no limit", above=0)
+    eps: float | None = option(
+        None, "radius that COFT keeps S within, times sqrt(b); None for no limit", above=0
+    )
     dropout: float = option(0.0, "rate at which a block is not rotated", at_least=0, below=1)
     bias: Literal["none", "all", "oft_only"] = bias_option()
 
@@ -126,7 +166,10 @@ class OFT(Biased):
         if self.blocks is not None and self.block_size is not None:
             found.append("blocks: is in place of block_size; remove one of them")
         if self.neumann_terms == 1:
-            found.append("neumann_terms: one term is the identity, which trains nothing; give at least 2, or 0")
+            found.append(
+                "neumann_terms: one term is the identity, which trains nothing; give at least 2,"
+                " or 0"
+            )
         return found
 
     def site_block_size(self, site: Site) -> int:
@@ -142,7 +185,8 @@ class OFT(Biased):
             size = n_in // rotations.nearest_divisor(n_in, self.blocks)
         if size == 1:
             raise ConfigError(
-                f"oft: {site.name} takes {n_in} inputs, which would make blocks of one; choose other blocks"
+                f"oft: {site.name} takes {n_in} inputs, which would make blocks of one; choose"
+                " other blocks"
             )
         return size
 
@@ -154,7 +198,11 @@ class OFT(Biased):
         leaves = {"oft_r": jnp.zeros((count, size * (size - 1) // 2), jnp.float32)}
         if self.neumann_terms:
             # three terms are PEFT's four
-            ends = [2.0] if self.neumann_terms == 2 else [2.0] * (max(self.neumann_terms, 4) - 2) + [1.0]
+            ends = (
+                [2.0]
+                if self.neumann_terms == 2
+                else [2.0] * (max(self.neumann_terms, 4) - 2) + [1.0]
+            )
             leaves["oft_terms"] = jnp.asarray(ends, jnp.float32)
         if self.eps is not None:
             leaves["oft_eps"] = jnp.asarray(self.eps, jnp.float32)
@@ -164,11 +212,15 @@ class OFT(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `(x R) W + b`, `[..., in] -> [..., out]`; dropout leaves whole blocks as they are."""
+        """Compute `(x R) W + b`, `[..., in] -> [..., out]`; dropout leaves whole blocks as they
+        are.
+        """
         drawn, stay = dropping.rate(call, "oft_dropout"), None
         if drawn is not None:
             size = _size(call.leaves["oft_r"].shape[-1])
-            stay = jax.random.bernoulli(drawn[0], 1 - drawn[1], (call.x.shape[-1] // size, 1, 1)).astype(jnp.float32)
+            stay = jax.random.bernoulli(
+                drawn[0], 1 - drawn[1], (call.x.shape[-1] // size, 1, 1)
+            ).astype(jnp.float32)
         return rotations.into(call, partial(_turned, stay=stay))
 
     @staticmethod
@@ -184,7 +236,9 @@ def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:
 
 def _difference(leaves: Leaves) -> Any:
     """Return `R - I` of each block, float32."""
-    skew = _skew(_within(leaves["oft_r"], leaves["oft_eps"]) if "oft_eps" in leaves else leaves["oft_r"])
+    skew = _skew(
+        _within(leaves["oft_r"], leaves["oft_eps"]) if "oft_eps" in leaves else leaves["oft_r"]
+    )
     if "oft_terms" not in leaves:
         return rotations.cayley(skew)
     terms, total = leaves["oft_terms"], jnp.zeros_like(skew)
@@ -206,8 +260,12 @@ def _size(numbers: int) -> int:
 
 
 def _skew(vectors: Any) -> Any:
-    """Make skew-symmetric matrices of the numbers above their diagonals, row by row: `[b, k (k - 1) / 2] -> [b, k, k]`."""
+    """Make skew-symmetric matrices of the numbers above their diagonals, row by row: `[b, k (k - 1)
+    / 2] -> [b, k, k]`.
+    """
     size = _size(vectors.shape[1])
     rows, columns = jnp.triu_indices(size, 1)
-    upper = jnp.zeros((vectors.shape[0], size, size), vectors.dtype).at[:, rows, columns].set(vectors)
+    upper = (
+        jnp.zeros((vectors.shape[0], size, size), vectors.dtype).at[:, rows, columns].set(vectors)
+    )
     return upper - jnp.swapaxes(upper, 1, 2)

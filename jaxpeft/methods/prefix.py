@@ -2,17 +2,18 @@
 
     h = softmax(q [P_k; K]^T / sqrt(d)) [P_v; V],    P: [n, layers, 2, w]
 
-`n` virtual tokens, `w` the width of the keys (key heads times head size, with grouped queries those of the key heads). Keys are
-taken as they are, after the rotation; the row's tokens stand behind them, at the positions from `n` on. With `projection` the
-table comes from a small network, and that is trained:
+`n` virtual tokens, `w` the width of the keys (key heads times head size, with grouped queries those
+of the key heads). Keys are taken as they are, after the rotation; the row's tokens stand behind
+them, at the positions from `n` on. With `projection` the table comes from a small network, and that
+is trained:
 
     P = tanh(E W1 + b1) W2 + b2,    E: [n, w], W1: [w, e], W2: [e, layers, 2, w]
 
-`init_tokens` starts the table at the keys and values that the base computes for these tokens: a fresh prefix of a decoder is then
-the same as the tokens themselves, in front of the row.
+`init_tokens` starts the table at the keys and values that the base computes for these tokens: a
+fresh prefix of a decoder is then the same as the tokens themselves, in front of the row.
 
-Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.2 and 4.3, and 7.4 for starts from
-real words (arXiv:2101.00190).
+Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.2 and
+4.3, and 7.4 for starts from real words (arXiv:2101.00190).
 """
 
 from __future__ import annotations
@@ -39,8 +40,13 @@ from jaxpeft.methods.virtual_tokens import (
 )
 
 _ROOT_LEAVES = (
-        "prefix_embeddings", "prefix_w1", "prefix_b1", "prefix_w2", "prefix_b2", "prefix_dropout",
-    )  # fmt: skip
+    "prefix_embeddings",
+    "prefix_w1",
+    "prefix_b1",
+    "prefix_w2",
+    "prefix_b2",
+    "prefix_dropout",
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,10 @@ class PrefixTuningFormat(VirtualTokensFormat["PrefixTuning"]):
     def base_sizes(self, method: PrefixTuning, params: Leaves, config: Any) -> dict[str, Any]:
         """Return the sizes of the base; heads are those of the keys."""
         width, heads = layers_and_width(params)[1], config.num_attention_heads
-        sizes = {"token_dim": width, "num_attention_heads": getattr(config, "num_key_value_heads", heads)}
+        sizes = {
+            "token_dim": width,
+            "num_attention_heads": getattr(config, "num_key_value_heads", heads),
+        }
         return super().base_sizes(method, params, config) | sizes
 
 
@@ -58,8 +67,9 @@ class PrefixTuningFormat(VirtualTokensFormat["PrefixTuning"]):
 class PrefixTuning(VirtualTokens):
     """Trained keys and values in front of each layer's own.
 
-    Leaves at the root: `prefix_embeddings [n, layers, 2, w]`, with `projection` `[n, w]` and the network's `prefix_w1`,
-    `prefix_b1`, `prefix_w2`, `prefix_b2`, all trained; `prefix_dropout []` where the rate is not zero.
+    Leaves at the root: `prefix_embeddings [n, layers, 2, w]`, with `projection` `[n, w]` and the
+    network's `prefix_w1`, `prefix_b1`, `prefix_w2`, `prefix_b2`, all trained; `prefix_dropout []`
+    where the rate is not zero.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -77,22 +87,37 @@ class PrefixTuning(VirtualTokens):
         ignored=VirtualTokens.peft.ignored | {"prefix_projection", "init_weights"},
     )
 
-    projection: bool = option(False, "train a network that makes the table, in place of the table itself")
-    encoder_hidden_size: int | None = option(None, "width of that network; None for that of the keys", at_least=1)
-    dropout: float = option(0.0, "rate of dropout on keys and values of the prefix", at_least=0, below=1)
-    init_weights: Literal["normal", "zero"] = option("normal", "start from N(0, 1), or from keys and values of zero")
-    init_tokens: tuple[int, ...] = option((), "start from these tokens' keys and values, repeated or cut", at_least=0)
+    projection: bool = option(
+        False, "train a network that makes the table, in place of the table itself"
+    )
+    encoder_hidden_size: int | None = option(
+        None, "width of that network; None for that of the keys", at_least=1
+    )
+    dropout: float = option(
+        0.0, "rate of dropout on keys and values of the prefix", at_least=0, below=1
+    )
+    init_weights: Literal["normal", "zero"] = option(
+        "normal", "start from N(0, 1), or from keys and values of zero"
+    )
+    init_tokens: tuple[int, ...] = option(
+        (), "start from these tokens' keys and values, repeated or cut", at_least=0
+    )
 
     def problems(self) -> list[str]:
         """List options that exclude each other."""
         found: list[str] = []
         if self.init_tokens and self.projection:
-            found.append("init_tokens: cannot go with projection: no input of the network is known to give their keys")
+            found.append(
+                "init_tokens: cannot go with projection: no input of the network is known to give"
+                " their keys"
+            )
         if self.init_tokens and self.init_weights == "zero":
             found.append("init_tokens: cannot go with init_weights 'zero'; remove one of them")
         return found
 
-    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+    def init_root(
+        self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
+    ) -> dict[str, jax.Array]:
         """Make the table, or the network that makes it."""
         del sites
         layers, width = layers_and_width(params)
@@ -105,7 +130,9 @@ class PrefixTuning(VirtualTokens):
             leaves["prefix_w2"], leaves["prefix_b2"] = linear(keys[2], hidden, layers, 2, width)
         for key in ("prefix_w2", "prefix_b2") if self.projection else ("prefix_embeddings",):
             leaves[key] = jnp.zeros_like(leaves[key]) if zero else leaves[key]
-        return leaves | ({"prefix_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        return leaves | (
+            {"prefix_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         """Return the table the keys and values of `init_tokens`, if there are any."""
@@ -120,8 +147,12 @@ class PrefixTuning(VirtualTokens):
         table = leaves["prefix_embeddings"]
         if "prefix_w1" not in leaves:
             return table
-        hidden = jnp.tanh(jnp.matmul(table, leaves["prefix_w1"], precision="highest") + leaves["prefix_b1"])
-        return jnp.tensordot(hidden, leaves["prefix_w2"], 1, precision="highest") + leaves["prefix_b2"]
+        hidden = jnp.tanh(
+            jnp.matmul(table, leaves["prefix_w1"], precision="highest") + leaves["prefix_b1"]
+        )
+        return (
+            jnp.tensordot(hidden, leaves["prefix_w2"], 1, precision="highest") + leaves["prefix_b2"]
+        )
 
     @staticmethod
     def compute(call: Call) -> Any:
@@ -134,24 +165,33 @@ class PrefixTuning(VirtualTokens):
 
 @dataclass(frozen=True, kw_only=True)
 class PTuningV2(PrefixTuning):
-    """Deep prompts: prefix tuning as it is used for classification and generation alike, with its own defaults.
+    """Deep prompts: prefix tuning as it is used for classification and generation alike, with its
+    own defaults.
 
-    Every layer has its own prompt, trained itself rather than through a network, beside a plain classification head; dropout
-    acts on the prompts. Files are those of prefix tuning, and so is what is read from them.
+    Every layer has its own prompt, trained itself rather than through a network, beside a plain
+    classification head; dropout acts on the prompts. Files are those of prefix tuning, and so is
+    what is read from them.
 
-    Liu et al. 2021, "P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks", section 3
-    (arXiv:2110.07602); the defaults of network and dropout are those of its code.
+    Liu et al. 2021, "P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across
+    Scales and Tasks", section 3 (arXiv:2110.07602); the defaults of network and dropout are those
+    of its code.
     """
 
     name: ClassVar[str] = "ptuning_v2"
     paper: ClassVar[str] = "arXiv:2110.07602"
 
-    encoder_hidden_size: int | None = option(512, "width of that network; None for that of the keys", at_least=1)
-    dropout: float = option(0.1, "rate of dropout on keys and values of the prefix", at_least=0, below=1)
+    encoder_hidden_size: int | None = option(
+        512, "width of that network; None for that of the keys", at_least=1
+    )
+    dropout: float = option(
+        0.1, "rate of dropout on keys and values of the prefix", at_least=0, below=1
+    )
 
 
 def _keys_and_values(run: Any, ids: Any) -> jax.Array:
-    """Compute the keys, rotated, and values of each layer for a row of tokens: float32 `[n, layers, 2, w]`."""
+    """Compute the keys, rotated, and values of each layer for a row of tokens: float32 `[n, layers,
+    2, w]`.
+    """
     from jaxpeft.core import paths
     from jaxpeft.core.tree import stack_layers
     from jaxpeft.models.base import PAST

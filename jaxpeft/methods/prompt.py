@@ -2,10 +2,11 @@
 
     model([P; E(x)]),    P: [n, hidden]
 
-The `n` virtual tokens run through all layers as others do, at the first positions. They start as rows of the word embedding, drawn
-at random or those of given tokens or of a text, or at random.
+The `n` virtual tokens run through all layers as others do, at the first positions. They start as
+rows of the word embedding, drawn at random or those of given tokens or of a text, or at random.
 
-Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", sections 2 and 3.2 (arXiv:2104.08691).
+Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", sections 2 and 3.2
+(arXiv:2104.08691).
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.virtual_tokens import VirtualTokens, call_behind, each_row, repeated, rows_of, word_embedding
+from jaxpeft.methods.virtual_tokens import (
+    VirtualTokens,
+    call_behind,
+    each_row,
+    repeated,
+    rows_of,
+    word_embedding,
+)
 
 _ROOT_LEAVES = ("prompt_embeddings",)
 
@@ -42,39 +50,69 @@ class PromptTuning(VirtualTokens):
         root=_ROOT_LEAVES,
         trained=frozenset(_ROOT_LEAVES),
     )
-    peft: ClassVar[PeftFormat[Any]] = dataclasses.replace(VirtualTokens.peft, type="PROMPT_TUNING", ignored=VirtualTokens.peft.ignored | {
-        "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
-    }, )  # fmt: skip
+    peft: ClassVar[PeftFormat[Any]] = dataclasses.replace(
+        VirtualTokens.peft,
+        type="PROMPT_TUNING",
+        ignored=VirtualTokens.peft.ignored
+        | {
+            "prompt_tuning_init",
+            "prompt_tuning_init_text",
+            "tokenizer_name_or_path",
+            "tokenizer_kwargs",
+        },
+    )
 
     init_weights: Literal["vocabulary", "normal"] = option(
         "vocabulary", "start from rows of the word embedding, drawn at random, or from N(0, 1)"
     )
-    init_tokens: tuple[int, ...] = option((), "start from the embeddings of these tokens, repeated or cut", at_least=0)
-    init_text: str = option("", "start from the embeddings of this text's tokens, repeated or cut; in training only")
+    init_tokens: tuple[int, ...] = option(
+        (), "start from the embeddings of these tokens, repeated or cut", at_least=0
+    )
+    init_text: str = option(
+        "", "start from the embeddings of this text's tokens, repeated or cut; in training only"
+    )
 
     def problems(self) -> list[str]:
         """List options that exclude each other."""
         given = [name for name in ("init_tokens", "init_text") if getattr(self, name)]
         given += ["init_weights"] if self.init_weights == "normal" else []
-        return [f"{given[0]}: cannot go with {given[1]}; remove one of them"] if len(given) > 1 else []
+        return (
+            [f"{given[0]}: cannot go with {given[1]}; remove one of them"] if len(given) > 1 else []
+        )
 
-    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+    def init_root(
+        self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
+    ) -> dict[str, jax.Array]:
         """Make the table; where it starts from a text, as if there were none."""
         del sites
         vocab, hidden = word_embedding(params).shape
         if self.init_weights == "normal":
-            return {"prompt_embeddings": jax.random.normal(rng, (self.num_virtual_tokens, hidden), jnp.float32)}
+            return {
+                "prompt_embeddings": jax.random.normal(
+                    rng, (self.num_virtual_tokens, hidden), jnp.float32
+                )
+            }
         drawn = jax.random.randint(rng, (self.num_virtual_tokens,), 0, vocab)
-        ids = repeated(self.init_tokens, self.num_virtual_tokens, vocab) if self.init_tokens else drawn
+        ids = (
+            repeated(self.init_tokens, self.num_virtual_tokens, vocab)
+            if self.init_tokens
+            else drawn
+        )
         return {"prompt_embeddings": rows_of(params, ids)}
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Return the table the embeddings of `init_text`, if there is any, with the marks that the tokenizer sets around it."""
+        """Return the table the embeddings of `init_text`, if there is any, with the marks that the
+        tokenizer sets around it.
+        """
         if not self.init_text:
             return self, params
         tokens = run.tokenizer(self.init_text)["input_ids"] if run.tokenizer is not None else []
         if not tokens:
-            why = "the model has no tokenizer" if run.tokenizer is None else f"{self.init_text!r} has no tokens"
+            why = (
+                "the model has no tokenizer"
+                if run.tokenizer is None
+                else f"{self.init_text!r} has no tokens"
+            )
             raise ConfigError(f"init_text: {why}; give init_tokens")
         ids = repeated(tokens, self.num_virtual_tokens, word_embedding(params).shape[0])
         return self, {**params, "prompt_embeddings": rows_of(run.base, ids)}

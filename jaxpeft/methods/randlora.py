@@ -1,17 +1,21 @@
-r"""RandLora: an update of full rank, made of random bases that all sites share and scaled by trained diagonals.
+r"""RandLora: an update of full rank, made of random bases that all sites share and scaled by
+trained diagonals.
 
     y = x W + s D(x) sum_j (G_j A' L_j) B_j',    s = alpha / r,  j < n = ceil(min(in, out) / r)
 
-`A [r, 1, m]` and `B [M, n, r]` are frozen and stand once at the root of the tree, as large as the largest adapted site, m and M
-being the smaller and the larger of its two sizes; a smaller site takes its part of them (`A'`, `B'`). `L_j = diag(lambda[j])`
-`[r]` and `G_j = diag(gamma[:, j])` `[min(in, out)]` are trained. This is for in <= out; otherwise the product is transposed, so
-that the trained numbers are always on the smaller side. `lambda` starts at zero, so a fresh adapter leaves every output as it
-was. `D` is dropout.
+`A [r, 1, m]` and `B [M, n, r]` are frozen and stand once at the root of the tree, as large as the
+largest adapted site, m and M being the smaller and the larger of its two sizes; a smaller site
+takes its part of them (`A'`, `B'`). `L_j = diag(lambda[j])` `[r]` and `G_j = diag(gamma[:, j])`
+`[min(in, out)]` are trained. This is for in <= out; otherwise the product is transposed, so that
+the trained numbers are always on the smaller side. `lambda` starts at zero, so a fresh adapter
+leaves every output as it was. `D` is dropout.
 
-PEFT pairs row `k` of the flattened bases, counted `(i, j)` over ranks and bases in A and `(j, i)` in B. Its files mean that, and
-so it is done here; for a random B it is only another order of the basis.
+PEFT pairs row `k` of the flattened bases, counted `(i, j)` over ranks and bases in A and `(j, i)`
+in B. Its files mean that, and so it is done here; for a random B it is only another order of the
+basis.
 
-Albert et al. 2025, "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", section 4 (arXiv:2502.00987).
+Albert et al. 2025, "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", section 4
+(arXiv:2502.00987).
 """
 
 from __future__ import annotations
@@ -47,20 +51,27 @@ class RandLoraFormat(TargetedFormat["RandLora"]):
         }
         return super().write_options(method) | kinds
 
-    def read_options(self, kind: type[RandLora], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[RandLora], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read the options; a file without its bases is refused."""
-        kinds = [kind for kind in ("very_sparse", "sparse") if config.get(kind)]  # in PEFT the first of them wins
+        kinds = [
+            kind for kind in ("very_sparse", "sparse") if config.get(kind)
+        ]  # in PEFT the first of them wins
         values, problems = super().read_options(kind, config)
-        return values | ({"bases": kinds[0]} if kinds else {}), [*problems, *without_projections(config)]
+        return values | ({"bases": kinds[0]} if kinds else {}), [
+            *problems,
+            *without_projections(config),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandLora(Biased):
     """Trained diagonals around shared random bases.
 
-    Leaves of a site: `randlora_lambda [n, r]`, `randlora_gamma [min(in, out), n]`, trained; `randlora_scale []`,
-    `randlora_dropout []` where the rate is not zero. At the root: `randlora_a [r, 1, m]`, `randlora_b [M, n, r]`, not trained.
-    All float32.
+    Leaves of a site: `randlora_lambda [n, r]`, `randlora_gamma [min(in, out), n]`, trained;
+    `randlora_scale []`, `randlora_dropout []` where the rate is not zero. At the root: `randlora_a
+    [r, 1, m]`, `randlora_b [M, n, r]`, not trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -93,11 +104,14 @@ class RandLora(Biased):
         },
     )
 
-    rank: int = option(32, "rank r of one random basis; the smaller, the more is trained", at_least=1)
+    rank: int = option(
+        32, "rank r of one random basis; the smaller, the more is trained", at_least=1
+    )
     alpha: float = option(640.0, "numerator of the scaling alpha / rank", above=0)
     dropout: float = option(0.0, "rate of dropout on the input of the update", at_least=0, below=1)
     bases: Literal["dense", "sparse", "very_sparse"] = option(
-        "dense", "uniform bases, or of -1, 0 and 1: two thirds zeros, or all but 1 / sqrt(m) of them"
+        "dense",
+        "uniform bases, or of -1, 0 and 1: two thirds zeros, or all but 1 / sqrt(m) of them",
     )
     bias: Literal["none", "all", "randlora_only"] = bias_option()
 
@@ -111,14 +125,21 @@ class RandLora(Biased):
             "randlora_gamma": jnp.full((smaller, n), 1 / smaller, jnp.float32),
             "randlora_scale": jnp.asarray(self.alpha / self.rank, jnp.float32),
         }
-        return leaves | ({"randlora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        return leaves | (
+            {"randlora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
-    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+    def init_root(
+        self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
+    ) -> dict[str, jax.Array]:
         """Make the bases, of unit variance."""
         del params
         smaller, larger = sorted(largest(sites))
         shapes = (self.rank, 1, smaller), (larger, math.ceil(smaller / self.rank), self.rank)
-        a, b = (self._basis(key, shape, smaller) for key, shape in zip(jax.random.split(rng), shapes, strict=True))
+        a, b = (
+            self._basis(key, shape, smaller)
+            for key, shape in zip(jax.random.split(rng), shapes, strict=True)
+        )
         return {"randlora_a": a, "randlora_b": b}
 
     def _basis(self, key: jax.Array, shape: tuple[int, ...], smaller: int) -> jax.Array:

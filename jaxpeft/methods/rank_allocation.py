@@ -1,16 +1,20 @@
-r"""AdaLoRA's allocation of ranks: an optimizer around the optimizer, whose state holds all that it goes by.
+r"""AdaLoRA's allocation of ranks: an optimizer around the optimizer, whose state holds all that it
+goes by.
 
 It keeps, for each element w of A, e and B, with its gradient g and its new value w,
 
-    I = |w g|,    I1 = beta1 I1 + (1 - beta1) I,    I2 = beta2 I2 + (1 - beta2) |I - I1|        (equations 8 to 10)
+    I = |w g|,    I1 = beta1 I1 + (1 - beta1) I,    I2 = beta2 I2 + (1 - beta2) |I - I1|
+        (equations 8 to 10)
 
-and scores entry i of a site by the sum of I1 I2 of e[i] and the means of it over A[:, i] and over B[i] (equation 11). Every
-`interval` steps all but the best `budget` entries of all sites are set to zero, where, with c running from 1 to 0 (equation 12),
+and scores entry i of a site by the sum of I1 I2 of e[i] and the means of it over A[:, i] and over
+B[i] (equation 11). Every `interval` steps all but the best `budget` entries of all sites are set to
+zero, where, with c running from 1 to 0 (equation 12),
 
-    budget = target + (initial - target) c^3,    initial = entries there are,    target = target_rank sites
+    budget = target + (initial - target) c^3,    initial = entries there are,
+        target = target_rank sites
 
-In the first `initial_steps` none is; in the last `final_steps` those that were set to zero stay so. The steps of a run are 1, 2,
-... The gradient is that which the optimizer is given, before clipping.
+In the first `initial_steps` none is; in the last `final_steps` those that were set to zero stay so.
+The steps of a run are 1, 2, ... The gradient is that which the optimizer is given, before clipping.
 
 Zhang et al. 2023, section 3.2 and 3.3 (arXiv:2303.10512).
 """
@@ -49,7 +53,9 @@ class Allocation(NamedTuple):
     inner: Any
 
 
-def allocating(method: AdaLoRA, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+def allocating(
+    method: AdaLoRA, inner: optax.GradientTransformation, steps: int
+) -> optax.GradientTransformation:
     """Wrap an optimizer so that it allocates the ranks.
 
     Args:
@@ -65,14 +71,21 @@ def allocating(method: AdaLoRA, inner: optax.GradientTransformation, steps: int)
     end = steps - method.final_steps
     if method.initial_steps >= end:
         raise ConfigError(
-            f"method.initial_steps: {method.initial_steps} steps at the start and {method.final_steps} at the end "
-            f"(final_steps) leave none of the run's {steps} steps to allocate ranks in"
+            f"method.initial_steps: {method.initial_steps} steps at the start and"
+            f" {method.final_steps} at the end (final_steps) leave none of the run's {steps} steps"
+            " to allocate ranks in"
         )
 
     def init(params: Any) -> Allocation:
-        own = [(path, leaf) for path, leaf in paths.walk(params) if path[-1] in method.leaves.trained]
-        first, second = (paths.build([(path, jnp.zeros_like(leaf)) for path, leaf in own]) for _ in range(2))
-        kept = paths.build([(path, jnp.ones_like(leaf, bool)) for path, leaf in own if path[-1] == "adalora_e"])
+        own = [
+            (path, leaf) for path, leaf in paths.walk(params) if path[-1] in method.leaves.trained
+        ]
+        first, second = (
+            paths.build([(path, jnp.zeros_like(leaf)) for path, leaf in own]) for _ in range(2)
+        )
+        kept = paths.build(
+            [(path, jnp.ones_like(leaf, bool)) for path, leaf in own if path[-1] == "adalora_e"]
+        )
         return Allocation(jnp.zeros((), jnp.int32), first, second, kept, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Allocation]:
@@ -83,15 +96,28 @@ def allocating(method: AdaLoRA, inner: optax.GradientTransformation, steps: int)
         def average(decay: float, before: Any, now: Any) -> Any:
             return jnp.where(step < end, decay * before + (1 - decay) * now, before)
 
-        size = {path: jnp.abs((old[path] + moves[path]) * given[path]) for path, _ in paths.walk(state.sensitivity)}
-        first = paths.map_with_path(lambda path, leaf: average(method.beta1, leaf, size[path]), state.sensitivity)
+        size = {
+            path: jnp.abs((old[path] + moves[path]) * given[path])
+            for path, _ in paths.walk(state.sensitivity)
+        }
+        first = paths.map_with_path(
+            lambda path, leaf: average(method.beta1, leaf, size[path]), state.sensitivity
+        )
         gap = {path: jnp.abs(size[path] - leaf) for path, leaf in paths.walk(first)}
-        second = paths.map_with_path(lambda path, leaf: average(method.beta2, leaf, gap[path]), state.uncertainty)
+        second = paths.map_with_path(
+            lambda path, leaf: average(method.beta2, leaf, gap[path]), state.uncertainty
+        )
 
-        there = {path: entries(old[(*path[:-1], "adalora_a")]) for path, _ in paths.walk(state.kept)}
-        due = (step > method.initial_steps) & (step < end) & (step % method.interval == 0) | (step == end)
+        there = {
+            path: entries(old[(*path[:-1], "adalora_a")]) for path, _ in paths.walk(state.kept)
+        }
+        due = (step > method.initial_steps) & (step < end) & (step % method.interval == 0) | (
+            step == end
+        )
         best = _best(first, second, there, _cut(method, step, end, there))
-        kept = paths.map_with_path(lambda path, before: jnp.where(due, best[path], before), state.kept)
+        kept = paths.map_with_path(
+            lambda path, before: jnp.where(due, best[path], before), state.kept
+        )
         for path, keep in paths.walk(kept):
             moves[path] = jnp.where(keep | ~(due | (step > end)), moves[path], -old[path])
         return paths.build(list(moves.items())), Allocation(step, first, second, kept, below)
@@ -100,7 +126,9 @@ def allocating(method: AdaLoRA, inner: optax.GradientTransformation, steps: int)
 
 
 def entries(a: Any) -> Any:
-    """Return which entries are no padding of a stack, `[..., in, r]` to `[..., r]`: those whose column of A is not zero."""
+    """Return which entries are no padding of a stack, `[..., in, r]` to `[..., r]`: those whose
+    column of A is not zero.
+    """
     return jnp.any(a != 0, axis=-2)
 
 
@@ -117,7 +145,9 @@ def _cut(method: AdaLoRA, step: Any, end: int, there: Mapping[Path, Any]) -> Any
 
 
 def _best(first: Tree, second: Tree, there: Mapping[Path, Any], cut: Any) -> dict[Path, Any]:
-    """Return for each e which entries are kept: all but the `cut` worst of all sites, and those that are as bad as they."""
+    """Return for each e which entries are kept: all but the `cut` worst of all sites, and those
+    that are as bad as they.
+    """
     scores: dict[Path, Any] = {}
     for path, flags in there.items():
         a, e, b = (

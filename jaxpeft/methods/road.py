@@ -1,14 +1,16 @@
 r"""RoAd: what a linear module puts out is rotated and rescaled, in pairs.
 
-    y = R (x W + b),    of a pair:  y1 = c1 z1 - s1 z2,    y2 = c2 z2 + s2 z1,    c = alpha cos(theta),  s = alpha sin(theta)
+    y = R (x W + b),    of a pair:    y1 = c1 z1 - s1 z2,    y2 = c2 z2 + s2 z1,
+        c = alpha cos(theta),    s = alpha sin(theta)
 
-Within each group of outputs the first half is paired with the second, element by element. `road_1` has one angle and one scale a
-pair, so that `c1 = c2` and `s1 = s2`; `road_2` has one of each an output; `road_4` has others for `c` than for `s` as well. `theta`
-starts at zero and `alpha` at one, so a fresh adapter leaves every output as it was. Which of the three a site computes is told by
-the shape of its leaves.
+Within each group of outputs the first half is paired with the second, element by element. `road_1`
+has one angle and one scale a pair, so that `c1 = c2` and `s1 = s2`; `road_2` has one of each an
+output; `road_4` has others for `c` than for `s` as well. `theta` starts at zero and `alpha` at one,
+so a fresh adapter leaves every output as it was. Which of the three a site computes is told by the
+shape of its leaves.
 
-Liao and Monz 2024, "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability", section 3.2,
-equations 3 and 4, table 1 (arXiv:2409.00119).
+Liao and Monz 2024, "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and
+Composability", section 3.2, equations 3 and 4, table 1 (arXiv:2409.00119).
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ class RoAdFormat(TargetedFormat["RoAd"]):
 class RoAd(Targeted):
     """Rotation of the outputs of linear sites.
 
-    Leaves of a site: `road_theta`, radians, and `road_alpha`, `[out / group_size, k, group_size / 2]` with k = 1, 2 or 4 as the
-    variant says; float32, trained.
+    Leaves of a site: `road_theta`, radians, and `road_alpha`, `[out / group_size, k, group_size /
+    2]` with k = 1, 2 or 4 as the variant says; float32, trained.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -77,8 +79,12 @@ class RoAd(Targeted):
         ignored=frozenset({"init_weights"}),
     )
 
-    variant: Literal["road_1", "road_2", "road_4"] = option("road_1", "how many angles and scales: 1, 2 or 4 a pair")
-    group_size: int = option(64, "outputs of a group, whose halves are paired; divides those of each site", at_least=2)
+    variant: Literal["road_1", "road_2", "road_4"] = option(
+        "road_1", "how many angles and scales: 1, 2 or 4 a pair"
+    )
+    group_size: int = option(
+        64, "outputs of a group, whose halves are paired; divides those of each site", at_least=2
+    )
 
     def problems(self) -> list[str]:
         """Refuse a group that has no halves."""
@@ -95,11 +101,14 @@ class RoAd(Targeted):
         groups, rest = divmod(site.shape[1], self.group_size)
         if rest:
             raise ConfigError(
-                f"road.group_size: {self.group_size} does not divide the {site.shape[1]} outputs of {site.name}; give a divisor, or "
-                "exclude the site"
+                f"road.group_size: {self.group_size} does not divide the {site.shape[1]} outputs of"
+                f" {site.name}; give a divisor, or exclude the site"
             )
         shape = (groups, _ROWS[self.variant], self.group_size // 2)
-        return {"road_theta": jnp.zeros(shape, jnp.float32), "road_alpha": jnp.ones(shape, jnp.float32)}
+        return {
+            "road_theta": jnp.zeros(shape, jnp.float32),
+            "road_alpha": jnp.ones(shape, jnp.float32),
+        }
 
     @staticmethod
     def compute(call: Call) -> Any:
@@ -116,7 +125,9 @@ def _rotated(leaves: Leaves, z: Any) -> Any:
     """Return `R z` of `z` `[..., out]`, in its dtype."""
     theta, alpha = leaves["road_theta"], leaves["road_alpha"]
     groups, rows, half = theta.shape
-    of_c, of_s = (slice(0, 2), slice(2, 4)) if rows == _ROWS["road_4"] else (slice(None), slice(None))
+    of_c, of_s = (
+        (slice(0, 2), slice(2, 4)) if rows == _ROWS["road_4"] else (slice(None), slice(None))
+    )
     c = (alpha[:, of_c] * jnp.cos(theta[:, of_c])).astype(z.dtype)
     s = (alpha[:, of_s] * jnp.sin(theta[:, of_s])).astype(z.dtype)
     pairs = z.reshape(*z.shape[:-1], groups, 2, half)

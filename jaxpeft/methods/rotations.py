@@ -1,7 +1,9 @@
-r"""Rotations of an input, block by block, as their difference from the identity: `x -> x + x D`, `D = R - I`.
+r"""Rotations of an input, block by block, as their difference from the identity: `x -> x + x D`, `D
+= R - I`.
 
-The difference of a fresh rotation is zero, so that `x` is left as it is bit by bit, and of a small one it is not rounded off in
-bfloat16. `R` is orthogonal where it is the Cayley transform of a skew-symmetric matrix `S`:
+The difference of a fresh rotation is zero, so that `x` is left as it is bit by bit, and of a small
+one it is not rounded off in bfloat16. `R` is orthogonal where it is the Cayley transform of a
+skew-symmetric matrix `S`:
 
     R = (I - S) (I + S)^-1,    D = -2 S (I + S)^-1
 """
@@ -34,7 +36,9 @@ def turned(x: Array, difference: Array) -> Array:
         difference: `[blocks, k, k]`, or `[1, k, k]` for all blocks alike.
     """
     blocks = x.reshape(*x.shape[:-1], -1, difference.shape[-1])
-    difference = jnp.broadcast_to(difference, (blocks.shape[-2], *difference.shape[1:])).astype(x.dtype)
+    difference = jnp.broadcast_to(difference, (blocks.shape[-2], *difference.shape[1:])).astype(
+        x.dtype
+    )
     return x + jnp.einsum("...bk,bkc->...bc", blocks, difference).reshape(x.shape)
 
 
@@ -47,11 +51,15 @@ def turned_kernel(kernel: Array, difference: Array) -> Array:
     """
     blocks = kernel.reshape(-1, difference.shape[-1], kernel.shape[1])
     difference = jnp.broadcast_to(difference, (blocks.shape[0], *difference.shape[1:]))
-    return kernel + jnp.einsum("bkc,bco->bko", difference, blocks, precision="highest").reshape(kernel.shape)
+    return kernel + jnp.einsum("bkc,bco->bko", difference, blocks, precision="highest").reshape(
+        kernel.shape
+    )
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """Return the divisor of `n` that is nearest to `wanted`, the smaller of two, as PEFT adjusts the size of blocks."""
+    """Return the divisor of `n` that is nearest to `wanted`, the smaller of two, as PEFT adjusts
+    the size of blocks.
+    """
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
 
 

@@ -48,10 +48,14 @@ class Selected(Targeted):
 
     base_leaves: ClassVar[frozenset[str]] = frozenset()
 
-    targets: str | tuple[str, ...] = option(ALL, "list of name suffixes, a regular expression, or 'all'")
+    targets: str | tuple[str, ...] = option(
+        ALL, "list of name suffixes, a regular expression, or 'all'"
+    )
 
     def wanted(self) -> Targets:
-        """Return the target options, without a look at the model: an entry that it has not selects nothing."""
+        """Return the target options, without a look at the model: an entry that it has not selects
+        nothing.
+        """
         return self.where(self.usual_targets)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
@@ -63,4 +67,6 @@ class Selected(Targeted):
         """Train the leaves of the selected sites."""
         if path[-1] not in self.base_leaves or paths.is_head(path):
             return False
-        return whole_leaf(self.name, path, paths.get(params, path), lambda name: matches(name, self.wanted()))
+        return whole_leaf(
+            self.name, path, paths.get(params, path), lambda name: matches(name, self.wanted())
+        )

@@ -2,11 +2,12 @@ r"""SHiRA: a few entries of a frozen kernel, anywhere in it, are trained.
 
     y = x W + x S,    S[i_k, j_k] = w_k,    w: [n],  n = r (in + out)
 
-The update is sparse and has a high rank, and as many trained numbers as LoRA of rank `r`. Which entries it takes is drawn at
-random once, one of each of `n` parts of the kernel, and kept beside `w`, in files as well. `w` starts at zero, so a fresh adapter
-leaves every output as it was.
+The update is sparse and has a high rank, and as many trained numbers as LoRA of rank `r`. Which
+entries it takes is drawn at random once, one of each of `n` parts of the kernel, and kept beside
+`w`, in files as well. `w` starts at zero, so a fresh adapter leaves every output as it was.
 
-Bhardwaj et al. 2024, "Sparse High Rank Adapters", section 3, its mask SHiRA-Rand (arXiv:2406.13175).
+Bhardwaj et al. 2024, "Sparse High Rank Adapters", section 3, its mask SHiRA-Rand
+(arXiv:2406.13175).
 """
 
 from __future__ import annotations
@@ -36,10 +37,17 @@ class SHiRAFormat(TargetedFormat["SHiRA"]):
     """How adapters of `SHiRA` stand in files."""
 
     def wrong_numbers(self, method: SHiRA, site: Site, tensors: Leaves) -> list[str]:
-        """Refuse places outside of the kernel, which would be left out without a word, and parts of one."""
+        """Refuse places outside of the kernel, which would be left out without a word, and parts of
+        one.
+        """
         places, (n_in, n_out) = np.asarray(tensors["shira_indices"]), site.shape
-        inside = (places >= 0) & (places < np.array([[n_out], [n_in]])) & (places == np.floor(places))
-        why = f"shira_indices: names places that the kernel, {n_out} outputs by {n_in} inputs, has not"
+        inside = (
+            (places >= 0) & (places < np.array([[n_out], [n_in]])) & (places == np.floor(places))
+        )
+        why = (
+            f"shira_indices: names places that the kernel, {n_out} outputs by {n_in} inputs,"
+            " has not"
+        )
         return [] if inside.all() else [why]
 
 
@@ -47,8 +55,8 @@ class SHiRAFormat(TargetedFormat["SHiRA"]):
 class SHiRA(Targeted):
     """A sparse update of linear sites.
 
-    Leaves of a site: `shira_weight [n]`, float32, trained; `shira_indices [2, n]`, int32, rows of which are places in the outputs
-    and in the inputs.
+    Leaves of a site: `shira_weight [n]`, float32, trained; `shira_indices [2, n]`, int32, rows of
+    which are places in the outputs and in the inputs.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -83,8 +91,8 @@ class SHiRA(Targeted):
         (n_in, n_out), count = site.shape, self.rank * sum(site.shape)
         if count > n_in * n_out:
             raise ConfigError(
-                f"shira.rank: {self.rank} asks for {count} entries of the kernel of {site.name}, which has {n_in * n_out}; give a "
-                "lower one, or exclude the site"
+                f"shira.rank: {self.rank} asks for {count} entries of the kernel of {site.name},"
+                f" which has {n_in * n_out}; give a lower one, or exclude the site"
             )
         flat = one_of_each_part(rng, count, n_in * n_out)
         indices = jnp.stack([flat // n_in, flat % n_in]).astype(jnp.int32)
@@ -95,7 +103,8 @@ class SHiRA(Targeted):
         """Compute `x W + x S`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(
-            partial(through, partial(_sparse, (call.x.shape[-1], y.shape[-1]))), call.x.astype(y.dtype)
+            partial(through, partial(_sparse, (call.x.shape[-1], y.shape[-1]))),
+            call.x.astype(y.dtype),
         )
 
     @staticmethod

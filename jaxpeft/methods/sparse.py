@@ -14,10 +14,12 @@ _FEW, _CHUNK = (2**32 - 1) // 20, 1 << 22
 
 @functools.lru_cache(maxsize=8)
 def as_torch_draws(count: int, total: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the first numbers of `torch.randperm(total)` of a CPU generator with a seed: what files mean that hold a seed alone.
+    """Return the first numbers of `torch.randperm(total)` of a CPU generator with a seed: what
+    files mean that hold a seed alone.
 
-    Both draw from the Mersenne Twister, and swap: of fewer than 2^32 / 20 numbers 32 bits each, from the first number on; of more
-    64 bits each, building the permutation up from one number, so that every draw counts.
+    Both draw from the Mersenne Twister, and swap: of fewer than 2^32 / 20 numbers 32 bits each,
+    from the first number on; of more 64 bits each, building the permutation up from one number, so
+    that every draw counts.
 
     Args:
         count: how many, at most `total`.
@@ -40,8 +42,12 @@ def as_torch_draws(count: int, total: int, seed: int) -> np.ndarray[Any, np.dtyp
     return found
 
 
-def _built_up(count: int, total: int, twister: np.random.RandomState) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Number `i` takes the place of one before it, which goes to the end; of the later ones those that come to the front matter."""
+def _built_up(
+    count: int, total: int, twister: np.random.RandomState
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Number `i` takes the place of one before it, which goes to the end; of the later ones those
+    that come to the front matter.
+    """
     found = np.zeros(count, np.int64)
     for start in range(0, total, _CHUNK):
         size = min(_CHUNK, total - start)
@@ -59,7 +65,8 @@ def _built_up(count: int, total: int, twister: np.random.RandomState) -> np.ndar
 
 
 def scattered(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
-    """Return a matrix `[in, out]` float32 that is zero but at some places; of one that is named twice it holds the sum.
+    """Return a matrix `[in, out]` float32 that is zero but at some places; of one that is named
+    twice it holds the sum.
 
     Args:
         indices: `[2, n]`, places in the outputs and in the inputs.
@@ -71,7 +78,8 @@ def scattered(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
 
 
 def one_of_each_part(key: jax.Array, count: int, total: int) -> jax.Array:
-    """Draw one number of each of `count` parts, as equal as can be, that the numbers below `total` are cut into.
+    """Draw one number of each of `count` parts, as equal as can be, that the numbers below `total`
+    are cut into.
 
     Args:
         key: a key.
@@ -83,4 +91,7 @@ def one_of_each_part(key: jax.Array, count: int, total: int) -> jax.Array:
     """
     edges = np.arange(count + 1, dtype=np.uint64) * np.uint64(total) // np.uint64(count)
     widths = jnp.asarray(np.diff(edges).astype(np.uint32))
-    return jnp.asarray(edges[:-1].astype(np.uint32)) + jax.random.bits(key, (count,), jnp.uint32) % widths
+    return (
+        jnp.asarray(edges[:-1].astype(np.uint32))
+        + jax.random.bits(key, (count,), jnp.uint32) % widths
+    )

@@ -1,7 +1,8 @@
-"""How A `[in, r]` and B `[r, out]` of a low-rank update begin: one function a way, `(site, kernel, rank, scale, rng) -> (A, B)`.
+"""How A `[in, r]` and B `[r, out]` of a low-rank update begin: one function a way, `(site, kernel,
+rank, scale, rng) -> (A, B)`.
 
-A new start is one function and one line in `STARTS`; one that begins in a part of the kernel stands in `FROM_KERNEL` as well,
-and what it began with is then taken off the base's product again.
+A new start is one function and one line in `STARTS`; one that begins in a part of the kernel stands
+in `FROM_KERNEL` as well, and what it began with is then taken off the base's product again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,19 @@ if TYPE_CHECKING:
 
 
 def default(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
-    """`A` uniform within 1/sqrt(in) (Kaiming with a = sqrt(5), as PEFT has it), normal for an embedding with `B`; one is zero."""
+    """`A` uniform within 1/sqrt(in) (Kaiming with a = sqrt(5), as PEFT has it), normal for an
+    embedding with `B`; one is zero.
+    """
     del kernel, scale
     n_in, n_out = site.shape
     if site.kind == "embedding":
-        return jnp.zeros((n_in, rank), jnp.float32), jax.random.normal(rng, (rank, n_out), jnp.float32)
+        return jnp.zeros((n_in, rank), jnp.float32), jax.random.normal(
+            rng, (rank, n_out), jnp.float32
+        )
     bound = 1 / math.sqrt(n_in)
-    return jax.random.uniform(rng, (n_in, rank), jnp.float32, -bound, bound), jnp.zeros((rank, n_out), jnp.float32)
+    return jax.random.uniform(rng, (n_in, rank), jnp.float32, -bound, bound), jnp.zeros(
+        (rank, n_out), jnp.float32
+    )
 
 
 def gaussian(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
@@ -35,11 +42,15 @@ def gaussian(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) ->
     if site.kind == "embedding":
         return default(site, kernel, rank, scale, rng)
     n_in, n_out = site.shape
-    return jax.random.normal(rng, (n_in, rank), jnp.float32) / rank, jnp.zeros((rank, n_out), jnp.float32)
+    return jax.random.normal(rng, (n_in, rank), jnp.float32) / rank, jnp.zeros(
+        (rank, n_out), jnp.float32
+    )
 
 
 def orthogonal(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
-    """`A = X Q_odd`, `B = Q_even' Y` with `Q` `[r, r]` orthogonal: `Q_odd Q_even'` and so `A B` is zero, neither factor is."""
+    """`A = X Q_odd`, `B = Q_even' Y` with `Q` `[r, r]` orthogonal: `Q_odd Q_even'` and so `A B` is
+    zero, neither factor is.
+    """
     del kernel, scale
     n_in, n_out = site.shape
     half = max(1, rank // 2)
@@ -54,13 +65,17 @@ def orthogonal(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) 
 
 
 def pissa(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
-    """The r largest singular triples of the kernel, the square root of each value in either factor."""
+    """The r largest singular triples of the kernel, the square root of each value in either
+    factor.
+    """
     del rng
     return largest(kernel(), rank, scale)
 
 
 def largest(matrix: Array, rank: int, scale: float) -> Pair:
-    """The A and B whose update, times the scale, is the rank largest singular triples of a matrix `[in, out]`, all that it has."""
+    """The A and B whose update, times the scale, is the rank largest singular triples of a matrix
+    `[in, out]`, all that it has.
+    """
     u, values, v = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values[:rank] / scale)
     return u[:, :rank] * root, root[:, None] * v[:rank]

@@ -1,4 +1,6 @@
-"""What the methods that adapt chosen sites have in common: the target options, as in Hugging Face PEFT."""
+"""What the methods that adapt chosen sites have in common: the target options, as in Hugging Face
+PEFT.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from jaxpeft.core.expressions import broken_expression
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.core.peft_format import PeftFormat
-from jaxpeft.core.targets import ALL_LINEAR, Site, Targets, is_keyword, pattern_value, require_patterns, usual
+from jaxpeft.core.targets import (
+    ALL_LINEAR,
+    Site,
+    Targets,
+    is_keyword,
+    pattern_value,
+    require_patterns,
+    usual,
+)
 from jaxpeft.errors import ConfigError, TargetError
 
 TARGET_OPTIONS: Mapping[str, str] = {
@@ -30,7 +40,9 @@ M = TypeVar("M", bound="Targeted")
 class TargetedFormat(PeftFormat[M]):
     """How adapters of `Targeted` stand in files."""
 
-    def read_options(self, kind: type[M], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[M], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read `adapter_config.json`; the modules must be named in it."""
         values, problems = super().read_options(kind, config)
         if isinstance(values.get("layers_to_transform"), int):
@@ -38,13 +50,17 @@ class TargetedFormat(PeftFormat[M]):
         if values.get("layers_to_transform") in ((), []):
             del values["layers_to_transform"]
         if isinstance(values.get("layers_pattern"), str):
-            values["layers_pattern"] = (values["layers_pattern"],) if values["layers_pattern"] else ()
+            values["layers_pattern"] = (
+                (values["layers_pattern"],) if values["layers_pattern"] else ()
+            )
         if not values.get("targets"):
             problems.append("target_modules: is not set; name the modules that the adapter holds")
         return values, problems
 
     def write_options(self, method: M) -> dict[str, Any]:
-        """Return the options; an empty list is PEFT's null. Where PEFT lacks one that chooses, the file names the sites one by one."""
+        """Return the options; an empty list is PEFT's null. Where PEFT lacks one that chooses, the
+        file names the sites one by one.
+        """
         values, told = super().write_options(method), self.names(type(method)).values()
         untold = (method.exclude and "exclude" not in told) or (
             method.layers_to_transform is not None and "layers_to_transform" not in told
@@ -52,7 +68,11 @@ class TargetedFormat(PeftFormat[M]):
         named = {"target_modules": "default"} if untold else {}
         return (
             values
-            | {key: values[key] or None for key in ("exclude_modules", "layers_pattern") if key in values}
+            | {
+                key: values[key] or None
+                for key in ("exclude_modules", "layers_pattern")
+                if key in values
+            }
             | named
         )
 
@@ -62,7 +82,8 @@ class Targeted(Method):
     """A method that adds leaves to chosen sites.
 
     Class attributes:
-        usual_targets: the ends of site names that `targets="default"` stands for, those that the model has.
+        usual_targets: the ends of site names that `targets="default"` stands for, those that the
+            model has.
     """
 
     peft: ClassVar[PeftFormat[Any]] = TargetedFormat()
@@ -71,18 +92,30 @@ class Targeted(Method):
 
     targets: str | tuple[str, ...] = option(
         ALL_LINEAR,
-        "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's usual sites",
+        "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's"
+        " usual sites",
     )
     exclude: str | tuple[str, ...] = option((), "names or expression of sites to leave alone")
-    layers_to_transform: tuple[int, ...] | int | None = option(None, "layer numbers to adapt; None for all", at_least=0)
-    layers_pattern: tuple[str, ...] = option((), "names of the container whose numbers count, such as 'layers'")
+    layers_to_transform: tuple[int, ...] | int | None = option(
+        None, "layer numbers to adapt; None for all", at_least=0
+    )
+    layers_pattern: tuple[str, ...] = option(
+        (), "names of the container whose numbers count, such as 'layers'"
+    )
 
     def problems(self) -> list[str]:
         """List options that exclude each other, as in PEFT."""
-        expression = isinstance(self.targets, str) and not is_keyword(self.targets) and self.targets != "default"
+        expression = (
+            isinstance(self.targets, str)
+            and not is_keyword(self.targets)
+            and self.targets != "default"
+        )
         found: list[str] = []
         if expression and (self.layers_to_transform is not None or self.layers_pattern):
-            found.append("layers_to_transform: cannot go with a regular expression in targets; put the layers into it")
+            found.append(
+                "layers_to_transform: cannot go with a regular expression in targets; put the"
+                " layers into it"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             found.append("layers_pattern: needs layers_to_transform")
         if self.targets == ():
@@ -114,8 +147,8 @@ class Targeted(Method):
             targets = usual(self.usual_targets, names)
             if not targets:
                 raise TargetError(
-                    f"targets: the model has none of the usual sites of {self.name} ({', '.join(self.usual_targets)}); "
-                    "name its sites"
+                    f"targets: the model has none of the usual sites of {self.name}"
+                    f" ({', '.join(self.usual_targets)}); name its sites"
                 )
         return Targets(targets, self.exclude, numbers, self.layers_pattern, self.modules_to_save)
 
@@ -129,23 +162,32 @@ def require_divisor(field: str, size: int, site: Site) -> None:
     n_in, n_out = site.shape
     if n_in % size or n_out % size:
         raise ConfigError(
-            f"{field}: {size} does not divide the {n_in} inputs and {n_out} outputs of {site.name}; give a divisor of both, such as "
-            f"{math.gcd(n_in, n_out)}, or exclude the site"
+            f"{field}: {size} does not divide the {n_in} inputs and {n_out} outputs of {site.name};"
+            f" give a divisor of both, such as {math.gcd(n_in, n_out)}, or exclude the site"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Targeted):
-    """A targeted method with a rank and a scaling `s`, `alpha / rank` or, with rsLoRA, `alpha / sqrt(rank)`."""
+    """A targeted method with a rank and a scaling `s`, `alpha / rank` or, with rsLoRA, `alpha /
+    sqrt(rank)`.
+    """
 
     rank: int = option(8, "rank r of the update", at_least=1)
     alpha: float = option(16.0, "numerator of the scaling", above=0)
-    rank_pattern: dict[str, int] = option({}, "other ranks, by the end of a site's name", at_least=1)
-    alpha_pattern: dict[str, float] = option({}, "other alphas, by the end of a site's name", above=0)
+    rank_pattern: dict[str, int] = option(
+        {}, "other ranks, by the end of a site's name", at_least=1
+    )
+    alpha_pattern: dict[str, float] = option(
+        {}, "other alphas, by the end of a site's name", above=0
+    )
 
     def expressions(self, whole: bool) -> dict[str, Any]:
         """Return the options that hold regular expressions."""
-        return super().expressions(whole) | {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return super().expressions(whole) | {
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+        }
 
     def check_sites(self, names: tuple[str, ...]) -> None:
         """Refuse a rank or alpha pattern that matches no adapted site.

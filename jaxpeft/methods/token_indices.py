@@ -1,4 +1,6 @@
-"""Trainable tokens beside LoRA, as PEFT has them: LoRA's option `trainable_token_indices`, one `trainable_tokens` for each set."""
+"""Trainable tokens beside LoRA, as PEFT has them: LoRA's option `trainable_token_indices`, one
+`trainable_tokens` for each set.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +28,35 @@ def _read(given: Any, tied: bool) -> tuple[list[dict[str, Any]], list[str]]:
     if problems:
         return [], problems
     # PEFT has the head's rows trained with those of an embedding that it is tied to
-    heads = [name for name in by_module if tied and len(by_module) > 1 and name.rpartition(".")[2] == "lm_head"]
+    heads = [
+        name
+        for name in by_module
+        if tied and len(by_module) > 1 and name.rpartition(".")[2] == "lm_head"
+    ]
     others = [list(ids) for name, ids in by_module.items() if name not in heads]
     problems = [
-        f"{_OPTION}: {name} is tied to the embedding, and has other tokens; give both the same, or one alone"
+        f"{_OPTION}: {name} is tied to the embedding, and has other tokens; give both the same, or"
+        " one alone"
         for name in heads
         if list(by_module[name]) not in others
     ]
     return [
-        {"name": TrainableTokens.name, "tokens": tuple(ids), "targets": "default" if name == "default" else (name,)}
+        {
+            "name": TrainableTokens.name,
+            "tokens": tuple(ids),
+            "targets": "default" if name == "default" else (name,),
+        }
         for name, ids in by_module.items()
         if name not in heads
     ], problems
 
 
 def _are_ids(ids: Any) -> bool:
-    return isinstance(ids, Sequence) and not isinstance(ids, str) and all(type(i) is int and i >= 0 for i in ids)
+    return (
+        isinstance(ids, Sequence)
+        and not isinstance(ids, str)
+        and all(type(i) is int and i >= 0 for i in ids)
+    )
 
 
 TOKEN_INDICES = Beside(_OPTION, TrainableTokens.name, "token_adapter", _write, _read)

@@ -2,8 +2,9 @@
 
     E' = E, but for the rows of the chosen tokens, which are trained
 
-In an embedding they are rows; in a language-model head `W [d, vocab]` they are columns. A tied head computes with the trained
-rows as well. Tokens that are new to a model are added by `jaxpeft.load(..., vocab_size=N)` first.
+In an embedding they are rows; in a language-model head `W [d, vocab]` they are columns. A tied head
+computes with the trained rows as well. Tokens that are new to a model are added by
+`jaxpeft.load(..., vocab_size=N)` first.
 
 PEFT's documentation of `TrainableTokens`; nothing of it is in a paper.
 """
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 class TrainableTokensFormat(TargetedFormat["TrainableTokens"]):
     """How adapters of `TrainableTokens` stand in files."""
 
-    def read_options(self, kind: type[TrainableTokens], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[TrainableTokens], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read PEFT's options; how the rows began says nothing of what they are."""
         given = {key: value for key, value in config.items() if key != "init_weights"}
         values, problems = super().read_options(
@@ -44,7 +47,8 @@ class TrainableTokensFormat(TargetedFormat["TrainableTokens"]):
 class TrainableTokens(Targeted):
     """Trains the rows of chosen tokens.
 
-    Leaves of a site: `token_rows [n, d]` float32, trained, which begin as the base's; `token_ids [n]` int32.
+    Leaves of a site: `token_rows [n, d]` float32, trained, which begin as the base's; `token_ids
+    [n]` int32.
     """
 
     name: ClassVar[str] = "trainable_tokens"
@@ -67,7 +71,8 @@ class TrainableTokens(Targeted):
 
     tokens: tuple[int, ...] = option((), "ids of the tokens", at_least=0)
     targets: str | tuple[str, ...] = option(
-        "default", "embeddings and heads by the end of their names; 'default' for the input embedding"
+        "default",
+        "embeddings and heads by the end of their names; 'default' for the input embedding",
     )
 
     def problems(self) -> list[str]:
@@ -89,8 +94,8 @@ class TrainableTokens(Targeted):
         vocab = site.shape[0 if site.kind == "embedding" else 1]
         if max(self.tokens) >= vocab:
             raise ConfigError(
-                f"trainable_tokens.tokens: {max(self.tokens)} is outside the {vocab} tokens of {site.name}; "
-                f"load the model with vocab_size={max(self.tokens) + 1}"
+                f"trainable_tokens.tokens: {max(self.tokens)} is outside the {vocab} tokens of"
+                f" {site.name}; load the model with vocab_size={max(self.tokens) + 1}"
             )
         ids = jnp.asarray(self.tokens, jnp.int32)
         whole = kernel() if site.kind == "embedding" else kernel().T
@@ -98,7 +103,9 @@ class TrainableTokens(Targeted):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Return the embeddings of token ids, or the logits of `x`, with the trained rows in place."""
+        """Return the embeddings of token ids, or the logits of `x`, with the trained rows in
+        place.
+        """
         base = call.base(*call.args)
         if not jnp.issubdtype(call.x.dtype, jnp.integer):
             return _with_logits(call, base, call.kernel().T)
@@ -129,7 +136,9 @@ class TrainableTokens(Targeted):
 
 
 def _with_logits(call: Call, logits: Any, rows: Any) -> Any:
-    """Add to logits `[..., vocab]` what the trained rows differ by from the base's `rows [vocab, d]`."""
+    """Add to logits `[..., vocab]` what the trained rows differ by from the base's `rows [vocab,
+    d]`.
+    """
 
     def added(leaves: Leaves, x: Any, plain: Any) -> Any:
         ids = leaves["token_ids"]

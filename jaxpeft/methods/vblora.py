@@ -1,12 +1,15 @@
 r"""VB-LoRA: the matrices of LoRA are put together of vectors that all sites share.
 
-    y = x W + (D(x) A) B,    of each part of A and B of length l:  sum over the k largest of its logits of softmax(logits)_i v_i
+    y = x W + (D(x) A) B,    of each part of A and B of length l:
+        sum over the k largest of its logits of softmax(logits)_i v_i
 
-`v: [h, l]` is the bank of vectors at the root of the tree. A column of `A: [in, r]` has `in / l` parts and a row of `B: [r, out]`
-`out / l`, each with `h` logits of its own. Bank and logits are trained. A fresh adapter changes the outputs a little: bank and
-logits begin random, as with a bank of zeros no logit would have a gradient. `D` is dropout.
+`v: [h, l]` is the bank of vectors at the root of the tree. A column of `A: [in, r]` has `in / l`
+parts and a row of `B: [r, out]` `out / l`, each with `h` logits of its own. Bank and logits are
+trained. A fresh adapter changes the outputs a little: bank and logits begin random, as with a bank
+of zeros no logit would have a gradient. `D` is dropout.
 
-Li et al. 2024, "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", sections 3.2 and 3.3 (arXiv:2405.15179).
+Li et al. 2024, "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", sections 3.2
+and 3.3 (arXiv:2405.15179).
 """
 
 from __future__ import annotations
@@ -31,13 +34,17 @@ from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat, require_div
 class VBLoRAFormat(TargetedFormat["VBLoRA"]):
     """How adapters of `VBLoRA` stand in files."""
 
-    def read_options(self, kind: type[VBLoRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Read the options; a file that holds the largest weights in place of the logits is refused."""
+    def read_options(
+        self, kind: type[VBLoRA], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Read the options; a file that holds the largest weights in place of the logits is
+        refused.
+        """
         values, problems = super().read_options(kind, config)
         if config.get("save_only_topk_weights"):
             problems.append(
-                "save_only_topk_weights: the file holds no logits, which training resumes from; save it with "
-                "save_only_topk_weights=False where it was trained"
+                "save_only_topk_weights: the file holds no logits, which training resumes from;"
+                " save it with save_only_topk_weights=False where it was trained"
             )
         return values, problems
 
@@ -46,9 +53,9 @@ class VBLoRAFormat(TargetedFormat["VBLoRA"]):
 class VBLoRA(Biased):
     """Low-rank updates of linear sites out of a shared bank of vectors.
 
-    Leaves of a site: `vblora_logits_a [r, in / l, h]`, `vblora_logits_b [out / l, r, h]`, trained; `vblora_topk [k]`, whose length
-    says how many are mixed; `vblora_dropout []` where the rate is not zero. At the root: `vblora_vector_bank [h, l]`, trained.
-    All float32.
+    Leaves of a site: `vblora_logits_a [r, in / l, h]`, `vblora_logits_b [out / l, r, h]`, trained;
+    `vblora_topk [k]`, whose length says how many are mixed; `vblora_dropout []` where the rate is
+    not zero. At the root: `vblora_vector_bank [h, l]`, trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -62,22 +69,36 @@ class VBLoRA(Biased):
         trained=frozenset({"vblora_logits_a", "vblora_logits_b", "vblora_vector_bank"}),
         zero_is_base=False,
     )
-    peft: ClassVar[PeftFormat[Any]] = VBLoRAFormat(tensors={"vblora_logits_a": "vblora_logits_A", "vblora_logits_b": "vblora_logits_B"}, root_tensors={"vblora_vector_bank": "base_model.vblora_vector_bank"}, untransposed=frozenset({"vblora_vector_bank"}), type="VBLORA", options={
-        **TARGET_OPTIONS,
-        "r": "rank",
-        "num_vectors": "vectors",
-        "vector_length": "vector_length",
-        "topk": "topk",
-        "vblora_dropout": "dropout",
-        "bias": "bias",
-    }, required=("r", "num_vectors", "vector_length", "topk"), ignored=frozenset({
-        "init_vector_bank_bound", "init_logits_std", "save_only_topk_weights",
-    }), )  # fmt: skip
+    peft: ClassVar[PeftFormat[Any]] = VBLoRAFormat(
+        tensors={"vblora_logits_a": "vblora_logits_A", "vblora_logits_b": "vblora_logits_B"},
+        root_tensors={"vblora_vector_bank": "base_model.vblora_vector_bank"},
+        untransposed=frozenset({"vblora_vector_bank"}),
+        type="VBLORA",
+        options={
+            **TARGET_OPTIONS,
+            "r": "rank",
+            "num_vectors": "vectors",
+            "vector_length": "vector_length",
+            "topk": "topk",
+            "vblora_dropout": "dropout",
+            "bias": "bias",
+        },
+        required=("r", "num_vectors", "vector_length", "topk"),
+        ignored=frozenset(
+            {
+                "init_vector_bank_bound",
+                "init_logits_std",
+                "save_only_topk_weights",
+            }
+        ),
+    )
 
     rank: int = option(4, "rank r of the updates", at_least=1)
     vectors: int = option(256, "how many vectors h the bank has", at_least=1)
     vector_length: int = option(
-        256, "length l of the vectors, which divides the inputs and outputs of each site", at_least=1
+        256,
+        "length l of the vectors, which divides the inputs and outputs of each site",
+        at_least=1,
     )
     topk: int = option(2, "how many vectors k a part is mixed of", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
@@ -92,28 +113,51 @@ class VBLoRA(Biased):
 
     def problems(self) -> list[str]:
         """Refuse to mix more vectors than there are."""
-        many = [f"topk: {self.topk} is more than vectors, {self.vectors}"] if self.topk > self.vectors else []
+        many = (
+            [f"topk: {self.topk} is more than vectors, {self.vectors}"]
+            if self.topk > self.vectors
+            else []
+        )
         return super().problems() + many
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Make the logits normal.
 
         Raises:
-            ConfigError: the length of the vectors does not divide the inputs and outputs of the site.
+            ConfigError: the length of the vectors does not divide the inputs and outputs of the
+                site.
         """
         del kernel
         (n_in, n_out), length = site.shape, self.vector_length
         require_divisor("vblora.vector_length", length, site)
-        shapes = (self.rank, n_in // length, self.vectors), (n_out // length, self.rank, self.vectors)
-        a, b = (self.logits_std * jax.random.normal(k, s) for k, s in zip(jax.random.split(rng), shapes, strict=True))
-        leaves = {"vblora_logits_a": a, "vblora_logits_b": b, "vblora_topk": jnp.ones((self.topk,), jnp.float32)}
-        return leaves | ({"vblora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        shapes = (
+            (self.rank, n_in // length, self.vectors),
+            (n_out // length, self.rank, self.vectors),
+        )
+        a, b = (
+            self.logits_std * jax.random.normal(k, s)
+            for k, s in zip(jax.random.split(rng), shapes, strict=True)
+        )
+        leaves = {
+            "vblora_logits_a": a,
+            "vblora_logits_b": b,
+            "vblora_topk": jnp.ones((self.topk,), jnp.float32),
+        }
+        return leaves | (
+            {"vblora_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
-    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+    def init_root(
+        self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
+    ) -> dict[str, jax.Array]:
         """Make the bank uniform."""
         del params, sites
         shape = (self.vectors, self.vector_length)
-        return {"vblora_vector_bank": jax.random.uniform(rng, shape, jnp.float32, -self.bank_bound, self.bank_bound)}
+        return {
+            "vblora_vector_bank": jax.random.uniform(
+                rng, shape, jnp.float32, -self.bank_bound, self.bank_bound
+            )
+        }
 
     @staticmethod
     def compute(call: Call) -> Any:
@@ -138,5 +182,8 @@ def _mixed(leaves: Leaves, logits: Any) -> Any:
     """Mix vectors of the bank, `[..., h] -> [..., l]`."""
     largest, which = jax.lax.top_k(logits, leaves["vblora_topk"].shape[0])
     return jnp.einsum(
-        "...k,...kl->...l", jax.nn.softmax(largest), leaves["vblora_vector_bank"][which], precision="highest"
+        "...k,...kl->...l",
+        jax.nn.softmax(largest),
+        leaves["vblora_vector_bank"][which],
+        precision="highest",
     )

@@ -1,12 +1,14 @@
 r"""VeRA: two vectors a site are trained, around a pair of random matrices that all sites share.
 
-    y = x W + (((D(x) A') * d) B') * b,    A' = A[:in] [in, r],  B' = B[:, :out] [r, out],  d: [r],  b: [out]
+    y = x W + (((D(x) A') * d) B') * b,    A' = A[:in] [in, r],    B' = B[:, :out] [r, out],
+        d: [r],    b: [out]
 
-`A` and `B` are frozen and stand once at the root of the tree, as wide as the widest adapted site; a narrower site takes its
-part of them. `d` starts at a small constant and `b` at zero, so a fresh adapter leaves every output as it was. `D` is dropout.
+`A` and `B` are frozen and stand once at the root of the tree, as wide as the widest adapted site; a
+narrower site takes its part of them. `d` starts at a small constant and `b` at zero, so a fresh
+adapter leaves every output as it was. `D` is dropout.
 
-PEFT may leave `A` and `B` out of a file and make them again from torch's random numbers. Here they are always written out, and
-a file without them is refused.
+PEFT may leave `A` and `B` out of a file and make them again from torch's random numbers. Here they
+are always written out, and a file without them is refused.
 
 Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation", section 3 (arXiv:2310.11454).
 """
@@ -38,7 +40,9 @@ class VeRAFormat(TargetedFormat["VeRA"]):
         """Return the options; the projections are always in the file."""
         return super().write_options(method) | {"save_projection": True}
 
-    def read_options(self, kind: type[VeRA], config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def read_options(
+        self, kind: type[VeRA], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Read the options; a file without its projections is refused."""
         values, problems = super().read_options(kind, config)
         return values, [*problems, *without_projections(config)]
@@ -48,8 +52,9 @@ class VeRAFormat(TargetedFormat["VeRA"]):
 class VeRA(Biased):
     """Trained vectors around shared random projections.
 
-    Leaves of a site: `vera_lambda_d [r]`, `vera_lambda_b [out]`, trained; `vera_dropout []` where the rate is not zero. At the
-    root: `vera_a [in, r]`, `vera_b [r, out]` of the largest sizes, not trained. All float32.
+    Leaves of a site: `vera_lambda_d [r]`, `vera_lambda_b [out]`, trained; `vera_dropout []` where
+    the rate is not zero. At the root: `vera_a [in, r]`, `vera_b [r, out]` of the largest sizes, not
+    trained. All float32.
 
     Raises:
         ConfigError: an option is out of range, or options exclude each other.
@@ -91,20 +96,32 @@ class VeRA(Biased):
             "vera_lambda_b": jnp.zeros((site.shape[1],), jnp.float32),
             "vera_lambda_d": jnp.full((self.rank,), self.d_initial, jnp.float32),
         }
-        return leaves | ({"vera_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {})
+        return leaves | (
+            {"vera_dropout": jnp.asarray(self.dropout, jnp.float32)} if self.dropout else {}
+        )
 
-    def init_root(self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array) -> dict[str, jax.Array]:
+    def init_root(
+        self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
+    ) -> dict[str, jax.Array]:
         """Make A and B uniform within sqrt(6 / fan_in), as He et al. 2015 have it."""
         del params
         keys, n_in, n_out = jax.random.split(rng), *largest(sites)
         return {
-            "vera_a": math.sqrt(6 / n_in) * jax.random.uniform(keys[0], (n_in, self.rank), jnp.float32, -1, 1),
-            "vera_b": math.sqrt(6 / self.rank) * jax.random.uniform(keys[1], (self.rank, n_out), jnp.float32, -1, 1),
+            "vera_a": (
+                math.sqrt(6 / n_in)
+                * jax.random.uniform(keys[0], (n_in, self.rank), jnp.float32, -1, 1)
+            ),
+            "vera_b": (
+                math.sqrt(6 / self.rank)
+                * jax.random.uniform(keys[1], (self.rank, n_out), jnp.float32, -1, 1)
+            ),
         }
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `x W + (((D(x) A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
+        """Compute `x W + (((D(x) A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x
+        W`.
+        """
         y = call.base(*call.args)
         return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "vera_dropout"))
 
@@ -112,7 +129,10 @@ class VeRA(Biased):
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Return `W + (A * d) (B * b)`."""
         n_in, n_out = base["kernel"].shape
-        a, b = leaves["vera_a"][:n_in] * leaves["vera_lambda_d"], leaves["vera_b"][:, :n_out] * leaves["vera_lambda_b"]
+        a, b = (
+            leaves["vera_a"][:n_in] * leaves["vera_lambda_d"],
+            leaves["vera_b"][:, :n_out] * leaves["vera_lambda_b"],
+        )
         return {"kernel": base["kernel"] + product(a, b)}
 
 
@@ -120,8 +140,16 @@ def without_projections(config: Mapping[str, Any]) -> list[str]:
     """Return why a file whose random matrices are left out cannot be read, if they are."""
     if config.get("save_projection", True):
         return []
-    why = "so the shared random matrices are not in the file, and torch's random numbers are not made here"
-    return [f"save_projection: is false, {why}; make the adapter with save_projection=True in PEFT, and save it again"]
+    why = (
+        "so the shared random matrices are not in the file, and torch's random numbers are not made"
+        " here"
+    )
+    return [
+        (
+            f"save_projection: is false, {why}; make the adapter with save_projection=True in PEFT,"
+            " and save it again"
+        )
+    ]
 
 
 def largest(sites: tuple[Site, ...]) -> tuple[int, int]:
@@ -132,5 +160,9 @@ def largest(sites: tuple[Site, ...]) -> tuple[int, int]:
 def _update(leaves: Leaves, x: Any) -> Any:
     """Return `(((x A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x`."""
     b = leaves["vera_lambda_b"].astype(x.dtype)
-    h = x @ leaves["vera_a"][: x.shape[-1]].astype(x.dtype) * leaves["vera_lambda_d"].astype(x.dtype)
+    h = (
+        x
+        @ leaves["vera_a"][: x.shape[-1]].astype(x.dtype)
+        * leaves["vera_lambda_d"].astype(x.dtype)
+    )
     return h @ leaves["vera_b"][:, : b.shape[-1]].astype(x.dtype) * b

@@ -14,7 +14,8 @@ Array = jax.Array
 def _gelu(x: Array) -> Array:
     """`x (1 + erf(x / sqrt(2))) / 2` (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 
-    `erf` is more than twice as fast as the `erfc` of `jax.nn.gelu` on CPU. In lower precision 1 + erf would cancel.
+    `erf` is more than twice as fast as the `erfc` of `jax.nn.gelu` on CPU. In lower precision 1 +
+    erf would cancel.
     """
     if x.dtype != jnp.float32:
         return jax.nn.gelu(x, approximate=False)
@@ -26,7 +27,9 @@ def _gelu_tanh(x: Array) -> Array:
 
 
 def _laplace(x: Array) -> Array:
-    """`(1 + erf((x - sqrt(1/2)) / (sigma sqrt(2)))) / 2`, sigma = 0.281... (Ma et al. 2022, arXiv:2209.10655)."""
+    """`(1 + erf((x - sqrt(1/2)) / (sigma sqrt(2)))) / 2`, sigma = 0.281... (Ma et al. 2022,
+    arXiv:2209.10655).
+    """
     return 0.5 * (1.0 + jax.lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
 
 
@@ -54,4 +57,6 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-"""All of transformers 5.23's but `prelu` and `xielu`, which have parameters of their own. `[...]` to the same shape."""
+"""All of transformers 5.23's but `prelu` and `xielu`, which have parameters of their own. `[...]`
+to the same shape.
+"""

@@ -1,8 +1,9 @@
 """Attention: by the fastest kernel that fits.
 
-Four kernels compute `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32. `xla` writes all scores out; `cudnn` (NVIDIA's, on
-GPUs) and `splash` (JAX's own, on TPUs) never do: Dao et al. 2022, "FlashAttention", section 3 (arXiv:2205.14135). Nor does `chunked`, which
-computes everywhere, and positions that are spread over devices.
+Four kernels compute `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32. `xla` writes all
+scores out; `cudnn` (NVIDIA's, on GPUs) and `splash` (JAX's own, on TPUs) never do: Dao et al. 2022,
+"FlashAttention", section 3 (arXiv:2205.14135). Nor does `chunked`, which computes everywhere, and
+positions that are spread over devices.
 """
 
 from __future__ import annotations
@@ -25,7 +26,17 @@ from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.layers import dropout
 from jaxpeft.models.masks import Mask
 from jaxpeft.remat import ATTENTION
-from jaxpeft.sharding.logical_axes import BATCH, HEAD_DIM, HEADS, KV_HEADS, LENGTH, mesh_of, placed, size_of, spec_of
+from jaxpeft.sharding.logical_axes import (
+    BATCH,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LENGTH,
+    mesh_of,
+    placed,
+    size_of,
+    spec_of,
+)
 from jaxpeft.sharding.sizes import SEQUENCE, TENSOR
 
 Array = jax.Array
@@ -39,7 +50,13 @@ def by_heads(qkv: Iterable[Array]) -> tuple[Array, Array, Array]:
 
 
 def attend(
-    module: nn.Module, kernel: str, q: Array, k: Array, v: Array, mask: Mask, dropout_rate: float = 0.0
+    module: nn.Module,
+    kernel: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    dropout_rate: float = 0.0,
 ) -> Array:
     """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
 
@@ -78,7 +95,8 @@ class AttentionKernel:
     Attributes:
         compute: `(q, k, v, mask, dropout of the weights) -> [batch, query, heads, d]`.
         platform: that it is for; empty for all.
-        lacks: says why it does not fit a model, from the activations' dtype, the size of a head and the rate of dropout; empty if it does.
+        lacks: says why it does not fit a model, from the activations' dtype, the size of a head and
+            the rate of dropout; empty if it does.
         takes: says whether it fits a call, from `q`, `k` and the mask.
     """
 
@@ -91,7 +109,8 @@ class AttentionKernel:
 def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
     batch, length, heads, d = q.shape
     seen = mask.full(length)
-    # Heads before length: both products are then plain batched matmuls, a fifth faster on CPU than the other order.
+    # Heads before length: both products are then plain batched matmuls, a fifth faster on CPU than
+    # the other order.
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
     kv_heads, keys = k.shape[1:3]
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
@@ -104,12 +123,17 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array
     return jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
 
 
-def _xla_by_positions(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
-    """Attend where positions are spread over devices: each has its own queries, and the keys and values of all positions."""
+def _xla_by_positions(
+    q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]
+) -> Array:
+    """Attend where positions are spread over devices: each has its own queries, and the keys and
+    values of all positions.
+    """
     batch, length, heads, d = q.shape
     seen = mask.full(length)
     k, v = (placed(array, BATCH, None, KV_HEADS, HEAD_DIM) for array in (k, v))
-    # the positions keep a dimension of their own: one that they share with heads could not be spread
+    # the positions keep a dimension of their own: one that they share with heads could not be
+    # spread
     q = q.reshape(batch, length, k.shape[2], -1, d)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
     scores = scores.reshape(batch, heads, length, -1)
@@ -122,9 +146,16 @@ def _xla_by_positions(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[
 
 
 def _on_each(
-    compute: Callable[..., Array], q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]
+    compute: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    drop: Callable[[Array], Array],
 ) -> Array:
-    """Attend with a kernel that the partitioner cannot spread: each device computes its own rows and heads, and queries with all keys."""
+    """Attend with a kernel that the partitioner cannot spread: each device computes its own rows
+    and heads, and queries with all keys.
+    """
     across = size_of(TENSOR)
     if q.shape[2] % across == 0 and across % k.shape[2] == 0:
         # fewer heads of keys than devices: each device has the one that its queries read
@@ -144,7 +175,9 @@ def _on_each(
             return compute(q, k, v, mask, drop)
         return compute(q, k, v, mask, drop, first=jax.lax.axis_index(SEQUENCE) * q.shape[1])
 
-    run = jax.shard_map(here, in_specs=(spec, each, each, jax.tree.map(rows, mask)), out_specs=spec, check_vma=False)
+    run = jax.shard_map(
+        here, in_specs=(spec, each, each, jax.tree.map(rows, mask)), out_specs=spec, check_vma=False
+    )
     return run(q, k, v, mask)
 
 
@@ -171,7 +204,13 @@ _SPLASH_BLOCK = 512
 
 
 def _splash(
-    q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array], *, interpret: bool = False
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    drop: Callable[[Array], Array],
+    *,
+    interpret: bool = False,
 ) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -181,22 +220,32 @@ def _splash(
     seen = masks.FullMask((length, length))
     if mask.causal:
         shape = (length, length)
-        seen = masks.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else masks.CausalMask(shape)
+        seen = (
+            masks.LocalMask(shape, (mask.window - 1, 0), 0)
+            if mask.window
+            else masks.CausalMask(shape)
+        )
     block = next(size for size in (_SPLASH_BLOCK, 256, 128) if length % size == 0)
     fields = (field.name for field in dataclasses.fields(splash.BlockSizes))
     sizes: Any = {name: block for name in fields if name.startswith("block_")}
     attention = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([seen] * heads), block_sizes=splash.BlockSizes(**sizes),
-        residual_checkpoint_name=ATTENTION, interpret=interpret,
-    )  # fmt: skip
+        masks.MultiHeadMask([seen] * heads),
+        block_sizes=splash.BlockSizes(**sizes),
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
+    )
     ids = mask.segments
     if mask.text is not None:
         # padding sees padding: no row may see nothing
         ids = jnp.where(mask.text, 1 if ids is None else ids + 1, 0)
-    segments = None if ids is None else splash.SegmentIds(ids.astype(jnp.int32), ids.astype(jnp.int32))
+    segments = (
+        None if ids is None else splash.SegmentIds(ids.astype(jnp.int32), ids.astype(jnp.int32))
+    )
     q = q * jnp.asarray(d**-0.5, q.dtype)
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
-    out: Any = jax.vmap(attention, in_axes=(0, 0, 0, None if segments is None else 0))(q, k, v, segments)
+    out: Any = jax.vmap(attention, in_axes=(0, 0, 0, None if segments is None else 0))(
+        q, k, v, segments
+    )
     return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 
@@ -216,9 +265,14 @@ def _no_dropout(dtype: Any, size: int, rate: float) -> str:
 
 KERNELS: Mapping[str, AttentionKernel] = {
     "xla": AttentionKernel(_xla),
-    "chunked": AttentionKernel(chunked_attention.compute, "", _no_dropout, lambda q, k, mask: mask.dense is None),
+    "chunked": AttentionKernel(
+        chunked_attention.compute, "", _no_dropout, lambda q, k, mask: mask.dense is None
+    ),
     "cudnn": AttentionKernel(
-        _cudnn, "cuda", _cudnn_lacks, lambda q, k, mask: mask.given() is None or not (q.shape[1] % 2 or k.shape[1] % 2)
+        _cudnn,
+        "cuda",
+        _cudnn_lacks,
+        lambda q, k, mask: mask.given() is None or not (q.shape[1] % 2 or k.shape[1] % 2),
     ),
     "splash": AttentionKernel(_splash, "tpu", _splash_lacks, _splash_takes),
 }
@@ -252,11 +306,13 @@ def kernel_of(asked: str, platform: str, spread: int) -> str:
         return "chunked" if spread > 1 else fastest(platform)
     if KERNELS[asked].platform not in ("", platform):
         raise ConfigError(
-            f"model.attention: {asked} computes on {KERNELS[asked].platform}, and the devices are {platform}; set it to auto"
+            f"model.attention: {asked} computes on {KERNELS[asked].platform}, and the devices are"
+            f" {platform}; set it to auto"
         )
     if spread > 1 and KERNELS[asked].platform:
         raise ConfigError(
-            f"model.attention: {asked} needs whole rows, and mesh.sequence spreads them over {spread} devices; set it to auto"
+            f"model.attention: {asked} needs whole rows, and mesh.sequence spreads them over"
+            f" {spread} devices; set it to auto"
         )
     return asked
 
@@ -269,4 +325,6 @@ def lacks(options: ModelOptions, config: Any) -> str:
         config: its architecture.
     """
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return KERNELS[options.attention].lacks(options.dtype, size, getattr(config, "attention_dropout", 0.0))
+    return KERNELS[options.attention].lacks(
+        options.dtype, size, getattr(config, "attention_dropout", 0.0)
+    )

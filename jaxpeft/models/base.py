@@ -1,4 +1,6 @@
-"""What every architecture family gives: how it is built from a Hugging Face config, and what its checkpoints call things."""
+"""What every architecture family gives: how it is built from a Hugging Face config, and what its
+checkpoints call things.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from jaxpeft.errors import ConfigError, shown
 from jaxpeft.remat import REMAT_POLICIES
 
 LARGEST = 1 << 24
-"""No size of a model is larger: what is would take all memory before it is found not to fit the weights."""
+"""No size of a model is larger: what is would take all memory before it is found not to fit the
+weights.
+"""
 MOST_LAYERS, MOST_HEADS = 10_000, 1 << 16
 _MOST_LABELS = 1_000_000
 _FLOAT32 = 3.4e38
@@ -32,13 +36,18 @@ class ModelOptions:
         num_labels: outputs of a classification head.
         dtype: of the activations.
         scan_layers: one scanned layer in place of unrolled layers.
-        pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`, or None for the architecture's own.
+        pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`, or None for the
+            architecture's own.
         remat: what the backward pass computes again: a key of `jaxpeft.remat.REMAT_POLICIES`.
-        attention: the kernel that computes attention where it fits, a key of `jaxpeft.models.attention.KERNELS`.
-        right_padded: whether rows are padded behind their tokens alone: a decoder needs no mask for it then.
+        attention: the kernel that computes attention where it fits, a key of
+            `jaxpeft.models.attention.KERNELS`.
+        right_padded: whether rows are padded behind their tokens alone: a decoder needs no mask for
+            it then.
         quant: which kernels of the base are quantized, and how (`jaxpeft.Quant`); None for none.
-        offload: whether the layers' kernels may lie in the host's memory: each layer then fetches its own.
-        gathered: by their paths within a layer, the leaves that it gathers before it computes with them, and where to.
+        offload: whether the layers' kernels may lie in the host's memory: each layer then fetches
+            its own.
+        gathered: by their paths within a layer, the leaves that it gathers before it computes with
+            them, and where to.
     """
 
     task: str
@@ -79,7 +88,8 @@ class Family:
         ignored: expressions of names of tensors, without the prefix, that no task reads.
         optional: those that some tasks read.
         renamed: `(expression, replacement)` applied to checkpoint names first.
-        own_pooler: name of a tensor of the pooler that the architecture's own pooling needs, if any.
+        own_pooler: name of a tensor of the pooler that the architecture's own pooling needs, if
+            any.
         embedding: how the name of the word embedding's tensor ends.
         fields: what `config.json` calls those fields of the config that it calls otherwise.
     """
@@ -112,7 +122,12 @@ class ConfigReader:
         problems: Sequence[str] = (),
         where: str = "config.json",
     ) -> None:
-        self._config, self._defaults, self._others, self._where = config, defaults, tuple(problems), where
+        self._config, self._defaults, self._others, self._where = (
+            config,
+            defaults,
+            tuple(problems),
+            where,
+        )
         self.problems: list[str] = []
 
     def get(self, key: str) -> Any:
@@ -120,7 +135,9 @@ class ConfigReader:
         return self._config.get(key, self._defaults.get(key))
 
     def integer(self, key: str, least: int = 1, most: int = LARGEST) -> int:
-        """Return a whole number; note a problem if it is not one, too small, or larger than any model has it."""
+        """Return a whole number; note a problem if it is not one, too small, or larger than any
+        model has it.
+        """
         value = self.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
@@ -135,7 +152,9 @@ class ConfigReader:
         return 0.0 if _is_number(value) and value == 0 else self.positive(key, value)
 
     def positive(self, name: str, value: Any) -> float:
-        """Return `value` where it is a number above 0 that float32 holds; else note a problem under `name`."""
+        """Return `value` where it is a number above 0 that float32 holds; else note a problem under
+        `name`.
+        """
         if _is_number(value) and 0 < value <= _FLOAT32:
             return float(value)
         bound = f" of at most {_FLOAT32}" if _is_number(value) and value > _FLOAT32 else ""
@@ -143,7 +162,9 @@ class ConfigReader:
         return 1.0
 
     def rate(self, key: str, default: float = 0.0) -> float:
-        """Return a dropout rate, `default` where it is null; note a problem if it is not in [0, 1)."""
+        """Return a dropout rate, `default` where it is null; note a problem if it is not in [0,
+        1).
+        """
         value = self.get(key)
         if value is None:
             return default
@@ -164,7 +185,9 @@ class ConfigReader:
         value = self.get(key)
         if isinstance(value, str) and value in known:
             return value
-        self.problems.append(f"{key}: {shown(value)} is not supported (supported: {', '.join(known)})")
+        self.problems.append(
+            f"{key}: {shown(value)} is not supported (supported: {', '.join(known)})"
+        )
         return next(iter(known))
 
     def refuse(self, key: str, why: str) -> None:
@@ -173,24 +196,36 @@ class ConfigReader:
             self.problems.append(f"{key}: {shown(self.get(key))} is not supported: {why}")
 
     def quantized(self) -> None:
-        """Note a problem where the checkpoint is quantized, and not as `bitsandbytes` does it in NF4."""
+        """Note a problem where the checkpoint is quantized, and not as `bitsandbytes` does it in
+        NF4.
+        """
         found: Any = self.get("quantization_config")
         if not found:
             return
         settings: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
-        if settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None) != "bitsandbytes":
+        if (
+            settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None)
+            != "bitsandbytes"
+        ):
             self.refuse("quantization_config", "load the unquantized model")
             return
-        kind, instead = settings.get("bnb_4bit_quant_type", "fp4"), "load the unquantized model, with quant="
+        kind, instead = (
+            settings.get("bnb_4bit_quant_type", "fp4"),
+            "load the unquantized model, with quant=",
+        )
         if settings.get("load_in_8bit"):
-            self.problems.append(f"quantization_config: load_in_8bit is not supported; {instead}'int8'")
+            self.problems.append(
+                f"quantization_config: load_in_8bit is not supported; {instead}'int8'"
+            )
         elif not settings.get("load_in_4bit"):
             self.problems.append(
-                f"quantization_config: of bitsandbytes load_in_4bit alone is supported; {instead}'nf4'"
+                "quantization_config: of bitsandbytes load_in_4bit alone is supported;"
+                f" {instead}'nf4'"
             )
         elif kind != "nf4":
             self.problems.append(
-                f"quantization_config: bnb_4bit_quant_type {shown(kind)} is not supported; {instead}'nf4'"
+                f"quantization_config: bnb_4bit_quant_type {shown(kind)} is not supported;"
+                f" {instead}'nf4'"
             )
 
     def finish(self) -> None:
@@ -210,14 +245,19 @@ def _is_number(value: Any) -> bool:
 
 
 def with_pooling(options: ModelOptions, own: str) -> ModelOptions:
-    """Name the architecture's own pooling where none was asked for, so that saying it and leaving it out are the same."""
+    """Name the architecture's own pooling where none was asked for, so that saying it and leaving
+    it out are the same.
+    """
     if options.task != "sequence_classification" or options.pooling is not None:
         return options
     return dataclasses.replace(options, pooling=own)
 
 
-def option_problems(options: ModelOptions, model_type: str, tasks: Sequence[str], poolings: Sequence[str]) -> list[str]:
-    """Return what is wrong with the task, the labels, the pooling or the remat policy asked of an architecture.
+def option_problems(
+    options: ModelOptions, model_type: str, tasks: Sequence[str], poolings: Sequence[str]
+) -> list[str]:
+    """Return what is wrong with the task, the labels, the pooling or the remat policy asked of an
+    architecture.
 
     Args:
         options: what was asked.
@@ -229,7 +269,9 @@ def option_problems(options: ModelOptions, model_type: str, tasks: Sequence[str]
     labels: Any = options.num_labels
     problems: list[str] = []
     if task not in tasks:
-        problems.append(f"task: {task!r} is not one of a {model_type} model (it has {', '.join(tasks)})")
+        problems.append(
+            f"task: {task!r} is not one of a {model_type} model (it has {', '.join(tasks)})"
+        )
     whole = isinstance(labels, int) and not isinstance(labels, bool)
     if "classification" in task and (not (whole and 1 <= labels <= _MOST_LABELS)):
         bound = f"most {_MOST_LABELS}" if whole and labels > 1 else "least 1"
@@ -237,7 +279,10 @@ def option_problems(options: ModelOptions, model_type: str, tasks: Sequence[str]
     if "classification" not in task and labels is not None:
         problems.append(f"num_labels: {shown(labels)} goes with classification, task is {task!r}")
     if pooling is not None and pooling not in poolings:
-        problems.append(f"pooling: {pooling!r} is not one of a {model_type} model (it has {', '.join(poolings)})")
+        problems.append(
+            f"pooling: {pooling!r} is not one of a {model_type} model (it has"
+            f" {', '.join(poolings)})"
+        )
     elif pooling is not None and task != "sequence_classification":
         problems.append(f"pooling: goes with task 'sequence_classification' only, task is {task!r}")
     if options.remat not in REMAT_POLICIES:
@@ -246,7 +291,9 @@ def option_problems(options: ModelOptions, model_type: str, tasks: Sequence[str]
 
 
 PAST = "past"
-"""The collection in which a caller finds the keys and values of each layer, `[2, batch, length, kv_heads * d]`, if it asks."""
+"""The collection in which a caller finds the keys and values of each layer, `[2, batch, length,
+kv_heads * d]`, if it asks.
+"""
 
 
 def abstract_params(model: Pretrained) -> Tree:

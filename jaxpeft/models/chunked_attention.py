@@ -1,12 +1,16 @@
-"""Attention in plain XLA that writes no scores out: a block of keys after the other, forward and backward.
+"""Attention in plain XLA that writes no scores out: a block of keys after the other, forward and
+backward.
 
-With the scores `s = q k^T / sqrt(d)` of one block at a time, a running maximum `m` and sum `l` of `exp(s - m)` give the softmax over all
-keys (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", section 3, arXiv:1805.02867). The backward pass computes the
-weights `p = exp(s - m) / l` of a block again and needs, beside them, `D = sum(dy * y)` alone: `ds = p * (dy v^T - D)` (Dao et al. 2022,
-"FlashAttention", appendix B.2, arXiv:2205.14135). Memory is that of one block: Rabe and Staats 2021 (arXiv:2112.05682).
+With the scores `s = q k^T / sqrt(d)` of one block at a time, a running maximum `m` and sum `l` of
+`exp(s - m)` give the softmax over all keys (Milakov and Gimelshein 2018, "Online normalizer
+calculation for softmax", section 3, arXiv:1805.02867). The backward pass computes the weights `p =
+exp(s - m) / l` of a block again and needs, beside them, `D = sum(dy * y)` alone: `ds = p * (dy v^T
+- D)` (Dao et al. 2022, "FlashAttention", appendix B.2, arXiv:2205.14135). Memory is that of one
+block: Rabe and Staats 2021 (arXiv:2112.05682).
 
-Queries may be some of a row, from the position `first` on, while the keys are all of it: so positions that are spread over devices are
-attended to, each device gathering keys and values (Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.3.2, arXiv:2407.21783).
+Queries may be some of a row, from the position `first` on, while the keys are all of it: so
+positions that are spread over devices are attended to, each device gathering keys and values
+(Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.3.2, arXiv:2407.21783).
 """
 
 from __future__ import annotations
@@ -40,7 +44,14 @@ def block_of(queries: int, keys: int) -> int:
 
 
 def compute(
-    q: Array, k: Array, v: Array, mask: Mask, drop: Any = None, *, first: Any = 0, block: int | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    drop: Any = None,
+    *,
+    first: Any = 0,
+    block: int | None = None,
 ) -> Array:
     """Scaled dot-product attention, scores and softmax in float32.
 
@@ -60,7 +71,8 @@ def compute(
     batch, length, heads, d = q.shape
     kv_heads = k.shape[2]
     size = block or block_of(batch * heads * length, k.shape[1])
-    # heads before positions, and those that share a key head one behind the other: both products are plain batched matmuls
+    # heads before positions, and those that share a key head one behind the other: both products
+    # are plain batched matmuls
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
     out: Any = _attend(size, length, q, k, v, mask, jnp.asarray(first, jnp.int32))
@@ -68,21 +80,30 @@ def compute(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array) -> Array:
+def _attend(
+    size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array
+) -> Array:
     return _forward(size, length, q, k, v, mask, first)[0]
 
 
-def _forward(size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array) -> tuple[Array, Any]:
+def _forward(
+    size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array
+) -> tuple[Array, Any]:
     blocks = _Blocks(size, length, q, k, v, mask, first)
 
-    def step(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
+    def step(
+        carry: tuple[Array, Array, Array], start: Array
+    ) -> tuple[tuple[Array, Array, Array], None]:
         def add(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             m, total, out = carry
             scores, _ = blocks.scores(start)
             most = jnp.maximum(m, scores.max(-1))
             weights, again = jnp.exp(scores - most[..., None]), jnp.exp(m - most)
             values = jnp.einsum(
-                "bhts,bhsd->bhtd", weights.astype(v.dtype), blocks.values(start), preferred_element_type=jnp.float32
+                "bhts,bhsd->bhtd",
+                weights.astype(v.dtype),
+                blocks.values(start),
+                preferred_element_type=jnp.float32,
             )
             return most, total * again + weights.sum(-1), out * again[..., None] + values
 
@@ -97,7 +118,9 @@ def _forward(size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, f
     return out, (q, k, v, mask, first, out, m, total)
 
 
-def _backward(size: int, length: int, kept: Any, dy: Array) -> tuple[Array, Array, Array, None, None]:
+def _backward(
+    size: int, length: int, kept: Any, dy: Array
+) -> tuple[Array, Array, Array, None, None]:
     q, k, v, mask, first, out, m, total = kept
     blocks = _Blocks(size, length, q, k, v, mask, first)
     own = jnp.einsum("bhtd,bhtd->bht", dy, out, preferred_element_type=jnp.float32)
@@ -108,9 +131,15 @@ def _backward(size: int, length: int, kept: Any, dy: Array) -> tuple[Array, Arra
             scores, allowed = blocks.scores(start)
             weights = jnp.exp(scores - m[..., None]) / total[..., None]
             dv = jnp.einsum("bhts,bhtd->bhsd", weights.astype(dy.dtype), dy)
-            change = jnp.einsum("bhtd,bhsd->bhts", dy, blocks.values(start), preferred_element_type=jnp.float32)
-            change = blocks.where(allowed, weights * (change - own[..., None]) * blocks.scale, 0.0).astype(q.dtype)
-            dq = dq + jnp.einsum("bhts,bhsd->bhtd", change, blocks.keys(start), preferred_element_type=jnp.float32)
+            change = jnp.einsum(
+                "bhtd,bhsd->bhts", dy, blocks.values(start), preferred_element_type=jnp.float32
+            )
+            change = blocks.where(
+                allowed, weights * (change - own[..., None]) * blocks.scale, 0.0
+            ).astype(q.dtype)
+            dq = dq + jnp.einsum(
+                "bhts,bhsd->bhtd", change, blocks.keys(start), preferred_element_type=jnp.float32
+            )
             return dq, (jnp.einsum("bhts,bhtd->bhsd", change, q), dv)
 
         def nothing(dq: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -130,17 +159,23 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """The blocks of the keys `[batch, kv_heads, key, d]` that queries `[batch, kv_heads, heads / kv_heads * query, d]` attend to."""
+    """The blocks of the keys `[batch, kv_heads, key, d]` that queries `[batch, kv_heads, heads /
+    kv_heads * query, d]` attend to.
+    """
 
-    def __init__(self, size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array) -> None:
-        # or JAX makes the masks of all blocks before a scan over layers, as no layer changes them: they are as large as all scores
+    def __init__(
+        self, size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array
+    ) -> None:
+        # or JAX makes the masks of all blocks before a scan over layers, as no layer changes them:
+        # they are as large as all scores
         q, first, mask = jax.lax.optimization_barrier((q, first, mask))
         self.size, self.length, self.first, self.mask, self.q = size, length, first, mask, q
         self.all, self.scale = k.shape[2], q.shape[-1] ** -0.5
         more = -self.all % size
         self.k, self.v = (jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0))) for array in (k, v))
         self.text, self.segments = (
-            array if array is None else jnp.pad(array, ((0, 0), (0, more))) for array in (mask.text, mask.segments)
+            array if array is None else jnp.pad(array, ((0, 0), (0, more)))
+            for array in (mask.text, mask.segments)
         )
         self.starts = jnp.arange(0, self.all + more, size, dtype=jnp.int32)
         self.apart = q.shape[0], -1, length, size
@@ -151,8 +186,12 @@ class _Blocks:
     def values(self, start: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(self.v, start, self.size, 2)
 
-    def where_seen(self, start: Array, do: Callable[[Any], Any], skip: Callable[[Any], Any], carry: Any) -> Any:
-        """Do one thing where a query may see a key of a block, as far as positions alone tell, and another where none does."""
+    def where_seen(
+        self, start: Array, do: Callable[[Any], Any], skip: Callable[[Any], Any], carry: Any
+    ) -> Any:
+        """Do one thing where a query may see a key of a block, as far as positions alone tell, and
+        another where none does.
+        """
         if not self.mask.causal:
             return do(carry)
         seen = start < self.first + self.length
@@ -161,13 +200,24 @@ class _Blocks:
         return jax.lax.cond(seen, do, skip, carry)
 
     def where(self, allowed: Array | None, array: Array, other: float) -> Array:
-        """Return an array of the shape of the scores with another number where they do not count."""
-        return array if allowed is None else jnp.where(allowed, array.reshape(self.apart), other).reshape(array.shape)
+        """Return an array of the shape of the scores with another number where they do not
+        count.
+        """
+        return (
+            array
+            if allowed is None
+            else jnp.where(allowed, array.reshape(self.apart), other).reshape(array.shape)
+        )
 
     def scores(self, start: Array) -> tuple[Array, Array | None]:
-        """Return the scores of a block, and which of them count: `[batch or 1, 1, query, key]`, None for all."""
+        """Return the scores of a block, and which of them count: `[batch or 1, 1, query, key]`,
+        None for all.
+        """
         scores = (
-            jnp.einsum("bhtd,bhsd->bhts", self.q, self.keys(start), preferred_element_type=jnp.float32) * self.scale
+            jnp.einsum(
+                "bhtd,bhsd->bhts", self.q, self.keys(start), preferred_element_type=jnp.float32
+            )
+            * self.scale
         )
         allowed = self._allowed(start)
         scores = self.where(allowed, scores, _LOWEST)
@@ -180,7 +230,9 @@ class _Blocks:
         parts: list[Array] = []
         keys = (start + jnp.arange(self.size, dtype=jnp.int32))[None, None, None, :]
         if self.mask.causal:
-            back = (self.first + jnp.arange(self.length, dtype=jnp.int32))[None, None, :, None] - keys
+            back = (self.first + jnp.arange(self.length, dtype=jnp.int32))[
+                None, None, :, None
+            ] - keys
             parts.append(back >= 0)
             parts += [back < self.mask.window] if self.mask.window else []
         if self.segments is not None:
@@ -188,7 +240,9 @@ class _Blocks:
             other = jax.lax.dynamic_slice_in_dim(self.segments, start, self.size, 1)
             parts.append((own[:, :, None] == other[:, None, :])[:, None])
         if self.text is not None:
-            parts.append(jax.lax.dynamic_slice_in_dim(self.text, start, self.size, 1)[:, None, None, :])
+            parts.append(
+                jax.lax.dynamic_slice_in_dim(self.text, start, self.size, 1)[:, None, None, :]
+            )
         found: Array | None = None
         for part in parts:
             found = part if found is None else found & part

@@ -1,7 +1,8 @@
-"""The decoder family: Llama 2 and 3, Mistral, Qwen2 and 2.5, Qwen3; one implementation, driven by the config.
+"""The decoder family: Llama 2 and 3, Mistral, Qwen2 and 2.5, Qwen3; one implementation, driven by
+the config.
 
-Touvron et al. 2023 (arXiv:2302.13971), Jiang et al. 2023 (arXiv:2310.06825), Qwen team 2024 and 2025 (arXiv:2407.10671,
-arXiv:2505.09388).
+Touvron et al. 2023 (arXiv:2302.13971), Jiang et al. 2023 (arXiv:2310.06825), Qwen team 2024 and
+2025 (arXiv:2407.10671, arXiv:2505.09388).
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ from jaxpeft.models.base import (
     option_problems,
     with_pooling,
 )
-from jaxpeft.models.layers import RMSNorm, dense, dropout, entered, head_dense, joining, kept, pool, run_layers
+from jaxpeft.models.layers import (
+    RMSNorm,
+    dense,
+    dropout,
+    entered,
+    head_dense,
+    joining,
+    kept,
+    pool,
+    run_layers,
+)
 from jaxpeft.models.masks import Mask, Virtual, allowed, before, positions
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, VOCAB, placed
 
@@ -41,7 +52,8 @@ class DecoderConfig:
 
     Attributes:
         classifier_bias: of the token classification head.
-        windows: one a layer: how many positions back a query sees, itself included; 0 for all. None if all are 0.
+        windows: one a layer: how many positions back a query sees, itself included; 0 for all. None
+            if all are 0.
     """
 
     vocab_size: int
@@ -73,9 +85,12 @@ class DecoderConfig:
 
 
 _DEFAULTS: Mapping[str, Any] = {
-    "hidden_act": "silu", "rms_norm_eps": 1e-6, "token_classification_bias": True, "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "token_classification_bias": True,
+    "rope_theta": 10000.0,
     "max_window_layers": 28,
-}  # fmt: skip
+}
 _OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"sliding_window": 4096},
@@ -83,7 +98,9 @@ _OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def read_config(config: Mapping[str, Any], problems: Sequence[str] = (), where: str = "config.json") -> DecoderConfig:
+def read_config(
+    config: Mapping[str, Any], problems: Sequence[str] = (), where: str = "config.json"
+) -> DecoderConfig:
     """Read a decoder's `config.json`.
 
     Args:
@@ -121,7 +138,9 @@ def read_config(config: Mapping[str, Any], problems: Sequence[str] = (), where: 
         mlp_bias=reader.flag("mlp_bias") and kind == "llama",
         qk_norm=kind == "qwen3",
         windows=_windows(reader, kind, layers),
-        pad_token_id=None if reader.get("pad_token_id") is None else reader.integer("pad_token_id", least=0),
+        pad_token_id=(
+            None if reader.get("pad_token_id") is None else reader.integer("pad_token_id", least=0)
+        ),
     )
     reader.finish()
     return parsed
@@ -134,13 +153,17 @@ def _heads(reader: ConfigReader) -> tuple[int, int, int]:
     given = reader.get("num_key_value_heads") is not None
     kv_heads = reader.integer("num_key_value_heads", most=MOST_HEADS) if given else heads
     if heads == reader.get("num_attention_heads") and heads % kv_heads:
-        reader.problems.append(f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
+        reader.problems.append(
+            f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}"
+        )
     if reader.get("head_dim") is not None:
         size = reader.integer("head_dim", most=MOST_HEADS)
     else:
         size = max(1, hidden // heads) if isinstance(hidden, int) else 2
         if isinstance(hidden, int) and hidden % heads:
-            reader.problems.append(f"num_attention_heads: {heads} does not divide hidden_size {hidden}")
+            reader.problems.append(
+                f"num_attention_heads: {heads} does not divide hidden_size {hidden}"
+            )
     if size % 2:
         reader.problems.append(f"head_dim: must be even, to rotate pairs, is {size}")
     return heads, kv_heads, size
@@ -149,7 +172,9 @@ def _heads(reader: ConfigReader) -> tuple[int, int, int]:
 def _windows(reader: ConfigReader, kind: str, layers: int) -> tuple[int, ...] | None:
     named = reader.get("layer_types") if kind != "llama" else None
     used = kind == "mistral" or (kind != "llama" and reader.flag("use_sliding_window"))
-    window = reader.integer("sliding_window") if used and reader.get("sliding_window") is not None else 0
+    window = (
+        reader.integer("sliding_window") if used and reader.get("sliding_window") is not None else 0
+    )
     if named is not None:
         sliding = _named_windows(reader, named, layers, window)
     elif kind == "mistral" or not window:
@@ -162,13 +187,20 @@ def _windows(reader: ConfigReader, kind: str, layers: int) -> tuple[int, ...] | 
 
 def _named_windows(reader: ConfigReader, named: Any, layers: int, window: int) -> list[bool]:
     kinds = ("full_attention", "sliding_attention")
-    if not isinstance(named, list) or len(named) != layers or any(name not in kinds for name in named):
+    if (
+        not isinstance(named, list)
+        or len(named) != layers
+        or any(name not in kinds for name in named)
+    ):
         reader.problems.append(
-            f"layer_types: {shown(named)} is not supported (supported: {' or '.join(kinds)}, {layers} times)"
+            f"layer_types: {shown(named)} is not supported (supported: {' or '.join(kinds)},"
+            f" {layers} times)"
         )
         return [False] * layers
     if kinds[1] in named and not window:
-        reader.problems.append(f"layer_types: {kinds[1]} needs use_sliding_window true and sliding_window a number")
+        reader.problems.append(
+            f"layer_types: {kinds[1]} needs use_sliding_window true and sliding_window a number"
+        )
     return [name == kinds[1] for name in named]
 
 
@@ -179,7 +211,9 @@ class Attention(nn.Module):
     options: ModelOptions
 
     @nn.compact
-    def __call__(self, x: Array, residual: Array, past: Array | None, cos: Array, sin: Array, mask: Mask) -> Array:
+    def __call__(
+        self, x: Array, residual: Array, past: Array | None, cos: Array, sin: Array, mask: Mask
+    ) -> Array:
         """Attend, and join the residual stream.
 
         Args:
@@ -191,9 +225,17 @@ class Attention(nn.Module):
             mask: which position may attend to which.
         """
         c, batch, length = self.config, *x.shape[:2]
-        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads, "v_proj": c.num_key_value_heads}
-        first, *others = (dense(n * c.head_dim, name, self.options, bias=c.qkv_bias) for name, n in heads.items())
-        q, k, v = by_heads(y.reshape(batch, length, -1, c.head_dim) for y in first.together(x, *others))
+        heads = {
+            "q_proj": c.num_attention_heads,
+            "k_proj": c.num_key_value_heads,
+            "v_proj": c.num_key_value_heads,
+        }
+        first, *others = (
+            dense(n * c.head_dim, name, self.options, bias=c.qkv_bias) for name, n in heads.items()
+        )
+        q, k, v = by_heads(
+            y.reshape(batch, length, -1, c.head_dim) for y in first.together(x, *others)
+        )
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, self.options.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.options.dtype, name="k_norm")(k)
@@ -215,7 +257,8 @@ class FeedForward(nn.Module):
         """Map `x [..., d]` to `[..., d]`, and join the residual stream."""
         c, options = self.config, self.options
         gate_proj, up_proj = (
-            dense(c.intermediate_size, name, options, bias=c.mlp_bias) for name in ("gate_proj", "up_proj")
+            dense(c.intermediate_size, name, options, bias=c.mlp_bias)
+            for name in ("gate_proj", "up_proj")
         )
         gate, up = (kept(placed(y, BATCH, LENGTH, MLP)) for y in gate_proj.together(x, up_proj))
         down_proj = joining(c.hidden_size, "down_proj", options, bias=c.mlp_bias)
@@ -266,7 +309,9 @@ class DecoderBackbone(Pretrained):
 
     def setup(self) -> None:
         """Make the embedding, which a tied head shares."""
-        self.embed_tokens = nn.Embed(self.config.vocab_size, self.config.hidden_size, dtype=self.options.dtype)
+        self.embed_tokens = nn.Embed(
+            self.config.vocab_size, self.config.hidden_size, dtype=self.options.dtype
+        )
 
     def logits(self, x: Array) -> Array:
         """Return the logits of a tied head: `x E^T`."""
@@ -283,14 +328,22 @@ class DecoderBackbone(Pretrained):
         segment_ids: Array | None = None,
         virtual: Virtual = Virtual(),  # noqa: B008 - frozen
     ) -> Array:
-        """Return the hidden states after the final norm, `[batch, length, d]`; `token_type_ids` mean nothing here."""
+        """Return the hidden states after the final norm, `[batch, length, d]`; `token_type_ids`
+        mean nothing here.
+        """
         del token_type_ids
         c, options = self.config, self.options
         batch, length = input_ids.shape
         where = positions(segment_ids, batch, length) if position_ids is None else position_ids
-        cos, sin = rope.tables(c.rope, c.head_dim, c.max_position_embeddings, virtual.positions(where))
+        cos, sin = rope.tables(
+            c.rope, c.head_dim, c.max_position_embeddings, virtual.positions(where)
+        )
         # one window for all layers, counted from tokens alone, is left to the attention kernel
-        window = c.windows[0] if c.windows is not None and len(set(c.windows)) == 1 and not virtual.count else 0
+        window = (
+            c.windows[0]
+            if c.windows is not None and len(set(c.windows)) == 1 and not virtual.count
+            else 0
+        )
         windows = None if c.windows is None or window else jnp.asarray(c.windows, jnp.int32)
         places = None if windows is None else virtual.places(segment_ids, length)
         padding = None if options.right_padded else attention_mask
@@ -299,7 +352,19 @@ class DecoderBackbone(Pretrained):
         fields = {"config": c, "options": options}
         per_layer = windows, virtual.past
         x = placed(virtual.prepend(self.embed_tokens(input_ids)), BATCH, LENGTH, HIDDEN)
-        x = run_layers(Block, fields, c.num_hidden_layers, "layers", options, x, per_layer, cos, sin, mask, places)
+        x = run_layers(
+            Block,
+            fields,
+            c.num_hidden_layers,
+            "layers",
+            options,
+            x,
+            per_layer,
+            cos,
+            sin,
+            mask,
+            places,
+        )
         return RMSNorm(c.rms_norm_eps, options.dtype, name="norm")(x)[:, virtual.prompted :]
 
 
@@ -333,7 +398,8 @@ class DecoderWithHead(Pretrained):
     ) -> Array:
         """Return float32 logits: of every position, or one row a text for sequence classification.
 
-        Of a language model `hidden` asks for what the head reads in place of the logits, `[batch, length, d]`.
+        Of a language model `hidden` asks for what the head reads in place of the logits, `[batch,
+        length, d]`.
         """
         c, options = self.config, self.options
         x = self.model(input_ids, attention_mask, virtual=virtual, **inputs)

@@ -1,6 +1,7 @@
 """The encoder family: BERT, RoBERTa and DistilBERT.
 
-Devlin et al. 2018 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692), Sanh et al. 2019 (arXiv:1910.01108).
+Devlin et al. 2018 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692), Sanh et al. 2019
+(arXiv:1910.01108).
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import Family, ModelOptions, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import EncoderConfig, read_config
-from jaxpeft.models.layers import LayerNorm, dense, dropout, entered, head_dense, joining, kept, pool, run_layers
+from jaxpeft.models.layers import (
+    LayerNorm,
+    dense,
+    dropout,
+    entered,
+    head_dense,
+    joining,
+    kept,
+    pool,
+    run_layers,
+)
 from jaxpeft.models.masks import Mask, Virtual, allowed, before, positions
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, placed
 
@@ -34,7 +45,9 @@ class _Part(nn.Module):
         """Apply a layer norm of this name."""
         return LayerNorm(self.config.layer_norm_eps, self.options.dtype, name=name)(x)
 
-    def attention(self, x: Array, past: Array | None, mask: Mask, names: tuple[str, str, str]) -> Array:
+    def attention(
+        self, x: Array, past: Array | None, mask: Mask, names: tuple[str, str, str]
+    ) -> Array:
         """Project and attends: `[batch, length, d]` to the same, before the output projection."""
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
@@ -48,7 +61,9 @@ class Embeddings(_Part):
     """Word, position and token-type embeddings, summed and normalized."""
 
     @nn.compact
-    def __call__(self, input_ids: Array, token_type_ids: Array | None, position_ids: Array, virtual: Virtual) -> Array:
+    def __call__(
+        self, input_ids: Array, token_type_ids: Array | None, position_ids: Array, virtual: Virtual
+    ) -> Array:
         """Return `[batch, length, d]`, a prompt in front if there is one, whose token type is 0."""
         c = self.config
 
@@ -61,7 +76,9 @@ class Embeddings(_Part):
             types = jnp.pad(types, ((0, 0), (virtual.prompted, 0)))
             x = x + embed(c.type_vocab_size, "token_type_embeddings", types)
         x = x + embed(c.max_position_embeddings, "position_embeddings", position_ids)
-        return placed(dropout(self, c.hidden_dropout, self.norm("LayerNorm", x)), BATCH, LENGTH, HIDDEN)
+        return placed(
+            dropout(self, c.hidden_dropout, self.norm("LayerNorm", x)), BATCH, LENGTH, HIDDEN
+        )
 
 
 class _SelfAttention(_Part):
@@ -92,7 +109,11 @@ class _Attention(_Part):
 class _Intermediate(_Part):
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        wide = kept(placed(dense(self.config.intermediate_size, "dense", self.options)(x), BATCH, LENGTH, MLP))
+        wide = kept(
+            placed(
+                dense(self.config.intermediate_size, "dense", self.options)(x), BATCH, LENGTH, MLP
+            )
+        )
         return ACTIVATIONS[self.config.hidden_act](wide)
 
 
@@ -110,7 +131,9 @@ class BertBlock(_Part):
 
 class _DistilAttention(_Part):
     @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Mask, norm: Callable[[Array], Array]) -> Array:
+    def __call__(
+        self, x: Array, past: Array | None, mask: Mask, norm: Callable[[Array], Array]
+    ) -> Array:
         h = self.attention(x, past, mask, ("q_lin", "k_lin", "v_lin"))
         out = joining(self.config.hidden_size, "out_lin", self.options)
         return kept(placed(out.join(out(h), x, norm), BATCH, LENGTH, HIDDEN))
@@ -122,7 +145,9 @@ class _DistilFeedForward(_Part):
         c = self.config
         wide = kept(placed(dense(c.intermediate_size, "lin1", self.options)(x), BATCH, LENGTH, MLP))
         out = joining(c.hidden_size, "lin2", self.options)
-        joined = out.join(dropout(self, c.hidden_dropout, out(ACTIVATIONS[c.hidden_act](wide))), x, norm)
+        joined = out.join(
+            dropout(self, c.hidden_dropout, out(ACTIVATIONS[c.hidden_act](wide))), x, norm
+        )
         return placed(joined, BATCH, LENGTH, HIDDEN)
 
 
@@ -134,7 +159,10 @@ class DistilBertBlock(_Part):
         """Run the layer on `[batch, length, d]`."""
         x = entered(x)
         c, options = self.config, self.options
-        norms = (LayerNorm(c.layer_norm_eps, options.dtype, name=f"{name}_layer_norm") for name in ("sa", "output"))
+        norms = (
+            LayerNorm(c.layer_norm_eps, options.dtype, name=f"{name}_layer_norm")
+            for name in ("sa", "output")
+        )
         x = _DistilAttention(c, options, name="attention")(x, past, mask, next(norms))
         return _DistilFeedForward(c, options, name="ffn")(x, next(norms)), None
 
@@ -181,7 +209,8 @@ class EncoderBackbone(Pretrained):
         """Return hidden states `[batch, length, d]`, or the pooler's vector `[batch, d]`.
 
         Raises:
-            DataError: rows are longer than the position table, or a prompt stands before rows of several documents.
+            DataError: rows are longer than the position table, or a prompt stands before rows of
+                several documents.
         """
         c, options = self.config, self.options
         batch, length = input_ids.shape
@@ -191,22 +220,34 @@ class EncoderBackbone(Pretrained):
             counted = positions(segment_ids, batch, length)
             where = _offset(c, input_ids, counted, segment_ids, by_token=not virtual.prompted)
         if virtual.prompted and segment_ids is not None:
-            raise DataError("segment_ids: a prompt sees all tokens of a row, so a row can hold one text; do not pack")
+            raise DataError(
+                "segment_ids: a prompt sees all tokens of a row, so a row can hold one text; do not"
+                " pack"
+            )
         where = _shifted(c, virtual, where)
         x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where, virtual)
-        mask = virtual.mask(allowed(attention_mask, segment_ids, causal=False), length).ready(options.attention, length)
-        x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(x, virtual.past, mask)
+        mask = virtual.mask(allowed(attention_mask, segment_ids, causal=False), length).ready(
+            options.attention, length
+        )
+        x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(
+            x, virtual.past, mask
+        )
         if self.with_pooler:
             return _Pooler(c, options, name="pooler")(x)
         return x if self.with_prompt else x[:, virtual.prompted :]
 
 
 def _shifted(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
-    """Return the positions of prompt and tokens; RoBERTa's begin behind that of pad tokens, which virtual ones do not shift."""
+    """Return the positions of prompt and tokens; RoBERTa's begin behind that of pad tokens, which
+    virtual ones do not shift.
+    """
     shifted = virtual.positions(where)
     if c.kind != "roberta" or not virtual.count:
         return shifted
-    prompt, tokens = shifted[:, : virtual.prompted] + c.pad_token_id + 1, shifted[:, virtual.prompted :]
+    prompt, tokens = (
+        shifted[:, : virtual.prompted] + c.pad_token_id + 1,
+        shifted[:, virtual.prompted :],
+    )
     return jnp.concatenate([prompt, jnp.where(where == c.pad_token_id, where, tokens)], axis=1)
 
 
@@ -216,14 +257,18 @@ def _check_length(c: EncoderConfig, length: int, virtual: int, segment_ids: Arra
     if length + virtual > most and segment_ids is None:
         beside = f" behind {virtual} virtual ones" if virtual else ""
         raise DataError(
-            f"input_ids: a row has {length} tokens{beside} and the {c.kind} model reads at most {most}; cut the texts"
+            f"input_ids: a row has {length} tokens{beside} and the {c.kind} model reads at most"
+            f" {most}; cut the texts"
         )
 
 
-def _offset(c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None, *, by_token: bool) -> Array:
+def _offset(
+    c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None, *, by_token: bool
+) -> Array:
     """RoBERTa's positions: tokens count from `pad_token_id + 1`, a pad token is at `pad_token_id`.
 
-    Behind a prompt all places count, pad tokens too: so does `transformers`, which is given embeddings then, not tokens.
+    Behind a prompt all places count, pad tokens too: so does `transformers`, which is given
+    embeddings then, not tokens.
     """
     if c.kind != "roberta":
         return counted
@@ -290,7 +335,9 @@ def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretr
     """
     kind = config["model_type"]
     poolings = ("pooler", "cls", "mean") if kind == "bert" else ("cls", "mean")
-    problems = option_problems(options, kind, ("sequence_classification", "token_classification", "encoder"), poolings)
+    problems = option_problems(
+        options, kind, ("sequence_classification", "token_classification", "encoder"), poolings
+    )
     parsed = read_config(config, options.task, problems, where)
     return (EncoderBackbone if options.task == "encoder" else EncoderWithHead)(
         parsed, with_pooling(options, parsed.own_pooling)
@@ -308,7 +355,11 @@ _PRETRAINING = (
 _POOLER = (r"pooler\..*",)
 _RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
-BERT = Family(("bert",), build, "bert", _PRETRAINING, _POOLER, _RENAMED, own_pooler="pooler.dense.weight")
+BERT = Family(
+    ("bert",), build, "bert", _PRETRAINING, _POOLER, _RENAMED, own_pooler="pooler.dense.weight"
+)
 ROBERTA = Family(("roberta",), build, "roberta", _PRETRAINING, _POOLER, _RENAMED)
 _DISTILBERT_FIELDS = {"num_hidden_layers": "n_layers", "hidden_size": "dim"}
-DISTILBERT = Family(("distilbert",), build, "distilbert", _PRETRAINING, (), _RENAMED, fields=_DISTILBERT_FIELDS)
+DISTILBERT = Family(
+    ("distilbert",), build, "distilbert", _PRETRAINING, (), _RENAMED, fields=_DISTILBERT_FIELDS
+)

@@ -43,17 +43,25 @@ class EncoderConfig:
 
 
 _BERT_DEFAULTS: Mapping[str, Any] = {
-    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12, "pad_token_id": 0, "max_position_embeddings": 512,
-}  # fmt: skip
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+    "max_position_embeddings": 512,
+}
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "bert": _BERT_DEFAULTS,
     "roberta": {**_BERT_DEFAULTS, "pad_token_id": 1},
     "distilbert": {
-        "activation": "gelu", "dropout": 0.1, "attention_dropout": 0.1, "seq_classif_dropout": 0.2,
+        "activation": "gelu",
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "seq_classif_dropout": 0.2,
         "max_position_embeddings": 512,
     },
-}  # fmt: skip
+}
 
 
 def read_config(
@@ -78,12 +86,17 @@ def read_config(
     reader.refuse("pruned_heads", "all layers must have all heads")
     positions = reader.get("position_embedding_type")
     if positions not in (None, "absolute"):
-        reader.problems.append(f"position_embedding_type: {shown(positions)} is not supported (supported: absolute)")
+        reader.problems.append(
+            f"position_embedding_type: {shown(positions)} is not supported (supported: absolute)"
+        )
     parsed = _distilbert(reader, task) if kind == "distilbert" else _bert(reader, kind)
     if parsed.hidden_size % parsed.num_attention_heads:
-        names = ("n_heads", "dim") if kind == "distilbert" else ("num_attention_heads", "hidden_size")
+        names = (
+            ("n_heads", "dim") if kind == "distilbert" else ("num_attention_heads", "hidden_size")
+        )
         reader.problems.append(
-            f"{names[0]}: {parsed.num_attention_heads} does not divide {names[1]} {parsed.hidden_size}"
+            f"{names[0]}: {parsed.num_attention_heads} does not divide {names[1]}"
+            f" {parsed.hidden_size}"
         )
     reader.finish()
     return parsed

@@ -20,7 +20,9 @@ Array = jax.Array
 
 
 class RMSNorm(nn.Module):
-    """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32 (Zhang and Sennrich 2019, equation 4)."""
+    """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32 (Zhang and
+    Sennrich 2019, equation 4).
+    """
 
     eps: float
     dtype: Any
@@ -35,7 +37,9 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """`scale * (x - mean) / sqrt(var + eps) + bias` over the last axis, computed in float32 (Ba et al. 2016)."""
+    """`scale * (x - mean) / sqrt(var + eps) + bias` over the last axis, computed in float32 (Ba et
+    al. 2016).
+    """
 
     eps: float
     dtype: Any
@@ -47,12 +51,15 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         centred = x - jnp.mean(x, -1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps)
+        normal = centred * jax.lax.rsqrt(
+            jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps
+        )
         return (normal * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
 
 
 def dropout(module: nn.Module, rate: float, x: Array) -> Array:
-    """Apply dropout in a training call, that is, one that was given a `dropout` key (Srivastava et al. 2014).
+    """Apply dropout in a training call, that is, one that was given a `dropout` key (Srivastava et
+    al. 2014).
 
     Args:
         module: whose key stream is used.
@@ -66,14 +73,20 @@ def dropout(module: nn.Module, rate: float, x: Array) -> Array:
     if kept_steps == _STEPS or not module.has_rng("dropout"):
         return x
     draws = _draws(module.make_rng("dropout"), x.shape)
-    return jnp.where(draws < kept_steps, x * jnp.asarray(_STEPS / max(kept_steps, 1), x.dtype), jnp.zeros((), x.dtype))
+    return jnp.where(
+        draws < kept_steps,
+        x * jnp.asarray(_STEPS / max(kept_steps, 1), x.dtype),
+        jnp.zeros((), x.dtype),
+    )
 
 
 _STEPS = 1 << 16
 
 
 def _draws(key: Array, shape: tuple[int, ...]) -> Array:
-    """Draw uniform uint16 numbers, two from each 32 bits that the generator makes: they are most of dropout's cost."""
+    """Draw uniform uint16 numbers, two from each 32 bits that the generator makes: they are most of
+    dropout's cost.
+    """
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
     return halves.reshape(*shape[:-1], -1)[..., : shape[-1]]
@@ -90,7 +103,9 @@ def entered(x: Array) -> Array:
 
 
 class Linear(nn.Dense):
-    """A linear module; where others read the same input, computing them with it is a method of its own."""
+    """A linear module; where others read the same input, computing them with it is a method of its
+    own.
+    """
 
     def together(self, x: Array, *others: nn.Dense) -> tuple[Array, ...]:
         """Return what this module and others give for `x`."""
@@ -103,9 +118,13 @@ def dense(features: int, name: str | None, options: ModelOptions, *, bias: bool 
 
 
 class Joining(Linear):
-    """A linear module that writes to the residual stream: where a sub-layer's output joins it is a method of its own."""
+    """A linear module that writes to the residual stream: where a sub-layer's output joins it is a
+    method of its own.
+    """
 
-    def join(self, h: Array, residual: Array, norm: Callable[[Array], Array] | None = None) -> Array:
+    def join(
+        self, h: Array, residual: Array, norm: Callable[[Array], Array] | None = None
+    ) -> Array:
         """Return `residual + h`, normalized where a layer normalizes behind the sum.
 
         Args:
@@ -124,11 +143,22 @@ def joining(features: int, name: str, options: ModelOptions, *, bias: bool = Tru
 
 def head_dense(features: int, name: str | None, *, bias: bool = True) -> nn.Dense:
     """Make a linear module of a task head: float32, whatever the base."""
-    return nn.Dense(features, use_bias=bias, dtype=jnp.float32, name=name, kernel_init=nn.initializers.normal(0.02))
+    return nn.Dense(
+        features,
+        use_bias=bias,
+        dtype=jnp.float32,
+        name=name,
+        kernel_init=nn.initializers.normal(0.02),
+    )
 
 
 def run_layers(
-    block: type[nn.Module], fields: Mapping[str, Any], count: int, name: str, options: ModelOptions, *inputs: Any
+    block: type[nn.Module],
+    fields: Mapping[str, Any],
+    count: int,
+    name: str,
+    options: ModelOptions,
+    *inputs: Any,
 ) -> Array:
     """Run a stack of layers, scanned or unrolled, in the scope of the calling module.
 
@@ -143,7 +173,9 @@ def run_layers(
     Returns:
         The last layer's `x`.
     """
-    remat_block = _remat(_bringing(block, options) if options.offload or options.gathered else block, options)
+    remat_block = _remat(
+        _bringing(block, options) if options.offload or options.gathered else block, options
+    )
     if not options.scan_layers:
         return _Unrolled(remat_block, dict(fields), count, name=name)(*inputs)
     axes: Any = (0, *(nn.broadcast for _ in inputs[2:]))
@@ -161,11 +193,14 @@ def _remat(block: type[nn.Module], options: ModelOptions) -> Any:
     """Wrap a block so that the backward pass computes again what the policy does not keep."""
     if options.remat == "none":
         return block
-    return nn.remat(block, policy=_saveable(REMAT_POLICIES[options.remat]), prevent_cse=not options.scan_layers)
+    return nn.remat(
+        block, policy=_saveable(REMAT_POLICIES[options.remat]), prevent_cse=not options.scan_layers
+    )
 
 
 def _bringing(block: type[nn.Module], options: ModelOptions) -> Any:
-    """Wrap a block so that it begins by bringing its parameters to where it computes with them; most are there already.
+    """Wrap a block so that it begins by bringing its parameters to where it computes with them;
+    most are there already.
 
     Inside of remat, so that the backward pass brings them anew, and keeps none.
     """
@@ -197,7 +232,9 @@ def _saveable(policy: RematPolicy) -> Any:
 
 
 def _keeps(*names: str) -> Callable[..., bool]:
-    """Make a policy that keeps what bears one of these names, and what flash attention needs for its gradient."""
+    """Make a policy that keeps what bears one of these names, and what flash attention needs for
+    its gradient.
+    """
     named = jax.checkpoint_policies.save_only_these_names(*names)
     # its sums are named nowhere: without them attention would be computed again
     return lambda primitive, *args, **how: (
@@ -226,14 +263,19 @@ def pool(x: Array, attention_mask: Array | None, how: str | None) -> Array:
     Args:
         x: `[batch, length, d]`.
         attention_mask: `[batch, length]`, 1 for a token, padded on either side.
-        how: `cls` for the first place, `mean` for the mean over tokens (in float32), `last` for the last token.
+        how: `cls` for the first place, `mean` for the mean over tokens (in float32), `last` for the
+            last token.
 
     Returns:
         `[batch, d]`.
     """
     if how == "cls":
         return x[:, 0]
-    mask = jnp.ones(x.shape[:2], jnp.int32) if attention_mask is None else attention_mask.astype(jnp.int32)
+    mask = (
+        jnp.ones(x.shape[:2], jnp.int32)
+        if attention_mask is None
+        else attention_mask.astype(jnp.int32)
+    )
     if how == "last":
         index = jnp.argmax(jnp.arange(x.shape[1], dtype=jnp.int32) * mask, axis=1)
         return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]

@@ -16,7 +16,11 @@ from jaxpeft.sharding.logical_axes import BATCH, LENGTH, placed
 Array = jax.Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["dense", "text", "segments"], meta_fields=["causal", "window"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["dense", "text", "segments"],
+    meta_fields=["causal", "window"],
+)
 @dataclass(frozen=True)
 class Mask:
     """Which position may attend to which: all that the parts allow.
@@ -24,8 +28,8 @@ class Mask:
     Attributes:
         dense: bool, broadcast to `[batch, 1, query, key]`; None where everything is allowed.
         text: bool `[batch, key]`: which keys are seen; None for all.
-        segments: `[batch, length]`: a position sees its own segment only; None where rows are whole. Queries and keys are then the same
-            positions, and so they are where `causal`.
+        segments: `[batch, length]`: a position sees its own segment only; None where rows are
+            whole. Queries and keys are then the same positions, and so they are where `causal`.
         causal: whether a position sees only itself and those before it.
         window: how many positions back, itself included, where `causal`; 0 for all.
     """
@@ -37,7 +41,9 @@ class Mask:
     window: int = 0
 
     def given(self) -> Array | None:
-        """Return what depends on the rows as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
+        """Return what depends on the rows as one array, broadcast to `[batch, 1, query, key]`; None
+        where everything is allowed.
+        """
         parts = [] if self.dense is None else [self.dense]
         if self.text is not None:
             parts.append(self.text[:, None, None, :])
@@ -49,7 +55,9 @@ class Mask:
         return found
 
     def full(self, length: int) -> Array | None:
-        """Return all of it as one array, broadcast to `[batch, 1, query, key]`; None where everything is allowed."""
+        """Return all of it as one array, broadcast to `[batch, 1, query, key]`; None where
+        everything is allowed.
+        """
         given = self.given()
         if not self.causal:
             return given
@@ -70,7 +78,9 @@ class Mask:
         return dataclasses.replace(self, dense=near if self.dense is None else self.dense & near)
 
 
-def allowed(attention_mask: Array | None, segment_ids: Array | None, *, causal: bool, window: int = 0) -> Mask:
+def allowed(
+    attention_mask: Array | None, segment_ids: Array | None, *, causal: bool, window: int = 0
+) -> Mask:
     """Return which position may attend to which.
 
     Args:
@@ -85,10 +95,12 @@ def allowed(attention_mask: Array | None, segment_ids: Array | None, *, causal: 
 
 @dataclass(frozen=True)
 class Virtual:
-    """Positions in front of a row's tokens that no token stands at; every token sees them, in each segment of a packed row.
+    """Positions in front of a row's tokens that no token stands at; every token sees them, in each
+    segment of a packed row.
 
     Attributes:
-        past: `[layers, 2, batch or 1, n, kv_heads * d]`: the keys (rotated already) and values of each layer; or None.
+        past: `[layers, 2, batch or 1, n, kv_heads * d]`: the keys (rotated already) and values of
+            each layer; or None.
         prompt: `[batch or 1, n, hidden]`: embeddings that run through all layers; or None.
     """
 
@@ -109,19 +121,26 @@ class Virtual:
         """Put the prompt in front of embeddings `[batch, length, hidden]`."""
         if self.prompt is None:
             return x
-        prompt = jnp.broadcast_to(self.prompt.astype(x.dtype), (x.shape[0], *self.prompt.shape[-2:]))
+        prompt = jnp.broadcast_to(
+            self.prompt.astype(x.dtype), (x.shape[0], *self.prompt.shape[-2:])
+        )
         return jnp.concatenate([prompt, x], axis=1)
 
     def positions(self, where: Array) -> Array:
-        """Return the positions of prompt and tokens `[batch, prompted + length]`, from the tokens' own, which are shifted."""
+        """Return the positions of prompt and tokens `[batch, prompted + length]`, from the tokens'
+        own, which are shifted.
+        """
         where = where + self.count
         if self.prompt is None:
             return where
         own = jnp.arange(self.count - self.prompted, self.count, dtype=where.dtype)
-        return jnp.concatenate([jnp.broadcast_to(own, (where.shape[0], self.prompted)), where], axis=1)
+        return jnp.concatenate(
+            [jnp.broadcast_to(own, (where.shape[0], self.prompted)), where], axis=1
+        )
 
     def mask(self, mask: Mask, length: int) -> Mask:
-        """Widen what tokens may attend to by the virtual positions, which every query sees but a prompt's its future.
+        """Widen what tokens may attend to by the virtual positions, which every query sees but a
+        prompt's its future.
 
         Args:
             mask: of the tokens.
@@ -137,7 +156,8 @@ class Virtual:
         seen = jnp.broadcast_to(seen, (*lead, length, length))
         past = self.count - self.prompted
         if self.prompted:
-            # a prompt sees the tokens that the last query sees: all but padding, where rows are no documents
+            # a prompt sees the tokens that the last query sees: all but padding, where rows are no
+            # documents
             after = (
                 jnp.zeros((*lead, self.prompted, length), bool)
                 if mask.causal
@@ -150,9 +170,16 @@ class Virtual:
         return Mask(jnp.concatenate([jnp.ones((*seen.shape[:3], past), bool), seen], axis=3))
 
     def places(self, segment_ids: Array | None, length: int) -> Array:
-        """Return the place of each key, `[batch or 1, count + length]`: virtual positions, then tokens, in each segment anew."""
-        own = positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], length) + self.count
-        front = jnp.broadcast_to(jnp.arange(self.count, dtype=own.dtype), (own.shape[0], self.count))
+        """Return the place of each key, `[batch or 1, count + length]`: virtual positions, then
+        tokens, in each segment anew.
+        """
+        own = (
+            positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], length)
+            + self.count
+        )
+        front = jnp.broadcast_to(
+            jnp.arange(self.count, dtype=own.dtype), (own.shape[0], self.count)
+        )
         return jnp.concatenate([front, own], axis=1)
 
 
@@ -179,5 +206,7 @@ def positions(segment_ids: Array | None, batch: int, length: int) -> Array:
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     if segment_ids is None:
         return index
-    begins = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    begins = jnp.concatenate(
+        [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

@@ -1,6 +1,7 @@
 """Rotary position embedding, with the scalings of Llama 3, linear and dynamic NTK.
 
-Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.4 (arXiv:2104.09864).
+Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.4
+(arXiv:2104.09864).
 """
 
 from __future__ import annotations
@@ -50,18 +51,23 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
 
 
 def read(reader: ConfigReader) -> Rope:
-    """Read `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5; `rope_scaling` goes first.
+    """Read `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5;
+    `rope_scaling` goes first.
 
     Every problem is noted in `reader`.
     """
     field, given = _given(reader)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in TYPES:
-        reader.problems.append(f"{field}: rope_type {shown(kind)} is not supported (supported: {', '.join(TYPES)})")
+        reader.problems.append(
+            f"{field}: rope_type {shown(kind)} is not supported (supported: {', '.join(TYPES)})"
+        )
         return Rope("default", 1.0)
     partial = given.get("partial_rotary_factor", reader.get("partial_rotary_factor"))
     if partial not in (None, 1):
-        reader.problems.append(f"{field}: partial_rotary_factor {shown(partial)} is not supported (supported: 1)")
+        reader.problems.append(
+            f"{field}: partial_rotary_factor {shown(partial)} is not supported (supported: 1)"
+        )
     theta = reader.positive("rope_theta", given.get("rope_theta", reader.get("rope_theta")))
     numbers = {key: reader.positive(f"{field}: {key}", given.get(key)) for key in _NEEDED[kind]}
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
@@ -79,7 +85,11 @@ def read(reader: ConfigReader) -> Rope:
 def _original(reader: ConfigReader, given: Mapping[str, Any]) -> int:
     """Return the positions that the model was first trained on; they may stand in three places."""
     name = "original_max_position_embeddings"
-    return int(reader.positive(name, reader.get(name) or given.get(name) or reader.get("max_position_embeddings")))
+    return int(
+        reader.positive(
+            name, reader.get(name) or given.get(name) or reader.get("max_position_embeddings")
+        )
+    )
 
 
 def _given(reader: ConfigReader) -> tuple[str, Mapping[str, Any]]:
@@ -92,12 +102,15 @@ def _given(reader: ConfigReader) -> tuple[str, Mapping[str, Any]]:
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:
         reader.problems.append(
-            f"{field}: another rope for each of {', '.join(nested)[:80]} is not supported (supported: one)"
+            f"{field}: another rope for each of {', '.join(nested)[:80]} is not supported"
+            " (supported: one)"
         )
     return field, given
 
 
-def tables(rope: Rope, head_dim: int, most_positions: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def tables(
+    rope: Rope, head_dim: int, most_positions: int, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return the cosines and sines of the rotation angles.
 
     Args:
@@ -121,7 +134,8 @@ def _frequencies(rope: Rope, head_dim: int, most_positions: int, positions: jax.
         grown = rope.factor * longest / most_positions - (rope.factor - 1)
         base = rope.theta * grown ** (head_dim / (head_dim - 2))
         return 1.0 / base**exponents
-    # The power in float64, rounded, is what torch gives in float32; numpy's own float32 power is an ulp off.
+    # The power in float64, rounded, is what torch gives in float32; numpy's own float32 power is an
+    # ulp off.
     wavelengths = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1.0) / wavelengths
     if rope.kind == "linear":
@@ -132,7 +146,9 @@ def _frequencies(rope: Rope, head_dim: int, most_positions: int, positions: jax.
 
 
 def _llama3(rope: Rope, frequencies: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Keep high frequencies, divides low ones by the factor, and blends between the two (Llama 3.1's scaling)."""
+    """Keep high frequencies, divides low ones by the factor, and blends between the two (Llama
+    3.1's scaling).
+    """
     wavelengths = 2 * math.pi / frequencies
     blend = (rope.original / wavelengths - rope.low) / (rope.high - rope.low)
     blended = (1 - blend) * frequencies / rope.factor + blend * frequencies

@@ -1,8 +1,10 @@
-"""Plan a run: `python -m jaxpeft.plan --config configs/NAME.py --topology v5e:4x4 [--strategies all] [--config.mesh.fsdp=8 ...]`.
+"""Plan a run: `python -m jaxpeft.plan --config configs/NAME.py --topology v5e:4x4`.
 
-Says whether a run fits, and how fast it could be, before it runs: compiles its training step for devices that are not there, and
-reads no weight and no row. Needs no accelerator; libtpu compiles TPU programs (`pip install 'jaxpeft[plan]'`).
-Exit codes: 0 a strategy fits (or no limit is known), 3 none does, 2 bad input, 1 any other failure.
+Options of the config are set by name: `--config.mesh.fsdp=8`. Says whether a run fits, and how fast
+it could be, before it runs: compiles its training step for devices that are not there, and reads no
+weight and no row. Needs no accelerator; libtpu compiles TPU programs (`pip install
+'jaxpeft[plan]'`). Exit codes: 0 a strategy fits (or no limit is known), 3 none does, 2 bad input, 1
+any other failure.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class PlanArguments(ConfigArguments):
     topology: str | None = option(None, f"the devices: {topologies.EXAMPLES}")
     slices: int = option(1, "so many of them, joined by a slower network")
     strategies: tuple[str, ...] | None = option(
-        None, f"all, or some of {', '.join(STRATEGIES)}; by default that of the config, all if it names none"
+        None,
+        f"all, or some of {', '.join(STRATEGIES)}; by default that of the config, all if it names"
+        " none",
     )
     hbm: float | None = option(
         None, "GiB of a device that a step may take; by default what the chip has", at_least=0.01
@@ -41,8 +45,12 @@ class PlanArguments(ConfigArguments):
     model_config: str | None = option(
         None, f"a config.json to plan for in place of the model's, or one of {', '.join(SHAPES)}"
     )
-    unrolled: bool = option(False, "compile every layer by itself, as long runs do: takes many times as long")
-    tries: int = option(2, "changes that are compiled at most where a strategy does not fit", at_least=0)
+    unrolled: bool = option(
+        False, "compile every layer by itself, as long runs do: takes many times as long"
+    )
+    tries: int = option(
+        2, "changes that are compiled at most where a strategy does not fit", at_least=0
+    )
     json: str | None = option(None, "write the plan to this file too, as JSON")
     plot: str | None = option(None, "draw memory over strategies to this file, a PNG")
 
@@ -91,7 +99,9 @@ def job_of(given: PlanArguments, overrides: Overrides = ()) -> PlanJob:
 
 
 def _unwritable(flag: str, path: str | None) -> str | None:
-    """Return why a plan could not be written to a file, as a plan takes minutes; None where it could."""
+    """Return why a plan could not be written to a file, as a plan takes minutes; None where it
+    could.
+    """
     if path is None:
         return None
     file = Path(path).absolute()
@@ -111,16 +121,21 @@ def _unwritable(flag: str, path: str | None) -> str | None:
     return None
 
 
-def _strategies(asked: tuple[str, ...] | None, config: Config | None, problems: list[str]) -> tuple[str, ...]:
+def _strategies(
+    asked: tuple[str, ...] | None, config: Config | None, problems: list[str]
+) -> tuple[str, ...]:
     if asked is None:
         own = config is not None and (config.mesh.strategy is not None or config.mesh.rules)
         return () if own else tuple(STRATEGIES)
     if not asked:
-        problems.append(f"--strategies: is empty; leave it out, or name some of all, {', '.join(STRATEGIES)}")
+        problems.append(
+            f"--strategies: is empty; leave it out, or name some of all, {', '.join(STRATEGIES)}"
+        )
     for name in asked:
         if name != "all" and name not in STRATEGIES:
             problems.append(
-                f"--strategies: {name!r} is none{nearest(name, STRATEGIES)} (known: all, {', '.join(STRATEGIES)})"
+                f"--strategies: {name!r} is none{nearest(name, STRATEGIES)} (known: all,"
+                f" {', '.join(STRATEGIES)})"
             )
     return tuple(STRATEGIES) if "all" in asked else tuple(dict.fromkeys(asked))
 
@@ -130,7 +145,9 @@ ARGUMENTS = PlanArguments
 
 def main(argv: list[str]) -> int:
     """Make the plan and write it out; return the exit code."""
-    return run_command(PlanArguments, argv, __doc__, lambda given, overrides: _run(job_of(given, overrides)))
+    return run_command(
+        PlanArguments, argv, __doc__, lambda given, overrides: _run(job_of(given, overrides))
+    )
 
 
 def _run(job: PlanJob) -> int:
@@ -142,8 +159,15 @@ def _run(job: PlanJob) -> int:
 
     given = job.arguments
     request = make.PlanRequest(
-        str(given.config), job.config, job.topology, job.strategies, given.hbm, given.model_config, not given.unrolled, given.tries
-    )  # fmt: skip
+        str(given.config),
+        job.config,
+        job.topology,
+        job.strategies,
+        given.hbm,
+        given.model_config,
+        not given.unrolled,
+        given.tries,
+    )
     plan = make.make(request)
     sys.stdout.write(report.as_table(plan))
     write(plan, given.json, given.plot)

@@ -34,7 +34,8 @@ class Change:
 
 
 def changes(config: Config, remat: str, over: int) -> Iterator[Change]:
-    """Yield changes, the nearest first: those that leave the numbers of a run alone, then those that do not, then both.
+    """Yield changes, the nearest first: those that leave the numbers of a run alone, then those
+    that do not, then both.
 
     Args:
         config: what does not fit.
@@ -54,12 +55,14 @@ def changes(config: Config, remat: str, over: int) -> Iterator[Change]:
         if least:
             yield _change(config, {"model__quant": form, **least})
     yield from (
-        _change(config, {"train__batch_size": size, "train__accumulation": 1}) for size in _smaller(config, over)
+        _change(config, {"train__batch_size": size, "train__accumulation": 1})
+        for size in _smaller(config, over)
     )
 
 
 def repairs(config: Config, over: int) -> Iterator[Change]:
-    """Yield changes to a batch that cannot be spread: fewer parts first, then the next size that can be.
+    """Yield changes to a batch that cannot be spread: fewer parts first, then the next size that
+    can be.
 
     Args:
         config: what is refused.
@@ -75,7 +78,9 @@ def repairs(config: Config, over: int) -> Iterator[Change]:
 
 
 def _accumulations(config: Config, over: int) -> list[int]:
-    """Return the numbers of parts above the config's that a batch can be computed in, each at least twice the one before."""
+    """Return the numbers of parts above the config's that a batch can be computed in, each at least
+    twice the one before.
+    """
     size, found = config.train.batch_size, [config.train.accumulation]
     for n in divisors(size):
         if size % (n * over) == 0 and n >= 2 * found[-1]:
@@ -121,7 +126,9 @@ def with_nearest(setting: Setting, found: Candidate, most: int) -> Row:
 
 
 def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Change]:
-    """Return the changes that may fit by arithmetic, the nearest first; what cannot is added to `ruled_out`."""
+    """Return the changes that may fit by arithmetic, the nearest first; what cannot is added to
+    `ruled_out`.
+    """
     row = found.row
     room, scale = setting.room or math.inf, 1.0
     if found.placed is None or found.kept is None or row.memory is None:
@@ -136,12 +143,16 @@ def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Ch
     likely = [change for change, size in zip(tried, sizes, strict=True) if size <= room]
     least = min(sizes, default=math.inf)
     if not likely and least < math.inf:
-        ruled_out.append(f"batch, remat and quantization, which come to about {gib(least)} at least")
+        ruled_out.append(
+            f"batch, remat and quantization, which come to about {gib(least)} at least"
+        )
     return likely
 
 
 def _rows_over(setting: Setting, config: Config) -> int | None:
-    """Return how many devices rows are spread over where the batch is refused, which a size for any mesh tells; None where more is."""
+    """Return how many devices rows are spread over where the batch is refused, which a size for any
+    mesh tells; None where more is.
+    """
     any_size = setting.topology.size * config.train.accumulation
     try:
         mesh, _, _ = prepared(setting, with_changes(config, train__batch_size=any_size))
@@ -161,12 +172,18 @@ def _predicted(setting: Setting, change: Change, scale: float) -> float:
 
 
 def summary(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Name the strategy to take in its place, in the verdict of each row that does not fit where another does as it is."""
+    """Name the strategy to take in its place, in the verdict of each row that does not fit where
+    another does as it is.
+    """
     fitting = [row for row in rows if row.fits and row.memory is not None]
     if not fitting:
         return tuple(rows)
     other = min(fitting, key=lambda row: row.roofline.seconds if row.roofline else math.inf)
     return tuple(
-        dataclasses.replace(row, verdict=f"{row.verdict}; {other.strategy} fits") if row.fits is False else row
+        (
+            dataclasses.replace(row, verdict=f"{row.verdict}; {other.strategy} fits")
+            if row.fits is False
+            else row
+        )
         for row in rows
-    )  # fmt: skip
+    )

@@ -1,4 +1,6 @@
-"""The collectives of a compiled program: which, how often, how many bytes, and along which axes of the mesh."""
+"""The collectives of a compiled program: which, how often, how many bytes, and along which axes of
+the mesh.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ import numpy as np
 
 from jaxpeft.plan.hlo import Instruction, Program
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _EXPLICIT = re.compile(r"replica_groups=\{(\{[\d,\{\} ]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -31,8 +40,10 @@ class Collective:
         kind: such as `all-gather`.
         axes: of the mesh, with `+` between them; `none` where devices talk to themselves alone.
         count: how many of them a step runs, each iteration of a loop counted.
-        nbytes: of the whole arrays, of one device: what is gathered, reduced, or sent, over all of them.
-        wire: bytes that one device sends, in a ring: `(n - 1) / n` of `nbytes`, twice that for an all-reduce.
+        nbytes: of the whole arrays, of one device: what is gathered, reduced, or sent, over all of
+            them.
+        wire: bytes that one device sends, in a ring: `(n - 1) / n` of `nbytes`, twice that for an
+            all-reduce.
         group: how many devices take part in each.
     """
 
@@ -52,25 +63,35 @@ def collectives(
     Args:
         program: compiled for the devices of a mesh, in the mesh's order.
         mesh: size of each axis, in order.
-        across: the axes that go over slices: what slices of a TPU tell each other is sent to their hosts.
+        across: the axes that go over slices: what slices of a TPU tell each other is sent to their
+            hosts.
         slices: how many there are.
 
     Returns:
-        They, those with most bytes first. A collective that the compiler spreads over several fusions counts once.
+        They, those with most bytes first. A collective that the compiler spreads over several
+        fusions counts once.
     """
     seen: set[tuple[str, str]] = set()
     sums: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, times in program.runs.items():
         for one in program.computations[name].values():
             between = _BETWEEN.search(one.text) if one.opcode == "send" else None
-            kind = between.group(1).lower().replace("_", "-") if between else one.opcode.removesuffix("-start")
+            kind = (
+                between.group(1).lower().replace("_", "-")
+                if between
+                else one.opcode.removesuffix("-start")
+            )
             channel = _CHANNEL.search(one.text)
             mark = (kind, channel.group(1)) if channel else (name, one.name)
             if kind not in KINDS or not times or mark in seen:
                 continue
             seen.add(mark)
             # a TPU's program has a reduce-scatter as an all-reduce of which a slice is kept
-            kind = "reduce-scatter" if kind == "all-reduce" and name.startswith("all-reduce-scatter") else kind
+            kind = (
+                "reduce-scatter"
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter")
+                else kind
+            )
             size = _payload(program, name, one, kind)
             if between:
                 axes, n = across, slices
@@ -106,8 +127,8 @@ def groups_of(text: str, devices: int) -> Groups:
     """Read the groups of devices that a collective runs among.
 
     Args:
-        text: the attributes of the instruction. Groups are written out, or as an iota that is reshaped and transposed, or as axes of a
-            mesh; of a permute, as pairs.
+        text: the attributes of the instruction. Groups are written out, or as an iota that is
+            reshaped and transposed, or as axes of a mesh; of a permute, as pairs.
         devices: how many there are, where no group is named: all.
     """
     pairs = _PAIRS.search(text)
@@ -139,7 +160,9 @@ def _iota(shape: str, dims: str, order: str | None) -> Groups:
 
 
 def _of_mesh(mesh: str, order: str | None, axes: str) -> Groups:
-    """Read groups as `mesh['a'=4,'b'=2] {'a'}`: those devices are together that differ along `a` alone."""
+    """Read groups as `mesh['a'=4,'b'=2] {'a'}`: those devices are together that differ along `a`
+    alone.
+    """
     names = re.findall(r"'([^']*)'=(\d+)", mesh)
     sizes = [int(n) for _, n in names]
     ids = np.arange(int(np.prod(sizes))) if order is None else _ordered(order)
@@ -157,11 +180,17 @@ def _ordered(text: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     if shuffled is None:
         return np.array(_ints(text))
     base = np.arange(int(np.prod(_ints(shuffled.group(1))))).reshape(_ints(shuffled.group(1)))
-    return (base if shuffled.group(2) is None else base.transpose(_ints(shuffled.group(2)))).reshape(-1)
+    return (
+        base if shuffled.group(2) is None else base.transpose(_ints(shuffled.group(2)))
+    ).reshape(-1)
 
 
-def _split(names: Sequence[tuple[str, str]], together: Sequence[tuple[str, str, str]]) -> tuple[list[int], list[bool]]:
-    """Split axes of which a part alone is named, as `'a':(2)4`: 4 of the axis's devices behind the first 2."""
+def _split(
+    names: Sequence[tuple[str, str]], together: Sequence[tuple[str, str, str]]
+) -> tuple[list[int], list[bool]]:
+    """Split axes of which a part alone is named, as `'a':(2)4`: 4 of the axis's devices behind the
+    first 2.
+    """
     sizes: list[int] = []
     on: list[bool] = []
     for name, size in names:
@@ -182,7 +211,9 @@ def _rows(ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Groups:
 
 def axes_of(groups: Groups, mesh: Mapping[str, int]) -> str:
     """Return the axes along which the members of groups differ, `none` where none do."""
-    places = np.array(np.unravel_index(np.arange(int(np.prod(list(mesh.values())))), tuple(mesh.values())))
+    places = np.array(
+        np.unravel_index(np.arange(int(np.prod(list(mesh.values())))), tuple(mesh.values()))
+    )
     differ = np.zeros(len(mesh), bool)
     for group in groups:
         own = places[:, list(group)]

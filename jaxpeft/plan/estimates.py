@@ -1,4 +1,6 @@
-"""What a step keeps beside its arguments, from one layer's program: to choose remat, and where no program of the chip's own is at hand."""
+"""What a step keeps beside its arguments, from one layer's program: to choose remat, and where no
+program of the chip's own is at hand.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Kept:
 
     Attributes:
         kept: activations that wait for the backward pass, by the policy of remat.
-        working: the layer at work, its gathered or decoded kernels, a chunk of logits, and the gradients of the trained leaves.
+        working: the layer at work, its gathered or decoded kernels, a chunk of logits, and the
+            gradients of the trained leaves.
     """
 
     kept: Mapping[str, int]
@@ -35,7 +38,9 @@ class Kept:
         return self.kept[remat] + self.working
 
     def fastest(self, room: float) -> str:
-        """Return the policy that computes least again of those that fit into `room` bytes, `full` where none does."""
+        """Return the policy that computes least again of those that fit into `room` bytes, `full`
+        where none does.
+        """
         return fastest(self.total, room)
 
 
@@ -55,12 +60,18 @@ def kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> Kept:
 
 
 def _decoded(subject: Subject, mesh: Mesh) -> int:
-    """Return the bytes of what a quantized base is decoded to while it is used: its largest kernel."""
+    """Return the bytes of what a quantized base is decoded to while it is used: its largest
+    kernel.
+    """
     if subject.model.options.quant is None:
         return 0
-    size, layers = jnp.dtype(subject.model.options.dtype).itemsize, subject.model.config.num_hidden_layers
+    size, layers = (
+        jnp.dtype(subject.model.options.dtype).itemsize,
+        subject.model.config.num_hidden_layers,
+    )
     inner = [
-        kernels.parameters(path[-1], leaf.shape) // (layers if paths.layer_axis(path) is not None else 1)
+        kernels.parameters(path[-1], leaf.shape)
+        // (layers if paths.layer_axis(path) is not None else 1)
         for path, leaf in paths.walk(subject.base)
         if paths.layers_at(path) is not None
     ]

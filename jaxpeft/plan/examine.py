@@ -56,7 +56,9 @@ class Setting:
 
     @property
     def room(self) -> float | None:
-        """What a step is planned into: of a GPU less than its limit, for the allocator needs room between its pieces."""
+        """What a step is planned into: of a GPU less than its limit, for the allocator needs room
+        between its pieces.
+        """
         if self.limit is None or self.topology.chip.platform != "cuda":
             return self.limit
         return USABLE * self.limit
@@ -90,27 +92,44 @@ def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
     try:
         mesh, run, notes = prepared(setting, config)
     except (ConfigError, TargetError) as error:
-        return Candidate(config, _row(config, change, {}, "", f"refused: {'; '.join(error.problems)}", fits=False))
+        return Candidate(
+            config,
+            _row(config, change, {}, "", f"refused: {'; '.join(error.problems)}", fits=False),
+        )
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
     placed = step_arguments(run, mesh)
     kept = estimates.kept(run, placed, mesh)
-    compiled = compile_step(step_of(run, placed, mesh), (placed.state, placed.frozen, placed.batch), setting.topology, setting.limit, placed.held)  # fmt: skip
+    compiled = compile_step(
+        step_of(run, placed, mesh),
+        (placed.state, placed.frozen, placed.batch),
+        setting.topology,
+        setting.limit,
+        placed.held,
+    )
     memory = _memory(setting, run, placed, kept, compiled)
     room = setting.room
     fits = None if room is None else compiled.fits and memory.total <= room
-    row = _row(config, change, sizes, run.model.options.remat, _verdict(memory, room, fits), fits=fits)
+    row = _row(
+        config, change, sizes, run.model.options.remat, _verdict(memory, room, fits), fits=fits
+    )
     row = dataclasses.replace(
         row,
         attention=_attention(setting, config, mesh),
         memory=memory,
         seconds=round(compiled.seconds, 1),
-        notes=(*notes, *_copied(setting, run), *_dropped(placed), *([compiled.problem] if compiled.problem else [])),
+        notes=(
+            *notes,
+            *_copied(setting, run),
+            *_dropped(placed),
+            *([compiled.problem] if compiled.problem else []),
+        ),
     )
     return Candidate(config, _read(setting, row, run, mesh, compiled), placed, kept)
 
 
 def predicted(setting: Setting, config: Config) -> int:
-    """Return the bytes of one device that a step takes by arithmetic alone: arguments, activations, and the layer at work.
+    """Return the bytes of one device that a step takes by arithmetic alone: arguments, activations,
+    and the layer at work.
 
     Raises:
         ConfigError: the config does not go with the devices.
@@ -141,7 +160,9 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
     return mesh, run.with_model(fetching.bringing(run.model, found)), notes
 
 
-def stacked(setting: Setting, config: Config, attention: str, remat: str) -> tuple[Subject, list[str]]:
+def stacked(
+    setting: Setting, config: Config, attention: str, remat: str
+) -> tuple[Subject, list[str]]:
     """Make the shapes of a run, with layers scanned where they can be: `(run, what is to be said)`.
 
     Raises:
@@ -158,13 +179,17 @@ def stacked(setting: Setting, config: Config, attention: str, remat: str) -> tup
 
 
 def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
-    """Choose what the backward pass computes again, as a run does: as little as memory allows, on a CPU nothing."""
+    """Choose what the backward pass computes again, as a run does: as little as memory allows, on a
+    CPU nothing.
+    """
     room = setting.room
     chosen = "none"
     if room is not None:
         placed = step_arguments(run, mesh)
         chosen = estimates.kept(run, placed, mesh).fastest(USABLE * room - placed.held)
-    return run.with_model(run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen)))
+    return run.with_model(
+        run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen))
+    )
 
 
 def _attention(setting: Setting, config: Config, mesh: Mesh) -> str:
@@ -175,22 +200,40 @@ def step_of(run: Subject, placed: StepArguments, mesh: Mesh) -> Any:
     """Make the run's own step, jitted as the loop does."""
     config = run.config
     step = make_train_step(
-        run.model, run.loss, run.optimizer, config.train.accumulation, partial(training_hooks.penalty, config.method)
+        run.model,
+        run.loss,
+        run.optimizer,
+        config.train.accumulation,
+        partial(training_hooks.penalty, config.method),
     )
     return jit_train_step(step, mesh, jax.tree.map(lambda leaf: leaf.sharding, placed.state))
 
 
-def _memory(setting: Setting, run: Subject, placed: StepArguments, kept: estimates.Kept, compiled: Compiled) -> Memory:
-    """Split the memory of a step: arguments by arithmetic, activations by estimate, the rest is what the compiler says beside."""
+def _memory(
+    setting: Setting, run: Subject, placed: StepArguments, kept: estimates.Kept, compiled: Compiled
+) -> Memory:
+    """Split the memory of a step: arguments by arithmetic, activations by estimate, the rest is
+    what the compiler says beside.
+    """
     activations = kept.kept[run.model.options.remat]
     known = placed.base + placed.adapters + placed.optimizer
-    if setting.topology.chip.platform == "cuda":  # the program is a CPU's: what it keeps says nothing
+    if (
+        setting.topology.chip.platform == "cuda"
+    ):  # the program is a CPU's: what it keeps says nothing
         total = placed.held + kept.total(run.model.options.remat)
     else:
         total = compiled.total
         activations = max(0, min(activations, total - known))
     limit = None if setting.limit is None else int(setting.limit)
-    return Memory(placed.base, placed.adapters, placed.optimizer, activations, total - known - activations, total, limit)  # fmt: skip
+    return Memory(
+        placed.base,
+        placed.adapters,
+        placed.optimizer,
+        activations,
+        total - known - activations,
+        total,
+        limit,
+    )
 
 
 def _verdict(memory: Memory, room: float | None, fits: bool | None) -> str:
@@ -203,11 +246,18 @@ def _verdict(memory: Memory, room: float | None, fits: bool | None) -> str:
 
 def _copied(setting: Setting, run: Subject) -> list[str]:
     options = run.model.options
-    if not (options.scan_layers and options.quant is not None and setting.topology.chip.platform == "cuda"):
+    if not (
+        options.scan_layers
+        and options.quant is not None
+        and setting.topology.chip.platform == "cuda"
+    ):
         return []
     measured = "measured for 8 B in NF4 with remat of full: 17.1 GiB in place of 10.0"
     return [
-        f"the memory is that of unrolled layers, which a run chooses: XLA copies the codes of stacked ones ({measured})"
+        (
+            "the memory is that of unrolled layers, which a run chooses: XLA copies the codes of"
+            f" stacked ones ({measured})"
+        )
     ]
 
 
@@ -215,14 +265,35 @@ def _dropped(placed: StepArguments) -> list[str]:
     if not placed.dropped:
         return []
     more = f" and {len(placed.dropped) - 2} more" if len(placed.dropped) > 2 else ""
-    return [f"not sharded where an axis does not divide a dimension: {'; '.join(placed.dropped[:2])}{more}"]
+    return [
+        (
+            "not sharded where an axis does not divide a dimension:"
+            f" {'; '.join(placed.dropped[:2])}{more}"
+        )
+    ]
 
 
-def _row(config: Config, change: str, mesh: Mapping[str, int], remat: str, verdict: str, *, fits: bool | None) -> Row:
+def _row(
+    config: Config,
+    change: str,
+    mesh: Mapping[str, int],
+    remat: str,
+    verdict: str,
+    *,
+    fits: bool | None,
+) -> Row:
     return Row(
-        config.mesh.strategy or "config", change, mesh, config.train.batch_size, config.train.accumulation,
-        remat or config.model.remat, config.model.quant, config.model.attention, fits, verdict,
-    )  # fmt: skip
+        config.mesh.strategy or "config",
+        change,
+        mesh,
+        config.train.batch_size,
+        config.train.accumulation,
+        remat or config.model.remat,
+        config.model.quant,
+        config.model.attention,
+        fits,
+        verdict,
+    )
 
 
 def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compiled) -> Row:
@@ -236,7 +307,10 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
     done = work(program, causal=run.config.model.task == "causal_lm")
     chip, notes = setting.topology.chip, row.notes
     if done.kernels:
-        notes = (*notes, f"FLOPs without those of {done.kernels} calls of kernels, which do not report them")
+        notes = (
+            *notes,
+            f"FLOPs without those of {done.kernels} calls of kernels, which do not report them",
+        )
     own_program = not setting.topology.simulated
     roof = roofline(
         chip,
@@ -248,11 +322,17 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
         devices=mesh.size,
     )
     traffic = done.traffic if own_program else None
-    return dataclasses.replace(row, collectives=found, flops=done.flops, traffic=traffic, roofline=roof, notes=notes)
+    return dataclasses.replace(
+        row, collectives=found, flops=done.flops, traffic=traffic, roofline=roof, notes=notes
+    )
 
 
 def _slices(mesh: Mesh) -> tuple[str, int]:
     """Return the axes of a mesh that go over slices, and how many slices there are."""
-    of = np.vectorize(lambda device: getattr(device, "slice_index", 0) or 0, otypes=[int])(mesh.devices)
-    over = [name for i, name in enumerate(mesh.axis_names) if (of != np.take(of, [0], axis=i)).any()]
+    of = np.vectorize(lambda device: getattr(device, "slice_index", 0) or 0, otypes=[int])(
+        mesh.devices
+    )
+    over = [
+        name for i, name in enumerate(mesh.axis_names) if (of != np.take(of, [0], axis=i)).any()
+    ]
     return "+".join(over) or "none", len(np.unique(of))

@@ -1,9 +1,12 @@
-"""The text of a compiled program, read: its computations, their instructions, and how often each runs.
+"""The text of a compiled program, read: its computations, their instructions, and how often each
+runs.
 
-The format is XLA's HLO text. An instruction is `%name = shape opcode(%operand, ...), attribute=value, ...`; a computation is a name and
-instructions between braces. A loop of a scan counts up to a constant: its condition compares with it, or a field names it.
+The format is XLA's HLO text. An instruction is `%name = shape opcode(%operand, ...),
+attribute=value, ...`; a computation is a name and instructions between braces. A loop of a scan
+counts up to a constant: its condition compares with it, or a field names it.
 
-Our own, since XLA's parser is not part of JAX's public API, and `Compiled.cost_analysis` counts a loop's body once and names no collective.
+Our own, since XLA's parser is not part of JAX's public API, and `Compiled.cost_analysis` counts a
+loop's body once and names no collective.
 """
 
 from __future__ import annotations
@@ -14,16 +17,22 @@ from dataclasses import dataclass
 from functools import cached_property
 
 _BITS: Mapping[str, int] = {
-    "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16,
-    "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128, "token": 0, "opaque": 0,
+    "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "s8": 8, "u8": 8, "s16": 16,
+    "u16": 16, "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64,
+    "f64": 64, "c64": 64, "c128": 128, "token": 0, "opaque": 0,
 }  # fmt: skip
-_ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_ARRAY = re.compile(
+    r"\b(pred|token|opaque|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](?:\{([^{}]*)\})?"
+)
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _NAME = re.compile(r"%([\w.\-]+)")
 _SPACE = re.compile(r"S\((\d+)\)")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|branch_computations|called_computations)="
+    r"(\{[^}]*\}|%[\w.\-]+)"
+)
 _INDEX = re.compile(r"\bindex=(\d+)")
 _TRIPS = re.compile(r"known_trip_count[\"']?:?=?\s*\{[\"']?n[\"']?\s*:\s*[\"']?(\d+)")
 
@@ -103,7 +112,9 @@ class Program:
 
     @cached_property
     def runs(self) -> Mapping[str, int]:
-        """How often each computation runs that is reached from the entry, those inside fusions too."""
+        """How often each computation runs that is reached from the entry, those inside fusions
+        too.
+        """
         order: list[str] = []
         self._visit(self.entry, order, set())
         counts = dict.fromkeys(order, 0)
@@ -118,7 +129,12 @@ class Program:
     def _callees(self, one: Instruction) -> list[str]:
         # what a reduction applies to pairs of numbers is no program of its own
         kinds = ("calls", "body", "branch_computations", "called_computations", "to_apply")
-        names = [n for kind in kinds if kind != "to_apply" or one.opcode == "call" for n in one.called.get(kind, ())]
+        names = [
+            n
+            for kind in kinds
+            if kind != "to_apply" or one.opcode == "call"
+            for n in one.called.get(kind, ())
+        ]
         return [name for name in names if name in self.computations]
 
     def _visit(self, name: str, order: list[str], seen: set[str]) -> None:
@@ -140,17 +156,25 @@ class Program:
         return -(-limit // self._step(loop))
 
     def _step(self, loop: Instruction) -> int:
-        """Return what a loop adds to its counter in each iteration, 1 where nothing tells: the compiler may unroll it by two."""
+        """Return what a loop adds to its counter in each iteration, 1 where nothing tells: the
+        compiler may unroll it by two.
+        """
         condition = self.computations.get(next(iter(loop.called.get("condition", ())), ""), {})
         body = self.computations.get(next(iter(loop.called.get("body", ())), ""), {})
-        places = [int(found.group(1)) for one in condition.values() if (found := _INDEX.search(one.text))]
+        places = [
+            int(found.group(1)) for one in condition.values() if (found := _INDEX.search(one.text))
+        ]
         root = next((one for one in body.values() if one.root and one.opcode == "tuple"), None)
         if root is None or len(places) != 1 or places[0] >= len(root.operands):
             return 1
         added = body.get(root.operands[places[0]])
         if added is None or added.opcode != "add":
             return 1
-        numbers = [body[name].inside for name in added.operands if name in body and body[name].opcode == "constant"]
+        numbers = [
+            body[name].inside
+            for name in added.operands
+            if name in body and body[name].opcode == "constant"
+        ]
         return max((int(n) for n in numbers if n.strip().isdigit()), default=1) or 1
 
     def _constants(self, name: str, depth: int) -> list[str]:
@@ -184,7 +208,9 @@ def parse(text: str) -> Program:
             if header and "=" not in raw.split("(")[0]:
                 current = computations.setdefault(header.group(2), {})
                 entry = header.group(2) if header.group(1) else entry
-        elif raw.rstrip() == "}":  # what a kernel says of itself may go over lines, and end in more of them
+        elif (
+            raw.rstrip() == "}"
+        ):  # what a kernel says of itself may go over lines, and end in more of them
             current = None
         else:
             one = _instruction(raw)
@@ -205,7 +231,13 @@ def _instruction(raw: str) -> Instruction | None:
     end = _closing(rest)
     inside, text = rest[:end], rest[end + 1 :]
     return Instruction(
-        found.group(2), opcode.strip(), arrays(shape), tuple(_NAME.findall(inside)), text, inside, bool(found.group(1))
+        found.group(2),
+        opcode.strip(),
+        arrays(shape),
+        tuple(_NAME.findall(inside)),
+        text,
+        inside,
+        bool(found.group(1)),
     )
 
 

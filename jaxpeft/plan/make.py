@@ -60,20 +60,29 @@ def make(request: PlanRequest) -> Plan:
     limit = chips.usable(request.topology.chip, request.hbm)
     if request.hbm is not None and limit is not None and limit < request.hbm * chips.GIB:
         _log.warning(
-            "--hbm %g: programs of a %s may take %.2f GiB", request.hbm, request.topology.chip.name, limit / chips.GIB
+            "--hbm %g: programs of a %s may take %.2f GiB",
+            request.hbm,
+            request.topology.chip.name,
+            limit / chips.GIB,
         )
     where = topology.devices(request.topology)
     setting = Setting(described, request.topology, where, limit, request.scan)
     rows: list[Any] = []
     for strategy in request.strategies or (None,):
         own = config if strategy is None else with_changes(config, mesh__strategy=strategy)
-        own = with_changes(own, mesh__slices=request.topology.slices) if request.topology.slices > 1 else own
+        own = (
+            with_changes(own, mesh__slices=request.topology.slices)
+            if request.topology.slices > 1
+            else own
+        )
         _log.info("%s ...", strategy or config.mesh.strategy or "the config's mesh")
         found = examine(setting, own)
         _log.info("  %s (%.0f s)", found.row.verdict, found.row.seconds)
         rows.append(changes.with_nearest(setting, found, request.tries))
     if all(row.memory is None and row.nearest is None for row in rows):
-        raise ConfigError(list(dict.fromkeys(row.verdict.removeprefix("refused: ") for row in rows)))
+        raise ConfigError(
+            list(dict.fromkeys(row.verdict.removeprefix("refused: ") for row in rows))
+        )
     run, _ = stacked(setting, config, "xla", "full")
     return Plan(
         config=request.path,
@@ -89,7 +98,9 @@ def make(request: PlanRequest) -> Plan:
         programs=_programs(request.topology),
         seconds=round(time.perf_counter() - began, 1),
         cpu_seconds=round(time.process_time() - cpu_began, 1),
-        versions=_versions(("jax", "libtpu") if request.topology.chip.platform == "tpu" else ("jax",)),
+        versions=_versions(
+            ("jax", "libtpu") if request.topology.chip.platform == "tpu" else ("jax",)
+        ),
         rows=changes.summary(rows),
     )
 
@@ -100,8 +111,8 @@ def _programs(where: Topology) -> str:
     if where.chip.platform == "cpu":
         return f"compiled for {where.size} simulated CPU devices"
     return (
-        f"no GPU is asked: memory by arithmetic, FLOPs and collectives of programs compiled for {where.size} simulated CPU devices, whose "
-        "attention writes its scores out"
+        "no GPU is asked: memory by arithmetic, FLOPs and collectives of programs compiled for"
+        f" {where.size} simulated CPU devices, whose attention writes its scores out"
     )
 
 

@@ -23,7 +23,11 @@ def draw(path: Path, plan: Plan) -> None:
     from matplotlib import pyplot as plt
 
     rows = [row for row in plan.rows if row.memory is not None]
-    rows += [row.nearest for row in plan.rows if row.nearest is not None and row.nearest.memory is not None]
+    rows += [
+        row.nearest
+        for row in plan.rows
+        if row.nearest is not None and row.nearest.memory is not None
+    ]
     names = [f"{row.strategy}\n{row.change}" if row.change else row.strategy for row in rows]
     figure, axes = plt.subplots(figsize=(max(6, 1.6 * len(rows)), 4), layout="constrained")
     below = [0.0] * len(rows)
@@ -31,7 +35,9 @@ def draw(path: Path, plan: Plan) -> None:
         sizes = [getattr(row.memory, part) / GIB for row in rows]
         axes.bar(names, sizes, bottom=below, label=part)
         below = [low + size for low, size in zip(below, sizes, strict=True)]
-    limit = next((row.memory.limit for row in rows if row.memory is not None and row.memory.limit), None)
+    limit = next(
+        (row.memory.limit for row in rows if row.memory is not None and row.memory.limit), None
+    )
     if limit is not None:
         axes.axhline(limit / GIB, color="black", linestyle="--", linewidth=1, label="limit")
     axes.set(title=f"{plan.topology}: memory of one device", ylabel="GiB")

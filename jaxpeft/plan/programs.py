@@ -1,4 +1,6 @@
-"""The step of a run, compiled for devices that need not be there: what it takes of their memory, and its text."""
+"""The step of a run, compiled for devices that need not be there: what it takes of their memory,
+and its text.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Compiled:
 
     Attributes:
         fits: whether the compiler has made a program: it makes none that does not fit.
-        total: what it takes, where it does not fit too: arguments, temporaries, results that take no place of an argument's, the code.
+        total: what it takes, where it does not fit too: arguments, temporaries, results that take
+            no place of an argument's, the code.
         text: its HLO; None where the compiler has not written it out.
         problem: why not; empty where it has.
         seconds: that tracing and compiling took.
@@ -40,7 +43,9 @@ class Compiled:
     seconds: float
 
 
-def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limit: float | None, held: int) -> Compiled:
+def compile_step(
+    step: Any, arguments: tuple[Any, ...], topology: Topology, limit: float | None, held: int
+) -> Compiled:
     """Compile a step.
 
     Args:
@@ -48,7 +53,8 @@ def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limi
         arguments: abstract, with their shardings.
         topology: the devices that they lie on.
         limit: bytes that it may take; None for what the chip has.
-        held: bytes of the arguments on one device, which a program that does not fit takes at least.
+        held: bytes of the arguments on one device, which a program that does not fit takes at
+            least.
     """
     began = time.perf_counter()
     lowered = step.lower(*arguments)
@@ -59,8 +65,13 @@ def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limi
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             total = max(_said(_USED, str(error)), _said(_REQUIRED, str(error)), held)
-            text, problem = written(Path(folder)), "the compiler does not write out a program that does not fit"
-            return Compiled(False, total, text, "" if text else problem, time.perf_counter() - began)
+            text, problem = (
+                written(Path(folder)),
+                "the compiler does not write out a program that does not fit",
+            )
+            return Compiled(
+                False, total, text, "" if text else problem, time.perf_counter() - began
+            )
         took = compiled.memory_analysis()
         total = took.argument_size_in_bytes + took.output_size_in_bytes - took.alias_size_in_bytes
         total += took.temp_size_in_bytes + took.generated_code_size_in_bytes
@@ -69,7 +80,9 @@ def compile_step(step: Any, arguments: tuple[Any, ...], topology: Topology, limi
 
 
 def _options(topology: Topology, limit: float | None, folder: str) -> Mapping[str, Any]:
-    """Tell the compiler of TPU programs where to write them, and of a limit below the chip's memory, which it heeds as it does that."""
+    """Tell the compiler of TPU programs where to write them, and of a limit below the chip's
+    memory, which it heeds as it does that.
+    """
     if topology.chip.platform != "tpu":
         return {}
     options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -92,11 +105,20 @@ def _text(compiled: Any, folder: Path) -> tuple[str | None, str]:
     ) as error:  # a jaxlib that is older than libtpu does not understand some large programs
         text = written(folder)
         why = " ".join(str(error).split())[:200]
-        return text, "" if text else f"this program cannot be read ({why}): collectives and FLOPs are not known"
+        return (
+            text,
+            (
+                ""
+                if text
+                else f"this program cannot be read ({why}): collectives and FLOPs are not known"
+            ),
+        )
 
 
 def written(folder: Path) -> str | None:
-    """Return the text of a program that the compiler has written to a folder, as it is after its optimizations; None where it has not."""
+    """Return the text of a program that the compiler has written to a folder, as it is after its
+    optimizations; None where it has not.
+    """
     files = sorted(folder.glob("*.after_optimizations.txt"), key=lambda file: file.stat().st_size)
     return files[-1].read_text() if files else None
 

@@ -23,8 +23,10 @@ class Memory:
         base: the leaves of the base, as they lie on it.
         adapters: the leaves that the method adds.
         optimizer: its state.
-        activations: what the forward pass keeps for the backward pass, estimated from one layer's program.
-        temporaries: all else: the layer at work, gathered kernels, gradients, the batch, padding, the program.
+        activations: what the forward pass keeps for the backward pass, estimated from one layer's
+            program.
+        temporaries: all else: the layer at work, gathered kernels, gradients, the batch, padding,
+            the program.
         total: of all.
         limit: that a step may take; None where nothing tells.
     """
@@ -55,14 +57,17 @@ class Row:
         verdict: that in words.
         memory: None where the strategy is refused.
         collectives: None where no program could be read.
-        flops: of one device and step, with what is computed again; None where no program could be read.
+        flops: of one device and step, with what is computed again; None where no program could be
+            read.
         model_flops: of all devices together, without that.
         traffic: bytes between one device and its memory.
         roofline: None where chip or program are not known.
         seconds: that compiling took.
         notes: what else is to be said.
-        nearest: the nearest change that fits, compiled; None where nothing is to be changed, or nothing tried fits.
-        tried: changes that were compiled, or ruled out by the bytes of their arguments, and do not fit.
+        nearest: the nearest change that fits, compiled; None where nothing is to be changed, or
+            nothing tried fits.
+        tried: changes that were compiled, or ruled out by the bytes of their arguments, and do not
+            fit.
     """
 
     strategy: str
@@ -127,7 +132,9 @@ class Plan:
 
     @property
     def best(self) -> Row | None:
-        """The row that fits and takes the least time; of rows without a time the one that takes least memory."""
+        """The row that fits and takes the least time; of rows without a time the one that takes
+        least memory.
+        """
         fitting = [row for row in self.rows if row.fits is not False and row.memory is not None]
         timed = [row for row in fitting if row.roofline is not None]
         if timed:
@@ -144,17 +151,40 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def as_table(plan: Plan) -> str:
     """Write a plan for a terminal."""
     head = (
-        f"{plan.method} on {plan.parameters / 1e9:.2f} B parameters ({plan.trained / 1e6:.1f} M trained), rows of {plan.length} "
-        f"tokens, on {plan.topology} ({plan.devices} devices)\nlayers {plan.layers}; {plan.programs}"
+        f"{plan.method} on {plan.parameters / 1e9:.2f} B parameters ({plan.trained / 1e6:.1f} M"
+        f" trained), rows of {plan.length} tokens, on {plan.topology} ({plan.devices}"
+        f" devices)\nlayers {plan.layers}; {plan.programs}"
     )
     columns = (
-        "strategy", "mesh", "rows", "remat", "base", "adapters", "optimizer", "activations", "temporaries", "total", "of",
-        "TFLOP", "step", "bound by", "tokens/s", "MFU", "",
-    )  # fmt: skip
-    parts = [head, _aligned([columns, *(_cells(row) for row in _with_nearest(plan.rows))]), _talk(plan.rows)]
+        "strategy",
+        "mesh",
+        "rows",
+        "remat",
+        "base",
+        "adapters",
+        "optimizer",
+        "activations",
+        "temporaries",
+        "total",
+        "of",
+        "TFLOP",
+        "step",
+        "bound by",
+        "tokens/s",
+        "MFU",
+        "",
+    )
+    parts = [
+        head,
+        _aligned([columns, *(_cells(row) for row in _with_nearest(plan.rows))]),
+        _talk(plan.rows),
+    ]
     best = plan.best
     parts.append(f"best: {best.strategy}" if best else "best: none of these fits")
-    parts.append(f"memory in GiB of one device; {plan.seconds:.0f} s in all, {plan.cpu_seconds:.0f} s of a core")
+    parts.append(
+        f"memory in GiB of one device; {plan.seconds:.0f} s in all, {plan.cpu_seconds:.0f} s of a"
+        " core"
+    )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -166,19 +196,42 @@ def _cells(row: Row) -> tuple[str, ...]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in row.mesh.items() if size > 1) or (
         "one device" if row.mesh else ""
     )
-    parts = f"{row.batch_size}" if row.accumulation == 1 else f"{row.batch_size} in {row.accumulation}"
+    parts = (
+        f"{row.batch_size}" if row.accumulation == 1 else f"{row.batch_size} in {row.accumulation}"
+    )
     memory = row.memory
     name = row.strategy if not row.change else f"  {row.change}"
     if memory is None:
         return (name, mesh, parts, row.remat, *[""] * 12, "refused")
-    sizes = (memory.base, memory.adapters, memory.optimizer, memory.activations, memory.temporaries, memory.total)
+    sizes = (
+        memory.base,
+        memory.adapters,
+        memory.optimizer,
+        memory.activations,
+        memory.temporaries,
+        memory.total,
+    )
     roof = row.roofline
     return (
-        name, mesh, parts, row.remat, *(f"{n / GIB:.2f}" for n in sizes), f"{memory.limit / GIB:.2f}" if memory.limit else "?",
+        name,
+        mesh,
+        parts,
+        row.remat,
+        *(f"{n / GIB:.2f}" for n in sizes),
+        f"{memory.limit / GIB:.2f}" if memory.limit else "?",
         f"{row.flops / 1e12:.1f}" if row.flops is not None else "?",
-        *((f"{1e3 * roof.seconds:.1f} ms", roof.bound, f"{roof.tokens_per_second:,.0f}", f"{roof.mfu:.0%}") if roof else ("?",) * 4),
+        *(
+            (
+                f"{1e3 * roof.seconds:.1f} ms",
+                roof.bound,
+                f"{roof.tokens_per_second:,.0f}",
+                f"{roof.mfu:.0%}",
+            )
+            if roof
+            else ("?",) * 4
+        ),
         _short(row),
-    )  # fmt: skip
+    )
 
 
 def _short(row: Row) -> str:
@@ -198,8 +251,8 @@ def _talk(rows: Sequence[Row]) -> str:
         lines += [f"{name}: {row.verdict}"] if row.fits is not True else []
         for one in (row.collectives or ())[:8]:
             lines.append(
-                f"{name}: {one.count} {one.kind} over {one.axes} ({one.group} devices), {one.nbytes / GIB:.3f} GiB, "
-                f"{one.wire / GIB:.3f} GiB sent"
+                f"{name}: {one.count} {one.kind} over {one.axes} ({one.group} devices),"
+                f" {one.nbytes / GIB:.3f} GiB, {one.wire / GIB:.3f} GiB sent"
             )
         if row.collectives is not None and len(row.collectives) > 8:
             lines.append(f"{name}: {len(row.collectives) - 8} more kinds, smaller; --json has them")
@@ -213,6 +266,9 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     left = (0, 1, 2, 3, 13, len(widths) - 1)
     return "\n".join(
-        "  ".join(cell.ljust(n) if i in left else cell.rjust(n) for i, (cell, n) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(n) if i in left else cell.rjust(n)
+            for i, (cell, n) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
-    )  # fmt: skip
+    )

@@ -1,7 +1,9 @@
-"""How long a step takes at least, and what bounds it: operations, memory, or what the chips tell each other.
+"""How long a step takes at least, and what bounds it: operations, memory, or what the chips tell
+each other.
 
-Williams et al. 2009, "Roofline: An Insightful Visual Performance Model for Multicore Architectures" (doi:10.1145/1498765.1498785),
-with the interconnect as a third roof. Each roof is taken by itself, as if all overlapped perfectly: no step is faster, most are slower.
+Williams et al. 2009, "Roofline: An Insightful Visual Performance Model for Multicore Architectures"
+(doi:10.1145/1498765.1498785), with the interconnect as a third roof. Each roof is taken by itself,
+as if all overlapped perfectly: no step is faster, most are slower.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Roofline:
 
     Attributes:
         compute: seconds of its products at the chip's peak.
-        memory: seconds of its traffic at the memory's bandwidth; None where the program is not the chip's own.
+        memory: seconds of its traffic at the memory's bandwidth; None where the program is not the
+            chip's own.
         interconnect: seconds of its collectives, one after the other.
         seconds: the largest of them.
         bound: which that is.
@@ -73,7 +76,13 @@ def roofline(
     bound = max(roofs, key=roofs.__getitem__)
     seconds = max(roofs[bound], 1e-12)
     return Roofline(
-        compute, memory, interconnect, seconds, bound, tokens / seconds, model_flops / (seconds * chip.flops * devices)
+        compute,
+        memory,
+        interconnect,
+        seconds,
+        bound,
+        tokens / seconds,
+        model_flops / (seconds * chip.flops * devices),
     )
 
 
@@ -91,8 +100,9 @@ def rates(topology: Topology, mesh: Any, found: Sequence[Collective]) -> dict[Co
 def rate(topology: Topology, mesh: Any, axes: str) -> float:
     """Return the bytes/s that a chip sends along axes of the mesh.
 
-    Of a torus that is two links for each of its axes that the group of chips extends along, one where the group is no ring: where it
-    is not the whole axis, or the slice too small; where the group goes over several slices, or hosts of GPUs, their network.
+    Of a torus that is two links for each of its axes that the group of chips extends along, one
+    where the group is no ring: where it is not the whole axis, or the slice too small; where the
+    group goes over several slices, or hosts of GPUs, their network.
     """
     chip = topology.chip
     if chip.link is None or chip.outside is None:
@@ -102,7 +112,10 @@ def rate(topology: Topology, mesh: Any, axes: str) -> float:
         return chip.outside
     if chip.host:
         # simulated devices are numbered through, slice after slice
-        places = {(device.id // topology.slice_size, device.id % topology.slice_size // chip.host) for device in group}
+        places = {
+            (device.id // topology.slice_size, device.id % topology.slice_size // chip.host)
+            for device in group
+        }
         return chip.outside if len(places) > 1 else chip.link * chip.links
     own = getattr(group[0], "slice_index", 0)
     whole = _extents([one for one in mesh.devices.ravel() if getattr(one, "slice_index", 0) == own])
@@ -110,7 +123,9 @@ def rate(topology: Topology, mesh: Any, axes: str) -> float:
     if len(chip.largest) > 2:  # slices of three axes are made of whole cubes, or are no torus
         rings = [all(rings)] * len(rings)
     along = zip(_extents(group), whole, rings, strict=True)
-    return chip.link * max(1, sum(2 if ring and size == axis else 1 for size, axis, ring in along if size > 1))
+    return chip.link * max(
+        1, sum(2 if ring and size == axis else 1 for size, axis, ring in along if size > 1)
+    )
 
 
 def _extents(devices: Sequence[Any]) -> list[int]:

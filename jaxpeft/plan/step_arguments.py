@@ -66,7 +66,9 @@ def step_arguments(subject: Subject, mesh: Mesh) -> StepArguments:
     trainable = subject.state.trainable
     where = paths.map_with_path(lambda path, _: paths.get(found.shardings, path), trainable)
     state = _with(subject.state, state_shardings(mesh, subject.state, trainable, where))
-    frozen = paths.map_with_path(lambda path, leaf: _at(leaf, paths.get(found.shardings, path)), subject.frozen)
+    frozen = paths.map_with_path(
+        lambda path, leaf: _at(leaf, paths.get(found.shardings, path)), subject.frozen
+    )
     axis = int(config.train.accumulation > 1)
     batch = _with(dict(subject.batch), batch_shardings(mesh, subject.batch, axis))
     own = {path for path, _ in paths.walk(subject.base)}
@@ -85,7 +87,9 @@ def step_arguments(subject: Subject, mesh: Mesh) -> StepArguments:
 
 
 def local(leaf: Any) -> int:
-    """Return the bytes of an abstract array that one device holds, none where it waits in the host's memory."""
+    """Return the bytes of an abstract array that one device holds, none where it waits in the
+    host's memory.
+    """
     if leaf.sharding.memory_kind in ("pinned_host", "unpinned_host"):
         return 0
     size = 1

@@ -1,4 +1,6 @@
-"""What is planned: model, adapter, optimizer and batch of a run as shapes, from its config and a `config.json`; no weight is read."""
+"""What is planned: model, adapter, optimizer and batch of a run as shapes, from its config and a
+`config.json`; no weight is read.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,8 @@ def model_config(path: str, revision: str | None, given: str | None) -> dict[str
     Args:
         path: as `config.model.path`.
         revision: of a hub id.
-        given: a file, a folder that holds `config.json`, or a name in `SHAPES`; None for that of `path`.
+        given: a file, a folder that holds `config.json`, or a name in `SHAPES`; None for that of
+            `path`.
 
     Raises:
         ConfigError: there is no such file or shape.
@@ -103,7 +106,8 @@ def model_config(path: str, revision: str | None, given: str | None) -> dict[str
         file = Path(given) / "config.json" if Path(given).is_dir() else Path(given)
         if not file.is_file():
             raise ConfigError(
-                f"--model-config: {given!r} is neither a file nor a known shape{nearest(given, SHAPES)} (known: {', '.join(SHAPES)})"
+                f"--model-config: {given!r} is neither a file nor a known"
+                f" shape{nearest(given, SHAPES)} (known: {', '.join(SHAPES)})"
             )
         return read_json(file)
     folder = Path(path).expanduser()
@@ -118,16 +122,29 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            hub.hf_hub_download(name, "config.json", revision=revision, local_files_only=hub.constants.HF_HUB_OFFLINE)
+            hub.hf_hub_download(
+                name,
+                "config.json",
+                revision=revision,
+                local_files_only=hub.constants.HF_HUB_OFFLINE,
+            )
         )
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.HFValidationError,
+        OSError,
+    ) as error:
         raise ConfigError(
-            f"config.model.path: {name!r}: its config.json is not available ({type(error).__name__}); name it with --model-config, a "
-            f"file or one of {', '.join(SHAPES)}"
+            f"config.model.path: {name!r}: its config.json is not available"
+            f" ({type(error).__name__}); name it with --model-config, a file or one of"
+            f" {', '.join(SHAPES)}"
         ) from error
 
 
-def subject(config: Config, described: Mapping[str, Any], attention: str, remat: str, *, scan: bool) -> Subject:
+def subject(
+    config: Config, described: Mapping[str, Any], attention: str, remat: str, *, scan: bool
+) -> Subject:
     """Make the shapes of a run.
 
     Args:
@@ -145,12 +162,16 @@ def subject(config: Config, described: Mapping[str, Any], attention: str, remat:
     outlined = outline_of(dataclasses.replace(asked, remat=remat), DescribedCheckpoint(described))
     params = abstract_rewrite(config.method, outlined.leaves)
     trainable, frozen = tree.partition(params, trainable_mask(config.method, params))
-    optimizer = optimizers.build(optimizers.options_for(config), config.train.steps or _STEPS, config.method)
+    optimizer = optimizers.build(
+        optimizers.options_for(config), config.train.steps or _STEPS, config.method
+    )
     problem = _problem(config)
     return Subject(
         config=config,
         outline=outlined,
-        state=jax.eval_shape(lambda leaves: init_state(leaves, optimizer, config.train.seed), trainable),
+        state=jax.eval_shape(
+            lambda leaves: init_state(leaves, optimizer, config.train.seed), trainable
+        ),
         frozen=frozen,
         loss=training_loss(config, problem),
         optimizer=optimizer,
@@ -163,19 +184,25 @@ def with_changes(config: Config, **changes: Any) -> Config:
     out = config
     for key, value in changes.items():
         section, _, option = key.partition("__")
-        out = dataclasses.replace(out, **{section: dataclasses.replace(getattr(out, section), **{option: value})})
+        out = dataclasses.replace(
+            out, **{section: dataclasses.replace(getattr(out, section), **{option: value})}
+        )
     return out
 
 
 def _labels(config: Config) -> int | None:
-    """Return the classes of a head that the config names, None for those of `config.json`; no row is read."""
+    """Return the classes of a head that the config names, None for those of `config.json`; no row
+    is read.
+    """
     if config.model.task == "causal_lm":
         return None
     return 1 if config.data.problem == "regression" else len(config.data.labels) or None
 
 
 def _problem(config: Config) -> ProblemType | None:
-    """Return the kind of a sequence classification, as far as the config alone says it; None of another task."""
+    """Return the kind of a sequence classification, as far as the config alone says it; None of
+    another task.
+    """
     if config.model.task != "sequence_classification":
         return None
     if config.data.problem == "auto":
@@ -189,16 +216,28 @@ def _batch(
     """Return the arrays of a batch."""
     train, data = config.train, config.data
     arrays = batch_like(
-        problem, labels or 0, train.batch_size, data.max_length, train.accumulation,
-        packed=data.packing, types=described.get("type_vocab_size", 0) > 1,
-    )  # fmt: skip
+        problem,
+        labels or 0,
+        train.batch_size,
+        data.max_length,
+        train.accumulation,
+        packed=data.packing,
+        types=described.get("type_vocab_size", 0) > 1,
+    )
     return {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in arrays.items()}
 
 
 def described_in_json(described: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a report says of a model: those of its sizes that its `config.json` names."""
     keys = (
-        "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "vocab_size", "dtype", "torch_dtype",
-    )  # fmt: skip
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "dtype",
+        "torch_dtype",
+    )
     return json.loads(json.dumps({key: described[key] for key in keys if key in described}))

@@ -1,4 +1,6 @@
-"""The devices that a plan is for: read from `v5e:4x4`, and given by XLA as devices that programs are compiled for."""
+"""The devices that a plan is for: read from `v5e:4x4`, and given by XLA as devices that programs
+are compiled for.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ def read(text: str, slices: int = 1) -> Topology:
     name, _, shape = text.strip().lower().partition(":")
     if name not in CHIPS:
         raise ConfigError(
-            f"--topology: {shown(name)} is not a known chip{nearest(name, CHIPS)} (known: {', '.join(CHIPS)}); write {EXAMPLES}"
+            f"--topology: {shown(name)} is not a known chip{nearest(name, CHIPS)} (known:"
+            f" {', '.join(CHIPS)}); write {EXAMPLES}"
         )
     axes = len(CHIPS[name].largest) or 1
     if (
@@ -77,18 +80,24 @@ def read(text: str, slices: int = 1) -> Topology:
         or 0 in (sizes := _sizes(shape))
     ):
         example = "x".join(["4"] * axes)
-        raise ConfigError(f"--topology: {shown(text)} is not of a shape that {name} comes in; write {name}:{example}")
+        raise ConfigError(
+            f"--topology: {shown(text)} is not of a shape that {name} comes in; write"
+            f" {name}:{example}"
+        )
     most = CHIPS[name].largest
     if most and any(size > limit for size, limit in zip(sorted(sizes), most, strict=True)):
         raise ConfigError(
-            f"--topology: {text!r} is larger than a pod of {name}, {'x'.join(map(str, most))}; more of them are joined by --slices"
+            f"--topology: {text!r} is larger than a pod of {name}, {'x'.join(map(str, most))}; more"
+            " of them are joined by --slices"
         )
     if slices < 1:
         raise ConfigError(f"--slices: must be at least 1, is {slices}")
     found = Topology(CHIPS[name], sizes, slices)
     limit = MOST_SIMULATED if found.simulated else MOST
     if found.size > limit:
-        raise ConfigError(f"--topology: {found.name} has {found.size} devices; a plan is for at most {limit}")
+        raise ConfigError(
+            f"--topology: {found.name} has {found.size} devices; a plan is for at most {limit}"
+        )
     return found
 
 
@@ -97,7 +106,9 @@ def _sizes(shape: str) -> tuple[int, ...]:
 
 
 def environment(topology: Topology) -> Mapping[str, str]:
-    """Return what the environment must say before JAX is imported: no accelerator is looked for, nor metadata of one."""
+    """Return what the environment must say before JAX is imported: no accelerator is looked for,
+    nor metadata of one.
+    """
     if topology.chip.platform != "tpu":
         return {"JAX_PLATFORMS": "cpu"}
     return {
@@ -120,8 +131,8 @@ def prepare(topology: Topology, environ: MutableMapping[str, str] = os.environ) 
     """
     if topology.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            f"--topology: {topology.name} needs the compiler of TPU programs, libtpu, which is not installed: "
-            "pip install 'jaxpeft[plan]'"
+            f"--topology: {topology.name} needs the compiler of TPU programs, libtpu, which is not"
+            " installed: pip install 'jaxpeft[plan]'"
         )
     environ.update(environment(topology))
 
@@ -141,12 +152,17 @@ def devices(topology: Topology) -> list[Any]:
         there = jax.devices("cpu")
         if len(there) < topology.size:
             raise ConfigError(
-                f"--topology: {topology.name} needs {topology.size} simulated devices, and this process has {len(there)} already"
+                f"--topology: {topology.name} needs {topology.size} simulated devices, and this"
+                f" process has {len(there)} already"
             )
         return there[: topology.size]
     more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
+        return list(
+            topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
+        )
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"--topology: {name}: libtpu knows no such slice ({' '.join(str(error).split())})") from error
+        raise ConfigError(
+            f"--topology: {name}: libtpu knows no such slice ({' '.join(str(error).split())})"
+        ) from error

@@ -1,4 +1,5 @@
-"""The work of a compiled program: floating-point operations, and bytes that its instructions read from memory and write to it.
+"""The work of a compiled program: floating-point operations, and bytes that its instructions read
+from memory and write to it.
 
 XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs.
 """
@@ -17,15 +18,34 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-"""Of splash attention, the products of a head's queries or weights with keys, values or their gradients, by the kernel's name."""
+"""Of splash attention, the products of a head's queries or weights with keys, values or their
+gradients, by the kernel's name.
+"""
 _ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*?"flops":\s*"?(\d+)')
 _FREE = frozenset(
     {
-        "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "opt-barrier",
-        "partition-id", "replica-id", "iota", "domain", "async-done", "async-update", "copy-done", "all-gather-done",
-        "all-reduce-done", "collective-permute-done",
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "opt-barrier",
+        "partition-id",
+        "replica-id",
+        "iota",
+        "domain",
+        "async-done",
+        "async-update",
+        "copy-done",
+        "all-gather-done",
+        "all-reduce-done",
+        "collective-permute-done",
     }
-)  # fmt: skip
+)
 """Opcodes that move no bytes of their own."""
 
 
@@ -66,7 +86,9 @@ def work(program: Program, *, causal: bool = True) -> Work:
 
 
 def _kernel(program: Program, computation: str, one: Instruction, causal: bool) -> float | None:
-    """Return the FLOPs of a call of a kernel, None where nothing tells: what it says itself, or those of splash attention."""
+    """Return the FLOPs of a call of a kernel, None where nothing tells: what it says itself, or
+    those of splash attention.
+    """
     said = _ESTIMATE.search(one.text)
     if said is not None:
         return float(said.group(1))
@@ -80,14 +102,19 @@ def _kernel(program: Program, computation: str, one: Instruction, causal: bool) 
 
 
 def _outer(program: Program) -> set[str]:
-    """Return the computations whose instructions run one by one: those that are no part of a fusion."""
+    """Return the computations whose instructions run one by one: those that are no part of a
+    fusion.
+    """
     found, waiting = {program.entry}, [program.entry]
     while waiting:
         for one in program.computations[waiting.pop()].values():
             if one.opcode not in ("while", "conditional", "call", "async-start"):
                 continue
             names = [
-                n for key, called in one.called.items() for n in called if key != "to_apply" or one.opcode == "call"
+                n
+                for key, called in one.called.items()
+                for n in called
+                if key != "to_apply" or one.opcode == "call"
             ]
             new = [name for name in names if name in program.computations and name not in found]
             found.update(new)
@@ -108,7 +135,9 @@ def _product(program: Program, computation: str, one: Instruction) -> float:
 
 
 def _convolution(one: Instruction, left: Array, right: Array) -> float:
-    """Count the products of a convolution that are none with padding: a TPU writes products of matrices as such."""
+    """Count the products of a convolution that are none with padding: a TPU writes products of
+    matrices as such.
+    """
     labels = _LABELS.search(one.text)
     if labels is None:
         return 0.0
@@ -117,25 +146,43 @@ def _convolution(one: Instruction, left: Array, right: Array) -> float:
     pairs = 1.0
     window = _window(one.text)
     for i in range(sum(label.isdigit() for label in out)):
-        sizes = left.dims[lhs.index(str(i))], right.dims[rhs.index(str(i))], result.dims[out.index(str(i))]
+        sizes = (
+            left.dims[lhs.index(str(i))],
+            right.dims[rhs.index(str(i))],
+            result.dims[out.index(str(i))],
+        )
         pairs *= _valid(*sizes, *(values[i] for values in window))
-    features = result.dims[out.index("b")] * result.dims[out.index("f")] * right.dims[rhs.index("i")]
+    features = (
+        result.dims[out.index("b")] * result.dims[out.index("f")] * right.dims[rhs.index("i")]
+    )
     return 2.0 * features * pairs
 
 
 def _window(text: str) -> tuple[Sequence[int], ...]:
-    """Return stride, padding before, and dilation of both operands, one of each a spatial dimension."""
+    """Return stride, padding before, and dilation of both operands, one of each a spatial
+    dimension.
+    """
     found = _WINDOW.search(text)
     fields = dict(part.split("=", 1) for part in found.group(1).split()) if found else {}
     many = len(fields.get("size", "").split("x"))
 
     def numbers(key: str, default: str) -> list[int]:
-        return [int(part.split("_")[0]) for part in fields.get(key, "x".join([default] * many)).split("x")]
+        return [
+            int(part.split("_")[0])
+            for part in fields.get(key, "x".join([default] * many)).split("x")
+        ]
 
-    return numbers("stride", "1"), numbers("pad", "0_0"), numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
+    return (
+        numbers("stride", "1"),
+        numbers("pad", "0_0"),
+        numbers("lhs_dilate", "1"),
+        numbers("rhs_dilate", "1"),
+    )
 
 
-def _valid(given: int, kernel: int, result: int, stride: int, pad: int, spread: int, apart: int) -> int:
+def _valid(
+    given: int, kernel: int, result: int, stride: int, pad: int, spread: int, apart: int
+) -> int:
     """Count the pairs of places of result and kernel that meet a number of the input."""
     place = np.arange(result)[:, None] * stride - pad + np.arange(kernel)[None, :] * apart
     return int(((place >= 0) & (place < (given - 1) * spread + 1) & (place % spread == 0)).sum())
@@ -147,7 +194,9 @@ def _moved(program: Program, computation: str, one: Instruction) -> int:
         return 0
     operands = program.operands(computation, one)
     if one.opcode == "fusion":
-        inner = next((name for name in one.called.get("calls", ()) if name in program.computations), "")
+        inner = next(
+            (name for name in one.called.get("calls", ()) if name in program.computations), ""
+        )
         read = sum(_read(program, inner, i, operand) for i, operand in enumerate(operands))
         return read + _written(program, inner, one)
     if one.opcode == "dynamic-slice":
@@ -170,7 +219,11 @@ def _read(program: Program, fusion: str, i: int, operand: Instruction) -> int:
     if not whole or not fusion:
         return whole
     there = program.computations[fusion]
-    names = [one.name for one in there.values() if one.opcode == "parameter" and one.inside.strip() == str(i)]
+    names = [
+        one.name
+        for one in there.values()
+        if one.opcode == "parameter" and one.inside.strip() == str(i)
+    ]
     return min(whole, _used(program, fusion, names[0], whole)) if names else whole
 
 
@@ -189,7 +242,9 @@ def _used(program: Program, fusion: str, name: str, whole: int) -> int:
             inner = one.called["calls"][0]
             there = program.computations[inner].values()
             index = str(one.operands.index(name))
-            own = next((p.name for p in there if p.opcode == "parameter" and p.inside.strip() == index), "")
+            own = next(
+                (p.name for p in there if p.opcode == "parameter" and p.inside.strip() == index), ""
+            )
             used += _used(program, inner, own, whole)
         else:
             return whole
@@ -202,7 +257,11 @@ def _written(program: Program, fusion: str, one: Instruction) -> int:
     root = next((inner for inner in there.values() if inner.root), None)
     if root is None:
         return _near(one.arrays)
-    results = [there[name] for name in root.operands if name in there] if root.opcode == "tuple" else [root]
+    results = (
+        [there[name] for name in root.operands if name in there]
+        if root.opcode == "tuple"
+        else [root]
+    )
     if len(results) != len(one.arrays):
         return _near(one.arrays)
     written = 0

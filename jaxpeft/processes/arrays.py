@@ -1,4 +1,6 @@
-"""The rows of a batch among several processes: each makes those of its own devices, and all together are one array."""
+"""The rows of a batch among several processes: each makes those of its own devices, and all
+together are one array.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ def check_processes(mesh: Mesh) -> None:
     idle = sorted(set(range(jax.process_count())) - used)
     if idle:
         raise ConfigError(
-            f"mesh: its {mesh.devices.size} devices are those of process {', '.join(map(str, sorted(used)))}, and process "
-            f"{', '.join(map(str, idle))} has none; set mesh.data to -1 for all {jax.device_count()} devices, or start fewer processes"
+            f"mesh: its {mesh.devices.size} devices are those of process"
+            f" {', '.join(map(str, sorted(used)))}, and process {', '.join(map(str, idle))} has"
+            f" none; set mesh.data to -1 for all {jax.device_count()} devices, or start fewer"
+            " processes"
         )
 
 
@@ -47,12 +51,15 @@ def own_rows(mesh: Mesh, rows: int) -> RowNumbers | None:
     return None if jax.process_count() == 1 else _rows_here(mesh, rows)
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0) -> dict[str, jax.Array]:
+def put_batch(
+    mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0
+) -> dict[str, jax.Array]:
     """Put a batch onto the devices.
 
     Args:
         mesh: the devices.
-        batch: arrays with an axis of rows; of several processes each has the rows of its own devices.
+        batch: arrays with an axis of rows; of several processes each has the rows of its own
+            devices.
         axis: which axis that is: 1 behind an axis of micro-batches.
     """
     where = batch_shardings(mesh, batch, axis)
@@ -88,20 +95,27 @@ def put(tree: Any, where: Any) -> Any:
         tree: of arrays; those of one process alone are the same in each.
         where: the sharding of each leaf.
     """
-    return jax.device_put(tree, where) if jax.process_count() == 1 else jax.tree.map(_put, tree, where)
+    return (
+        jax.device_put(tree, where) if jax.process_count() == 1 else jax.tree.map(_put, tree, where)
+    )
 
 
 def _put(leaf: Any, where: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        same = leaf.sharding.is_equivalent_to(where, leaf.ndim) and leaf.sharding.memory_kind == where.memory_kind
+        same = (
+            leaf.sharding.is_equivalent_to(where, leaf.ndim)
+            and leaf.sharding.memory_kind == where.memory_kind
+        )
         return leaf if same else jax.jit(lambda x: x, out_shardings=where)(leaf)
-    # by way of the host: jax 0.10's device_put makes arrays of a process with one device that cannot be read (shards counted twice)
+    # by way of the host: jax 0.10's device_put makes arrays of a process with one device that
+    # cannot be read (shards counted twice)
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def on_host(params: Tree, *, keep: bool) -> Tree:
-    """Return a tree whose leaves are whole in this process's memory; of one process they are anyway, and stay where they are.
+    """Return a tree whose leaves are whole in this process's memory; of one process they are
+    anyway, and stay where they are.
 
     One leaf after the other is gathered, so that no device holds the whole tree.
 
@@ -118,14 +132,19 @@ def _fetched(leaf: Any, *, keep: bool) -> Any:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return leaf
     if not leaf.is_fully_replicated:
-        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # pyright: ignore[reportAttributeAccessIssue]
+        mesh: Any = leaf.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
+        whole = NamedSharding(mesh, PartitionSpec())
         leaf = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=whole)(leaf))
     return np.asarray(leaf.addressable_data(0)) if keep else None
 
 
 def _rows_here(mesh: Any, rows: int) -> RowNumbers:
     sharding = NamedSharding(mesh, PartitionSpec(_row_axes(mesh)))
-    spans = {span[0].indices(rows)[:2] for span in sharding.addressable_devices_indices_map((rows,)).values() if span}
+    spans = {
+        span[0].indices(rows)[:2]
+        for span in sharding.addressable_devices_indices_map((rows,)).values()
+        if span
+    }
     return tuple(row for start, stop in sorted(spans) for row in range(start, stop))
 
 

@@ -1,11 +1,15 @@
-"""Where the processes of a run find each other, told from flags and the environment alone; no JAX is imported here.
+"""Where the processes of a run find each other, told from flags and the environment alone; no JAX
+is imported here.
 
-Asked in this order: flags, `JAXPEFT_` and `JAX_` variables, then what a TPU, Open MPI, SLURM, SkyPilot or Kubernetes sets. What is
-given by hand stands in for what the cluster says of the same thing.
+Asked in this order: flags, `JAXPEFT_` and `JAX_` variables, then what a TPU, Open MPI, SLURM,
+SkyPilot or Kubernetes sets. What is given by hand stands in for what the cluster says of the same
+thing.
 
-What is half set or contradicts itself is refused here, with the variable's name. Then `jax.distributed` finds the coordinator, and
-whatever else is left open, of TPUs, Open MPI and Kubernetes. SLURM is read here, since JAX gives a task that is alone on its node one
-of the node's GPUs, and of the hosts `gpu[01-04]-ib` takes `gpu01`, not `gpu01-ib`; SkyPilot, since JAX does not know it.
+What is half set or contradicts itself is refused here, with the variable's name. Then
+`jax.distributed` finds the coordinator, and whatever else is left open, of TPUs, Open MPI and
+Kubernetes. SLURM is read here, since JAX gives a task that is alone on its node one of the node's
+GPUs, and of the hosts `gpu[01-04]-ib` takes `gpu01`, not `gpu01-ib`; SkyPilot, since JAX does not
+know it.
 """
 
 from __future__ import annotations
@@ -27,11 +31,17 @@ NAMES = {
 _VARIABLES: Mapping[str, Mapping[str, str]] = {
     "TPU": {"process": "TPU_WORKER_ID"},
     "Open MPI": {"processes": "OMPI_COMM_WORLD_SIZE", "process": "OMPI_COMM_WORLD_RANK"},
-    "SLURM": {"coordinator": "JAX_COORDINATOR_PORT", "processes": "SLURM_NTASKS", "process": "SLURM_PROCID"},
-    "SkyPilot": {
-        "coordinator": "JAX_COORDINATOR_PORT", "processes": "SKYPILOT_NUM_NODES", "process": "SKYPILOT_NODE_RANK",
+    "SLURM": {
+        "coordinator": "JAX_COORDINATOR_PORT",
+        "processes": "SLURM_NTASKS",
+        "process": "SLURM_PROCID",
     },
-}  # fmt: skip
+    "SkyPilot": {
+        "coordinator": "JAX_COORDINATOR_PORT",
+        "processes": "SKYPILOT_NUM_NODES",
+        "process": "SKYPILOT_NODE_RANK",
+    },
+}
 """What a cluster calls them, to be named where it is wrong."""
 _WAITS = {
     "heartbeat": "JAXPEFT_HEARTBEAT_TIMEOUT",
@@ -111,7 +121,9 @@ def find(environment: Environment, flags: Flags | None = None) -> Place | None:
         raise ConfigError(f"{SWITCH}: must be auto or off, is {switch!r}")
     if switch == "off" and not any(name.startswith("--") for name in names.values()):
         return _alone(environment)
-    there = None if switch == "off" or given.keys() == NAMES.keys() else _cluster(environment, given)
+    there = (
+        None if switch == "off" or given.keys() == NAMES.keys() else _cluster(environment, given)
+    )
     if not given and there is None:
         return _alone(environment)
     place = _whole(given, names, there)
@@ -147,7 +159,10 @@ def _given(environment: Environment, flags: Flags) -> tuple[dict[str, str], dict
     names: dict[str, str] = {}
     for field, (flag, *variables) in NAMES.items():
         own = getattr(flags, field)
-        values = [(flag, None if own is None else str(own)), *((name, environment.get(name)) for name in variables)]
+        values = [
+            (flag, None if own is None else str(own)),
+            *((name, environment.get(name)) for name in variables),
+        ]
         for name, value in values:
             if value:
                 given[field], names[field] = value, name
@@ -172,23 +187,31 @@ def _whole(given: Mapping[str, str], names: Mapping[str, str], there: Place | No
     missing = [field for field in NAMES if getattr(place, field) is None]
     if missing and place.processes != 1 and not (there and there.found_by_jax and not given):
         lacks = ", ".join("/".join(NAMES[field]) for field in missing)
-        raise ConfigError(f"{', '.join(names.values())}: given without {lacks}; give all three, {_ALONE}")
+        raise ConfigError(
+            f"{', '.join(names.values())}: given without {lacks}; give all three, {_ALONE}"
+        )
     _check(place, {**(_VARIABLES.get(there.by, {}) if there else {}), **names})
     return place
 
 
 def _check(place: Place, names: Mapping[str, str]) -> None:
-    at = None if place.coordinator is None else re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):([0-9]{1,5})", place.coordinator)
+    at = (
+        None
+        if place.coordinator is None
+        else re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):([0-9]{1,5})", place.coordinator)
+    )
     if place.coordinator is not None and (at is None or not 0 < int(at[2]) < 2**16):
         raise ConfigError(
-            f"{names.get('coordinator', place.by)}: must be host:port, is {place.coordinator!r}; add the port on which process 0 "
-            "can be reached, such as host:8476, at most 65535"
+            f"{names.get('coordinator', place.by)}: must be host:port, is {place.coordinator!r};"
+            " add the port on which process 0 can be reached, such as host:8476, at most 65535"
         )
     n, i = place.processes, place.process
     if n is not None and n < 1:
         raise ConfigError(f"{names.get('processes', place.by)}: must be at least 1, is {n}")
     if n is not None and i is not None and not 0 <= i < n:
-        raise ConfigError(f"{names.get('process', place.by)}: must be from 0 to {n - 1} of {n} processes, is {i}")
+        raise ConfigError(
+            f"{names.get('process', place.by)}: must be from 0 to {n - 1} of {n} processes, is {i}"
+        )
 
 
 def _cluster(environment: Environment, given: Mapping[str, str]) -> Place | None:
@@ -200,7 +223,9 @@ def _cluster(environment: Environment, given: Mapping[str, str]) -> Place | None
 
 
 def _tpu(environment: Environment) -> Place | None:
-    """A TPU of several hosts on GKE, whose variables JAX reads; on a TPU VM it asks the machine itself (`on_tpu_vm`)."""
+    """A TPU of several hosts on GKE, whose variables JAX reads; on a TPU VM it asks the machine
+    itself (`on_tpu_vm`).
+    """
     platforms = environment.get("JAX_PLATFORMS") or "tpu"
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     if not hosts or "tpu" not in platforms:
@@ -209,34 +234,56 @@ def _tpu(environment: Environment) -> Place | None:
     each = len(hosts.split(","))
     if each * slices == 1:
         return None
-    needed = ["TPU_WORKER_ID", *(["MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"] if slices > 1 else [])]
+    needed = [
+        "TPU_WORKER_ID",
+        *(["MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"] if slices > 1 else []),
+    ]
     _require(environment, needed, f"the TPU has {each * slices} hosts")
     at = _number("TPU_WORKER_ID", environment["TPU_WORKER_ID"])
-    at += each * _number("MEGASCALE_SLICE_ID", environment["MEGASCALE_SLICE_ID"]) if slices > 1 else 0
+    at += (
+        each * _number("MEGASCALE_SLICE_ID", environment["MEGASCALE_SLICE_ID"]) if slices > 1 else 0
+    )
     return Place("TPU", None, each * slices, at)
 
 
 def on_tpu_vm(environment: Environment) -> Place | None:
-    """Tell a TPU VM, once JAX is imported: JAX writes into the environment that it has found one."""
-    there = environment.get("TPU_ML_PLATFORM") == "JAX" and not environment.get("TPU_SKIP_MDS_QUERY")
+    """Tell a TPU VM, once JAX is imported: JAX writes into the environment that it has found
+    one.
+    """
+    there = environment.get("TPU_ML_PLATFORM") == "JAX" and not environment.get(
+        "TPU_SKIP_MDS_QUERY"
+    )
     named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu")
-    return Place("TPU VM") if there and wanted and not named and environment.get(SWITCH) != "off" else None
+    return (
+        Place("TPU VM")
+        if there and wanted and not named and environment.get(SWITCH) != "off"
+        else None
+    )
 
 
 def _open_mpi(environment: Environment, by_hand: bool) -> Place | None:
-    """Return the place of a process that `mpirun` started; asked before SLURM, in whose steps `mpirun` starts its daemons."""
+    """Return the place of a process that `mpirun` started; asked before SLURM, in whose steps
+    `mpirun` starts its daemons.
+    """
     started = "OMPI_COMM_WORLD_SIZE"
     n = _number(started, environment.get(started) or "1")
     if n == 1:
         return None
-    _require(environment, ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"], f"mpirun started {n} processes")
+    _require(
+        environment,
+        ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"],
+        f"mpirun started {n} processes",
+    )
     if not by_hand and not environment.get("OMPI_MCA_orte_hnp_uri"):
         raise ConfigError(
-            f"{started}: mpirun started {n} processes, and JAX finds their coordinator by OMPI_MCA_orte_hnp_uri, which Open MPI sets "
-            f"before version 5; set {'/'.join(NAMES['coordinator'])} to host:port of process 0, {_ALONE}"
+            f"{started}: mpirun started {n} processes, and JAX finds their coordinator by"
+            " OMPI_MCA_orte_hnp_uri, which Open MPI sets before version 5; set"
+            f" {'/'.join(NAMES['coordinator'])} to host:port of process 0, {_ALONE}"
         )
-    return Place("Open MPI", None, n, _number("OMPI_COMM_WORLD_RANK", environment["OMPI_COMM_WORLD_RANK"]))
+    return Place(
+        "Open MPI", None, n, _number("OMPI_COMM_WORLD_RANK", environment["OMPI_COMM_WORLD_RANK"])
+    )
 
 
 def _slurm(environment: Environment) -> Place | None:
@@ -245,11 +292,14 @@ def _slurm(environment: Environment) -> Place | None:
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
     if not environment.get("SLURM_STEP_NODELIST"):
         nodes = environment.get("SLURM_JOB_NUM_NODES")
-        for name, count, what in (("SLURM_NTASKS", tasks, "tasks"), ("SLURM_JOB_NUM_NODES", nodes, "nodes")):
+        for name, count, what in (
+            ("SLURM_NTASKS", tasks, "tasks"),
+            ("SLURM_JOB_NUM_NODES", nodes, "nodes"),
+        ):
             if _number(name, count or "1") > 1:
                 raise ConfigError(
-                    f"{name}: the job has {count} {what}, and this process was not started as a task of it; write "
-                    f"`srun python -m jaxpeft.train ...`, {_ALONE}"
+                    f"{name}: the job has {count} {what}, and this process was not started as a"
+                    f" task of it; write `srun python -m jaxpeft.train ...`, {_ALONE}"
                 )
         return None
     _require(environment, ["SLURM_PROCID", "SLURM_LOCALID"], "this is a step of a SLURM job")
@@ -258,7 +308,9 @@ def _slurm(environment: Environment) -> Place | None:
     base, many = _SLURM_PORTS
     usual = base + _number("SLURM_JOB_ID", environment["SLURM_JOB_ID"]) % many
     port = environment.get("JAX_COORDINATOR_PORT") or str(usual)
-    return Place("SLURM", f"{first}:{port}", n, _number("SLURM_PROCID", environment["SLURM_PROCID"]))
+    return Place(
+        "SLURM", f"{first}:{port}", n, _number("SLURM_PROCID", environment["SLURM_PROCID"])
+    )
 
 
 _RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
@@ -270,13 +322,16 @@ def _first_host(nodes: str) -> str:
     found = re.fullmatch(rf"({_HOST})(?:,{_HOST})*", nodes)
     if found is None:
         raise ConfigError(
-            f"SLURM_STEP_NODELIST: is no list of hosts such as a1,b2 or gpu[01-04,07]: {nodes!r}; {_ALONE[3:]}"
+            f"SLURM_STEP_NODELIST: is no list of hosts such as a1,b2 or gpu[01-04,07]: {nodes!r};"
+            f" {_ALONE[3:]}"
         )
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[1])
 
 
 def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
-    """Return the GPUs of this task: as many for each task of the node, all of them for a task that is alone there."""
+    """Return the GPUs of this task: as many for each task of the node, all of them for a task that
+    is alone there.
+    """
     tasks = _tasks_here(environment)
     gpus = _gpus_here(environment)
     each = environment.get("SLURM_GPUS_PER_TASK")
@@ -284,17 +339,21 @@ def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
         return None
     if each:
         raise ConfigError(
-            f"SLURM_GPUS_PER_TASK: {each}: a task then sees no GPU but its own, and NCCL cannot go directly from one to another; ask "
-            f"for --gres=gpu:N and --ntasks-per-node=N instead of --gpus-per-task"
+            f"SLURM_GPUS_PER_TASK: {each}: a task then sees no GPU but its own, and NCCL cannot go"
+            " directly from one to another; ask for --gres=gpu:N and --ntasks-per-node=N instead"
+            " of --gpus-per-task"
         )
     if gpus % tasks:
         raise ConfigError(
-            f"SLURM: {tasks} tasks a node do not share its {gpus} GPUs evenly; set --ntasks-per-node to {gpus}, or to 1 for one "
-            f"process that uses them all, or name each task's GPUs by {DEVICES}"
+            f"SLURM: {tasks} tasks a node do not share its {gpus} GPUs evenly; set"
+            f" --ntasks-per-node to {gpus}, or to 1 for one process that uses them all, or name"
+            f" each task's GPUs by {DEVICES}"
         )
     share, at = gpus // tasks, _number("SLURM_LOCALID", environment["SLURM_LOCALID"])
     if not 0 <= at < tasks:
-        raise ConfigError(f"SLURM_LOCALID: must be from 0 to {tasks - 1} of {tasks} tasks of the node, is {at}")
+        raise ConfigError(
+            f"SLURM_LOCALID: must be from 0 to {tasks - 1} of {tasks} tasks of the node, is {at}"
+        )
     first = share * at
     return tuple(range(first, first + share))
 
@@ -302,7 +361,11 @@ def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
 def _tasks_here(environment: Environment) -> int:
     """Return the tasks of this node, of a list such as `4(x2),1`."""
     counts: list[int] = []
-    told = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    told = (
+        environment.get("SLURM_STEP_TASKS_PER_NODE")
+        or environment.get("SLURM_TASKS_PER_NODE")
+        or ""
+    )
     for part in filter(None, told.split(",")):
         if not (found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)):
             raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE: cannot be read: {told!r}")
@@ -318,7 +381,13 @@ def _gpus_here(environment: Environment) -> int:
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if value := environment.get(name):
             # none is written as NoDevFiles or -1
-            return len([part for part in value.split(",") if re.fullmatch(r"\d+|(GPU|MIG)-.+", part.strip())])
+            return len(
+                [
+                    part
+                    for part in value.split(",")
+                    if re.fullmatch(r"\d+|(GPU|MIG)-.+", part.strip())
+                ]
+            )
     return _number("SLURM_GPUS_ON_NODE", environment.get("SLURM_GPUS_ON_NODE") or "0")
 
 
@@ -330,7 +399,10 @@ def _skypilot(environment: Environment) -> Place | None:
     addresses = environment["SKYPILOT_NODE_IPS"].split()
     n = _number("SKYPILOT_NUM_NODES", environment["SKYPILOT_NUM_NODES"])
     if len(addresses) != n or not addresses:
-        raise ConfigError(f"SKYPILOT_NODE_IPS: {len(addresses)} addresses, and SKYPILOT_NUM_NODES is {n}; {_ALONE[3:]}")
+        raise ConfigError(
+            f"SKYPILOT_NODE_IPS: {len(addresses)} addresses, and SKYPILOT_NUM_NODES is {n};"
+            f" {_ALONE[3:]}"
+        )
     port = environment.get("JAX_COORDINATOR_PORT") or _PORT
     rank = _number("SKYPILOT_NODE_RANK", environment["SKYPILOT_NODE_RANK"])
     first = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
@@ -338,7 +410,9 @@ def _skypilot(environment: Environment) -> Place | None:
 
 
 def _kubernetes(environment: Environment, by_hand: bool) -> Place | None:
-    """A pod of an indexed job, of which JAX asks the cluster; given the rest by hand, only its number is taken."""
+    """A pod of an indexed job, of which JAX asks the cluster; given the rest by hand, only its
+    number is taken.
+    """
     index = environment.get("JOB_COMPLETION_INDEX")
     if not environment.get("KUBERNETES_SERVICE_HOST") or not index:
         return None
@@ -355,7 +429,8 @@ def _devices(environment: Environment, place: Place) -> tuple[int, ...] | None:
             return None
         if not re.fullmatch(r"\d+(,\d+)*", text):
             raise ConfigError(
-                f"{name}: must be numbers of GPUs such as 0,1, is {text!r}; for all of them set {DEVICES}=all"
+                f"{name}: must be numbers of GPUs such as 0,1, is {text!r}; for all of them set"
+                f" {DEVICES}=all"
             )
         numbers = tuple(int(part) for part in text.split(","))
         if len(set(numbers)) < len(numbers):

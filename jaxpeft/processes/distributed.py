@@ -1,8 +1,9 @@
 """Joining the processes of a run, and ending them together.
 
-JAX does the work: `jax.distributed` joins them and takes notice of a process that is gone, its preemption service agrees on the
-step at which a SIGTERM stops all of them. What is added here is that an error of one process ends all of them at once, with
-its exit code, instead of leaving the others to wait until they are given up.
+JAX does the work: `jax.distributed` joins them and takes notice of a process that is gone, its
+preemption service agrees on the step at which a SIGTERM stops all of them. What is added here is
+that an error of one process ends all of them at once, with its exit code, instead of leaving the
+others to wait until they are given up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
-from jax._src import distributed as jax_distributed  # its client: JAX gives no other way to a barrier with a time-out
+from jax._src import (
+    distributed as jax_distributed,
+)  # its client: JAX gives no other way to a barrier with a time-out
 
 from jaxpeft import logs
 from jaxpeft.errors import ConfigError, PeersError
@@ -37,7 +40,9 @@ ORDERLY = (0, 128 + 2, 128 + 15)
 _LEAVE, _LAST, _OWN_WORDS = 10, 0.5, 2.0
 _BEATS = 5
 _DETECTION = {"Open MPI": "ompi", "Kubernetes": "k8s"}
-"""What `jax.distributed` calls the cluster that was found, where one way to ask it holds for all of its kind."""
+"""What `jax.distributed` calls the cluster that was found, where one way to ask it holds for all of
+its kind.
+"""
 
 
 def start(place: Place | None, waits: Waits) -> Peers:
@@ -58,9 +63,10 @@ def start(place: Place | None, waits: Waits) -> Peers:
         hush(place.process, place.processes)
     if place.by == "Kubernetes" and find_spec("kubernetes") is None:
         raise ConfigError(
-            f"JOB_COMPLETION_INDEX: this is pod {place.process} of an indexed job, and JAX needs the package kubernetes to find the "
-            "others; run `pip install 'jax[k8s]'`, or set JAXPEFT_COORDINATOR and JAXPEFT_PROCESSES; for pods that are runs by "
-            "themselves set JAXPEFT_DISTRIBUTED=off"
+            f"JOB_COMPLETION_INDEX: this is pod {place.process} of an indexed job, and JAX needs"
+            " the package kubernetes to find the others; run `pip install 'jax[k8s]'`, or set"
+            " JAXPEFT_COORDINATOR and JAXPEFT_PROCESSES; for pods that are runs by themselves set"
+            " JAXPEFT_DISTRIBUTED=off"
         )
     began = time.perf_counter()
     try:
@@ -75,9 +81,14 @@ def start(place: Place | None, waits: Waits) -> Peers:
     peers = Peers(state.process_id, state.num_processes, waits.barrier, state.client)
     hush(peers.process, peers.processes)
     _log.info(
-        "joined %d process(es) by %s at %s: %.1f s; a process without a heartbeat for %d s ends them all",
-        peers.processes, place.by, state.coordinator_address, time.perf_counter() - began, waits.heartbeat,
-    )  # fmt: skip
+        "joined %d process(es) by %s at %s: %.1f s; a process without a heartbeat for %d s ends"
+        " them all",
+        peers.processes,
+        place.by,
+        state.coordinator_address,
+        time.perf_counter() - began,
+        waits.heartbeat,
+    )
     return peers
 
 
@@ -88,7 +99,8 @@ def _initialize(place: Place, waits: Waits) -> None:
     }
     if place.coordinator:
         _log.info("waiting for %s processes at %s ...", place.processes, place.coordinator)
-    # JAX ends the process where the others do not come, and does not say what to do; nor does it hear a signal until then
+    # JAX ends the process where the others do not come, and does not say what to do; nor does it
+    # hear a signal until then
     late = _not_joined(place, f"not all joined within {waits.start} s", waits)
     try:
         with signals.heard(waits.start, lambda: _give_up(late), _stop):
@@ -100,18 +112,22 @@ def _initialize(place: Place, waits: Waits) -> None:
             # by itself, a process needs no port that anybody else can reach
             at = place.coordinator or f"127.0.0.1:{_free_port()}"
             options |= {} if place.coordinator else {"coordinator_bind_address": at}
-            jax.distributed.initialize(at, place.processes, place.process, place.devices, "deactivate", **options)
+            jax.distributed.initialize(
+                at, place.processes, place.process, place.devices, "deactivate", **options
+            )
     except (RuntimeError, ValueError, OSError) as error:
         raise PeersError(_not_joined(place, _short(error), waits)) from error
 
 
 def _not_joined(place: Place, why: str, waits: Waits) -> str:
-    who = "" if place.process is None else f"process {place.process} of {place.processes or 'all'}: "
+    who = (
+        "" if place.process is None else f"process {place.process} of {place.processes or 'all'}: "
+    )
     where = f" at {place.coordinator}" if place.coordinator else ""
     return (
-        f"{who}could not join the others{where} ({why}; found by {place.by}); start all of them within {waits.start} s "
-        "(JAXPEFT_START_TIMEOUT), with an address of process 0 that each host reaches, or set JAXPEFT_DISTRIBUTED=off to run one "
-        "process by itself"
+        f"{who}could not join the others{where} ({why}; found by {place.by}); start all of them"
+        f" within {waits.start} s (JAXPEFT_START_TIMEOUT), with an address of process 0 that each"
+        " host reaches, or set JAXPEFT_DISTRIBUTED=off to run one process by itself"
     )
 
 
@@ -152,13 +168,16 @@ def hush(process: int, processes: int | None) -> None:
         logging.getLogger("jaxpeft.train.watch").setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logs.StderrHandler):
-            handler.setFormatter(logging.Formatter(f"[process {process}] %(message)s" if process else "%(message)s"))
+            handler.setFormatter(
+                logging.Formatter(f"[process {process}] %(message)s" if process else "%(message)s")
+            )
 
 
 def together(peers: Peers, waits: Waits, body: Callable[[], int], *, show_traceback: bool) -> int:
     """Run the work of this process, so that all of them end together.
 
-    Does not return where one of several processes has failed: Python's own end would wait for the others.
+    Does not return where one of several processes has failed: Python's own end would wait for the
+    others.
 
     Args:
         peers: the processes.
@@ -174,7 +193,9 @@ def together(peers: Peers, waits: Waits, body: Callable[[], int], *, show_traceb
         code = guarded(body, show_traceback=show_traceback, tell=watcher.tell)
     except KeyboardInterrupt:  # asked a second time: what is going on is not waited for
         code = 1
-        watcher.tell("interrupted; start all processes again: they resume from the newest checkpoint", code)
+        watcher.tell(
+            "interrupted; start all processes again: they resume from the newest checkpoint", code
+        )
     if code not in ORDERLY:
         watcher.leave(code)
     watcher.over.set()
@@ -184,7 +205,8 @@ def together(peers: Peers, waits: Waits, body: Callable[[], int], *, show_traceb
 
 @dataclass(frozen=True)
 class _Watcher:
-    """Learns of an error of another process and ends this one; process 0 says which of them is not heard of.
+    """Learns of an error of another process and ends this one; process 0 says which of them is not
+    heard of.
 
     Attributes:
         peers: the processes.
@@ -201,7 +223,9 @@ class _Watcher:
         threading.Thread(target=self._run, daemon=True, name="peers").start()
 
     def tell(self, text: str, code: int) -> None:
-        """Report an error of this process, to the others too; what another has said already, process 0 alone repeats."""
+        """Report an error of this process, to the others too; what another has said already,
+        process 0 alone repeats.
+        """
         host, told = platform.node(), True
         mine = json.dumps({"process": self.peers.process, "host": host, "code": code, "text": text})
         try:
@@ -224,7 +248,11 @@ class _Watcher:
         os._exit(code)
 
     def _run(self) -> None:
-        beat, heard, warned = max(1, self.heartbeat // _BEATS), dict[str, tuple[str, float]](), set[str]()
+        beat, heard, warned = (
+            max(1, self.heartbeat // _BEATS),
+            dict[str, tuple[str, float]](),
+            set[str](),
+        )
         while not self.over.is_set():
             try:
                 self._show_life()
@@ -240,10 +268,14 @@ class _Watcher:
 
     def _show_life(self) -> None:
         told = json.dumps([time.time(), platform.node(), os.getpid()])
-        self.peers.client.key_value_set(f"{_ALIVE}/{self.peers.process}", told, allow_overwrite=True)
+        self.peers.client.key_value_set(
+            f"{_ALIVE}/{self.peers.process}", told, allow_overwrite=True
+        )
 
     def _failure(self) -> dict[str, Any]:
-        return json.loads(self.peers.client.blocking_key_value_get(_FAILED, self.peers.timeout * 1000))
+        return json.loads(
+            self.peers.client.blocking_key_value_get(_FAILED, self.peers.timeout * 1000)
+        )
 
     def _end_with(self, failure: dict[str, Any]) -> None:
         if failure["process"] == self.peers.process:
@@ -251,15 +283,20 @@ class _Watcher:
         time.sleep(_OWN_WORDS)  # the same may be wrong here: then it is said here, once
         first, *more = failure["text"].splitlines()
         _log.error(
-            "process %d on %s has failed, and ends all: %s%s", failure["process"], failure["host"], first, " ..." if more else ""
-        )  # fmt: skip
+            "process %d on %s has failed, and ends all: %s%s",
+            failure["process"],
+            failure["host"],
+            first,
+            " ..." if more else "",
+        )
         self.leave(failure["code"])
 
     def _lose_first(self, error: Exception) -> None:
         if self.over.wait(_LAST) or self.peers.first:
             return
         _log.error(
-            "process 0 is gone (%s); look at its log, and start all of them again: they resume from the newest checkpoint",
+            "process 0 is gone (%s); look at its log, and start all of them again: they resume from"
+            " the newest checkpoint",
             _short(error),
         )
         sys.stderr.flush()
@@ -276,10 +313,15 @@ class _Watcher:
                 warned.add(key)
                 _, host, pid = json.loads(told)
                 _log.warning(
-                    "process %s (%s, pid %d) has sent no heartbeat for %.0f s; if it has died, all end after %d s with SIGABRT "
-                    "(exit code 134): start all of them again, they resume from the newest checkpoint",
-                    key.rsplit("/", 1)[-1], host, pid, now - heard[key][1], self.heartbeat,
-                )  # fmt: skip
+                    "process %s (%s, pid %d) has sent no heartbeat for %.0f s; if it has died, all"
+                    " end after %d s with SIGABRT (exit code 134): start all of them again, they"
+                    " resume from the newest checkpoint",
+                    key.rsplit("/", 1)[-1],
+                    host,
+                    pid,
+                    now - heard[key][1],
+                    self.heartbeat,
+                )
 
     def _name(self, process: int) -> str:
         return f"[process {process}] " if process else ""

@@ -1,4 +1,6 @@
-"""How a process ends: an error in a few lines, as a person at a terminal reads it, and the exit code."""
+"""How a process ends: an error in a few lines, as a person at a terminal reads it, and the exit
+code.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,11 @@ def say(text: str, code: int) -> None:
     sys.stderr.write(f"jaxpeft: {text}\n")
 
 
-def guarded(body: Callable[[], int], *, show_traceback: bool, tell: Callable[[str, int], None] = say) -> int:
-    """Run a function, and report its error in a few lines, without Python's traceback unless it is asked for.
+def guarded(
+    body: Callable[[], int], *, show_traceback: bool, tell: Callable[[str, int], None] = say
+) -> int:
+    """Run a function, and report its error in a few lines, without Python's traceback unless it is
+    asked for.
 
     Args:
         body: returns the exit code.
@@ -50,9 +55,15 @@ def unexpected(error: Exception) -> str:
     said = " ".join(str(error).split())
     said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
     if "RESOURCE_EXHAUSTED" in said or isinstance(error, MemoryError):
-        fix = "lower train.batch_size or data.max_length, raise train.accumulation, or set model.remat"
+        fix = (
+            "lower train.batch_size or data.max_length, raise train.accumulation, or set"
+            " model.remat"
+        )
         return f"out of memory: {said}; {fix}"
-    return f"{type(error).__name__}: {said or 'no reason given'} ({_place(error)}); run it with --traceback to see more"
+    return (
+        f"{type(error).__name__}: {said or 'no reason given'} ({_place(error)}); run it with"
+        " --traceback to see more"
+    )
 
 
 def _place(error: Exception) -> str:

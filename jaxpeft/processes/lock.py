@@ -18,7 +18,8 @@ FILE = ".lock"
 
 @contextmanager
 def lock_folder(folder: Path) -> Generator[None]:
-    """Keep every other run out of a folder; the system frees it with the process, however that ends.
+    """Keep every other run out of a folder; the system frees it with the process, however that
+    ends.
 
     Args:
         folder: of the run.
@@ -33,7 +34,8 @@ def lock_folder(folder: Path) -> Generator[None]:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"--workdir {folder}: another run is active there ({_read_owner(path)}); wait for it, or give another folder"
+            f"--workdir {folder}: another run is active there ({_read_owner(path)}); wait for it,"
+            " or give another folder"
         ) from None
     try:
         yield
@@ -44,7 +46,9 @@ def lock_folder(folder: Path) -> Generator[None]:
 
 def _write_owner(file: int) -> None:
     os.ftruncate(file, 0)
-    os.write(file, f"{platform.node()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n".encode())
+    os.write(
+        file, f"{platform.node()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n".encode()
+    )
 
 
 def _read_owner(path: Path) -> str:

@@ -1,6 +1,8 @@
-"""The processes of a run, of which this is one: what they wait for, agree on and compare, by JAX's coordination service.
+"""The processes of a run, of which this is one: what they wait for, agree on and compare, by JAX's
+coordination service.
 
-Nothing here computes on a device: a value or a barrier costs one call to the coordinator, well under a millisecond.
+Nothing here computes on a device: a value or a barrier costs one call to the coordinator, well
+under a millisecond.
 """
 
 from __future__ import annotations
@@ -109,7 +111,8 @@ class Peers:
         self.client.key_value_set(f"{key}/{self.process}", json.dumps(value))
         try:
             found = [
-                self.client.blocking_key_value_get(f"{key}/{i}", self.timeout * 1000) for i in range(self.processes)
+                self.client.blocking_key_value_get(f"{key}/{i}", self.timeout * 1000)
+                for i in range(self.processes)
             ]
         except jax.errors.JaxRuntimeError as error:
             raise self._lost(what, error) from None
@@ -131,11 +134,14 @@ class Peers:
         theirs, mine = paths.flatten(self.agreed(what, lambda: plain)), paths.flatten(plain)
         names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
         if names:
-            rows = [f"\n  {name}: {mine.get(name)!r} here, {theirs.get(name)!r} there" for name in names[:_SHOWN]]
+            rows = [
+                f"\n  {name}: {mine.get(name)!r} here, {theirs.get(name)!r} there"
+                for name in names[:_SHOWN]
+            ]
             rows += [f"\n  and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
             raise ConfigError(
-                f"process {self.process} on {platform.node()} has another {what} than process 0; start all of them with the same "
-                f"command, files and versions:{''.join(rows)}"
+                f"process {self.process} on {platform.node()} has another {what} than process 0;"
+                f" start all of them with the same command, files and versions:{''.join(rows)}"
             )
         self.wait(f"the same {what}")
 
@@ -156,8 +162,9 @@ class Peers:
         self.wait("a mark in the folder of the run")
         if not seen(mark):
             raise ConfigError(
-                f"--workdir {folder}: is not the same folder for process {self.process} on {platform.node()} as for process 0: a "
-                f"file written there is not seen after {SEEN:.0f} s; give a folder that all hosts share"
+                f"--workdir {folder}: is not the same folder for process {self.process} on"
+                f" {platform.node()} as for process 0: a file written there is not seen after"
+                f" {SEEN:.0f} s; give a folder that all hosts share"
             )
         self.wait("a check of the folder of the run")
         if self.first:
@@ -168,9 +175,15 @@ class Peers:
 
     def _lost(self, what: str, error: Exception) -> PeersError:
         late = "DEADLINE_EXCEEDED" in str(error)
-        why = f"not all of them arrived within {self.timeout} s (JAXPEFT_BARRIER_TIMEOUT)" if late else _short(error)
+        why = (
+            f"not all of them arrived within {self.timeout} s (JAXPEFT_BARRIER_TIMEOUT)"
+            if late
+            else _short(error)
+        )
         who = f"process {self.process} of {self.processes} waited for the others at {what!r}"
-        named = f"; missing: process {', '.join(_missing(error))}" if late and _missing(error) else ""
+        named = (
+            f"; missing: process {', '.join(_missing(error))}" if late and _missing(error) else ""
+        )
         return PeersError(f"{who}: {why}{named}; look at their logs, and start all of them again")
 
 
@@ -178,7 +191,9 @@ ALONE = Peers()
 
 
 def seen(path: Path) -> bool:
-    """Return whether a file that another host has written is seen here, after a while if need be."""
+    """Return whether a file that another host has written is seen here, after a while if need
+    be.
+    """
     end = time.monotonic() + SEEN
     while not path.exists():
         if time.monotonic() > end:
@@ -188,7 +203,9 @@ def seen(path: Path) -> bool:
 
 
 def _missing(error: Exception) -> list[str]:
-    """Return the processes that a barrier has waited for in vain: they stand alone on lines of what JAX says."""
+    """Return the processes that a barrier has waited for in vain: they stand alone on lines of what
+    JAX says.
+    """
     return [line.strip() for line in str(error).splitlines() if line.strip().isdecimal()]
 
 

@@ -1,4 +1,6 @@
-"""Stopping on request: SIGTERM and SIGINT set a flag, and the loop saves at the next step; of several processes, all at the same."""
+"""Stopping on request: SIGTERM and SIGINT set a flag, and the loop saves at the next step; of
+several processes, all at the same.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from types import FrameType
 from typing import Any
 
 _REPEATED = 1.0
-"""Signals of one kind that come within so many seconds are one request: `timeout` and job managers send theirs to a process and to
-its group, which it is in."""
+"""Signals of one kind that come within so many seconds are one request: `timeout` and job managers
+send theirs to a process and to its group, which it is in.
+"""
 
 
 NOTHING_NEW = "stopped on request; there was nothing new to save, the same command resumes the run"
@@ -29,12 +32,14 @@ def exit_code(signum: int) -> int:
 
 @contextmanager
 def heard(seconds: float, late: Callable[[], None], stop: Callable[[int], None]) -> Generator[None]:
-    """Let a thread hear signals while this one waits in code that is not Python's, which no handler interrupts.
+    """Let a thread hear signals while this one waits in code that is not Python's, which no handler
+    interrupts.
 
     Args:
         seconds: that the waiting may take.
         late: is called when it has taken longer.
-        stop: is called with the number of a SIGTERM or SIGINT; one that comes as the waiting ends is left to the handlers.
+        stop: is called with the number of a SIGTERM or SIGINT; one that comes as the waiting ends
+            is left to the handlers.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -85,10 +90,11 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT are noted; a second one of the same kind, a second or more later, acts as usual.
+    """A context in which SIGTERM and SIGINT are noted; a second one of the same kind, a second or
+    more later, acts as usual.
 
-    Among several processes SIGTERM is JAX's to notice (`agree`): whichever gets it, all stop at the same call of
-    `raise_if_requested`, which they make equally often.
+    Among several processes SIGTERM is JAX's to notice (`agree`): whichever gets it, all stop at the
+    same call of `raise_if_requested`, which they make equally often.
     """
 
     def __init__(self) -> None:
@@ -120,11 +126,12 @@ class StopRequest:
         os.kill(os.getpid(), signum)
 
     def agree(self, reached: Callable[[int], bool]) -> None:
-        """Let all processes of a run stop at the same call, once JAX has its own handler of SIGTERM.
+        """Let all processes of a run stop at the same call, once JAX has its own handler of
+        SIGTERM.
 
         Args:
-            reached: says whether a numbered call is the one; it costs a look at a variable, and hears of a signal of another
-                process within about a second.
+            reached: says whether a numbered call is the one; it costs a look at a variable, and
+                hears of a signal of another process within about a second.
         """
         self._reached = reached
         if self._signum is not None:  # it came while the processes were joining
@@ -149,7 +156,8 @@ class StopRequest:
             raise Stopped(self._signum)
 
     def raise_while_waiting(self) -> None:
-        """Raise `Stopped` while something is waited for; not among several processes, of which the others may not wait.
+        """Raise `Stopped` while something is waited for; not among several processes, of which the
+        others may not wait.
 
         Raises:
             Stopped: as above.

@@ -29,7 +29,8 @@ class Quant:
 
     Attributes:
         form: a key of `jaxpeft.kernels.QUANTIZED`.
-        targets: which linear modules, as a method's targets: names, an expression, or `all-linear`, which takes no head.
+        targets: which linear modules, as a method's targets: names, an expression, or `all-linear`,
+            which takes no head.
         exclude: which of them not.
         group: how many inputs share a scale, where the form has groups; None for the form's own.
 
@@ -44,13 +45,17 @@ class Quant:
 
     def __post_init__(self) -> None:
         if self.form not in QUANTIZED:
-            raise ConfigError(f"quant: {self.form!r} is not a number format (known: {', '.join(QUANTIZED)})")
+            raise ConfigError(
+                f"quant: {self.form!r} is not a number format (known: {', '.join(QUANTIZED)})"
+            )
         for field in ("targets", "exclude"):
             entries: Any = getattr(self, field)
             if isinstance(entries, list):
                 object.__setattr__(self, field, entries := tuple(cast("list[Any]", entries)))
             broken = (
-                broken_expression(entries) if isinstance(entries, str) and not targets.is_keyword(entries) else None
+                broken_expression(entries)
+                if isinstance(entries, str) and not targets.is_keyword(entries)
+                else None
             )
             if broken:
                 raise ConfigError(f"quant_{field}: {broken}")
@@ -60,13 +65,16 @@ class Quant:
         if not QUANTIZED[self.form].grouped:
             with_groups = " and ".join(name for name, form in QUANTIZED.items() if form.grouped)
             raise ConfigError(
-                f"quant_group: {whole} does not go with {self.form}, which has no groups; {with_groups} have"
+                f"quant_group: {whole} does not go with {self.form}, which has no groups;"
+                f" {with_groups} have"
             )
         if not isinstance(whole, int) or isinstance(whole, bool) or whole < 1:
             raise ConfigError(f"quant_group: must be a whole number of at least 1, is {whole!r}")
 
     def __str__(self) -> str:
-        """Return what to call `jaxpeft.load` with: the name of the form, where nothing else is chosen."""
+        """Return what to call `jaxpeft.load` with: the name of the form, where nothing else is
+        chosen.
+        """
         return repr(self.form) if self == Quant(self.form) else f"jaxpeft.{self!r}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,7 +89,8 @@ class Quant:
 
         Raises:
             TargetError: a target matches nothing.
-            ConfigError: a kernel does not fit the form, or some layers only of a stacked one are named.
+            ConfigError: a kernel does not fit the form, or some layers only of a stacked one are
+                named.
         """
         form, problems = QUANTIZED[self.form], list[str]()
         chosen = targets.resolve(params, Targets(self.targets, self.exclude))
@@ -90,29 +99,43 @@ class Quant:
         for site in chosen:
             if self.group is not None and site.shape[0] % self.group:
                 odd.setdefault(site.shape[0], site.name)
-        problems += [f"quant_group: {self.group} does not divide the {n} inputs of {name}" for n, name in odd.items()]
+        problems += [
+            f"quant_group: {self.group} does not divide the {n} inputs of {name}"
+            for n, name in odd.items()
+        ]
         for site, on in chosen.items():
             n_in, name = site.shape[0], site.name
             if not all(on):
                 problems.append(
-                    f"quant: {sum(on)} of the {len(on)} stacked layers of {name} are named; take all, or set scan_layers=False"
+                    f"quant: {sum(on)} of the {len(on)} stacked layers of {name} are named; take"
+                    " all, or set scan_layers=False"
                 )
             if form.even and n_in % 2:
-                problems.append(f"quant: {name} takes {n_in} inputs, and {self.form} needs an even number; exclude it")
+                problems.append(
+                    f"quant: {name} takes {n_in} inputs, and {self.form} needs an even number;"
+                    " exclude it"
+                )
         if problems:
             raise ConfigError(problems)
         return {(*site.path, "kernel"): site for site in chosen}
 
     def _warn_of_unused(self, params: Mapping[str, Any]) -> None:
-        """Return what is excluded and is no module: it may be misspelt, or there in other models."""
+        """Return what is excluded and is no module: it may be misspelt, or there in other
+        models.
+        """
         names = [name for site in targets.find_sites(params) for name in site.names]
         entries = (self.exclude,) if isinstance(self.exclude, str) else self.exclude
         for entry in entries:
             if not any(
-                targets.named(name, self.exclude if isinstance(self.exclude, str) else (entry,)) for name in names
+                targets.named(name, self.exclude if isinstance(self.exclude, str) else (entry,))
+                for name in names
             ):
                 known = sorted({name.rpartition(".")[2] for name in names})
-                _log.warning("quant_exclude: %r is no linear module of this model%s", entry, nearest(entry, known))
+                _log.warning(
+                    "quant_exclude: %r is no linear module of this model%s",
+                    entry,
+                    nearest(entry, known),
+                )
 
     @classmethod
     def of(cls, form: str, params: Mapping[str, Any], kernels: Set[Path]) -> Quant:
@@ -146,14 +169,18 @@ class Quant:
         """Return what makes the leaves of a kernel `[in, out]`.
 
         Args:
-            whole: makes a function compute on whole arrays on every device of a mesh; None where there is one device.
+            whole: makes a function compute on whole arrays on every device of a mesh; None where
+                there is one device.
         """
         form = QUANTIZED[self.form]
         options = {"group": self.group} if form.grouped else {}
-        return partial(form.store, **options, **({"whole": whole} if form.pooled and whole is not None else {}))
+        return partial(
+            form.store, **options, **({"whole": whole} if form.pooled and whole is not None else {})
+        )
 
     def stored(self, layers: list[Callable[[], jax.Array]], stacked: bool) -> dict[str, jax.Array]:
-        """Return the leaves that hold a kernel, or one a layer: each is made, quantized and let go before the next.
+        """Return the leaves that hold a kernel, or one a layer: each is made, quantized and let go
+        before the next.
 
         Args:
             layers: give the kernel of each layer, `[in, out]`, placed on its devices.
@@ -162,11 +189,16 @@ class Quant:
         form = QUANTIZED[self.form]
         store = jax.jit(self.store())
         made = [jax.block_until_ready(store(kernel())) for kernel in layers]
-        return {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves} if stacked else made[0]
+        return (
+            {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves}
+            if stacked
+            else made[0]
+        )
 
 
 def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
-    """Return shape and dtype of the leaves of a base as they are stored: those of the form in place of each quantized kernel.
+    """Return shape and dtype of the leaves of a base as they are stored: those of the form in place
+    of each quantized kernel.
 
     Args:
         params: the tree of a base that is not quantized; abstract leaves will do.
@@ -185,10 +217,16 @@ def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
 
 
 def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:
-    """Name sites: by the last component where all that have it are chosen, else by their whole names."""
+    """Name sites: by the last component where all that have it are chosen, else by their whole
+    names.
+    """
     last = {site: site.name.rpartition(".")[2] for site in sites}
     shared = {last[site] for site in sites if site not in chosen}
-    found = {name for site in chosen for name in ([last[site]] if last[site] not in shared else site.names)}
+    found = {
+        name
+        for site in chosen
+        for name in ([last[site]] if last[site] not in shared else site.names)
+    }
     return tuple(sorted(found))
 
 
@@ -202,10 +240,15 @@ def read_quant(values: Any, where: Any) -> Quant:
     Raises:
         ConfigError: it is of another version.
     """
-    if not isinstance(values, Mapping) or not {f.name for f in dataclasses.fields(Quant)} >= values.keys():
+    if (
+        not isinstance(values, Mapping)
+        or not {f.name for f in dataclasses.fields(Quant)} >= values.keys()
+    ):
         raise ConfigError(f"{where}: quant: {values!r} is not of this version of jaxpeft")
     given = cast("Mapping[str, Any]", values)
-    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    plain: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
+    }
     try:
         return Quant(**plain)
     except (ConfigError, TypeError) as error:
@@ -235,9 +278,13 @@ def quantize(params: Mapping[str, Any], quant: Quant | str) -> Tree:
             items.append((path, leaf))
             continue
         layers = (
-            [partial(leaf.__getitem__, i) for i in range(len(site.names))] if site.layers else [lambda leaf=leaf: leaf]
+            [partial(leaf.__getitem__, i) for i in range(len(site.names))]
+            if site.layers
+            else [lambda leaf=leaf: leaf]
         )
-        items += [((*path[:-1], key), made) for key, made in how.stored(layers, bool(site.layers)).items()]
+        items += [
+            ((*path[:-1], key), made) for key, made in how.stored(layers, bool(site.layers)).items()
+        ]
     return paths.build(items)
 
 
@@ -250,13 +297,19 @@ def dequantize(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
     """
     items: dict[Path, Any] = dict(paths.walk(params))
     for site in targets.find_sites(params):
-        node = {key: leaf for key, leaf in paths.get(params, site.path).items() if not isinstance(leaf, Mapping)}
+        node = {
+            key: leaf
+            for key, leaf in paths.get(params, site.path).items()
+            if not isinstance(leaf, Mapping)
+        }
         form = kernels.form_of(node)
         if form is None or not kernels.is_quantized(node):
             continue
         held = {key: items.pop((*site.path, key)) for key in kernels.FORMS[form].leaves}
         layers = (
-            [{key: leaf[i] for key, leaf in held.items()} for i in range(len(site.names))] if site.layers else [held]
+            [{key: leaf[i] for key, leaf in held.items()} for i in range(len(site.names))]
+            if site.layers
+            else [held]
         )
         made = [kernels.read(layer, site.shape).astype(dtype) for layer in layers]
         items[*site.path, "kernel"] = jnp.stack(made) if site.layers else made[0]

@@ -1,8 +1,10 @@
-"""Quantizing kernels as they are read, a layer after the other, each device its own part: the bits are those of one device.
+"""Quantizing kernels as they are read, a layer after the other, each device its own part: the bits
+are those of one device.
 
-A kernel is put where its codes will lie, and quantized by one program over the mesh. What a form adds up over a whole kernel is
-gathered first, and added up on every device (`Quantized.pooled`): the order of a sum is the same on any mesh. Where the axis of
-the layers is itself spread over devices, those that hold a layer quantize it, and the others have no part in it.
+A kernel is put where its codes will lie, and quantized by one program over the mesh. What a form
+adds up over a whole kernel is gathered first, and added up on every device (`Quantized.pooled`):
+the order of a sum is the same on any mesh. Where the axis of the layers is itself spread over
+devices, those that hold a layer quantize it, and the others have no part in it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class _Group:
 def stored(
     quant: Quant, read: Callable[[int, Sharding], jax.Array], layers: int | None, places: Shardings
 ) -> dict[str, jax.Array]:
-    """Return the leaves that hold a kernel, or one a layer: each is read, quantized and let go before the next.
+    """Return the leaves that hold a kernel, or one a layer: each is read, quantized and let go
+    before the next.
 
     Args:
         quant: how.
@@ -62,36 +65,56 @@ def stored(
         kept: list[dict[str, Any]] = []
         for layer in group.layers:
             made = jax.block_until_ready(store(read(layer, group.kernel)))
-            shapes = {key: leaf.shape if layers is None else (layers, *leaf.shape) for key, leaf in made.items()}
-            kept.append({key: _fetched(leaf) if _host(places[key]) else leaf for key, leaf in made.items()})
+            shapes = {
+                key: leaf.shape if layers is None else (layers, *leaf.shape)
+                for key, leaf in made.items()
+            }
+            kept.append(
+                {key: _fetched(leaf) if _host(places[key]) else leaf for key, leaf in made.items()}
+            )
         for key, place in places.items():
             made = [leaves.pop(key) for leaves in kept]
             if _host(place):
-                parts[key] += _put_back(made, place, shapes[key], group.layers if layers is not None else None)
+                parts[key] += _put_back(
+                    made, place, shapes[key], group.layers if layers is not None else None
+                )
             else:
                 leaf = _stack(group.stack[key])(made) if layers is not None else made[0]
                 parts[key] += [shard.data for shard in leaf.addressable_shards]
-    return {key: jax.make_array_from_single_device_arrays(shapes[key], places[key], parts[key]) for key in places}
+    return {
+        key: jax.make_array_from_single_device_arrays(shapes[key], places[key], parts[key])
+        for key in places
+    }
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(quant: Quant, places: tuple[tuple[str, Sharding], ...]) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """Return the program that quantizes one kernel, the same function for all kernels: it is traced once for each shape."""
+def _compiled(
+    quant: Quant, places: tuple[tuple[str, Sharding], ...]
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """Return the program that quantizes one kernel, the same function for all kernels: it is traced
+    once for each shape.
+    """
     (_, first), *_ = places
     whole = None
     if isinstance(first, NamedSharding):
-        whole = partial(jax.shard_map, mesh=first.mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+        whole = partial(
+            jax.shard_map, mesh=first.mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()
+        )
     return jax.jit(quant.store(whole), out_shardings=dict(places))
 
 
 def _groups(places: Shardings, layers: int | None, codes: str) -> Iterator[_Group]:
-    """Return the groups of layers, in their order; a kernel alone is one. `codes` names the leaf that is as large as the kernel."""
+    """Return the groups of layers, in their order; a kernel alone is one. `codes` names the leaf
+    that is as large as the kernel.
+    """
     first = places[codes]
     if not isinstance(first, NamedSharding):
         here = {key: _in_device_memory(place) for key, place in places.items()}
         yield _Group(range(layers or 1), here[codes], here, here)
         return
-    specs = {key: tuple(place.spec) for key, place in places.items() if isinstance(place, NamedSharding)}
+    specs = {
+        key: tuple(place.spec) for key, place in places.items() if isinstance(place, NamedSharding)
+    }
     # of one kind, whatever the user's is: the program is spread by the partitioner
     mesh = Mesh(np.asarray(first.mesh.devices), first.mesh.axis_names)
     if layers is None:
@@ -101,7 +124,9 @@ def _groups(places: Shardings, layers: int | None, codes: str) -> Iterator[_Grou
     cuts = {spec[:1] or (None,) for spec in specs.values()}
     one = {key: spec[1:] for key, spec in specs.items()}
     if len(cuts) > 1 or cuts == {(None,)}:
-        yield _Group(range(layers), _kernel(mesh, one[codes]), _named(mesh, one), _named(mesh, specs))
+        yield _Group(
+            range(layers), _kernel(mesh, one[codes]), _named(mesh, one), _named(mesh, specs)
+        )
         return
     ((cut,),) = cuts
     axes: tuple[str, ...] = cut if isinstance(cut, tuple) else (str(cut),)
@@ -113,10 +138,14 @@ def _groups(places: Shardings, layers: int | None, codes: str) -> Iterator[_Grou
 
 
 def _cut(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Mesh]:
-    """Return the meshes of the devices that have the same place along some axes, in the order of a leaf cut by these."""
+    """Return the meshes of the devices that have the same place along some axes, in the order of a
+    leaf cut by these.
+    """
     for at in itertools.product(*(range(mesh.shape[axis]) for axis in axes)):
         place = dict(zip(axes, at, strict=True))
-        index = tuple(slice(place[a], place[a] + 1) if a in place else slice(None) for a in mesh.axis_names)
+        index = tuple(
+            slice(place[a], place[a] + 1) if a in place else slice(None) for a in mesh.axis_names
+        )
         yield Mesh(np.asarray(mesh.devices)[index], mesh.axis_names)
 
 
@@ -136,23 +165,38 @@ def _host(place: Sharding) -> bool:
 
 
 def _in_device_memory(place: Sharding) -> Sharding:
-    return place.with_memory_kind(jax.local_devices()[0].default_memory().kind) if _host(place) else place
+    return (
+        place.with_memory_kind(jax.local_devices()[0].default_memory().kind)
+        if _host(place)
+        else place
+    )
 
 
 def _fetched(leaf: jax.Array) -> dict[Any, np.ndarray[Any, Any]]:
-    """Take this process's parts of a leaf off the devices, which need not hold the layers of a stack together then."""
+    """Take this process's parts of a leaf off the devices, which need not hold the layers of a
+    stack together then.
+    """
     return {shard.device: np.asarray(shard.data) for shard in leaf.addressable_shards}
 
 
 def _put_back(
-    made: list[dict[Any, np.ndarray[Any, Any]]], place: Sharding, shape: tuple[int, ...], layers: range | None
+    made: list[dict[Any, np.ndarray[Any, Any]]],
+    place: Sharding,
+    shape: tuple[int, ...],
+    layers: range | None,
 ) -> list[jax.Array]:
-    """Put what was fetched into the memory of the host, as the devices see it: one array a device, of its layers."""
+    """Put what was fetched into the memory of the host, as the devices see it: one array a device,
+    of its layers.
+    """
     parts: list[jax.Array] = []
     for device, index in place.addressable_devices_indices_map(shape).items():
         if device not in made[0] or index is None:
             continue
-        mine = None if layers is None else [made[i - layers.start][device] for i in range(*index[0].indices(shape[0]))]
+        mine = (
+            None
+            if layers is None
+            else [made[i - layers.start][device] for i in range(*index[0].indices(shape[0]))]
+        )
         memory = SingleDeviceSharding(device, memory_kind=place.memory_kind)
         parts.append(jax.device_put(made[0][device] if mine is None else np.stack(mine), memory))
     return parts

@@ -35,10 +35,14 @@ class QuantizedSite:
         return SiteSpec()
 
     def compute(self, call: Call) -> Any:
-        """Compute `x W + b`, `[..., in] -> [..., out]` in the dtype of `x`, from the codes of `W`."""
+        """Compute `x W + b`, `[..., in] -> [..., out]` in the dtype of `x`, from the codes of
+        `W`.
+        """
         y = self.form.matmul(call.x, call.leaves)
         return y if call.bias is None else y + call.bias.astype(y.dtype)
 
 
-MARKERS: Mapping[str, QuantizedSite] = {form.leaves[0]: QuantizedSite(name, form) for name, form in QUANTIZED.items()}
+MARKERS: Mapping[str, QuantizedSite] = {
+    form.leaves[0]: QuantizedSite(name, form) for name, form in QUANTIZED.items()
+}
 """What computes a module that holds a quantized kernel, by the leaf that tells its format."""

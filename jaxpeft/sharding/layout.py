@@ -1,8 +1,9 @@
 """The spec of every leaf of a tree: by the rules, and beside a kernel derived from the kernel's.
 
-Which dimensions of an adapter leaf, or of one that holds a quantized kernel, run along the kernel's inputs or outputs is found
-without knowing any method or format: the leaves are made abstractly once more for a site with twice as many inputs, and for one
-with twice as many outputs. A dimension that doubles with one of them alone runs along it.
+Which dimensions of an adapter leaf, or of one that holds a quantized kernel, run along the kernel's
+inputs or outputs is found without knowing any method or format: the leaves are made abstractly once
+more for a site with twice as many inputs, and for one with twice as many outputs. A dimension that
+doubles with one of them alone runs along it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ HOST = "pinned_host"
 """The kind of memory that offloaded kernels lie in."""
 _STORED = frozenset(name for form in QUANTIZED.values() for name in form.leaves)
 Sides = Mapping[str, tuple[int | None, ...]]
-"""By the name of a leaf, the side of the kernel that each of its dimensions runs along: 0 the inputs, 1 the outputs, None neither."""
+"""By the name of a leaf, the side of the kernel that each of its dimensions runs along: 0 the
+inputs, 1 the outputs, None neither.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Layout:
     dropped: tuple[str, ...]
 
 
-def shardings(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None) -> Tree:
+def shardings(
+    mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None
+) -> Tree:
     """Return the sharding of each leaf: the arguments are those of `layout`."""
     return layout(mesh, rules, params, method).shardings
 
@@ -63,21 +68,29 @@ def log_dropped(found: Layout, most: int = 4) -> None:
     alike = list(dict.fromkeys(re.sub(r"/\d+/", "/*/", why) for why in found.dropped))
     more = [f"and {len(alike) - most} more"] if len(alike) > most else []
     if alike:
-        _log.warning("not sharded, as an axis does not divide a dimension:\n  %s", "\n  ".join([*alike[:most], *more]))
+        _log.warning(
+            "not sharded, as an axis does not divide a dimension:\n  %s",
+            "\n  ".join([*alike[:most], *more]),
+        )
 
 
 def by_path(tree: Mapping[str, Any]) -> Callable[[Path], NamedSharding]:
-    """Return the shardings of a tree as a function of the path, for what reads one leaf after the other."""
+    """Return the shardings of a tree as a function of the path, for what reads one leaf after the
+    other.
+    """
     return partial(paths.get, tree)
 
 
-def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None) -> Layout:
+def layout(
+    mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None
+) -> Layout:
     """Find where each leaf of a tree lies.
 
     Args:
         mesh: the devices.
         rules: of the run.
-        params: the tree, rewritten by `method` or not, its kernels quantized or not; abstract leaves will do.
+        params: the tree, rewritten by `method` or not, its kernels quantized or not; abstract
+            leaves will do.
         method: whose adapter leaves are in it, None where there are none.
 
     Raises:
@@ -86,7 +99,11 @@ def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method |
     rules.require_fast(paths.text(path) for path, _ in paths.walk(params))
     spreads = any(axes for rule in rules.rules for axes in rule.axes)
     beside = dict(_beside(rules, params, method)) if spreads else {}
-    mask = dict(paths.walk(trainable_mask(method, params))) if method is not None and rules.offload else {}
+    mask = (
+        dict(paths.walk(trainable_mask(method, params)))
+        if method is not None and rules.offload
+        else {}
+    )
     items: list[tuple[Path, NamedSharding]] = []
     dropped: list[str] = []
     for path, leaf in paths.walk(params):
@@ -99,7 +116,8 @@ def layout(mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method |
 
 
 def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
-    """List the leaves of quantized kernels of layers that lie along `fsdp`, by their paths within a layer, with their specs without it.
+    """List the leaves of quantized kernels of layers that lie along `fsdp`, by their paths within a
+    layer, with their specs without it.
 
     Args:
         found: where the leaves of a base lie, as they are stored.
@@ -111,7 +129,10 @@ def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
         if at is None or path[-1] not in _STORED or FSDP not in jax.tree.leaves(tuple(where.spec)):
             continue
         stacked = paths.layer_axis(path) is not None
-        kept = [tuple(axis for axis in _axes(entry) if axis != FSDP) for entry in tuple(where.spec)[stacked:]]
+        kept = [
+            tuple(axis for axis in _axes(entry) if axis != FSDP)
+            for entry in tuple(where.spec)[stacked:]
+        ]
         within, spec = path[at + 1 + (not stacked) :], _spec(kept)
         if (
             gathered.setdefault(within, spec) != spec
@@ -129,31 +150,51 @@ def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
 
     Args:
         rules: of the run.
-        *trees: of all methods of the run, with their adapter leaves; the kernel of a quantized site is one of its leaves.
+        *trees: of all methods of the run, with their adapter leaves; the kernel of a quantized site
+            is one of its leaves.
 
     Raises:
         ConfigError: naming the rules, and leaves that there are.
     """
     names = {paths.text(path) for params in trees for path, _ in paths.walk(params)}
-    names |= {paths.text((*site.path, "kernel")) for params in trees for site in targets.find_sites(params)}
+    names |= {
+        paths.text((*site.path, "kernel"))
+        for params in trees
+        for site in targets.find_sites(params)
+    }
     unused = [
-        rule.pattern for rule in rules.rules if rule.own and not any(full_match(rule.pattern, name) for name in names)
+        rule.pattern
+        for rule in rules.rules
+        if rule.own and not any(full_match(rule.pattern, name) for name in names)
     ]
     if unused:
-        raise ConfigError([f"mesh.rules: {pattern!r} matches no leaf{nearest(pattern, names)}" for pattern in unused])
+        raise ConfigError(
+            [
+                f"mesh.rules: {pattern!r} matches no leaf{nearest(pattern, names)}"
+                for pattern in unused
+            ]
+        )
 
 
 def _offloaded(path: Path, leaf: Any) -> bool:
-    """Return whether a frozen leaf is one of those that wait in the host's memory: the matrices of a layer's kernels."""
+    """Return whether a frozen leaf is one of those that wait in the host's memory: the matrices of
+    a layer's kernels.
+    """
     axes = leaf.ndim - (paths.layer_axis(path) is not None)
-    return paths.layers_at(path) is not None and (path[-1] == "kernel" or path[-1] in _STORED) and axes > 1
+    return (
+        paths.layers_at(path) is not None
+        and (path[-1] == "kernel" or path[-1] in _STORED)
+        and axes > 1
+    )
 
 
-def fitted(mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]) -> tuple[PartitionSpec, list[str]]:
+def fitted(
+    mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]
+) -> tuple[PartitionSpec, list[str]]:
     """Bring a rule to the shape of a leaf.
 
-    An axis that does not divide its dimension is left out, but for `fsdp`, which is there for storage alone: another of the
-    dimensions that the rule speaks of will do.
+    An axis that does not divide its dimension is left out, but for `fsdp`, which is there for
+    storage alone: another of the dimensions that the rule speaks of will do.
 
     Args:
         mesh: the devices.
@@ -170,7 +211,8 @@ def fitted(mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]) -> tuple[
     first = len(shape) - len(rule.axes)
     if first < 0:
         raise ConfigError(
-            f"mesh.rules: {rule.pattern!r} speaks of {len(rule.axes)} dimensions, and {paths.text(path)} has {list(shape)}"
+            f"mesh.rules: {rule.pattern!r} speaks of {len(rule.axes)} dimensions, and"
+            f" {paths.text(path)} has {list(shape)}"
         )
     held: list[list[str]] = [[] for _ in shape]
     dropped: list[str] = []
@@ -178,7 +220,9 @@ def fitted(mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]) -> tuple[
         for axis in axes:
             size = mesh.shape[axis]
             homes = (
-                [i] if axis != FSDP or rule.own else [i, *(j for j in range(len(shape) - 1, first - 1, -1) if j != i)]
+                [i]
+                if axis != FSDP or rule.own
+                else [i, *(j for j in range(len(shape) - 1, first - 1, -1) if j != i)]
             )
             home = next((j for j in homes if shape[j] % (size * _over(mesh, held[j])) == 0), None)
             if size > 1 and home is not None:
@@ -207,37 +251,61 @@ def _undivided(mesh: Mesh, path: Path, shape: tuple[int, ...], i: int, axes: lis
     return f"{paths.text(path)} {list(shape)}: {product} does not divide {shape[i]}"
 
 
-# --------------------------------------------------------------------------------------------- leaves beside a kernel
+# --------------------------------------------------------------------------- leaves beside a kernel
 
 
-def _beside(rules: Rules, params: Mapping[str, Any], method: Method | None) -> Iterator[tuple[Path, Rule]]:
-    """Yield the rules of the leaves that derive theirs from a kernel's, and of adapter leaves at the root."""
+def _beside(
+    rules: Rules, params: Mapping[str, Any], method: Method | None
+) -> Iterator[tuple[Path, Rule]]:
+    """Yield the rules of the leaves that derive theirs from a kernel's, and of adapter leaves at
+    the root.
+    """
     parts = () if method is None else method.parts()
     known: dict[Any, Sides] = {}
     for site in targets.find_sites(params, targets.KINDS):
-        node = {key for key, leaf in paths.get(params, site.path).items() if not isinstance(leaf, Mapping)}
+        node = {
+            key
+            for key, leaf in paths.get(params, site.path).items()
+            if not isinstance(leaf, Mapping)
+        }
         form = next((form for form in QUANTIZED.values() if form.leaves[0] in node), None)
-        base = Rule("") if site.kind == "norm" else rules.find(paths.text((*site.path, _KERNELS[site.kind])))
+        base = (
+            Rule("")
+            if site.kind == "norm"
+            else rules.find(paths.text((*site.path, _KERNELS[site.kind])))
+        )
         if form is not None:
             sides = _sides(partial(_stored, form), site, known)
-            # the codes are as large as the kernel, and must be spread as it; a scale that an axis does not divide may be whole
+            # the codes are as large as the kernel, and must be spread as it; a scale that an axis
+            # does not divide may be whole
             yield from (
-                ((*site.path, key), _derived(base, sides[key], AXES, own=base.own and key == form.leaves[0]))
+                (
+                    (*site.path, key),
+                    _derived(base, sides[key], AXES, own=base.own and key == form.leaves[0]),
+                )
                 for key in form.leaves
             )
         for part in parts:
             names = node & set(part.leaves.names)
             sides = _sides(partial(_made, part), site, known) if names else {}
-            yield from (((*site.path, key), _derived(base, sides.get(key, ()), _FEW)) for key in names)
-    yield from (((name,), Rule("")) for part in parts for name in part.leaves.root if name in params)
+            yield from (
+                ((*site.path, key), _derived(base, sides.get(key, ()), _FEW)) for key in names
+            )
+    yield from (
+        ((name,), Rule("")) for part in parts for name in part.leaves.root if name in params
+    )
 
 
 _KERNELS = {"linear": "kernel", "embedding": "embedding"}
 _FEW = tuple(axis for axis in AXES if axis != FSDP)
-"""The axes that derived leaves take: of a quantized kernel all, of an adapter not `fsdp`: small leaves are faster whole."""
+"""The axes that derived leaves take: of a quantized kernel all, of an adapter not `fsdp`: small
+leaves are faster whole.
+"""
 
 
-def _derived(base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...], *, own: bool = False) -> Rule:
+def _derived(
+    base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...], *, own: bool = False
+) -> Rule:
     """Return the rule of a leaf from that of the kernel beside it; no axis is taken twice.
 
     Args:
@@ -247,10 +315,16 @@ def _derived(base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...]
         own: whether what does not divide is an error, as for the kernel.
     """
     kernel: Axes = (*((),) * (2 - len(base.axes)), *base.axes)[-2:]
-    found: list[tuple[str, ...]] = [tuple(axis for axis in axes if axis in allowed) for axes in base.axes[:-2]]
+    found: list[tuple[str, ...]] = [
+        tuple(axis for axis in axes if axis in allowed) for axes in base.axes[:-2]
+    ]
     taken: set[str] = {axis for axes in found for axis in axes}
     for side in sides:
-        axes = () if side is None else tuple(axis for axis in kernel[side] if axis in allowed and axis not in taken)
+        axes = (
+            ()
+            if side is None
+            else tuple(axis for axis in kernel[side] if axis in allowed and axis not in taken)
+        )
         taken.update(axes)
         found.append(axes)
     return Rule(base.pattern, tuple(found), own)
@@ -267,10 +341,15 @@ def _sides(make: partial[dict[str, jax.Array]], site: Site, known: dict[Any, Sid
     one = site.one(0)
     key = make.func, repr(make.args), site.shape, site.kind, site.path[-2:]
     if key not in known:
-        shapes = [_shapes(make, dataclasses.replace(one, shape=shape)) for shape in _doubled(site.shape)]
+        shapes = [
+            _shapes(make, dataclasses.replace(one, shape=shape)) for shape in _doubled(site.shape)
+        ]
         own, wide, tall = shapes
         known[key] = {
-            name: tuple(_side(n, wide.get(name, ()), tall.get(name, ()), i, len(shape)) for i, n in enumerate(shape))
+            name: tuple(
+                _side(n, wide.get(name, ()), tall.get(name, ()), i, len(shape))
+                for i, n in enumerate(shape)
+            )
             for name, shape in own.items()
         }
     return known[key]
@@ -285,13 +364,17 @@ def _shapes(make: Callable[[Site], dict[str, jax.Array]], site: Site) -> dict[st
 
 
 def _side(n: int, wide: tuple[int, ...], tall: tuple[int, ...], i: int, ndim: int) -> int | None:
-    """Return the side that a dimension of `n` runs along, from the shapes with twice the inputs and twice the outputs."""
+    """Return the side that a dimension of `n` runs along, from the shapes with twice the inputs and
+    twice the outputs.
+    """
     doubles = [len(shape) == ndim and shape[i] == 2 * n for shape in (wide, tall)]
     return doubles.index(True) if sum(doubles) == 1 else None
 
 
 def _stored(form: Quantized, site: Site) -> dict[str, jax.Array]:
-    """Make the leaves of a quantized kernel; where inputs share a scale each has its own here, which tells its side best."""
+    """Make the leaves of a quantized kernel; where inputs share a scale each has its own here,
+    which tells its side best.
+    """
     kernel = jnp.zeros(site.shape, jnp.float32)
     return form.store(kernel, group=1) if form.grouped else form.store(kernel)
 
@@ -301,15 +384,19 @@ def _made(method: Method, site: Site) -> dict[str, jax.Array]:
     return method.init(site, lambda: jnp.zeros(site.shape, jnp.float32), jax.random.key(0))
 
 
-# ------------------------------------------------------------------------------------------------------ training state
+# ----------------------------------------------------------------------------------- training state
 
 
-def state_shardings(mesh: Mesh, state: Any, trainable: Mapping[str, Any], where: Mapping[str, Any]) -> Any:
-    """Return the sharding of each array of a training state: of what belongs to a trained leaf that leaf's, of the rest none.
+def state_shardings(
+    mesh: Mesh, state: Any, trainable: Mapping[str, Any], where: Mapping[str, Any]
+) -> Any:
+    """Return the sharding of each array of a training state: of what belongs to a trained leaf that
+    leaf's, of the rest none.
 
     Args:
         mesh: the devices.
-        state: a pytree of arrays, abstract ones too, in which trees of the structure of `trainable` stand, as moments do.
+        state: a pytree of arrays, abstract ones too, in which trees of the structure of `trainable`
+            stand, as moments do.
         trainable: the trained leaves.
         where: their shardings.
     """

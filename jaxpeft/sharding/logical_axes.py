@@ -1,4 +1,5 @@
-"""Where activations lie: the models name their dimensions, and a program that is traced for a mesh says what the names stand for.
+"""Where activations lie: the models name their dimensions, and a program that is traced for a mesh
+says what the names stand for.
 
 The models know no mesh: outside of `on_mesh` the names mean nothing, and nothing is done.
 """
@@ -18,12 +19,25 @@ from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
 
 F = TypeVar("F", bound=Callable[..., Any])
 BATCH, LENGTH, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = (
-    "batch", "length", "hidden", "heads", "kv_heads", "head_dim", "mlp", "vocab",
-)  # fmt: skip
+    "batch",
+    "length",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "vocab",
+)
 NAMES: tuple[tuple[str, Any], ...] = (
-    (BATCH, ROWS), (LENGTH, SEQUENCE), (HIDDEN, None), (HEADS, TENSOR), (KV_HEADS, TENSOR), (HEAD_DIM, None), (MLP, TENSOR),
+    (BATCH, ROWS),
+    (LENGTH, SEQUENCE),
+    (HIDDEN, None),
+    (HEADS, TENSOR),
+    (KV_HEADS, TENSOR),
+    (HEAD_DIM, None),
+    (MLP, TENSOR),
     (VOCAB, TENSOR),
-)  # fmt: skip
+)
 """The axes that each name stands for."""
 
 
@@ -31,7 +45,12 @@ def mesh_under(params: Any) -> Mesh | None:
     """Return the mesh that the leaves of a tree lie on, None where they are on none."""
     found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
     return next(
-        (where.mesh for where in found if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh)), None
+        (
+            where.mesh
+            for where in found
+            if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh)
+        ),
+        None,
     )
 
 
@@ -60,7 +79,9 @@ def mesh_of() -> AbstractMesh | None:
 
 
 def size_of(*axes: str) -> int:
-    """Return how many devices of the mesh that is traced for are along some axes, 1 without a mesh."""
+    """Return how many devices of the mesh that is traced for are along some axes, 1 without a
+    mesh.
+    """
     mesh = mesh_of()
     count = 1
     for axis in axes if mesh is not None else ():
@@ -77,7 +98,11 @@ def spec_of(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
     """
     axes = spmd.logical_to_mesh_axes(names) or ()
     fits = (
-        axis if axis is not None and n % size_of(*((axis,) if isinstance(axis, str) else axis)) == 0 else None
+        (
+            axis
+            if axis is not None and n % size_of(*((axis,) if isinstance(axis, str) else axis)) == 0
+            else None
+        )
         for n, axis in zip(shape, axes, strict=True)
     )
     return PartitionSpec(*fits)

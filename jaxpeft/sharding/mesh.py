@@ -1,4 +1,6 @@
-"""The mesh of a run: five named axes over its devices, and where batches and trees that every device holds lie."""
+"""The mesh of a run: five named axes over its devices, and where batches and trees that every
+device holds lie.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.errors import ConfigError
 from jaxpeft.sharding.mesh_config import MeshConfig, batch_problems
-from jaxpeft.sharding.sizes import AXES, DATA, FSDP, ROWS, SEQUENCE, STRATEGIES, TENSOR, Heads, row_shards, sizes
+from jaxpeft.sharding.sizes import (
+    AXES,
+    DATA,
+    FSDP,
+    ROWS,
+    SEQUENCE,
+    STRATEGIES,
+    TENSOR,
+    Heads,
+    row_shards,
+    sizes,
+)
 
 if TYPE_CHECKING:
     from jaxpeft.config.schema import Config
@@ -23,12 +36,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads | None = None) -> Mesh:
-    """Make the mesh of a run, with which its batches must go: the arguments are those of `create_device_mesh`, but the config.
+def make_mesh(
+    config: Config, devices: Sequence[Any] | None = None, heads: Heads | None = None
+) -> Mesh:
+    """Make the mesh of a run, with which its batches must go: the arguments are those of
+    `create_device_mesh`, but the config.
 
     Args:
         config: a checked config.
-        devices: to make it of, those of a topology that is only described too; None for those that there are.
+        devices: to make it of, those of a topology that is only described too; None for those that
+            there are.
         heads: of the model (`heads_of`), which `tensor` divides; None where they are not known.
 
     Raises:
@@ -41,12 +58,15 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None, heads: Heads
     return mesh
 
 
-def create_device_mesh(options: MeshConfig, devices: Sequence[Any] | None = None, heads: Heads | None = None) -> Mesh:
+def create_device_mesh(
+    options: MeshConfig, devices: Sequence[Any] | None = None, heads: Heads | None = None
+) -> Mesh:
     """Make the mesh of a strategy: five named axes, those that are not used of size 1.
 
     Args:
         options: the strategy, and sizes of axes.
-        devices: to make it of, those of a topology that is only described too; None for those that there are.
+        devices: to make it of, those of a topology that is only described too; None for those that
+            there are.
         heads: of the model (`heads_of`), which `tensor` divides; None where they are not known.
 
     Raises:
@@ -61,17 +81,23 @@ def create_device_mesh(options: MeshConfig, devices: Sequence[Any] | None = None
     mesh = Mesh(_arranged(options, along, there[:many], slices), AXES)
     if heads is not None and heads.keys % along[TENSOR]:
         _log.warning(
-            "mesh.tensor: %d does not divide the %d heads of keys and values, of which each device computes all",
-            along[TENSOR], heads.keys,
-        )  # fmt: skip
+            "mesh.tensor: %d does not divide the %d heads of keys and values, of which each device"
+            " computes all",
+            along[TENSOR],
+            heads.keys,
+        )
     if chosen is not None:
-        shape = " x ".join(f"{axis} {size}" for axis, size in along.items() if size > 1) or "one device"
+        shape = (
+            " x ".join(f"{axis} {size}" for axis, size in along.items() if size > 1) or "one device"
+        )
         _log.info("mesh of %s: %s (%s)", chosen, shape, STRATEGIES[chosen].about)
     return mesh
 
 
 def evaluation_rows(config: Config, mesh: Mesh) -> int:
-    """Return the rows of a batch of an evaluation: `evaluation.batch_size`, or the next number that the devices share evenly."""
+    """Return the rows of a batch of an evaluation: `evaluation.batch_size`, or the next number that
+    the devices share evenly.
+    """
     over = row_shards(mesh.shape)
     return -(-config.evaluation.batch_size // over) * over
 
@@ -79,22 +105,33 @@ def evaluation_rows(config: Config, mesh: Mesh) -> int:
 def heads_of(config: Mapping[str, Any]) -> Heads | None:
     """Return the heads that the `config.json` of a model names, None where it names none."""
     queries = next(
-        (config[name] for name in ("num_attention_heads", "n_heads") if isinstance(config.get(name), int)), None
+        (
+            config[name]
+            for name in ("num_attention_heads", "n_heads")
+            if isinstance(config.get(name), int)
+        ),
+        None,
     )
     keys = config.get("num_key_value_heads")
     return None if queries is None else Heads(queries, keys if isinstance(keys, int) else queries)
 
 
-def _sizes(options: MeshConfig, there: Sequence[Any], groups: int, heads: Heads | None) -> dict[str, int]:
+def _sizes(
+    options: MeshConfig, there: Sequence[Any], groups: int, heads: Heads | None
+) -> dict[str, int]:
     try:
         return sizes(options, len(there), groups, heads)
     except ConfigError as error:
         kind = f"there are {len(there)} ({there[0].device_kind})"
-        raise ConfigError([why.replace(f"there are {len(there)}", kind) for why in error.problems]) from None
+        raise ConfigError(
+            [why.replace(f"there are {len(there)}", kind) for why in error.problems]
+        ) from None
 
 
 def _groups(devices: Sequence[Any]) -> list[int]:
-    """List the groups of devices that a slower network joins: slices of a TPU, else processes, which is hosts."""
+    """List the groups of devices that a slower network joins: slices of a TPU, else processes,
+    which is hosts.
+    """
     by_slice = sorted({getattr(device, "slice_index", 0) or 0 for device in devices})
     return by_slice if len(by_slice) > 1 else sorted({device.process_index for device in devices})
 
@@ -106,11 +143,17 @@ def _slices(options: MeshConfig, groups: int, data: int) -> int:
         ConfigError: the devices are in another number of groups.
     """
     wanted = groups if options.slices == -1 else options.slices
-    if options.strategy == "hybrid_fsdp" and options.slices == 1 and options.across == DATA and groups > 1:
+    if (
+        options.strategy == "hybrid_fsdp"
+        and options.slices == 1
+        and options.across == DATA
+        and groups > 1
+    ):
         wanted = groups if data % groups == 0 else 1
     if wanted > 1 and groups not in (1, wanted):
         raise ConfigError(
-            f"mesh.slices: {wanted}, and the devices are in {groups} groups; set it to {groups}, or to -1"
+            f"mesh.slices: {wanted}, and the devices are in {groups} groups; set it to {groups}, or"
+            " to -1"
         )
     return wanted
 
@@ -150,7 +193,9 @@ def _arranged(
     axis = options.across
     outer = tuple(slices if name == axis else 1 for name in along)
     inner = tuple(size // slices if name == axis else size for name, size in along.items())
-    if len(_groups(devices)) == 1:  # nothing tells them apart, as on simulated devices: neighbors are a group
+    if (
+        len(_groups(devices)) == 1
+    ):  # nothing tells them apart, as on simulated devices: neighbors are a group
         return _by_order(devices, inner, AXES.index(axis), slices)
     by_process = len({getattr(device, "slice_index", 0) or 0 for device in devices}) == 1
     return mesh_utils.create_hybrid_device_mesh(
@@ -158,10 +203,14 @@ def _arranged(
     )
 
 
-def _by_order(devices: Sequence[Any], inner: tuple[int, ...], axis: int, slices: int) -> np.ndarray[Any, Any]:
+def _by_order(
+    devices: Sequence[Any], inner: tuple[int, ...], axis: int, slices: int
+) -> np.ndarray[Any, Any]:
     each = len(devices) // slices
     parts = [
-        mesh_utils.create_device_mesh(inner, devices[i * each : (i + 1) * each], allow_split_physical_axes=True)
+        mesh_utils.create_device_mesh(
+            inner, devices[i * each : (i + 1) * each], allow_split_physical_axes=True
+        )
         for i in range(slices)
     ]
     return np.concatenate(parts, axis=axis)
@@ -177,8 +226,11 @@ def by_rows(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 
-def batch_shardings(mesh: Mesh, batch: Mapping[str, Any], axis: int = 0) -> dict[str, NamedSharding]:
-    """Return the sharding of each array of a batch: rows over `data` and `fsdp`, positions over `sequence`.
+def batch_shardings(
+    mesh: Mesh, batch: Mapping[str, Any], axis: int = 0
+) -> dict[str, NamedSharding]:
+    """Return the sharding of each array of a batch: rows over `data` and `fsdp`, positions over
+    `sequence`.
 
     Args:
         mesh: the devices.
@@ -195,7 +247,8 @@ def batch_shardings(mesh: Mesh, batch: Mapping[str, Any], axis: int = 0) -> dict
 
 
 def has_positions(array: Any, ids: tuple[int, ...]) -> bool:
-    """Return whether an array of a batch has an axis of positions: whole numbers of the shape of its `input_ids`.
+    """Return whether an array of a batch has an axis of positions: whole numbers of the shape of
+    its `input_ids`.
 
     The labels of a row with several may be as many as its positions; they are floating.
     """

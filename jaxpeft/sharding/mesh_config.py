@@ -17,46 +17,67 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How a run is spread over devices: the axes of the mesh, and what lies along them (docs/sharding.md)."""
+    """How a run is spread over devices: the axes of the mesh, and what lies along them
+    (docs/sharding.md).
+    """
 
-    strategy: Literal["replicated", "fsdp", "tensor", "fsdp_tensor", "sequence", "hybrid_fsdp"] | None = option(
+    strategy: (
+        Literal["replicated", "fsdp", "tensor", "fsdp_tensor", "sequence", "hybrid_fsdp"] | None
+    ) = option(
         None,
-        "what is spread, and how; its own axis takes all devices; None for the whole tree on each of `data` devices",
+        "what is spread, and how; its own axis takes all devices; None for the whole tree on each"
+        " of `data` devices",
     )
     data: int | None = option(
-        None, "devices that the rows of a batch are spread over; -1 for the rest; None for what the strategy says; without one 1, of "
-        "several processes all", at_least=-1
-    )  # fmt: skip
+        None,
+        "devices that the rows of a batch are spread over; -1 for the rest; None for what the"
+        " strategy says; without one 1, of several processes all",
+        at_least=-1,
+    )
     fsdp: int | None = option(
-        None, "devices that rows and kernels are spread over, kernels gathered in use; -1 for the rest", at_least=-1
+        None,
+        "devices that rows and kernels are spread over, kernels gathered in use; -1 for the rest",
+        at_least=-1,
     )
     tensor: int | None = option(
-        None, "devices that heads and the feed-forward's width are spread over; -1 for the rest", at_least=-1
+        None,
+        "devices that heads and the feed-forward's width are spread over; -1 for the rest",
+        at_least=-1,
     )
     sequence: int | None = option(
         None, "devices that the positions of a row are spread over; -1 for the rest", at_least=-1
     )
-    expert: int | None = option(None, "devices along an axis for rules of your own; -1 for the rest", at_least=-1)
+    expert: int | None = option(
+        None, "devices along an axis for rules of your own; -1 for the rest", at_least=-1
+    )
     slices: int = option(
-        1, "groups of devices that a slower network joins (TPU slices, hosts); -1 for as many as the devices say", at_least=-1
-    )  # fmt: skip
+        1,
+        "groups of devices that a slower network joins (TPU slices, hosts); -1 for as many as the"
+        " devices say",
+        at_least=-1,
+    )
     across: Literal["data", "fsdp"] = option("data", "the axis that goes over slices")
     rules: tuple[tuple[str, ...], ...] = option(
         (),
-        "your own rules, before the strategy's: an expression of a leaf's whole path, then the axes of each of its last "
-        "dimensions: '' for none, 'tensor+fsdp' for both",
+        "your own rules, before the strategy's: an expression of a leaf's whole path, then the axes"
+        " of each of its last dimensions: '' for none, 'tensor+fsdp' for both",
     )
-    offload: bool = option(False, "the frozen kernels of the layers in host memory, fetched a layer at a time")
+    offload: bool = option(
+        False, "the frozen kernels of the layers in host memory, fetched a layer at a time"
+    )
 
     def problems(self) -> list[str]:
         """List what is wrong across options."""
         given = {axis: size for axis in AXES if (size := getattr(self, axis)) is not None}
-        found = [f"{axis}: must be -1 or at least 1, is 0" for axis, size in given.items() if size == 0]
+        found = [
+            f"{axis}: must be -1 or at least 1, is 0" for axis, size in given.items() if size == 0
+        ]
         found += ["slices: must be -1 or at least 1, is 0"] if self.slices == 0 else []
         rest = [axis for axis, size in given.items() if size == -1]
         if len(rest) > 1:
             found.append(
-                f"{rest[1]}: {' and '.join(rest)} are both -1, and one axis can take the rest; give the other a size"
+                f"{rest[1]}: {' and '.join(rest)} are both -1, and one axis can take the rest; give"
+                " the other a size"
             )
         uses = STRATEGIES[self.strategy].axes if self.strategy else ("data",)
         for axis, size in given.items():
@@ -71,11 +92,22 @@ class MeshConfig:
         size = getattr(self, self.across)
         if self.slices > 1 and size is not None and size > 0 and size % self.slices:
             near = " or ".join(
-                str(n) for n in (size // self.slices * self.slices, (size // self.slices + 1) * self.slices) if n
+                str(n)
+                for n in (
+                    size // self.slices * self.slices,
+                    (size // self.slices + 1) * self.slices,
+                )
+                if n
             )
-            found.append(f"{self.across}: {size} does not go over {self.slices} slices evenly; it could be {near}")
+            found.append(
+                f"{self.across}: {size} does not go over {self.slices} slices evenly; it could be"
+                f" {near}"
+            )
         if self.strategy == "hybrid_fsdp" and self.across == "fsdp":
-            found.append("across: hybrid_fsdp goes over slices by data; for fsdp over slices set mesh.strategy to fsdp")
+            found.append(
+                "across: hybrid_fsdp goes over slices by data; for fsdp over slices set"
+                " mesh.strategy to fsdp"
+            )
         return found + self._rule_problems()
 
     @property
@@ -86,28 +118,42 @@ class MeshConfig:
     def _rule_problems(self) -> list[str]:
         found: list[str] = []
         for i, rule in enumerate(self.rules):
-            why = broken_expression(rule[0]) if rule else "is empty; begin it with an expression of a path"
+            why = (
+                broken_expression(rule[0])
+                if rule
+                else "is empty; begin it with an expression of a path"
+            )
             found += [f"rules[{i}]: {why}"] if why else []
             named = [axis for axes in rule[1:] for axis in axes.split("+") if axes]
             for axis in named:
                 if axis not in AXES:
-                    found.append(f"rules[{i}]: {axis!r} is no axis{nearest(axis, AXES)} (known: {', '.join(AXES)})")
+                    found.append(
+                        f"rules[{i}]: {axis!r} is no axis{nearest(axis, AXES)} (known:"
+                        f" {', '.join(AXES)})"
+                    )
             if len(set(named)) < len(named):
                 found.append(
-                    f"rules[{i}]: an axis stands there twice, in {', '.join(map(repr, rule[1:]))}; a leaf has it once"
+                    f"rules[{i}]: an axis stands there twice, in {', '.join(map(repr, rule[1:]))};"
+                    " a leaf has it once"
                 )
         return found
 
     @property
     def long_rows(self) -> bool:
-        """Whether the positions of a row are spread: batches are then of lengths that are known to divide."""
+        """Whether the positions of a row are spread: batches are then of lengths that are known to
+        divide.
+        """
         return self.strategy == "sequence" or self.sequence not in (None, 1)
 
 
 def known_rows(mesh: MeshConfig) -> tuple[dict[str, int], str]:
-    """Return the sizes of the axes as far as they are known without the devices, 1 elsewhere, and what to call those of the rows."""
+    """Return the sizes of the axes as far as they are known without the devices, 1 elsewhere, and
+    what to call those of the rows.
+    """
     known = known_sizes(mesh) or {axis: max(1, getattr(mesh, axis) or 1) for axis in AXES}
-    return known, " x ".join(f"mesh.{axis} {known[axis]}" for axis in ROWS if axis == ROWS[0] or known[axis] > 1)
+    return known, " x ".join(
+        f"mesh.{axis} {known[axis]}" for axis in ROWS if axis == ROWS[0] or known[axis] > 1
+    )
 
 
 def batch_problems(config: Config, sizes: Mapping[str, int], named: str) -> list[str]:
@@ -123,11 +169,23 @@ def batch_problems(config: Config, sizes: Mapping[str, int], named: str) -> list
     size, by = config.train.batch_size, over * parts
     if size % by and size % parts == 0:
         near = " or ".join(str(n) for n in (size // by * by, (size // by + 1) * by) if n)
-        product = f"{named} x accumulation {parts}" if parts > 1 or named.startswith("mesh") else named
-        found.append(f"train.batch_size: {size} is not divisible by {product} = {by}; it could be {near}")
+        product = (
+            f"{named} x accumulation {parts}" if parts > 1 or named.startswith("mesh") else named
+        )
+        found.append(
+            f"train.batch_size: {size} is not divisible by {product} = {by}; it could be {near}"
+        )
     length, positions = config.data.max_length, sizes["sequence"]
-    for field, n in (("max_length", length), *(("lengths", n) for n in config.data.lengths if n != length)):
+    for field, n in (
+        ("max_length", length),
+        *(("lengths", n) for n in config.data.lengths if n != length),
+    ):
         if n % positions:
-            near = " or ".join(str(m) for m in (n // positions * positions, (n // positions + 1) * positions) if m)
-            found.append(f"data.{field}: {n} is not divisible by mesh.sequence {positions}; it could be {near}")
+            near = " or ".join(
+                str(m) for m in (n // positions * positions, (n // positions + 1) * positions) if m
+            )
+            found.append(
+                f"data.{field}: {n} is not divisible by mesh.sequence {positions}; it could be"
+                f" {near}"
+            )
     return found

@@ -1,1 +1,3 @@
-"""Training: losses, the optimizer, the step, the loop and its reports. Nothing here knows a method by name."""
+"""Training: losses, the optimizer, the step, the loop and its reports. Nothing here knows a method
+by name.
+"""

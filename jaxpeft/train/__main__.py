@@ -1,8 +1,10 @@
-"""Fine-tune a model: `python -m jaxpeft.train --config configs/NAME.py [--config.method.rank=16 ...] [--workdir DIR]`.
+"""Fine-tune a model: `python -m jaxpeft.train --config configs/NAME.py [--workdir DIR]`.
 
-The same command resumes a run that was stopped. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM and saved, 130 stopped
-by SIGINT and saved, 1 any other failure. Several processes find each other by flags or by the environment
-(docs/distributed.md); where one is lost, the others end with another exit code than these.
+Options of the config are set by name: `--config.method.rank=16`. The same command resumes a run
+that was stopped. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM and saved, 130 stopped by
+SIGINT and saved, 1 any other failure. Several processes find each other by flags or by the
+environment (docs/distributed.md); where one is lost, the others end with another exit code than
+these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The command line of what trains: its arguments, the config that it names, and running a command with them. No JAX is imported."""
+"""The command line of what trains: its arguments, the config that it names, and running a command
+with them. No JAX is imported.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ class RunArguments(ConfigArguments):
     """The arguments of a command that trains."""
 
     workdir: str | None = option(None, "folder of the run; runs/NAME_OF_THE_CONFIG by default")
-    name: str | None = option(None, "name of the run, in place of --workdir: its folder is runs/NAME")
-    allow_change: tuple[str, ...] = option((), "resume although this field of the config has changed")
+    name: str | None = option(
+        None, "name of the run, in place of --workdir: its folder is runs/NAME"
+    )
+    allow_change: tuple[str, ...] = option(
+        (), "resume although this field of the config has changed"
+    )
     allow_base: bool = option(False, "resume although the base has changed")
     coordinator: str | None = option(None, "host:port of process 0, of a run of several processes")
     processes: int | None = option(None, "how many processes the run has")
@@ -62,8 +68,8 @@ def job_of(given: RunArguments, overrides: Overrides = (), *, compares: bool = F
     Args:
         given: the arguments.
         overrides: of the config.
-        compares: whether the config must be that of a comparison; if not, its method is trained alone, and must be a
-            candidate where there are any.
+        compares: whether the config must be that of a comparison; if not, its method is trained
+            alone, and must be a candidate where there are any.
 
     Raises:
         ConfigError: listing every problem.
@@ -84,7 +90,10 @@ def job_of(given: RunArguments, overrides: Overrides = (), *, compares: bool = F
         if bool(count) != compares and not config.compares_method:
             problems.append(_OTHER_VERB[compares].format(count=count, path=given.config))
         if compares and config.log.wandb is not None:
-            problems.append("config.log.wandb: the runs of a comparison would all have one name there; remove it")
+            problems.append(
+                "config.log.wandb: the runs of a comparison would all have one name there;"
+                " remove it"
+            )
         if count and not compares:
             config = replace(config, compare=replace(config.compare, candidates=()))
     if problems or config is None:
@@ -93,9 +102,14 @@ def job_of(given: RunArguments, overrides: Overrides = (), *, compares: bool = F
 
 
 _OTHER_VERB = {
-    False: "config.compare.candidates: {count} methods to compare; run `python -m jaxpeft.compare --config {path}`, or set "
-    "--config.compare.candidates=() to train config.method alone",
-    True: "config.compare.candidates: is empty; list the methods to compare, or run `python -m jaxpeft.train --config {path}`",
+    False: (
+        "config.compare.candidates: {count} methods to compare; run `python -m jaxpeft.compare"
+        " --config {path}`, or set --config.compare.candidates=() to train config.method alone"
+    ),
+    True: (
+        "config.compare.candidates: is empty; list the methods to compare, or run `python -m"
+        " jaxpeft.train --config {path}`"
+    ),
 }
 
 
@@ -115,7 +129,10 @@ def _workdir(given: RunArguments, default: Path) -> Path:
     try:
         with suppress(FileNotFoundError):
             workdir.stat()
-        there = next((folder for folder in (workdir, *workdir.absolute().parents) if folder.exists()), workdir)
+        there = next(
+            (folder for folder in (workdir, *workdir.absolute().parents) if folder.exists()),
+            workdir,
+        )
         with tempfile.TemporaryFile(dir=there):
             names.require_no_way_out(workdir)
             return workdir
@@ -128,7 +145,9 @@ def _workdir(given: RunArguments, default: Path) -> Path:
         ) from None
 
 
-def run_job(argv: list[str], about: str | None, run: Callable[[Job], int], *, compares: bool = False) -> int:
+def run_job(
+    argv: list[str], about: str | None, run: Callable[[Job], int], *, compares: bool = False
+) -> int:
     """Run a command that trains; return the exit code.
 
     Args:
@@ -149,10 +168,13 @@ def run_job(argv: list[str], about: str | None, run: Callable[[Job], int], *, co
 
 
 def place_of_process(given: RunArguments) -> tuple[clusters.Place | None, clusters.Waits]:
-    """Tell from arguments and environment which process of how many this is, and how long it waits for the others.
+    """Tell from arguments and environment which process of how many this is, and how long it waits
+    for the others.
 
     Raises:
         ConfigError: they are half set, or contradict each other.
     """
-    flags = clusters.Flags(given.coordinator, given.processes, given.process, given.heartbeat_timeout)
+    flags = clusters.Flags(
+        given.coordinator, given.processes, given.process, given.heartbeat_timeout
+    )
     return clusters.find(os.environ, flags), clusters.waits(os.environ, flags)

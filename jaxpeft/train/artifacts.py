@@ -1,4 +1,6 @@
-"""What a run decides that goes with its adapter: the settings, and the tokenizer with the chat template that was trained with."""
+"""What a run decides that goes with its adapter: the settings, and the tokenizer with the chat
+template that was trained with.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def decide(config: Config, splits: Splits) -> Decided:
         problem_type=_PROBLEM_TYPES.get(splits.problem),
         separator=config.data.separator if examples.kind == "prompt_completion" else None,
         pad_token_id=splits.pad_id,
-        eos_token_id=_end_of_answers(splits.train, splits.tokenizer) if examples.kind in CHATS else None,
+        eos_token_id=(
+            _end_of_answers(splits.train, splits.tokenizer) if examples.kind in CHATS else None
+        ),
     )
     used = splits.encoding.chat_template(examples)
     tokenizer = _with_template(splits.tokenizer, used)
@@ -57,13 +61,17 @@ def decide(config: Config, splits: Splits) -> Decided:
 
 
 def ends_of(tokenizer: Any) -> set[int]:
-    """Return the special tokens, of which the ends of a chat's turns are some: `<|im_end|>`, `<end_of_turn>`."""
+    """Return the special tokens, of which the ends of a chat's turns are some: `<|im_end|>`,
+    `<end_of_turn>`.
+    """
     marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return marks | set(tokenizer.all_special_ids)
 
 
 def _end_of_answers(rows: Encoded, tokenizer: Any) -> int | None:
-    """Return the special token that most answers end with, a line's end behind it or not; None where they end with none."""
+    """Return the special token that most answers end with, a line's end behind it or not; None
+    where they end with none.
+    """
     ends, found = ends_of(tokenizer), Counter[int]()
     for start, stop in zip(rows.offsets[:_LOOKED_AT], rows.offsets[1:], strict=False):
         learned = rows.tokens[start:stop][rows.labels[start:stop] >= 0][-2:].tolist()
@@ -72,7 +80,9 @@ def _end_of_answers(rows: Encoded, tokenizer: Any) -> int | None:
 
 
 def _with_template(tokenizer: Any, used: Any) -> Any:
-    """Return a tokenizer that writes chats by the templates that were trained with; others that it has stay."""
+    """Return a tokenizer that writes chats by the templates that were trained with; others that it
+    has stay.
+    """
     if used is None:
         return tokenizer
     own, made = tokenizer.chat_template, copy.deepcopy(tokenizer)
@@ -82,4 +92,10 @@ def _with_template(tokenizer: Any, used: Any) -> Any:
 
 
 def _by_name(template: Any) -> dict[str, str]:
-    return {} if template is None else {"default": template} if isinstance(template, str) else dict(template)
+    return (
+        {}
+        if template is None
+        else {"default": template}
+        if isinstance(template, str)
+        else dict(template)
+    )

@@ -1,4 +1,6 @@
-"""How a run begins: the base rewritten and split, with the start that a method takes from data, or as a checkpoint has it."""
+"""How a run begins: the base rewritten and split, with the start that a method takes from data, or
+as a checkpoint has it.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def begin(
     allowed: Sequence[str] = (),
     look: Look | None = None,
 ) -> tuple[Run, LoopState]:
-    """Return the description of a run and its state before the next step: that of the newest checkpoint if there is one.
+    """Return the description of a run and its state before the next step: that of the newest
+    checkpoint if there is one.
 
     Args:
         setup: the prepared run.
@@ -71,7 +74,9 @@ def begin(
     started, trainable, frozen = begun(setup, method, meta, look)
     optimizer = optimizers.build(options, setup.steps, started)
     fresh = init_state(trainable, optimizer, setup.config.train.seed)
-    where = state_shardings(setup.mesh, fresh, trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable))
+    where = state_shardings(
+        setup.mesh, fresh, trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    )
     state = LoopState(put(fresh, where))
     identity = identity_of(setup, method, trainable)
     if latest is not None:
@@ -82,19 +87,42 @@ def begin(
             state, frozen = _restored(checkpoints, latest, state, started, frozen)
     trained, total = tree.count(trainable), tree.count(trainable) + tree.count(frozen)
     writers = _open_records(
-        setup, folder, state.step, f"{started.name} trains {trained:,} of {total:,} parameters ({trained / total:.2%})"
+        setup,
+        folder,
+        state.step,
+        f"{started.name} trains {trained:,} of {total:,} parameters ({trained / total:.2%})",
     )
     rate = optimizers.schedule(options, options.learning_rate, setup.steps)
     newest = partial(_newest, checkpoints)
-    metrics = StepMetrics(setup, started.name, rate, trainable, frozen, writers, newest, state.progress.seconds)
-    return Run(setup, started, optimizer, frozen, where, identity, checkpoints, evaluator, metrics, stop), state
+    metrics = StepMetrics(
+        setup, started.name, rate, trainable, frozen, writers, newest, state.progress.seconds
+    )
+    return (
+        Run(
+            setup,
+            started,
+            optimizer,
+            frozen,
+            where,
+            identity,
+            checkpoints,
+            evaluator,
+            metrics,
+            stop,
+        ),
+        state,
+    )
 
 
 def _restored(
     checkpoints: Checkpoints, step: int, state: LoopState, method: Method, frozen: Tree
 ) -> tuple[LoopState, Tree]:
-    """Return the state of a checkpoint, and the frozen part of the tree with the leaves that it holds."""
-    train, best, fixed = checkpoints.restore(step, state.train, state.train.trainable, fixed_leaves(method, frozen))
+    """Return the state of a checkpoint, and the frozen part of the tree with the leaves that it
+    holds.
+    """
+    train, best, fixed = checkpoints.restore(
+        step, state.train, state.train.trainable, fixed_leaves(method, frozen)
+    )
     frozen = paths.map_with_path(lambda path, leaf: fixed.get(paths.text(path), leaf), frozen)
     meta = checkpoints.read_meta(step)
     progress, position = EvaluationProgress(**meta["progress"]), meta["position"]
@@ -105,9 +133,13 @@ def _restored(
 
 
 def _open_records(setup: Setup, folder: Path, step: int, about: str) -> list[records.Writer]:
-    """Write down what the run is, in the first process, and say what it trains; return where figures are written from a step on."""
+    """Write down what the run is, in the first process, and say what it trains; return where
+    figures are written from a step on.
+    """
     if setup.peers.first:
-        (folder / "config.json").write_text(json.dumps(setup.provenance.identity["config"], indent=2) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps(setup.provenance.identity["config"], indent=2) + "\n"
+        )
         base_record.write(folder, setup.provenance.base_tensors)
     _log.info("%s", about)
     return records.open_writers(setup.config.log, folder, step) if setup.peers.first else []
@@ -115,7 +147,11 @@ def _open_records(setup: Setup, folder: Path, step: int, about: str) -> list[rec
 
 def _newest(checkpoints: Checkpoints) -> str:
     latest = checkpoints.latest()
-    return "no step is saved yet" if latest is None else f"the newest checkpoint is step {latest}, and is finite"
+    return (
+        "no step is saved yet"
+        if latest is None
+        else f"the newest checkpoint is step {latest}, and is finite"
+    )
 
 
 def identity_of(setup: Setup, method: Method, trainable: Tree) -> dict[str, Any]:
@@ -153,11 +189,15 @@ def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequenc
 def _placed(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """Split a rewritten tree into `(trainable, frozen)`, each leaf where the rules say.
 
-    The trainable leaves are copies: the step is given them for good (they are donated), the base stays as it was.
+    The trainable leaves are copies: the step is given them for good (they are donated), the base
+    stays as it was.
     """
     where = shardings(setup.mesh, setup.rules, params, method)
     mask = trainable_mask(method, params)
-    (trainable, frozen), (of_trainable, of_frozen) = tree.partition(params, mask), tree.partition(where, mask)
+    (trainable, frozen), (of_trainable, of_frozen) = (
+        tree.partition(params, mask),
+        tree.partition(where, mask),
+    )
     copies = jax.tree.map(jnp.copy, put(trainable, of_trainable))
     return put(copies, of_trainable), put(frozen, of_frozen)
 
@@ -171,14 +211,16 @@ def rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:
 def begun(
     setup: Setup, method: Method, meta: Mapping[str, Any] | None, look: Look | None = None
 ) -> tuple[Method, Tree, Tree]:
-    """Return what a run trains: `(method, trainable, frozen)`, with the start that the method takes from the data.
+    """Return what a run trains: `(method, trainable, frozen)`, with the start that the method takes
+    from the data.
 
     The base is rewritten once: a fresh adapter may take decompositions of every kernel.
 
     Args:
         setup: the prepared run.
         method: as the config has it.
-        meta: of the checkpoint that is gone on from: the method as it was started; None for a new run.
+        meta: of the checkpoint that is gone on from: the method as it was started; None for a new
+            run.
         look: is shown `(trainable, frozen)` with the fresh adapter, before a start from the data.
     """
     if meta is not None:
@@ -190,7 +232,9 @@ def begun(
         look(*split)
     if meta is not None:
         return (method, *split)
-    run = Start(setup.model, setup.params, key, setup.data.tokenizer, partial(_first_batches, setup))
+    run = Start(
+        setup.model, setup.params, key, setup.data.tokenizer, partial(_first_batches, setup)
+    )
     started, params = training_hooks.start(method, fresh, run)
     return (started, *(split if params is fresh else _placed(setup, started, params)))
 
@@ -200,7 +244,8 @@ def method_of(meta: Mapping[str, Any], configured: Method) -> Method:
 
     Args:
         meta: of the checkpoint.
-        configured: the method of the config: what was trained where the checkpoint is of a version that records none.
+        configured: the method of the config: what was trained where the checkpoint is of a version
+            that records none.
     """
     return from_dict(meta["method"]) if "method" in meta else configured
 
@@ -217,10 +262,11 @@ def _first_batches(setup: Setup) -> Generator[Mapping[str, Any]]:
 
 
 def fixed_leaves(method: Method, frozen: Tree) -> dict[str, jax.Array]:
-    """Return the adapter leaves that are not trained, by path: what a checkpoint must hold beside the trained ones.
+    """Return the adapter leaves that are not trained, by path: what a checkpoint must hold beside
+    the trained ones.
 
-    They were made from the base, from data, or from a key, which another machine may do otherwise. Scalars follow from the
-    method's options.
+    They were made from the base, from data, or from a key, which another machine may do otherwise.
+    Scalars follow from the method's options.
     """
     own = adapter_names(method)
     return {

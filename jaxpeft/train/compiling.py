@@ -1,4 +1,6 @@
-"""How programs are compiled: XLA's options for a device, and where compiled programs are kept for the next run."""
+"""How programs are compiled: XLA's options for a device, and where compiled programs are kept for
+the next run.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,10 @@ from jaxpeft import cache
 from jaxpeft.models.attention import platform
 
 _OPTIONS: Mapping[str, Mapping[str, bool]] = {
-    # cuBLAS adds a product to what is there already; Triton's products, which XLA takes for all of them, write it apart, and the sum
-    # is another pass: 504 ms a step in place of 517, and 7 GiB less (Llama-3.1-8B, LoRA, 4 x 2048 tokens, H100)
+    # cuBLAS adds a product to what is there already; Triton's products, which XLA takes for all of
+    # them, write it apart, and the sum is another pass: 504 ms a step in place of 517, and 7 GiB
+    # less (Llama-3.1-8B, LoRA, 4 x 2048
+    # tokens, H100)
     "cuda": {"xla_gpu_enable_triton_gemm": False},
 }
 
@@ -28,7 +32,8 @@ def options(device: Any) -> dict[str, bool]:
 
 
 def compile_each(lowered: Sequence[Any], device: Any) -> list[Any]:
-    """Compile programs, of a CPU several at once: XLA compiles one on one core. Those of others may try kernels on the device, in turn.
+    """Compile programs, of a CPU several at once: XLA compiles one on one core. Those of others may
+    try kernels on the device, in turn.
 
     Args:
         lowered: what `jax.jit(...).lower` gives.
@@ -48,14 +53,16 @@ def kept_in() -> str | None:
 
 
 def keep_programs(where: str) -> str | None:
-    """Keep compiled programs on disk, so that the next run of the same shapes need not compile them.
+    """Keep compiled programs on disk, so that the next run of the same shapes need not compile
+    them.
 
-    Hosts of different CPUs may share a folder: JAX finds a program by its device, of a CPU by its instruction set, which XLA compares
-    again as it loads one. What cannot be read or used is compiled anew.
+    Hosts of different CPUs may share a folder: JAX finds a program by its device, of a CPU by its
+    instruction set, which XLA compares again as it loads one. What cannot be read or used is
+    compiled anew.
 
     Args:
-        where: a folder; `auto` for one of the user's; `off` for nowhere. A folder that JAX is told of already, by
-            `JAX_COMPILATION_CACHE_DIR`, stays.
+        where: a folder; `auto` for one of the user's; `off` for nowhere. A folder that JAX is told
+            of already, by `JAX_COMPILATION_CACHE_DIR`, stays.
 
     Returns:
         The folder, None where nothing is kept.

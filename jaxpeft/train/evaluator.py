@@ -38,16 +38,22 @@ class Evaluator:
         how = compiling.options(setup.mesh.devices.flat[0])
         # on each device, so that each process has the figures of all rows
         self._run = jax.jit(
-            on_mesh(setup.mesh, self._forward), out_shardings=replicated(setup.mesh), compiler_options=how
+            on_mesh(setup.mesh, self._forward),
+            out_shardings=replicated(setup.mesh),
+            compiler_options=how,
         )
         self._rows = evaluation_rows(setup.config, setup.mesh)
         self._own = own_rows(setup.mesh, self._rows)
 
-    def _forward(self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any, Any]:
+    def _forward(
+        self, trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array]
+    ) -> tuple[Any, Any, Any, Any]:
         outputs = Outputs(self._setup.model, combine(trainable, frozen), batch, None)
         total, weight = self._setup.plain_loss(outputs, batch)
         # the logits of a language model are large, and not needed
-        made, given = (None, None) if self._setup.data.problem == "lm" else (outputs.logits, batch["labels"])
+        made, given = (
+            (None, None) if self._setup.data.problem == "lm" else (outputs.logits, batch["labels"])
+        )
         return total, weight, made, given
 
     def __call__(self, trainable: Tree, frozen: Tree, split: Encoded) -> dict[str, float]:
@@ -68,7 +74,9 @@ class Evaluator:
             split, self._rows, lengths, setup.data.pad_id, self._own, one_length(setup.config)
         ):
             self._on_batch()
-            batch_total, batch_weight, out, given = self._run(trainable, frozen, put_batch(setup.mesh, batch))
+            batch_total, batch_weight, out, given = self._run(
+                trainable, frozen, put_batch(setup.mesh, batch)
+            )
             total, weight = total + float(batch_total), weight + float(batch_weight)
             if out is not None:
                 kept = rows >= 0
@@ -92,7 +100,11 @@ class Evaluator:
 
 def metric_of(setup: Setup) -> str:
     """Return the figure to choose the best step by."""
-    return setup.config.evaluation.metric or _DEFAULT_METRIC.get(setup.data.problem) or _metric_of_labels(setup)
+    return (
+        setup.config.evaluation.metric
+        or _DEFAULT_METRIC.get(setup.data.problem)
+        or _metric_of_labels(setup)
+    )
 
 
 def _metric_of_labels(setup: Setup) -> str:

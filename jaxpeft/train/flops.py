@@ -13,8 +13,9 @@ from jaxpeft.core import paths
 def per_token(trainable: Any, frozen: Any) -> float:
     """Return the model FLOPs of training on one token.
 
-    A frozen parameter of a matrix costs 4: 2 forward, and 2 backward for the gradient of its input; its own gradient is
-    never computed. A trainable one costs 6. An embedding is a look-up and costs nothing; attention is left out.
+    A frozen parameter of a matrix costs 4: 2 forward, and 2 backward for the gradient of its input;
+    its own gradient is never computed. A trainable one costs 6. An embedding is a look-up and costs
+    nothing; attention is left out.
 
     Args:
         trainable: the trained part of the tree.
@@ -25,7 +26,11 @@ def per_token(trainable: Any, frozen: Any) -> float:
 
 def _matrix_parameters(tree: Any) -> int:
     leaves = ((path[-1], leaf) for path, leaf in paths.walk(tree))
-    return sum(kernels.parameters(name, leaf.shape) for name, leaf in leaves if leaf.ndim >= 2 and name != "embedding")
+    return sum(
+        kernels.parameters(name, leaf.shape)
+        for name, leaf in leaves
+        if leaf.ndim >= 2 and name != "embedding"
+    )
 
 
 def peak(devices: Sequence[Any]) -> float | None:

@@ -1,4 +1,6 @@
-"""What a run's config says of its model, its loss and its tree: a run and a plan of it both read it here."""
+"""What a run's config says of its model, its loss and its tree: a run and a plan of it both read it
+here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from jaxpeft.train.losses import Loss, loss_for
 from jaxpeft.transforms.rewrite import rewrite
 
 
-def model_request(config: ModelConfig, num_labels: int | None, *, scan_layers: bool, attention: str) -> ModelRequest:
+def model_request(
+    config: ModelConfig, num_labels: int | None, *, scan_layers: bool, attention: str
+) -> ModelRequest:
     """Return what a run asks of its model.
 
     Args:
@@ -32,9 +36,18 @@ def model_request(config: ModelConfig, num_labels: int | None, *, scan_layers: b
     if config.quant != "none":
         quant = Quant(config.quant, config.quant_targets, config.quant_exclude, config.quant_group)
     return ModelRequest(
-        config.task, num_labels, _dtype(config.dtype), _dtype(config.compute_dtype), scan_layers, config.pooling,
-        "none" if config.remat == "auto" else config.remat, attention, config.vocab_size, quant, right_padded=True,
-    )  # fmt: skip
+        config.task,
+        num_labels,
+        _dtype(config.dtype),
+        _dtype(config.compute_dtype),
+        scan_layers,
+        config.pooling,
+        "none" if config.remat == "auto" else config.remat,
+        attention,
+        config.vocab_size,
+        quant,
+        right_padded=True,
+    )
 
 
 def _dtype(name: str) -> Any:
@@ -48,7 +61,9 @@ def training_loss(config: Config, problem: str | None) -> Loss:
         config: of the run.
         problem: `single_label`, `multi_label` or `regression` for sequence classification.
     """
-    return loss_for(config.model.task, problem, CrossEntropy(config.train.label_smoothing, config.train.z_loss))
+    return loss_for(
+        config.model.task, problem, CrossEntropy(config.train.label_smoothing, config.train.z_loss)
+    )
 
 
 def abstract_rewrite(method: Method, base: Mapping[str, Any]) -> Any:
@@ -62,6 +77,8 @@ def abstract_rewrite(method: Method, base: Mapping[str, Any]) -> Any:
         TargetError: the method's targets are none of the model's, named as in the config.
     """
     try:
-        return jax.eval_shape(partial(rewrite, method), base, jax.eval_shape(lambda: jax.random.key(0)))
+        return jax.eval_shape(
+            partial(rewrite, method), base, jax.eval_shape(lambda: jax.random.key(0))
+        )
     except TargetError as error:
         raise TargetError([f"config.method.{problem}" for problem in error.problems]) from error

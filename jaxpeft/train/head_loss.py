@@ -1,13 +1,16 @@
-r"""The cross-entropy of a language model, in chunks of positions: the logits of all positions never exist at once.
+r"""The cross-entropy of a language model, in chunks of positions: the logits of all positions never
+exist at once.
 
-Of the logits `z` of a position with label `y`, `lse = log sum exp z`, smoothing `e` and a weight `c` of `lse^2`:
+Of the logits `z` of a position with label `y`, `lse = log sum exp z`, smoothing `e` and a weight
+`c` of `lse^2`:
 
     loss = lse - (1 - e) z_y - e mean(z) + c lse^2
     dz   = (1 + 2 c lse) softmax(z) - (1 - e) onehot(y) - e / classes
 
-The loss is the end of the forward pass, so a chunk's `dz` is known, up to a factor, as soon as its logits are: they go back through
-the head at once, and nothing of them is kept. Hsu et al. 2024, "Liger Kernel", section 3.2 (arXiv:2410.10989); label smoothing is
-Szegedy et al. 2015, section 7 (arXiv:1512.00567), the z-loss Chowdhery et al. 2022, section 5 (arXiv:2204.02311).
+The loss is the end of the forward pass, so a chunk's `dz` is known, up to a factor, as soon as its
+logits are: they go back through the head at once, and nothing of them is kept. Hsu et al. 2024,
+"Liger Kernel", section 3.2 (arXiv:2410.10989); label smoothing is Szegedy et al. 2015, section 7
+(arXiv:1512.00567), the z-loss Chowdhery et al. 2022, section 5 (arXiv:2204.02311).
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class CrossEntropy:
     Attributes:
         smoothing: share of the label that is spread over all classes, in [0, 1).
         z_loss: weight of the squared log of the normalizer.
-        softcap: logits are `cap tanh(z / cap)`, where the model's head does not do so itself; None for not.
+        softcap: logits are `cap tanh(z / cap)`, where the model's head does not do so itself; None
+            for not.
     """
 
     smoothing: float = 0.0
@@ -48,7 +52,9 @@ class CrossEntropy:
         return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
 
     def losses(self, z: Array, labels: Array) -> Array:
-        """Return the loss of each position `[...]` from logits `[..., classes]`, capped, and labels `[...]` in range."""
+        """Return the loss of each position `[...]` from logits `[..., classes]`, capped, and labels
+        `[...]` in range.
+        """
         lse = jax.nn.logsumexp(z, axis=-1)
         picked = jnp.take_along_axis(z, labels[..., None], axis=-1)[..., 0]
         out = lse - picked
@@ -65,7 +71,8 @@ class CrossEntropy:
             weights: broadcast to `labels`, float32.
 
         Returns:
-            `(sum of weight * loss, sum of weight)`, float32 scalars; `(0, 0)` where no position has a label.
+            `(sum of weight * loss, sum of weight)`, float32 scalars; `(0, 0)` where no position has
+            a label.
         """
         safe, counted = _counted(labels, weights)
         losses = self.losses(self.capped(logits), safe)
@@ -92,7 +99,9 @@ def _counted(labels: Array, weights: Array) -> tuple[Array, Array]:
     """Return labels in range, and the weight of each position."""
     labeled = labels != IGNORE
     # the label is replaced before the look-up: a gather out of range gives NaN, and 0 * NaN is NaN
-    return jnp.where(labeled, labels, 0), jnp.where(labeled, jnp.broadcast_to(weights, labels.shape), 0.0)
+    return jnp.where(labeled, labels, 0), jnp.where(
+        labeled, jnp.broadcast_to(weights, labels.shape), 0.0
+    )
 
 
 def through_head(
@@ -107,7 +116,8 @@ def through_head(
 
     Args:
         entropy: which.
-        head: `(x [batch, n, d], number of the chunk) -> logits [batch, n, classes]`; what it closes over is differentiated as well.
+        head: `(x [batch, n, d], number of the chunk) -> logits [batch, n, classes]`; what it closes
+            over is differentiated as well.
         x: `[batch, length, d]`.
         labels: `[batch, length]` int32, of each position itself, -100 for no label.
         weights: broadcast to `labels`, float32.
@@ -121,12 +131,24 @@ def through_head(
     count, size, devices = _chunks(length, batch * classes, most_logits)
 
     def split(array: Array, fill: Any) -> Array:
-        """Return the chunks; where positions are spread, each of them has as many of every device's positions."""
-        wide, rest = [(0, 0), (0, count * size - length), *((0, 0),) * (array.ndim - 2)], array.shape[2:]
-        parts = jnp.pad(array, wide, constant_values=fill).reshape(batch, devices, count, size // devices, *rest)
+        """Return the chunks; where positions are spread, each of them has as many of every device's
+        positions.
+        """
+        wide, rest = (
+            [(0, 0), (0, count * size - length), *((0, 0),) * (array.ndim - 2)],
+            array.shape[2:],
+        )
+        parts = jnp.pad(array, wide, constant_values=fill).reshape(
+            batch, devices, count, size // devices, *rest
+        )
         return jnp.moveaxis(parts, 2, 0).reshape(count, batch, size, *rest)
 
-    chunks = split(x, 0), split(labels, IGNORE), split(weights, 0.0), jnp.arange(count, dtype=jnp.int32)
+    chunks = (
+        split(x, 0),
+        split(labels, IGNORE),
+        split(weights, 0.0),
+        jnp.arange(count, dtype=jnp.int32),
+    )
     run, closed = jax.closure_convert(head, chunks[0][0], chunks[3][0])
 
     @jax.custom_vjp
@@ -165,7 +187,8 @@ def through_head(
 
 
 def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
-    """Return how many chunks there are, the positions of each, and the devices that positions are spread over.
+    """Return how many chunks there are, the positions of each, and the devices that positions are
+    spread over.
 
     Args:
         length: positions of a row.
@@ -176,7 +199,11 @@ def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
     size = min(length, max(1, most * size_of(*ROWS, SEQUENCE, TENSOR) // logits))
     count = -(-length // size)
     if devices > 1:  # as many positions of each device in each chunk
-        count = next(n for n in range(min(count, length // devices), length + 1) if length // devices % n == 0)
+        count = next(
+            n
+            for n in range(min(count, length // devices), length + 1)
+            if length // devices % n == 0
+        )
     return count, -(-length // count), devices
 
 

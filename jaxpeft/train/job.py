@@ -47,12 +47,13 @@ def run(
 ) -> RunResult:
     """Run a config from end to end.
 
-    Leaves in `workdir`: `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`, `tensorboard/`, `checkpoints/` and
-    `adapter/`.
+    Leaves in `workdir`: `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`,
+    `tensorboard/`, `checkpoints/` and `adapter/`.
 
     Args:
         config: a checked config.
-        workdir: the run's folder; what an earlier run of the same command left there is gone on from.
+        workdir: the run's folder; what an earlier run of the same command left there is gone on
+            from.
         stop: a request to stop that is entered already; None to listen from here to the end.
         allowed: fields that may differ from those of the run that is gone on from.
         peers: the processes of the run, of which the first writes what is left behind.
@@ -101,33 +102,52 @@ def compared(config: Config) -> dict[str, Any]:
 
 def quiet(config: Config) -> Config:
     """Return the config of a process that leaves logs and plots to the first."""
-    return replace(config, log=replace(config.log, progress="off", tensorboard=False, wandb=None, plot=False))
+    return replace(
+        config, log=replace(config.log, progress="off", tensorboard=False, wandb=None, plot=False)
+    )
 
 
 def log_setup(setup: Setup) -> None:
     """Return what is trained on, and where."""
     batches, there, used = setup.data.batches, jax.devices(), devices_of(setup.params)
-    rows = f"{setup.data.problem}, {len(setup.data.labels)} classes" if setup.data.labels else setup.data.problem
+    rows = (
+        f"{setup.data.problem}, {len(setup.data.labels)} classes"
+        if setup.data.labels
+        else setup.data.problem
+    )
     _log.info(
         "%s: %d steps of %d rows padded to %s (%.0f%% padding), on %d of %d device(s): %s, jax %s",
-        rows, setup.steps, setup.config.train.batch_size, " or ".join(map(str, batches.lengths)),
-        100 * batches.padding_share, len(used), len(there), there[0].device_kind, jax.__version__,
-    )  # fmt: skip
+        rows,
+        setup.steps,
+        setup.config.train.batch_size,
+        " or ".join(map(str, batches.lengths)),
+        100 * batches.padding_share,
+        len(used),
+        len(there),
+        there[0].device_kind,
+        jax.__version__,
+    )
     _log.info("%s", _computing(setup))
 
 
 def _computing(setup: Setup) -> str:
-    """Return how the model is computed: its layers, remat, attention, and where compiled programs are kept."""
+    """Return how the model is computed: its layers, remat, attention, and where compiled programs
+    are kept.
+    """
     options = setup.model.options
     lacks = attention.lacks(options, setup.model.config)
     kernel = options.attention if not lacks else f"xla ({options.attention}: {lacks})"
     layers = "scanned" if options.scan_layers else "unrolled"
     kept = compiling.kept_in()
-    return f"layers {layers}, remat {options.remat}, attention {kernel}, compiled programs {f'in {kept}' if kept else 'not kept'}"
+    return (
+        f"layers {layers}, remat {options.remat}, attention {kernel}, compiled programs"
+        f" {f'in {kept}' if kept else 'not kept'}"
+    )
 
 
 class Before:
-    """The figures before any training, with the fresh adapter: evaluated once for a run, however often it goes on.
+    """The figures before any training, with the fresh adapter: evaluated once for a run, however
+    often it goes on.
 
     Args:
         setup: the prepared run.
@@ -142,7 +162,9 @@ class Before:
     def __call__(self, trainable: Tree, frozen: Tree) -> None:
         """Evaluate the two parts of the tree, if the record does not hold the figures."""
         setup, record = self._setup, self._record
-        run = hashlib.sha256(json.dumps(setup.provenance.identity, sort_keys=True).encode()).hexdigest()
+        run = hashlib.sha256(
+            json.dumps(setup.provenance.identity, sort_keys=True).encode()
+        ).hexdigest()
         known = setup.peers.agreed("figures before training", lambda: _recorded(record, run))
         if known is not None:
             self.figures = known
@@ -158,16 +180,28 @@ def _recorded(record: Path, run: str) -> dict[str, float] | None:
     """Return the figures in a record of this run, None where there is none that can be read."""
     try:
         found = json.loads(record.read_text())
-        return {str(name): float(value) for name, value in found["figures"].items()} if found["run"] == run else None
+        return (
+            {str(name): float(value) for name, value in found["figures"].items()}
+            if found["run"] == run
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def fit(
-    setup: Setup, method: Method, options: OptimizerConfig, folder: Path, stop: StopRequest, evaluator: Evaluator,
-    allowed: Sequence[str], look: Look | None = None,
-) -> RunResult:  # fmt: skip
-    """Train a method on a prepared setup, and save the adapter beside its checkpoints: the arguments are those of `begin`."""
+    setup: Setup,
+    method: Method,
+    options: OptimizerConfig,
+    folder: Path,
+    stop: StopRequest,
+    evaluator: Evaluator,
+    allowed: Sequence[str],
+    look: Look | None = None,
+) -> RunResult:
+    """Train a method on a prepared setup, and save the adapter beside its checkpoints: the
+    arguments are those of `begin`.
+    """
     result = loop.fit(*begin(setup, method, options, folder, stop, evaluator, allowed, look))
     saved = _whole(setup, result)
     if saved is not None:
@@ -185,12 +219,16 @@ def fit(
 
 
 def _whole(setup: Setup, result: RunResult) -> Tree | None:
-    """Return the tree with what is saved of it whole in the first process, None in others; the rest of the base stays where it is."""
+    """Return the tree with what is saved of it whole in the first process, None in others; the rest
+    of the base stays where it is.
+    """
     fixed = on_host(fixed_leaves(result.method, result.frozen), keep=setup.peers.first)
     trainable = on_host(result.trainable, keep=setup.peers.first)
     if not setup.peers.first:
         return None
-    frozen = paths.map_with_path(lambda path, leaf: fixed.get(paths.text(path), leaf), result.frozen)
+    frozen = paths.map_with_path(
+        lambda path, leaf: fixed.get(paths.text(path), leaf), result.frozen
+    )
     return combine(trainable, frozen)
 
 
@@ -198,16 +236,26 @@ def _answers(setup: Setup, params: Tree) -> list[str]:
     """Answer the sample rows by the likeliest tokens."""
     if not setup.data.samples:
         return []
-    prompts, most = [prompt for prompt, _ in setup.data.samples], setup.config.evaluation.sample_tokens
+    prompts, most = (
+        [prompt for prompt, _ in setup.data.samples],
+        setup.config.evaluation.sample_tokens,
+    )
     made = greedy(setup.model, params, prompts, most=most, ends=ends_of(setup.data.tokenizer))
     return [setup.data.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
 
 
 def _show_answers(setup: Setup, answers: Mapping[str, list[str]]) -> None:
     for i, (prompt, wanted) in enumerate(setup.data.samples):
-        told = [("asked", setup.data.tokenizer.decode(prompt, skip_special_tokens=True)), ("wanted", wanted)]
+        told = [
+            ("asked", setup.data.tokenizer.decode(prompt, skip_special_tokens=True)),
+            ("wanted", wanted),
+        ]
         told += [(name, of[i]) for name, of in answers.items()]
-        _log.info("\nsample %d\n%s", i + 1, "\n".join(f"  {name}: {text.strip()!r}" for name, text in told))
+        _log.info(
+            "\nsample %d\n%s",
+            i + 1,
+            "\n".join(f"  {name}: {text.strip()!r}" for name, text in told),
+        )
 
 
 def _shown(figures: Mapping[str, float]) -> str:
@@ -217,7 +265,9 @@ def _shown(figures: Mapping[str, float]) -> str:
 def _finish(setup: Setup, before: Mapping[str, float], result: RunResult, workdir: Path) -> None:
     metric, config = metric_of(setup), setup.config
     name = config.method.name
-    (workdir / "summary.json").write_text(json.dumps(_summary(setup, before, result, workdir), indent=2) + "\n")
+    (workdir / "summary.json").write_text(
+        json.dumps(_summary(setup, before, result, workdir), indent=2) + "\n"
+    )
     left = ["adapter/", "metrics.jsonl", "summary.json"]
     if config.log.plot:
         plot.draw(workdir / "curves.png", name, workdir, metric)
@@ -227,11 +277,20 @@ def _finish(setup: Setup, before: Mapping[str, float], result: RunResult, workdi
         next_steps.row("before training", f"{before[metric]:.4f}"),
         next_steps.row(name, f"{result.test[metric]:.4f}", share, result.seconds),
     ]
-    _log.info("\n%s %s\n%s\n\nin %s: %s", setup.data.judged_by, metric, "\n".join(rows), workdir, ", ".join(left))
+    _log.info(
+        "\n%s %s\n%s\n\nin %s: %s",
+        setup.data.judged_by,
+        metric,
+        "\n".join(rows),
+        workdir,
+        ", ".join(left),
+    )
     _log.info("next, use the adapter:\n%s", next_steps.prediction(setup, workdir / "adapter"))
 
 
-def _summary(setup: Setup, before: Mapping[str, float], result: RunResult, workdir: Path) -> dict[str, Any]:
+def _summary(
+    setup: Setup, before: Mapping[str, float], result: RunResult, workdir: Path
+) -> dict[str, Any]:
     """Return the figures of a run as plain values: what `summary.json` holds.
 
     Args:

@@ -1,4 +1,6 @@
-"""The loop: steps, evaluations, checkpoints. It knows a method only as something that rewrites and masks."""
+"""The loop: steps, evaluations, checkpoints. It knows a method only as something that rewrites and
+masks.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def fit(run: Run, state: LoopState) -> RunResult:
 
 
 def train(run: Run, state: LoopState) -> LoopState:
-    """Return the state at the end of the run, which is saved; where a signal asks to stop, that of the last finished step is."""
+    """Return the state at the end of the run, which is saved; where a signal asks to stop, that of
+    the last finished step is.
+    """
     if finished(run, state):
         return state
     setup = run.setup
@@ -57,7 +61,9 @@ def train(run: Run, state: LoopState) -> LoopState:
         if evaluation_due(run, state):
             state = evaluate(run, state)
         own = own_rows(setup.mesh, setup.config.train.batch_size // setup.config.train.accumulation)
-        batches = setup.data.batches.feed(state.position, setup.steps, run.stop.raise_while_waiting, own)
+        batches = setup.data.batches.feed(
+            state.position, setup.steps, run.stop.raise_while_waiting, own
+        )
         first = state.step
         with run.metrics.shown(first) as report, closing(batches):
             while not finished(run, state):
@@ -65,7 +71,9 @@ def train(run: Run, state: LoopState) -> LoopState:
                 report(state.step)
                 saves = ends_period(run, state.step, setup.config.checkpoint.every_steps)
                 if evaluation_due(run, state) or saves or finished(run, state):
-                    jax.block_until_ready(state.train)  # steps that are only dispatched are no part of what follows
+                    jax.block_until_ready(
+                        state.train
+                    )  # steps that are only dispatched are no part of what follows
                     with run.metrics.aside():
                         if evaluation_due(run, state):
                             state = evaluate(run, state)
@@ -77,7 +85,9 @@ def train(run: Run, state: LoopState) -> LoopState:
     return state
 
 
-def train_step(run: Run, compiled: Mapping[int, Step], state: LoopState, batches: Feed, *, wait: bool) -> LoopState:
+def train_step(
+    run: Run, compiled: Mapping[int, Step], state: LoopState, batches: Feed, *, wait: bool
+) -> LoopState:
     """Do one step on the next batch.
 
     Args:
@@ -94,7 +104,9 @@ def train_step(run: Run, compiled: Mapping[int, Step], state: LoopState, batches
     with timed("the first batch and step") if wait else nullcontext():
         batch, position = next(batches)
         step = compiled[batch["input_ids"].shape[-1]]
-        done, metrics = step(state.train, run.frozen, put_batch(run.setup.mesh, batch, run.row_axis))
+        done, metrics = step(
+            state.train, run.frozen, put_batch(run.setup.mesh, batch, run.row_axis)
+        )
         jax.block_until_ready(metrics if wait else ())
     run.metrics.add(state.step + 1, position, metrics)
     return dataclasses.replace(state, train=done, step=state.step + 1, position=position)
@@ -118,15 +130,27 @@ def evaluate(run: Run, state: LoopState) -> LoopState:
         seconds=before.seconds,
     )
     shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    _log.info("%s step %d validation: %s%s", run.method.name, state.step, shown, "  (best so far)" if won else "")
+    _log.info(
+        "%s step %d validation: %s%s",
+        run.method.name,
+        state.step,
+        shown,
+        "  (best so far)" if won else "",
+    )
     if progress.stopped_early:
         _log.info("stopping early: no better %s in %d evaluations", metric, worse)
     state = dataclasses.replace(state, progress=progress)
-    return dataclasses.replace(state, best=_copied(trainable, state.best), best_figures=figures) if won else state
+    return (
+        dataclasses.replace(state, best=_copied(trainable, state.best), best_figures=figures)
+        if won
+        else state
+    )
 
 
 def _copied(trainable: Tree, before: Tree | None) -> Tree:
-    """Return a copy, for the step is given its state for good; what was the best before is freed, whoever still names it."""
+    """Return a copy, for the step is given its state for good; what was the best before is freed,
+    whoever still names it.
+    """
     for leaf in jax.tree.leaves(before):
         leaf.delete()
     return jax.tree.map(jnp.copy, trainable)
@@ -142,23 +166,33 @@ def save(run: Run, state: LoopState) -> LoopState:
         "position": state.position,
         "method": run.method.as_dict(),
     }
-    run.checkpoints.save(state.step, state.train, state.best, meta, fixed_leaves(run.method, run.frozen))
+    run.checkpoints.save(
+        state.step, state.train, state.best, meta, fixed_leaves(run.method, run.frozen)
+    )
     return dataclasses.replace(state, progress=progress)
 
 
 def conclude(run: Run, state: LoopState) -> RunResult:
-    """Evaluate the best step on the test rows, where the validation rows that chose it are not all there are."""
+    """Evaluate the best step on the test rows, where the validation rows that chose it are not all
+    there are.
+    """
     setup, split = run.setup, run.setup.data.judged_by
     best = state.best if state.best is not None else state.train.trainable
     known = state.best_figures if split == "validation" else None
     try:
-        test = dict(known) if known is not None else run.evaluator(best, run.frozen, setup.data.test)
+        test = (
+            dict(known) if known is not None else run.evaluator(best, run.frozen, setup.data.test)
+        )
     except Stopped as stopped:
         _say_stopped(stopped, state)
         raise
-    run.metrics.write(state.step, {f"{records.FINAL[split]}/{name}": value for name, value in test.items()})
+    run.metrics.write(
+        state.step, {f"{records.FINAL[split]}/{name}": value for name, value in test.items()}
+    )
     best_step = state.progress.best_step if state.progress.best_step is not None else state.step
-    return RunResult(run.method, best, run.frozen, state.step, best_step, split, test, state.progress.seconds)
+    return RunResult(
+        run.method, best, run.frozen, state.step, best_step, split, test, state.progress.seconds
+    )
 
 
 def _say_stopped(stopped: Stopped, saved: LoopState) -> None:
@@ -166,12 +200,14 @@ def _say_stopped(stopped: Stopped, saved: LoopState) -> None:
     _log.info("stopped on request; step %d is saved, the same command resumes from it", saved.step)
 
 
-# ------------------------------------------------------------------------------------------------------- what is due
+# -------------------------------------------------------------------------------------- what is due
 
 
 def finished(run: Run, state: LoopState) -> bool:
     """Return whether nothing is left to be done, evaluations included."""
-    return state.progress.stopped_early or (state.step >= run.setup.steps and not evaluation_due(run, state))
+    return state.progress.stopped_early or (
+        state.step >= run.setup.steps and not evaluation_due(run, state)
+    )
 
 
 def evaluation_due(run: Run, state: LoopState) -> bool:
@@ -186,7 +222,7 @@ def ends_period(run: Run, step: int, period: int | None) -> bool:
     return every is not None and step > 0 and step % every == 0
 
 
-# -------------------------------------------------------------------------------------------------- compiled steps
+# ----------------------------------------------------------------------------------- compiled steps
 
 
 def compile_steps(run: Run, state: TrainState) -> Mapping[int, Step]:
@@ -196,11 +232,15 @@ def compile_steps(run: Run, state: TrainState) -> Mapping[int, Step]:
     train_step = make_train_step(setup.model, setup.loss, run.optimizer, parts, penalty)
     step = jit_train_step(train_step, mesh, run.shardings, compiling.options(mesh.devices.flat[0]))
     run.stop.raise_if_requested()
-    with timed(f"compiling the {run.method.name} step for rows of {' or '.join(map(str, lengths))} tokens"):
+    with timed(
+        f"compiling the {run.method.name} step for rows of {' or '.join(map(str, lengths))} tokens"
+    ):
         sample = setup.data.batches.sample()
         batches = (_abstract_batch(sample, length, mesh, run.row_axis) for length in lengths)
         lowered = [step.lower(state, run.frozen, batch) for batch in batches]
-        return dict(zip(lengths, compiling.compile_each(lowered, mesh.devices.flat[0]), strict=True))
+        return dict(
+            zip(lengths, compiling.compile_each(lowered, mesh.devices.flat[0]), strict=True)
+        )
 
 
 def _abstract_batch(
@@ -210,8 +250,13 @@ def _abstract_batch(
     ids = batch["input_ids"].shape
 
     shapes = {
-        name: jax.ShapeDtypeStruct((*ids[:-1], length) if has_positions(a, ids) else a.shape, a.dtype)
+        name: jax.ShapeDtypeStruct(
+            (*ids[:-1], length) if has_positions(a, ids) else a.shape, a.dtype
+        )
         for name, a in batch.items()
     }
     where = batch_shardings(mesh, shapes, axis)
-    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where[name]) for name, a in shapes.items()}
+    return {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where[name])
+        for name, a in shapes.items()
+    }

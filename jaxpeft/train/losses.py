@@ -1,4 +1,6 @@
-"""Losses as a sum and a weight, so that parts of a batch add up to exactly the whole batch's loss."""
+"""Losses as a sum and a weight, so that parts of a batch add up to exactly the whole batch's
+loss.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from jaxpeft.train.outputs import Batch, Outputs
 Loss = Callable[[Outputs, Batch], tuple[jax.Array, jax.Array]]
 
 
-def causal_lm(outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()) -> tuple[jax.Array, jax.Array]:  # noqa: B008 - frozen
+def causal_lm(
+    outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()
+) -> tuple[jax.Array, jax.Array]:
     """Next-token loss: position t predicts the label at t + 1.
 
     Args:
@@ -32,18 +36,28 @@ def causal_lm(outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntro
     return through_head(entropy, outputs.head, outputs.hidden, following, batch["weights"][:, None])
 
 
-def tokens(outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()) -> tuple[jax.Array, jax.Array]:  # noqa: B008 - frozen
-    """Token classification: `logits [batch, length, classes]`, `labels [batch, length]`; `(sum, number of tokens)`."""
+def tokens(
+    outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()
+) -> tuple[jax.Array, jax.Array]:
+    """Token classification: `logits [batch, length, classes]`, `labels [batch, length]`; `(sum,
+    number of tokens)`.
+    """
     return entropy.sums(outputs.logits, batch["labels"], batch["weights"][:, None])
 
 
-def single_label(outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()) -> tuple[jax.Array, jax.Array]:  # noqa: B008 - frozen
-    """One class a row: `logits [batch, classes]`, `labels [batch]` int32; `(sum, number of rows)`."""
+def single_label(
+    outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()
+) -> tuple[jax.Array, jax.Array]:
+    """One class a row: `logits [batch, classes]`, `labels [batch]` int32; `(sum, number of
+    rows)`.
+    """
     return entropy.sums(outputs.logits, batch["labels"], batch["weights"])
 
 
 def multi_label(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Several classes a row, each its own yes or no: `labels [batch, classes]` float32 of 0 and 1; `(sum, rows)`."""
+    """Several classes a row, each its own yes or no: `labels [batch, classes]` float32 of 0 and 1;
+    `(sum, rows)`.
+    """
     losses = optax.sigmoid_binary_cross_entropy(outputs.logits.astype(jnp.float32), batch["labels"])
     return jnp.sum(losses.mean(-1) * batch["weights"]), jnp.sum(batch["weights"])
 
@@ -62,7 +76,7 @@ _ENTROPIES: Mapping[str | None, Callable[..., tuple[jax.Array, jax.Array]]] = {
 _OTHERS: Mapping[str | None, Loss] = {"multi_label": multi_label, "regression": regression}
 
 
-def loss_for(task: str, problem: str | None, entropy: CrossEntropy = CrossEntropy()) -> Loss:  # noqa: B008 - frozen
+def loss_for(task: str, problem: str | None, entropy: CrossEntropy = CrossEntropy()) -> Loss:
     """Return the loss of a task.
 
     Args:

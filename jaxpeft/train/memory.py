@@ -1,4 +1,6 @@
-"""How much memory a step takes, as far as can be told before anything is compiled, and what the backward pass should keep in it."""
+"""How much memory a step takes, as far as can be told before anything is compiled, and what the
+backward pass should keep in it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from jaxpeft.sharding.sizes import FSDP, SEQUENCE, TENSOR
 from jaxpeft.train.head_loss import MOST_LOGITS
 
 USABLE = 0.92
-"""Share of a device's memory that a step is planned into: the allocator needs room between its pieces."""
+"""Share of a device's memory that a step is planned into: the allocator needs room between its
+pieces.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Estimate:
         base: the frozen leaves, as they are stored.
         trained: the trained leaves, their gradients and the optimizer's two moments, float32.
         kept: activations, by the policy of remat.
-        working: the activations of the layer at work, its scores where they are written out, and the logits of a chunk.
+        working: the activations of the layer at work, its scores where they are written out, and
+            the logits of a chunk.
     """
 
     base: int
@@ -51,17 +56,23 @@ class Estimate:
     def largest(self, remat: str, count: int = 3) -> list[tuple[str, int]]:
         """Return the largest terms of it under a policy, with what they are called."""
         terms = {
-            "the base": self.base, "trained leaves, gradients and moments": self.trained,
-            "activations": self.kept[remat], "the layer at work and logits": self.working,
-        }  # fmt: skip
+            "the base": self.base,
+            "trained leaves, gradients and moments": self.trained,
+            "activations": self.kept[remat],
+            "the layer at work and logits": self.working,
+        }
         return sorted(terms.items(), key=lambda term: -term[1])[:count]
 
     def fastest(self, budget: float) -> str:
-        """Return the policy that computes least again of those that fit into `budget` bytes, `full` where none does."""
+        """Return the policy that computes least again of those that fit into `budget` bytes, `full`
+        where none does.
+        """
         return fastest(self.total, budget)
 
 
-def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layout | None = None) -> Estimate:
+def estimate(
+    outline: Outline, trained: int, rows: int, length: int, where: Layout | None = None
+) -> Estimate:
     """Estimate the memory of a step on each device.
 
     Args:
@@ -79,8 +90,14 @@ def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layo
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     # of a language model the head is left out: its loss is computed in chunks
     asked: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
-    jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **asked))(abstract_params(one), ids)
-    size, hidden, tensor = jnp.dtype(options.dtype).itemsize, model.config.hidden_size, _along(where, TENSOR)
+    jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **asked))(
+        abstract_params(one), ids
+    )
+    size, hidden, tensor = (
+        jnp.dtype(options.dtype).itemsize,
+        model.config.hidden_size,
+        _along(where, TENSOR),
+    )
     marked: Counter[str] = Counter()
     for name, aval in _named(jaxpr.jaxpr):
         marked[name] += _share(name, aval, hidden, tensor)
@@ -95,18 +112,27 @@ def estimate(outline: Outline, trained: int, rows: int, length: int, where: Layo
     return Estimate(
         base=base,
         trained=16 * trained,
-        kept={name: policy.nbytes(layers, stream, marked) for name, policy in REMAT_POLICIES.items()},
-        working=scores + gathered + 2 * one_layer + 2 * size * min(MOST_LOGITS, rows * length * vocab),
+        kept={
+            name: policy.nbytes(layers, stream, marked) for name, policy in REMAT_POLICIES.items()
+        },
+        working=scores
+        + gathered
+        + 2 * one_layer
+        + 2 * size * min(MOST_LOGITS, rows * length * vocab),
     )
 
 
 def _scores(kernel: str, queries: int, keys: int) -> int:
-    """Return how many scores attention over spread positions holds at once; those behind the softmax and their gradients are as many."""
+    """Return how many scores attention over spread positions holds at once; those behind the
+    softmax and their gradients are as many.
+    """
     return queries * (block_of(queries, keys) if kernel == "chunked" else keys)
 
 
 def _share(name: str, aval: Any, hidden: int, tensor: int) -> int:
-    """Return the bytes of an activation on a device: all of what is as wide as the model, a share of heads and wider ones."""
+    """Return the bytes of an activation on a device: all of what is as wide as the model, a share
+    of heads and wider ones.
+    """
     whole = name != ATTENTION and aval.ndim == 3 and aval.shape[-1] == hidden
     return aval.size * aval.dtype.itemsize // (1 if whole else tensor)
 
@@ -131,11 +157,17 @@ def budget_of(device: Any, given: float | None) -> float | None:
     if given is not None:
         return given * 1e9
     stats = device.memory_stats() or {}
-    return USABLE * stats["bytes_limit"] if "bytes_limit" in stats and device.platform != "cpu" else None
+    return (
+        USABLE * stats["bytes_limit"]
+        if "bytes_limit" in stats and device.platform != "cpu"
+        else None
+    )
 
 
 def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
-    """Return the bytes of the base on a device, and of what is fetched or gathered of it at once: two layers, and the largest table."""
+    """Return the bytes of the base on a device, and of what is fetched or gathered of it at once:
+    two layers, and the largest table.
+    """
     layers = outline.model.config.num_hidden_layers
     base = one_layer = table = 0
     for path, leaf in paths.walk(outline.leaves):
@@ -152,7 +184,9 @@ def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
 
 
 def _named(jaxpr: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the names that values bear, and their shapes and dtypes, those in inner programs too."""
+    """Yield the names that values bear, and their shapes and dtypes, those in inner programs
+    too.
+    """
     for equation in jaxpr.eqns:
         if equation.primitive.name == "name":
             yield equation.params["name"], equation.outvars[0].aval

@@ -1,4 +1,6 @@
-"""What the end of a run prints: its figures, and Python that makes the first prediction with its adapter."""
+"""What the end of a run prints: its figures, and Python that makes the first prediction with its
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ if TYPE_CHECKING:
     from jaxpeft.train.setup import Setup
 
 _CHAT = (
-    "chat = tokenizer.apply_chat_template([{'role': 'user', 'content': 'a question'}], tokenize=False, add_generation_prompt=True)",
+    (
+        "chat = tokenizer.apply_chat_template([{'role': 'user', 'content': 'a question'}],"
+        " tokenize=False, add_generation_prompt=True)"
+    ),
     "ids = tokenizer(chat, add_special_tokens=False)['input_ids']",
 )
 
@@ -23,12 +28,15 @@ def row(name: str, figure: str, share: float | None = None, seconds: float | Non
         share: of the parameters that were trained.
         seconds: of training.
     """
-    cost = "" if share is None or seconds is None else f"   {share:>8.3%} trained   {seconds:>6.1f} s"
+    cost = (
+        "" if share is None or seconds is None else f"   {share:>8.3%} trained   {seconds:>6.1f} s"
+    )
     return f"  {name:<18}{figure:>9}{cost}"
 
 
 def prediction(setup: Setup, adapter: Path) -> str:
-    """Return lines of Python that load the adapter onto its base and predict, in the names of the labels.
+    """Return lines of Python that load the adapter onto its base and predict, in the names of the
+    labels.
 
     Args:
         setup: of the run.
@@ -55,7 +63,11 @@ def _generated(setup: Setup) -> tuple[str, ...]:
     )
     return (
         "from jaxpeft.evaluation.generation import greedy",
-        *(_CHAT if setup.provenance.decided.chats else (f"ids = tokenizer({prompt})['input_ids']",)),
+        *(
+            _CHAT
+            if setup.provenance.decided.chats
+            else (f"ids = tokenizer({prompt})['input_ids']",)
+        ),
         "ends = {settings.eos_token_id, tokenizer.eos_token_id} - {None}",
         "(answer,) = greedy(model, params, [ids], most=32, ends=ends)",
         "print(tokenizer.decode(answer))",
@@ -64,10 +76,17 @@ def _generated(setup: Setup) -> tuple[str, ...]:
 
 def _classified(setup: Setup) -> tuple[str, ...]:
     pairs = setup.provenance.decided.pairs
-    types = ", token_type_ids=inputs['token_type_ids']" if pairs and setup.data.train.type_ids is not None else ""
+    types = (
+        ", token_type_ids=inputs['token_type_ids']"
+        if pairs and setup.data.train.type_ids is not None
+        else ""
+    )
     text = "'one text', 'the other'" if pairs else "'some text'"
     return (
         f"inputs = tokenizer({text}, return_tensors='np')",
-        f"logits = jaxpeft.apply(model, params, inputs['input_ids'], inputs['attention_mask']{types})",
+        (
+            "logits = jaxpeft.apply(model, params, inputs['input_ids'],"
+            f" inputs['attention_mask']{types})"
+        ),
         "print(settings.predict(logits))",
     )

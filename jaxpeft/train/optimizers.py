@@ -33,7 +33,10 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
     ratio = config.warmup_ratio if config.warmup_ratio is not None else 0.0
     warmup = config.warmup_steps if config.warmup_steps is not None else round(ratio * steps)
     if warmup >= steps:
-        raise ConfigError(f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps} steps")
+        raise ConfigError(
+            f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps}"
+            " steps"
+        )
     left, end = steps - warmup, peak * config.final_ratio
     decays: dict[str, Callable[[], optax.Schedule]] = {
         "linear": lambda: optax.linear_schedule(peak, end, left),
@@ -45,7 +48,9 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
     if not warmup:
         return after
     # the first step of the warm-up is not wasted at a rate of zero
-    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup]
+    )
 
 
 def _stable_decay(peak: float, end: float, left: int, decay: int) -> optax.Schedule:
@@ -55,33 +60,48 @@ def _stable_decay(peak: float, end: float, left: int, decay: int) -> optax.Sched
     )
 
 
-def build(config: OptimizerConfig, steps: int, method: Method | None = None) -> optax.GradientTransformation:
-    """Make the optimizer: clipping by the global norm, then the update, with a learning rate of its own for the head.
+def build(
+    config: OptimizerConfig, steps: int, method: Method | None = None
+) -> optax.GradientTransformation:
+    """Make the optimizer: clipping by the global norm, then the update, with a learning rate of its
+    own for the head.
 
     It is given the trainable part of the tree, and so holds no state for a frozen leaf.
 
     Args:
         config: the optimizer's options.
         steps: of the whole run.
-        method: what is trained, which may give leaves rates of their own, and the optimizer more to do.
+        method: what is trained, which may give leaves rates of their own, and the optimizer more to
+            do.
     """
     update = _update(config, schedule(config, config.learning_rate, steps))
     if config.head_learning_rate is not None:
         head = _update(config, schedule(config, config.head_learning_rate, steps))
         update = optax.partition({"base": update, "head": head}, _labels)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
+    clip = (
+        optax.clip_by_global_norm(config.clip_norm)
+        if config.clip_norm is not None
+        else optax.identity()
+    )
     if method is None:
         return optax.chain(clip, update)
-    return training_hooks.wrap_optimizer(method, optax.chain(clip, update, _at_rates(method)), steps)
+    return training_hooks.wrap_optimizer(
+        method, optax.chain(clip, update, _at_rates(method)), steps
+    )
 
 
 def _at_rates(method: Method) -> optax.GradientTransformation:
-    """Scale updates by the rate that the method gives each leaf: as if its learning rate were so many times the others'."""
+    """Scale updates by the rate that the method gives each leaf: as if its learning rate were so
+    many times the others'.
+    """
 
     def scale(updates: Any, params: Any) -> Any:
         del params
         return paths.map_with_path(
-            lambda path, leaf: leaf if (rate := training_hooks.rate(method, path)) == 1.0 else rate * leaf, updates
+            lambda path, leaf: (
+                leaf if (rate := training_hooks.rate(method, path)) == 1.0 else rate * leaf
+            ),
+            updates,
         )
 
     return optax.stateless(scale)
@@ -92,7 +112,9 @@ def _labels(tree: Tree) -> Tree:
 
 
 def _decayed(tree: Tree) -> Tree:
-    return paths.map_with_path(lambda path, leaf: path[-1] not in _NOT_DECAYED and not _masked(leaf), tree)
+    return paths.map_with_path(
+        lambda path, leaf: path[-1] not in _NOT_DECAYED and not _masked(leaf), tree
+    )
 
 
 def _masked(leaf: Any) -> bool:
@@ -103,7 +125,13 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
     decay = config.weight_decay
     kinds: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adamw": lambda: optax.adamw(
-            rate, config.b1, config.b2, config.eps, weight_decay=decay, mask=_decayed, mu_dtype=jnp.float32
+            rate,
+            config.b1,
+            config.b2,
+            config.eps,
+            weight_decay=decay,
+            mask=_decayed,
+            mu_dtype=jnp.float32,
         ),
         "lion": lambda: optax.lion(rate, config.b1, config.b2, weight_decay=decay, mask=_decayed),
         # optax's own weight decay comes behind the learning rate, and would not follow it
@@ -121,7 +149,9 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
 
 def options_for(config: Config) -> OptimizerConfig:
     """Return the optimizer's options for the method of a config."""
-    return for_head_alone(config.optimizer) if trains_head_alone(config.method) else config.optimizer
+    return (
+        for_head_alone(config.optimizer) if trains_head_alone(config.method) else config.optimizer
+    )
 
 
 def for_head_alone(config: OptimizerConfig) -> OptimizerConfig:

@@ -43,11 +43,24 @@ class Outputs:
         return self._run({"hidden": True})
 
     def head(self, x: jax.Array, chunk: jax.Array) -> jax.Array:
-        """Return the logits of hidden states; `chunk`, an int32 scalar, tells one call's dropout from another's."""
+        """Return the logits of hidden states; `chunk`, an int32 scalar, tells one call's dropout
+        from another's.
+        """
         rngs = None if self.key is None else {"dropout": jax.random.fold_in(self.key, chunk)}
         return run(self.model, self.params, x, rngs=rngs, method="head")
 
     def _run(self, asked: Mapping[str, Any]) -> jax.Array:
-        batch, extra = self.batch, {name: self.batch[name] for name in _INPUTS if name in self.batch}
+        batch, extra = (
+            self.batch,
+            {name: self.batch[name] for name in _INPUTS if name in self.batch},
+        )
         rngs = None if self.key is None else {"dropout": self.key}
-        return run(self.model, self.params, batch["input_ids"], batch["attention_mask"], rngs=rngs, **extra, **asked)
+        return run(
+            self.model,
+            self.params,
+            batch["input_ids"],
+            batch["attention_mask"],
+            rngs=rngs,
+            **extra,
+            **asked,
+        )

@@ -25,7 +25,15 @@ def draw(path: Path, name: str, folder: Path, metric: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lines = read_lines(folder / "metrics.jsonl")
     color = _curve(left, name, lines, "loss")
-    _curve(left, f"{name}, validation", lines, "validation/loss", color=color, linestyle="--", marker="o")
+    _curve(
+        left,
+        f"{name}, validation",
+        lines,
+        "validation/loss",
+        color=color,
+        linestyle="--",
+        marker="o",
+    )
     _curve(right, name, lines, f"validation/{metric}", marker="o")
     left.set(title="loss", xlabel="step", ylabel="loss")
     right.set(title=f"validation {metric}", xlabel="step", ylabel=metric)
@@ -39,5 +47,7 @@ def draw(path: Path, name: str, folder: Path, metric: str) -> None:
 def _curve(axes: Any, name: str, lines: list[dict[str, Any]], key: str, **style: Any) -> Any:
     """Draw a curve; return its color."""
     points = [(line["step"], line[key]) for line in lines if key in line]
-    (line,) = axes.plot([step for step, _ in points], [value for _, value in points], label=name, **style)
+    (line,) = axes.plot(
+        [step for step, _ in points], [value for _, value in points], label=name, **style
+    )
     return line.get_color()

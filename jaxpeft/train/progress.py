@@ -19,7 +19,8 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def rows_shown(kind: str, what: str) -> Generator[Callable[[int, int], None] | None]:
-    """Return a function `(rows done, rows in all)` that shows a bar, or None where no bar is wanted.
+    """Return a function `(rows done, rows in all)` that shows a bar, or None where no bar is
+    wanted.
 
     Args:
         kind: `auto`, `bar`, `plain` or `off`.
@@ -28,8 +29,14 @@ def rows_shown(kind: str, what: str) -> Generator[Callable[[int, int], None] | N
     if _resolved(kind) != "bar":
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} rows"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} rows"),
+    )
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -64,9 +71,17 @@ class StepProgress:
         self._started, self._first = time.perf_counter(), done
         self._bar: Progress | None = None
         if kind == "bar":
-            columns = (TextColumn("{task.description}"), BarColumn(12), TextColumn("{task.completed}/{task.total}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
-                                 console=Console(stderr=True))  # fmt: skip
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(12),
+                TextColumn("{task.completed}/{task.total}"),
+            )
+            self._bar = Progress(
+                *columns,
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=Console(stderr=True),
+            )
             self._task = self._bar.add_task(name, total=total, completed=done, figures="")
             self._bar.start()
 
@@ -75,8 +90,14 @@ class StepProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         elif self._kind == "plain":
-            left = (time.perf_counter() - self._started) / max(1, step - self._first) * (self._total - step)
-            _log.info("%s step %d/%d  %s  %s left", self._name, step, self._total, figures, _clock(left))
+            left = (
+                (time.perf_counter() - self._started)
+                / max(1, step - self._first)
+                * (self._total - step)
+            )
+            _log.info(
+                "%s step %d/%d  %s  %s left", self._name, step, self._total, figures, _clock(left)
+            )
 
     def close(self) -> None:
         """Take the bar away."""

@@ -32,7 +32,9 @@ class Writer(Protocol):
 
 
 FINAL = {"test": "test", "validation": "best_validation"}
-"""What the figures of the best step are called, by the split that they are of; `validation` are those on the way."""
+"""What the figures of the best step are called, by the split that they are of; `validation` are
+those on the way.
+"""
 
 
 class JsonLines:
@@ -40,8 +42,8 @@ class JsonLines:
 
     Args:
         path: of the file.
-        resume_at: the step that a run goes on from; lines of later steps, written before it was interrupted, are dropped, and
-            those that are damaged are put aside.
+        resume_at: the step that a run goes on from; lines of later steps, written before it was
+            interrupted, are dropped, and those that are damaged are put aside.
     """
 
     def __init__(self, path: Path, resume_at: int) -> None:
@@ -50,8 +52,15 @@ class JsonLines:
             aside = path.with_name(f"{path.name}.damaged")
             with aside.open("ab") as file:
                 file.writelines(line + b"\n" for line in damaged.values())
-            numbers = ", ".join(map(str, list(damaged)[:_MOST_TOLD])) + (", ..." if len(damaged) > _MOST_TOLD else "")
-            _log.warning("%s: damaged in line %s: put aside in %s; the other lines stay", path, numbers, aside.name)
+            numbers = ", ".join(map(str, list(damaged)[:_MOST_TOLD])) + (
+                ", ..." if len(damaged) > _MOST_TOLD else ""
+            )
+            _log.warning(
+                "%s: damaged in line %s: put aside in %s; the other lines stay",
+                path,
+                numbers,
+                aside.name,
+            )
         # the final figures come last, and are written again
         kept = [line for line in lines if line["step"] <= resume_at and not _is_final(line)]
         atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -77,7 +86,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(text: bytes) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
-    """Return the lines of a metrics.jsonl, of those that were written twice the last, and the damaged ones by their numbers."""
+    """Return the lines of a metrics.jsonl, of those that were written twice the last, and the
+    damaged ones by their numbers.
+    """
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     damaged: dict[int, bytes] = {}
     for number, raw in enumerate(text.split(b"\n"), 1):
@@ -102,9 +113,16 @@ def _is_line(value: Any) -> bool:
 
 
 def validation_of(path: Path, step: int) -> dict[str, float]:
-    """Return the validation figures of a step in a metrics.jsonl; none where that step was not evaluated."""
+    """Return the validation figures of a step in a metrics.jsonl; none where that step was not
+    evaluated.
+    """
     lines = (line for line in read_lines(path) if line.get("step") == step)
-    named = ((name, value) for line in lines for name, value in line.items() if name.startswith("validation/"))
+    named = (
+        (name, value)
+        for line in lines
+        for name, value in line.items()
+        if name.startswith("validation/")
+    )
     return {name.removeprefix("validation/"): value for name, value in named}
 
 
@@ -113,13 +131,16 @@ class TensorBoard:
 
     Args:
         folder: where they go.
-        resume_at: the step that a run goes on from; TensorBoard drops what was written of later steps.
+        resume_at: the step that a run goes on from; TensorBoard drops what was written of later
+            steps.
     """
 
     def __init__(self, folder: Path, resume_at: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_at + 1 if resume_at else None)
+        self._writer: Any = SummaryWriter(
+            str(folder), purge_step=resume_at + 1 if resume_at else None
+        )
 
     def write(self, step: int, figures: Figures) -> None:
         """Write a scalar for each figure."""
@@ -136,12 +157,15 @@ class WeightsAndBiases:
 
     Args:
         project: its project.
-        folder: the run's folder, whose name is the run's name and id, so that a resumed run goes on.
+        folder: the run's folder, whose name is the run's name and id, so that a resumed run goes
+            on.
     """
 
     def __init__(self, project: str, folder: Path) -> None:
         wandb: Any = importlib.import_module("wandb")
-        self._run: Any = wandb.init(project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow")
+        self._run: Any = wandb.init(
+            project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow"
+        )
 
     def write(self, step: int, figures: Figures) -> None:
         """Log the figures."""
@@ -159,7 +183,9 @@ def check(log: LogConfig) -> None:
         ConfigError: Weights & Biases is asked for and not installed.
     """
     if log.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f"log.wandb: project {log.wandb!r} asks for the package wandb; run `pip install wandb`")
+        raise ConfigError(
+            f"log.wandb: project {log.wandb!r} asks for the package wandb; run `pip install wandb`"
+        )
 
 
 def open_writers(log: LogConfig, folder: Path, resume_at: int) -> list[Writer]:

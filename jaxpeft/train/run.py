@@ -85,7 +85,8 @@ class LoopState:
         position: where the data goes on.
         progress: of the evaluations.
         best: the trainable part at the best step, None before the first evaluation.
-        best_figures: of the validation rows at that step, None where they were not evaluated since the start of the process.
+        best_figures: of the validation rows at that step, None where they were not evaluated since
+            the start of the process.
     """
 
     train: TrainState
@@ -108,7 +109,8 @@ class RunResult:
         best_step: the step of `trainable`.
         split: `test`, or `validation` where there are no test rows: those that chose the best step.
         test: the figures of its rows.
-        seconds: spent on training over all resumptions, evaluations and their compilation included, that of the step not.
+        seconds: spent on training over all resumptions, evaluations and their compilation included,
+            that of the step not.
     """
 
     method: Method

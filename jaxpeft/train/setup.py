@@ -1,4 +1,6 @@
-"""From a config to what a run needs: tokenizer, rows, model, loss. What is the same for every method."""
+"""From a config to what a run needs: tokenizer, rows, model, loss. What is the same for every
+method.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ class RunData:
         batches: the training batches.
         problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
         labels: names of the classes.
-        samples: a few test rows to answer: the prompt's tokens, and the answer as it is in the rows.
+        samples: a few test rows to answer: the prompt's tokens, and the answer as it is in the
+            rows.
         tokenizer: of the model.
         pad_id: token to pad with.
     """
@@ -137,11 +140,15 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.label_names)
     base, tensors = _base(source, described, splits, peers)
     batches = make_batches(config, splits)
-    steps = config.train.steps or max(1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0)))
+    steps = config.train.steps or max(
+        1, round((config.train.epochs or 0) * (batches.steps_per_epoch or 0))
+    )
     outlined = choose_outline(config, splits, batches.lengths[-1], steps, mesh, peers)
     found = memory.layout_of(outlined, mesh, rules)
     params = outlined.read_sharded(found, config.train.seed)
-    model = fetching.bringing(outlined.model, found).clone(source=dataclasses.replace(source, sha256=base["sha256"]))
+    model = fetching.bringing(outlined.model, found).clone(
+        source=dataclasses.replace(source, sha256=base["sha256"])
+    )
     return Setup(
         config=config,
         model=model,
@@ -153,7 +160,9 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
         rules=rules,
         steps=steps,
         provenance=Provenance(
-            {"config": as_dict(config), "base": base, "data": splits.identity}, tensors, decide(config, splits)
+            {"config": as_dict(config), "base": base, "data": splits.identity},
+            tensors,
+            decide(config, splits),
         ),
         peers=peers,
     )
@@ -174,7 +183,9 @@ def _run_data(config: Config, splits: Splits, batches: data.Batches | Stream) ->
 
 
 def _mesh(config: Config, source: sources.Source) -> Mesh:
-    """Return the devices of a run, which must go with its model's heads, its processes and what it offloads."""
+    """Return the devices of a run, which must go with its model's heads, its processes and what it
+    offloads.
+    """
     mesh = make_mesh(config, heads=heads_of(read_json(source.folder / "config.json")))
     check_processes(mesh)
     fetching.check(config.mesh, mesh)
@@ -184,7 +195,9 @@ def _mesh(config: Config, source: sources.Source) -> Mesh:
 def _base(
     source: sources.Source, described: Mapping[str, Any], splits: Splits, peers: Peers
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what makes the base this base, and the SHA-256 of each of its tensors; refuse other files or rows of another process."""
+    """Return what makes the base this base, and the SHA-256 of each of its tensors; refuse other
+    files or rows of another process.
+    """
     sha256, tensors = _fingerprint(source, peers)
     base = {"sha256": sha256, "config": described}
     sizes = {file.name: file.stat().st_size for file in weight_files(source)}
@@ -193,11 +206,15 @@ def _base(
 
 
 def _fingerprint(source: sources.Source, peers: Peers) -> tuple[str, dict[str, str]]:
-    """Return the base's fingerprint, and the SHA-256 of each tensor; of several processes each hashes some of the files."""
+    """Return the base's fingerprint, and the SHA-256 of each tensor; of several processes each
+    hashes some of the files.
+    """
     tensors: dict[str, str] = {}
 
     def share(own: list[str]) -> list[str]:
-        found = [line for lines in peers.gathered("hashes of the base's files", own) for line in lines]
+        found = [
+            line for lines in peers.gathered("hashes of the base's files", own) for line in lines
+        ]
         for line in found:
             name, digest = line.rsplit(" ", 1)
             tensors[name] = digest
@@ -210,14 +227,18 @@ def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...
     rows, asked = min(config.evaluation.samples, len(splits.asked)), splits.asked
     if rows and asked.kind not in CHATS:
         raise ConfigError(
-            f"evaluation.samples: {asked.rows.name} holds rows of format {asked.kind}, which have no answers; set it to 0"
+            f"evaluation.samples: {asked.rows.name} holds rows of format {asked.kind}, which have"
+            " no answers; set it to 0"
         )
-    return tuple((splits.encoding.prompt(asked, row), last_answer(asked.texts[row])) for row in range(rows))
+    return tuple(
+        (splits.encoding.prompt(asked, row), last_answer(asked.texts[row])) for row in range(rows)
+    )
 
 
 def _check_metric(metric: str | None, problem: str, labels: Sequence[str]) -> None:
     known = ("loss", *figures_of(problem, labels))
     if metric is not None and metric not in known:
         raise ConfigError(
-            f"evaluation.metric: {metric!r} is not a figure of this data{nearest(metric, known)} (known: {', '.join(known)})"
+            f"evaluation.metric: {metric!r} is not a figure of this data{nearest(metric, known)}"
+            f" (known: {', '.join(known)})"
         )

@@ -42,11 +42,14 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, seed: i
 
 
 def make_loss_sum(model: nn.Module, loss: Loss) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Make `(trainable, frozen, batch, dropout_key or None) -> (loss sum, weight)`, to be differentiated in its first
-    argument: the frozen part is a constant to it, so no gradient of a base weight is ever computed.
+    """Make `(trainable, frozen, batch, dropout_key or None) -> (loss sum, weight)`, to be
+    differentiated in its first argument: the frozen part is a constant to it, so no gradient of a
+    base weight is ever computed.
     """
 
-    def loss_sum(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def loss_sum(
+        trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         return loss(Outputs(model, combine(trainable, frozen), batch, key), batch)
 
     return loss_sum
@@ -59,22 +62,26 @@ def make_train_step(
     accumulation: int,
     penalty: Callable[[Tree], Any] | None = None,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Make the step `(state, frozen, batch) -> (state, metrics)`, to be jitted with its first argument donated.
+    """Make the step `(state, frozen, batch) -> (state, metrics)`, to be jitted with its first
+    argument donated.
 
-    With accumulation the batch's arrays have a leading axis of parts. The sums of the parts are divided once by the sum
-    of their weights, so k parts give the gradient of the one big batch, whatever the tokens in each.
+    With accumulation the batch's arrays have a leading axis of parts. The sums of the parts are
+    divided once by the sum of their weights, so k parts give the gradient of the one big batch,
+    whatever the tokens in each.
 
     Args:
         model: the Linen module.
         loss: gives `(sum, weight)` from what the model makes of a batch.
         optimizer: over the trainable part.
         accumulation: number of parts.
-        penalty: of the trainable part alone, added to the mean loss; gives a scalar, or None for none.
+        penalty: of the trainable part alone, added to the mean loss; gives a scalar, or None for
+            none.
 
     Returns:
-        The step. A batch whose loss or gradient is not finite changes nothing but the step's number, so the parameters and
-        the optimizer's state stay finite. Its metrics are float32 scalars, `loss`, `weight`, `grad_norm` (before
-        clipping), `tokens`, int32, and `broken`, bool [leaves]: whose gradients are not finite, in the order of `jax.tree.leaves`; all of
+        The step. A batch whose loss or gradient is not finite changes nothing but the step's
+        number, so the parameters and the optimizer's state stay finite. Its metrics are float32
+        scalars, `loss`, `weight`, `grad_norm` (before clipping), `tokens`, int32, and `broken`,
+        bool [leaves]: whose gradients are not finite, in the order of `jax.tree.leaves`; all of
         them where the loss alone is not.
     """
     grad = jax.value_and_grad(make_loss_sum(model, loss), has_aux=True)
@@ -93,12 +100,16 @@ def make_train_step(
         zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
         return jax.lax.scan(part, zero, (dict(batch), jnp.arange(accumulation)))[0]
 
-    def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, frozen: Tree, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         total, weight, sums = whole(state, frozen, batch)
         weight_or_one = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight_or_one, sums)
         added, grads = _with_penalty(penalty, state.trainable, grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to the power of an integer step
+        with jax.numpy_dtype_promotion(
+            "standard"
+        ):  # optax raises decay rates to the power of an integer step
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
@@ -106,19 +117,29 @@ def make_train_step(
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         # chosen, not multiplied: 0 * NaN is NaN
         kept = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (trainable, opt_state), (state.trainable, state.optimizer)
+            lambda new, old: jnp.where(good, new, old),
+            (trainable, opt_state),
+            (state.trainable, state.optimizer),
         )
         broken = ~jnp.isfinite(jnp.stack(squares))
         broken = jnp.where(jnp.isfinite(loss), broken, True)
         # counted here: of several processes each knows the tokens of its own rows only
         tokens = jnp.sum(jnp.where(batch["weights"][..., None] > 0, batch["attention_mask"], 0))
-        metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "broken": broken, "tokens": tokens}
+        metrics = {
+            "loss": loss,
+            "weight": weight,
+            "grad_norm": norm,
+            "broken": broken,
+            "tokens": tokens,
+        }
         return TrainState(state.step + 1, kept[0], kept[1], state.rng), metrics
 
     return step
 
 
-def jit_train_step(step: Any, mesh: Mesh, state: Any, options: Mapping[str, Any] | None = None) -> Any:
+def jit_train_step(
+    step: Any, mesh: Mesh, state: Any, options: Mapping[str, Any] | None = None
+) -> Any:
     """Return the jitted step of a mesh, which is given its state for good.
 
     Args:
@@ -128,10 +149,17 @@ def jit_train_step(step: Any, mesh: Mesh, state: Any, options: Mapping[str, Any]
         options: XLA's, for the devices.
     """
     shardings = (state, replicated(mesh))
-    return jax.jit(on_mesh(mesh, step), donate_argnums=0, out_shardings=shardings, compiler_options=dict(options or {}))
+    return jax.jit(
+        on_mesh(mesh, step),
+        donate_argnums=0,
+        out_shardings=shardings,
+        compiler_options=dict(options or {}),
+    )
 
 
-def _with_penalty(penalty: Callable[[Tree], Any] | None, trainable: Tree, grads: Tree) -> tuple[jax.Array, Tree]:
+def _with_penalty(
+    penalty: Callable[[Tree], Any] | None, trainable: Tree, grads: Tree
+) -> tuple[jax.Array, Tree]:
     """Return what a method adds to the loss, and the gradients with its own added."""
     if penalty is None or jax.eval_shape(penalty, trainable) is None:
         return jnp.zeros(()), grads

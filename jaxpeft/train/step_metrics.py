@@ -1,4 +1,6 @@
-"""The figures of a run's steps: read from the devices when they are due, watched, written and shown."""
+"""The figures of a run's steps: read from the devices when they are due, watched, written and
+shown.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from jaxpeft.train.watch import Watch
 
 
 class StepMetrics:
-    """Takes the figures of steps, which stay on the devices until they are due, so that steps are dispatched without waiting.
+    """Takes the figures of steps, which stay on the devices until they are due, so that steps are
+    dispatched without waiting.
 
     Args:
         setup: the prepared run.
@@ -68,7 +71,8 @@ class StepMetrics:
         self._pending.append((step, position, metrics))
 
     def flush(self) -> float:
-        """Write the figures of the steps since the last time; return the loss of the last of them, NaN where there is none.
+        """Write the figures of the steps since the last time; return the loss of the last of them,
+        NaN where there is none.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -116,7 +120,9 @@ class StepMetrics:
             loss = self.flush()
             # what evaluating and saving took is not the training's speed
             seconds = time.perf_counter() - last - self._aside
-            progress.update(step, self._figures(step, loss, (self._tokens - tokens) / max(seconds, 1e-9)))
+            progress.update(
+                step, self._figures(step, loss, (self._tokens - tokens) / max(seconds, 1e-9))
+            )
             last, tokens, self._aside = time.perf_counter(), self._tokens, 0.0
 
         try:
@@ -128,9 +134,16 @@ class StepMetrics:
         """Write the speed at a step; return it as text, with the loss."""
         work, memory = tokens_per_second * self._flops_per_token, memory_gb()
         used = f"MFU {work / self._peak:.1%}" if self._peak else f"{work / 1e9:.1f} GFLOP/s"
-        speed = {"tokens_per_second": tokens_per_second, "model_flops_per_second": work, "memory_gb": memory}
+        speed = {
+            "tokens_per_second": tokens_per_second,
+            "model_flops_per_second": work,
+            "memory_gb": memory,
+        }
         self.write(step, speed)
-        return f"loss {loss:.4f}  lr {self._rate(step):.2e}  {tokens_per_second:,.0f} tok/s  {used}  {memory:.2f} GB"
+        return (
+            f"loss {loss:.4f}  lr {self._rate(step):.2e}  {tokens_per_second:,.0f} tok/s  {used} "
+            f" {memory:.2f} GB"
+        )
 
     def _rate(self, step: int) -> float:
         return float(np.asarray(self._schedule(step - 1)))
@@ -148,11 +161,18 @@ def _names(trainable: Tree) -> list[str]:
 
 def _chance(setup: Setup) -> float | None:
     """Return the loss of a guess: of a classification into n classes, ln n."""
-    classes = setup.model.config.vocab_size if setup.data.problem == "lm" else len(setup.data.labels)
+    classes = (
+        setup.model.config.vocab_size if setup.data.problem == "lm" else len(setup.data.labels)
+    )
     return math.log(classes) if setup.data.problem in ("lm", "single_label", "token") else None
 
 
 def devices_of(params: Tree) -> list[Any]:
     """Return the devices that a tree's leaves are on."""
-    found = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    found = {
+        device
+        for leaf in jax.tree.leaves(params)
+        if isinstance(leaf, jax.Array)
+        for device in leaf.devices()
+    }
     return sorted(found, key=lambda device: device.id)

@@ -1,4 +1,6 @@
-"""What is watched while a run goes on: steps that are skipped, a loss that cannot be right, gradients of zero."""
+"""What is watched while a run goes on: steps that are skipped, a loss that cannot be right,
+gradients of zero.
+"""
 
 from __future__ import annotations
 
@@ -41,30 +43,44 @@ class Watch:
         """
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            bad = [name for name, flag in zip(self._leaves, np.asarray(metrics["broken"]), strict=True) if flag]
+            bad = [
+                name
+                for name, flag in zip(self._leaves, np.asarray(metrics["broken"]), strict=True)
+                if flag
+            ]
             skipped = _Skipped(step, rows, f"loss is {loss}, gradient norm is {norm}", bad)
             _log.warning("step %d is skipped: %s", step, skipped.what)
             self._skipped.append(skipped)
             return {"skipped": 1}
         self._skipped.clear()
         if float(metrics["weight"]) == 0:
-            _log.warning("step %d: no label in its batch (%s); nothing is learned from it", step, rows)
+            _log.warning(
+                "step %d: no label in its batch (%s); nothing is learned from it", step, rows
+            )
             return {"empty": 1, "loss": loss, "grad_norm": norm}
         if step == 1 and self._chance is not None and loss > FAR * self._chance:
             _log.warning(
-                "step 1: loss %.2f is far above that of a guess, %.2f: likely another tokenizer or chat template than the "
-                "model's, or damaged weights; look at `python -m jaxpeft.data --config ...`", loss, self._chance,
-            )  # fmt: skip
+                "step 1: loss %.2f is far above that of a guess, %.2f: likely another tokenizer or"
+                " chat template than the model's, or damaged weights; look at `python -m"
+                " jaxpeft.data --config ...`",
+                loss,
+                self._chance,
+            )
         self._zeros = self._zeros + 1 if norm == 0 else 0
         if self._zeros == ZEROS:
             _log.warning(
-                "step %d: the gradient was exactly 0 for %d steps: nothing is learned; likely no label is learned (look at "
-                "`python -m jaxpeft.data --config ...`), or the loss does not depend on %s", step, ZEROS, self._leaves[0],
-            )  # fmt: skip
+                "step %d: the gradient was exactly 0 for %d steps: nothing is learned; likely no"
+                " label is learned (look at `python -m jaxpeft.data --config ...`), or the loss"
+                " does not depend on %s",
+                step,
+                ZEROS,
+                self._leaves[0],
+            )
         return {"loss": loss, "grad_norm": norm}
 
     def stop_if_too_many(self, newest: Callable[[], str]) -> None:
-        """Stop the run where too many steps in a row were not finite: the program has applied none of them.
+        """Stop the run where too many steps in a row were not finite: the program has applied none
+        of them.
 
         Args:
             newest: names the newest checkpoint, if it is asked.
@@ -77,9 +93,10 @@ class Watch:
         first, last = self._skipped[0], self._skipped[-1]
         leaves = f"{', '.join(last.leaves[:3])}{' and others' if len(last.leaves) > 3 else ''}"
         raise TrainingError(
-            f"step {last.step}: {last.what}, the last of {len(self._skipped)} steps in a row that were skipped, the first of them "
-            f"step {first.step} ({first.rows}); not finite: {leaves}; {newest()}; lower optimizer.learning_rate, set "
-            "optimizer.clip_norm, or look at the rows"
+            f"step {last.step}: {last.what}, the last of {len(self._skipped)} steps in a row that"
+            f" were skipped, the first of them step {first.step} ({first.rows}); not finite:"
+            f" {leaves}; {newest()}; lower optimizer.learning_rate, set optimizer.clip_norm, or"
+            " look at the rows"
         )
 
 

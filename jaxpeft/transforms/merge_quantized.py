@@ -1,4 +1,6 @@
-"""Merging an adapter into a quantized base: decoded, merged in float32, and rounded once, to a dtype or to a number format."""
+"""Merging an adapter into a quantized base: decoded, merged in float32, and rounded once, to a
+dtype or to a number format.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ _log = logging.getLogger(__name__)
 
 
 def merge_quantized(
-    method: Method, params: Mapping[str, Any], quant: Quant | str | None = None, dtype: Any = jnp.bfloat16
+    method: Method,
+    params: Mapping[str, Any],
+    quant: Quant | str | None = None,
+    dtype: Any = jnp.bfloat16,
 ) -> tuple[Tree, dict[str, float]]:
     """Fold an adapter into a quantized base, and say how far what is given is from what was merged.
 
@@ -33,35 +38,52 @@ def merge_quantized(
         dtype: of the kernels that were quantized and are not any more.
 
     Returns:
-        `(tree without adapter leaves, errors)`: `||given - merged|| / ||merged||` of each kernel that was quantized, by the name of
-        its module. What was lost when the base was quantized first is no part of it.
+        `(tree without adapter leaves, errors)`: `||given - merged|| / ||merged||` of each kernel
+        that was quantized, by the name of its module. What was lost when the base was quantized
+        first is no part of it.
 
     Raises:
-        ConfigError: no kernel is quantized, the tree holds no leaf of this method, or a kernel does not fit the number format.
+        ConfigError: no kernel is quantized, the tree holds no leaf of this method, or a kernel does
+            not fit the number format.
         TargetError: a target of `quant` matches nothing.
     """
     held = [site for site in targets.find_sites(params) if kernels.is_quantized(_own(params, site))]
     if not held:
-        raise ConfigError("merge_quantized: no kernel of the base is quantized; jaxpeft.merge gives what it becomes")
+        raise ConfigError(
+            "merge_quantized: no kernel of the base is quantized; jaxpeft.merge gives what it"
+            " becomes"
+        )
     whole = merge(method, dequantize(params))
     made = whole if quant is None else quantize(whole, quant)
     mine = {(*site.path, "kernel") for site in held}
-    given = paths.map_with_path(lambda path, leaf: leaf.astype(dtype) if path in mine else leaf, made)
+    given = paths.map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path in mine else leaf, made
+    )
     errors: dict[str, float] = {}
     for site in held:
         for i, name in enumerate(site.names):
             merged, rounded = (_kernel(tree, site, i) for tree in (whole, given))
-            errors[name] = float(jnp.linalg.norm(rounded - merged) / jnp.maximum(jnp.linalg.norm(merged), 1e-30))
+            errors[name] = float(
+                jnp.linalg.norm(rounded - merged) / jnp.maximum(jnp.linalg.norm(merged), 1e-30)
+            )
     worst = max(errors, key=errors.__getitem__)
     _log.info(
         "merged into %s: %d kernels, relative error %.2e in the median, at most %.2e (%s)",
-        quant or jnp.dtype(dtype).name, len(errors), statistics.median(errors.values()), errors[worst], worst,
-    )  # fmt: skip
+        quant or jnp.dtype(dtype).name,
+        len(errors),
+        statistics.median(errors.values()),
+        errors[worst],
+        worst,
+    )
     return given, errors
 
 
 def _own(params: Mapping[str, Any], site: Site) -> dict[str, Any]:
-    return {key: leaf for key, leaf in paths.get(params, site.path).items() if not isinstance(leaf, Mapping)}
+    return {
+        key: leaf
+        for key, leaf in paths.get(params, site.path).items()
+        if not isinstance(leaf, Mapping)
+    }
 
 
 def _kernel(params: Mapping[str, Any], site: Site, layer: int) -> Any:

@@ -1,14 +1,17 @@
 """Weighted merges of LoRA adapters into one LoRA adapter.
 
-Of each site the updates `s_i A_i B_i` of the adapters that adapt it are combined with weights `w_i`:
+Of each site the updates `s_i A_i B_i` of the adapters that adapt it are combined with weights
+`w_i`:
 
-* `linear`: the factors apart, `A = sum sign(w_i s_i) sqrt|w_i s_i| A_i`, `B = sum sqrt|w_i s_i| B_i`: equal ranks, an approximation;
+* `linear`: the factors apart, `A = sum sign(w_i s_i) sqrt|w_i s_i| A_i`, `B = sum sqrt|w_i s_i|
+  B_i`: equal ranks, an approximation;
 * `cat`: `A = [w_1 s_1 A_1 | w_2 s_2 A_2 | ...]`, `B` below one another: exact, the ranks add up;
 * `svd`: the best approximation of rank r of `sum w_i s_i A_i B_i`;
-* `ties`: only the largest entries of each are kept, a sign is elected for each entry, and those that have it are averaged
-  (Yadav et al. 2023, "TIES-Merging", section 4, arXiv:2306.01708);
-* `dare_linear`, `dare_ties`: entries are dropped at random and the others scaled up first (Yu et al. 2023, "Language Models are
-  Super Mario", section 3, arXiv:2311.03099); `magnitude_prune`: the smallest are dropped;
+* `ties`: only the largest entries of each are kept, a sign is elected for each entry, and those
+  that have it are averaged (Yadav et al. 2023, "TIES-Merging", section 4, arXiv:2306.01708);
+* `dare_linear`, `dare_ties`: entries are dropped at random and the others scaled up first (Yu et
+  al. 2023, "Language Models are Super Mario", section 3, arXiv:2311.03099); `magnitude_prune`: the
+  smallest are dropped;
 * with `_svd`: the same on whole updates in place of the factors, then `svd`.
 """
 
@@ -31,9 +34,18 @@ from jaxpeft.methods.lora import LoRA
 from jaxpeft.transforms.rewrite import rewrite
 
 How = Literal[
-    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
-    "magnitude_prune", "magnitude_prune_svd",
-]  # fmt: skip
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
 Array = jax.Array
 
 
@@ -62,7 +74,8 @@ def merge_adapters(
         `(method, params)`, the scaling of whose every site is 1.
 
     Raises:
-        ConfigError: the adapters are not LoRA's, their ranks do not fit, or an argument is missing or out of range.
+        ConfigError: the adapters are not LoRA's, their ranks do not fit, or an argument is missing
+            or out of range.
     """
     _check(adapters, weights, how, density, rng)
     found = [_sites(method, params) for method, params in adapters]
@@ -72,11 +85,15 @@ def merge_adapters(
     for i, name in enumerate(names):
         held = [(sites[name], w) for sites, w in zip(found, weights, strict=True) if name in sites]
         key = None if rng is None else jax.random.fold_in(rng, i)
-        merged[name] = _merged([h for h, _ in held], [w for _, w in held], how, most, density or 1.0, sign, key)
+        merged[name] = _merged(
+            [h for h, _ in held], [w for _, w in held], how, most, density or 1.0, sign, key
+        )
     top = max(a.shape[1] for a, _ in merged.values())
     ranks = {re.escape(name): a.shape[1] for name, (a, _) in merged.items() if a.shape[1] != top}
     alphas = {name: float(r) for name, r in ranks.items()}
-    method = LoRA(rank=top, alpha=float(top), targets=tuple(names), rank_pattern=ranks, alpha_pattern=alphas)
+    method = LoRA(
+        rank=top, alpha=float(top), targets=tuple(names), rank_pattern=ranks, alpha_pattern=alphas
+    )
     first, params = adapters[0]
     tree = rewrite(method, without_adapter(first, params), jax.random.key(0))
     for site, on in chosen_sites(method, tree).items():
@@ -91,7 +108,11 @@ def merge_adapters(
 
 
 def _check(
-    adapters: Sequence[tuple[LoRA, Any]], weights: Sequence[float], how: str, density: float | None, rng: Array | None
+    adapters: Sequence[tuple[LoRA, Any]],
+    weights: Sequence[float],
+    how: str,
+    density: float | None,
+    rng: Array | None,
 ) -> None:
     problems: list[str] = []
     if how not in get_args(How):
@@ -102,10 +123,14 @@ def _check(
     if others:
         problems.append(f"adapters: {others[0]} adapters cannot be merged with weights, LoRA's can")
     if any(getattr(method, "lora_bias", False) for method, _ in adapters):
-        problems.append("adapters: one of them trains lora_bias, which has no part in a weighted merge")
+        problems.append(
+            "adapters: one of them trains lora_bias, which has no part in a weighted merge"
+        )
     drops = how.split("_")[0] in ("ties", "dare", "magnitude")
     if drops and (density is None or not 0 < density <= 1):
-        problems.append(f"density: {how} keeps a share of the entries above 0 and at most 1, is {density}")
+        problems.append(
+            f"density: {how} keeps a share of the entries above 0 and at most 1, is {density}"
+        )
     if how.startswith("dare") and rng is None:
         problems.append(f"rng: {how} drops entries at random; give a key")
     if problems:
@@ -114,7 +139,9 @@ def _check(
 
 
 def _sites(method: LoRA, params: Mapping[str, Any]) -> dict[str, tuple[Array, Array, float]]:
-    """Return `(A [in, r], B [r, out], s)` of each adapted site of each layer, a start that is taken off among them."""
+    """Return `(A [in, r], B [r, out], s)` of each adapted site of each layer, a start that is taken
+    off among them.
+    """
     out: dict[str, tuple[Array, Array, float]] = {}
     for site, on in chosen_sites(method, params).items():
         for i, name in enumerate(site.names):
@@ -141,7 +168,9 @@ def _merged(
     """Merge the updates of one site; return A and B."""
     if how == "cat":
         return (
-            jnp.concatenate([w * s * a for (a, _, s), w in zip(held, weights, strict=True)], axis=1),
+            jnp.concatenate(
+                [w * s * a for (a, _, s), w in zip(held, weights, strict=True)], axis=1
+            ),
             jnp.concatenate([b for _, b, _ in held]),
         )
     kind = how.removesuffix("_svd")
@@ -153,7 +182,8 @@ def _merged(
     ranks = {a.shape[1] for a, _, _ in held}
     if len(ranks) > 1:
         raise ConfigError(
-            f"merge_adapters: {how} needs equal ranks, they are {' and '.join(map(str, sorted(ranks)))}; take svd or cat"
+            f"merge_adapters: {how} needs equal ranks, they are"
+            f" {' and '.join(map(str, sorted(ranks)))}; take svd or cat"
         )
     roots = [math.sqrt(abs(w * s)) for (_, _, s), w in zip(held, weights, strict=True)]
     signed = [math.copysign(root, w) for root, w in zip(roots, weights, strict=True)]
@@ -165,12 +195,19 @@ def _merged(
 
 
 def _combined(
-    tensors: Sequence[Array], weights: Sequence[float], kind: str, density: float, sign: str, key: Array | None
+    tensors: Sequence[Array],
+    weights: Sequence[float],
+    kind: str,
+    density: float,
+    sign: str,
+    key: Array | None,
 ) -> Array:
     """Combine tensors of one shape with weights, as `kind` says."""
     stacked = jnp.stack(tensors)
     if kind.startswith("dare") and key is not None:
-        stacked = jnp.where(jax.random.bernoulli(key, density, stacked.shape), stacked / density, 0.0)
+        stacked = jnp.where(
+            jax.random.bernoulli(key, density, stacked.shape), stacked / density, 0.0
+        )
     elif kind != "linear":
         stacked = jnp.stack([_largest(tensor, density) for tensor in stacked])
     weighted = stacked * jnp.asarray(weights, jnp.float32).reshape(-1, *(1,) * tensors[0].ndim)

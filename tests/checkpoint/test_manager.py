@@ -32,7 +32,10 @@ def test_a_renamed_step_is_told_and_the_one_before_is_gone_on_from(
     (root / "20").rename(root / "40")
     checkpoints = Checkpoints(root, keep=2)
     assert checkpoints.latest() == 10
-    said = "holds step 20: its folder was renamed or copied; give it its name again, 20; resuming from step 10"
+    said = (
+        "holds step 20: its folder was renamed or copied; give it its name again, 20; resuming from"
+        " step 10"
+    )
     assert f"{root / '40'}: {said}" in caplog.text
     checkpoints.put_aside(10)
     assert sorted(path.name for path in root.iterdir()) == ["10", "40.set-aside"]
@@ -48,12 +51,15 @@ def test_steps_that_are_all_renamed_are_refused_with_their_numbers(tmp_path: Pat
     root = saved(tmp_path, 10)
     (root / "10").rename(root / "11")
     with pytest.raises(
-        DamagedError, match=r"11: holds step 10: .* give it its name again, 10\nno checkpoint is intact"
+        DamagedError,
+        match=r"11: holds step 10: .* give it its name again, 10\nno checkpoint is intact",
     ):
         Checkpoints(root, keep=2).latest()
 
 
-def test_a_step_of_an_earlier_version_is_believed_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_of_an_earlier_version_is_believed_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = saved(tmp_path, 10)
     body = json.loads(json.loads((root / "10" / manifest.NAME).read_text())["body"])
     text = json.dumps({key: value for key, value in body.items() if key != "step"})
@@ -62,11 +68,16 @@ def test_a_step_of_an_earlier_version_is_believed_and_told(tmp_path: Path, caplo
     )
     with caplog.at_level(logging.WARNING):
         assert Checkpoints(root, keep=2).latest() == 10
-    assert "saved by an earlier version, which did not record its number: its name is trusted" in caplog.text
+    assert (
+        "saved by an earlier version, which did not record its number: its name is trusted"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("name", ["0040", "٤٠", "40.set-aside", "forty", "-40", "4e1", "9" * 200])
-def test_a_folder_whose_name_is_no_number_that_we_write_is_no_step(tmp_path: Path, name: str) -> None:
+def test_a_folder_whose_name_is_no_number_that_we_write_is_no_step(
+    tmp_path: Path, name: str
+) -> None:
     root = saved(tmp_path, 10)
     shutil.copytree(root / "10", root / name)
     checkpoints = Checkpoints(root, keep=2)

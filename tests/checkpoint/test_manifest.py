@@ -42,7 +42,9 @@ def test_a_manifest_of_an_earlier_version_says_no_number(step: Path) -> None:
     body = json.loads(json.loads((step / manifest.NAME).read_text())["body"])
     del body["step"]
     text = json.dumps(body | {"format": 1})
-    (step / manifest.NAME).write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}))
+    (step / manifest.NAME).write_text(
+        json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text})
+    )
     assert manifest.problem(step, 9) is None
     assert not manifest.is_numbered(step)
 
@@ -66,7 +68,9 @@ def test_every_byte_of_the_manifest_counts(step: Path) -> None:
         assert str(manifest.problem(step, 7)).startswith(f"{manifest.NAME} is damaged"), i
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"body": 3, "sha256": ""}', json.dumps({"body": "{}"})])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"body": 3, "sha256": ""}', json.dumps({"body": "{}"})]
+)
 def test_a_manifest_that_is_none_is_damaged(step: Path, text: str) -> None:
     (step / manifest.NAME).write_text(text)
     assert str(manifest.problem(step, 7)).startswith(f"{manifest.NAME} is damaged")

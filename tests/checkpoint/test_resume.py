@@ -1,4 +1,6 @@
-"""A run interrupted after any step and started again is the uninterrupted run, bit for bit; another run is refused."""
+"""A run interrupted after any step and started again is the uninterrupted run, bit for bit; another
+run is refused.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,19 @@ from jaxpeft.train.records import read_lines
 MakeConfig = Callable[..., Config]
 STEPS = 6
 OPTIONS: dict[str, Any] = {
-    "method": "lora", "train__steps": STEPS, "train__accumulation": 2, "evaluation__every_steps": 2,
+    "method": "lora",
+    "train__steps": STEPS,
+    "train__accumulation": 2,
+    "evaluation__every_steps": 2,
     "checkpoint__every_steps": 2,
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def config(make_config: MakeConfig) -> Config:
-    """A run with dropout (the model's and LoRA's), accumulation, evaluations and several checkpoints."""
+    """A run with dropout (the model's and LoRA's), accumulation, evaluations and several
+    checkpoints.
+    """
     made = make_config(**OPTIONS)
     return dataclasses.replace(made, method=dataclasses.replace(made.method, dropout=0.1))  # type: ignore[call-arg]
 
@@ -49,19 +56,30 @@ def state_of(folder: Path) -> dict[str, Any]:
     """Read the newest checkpoint, as plain arrays by path."""
     import orbax.checkpoint as ocp
 
-    newest = max((p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    newest = max(
+        (p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()),
+        key=lambda p: int(p.name),
+    )
     tree = ocp.StandardCheckpointer().restore(newest / "state")
-    leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
     return {"step": int(newest.name), **leaves}
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
     timing = {"tokens_per_second", "model_flops_per_second", "memory_gb"}
-    lines = [{k: v for k, v in line.items() if k not in timing} for line in read_lines(folder / "metrics.jsonl")]
+    lines = [
+        {k: v for k, v in line.items() if k not in timing}
+        for line in read_lines(folder / "metrics.jsonl")
+    ]
     return [line for line in lines if len(line) > 1]
 
 
-def test_a_finished_run_started_again_gives_its_result_without_training(config: Config, tmp_path: Path) -> None:
+def test_a_finished_run_started_again_gives_its_result_without_training(
+    config: Config, tmp_path: Path
+) -> None:
     first = job.run(config, tmp_path / "run")
     again = job.run(config, tmp_path / "run")
     assert again.test == first.test
@@ -73,13 +91,17 @@ def test_the_checkpoint_holds_no_base_weight(config: Config, tmp_path: Path) -> 
     job.run(config, tmp_path / "run")
     held = state_of(tmp_path / "run")
     assert any("lora_a" in name for name in held)
-    assert not any("embeddings" in name or ("kernel" in name and "classifier" not in name) for name in held)
+    assert not any(
+        "embeddings" in name or ("kernel" in name and "classifier" not in name) for name in held
+    )
     resolved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert resolved["method"] == {"name": "lora", **resolved["method"]}
     assert resolved["method"]["dropout"] == 0.1
 
 
-def test_what_only_logs_may_change_on_resume(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_logs_may_change_on_resume(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         with pytest.raises(Stopped):
@@ -92,7 +114,9 @@ def test_what_only_logs_may_change_on_resume(config: Config, tmp_path: Path, mon
 def test_a_start_from_data_is_the_same_after_an_interruption(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = dataclasses.replace(config.method, rank=2, init_weights="eva", eva_batches=2, eva_rho=1.5)  # type: ignore[call-arg]
+    method = dataclasses.replace(
+        config.method, rank=2, init_weights="eva", eva_batches=2, eva_rho=1.5
+    )  # type: ignore[call-arg]
     config = dataclasses.replace(config, method=method)
     whole = job.run(config, tmp_path / "whole")
     ranks = whole.method.rank_pattern  # type: ignore[attr-defined]
@@ -115,5 +139,7 @@ def test_a_checkpoint_that_records_no_method_is_taken_for_the_configs(
         with pytest.raises(Stopped):
             job.run(config, tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "3"
-    manifest.write(step, 3, {key: value for key, value in manifest.read(step).items() if key != "method"})
+    manifest.write(
+        step, 3, {key: value for key, value in manifest.read(step).items() if key != "method"}
+    )
     assert job.run(config, tmp_path / "run").steps == STEPS

@@ -25,7 +25,9 @@ def words(text: str) -> str:
 
 @pytest.mark.parametrize("name", VERBS)
 @pytest.mark.parametrize("asking", ["--help", "-h"])
-def test_every_command_prints_its_arguments(name: str, asking: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_prints_its_arguments(
+    name: str, asking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert package.main([name, asking]) == 0
     said = words(capsys.readouterr().out)
     found = command_line(name)
@@ -36,20 +38,27 @@ def test_every_command_prints_its_arguments(name: str, asking: str, capsys: pyte
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
-def test_help_prints_every_option_of_every_section(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_prints_every_option_of_every_section(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert package.main([name, "--help"]) == 0
     said = words(capsys.readouterr().out)
     for section, hint in hints_of(Config).items():
         if dataclasses.is_dataclass(hint) and section != "method":
             assert f"config.{section}: " in said
-            assert all(f"{one.name}: " in said and one.metadata["doc"] in said for one in dataclasses.fields(hint))
+            assert all(
+                f"{one.name}: " in said and one.metadata["doc"] in said
+                for one in dataclasses.fields(hint)
+            )
     assert all(f" {method} " in said for method in METHODS)
     assert "weight_decay: float = 0.0, >= 0 decoupled weight decay" in said
     assert "schedule: 'linear' | 'cosine' | 'constant' | 'wsd' = 'linear' " in said
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_help_of_one_method_prints_its_options_alone(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_one_method_prints_its_options_alone(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert package.main(["train", "--help", f"method.{method}"]) == 0
     said = words(capsys.readouterr().out)
     own = {f.name: f.metadata["doc"] for f in dataclasses.fields(METHODS[method])}
@@ -61,14 +70,19 @@ def test_help_of_one_method_prints_its_options_alone(method: str, capsys: pytest
 
 
 @pytest.mark.parametrize("asked", ["--help=data", "-h=config.data"])
-def test_a_section_may_stand_behind_an_equals_sign(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_section_may_stand_behind_an_equals_sign(
+    asked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert package.main(["plan", asked]) == 0
     assert capsys.readouterr().out.startswith("config.data: Which rows")
 
 
 def test_a_section_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert package.main(["train", "--help", "method.lorra"]) == 2
-    assert "--help method.lorra: no section of that name; did you mean 'method.lora'" in capsys.readouterr().err
+    assert (
+        "--help method.lorra: no section of that name; did you mean 'method.lora'"
+        in capsys.readouterr().err
+    )
     assert package.main(["export", "--help", "model"]) == 2
     assert "--help model: this command reads no config" in capsys.readouterr().err
 

@@ -95,8 +95,11 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
         read_arguments(Some, ["--nothing", "3", "word", "--count=x", "--share=0"])
     assert [problem.partition(":")[0] for problem in refused.value.problems] == [
-        "--nothing", "'word'", "--count", "--share",
-    ]  # fmt: skip
+        "--nothing",
+        "'word'",
+        "--count",
+        "--share",
+    ]
 
 
 def test_a_command_without_a_config_takes_none() -> None:

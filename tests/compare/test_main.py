@@ -23,7 +23,10 @@ from tests.train.runs import tiny_models, write_config, write_rows
 __all__ = ["tiny_models"]
 CANDIDATES = (
     {"method": {"name": "lora", "rank": 2}, "learning_rate": 1e-2},
-    {"name": "none", "method": {"name": "lora", "targets": ["no_such"]}},  # is valid, and fails on any model
+    {
+        "name": "none",
+        "method": {"name": "lora", "targets": ["no_such"]},
+    },  # is valid, and fails on any model
 )
 IN_TIME = 240.0
 
@@ -31,7 +34,12 @@ IN_TIME = 240.0
 @pytest.fixture
 def config_file(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Path:
     rows = write_rows(tmp_path / "rows.jsonl", "single", 60)
-    options = {"train__steps": 30, "checkpoint__every_steps": 10, "log__every_steps": 1, "log__tensorboard": False}
+    options = {
+        "train__steps": 30,
+        "checkpoint__every_steps": 10,
+        "log__every_steps": 1,
+        "log__tensorboard": False,
+    }
     return write_config(
         tmp_path / "mine.py",
         tiny_models["bert"],
@@ -43,8 +51,19 @@ def config_file(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Path:
 
 
 def begun(config: Path, workdir: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jaxpeft.compare", "--config", str(config), "--workdir", str(workdir)]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "jaxpeft.compare",
+        "--config",
+        str(config),
+        "--workdir",
+        str(workdir),
+    ]
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | cache)
 
 
@@ -85,7 +104,9 @@ def test_killed_and_given_again_it_goes_on_repeats_nothing_and_tells_what_fails(
 
 
 @pytest.mark.slow
-def test_a_signal_saves_the_run_that_is_going_on_and_ends_with_its_code(config_file: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_the_run_that_is_going_on_and_ends_with_its_code(
+    config_file: Path, tmp_path: Path
+) -> None:
     workdir = tmp_path / "run"
     process = begun(config_file, workdir)
     until(lambda: "step 5/" in _text(workdir / "lora" / "seed-0" / "log.txt"))
@@ -104,12 +125,17 @@ def _text(path: Path) -> str:
 
 def test_it_is_checked_without_jax(config_file: Path) -> None:
     check = (
-        "import sys; from jaxpeft.compare.__main__ import main; import jaxpeft.compare.runs; code = main(sys.argv[1:]); "
-        "loaded = [m for m in ('jax', 'flax', 'torch', 'matplotlib') if m in sys.modules]; print('LOADED', loaded); sys.exit(code)"
+        "import sys; from jaxpeft.compare.__main__ import main; import jaxpeft.compare.runs; code ="
+        " main(sys.argv[1:]); loaded = [m for m in ('jax', 'flax', 'torch', 'matplotlib') if m in"
+        " sys.modules]; print('LOADED', loaded); sys.exit(code)"
     )
     words = ["--config", str(config_file), "--config.compare.seeds=0,0", "--config.train.steps=0"]
     done = subprocess.run(
-        [sys.executable, "-c", check, *words], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", check, *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 2
     assert "LOADED []" in done.stdout
@@ -128,14 +154,23 @@ def test_each_verb_refuses_the_others_config(
     )
     assert train.main([*words, "--config.compare.candidates=()", "--validate"]) == 0
     assert compare.main([*words, "--config.compare.candidates=()"]) == 2
-    assert "config.compare.candidates: is empty; list the methods to compare" in capsys.readouterr().err
+    assert (
+        "config.compare.candidates: is empty; list the methods to compare"
+        in capsys.readouterr().err
+    )
     assert compare.main([*words, "--validate"]) == 0
 
 
 def test_a_comparison_of_the_configs_own_method_is_trained_without_the_others(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.method.rank=3"]
+    words = [
+        "--config",
+        str(config_file),
+        "--workdir",
+        str(tmp_path / "run"),
+        "--config.method.rank=3",
+    ]
     own = "--config.compare.candidates={'method': {'name': 'head'}}, {}"
     given, overrides = read_arguments(RunArguments, [*words, own])
     config = job_of(given, overrides).config
@@ -146,7 +181,10 @@ def test_a_comparison_of_the_configs_own_method_is_trained_without_the_others(
     assert config.compare.candidates[1].method.as_dict()["rank"] == 3
     assert train.main([*words, own, "--config.log.wandb=mine", "--validate"]) == 0
     assert compare.main([*words, own, "--config.log.wandb=mine", "--validate"]) == 2
-    assert "config.log.wandb: the runs of a comparison would all have one name there" in capsys.readouterr().err
+    assert (
+        "config.log.wandb: the runs of a comparison would all have one name there"
+        in capsys.readouterr().err
+    )
 
 
 def test_help_says_what_is_left_behind(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,10 @@ from jaxpeft.processes.signals import Stopped, StopRequest
 from tests.train.runs import write_rows
 
 MakeConfig = Callable[..., Config]
-CANDIDATES = ({"method": {"name": "lora", "rank": 2}, "learning_rate": 1e-2}, {"method": {"name": "bitfit"}})
+CANDIDATES = (
+    {"method": {"name": "lora", "rank": 2}, "learning_rate": 1e-2},
+    {"method": {"name": "bitfit"}},
+)
 
 # What stands for a run: it notes that it was started, and does what the file `WORKDIR/NAME` says.
 PRETENDED = """
@@ -60,13 +63,18 @@ def started(folder: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("pretended")
-def test_every_candidate_runs_with_every_seed_and_its_own_rates_and_none_twice(config: Config, tmp_path: Path) -> None:
+def test_every_candidate_runs_with_every_seed_and_its_own_rates_and_none_twice(
+    config: Config, tmp_path: Path
+) -> None:
     folder = tmp_path / "all"
     assert run(config, folder) == {}
     assert started(folder) == ["lora 0", "bitfit 0", "lora 3", "bitfit 3"]
     for name, rate in (("lora", 1e-2), ("bitfit", config.optimizer.learning_rate)):
         result = json.loads((folder / name / "seed-3" / "result.json").read_text())
-        assert (result["config"]["method"]["name"], result["config"]["optimizer"]["learning_rate"]) == (name, rate)
+        assert (
+            result["config"]["method"]["name"],
+            result["config"]["optimizer"]["learning_rate"],
+        ) == (name, rate)
     written = {name: (folder / name).read_bytes() for name in ("comparison.md", "comparison.json")}
     assert run(config, folder) == {}
     assert len(started(folder)) == 4
@@ -82,7 +90,9 @@ def test_every_candidate_runs_with_every_seed_and_its_own_rates_and_none_twice(c
         ("sys.exit(7)", "ended with exit code 7"),
     ],
 )
-def test_a_run_that_fails_is_told_and_the_others_go_on(config: Config, tmp_path: Path, act: str, why: str) -> None:
+def test_a_run_that_fails_is_told_and_the_others_go_on(
+    config: Config, tmp_path: Path, act: str, why: str
+) -> None:
     folder = tmp_path / "some"
     folder.mkdir()
     (folder / "lora.act").write_text(act)
@@ -101,7 +111,9 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(config: Config, tmp_path:
 
 
 @pytest.mark.usefixtures("pretended")
-def test_what_a_run_says_is_shown_and_kept(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_run_says_is_shown_and_kept(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "said"
     folder.mkdir()
     (folder / "lora.act").write_text("print('step 5/9', file=sys.stderr)")
@@ -111,7 +123,9 @@ def test_what_a_run_says_is_shown_and_kept(config: Config, tmp_path: Path, capsy
 
 
 @pytest.mark.usefixtures("pretended")
-def test_a_request_to_stop_is_passed_on_once_and_the_table_is_written(config: Config, tmp_path: Path) -> None:
+def test_a_request_to_stop_is_passed_on_once_and_the_table_is_written(
+    config: Config, tmp_path: Path
+) -> None:
     folder = tmp_path / "stopped"
     folder.mkdir()
     (folder / "bitfit.act").write_text(
@@ -131,7 +145,9 @@ def test_the_next_process_is_there_before_its_turn_and_ends_if_that_never_comes(
 ) -> None:
     begun: list[runs.subprocess.Popen[str]] = []
     start = runs._start
-    monkeypatch.setattr(runs, "_start", lambda one: begun.append((found := start(one)).process) or found)
+    monkeypatch.setattr(
+        runs, "_start", lambda one: begun.append((found := start(one)).process) or found
+    )
     finished = runs._complete
     there: list[tuple[int, int]] = []
 
@@ -146,7 +162,9 @@ def test_the_next_process_is_there_before_its_turn_and_ends_if_that_never_comes(
     begun.clear()
     folder = tmp_path / "stopped"
     folder.mkdir()
-    (folder / "lora.act").write_text("os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.3); sys.exit(143)")
+    (folder / "lora.act").write_text(
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.3); sys.exit(143)"
+    )
     with StopRequest() as stop, pytest.raises(Stopped):
         run(config, folder, stop)
     assert started(folder) == ["lora 0"]
@@ -159,7 +177,10 @@ def test_the_end_says_what_was_before_what_came_of_each_and_what_to_do_next(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    more = {"lora": "'prediction': '  print(1)', 'before': None", "bitfit": "'before': {'accuracy': 0.5}"}
+    more = {
+        "lora": "'prediction': '  print(1)', 'before': None",
+        "bitfit": "'before': {'accuracy': 0.5}",
+    }
     for name in more:
         told = f"told['before'] == {name == 'lora'} or sys.exit(9)"
         (folder / f"{name}.act").write_text(
@@ -168,28 +189,34 @@ def test_the_end_says_what_was_before_what_came_of_each_and_what_to_do_next(
     with caplog.at_level("INFO", logger="jaxpeft"):
         assert run(config, folder) == {}
     assert (
-        "\ntest accuracy\n"
-        "  before training   0.5000 ± 0.0000\n"
-        "  lora              0.9150 ± 0.0212     1.000% trained      2.0 s\n"
-        "  bitfit            0.9150 ± 0.0212     1.000% trained      2.0 s\n\n"
-        f"in {folder}: comparison.md, comparison.json, comparison.png, and adapter/, metrics.jsonl of each run in NAME/seed-N/\n"
-        "next, use the adapter of lora:\n  print(1)"
-    ) in caplog.text
+        "\ntest accuracy\n  before training   0.5000 ± 0.0000\n  lora              0.9150 ± 0.0212"
+        "     1.000% trained      2.0 s\n  bitfit            0.9150 ± 0.0212     1.000% trained   "
+        f"   2.0 s\n\nin {folder}: comparison.md, comparison.json, comparison.png, and adapter/,"
+        " metrics.jsonl of each run in NAME/seed-N/\nnext, use the adapter of lora:\n  print(1)"
+        in caplog.text
+    )
     assert "Before training: accuracy 0.5000 ± 0.0000.\n" in (folder / "comparison.md").read_text()
 
 
 @pytest.mark.usefixtures("pretended")
-def test_results_of_another_config_are_refused_with_every_field(config: Config, tmp_path: Path) -> None:
+def test_results_of_another_config_are_refused_with_every_field(
+    config: Config, tmp_path: Path
+) -> None:
     run(config, tmp_path / "run")
     other = replace(
         config,
         train=replace(config.train, steps=9),
-        compare=replace(config.compare, candidates=config.compare.candidates[:1], forgetting="x.jsonl"),
+        compare=replace(
+            config.compare, candidates=config.compare.candidates[:1], forgetting="x.jsonl"
+        ),
     )
     with pytest.raises(ConfigError) as error:
         run(other, tmp_path / "run")
     assert len(error.value.problems) == 4  # two seeds of the one candidate that is left
-    assert "seed-3: config.train.steps: was 6, is 9; give another --workdir, or delete this folder" in str(error.value)
+    assert (
+        "seed-3: config.train.steps: was 6, is 9; give another --workdir, or delete this folder"
+        in str(error.value)
+    )
     assert "config.compare.forgetting: was '', is 'x.jsonl'" in str(error.value)
     more = replace(config, compare=replace(config.compare, seeds=(0, 3, 4)))
     assert run(more, tmp_path / "run") == {}
@@ -197,12 +224,19 @@ def test_results_of_another_config_are_refused_with_every_field(config: Config, 
 
 
 @pytest.mark.usefixtures("pretended")
-def test_rows_that_no_run_could_read_are_refused_before_the_first(config: Config, tmp_path: Path) -> None:
+def test_rows_that_no_run_could_read_are_refused_before_the_first(
+    config: Config, tmp_path: Path
+) -> None:
     for changed, text in (
         (replace(config, data=replace(config.data, train="gone.jsonl")), "gone.jsonl"),
         (replace(config, compare=replace(config.compare, forgetting="lost.jsonl")), "lost.jsonl"),
         (
-            replace(config, compare=replace(config.compare, forgetting=str(write_rows(tmp_path / "t.jsonl", "text")))),
+            replace(
+                config,
+                compare=replace(
+                    config.compare, forgetting=str(write_rows(tmp_path / "t.jsonl", "text"))
+                ),
+            ),
             "label",
         ),
     ):
@@ -218,10 +252,12 @@ def test_two_comparisons_at_once_in_one_folder_are_refused(config: Config, tmp_p
         run(config, tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------- one run
+# ------------------------------------------------------------------------------------------ one run
 
 
-def test_a_run_leaves_its_figures_and_no_checkpoints(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_leaves_its_figures_and_no_checkpoints(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     rows = write_rows(tmp_path / "others.jsonl", "single", 30)
     config = make_config(compare__forgetting=str(rows), optimizer__head_learning_rate=0.1)
     folder = tmp_path / "run"
@@ -233,7 +269,9 @@ def test_a_run_leaves_its_figures_and_no_checkpoints(make_config: MakeConfig, tm
     assert result["config"] == as_dict(config)
     assert result["metric"] == "accuracy"
     assert result["test"]["accuracy"] >= 0
-    assert result["adapter_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert (
+        result["adapter_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    )
     assert 0 < result["trainable_parameters"] < result["total_parameters"]
     assert result["peak_memory_gb"] > 0
     measured = result["forgetting"]
@@ -242,11 +280,18 @@ def test_a_run_leaves_its_figures_and_no_checkpoints(make_config: MakeConfig, tm
 
 
 @pytest.mark.slow
-def test_a_head_forgets_nothing_and_a_ruined_base_does(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_head_forgets_nothing_and_a_ruined_base_does(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     rows = str(write_rows(tmp_path / "others.jsonl", "single", 60))
     lost = {
         name: worker.run(
-            make_config(method=name, compare__forgetting=rows, optimizer__learning_rate=rate, train__steps=12),
+            make_config(
+                method=name,
+                compare__forgetting=rows,
+                optimizer__learning_rate=rate,
+                train__steps=12,
+            ),
             tmp_path / name,
             StopRequest(),
         )["forgetting"]["lost"]
@@ -257,9 +302,13 @@ def test_a_head_forgets_nothing_and_a_ruined_base_does(make_config: MakeConfig, 
 
 
 @pytest.mark.slow
-def test_of_a_language_model_the_loss_of_other_texts_is_compared(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_of_a_language_model_the_loss_of_other_texts_is_compared(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     rows = str(write_rows(tmp_path / "others.jsonl", "text", 20))
-    result = worker.run(make_config("text", compare__forgetting=rows), tmp_path / "run", StopRequest())
+    result = worker.run(
+        make_config("text", compare__forgetting=rows), tmp_path / "run", StopRequest()
+    )
     assert result["metric"] == "loss"
     measured = result["forgetting"]
     assert measured["measure"] == "loss"
@@ -275,7 +324,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
     whole = worker.run(config, tmp_path / "whole", StopRequest())
     stop = StopRequest()
     with monkeypatch.context() as patch:
-        patch.setattr(stop, "raise_if_requested", _once_there(tmp_path / "run" / "checkpoints" / "2"))
+        patch.setattr(
+            stop, "raise_if_requested", _once_there(tmp_path / "run" / "checkpoints" / "2")
+        )
         with pytest.raises(Stopped):
             worker.run(config, tmp_path / "run", stop)
     assert not (tmp_path / "run" / "result.json").exists()
@@ -291,16 +342,27 @@ def _once_there(path: Path) -> Callable[[], None]:
     return raise_if_requested
 
 
-# -------------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def results(name: str, values: Sequence[float], **more: Any) -> dict[str, list[dict[str, Any]]]:
     base = {
-        "metric": "accuracy", "steps": 3, "best_step": 3, "seconds": 61.4, "trainable_parameters": 1_000,
-        "total_parameters": 10_000, "peak_memory_gb": 1.5, "adapter_bytes": 4_100, "device": "cpu", "jax": "0.10",
-        "forgetting": {"measure": "centroid_accuracy", "before": 0.8, "after": 0.75, "lost": 0.05}, "config": {},
-    }  # fmt: skip
-    return {name: [{**base, **more, "test": {"accuracy": value, "loss": 2 * value}} for value in values]}
+        "metric": "accuracy",
+        "steps": 3,
+        "best_step": 3,
+        "seconds": 61.4,
+        "trainable_parameters": 1_000,
+        "total_parameters": 10_000,
+        "peak_memory_gb": 1.5,
+        "adapter_bytes": 4_100,
+        "device": "cpu",
+        "jax": "0.10",
+        "forgetting": {"measure": "centroid_accuracy", "before": 0.8, "after": 0.75, "lost": 0.05},
+        "config": {},
+    }
+    return {
+        name: [{**base, **more, "test": {"accuracy": value, "loss": 2 * value}} for value in values]
+    }
 
 
 def candidates(make_config: MakeConfig, *names: str) -> Config:
@@ -319,14 +381,27 @@ def test_the_table_has_means_spreads_and_shares(make_config: MakeConfig, tmp_pat
     }
     comparison_table.write(config, made, {}, tmp_path)
     table = (tmp_path / "comparison.md").read_text().splitlines()
-    assert table[2] == "| method | accuracy | of full | trained | of all | peak memory | time | file | forgetting |"
+    assert (
+        table[2] == "| method | accuracy | of full | trained | of all | peak memory | time | file |"
+        " forgetting |"
+    )
     assert table[4:6] == [
-        "| full | 0.8500 ± 0.0707 | 100.0% | 10,000 | 100.000% | 1.50 GB | 61 s | 90.00 MB | +0.0500 ± 0.0000 |",
-        "| lora | 0.8000 ± 0.0000 | 94.1% | 1,000 | 10.000% | 1.50 GB | 61 s | 4.1 kB | +0.0500 ± 0.0000 |",
+        (
+            "| full | 0.8500 ± 0.0707 | 100.0% | 10,000 | 100.000% | 1.50 GB | 61 s | 90.00 MB |"
+            " +0.0500 ± 0.0000 |"
+        ),
+        (
+            "| lora | 0.8000 ± 0.0000 | 94.1% | 1,000 | 10.000% | 1.50 GB | 61 s | 4.1 kB | +0.0500"
+            " ± 0.0000 |"
+        ),
     ]
     assert "of b/c.jsonl, the share of sentences" in "\n".join(table)
     values = json.loads((tmp_path / "comparison.json").read_text())
-    assert values["candidates"]["lora"]["figure"] == {"mean": 0.8, "deviation": 0.0, "values": [0.8, 0.8]}
+    assert values["candidates"]["lora"]["figure"] == {
+        "mean": 0.8,
+        "deviation": 0.0,
+        "values": [0.8, 0.8],
+    }
     assert math.isclose(values["candidates"]["lora"]["of_reference"], 0.8 / 0.85)
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
@@ -345,7 +420,7 @@ def test_without_a_reference_or_rows_for_forgetting_the_table_has_no_such_column
     assert "orgetting" not in table
 
 
-# ------------------------------------------------------------------------------------------------------------- the config
+# --------------------------------------------------------------------------------------- the config
 
 
 def problems(values: Mapping[str, Any], **compare: Any) -> list[str]:
@@ -355,16 +430,27 @@ def problems(values: Mapping[str, Any], **compare: Any) -> list[str]:
 def test_every_problem_of_a_comparison_is_told_at_once(config: Config) -> None:
     values = as_dict(config)
     wrong = (
-        {"method": {"name": "lora", "rank": 0}}, {"method": {"name": "lorra"}}, {"name": "a/b"}, {"name": "full"},
-        {"method": {"name": "head"}, "learning_rate": 1e-3}, {"learning_rate": -1.0}, {"rate": 1},
-    )  # fmt: skip
+        {"method": {"name": "lora", "rank": 0}},
+        {"method": {"name": "lorra"}},
+        {"name": "a/b"},
+        {"name": "full"},
+        {"method": {"name": "head"}, "learning_rate": 1e-3},
+        {"learning_rate": -1.0},
+        {"rate": 1},
+    )
     told = "\n".join(problems(values, candidates=wrong, seeds=(-1,)))
     for text in (
         "config.compare.candidates[0].method.rank: must be at least 1, is 0",
         "config.compare.candidates[1].method.name: 'lorra' is not a method; did you mean 'lora'",
         "config.compare.candidates[2].name: a/b: must be 1 to 64 letters",
-        "config.compare.candidates[3].name: 'full' is a method, and this candidate's is 'lora'; set its method.name",
-        "config.compare.candidates[4].learning_rate: 'head' trains the head alone; set head_learning_rate",
+        (
+            "config.compare.candidates[3].name: 'full' is a method, and this candidate's is 'lora';"
+            " set its method.name"
+        ),
+        (
+            "config.compare.candidates[4].learning_rate: 'head' trains the head alone; set"
+            " head_learning_rate"
+        ),
         "config.compare.candidates: 2 more of its values are wrong",
         "config.compare.seeds: must be at least 0, is -1",
     ):
@@ -377,13 +463,21 @@ def test_every_problem_of_a_comparison_is_told_at_once(config: Config) -> None:
 @pytest.mark.parametrize(
     ("compare", "text"),
     [
-        ({"candidates": [*CANDIDATES, CANDIDATES[1]]}, "candidates: 2 of them are called 'bitfit'; give each a name of its own"),
+        (
+            {"candidates": [*CANDIDATES, CANDIDATES[1]]},
+            "candidates: 2 of them are called 'bitfit'; give each a name of its own",
+        ),
         ({"seeds": ()}, "seeds: is empty; give at least one"),
         ({"seeds": (1, 2, 1)}, "seeds: 1 stands there 2 times; give it once"),
-        ({"reference": "lore"}, "reference: 'lore' is not a candidate; did you mean 'lora'? (there are: lora, bitfit)"),
+        (
+            {"reference": "lore"},
+            "reference: 'lore' is not a candidate; did you mean 'lora'? (there are: lora, bitfit)",
+        ),
     ],
-)  # fmt: skip
-def test_what_does_not_go_together_in_a_comparison(config: Config, compare: dict[str, Any], text: str) -> None:
+)
+def test_what_does_not_go_together_in_a_comparison(
+    config: Config, compare: dict[str, Any], text: str
+) -> None:
     assert problems(as_dict(config), **compare) == [f"config.compare.{text}"]
 
 
@@ -413,7 +507,10 @@ def test_a_candidate_that_does_not_suit_the_task_is_named(make_config: MakeConfi
     values = as_dict(make_config("text"))
     told = problems(values, candidates=[{"method": {"name": "lora"}}, {"method": {"name": "head"}}])
     assert told == [
-        "config.compare.candidates[1], head: method.name: 'head' trains a classification head, task is 'causal_lm'"
+        (
+            "config.compare.candidates[1], head: method.name: 'head' trains a classification head, task"
+            " is 'causal_lm'"
+        )
     ]
 
 

@@ -89,7 +89,9 @@ def test_text_becomes_what_the_option_is(file: Path, option: str, text: str, val
         (" -> ", " -> "),
     ],
 )
-def test_a_separator_is_read_as_in_python_since_a_shell_does_not(file: Path, text: str, value: str) -> None:
+def test_a_separator_is_read_as_in_python_since_a_shell_does_not(
+    file: Path, text: str, value: str
+) -> None:
     overrides = [("model.task", "causal_lm"), ("data.separator", text)]
     assert configs.load(file, overrides).data.separator == value
 
@@ -104,39 +106,99 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        ([("method.alpha_pattern", "{'full': -1}")], "method.alpha_pattern: must be above 0, is -1"),
-        ([("baselines", "head")],
-         "config.baselines: is removed: a run trains one method; list the methods instead, as in config.compare.candidates = ("),
-        ([("baselines", "head")], "({'method': {'name': 'head'}}, {}), where {} is config.method, and run `python -m jaxpeft.compare`"),
-        ([("baseline_learning_rates", "{'full': 1e-4}")],
-         "config.baseline_learning_rates: is removed; set the learning_rate of each of config.compare.candidates"),
+        (
+            [("method.alpha_pattern", "{'full': -1}")],
+            "method.alpha_pattern: must be above 0, is -1",
+        ),
+        (
+            [("baselines", "head")],
+            (
+                "config.baselines: is removed: a run trains one method; list the methods instead,"
+                " as in config.compare.candidates = ("
+            ),
+        ),
+        (
+            [("baselines", "head")],
+            (
+                "({'method': {'name': 'head'}}, {}), where {} is config.method, and run `python -m"
+                " jaxpeft.compare`"
+            ),
+        ),
+        (
+            [("baseline_learning_rates", "{'full': 1e-4}")],
+            (
+                "config.baseline_learning_rates: is removed; set the learning_rate of each of"
+                " config.compare.candidates"
+            ),
+        ),
         ([("model.task", "causal_lm")], None),
-        ([("model.task", "causal_lm"), ("method.name", "head")], "'head' trains a classification head, task is 'causal_lm'"),
-        ([("train.batch_size", "10"), ("train.accumulation", "4")], "4 does not divide batch_size 10; it could be 1, 2, 5"),
+        (
+            [("model.task", "causal_lm"), ("method.name", "head")],
+            "'head' trains a classification head, task is 'causal_lm'",
+        ),
+        (
+            [("train.batch_size", "10"), ("train.accumulation", "4")],
+            "4 does not divide batch_size 10; it could be 1, 2, 5",
+        ),
         ([("train.epochs", "None")], "neither epochs nor steps is set"),
         ([("method.rank", "[8]")], "config.method.rank: must be an integer"),
         ([("method", "lora")], "--config.method: is a section; set --config.method.name=NAME"),
         ([("method", "bitfit"), ("method.rank", "4")], "--config.method: is a section"),
-        ([("train", "3")], "--config.train: is a section; set one of its options: accumulation, batch_size, compiled, epochs"),
-        ([("evaluation.metric", "acuracy")], "evaluation.metric: must be one of 'loss', 'perplexity', 'accuracy'"),
-        ([("model.task", "causal_lm"), ("optimizer.head_learning_rate", "1e-3")],
-         "head_learning_rate: a language model has no new head"),
-        ([("model.task", "causal_lm"), ("data.problem", "regression")],
-         "data.problem: is for task 'sequence_classification'"),
-        ([("train.epochs", "None"), ("train.steps", "10"), ("optimizer.warmup_steps", "100")],
-         "100 steps of warm-up leave none of the run's 10 steps"),
+        (
+            [("train", "3")],
+            (
+                "--config.train: is a section; set one of its options: accumulation, batch_size,"
+                " compiled, epochs"
+            ),
+        ),
+        (
+            [("evaluation.metric", "acuracy")],
+            "evaluation.metric: must be one of 'loss', 'perplexity', 'accuracy'",
+        ),
+        (
+            [("model.task", "causal_lm"), ("optimizer.head_learning_rate", "1e-3")],
+            "head_learning_rate: a language model has no new head",
+        ),
+        (
+            [("model.task", "causal_lm"), ("data.problem", "regression")],
+            "data.problem: is for task 'sequence_classification'",
+        ),
+        (
+            [("train.epochs", "None"), ("train.steps", "10"), ("optimizer.warmup_steps", "100")],
+            "100 steps of warm-up leave none of the run's 10 steps",
+        ),
         ([("data.packing", "true")], "data.packing: is for task 'causal_lm'"),
         ([("data.columns", "{'txt': 'a'}")], "columns: 'txt' is not a field; did you mean 'text'"),
-        ([("data.delimiter", "tab")], "data.delimiter: must be one character, or 'auto', is 'tab'; a tab is '\\t'"),
-        ([("data.encoding", "latin-x")], "data.encoding: 'latin-x' is none that Python knows, such as 'utf-8', 'cp1252'"),
-        ([("data.encoding", "a" * 10**6)], f"data.encoding: '{'a' * 79}... (1,000,002 characters) is none that Python"),
-        ([("data.delimiter", "a" * 10**6)], f"one character, or 'auto', is '{'a' * 79}... (1,000,002 characters); a tab"),
+        (
+            [("data.delimiter", "tab")],
+            "data.delimiter: must be one character, or 'auto', is 'tab'; a tab is '\\t'",
+        ),
+        (
+            [("data.encoding", "latin-x")],
+            "data.encoding: 'latin-x' is none that Python knows, such as 'utf-8', 'cp1252'",
+        ),
+        (
+            [("data.encoding", "a" * 10**6)],
+            f"data.encoding: '{'a' * 79}... (1,000,002 characters) is none that Python",
+        ),
+        (
+            [("data.delimiter", "a" * 10**6)],
+            f"one character, or 'auto', is '{'a' * 79}... (1,000,002 characters); a tab",
+        ),
         ([("data.encoding", "base64")], "data.encoding: 'base64' is none that Python knows"),
-        ([("data.streaming", "true"), ("data.validation", "x.csv"), ("checkpoint.every_steps", "None"),
-          ("train.epochs", "None"), ("train.steps", "9")], "checkpoint.every_steps: None, for each epoch of a stream"),
+        (
+            [
+                ("data.streaming", "true"),
+                ("data.validation", "x.csv"),
+                ("checkpoint.every_steps", "None"),
+                ("train.epochs", "None"),
+                ("train.steps", "9"),
+            ],
+            "checkpoint.every_steps: None, for each epoch of a stream",
+        ),
         ([("metod.rank", "8")], "--config.metod.rank: no such option; did you mean"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(file: Path, overrides: list[tuple[str, str]], text: str | None) -> None:
     if text is None:
         configs.load(file, overrides)
@@ -148,7 +210,9 @@ def test_what_is_refused(file: Path, overrides: list[tuple[str, str]], text: str
 
 def test_a_method_that_does_not_exist_is_named_in_the_file_too(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FILE.format(method="lorra"))
-    with pytest.raises(ConfigError, match=r"mine\.py:5: .*'lorra' is not a method; did you mean 'lora'"):
+    with pytest.raises(
+        ConfigError, match=r"mine\.py:5: .*'lorra' is not a method; did you mean 'lora'"
+    ):
         configs.load(tmp_path / "mine.py")
 
 
@@ -159,11 +223,22 @@ def test_another_method_drops_the_options_of_the_first_whatever_the_order(file: 
 
 def test_what_is_wrong_in_a_section_and_across_it_is_told_at_once(file: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        configs.load(file, [("train.steps", "5"), ("train.batch_size", "0"), ("method.rank", "0"),
-                            ("method.layers_pattern", "layers")])  # fmt: skip
+        configs.load(
+            file,
+            [
+                ("train.steps", "5"),
+                ("train.batch_size", "0"),
+                ("method.rank", "0"),
+                ("method.layers_pattern", "layers"),
+            ],
+        )
     text = str(caught.value)
-    for part in ("batch_size: must be at least 1", "steps: 5 and epochs 1.0 exclude each other", "rank: must be at least 1",
-                 "layers_pattern: needs layers_to_transform"):  # fmt: skip
+    for part in (
+        "batch_size: must be at least 1",
+        "steps: 5 and epochs 1.0 exclude each other",
+        "rank: must be at least 1",
+        "layers_pattern: needs layers_to_transform",
+    ):
         assert part in text
     assert len(caught.value.problems) == 4
 
@@ -174,18 +249,30 @@ def test_every_wrong_line_of_a_file_is_told_at_once(tmp_path: Path) -> None:
         "    config.optimizer.learning_rate = '1e-4'\n",
         "    config.train.stepps = 4\n",
     )
-    body = FILE.format(method="lora").replace("    return config", "".join(lines) + "    return config")
+    body = FILE.format(method="lora").replace(
+        "    return config", "".join(lines) + "    return config"
+    )
     (tmp_path / "mine.py").write_text(body)
     with pytest.raises(ConfigError) as caught:
         configs.load(tmp_path / "mine.py")
     text = str(caught.value)
-    for part in ("config.train.steps: must be an integer or None, is '5'", "learning_rate: must be a number, is '1e-4'",
-                 "config.train.stepps: no such option; did you mean 'steps'"):  # fmt: skip
+    for part in (
+        "config.train.steps: must be an integer or None, is '5'",
+        "learning_rate: must be a number, is '1e-4'",
+        "config.train.stepps: no such option; did you mean 'steps'",
+    ):
         assert part in text
 
 
 @pytest.mark.parametrize(
-    "line", ["1 / 0", "raise RuntimeError('no')", "open('/nowhere')", "import sys; sys.exit(7)", "assert False"]
+    "line",
+    [
+        "1 / 0",
+        "raise RuntimeError('no')",
+        "open('/nowhere')",
+        "import sys; sys.exit(7)",
+        "assert False",
+    ],
 )
 def test_a_file_that_fails_is_named_with_the_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "mine.py").write_text(f"\n{line}\n")
@@ -194,7 +281,10 @@ def test_a_file_that_fails_is_named_with_the_line(tmp_path: Path, line: str) -> 
 
 
 def test_a_file_without_a_method_takes_the_default(tmp_path: Path) -> None:
-    body = "def get_config():\n    return {'model': {'path': 'x'}, 'data': {'train': 'x'}, 'train': {'steps': 3}}\n"
+    body = (
+        "def get_config():\n    return {'model': {'path': 'x'}, 'data': {'train': 'x'}, 'train':"
+        " {'steps': 3}}\n"
+    )
     (tmp_path / "mine.py").write_text(body)
     config: Any = configs.load(tmp_path / "mine.py", [("method.rank", "3")])
     assert (config.method.name, config.method.rank) == ("lora", 3)

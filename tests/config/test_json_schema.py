@@ -1,4 +1,6 @@
-"""The JSON schema of a config: takes what the config takes, and refuses wrong values of single options."""
+"""The JSON schema of a config: takes what the config takes, and refuses wrong values of single
+options.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,19 @@ def changed(section: str, **options: Any) -> dict[str, Any]:
     return {**GOOD, section: {**GOOD.get(section, {}), **options}}
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem
+)
 def test_every_recipe_is_valid(validator: jsonschema.Draft202012Validator, recipe: Path) -> None:
     validator.validate(as_dict(configs.load(recipe)))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("mixed", "trainable_tokens")])
-def test_the_defaults_of_every_method_are_valid(validator: jsonschema.Draft202012Validator, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in ("mixed", "trainable_tokens")]
+)
+def test_the_defaults_of_every_method_are_valid(
+    validator: jsonschema.Draft202012Validator, name: str
+) -> None:
     options = json.loads(json.dumps(METHODS[name]().as_dict()))
     validator.validate(changed("method", **options))
     wrong = changed("method", **options, nothing_like_it=1)
@@ -54,10 +62,14 @@ def test_the_defaults_of_every_method_are_valid(validator: jsonschema.Draft20201
         changed("model", vocab_size=None),
         changed("data", train=["a", "b"], columns={"text": "body"}),
         changed("optimizer", learning_rate=1),
-        changed("compare", candidates=[{"name": "a", "method": {"name": "ia3"}, "learning_rate": 1e-3}]),
+        changed(
+            "compare", candidates=[{"name": "a", "method": {"name": "ia3"}, "learning_rate": 1e-3}]
+        ),
     ],
 )
-def test_what_the_config_takes_is_valid(validator: jsonschema.Draft202012Validator, values: dict[str, Any]) -> None:
+def test_what_the_config_takes_is_valid(
+    validator: jsonschema.Draft202012Validator, values: dict[str, Any]
+) -> None:
     validator.validate(values)
 
 

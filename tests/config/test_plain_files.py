@@ -1,4 +1,6 @@
-"""YAML and JSON configs: the same config as a Python file's, numbers as numbers, nothing named twice."""
+"""YAML and JSON configs: the same config as a Python file's, numbers as numbers, nothing named
+twice.
+"""
 
 from __future__ import annotations
 
@@ -56,13 +58,19 @@ def written(folder: Path, name: str, text: str) -> Path:
 def test_the_same_options_are_the_same_config(tmp_path: Path, name: str, text: str) -> None:
     ours = configs.load(written(tmp_path, "a.py", PYTHON))
     assert configs.load(written(tmp_path, name, text)) == ours
-    overrides = [("method.rank", "2"), ("optimizer.learning_rate", "3e-3"), ("train.batch_size", "8")]
+    overrides = [
+        ("method.rank", "2"),
+        ("optimizer.learning_rate", "3e-3"),
+        ("train.batch_size", "8"),
+    ]
     assert configs.load(tmp_path / name, overrides) == configs.load(tmp_path / "a.py", overrides)
     other = configs.load(tmp_path / name, [("method.name", "ia3")])
     assert other.method.name == "ia3"
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem
+)
 def test_every_recipe_can_be_written_as_yaml_and_json(tmp_path: Path, recipe: Path) -> None:
     yaml = pytest.importorskip("yaml")
     config = configs.load(recipe)
@@ -80,32 +88,70 @@ def test_numbers_are_numbers(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.yaml", "model: {path: a}\nmodel: {path: b}\n", "a.yaml:2:1: names 'model' twice; leave one of them"),
-        ("a.yaml", "model:\n  path: a\n  dtype: auto\n  path: b\n", "a.yaml:4:3: names 'path' twice"),
+        (
+            "a.yaml",
+            "model: {path: a}\nmodel: {path: b}\n",
+            "a.yaml:2:1: names 'model' twice; leave one of them",
+        ),
+        (
+            "a.yaml",
+            "model:\n  path: a\n  dtype: auto\n  path: b\n",
+            "a.yaml:4:3: names 'path' twice",
+        ),
         ("a.json", '{"model": {"path": "a", "path": "b"}}', "a.json: names 'path' twice"),
         ("a.yaml", "model: [1\n", "a.yaml:2:1: expected ',' or ']'"),
         ("a.json", '{"model": \n 1,}', "a.json:2:4: not JSON"),
-        ("a.yaml", "model: !!python/object:os.system {}\n", "a.yaml:1:8: could not determine a constructor"),
+        (
+            "a.yaml",
+            "model: !!python/object:os.system {}\n",
+            "a.yaml:1:8: could not determine a constructor",
+        ),
         ("a.yaml", "a: 1\n---\nb: 2\n", "a.yaml:2:1: but found another document"),
         ("a.yaml", "- 1\n", "a.yaml: must hold sections such as model and train, holds a list"),
         ("a.json", "[1]", "a.json: must hold a JSON object, holds a list"),
         ("a.yaml", "[" * 3000, "a.yaml: not a config (maximum recursion depth exceeded"),
         ("a.json", "[" * 30000, "a.json: nested too deeply to be a config"),
-        ("a.yaml", "train: {epochs: yes}\n", "config.train.epochs: must be a number or None, is 'yes' (str)"),
-        ("a.yaml", 'optimizer: {eps: "1e-4"}\n', "is '1e-4' (str); write the number without quotes"),
+        (
+            "a.yaml",
+            "train: {epochs: yes}\n",
+            "config.train.epochs: must be a number or None, is 'yes' (str)",
+        ),
+        (
+            "a.yaml",
+            'optimizer: {eps: "1e-4"}\n',
+            "is '1e-4' (str); write the number without quotes",
+        ),
         ("a.yaml", 'train: {epochs: "1e-4"}\n', "must be a number or None, is '1e-4' (str)"),
-        ("a.yaml", "model: {path: 12}\n", "config.model.path: must be a string, is 12 (int); write it in quotes"),
+        (
+            "a.yaml",
+            "model: {path: 12}\n",
+            "config.model.path: must be a string, is 12 (int); write it in quotes",
+        ),
         ("a.yaml", "data: {revision: 2024-01-31}\n", "datetime.date(2024, 1, 31) (date)"),
-        ("a.yaml", "optimizer: {learning_rate: .inf}\n", "config.optimizer.learning_rate: must be a finite number"),
-        ("a.yaml", "method: {name: lorra}\n", "config.method.name: 'lorra' is not a method; did you mean 'lora'"),
+        (
+            "a.yaml",
+            "optimizer: {learning_rate: .inf}\n",
+            "config.optimizer.learning_rate: must be a finite number",
+        ),
+        (
+            "a.yaml",
+            "method: {name: lorra}\n",
+            "config.method.name: 'lorra' is not a method; did you mean 'lora'",
+        ),
         ("a.yaml", "method: lora\n", "config.method: must be a section with options, is 'lora'"),
         ("a.yaml", "train: 3\n", "config.train: must be a section with options, is 3 (int)"),
         ("a.yaml", "trian: {epochs: 1}\n", "config.trian: no such option; did you mean 'train'"),
-        ("a.yaml", "train: {epoch: 1}\n", "config.train.epoch: no such option; did you mean 'epochs'"),
+        (
+            "a.yaml",
+            "train: {epoch: 1}\n",
+            "config.train.epoch: no such option; did you mean 'epochs'",
+        ),
         ("a.toml", "x = 1\n", "must be a file NAME.py, NAME.yaml or NAME.json"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, name: str, text: str, said: str) -> None:
+)
+def test_what_cannot_be_read_is_named_with_its_place(
+    tmp_path: Path, name: str, text: str, said: str
+) -> None:
     with pytest.raises(ConfigError) as refused:
         configs.load(written(tmp_path, name, text))
     assert said in str(refused.value)

@@ -1,4 +1,6 @@
-"""One subject a row, model and way to run the layers: what its properties are read off is computed once."""
+"""One subject a row, model and way to run the layers: what its properties are read off is computed
+once.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,11 @@ class Subject:
 
     def batch(self) -> dict[str, Any]:
         """Return a training batch."""
-        labels = np.where(BATCH.mask, BATCH.ids, -100) if self.kind == "llama" else np.array([0, 1, 2], np.int32)
+        labels = (
+            np.where(BATCH.mask, BATCH.ids, -100)
+            if self.kind == "llama"
+            else np.array([0, 1, 2], np.int32)
+        )
         return {
             "input_ids": BATCH.ids,
             "attention_mask": BATCH.mask,
@@ -107,7 +113,9 @@ class Subject:
         task = self.model.options.task
         loss = loss_for(task, "single_label" if task == "sequence_classification" else None)
         return jax.jit(
-            make_train_step(self.model, loss, self.optimizer, 1, partial(training_hooks.penalty, self.method)),
+            make_train_step(
+                self.model, loss, self.optimizer, 1, partial(training_hooks.penalty, self.method)
+            ),
             compiler_options=QUICK,
         )
 
@@ -133,7 +141,9 @@ class Subject:
 
 
 def moved(method: Any, params: Any, *, size: float = 0.2, seed: int = 0) -> Any:
-    """Add noise to every trained leaf, to that part of a stacked one that its method made: padding stays zero."""
+    """Add noise to every trained leaf, to that part of a stacked one that its method made: padding
+    stays zero.
+    """
     rng = np.random.default_rng(seed)
     host: dict[Any, Any] = {}
 
@@ -151,7 +161,9 @@ def moved(method: Any, params: Any, *, size: float = 0.2, seed: int = 0) -> Any:
             path = (*entry.site.path, key)
             if mask[path]:
                 add(path, (*(entry.index or ()), *(slice(0, n) for n in like.shape)))
-    return paths.map_with_path(lambda path, leaf: jnp.asarray(host[path]) if path in host else leaf, params)
+    return paths.map_with_path(
+        lambda path, leaf: jnp.asarray(host[path]) if path in host else leaf, params
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -164,11 +176,17 @@ MAIN = {f"{name} {kind}" for name, kind in (("adapter", "houlsby"),)}
 SUBJECTS = [
     pytest.param(name, kind, scan, id=f"{name}-{kind}-{'scanned' if scan else 'unrolled'}")
     for name, row in ROWS.items()
-    # a variant of a method, "lora pissa", is tried on one model: what the models differ in was tried with the method itself
+    # a variant of a method, "lora pissa", is tried on one model: what the models differ in was
+    # tried with the method itself
     for kind in (row.models if name in METHODS or name in MAIN else row.models[:1])
     for scan in ((False, True) if row.scanned and (name in METHODS or name in MAIN) else (False,))
-    # by default a decoder that is scanned and an encoder that is not; all four with JAXPEFT_CONFORMANCE=full
-    if FULL or len(row.models) == 1 or not row.scanned or scan == (kind == DECODER) or name not in METHODS
+    # by default a decoder that is scanned and an encoder that is not; all four with
+    # JAXPEFT_CONFORMANCE=full
+    if FULL
+    or len(row.models) == 1
+    or not row.scanned
+    or scan == (kind == DECODER)
+    or name not in METHODS
 ]
 
 
@@ -196,12 +214,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     here = str(Path(__file__).parent)
     places = [i for i, item in enumerate(items) if str(item.path).startswith(here)]
-    for i, item in zip(places, sorted((items[i] for i in places), key=subject_of_item), strict=True):
+    for i, item in zip(
+        places, sorted((items[i] for i in places), key=subject_of_item), strict=True
+    ):
         items[i] = item
 
 
 def every_subject(test: Any) -> Any:
-    """Run a test on every method, model, and way to run the layers; `make test` on one of each kind of computation."""
+    """Run a test on every method, model, and way to run the layers; `make test` on one of each kind
+    of computation.
+    """
 
     def quick(name: str, kind: str, scan: bool) -> bool:
         return REPRESENTATIVES.get(name) == kind and scan == (kind == DECODER)
@@ -211,7 +233,8 @@ def every_subject(test: Any) -> Any:
 
 
 def every_method(*, scan: bool | None = None, kind: str | None = None) -> Any:
-    """Run a test on every method, on one model and one way to run the layers; with JAXPEFT_CONFORMANCE=full on all, and on variants.
+    """Run a test on every method, on one model and one way to run the layers; with
+    JAXPEFT_CONFORMANCE=full on all, and on variants.
 
     Each needs programs of its own, whose compilation is most of the time of these tests.
 
@@ -228,7 +251,13 @@ def every_method(*, scan: bool | None = None, kind: str | None = None) -> Any:
         scans = {scan} if scan in {v[2] for v in tried} else {v[2] for v in tried}
         if FULL:
             return True
-        return (name in METHODS or name in MAIN) and ((of in kinds and scanned in scans) or not row.scanned)
+        return (name in METHODS or name in MAIN) and (
+            (of in kinds and scanned in scans) or not row.scanned
+        )
 
-    chosen = [case(str(p.id), p.values, quick=p.values[0] in REPRESENTATIVES) for p in SUBJECTS if wanted(p.values)]
+    chosen = [
+        case(str(p.id), p.values, quick=p.values[0] in REPRESENTATIVES)
+        for p in SUBJECTS
+        if wanted(p.values)
+    ]
     return pytest.mark.parametrize("subject", chosen, indirect=True)

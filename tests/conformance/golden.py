@@ -1,10 +1,12 @@
 """Write the golden adapters, each with the logits that the real `peft` computes with it.
 
-`python -m tests.conformance.golden NAME ...` writes those of some rows of `rows.py`, without names all of them.
+`python -m tests.conformance.golden NAME ...` writes those of some rows of `rows.py`, without names
+all of them.
 
-`golden/bases` holds the two tiny models, `golden/NAME` the files that `peft` saves of a method, and `logits.safetensors` the
-logits of the last token that is no padding, or of the row where the model classifies rows. With them `make test` compares
-every method with `peft` without importing it; `make test-all` compares them with the `peft` that is installed.
+`golden/bases` holds the two tiny models, `golden/NAME` the files that `peft` saves of a method, and
+`logits.safetensors` the logits of the last token that is no padding, or of the row where the model
+classifies rows. With them `make test` compares every method with `peft` without importing it; `make
+test-all` compares them with the `peft` that is installed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ from tests.models.conftest import Batch, Reference, _make
 
 FOLDER = Path(__file__).parent / "golden"
 LOGITS = FOLDER / "logits.safetensors"
-GOLDEN = {name: CASES[f"{name}-{row.peft_models[0]}"] for name, row in ROWS.items() if row.peft is not None}
+GOLDEN = {
+    name: CASES[f"{name}-{row.peft_models[0]}"]
+    for name, row in ROWS.items()
+    if row.peft is not None
+}
 """One model for each method that `peft` has."""
 
 
@@ -37,7 +43,9 @@ def base_of(case: Case) -> Path:
 
 
 def last(batch: Batch, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the logits of each row's last token that is no padding, `[rows, vocabulary]`, or those of the row."""
+    """Return the logits of each row's last token that is no padding, `[rows, vocabulary]`, or those
+    of the row.
+    """
     if logits.ndim == 2:
         return logits
     logits = logits[:, -batch.ids.shape[1] :]  # in front of them, the virtual tokens

@@ -1,6 +1,8 @@
-"""Tries every method and writes docs/methods.md from what was found: `python -m tests.conformance.report`.
+"""Tries every method and writes docs/methods.md from what was found: `python -m
+tests.conformance.report`.
 
-Further arguments go to pytest, such as `-n 2`; `--capabilities` alone writes the first table anew, keeps the others, and runs no test.
+Further arguments go to pytest, such as `-n 2`; `--capabilities` alone writes the first table anew,
+keeps the others, and runs no test.
 """
 
 from __future__ import annotations
@@ -32,10 +34,18 @@ from tests.conformance.rows import ROWS, SHOWN
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "methods.md"
 LLAMA_1B = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
-    "tie_word_embeddings": True, "rope_theta": 500000.0,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rope_theta": 500000.0,
+}
 HEAD = """# Methods
 
 Every method is one file in `jaxpeft/methods/`, a frozen dataclass of hyperparameters. `config.method.name` selects it;
@@ -48,7 +58,9 @@ A new method is one file, its line in the table of `jaxpeft/methods/__init__.py`
 
 
 class Results:
-    """A pytest plugin that gathers, by method and property, what passed and failed, and the gaps of logits."""
+    """A pytest plugin that gathers, by method and property, what passed and failed, and the gaps of
+    logits.
+    """
 
     def __init__(self) -> None:
         self.passed: dict[tuple[str, str], int] = defaultdict(int)
@@ -73,12 +85,18 @@ class Results:
 
 def row_of(parameters: str) -> str:
     """Return the row of a test's parameters, such as `lora pissa-llama-scanned`."""
-    return next(name for name in sorted(ROWS, key=len, reverse=True) if parameters.startswith(f"{name}-"))
+    return next(
+        name for name in sorted(ROWS, key=len, reverse=True) if parameters.startswith(f"{name}-")
+    )
 
 
 def share(method: Any) -> str:
-    """Return the share of parameters that a method trains of a Llama of the 1B shape, with its default options."""
-    model = models.build(LLAMA_1B, ModelOptions("causal_lm", None, jax.numpy.bfloat16, scan_layers=False))
+    """Return the share of parameters that a method trains of a Llama of the 1B shape, with its
+    default options.
+    """
+    model = models.build(
+        LLAMA_1B, ModelOptions("causal_lm", None, jax.numpy.bfloat16, scan_layers=False)
+    )
     base = abstract_params(model)
     try:
         params = jax.eval_shape(lambda p: jaxpeft.rewrite(method, p, jax.random.key(0)), base)
@@ -91,7 +109,10 @@ def share(method: Any) -> str:
 def capabilities() -> list[str]:
     """Write the table of what each method can do."""
     lines = [
-        "| method | what it does | trained, 1B | merges | PEFT type | several in one batch | quantized base | paper | lines |",
+        (
+            "| method | what it does | trained, 1B | merges | PEFT type | several in one batch |"
+            " quantized base | paper | lines |"
+        ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, cls in METHODS.items():
@@ -102,10 +123,10 @@ def capabilities() -> list[str]:
         adds = any(part.leaves.site or part.leaves.root for part in row.method.parts())
         yes = {True: "yes", False: "no"}
         lines.append(
-            f"| `{name}` | {what.rstrip('.')} | {share(SHOWN[name] if name in SHOWN else cls())} | "
-            f"{yes[all(can_fold(type(p)) for p in row.method.parts())] if adds else 'is plain'} | {cls.peft.type or '-'} | "
-            f"{yes[adds and not row.alone]} | {yes[not row.unquantized]} | {paper(cls.paper)} | "
-            f"{sum(1 for _ in source.open())} |"
+            f"| `{name}` | {what.rstrip('.')} | {share(SHOWN[name] if name in SHOWN else cls())} |"
+            f" {yes[all(can_fold(type(p)) for p in row.method.parts())] if adds else 'is plain'} |"
+            f" {cls.peft.type or '-'} | {yes[adds and not row.alone]} | {yes[not row.unquantized]}"
+            f" | {paper(cls.paper)} | {sum(1 for _ in source.open())} |"
         )
     return lines
 
@@ -113,7 +134,9 @@ def capabilities() -> list[str]:
 def paper(text: str) -> str:
     """Link a paper."""
     return (
-        f"[{text}](https://arxiv.org/abs/{text.removeprefix('arXiv:')})" if text.startswith("arXiv:") else text or "-"
+        f"[{text}](https://arxiv.org/abs/{text.removeprefix('arXiv:')})"
+        if text.startswith("arXiv:")
+        else text or "-"
     )
 
 
@@ -123,20 +146,32 @@ def tables(results: Results) -> list[str]:
     ours = [test for test in tests if test not in (*PEFT, *LIBRARY)]
     letters = {test: chr(ord("a") + i) for i, test in enumerate(ours)}
     lines = [f"* **{letters[test]}** {test.replace('_', ' ')}" for test in ours]
-    lines += ["", "| method | " + " | ".join(letters.values()) + " |", "|---" * (len(ours) + 1) + "|"]
+    lines += [
+        "",
+        "| method | " + " | ".join(letters.values()) + " |",
+        "|---" * (len(ours) + 1) + "|",
+    ]
     for name in ROWS:
         lines.append(f"| {name} | " + " | ".join(cell(results, name, test) for test in ours) + " |")
     passed, failed = sum(results.passed.values()), sum(results.failed.values())
     lines += [
         "",
-        f"{passed} of {passed + failed} checks passed, of {len(METHODS)} methods in {len(ROWS)} variants.",
+        (
+            f"{passed} of {passed + failed} checks passed, of {len(METHODS)} methods in {len(ROWS)}"
+            " variants."
+        ),
         "",
     ]
     lines += ["## Files", "", FILES, ""]
-    lines += ["| method | written here, read by `peft` | written by `peft`, read here | resumed |", "|---|---|---|---|"]
+    lines += [
+        "| method | written here, read by `peft` | written by `peft`, read here | resumed |",
+        "|---|---|---|---|",
+    ]
     for name in ROWS:
         exact = results.passed[name, RESUMED] and not results.failed[name, RESUMED]
-        lines.append(f"| {name} | {gaps(results, name, PEFT)} | {'0, every bit' if exact else 'differs'} |")
+        lines.append(
+            f"| {name} | {gaps(results, name, PEFT)} | {'0, every bit' if exact else 'differs'} |"
+        )
     cases = [name for name, test in results.passed if test == LIBRARY[0]]
     if cases:
         lines += [
@@ -148,14 +183,21 @@ def tables(results: Results) -> list[str]:
     return lines
 
 
-PEFT = ("the_real_peft_gives_the_logits_of_what_jaxpeft_saved", "jaxpeft_gives_the_logits_of_what_the_real_peft_saved")
-LIBRARY = ("the_library_gives_the_logits_of_what_jaxpeft_saved", "jaxpeft_gives_the_logits_of_what_the_library_saved")
+PEFT = (
+    "the_real_peft_gives_the_logits_of_what_jaxpeft_saved",
+    "jaxpeft_gives_the_logits_of_what_the_real_peft_saved",
+)
+LIBRARY = (
+    "the_library_gives_the_logits_of_what_jaxpeft_saved",
+    "jaxpeft_gives_the_logits_of_what_the_library_saved",
+)
 RESUMED = "interrupted_and_restored_it_goes_on_bit_by_bit"
 FILES = (
-    "Adapters go both ways between jaxpeft and the real `peft` 0.21 on torch, and bottleneck adapters between jaxpeft "
-    "and the real `adapters` 1.3, with random leaves. The table shows the largest difference of a logit in float32, "
-    "over the models that both have (the limit is 1e-4 of the largest logit), and a dash where none of their files "
-    "can hold the method. Resumed compares a run that was interrupted and restored with the run that was not."
+    "Adapters go both ways between jaxpeft and the real `peft` 0.21 on torch, and bottleneck"
+    " adapters between jaxpeft and the real `adapters` 1.3, with random leaves. The table shows the"
+    " largest difference of a logit in float32, over the models that both have (the limit is 1e-4"
+    " of the largest logit), and a dash where none of their files can hold the method. Resumed"
+    " compares a run that was interrupted and restored with the run that was not."
 )
 
 
@@ -173,21 +215,28 @@ def cell(results: Results, name: str, test: str) -> str:
 
 def page(results: Results | None) -> str:
     """Write the page; without results its first table alone."""
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft"))
+    libraries = ", ".join(
+        f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft")
+    )
     where = f"On the CPU with {libraries}, Python {platform.python_version()}."
     tried = ["## Properties", "", *tables(results), ""] if results else []
-    return "\n".join([HEAD, "## What each can do", "", where, "", *capabilities(), "", peft_types(), "", *tried])
+    return "\n".join(
+        [HEAD, "## What each can do", "", where, "", *capabilities(), "", peft_types(), "", *tried]
+    )
 
 
 def peft_types() -> str:
     """Return which kinds of files of PEFT's no method reads."""
     from peft import PeftType
 
-    theirs, ours = [str(kind.value) for kind in PeftType], {cls.peft.type for cls in METHODS.values()}
+    theirs, ours = (
+        [str(kind.value) for kind in PeftType],
+        {cls.peft.type for cls in METHODS.values()},
+    )
     lacking = [f"`{kind}`" for kind in theirs if kind not in ours]
     return (
-        f"Of the {len(theirs)} types of PEFT {version('peft')} {len(theirs) - len(lacking)} go both ways. A file of another is refused by "
-        f"name: {', '.join(lacking)}."
+        f"Of the {len(theirs)} types of PEFT {version('peft')} {len(theirs) - len(lacking)} go both"
+        f" ways. A file of another is refused by name: {', '.join(lacking)}."
     )
 
 
@@ -199,7 +248,9 @@ def main(argv: list[str]) -> int:
         return 0
     results = Results()
     library = [f"{ROOT / 'tests' / 'hub' / 'test_adapterhub.py'}::test_{test}" for test in LIBRARY]
-    properties = [str(Path(__file__).with_name(file)) for file in ("test_properties.py", "test_peft.py")]
+    properties = [
+        str(Path(__file__).with_name(file)) for file in ("test_properties.py", "test_peft.py")
+    ]
     code = pytest.main(["-q", *properties, *library, *argv], plugins=[results])
     OUT.write_text(page(results))
     return int(code)

@@ -18,8 +18,10 @@ class Row:
     Attributes:
         method: with options for tiny models.
         models: which of the decoder and the encoder it is for.
-        other: the same kind of method with other options: another adapter of a bank, None for the same.
-        peft: what the real `peft` calls it: the name of a config class and its options; None where no file of peft's can hold it.
+        other: the same kind of method with other options: another adapter of a bank, None for the
+            same.
+        peft: what the real `peft` calls it: the name of a config class and its options; None where
+            no file of peft's can hold it.
         moved: how far its trained leaves are moved from where they begin.
         why: why a fresh adapter changes the outputs, for a method that says so.
         scanned: whether stacked layers will do.
@@ -54,7 +56,9 @@ ROWS: Mapping[str, Row] = {
     ),
     "lora pissa": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="pissa")),
     "lora olora": Row(jaxpeft.LoRA(rank=4, alpha=6.0, init_weights="olora")),
-    "ln_tuning": Row(jaxpeft.LNTuning(), peft=("LNTuningConfig", {"target_modules": r".*(norm|LayerNorm)$"})),
+    "ln_tuning": Row(
+        jaxpeft.LNTuning(), peft=("LNTuningConfig", {"target_modules": r".*(norm|LayerNorm)$"})
+    ),
     "freeze": Row(jaxpeft.Freeze(layers=1), scanned=False, unquantized=QUANTIZED),
     "trainable_tokens": Row(
         jaxpeft.TrainableTokens(tokens=(5, 17, 40)),
@@ -76,7 +80,10 @@ ROWS: Mapping[str, Row] = {
     "full": Row(jaxpeft.Full(), unquantized=QUANTIZED),
     "ia3": Row(
         jaxpeft.IA3(targets=LINEAR, feedforward=r".*(down_proj|\.output\.dense)"),
-        peft=("IA3Config", {"target_modules": LINEAR, "feedforward_modules": r".*(down_proj|\.output\.dense)"}),
+        peft=(
+            "IA3Config",
+            {"target_modules": LINEAR, "feedforward_modules": r".*(down_proj|\.output\.dense)"},
+        ),
     ),
     "loha": Row(
         jaxpeft.LoHa(rank=4, alpha=6.0, targets=LINEAR),
@@ -86,7 +93,13 @@ ROWS: Mapping[str, Row] = {
         jaxpeft.LoKr(rank=2, alpha=3.0, targets=LINEAR, decompose_both=True, decompose_factor=6),
         peft=(
             "LoKrConfig",
-            {"r": 2, "alpha": 3, "target_modules": LINEAR, "decompose_both": True, "decompose_factor": 6},
+            {
+                "r": 2,
+                "alpha": 3,
+                "target_modules": LINEAR,
+                "decompose_both": True,
+                "decompose_factor": 6,
+            },
         ),
     ),
     "dora": Row(
@@ -98,13 +111,21 @@ ROWS: Mapping[str, Row] = {
         peft=("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": LINEAR}),
     ),
     "vera": Row(
-        jaxpeft.VeRA(rank=16, targets=LINEAR), peft=("VeraConfig", {"r": 16, "target_modules": LINEAR}), moved=0.1
+        jaxpeft.VeRA(rank=16, targets=LINEAR),
+        peft=("VeraConfig", {"r": 16, "target_modules": LINEAR}),
+        moved=0.1,
     ),
     "adalora": Row(
         jaxpeft.AdaLoRA(rank=4, target_rank=3, alpha=6.0, final_steps=1, targets=LINEAR),
         peft=(
             "AdaLoraConfig",
-            {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 9, "target_modules": LINEAR},
+            {
+                "init_r": 4,
+                "target_r": 2,
+                "lora_alpha": 6,
+                "total_step": 9,
+                "target_modules": LINEAR,
+            },
         ),
         moved=0.4,
     ),
@@ -166,7 +187,10 @@ ROWS: Mapping[str, Row] = {
     ),
     "prefix projection": Row(
         jaxpeft.PrefixTuning(num_virtual_tokens=5, projection=True, encoder_hidden_size=12),
-        peft=("PrefixTuningConfig", {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 12}),
+        peft=(
+            "PrefixTuningConfig",
+            {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 12},
+        ),
         why=ATTENDED,
     ),
     "ptuning_v2": Row(
@@ -188,7 +212,11 @@ ROWS: Mapping[str, Row] = {
         jaxpeft.PTuning(num_virtual_tokens=5, encoder="lstm", encoder_hidden_size=12),
         peft=(
             "PromptEncoderConfig",
-            {"num_virtual_tokens": 5, "encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM"},
+            {
+                "num_virtual_tokens": 5,
+                "encoder_hidden_size": 12,
+                "encoder_reparameterization_type": "LSTM",
+            },
         ),
         why=ATTENDED,
     ),
@@ -206,11 +234,16 @@ ROWS: Mapping[str, Row] = {
         peft=("MissConfig", {"r": 4, "init_weights": "bat", "target_modules": LINEAR}),
         moved=0.05,
     ),
-    "adapter houlsby": Row(jaxpeft.Adapter(placement="houlsby", reduction_factor=4, non_linearity="swish")),
+    "adapter houlsby": Row(
+        jaxpeft.Adapter(placement="houlsby", reduction_factor=4, non_linearity="swish")
+    ),
     "adapter pfeiffer": Row(jaxpeft.Adapter(reduction_factor=4, dropout=0.1)),
-    "adapter parallel": Row(jaxpeft.Adapter(placement="parallel", reduction_factor=2, scaling="learned")),
+    "adapter parallel": Row(
+        jaxpeft.Adapter(placement="parallel", reduction_factor=2, scaling="learned")
+    ),
     "adapter bert": Row(
-        jaxpeft.Adapter(reduction_factor=4, init_weights="bert"), why="both matrices begin random and small"
+        jaxpeft.Adapter(reduction_factor=4, init_weights="bert"),
+        why="both matrices begin random and small",
     ),
     "compacter": Row(jaxpeft.Compacter(reduction_factor=4, rule_range=0.1)),
 }
@@ -219,4 +252,5 @@ SHOWN: Mapping[str, Any] = {
     "trainable_tokens": jaxpeft.TrainableTokens(tokens=tuple(range(100))),
     "mixed": ROWS["mixed"].method,
 }
-"""Options with which a method's share of a large model is shown, where it has no defaults for all."""
+"""Options with which a method's share of a large model is shown, where it has no defaults for all.
+"""

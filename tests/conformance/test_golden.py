@@ -1,4 +1,6 @@
-"""Adapters that the real `peft` saved, with the logits that it computed: jaxpeft's, and those of the `peft` that is installed."""
+"""Adapters that the real `peft` saved, with the logits that it computed: jaxpeft's, and those of
+the `peft` that is installed.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +57,16 @@ def test_the_peft_that_is_installed_gives_them_too(logits: Logits, name: str) ->
 @every_method
 def test_the_peft_that_is_installed_saves_files_of_the_same_form(tmp_path: Path, name: str) -> None:
     golden.save(name, tmp_path)
-    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, FOLDER / name))
+    one, other = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, FOLDER / name)
+    )
     assert {key: (leaf.shape, leaf.dtype) for key, leaf in one.items()} == {
         key: (leaf.shape, leaf.dtype) for key, leaf in other.items()
     }
-    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, FOLDER / name)]
-    assert configs[0].keys() == configs[1].keys(), f"make it anew: python -m tests.conformance.golden '{name}'"
+    configs = [
+        json.loads((folder / "adapter_config.json").read_text())
+        for folder in (tmp_path, FOLDER / name)
+    ]
+    assert configs[0].keys() == configs[1].keys(), (
+        f"make it anew: python -m tests.conformance.golden '{name}'"
+    )

@@ -1,4 +1,6 @@
-"""Adapters of every method that Hugging Face PEFT has go both ways, with the same logits; the gaps are recorded."""
+"""Adapters of every method that Hugging Face PEFT has go both ways, with the same logits; the gaps
+are recorded.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,27 @@ from tests.representatives import METHODS
 from tests.representatives import case as param
 
 pytestmark = [
-    # It copies RandLora's shared bases, each as large as a kernel, to every site of a file, and misses the copies elsewhere.
-    pytest.mark.filterwarnings("ignore:Found missing adapter keys .*randlora_[AB].default.*:UserWarning"),
+    # It copies RandLora's shared bases, each as large as a kernel, to every site of a file, and
+    # misses the copies elsewhere.
+    pytest.mark.filterwarnings(
+        "ignore:Found missing adapter keys .*randlora_[AB].default.*:UserWarning"
+    ),
     # It knows norms of no model.
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     # BOFT looks for a CUDA extension, without which it computes one butterfly factor.
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1:UserWarning"),
     # SHiRA makes sparse tensors, of which torch says once that it does not check them.
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
+    ),
 ]
 
-TASKS = {"llama": "causal_lm", "bert": "sequence_classification", "roberta": "sequence_classification"}
+TASKS = {
+    "llama": "causal_lm",
+    "bert": "sequence_classification",
+    "roberta": "sequence_classification",
+}
 MARK = 1e-4
 
 
@@ -62,7 +73,9 @@ CASES = {
     if kind in row.peft_models
 }
 QUICK = {f"{name}-{kind}" for name, kind in METHODS.items()}
-every_case = pytest.mark.parametrize("case", [param(name, case, quick=name in QUICK) for name, case in CASES.items()])
+every_case = pytest.mark.parametrize(
+    "case", [param(name, case, quick=name in QUICK) for name, case in CASES.items()]
+)
 
 
 def theirs(case: Case, torch_model: Any) -> Any:
@@ -94,7 +107,9 @@ def test_the_real_peft_gives_the_logits_of_what_jaxpeft_saved(
 ) -> None:
     torch_model = reference(case.kind, case.task)
     model, base = torch_model.load()
-    params = moved(case.method, jaxpeft.rewrite(case.method, base, jax.random.key(0)), size=case.size)
+    params = moved(
+        case.method, jaxpeft.rewrite(case.method, base, jax.random.key(0)), size=case.size
+    )
     jaxpeft.save_adapter(tmp_path, case.method, params, model)
     loaded = theirs(case, peft_load(torch_model.folder, case.task, tmp_path))
     check(record_property, case, loaded, theirs(case, torch_model.model), ours(case, model, params))
@@ -110,11 +125,20 @@ def test_jaxpeft_gives_the_logits_of_what_the_real_peft_saved(
 ) -> None:
     torch_model = reference(case.kind, case.task)
     config, options = case.peft
-    adapted = peft_save(torch_model.folder, case.task, tmp_path, config=config, size=case.size, **options)
+    adapted = peft_save(
+        torch_model.folder, case.task, tmp_path, config=config, size=case.size, **options
+    )
     wanted = theirs(case, adapted)
     for scan in (False, True):
         model, base = torch_model.load(scan_layers=scan)
         method, params = jaxpeft.load_adapter(tmp_path, model, base)
-        # The same method, or what it is a form of: a file of peft's says LORA of LoRA-FA and PREFIX_TUNING of P-tuning v2.
+        # The same method, or what it is a form of: a file of peft's says LORA of LoRA-FA and
+        # PREFIX_TUNING of P-tuning v2.
         assert isinstance(case.method, type(method))
-        check(record_property, case, wanted, theirs(case, torch_model.model), ours(case, model, params))
+        check(
+            record_property,
+            case,
+            wanted,
+            theirs(case, torch_model.model),
+            ours(case, model, params),
+        )

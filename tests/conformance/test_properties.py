@@ -27,7 +27,10 @@ TOLERANCE = 1e-4
 
 def close(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
     scale = max(1.0, float(np.abs(b).max()))
-    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max()) < tolerance * scale
+    return (
+        float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max())
+        < tolerance * scale
+    )
 
 
 @every_subject
@@ -57,8 +60,13 @@ def test_only_trained_leaves_receive_gradient_and_every_one_does(subject: Subjec
 
 
 def may_stand_still(name: str) -> bool:
-    """Return whether a leaf has no influence on these outputs: types and positions that no token has, unread poolers."""
-    return any(part in name for part in ("token_type_embeddings", "pooler", "embed_tokens", "word_embeddings"))
+    """Return whether a leaf has no influence on these outputs: types and positions that no token
+    has, unread poolers.
+    """
+    return any(
+        part in name
+        for part in ("token_type_embeddings", "pooler", "embed_tokens", "word_embeddings")
+    )
 
 
 @every_subject
@@ -67,7 +75,9 @@ def test_the_base_is_bit_unchanged_after_training(subject: Subject) -> None:
     after = dict(paths.walk(subject.after))
     for path, leaf in paths.walk(subject.base):
         if not trained[path]:
-            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(after[path]), err_msg=paths.text(path))
+            np.testing.assert_array_equal(
+                np.asarray(leaf), np.asarray(after[path]), err_msg=paths.text(path)
+            )
 
 
 @every_subject
@@ -86,11 +96,15 @@ def test_no_second_program_is_compiled_at_the_second_step(subject: Subject) -> N
 @every_subject
 def test_merged_is_unmerged_or_merging_refuses(subject: Subject) -> None:
     if not all(can_fold(type(part)) for part in subject.method.parts()):
-        with pytest.raises(ConfigError, match="cannot be merged: no plain weights compute what it does"):
+        with pytest.raises(
+            ConfigError, match="cannot be merged: no plain weights compute what it does"
+        ):
             jaxpeft.merge(subject.method, subject.moved)
         return
     merged = jaxpeft.merge(subject.method, subject.moved)
-    assert {p: x.shape for p, x in paths.walk(merged)} == {p: x.shape for p, x in paths.walk(subject.base)}
+    assert {p: x.shape for p, x in paths.walk(merged)} == {
+        p: x.shape for p, x in paths.walk(subject.base)
+    }
     assert close(subject.logits(merged), subject.logits(subject.moved))
     if subject.method.parts()[0].leaves.site:
         with pytest.raises(ConfigError, match="nothing to merge"):
@@ -130,13 +144,19 @@ def test_scanned_and_unrolled_layers_give_the_same_numbers(subject: Subject) -> 
 def test_it_works_in_bfloat16_and_under_vmap(subject: Subject) -> None:
     model, params = subject.model, subject.moved
     halved = load(subject.kind, dtype=jnp.bfloat16, scan_layers=subject.scan)[0]
-    out = np.asarray(jax.jit(lambda p: jaxpeft.apply(halved, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)(params))
+    out = np.asarray(
+        jax.jit(lambda p: jaxpeft.apply(halved, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)(
+            params
+        )
+    )
     out = out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
     assert np.isfinite(out).all()
     assert close(out, subject.logits(params), 0.15)
 
     pair = jnp.stack([BATCH.ids, BATCH.ids[::-1]])
-    rows = jax.jit(jax.vmap(lambda ids: jaxpeft.apply(model, params, ids)), compiler_options=QUICK)(pair)
+    rows = jax.jit(jax.vmap(lambda ids: jaxpeft.apply(model, params, ids)), compiler_options=QUICK)(
+        pair
+    )
     assert close(rows[0], jnp.flip(rows[1], 0), 1e-5)
 
 
@@ -149,7 +169,10 @@ def test_it_works_under_remat_and_sharded(subject: Subject) -> None:
     def total(m: Any, p: Any) -> Any:
         return jnp.sum(jnp.square(jaxpeft.apply(m, combine(p, frozen), BATCH.ids, BATCH.mask)))
 
-    grads = [jax.jit(jax.grad(lambda p, m=m: total(m, p)), compiler_options=QUICK)(trainable) for m in (model, remat)]
+    grads = [
+        jax.jit(jax.grad(lambda p, m=m: total(m, p)), compiler_options=QUICK)(trainable)
+        for m in (model, remat)
+    ]
     size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads[0]))
     assert largest(*grads) < 1e-4 * max(1.0, size)
     assert close(sharded(model, params), subject.logits(params), 1e-5)
@@ -167,12 +190,18 @@ def sharded(model: Any, params: Any) -> Any:
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
     placed = paths.map_with_path(place, params)
-    out = np.asarray(jax.jit(lambda p: jaxpeft.apply(model, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)(placed))
+    out = np.asarray(
+        jax.jit(lambda p: jaxpeft.apply(model, p, BATCH.ids, BATCH.mask), compiler_options=QUICK)(
+            placed
+        )
+    )
     return out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
 
 
 def mover(subject: Subject) -> Any:
-    return lambda method, params, **options: moved(method, params, size=subject.row.moved, **options)
+    return lambda method, params, **options: moved(
+        method, params, size=subject.row.moved, **options
+    )
 
 
 @every_method(scan=False)
@@ -189,7 +218,9 @@ def quantized_base(kind: str, scan: bool) -> tuple[Any, Any]:
 
 @every_method(scan=True, kind="llama")
 def test_it_computes_on_a_quantized_base(subject: Subject) -> None:
-    why = on_quantized(subject.method, subject.model, quantized_base(subject.kind, subject.scan), mover(subject))
+    why = on_quantized(
+        subject.method, subject.model, quantized_base(subject.kind, subject.scan), mover(subject)
+    )
     assert bool(why) == bool(subject.row.unquantized), why
     assert subject.row.unquantized in (why or "")
 

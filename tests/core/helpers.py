@@ -1,4 +1,6 @@
-"""What the tests of the mechanism share: tiny random models without torch, and comparisons of trees."""
+"""What the tests of the mechanism share: tiny random models without torch, and comparisons of
+trees.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,13 @@ QUICK = {"xla_backend_optimization_level": 0}  # programs with gradients compile
 
 @functools.cache
 def unrolled(kind: str, task: str) -> Any:
-    """Return float32 params of a tiny unrolled model, every leaf random: zero biases would hide what is left out."""
+    """Return float32 params of a tiny unrolled model, every leaf random: zero biases would hide
+    what is left out.
+    """
     model = make(kind, task)
-    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4), jnp.int32))["params"]
+    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4), jnp.int32))[
+        "params"
+    ]
     rng = np.random.default_rng(0)
 
     def fill(path: Any, leaf: Any) -> Any:
@@ -38,17 +44,23 @@ def unrolled(kind: str, task: str) -> Any:
 def make(kind: str, task: str | None = None, dtype: Any = jnp.float32, **options: Any) -> Any:
     task = task or TASKS[kind]
     labels = LABELS if "classification" in task else None
-    return models.build(tiny_config(kind), ModelOptions(task=task, num_labels=labels, dtype=dtype, **options))
+    return models.build(
+        tiny_config(kind), ModelOptions(task=task, num_labels=labels, dtype=dtype, **options)
+    )
 
 
-def load(kind: str = "llama", task: str | None = None, dtype: Any = jnp.float32, **options: Any) -> Any:
+def load(
+    kind: str = "llama", task: str | None = None, dtype: Any = jnp.float32, **options: Any
+) -> Any:
     """Return `(model, params)` as `jaxpeft.load` would: the head float32, the base in `dtype`."""
     task = task or TASKS[kind]
     params = unrolled(kind, task)
     if options.get("scan_layers"):
         params = jaxpeft.stack_layers(params)
     model = make(kind, task, dtype, **options)
-    return model, paths.map_with_path(lambda path, x: x if paths.is_head(path) else x.astype(dtype), params)
+    return model, paths.map_with_path(
+        lambda path, x: x if paths.is_head(path) else x.astype(dtype), params
+    )
 
 
 def run(model: Any, params: Any, rngs: Any = None) -> Any:
@@ -57,7 +69,9 @@ def run(model: Any, params: Any, rngs: Any = None) -> Any:
 
 
 def perturbed(method: Any, params: Any, seed: int = 0, size: float = 0.2) -> Any:
-    """Add noise to the adapter leaves that are trained, as training would; zero padding stays zero."""
+    """Add noise to the adapter leaves that are trained, as training would; zero padding stays
+    zero.
+    """
     rng = np.random.default_rng(seed)
 
     def change(path: Any, leaf: Any) -> Any:
@@ -91,5 +105,9 @@ def assert_bits(a: Any, b: Any) -> None:
 
 def largest(a: Any, b: Any) -> float:
     """Return the largest difference of two trees or arrays."""
-    gaps = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x, np.float32) - np.asarray(y, np.float32)).max()), a, b)
+    gaps = jax.tree.map(
+        lambda x, y: float(np.abs(np.asarray(x, np.float32) - np.asarray(y, np.float32)).max()),
+        a,
+        b,
+    )
     return max(jax.tree.leaves(gaps))

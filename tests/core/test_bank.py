@@ -1,4 +1,6 @@
-"""Several adapters in one tree: switched without compiling, one for each row of a batch, merged with weights as peft does."""
+"""Several adapters in one tree: switched without compiling, one for each row of a batch, merged
+with weights as peft does.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def adapters(base: Any, ranks: tuple[int, ...] = (2, 4, 3)) -> list[Any]:
     made = []
     for i, rank in enumerate(ranks):
         method = jaxpeft.LoRA(rank=rank, alpha=4.0 + i, targets=LINEAR)
-        made.append((method, moved(method, jaxpeft.rewrite(method, base, jax.random.key(i)), seed=i)))
+        made.append(
+            (method, moved(method, jaxpeft.rewrite(method, base, jax.random.key(i)), seed=i))
+        )
     return made
 
 
@@ -37,7 +41,9 @@ def test_each_row_computes_with_its_own_adapter_and_switching_compiles_nothing(s
     for i, wanted in enumerate(alone):
         np.testing.assert_allclose(run(BATCH.ids, i), wanted, atol=2e-5)
         np.testing.assert_allclose(
-            forward(model, jaxpeft.pick(given[i][0], tree, i), BATCH.ids, BATCH.mask), wanted, atol=2e-5
+            forward(model, jaxpeft.pick(given[i][0], tree, i), BATCH.ids, BATCH.mask),
+            wanted,
+            atol=2e-5,
         )
     assert run._cache_size() == 1
     rows = run(BATCH.ids, jnp.asarray([2, 0, 1]))
@@ -55,13 +61,15 @@ def test_what_cannot_be_put_into_one_tree_is_refused() -> None:
     with pytest.raises(ConfigError, match="different methods"):
         jaxpeft.bank([(methods[0], trees[0]), (jaxpeft.Head(), base)])
     other = moved(methods[0], trees[0])
-    with pytest.raises(ConfigError, match="classifier/bias is a leaf of the base, and adapters 0 and 1 trained it"):
+    with pytest.raises(
+        ConfigError, match="classifier/bias is a leaf of the base, and adapters 0 and 1 trained it"
+    ):
         jaxpeft.bank([(methods[0], trees[0]), (methods[0], other)])
     with pytest.raises(ConfigError, match="no adapter"):
         jaxpeft.bank([])
 
 
-# ------------------------------------------------------------------------------------------------------- weighted merges
+# ---------------------------------------------------------------------------------- weighted merges
 
 
 def torch_merge(pair: Any, how: str, **options: Any) -> tuple[Any, Any]:
@@ -77,20 +85,31 @@ def torch_merge(pair: Any, how: str, **options: Any) -> tuple[Any, Any]:
         def forward(self, x: Any) -> Any:
             return self.proj(x)
 
-    model = get_peft_model(Holder(), LoraConfig(r=pair[0][0].shape[1], lora_alpha=4, target_modules=["proj"]), "one")
-    model.add_adapter("two", LoraConfig(r=pair[1][0].shape[1], lora_alpha=6, target_modules=["proj"]))
+    model = get_peft_model(
+        Holder(), LoraConfig(r=pair[0][0].shape[1], lora_alpha=4, target_modules=["proj"]), "one"
+    )
+    model.add_adapter(
+        "two", LoraConfig(r=pair[1][0].shape[1], lora_alpha=6, target_modules=["proj"])
+    )
     site = model.base_model.model.proj
     for name, (a, b) in zip(("one", "two"), pair, strict=True):
         site.lora_A[name].weight.data = torch.tensor(np.array(a.T))
         site.lora_B[name].weight.data = torch.tensor(np.array(b.T))
     model.base_model.add_weighted_adapter(["one", "two"], [0.7, -0.4], "new", how, **options)
-    return site.lora_A["new"].weight.detach().numpy().T, site.lora_B["new"].weight.detach().numpy().T
+    return (
+        site.lora_A["new"].weight.detach().numpy().T,
+        site.lora_B["new"].weight.detach().numpy().T,
+    )
 
 
 def pair_of(ranks: tuple[int, int]) -> Any:
     rng = np.random.default_rng(0)
     return [
-        (rng.standard_normal((6, r)).astype(np.float32), rng.standard_normal((r, 5)).astype(np.float32)) for r in ranks
+        (
+            rng.standard_normal((6, r)).astype(np.float32),
+            rng.standard_normal((r, 5)).astype(np.float32),
+        )
+        for r in ranks
     ]
 
 
@@ -115,13 +134,20 @@ def merged(pair: Any, how: Any, **options: Any) -> Any:
         ("svd", (3, 2), {}, {}),
         ("svd", (3, 2), {"rank": 2}, {"svd_rank": 2}),
         ("ties", (3, 3), {"density": 0.5}, {"density": 0.5}),
-        ("ties", (3, 3), {"density": 0.5, "sign": "frequency"}, {"density": 0.5, "majority_sign_method": "frequency"}),
+        (
+            "ties",
+            (3, 3),
+            {"density": 0.5, "sign": "frequency"},
+            {"density": 0.5, "majority_sign_method": "frequency"},
+        ),
         ("ties_svd", (3, 2), {"density": 0.6}, {"density": 0.6}),
         ("magnitude_prune", (3, 3), {"density": 0.4}, {"density": 0.4}),
         ("magnitude_prune_svd", (3, 2), {"density": 0.4}, {"density": 0.4}),
     ],
 )
-def test_weighted_merges_are_those_of_the_real_peft(how: str, ranks: Any, ours: Any, theirs: Any) -> None:
+def test_weighted_merges_are_those_of_the_real_peft(
+    how: str, ranks: Any, ours: Any, theirs: Any
+) -> None:
     pair = pair_of(ranks)
     a, b = merged(pair, how, **ours)
     wanted_a, wanted_b = torch_merge(pair, how, **theirs)
@@ -138,7 +164,10 @@ def test_dropping_nothing_at_random_is_the_merge_without_dropping(how: str, plai
     same = {"density": 1.0} if plain == "ties" else {}
     one, other = merged(pair, how, density=1.0, rng=jax.random.key(0)), merged(pair, plain, **same)
     np.testing.assert_allclose(one[0] @ one[1], other[0] @ other[1], atol=2e-5)
-    mean = [merged(pair, "dare_linear_svd", density=0.5, rng=jax.random.key(i), rank=5) for i in range(400)]
+    mean = [
+        merged(pair, "dare_linear_svd", density=0.5, rng=jax.random.key(i), rank=5)
+        for i in range(400)
+    ]
     whole = merged(pair, "svd", rank=5)
     average = np.mean([a @ b for a, b in mean], axis=0)
     if plain == "svd":  # entries that are kept grow, so the mean stays
@@ -146,9 +175,14 @@ def test_dropping_nothing_at_random_is_the_merge_without_dropping(how: str, plai
 
 
 def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(ConfigError, match="linear needs equal ranks, they are 2 and 3; take svd or cat"):
+    with pytest.raises(
+        ConfigError, match="linear needs equal ranks, they are 2 and 3; take svd or cat"
+    ):
         merged(pair_of((3, 2)), "linear")
-    with pytest.raises(ConfigError, match=r"density: ties keeps a share of the entries above 0 and at most 1, is None"):
+    with pytest.raises(
+        ConfigError,
+        match=r"density: ties keeps a share of the entries above 0 and at most 1, is None",
+    ):
         merged(pair_of((3, 3)), "ties")
     with pytest.raises(ConfigError, match="rng: dare_ties drops entries at random; give a key"):
         merged(pair_of((3, 3)), "dare_ties", density=0.5)
@@ -167,7 +201,9 @@ def test_a_cat_merge_of_a_model_computes_the_weighted_sum_of_the_updates(scan: b
         where = ("model", "layers", *(() if scan else ("0",)), *path)
         kernels = [_kernel(jaxpeft.merge(m, p), where) - _kernel(base, where) for m, p in given]
         np.testing.assert_allclose(
-            _kernel(folded, where) - _kernel(base, where), 0.5 * kernels[0] - 2.0 * kernels[1], atol=1e-5
+            _kernel(folded, where) - _kernel(base, where),
+            0.5 * kernels[0] - 2.0 * kernels[1],
+            atol=1e-5,
         )
 
 

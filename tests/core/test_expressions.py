@@ -1,4 +1,6 @@
-"""Regular expressions: what is none is said, what would never end is refused in time, and the rest is read as by `re`."""
+"""Regular expressions: what is none is said, what would never end is refused in time, and the rest
+is read as by `re`.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,17 @@ SLOW = [
         ("(" * 33 + "a" + ")" * 33, "is a regular expression of 33 groups; at most 32 are taken"),
         (
             "(a{1,1000}){1,1000}",
-            "whose {counts} of repetitions make 1,000,000 when multiplied; at most 1,000 are taken: write * or + for a large count",
+            (
+                "whose {counts} of repetitions make 1,000,000 when multiplied; at most 1,000 are"
+                " taken: write * or + for a large count"
+            ),
         ),
         ("((?:.?){65535}){65535}", "make 4,294,836,225 when multiplied"),
         ("(?:(?:|.){999}){999}", "make 998,001 when multiplied"),
         ("x{1001}", "make 1,001 when multiplied"),
     ],
     ids=lambda value: str(value)[:20],
-)  # fmt: skip
+)
 def test_what_is_no_expression_or_too_large_is_said(text: str, why: str) -> None:
     began = time.process_time()
     assert why in str(broken_expression(text))
@@ -53,7 +58,8 @@ def test_what_is_no_expression_or_too_large_is_said(text: str, why: str) -> None
 
 
 @pytest.mark.parametrize(
-    "value", [r".*\.[qv]_proj", "q_proj", "", None, ("q_proj",), "[[a]", "(x{10}){100}", "x{,}", "x{e}"]
+    "value",
+    [r".*\.[qv]_proj", "q_proj", "", None, ("q_proj",), "[[a]", "(x{10}){100}", "x{,}", "x{e}"],
 )
 def test_what_is_one_or_no_text_passes(value: object) -> None:
     assert broken_expression(value) is None
@@ -64,16 +70,18 @@ def test_one_that_takes_too_long_is_refused_by_name(slow: str) -> None:
     began = time.process_time()
     with pytest.raises(TargetError) as caught:
         require_fast("exclude", {"q_proj": "q_proj", ".*": ".*", slow: slow}, NAMES)
-    assert str(caught.value) == (
-        f"exclude: the regular expression {slow!r} takes more than 2 s on the names of the model's modules; write it without "
-        "repetitions inside repetitions"
+    assert (
+        str(caught.value)
+        == f"exclude: the regular expression {slow!r} takes more than 2 s on the names of the"
+        " model's modules; write it without repetitions inside repetitions"
     )
     assert time.process_time() - began < 4
 
 
 def test_one_that_has_not_been_tried_is_stopped_too() -> None:
     with pytest.raises(
-        TargetError, match=re.escape(f"the regular expression {SLOW[0]!r} takes more than 2 s on {NAMES[0]}")
+        TargetError,
+        match=re.escape(f"the regular expression {SLOW[0]!r} takes more than 2 s on {NAMES[0]}"),
     ):
         full_match(SLOW[0], NAMES[0], 0.1)
 
@@ -88,43 +96,125 @@ def test_the_names_of_a_model_share_the_time() -> None:
 
 def test_hostile_ones_take_little_memory() -> None:
     code = (
-        "import resource; from jaxpeft.core.expressions import full_match; from jaxpeft.errors import TargetError\n"
-        "from tests.core.test_expressions import NAMES, SLOW\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "for slow in SLOW:\n"
-        "    try: full_match(slow, NAMES[0], 0.5)\n"
-        "    except TargetError: pass\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "import resource; from jaxpeft.core.expressions import full_match; from jaxpeft.errors"
+        " import TargetError\nfrom tests.core.test_expressions import NAMES, SLOW\nbefore ="
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nfor slow in SLOW:\n    try:"
+        " full_match(slow, NAMES[0], 0.5)\n    except TargetError:"
+        " pass\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 64 << 10  # KiB
 
 
 def test_usual_ones_pass() -> None:
     usual = [
-        r".*\.(q|v)_proj", r"^(?!.*lm_head).*proj$", r"model\.layers\.\d+\..*", ".*",
+        r".*\.(q|v)_proj",
+        r"^(?!.*lm_head).*proj$",
+        r"model\.layers\.\d+\..*",
+        ".*",
         r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:k_proj|q_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj)))",
-    ]  # fmt: skip
+    ]
     require_fast("targets", {text: text for text in usual}, NAMES)
 
 
 ATOMS = [
-    "a", "b", ".", r"\.", r"\w", r"\d", "[a-c]", "[^a]", "^", "$", r"\b", r"\B", r"\A", r"\Z", "(?i:A)", "[[a]", "{e}", "{i<=1}", "a{e<=2}",
-    "a{,}", "a{}", "{,}", "a{1,}", "[a||b]", "[a--b]", "[a~~b]", "[a&&b]", "[[:alpha:]]", "[[:alpha:]a]", r"\[:", "[:]", "(?s:.)", r"[\w-]",
-    r"\N{LATIN SMALL LETTER A}", "[]a]", "[{]", r"\{", "}", r"\x61", r"\141", "(?x: a {2})", "a{ 2}", "a{2, 3}", "(?#{e})", "#", r"\S", r"\W",
-]  # fmt: skip
+    "a",
+    "b",
+    ".",
+    r"\.",
+    r"\w",
+    r"\d",
+    "[a-c]",
+    "[^a]",
+    "^",
+    "$",
+    r"\b",
+    r"\B",
+    r"\A",
+    r"\Z",
+    "(?i:A)",
+    "[[a]",
+    "{e}",
+    "{i<=1}",
+    "a{e<=2}",
+    "a{,}",
+    "a{}",
+    "{,}",
+    "a{1,}",
+    "[a||b]",
+    "[a--b]",
+    "[a~~b]",
+    "[a&&b]",
+    "[[:alpha:]]",
+    "[[:alpha:]a]",
+    r"\[:",
+    "[:]",
+    "(?s:.)",
+    r"[\w-]",
+    r"\N{LATIN SMALL LETTER A}",
+    "[]a]",
+    "[{]",
+    r"\{",
+    "}",
+    r"\x61",
+    r"\141",
+    "(?x: a {2})",
+    "a{ 2}",
+    "a{2, 3}",
+    "(?#{e})",
+    "#",
+    r"\S",
+    r"\W",
+]
 STRINGS = [
-    "a", "b", "ab", "a.b", "aa", "a]", "l]", ":]", "[:", "[", "{e}", "a{e}", "aba", "a-b", "_", "a b", "a1", "A", "{", "}", "a{}", "a{,}",
-    "aaaa", "a|b", "&", "~", "-", ":", "a{ 2}", "a{2, 3}", "a{i<=1}", "a{e<=2}", "#", "é", "K",
-]  # fmt: skip
+    "a",
+    "b",
+    "ab",
+    "a.b",
+    "aa",
+    "a]",
+    "l]",
+    ":]",
+    "[:",
+    "[",
+    "{e}",
+    "a{e}",
+    "aba",
+    "a-b",
+    "_",
+    "a b",
+    "a1",
+    "A",
+    "{",
+    "}",
+    "a{}",
+    "a{,}",
+    "aaaa",
+    "a|b",
+    "&",
+    "~",
+    "-",
+    ":",
+    "a{ 2}",
+    "a{2, 3}",
+    "a{i<=1}",
+    "a{e<=2}",
+    "#",
+    "é",
+    "K",
+]
 
 
 def draw(of: random.Random, depth: int) -> str:
     if depth == 0:
         return of.choice(ATOMS)
     first, second = draw(of, depth - 1), draw(of, depth - 1)
-    repeat = of.choice(["*", "+", "?", "*?", "+?", "??", "*+", "++", "?+", "{2}", "{1,3}", "{,2}", "{2}?"])
+    repeat = of.choice(
+        ["*", "+", "?", "*?", "+?", "??", "*+", "++", "?+", "{2}", "{1,3}", "{,2}", "{2}?"]
+    )
     group = of.choice(["", "?:", "?>", "?=", "?!", "?<=", "?<!", "?P<n>"])
     return of.choice(
         [

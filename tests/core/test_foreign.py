@@ -1,4 +1,6 @@
-"""Modules that jaxpeft did not write: Linen and NNX, every type of linear module, under scan, remat and vmap."""
+"""Modules that jaxpeft did not write: Linen and NNX, every type of linear module, under scan, remat
+and vmap.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,18 @@ def moved(method: Any, params: Any) -> Any:
     rng = np.random.default_rng(1)
     names = method.leaves.trained
     return paths.map_with_path(
-        lambda path, x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) if path[-1] in names else x, params
+        lambda path, x: (
+            x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) if path[-1] in names else x
+        ),
+        params,
     )
 
 
 def assert_close(found: Any, wanted: Any) -> None:
     """Two results are the same but for rounding, which is of their largest numbers."""
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-4 + 2e-5 * float(np.abs(wanted).max()))
+    np.testing.assert_allclose(
+        found, wanted, rtol=1e-4, atol=2e-4 + 2e-5 * float(np.abs(wanted).max())
+    )
 
 
 METHODS = [
@@ -57,12 +64,27 @@ LINEN = {
     "Dense": (lambda name: nn.Dense(6, name=name), (4, 8)),
     "DenseGeneral out": (lambda name: nn.DenseGeneral((2, 3), name=name), (4, 8)),
     "DenseGeneral in": (lambda name: nn.DenseGeneral(6, axis=(-2, -1), name=name), (4, 2, 4)),
-    "DenseGeneral middle": (lambda name: nn.DenseGeneral((2, 3), axis=(1, 3), name=name), (4, 2, 5, 4)),
-    "Einsum": (lambda name: nn.Einsum((2, 8, 4), "btd,ndh->btnh", name=name, use_bias=True), (3, 5, 8)),
-    "Einsum back": (lambda name: nn.Einsum((2, 4, 8), "btnh,nhd->btd", name=name, use_bias=False), (3, 5, 2, 4)),
-    "Einsum turned": (lambda name: nn.Einsum((2, 8, 4), "btd,ndh->nhtb", name=name, use_bias=False), (3, 5, 8)),
+    "DenseGeneral middle": (
+        lambda name: nn.DenseGeneral((2, 3), axis=(1, 3), name=name),
+        (4, 2, 5, 4),
+    ),
+    "Einsum": (
+        lambda name: nn.Einsum((2, 8, 4), "btd,ndh->btnh", name=name, use_bias=True),
+        (3, 5, 8),
+    ),
+    "Einsum back": (
+        lambda name: nn.Einsum((2, 4, 8), "btnh,nhd->btd", name=name, use_bias=False),
+        (3, 5, 2, 4),
+    ),
+    "Einsum turned": (
+        lambda name: nn.Einsum((2, 8, 4), "btd,ndh->nhtb", name=name, use_bias=False),
+        (3, 5, 8),
+    ),
     "Conv 1": (lambda name: nn.Conv(6, (3,), name=name), (2, 9, 4)),
-    "Conv 1 causal": (lambda name: nn.Conv(6, (3,), padding="CAUSAL", kernel_dilation=2, name=name), (2, 9, 4)),
+    "Conv 1 causal": (
+        lambda name: nn.Conv(6, (3,), padding="CAUSAL", kernel_dilation=2, name=name),
+        (2, 9, 4),
+    ),
     "Conv 2": (lambda name: nn.Conv(6, (3, 2), strides=2, name=name), (2, 8, 9, 4)),
     "Conv 2 valid": (
         lambda name: nn.Conv(6, (3, 3), padding=[(1, 0), (2, 1)], name=name, use_bias=False),
@@ -106,14 +128,24 @@ def test_embeddings_are_adapted_and_tied_heads_compute_with_trained_tokens() -> 
     method = jaxpeft.TrainableTokens(tokens=(2, 9), targets=("embed",))
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(1), sites=sites))
     folded = jaxpeft.merge(method, params, sites=sites)
-    np.testing.assert_allclose(jaxpeft.apply(model, params, ids), model.apply({"params": folded}, ids), atol=1e-5)
+    np.testing.assert_allclose(
+        jaxpeft.apply(model, params, ids), model.apply({"params": folded}, ids), atol=1e-5
+    )
 
 
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Any, _: Any) -> Any:
-        h = nn.MultiHeadDotProductAttention(2, qkv_features=8, name="attention")(nn.LayerNorm(name="norm")(x))
-        return x + nn.Dense(8, name="out")(jax.nn.gelu(nn.DenseGeneral((2, 8), name="up")(x + h).sum(-2))), None
+        h = nn.MultiHeadDotProductAttention(2, qkv_features=8, name="attention")(
+            nn.LayerNorm(name="norm")(x)
+        )
+        return (
+            x
+            + nn.Dense(8, name="out")(
+                jax.nn.gelu(nn.DenseGeneral((2, 8), name="up")(x + h).sum(-2))
+            ),
+            None,
+        )
 
 
 class Stack(nn.Module):
@@ -122,15 +154,29 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         if self.lifted:
-            lift = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            lift = nn.scan(
+                nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
             return lift(name="stack")(x, None)[0]
         several = nn.vmap(
-            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(None, None), axis_size=3
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(None, None),
+            axis_size=3,
         )
         return several(name="stack")(x, None)[0].sum(0)
 
 
-@pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2), jaxpeft.LoRA(rank=2, targets=("query", "out", "up"), layers_to_transform=(1,)), jaxpeft.VeRA(rank=3)], ids=["all", "one layer", "shared"])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        jaxpeft.LoRA(rank=2),
+        jaxpeft.LoRA(rank=2, targets=("query", "out", "up"), layers_to_transform=(1,)),
+        jaxpeft.VeRA(rank=3),
+    ],
+    ids=["all", "one layer", "shared"],
+)
 @pytest.mark.parametrize("lifted", [True, False], ids=["scan of remat", "vmap"])
 @pytest.mark.representatives("scan of remat-one layer", "vmap-all")
 def test_multi_head_attention_under_scan_remat_and_vmap(lifted: bool, method: Any) -> None:
@@ -138,7 +184,9 @@ def test_multi_head_attention_under_scan_remat_and_vmap(lifted: bool, method: An
     base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     kinds = {site.path[-1]: (site.kind, site.layers) for site in sites}
-    assert kinds == dict.fromkeys(["query", "key", "value", "out", "up"], ("linear", (3,))) | {"norm": ("norm", (3,))}
+    assert kinds == dict.fromkeys(["query", "key", "value", "out", "up"], ("linear", (3,))) | {
+        "norm": ("norm", (3,))
+    }
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(1), sites=sites))
     if getattr(method, "layers_to_transform", None):
         padded = params["stack"]["up"]["lora_a"]
@@ -172,11 +220,14 @@ def test_what_no_method_adapts_is_named() -> None:
     sites = jaxpeft.find_sites(model, base, x)
     for target, kind in (("own", "Own"), ("grouped", "Conv")):
         with pytest.raises(
-            TargetError, match=f"'{target}' names {target}, which is a {kind} site; lora adapts linear and emb"
+            TargetError,
+            match=f"'{target}' names {target}, which is a {kind} site; lora adapts linear and emb",
         ):
             jaxpeft.rewrite(jaxpeft.LoRA(targets=(target,)), base, jax.random.key(0), sites=sites)
     unseen = jaxpeft.rewrite(jaxpeft.LoRA(targets=("own",)), base, jax.random.key(0))
-    with pytest.raises(ConfigError, match=r"lora cannot adapt a Own \(own\); leave it out of its targets"):
+    with pytest.raises(
+        ConfigError, match=r"lora cannot adapt a Own \(own\); leave it out of its targets"
+    ):
         jaxpeft.apply(model, unseen, x)
 
 
@@ -184,7 +235,9 @@ def test_layers_that_are_stacked_along_another_axis_are_refused() -> None:
     class Behind(nn.Module):
         @nn.compact
         def __call__(self, x: Any) -> Any:
-            scan = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+            scan = nn.scan(
+                Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3
+            )
             return scan(name="stack")(x, None)[0]
 
     model, x = Behind(), random(2, 5, 8)
@@ -193,7 +246,7 @@ def test_layers_that_are_stacked_along_another_axis_are_refused() -> None:
         jaxpeft.find_sites(model, tree, x)
 
 
-# ------------------------------------------------------------------------------------------------------------------- NNX
+# ---------------------------------------------------------------------------------------------- NNX
 
 
 class NnxOne(nnx.Module):
@@ -253,26 +306,39 @@ class NnxStack(nnx.Module):
             for layer in self.layers:
                 x = layer(x)
             return x
-        return nnx.scan(nnx.remat(lambda x, layer: layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
-            x, self.layers
-        )
+        return nnx.scan(
+            nnx.remat(lambda x, layer: layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+        )(x, self.layers)
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["a list", "scan of remat"])
-@pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2, dropout=0.5), jaxpeft.DoRA(rank=2), jaxpeft.VeRA(rank=3)], ids=lambda m: m.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [jaxpeft.LoRA(rank=2, dropout=0.5), jaxpeft.DoRA(rank=2), jaxpeft.VeRA(rank=3)],
+    ids=lambda m: m.name,
+)
 @pytest.mark.representatives("lora-a list", "vera-scan of remat", "dora-scan of remat")
-def test_nnx_attention_and_embeddings_in_lists_and_under_scan_and_remat(method: Any, scanned: bool) -> None:
+def test_nnx_attention_and_embeddings_in_lists_and_under_scan_and_remat(
+    method: Any, scanned: bool
+) -> None:
     model, ids = NnxStack(nnx.Rngs(0), scanned), jnp.arange(10).reshape(2, 5)
     base = jaxpeft.params_of(model)
     sites = jaxpeft.find_sites(model, base)
-    assert {site.path[-1] for site in sites if site.kind == "linear"} == {"query", "key", "value", "out"}
+    assert {site.path[-1] for site in sites if site.kind == "linear"} == {
+        "query",
+        "key",
+        "value",
+        "out",
+    }
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(1), sites=sites))
     out = jaxpeft.apply(model, params, ids)
     assert np.abs(out - model(ids)).max() > 1e-2
     folded = jaxpeft.merge(method, params, sites=sites)
     assert_close(jaxpeft.with_params(model, folded)(ids), out)
     trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
-    grads = jax.jit(jax.grad(lambda t: jnp.sum(jaxpeft.apply(model, jaxpeft.combine(t, frozen), ids) ** 2)))(trainable)
+    grads = jax.jit(
+        jax.grad(lambda t: jnp.sum(jaxpeft.apply(model, jaxpeft.combine(t, frozen), ids) ** 2))
+    )(trainable)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
     if method.name == "lora":
         key = {"dropout": jax.random.key(3)}
@@ -286,12 +352,16 @@ def test_an_nnx_embedding_is_adapted_and_a_foreign_leaf_is_refused() -> None:
     method = jaxpeft.LoRA(rank=2, targets=("embed",))
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(1), sites=sites))
     folded = jaxpeft.merge(method, params, sites=sites)
-    np.testing.assert_allclose(jaxpeft.with_params(model, folded)(ids), jaxpeft.apply(model, params, ids), atol=1e-4)
-    with pytest.raises(ConfigError, match="embed/lora_a has no place in this module; merge the adapter first"):
+    np.testing.assert_allclose(
+        jaxpeft.with_params(model, folded)(ids), jaxpeft.apply(model, params, ids), atol=1e-4
+    )
+    with pytest.raises(
+        ConfigError, match="embed/lora_a has no place in this module; merge the adapter first"
+    ):
         jaxpeft.with_params(model, params)
 
 
-# ------------------------------------------------------------------------------------------- stacks, names, and what is left
+# ------------------------------------------------------------------ stacks, names, and what is left
 
 
 class Scanned(nn.Module):
@@ -319,14 +389,21 @@ def test_a_bank_of_scanned_layers_of_any_name(called: str, count: int) -> None:
     base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     fresh = jaxpeft.rewrite(method, base, jax.random.key(0), sites=sites)
-    trees = [jax.tree.map(lambda leaf, i=i: leaf * (1 + i), moved(method, fresh)) for i in range(count)]
     trees = [
-        paths.map_with_path(lambda p, leaf: leaf if p[-1].startswith("lora_") else paths.get(base, p), t) for t in trees
+        jax.tree.map(lambda leaf, i=i: leaf * (1 + i), moved(method, fresh)) for i in range(count)
+    ]
+    trees = [
+        paths.map_with_path(
+            lambda p, leaf: leaf if p[-1].startswith("lora_") else paths.get(base, p), t
+        )
+        for t in trees
     ]
     tree = jaxpeft.bank([(method, one) for one in trees], sites=sites)
     for i, alone in enumerate(trees):
         wanted = jaxpeft.apply(model, alone, x)
-        np.testing.assert_allclose(jaxpeft.apply(model, tree, x, adapter=i), wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            jaxpeft.apply(model, tree, x, adapter=i), wanted, rtol=1e-5, atol=1e-6
+        )
         picked = jaxpeft.pick(method, tree, i, sites=sites)
         np.testing.assert_allclose(jaxpeft.apply(model, picked, x), wanted, rtol=1e-5, atol=1e-6)
 
@@ -338,7 +415,9 @@ def test_a_stack_that_is_itself_called_layers() -> None:
             self.layers = nnx.vmap(lambda key: nnx.Linear(4, 4, rngs=nnx.Rngs(key)))(keys)
 
         def __call__(self, x: Any) -> Any:
-            return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+            return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+                x, self.layers
+            )
 
     model, method, x = Model(), jaxpeft.LoRA(rank=2), random(3, 4)
     base = jaxpeft.params_of(model)
@@ -374,9 +453,13 @@ def test_inputs_may_be_given_by_name() -> None:
     other = ByNameNnx()
     params = moved(
         method,
-        jaxpeft.rewrite(method, jaxpeft.params_of(other), jax.random.key(0), sites=jaxpeft.find_sites(other, {})),
+        jaxpeft.rewrite(
+            method, jaxpeft.params_of(other), jax.random.key(0), sites=jaxpeft.find_sites(other, {})
+        ),
     )
-    merged = jaxpeft.with_params(other, jaxpeft.merge(method, params, sites=jaxpeft.find_sites(other, {})))
+    merged = jaxpeft.with_params(
+        other, jaxpeft.merge(method, params, sites=jaxpeft.find_sites(other, {}))
+    )
     np.testing.assert_allclose(jaxpeft.apply(other, params, x), merged(x), rtol=1e-4, atol=1e-5)
 
 
@@ -385,7 +468,11 @@ class Sub(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        return nn.ConvTranspose(4, (1,), name="proj")(x) if self.transposed else nn.Dense(4, name="proj")(x)
+        return (
+            nn.ConvTranspose(4, (1,), name="proj")(x)
+            if self.transposed
+            else nn.Dense(4, name="proj")(x)
+        )
 
 
 class Beside(nn.Module):
@@ -399,14 +486,22 @@ def test_a_module_that_no_method_knows_is_an_error_beside_one_that_is_adapted(ta
     model, x = Beside(), random(2, 3, 4)
     base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
-    with pytest.raises(TargetError, match=r"names b\.proj, which is a ConvTranspose site; lora adapts"):
+    with pytest.raises(
+        TargetError, match=r"names b\.proj, which is a ConvTranspose site; lora adapts"
+    ):
         jaxpeft.rewrite(jaxpeft.LoRA(targets=targets), base, jax.random.key(0), sites=sites)
-    params = jaxpeft.rewrite(jaxpeft.LoRA(targets=targets, exclude=("b.proj",)), base, jax.random.key(0), sites=sites)
+    params = jaxpeft.rewrite(
+        jaxpeft.LoRA(targets=targets, exclude=("b.proj",)), base, jax.random.key(0), sites=sites
+    )
     assert "lora_a" in params["a"]["proj"] and "lora_a" not in params["b"]["proj"]
 
 
-def test_a_module_that_no_method_knows_is_told_where_all_are_meant(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_module_that_no_method_knows_is_told_where_all_are_meant(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, x = Beside(), random(2, 3, 4)
     base = model.init(jax.random.key(0), x)["params"]
-    jaxpeft.rewrite(jaxpeft.LoRA(), base, jax.random.key(0), sites=jaxpeft.find_sites(model, base, x))
+    jaxpeft.rewrite(
+        jaxpeft.LoRA(), base, jax.random.key(0), sites=jaxpeft.find_sites(model, base, x)
+    )
     assert "left as they are, of types that no method adapts: b.proj (ConvTranspose)" in caplog.text

@@ -1,4 +1,6 @@
-"""Models of packages from PyPI, written by people who know nothing of jaxpeft: adapted, trained, merged."""
+"""Models of packages from PyPI, written by people who know nothing of jaxpeft: adapted, trained,
+merged.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ TARGET = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 32)), jnp.float
 
 
 def close(a: Any, b: Any) -> None:
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(jnp.asarray(b)).max() + 1))
+    np.testing.assert_allclose(
+        a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(jnp.asarray(b)).max() + 1)
+    )
 
 
 def trained(run: Any, method: Any, params: Any) -> tuple[float, float]:
@@ -34,7 +38,9 @@ def trained(run: Any, method: Any, params: Any) -> tuple[float, float]:
 
     @jax.jit
     def step(t: Any, s: Any) -> Any:
-        loss, grads = jax.value_and_grad(lambda t: jnp.mean(jnp.square(run(jaxpeft.combine(t, frozen)) - TARGET)))(t)
+        loss, grads = jax.value_and_grad(
+            lambda t: jnp.mean(jnp.square(run(jaxpeft.combine(t, frozen)) - TARGET))
+        )(t)
         updates, s = optimizer.update(grads, s)
         return optax.apply_updates(t, updates), s, loss
 
@@ -46,12 +52,16 @@ def trained(run: Any, method: Any, params: Any) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-@pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2), jaxpeft.DoRA(rank=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [jaxpeft.LoRA(rank=2), jaxpeft.DoRA(rank=2)], ids=lambda m: m.name
+)
 @pytest.mark.representatives("dora")
 def test_the_feed_forward_of_gpt2_of_flaxmodels(method: Any) -> None:
     from flaxmodels.gpt2 import gpt2
 
-    config = types.SimpleNamespace(n_embd=32, resid_pdrop=0.0, n_inner=None, activation_function="gelu_new")
+    config = types.SimpleNamespace(
+        n_embd=32, resid_pdrop=0.0, n_inner=None, activation_function="gelu_new"
+    )
     model, x = gpt2.GPT2MLP(64, config), INPUT
     with jax.numpy_dtype_promotion("standard"):
         base = model.init(jax.random.key(0), x)["params"]
@@ -59,12 +69,17 @@ def test_the_feed_forward_of_gpt2_of_flaxmodels(method: Any) -> None:
         assert [site.kind for site in sites] == ["linear", "linear"]
         fresh = jaxpeft.rewrite(method, base, jax.random.key(0), sites=sites)
         params = moved(method, fresh)
-        close(model.apply({"params": jaxpeft.merge(method, params, sites=sites)}, x), jaxpeft.apply(model, params, x))
+        close(
+            model.apply({"params": jaxpeft.merge(method, params, sites=sites)}, x),
+            jaxpeft.apply(model, params, x),
+        )
         first, last = trained(lambda p: jaxpeft.apply(model, p, x), method, fresh)
         assert last < first
 
 
-@pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2), jaxpeft.LoHa(rank=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [jaxpeft.LoRA(rank=2), jaxpeft.LoHa(rank=2)], ids=lambda m: m.name
+)
 @pytest.mark.representatives("loha")
 def test_resnet_of_flaxmodels_with_its_statistics(method: Any) -> None:
     import flaxmodels
@@ -82,12 +97,16 @@ def test_resnet_of_flaxmodels_with_its_statistics(method: Any) -> None:
     np.testing.assert_allclose(run(fresh), model.apply(made, x, train=False), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=2), jaxpeft.OFT(block_size=4)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [jaxpeft.LoRA(rank=2), jaxpeft.OFT(block_size=4)], ids=lambda m: m.name
+)
 @pytest.mark.representatives("lora")
 def test_a_transformer_block_of_fabrique(method: Any) -> None:
     from fabrique.models.bert.modeling import ModelArgs, TransformerBlock
 
-    args = ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=50, ffn_hidden_size=48, max_seq_len=16)
+    args = ModelArgs(
+        dim=32, n_layers=2, n_heads=4, vocab_size=50, ffn_hidden_size=48, max_seq_len=16
+    )
     model = TransformerBlock(args, rngs=nnx.Rngs(0))
     x, mask = INPUT, jnp.ones((2, 6), jnp.int32)
     with jax.numpy_dtype_promotion("standard"):
@@ -99,5 +118,7 @@ def test_a_transformer_block_of_fabrique(method: Any) -> None:
         assert float(jnp.abs(out - before).max()) > 1e-2
         folded = jaxpeft.with_params(model, jaxpeft.merge(method, params, sites=sites))
         close(folded(x, mask, deterministic=True), out)
-        first, last = trained(lambda p: jaxpeft.apply(model, p, x, mask, deterministic=True), method, fresh)
+        first, last = trained(
+            lambda p: jaxpeft.apply(model, p, x, mask, deterministic=True), method, fresh
+        )
         assert last < first

@@ -63,16 +63,26 @@ def test_layer_axis(path, axis):
 @pytest.mark.parametrize(
     ("path", "layers", "names"),
     [
-        ("model/layers/self_attn/q_proj", 2, ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")),
+        (
+            "model/layers/self_attn/q_proj",
+            2,
+            ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"),
+        ),
         ("model/layers/self_attn/q_proj/kernel", 1, ("model.layers.0.self_attn.q_proj.weight",)),
         ("model/layers/1/mlp/up_proj/kernel", None, ("model.layers.1.mlp.up_proj.weight",)),
-        ("bert/encoder/layer/output/LayerNorm/scale", 2,
-         ("bert.encoder.layer.0.output.LayerNorm.weight", "bert.encoder.layer.1.output.LayerNorm.weight")),
+        (
+            "bert/encoder/layer/output/LayerNorm/scale",
+            2,
+            (
+                "bert.encoder.layer.0.output.LayerNorm.weight",
+                "bert.encoder.layer.1.output.LayerNorm.weight",
+            ),
+        ),
         ("model/embed_tokens/embedding", None, ("model.embed_tokens.weight",)),
         ("model/embed_tokens/embedding", 2, ("model.embed_tokens.weight",)),
         ("classifier/bias", None, ("classifier.bias",)),
     ],
-)  # fmt: skip
+)
 def test_hf_names(path, layers, names):
     assert paths.hf_names(tuple(path.split("/")), layers) == names
 
@@ -80,10 +90,15 @@ def test_hf_names(path, layers, names):
 @pytest.mark.parametrize(
     ("path", "head"),
     [
-        ("classifier/kernel", True), ("score/kernel", True), ("pre_classifier/bias", True), ("classifier/dense", True),
-        ("lm_head/kernel", False), ("bert/pooler/dense/kernel", False), ("bert/classifier/kernel", False),
+        ("classifier/kernel", True),
+        ("score/kernel", True),
+        ("pre_classifier/bias", True),
+        ("classifier/dense", True),
+        ("lm_head/kernel", False),
+        ("bert/pooler/dense/kernel", False),
+        ("bert/classifier/kernel", False),
     ],
-)  # fmt: skip
+)
 def test_a_head_is_what_stands_beside_the_backbone(path, head):
     assert paths.is_head(tuple(path.split("/"))) is head
 

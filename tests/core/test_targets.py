@@ -37,7 +37,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def tree(kind: str, *, scan: bool = False) -> Any:
     task, labels = ("causal_lm", None) if kind == "llama" else ("sequence_classification", 3)
-    model = models.build(tiny_config(kind), ModelOptions(task, labels, jnp.float32, scan_layers=scan))
+    model = models.build(
+        tiny_config(kind), ModelOptions(task, labels, jnp.float32, scan_layers=scan)
+    )
     return abstract_params(model)
 
 
@@ -53,7 +55,12 @@ def ours(params: Any, options: dict[str, Any]) -> set[str]:
         (pattern,) if pattern else (),
     )
     chosen = resolve(params, wanted)
-    return {name for site, flags in chosen.items() for name, on in zip(site.names, flags, strict=True) if on}
+    return {
+        name
+        for site, flags in chosen.items()
+        for name, on in zip(site.names, flags, strict=True)
+        if on
+    }
 
 
 def pefts(kind: str, options: dict[str, Any]) -> set[str]:
@@ -63,16 +70,26 @@ def pefts(kind: str, options: dict[str, Any]) -> set[str]:
     values = tiny_config(kind, num_labels=3)
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     causal = kind == "llama"
-    loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+    loader = (
+        transformers.AutoModelForCausalLM
+        if causal
+        else transformers.AutoModelForSequenceClassification
+    )
     task = TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS
     model = get_peft_model(loader.from_config(config), LoraConfig(r=4, task_type=task, **options))
     start, end = "base_model.model.", ".lora_A.default.weight"
-    return {name.removeprefix(start).removesuffix(end) for name, _ in model.named_parameters() if name.endswith(end)}
+    return {
+        name.removeprefix(start).removesuffix(end)
+        for name, _ in model.named_parameters()
+        if name.endswith(end)
+    }
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize(("kind", "options"), CASES)
-def test_the_sites_are_those_that_peft_adapts(kind: str, options: dict[str, Any], scan: bool) -> None:
+def test_the_sites_are_those_that_peft_adapts(
+    kind: str, options: dict[str, Any], scan: bool
+) -> None:
     assert ours(tree(kind, scan=scan), options) == pefts(kind, options)
 
 
@@ -80,16 +97,27 @@ def test_the_sites_are_those_that_peft_adapts(kind: str, options: dict[str, Any]
     ("options", "text"),
     [
         ({"targets": ("q_prj",)}, r"targets: 'q_prj' matches no site; did you mean 'q_proj'"),
-        ({"targets": ("q_proj", "qproj", "zzz")}, r"'qproj' matches no site[\s\S]*'zzz' matches no site"),
-        ({"targets": "q_proj"}, r"the regular expression 'q_proj' matches no whole site name; the model has 16 site"),
-        ({"targets": ("q_proj",), "layers_to_transform": (1, 7)}, r"no layer 7; the model has 0 to 1"),
+        (
+            {"targets": ("q_proj", "qproj", "zzz")},
+            r"'qproj' matches no site[\s\S]*'zzz' matches no site",
+        ),
+        (
+            {"targets": "q_proj"},
+            r"the regular expression 'q_proj' matches no whole site name; the model has 16 site",
+        ),
+        (
+            {"targets": ("q_proj",), "layers_to_transform": (1, 7)},
+            r"no layer 7; the model has 0 to 1",
+        ),
         ({"targets": ("q_proj",), "exclude": ("q_proj",)}, r"leave no site"),
         ({"rank_pattern": {"q_prj": 2}}, r"rank_pattern: 'q_prj' matches no adapted site"),
         ({"alpha_pattern": {"zz": 2.0}}, r"alpha_pattern: 'zz' matches no adapted site"),
         ({"modules_to_save": ("embed",)}, r"modules_to_save: 'embed' names no module"),
     ],
 )
-def test_what_matches_nothing_is_refused_with_the_nearest_names(options: dict[str, Any], text: str) -> None:
+def test_what_matches_nothing_is_refused_with_the_nearest_names(
+    options: dict[str, Any], text: str
+) -> None:
     import jax
 
     with pytest.raises(TargetError, match=text):
@@ -99,7 +127,10 @@ def test_what_matches_nothing_is_refused_with_the_nearest_names(options: dict[st
 def test_a_partial_match_prints_a_coverage_table(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         jax.eval_shape(
-            lambda p: rewrite(LoRA(targets=("q_proj",), layers_to_transform=(1,)), p, jax.random.key(0)), tree("llama")
+            lambda p: rewrite(
+                LoRA(targets=("q_proj",), layers_to_transform=(1,)), p, jax.random.key(0)
+            ),
+            tree("llama"),
         )
     assert "adapted in part of the layers only" in caplog.text
     assert "1 of    2  model.layers.*.self_attn.q_proj" in caplog.text
@@ -114,20 +145,45 @@ def test_sites_have_hugging_faces_names_and_flaxs_shapes() -> None:
 
 def test_every_wrong_option_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        LoRA(rank=0, alpha="8", dropout=1.0, bias="some", layers_to_transform=(-1,), rank_pattern={"q": 0})  # type: ignore[arg-type]
+        LoRA(
+            rank=0,
+            alpha="8",
+            dropout=1.0,
+            bias="some",
+            layers_to_transform=(-1,),
+            rank_pattern={"q": 0},
+        )  # type: ignore[arg-type]
     text = "\n".join(caught.value.problems)
-    for field in ("lora.rank", "lora.alpha", "lora.dropout", "lora.bias", "lora.layers_to_transform", "rank_pattern"):
+    for field in (
+        "lora.rank",
+        "lora.alpha",
+        "lora.dropout",
+        "lora.bias",
+        "lora.layers_to_transform",
+        "rank_pattern",
+    ):
         assert field in text
-    with pytest.raises(ConfigError, match="layers_to_transform: cannot go with a regular expression"):
+    with pytest.raises(
+        ConfigError, match="layers_to_transform: cannot go with a regular expression"
+    ):
         LoRA(targets=".*q_proj", layers_to_transform=(0,))
 
 
 def test_lists_sets_and_numpy_numbers_are_taken_as_peft_takes_them() -> None:
     same = LoRA(
-        rank=4, targets=("k_proj", "q_proj"), layers_to_transform=(1,), exclude=("x",), modules_to_save=("norm",)
+        rank=4,
+        targets=("k_proj", "q_proj"),
+        layers_to_transform=(1,),
+        exclude=("x",),
+        modules_to_save=("norm",),
     )
-    made: Any = LoRA(rank=np.int64(4), targets={"q_proj", "k_proj"}, layers_to_transform=[1], exclude=["x"],
-                     modules_to_save=["norm"])  # type: ignore[arg-type] # fmt: skip
+    made: Any = LoRA(
+        rank=np.int64(4),
+        targets={"q_proj", "k_proj"},
+        layers_to_transform=[1],
+        exclude=["x"],
+        modules_to_save=["norm"],
+    )  # type: ignore[arg-type]
     assert made == same
     assert hash(made.targets) == hash(same.targets)
     number = LoRA(targets=["q_proj", "k_proj"], layers_to_transform=1)  # type: ignore[arg-type]
@@ -136,9 +192,14 @@ def test_lists_sets_and_numpy_numbers_are_taken_as_peft_takes_them() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"targets": "*.q_proj"}, {"exclude": "("}, {"rank_pattern": {"*.q": 4}}, {"alpha_pattern": {"[": 4.0}},
-     {"layers_to_transform": (1,), "targets": ("q",), "layers_pattern": ("(",)}],
-)  # fmt: skip
+    [
+        {"targets": "*.q_proj"},
+        {"exclude": "("},
+        {"rank_pattern": {"*.q": 4}},
+        {"alpha_pattern": {"[": 4.0}},
+        {"layers_to_transform": (1,), "targets": ("q",), "layers_pattern": ("(",)},
+    ],
+)
 def test_what_is_no_regular_expression_is_named(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"lora\.\w+: .* is not a regular expression"):
         LoRA(**options)

@@ -1,4 +1,6 @@
-"""Partition and combine are inverse, as are stacking and unrolling layers; what does not fit is refused by its path."""
+"""Partition and combine are inverse, as are stacking and unrolling layers; what does not fit is
+refused by its path.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from jaxpeft.core import paths, tree
 from tests.core.helpers import assert_bits, load
 
 KEYS = st.sampled_from("abcde")
-TREES = st.recursive(st.integers(0, 99), lambda inner: st.dictionaries(KEYS, inner, min_size=1, max_size=3)).filter(
-    lambda node: isinstance(node, dict)
-)
+TREES = st.recursive(
+    st.integers(0, 99), lambda inner: st.dictionaries(KEYS, inner, min_size=1, max_size=3)
+).filter(lambda node: isinstance(node, dict))
 PARAMS = {"a": {"kernel": 1, "bias": 2}, "b": {"kernel": 3}, "c": 4}
 MASK = {"a": {"kernel": False, "bias": True}, "b": {"kernel": False}, "c": True}
 
@@ -39,7 +41,10 @@ def test_combine_is_the_inverse_of_partition_either_way_round(params, random):
 @pytest.mark.parametrize(
     ("mask", "text"),
     [
-        ({"a": {"kernel": True, "bias": True}, "b": {"kernel": True}}, r"different leaves \(1\): c; make the mask"),
+        (
+            {"a": {"kernel": True, "bias": True}, "b": {"kernel": True}},
+            r"different leaves \(1\): c; make the mask",
+        ),
         ({**MASK, "d": True}, r"different leaves \(1\): d"),
         ({**MASK, "b": {"bias": True}}, r"different leaves \(2\): b/bias, b/kernel"),
         ({**MASK, "b": True}, r"different leaves \(2\): b, b/kernel"),
@@ -84,13 +89,16 @@ def test_partition_and_combine_trace_and_keep_the_arrays():
 
 
 def test_count_takes_abstract_leaves():
-    shapes = {"a": jax.ShapeDtypeStruct((3, 4), jnp.float32), "b": {"c": jax.ShapeDtypeStruct((), jnp.int32)}}
+    shapes = {
+        "a": jax.ShapeDtypeStruct((3, 4), jnp.float32),
+        "b": {"c": jax.ShapeDtypeStruct((), jnp.int32)},
+    }
     assert tree.count(shapes) == 13
     assert tree.count({"a": jnp.zeros((3, 4)), "b": {"c": jnp.zeros((5,))}}) == 17
     assert tree.count({}) == 0
 
 
-# --------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -126,13 +134,21 @@ def test_unstack_leaves_what_is_unrolled_already():
     [
         (lambda layer: layer.update(extra=jnp.zeros(2)), "layers/0 and layers/1 differ at extra"),
         (lambda layer: layer["mlp"].pop("kernel"), "layers/0 and layers/1 differ at mlp/kernel"),
-        (lambda layer: layer["mlp"].update(kernel=jnp.zeros((3, 2))), "layers/0 and layers/1 differ at mlp/kernel"),
-        (lambda layer: layer["mlp"].update(lora_a=jnp.zeros((3, 2))), "mlp/lora_a: layers with different leaves"),
+        (
+            lambda layer: layer["mlp"].update(kernel=jnp.zeros((3, 2))),
+            "layers/0 and layers/1 differ at mlp/kernel",
+        ),
+        (
+            lambda layer: layer["mlp"].update(lora_a=jnp.zeros((3, 2))),
+            "mlp/lora_a: layers with different leaves",
+        ),
     ],
     ids=["too many", "too few", "shape", "an adapter in one layer"],
 )
 def test_layers_that_differ_cannot_be_stacked(change, text):
-    layers = {str(i): {"mlp": {"kernel": jnp.zeros((2, 2))}, "norm": jnp.zeros(2)} for i in range(2)}
+    layers = {
+        str(i): {"mlp": {"kernel": jnp.zeros((2, 2))}, "norm": jnp.zeros(2)} for i in range(2)
+    }
     change(layers["1"])
     with pytest.raises(ValueError, match=text):
         tree.stack_layers({"model": {"layers": layers}})

@@ -1,4 +1,6 @@
-"""What the tests of data share: files to read, tokenizers, and the shared assets where they are there."""
+"""What the tests of data share: files to read, tokenizers, and the shared assets where they are
+there.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from jaxpeft.data.rows.read import Rows
 from jaxpeft.data.tokens.arrays import Encoded
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "assets"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "<s>",
+    "</s>",
+    *"abcdefghijklmnopqrstuvwxyz",
+    *"0123456789",
+]
 
 
 @pytest.fixture
@@ -36,14 +47,18 @@ def asset() -> Any:
 
     def find(name: str) -> Path:
         if not (ASSETS / name).exists():
-            pytest.skip(f"{ASSETS / name} is absent: the shared assets are not part of the repository")
+            pytest.skip(
+                f"{ASSETS / name} is absent: the shared assets are not part of the repository"
+            )
         return ASSETS / name
 
     return find
 
 
 def make_word_tokenizer(template: str | None = None, **special: str) -> Any:
-    """Make a tokenizer of one token a word, over the letters and digits; `template` is `bert` or `bos`."""
+    """Make a tokenizer of one token a word, over the letters and digits; `template` is `bert` or
+    `bos`.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -53,9 +68,13 @@ def make_word_tokenizer(template: str | None = None, **special: str) -> Any:
     if template == "bert":
         ends = [("[CLS]", 2), ("[SEP]", 3)]
         pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
-        core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=ends)
+        core.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair=pair, special_tokens=ends
+        )
     if template == "bos":
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 4)])
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 4)]
+        )
     inputs = ["input_ids", *(["token_type_ids"] if template == "bert" else []), "attention_mask"]
     names: Any = {"pad_token": "[PAD]", "unk_token": "[UNK]", **special}
     return PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=inputs, **names)
@@ -101,19 +120,27 @@ def make_rows(*records: dict[str, Any], name: str = "rows.jsonl") -> Rows:
 
 def make_classified(*pairs: tuple[str, str], **options: Any) -> Examples:
     """Make single-label examples of (text, label)."""
-    return make_examples(make_rows(*({"text": t, "label": y} for t, y in pairs)), kind="classification", **options)
+    return make_examples(
+        make_rows(*({"text": t, "label": y} for t, y in pairs)), kind="classification", **options
+    )
 
 
 def make_documents(*texts: str) -> Examples:
     """Make examples of plain text."""
-    return make_examples(make_rows(*({"text": t} for t in texts)), kind="text", columns=Columns("text"))
+    return make_examples(
+        make_rows(*({"text": t} for t in texts)), kind="text", columns=Columns("text")
+    )
 
 
 def make_encoded(
     lengths: list[int], *, kind: str = "classification", labels: Any = None, types: bool = False
 ) -> Encoded:
-    """Make sequences of these lengths: token `t` of sequence `i` is `1000 * i + t + 1`, its label `i`."""
-    tokens = np.concatenate([1000 * i + 1 + np.arange(n) for i, n in enumerate(lengths)]).astype(np.int32)
+    """Make sequences of these lengths: token `t` of sequence `i` is `1000 * i + t + 1`, its label
+    `i`.
+    """
+    tokens = np.concatenate([1000 * i + 1 + np.arange(n) for i, n in enumerate(lengths)]).astype(
+        np.int32
+    )
     if labels is None:
         labels = tokens if kind != "classification" else np.arange(len(lengths), dtype=np.int32)
     return Encoded(
@@ -125,7 +152,12 @@ def make_encoded(
         type_ids=(tokens % 2).astype(np.int32) if types else None,
         source=np.arange(len(lengths), dtype=np.int32),
         label_names=(),
-        counts={"rows": len(lengths), "sequences": len(lengths), "tokens": len(tokens), "truncated": 0},
+        counts={
+            "rows": len(lengths),
+            "sequences": len(lengths),
+            "tokens": len(tokens),
+            "truncated": 0,
+        },
         max_length=max(lengths),
         fingerprint="",
     )

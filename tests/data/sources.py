@@ -1,4 +1,6 @@
-"""Sources of items for the tests of `ahead`: here, not in a test, since a worker process has to import them."""
+"""Sources of items for the tests of `ahead`: here, not in a test, since a worker process has to
+import them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class Fails:
     """Gives `i * i`, of `size` bytes and more, until item `at`, with which something happens.
 
     Attributes:
-        how: `no`, `told` (a DataError), `other` (an OSError), `timeout` (a TimeoutError), `exits`, `killed` or `hangs`.
+        how: `no`, `told` (a DataError), `other` (an OSError), `timeout` (a TimeoutError), `exits`,
+            `killed` or `hangs`.
         at: the item.
         length: how many items there are.
         size: bytes of ballast of each item.

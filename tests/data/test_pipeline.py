@@ -1,4 +1,6 @@
-"""Loading a model folder's tokenizer: files that cannot be used are refused by our error, whatever the library raises."""
+"""Loading a model folder's tokenizer: files that cannot be used are refused by our error, whatever
+the library raises.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,13 @@ def test_a_tokenizer_that_the_library_cannot_read_is_refused_by_its_file(
     tmp_path: Path, content: str | bytes, why: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError, match=f"^{re.escape(str(file))}: is no tokenizer that can be used .*{why}") as caught:
+    with pytest.raises(
+        DataError, match=f"^{re.escape(str(file))}: is no tokenizer that can be used .*{why}"
+    ) as caught:
         load_tokenizer(resolve(str(tmp_path)))
     assert "as it was published" in str(caught.value)

@@ -11,7 +11,10 @@ from jaxpeft.data.tokens import encode
 
 @pytest.mark.parametrize(
     ("folder", "train", "test", "rows", "labels"),
-    [("banking77", "train.csv", "test.csv", (9992, 3080), 77), ("clinc150", "train.jsonl", "test.jsonl", None, 151)],
+    [
+        ("banking77", "train.csv", "test.csv", (9992, 3080), 77),
+        ("clinc150", "train.jsonl", "test.jsonl", None, 151),
+    ],
 )
 def test_classification(asset, minilm, tmp_path, folder, train, test, rows, labels):
     first = make_examples(read_rows(asset(f"{folder}/{train}")), kind="classification")
@@ -25,13 +28,23 @@ def test_classification(asset, minilm, tmp_path, folder, train, test, rows, labe
     batches = Batches(encoded, 32)
     assert batches.padding_share < 0.35
     assert len(batches.lengths) <= 4
-    assert set(batches.batch(0)) == {"input_ids", "attention_mask", "token_type_ids", "labels", "weights"}
+    assert set(batches.batch(0)) == {
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "labels",
+        "weights",
+    }
     assert sum(batch["weights"].sum() for batch, _ in eval_batches(encoded, 32)) == len(second)
 
 
 @pytest.mark.parametrize(
     ("path", "column"),
-    [("tinystories-2mb/dev.jsonl", None), ("e2e-nlg/dev.csv", "ref"), ("tinyshakespeare/input.txt", None)],
+    [
+        ("tinystories-2mb/dev.jsonl", None),
+        ("e2e-nlg/dev.csv", "ref"),
+        ("tinyshakespeare/input.txt", None),
+    ],
 )
 def test_text_survives_the_chunks(asset, tmp_path, path, column):
     from transformers import AutoTokenizer
@@ -39,11 +52,20 @@ def test_text_survives_the_chunks(asset, tmp_path, path, column):
     tokenizer = AutoTokenizer.from_pretrained(str(asset("stories260K") / "hf"))
     examples = make_examples(read_rows(asset(path)), kind="text", columns=Columns(column))
     encoded = encode(
-        examples, tokenizer, max_length=128, vocab_size=512, add_bos=True, add_eos=True, cache_dir=tmp_path
+        examples,
+        tokenizer,
+        max_length=128,
+        vocab_size=512,
+        add_bos=True,
+        add_eos=True,
+        cache_dir=tmp_path,
     )
     for row in (0, len(examples) - 1):
         own = np.concatenate([encoded.tokens[a:b] for a, b in spans(encoded, row)]).tolist()
-        assert own == [*tokenizer(examples.texts[row], verbose=False)["input_ids"], tokenizer.eos_token_id]
+        assert own == [
+            *tokenizer(examples.texts[row], verbose=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
         assert own.count(tokenizer.bos_token_id) == 1
     assert encoded.type_ids is None
     assert encoded.lengths.max() <= 128

@@ -31,16 +31,25 @@ def get_config():
 @pytest.fixture
 def config_file(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Path:
     (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"word{i} word2", "completion": " word3 word4"}) + "\n" for i in range(8))
+        "".join(
+            json.dumps({"prompt": f"word{i} word2", "completion": " word3 word4"}) + "\n"
+            for i in range(8)
+        )
     )
     file = tmp_path / "mine.py"
-    file.write_text(CONFIG.format(model=str(tiny_models["llama"]), rows=str(tmp_path / "rows.jsonl")))
+    file.write_text(
+        CONFIG.format(model=str(tiny_models["llama"]), rows=str(tmp_path / "rows.jsonl"))
+    )
     return file
 
 
 def table(shown: str) -> dict[str, list[str]]:
     """Return the cells of each row of the printed table."""
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in shown.splitlines()
+        if line.startswith("│")
+    ]
     return {name: values for name, *values in cells}
 
 
@@ -76,10 +85,15 @@ def test_how_files_were_read_and_columns_were_taken_is_told(
 ) -> None:
     table = "nr;question;answer\n" + "".join(f"{i};word{i};word2\n" for i in range(8))
     (tmp_path / "rows.csv").write_bytes(table.encode("utf-16"))
-    assert main(["--config", str(config_file), "--show=0", f"--config.data.train={tmp_path}/rows.csv"]) == 0
+    assert (
+        main(["--config", str(config_file), "--show=0", f"--config.data.train={tmp_path}/rows.csv"])
+        == 0
+    )
     first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first == (
-        f"{tmp_path}/rows.csv: delimiter ';', fields may be in quotes, the first line is the header, encoding utf-16"
+    assert (
+        first
+        == f"{tmp_path}/rows.csv: delimiter ';', fields may be in quotes, the first line is the"
+        " header, encoding utf-16"
     )
     assert second == "columns: prompt is 'question'; completion is 'answer'; not used: 'nr'"
 
@@ -101,15 +115,27 @@ def test_preference_pairs_are_shown_and_not_trained_on(
 ) -> None:
     answers = [{"chosen": "word1", "rejected": "word2"} for _ in range(6)]
     if chat:
-        answers = [{k: [{"role": "assistant", "content": v}] for k, v in answer.items()} for answer in answers]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "word0 ?"} | a) + "\n" for a in answers))
+        answers = [
+            {k: [{"role": "assistant", "content": v}] for k, v in answer.items()}
+            for answer in answers
+        ]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": "word0 ?"} | a) + "\n" for a in answers)
+    )
     assert main(["--config", str(config_file), "--show=1"]) == 0
     shown = capsys.readouterr().out
     assert "--- pair 1" in shown
-    assert ("user: word0 ?\nchosen: assistant: word1" if chat else "word0 ?\nchosen: word1") in shown
-    assert "rows.jsonl: 3 preference pairs, all of them whole; no method trains on them yet" in shown
+    assert (
+        "user: word0 ?\nchosen: assistant: word1" if chat else "word0 ?\nchosen: word1"
+    ) in shown
+    assert (
+        "rows.jsonl: 3 preference pairs, all of them whole; no method trains on them yet" in shown
+    )
     assert train(["--config", str(config_file), "--workdir", str(tmp_path / "run")]) == 2
-    assert "3 preference pairs, all of them whole; no method trains on pairs yet: give rows" in capsys.readouterr().err
+    assert (
+        "3 preference pairs, all of them whole; no method trains on pairs yet: give rows"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,12 +143,21 @@ def test_preference_pairs_are_shown_and_not_trained_on(
     [
         ([], "--config: is not given"),
         (["--config", "nowhere.py"], "no such file"),
-        (["--config", "configs/quickstart.py", "--shw=2"], "--shw: no such option; did you mean '--show'"),
-        (["--config", "configs/quickstart.py", "--config.data.train=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (
+            ["--config", "configs/quickstart.py", "--shw=2"],
+            "--shw: no such option; did you mean '--show'",
+        ),
+        (
+            ["--config", "configs/quickstart.py", "--config.data.train=nowhere.jsonl"],
+            "nowhere.jsonl: no such file",
+        ),
     ],
 )
 def test_bad_input_is_told_in_a_line(
-    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     assert main(arguments) == 2

@@ -1,4 +1,6 @@
-"""The data set inside the package: enough rows, no near-duplicates, the same labels in every split."""
+"""The data set inside the package: enough rows, no near-duplicates, the same labels in every
+split.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def grams(text: str) -> frozenset[str]:
     return frozenset(plain[i : i + 5] for i in range(max(1, len(plain) - 4)))
 
 
-def test_there_are_a_thousand_rows_of_twelve_labels_in_three_splits(rows: dict[str, list[tuple[str, str]]]) -> None:
+def test_there_are_a_thousand_rows_of_twelve_labels_in_three_splits(
+    rows: dict[str, list[tuple[str, str]]],
+) -> None:
     assert sum(map(len, rows.values())) >= 1000
     labels = {split: Counter(label for _, label in part) for split, part in rows.items()}
     assert len(labels["train"]) == 12
@@ -59,6 +63,8 @@ def test_the_rows_are_plain_text_without_addresses(rows: dict[str, list[tuple[st
 
 def test_the_labels_get_the_same_ids_in_every_split() -> None:
     train = make_examples(read_rows("package:support_tickets/train"), kind="classification")
-    test = make_examples(read_rows("package:support_tickets/test"), kind="classification", like=train)
+    test = make_examples(
+        read_rows("package:support_tickets/test"), kind="classification", like=train
+    )
     assert train.num_labels == 12
     assert train.label_names == test.label_names

@@ -39,10 +39,18 @@ def test_a_custom_loop_trains_a_sharded_quantized_base_on_8_devices(
     with jax.numpy_dtype_promotion("standard"):
         run(code, names)
     assert names["losses"][-1] < 0.6 * names["losses"][0]
-    assert dict(names["mesh"].shape) == {"data": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 2}
+    assert dict(names["mesh"].shape) == {
+        "data": 1,
+        "fsdp": 4,
+        "expert": 1,
+        "sequence": 1,
+        "tensor": 2,
+    }
     params, model, batch = names["params"], names["model"], names["batch"]
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
-    codes = [leaf for path, leaf in paths.walk(params) if path[-1] == "kernel_nf4" and "layer" in path]
+    codes = [
+        leaf for path, leaf in paths.walk(params) if path[-1] == "kernel_nf4" and "layer" in path
+    ]
     assert len(codes) == 6  # those of a layer; the layers are stacked
     assert {leaf.addressable_shards[0].data.size * 8 / leaf.size for leaf in codes} == {1.0}
     assert names["train_step"]._cache_size() == 1  # where leaves lie stays the same

@@ -36,7 +36,9 @@ def draw(seed: int, tags: list[str], lengths: list[int]) -> Rows:
 
 
 def draw_entities(seed: int, letters: str, lengths: list[int]) -> Rows:
-    """Draw well-formed sequences; `letters` are those of the first, the middle and the last word, and of the only one."""
+    """Draw well-formed sequences; `letters` are those of the first, the middle and the last word,
+    and of the only one.
+    """
     drawn, (first, middle, last, only) = random.Random(seed), letters
     rows: Rows = []
     for length in lengths:
@@ -60,7 +62,10 @@ def test_any_sequences_agree_with_seqeval(tags: list[str], seed: int) -> None:
     ]
     ids, rows = as_arrays(wanted, tags)
     # seqeval counts an O behind each row
-    found = {(at + rows[at], last + rows[at], kind or "_") for at, last, kind in find_entities(ids, rows, tags)}
+    found = {
+        (at + rows[at], last + rows[at], kind or "_")
+        for at, last, kind in find_entities(ids, rows, tags)
+    }
     assert found == {(first, last, kind) for kind, first, last in get_entities(wanted)}
     metrics = classification_metrics(as_arrays(made, tags)[0], ids, "token", tags=tags, rows=rows)
     assert metrics["f1"] == pytest.approx(f1_score(wanted, made))
@@ -68,12 +73,17 @@ def test_any_sequences_agree_with_seqeval(tags: list[str], seed: int) -> None:
     assert metrics["recall"] == pytest.approx(recall_score(wanted, made))
 
 
-@pytest.mark.parametrize("letters", ["IIII", "BIIB", "BIES", "BILU"], ids=["IOB1", "IOB2", "IOBES", "BILOU"])
+@pytest.mark.parametrize(
+    "letters", ["IIII", "BIIB", "BIES", "BILU"], ids=["IOB1", "IOB2", "IOBES", "BILOU"]
+)
 def test_well_formed_sequences_agree_with_seqeval(letters: str) -> None:
     lengths = random.Random(0).choices(range(1, 20), k=200)
     wanted, other = draw_entities(1, letters, lengths), draw_entities(2, letters, lengths)
     # of each row the one or the other, so that a part is right
-    made = [pair[random.Random(i).randrange(2)] for i, pair in enumerate(zip(wanted, other, strict=True))]
+    made = [
+        pair[random.Random(i).randrange(2)]
+        for i, pair in enumerate(zip(wanted, other, strict=True))
+    ]
     tags = sorted({tag for row in wanted + other for tag in row})
     (ids, rows), found = as_arrays(wanted, tags), as_arrays(made, tags)[0]
     strict = {"mode": "strict", "scheme": BILOU} if letters == "BILU" else {}
@@ -115,13 +125,19 @@ def test_entities_without_a_tag_to_find_have_figures_of_0() -> None:
     none = np.zeros((2, 3), int)
     metrics = classification_metrics(none, none, "token", tags=["O", "B-X", "I-X"])
     assert metrics == {
-        "accuracy": 1.0, "tag_f1": 0.0, "tag_f1_macro": 1.0, "f1": 0.0, "precision": 0.0, "recall": 0.0,
-    }  # fmt: skip
+        "accuracy": 1.0,
+        "tag_f1": 0.0,
+        "tag_f1_macro": 1.0,
+        "f1": 0.0,
+        "precision": 0.0,
+        "recall": 0.0,
+    }
 
 
 def test_each_row_of_an_array_is_a_sequence_and_unlabeled_positions_lie_in_none() -> None:
     tags = ["O", "B-X", "I-X"]
-    # one entity of two words, of which the first is two sub-tokens; then one that a row's end parts in two
+    # one entity of two words, of which the first is two sub-tokens; then one that a row's end parts
+    # in two
     labels = np.array([[1, -100, 2, 0], [0, 0, 1, 2], [2, 0, 0, -100]])
     assert classification_metrics(labels, labels, "token", tags=tags)["f1"] == 1.0
     made = labels.copy()
@@ -143,4 +159,7 @@ def test_seqeval_itself_joins_entities_of_one_word_without_its_strict_mode() -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert get_entities(["U-PER", "U-PER"]) == [("PER", 0, 1)]
-    assert find_entities(np.array([0, 0]), np.zeros(2, int), ["U-PER"]) == {(0, 0, "PER"), (1, 1, "PER")}
+    assert find_entities(np.array([0, 0]), np.zeros(2, int), ["U-PER"]) == {
+        (0, 0, "PER"),
+        (1, 1, "PER"),
+    }

@@ -1,4 +1,6 @@
-"""Forgetting: the nearest mean with each row left out, and embeddings with the head off and the adapter on."""
+"""Forgetting: the nearest mean with each row left out, and embeddings with the head off and the
+adapter on.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_classes_that_stand_apart_are_all_right_and_a_row_alone_is_not_counted()
 
 @pytest.mark.parametrize("labels", [[1, 1, 1], [1, 2, 3]])
 def test_too_few_classes_or_rows_are_refused(labels: list[int]) -> None:
-    with pytest.raises(DataError, match=r"3 rows of [13] classes: the nearest class needs at least two classes"):
+    with pytest.raises(
+        DataError, match=r"3 rows of [13] classes: the nearest class needs at least two classes"
+    ):
         centroid_accuracy(np.eye(3), np.array(labels))
 
 
@@ -67,13 +71,17 @@ def test_what_is_lost_is_positive_where_it_is_worse() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_embeddings_are_means_of_the_encoders_hidden_states(tiny_models: Mapping[str, Path], kind: str) -> None:
+def test_embeddings_are_means_of_the_encoders_hidden_states(
+    tiny_models: Mapping[str, Path], kind: str
+) -> None:
     model, params = jaxpeft.load(tiny_models[kind], task="sequence_classification", num_labels=3)
     encoder, base = jaxpeft.load(tiny_models[kind], task="encoder")
     got, labels = embeddings(model, params, batches())
     wanted = []
     for batch, rows in batches():
-        hidden = np.asarray(jaxpeft.apply(encoder, base, batch["input_ids"], batch["attention_mask"]))
+        hidden = np.asarray(
+            jaxpeft.apply(encoder, base, batch["input_ids"], batch["attention_mask"])
+        )
         token = batch["attention_mask"][..., None]
         wanted.append(((hidden * token).sum(1) / token.sum(1))[rows >= 0])
     np.testing.assert_allclose(got, units(np.concatenate(wanted)), rtol=1e-4, atol=1e-5)
@@ -87,9 +95,18 @@ def test_embeddings_are_those_of_the_adapted_backbone_scanned_or_not(
     model, params = jaxpeft.load(tiny_models["bert"], task="sequence_classification", num_labels=3)
     made = jaxpeft.rewrite(method, params, jax.random.key(0))
     mask = jaxpeft.trainable_mask(method, made)
-    moved = jax.tree.map(lambda leaf, on: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape) if on else leaf,
-                         made, mask)  # fmt: skip
+    moved = jax.tree.map(
+        lambda leaf, on: (
+            leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape) if on else leaf
+        ),
+        made,
+        mask,
+    )
     before, after = embeddings(model, params, batches())[0], embeddings(model, moved, batches())[0]
     assert np.abs(before - after).max() > 1e-3
-    scanned = model.clone(options=model.options.__class__(**{**vars(model.options), "scan_layers": True}))
-    np.testing.assert_allclose(embeddings(scanned, stack_layers(moved), batches())[0], after, atol=1e-4)
+    scanned = model.clone(
+        options=model.options.__class__(**{**vars(model.options), "scan_layers": True})
+    )
+    np.testing.assert_allclose(
+        embeddings(scanned, stack_layers(moved), batches())[0], after, atol=1e-4
+    )

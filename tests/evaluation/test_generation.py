@@ -1,4 +1,6 @@
-"""Greedy generation: the tokens that transformers generates, up to the first that ends an answer."""
+"""Greedy generation: the tokens that transformers generates, up to the first that ends an
+answer.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ def theirs(tiny_models: Mapping[str, Path]) -> list[list[int]]:
     made = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
-        options = {"max_new_tokens": MOST, "min_new_tokens": MOST, "do_sample": False, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": MOST,
+            "min_new_tokens": MOST,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         made.append(out[0, len(prompt) :].tolist())
     return made
@@ -47,7 +54,9 @@ def test_an_answer_ends_before_the_first_token_that_ends_it(
 ) -> None:
     model, params = jaxpeft.load(tiny_models["llama"], task="causal_lm")
     ends = {theirs[0][3], theirs[1][5]}
-    wanted = [ids[: next((i for i, token in enumerate(ids) if token in ends), MOST)] for ids in theirs]
+    wanted = [
+        ids[: next((i for i, token in enumerate(ids) if token in ends), MOST)] for ids in theirs
+    ]
     assert greedy(model, params, PROMPTS, most=MOST, ends=ends) == wanted
     assert len(wanted[0]) < MOST
 
@@ -60,7 +69,9 @@ def test_the_kernel_of_another_platform_has_no_say(
     model = model.clone(options=dataclasses.replace(model.options, attention="splash"))
     real = generation.apply
     monkeypatch.setattr(
-        generation, "apply", lambda model, *args: (seen.append(model.options.attention), real(model, *args))[1]
+        generation,
+        "apply",
+        lambda model, *args: (seen.append(model.options.attention), real(model, *args))[1],
     )
     assert greedy(model, params, PROMPTS, most=MOST, ends=set()) == theirs
     assert set(seen) == {"xla"}

@@ -114,7 +114,9 @@ def test_token_labels_of_minus_100_are_ignored():
     assert classification_metrics(logits, labels, "token") == pytest.approx(figures)
     # Without the tag 0: one of three found is right, and there are two to find.
     tags = ["O", *map(str, range(9))]
-    assert classification_metrics(made, labels, "token", tags=tags)["tag_f1"] == pytest.approx(2 * 1 / (3 + 2))
+    assert classification_metrics(made, labels, "token", tags=tags)["tag_f1"] == pytest.approx(
+        2 * 1 / (3 + 2)
+    )
     nothing = np.zeros((1, 2), int)
     assert classification_metrics(nothing, nothing, "token", tags=tags)["tag_f1"] == 0.0
 
@@ -143,7 +145,12 @@ def test_the_figures_of_a_problem_are_those_that_are_computed(problem, labels, f
 @pytest.mark.parametrize(
     ("made", "labels", "problem", "said"),
     [
-        ([[1.0, np.nan]], [0], "single_label", "1 of 2 predictions are not finite: the model has diverged"),
+        (
+            [[1.0, np.nan]],
+            [0],
+            "single_label",
+            "1 of 2 predictions are not finite: the model has diverged",
+        ),
         (
             [[1.0, 0.0]],
             [0, 1],
@@ -162,7 +169,8 @@ def test_bad_arrays_are_refused(made, labels, problem, said):
 
 def test_an_unknown_problem_is_refused():
     with pytest.raises(
-        ConfigError, match="problem='single' is not one of single_label, multi_label, regression, token"
+        ConfigError,
+        match="problem='single' is not one of single_label, multi_label, regression, token",
     ):
         classification_metrics(np.zeros(1), np.zeros(1), "single")  # type: ignore[arg-type]
 

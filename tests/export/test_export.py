@@ -1,4 +1,6 @@
-"""Exports: merged models in the real transformers, adapters in the real peft, and everything that is refused."""
+"""Exports: merged models in the real transformers, adapters in the real peft, and everything that
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,12 @@ from tests.hub.helpers import edit_json, edited, peft_load, peft_save, torch_bas
 from tests.models.conftest import Reference, forward, make_batch
 from tests.train.runs import write_tokenizer
 
-CAUSAL, SEQUENCE, TOKENS, ENCODER = "causal_lm", "sequence_classification", "token_classification", "encoder"
+CAUSAL, SEQUENCE, TOKENS, ENCODER = (
+    "causal_lm",
+    "sequence_classification",
+    "token_classification",
+    "encoder",
+)
 LINEAR = r".*\.(q_proj|down_proj|query|q_lin|output\.dense)"
 LORA = jaxpeft.LoRA(rank=4, alpha=6.0, targets=LINEAR)
 DORA = jaxpeft.DoRA(rank=4, alpha=6.0, targets=LINEAR)
@@ -50,7 +57,9 @@ class Made:
     def export(self, out: Path, to: str = "merged", **options: Any) -> Any:
         return export(ExportRequest(self.folder, to, out, **options))
 
-    def refused(self, out: Path, error: Any = ConfigError, to: str = "merged", **options: Any) -> str:
+    def refused(
+        self, out: Path, error: Any = ConfigError, to: str = "merged", **options: Any
+    ) -> str:
         """Return why an export is refused; nothing is left of it."""
         before = sorted(out.parent.iterdir())
         with pytest.raises(error) as caught:
@@ -96,7 +105,10 @@ def make(reference: Any, tmp_path: Path) -> Any:
         **options: Any,
     ) -> Made:
         folder = base or reference(kind, task, **(switches or {})).folder
-        given = {"dtype": jnp.float32, "num_labels": 3 if "classification" in task else None} | options
+        given = {
+            "dtype": jnp.float32,
+            "num_labels": 3 if "classification" in task else None,
+        } | options
         model, params = jaxpeft.load(folder, task=task, **given)
         params = moved(method, jaxpeft.rewrite(method, params, jax.random.key(0)), size=size)
         jaxpeft.save_adapter(tmp_path / "adapter", method, params, model, labels=labels)
@@ -105,7 +117,7 @@ def make(reference: Any, tmp_path: Path) -> Any:
     return made
 
 
-# --------------------------------------------------------------------------------------------------------------- merged
+# ------------------------------------------------------------------------------------------- merged
 
 MERGED = {
     "lora llama": (LORA, "llama", CAUSAL, False),
@@ -126,8 +138,13 @@ MERGED = {
     "everything": (jaxpeft.Full(), "llama", CAUSAL, False),
     "methods together": (jaxpeft.Mixed(methods=(LORA, jaxpeft.LNTuning())), "llama", CAUSAL, False),
     "methods at one site": (jaxpeft.Mixed(methods=(LORA, IA3)), "llama", CAUSAL, False),
-    "saved modules": (jaxpeft.LoRA(targets=("q_proj",), modules_to_save=("embed_tokens",)), "llama", CAUSAL, False),
-}  # fmt: skip
+    "saved modules": (
+        jaxpeft.LoRA(targets=("q_proj",), modules_to_save=("embed_tokens",)),
+        "llama",
+        CAUSAL,
+        False,
+    ),
+}
 
 
 @pytest.mark.parametrize(("method", "kind", "task", "scan"), MERGED.values(), ids=MERGED)
@@ -141,22 +158,30 @@ MERGED = {
     "saved modules",
     "tokens of distilbert",
 )
-def test_transformers_gives_the_logits_of_the_adapter_beside_its_base(make, tmp_path, method, kind, task, scan):
+def test_transformers_gives_the_logits_of_the_adapter_beside_its_base(
+    make, tmp_path, method, kind, task, scan
+):
     made = make(method, kind, task, labels=LABELS if "class" in task else (), scan_layers=scan)
     report = made.export(tmp_path / "merged")
     loaded = torch_base(tmp_path / "merged", task)
     assert_close(theirs(task, loaded), made.logits())
     assert np.abs(theirs(task, loaded) - theirs(task, torch_base(made.base, task))).max() > 0.02
     assert report.error == 0 and report.gap < 1e-4
-    ours, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", made.base))
-    assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in base.items()}
+    ours, base = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", made.base)
+    )
+    assert {name: t.shape for name, t in ours.items()} == {
+        name: t.shape for name, t in base.items()
+    }
     if "class" in task:
         assert loaded.config.id2label == dict(enumerate(LABELS))
         assert loaded.config.label2id == {label: i for i, label in enumerate(LABELS)}
     assert loaded.config.architectures == [type(loaded).__name__]
 
 
-@pytest.mark.parametrize(("kind", "task"), [("bert", SEQUENCE), ("llama", SEQUENCE), ("bert", TOKENS)])
+@pytest.mark.parametrize(
+    ("kind", "task"), [("bert", SEQUENCE), ("llama", SEQUENCE), ("bert", TOKENS)]
+)
 def test_a_backbone_gets_the_head_that_was_trained_on_it(make, reference, tmp_path, kind, task):
     made = make(LORA, kind, task, base=reference(kind, ENCODER).folder)
     made.export(tmp_path / "merged")
@@ -203,7 +228,9 @@ def test_added_tokens_are_in_the_merged_model(make, tmp_path):
 
 
 def test_added_tokens_whose_rows_alone_are_trained_are_in_the_merged_model(make, tmp_path):
-    made = make(jaxpeft.TrainableTokens(tokens=(99, 102)), "llama", CAUSAL, vocab_size=103, size=1.0)
+    made = make(
+        jaxpeft.TrainableTokens(tokens=(99, 102)), "llama", CAUSAL, vocab_size=103, size=1.0
+    )
     made.export(tmp_path / "merged")
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     rows = made.params["model"]["embed_tokens"]["token_rows"]
@@ -238,9 +265,13 @@ def test_tokenizer_and_generation_config_come_along(make, tmp_path, reference):
     made = make(LORA, "llama", CAUSAL, base=base)
     made.export(tmp_path / "merged")
     assert names(tmp_path / "merged") == {
-        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "jaxpeft_merge.json",
-    }  # fmt: skip
+    }
     assert torch_base(tmp_path / "merged", CAUSAL).generation_config.max_new_tokens == 7
     (made.folder / "tokenizer_config.json").write_text('{"model_max_length": 5}')
     made.export(tmp_path / "with the adapter's")
@@ -252,7 +283,12 @@ def test_tokenizer_and_generation_config_come_along(make, tmp_path, reference):
 
 @pytest.mark.parametrize(
     ("kind", "pooling", "own"),
-    [("bert", "mean", "pooler"), ("bert", "cls", "pooler"), ("roberta", "mean", "cls"), ("llama", "mean", "last")],
+    [
+        ("bert", "mean", "pooler"),
+        ("bert", "cls", "pooler"),
+        ("roberta", "mean", "cls"),
+        ("llama", "mean", "last"),
+    ],
 )
 @pytest.mark.representatives("bert-mean-pooler", "llama-mean-last")
 def test_a_pooling_that_transformers_does_not_know_is_refused(make, tmp_path, kind, pooling, own):
@@ -260,12 +296,14 @@ def test_a_pooling_that_transformers_does_not_know_is_refused(make, tmp_path, ki
     made = make(method, kind, pooling=pooling)
     text = made.refused(tmp_path / "merged")
     assert (
-        f"--to merged: the classifier reads pooling={pooling!r}, and that of transformers reads {own!r} of a {kind}"
-        in text
+        f"--to merged: the classifier reads pooling={pooling!r}, and that of transformers reads"
+        f" {own!r} of a {kind}" in text
     )
     report = made.export(tmp_path / "peft", "peft")  # what it tells of in its place
     assert "transformers" not in report.lines[-1] and "PeftModel" not in report.lines[-1]
-    model, params = jaxpeft.load(made.base, **jaxpeft.read_settings(tmp_path / "peft").load_options, dtype=jnp.float32)
+    model, params = jaxpeft.load(
+        made.base, **jaxpeft.read_settings(tmp_path / "peft").load_options, dtype=jnp.float32
+    )
     _, params = jaxpeft.load_adapter(tmp_path / "peft", model, params)
     assert_close(ours(model, params), made.logits())
 
@@ -275,23 +313,37 @@ def test_what_was_merged_is_recorded(make, tmp_path):
     report = made.export(tmp_path / "merged")
     record = json.loads((tmp_path / "merged" / "jaxpeft_merge.json").read_text())
     extra = json.loads((made.folder / "jaxpeft.json").read_text())
-    assert record["base"] == {"name": str(made.base), "revision": None, "sha256": extra["base_sha256"]}
+    assert record["base"] == {
+        "name": str(made.base),
+        "revision": None,
+        "sha256": extra["base_sha256"],
+    }
     assert record["adapter"]["method"]["rank"] == 4 and len(record["adapter"]["sha256"]) == 64
-    found = {key: record[key] for key in ("dtype", "task", "relative_error", "base_rounded_to", "earlier")}
+    found = {
+        key: record[key]
+        for key in ("dtype", "task", "relative_error", "base_rounded_to", "earlier")
+    }
     assert found == {
-        "dtype": "float32", "task": SEQUENCE, "relative_error": 0.0, "base_rounded_to": None, "earlier": [],
-    }  # fmt: skip
+        "dtype": "float32",
+        "task": SEQUENCE,
+        "relative_error": 0.0,
+        "base_rounded_to": None,
+        "earlier": [],
+    }
     assert record["largest_logit_difference"] == report.gap
 
 
-# ---------------------------------------------------------------------------------------------------------------- dtype
+# -------------------------------------------------------------------------------------------- dtype
 
 
 def test_bfloat16_warns_of_what_it_rounds_off(make, tmp_path, caplog):
     made = make(size=0.005)
     report = made.export(tmp_path / "merged", dtype="bfloat16")
     assert report.error > 0.01
-    shown = f"bfloat16 rounds off {100 * report.error:.1f} % of what the adapter changes in the weights; use --dtype float32"
+    shown = (
+        f"bfloat16 rounds off {100 * report.error:.1f} % of what the adapter changes in the"
+        " weights; use --dtype float32"
+    )
     assert shown in caplog.text
     assert f"{report.error:.2g} of what the adapter changes" in report.lines[1]
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
@@ -304,7 +356,8 @@ def test_the_error_is_that_of_all_changed_weights(make, tmp_path):
     report = made.export(tmp_path / "merged", dtype="bfloat16")
     made.export(tmp_path / "exact", dtype="float32")
     merged, exact, base = (
-        load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", tmp_path / "exact", made.base)
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "merged", tmp_path / "exact", made.base)
     )
     changed = [name for name in base if not np.array_equal(base[name], exact[name])]
     assert sorted({name.split(".")[-2] for name in changed}) == ["classifier", "query", "value"]
@@ -320,8 +373,12 @@ def test_the_base_s_dtype_is_kept_unless_another_is_asked_for(make, tmp_path, re
     base = edited(reference("bert", SEQUENCE).folder, tmp_path / "base", to_bfloat16)
     made = make(base=base)
     own, wide = made.export(tmp_path / "own"), made.export(tmp_path / "wide", dtype="float32")
-    assert {t.dtype for t in load_file(tmp_path / "own" / "model.safetensors").values()} == {np.dtype(jnp.bfloat16)}
-    assert {t.dtype for t in load_file(tmp_path / "wide" / "model.safetensors").values()} == {np.dtype(np.float32)}
+    assert {t.dtype for t in load_file(tmp_path / "own" / "model.safetensors").values()} == {
+        np.dtype(jnp.bfloat16)
+    }
+    assert {t.dtype for t in load_file(tmp_path / "wide" / "model.safetensors").values()} == {
+        np.dtype(np.float32)
+    }
     assert 0 < own.error < 0.01 and wide.error == 0
     assert own.gap > 10 * wide.gap
     assert "rounds off" not in caplog.text
@@ -335,7 +392,7 @@ def test_numbers_that_float16_cannot_hold_are_refused(make, tmp_path):
     assert "use bfloat16 or float32" in text
 
 
-# ------------------------------------------------------------------------------------------------- quantized reference
+# ------------------------------------------------------------------------------ quantized reference
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
@@ -346,14 +403,26 @@ def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
     assert json.loads((made.folder / "jaxpeft.json").read_text())["quant"]["form"] == form
     made.export(tmp_path / "reference", "merged_quantized_reference", dtype="float32")
     made.export(tmp_path / "plain", dtype="float32")
-    assert f"the adapter was trained on a base rounded to {form}, and is merged into the one that is not" in caplog.text
-    rounded, plain, base = (
-        load_file(folder / "model.safetensors") for folder in (tmp_path / "reference", tmp_path / "plain", made.base)
+    assert (
+        f"the adapter was trained on a base rounded to {form}, and is merged into the one that"
+        " is not" in caplog.text
     )
-    linear = [name for name, tensor in base.items() if ("encoder" in name or "pooler" in name) and tensor.ndim == 2]
+    rounded, plain, base = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "reference", tmp_path / "plain", made.base)
+    )
+    linear = [
+        name
+        for name, tensor in base.items()
+        if ("encoder" in name or "pooler" in name) and tensor.ndim == 2
+    ]
     assert len(linear) == 13
     for name, tensor in base.items():
-        own = QUANTIZED[form].read(QUANTIZED[form].store(jnp.asarray(tensor).T)).T if name in linear else tensor
+        own = (
+            QUANTIZED[form].read(QUANTIZED[form].store(jnp.asarray(tensor).T)).T
+            if name in linear
+            else tensor
+        )
         np.testing.assert_allclose(rounded[name], own + plain[name] - tensor, atol=1e-6)
     record = json.loads((tmp_path / "reference" / "jaxpeft_merge.json").read_text())
     assert record["base_rounded_to"] == form
@@ -372,10 +441,12 @@ def test_a_number_format_of_another_version_is_refused(make, tmp_path):
     text = made.refused(tmp_path / "merged", to="merged_quantized_reference")
     assert "jaxpeft.json: quant: 'nf3' is not a number format (known: nf4, int4, int8, fp8)" in text
     edit_json(made.folder / "jaxpeft.json", lambda extra: extra.update(quant="nf4"))
-    assert "jaxpeft.json: quant: 'nf4' is not of this version of jaxpeft" in made.refused(tmp_path / "merged")
+    assert "jaxpeft.json: quant: 'nf4' is not of this version of jaxpeft" in made.refused(
+        tmp_path / "merged"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_a_folder_that_holds_something_is_refused(make, tmp_path):
@@ -398,12 +469,16 @@ def test_an_adapter_is_not_merged_twice(make, tmp_path):
     text = made.refused(out, AdapterError, base=str(merged))
     assert (
         text
-        == f"{merged}: jaxpeft_merge.json says that this adapter is merged into it already; give the base that it was trained on"
+        == f"{merged}: jaxpeft_merge.json says that this adapter is merged into it already; give"
+        " the base that it was trained on"
     )
     # without a fingerprint of the base, and with another adapter merged on top
     shutil.copytree(made.folder, tmp_path / "plain")
     (tmp_path / "plain" / "jaxpeft.json").unlink()
-    edit_json(tmp_path / "plain" / "adapter_config.json", lambda config: config.update(base_model_name_or_path="x"))
+    edit_json(
+        tmp_path / "plain" / "adapter_config.json",
+        lambda config: config.update(base_model_name_or_path="x"),
+    )
     plain = dataclasses.replace(made, folder=tmp_path / "plain")
     assert "merged into it already" in plain.refused(out, AdapterError, base=str(merged))
     other = make(jaxpeft.LoRA(rank=2, targets=("query",)), base=merged)
@@ -418,7 +493,10 @@ def test_an_adapter_is_not_merged_into_another_base(make, tmp_path):
     made = make()
     other = edited(made.base, tmp_path / "other", nudge)
     text = made.refused(tmp_path / "out", AdapterError, base=str(other))
-    assert f"the adapter was trained on another base ('{made.base}') than {other}: the weights differ" in text
+    assert (
+        f"the adapter was trained on another base ('{made.base}') than {other}: the weights differ"
+        in text
+    )
     made.export(tmp_path / "out", base=str(other), allow_base=True)
 
 
@@ -426,7 +504,10 @@ def test_a_base_that_the_adapter_does_not_know_is_not_checked_which_is_said(make
     made = make()
     (made.folder / "jaxpeft.json").unlink()
     made.export(tmp_path / "out")
-    assert f"{made.folder}: says no base_sha256; that {made.base} is its base is not checked" in caplog.text
+    assert (
+        f"{made.folder}: says no base_sha256; that {made.base} is its base is not checked"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -436,8 +517,14 @@ def test_a_base_that_the_adapter_does_not_know_is_not_checked_which_is_said(make
             jaxpeft.PrefixTuning(num_virtual_tokens=3),
             "prefix cannot be merged: no plain weights compute what it does; keep",
         ),
-        (jaxpeft.Adapter(reduction_factor=4), "adapter cannot be merged: no plain weights compute what it does; keep"),
-        (jaxpeft.Mixed(methods=(LORA, jaxpeft.PromptTuning(num_virtual_tokens=3))), "prompt cannot be merged"),
+        (
+            jaxpeft.Adapter(reduction_factor=4),
+            "adapter cannot be merged: no plain weights compute what it does; keep",
+        ),
+        (
+            jaxpeft.Mixed(methods=(LORA, jaxpeft.PromptTuning(num_virtual_tokens=3))),
+            "prompt cannot be merged",
+        ),
     ],
 )
 def test_what_no_plain_weights_compute_is_not_merged(make, tmp_path, method, text):
@@ -447,7 +534,10 @@ def test_what_no_plain_weights_compute_is_not_merged(make, tmp_path, method, tex
 def test_a_bias_that_the_base_has_no_place_for_is_not_merged(make, tmp_path):
     made = make(jaxpeft.LoRA(targets=("q_proj",), lora_bias=True), "llama", CAUSAL)
     text = made.refused(tmp_path / "out")
-    assert "q_proj: lora needs a bias there when it is merged, and the module has none; keep the adapter" in text
+    assert (
+        "q_proj: lora needs a bias there when it is merged, and the module has none; keep the"
+        " adapter" in text
+    )
 
 
 def test_an_adapter_that_says_no_task_or_base_needs_them(make, tmp_path):
@@ -460,10 +550,14 @@ def test_an_adapter_that_says_no_task_or_base_needs_them(make, tmp_path):
         == f"--base: is not given, and {config} names no base model; give its folder or hub id"
     )
     text = made.refused(tmp_path / "out", base=str(made.base))
-    assert text.startswith(f"--task: is not given, and {config} names no task_type; give one of causal_lm, ")
+    assert text.startswith(
+        f"--task: is not given, and {config} names no task_type; give one of causal_lm, "
+    )
     made.export(tmp_path / "out", base=str(made.base), task=SEQUENCE)
     edit_json(config, lambda values: values.update(task_type="QUESTION_ANS"))
-    assert "task_type 'QUESTION_ANS' is not supported" in made.refused(tmp_path / "x", base=str(made.base))
+    assert "task_type 'QUESTION_ANS' is not supported" in made.refused(
+        tmp_path / "x", base=str(made.base)
+    )
 
 
 def test_a_task_that_the_adapter_was_not_trained_for_is_refused(make, tmp_path):
@@ -473,7 +567,10 @@ def test_a_task_that_the_adapter_was_not_trained_for_is_refused(make, tmp_path):
 
 def test_a_base_that_is_gone_is_asked_for(make, tmp_path):
     made = make()
-    edit_json(made.folder / "adapter_config.json", lambda config: config.update(base_model_name_or_path="./gone"))
+    edit_json(
+        made.folder / "adapter_config.json",
+        lambda config: config.update(base_model_name_or_path="./gone"),
+    )
     text = made.refused(tmp_path / "out", WeightsError)
     assert "model path './gone': no such folder" in text
     assert text.endswith("adapter_config.json names; --base gives another place for it")
@@ -494,11 +591,13 @@ def test_a_disk_without_room_is_refused_before_a_byte_is_written(make, tmp_path,
     assert "GB are free" in make().refused(tmp_path / "out")
 
 
-# ------------------------------------------------------------------------------------------------------ whole or not at all
+# ------------------------------------------------------------------------------ whole or not at all
 
 
 @pytest.mark.parametrize("to", ["merged", "peft"])
-def test_what_does_not_compute_the_same_is_an_error_and_is_not_kept(make, tmp_path, monkeypatch, to):
+def test_what_does_not_compute_the_same_is_an_error_and_is_not_kept(
+    make, tmp_path, monkeypatch, to
+):
     def spoil(file, change):
         def spoiled(*args: Any, **kw: Any) -> Any:
             out = real_write(*args, **kw)
@@ -518,10 +617,14 @@ def test_what_does_not_compute_the_same_is_an_error_and_is_not_kept(make, tmp_pa
     if to == "merged":
         real_write = merged_model.write
         monkeypatch.setattr(merged_model, "write", spoil("model.safetensors", "query.weight"))
-        monkeypatch.setattr(merge_record, "require_undamaged", lambda folder: None)  # which would tell it before
+        monkeypatch.setattr(
+            merge_record, "require_undamaged", lambda folder: None
+        )  # which would tell it before
     else:
         real_write = jaxpeft.save_adapter
-        monkeypatch.setattr("jaxpeft.export.export.save_adapter", spoil("adapter_model.safetensors", "lora_A"))
+        monkeypatch.setattr(
+            "jaxpeft.export.export.save_adapter", spoil("adapter_model.safetensors", "lora_A")
+        )
     text = made.refused(tmp_path / "out", ExportError, to)
     assert "loaded again: logits differ by " in text
     assert "on the probe batch, at most" in text
@@ -530,7 +633,9 @@ def test_what_does_not_compute_the_same_is_an_error_and_is_not_kept(make, tmp_pa
 def test_a_fold_that_is_wrong_is_an_error(make, tmp_path, monkeypatch):
     right = jaxpeft.LoRA.fold
     monkeypatch.setattr(
-        jaxpeft.LoRA, "fold", staticmethod(lambda leaves, base: {"kernel": 1.01 * right(leaves, base)["kernel"]})
+        jaxpeft.LoRA,
+        "fold",
+        staticmethod(lambda leaves, base: {"kernel": 1.01 * right(leaves, base)["kernel"]}),
     )
     text = make().refused(tmp_path / "out", ExportError)
     assert text.startswith("the merged weights, and the adapter beside its base: logits differ by ")
@@ -548,7 +653,7 @@ def test_an_interrupted_write_leaves_nothing(make, tmp_path, monkeypatch, error)
     made.export(tmp_path / "out")
 
 
-# ----------------------------------------------------------------------------------------------------------------- peft
+# --------------------------------------------------------------------------------------------- peft
 
 
 def test_a_start_in_the_base_becomes_a_plain_lora_of_twice_the_rank(make, tmp_path):
@@ -571,7 +676,11 @@ def test_a_network_that_makes_a_prefix_is_left_out(make, tmp_path):
 
 
 def test_methods_together_are_one_folder_each(make, tmp_path):
-    made = make(jaxpeft.Mixed(methods=(jaxpeft.LoRA(targets=("q_proj",)), jaxpeft.LNTuning())), "llama", CAUSAL)
+    made = make(
+        jaxpeft.Mixed(methods=(jaxpeft.LoRA(targets=("q_proj",)), jaxpeft.LNTuning())),
+        "llama",
+        CAUSAL,
+    )
     report = made.export(tmp_path / "peft", "peft")
     assert names(tmp_path / "peft") == {"lora", "ln_tuning", "jaxpeft_parts.json"}
     assert report.lines[-1].endswith("other libraries load its folders one by one")
@@ -584,7 +693,10 @@ def test_methods_together_are_one_folder_each(make, tmp_path):
     ("method", "text"),
     [
         (jaxpeft.BitFit(), "other libraries have no bitfit"),
-        (jaxpeft.Adapter(reduction_factor=4), "load it: the adapters library (AdapterHub) or jaxpeft.load_adapter("),
+        (
+            jaxpeft.Adapter(reduction_factor=4),
+            "load it: the adapters library (AdapterHub) or jaxpeft.load_adapter(",
+        ),
     ],
 )
 def test_who_can_load_it_is_said(make, tmp_path, method, text):
@@ -609,10 +721,15 @@ def test_an_adapter_of_the_real_peft_is_merged_with_its_head(reference, tmp_path
     base, task = reference(kind, ENCODER).folder, SEQUENCE
     import transformers
 
-    torch_model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=5).eval()
+    torch_model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=5
+    ).eval()
     torch_model.save_pretrained(tmp_path / "with head")
     adapted = peft_save(
-        tmp_path / "with head", task, tmp_path / "adapter", target_modules=["q_proj" if kind == "llama" else "query"]
+        tmp_path / "with head",
+        task,
+        tmp_path / "adapter",
+        target_modules=["q_proj" if kind == "llama" else "query"],
     )
     export(ExportRequest(tmp_path / "adapter", "merged", tmp_path / "out", base=str(base)))
     loaded = torch_base(tmp_path / "out", task)

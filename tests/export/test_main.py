@@ -21,18 +21,28 @@ from tests.models.conftest import reference  # noqa: F401 - a fixture
 
 
 @pytest.fixture
-def adapter(reference: Callable[..., Any], tmp_path: Path) -> Path:  # noqa: F811
+def adapter(reference: Callable[..., Any], tmp_path: Path) -> Path:
     """A fresh LoRA of a tiny BERT: what it computes does not matter here."""
     model, base = reference("bert", "sequence_classification").load()
     method = jaxpeft.LoRA(rank=2, targets=("query",))
-    jaxpeft.save_adapter(tmp_path / "adapter", method, jaxpeft.rewrite(method, base, jax.random.key(0)), model)
+    jaxpeft.save_adapter(
+        tmp_path / "adapter", method, jaxpeft.rewrite(method, base, jax.random.key(0)), model
+    )
     return tmp_path / "adapter"
 
 
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        ((), ("3 problems", "--adapter: is not given", "--to: is not given", "--out: is not given; see --help")),
+        (
+            (),
+            (
+                "3 problems",
+                "--adapter: is not given",
+                "--to: is not given",
+                "--out: is not given; see --help",
+            ),
+        ),
         (
             ("--adapter=a", "--to=gguf", "--out=b"),
             ("--to: must be one of 'peft', 'merged', 'merged_quantized_reference'", "is 'gguf'"),
@@ -59,8 +69,9 @@ def test_bad_arguments_are_named(
 
 def test_bad_arguments_are_told_without_jax() -> None:
     check = (
-        "import sys; from jaxpeft.export.__main__ import main; code = main(sys.argv[1:]); "
-        "print('LOADED', [m for m in ('jax', 'flax', 'transformers') if m in sys.modules]); sys.exit(code)"
+        "import sys; from jaxpeft.export.__main__ import main; code = main(sys.argv[1:]);"
+        " print('LOADED', [m for m in ('jax', 'flax', 'transformers') if m in sys.modules]);"
+        " sys.exit(code)"
     )
     command = [sys.executable, "-c", check, "--to=gguf"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -89,15 +100,23 @@ def test_the_last_lines_say_what_was_written_and_how_to_load_it(
     lines = capsys.readouterr().out.splitlines()
     wanted = {
         "merged": [
-            f"wrote {out}: bert with lora merged, float32, ", "error of the merge: 0 of what the adapter changes",
+            f"wrote {out}: bert with lora merged, float32, ",
+            "error of the merge: 0 of what the adapter changes",
             "largest logit difference to the adapter beside its base: ",
-            f"load it: transformers.AutoModelForSequenceClassification.from_pretrained('{out}') or jaxpeft.load('{out}', ",
+            (
+                f"load it: transformers.AutoModelForSequenceClassification.from_pretrained('{out}')"
+                f" or jaxpeft.load('{out}', "
+            ),
         ],
         "peft": [
-            f"wrote {out}: lora adapter, ", "largest logit difference, loaded again: 0",
-            f"load it: peft.PeftModel.from_pretrained(base_model, '{out}') or jaxpeft.load_adapter('{out}', ",
+            f"wrote {out}: lora adapter, ",
+            "largest logit difference, loaded again: 0",
+            (
+                f"load it: peft.PeftModel.from_pretrained(base_model, '{out}') or"
+                f" jaxpeft.load_adapter('{out}', "
+            ),
         ],
-    }  # fmt: skip
+    }
     assert len(lines) == len(wanted[to])
     for line, start in zip(lines, wanted[to], strict=True):
         assert line.startswith(start)
@@ -108,7 +127,7 @@ def test_refusals_are_a_line_and_exit_code_2(
     adapter: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    reference: Any,  # noqa: F811
+    reference: Any,
 ) -> None:
     other = edited(
         reference("bert", "sequence_classification").folder,
@@ -119,7 +138,10 @@ def test_refusals_are_a_line_and_exit_code_2(
     for arguments, text in (
         (["--to=merged_quantized_reference"], "was trained on a base that is not quantized"),
         (["--to=merged", f"--base={other}"], "the adapter was trained on another base"),
-        (["--to=merged", "--task=encoder"], "--task: is encoder, the adapter was trained for sequence_classification"),
+        (
+            ["--to=merged", "--task=encoder"],
+            "--task: is encoder, the adapter was trained for sequence_classification",
+        ),
         (["--to=peft", f"--out={other}"], "is not empty; give a new folder"),
     ):
         assert command.main([*given, *arguments]) == 2
@@ -128,17 +150,24 @@ def test_refusals_are_a_line_and_exit_code_2(
         assert not out.exists()
 
 
-def test_a_traceback_is_shown_if_it_is_asked_for(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_traceback_is_shown_if_it_is_asked_for(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--adapter", str(adapter), "--to=peft", "--out", str(adapter)]
     assert command.main([*arguments, "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_what_computes_something_else_is_exit_code_1_and_is_not_kept(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(export, "gap_of", lambda found, wanted: float("nan"))
-    assert command.main(["--adapter", str(adapter), "--to=peft", "--out", str(tmp_path / "out")]) == 1
+    assert (
+        command.main(["--adapter", str(adapter), "--to=peft", "--out", str(tmp_path / "out")]) == 1
+    )
     assert "logits differ by nan on the probe batch" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

@@ -1,7 +1,9 @@
-"""What the fault tests share: a short run with a fault in it, the run that nothing happened to, and the four marks.
+"""What the fault tests share: a short run with a fault in it, the run that nothing happened to, and
+the four marks.
 
-The name of a test says which case of `cases.py` it shows: `test_case_12_...`. The fixture `marks` checks, and notes what it
-has checked: `python -m tests.faults.report` makes docs/reliability.md of it.
+The name of a test says which case of `cases.py` it shows: `test_case_12_...`. The fixture `marks`
+checks, and notes what it has checked: `python -m tests.faults.report` makes docs/reliability.md of
+it.
 """
 
 from __future__ import annotations
@@ -36,9 +38,13 @@ STEPS = 8
 MOST_LINES = 5
 IN_TIME = 60.0
 OPTIONS = {
-    "method__dropout": 0.1, "train__steps": STEPS, "evaluation__every_steps": 3, "checkpoint__every_steps": 2,
-    "log__tensorboard": False, "log__plot": False,
-}  # fmt: skip
+    "method__dropout": 0.1,
+    "train__steps": STEPS,
+    "evaluation__every_steps": 3,
+    "checkpoint__every_steps": 2,
+    "log__tensorboard": False,
+    "log__plot": False,
+}
 OPTIONS_OFF = {name: value for name, value in OPTIONS.items() if name.startswith("log__")}
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 GOOD = [{"role": "user", "content": "word1 word2"}, {"role": "assistant", "content": "word3"}]
@@ -96,7 +102,9 @@ class Marks:
 
     def kept(self, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> None:
         """L: every file that was there is there, byte for byte."""
-        assert {name: after.get(name) == data for name, data in before.items()} == dict.fromkeys(before, True)
+        assert {name: after.get(name) == data for name, data in before.items()} == dict.fromkeys(
+            before, True
+        )
         self._note("L")
 
     def same_end(self, job: Job, whole: Job) -> None:
@@ -145,12 +153,16 @@ def run(arguments: list[str], fault: str | None, said: str, cache: str) -> None:
 def command(words: Sequence[str]) -> Done:
     """Run Python, in the folder of the project."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=600, check=False, cwd=ROOT
+    )
     return Done(done.returncode, done.stderr, time.perf_counter() - began)
 
 
 def here(*arguments: str) -> Done:
-    """Run the main job in this process: for what is refused, where starting another would take the time."""
+    """Run the main job in this process: for what is refused, where starting another would take the
+    time.
+    """
     from jaxpeft.train.__main__ import main
 
     return told(lambda: main(list(arguments)))
@@ -183,7 +195,9 @@ class Job:
     config: Path
     workdir: Path
 
-    def __call__(self, *arguments: str, fault: str | None = None, kill_after: float | None = None) -> Done:
+    def __call__(
+        self, *arguments: str, fault: str | None = None, kill_after: float | None = None
+    ) -> Done:
         """Run it in a process of its own, with a fault or without.
 
         Args:
@@ -193,7 +207,9 @@ class Job:
         """
         said = self.config.parent / f"said-{os.getpid()}.txt"
         given = ["--config", str(self.config), "--workdir", str(self.workdir), *arguments]
-        process = _context().Process(target=run, args=(given, fault, str(said), str(self.config.parent / "jax")))
+        process = _context().Process(
+            target=run, args=(given, fault, str(said), str(self.config.parent / "jax"))
+        )
         began = time.perf_counter()
         process.start()
         process.join(kill_after or 600)
@@ -226,19 +242,27 @@ class Job:
     @property
     def steps(self) -> list[int]:
         """The steps that there are folders of."""
-        return sorted(int(path.name) for path in self.checkpoints.iterdir() if path.name.isdecimal())
+        return sorted(
+            int(path.name) for path in self.checkpoints.iterdir() if path.name.isdecimal()
+        )
 
     def digest(self) -> str:
         """Return the hash of the adapter that the run has saved."""
         tensors = load_file(self.workdir / "adapter" / "adapter_model.safetensors")
-        return hashlib.sha256(b"".join(name.encode() + tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
+        return hashlib.sha256(
+            b"".join(name.encode() + tensors[name].tobytes() for name in sorted(tensors))
+        ).hexdigest()
 
 
 @pytest.fixture
 def chats(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Callable[..., Job]:
-    """Make a run of chats: lists of messages, and a template; further options as for `write_config`."""
+    """Make a run of chats: lists of messages, and a template; further options as for
+    `write_config`.
+    """
 
-    def make(rows: Sequence[Sequence[Mapping[str, Any]]], template: str = CHAT, **options: Any) -> Job:
+    def make(
+        rows: Sequence[Sequence[Mapping[str, Any]]], template: str = CHAT, **options: Any
+    ) -> Job:
         file, jinja = tmp_path / "rows.jsonl", tmp_path / "mine.jinja"
         file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
         jinja.write_text(template)
@@ -248,7 +272,9 @@ def chats(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Callable[..., Job]
             "data__max_length": 32,
             "train__steps": 2,
         }
-        config = write_config(tmp_path / "chats.py", tiny_models["llama"], file, **given | OPTIONS_OFF | options)
+        config = write_config(
+            tmp_path / "chats.py", tiny_models["llama"], file, **given | OPTIONS_OFF | options
+        )
         return Job(config, tmp_path / "run")
 
     return make
@@ -286,4 +312,6 @@ def damage(file: Path, how: str) -> None:
 
 def largest(folder: Path) -> Path:
     """Return the largest file below a folder: that of the arrays."""
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )

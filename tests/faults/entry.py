@@ -1,8 +1,10 @@
-"""The main job with a fault at a named point: `python -m tests.faults.entry POINT:N -- ARGUMENTS OF jaxpeft.train`.
+"""The main job with a fault at a named point: `python -m tests.faults.entry POINT:N -- ARGUMENTS OF
+jaxpeft.train`.
 
-`POINT:N` is where, the Nth time: `after_arrays` (saved, no manifest yet), `in_save` (Orbax has begun), `in_delete` (an old
-step's manifest is gone, its folder is not), `in_eval`, `in_compile`, `in_step`. The fault is a kill, or what stands behind a
-second colon: `in_eval:1:term`; several signals are parted by commas; `full` fills the disk.
+`POINT:N` is where, the Nth time: `after_arrays` (saved, no manifest yet), `in_save` (Orbax has
+begun), `in_delete` (an old step's manifest is gone, its folder is not), `in_eval`, `in_compile`,
+`in_step`. The fault is a kill, or what stands behind a second colon: `in_eval:1:term`; several
+signals are parted by commas; `full` fills the disk.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def main(argv: list[str]) -> int:
     at, arguments = argv[0], argv[argv.index("--") + 1 :]
     point, number, *kind = at.split(":")
     # Orbax, imported before the command has set up logging, would do so itself
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()]
+    )
     from jaxpeft.checkpoint import manager, manifest
     from jaxpeft.train import evaluator, loop
 

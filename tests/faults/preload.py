@@ -1,4 +1,5 @@
-"""What the forkserver of the fault tests has imported before a run is forked from it: importing it takes most of a run's time.
+"""What the forkserver of the fault tests has imported before a run is forked from it: importing it
+takes most of a run's time.
 
 No JAX backend is started here: a fork would not take its threads along.
 """

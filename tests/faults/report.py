@@ -1,4 +1,5 @@
-"""Runs the fault tests and writes docs/reliability.md from their results: `python -m tests.faults.report`.
+"""Runs the fault tests and writes docs/reliability.md from their results: `python -m
+tests.faults.report`.
 
 Further arguments go to pytest, such as `-n 2`.
 """
@@ -35,7 +36,9 @@ TPUs none of it has run.
 
 
 class Results:
-    """A pytest plugin that gathers the marks of each case, by tests that passed and tests that failed."""
+    """A pytest plugin that gathers the marks of each case, by tests that passed and tests that
+    failed.
+    """
 
     def __init__(self) -> None:
         self.met: dict[int, set[str]] = defaultdict(set)
@@ -53,7 +56,9 @@ class Results:
         if report.when == "call":
             for case in cases:
                 self.tests[case] += 1
-                self.met[case] |= {str(value) for name, value in report.user_properties if name == "mark"}
+                self.met[case] |= {
+                    str(value) for name, value in report.user_properties if name == "mark"
+                }
 
     def marks(self, case: int) -> list[bool]:
         """Return of each mark of a case whether a test shows it and none has failed."""
@@ -64,16 +69,23 @@ def page(results: Results) -> str:
     """Write the page."""
     rows: list[str] = []
     for case, (what, promised) in CASES.items():
-        told = " ".join(mark if met else "-" for mark, met in zip(MARKS, results.marks(case), strict=True))
+        told = " ".join(
+            mark if met else "-" for mark, met in zip(MARKS, results.marks(case), strict=True)
+        )
         rows.append(f"| {case} | {what} | {promised} | {told} | {results.tests[case]} |")
     met = sum(sum(results.marks(case)) for case in CASES)
     whole = sum(all(results.marks(case)) for case in CASES)
     ran = sum(results.tests[case] > 0 for case in CASES)
     score = (
-        f"{whole} of {len(CASES)} cases with all four marks, {met} of {len(CASES) * len(MARKS)} marks; {ran} cases run, by "
-        f"{sum(results.tests.values())} tests, on the CPU with jax {jax.__version__}, Python {platform.python_version()}."
+        f"{whole} of {len(CASES)} cases with all four marks, {met} of {len(CASES) * len(MARKS)}"
+        f" marks; {ran} cases run, by {sum(results.tests.values())} tests, on the CPU with jax"
+        f" {jax.__version__}, Python {platform.python_version()}."
     )
-    table = ["| case | what happens | what is promised | marks | tests |", "|---|---|---|---|---|", *rows]
+    table = [
+        "| case | what happens | what is promised | marks | tests |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
     return "\n".join([HEAD, score, "", *table, ""])
 
 

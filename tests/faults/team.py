@@ -1,7 +1,9 @@
-"""A run of several processes on this machine: each forked from the fault tests' server, with devices of its own.
+"""A run of several processes on this machine: each forked from the fault tests' server, with
+devices of its own.
 
-What a process is given beside its arguments is a `Member`: a fault (see `entry`), a pause before each step, so that a step is
-still to come when a signal has been heard of everywhere, and a view of the checkpoints that is behind.
+What a process is given beside its arguments is a `Member`: a fault (see `entry`), a pause before
+each step, so that a step is still to come when a signal has been heard of everywhere, and a view of
+the checkpoints that is behind.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from typing import Any
 from tests.faults.conftest import Done, Job, _context, run
 
 HEARTBEAT = 10
-"""Seconds of the runs that lose a process. Others wait as long as users' do: a busy machine is no dead process."""
+"""Seconds of the runs that lose a process. Others wait as long as users' do: a busy machine is no
+dead process.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,37 @@ class Team:
     devices: int = 2
     heartbeat: int = 100
 
-    def __call__(self, *arguments: str, members: Mapping[int, Member] | None = None, pause: float = 0.0) -> list[Done]:
+    def __call__(
+        self, *arguments: str, members: Mapping[int, Member] | None = None, pause: float = 0.0
+    ) -> list[Done]:
         """Run it to the end; return how each process has ended."""
-        said = [self.job.config.parent / f"said-{os.getpid()}-{i}.txt" for i in range(self.processes)]
+        said = [
+            self.job.config.parent / f"said-{os.getpid()}-{i}.txt" for i in range(self.processes)
+        ]
         port, started = free_port(), []
         began = time.perf_counter()
         for i in reversed(range(self.processes)):
             member = (members or {}).get(i, Member(pause=pause))
             given = [
-                "--config", str(self.job.config), "--workdir", str(member.workdir or self.job.workdir),
-                "--coordinator", f"127.0.0.1:{port}", "--processes", str(self.processes), "--process", str(i),
-                "--heartbeat_timeout", str(self.heartbeat), *arguments, *member.arguments,
-            ]  # fmt: skip
+                "--config",
+                str(self.job.config),
+                "--workdir",
+                str(member.workdir or self.job.workdir),
+                "--coordinator",
+                f"127.0.0.1:{port}",
+                "--processes",
+                str(self.processes),
+                "--process",
+                str(i),
+                "--heartbeat_timeout",
+                str(self.heartbeat),
+                *arguments,
+                *member.arguments,
+            ]
             told = said[i], self.job.config.parent / "jax", self.batches(i)
-            process = _context().Process(target=take_part, args=(given, member, self.devices, *told))
+            process = _context().Process(
+                target=take_part, args=(given, member, self.devices, *told)
+            )
             process.start()
             started.append(process)
         ended: dict[int, tuple[int, float]] = {}
@@ -90,11 +111,17 @@ class Team:
 
     def batches(self, process: int) -> Path:
         """The file in which a process notes the rows that it makes."""
-        return self.job.config.parent / f"batches-{self.job.workdir.name}-{self.processes}-{process}.jsonl"
+        return (
+            self.job.config.parent
+            / f"batches-{self.job.workdir.name}-{self.processes}-{process}.jsonl"
+        )
 
     def rows(self) -> list[list[str]]:
         """Return the hashes of the rows of each batch, over all processes."""
-        parts = [[json.loads(line) for line in self.batches(i).read_text().splitlines()] for i in range(self.processes)]
+        parts = [
+            [json.loads(line) for line in self.batches(i).read_text().splitlines()]
+            for i in range(self.processes)
+        ]
         # of each micro-batch one process after the other
         return [
             [row for micro in zip(*step, strict=True) for part in micro for row in part]
@@ -109,7 +136,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def take_part(arguments: list[str], member: Member, devices: int, said: Path, cache: Path, batches: Path) -> None:
+def take_part(
+    arguments: list[str], member: Member, devices: int, said: Path, cache: Path, batches: Path
+) -> None:
     """Run one process of a team, in a process forked for it."""
     import jax
 
@@ -140,7 +169,9 @@ def hashes(ids: Any) -> list[list[str]]:
 
 
 def hide(step: int, seconds: float) -> None:
-    """Let this process not see a checkpoint for a while, as on a host whose view of a shared folder is behind."""
+    """Let this process not see a checkpoint for a while, as on a host whose view of a shared folder
+    is behind.
+    """
     from jaxpeft.checkpoint import manager
     from jaxpeft.processes import peers
 

@@ -1,4 +1,6 @@
-"""Crashes and storage: nothing that was saved is lost, and a run goes on to the end that it would have had."""
+"""Crashes and storage: nothing that was saved is lost, and a run goes on to the end that it would
+have had.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,18 @@ def test_case_1_a_kill_anywhere_and_the_same_command_ends_as_if_nothing_had_happ
 
 
 @pytest.mark.slow
-def test_case_1_killed_at_random_moments_it_ends_as_if_nothing_had_happened(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_1_killed_at_random_moments_it_ends_as_if_nothing_had_happened(
+    job: Job, whole: Job, marks: Marks
+) -> None:
     began, random, kills = time.perf_counter(), Random(0), 0
     assert job().returncode == 0
     whole_time = time.perf_counter() - began
     while kills < KILLS:
         shutil.rmtree(job.workdir)
         patience = 1.0
-        while (done := job(kill_after=patience * random.uniform(0.3, 0.9) * whole_time)).returncode == -9:
+        while (
+            done := job(kill_after=patience * random.uniform(0.3, 0.9) * whole_time)
+        ).returncode == -9:
             kills += 1
             patience *= 1.2  # on a machine that has become slower it would never come to its end
         marks.exit(done, 0)
@@ -53,7 +59,10 @@ def test_case_2_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, mark
     assert job.steps == [2, 4]
     done = job()
     marks.exit(done, 0)
-    said = f"{job.checkpoints}/4: has no manifest.json: its saving was interrupted; resuming from step 2"
+    said = (
+        f"{job.checkpoints}/4: has no manifest.json: its saving was interrupted; resuming from"
+        " step 2"
+    )
     marks.message(done, said, "restoring step 2")
     marks.in_time(done)
     marks.same_end(job, whole)
@@ -61,16 +70,24 @@ def test_case_2_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, mark
 
 
 @pytest.mark.slow
-def test_case_2_a_first_step_without_a_manifest_starts_anew_and_says_so(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_2_a_first_step_without_a_manifest_starts_anew_and_says_so(
+    job: Job, whole: Job, marks: Marks
+) -> None:
     assert job(fault="after_arrays:1").returncode == -9
     done = job()
     marks.exit(done, 0)
-    marks.message(done, f"{job.checkpoints}/2: has no manifest.json: its saving was interrupted; starting from scratch")
+    marks.message(
+        done,
+        f"{job.checkpoints}/2: has no manifest.json: its saving was interrupted; starting from"
+        " scratch",
+    )
     marks.same_end(job, whole)
 
 
 @pytest.mark.slow
-def test_case_3_killed_while_an_old_step_is_deleted_a_good_one_is_left(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_3_killed_while_an_old_step_is_deleted_a_good_one_is_left(
+    job: Job, whole: Job, marks: Marks
+) -> None:
     assert job(fault="in_delete:1").returncode == -9
     done = job()
     marks.exit(done, 0)
@@ -81,7 +98,9 @@ def test_case_3_killed_while_an_old_step_is_deleted_a_good_one_is_left(job: Job,
 
 @pytest.mark.parametrize(("signal", "code"), [("term", 143), ("int", 130)])
 @pytest.mark.representatives("term-143")
-def test_case_4_a_signal_in_a_step_saves_that_step(job: Job, whole: Job, marks: Marks, signal: str, code: int) -> None:
+def test_case_4_a_signal_in_a_step_saves_that_step(
+    job: Job, whole: Job, marks: Marks, signal: str, code: int
+) -> None:
     done = job(fault=f"in_step:3:{signal}")
     marks.exit(done, code)
     marks.message(done, "stopped on request; step 3 is saved, the same command resumes from it")
@@ -93,7 +112,9 @@ def test_case_4_a_signal_in_a_step_saves_that_step(job: Job, whole: Job, marks: 
 
 @pytest.mark.parametrize("fault", ["in_compile:1:term", "in_eval:3:term", "after_arrays:2:term"])
 @pytest.mark.slow
-def test_case_5_a_signal_anywhere_else_loses_nothing(job: Job, whole: Job, marks: Marks, fault: str) -> None:
+def test_case_5_a_signal_anywhere_else_loses_nothing(
+    job: Job, whole: Job, marks: Marks, fault: str
+) -> None:
     done = job(fault=fault)
     marks.exit(done, 143)
     marks.message(done, "stopped on request")
@@ -108,7 +129,9 @@ def test_case_5_a_signal_before_the_first_step_says_that_nothing_was_there_to_sa
 ) -> None:
     done = job(fault="in_eval:1:term")
     marks.exit(done, 143)
-    marks.message(done, "stopped on request; there was nothing new to save, the same command resumes the run")
+    marks.message(
+        done, "stopped on request; there was nothing new to save, the same command resumes the run"
+    )
     marks.in_time(done)
     assert not job.checkpoints.exists()
     assert job().returncode == 0
@@ -116,7 +139,9 @@ def test_case_5_a_signal_before_the_first_step_says_that_nothing_was_there_to_sa
 
 
 @pytest.mark.slow
-def test_case_6_two_signals_and_a_kill_leave_the_newest_step_as_it_was(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_6_two_signals_and_a_kill_leave_the_newest_step_as_it_was(
+    job: Job, whole: Job, marks: Marks
+) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     before = files(job.checkpoints)
     done = job(fault="in_eval:1:term,term,kill")  # what was before training is not evaluated again
@@ -130,7 +155,9 @@ def test_case_6_two_signals_and_a_kill_leave_the_newest_step_as_it_was(job: Job,
 
 
 @pytest.mark.slow
-def test_case_10_a_full_disk_is_told_once_and_the_run_goes_on_later(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_10_a_full_disk_is_told_once_and_the_run_goes_on_later(
+    job: Job, whole: Job, marks: Marks
+) -> None:
     done = job.command(fault="in_save:3:full")
     marks.exit(done, 1)
     marks.message(done, f"jaxpeft: {job.checkpoints}/6: could not be saved (", "make room")
@@ -141,11 +168,15 @@ def test_case_10_a_full_disk_is_told_once_and_the_run_goes_on_later(job: Job, wh
     marks.same_end(job, whole)
 
 
-def test_case_12_a_flipped_bit_is_found_and_the_step_before_is_taken(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_12_a_flipped_bit_is_found_and_the_step_before_is_taken(
+    job: Job, whole: Job, marks: Marks
+) -> None:
     _damaged(job, whole, marks, "flipped", "is damaged: its checksum does not match")
 
 
-@pytest.mark.parametrize(("how", "what"), [("gone", "is missing"), ("cut", "is damaged: its checksum does not match")])
+@pytest.mark.parametrize(
+    ("how", "what"), [("gone", "is missing"), ("cut", "is damaged: its checksum does not match")]
+)
 @pytest.mark.slow
 def test_case_13_a_missing_or_cut_file_is_found_and_the_step_before_is_taken(
     job: Job, whole: Job, marks: Marks, how: str, what: str
@@ -155,7 +186,7 @@ def test_case_13_a_missing_or_cut_file_is_found_and_the_step_before_is_taken(
 
 def _damaged(job: Job, whole: Job, marks: Marks, how: str, what: str) -> None:
     shutil.copytree(whole.workdir, job.workdir)
-    (newest, before) = (job.steps[-1], job.steps[-2])
+    newest, before = (job.steps[-1], job.steps[-2])
     file = largest(job.checkpoints / str(newest))
     damage(file, how)
     kept = files(job.checkpoints / str(before))
@@ -185,10 +216,16 @@ def test_case_13_a_manifest_that_is_not_json_is_found(job: Job, whole: Job, mark
     newest = job.steps[-1]
     (job.checkpoints / str(newest) / "manifest.json").write_text('{"body": ')
     done = job.here("--config.train.seed=7")  # refused at the step that is gone on from
-    marks.message(done, f"{job.checkpoints}/{newest}: manifest.json is damaged: it cannot be read; resuming from step")
+    marks.message(
+        done,
+        f"{job.checkpoints}/{newest}: manifest.json is damaged: it cannot be read; resuming from"
+        " step",
+    )
 
 
-def test_case_14_all_damaged_is_an_error_that_lists_each(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_14_all_damaged_is_an_error_that_lists_each(
+    job: Job, whole: Job, marks: Marks
+) -> None:
     shutil.copytree(whole.workdir, job.workdir)
     for step in job.steps:
         damage(largest(job.checkpoints / str(step)), "flipped")
@@ -196,13 +233,17 @@ def test_case_14_all_damaged_is_an_error_that_lists_each(job: Job, whole: Job, m
     done = job.here()
     marks.exit(done, 2)  # which no launcher starts again
     listed = [f"{job.checkpoints}/{step}: " for step in job.steps]
-    marks.message(done, *listed, "no checkpoint is intact; restore one from a copy, or give another --workdir")
+    marks.message(
+        done, *listed, "no checkpoint is intact; restore one from a copy, or give another --workdir"
+    )
     marks.early(done)
     marks.kept(before, files(job.checkpoints))
 
 
 @pytest.mark.slow
-def test_case_15_a_copied_checkpoint_is_as_good(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_15_a_copied_checkpoint_is_as_good(
+    job: Job, whole: Job, marks: Marks, tmp_path: Path
+) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     moved = job.at(tmp_path / "elsewhere")
     moved.workdir.mkdir()
@@ -226,7 +267,9 @@ def test_case_16_a_second_run_in_the_folder_is_refused(job: Job, marks: Marks) -
 
 
 @pytest.mark.slow
-def test_case_17_the_newest_step_is_the_highest_whatever_the_clock_said(job: Job, whole: Job, marks: Marks) -> None:
+def test_case_17_the_newest_step_is_the_highest_whatever_the_clock_said(
+    job: Job, whole: Job, marks: Marks
+) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     for n, step in enumerate(reversed(job.steps)):
         os.utime(job.checkpoints / str(step), (1e9 + n, 1e9 + n))

@@ -1,4 +1,6 @@
-"""Bad input: rows, options, folders and names are refused before anything is computed, with place, value and fix."""
+"""Bad input: rows, options, folders and names are refused before anything is computed, with place,
+value and fix.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from tests.faults.conftest import GOOD, Job, Marks, command, files, here
 ROW = b'{"text": "word1 word2", "label": "red"}\n'
 
 
-def refused(job: Job, marks: Marks, *texts: str, arguments: tuple[str, ...] = (), most: int = 5) -> None:
+def refused(
+    job: Job, marks: Marks, *texts: str, arguments: tuple[str, ...] = (), most: int = 5
+) -> None:
     """The run is refused with exit code 2, says so, and leaves what was in its folder as it was."""
     job.workdir.mkdir()
     (job.workdir / "note").write_text("mine")
@@ -26,7 +30,7 @@ def refused(job: Job, marks: Marks, *texts: str, arguments: tuple[str, ...] = ()
     marks.kept({"note": b"mine"}, files(job.workdir))
 
 
-# ---------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 @pytest.mark.parametrize("inside", ["", "deep/er"])
@@ -47,14 +51,16 @@ def test_case_11_a_folder_that_cannot_be_written_is_refused_before_jax_is_import
 
 
 @pytest.mark.slow
-def test_case_11_a_folder_that_is_missing_is_made(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_11_a_folder_that_is_missing_is_made(
+    job: Job, whole: Job, marks: Marks, tmp_path: Path
+) -> None:
     deep = job.at(tmp_path / "a" / "b" / "c")
     done = deep()
     marks.exit(done, 0)
     marks.same_end(deep, whole)
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 @pytest.mark.parametrize(
@@ -66,13 +72,31 @@ def test_case_11_a_folder_that_is_missing_is_made(job: Job, whole: Job, marks: M
         (ROW + b'{"text": "caf\xe9", "label": "red"}\n', ":2:14: not UTF-8 (byte 0xe9): "),
         (ROW + b'{"text": "word1", "label": NaN}\n', ":2:28: NaN is not JSON: "),
         (ROW + b'{"text": "word1"}\n', ":2:1 (row 2): field 'label' is missing: "),
-        (ROW + b'{"text": 7, "label": "red"}\n', ":2:1 (row 2): field 'text' holds a int, not a string: "),
+        (
+            ROW + b'{"text": 7, "label": "red"}\n',
+            ":2:1 (row 2): field 'text' holds a int, not a string: ",
+        ),
         (ROW + b'["word1", "red"]\n', ":2:1: a row must be a JSON object, this is a list: "),
         (ROW + b'{"text": " ", "label": "red"}\n', ":2:1 (row 2): field 'text' is empty: "),
         (ROW.decode().encode("utf-16")[:-1], ":1:40: not utf-16; set data.encoding to the one"),
-        (b"version https://git-lfs.github.com/spec/v1\n", ":1:1: a Git LFS pointer instead of the data"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            ":1:1: a Git LFS pointer instead of the data",
+        ),
     ],
-    ids=["empty", "blank", "cut", "latin1", "nan", "missing", "type", "list", "nothing", "utf16", "pointer"],
+    ids=[
+        "empty",
+        "blank",
+        "cut",
+        "latin1",
+        "nan",
+        "missing",
+        "type",
+        "list",
+        "nothing",
+        "utf16",
+        "pointer",
+    ],
 )
 def test_case_28_a_broken_row_is_told_with_file_line_column_text_and_fix(
     job: Job, marks: Marks, tmp_path: Path, content: bytes, said: str
@@ -82,7 +106,9 @@ def test_case_28_a_broken_row_is_told_with_file_line_column_text_and_fix(
     refused(job, marks, f"{rows}{said}", "; ", arguments=(f"--config.data.train={rows}",))
 
 
-def test_case_28_the_first_20_are_told_at_once_and_the_rest_counted(job: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_28_the_first_20_are_told_at_once_and_the_rest_counted(
+    job: Job, marks: Marks, tmp_path: Path
+) -> None:
     rows = tmp_path / "mine.jsonl"
     rows.write_bytes(ROW + b'{"text": "' + b"x" * 300 + b"\n" * 1 + b"{]\n" * 24)
     texts = [f"{rows}:{line}:" for line in range(2, 22)]
@@ -98,7 +124,9 @@ def test_case_28_the_first_20_are_told_at_once_and_the_rest_counted(job: Job, ma
 
 
 @pytest.mark.slow
-def test_case_28_a_mark_and_line_ends_of_windows_do_no_harm(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_28_a_mark_and_line_ends_of_windows_do_no_harm(
+    job: Job, whole: Job, marks: Marks, tmp_path: Path
+) -> None:
     rows = tmp_path / "mine.jsonl"
     given = Path(whole.config.parent / "rows.jsonl").read_bytes()
     rows.write_bytes(b"\xef\xbb\xbf" + given.replace(b"\n", b"\r\n"))
@@ -109,10 +137,12 @@ def test_case_28_a_mark_and_line_ends_of_windows_do_no_harm(job: Job, whole: Job
     marks.same_end(job, whole)
 
 
-# ----------------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 
-def model_with(source: Path, target: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> Path:
+def model_with(
+    source: Path, target: Path, file: str, change: Callable[[dict[str, Any]], Any]
+) -> Path:
     """Copy a model folder and changes one of its JSON files."""
     shutil.copytree(source, target)
     content = json.loads((target / file).read_text())
@@ -132,8 +162,17 @@ def test_case_29_a_token_that_the_model_has_not_is_refused(
 
     model = model_with(tiny_models[kind], tmp_path / "model", "tokenizer.json", change)
     run = chats([GOOD] * 20) if kind == "llama" else job
-    said = f"its vocabulary has 65 tokens, the model's {vocab}, and the data holds token {vocab} ('word3')"
-    refused(run, marks, said, "use the model's own tokenizer", arguments=(f"--config.model.path={model}",))
+    said = (
+        f"its vocabulary has 65 tokens, the model's {vocab}, and the data holds token {vocab}"
+        " ('word3')"
+    )
+    refused(
+        run,
+        marks,
+        said,
+        "use the model's own tokenizer",
+        arguments=(f"--config.model.path={model}",),
+    )
 
 
 @pytest.mark.parametrize("pad", [None, "[SEP]"])
@@ -153,7 +192,7 @@ def test_case_29_no_pad_token_or_one_that_is_eos_does_no_harm(
     marks.same_end(job, job.at(other))
 
 
-# ------------------------------------------------------------------------------------------------------------------ chats
+# -------------------------------------------------------------------------------------------- chats
 
 ASKED, ANSWER, SYSTEM = GOOD[0], GOOD[1], {"role": "system", "content": "word5"}
 
@@ -161,51 +200,83 @@ ASKED, ANSWER, SYSTEM = GOOD[0], GOOD[1], {"role": "system", "content": "word5"}
 @pytest.mark.parametrize(
     ("messages", "said", "fix"),
     [
-        ([ASKED, {"role": "asistant", "content": "word3"}], "has the unknown role 'asistant' in turn 2", "did you mean 'assistant'?"),
+        (
+            [ASKED, {"role": "asistant", "content": "word3"}],
+            "has the unknown role 'asistant' in turn 2",
+            "did you mean 'assistant'?",
+        ),
         ([SYSTEM, SYSTEM, ASKED, ANSWER], "has 2 system turns (1, 2)", "keep one, the first turn"),
         ([ASKED, SYSTEM, ANSWER], "has its system turn at place 2", "make it the first turn"),
-        ([ASKED, {"role": "assistant", "content": " "}], "has an empty turn 2 (assistant)", "fill it or leave the row out"),
-        ([ASKED, {"role": "assistant", "content": None}], "holds nothing as the content of turn 2", "write it as a string"),
+        (
+            [ASKED, {"role": "assistant", "content": " "}],
+            "has an empty turn 2 (assistant)",
+            "fill it or leave the row out",
+        ),
+        (
+            [ASKED, {"role": "assistant", "content": None}],
+            "holds nothing as the content of turn 2",
+            "write it as a string",
+        ),
         ([ASKED], "has no turn of the assistant", "add one or leave the row out"),
-        ([{"role": "user", "content": "fail"}, ANSWER], "the chat template fails: word4 must not fail", "correct the row"),
+        (
+            [{"role": "user", "content": "fail"}, ANSWER],
+            "the chat template fails: word4 must not fail",
+            "correct the row",
+        ),
     ],
-)  # fmt: skip
+)
 def test_case_30_a_chat_that_cannot_be_written_is_told_with_row_turn_and_reason(
     chats: Any, marks: Marks, tmp_path: Path, messages: list[dict[str, Any]], said: str, fix: str
 ) -> None:
     template = (
-        "{% for m in messages %}{% if m.content == 'fail' %}{{ raise_exception('word4 must not fail') }}{% endif %}"
-        "{{ m.role }} {{ m.content }} {% endfor %}"
+        "{% for m in messages %}{% if m.content == 'fail' %}{{ raise_exception('word4 must not"
+        " fail') }}{% endif %}{{ m.role }} {{ m.content }} {% endfor %}"
     )
     job = chats([*[GOOD] * 11, messages], template, data__validation_share=0.05)
     refused(job, marks, f"{tmp_path}/rows.jsonl:12:1 (row 12): ", said, fix)
 
 
-# ---------------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 OPTIONS = {
     "--config.train.batchsize=8": "config.train.batchsize: no such option; did you mean",
-    "--config.optimizer.learning_rate=fast": "config.optimizer.learning_rate: must be a number, is 'fast' (str)",
+    "--config.optimizer.learning_rate=fast": (
+        "config.optimizer.learning_rate: must be a number, is 'fast' (str)"
+    ),
     "--config.method.rank=eight": "config.method.rank: must be an integer, is 'eight' (str)",
-    "--config.optimizer.weight_decay=-1": "config.optimizer.weight_decay: must be at least 0, is -1",
+    "--config.optimizer.weight_decay=-1": (
+        "config.optimizer.weight_decay: must be at least 0, is -1"
+    ),
     "--config.method.dropout=1.0": "config.method.dropout: must be below 1, is 1.0",
-    "--config.train.epochs=3": "config.train.steps: 8 and epochs 3.0 exclude each other; set one of them to None",
-    "--config.optimizer.warmup_steps=9": "optimizer.warmup_steps: 9 steps of warm-up leave none of the run's 8 steps",
+    "--config.train.epochs=3": (
+        "config.train.steps: 8 and epochs 3.0 exclude each other; set one of them to None"
+    ),
+    "--config.optimizer.warmup_steps=9": (
+        "optimizer.warmup_steps: 9 steps of warm-up leave none of the run's 8 steps"
+    ),
     "--config.model.task=classify": "config.model.task: must be one of 'causal_lm', ",
 }
 
 
-def test_case_35_every_wrong_option_is_told_at_once_without_importing_jax(job: Job, marks: Marks) -> None:
+def test_case_35_every_wrong_option_is_told_at_once_without_importing_jax(
+    job: Job, marks: Marks
+) -> None:
     job.workdir.mkdir()
     (job.workdir / "note").write_text("mine")
     check = (
         "import sys; from jaxpeft.train.__main__ import main; code = main(sys.argv[1:]); "
         "sys.exit(code if not {'jax', 'flax', 'torch', 'transformers'} & set(sys.modules) else 99)"
     )
-    given = [word for word in OPTIONS if "warmup" not in word]  # said once no other problem of the length is left
-    done = command(["-c", check, "--config", str(job.config), "--workdir", str(job.workdir), *given])
+    given = [
+        word for word in OPTIONS if "warmup" not in word
+    ]  # said once no other problem of the length is left
+    done = command(
+        ["-c", check, "--config", str(job.config), "--workdir", str(job.workdir), *given]
+    )
     marks.exit(done, 2)
-    marks.message(done, f"{len(given)} problems:", *(OPTIONS[word] for word in given), most=1 + len(given))
+    marks.message(
+        done, f"{len(given)} problems:", *(OPTIONS[word] for word in given), most=1 + len(given)
+    )
     marks.early(done)
     marks.kept({"note": b"mine"}, files(job.workdir))
 
@@ -215,11 +286,18 @@ def test_case_35_a_wrong_option_is_told_alone(job: Job, marks: Marks, option: st
     refused(job, marks, OPTIONS[option], arguments=(option,))
 
 
-# ------------------------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 
 HOSTILE = {
-    "up": "../../x", "root": "/abs", "through": "a/../b", "dots": "..", "long": "a" * 10_000, "nul": "a\0b", "dash": "-x", "none": "",
-}  # fmt: skip
+    "up": "../../x",
+    "root": "/abs",
+    "through": "a/../b",
+    "dots": "..",
+    "long": "a" * 10_000,
+    "nul": "a\0b",
+    "dash": "-x",
+    "none": "",
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
@@ -232,8 +310,14 @@ def test_case_39_a_name_that_leads_elsewhere_is_refused(
     before = set(tmp_path.rglob("*"))
     done = here("--config", str(job.config), f"--name={name}")
     marks.exit(done, 2)
-    said = "jaxpeft: --name: must be text without NUL characters" if "\0" in name else "jaxpeft: name "
-    marks.message(done, said, *(() if "\0" in name else (": must be 1 to 64 letters, digits, '.', '_' or '-'",)))
+    said = (
+        "jaxpeft: --name: must be text without NUL characters" if "\0" in name else "jaxpeft: name "
+    )
+    marks.message(
+        done,
+        said,
+        *(() if "\0" in name else (": must be 1 to 64 letters, digits, '.', '_' or '-'",)),
+    )
     assert len(done.error) < 400
     marks.early(done)
     assert set(tmp_path.rglob("*")) == before
@@ -241,7 +325,9 @@ def test_case_39_a_name_that_leads_elsewhere_is_refused(
 
 
 @pytest.mark.parametrize("name", [HOSTILE["long"], HOSTILE["nul"]], ids=["long", "nul"])
-def test_case_39_a_folder_that_no_system_has_is_refused(job: Job, marks: Marks, tmp_path: Path, name: str) -> None:
+def test_case_39_a_folder_that_no_system_has_is_refused(
+    job: Job, marks: Marks, tmp_path: Path, name: str
+) -> None:
     refused(
         job.at(tmp_path / "run"),
         marks,

@@ -1,4 +1,6 @@
-"""Model folders, targets and adapters that do not fit, and files made to do harm: refused by name, nothing loaded by half."""
+"""Model folders, targets and adapters that do not fit, and files made to do harm: refused by name,
+nothing loaded by half.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,17 @@ def change(file: Path, edit: Callable[[Tensors], Any]) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-# ---------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def test_case_32_every_misfit_of_the_weights_is_in_one_message_with_the_nearest_names(
     job: Job, marks: Marks, model: Path
 ) -> None:
-    name = next(name for name in load_file(model / WEIGHTS) if name.endswith("layer.0.attention.self.query.weight"))
+    name = next(
+        name
+        for name in load_file(model / WEIGHTS)
+        if name.endswith("layer.0.attention.self.query.weight")
+    )
     prefix = name.removesuffix("attention.self.query.weight")
 
     def spoil(tensors: Tensors) -> None:
@@ -58,10 +64,19 @@ def test_case_32_every_misfit_of_the_weights_is_in_one_message_with_the_nearest_
 
     change(model / WEIGHTS, spoil)
     refused(
-        job, marks, f"{model}: the weights do not fit the model in config.json (5 problems)", f"missing: bert.{name}; did you mean",
-        "misshaped: ", "is [3, 5], must be ", "not floating: ", "is int64", "extra: stray.weight", "did you mean",
-        arguments=(f"--config.model.path={model}",), most=7,
-    )  # fmt: skip
+        job,
+        marks,
+        f"{model}: the weights do not fit the model in config.json (5 problems)",
+        f"missing: bert.{name}; did you mean",
+        "misshaped: ",
+        "is [3, 5], must be ",
+        "not floating: ",
+        "is int64",
+        "extra: stray.weight",
+        "did you mean",
+        arguments=(f"--config.model.path={model}",),
+        most=7,
+    )
 
 
 def _cut(file: Path) -> None:
@@ -74,9 +89,15 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"),
         "a Git LFS pointer, not the weights",
     ),
-    "page": (lambda f: f.write_text("<!DOCTYPE html><html>403</html>"), "an HTML or XML page, not the weights"),
+    "page": (
+        lambda f: f.write_text("<!DOCTYPE html><html>403</html>"),
+        "an HTML or XML page, not the weights",
+    ),
     "empty": (lambda f: f.write_bytes(b""), "not safetensors, or truncated (0 bytes)"),
-    "gone": (lambda f: f.unlink(), "no model.safetensors and no model.safetensors.index.json; the folder holds"),
+    "gone": (
+        lambda f: f.unlink(),
+        "no model.safetensors and no model.safetensors.index.json; the folder holds",
+    ),
 }
 
 
@@ -98,16 +119,23 @@ def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(
     names = sorted(tensors)
     parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
     for file, of in parts.items():
-        save_file({name: tensors[name] for name in (names if how == "twice" and file[0] == "b" else of)}, model / file)
+        save_file(
+            {name: tensors[name] for name in (names if how == "twice" and file[0] == "b" else of)},
+            model / file,
+        )
     where = {name: file for file, of in parts.items() for name in of}
     (model / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": where}))
     if how == "missing":
         (model / "b.safetensors").unlink()
-    said = ("b.safetensors", "no such file") if how == "missing" else (names[0], "a.safetensors", "b.safetensors")
+    said = (
+        ("b.safetensors", "no such file")
+        if how == "missing"
+        else (names[0], "a.safetensors", "b.safetensors")
+    )
     refused(job, marks, *said, arguments=(f"--config.model.path={model}",), most=7)
 
 
-# ---------------------------------------------------------------------------------------------------------------- targets
+# ------------------------------------------------------------------------------------------ targets
 
 
 @pytest.mark.parametrize(
@@ -117,13 +145,19 @@ def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(
         (
             "LayerNorm,query",
             (
-                "config.method.targets: 'LayerNorm' names bert.embeddings.LayerNorm, which is a norm site; lora adapts linear",
+                (
+                    "config.method.targets: 'LayerNorm' names bert.embeddings.LayerNorm, which is a"
+                    " norm site; lora adapts linear"
+                ),
             ),
         ),
         ("encoder,query", ("config.method.targets: 'encoder' matches no site",)),
         (
             r".*\.q",
-            ("the regular expression '.*\\\\.q' matches no whole site name", "the model has 17 site names, such as"),
+            (
+                "the regular expression '.*\\\\.q' matches no whole site name",
+                "the model has 17 site names, such as",
+            ),
         ),
         ("(", ("config.method.targets: '(' is not a regular expression",)),
     ],
@@ -140,7 +174,7 @@ def test_case_33_modules_to_save_that_are_none_are_refused(job: Job, marks: Mark
     refused(job, marks, said, arguments=("--config.method.modules_to_save=poler",))
 
 
-# ---------------------------------------------------------------------------------------------------------------- adapters
+# ----------------------------------------------------------------------------------------- adapters
 
 
 @pytest.fixture
@@ -149,10 +183,19 @@ def adapter(whole: Job, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole.workdir / "adapter", tmp_path / "adapter"))
 
 
-def load_it(marks: Marks, models: Models, folder: Path, *texts: str, base: Path | None = None) -> None:
-    """Loading the adapter is refused; the base that it was to be loaded onto, and its files, are as they were."""
-    model, params = jaxpeft.load(base or models["bert"], task="sequence_classification", num_labels=3)
-    leaves, there = {path: np.asarray(leaf).tobytes() for path, leaf in paths.walk(params)}, files(folder)
+def load_it(
+    marks: Marks, models: Models, folder: Path, *texts: str, base: Path | None = None
+) -> None:
+    """Loading the adapter is refused; the base that it was to be loaded onto, and its files, are as
+    they were.
+    """
+    model, params = jaxpeft.load(
+        base or models["bert"], task="sequence_classification", num_labels=3
+    )
+    leaves, there = (
+        {path: np.asarray(leaf).tobytes() for path, leaf in paths.walk(params)},
+        files(folder),
+    )
     done = library(lambda: jaxpeft.load_adapter(folder, model, params))
     marks.exit(done, 2)
     marks.message(done, *texts)
@@ -163,7 +206,10 @@ def load_it(marks: Marks, models: Models, folder: Path, *texts: str, base: Path 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"peft_type": "POLY"}, "peft_type 'POLY' is not supported (supported: LORA, "),
-    "qalora": ({"use_qalora": True}, "use_qalora: True is not supported by the lora method; nothing was loaded"),
+    "qalora": (
+        {"use_qalora": True},
+        "use_qalora: True is not supported by the lora method; nothing was loaded",
+    ),
     "alora": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: [1] is not supported"),
     "later": ({"use_something_new": True}, "use_something_new: True is not supported"),
     "init": ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changed the base"),
@@ -172,7 +218,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "pattern": ({"rank_pattern": {"qery": 4}}, "rank_pattern: 'qery' matches no adapted site"),
     "other rank": ({"rank_pattern": {"query": 4}}, "misshaped: "),
     "infinite": ({"lora_alpha": float("inf")}, "must be a finite number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", CONFIGS)
@@ -184,9 +230,16 @@ def test_case_34_an_adapter_with_what_is_not_known_is_refused_by_name(
     load_it(marks, tiny_models, adapter, str(adapter), said)
 
 
-def test_case_34_an_adapter_without_alpha_is_refused(marks: Marks, tiny_models: Models, adapter: Path) -> None:
+def test_case_34_an_adapter_without_alpha_is_refused(
+    marks: Marks, tiny_models: Models, adapter: Path
+) -> None:
     edit_json(adapter / "adapter_config.json", lambda config: config.pop("lora_alpha"))
-    load_it(marks, tiny_models, adapter, f"{adapter}/adapter_config.json: lora_alpha: is not set; take it from where")
+    load_it(
+        marks,
+        tiny_models,
+        adapter,
+        f"{adapter}/adapter_config.json: lora_alpha: is not set; take it from where",
+    )
 
 
 @pytest.mark.parametrize("how", ["missing", "extra", "misshaped", "not finite"])
@@ -205,17 +258,22 @@ def test_case_34_an_adapter_whose_tensors_do_not_fit_is_not_loaded_by_half(
             tensors[name][0, 0] = np.nan
 
     change(adapter / "adapter_model.safetensors", spoil)
-    load_it(marks, tiny_models, adapter, f"{adapter}/adapter_model.safetensors: {how}: ", "self.query")
+    load_it(
+        marks, tiny_models, adapter, f"{adapter}/adapter_model.safetensors: {how}: ", "self.query"
+    )
 
 
 def test_case_34_an_adapter_of_another_base_is_refused(
     marks: Marks, tiny_models: Models, adapter: Path, model: Path
 ) -> None:
-    change(model / WEIGHTS, lambda tensors: tensors.update({k: v + 1 for k, v in list(tensors.items())[:1]}))
+    change(
+        model / WEIGHTS,
+        lambda tensors: tensors.update({k: v + 1 for k, v in list(tensors.items())[:1]}),
+    )
     load_it(marks, tiny_models, adapter, "the adapter was trained on another base (", base=model)
 
 
-# ----------------------------------------------------------------------------------------------------------------- hostile
+# ------------------------------------------------------------------------------------------ hostile
 
 
 class Canary:
@@ -244,7 +302,12 @@ def test_case_38_a_pickled_adapter_is_refused_and_not_read(
 ) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps({"x": Canary(tmp_path / "canary")}))
-    load_it(marks, tiny_models, adapter, "the folder holds adapter_model.bin, a pickle, which is never read")
+    load_it(
+        marks,
+        tiny_models,
+        adapter,
+        "the folder holds adapter_model.bin, a pickle, which is never read",
+    )
     assert not (tmp_path / "canary").exists()
 
 
@@ -258,7 +321,9 @@ def test_case_38_code_in_a_model_folder_is_not_run_whatever_its_config_asks(
         "AutoTokenizer": ["modeling_mine.T", None],
     }
     for file in ("config.json", "tokenizer_config.json"):
-        edit_json(model / file, lambda config: config.update(auto_map=automatic, trust_remote_code=True))
+        edit_json(
+            model / file, lambda config: config.update(auto_map=automatic, trust_remote_code=True)
+        )
     done = job.here(f"--config.model.path={model}")
     marks.in_time(done)
     assert not (tmp_path / "canary").exists()
@@ -268,12 +333,15 @@ def test_case_38_code_in_a_model_folder_is_not_run_whatever_its_config_asks(
 
 def test_case_38_trust_remote_code_is_refused_by_name(job: Job, marks: Marks) -> None:
     said = (
-        "config.model.trust_remote_code: refused: no code of a model, a data set or an adapter is ever run; remove it"
+        "config.model.trust_remote_code: refused: no code of a model, a data set or an adapter is"
+        " ever run; remove it"
     )
     refused(job, marks, said, arguments=("--config.model.trust_remote_code=true",))
 
 
-def test_case_38_code_in_a_checkpoint_is_not_run(job: Job, whole: Job, marks: Marks, tmp_path: Path) -> None:
+def test_case_38_code_in_a_checkpoint_is_not_run(
+    job: Job, whole: Job, marks: Marks, tmp_path: Path
+) -> None:
     assert job(fault="in_step:5:term").returncode == 143
     code = f"open({str(tmp_path / 'canary')!r}, 'w')\n"
     for folder in (job.workdir, job.checkpoints, job.checkpoints / str(job.steps[-1])):
@@ -287,12 +355,18 @@ def test_case_38_code_in_a_checkpoint_is_not_run(job: Job, whole: Job, marks: Ma
 
 
 def peak_of(job: Job, *arguments: str) -> tuple[Done, float]:
-    """Run the command in a fresh Python; return its peak of memory, too, in MB: the kernel's, of this program alone."""
+    """Run the command in a fresh Python; return its peak of memory, too, in MB: the kernel's, of
+    this program alone.
+    """
     code = (
-        "import sys; from jaxpeft.train.__main__ import main; code = main(sys.argv[1:])\n"
-        "print('PEAK', open('/proc/self/status').read().partition('VmHWM:')[2].split()[0], file=sys.stderr); sys.exit(code)"
+        "import sys; from jaxpeft.train.__main__ import main; code ="
+        " main(sys.argv[1:])\nprint('PEAK',"
+        " open('/proc/self/status').read().partition('VmHWM:')[2].split()[0], file=sys.stderr);"
+        " sys.exit(code)"
     )
-    done = command(["-c", code, "--config", str(job.config), "--workdir", str(job.workdir), *arguments])
+    done = command(
+        ["-c", code, "--config", str(job.config), "--workdir", str(job.workdir), *arguments]
+    )
     return done, int(done.stderr.rpartition("PEAK ")[2]) / 1024
 
 
@@ -302,7 +376,10 @@ TEMPLATES = {
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "takes more than 2 s",
     ),
-    "range": ("{% for i in range(10**9) %}{% endfor %}", "does what a template may not: Range too big"),
+    "range": (
+        "{% for i in range(10**9) %}{% endfor %}",
+        "does what a template may not: Range too big",
+    ),
     "memory": ("{{ '%4000000000d' % 1 }}", "takes too much memory"),
 }
 
@@ -311,20 +388,33 @@ TEMPLATES = {
 def test_case_40_a_hostile_template_is_refused_in_time(chats: Any, marks: Marks, how: str) -> None:
     template, said = TEMPLATES[how]
     began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(chats([GOOD] * 300, template), marks, "rows.jsonl:", "the chat template", said, "fix the template", most=21)
+    refused(
+        chats([GOOD] * 300, template),
+        marks,
+        "rows.jsonl:",
+        "the chat template",
+        said,
+        "fix the template",
+        most=21,
+    )
     assert time.process_time() - began < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
 def test_case_40_a_catastrophic_expression_is_refused_in_time(job: Job, marks: Marks) -> None:
     began = time.process_time()
-    said = "config.method.targets: the regular expression '(.|..|...)*[^\\\\w.]' takes more than 2 s on the names"
+    said = (
+        "config.method.targets: the regular expression '(.|..|...)*[^\\\\w.]' takes more than 2 s"
+        " on the names"
+    )
     refused(job, marks, said, arguments=(r"--config.method.targets=(.|..|...)*[^\w.]",))
     assert time.process_time() - began < SECONDS
 
 
 @pytest.mark.slow
-def test_case_40_a_header_of_10_gb_is_refused_without_reading_it(job: Job, marks: Marks, model: Path) -> None:
+def test_case_40_a_header_of_10_gb_is_refused_without_reading_it(
+    job: Job, marks: Marks, model: Path
+) -> None:
     with (model / WEIGHTS).open("wb") as file:
         file.write(struct.pack("<Q", 10 << 30) + b"{")
         file.truncate(8 + (10 << 30))  # a hole: it takes no place on the disk

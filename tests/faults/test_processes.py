@@ -1,4 +1,6 @@
-"""Several processes that are one run: stopped together, ended together, gone on from the same step."""
+"""Several processes that are one run: stopped together, ended together, gone on from the same
+step.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from tests.train.runs import write_config, write_rows
 
 STEPS = 12
 PAUSE, SLOW = 1.0, 2.0
-"""Seconds before each step: a signal is heard of everywhere in about a second, on a busy machine in several."""
+"""Seconds before each step: a signal is heard of everywhere in about a second, on a busy machine in
+several.
+"""
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +30,22 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_models: Mapping[str, P
     folder = tmp_path_factory.mktemp("team")
     rows = write_rows(folder / "rows.jsonl", "text", 100)
     return write_config(
-        folder / "mine.py", tiny_models["llama"], rows, model__task="causal_lm", model__scan_layers=True, mesh__data=-1,
-        method__dropout=0.1, train__steps=STEPS, evaluation__every_steps=6, checkpoint__every_steps=4, checkpoint__keep=9,
-        log__every_steps=1, log__tensorboard=False, log__plot=False, optimizer__learning_rate=1e-2,
-    )  # fmt: skip
+        folder / "mine.py",
+        tiny_models["llama"],
+        rows,
+        model__task="causal_lm",
+        model__scan_layers=True,
+        mesh__data=-1,
+        method__dropout=0.1,
+        train__steps=STEPS,
+        evaluation__every_steps=6,
+        checkpoint__every_steps=4,
+        checkpoint__keep=9,
+        log__every_steps=1,
+        log__tensorboard=False,
+        log__plot=False,
+        optimizer__learning_rate=1e-2,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +63,9 @@ def team(two: Team, tmp_path: Path) -> Team:
     return Team(two.job.at(tmp_path / "run"), 2)
 
 
-@pytest.mark.parametrize(("process", "fault"), [(1, "in_step:3:term"), (0, "in_step:3:term"), (1, "in_compile:1:term")])
+@pytest.mark.parametrize(
+    ("process", "fault"), [(1, "in_step:3:term"), (0, "in_step:3:term"), (1, "in_compile:1:term")]
+)
 @pytest.mark.slow
 def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
     team: Team, two: Team, marks: Marks, process: int, fault: str
@@ -57,8 +75,11 @@ def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
         marks.exit(done, 143)
     step = team.job.steps[-1]
     assert 0 <= step < STEPS
-    marks.message(ended[0], f"stopped on request; step {step} is saved, the same command resumes from it")
-    # the second says nothing of what it does too; what Gloo says may be cut anywhere, so words are looked for
+    marks.message(
+        ended[0], f"stopped on request; step {step} is saved, the same command resumes from it"
+    )
+    # the second says nothing of what it does too; what Gloo says may be cut anywhere, so words are
+    # looked for
     for word in ("loading", "tokenizing", "compiling the", "stopped on request"):
         assert word in ended[0].stderr
         assert word not in ended[1].stderr
@@ -74,14 +95,20 @@ def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
 def test_case_8_a_process_that_is_killed_ends_the_other_and_all_go_on_together(
     team: Team, two: Team, marks: Marks, process: int
 ) -> None:
-    ended = dataclasses.replace(team, heartbeat=HEARTBEAT)(members={process: Member("in_step:6:kill")})
+    ended = dataclasses.replace(team, heartbeat=HEARTBEAT)(
+        members={process: Member("in_step:6:kill")}
+    )
     killed, left = ended[process], ended[1 - process]
     assert killed.returncode == -9
     assert left.returncode not in (0, 2, 130, 143)
     assert left.seconds < HEARTBEAT + 10
     if process == 1:
         marks.message(left, "process 1 (", "has sent no heartbeat for", "start all of them again")
-    assert "process 0 is gone" in left.stderr or "no heartbeat" in left.stderr or "JAX distributed" in left.stderr
+    assert (
+        "process 0 is gone" in left.stderr
+        or "no heartbeat" in left.stderr
+        or "JAX distributed" in left.stderr
+    )
     before = files(team.job.checkpoints)
     assert 4 in team.job.steps
     again = team()
@@ -89,7 +116,10 @@ def test_case_8_a_process_that_is_killed_ends_the_other_and_all_go_on_together(
         marks.exit(done, 0)
         marks.in_time(done)
     assert "restoring step 4" in again[0].stderr
-    marks.kept({name: data for name, data in before.items() if name.startswith("4/")}, files(team.job.checkpoints))
+    marks.kept(
+        {name: data for name, data in before.items() if name.startswith("4/")},
+        files(team.job.checkpoints),
+    )
     marks.same_end(team.job, two.job)
 
 
@@ -107,14 +137,19 @@ def test_case_9_a_host_whose_view_is_behind_for_a_moment_goes_on_from_the_same_s
 
 
 @pytest.mark.slow
-def test_case_9_a_host_that_never_sees_the_newest_step_is_refused(team: Team, two: Team, marks: Marks) -> None:
+def test_case_9_a_host_that_never_sees_the_newest_step_is_refused(
+    team: Team, two: Team, marks: Marks
+) -> None:
     stopped_at_8(two, team)
     before = files(team.job.checkpoints)
     ended = team(members={1: Member(hidden=8)})
     for done in ended:
         marks.exit(done, 1)
         marks.in_time(done)
-    said = f"[process 1] jaxpeft: {team.job.checkpoints}/8: is the newest saved step for process 0, and process 1 does not see it"
+    said = (
+        f"[process 1] jaxpeft: {team.job.checkpoints}/8: is the newest saved step for process 0,"
+        " and process 1 does not see it"
+    )
     marks.message(ended[1], said)
     marks.message(ended[0], "process 1 on ", "has failed, and ends all: ")
     marks.kept(before, files(team.job.checkpoints))
@@ -122,7 +157,9 @@ def test_case_9_a_host_that_never_sees_the_newest_step_is_refused(team: Team, tw
 
 
 @pytest.mark.slow
-def test_case_9_a_folder_that_is_not_shared_is_refused(team: Team, two: Team, marks: Marks, tmp_path: Path) -> None:
+def test_case_9_a_folder_that_is_not_shared_is_refused(
+    team: Team, two: Team, marks: Marks, tmp_path: Path
+) -> None:
     stopped_at_8(two, team)
     other = tmp_path / "other"
     shutil.copytree(team.job.checkpoints / "4", other / "checkpoints" / "4")
@@ -130,7 +167,11 @@ def test_case_9_a_folder_that_is_not_shared_is_refused(team: Team, two: Team, ma
     for done in ended:
         marks.exit(done, 2)
         marks.early(done)
-    marks.message(ended[1], f"--workdir {other}: is not the same folder for process 1 on ", "that all hosts share")
+    marks.message(
+        ended[1],
+        f"--workdir {other}: is not the same folder for process 1 on ",
+        "that all hosts share",
+    )
 
 
 def stopped_at_8(whole: Team, team: Team) -> None:
@@ -159,7 +200,9 @@ def test_case_19_gone_on_with_4_2_and_1_processes_the_batches_are_the_same(
     marks.kept(before, files(job.checkpoints / str(len(seen))))
     seen += alone.rows()
     assert seen == two.rows()
-    losses = [[line["loss"] for line in figures(of.workdir) if "loss" in line] for of in (two.job, job)]
+    losses = [
+        [line["loss"] for line in figures(of.workdir) if "loss" in line] for of in (two.job, job)
+    ]
     assert len(losses[0]) == len(losses[1]) == STEPS
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
@@ -190,15 +233,21 @@ def test_case_20_processes_with_other_options_are_refused(
     for done in ended:
         marks.exit(done, 2)
         marks.early(done)
-    marks.message(ended[1], "[process 1] jaxpeft: process 1 on ", "has another config than process 0", said)
+    marks.message(
+        ended[1], "[process 1] jaxpeft: process 1 on ", "has another config than process 0", said
+    )
     assert not team.job.checkpoints.exists()
 
 
 @pytest.mark.slow
-def test_case_20_processes_that_read_other_rows_are_refused(team: Team, marks: Marks, tmp_path: Path) -> None:
+def test_case_20_processes_that_read_other_rows_are_refused(
+    team: Team, marks: Marks, tmp_path: Path
+) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "text", 99)
     ended = team(members={1: Member(arguments=(f"--config.data.train={rows}",))})
     for done in ended:
         marks.exit(done, 2)
         marks.early(done)
-    marks.message(ended[1], "has another base or rows than process 0", "data.sources.train: ", most=8)
+    marks.message(
+        ended[1], "has another base or rows than process 0", "data.sources.train: ", most=8
+    )

@@ -10,7 +10,11 @@ from jaxpeft.data import pipeline
 from tests.faults import workers
 from tests.faults.conftest import Done, Job, Marks, files
 
-OPTIONS = ("--config.data.workers=1", "--config.data.worker_timeout=5", "--config.checkpoint.every_steps=1")
+OPTIONS = (
+    "--config.data.workers=1",
+    "--config.data.worker_timeout=5",
+    "--config.checkpoint.every_steps=1",
+)
 
 
 def _goes_on(job: Job, marks: Marks, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +24,11 @@ def _goes_on(job: Job, marks: Marks, done: Done, monkeypatch: pytest.MonkeyPatch
     before = files(job.checkpoints)
     assert max(job.steps) >= 1
     monkeypatch.undo()
-    again = job.here("--config.data.workers=1", "--config.checkpoint.every_steps=1", "--config.checkpoint.keep=99")
+    again = job.here(
+        "--config.data.workers=1",
+        "--config.checkpoint.every_steps=1",
+        "--config.checkpoint.keep=99",
+    )
     assert again.returncode == 0, again.stderr
     marks.kept(before, files(job.checkpoints))
 
@@ -30,9 +38,18 @@ def _goes_on(job: Job, marks: Marks, done: Done, monkeypatch: pytest.MonkeyPatch
     [
         (
             workers.Ending,
-            "data.workers: a worker process ended with exit code 9; set data.workers=0 to see what happens",
+            (
+                "data.workers: a worker process ended with exit code 9; set data.workers=0 to see"
+                " what happens"
+            ),
         ),
-        (workers.Hanging, "data.workers: the worker processes have given nothing for 5 s; raise data.worker_timeout"),
+        (
+            workers.Hanging,
+            (
+                "data.workers: the worker processes have given nothing for 5 s; raise"
+                " data.worker_timeout"
+            ),
+        ),
     ],
 )
 @pytest.mark.slow
@@ -53,6 +70,8 @@ def test_case_31_a_worker_that_raises_is_told_with_its_own_error(
     done = job.here(*OPTIONS)
     marks.exit(done, 1)
     marks.message(
-        done, "jaxpeft: ZeroDivisionError: three is too many (", "workers.py:19); run it with --traceback to see more"
+        done,
+        "jaxpeft: ZeroDivisionError: three is too many (",
+        "workers.py:19); run it with --traceback to see more",
     )
     _goes_on(job, marks, done, monkeypatch)

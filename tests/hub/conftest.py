@@ -29,7 +29,9 @@ def no_unpickling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
-    """Tiny matrices are multiplied a hundred times faster by one thread than by several that wait for each other."""
+    """Tiny matrices are multiplied a hundred times faster by one thread than by several that wait
+    for each other.
+    """
     import torch
 
     torch.set_num_threads(1)

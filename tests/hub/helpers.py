@@ -1,4 +1,6 @@
-"""What the tests of the hub share: files made byte by byte, copies of a model folder with something wrong in them."""
+"""What the tests of the hub share: files made byte by byte, copies of a model folder with something
+wrong in them.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def shard(folder: Path, files: dict[str, Tensors]) -> Path:
     for file, tensors in files.items():
         save_file(tensors, folder / file)
     where = {name: file for file, tensors in files.items() for name in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     return folder
 
 
@@ -57,7 +61,10 @@ def edited(
     if weights is not None:
         tensors = load_file(target / "model.safetensors")
         weights(tensors)
-        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, target / "model.safetensors")
+        save_file(
+            {name: np.ascontiguousarray(t) for name, t in tensors.items()},
+            target / "model.safetensors",
+        )
     if config is not None:
         edit_json(target / "config.json", config)
     return target
@@ -81,7 +88,9 @@ def assert_bit_equal(a: Any, b: Any) -> None:
 
 
 def trained(method: Any, params: Any, seed: int = 0) -> Any:
-    """Add noise to the leaves that are trained, as training would; zero padding stays zero, as it does in training."""
+    """Add noise to the leaves that are trained, as training would; zero padding stays zero, as it
+    does in training.
+    """
     mask, rng = trainable_mask(method, params), np.random.default_rng(seed)
 
     def change(path: tuple[str, ...], leaf: Any) -> Any:
@@ -110,7 +119,9 @@ class Saved:
     params: Any
 
     def load(self, **options: Any) -> Any:
-        """Load it onto the base that it was made from, or onto one loaded anew with these options."""
+        """Load it onto the base that it was made from, or onto one loaded anew with these
+        options.
+        """
         model, params = self.model, self.base
         if options:
             given = {"task": "sequence_classification", "dtype": jax.numpy.float32} | options
@@ -135,7 +146,7 @@ class Saved:
         edit_json(self.folder / "adapter_config.json", lambda config: config.update(values))
 
 
-# ---------------------------------------------------------------------------------------------------------------- peft
+# --------------------------------------------------------------------------------------------- peft
 
 _CLASSES = {
     "causal_lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
@@ -149,13 +160,16 @@ def torch_base(folder: Path, task: str) -> Any:
     """Load a fresh torch model: peft changes the one that it is given."""
     import transformers
 
-    return _past_by_its_old_name(getattr(transformers, _CLASSES[task][0]).from_pretrained(folder).eval())
+    return _past_by_its_old_name(
+        getattr(transformers, _CLASSES[task][0]).from_pretrained(folder).eval()
+    )
 
 
 def _past_by_its_old_name(model: Any) -> Any:
     """Let a model take `past_key_values`, which transformers 5.24 calls `cache`.
 
-    peft 0.21 looks for the old name in the signature of a classifier, and refuses prefix tuning where it is not there.
+    peft 0.21 looks for the old name in the signature of a classifier, and refuses prefix tuning
+    where it is not there.
     """
     import inspect
 
@@ -179,9 +193,17 @@ def peft_load(folder: Path, task: str, adapter: Path) -> Any:
 
 
 def peft_save(
-    folder: Path, task: str, adapter: Path, *, config: str = "LoraConfig", size: float = 0.2, **options: Any
+    folder: Path,
+    task: str,
+    adapter: Path,
+    *,
+    config: str = "LoraConfig",
+    size: float = 0.2,
+    **options: Any,
 ) -> Any:
-    """Make an adapter with the real peft, trained leaves random, and save it; return the torch model."""
+    """Make an adapter with the real peft, trained leaves random, and save it; return the torch
+    model.
+    """
     import peft
     import torch
 

@@ -24,21 +24,36 @@ def _rope_as_before(config):
 
 
 CONFIGS = {
-    "use_cache": ("llama", lambda c: c.update(use_cache=False, transformers_version="4.30.0", architectures=["Other"])),
+    "use_cache": (
+        "llama",
+        lambda c: c.update(use_cache=False, transformers_version="4.30.0", architectures=["Other"]),
+    ),
     "torch_dtype": ("llama", lambda c: c.update(torch_dtype=c.pop("dtype"))),
     "rope of transformers 4": ("llama", _rope_as_before),
-    "defaults left out": ("llama", lambda c: [c.pop(key, None) for key in ("attention_dropout", "mlp_bias", "head_dim")]),
+    "defaults left out": (
+        "llama",
+        lambda c: [c.pop(key, None) for key in ("attention_dropout", "mlp_bias", "head_dim")],
+    ),
     "order of keys": ("qwen3", lambda c: [c.update({key: c.pop(key)}) for key in sorted(c)]),
     "a padding token": ("llama", lambda c: c.update(pad_token_id=0)),
     "more positions": ("mistral", lambda c: c.update(max_position_embeddings=4096)),
-    "dropout": ("bert", lambda c: c.update(classifier_dropout=0.3, attention_probs_dropout_prob=0.0)),
-    "names of labels": ("bert", lambda c: c.update(id2label={"0": "a", "1": "b", "2": "c"}, problem_type=None)),
-}  # fmt: skip
+    "dropout": (
+        "bert",
+        lambda c: c.update(classifier_dropout=0.3, attention_probs_dropout_prob=0.0),
+    ),
+    "names of labels": (
+        "bert",
+        lambda c: c.update(id2label={"0": "a", "1": "b", "2": "c"}, problem_type=None),
+    ),
+}
 
 
 def _shards(folder, tensors):
     names = sorted(tensors)
-    shard(folder, {f"model-{i}.safetensors": {name: tensors[name] for name in names[i::3]} for i in range(3)})
+    shard(
+        folder,
+        {f"model-{i}.safetensors": {name: tensors[name] for name in names[i::3]} for i in range(3)},
+    )
     (folder / "model.safetensors").unlink()
 
 
@@ -56,11 +71,17 @@ def _other_order(folder, tensors):
 
 
 def _without_prefix(folder, tensors):
-    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
 
 
 def _half_without_prefix(folder, tensors):
-    turned = {name.removeprefix("model.") if ".1." in name else name: tensor for name, tensor in tensors.items()}
+    turned = {
+        name.removeprefix("model.") if ".1." in name else name: tensor
+        for name, tensor in tensors.items()
+    }
     save_file(turned, folder / "model.safetensors")
 
 
@@ -80,7 +101,9 @@ FILES = {
 
 def saved_on(save, kind, config=None, files=None, task=None, target=None):
     task = task or (SEQUENCE if kind == "bert" else "causal_lm")
-    saved = save(jaxpeft.LoRA(rank=2, targets=("query",) if kind == "bert" else ("q_proj",)), kind, task)
+    saved = save(
+        jaxpeft.LoRA(rank=2, targets=("query",) if kind == "bert" else ("q_proj",)), kind, task
+    )
     other = edited(saved.model.source.folder, target, config=config)
     if files is not None:
         files(other, load_file(other / "model.safetensors"))
@@ -110,17 +133,37 @@ def test_the_copy_that_a_tied_head_is_makes_no_other_base(reference, tmp_path):
 
     found = {
         fingerprint(Source("m", folder))
-        for folder in (tied, edited(tied, tmp_path / "a", copied), edited(tied, tmp_path / "b", head_alone))
+        for folder in (
+            tied,
+            edited(tied, tmp_path / "a", copied),
+            edited(tied, tmp_path / "b", head_alone),
+        )
     }
     assert len(found) == 1
 
 
 OTHER = {
-    "theta": ("llama", lambda c: c["rope_parameters"].update(rope_theta=500.0), r"rope\.theta was 10000\.0, config\.json has 500\.0"),
-    "norm": ("llama", lambda c: c.update(rms_norm_eps=0.25), r"rms_norm_eps was \S+, config\.json has 0\.25; load the base"),
-    "activation": ("bert", lambda c: c.update(hidden_act="relu"), r"hidden_act was 'gelu', config\.json has 'relu'"),
-    "window": ("mistral", lambda c: c.update(sliding_window=2), r"windows was \[4096, 4096\], config\.json has \[2, 2\]"),
-}  # fmt: skip
+    "theta": (
+        "llama",
+        lambda c: c["rope_parameters"].update(rope_theta=500.0),
+        r"rope\.theta was 10000\.0, config\.json has 500\.0",
+    ),
+    "norm": (
+        "llama",
+        lambda c: c.update(rms_norm_eps=0.25),
+        r"rms_norm_eps was \S+, config\.json has 0\.25; load the base",
+    ),
+    "activation": (
+        "bert",
+        lambda c: c.update(hidden_act="relu"),
+        r"hidden_act was 'gelu', config\.json has 'relu'",
+    ),
+    "window": (
+        "mistral",
+        lambda c: c.update(sliding_window=2),
+        r"windows was \[4096, 4096\], config\.json has \[2, 2\]",
+    ),
+}
 
 
 @pytest.mark.parametrize(("kind", "change", "message"), OTHER.values(), ids=OTHER)
@@ -138,7 +181,9 @@ def test_another_architecture_is_refused_by_what_differs_unless_it_is_allowed(
 
 
 def test_an_adapter_of_an_earlier_version_is_held_to_what_that_version_wrote(save, tmp_path):
-    saved, other, task = saved_on(save, "llama", lambda c: c.update(use_cache=False), target=tmp_path / "other")
+    saved, other, task = saved_on(
+        save, "llama", lambda c: c.update(use_cache=False), target=tmp_path / "other"
+    )
     source = saved.model.source
 
     def as_before(extra):
@@ -148,10 +193,14 @@ def test_an_adapter_of_an_earlier_version_is_held_to_what_that_version_wrote(sav
     edit_json(saved.folder / "jaxpeft.json", as_before)
     assert_bit_equal(saved.load(base=source.folder, task=task)[1], saved.params)
     (problem,) = saved.problems(base=other, task=task)
-    assert "an earlier version of jaxpeft saved the adapter" in problem and "--allow-base" in problem
+    assert (
+        "an earlier version of jaxpeft saved the adapter" in problem and "--allow-base" in problem
+    )
 
 
-def test_the_fingerprint_is_the_same_where_files_are_hashed_in_turns(reference: Reference, tmp_path, monkeypatch):
+def test_the_fingerprint_is_the_same_where_files_are_hashed_in_turns(
+    reference: Reference, tmp_path, monkeypatch
+):
     folder = shutil.copytree(reference("llama", "causal_lm").folder, tmp_path / "m")
     _shards(folder, load_file(folder / "model.safetensors"))
     source, read, whole = Source("m", folder), [], digests.of_file

@@ -37,26 +37,42 @@ def setting(scan: bool) -> Setting:
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.representatives("True")
-def test_the_codes_of_a_layer_are_gathered_and_not_what_they_stand_for(tmp_path: Path, scan: bool) -> None:
+def test_the_codes_of_a_layer_are_gathered_and_not_what_they_stand_for(
+    tmp_path: Path, scan: bool
+) -> None:
     config = changed(tmp_path, mesh__strategy="fsdp", model__quant="nf4")
     mesh, run, _ = prepared(setting(scan), config)
     placed = step_arguments(run, mesh)
-    text = step_of(run, placed, mesh).lower(placed.state, placed.frozen, placed.batch).compile().as_text()
+    text = (
+        step_of(run, placed, mesh)
+        .lower(placed.state, placed.frozen, placed.batch)
+        .compile()
+        .as_text()
+    )
     found = [one for one in collectives(parse(text), mesh.shape) if one.kind == "all-gather"]
     parameters = 2 * (4 * 512 * 512 + 3 * 512 * 1024)
-    # of the layers' kernels once forward and once backward, and the head in float32 in each pass, which is not quantized
+    # of the layers' kernels once forward and once backward, and the head in float32 in each pass,
+    # which is not quantized
     assert sum(one.nbytes for one in found) < 2 * (0.52 * parameters + 4 * 512 * 1024)
 
 
 def test_specs_of_codes_within_a_layer(tmp_path: Path) -> None:
     for scan in (True, False):
-        config = changed(tmp_path, mesh__strategy="fsdp_tensor", mesh__tensor=2, model__quant="int8")
+        config = changed(
+            tmp_path, mesh__strategy="fsdp_tensor", mesh__tensor=2, model__quant="int8"
+        )
         gathered = dict(prepared(setting(scan), config)[1].model.options.gathered)
         assert gathered["self_attn", "q_proj", "kernel_int8"] == P("tensor")
         assert gathered["mlp", "down_proj", "kernel_int8"] == P(None, "tensor")
         assert {path[1] for path in gathered} == {
-            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-        }  # fmt: skip
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        }
 
 
 @pytest.mark.parametrize(

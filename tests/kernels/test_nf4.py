@@ -28,9 +28,12 @@ def plain(rows: Any) -> tuple[Any, ...]:
     flat = rows.reshape(-1)
     blocks = [flat[i : i + 64] for i in range(0, flat.size, 64)]
     absmax = np.asarray([np.abs(block).max() for block in blocks], np.float32)
-    codes = np.concatenate([
-        np.abs(block[:, None] / most - np.asarray(nf4.CODES)).argmin(1) for block, most in zip(blocks, absmax, strict=True)
-    ])  # fmt: skip
+    codes = np.concatenate(
+        [
+            np.abs(block[:, None] / most - np.asarray(nf4.CODES)).argmin(1)
+            for block, most in zip(blocks, absmax, strict=True)
+        ]
+    )
     mean = absmax.mean(dtype=np.float64)
     table = np.asarray(nf4.dynamic())
     scales, places = [], []
@@ -53,11 +56,15 @@ def test_it_is_a_plain_reading_of_the_paper(shape: tuple[int, int]) -> None:
     again = np.asarray(nf4.dynamic())[places] * np.repeat(scales, 256)[: places.size] + mean
     wanted = (np.asarray(nf4.CODES)[codes] * np.repeat(again, 64)[: codes.size]).reshape(shape)
     off = np.asarray(nf4.NF4.read(found)).T - wanted
-    assert (np.abs(off) < 1e-6).mean() > 0.995 and np.abs(off).max() < 0.02 * absmax.max() + np.diff(nf4.CODES).max()
+    assert (np.abs(off) < 1e-6).mean() > 0.995 and np.abs(
+        off
+    ).max() < 0.02 * absmax.max() + np.diff(nf4.CODES).max()
 
 
 def test_the_codes_are_quantiles_of_a_normal_distribution() -> None:
-    """Equation 4 of the paper, as its authors' program has it: 8 quantiles above zero, 7 below, and zero."""
+    """Equation 4 of the paper, as its authors' program has it: 8 quantiles above zero, 7 below, and
+    zero.
+    """
     from scipy.stats import norm
 
     offset = 0.9677083
@@ -70,18 +77,29 @@ def test_the_codes_are_quantiles_of_a_normal_distribution() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_and_scales_are_those_of_bitsandbytes(shape: tuple[int, int], dtype: str) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    functional = pytest.importorskip(
+        "bitsandbytes.functional", reason="bitsandbytes is not installed"
+    )
     import torch
 
     rows = torch.from_numpy(weights(shape)).to(getattr(torch, dtype))
-    data, state = functional.quantize_4bit(rows, blocksize=64, compress_statistics=True, quant_type="nf4")
-    _, single = functional.quantize_4bit(rows, blocksize=64, compress_statistics=False, quant_type="nf4")
+    data, state = functional.quantize_4bit(
+        rows, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    _, single = functional.quantize_4bit(
+        rows, blocksize=64, compress_statistics=False, quant_type="nf4"
+    )
     found = stored(rows.float().numpy())
     np.testing.assert_array_equal(found["kernel_nf4"].reshape(-1), data.numpy().reshape(-1))
     np.testing.assert_array_equal(np.asarray(nf4.dynamic(), np.float32), state.state2.code.numpy())
-    np.testing.assert_array_equal(np.abs(nf4.blocks_of(rows.float().numpy().T)).max(axis=1), single.absmax.numpy())
-    np.testing.assert_allclose(found["kernel_nf4_absmax_scale"], state.state2.absmax.numpy(), rtol=1e-6)
-    # Its program for CPUs rounds a few of a thousand scales to the second nearest; that for GPUs rounds as here.
+    np.testing.assert_array_equal(
+        np.abs(nf4.blocks_of(rows.float().numpy().T)).max(axis=1), single.absmax.numpy()
+    )
+    np.testing.assert_allclose(
+        found["kernel_nf4_absmax_scale"], state.state2.absmax.numpy(), rtol=1e-6
+    )
+    # Its program for CPUs rounds a few of a thousand scales to the second nearest; that for GPUs
+    # rounds as here.
     assert (found["kernel_nf4_absmax"].reshape(-1) == state.absmax.numpy()).mean() > 0.98
 
 

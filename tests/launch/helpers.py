@@ -31,7 +31,9 @@ if os.path.exists({answer!r}):
 
 
 class Stubs:
-    """A folder of programs, first on PATH, that note how they are called and answer what a test has them answer."""
+    """A folder of programs, first on PATH, that note how they are called and answer what a test has
+    them answer.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,7 +44,8 @@ class Stubs:
         """Add a program; `answer` is a bash script that gets its arguments."""
         program, script = self.folder / "bin" / name, self.folder / f"{name}.answer"
         program.write_text(
-            _STUB.format(python=sys.executable, log=str(self.log), name=name, answer=str(script)), encoding="utf-8"
+            _STUB.format(python=sys.executable, log=str(self.log), name=name, answer=str(script)),
+            encoding="utf-8",
         )
         program.chmod(0o755)
         if answer is not None:
@@ -50,7 +53,9 @@ class Stubs:
         return program
 
     def calls(self, name: str | None = None) -> list[list[str]]:
-        """Return the calls so far, each as the program's name and its arguments; those of one program without the name."""
+        """Return the calls so far, each as the program's name and its arguments; those of one
+        program without the name.
+        """
         noted = self.noted()
         if name is None:
             return [[call["name"], *call["arguments"]] for call in noted]
@@ -58,7 +63,11 @@ class Stubs:
 
     def noted(self) -> list[dict]:
         """Return the calls so far, with standard input and the environment of each."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        return (
+            [json.loads(line) for line in self.log.read_text().splitlines()]
+            if self.log.exists()
+            else []
+        )
 
     def environment(self, **more: str) -> dict[str, str]:
         """Return a small environment in which the stubs are found first."""
@@ -83,7 +92,9 @@ def bash(
 
 
 def tool(name: str) -> str:
-    """Return the path of a linter that comes as a Python package, skips the test where it is not installed."""
+    """Return the path of a linter that comes as a Python package, skips the test where it is not
+    installed.
+    """
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
@@ -94,7 +105,15 @@ def tool(name: str) -> str:
 def shellcheck(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Lints a shell script at its strictest."""
     return subprocess.run(
-        [tool("shellcheck"), "--norc", "--severity=style", "--shell=bash", "--external-sources", *options, str(path)],
+        [
+            tool("shellcheck"),
+            "--norc",
+            "--severity=style",
+            "--shell=bash",
+            "--external-sources",
+            *options,
+            str(path),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -103,7 +122,9 @@ def shellcheck(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def mutated(file: Path, before: str, after: str, folder: Path) -> Path:
-    """Write a file of launch/ with one mistake in it, into a folder launch/ beside everything else of launch/."""
+    """Write a file of launch/ with one mistake in it, into a folder launch/ beside everything else
+    of launch/.
+    """
     text = file.read_text()
     assert before in text, f"{file.name} does not have {before!r}"
     copy = folder / "launch"

@@ -28,10 +28,14 @@ def parse(text: str) -> list[dict[str, Any]]:
     found = list(yaml.safe_load_all(text))
     for one in found:
         # of one kind: an error of `oneOf` over all kinds would say nothing
-        kind = {"$ref": f"#/$defs/{one.get('kind')}"} if one.get("kind") in SCHEMA["$defs"] else SCHEMA
+        kind = (
+            {"$ref": f"#/$defs/{one.get('kind')}"} if one.get("kind") in SCHEMA["$defs"] else SCHEMA
+        )
         error = jsonschema.Draft202012Validator({**kind, "$defs": SCHEMA["$defs"]}).iter_errors(one)
         if first := next(iter(error), None):
-            raise ValueError(f"{'/'.join(str(part) for part in first.absolute_path)}: {first.message}")
+            raise ValueError(
+                f"{'/'.join(str(part) for part in first.absolute_path)}: {first.message}"
+            )
     return found
 
 
@@ -76,10 +80,18 @@ def require_sound(objects: list[dict[str, Any]]) -> None:
         "restartPolicy": pod["restartPolicy"] != "Never",  # what a podFailurePolicy asks for
         "image": tag is None or tag[1] == "latest",
         "resources": requests is None or requests != limits,
-        "runs": mounts.get("runs") != "/runs" or "persistentVolumeClaim" not in volumes.get("runs", {}),
-        "shm": mounts.get("shm") != "/dev/shm" or volumes.get("shm", {}).get("emptyDir", {}).get("medium") != "Memory",
+        "runs": (
+            mounts.get("runs") != "/runs" or "persistentVolumeClaim" not in volumes.get("runs", {})
+        ),
+        "shm": (
+            mounts.get("shm") != "/dev/shm"
+            or volumes.get("shm", {}).get("emptyDir", {}).get("medium") != "Memory"
+        ),
         "volumeMounts": mounts.keys() != volumes.keys(),
-        "args": "--config" not in " ".join(one.get("args", ())) or "--workdir" not in " ".join(one.get("args", ())),
+        "args": (
+            "--config" not in " ".join(one.get("args", ()))
+            or "--workdir" not in " ".join(one.get("args", ()))
+        ),
         "command": "command" in one,  # the image's entry point is the trainer
     }
     more = _tpu(manifest) if "google.com/tpu" in (limits or {}) else _gpu(manifest, objects)
@@ -90,8 +102,14 @@ def require_sound(objects: list[dict[str, Any]]) -> None:
 def _tpu(manifest: Mapping[str, Any]) -> dict[str, bool]:
     spec, chips = job(manifest), trainer(manifest)["resources"]["limits"]["google.com/tpu"]
     selector = spec["template"]["spec"].get("nodeSelector", {})
-    sides = [int(side) for side in selector.get("cloud.google.com/gke-tpu-topology", "0").split("x")]
-    alone = manifest["metadata"].get("annotations", {}).get("alpha.jobset.sigs.k8s.io/exclusive-topology")
+    sides = [
+        int(side) for side in selector.get("cloud.google.com/gke-tpu-topology", "0").split("x")
+    ]
+    alone = (
+        manifest["metadata"]
+        .get("annotations", {})
+        .get("alpha.jobset.sigs.k8s.io/exclusive-topology")
+    )
     return {
         "topology": math.prod(sides) != chips * spec["parallelism"],
         "accelerator": TPUS.get(selector.get("cloud.google.com/gke-tpu-accelerator")) != len(sides),
@@ -110,22 +128,32 @@ def _gpu(manifest: Mapping[str, Any], objects: list[dict[str, Any]]) -> dict[str
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    names = {one.get("metadata", {}).get("name") for one in (by_kind.get("ServiceAccount", {}), role, binding)}
+    names = {
+        one.get("metadata", {}).get("name")
+        for one in (by_kind.get("ServiceAccount", {}), role, binding)
+    }
     subject = {one["name"] for one in binding.get("subjects", ())}
     dns = manifest["spec"].get("network", {})
     return {
         "gpu": "nvidia.com/gpu" not in trainer(manifest)["resources"]["limits"],
         "replicas": job(manifest)["replicas"] != 1,  # JAX counts the Pods of one Job
-        "serviceAccountName": names != {account} or subject != {account} or binding["roleRef"]["name"] != account,
+        "serviceAccountName": (
+            names != {account} or subject != {account} or binding["roleRef"]["name"] != account
+        ),
         "rules too few": not allowed >= ADDED_BY_JAX,
-        "rules too many": any(verb not in ("get", "list") or resource == "secrets" for _, resource, verb in allowed),
+        "rules too many": any(
+            verb not in ("get", "list") or resource == "secrets" for _, resource, verb in allowed
+        ),
         "network": not (dns.get("enableDNSHostnames") and dns.get("publishNotReadyAddresses")),
-        "runAsNonRoot": not job(manifest)["template"]["spec"].get("securityContext", {}).get("runAsNonRoot"),
+        "runAsNonRoot": (
+            not job(manifest)["template"]["spec"].get("securityContext", {}).get("runAsNonRoot")
+        ),
     }
 
 
 def outcome(manifest: Mapping[str, Any], code: int, *, disrupted: bool = False) -> str:
-    """Return what the JobSet does when a Pod ends, as the controllers of Job and JobSet do: the first rule that fits.
+    """Return what the JobSet does when a Pod ends, as the controllers of Job and JobSet do: the
+    first rule that fits.
 
     Args:
         manifest: a checked JobSet.
@@ -139,7 +167,9 @@ def outcome(manifest: Mapping[str, Any], code: int, *, disrupted: bool = False) 
     for index, rule in enumerate(job(manifest)["podFailurePolicy"]["rules"]):
         codes = rule.get("onExitCodes")
         if codes and (code in codes["values"]) == (codes["operator"] == "In"):
-            said = f"Container {codes['containerName']} for pod default/x failed with exit code {code}"
+            said = (
+                f"Container {codes['containerName']} for pod default/x failed with exit code {code}"
+            )
         elif disrupted and any(
             condition["type"] == "DisruptionTarget" for condition in rule.get("onPodConditions", ())
         ):

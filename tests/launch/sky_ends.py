@@ -1,9 +1,10 @@
-"""What SkyPilot itself makes of nodes that end, as JSON; run by the interpreter of an environment that has SkyPilot.
+"""What SkyPilot itself makes of nodes that end, as JSON; run by the interpreter of an environment
+that has SkyPilot.
 
 python tests/launch/sky_ends.py launch/skypilot.yaml '[[[2, 0], [1, 0]], ...]'
 
-Each item is the nodes of a job that end, in the order in which they do: [number, exit code]. Each gives the codes that SkyPilot
-notes for the job, and whether it starts the job again.
+Each item is the nodes of a job that end, in the order in which they do: [number, exit code]. Each
+gives the codes that SkyPilot notes for the job, and whether it starts the job again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def noted(ends: list[list[int]]) -> list[int]:
     made.add_prologue(1)
     text = "\n".join(made._code)
     text = text[text.index("def get_or_fail") : text.index("futures = []")]
-    given = {"ray": Ray(ends), "ray_util": SimpleNamespace(remove_placement_group=lambda _: None), "sys": sys}
+    given = {
+        "ray": Ray(ends),
+        "ray_util": SimpleNamespace(remove_placement_group=lambda _: None),
+        "sys": sys,
+    }
     exec("from typing import List\nCANCELLED_RETURN_CODE = 137\n" + text, given)
     codes, _ = given["get_or_fail"](sorted(node for node, _ in ends), None)
     return codes
@@ -57,7 +62,9 @@ def main(path: str, cases: str) -> None:
             max_restarts_on_errors=recovery.get("max_restarts_on_errors", 0),
             restart_cnt_on_failure=0,
         )
-        found.append([codes, any(codes) and StrategyExecutor.should_restart_on_failure(executor, codes)])
+        found.append(
+            [codes, any(codes) and StrategyExecutor.should_restart_on_failure(executor, codes)]
+        )
     json.dump(found, sys.stdout)
 
 

@@ -1,4 +1,5 @@
-"""What SkyPilot itself makes of a task file, as JSON; run by the interpreter of an environment that has SkyPilot.
+"""What SkyPilot itself makes of a task file, as JSON; run by the interpreter of an environment that
+has SkyPilot.
 
 python tests/launch/sky_task.py launch/skypilot.yaml [NAME=VALUE ...]
 """
@@ -23,7 +24,10 @@ def main(path: str, *variables: str) -> None:
             "num_nodes": task.num_nodes,
             "envs": task.envs,
             "secrets": sorted(task.secrets),
-            "mounts": {place: [store.name, store.mode.value] for place, store in task.storage_mounts.items()},
+            "mounts": {
+                place: [store.name, store.mode.value]
+                for place, store in task.storage_mounts.items()
+            },
         },
         sys.stdout,
     )

@@ -1,4 +1,6 @@
-"""launch/Dockerfile: hadolint finds nothing; pinned, not root, no secrets; only sources are sent to the builder."""
+"""launch/Dockerfile: hadolint finds nothing; pinned, not root, no secrets; only sources are sent to
+the builder.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from packaging.requirements import Requirement
 from tests.launch.helpers import LAUNCH, ROOT, mutated, tool
 
 DOCKERFILE = LAUNCH / "Dockerfile"
-SECRET = re.compile(r"(?i)(token|secret|passw|api_?key|credential|hf_[a-z0-9]{8}|--mount=type=secret)")
+SECRET = re.compile(
+    r"(?i)(token|secret|passw|api_?key|credential|hf_[a-z0-9]{8}|--mount=type=secret)"
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ def instructions(path: Path) -> list[Instruction]:
 
 
 def require_sound(path: Path) -> None:
-    """Refuse an image that is not the same tomorrow, runs as root, holds what it should not, or keep signals from Python.
+    """Refuse an image that is not the same tomorrow, runs as root, holds what it should not, or
+    keep signals from Python.
 
     Raises:
         ValueError: naming everything that is wrong.
@@ -44,17 +49,27 @@ def require_sound(path: Path) -> None:
 
     installs = [part for run in of("RUN") for part in re.findall(r"pip install [^&;]*", run)]
     wrong = {
-        "FROM": not all(re.fullmatch(r"[a-z0-9./-]+:\d+\.\d+\.\d+[a-z0-9.-]*(@sha256:[0-9a-f]{64})?", rest) for rest in of("FROM")),
+        "FROM": not all(
+            re.fullmatch(r"[a-z0-9./-]+:\d+\.\d+\.\d+[a-z0-9.-]*(@sha256:[0-9a-f]{64})?", rest)
+            for rest in of("FROM")
+        ),
         "USER": not of("USER") or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", of("USER")[-1]),
         "USER after": any(one.name in ("RUN", "COPY") for one in found[_last(found, "USER") :]),
-        "secrets": any(SECRET.search(f"{one.name} {one.rest}") for one in found if one.name in ("ARG", "ENV", "RUN", "COPY", "LABEL")),
+        "secrets": any(
+            SECRET.search(f"{one.name} {one.rest}")
+            for one in found
+            if one.name in ("ARG", "ENV", "RUN", "COPY", "LABEL")
+        ),
         "COPY": any(re.match(r"(--\S+ )*(\.|/|~|\S*\*)\S* ", rest) for rest in of("COPY")),
         "ADD": bool(of("ADD")),
-        "pip": not installs or any("--constraint" not in one or "--no-cache-dir" not in one for one in installs),
+        "pip": (
+            not installs
+            or any("--constraint" not in one or "--no-cache-dir" not in one for one in installs)
+        ),
         "ACCELERATOR": not all(f"{name})" in " ".join(of("RUN")) for name in ("cpu", "tpu", "gpu")),
         "ENTRYPOINT": not of("ENTRYPOINT") or not of("ENTRYPOINT")[-1].startswith('["python"'),
         "VOLUME": of("VOLUME") != ["/runs"],
-    }  # fmt: skip
+    }
     if names := [name for name, bad in wrong.items() if bad]:
         raise ValueError(", ".join(names))
 
@@ -77,12 +92,20 @@ MISTAKES = {
     "a secret": ("ARG ACCELERATOR=cpu", "ARG ACCELERATOR=cpu\nARG HF_TOKEN", "secrets"),
     "a secret in the environment": ("ENV HF_HOME", "ENV API_KEY=abc\nENV HF_HOME", "secrets"),
     "the whole folder": ("COPY configs /app/configs", "COPY . /app", "COPY"),
-    "from the network": ("COPY configs /app/configs", "ADD https://example.org/configs.tar /app/", "ADD"),
+    "from the network": (
+        "COPY configs /app/configs",
+        "ADD https://example.org/configs.tar /app/",
+        "ADD",
+    ),
     "versions of today": ("--constraint /src/launch/constraints.txt ", "", "pip"),
     "no TPU": ("tpu) extras", "tpus) extras", "ACCELERATOR"),
-    "a shell in front": ('ENTRYPOINT ["python", "-m", "jaxpeft.train"]', "ENTRYPOINT python -m jaxpeft.train", "ENTRYPOINT"),
+    "a shell in front": (
+        'ENTRYPOINT ["python", "-m", "jaxpeft.train"]',
+        "ENTRYPOINT python -m jaxpeft.train",
+        "ENTRYPOINT",
+    ),
     "the runs go with the container": ("VOLUME /runs\n", "", "VOLUME"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("before", "after", "said"), MISTAKES.values(), ids=list(MISTAKES))
@@ -92,7 +115,14 @@ def test_a_mistake_is_refused(before: str, after: str, said: str, tmp_path: Path
 
 
 def hadolint(path: Path) -> subprocess.CompletedProcess[str]:
-    words = [tool("hadolint"), "--no-color", "--config", "/dev/null", "--failure-threshold=style", str(path)]
+    words = [
+        tool("hadolint"),
+        "--no-color",
+        "--config",
+        "/dev/null",
+        "--failure-threshold=style",
+        str(path),
+    ]
     return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -121,9 +151,15 @@ def test_hadolint_would_find_a_mistake(before: str, after: str, rule: str, tmp_p
 def test_what_is_installed_for_an_accelerator(
     accelerator: str, code: int, installed: str | None, tmp_path: Path
 ) -> None:
-    (run,) = (one.rest for one in instructions(DOCKERFILE) if one.name == "RUN" and "pip install" in one.rest)
+    (run,) = (
+        one.rest
+        for one in instructions(DOCKERFILE)
+        if one.name == "RUN" and "pip install" in one.rest
+    )
     script = f"pip() {{ printf '%s\\n' \"$@\"; }}; ACCELERATOR={accelerator}; {run}"
-    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["sh", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == code
     assert done.stdout.splitlines()[-1:] == ([installed] if installed else [])
 
@@ -133,12 +169,18 @@ def test_the_extras_are_there() -> None:
     assert {"tpu", "cuda", "k8s"} <= project["optional-dependencies"].keys()
 
 
-# --------------------------------------------------------------------------------------------------- what goes into it
+# -------------------------------------------------------------------------------- what goes into it
 
 
 def pins() -> dict[str, str]:
-    lines = [line for line in (LAUNCH / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9a-z.+]+", line) for line in lines) and len(set(lines)) == len(lines)
+    lines = [
+        line
+        for line in (LAUNCH / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9a-z.+]+", line) for line in lines) and len(
+        set(lines)
+    ) == len(lines)
     return dict(line.split("==") for line in lines)
 
 
@@ -149,7 +191,9 @@ def require_pins(pinned: dict[str, str]) -> None:
         ValueError: naming what is wrong.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = [one for extra in ("tpu", "cuda", "k8s") for one in project["optional-dependencies"][extra]]
+    optional = [
+        one for extra in ("tpu", "cuda", "k8s") for one in project["optional-dependencies"][extra]
+    ]
     wrong: list[str] = []
     for requirement in map(Requirement, [*project["dependencies"], *optional]):
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
@@ -176,6 +220,11 @@ def test_wrong_pins_are_refused(change: dict[str, str | None]) -> None:
 def test_the_builder_gets_what_is_copied_and_nothing_else() -> None:
     lines = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
     kept = {line[1:] for line in lines if line.startswith("!")}
-    copied = {word for one in instructions(DOCKERFILE) if one.name == "COPY" for word in one.rest.split()[:-1]}
+    copied = {
+        word
+        for one in instructions(DOCKERFILE)
+        if one.name == "COPY"
+        for word in one.rest.split()[:-1]
+    }
     assert [line for line in lines if line and line[0] not in "#!"] == ["*", "**/__pycache__"]
     assert kept == copied and all((ROOT / path).exists() for path in kept)

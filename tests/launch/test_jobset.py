@@ -1,4 +1,6 @@
-"""launch/jobset.sh, tpu_jobset.yaml, gpu_jobset.yaml: by schema, by meaning, and by what becomes of every exit code."""
+"""launch/jobset.sh, tpu_jobset.yaml, gpu_jobset.yaml: by schema, by meaning, and by what becomes of
+every exit code.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from tests.launch.helpers import IMAGE, LAUNCH, Stubs, bash, mutated
 from tests.launch.manifests import SCHEMA, job, jobset, outcome, parse, require_sound, trainer
 
 JOBSET = LAUNCH / "jobset.sh"
-RUN = ["--config", "configs/llama3_8b_lora.py", '--config.data.train=a "b" \\ c: &d #e ${NAME} ${GPUS} ${CHIPS}']
+RUN = [
+    "--config",
+    "configs/llama3_8b_lora.py",
+    '--config.data.train=a "b" \\ c: &d #e ${NAME} ${GPUS} ${CHIPS}',
+]
 TPU = {"NAME": "llama", "IMAGE": IMAGE, "TOPOLOGY": "4x4", "SLICES": "2"}
 GPU = {"NAME": "llama", "IMAGE": IMAGE, "NODES": "2"}
 SET = {"tpu": TPU, "gpu": GPU}
@@ -44,10 +50,15 @@ def test_a_manifest_is_as_it_should_be(kind: str, stubs: Stubs) -> None:
         ({"TOPOLOGY": "2x4", "CHIPS": "8"}, 1, 2),
     ],
 )
-def test_hosts_follow_from_the_topology(more: dict[str, str], hosts: int, slices: int, stubs: Stubs) -> None:
+def test_hosts_follow_from_the_topology(
+    more: dict[str, str], hosts: int, slices: int, stubs: Stubs
+) -> None:
     objects = parse(rendered("tpu", stubs, **more))
     require_sound(objects)
-    assert (job(jobset(objects))["parallelism"], job(jobset(objects))["replicas"]) == (hosts, slices)
+    assert (job(jobset(objects))["parallelism"], job(jobset(objects))["replicas"]) == (
+        hosts,
+        slices,
+    )
 
 
 OUTCOMES = {
@@ -64,14 +75,21 @@ OUTCOMES = {
 
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
 @pytest.mark.parametrize(("code", "disrupted", "action"), OUTCOMES.values(), ids=list(OUTCOMES))
-def test_what_becomes_of_an_exit_code(kind: str, code: int, disrupted: bool, action: str, stubs: Stubs) -> None:
+def test_what_becomes_of_an_exit_code(
+    kind: str, code: int, disrupted: bool, action: str, stubs: Stubs
+) -> None:
     assert outcome(jobset(parse(rendered(kind, stubs))), code, disrupted=disrupted) == action
 
 
 def test_rules_that_end_a_preempted_job_would_be_noticed(stubs: Stubs, tmp_path: Path) -> None:
-    """All rules for Pods fail a Job for one reason: without the message, a preemption looks like bad input."""
+    """All rules for Pods fail a Job for one reason: without the message, a preemption looks like
+    bad input.
+    """
     without = mutated(
-        LAUNCH / "tpu_jobset.yaml", '        onJobFailureMessagePatterns: ["exit code 2 matching"]\n', "", tmp_path
+        LAUNCH / "tpu_jobset.yaml",
+        '        onJobFailureMessagePatterns: ["exit code 2 matching"]\n',
+        "",
+        tmp_path,
     )
     text = rendered("tpu", stubs, script=without.parent / "jobset.sh")
     assert outcome(jobset(parse(text)), 143) == "FailJobSet"
@@ -80,19 +98,39 @@ def test_rules_that_end_a_preempted_job_would_be_noticed(stubs: Stubs, tmp_path:
 MISSPELT = {
     "maxRestarts": ("maxRestarts: 50", "maxRestart: 50", "spec/failurePolicy: .*maxRestart"),
     "nodeSelector": ("nodeSelector:", "nodeselector:", "nodeselector"),
-    "a count as a text": ("parallelism: 4", 'parallelism: "4"', "parallelism: '4' is not of type 'integer'"),
+    "a count as a text": (
+        "parallelism: 4",
+        'parallelism: "4"',
+        "parallelism: '4' is not of type 'integer'",
+    ),
     "no container": ("containers:", "initContainers:", "'containers' is a required property"),
     "grace": ("terminationGracePeriodSeconds", "terminationGracePeriod", "terminationGracePeriod"),
     "no image": (f"image: {IMAGE}", "image:", "image: None is not of type 'string'"),
-    "restartPolicy": ("restartPolicy: Never", "restartPolicy: Sometimes", "'Sometimes' is not one of"),
-    "action of the JobSet": ("action: FailJobSet", "action: StopJobSet", "'StopJobSet' is not one of"),
+    "restartPolicy": (
+        "restartPolicy: Never",
+        "restartPolicy: Sometimes",
+        "'Sometimes' is not one of",
+    ),
+    "action of the JobSet": (
+        "action: FailJobSet",
+        "action: StopJobSet",
+        "'StopJobSet' is not one of",
+    ),
     "action of the Job": ("action: FailJob\n", "action: Fail\n", "'Fail' is not one of"),
-    "a condition's status as a truth value": ('status: "True"', "status: true", "True is not one of"),
+    "a condition's status as a truth value": (
+        'status: "True"',
+        "status: true",
+        "True is not one of",
+    ),
     "exit code 0": ("values: [2]", "values: [0]", "0 is less than the minimum"),
-    "reason": ("onJobFailureReasons: [PodFailurePolicy]", "onJobFailureReasons: [PodFailure]", "'PodFailure' is not one of"),
+    "reason": (
+        "onJobFailureReasons: [PodFailurePolicy]",
+        "onJobFailureReasons: [PodFailure]",
+        "'PodFailure' is not one of",
+    ),
     "kind": ("kind: JobSet", "kind: Jobset", "is not valid under any of the given schemas"),
     "apiVersion": ("v1alpha2", "v1", "was expected"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("before", "after", "said"), MISSPELT.values(), ids=list(MISSPELT))
@@ -104,31 +142,83 @@ def test_a_misspelt_manifest_is_refused(before: str, after: str, said: str, stub
 
 
 UNSOUND = {
-    "the topology has other hosts": ("tpu", "parallelism: 4", "parallelism: 2", "parallelism, topology"),
+    "the topology has other hosts": (
+        "tpu",
+        "parallelism: 4",
+        "parallelism: 2",
+        "parallelism, topology",
+    ),
     "other chips than the topology": ("tpu", "google.com/tpu: 4", "google.com/tpu: 8", "resources"),
     "a topology of another TPU": ("tpu", "tpu-v5-lite-podslice", "tpu-v5p-slice", "accelerator"),
-    "slices may share a node pool": ("tpu", "exclusive-topology:", "exclusive:", "exclusive-topology"),
+    "slices may share a node pool": (
+        "tpu",
+        "exclusive-topology:",
+        "exclusive:",
+        "exclusive-topology",
+    ),
     "pods are tried one by one": ("tpu", "backoffLimit: 0", "backoffLimit: 6", "backoffLimit"),
     "no restart": ("tpu", "maxRestarts: 50", "maxRestarts: 0", "maxRestarts"),
-    "no time to save": ("gpu", "GracePeriodSeconds: 300", "GracePeriodSeconds: 30", "terminationGracePeriodSeconds"),
-    "restarted on the node": ("gpu", "restartPolicy: Never", "restartPolicy: OnFailure", "restartPolicy"),
+    "no time to save": (
+        "gpu",
+        "GracePeriodSeconds: 300",
+        "GracePeriodSeconds: 30",
+        "terminationGracePeriodSeconds",
+    ),
+    "restarted on the node": (
+        "gpu",
+        "restartPolicy: Never",
+        "restartPolicy: OnFailure",
+        "restartPolicy",
+    ),
     "a name that is too long": ("tpu", "name: llama", f"name: {'a' * 29}", "name"),
     "an image that may change": ("gpu", IMAGE, "jaxpeft:latest", "image"),
-    "no number of the Pod": ("gpu", "completionMode: Indexed", "completionMode: NonIndexed", "completionMode"),
+    "no number of the Pod": (
+        "gpu",
+        "completionMode: Indexed",
+        "completionMode: NonIndexed",
+        "completionMode",
+    ),
     "no shared memory": ("gpu", "medium: Memory", 'medium: ""', "shm"),
     "the runs go with the Pod": ("gpu", "mountPath: /runs", "mountPath: /run", "runs"),
-    "another shell in front": ("gpu", "          args:", "          command: [bash]\n                  args:", "command"),
-    "a role that is too small": ("gpu", "resources: [jobs]", "resources: [cronjobs]", "rules too few"),
-    "a role that is too large": ("gpu", "verbs: [get, list]", "verbs: [get, list, delete]", "rules too many"),
-    "a role for secrets": ("gpu", "[pods, services]", "[pods, services, secrets]", "rules too many"),
-    "another account": ("gpu", "serviceAccountName: llama", "serviceAccountName: default", "serviceAccountName"),
+    "another shell in front": (
+        "gpu",
+        "          args:",
+        "          command: [bash]\n                  args:",
+        "command",
+    ),
+    "a role that is too small": (
+        "gpu",
+        "resources: [jobs]",
+        "resources: [cronjobs]",
+        "rules too few",
+    ),
+    "a role that is too large": (
+        "gpu",
+        "verbs: [get, list]",
+        "verbs: [get, list, delete]",
+        "rules too many",
+    ),
+    "a role for secrets": (
+        "gpu",
+        "[pods, services]",
+        "[pods, services, secrets]",
+        "rules too many",
+    ),
+    "another account": (
+        "gpu",
+        "serviceAccountName: llama",
+        "serviceAccountName: default",
+        "serviceAccountName",
+    ),
     "root": ("gpu", "runAsNonRoot: true", "runAsNonRoot: false", "runAsNonRoot"),
     "no names": ("gpu", "enableDNSHostnames: true", "enableDNSHostnames: false", "network"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("kind", "before", "after", "said"), UNSOUND.values(), ids=list(UNSOUND))
-def test_an_unsound_manifest_is_refused(kind: str, before: str, after: str, said: str, stubs: Stubs) -> None:
+def test_an_unsound_manifest_is_refused(
+    kind: str, before: str, after: str, said: str, stubs: Stubs
+) -> None:
     text = rendered(kind, stubs)
     assert before in text
     objects = parse(text.replace(before, after, 1))
@@ -147,9 +237,19 @@ def test_envsubst_would_fill_in_the_same(kind: str, stubs: Stubs) -> None:
     manifest = jobset(parse(once))
     args = re.search(r"args: (.*)", once)
     assert args is not None
-    values = {"NAME": "llama", "IMAGE": IMAGE, "CLAIM": "runs", "ARGS": args[1], "SLICES": "2", "HOSTS": "4", "CHIPS": "4",
-              "TOPOLOGY": "4x4", "NODES": "2", "GPUS": "8",
-              "ACCELERATOR": next(iter(job(manifest)["template"]["spec"]["nodeSelector"].values()))}  # fmt: skip
+    values = {
+        "NAME": "llama",
+        "IMAGE": IMAGE,
+        "CLAIM": "runs",
+        "ARGS": args[1],
+        "SLICES": "2",
+        "HOSTS": "4",
+        "CHIPS": "4",
+        "TOPOLOGY": "4x4",
+        "NODES": "2",
+        "GPUS": "8",
+        "ACCELERATOR": next(iter(job(manifest)["template"]["spec"]["nodeSelector"].values())),
+    }
     assert string.Template(text).substitute(values) == once
 
 
@@ -159,19 +259,33 @@ def test_it_is_applied(kind: str, stubs: Stubs) -> None:
     done = bash(JOBSET, kind, *RUN, env=stubs.environment(**SET[kind], NAMESPACE="team"))
     assert done.returncode == 0, done.stderr
     asked, applied = stubs.noted()
-    assert asked["arguments"] == ["--namespace=team", "get", "jobset", "llama", "--ignore-not-found",
-                                  "--output=jsonpath={.status.terminalState}"]  # fmt: skip
+    assert asked["arguments"] == [
+        "--namespace=team",
+        "get",
+        "jobset",
+        "llama",
+        "--ignore-not-found",
+        "--output=jsonpath={.status.terminalState}",
+    ]
     assert applied["arguments"] == ["--namespace=team", "apply", "--filename=-"]
     assert applied["stdin"] == rendered(kind, stubs)
 
 
-@pytest.mark.parametrize(("state", "verbs"), [("Failed", ["get", "delete", "apply"]), ("", ["get", "apply"])])
+@pytest.mark.parametrize(
+    ("state", "verbs"), [("Failed", ["get", "delete", "apply"]), ("", ["get", "apply"])]
+)
 def test_a_job_that_has_ended_is_deleted_first(state: str, verbs: list[str], stubs: Stubs) -> None:
     stubs.add("kubectl", f'[[ "$1" != get ]] || printf "{state}"')
     assert bash(JOBSET, "gpu", *RUN, env=stubs.environment(**GPU)).returncode == 0
     assert [call[0] for call in stubs.calls("kubectl")] == verbs
     if state:
-        assert stubs.calls("kubectl")[1] == ["delete", "jobset", "llama", "--cascade=foreground", "--wait=true"]
+        assert stubs.calls("kubectl")[1] == [
+            "delete",
+            "jobset",
+            "llama",
+            "--cascade=foreground",
+            "--wait=true",
+        ]
 
 
 @pytest.mark.parametrize(
@@ -181,9 +295,17 @@ def test_a_job_that_has_ended_is_deleted_first(state: str, verbs: list[str], stu
         ("tpu", {"NAME": "x" * 29}, "is not 1 to 28 characters"),
         ("tpu", {"IMAGE": "jaxpeft"}, "IMAGE=jaxpeft: is not an image with a tag"),
         ("gpu", {"IMAGE": "jaxpeft:latest"}, "latest is not the same image after a restart"),
-        ("gpu", {"IMAGE": "localhost:5000/jaxpeft"}, "localhost:5000/jaxpeft: is not an image with a tag"),
+        (
+            "gpu",
+            {"IMAGE": "localhost:5000/jaxpeft"},
+            "localhost:5000/jaxpeft: is not an image with a tag",
+        ),
         ("tpu", {"TOPOLOGY": "4"}, "TOPOLOGY=4: is not a topology"),
-        ("tpu", {"TOPOLOGY": "3x3"}, "TOPOLOGY=3x3: has 9 chips, which hosts of CHIPS=4 do not divide"),
+        (
+            "tpu",
+            {"TOPOLOGY": "3x3"},
+            "TOPOLOGY=3x3: has 9 chips, which hosts of CHIPS=4 do not divide",
+        ),
         ("tpu", {"SLICES": "0"}, "SLICES=0: is not a count"),
         ("gpu", {"NODES": "two"}, "NODES=two: is not a count"),
         ("gpu", {"CLAIM": "a b"}, "CLAIM=a b: is not the name of a claim"),
@@ -209,7 +331,9 @@ def test_every_problem_is_said_at_once(stubs: Stubs) -> None:
 
 
 def test_a_topology_and_what_else_is_wrong_are_said_at_once(stubs: Stubs) -> None:
-    done = bash(JOBSET, "tpu", *RUN, env=stubs.environment(**(TPU | {"TOPOLOGY": "3x3", "SLICES": "0"})))
+    done = bash(
+        JOBSET, "tpu", *RUN, env=stubs.environment(**(TPU | {"TOPOLOGY": "3x3", "SLICES": "0"}))
+    )
     assert "TOPOLOGY=3x3: has 9 chips" in done.stderr and "SLICES=0: is not a count" in done.stderr
 
 
@@ -220,7 +344,9 @@ def test_a_folder_in_the_container_is_refused(name: list[str], stubs: Stubs) -> 
 
 
 def test_a_workdir_that_is_given_stays(stubs: Stubs) -> None:
-    done = bash(JOBSET, "gpu", *RUN, "--workdir", "/runs/mine", env=stubs.environment(**GPU, DRY_RUN="1"))
+    done = bash(
+        JOBSET, "gpu", *RUN, "--workdir", "/runs/mine", env=stubs.environment(**GPU, DRY_RUN="1")
+    )
     assert trainer(jobset(parse(done.stdout)))["args"] == [*RUN, "--workdir", "/runs/mine"]
 
 
@@ -236,16 +362,27 @@ def test_pods_find_their_place_from_what_gke_sets(stubs: Stubs) -> None:
     names = ",".join(f"llama-slice-0-{host}.llama" for host in range(hosts))
     places = [
         clusters.find(
-            {"TPU_WORKER_HOSTNAMES": names, "TPU_WORKER_ID": str(host), "MEGASCALE_NUM_SLICES": str(slices),
-             "MEGASCALE_SLICE_ID": str(one), "MEGASCALE_COORDINATOR_ADDRESS": "llama-slice-0-0.llama",
-             "KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": str(host)}
+            {
+                "TPU_WORKER_HOSTNAMES": names,
+                "TPU_WORKER_ID": str(host),
+                "MEGASCALE_NUM_SLICES": str(slices),
+                "MEGASCALE_SLICE_ID": str(one),
+                "MEGASCALE_COORDINATOR_ADDRESS": "llama-slice-0-0.llama",
+                "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+                "JOB_COMPLETION_INDEX": str(host),
+            }
         )
-        for one in range(slices) for host in range(hosts)
-    ]  # fmt: skip
-    assert [(place.by, place.processes, place.process) for place in places] == [("TPU", 8, i) for i in range(8)]
+        for one in range(slices)
+        for host in range(hosts)
+    ]
+    assert [(place.by, place.processes, place.process) for place in places] == [
+        ("TPU", 8, i) for i in range(8)
+    ]
 
 
 def test_pods_with_gpus_ask_kubernetes(stubs: Stubs) -> None:
-    assert job(jobset(parse(rendered("gpu", stubs))))["completionMode"] == "Indexed"  # which sets JOB_COMPLETION_INDEX
+    assert (
+        job(jobset(parse(rendered("gpu", stubs))))["completionMode"] == "Indexed"
+    )  # which sets JOB_COMPLETION_INDEX
     place = clusters.find({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"})
     assert (place.by, place.process, place.found_by_jax) == ("Kubernetes", 1, True)

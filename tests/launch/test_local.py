@@ -1,4 +1,6 @@
-"""launch/local.sh: how it starts processes, passes signals on, which exit code it gives; and that it really trains."""
+"""launch/local.sh: how it starts processes, passes signals on, which exit code it gives; and that
+it really trains.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from tests.train.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
 LOCAL = LAUNCH / "local.sh"
-# Python that does as the test says, by the number of its process; what is asked with -c is answered by the real one.
+# Python that does as the test says, by the number of its process; what is asked with -c is answered
+# by the real one.
 ANSWER = f"""
 [[ "$1" != -c ]] || exec {sys.executable} "$@"
 process=0
@@ -33,7 +36,9 @@ eval "$(cut -d'|' -f$((process + 1)) <<< "$DO")"
 """
 
 
-def started(stubs: Stubs, tmp_path: Path, do: str = "exit 0|exit 0", **env: str) -> tuple[Path, dict[str, str]]:
+def started(
+    stubs: Stubs, tmp_path: Path, do: str = "exit 0|exit 0", **env: str
+) -> tuple[Path, dict[str, str]]:
     python = stubs.add("python", ANSWER)
     return python, stubs.environment(PYTHON=str(python), MARKS=str(tmp_path), DO=do, **env)
 
@@ -55,7 +60,12 @@ def test_a_dry_run_prints_the_commands(stubs: Stubs, tmp_path: Path) -> None:
     python, env = started(stubs, tmp_path, DRY_RUN="1", DEVICES="4", GPUS="1")
     one = bash(LOCAL, "--config", "a b.py", env=env)
     trainer = [str(python), "-m", "jaxpeft.train", "--config", "a b.py"]
-    assert shlex.split(one.stdout) == ["env", "JAX_NUM_CPU_DEVICES=4", "CUDA_VISIBLE_DEVICES=0", *trainer]
+    assert shlex.split(one.stdout) == [
+        "env",
+        "JAX_NUM_CPU_DEVICES=4",
+        "CUDA_VISIBLE_DEVICES=0",
+        *trainer,
+    ]
     two = bash(LOCAL, "--config", "a b.py", env=env | {"PROCESSES": "2"})
     for index, line in enumerate(two.stdout.splitlines()):
         place = ["--coordinator", "127.0.0.1:PORT", "--processes", "2", "--process", str(index)]
@@ -71,7 +81,9 @@ def test_a_dry_run_of_0_is_none(stubs: Stubs, tmp_path: Path) -> None:
     assert len(stubs.calls("python")) == 1
 
 
-def test_several_processes_know_one_coordinator_and_their_numbers(stubs: Stubs, tmp_path: Path) -> None:
+def test_several_processes_know_one_coordinator_and_their_numbers(
+    stubs: Stubs, tmp_path: Path
+) -> None:
     _, env = started(stubs, tmp_path, "exit 0|exit 0|exit 0", PROCESSES="3", GPUS="2")
     assert bash(LOCAL, "--config", "a b.py", env=env).returncode == 0
     calls = [call for call in stubs.noted() if call["arguments"][0] == "-m"]
@@ -122,7 +134,9 @@ def test_who_does_not_end_is_killed_after_the_grace(stubs: Stubs, tmp_path: Path
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_signal_is_passed_on(number: signal.Signals, code: int, processes: str, stubs: Stubs, tmp_path: Path) -> None:
+def test_a_signal_is_passed_on(
+    number: signal.Signals, code: int, processes: str, stubs: Stubs, tmp_path: Path
+) -> None:
     do = "trap term INT; STOPPED=$((STOPPED_BY + 128)); stay|stay"
     _, env = started(stubs, tmp_path, do, PROCESSES=processes, STOPPED_BY=str(int(number)))
     assert signalled(LOCAL, env, number, tmp_path) == code
@@ -185,7 +199,9 @@ def wait_until(holds, seconds: float = 60) -> None:
         ("PORT", "x"),
     ],
 )
-def test_what_is_no_number_is_refused(variable: str, value: str, stubs: Stubs, tmp_path: Path) -> None:
+def test_what_is_no_number_is_refused(
+    variable: str, value: str, stubs: Stubs, tmp_path: Path
+) -> None:
     _, env = started(stubs, tmp_path, **{variable: value})
     done = bash(LOCAL, "--config", "a.py", env=env)
     assert done.returncode == 2 and f"local.sh: {variable}={value}: is not a " in done.stderr
@@ -201,15 +217,29 @@ def test_no_process_is_started_where_no_port_is_found(stubs: Stubs, tmp_path: Pa
 def test_every_problem_is_said_at_once(stubs: Stubs, tmp_path: Path) -> None:
     _, env = started(stubs, tmp_path, PROCESSES="0", GRACE="-1", GPUS="none")
     done = bash(LOCAL, "--config", "a.py", env=env)
-    assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == ["PROCESSES=0", "GRACE=-1", "GPUS=none"]
+    assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == [
+        "PROCESSES=0",
+        "GRACE=-1",
+        "GPUS=none",
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------- without stand-ins
+# -------------------------------------------------------------------------------- without stand-ins
 
 
 def real(**more: str) -> dict[str, str]:
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-    return {**os.environ, **cache, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "DEVICES": "2", **more}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    return {
+        **os.environ,
+        **cache,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "DEVICES": "2",
+        **more,
+    }
 
 
 @pytest.fixture
@@ -238,11 +268,17 @@ def test_bad_input_ends_with_2(processes: str, arguments: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_sigterm_saves_and_ends_with_143(processes: str, arguments: list[str], tmp_path: Path) -> None:
+def test_sigterm_saves_and_ends_with_143(
+    processes: str, arguments: list[str], tmp_path: Path
+) -> None:
     many = [*arguments, "--config.train.steps=100000"]
     metrics = tmp_path / "run" / "metrics.jsonl"
-    process = subprocess.Popen(["bash", LOCAL, *many], env=real(PROCESSES=processes), cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(
+        ["bash", LOCAL, *many], env=real(PROCESSES=processes), cwd=ROOT, start_new_session=True
+    )
     wait_until(lambda: lines(metrics) > 1, seconds=120)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert [
+        path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()
+    ]

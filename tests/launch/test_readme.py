@@ -1,4 +1,6 @@
-"""launch/README.md: every command in it is run, with stand-ins for the programs of clouds and clusters."""
+"""launch/README.md: every command in it is run, with stand-ins for the programs of clouds and
+clusters.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README.read_text(), re.DOTALL | re.
 PROGRAMS = ("docker", "gcloud", "kubectl", "xpk", "sbatch", "sky", "python")
 # what each needs to be told, so that it goes on to the end
 ANSWERS = {
-    "gcloud": 'case "$*" in *describe*) echo ACTIVE ;; *" ssh "*status*) echo "jaxpeft: done" ;; esac',
+    "gcloud": (
+        'case "$*" in *describe*) echo ACTIVE ;; *" ssh "*status*) echo "jaxpeft: done" ;; esac'
+    ),
     "python": '[[ "$1" != -c ]] || echo 12345',
 }
 
@@ -32,7 +36,9 @@ def test_a_block_runs_to_its_end(block: str, stubs: Stubs) -> None:
         stubs.add(program, ANSWERS.get(program))
     script = stubs.folder / "block.sh"
     script.write_text(f"set -euo pipefail\n{block}")
-    done = bash(script, env=stubs.environment(PYTHON=str(stubs.folder / "bin" / "python"), EVERY="0"))
+    done = bash(
+        script, env=stubs.environment(PYTHON=str(stubs.folder / "bin" / "python"), EVERY="0")
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert stubs.calls(), "the block calls nothing"
     for call in stubs.noted():
@@ -42,7 +48,9 @@ def test_a_block_runs_to_its_end(block: str, stubs: Stubs) -> None:
 def require_known(program: str, arguments: list[str], stdin: str) -> None:
     """Refuse a call that its program, or jaxpeft, would refuse, as far as that is known here."""
     for word in arguments:
-        assert not word.startswith(("launch/", "configs/")) or (ROOT / word).exists(), f"there is no {word}"
+        assert not word.startswith(("launch/", "configs/")) or (ROOT / word).exists(), (
+            f"there is no {word}"
+        )
     if program == "kubectl" and arguments[0] == "apply":
         require_sound(parse(stdin))
     if arguments[:2] == ["-m", "jaxpeft.train"]:
@@ -61,7 +69,9 @@ def require_trainable(arguments: list[str]) -> None:
 
 
 def runs_of(text: str) -> set[tuple[str, str]]:
-    """Return the folder and the config of every `sky jobs launch`; what is not given is as in the task."""
+    """Return the folder and the config of every `sky jobs launch`; what is not given is as in the
+    task.
+    """
     found = set()
     for line in re.findall(r"^sky jobs launch .*$", text.replace("\\\n", ""), re.MULTILINE):
         given = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["envs"]
@@ -99,7 +109,14 @@ def test_every_launcher_has_a_row_and_a_section() -> None:
     text = README.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ") and "](" in line]
     assert len(rows) == 7 and all(len(row.split("|")) == 6 for row in rows)
-    for launcher in ("local.sh", "tpu_vm.sh", "jobset.sh", "xpk.sh", "slurm.sbatch", "skypilot.yaml"):
+    for launcher in (
+        "local.sh",
+        "tpu_vm.sh",
+        "jobset.sh",
+        "xpk.sh",
+        "slurm.sbatch",
+        "skypilot.yaml",
+    ):
         assert any(launcher in block for block in BLOCKS), launcher
 
 

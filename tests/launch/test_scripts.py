@@ -1,4 +1,6 @@
-"""Every script: shellcheck finds nothing, bash can read it, it may be executed, it stops at the first error."""
+"""Every script: shellcheck finds nothing, bash can read it, it may be executed, it stops at the
+first error.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from tests.launch.helpers import LAUNCH, SCRIPTS, Stubs, bash, mutated, shellche
 
 MUTATIONS = {
     "an expansion without quotes": ('"$@"', "$@"),
-    "a check by a code that is always 0": ("stop_on_problems\n", "echo hello; if [ $? -eq 0 ]; then true; fi\n"),
+    "a check by a code that is always 0": (
+        "stop_on_problems\n",
+        "echo hello; if [ $? -eq 0 ]; then true; fi\n",
+    ),
     "a variable that is not set": ("result=0", "resul=0"),
 }
 
@@ -41,7 +46,9 @@ def test_bash_would_not_read_a_loop_without_its_end(tmp_path: Path) -> None:
 
 
 def syntax(script: Path) -> tuple[int, str]:
-    ended = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        ["bash", "-n", str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
     return ended.returncode, ended.stderr
 
 
@@ -66,5 +73,7 @@ def test_a_dry_run_is_on_or_off(script: str, stubs: Stubs) -> None:
 
 
 def test_there_is_no_script_that_is_not_checked() -> None:
-    shells = [path for path in LAUNCH.iterdir() if path.is_file() and path.read_text().startswith("#!")]
+    shells = [
+        path for path in LAUNCH.iterdir() if path.is_file() and path.read_text().startswith("#!")
+    ]
     assert sorted(shells) == SCRIPTS

@@ -1,4 +1,6 @@
-"""launch/skypilot.yaml: by an own list of what it may have, by SkyPilot itself where it is installed, and its two scripts."""
+"""launch/skypilot.yaml: by an own list of what it may have, by SkyPilot itself where it is
+installed, and its two scripts.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ from jaxpeft.processes import clusters
 from tests.launch.helpers import LAUNCH, ROOT, Stubs, bash, mutated, shellcheck
 
 TASK = LAUNCH / "skypilot.yaml"
-FIELDS = {"name", "resources", "num_nodes", "workdir", "file_mounts", "envs", "secrets", "setup", "run"}
+FIELDS = {
+    "name",
+    "resources",
+    "num_nodes",
+    "workdir",
+    "file_mounts",
+    "envs",
+    "secrets",
+    "setup",
+    "run",
+}
 RESOURCES = {"accelerators", "use_spot", "disk_size", "job_recovery"}
 RECOVERY = {"strategy", "recover_on_exit_codes", "max_restarts_on_errors"}
 AGAIN = 75
@@ -27,7 +39,8 @@ ACCELERATOR = r"(tpu-(v5litepod|v5p|v6e)-\d+|(H100|H200|A100|A100-80GB|L4|B200):
 
 
 def parse(path: Path) -> dict[str, Any]:
-    """Read a task and refuse what SkyPilot does not have, or take and does not find, or with which a run does not go on.
+    """Read a task and refuse what SkyPilot does not have, or take and does not find, or with which
+    a run does not go on.
 
     Raises:
         ValueError: naming everything that is wrong.
@@ -42,8 +55,12 @@ def parse(path: Path) -> dict[str, Any]:
         **dict.fromkeys(sorted(recovery.keys() - RECOVERY), True),
         "accelerators": not re.fullmatch(ACCELERATOR, str(resources.get("accelerators"))),
         "strategy": recovery.get("strategy") not in ("FAILOVER", "EAGER_NEXT_REGION"),
-        "recover_on_exit_codes": set(codes) != {AGAIN, 143},  # any other may be that of a node which SkyPilot has ended
-        "max_restarts_on_errors": recovery.get("max_restarts_on_errors", 0) != 0,  # they count for bad input too
+        "recover_on_exit_codes": (
+            set(codes) != {AGAIN, 143}
+        ),  # any other may be that of a node which SkyPilot has ended
+        "max_restarts_on_errors": (
+            recovery.get("max_restarts_on_errors", 0) != 0
+        ),  # they count for bad input too
         "num_nodes": not isinstance(task.get("num_nodes"), int) or task["num_nodes"] < 1,
         "file_mounts": task.get("file_mounts", {}).get("/runs", {}).get("mode") != "MOUNT",
         "secrets": any(task.get("secrets", {}).values()) or "HF_TOKEN" in task.get("envs", {}),
@@ -55,18 +72,26 @@ def parse(path: Path) -> dict[str, Any]:
 
 
 MISTAKES = {
-    "a misspelt field of the resources": ("accelerators:", "accelerator:", "accelerator, accelerators"),
+    "a misspelt field of the resources": (
+        "accelerators:",
+        "accelerator:",
+        "accelerator, accelerators",
+    ),
     "a misspelt field": ("\nrun: |", "\nruns: |", "runs, run"),
     "a TPU that there is not": ("H100:8", "tpu-v99-8", "accelerators"),
     "nodes in words": ("num_nodes: 1", "num_nodes: two", "num_nodes"),
     "bad input is started again": ("[75,", "[2, 75,", "recover_on_exit_codes"),
     "what SkyPilot has ended is started again": ("[75,", "[75, 137,", "recover_on_exit_codes"),
     "a stop is not": ("[75, 143]", "[75]", "recover_on_exit_codes"),
-    "any error is started again": ("EAGER_NEXT_REGION", "EAGER_NEXT_REGION\n    max_restarts_on_errors: 3", "max_restarts_on_errors"),
+    "any error is started again": (
+        "EAGER_NEXT_REGION",
+        "EAGER_NEXT_REGION\n    max_restarts_on_errors: 3",
+        "max_restarts_on_errors",
+    ),
     "the runs are copied and lost": ("mode: MOUNT", "mode: COPY", "file_mounts"),
     "a secret in the file": ('HF_TOKEN: ""', "HF_TOKEN: hf_abc", "secrets"),
     "a signal ends the shell first": ("  trap : TERM\n", "", "run"),
-}  # fmt: skip
+}
 
 
 def test_the_task_is_sound() -> None:
@@ -87,16 +112,24 @@ def test_shellcheck_finds_nothing(part: str, tmp_path: Path) -> None:
     assert (found.returncode, found.stdout) == (0, "")
 
 
-def part_of(part: str, stubs: Stubs, home: Path, task: Path = TASK, **env: str) -> tuple[Path, dict[str, str]]:
-    """Return a script of the task, whose store is a folder of the test, and its environment on node 0."""
+def part_of(
+    part: str, stubs: Stubs, home: Path, task: Path = TASK, **env: str
+) -> tuple[Path, dict[str, str]]:
+    """Return a script of the task, whose store is a folder of the test, and its environment on node
+    0.
+    """
     found = yaml.safe_load(task.read_text())
     script = home / part
     script.write_text(found[part].replace('"/runs', f'"{home}/runs'))
     given = {name: str(value) for name, value in found["envs"].items()} | {"HOME": str(home)}
-    return script, stubs.environment(**(given | {"SKYPILOT_TASK_ID": "sky-1", "SKYPILOT_NODE_RANK": "0"} | env))
+    return script, stubs.environment(
+        **(given | {"SKYPILOT_TASK_ID": "sky-1", "SKYPILOT_NODE_RANK": "0"} | env)
+    )
 
 
-def run_part(part: str, stubs: Stubs, home: Path, task: Path = TASK, **env: str) -> subprocess.CompletedProcess[str]:
+def run_part(
+    part: str, stubs: Stubs, home: Path, task: Path = TASK, **env: str
+) -> subprocess.CompletedProcess[str]:
     script, environment = part_of(part, stubs, home, task, **env)
     return bash(script, env=environment)
 
@@ -110,20 +143,38 @@ def trainer(stubs: Stubs, home: Path, answer: str) -> None:
 
 def test_run_starts_the_trainer_with_all_arguments(stubs: Stubs, tmp_path: Path) -> None:
     trainer(stubs, tmp_path, "exit 143")
-    done = run_part("run", stubs, tmp_path, CONFIG="a b.py", RUN="llama", ARGS="--config.method.rank=8 --traceback")
+    done = run_part(
+        "run",
+        stubs,
+        tmp_path,
+        CONFIG="a b.py",
+        RUN="llama",
+        ARGS="--config.method.rank=8 --traceback",
+    )
     assert done.returncode == 143
     (call,) = stubs.calls("python")
     more = ["--config.method.rank=8", "--traceback"]
-    assert call == ["-m", "jaxpeft.train", "--config", "a b.py", "--workdir", f"{tmp_path}/runs/llama", *more]
+    assert call == [
+        "-m",
+        "jaxpeft.train",
+        "--config",
+        "a b.py",
+        "--workdir",
+        f"{tmp_path}/runs/llama",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize(
-    ("code", "said"), [(0, 0), (2, 2), (130, 130), (143, 143), (1, AGAIN), (134, AGAIN), (137, AGAIN), (139, AGAIN)]
+    ("code", "said"),
+    [(0, 0), (2, 2), (130, 130), (143, 143), (1, AGAIN), (134, AGAIN), (137, AGAIN), (139, AGAIN)],
 )
 def test_what_run_says_of_an_exit_code(code: int, said: int, stubs: Stubs, tmp_path: Path) -> None:
     trainer(stubs, tmp_path, f"exit {code}")
     assert run_part("run", stubs, tmp_path).returncode == said
-    assert (tmp_path / "runs" / ".failures").exists() == (said == AGAIN)  # what is no failure is not noted as one
+    assert (tmp_path / "runs" / ".failures").exists() == (
+        said == AGAIN
+    )  # what is no failure is not noted as one
 
 
 def test_failures_are_tried_again_so_many_times(stubs: Stubs, tmp_path: Path) -> None:
@@ -132,39 +183,58 @@ def test_failures_are_tried_again_so_many_times(stubs: Stubs, tmp_path: Path) ->
     assert [done.returncode for done in tries] == [AGAIN, AGAIN, 1]
     assert "failed with code 1 after 2 restarts; to go on: the same sky command" in tries[-1].stderr
     # another job of the same run, and another node of this one, count for themselves
-    assert run_part("run", stubs, tmp_path, MAX_RESTARTS="2", SKYPILOT_TASK_ID="sky-2").returncode == AGAIN
-    assert run_part("run", stubs, tmp_path, MAX_RESTARTS="2", SKYPILOT_NODE_RANK="1").returncode == AGAIN
+    assert (
+        run_part("run", stubs, tmp_path, MAX_RESTARTS="2", SKYPILOT_TASK_ID="sky-2").returncode
+        == AGAIN
+    )
+    assert (
+        run_part("run", stubs, tmp_path, MAX_RESTARTS="2", SKYPILOT_NODE_RANK="1").returncode
+        == AGAIN
+    )
     # a stop goes on as often as it comes
     trainer(stubs, tmp_path, "exit 143")
     assert run_part("run", stubs, tmp_path, MAX_RESTARTS="2").returncode == 143
 
 
 @pytest.mark.parametrize("restarts", ["many", "08"])
-def test_a_number_of_restarts_that_is_none_is_refused(restarts: str, stubs: Stubs, tmp_path: Path) -> None:
+def test_a_number_of_restarts_that_is_none_is_refused(
+    restarts: str, stubs: Stubs, tmp_path: Path
+) -> None:
     trainer(stubs, tmp_path, "exit 1")
     done = run_part("run", stubs, tmp_path, MAX_RESTARTS=restarts)
-    assert done.returncode == 2 and f"MAX_RESTARTS={restarts}: is not a number of restarts" in done.stderr
+    assert (
+        done.returncode == 2
+        and f"MAX_RESTARTS={restarts}: is not a number of restarts" in done.stderr
+    )
     assert stubs.calls() == []
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_signal_to_all_processes_leaves_the_trainer_time_to_save(waits: bool, stubs: Stubs, tmp_path: Path) -> None:
+def test_a_signal_to_all_processes_leaves_the_trainer_time_to_save(
+    waits: bool, stubs: Stubs, tmp_path: Path
+) -> None:
     task = TASK if waits else mutated(TASK, "  trap : TERM\n", "", tmp_path / "copy")
-    saves = f"trap 'sleep 0.5; touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/up; for i in {{1..80}}; do sleep 0.1; done"
+    saves = (
+        f"trap 'sleep 0.5; touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/up; for i in"
+        " {1..80}; do sleep 0.1; done"
+    )
     trainer(stubs, tmp_path, saves)
     script, environment = part_of("run", stubs, tmp_path, task)
     process = subprocess.Popen(["bash", str(script)], env=environment, start_new_session=True)
     while not (tmp_path / "up").exists():
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    # a shell that ends first ends with a code of its own, and SkyPilot takes the machine away before anything is saved
+    # a shell that ends first ends with a code of its own, and SkyPilot takes the machine away
+    # before anything is saved
     assert (process.wait(timeout=20), (tmp_path / "saved").exists()) == (
         (143, True) if waits else (-signal.SIGTERM, False)
     )
 
 
 def noted(ends: list[tuple[int, int]]) -> list[int]:
-    """Return the codes that SkyPilot notes for nodes that end in this order: once one has failed, the others are ended with 137."""
+    """Return the codes that SkyPilot notes for nodes that end in this order: once one has failed,
+    the others are ended with 137.
+    """
     codes, failed = dict[int, int](), False
     for node, code in ends:
         codes[node] = 137 if failed else code
@@ -207,22 +277,36 @@ def test_setup_installs_pinned_versions_for_the_accelerator(stubs: Stubs, tmp_pa
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nodes_find_each_other(rank: int) -> None:
     place = clusters.find(
-        {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": str(rank)}
+        {
+            "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+            "SKYPILOT_NUM_NODES": "2",
+            "SKYPILOT_NODE_RANK": str(rank),
+        }
     )
-    assert place.coordinator.startswith("10.0.0.1:") and (place.processes, place.process) == (2, rank)
+    assert place.coordinator.startswith("10.0.0.1:") and (place.processes, place.process) == (
+        2,
+        rank,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- SkyPilot itself
+# ---------------------------------------------------------------------------------- SkyPilot itself
 
 
-def by_skypilot(path: Path, home: Path, *words: str, program: str = "sky_task.py") -> subprocess.CompletedProcess[str]:
+def by_skypilot(
+    path: Path, home: Path, *words: str, program: str = "sky_task.py"
+) -> subprocess.CompletedProcess[str]:
     python = ROOT / ".venv" / "skypilot" / "bin" / "python"
     if not python.exists():
-        pytest.skip("SkyPilot is not installed beside jaxpeft; `make test-all` does it: make .venv/.installed-skypilot")
+        pytest.skip(
+            "SkyPilot is not installed beside jaxpeft; `make test-all` does it: make"
+            " .venv/.installed-skypilot"
+        )
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [str(python), "-W", "ignore", str(Path(__file__).parent / program), str(path), *words]
     env |= {"HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.mark.slow
@@ -238,12 +322,18 @@ def test_skypilot_reads_the_task(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_skypilot_makes_the_same_of_nodes_that_end(tmp_path: Path) -> None:
-    done = by_skypilot(TASK, tmp_path, json.dumps([ends for ends, _ in ENDS.values()]), program="sky_ends.py")
+    done = by_skypilot(
+        TASK, tmp_path, json.dumps([ends for ends, _ in ENDS.values()]), program="sky_ends.py"
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [[noted(ends), again] for ends, again in ENDS.values()]
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        [noted(ends), again] for ends, again in ENDS.values()
+    ]
 
 
-@pytest.mark.parametrize("mistake", ["a misspelt field of the resources", "a misspelt field", "nodes in words"])
+@pytest.mark.parametrize(
+    "mistake", ["a misspelt field of the resources", "a misspelt field", "nodes in words"]
+)
 @pytest.mark.slow
 def test_skypilot_refuses_a_mistake(mistake: str, tmp_path: Path) -> None:
     before, after, _ = MISTAKES[mistake]

@@ -1,4 +1,6 @@
-"""launch/slurm.sbatch: its directives, what it makes of every exit code, and the environment of its tasks."""
+"""launch/slurm.sbatch: its directives, what it makes of every exit code, and the environment of its
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from jaxpeft.processes import clusters
 from tests.launch.helpers import LAUNCH, Stubs, bash, mutated
 
 SBATCH = LAUNCH / "slurm.sbatch"
-# srun starts its command once for each task, with what SLURM tells a task, and gives the highest exit code of all.
+# srun starts its command once for each task, with what SLURM tells a task, and gives the highest
+# exit code of all.
 SRUN = """
 while [[ "$1" == --* ]]; do shift; done
 highest=0
@@ -45,7 +48,9 @@ def directives(script: Path) -> dict[str, str]:
         if not line.startswith("#SBATCH"):
             continue
         if ended:
-            raise ValueError(f"{line}: stands after the first command, where sbatch does not read it")
+            raise ValueError(
+                f"{line}: stands after the first command, where sbatch does not read it"
+            )
         (word,) = shlex.split(line.removeprefix("#SBATCH"))
         if not (match := re.fullmatch(r"--([a-z-]+)(?:=(\S+))?", word)):
             raise ValueError(f"{line}: is no option")
@@ -85,7 +90,10 @@ def require_sound(found: dict[str, str]) -> None:
         "requeue": "requeue" not in found,
         "open-mode": found.get("open-mode") != "append",
         "exclusive": "exclusive" not in found,
-        "signal": not re.fullmatch(r"TERM@(\d+)", found.get("signal", "")) or int(found["signal"][5:]) < 120,
+        "signal": (
+            not re.fullmatch(r"TERM@(\d+)", found.get("signal", ""))
+            or int(found["signal"][5:]) < 120
+        ),
     }
     if wrong := [name for name, bad in problems.items() if bad]:
         raise ValueError(", ".join(wrong))
@@ -96,8 +104,16 @@ def test_the_directives_are_sound() -> None:
 
 
 MISTAKES = {
-    "another number of tasks than GPUs": ("--ntasks-per-node=8", "--ntasks-per-node=4", "ntasks-per-node"),
-    "a GPU bound to each task": ("#SBATCH --exclusive\n", "#SBATCH --exclusive\n#SBATCH --gpus-per-task=1\n", "gpus-per-task"),
+    "another number of tasks than GPUs": (
+        "--ntasks-per-node=8",
+        "--ntasks-per-node=4",
+        "ntasks-per-node",
+    ),
+    "a GPU bound to each task": (
+        "#SBATCH --exclusive\n",
+        "#SBATCH --exclusive\n#SBATCH --gpus-per-task=1\n",
+        "gpus-per-task",
+    ),
     "the signal goes to the script alone": ("--signal=TERM", "--signal=B:TERM", "signal"),
     "no time to save": ("TERM@300", "TERM@10", "signal"),
     "no requeue": ("#SBATCH --requeue\n", "", "requeue"),
@@ -106,11 +122,13 @@ MISTAKES = {
     "a time in words": ("--time=24:00:00", "--time=24h", "not of this form"),
     "two words": ("--time=24:00:00", "--time=1 hour", "values to unpack"),
     "too late": ("#SBATCH --requeue\n", "true\n#SBATCH --requeue\n", "after the first command"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("before", "after", "said"), MISTAKES.values(), ids=list(MISTAKES))
-def test_mistakes_in_the_directives_are_refused(before: str, after: str, said: str, tmp_path: Path) -> None:
+def test_mistakes_in_the_directives_are_refused(
+    before: str, after: str, said: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=said):
         require_sound(directives(mutated(SBATCH, before, after, tmp_path)))
 
@@ -120,9 +138,19 @@ def job(
 ) -> subprocess.CompletedProcess[str]:
     stubs.add("srun", SRUN)
     stubs.add("scontrol", scontrol)
-    given = {"PYTHON": str(stubs.add("python", python)), "SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
+    given = {
+        "PYTHON": str(stubs.add("python", python)),
+        "SLURM_JOB_ID": "17",
+        "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+    }
     return bash(
-        script, "--config", "a b.py", "--workdir", "/runs/x", env=stubs.environment(**given, **env), cwd=Path("/")
+        script,
+        "--config",
+        "a b.py",
+        "--workdir",
+        "/runs/x",
+        env=stubs.environment(**given, **env),
+        cwd=Path("/"),
     )
 
 
@@ -131,12 +159,22 @@ CODES = {
     "bad input": ("exit 2", {}, 2, False),
     "stopped by a person": ("exit 130", {}, 130, False),
     "stopped and saved": ("exit 143", {}, 143, True),
-    "stopped and saved for the hundredth time": ("exit 143", {"SLURM_RESTART_COUNT": "99"}, 143, True),
+    "stopped and saved for the hundredth time": (
+        "exit 143",
+        {"SLURM_RESTART_COUNT": "99"},
+        143,
+        True,
+    ),
     "failed": ("exit 1", {}, 1, True),
     "failed in one task": ("exit $SLURM_PROCID", {}, 1, True),
     "a peer is lost": ("exit 134", {"SLURM_RESTART_COUNT": "19"}, 134, True),
     "failed again and again": ("exit 1", {"SLURM_RESTART_COUNT": "20"}, 1, False),
-    "failed as often as is wanted": ("exit 1", {"SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"}, 1, False),
+    "failed as often as is wanted": (
+        "exit 1",
+        {"SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"},
+        1,
+        False,
+    ),
 }
 
 
@@ -158,7 +196,9 @@ def test_a_requeue_that_slurm_refuses_is_said(stubs: Stubs) -> None:
 
 
 @pytest.mark.parametrize("restarts", ["abc", "08", "-1"])
-def test_what_is_no_number_is_refused_before_anything_is_started(restarts: str, stubs: Stubs) -> None:
+def test_what_is_no_number_is_refused_before_anything_is_started(
+    restarts: str, stubs: Stubs
+) -> None:
     done = job(stubs, "exit 1", MAX_RESTARTS=restarts, DRY_RUN="2")
     assert done.returncode == 2 and stubs.calls() == []
     assert done.stderr.splitlines() == [
@@ -171,23 +211,45 @@ def test_a_dry_run_prints_the_command_of_the_tasks(stubs: Stubs) -> None:
     done = job(stubs, "exit 0", DRY_RUN="1")
     assert done.returncode == 0 and stubs.calls() == []
     python = str(stubs.folder / "bin" / "python")
-    assert shlex.split(done.stdout) == ["srun", "--kill-on-bad-exit=0", "--wait=120", python, "-m", "jaxpeft.train",
-                                        "--config", "a b.py", "--workdir", "/runs/x"]  # fmt: skip
+    assert shlex.split(done.stdout) == [
+        "srun",
+        "--kill-on-bad-exit=0",
+        "--wait=120",
+        python,
+        "-m",
+        "jaxpeft.train",
+        "--config",
+        "a b.py",
+        "--workdir",
+        "/runs/x",
+    ]
 
 
 def test_every_task_gets_the_same_command(stubs: Stubs) -> None:
     job(stubs, "exit 0", TASKS="4")
-    assert stubs.calls("python") == [["-m", "jaxpeft.train", "--config", "a b.py", "--workdir", "/runs/x"]] * 4
+    assert (
+        stubs.calls("python")
+        == [["-m", "jaxpeft.train", "--config", "a b.py", "--workdir", "/runs/x"]] * 4
+    )
     (call,) = stubs.calls("srun")
     assert call[:2] == ["--kill-on-bad-exit=0", "--wait=120"]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["scancel", "the signal before the end of the time"])
-def test_a_job_that_slurm_ends_itself_is_not_put_into_the_queue(again: bool, stubs: Stubs, tmp_path: Path) -> None:
-    stubs.add("srun", f"trap 'exit 143' TERM; touch {tmp_path}/runs; for i in {{1..100}}; do sleep 0.1; done")
+@pytest.mark.parametrize(
+    "again", [False, True], ids=["scancel", "the signal before the end of the time"]
+)
+def test_a_job_that_slurm_ends_itself_is_not_put_into_the_queue(
+    again: bool, stubs: Stubs, tmp_path: Path
+) -> None:
+    stubs.add(
+        "srun",
+        f"trap 'exit 143' TERM; touch {tmp_path}/runs; for i in {{1..100}}; do sleep 0.1; done",
+    )
     stubs.add("scontrol")
     env = stubs.environment(PYTHON=str(stubs.add("python")), SLURM_JOB_ID="17")
-    script = subprocess.Popen(["bash", SBATCH, "--config", "a.py"], env=env, cwd=tmp_path, start_new_session=True)
+    script = subprocess.Popen(
+        ["bash", SBATCH, "--config", "a.py"], env=env, cwd=tmp_path, start_new_session=True
+    )
     while not (tmp_path / "runs").exists():
         time.sleep(0.05)
     srun = int(subprocess.check_output(["pgrep", "-P", str(script.pid)], text=True).split()[0])
@@ -202,8 +264,12 @@ def test_a_job_that_slurm_ends_itself_is_not_put_into_the_queue(again: bool, stu
 def test_tasks_find_each_other_and_their_gpus(stubs: Stubs) -> None:
     gpus = directives(SBATCH)["gres"].rsplit(":", 1)[1]
     job(stubs, "exit 0", NODES="2", TASKS=gpus, LIST="gpu[07-08]", SLURM_GPUS_ON_NODE=gpus)
-    places = [clusters.find(call["environment"]) for call in stubs.noted() if call["name"] == "python"]
-    assert len({place.coordinator for place in places}) == 1 and places[0].coordinator.startswith("gpu07:")
+    places = [
+        clusters.find(call["environment"]) for call in stubs.noted() if call["name"] == "python"
+    ]
+    assert len({place.coordinator for place in places}) == 1 and places[0].coordinator.startswith(
+        "gpu07:"
+    )
     assert [(place.processes, place.process) for place in places] == [(16, i) for i in range(16)]
     assert [place.devices for place in places] == [(i % 8,) for i in range(16)]
 

@@ -16,9 +16,19 @@ from tests.launch.helpers import IMAGE, LAUNCH, Stubs, bash
 XPK = LAUNCH / "xpk.sh"
 SET = {"NAME": "llama", "CLUSTER": "pod", "TYPE": "v5litepod-16", "IMAGE": IMAGE}
 RUN = ["--config", "configs/llama3_8b_lora.py", "--config.data.train=two words.jsonl"]
-COMMAND = "exec python -m jaxpeft.train --config configs/llama3_8b_lora.py --config.data.train=two\\ words.jsonl --workdir=/runs/llama"
-RESTARTS = ["--max-restarts=50", "--restart-on-exit-codes=1", "--termination-grace-period-seconds=300"]
-TABLE = "[XPK] Starting workload list\\nJobset Name  Created  Status\\n{name}  now  Failed\\n[XPK] See your workloads"
+COMMAND = (
+    "exec python -m jaxpeft.train --config configs/llama3_8b_lora.py --config.data.train=two\\"
+    " words.jsonl --workdir=/runs/llama"
+)
+RESTARTS = [
+    "--max-restarts=50",
+    "--restart-on-exit-codes=1",
+    "--termination-grace-period-seconds=300",
+]
+TABLE = (
+    "[XPK] Starting workload list\\nJobset Name  Created  Status\\n{name}  now  Failed\\n[XPK] See"
+    " your workloads"
+)
 
 
 def created(stubs: Stubs, script: Path = XPK, **more: str) -> list[list[str]]:
@@ -30,19 +40,49 @@ def created(stubs: Stubs, script: Path = XPK, **more: str) -> list[list[str]]:
 def test_a_workload_on_tpus(stubs: Stubs) -> None:
     stubs.add("xpk")
     found, made = created(stubs)
-    assert found == ["workload", "list", "--cluster=pod", "--filter-by-job=^llama$", "--filter-by-status=FINISHED"]
-    assert made == ["workload", "create", "--cluster=pod", "--workload=llama", "--tpu-type=v5litepod-16", "--num-slices=1",
-                    f"--docker-image={IMAGE}", "--storage=runs", *RESTARTS, f"--command={COMMAND}"]  # fmt: skip
+    assert found == [
+        "workload",
+        "list",
+        "--cluster=pod",
+        "--filter-by-job=^llama$",
+        "--filter-by-status=FINISHED",
+    ]
+    assert made == [
+        "workload",
+        "create",
+        "--cluster=pod",
+        "--workload=llama",
+        "--tpu-type=v5litepod-16",
+        "--num-slices=1",
+        f"--docker-image={IMAGE}",
+        "--storage=runs",
+        *RESTARTS,
+        f"--command={COMMAND}",
+    ]
 
 
 def test_a_workload_on_gpus_with_everything_set(stubs: Stubs) -> None:
     stubs.add("xpk")
-    more = {"TYPE": "h100-mega-80gb-8", "COUNT": "4", "SPOT": "1", "PRIORITY": "high", "PROJECT": "mine", "ZONE": "us-a",
-            "STORAGE": "disk"}  # fmt: skip
+    more = {
+        "TYPE": "h100-mega-80gb-8",
+        "COUNT": "4",
+        "SPOT": "1",
+        "PRIORITY": "high",
+        "PROJECT": "mine",
+        "ZONE": "us-a",
+        "STORAGE": "disk",
+    }
     made = created(stubs, **more)[-1]
     where = ["--cluster=pod", "--project=mine", "--zone=us-a"]
     machines = ["--device-type=h100-mega-80gb-8", "--num-nodes=4", "--spot", "--priority=high"]
-    assert made[:11] == ["workload", "create", *where, "--workload=llama", *machines, f"--docker-image={IMAGE}"]
+    assert made[:11] == [
+        "workload",
+        "create",
+        *where,
+        "--workload=llama",
+        *machines,
+        f"--docker-image={IMAGE}",
+    ]
     assert "--storage=disk" in made
 
 
@@ -56,7 +96,9 @@ def test_a_workload_that_has_ended_is_deleted_first(name: str, deleted: bool, st
 def test_dry_run_calls_nothing(stubs: Stubs) -> None:
     stubs.add("xpk")
     done = bash(XPK, *RUN, env=stubs.environment(**SET, DRY_RUN="1"))
-    assert done.returncode == 0 and done.stdout.startswith("xpk workload create --cluster=pod --workload=llama")
+    assert done.returncode == 0 and done.stdout.startswith(
+        "xpk workload create --cluster=pod --workload=llama"
+    )
     assert stubs.calls() == []
 
 
@@ -89,7 +131,9 @@ def test_every_problem_is_said_at_once(stubs: Stubs) -> None:
     assert said == ["NAME=", "IMAGE=", "CLUSTER=", "TYPE=", "COUNT=0", "--config", "--name"]
 
 
-@pytest.mark.parametrize(("more", "spot"), [({"SPOT": "0"}, False), ({}, False), ({"SPOT": "1"}, True)])
+@pytest.mark.parametrize(
+    ("more", "spot"), [({"SPOT": "0"}, False), ({}, False), ({"SPOT": "1"}, True)]
+)
 def test_spot_is_asked_for_by_1_alone(more: dict[str, str], spot: bool, stubs: Stubs) -> None:
     stubs.add("xpk")
     assert ("--spot" in created(stubs, DRY_RUN="0", **more)[-1]) == spot
@@ -111,15 +155,19 @@ def as_xpk_runs_it(command: str, env: dict[str, str], tmp_path: Path) -> int:
 
 
 @pytest.mark.parametrize("takes_the_place", [True, False])
-def test_the_trainer_gets_sigterm_and_can_save(takes_the_place: bool, stubs: Stubs, tmp_path: Path) -> None:
+def test_the_trainer_gets_sigterm_and_can_save(
+    takes_the_place: bool, stubs: Stubs, tmp_path: Path
+) -> None:
     stubs.add("xpk")
     command = created(stubs)[-1][-1].removeprefix("--command=")
     if not takes_the_place:
         command = command.removeprefix("exec ") + "; exit $?"
     trainer = (
-        f"trap 'touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/runs; for i in {{1..50}}; do sleep 0.1; done"
+        f"trap 'touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/runs; for i in {{1..50}};"
+        " do sleep 0.1; done"
     )
     stubs.add("python", trainer)
-    # without exec the container may end with the same code, but nothing is saved: the shell alone gets the signal
+    # without exec the container may end with the same code, but nothing is saved: the shell alone
+    # gets the signal
     assert as_xpk_runs_it(command, stubs.environment(), tmp_path) == 143
     assert (tmp_path / "saved").exists() == takes_the_place

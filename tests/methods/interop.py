@@ -27,23 +27,34 @@ def exported(reference: Any, folder: Path, case: Case) -> float:
     """Save a moved adapter, loads it with peft, and return the largest gap of the logits."""
     torch_model = reference(case.kind, TASKS[case.kind])
     model, base = torch_model.load()
-    params = moved(case.method, jaxpeft.rewrite(case.method, base, jax.random.key(0)), size=case.size)
+    params = moved(
+        case.method, jaxpeft.rewrite(case.method, base, jax.random.key(0)), size=case.size
+    )
     jaxpeft.save_adapter(folder, case.method, params, model)
     return gap(
-        theirs(case, peft_load(torch_model.folder, case.task, folder)), ours(case, model, params), torch_model, case
+        theirs(case, peft_load(torch_model.folder, case.task, folder)),
+        ours(case, model, params),
+        torch_model,
+        case,
     )
 
 
 def imported(reference: Any, folder: Path, case: Case) -> tuple[float, Any]:
-    """Load what peft saved, unrolled and scanned, and return the largest gap of the logits, and the method."""
+    """Load what peft saved, unrolled and scanned, and return the largest gap of the logits, and the
+    method.
+    """
     torch_model = reference(case.kind, TASKS[case.kind])
     config, options = case.peft
-    adapted = peft_save(torch_model.folder, case.task, folder, config=config, size=case.size, **options)
+    adapted = peft_save(
+        torch_model.folder, case.task, folder, config=config, size=case.size, **options
+    )
     return loaded_gap(torch_model, folder, case, theirs(case, adapted))
 
 
 def loaded_gap(torch_model: Any, folder: Path, case: Case, wanted: Any) -> tuple[float, Any]:
-    """Load a folder, unrolled and scanned, and return the largest gap to the wanted logits, and the method."""
+    """Load a folder, unrolled and scanned, and return the largest gap to the wanted logits, and the
+    method.
+    """
     gaps: list[float] = []
     method: Any = None
     for scan in (False, True):
@@ -54,7 +65,9 @@ def loaded_gap(torch_model: Any, folder: Path, case: Case, wanted: Any) -> tuple
 
 
 def gap(wanted: Any, found: Any, torch_model: Any, case: Case) -> float:
-    """Return the largest difference as a share of the largest logit; the adapter must change something."""
+    """Return the largest difference as a share of the largest logit; the adapter must change
+    something.
+    """
     assert np.abs(wanted - theirs(case, torch_model.model)).max() > 0.02, (
         "the adapter changes too little to tell anything"
     )

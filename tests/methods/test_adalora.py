@@ -1,4 +1,6 @@
-"""AdaLoRA's own: ranks step by step as PEFT allocates them, the penalty, padding, resuming, and files that were cut."""
+"""AdaLoRA's own: ranks step by step as PEFT allocates them, the penalty, padding, resuming, and
+files that were cut.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ SHAPES = {"one": (8, 6), "two": (6, 5), "three": (5, 7)}
 
 
 def torch_model(method: Any, steps: int) -> Any:
-    """Make three linear modules with peft's AdaLoRA; `forward` gives a loss of zero and what peft adds to it."""
+    """Make three linear modules with peft's AdaLoRA; `forward` gives a loss of zero and what peft
+    adds to it.
+    """
     import torch
     from peft import AdaLoraConfig, get_peft_model
 
@@ -44,10 +48,17 @@ def torch_model(method: Any, steps: int) -> Any:
             return SimpleNamespace(loss=torch.zeros(()))
 
     config = AdaLoraConfig(
-        init_r=method.rank, target_r=method.target_rank, tinit=method.initial_steps, tfinal=method.final_steps,
-        deltaT=method.interval, beta1=method.beta1, beta2=method.beta2, orth_reg_weight=method.orthogonality,
-        total_step=steps, target_modules=list(SHAPES),
-    )  # fmt: skip
+        init_r=method.rank,
+        target_r=method.target_rank,
+        tinit=method.initial_steps,
+        tfinal=method.final_steps,
+        deltaT=method.interval,
+        beta1=method.beta1,
+        beta2=method.beta2,
+        orth_reg_weight=method.orthogonality,
+        total_step=steps,
+        target_modules=list(SHAPES),
+    )
     return get_peft_model(Three(), config)
 
 
@@ -69,7 +80,15 @@ def as_leaf(key: str, array: Any) -> jax.Array:
 SCHEDULES = {
     "plain": ({"rank": 4, "target_rank": 2}, 11),
     "with rests": (
-        {"rank": 4, "target_rank": 1, "initial_steps": 3, "final_steps": 4, "interval": 2, "beta1": 0.7, "beta2": 0.9},
+        {
+            "rank": 4,
+            "target_rank": 1,
+            "initial_steps": 3,
+            "final_steps": 4,
+            "interval": 2,
+            "beta1": 0.7,
+            "beta2": 0.9,
+        },
         17,
     ),
     "never due before the end": (
@@ -93,7 +112,9 @@ def test_ranks_are_those_of_pefts_allocator_step_by_step(name: str) -> None:
     with torch.no_grad():
         for tensor in given.values():
             tensor.copy_(torch.tensor(rng.normal(size=tensor.shape)))
-    params = paths.build([(path, as_leaf(path[1], tensor.detach().numpy())) for path, tensor in given.items()])
+    params = paths.build(
+        [(path, as_leaf(path[1], tensor.detach().numpy())) for path, tensor in given.items()]
+    )
     penalty = float(model.base_model().loss)
     np.testing.assert_allclose(method.penalty(params), penalty, rtol=1e-5)
 
@@ -109,7 +130,9 @@ def test_ranks_are_those_of_pefts_allocator_step_by_step(name: str) -> None:
     for k in range(1, steps + 1):
         for tensor in given.values():
             tensor.grad = torch.tensor(rng.normal(size=tensor.shape), dtype=torch.float32)
-        grads = paths.build([(path, as_leaf(path[1], tensor.grad.numpy())) for path, tensor in given.items()])
+        grads = paths.build(
+            [(path, as_leaf(path[1], tensor.grad.numpy())) for path, tensor in given.items()]
+        )
         with torch.no_grad():
             for tensor in given.values():
                 tensor -= RATE * tensor.grad
@@ -155,7 +178,11 @@ class Training:
 
 def test_layers_that_are_not_adapted_count_for_nothing() -> None:
     method = jaxpeft.AdaLoRA(
-        rank=4, target_rank=2, targets=("q_proj", "down_proj"), layers_to_transform=(1,), final_steps=1
+        rank=4,
+        target_rank=2,
+        targets=("q_proj", "down_proj"),
+        layers_to_transform=(1,),
+        final_steps=1,
     )
     stacked, plain = (Training(method, 5, scan=scan) for scan in (True, False))
     fresh = [method.penalty(training.state.trainable) for training in (stacked, plain)]
@@ -172,7 +199,9 @@ def test_layers_that_are_not_adapted_count_for_nothing() -> None:
 
 
 def test_it_goes_on_from_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
-    method = jaxpeft.AdaLoRA(rank=4, target_rank=1, targets=("q_proj", "down_proj"), interval=2, final_steps=2)
+    method = jaxpeft.AdaLoRA(
+        rank=4, target_rank=1, targets=("q_proj", "down_proj"), interval=2, final_steps=2
+    )
     whole = Training(method, 7, scan=True)
     whole.run(7)
     for at in (3, 5, 6):
@@ -183,36 +212,47 @@ def test_it_goes_on_from_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
         second.state = checkpoints.restore(at, second.state, None)[0]
         checkpoints.close()
         second.run(7 - at)
-        for one, other in zip(jax.tree.leaves(second.state), jax.tree.leaves(whole.state), strict=True):
+        for one, other in zip(
+            jax.tree.leaves(second.state), jax.tree.leaves(whole.state), strict=True
+        ):
             np.testing.assert_array_equal(one, other)
 
 
 def test_the_schedule_must_fit_the_run() -> None:
     method = jaxpeft.AdaLoRA(initial_steps=6, final_steps=4)
     message = (
-        r"method.initial_steps: 6 steps at the start and 4 at the end \(final_steps\) leave none of the run's 10 steps"
+        r"method.initial_steps: 6 steps at the start and 4 at the end \(final_steps\) leave none of"
+        r" the run's 10 steps"
     )
     with pytest.raises(ConfigError, match=message):
         method.optimizer(optax.sgd(1.0), 10)
     method.optimizer(optax.sgd(1.0), 11)
-    with pytest.raises(ConfigError, match=r"adalora\.target_rank: is 9, above rank 4, which it is reached from"):
+    with pytest.raises(
+        ConfigError, match=r"adalora\.target_rank: is 9, above rank 4, which it is reached from"
+    ):
         jaxpeft.AdaLoRA(rank=4, target_rank=9)
-    with pytest.raises(ConfigError, match=r"adalora\.rank_pattern: 'q_proj' is 5, above rank 4, which is cut"):
+    with pytest.raises(
+        ConfigError, match=r"adalora\.rank_pattern: 'q_proj' is 5, above rank 4, which is cut"
+    ):
         jaxpeft.AdaLoRA(rank=4, target_rank=4, rank_pattern={"q_proj": 5})
     with pytest.raises(TargetError, match="rank_pattern: 'q_proj' is no adapted site"):
-        jaxpeft.rewrite(jaxpeft.AdaLoRA(rank_pattern={"q_proj": 5}), load("llama")[1], jax.random.key(0))
+        jaxpeft.rewrite(
+            jaxpeft.AdaLoRA(rank_pattern={"q_proj": 5}), load("llama")[1], jax.random.key(0)
+        )
     assert jaxpeft.AdaLoRA(orthogonality=0.0).penalty({}) is None
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 TARGETS = r".*\.(q_proj|down_proj)"
 
 
 @quiet
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module:RuntimeWarning")
+@pytest.mark.filterwarnings(
+    "ignore:The following rank_pattern keys did not match any targeted module:RuntimeWarning"
+)
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.s. have invalid shape")
-def test_a_file_that_was_cut_is_read_and_written(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_file_that_was_cut_is_read_and_written(reference: Any, tmp_path: Path) -> None:
     import peft
     import torch
 
@@ -220,7 +260,12 @@ def test_a_file_that_was_cut_is_read_and_written(reference: Any, tmp_path: Path)
     case = case_of(method, "llama", "AdaLoraConfig")
     torch_model, rng = reference("llama", "causal_lm"), torch.Generator().manual_seed(0)
     config = peft.AdaLoraConfig(
-        init_r=4, target_r=2, lora_alpha=6, total_step=3, target_modules=TARGETS, task_type="CAUSAL_LM"
+        init_r=4,
+        target_r=2,
+        lora_alpha=6,
+        total_step=3,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(torch_base(torch_model.folder, case.task), config).eval()
     parameters = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
@@ -252,24 +297,54 @@ def test_a_file_that_was_cut_is_read_and_written(reference: Any, tmp_path: Path)
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "biases": ("bert", {"targets": ("query",), "bias": "lora_only"}, {"target_modules": ["query"], "bias": "lora_only"}),
+    "biases": (
+        "bert",
+        {"targets": ("query",), "bias": "lora_only"},
+        {"target_modules": ["query"], "bias": "lora_only"},
+    ),
     "schedule": (
         "llama",
-        {"targets": TARGETS, "dropout": 0.1, "initial_steps": 2, "final_steps": 3, "interval": 4, "beta1": 0.7, "beta2": 0.6,
-         "orthogonality": 0.25},
-        {"target_modules": TARGETS, "lora_dropout": 0.1, "tinit": 2, "tfinal": 3, "deltaT": 4, "beta1": 0.7, "beta2": 0.6,
-         "orth_reg_weight": 0.25},
+        {
+            "targets": TARGETS,
+            "dropout": 0.1,
+            "initial_steps": 2,
+            "final_steps": 3,
+            "interval": 4,
+            "beta1": 0.7,
+            "beta2": 0.6,
+            "orthogonality": 0.25,
+        },
+        {
+            "target_modules": TARGETS,
+            "lora_dropout": 0.1,
+            "tinit": 2,
+            "tfinal": 3,
+            "deltaT": 4,
+            "beta1": 0.7,
+            "beta2": 0.6,
+            "orth_reg_weight": 0.25,
+        },
     ),
-}  # fmt: skip
+}
 
 
 @quiet
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.representatives("schedule")
-def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:  # noqa: F811
+def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:
     kind, options, peft = VARIANTS[name]
     method = jaxpeft.AdaLoRA(rank=4, target_rank=2, alpha=6.0, **options)
-    case = case_of(method, kind, "AdaLoraConfig", size=0.5, init_r=4, target_r=2, lora_alpha=6, total_step=20, **peft)
+    case = case_of(
+        method,
+        kind,
+        "AdaLoraConfig",
+        size=0.5,
+        init_r=4,
+        target_r=2,
+        lora_alpha=6,
+        total_step=20,
+        **peft,
+    )
     assert exported(reference, tmp_path / "ours", case) < 1e-5
     far, found = imported(reference, tmp_path / "theirs", case)
     assert far < 1e-5
@@ -277,12 +352,21 @@ def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> Non
 
 
 def test_what_is_refused_in_a_file() -> None:
-    config = {"init_r": 4, "target_r": 8, "lora_alpha": 8, "target_modules": ["q"], "r": 8, "total_step": 10}
+    config = {
+        "init_r": 4,
+        "target_r": 8,
+        "lora_alpha": 8,
+        "target_modules": ["q"],
+        "r": 8,
+        "total_step": 10,
+    }
     values, problems = jaxpeft.AdaLoRA.peft.read_options(jaxpeft.AdaLoRA, config)
     assert not problems
     assert values["target_rank"] == 4  # peft cuts nothing then
     for pattern in ({"q.lora_E": 3}, [1]):
-        _, problems = jaxpeft.AdaLoRA.peft.read_options(jaxpeft.AdaLoRA, config | {"rank_pattern": pattern})
+        _, problems = jaxpeft.AdaLoRA.peft.read_options(
+            jaxpeft.AdaLoRA, config | {"rank_pattern": pattern}
+        )
         assert problems == ["rank_pattern: must give a list of true and false for each site"]
     _, problems = jaxpeft.AdaLoRA.peft.read_options(
         jaxpeft.AdaLoRA, {"target_modules": ["q"], "use_dora": True, "alpha_pattern": {"q": 1}}

@@ -41,8 +41,12 @@ class Sublayer(nn.Module):
 
 def adapted(model: Any, method: Any, *args: Any) -> Any:
     base = model.init(jax.random.key(1), *args)["params"]
-    params = jaxpeft.rewrite(method, base, jax.random.key(0), sites=jaxpeft.find_sites(model, base, *args))
-    return jax.tree.map(lambda leaf: leaf + 0.3 * random(*leaf.shape) if leaf.ndim else leaf, params)
+    params = jaxpeft.rewrite(
+        method, base, jax.random.key(0), sites=jaxpeft.find_sites(model, base, *args)
+    )
+    return jax.tree.map(
+        lambda leaf: leaf + 0.3 * random(*leaf.shape) if leaf.ndim else leaf, params
+    )
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -50,13 +54,21 @@ def adapted(model: Any, method: Any, *args: Any) -> Any:
 def test_the_formula_of_each_placement(placement: Any, normed: bool) -> None:
     x, residual, model = random(2, 5, 6), random(2, 5, 8), Sublayer(normed)
     method = jaxpeft.Adapter(
-        placement=placement, targets=("o_proj",), reduction_factor=3, scaling=2.0, non_linearity="tanh"
+        placement=placement,
+        targets=("o_proj",),
+        reduction_factor=3,
+        scaling=2.0,
+        non_linearity="tanh",
     )
     params = adapted(model, method, x, residual)
     own = params["o_proj"]
 
     def n(value: Any) -> Any:
-        return LayerNorm(1e-5, jnp.float32).apply({"params": params["norm"]}, value) if normed else value
+        return (
+            LayerNorm(1e-5, jnp.float32).apply({"params": params["norm"]}, value)
+            if normed
+            else value
+        )
 
     h = x @ own["kernel"] + own["bias"]
     z = {"houlsby": h, "pfeiffer": n(residual + h), "parallel": residual}[placement]
@@ -74,7 +86,9 @@ class Plain(nn.Module):
 
 def test_a_module_that_joins_nothing_is_adapted_on_its_output_alone() -> None:
     x, model = random(3, 5), Plain()
-    params = adapted(model, jaxpeft.Adapter(placement="houlsby", targets=("mid", "out"), reduction_factor=2), x)
+    params = adapted(
+        model, jaxpeft.Adapter(placement="houlsby", targets=("mid", "out"), reduction_factor=2), x
+    )
 
     def network(own: Any, h: Any) -> Any:
         inner = jax.nn.relu(h @ own["adapter_down"] + own["adapter_down_bias"])
@@ -82,16 +96,21 @@ def test_a_module_that_joins_nothing_is_adapted_on_its_output_alone() -> None:
 
     mid, out = params["mid"], params["out"]
     h = network(mid, x @ mid["kernel"] + mid["bias"])
-    wanted = network(out, (h @ out["kernel"].reshape(6, 8)) + out["bias"].reshape(8)).reshape(3, 2, 4)
+    wanted = network(out, (h @ out["kernel"].reshape(6, 8)) + out["bias"].reshape(8)).reshape(
+        3, 2, 4
+    )
     np.testing.assert_allclose(jaxpeft.apply(model, params, x), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("placement", ["pfeiffer", "parallel"])
-def test_a_placement_that_reads_the_residual_stream_is_refused_where_there_is_none(placement: Any) -> None:
+def test_a_placement_that_reads_the_residual_stream_is_refused_where_there_is_none(
+    placement: Any,
+) -> None:
     x, model = random(3, 5), Plain()
     params = adapted(model, jaxpeft.Adapter(placement=placement, targets=("mid",)), x)
     with pytest.raises(
-        ConfigError, match=f"placement '{placement}' reads the residual stream.*take placement 'houlsby'"
+        ConfigError,
+        match=f"placement '{placement}' reads the residual stream.*take placement 'houlsby'",
     ):
         jaxpeft.apply(model, params, x)
 
@@ -105,19 +124,27 @@ def test_a_placement_that_reads_the_residual_stream_is_refused_where_there_is_no
         ("bert", {"sublayers": "both", "exclude": ("attention.output.dense",)}, {"output/dense"}),
         ("bert", {"exclude": r".*\.0\.output\.dense"}, {"output/dense"}),
         ("llama", {}, {"mlp/down_proj"}),
-        ("llama", {"placement": "parallel", "sublayers": "both"}, {"self_attn/o_proj", "mlp/down_proj"}),
+        (
+            "llama",
+            {"placement": "parallel", "sublayers": "both"},
+            {"self_attn/o_proj", "mlp/down_proj"},
+        ),
     ],
 )
 def test_the_usual_sites(kind: str, options: dict[str, Any], wanted: set[str]) -> None:
     method = jaxpeft.Adapter(**options)
     params = jaxpeft.rewrite(method, load(kind)[1], jax.random.key(0))
     found = names(params, "adapter_down")
-    assert {name.partition("/1/")[2].removesuffix("/adapter_down") for name in found if "/1/" in name} == wanted
+    assert {
+        name.partition("/1/")[2].removesuffix("/adapter_down") for name in found if "/1/" in name
+    } == wanted
     assert any("/0/" in name for name in found) == (not isinstance(method.exclude, str))
 
 
 def test_some_layers_of_a_stack_compute_as_unrolled_and_the_others_as_the_base() -> None:
-    method = jaxpeft.Adapter(placement="houlsby", layers_to_transform=(1,), non_linearity="sigmoid", scaling="learned")
+    method = jaxpeft.Adapter(
+        placement="houlsby", layers_to_transform=(1,), non_linearity="sigmoid", scaling="learned"
+    )
     (model, base), (plain_model, plain) = load("bert", scan_layers=True), load("bert")
     fresh = jaxpeft.rewrite(method, base, jax.random.key(0))
     np.testing.assert_array_equal(run(model, fresh), run(model, base))
@@ -127,12 +154,18 @@ def test_some_layers_of_a_stack_compute_as_unrolled_and_the_others_as_the_base()
     unrolled = moved(method, jaxpeft.rewrite(method, plain, jax.random.key(0)))
     own = {name: leaf[1] for name, leaf in node.items() if name.startswith("adapter_")}
     assert own.keys() == {
-        key for key in unrolled["bert"]["encoder"]["layer"]["1"]["output"]["dense"] if "adapter_" in key
+        key
+        for key in unrolled["bert"]["encoder"]["layer"]["1"]["output"]["dense"]
+        if "adapter_" in key
     }
-    np.testing.assert_allclose(run(model, params), run(plain_model, jaxpeft.unstack_layers(params)), atol=1e-5)
+    np.testing.assert_allclose(
+        run(model, params), run(plain_model, jaxpeft.unstack_layers(params)), atol=1e-5
+    )
 
     def loss(trained: Any) -> Any:
-        return jnp.sum(jnp.square(jaxpeft.apply(model, {**params, "bert": trained}, jnp.arange(4, 8)[None])))
+        return jnp.sum(
+            jnp.square(jaxpeft.apply(model, {**params, "bert": trained}, jnp.arange(4, 8)[None]))
+        )
 
     grads = jax.grad(loss)(params["bert"])["encoder"]["layer"]["output"]["dense"]
     for key in ("adapter_down", "adapter_up", "adapter_up_bias", "adapter_gain"):
@@ -144,24 +177,38 @@ def test_dropout_is_on_what_the_adapter_gives() -> None:
     x, model = random(4, 50, 5), Plain()
     params = adapted(model, jaxpeft.Adapter(placement="houlsby", targets=("mid",), dropout=0.5), x)
     plain = jaxpeft.apply(model, params, x)
-    mid = {"mid": params["mid"], "out": {"kernel": jnp.eye(8)[:6].reshape(6, 2, 4), "bias": jnp.zeros((2, 4))}}
+    mid = {
+        "mid": params["mid"],
+        "out": {"kernel": jnp.eye(8)[:6].reshape(6, 2, 4), "bias": jnp.zeros((2, 4))},
+    }
     base = x @ params["mid"]["kernel"] + params["mid"]["bias"]
     whole = jaxpeft.apply(model, mid, x).reshape(4, 50, 8)[..., :6] - base
-    some = jaxpeft.apply(model, mid, x, rngs={"dropout": jax.random.key(3)}).reshape(4, 50, 8)[..., :6] - base
+    some = (
+        jaxpeft.apply(model, mid, x, rngs={"dropout": jax.random.key(3)}).reshape(4, 50, 8)[..., :6]
+        - base
+    )
     kept = np.abs(some) > 1e-6
     assert 0.4 < kept.mean() < 0.6
-    np.testing.assert_allclose(np.asarray(some)[kept], 2 * np.asarray(whole)[kept], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(some)[kept], 2 * np.asarray(whole)[kept], rtol=1e-3, atol=1e-5
+    )
     np.testing.assert_array_equal(plain, jaxpeft.apply(model, params, x))
 
 
 def test_every_row_has_an_adapter_of_its_own() -> None:
     model, base = load("bert", task="encoder", scan_layers=True)
     method = jaxpeft.Adapter(placement="parallel", reduction_factor=4)
-    first, second = (moved(method, jaxpeft.rewrite(method, base, jax.random.key(0)), seed=seed) for seed in (1, 2))
+    first, second = (
+        moved(method, jaxpeft.rewrite(method, base, jax.random.key(0)), seed=seed)
+        for seed in (1, 2)
+    )
     bank = jaxpeft.bank([(method, first), (method, second)])
     ids = jnp.arange(4, 16, dtype=jnp.int32).reshape(2, 6)
     rows = jaxpeft.apply(model, bank, ids, adapter=jnp.asarray([1, 0]))
-    one, other = jaxpeft.apply(model, bank, ids, adapter=1), jaxpeft.apply(model, bank, ids, adapter=0)
+    one, other = (
+        jaxpeft.apply(model, bank, ids, adapter=1),
+        jaxpeft.apply(model, bank, ids, adapter=0),
+    )
     np.testing.assert_allclose(rows, jnp.stack([one[0], other[1]]), atol=1e-5)
 
 
@@ -177,7 +224,10 @@ def test_kronecker_products() -> None:
 
 def test_widths_that_the_rule_does_not_divide_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"phm_dim: 4 does not divide both the width 32 of .*down_proj and its bottleneck's, 6"
+        ConfigError,
+        match=(
+            r"phm_dim: 4 does not divide both the width 32 of .*down_proj and its bottleneck's, 6"
+        ),
     ):
         jaxpeft.rewrite(jaxpeft.Compacter(reduction_factor=5), load("llama")[1], jax.random.key(0))
 
@@ -199,7 +249,11 @@ def test_options_that_are_refused(options: dict[str, Any], said: str) -> None:
 
 def test_a_model_without_the_usual_sites_is_refused() -> None:
     with pytest.raises(TargetError, match="the model has none of the usual sites of adapter"):
-        jaxpeft.rewrite(jaxpeft.Adapter(), Plain().init(jax.random.key(0), random(3, 5))["params"], jax.random.key(0))
+        jaxpeft.rewrite(
+            jaxpeft.Adapter(),
+            Plain().init(jax.random.key(0), random(3, 5))["params"],
+            jax.random.key(0),
+        )
 
 
 def test_an_adapter_that_begins_random_says_that_it_is_not_the_base() -> None:
@@ -208,5 +262,7 @@ def test_an_adapter_that_begins_random_says_that_it_is_not_the_base() -> None:
         method = jaxpeft.Adapter(init_weights=begin)
         assert not method.fresh_is_base
         assert dataclasses.replace(method, init_weights="lora").fresh_is_base
-        node = jaxpeft.rewrite(method, load("llama")[1], jax.random.key(0))["model"]["layers"]["0"]["mlp"]["down_proj"]
+        node = jaxpeft.rewrite(method, load("llama")[1], jax.random.key(0))["model"]["layers"]["0"][
+            "mlp"
+        ]["down_proj"]
         assert 0.001 < float(jnp.abs(node["adapter_up"]).max()) < 0.1

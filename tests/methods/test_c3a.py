@@ -19,7 +19,7 @@ pytestmark = quiet
 SITES = ("q_proj", "down_proj")
 
 
-def test_block_sizes_by_site_go_both_ways(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_block_sizes_by_site_go_both_ways(reference: Any, tmp_path: Path) -> None:
     sizes = {"mlp.down_proj": 16}
     method = jaxpeft.C3A(block_size=4, targets=SITES, block_size_pattern=sizes)
     options = {"block_size": 4, "target_modules": list(SITES), "block_size_pattern": sizes}
@@ -42,18 +42,27 @@ def test_the_other_starts_change_the_outputs_and_say_so(begun: Any) -> None:
 def test_a_site_that_does_not_make_whole_blocks_is_named() -> None:
     _, base = load("llama")
     with pytest.raises(
-        ConfigError, match=r"c3a.block_size: 256 does not divide the 32 inputs and 32 outputs of .*such as 32"
+        ConfigError,
+        match=r"c3a.block_size: 256 does not divide the 32 inputs and 32 outputs of .*such as 32",
     ):
         jaxpeft.rewrite(jaxpeft.C3A(targets=("q_proj",)), base, jax.random.key(0))
     with pytest.raises(
-        TargetError, match=r"'q_proj\|down_proj' would be read otherwise by PEFT; give the end of a site's name"
+        TargetError,
+        match=r"'q_proj\|down_proj' would be read otherwise by PEFT; give the end of a site's name",
     ):
-        jaxpeft.rewrite(jaxpeft.C3A(targets=SITES, block_size_pattern={"q_proj|down_proj": 2}), base, jax.random.key(0))
+        jaxpeft.rewrite(
+            jaxpeft.C3A(targets=SITES, block_size_pattern={"q_proj|down_proj": 2}),
+            base,
+            jax.random.key(0),
+        )
     _, stacked = load("llama", scan_layers=True)
     mixed = jaxpeft.C3A(block_size=4, targets=SITES, block_size_pattern={"1.mlp.down_proj": 16})
     with pytest.raises(
-        ConfigError, match=r"c3a: the layers of model/layers/mlp/down_proj are stacked, and .* differ in size"
+        ConfigError,
+        match=r"c3a: the layers of model/layers/mlp/down_proj are stacked, and .* differ in size",
     ):
         jaxpeft.rewrite(mixed, stacked, jax.random.key(0))
     with pytest.raises(TargetError, match="block_size_pattern: 'v_proj' matches no adapted site"):
-        jaxpeft.rewrite(jaxpeft.C3A(targets=SITES, block_size_pattern={"v_proj": 2}), base, jax.random.key(0))
+        jaxpeft.rewrite(
+            jaxpeft.C3A(targets=SITES, block_size_pattern={"v_proj": 2}), base, jax.random.key(0)
+        )

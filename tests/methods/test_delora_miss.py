@@ -1,4 +1,6 @@
-"""DeLoRA's and MiSS's own: the bound of the update, shards that do not fit, and the real `peft` in all variants."""
+"""DeLoRA's and MiSS's own: the bound of the update, shards that do not fit, and the real `peft` in
+all variants.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ def test_delora_s_update_is_no_longer_than_the_boundary_times_the_kernel() -> No
     for size in (0.01, 1.0, 100.0):
         b = jnp.asarray(size * RNG.normal(size=(3, 12)), jnp.float32)
         update = method.fold({**leaves, "delora_b": b}, {"kernel": kernel})["kernel"] - kernel
-        assert 0.01 < float(jnp.linalg.norm(update)) <= 0.5 * float(jnp.abs(leaves["delora_w_norm"]).max())
+        assert (
+            0.01
+            < float(jnp.linalg.norm(update))
+            <= 0.5 * float(jnp.abs(leaves["delora_w_norm"]).max())
+        )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +50,12 @@ def test_delora_s_update_is_no_longer_than_the_boundary_times_the_kernel() -> No
             ),
             "DeloraConfig",
             0.2,
-            {"r": 3, "delora_lambda": 1, "rank_pattern": {"1.mlp.down_proj": 2}, "lambda_pattern": {"q_proj": 2}},
+            {
+                "r": 3,
+                "delora_lambda": 1,
+                "rank_pattern": {"1.mlp.down_proj": 2},
+                "lambda_pattern": {"q_proj": 2},
+            },
         ),
         (
             jaxpeft.MiSS(rank=7, variant="mini", mini_rank=4, dropout=0.1, targets=SITES),
@@ -55,7 +66,7 @@ def test_delora_s_update_is_no_longer_than_the_boundary_times_the_kernel() -> No
     ],
 )
 def test_variants_go_both_ways_with_the_real_peft(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Path,
     method: Any,
     config: str,
@@ -75,9 +86,14 @@ def test_variants_go_both_ways_with_the_real_peft(
     [
         ({"rank": 33}, "miss: the kernel of proj, 32 by 12, does not split by rank 33"),
         ({"rank": 8, "variant": "bat"}, "does not split by rank 8"),
-        ({"rank": 8, "variant": "mini", "mini_rank": 5}, "does not split by rank 8 and mini_rank 5"),
+        (
+            {"rank": 8, "variant": "mini", "mini_rank": 5},
+            "does not split by rank 8 and mini_rank 5",
+        ),
     ],
 )
 def test_shards_that_do_not_fit_are_refused(options: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        jaxpeft.MiSS(**options).init(Site(("proj",), ("proj",), (32, 12)), lambda: None, jax.random.key(0))
+        jaxpeft.MiSS(**options).init(
+            Site(("proj",), ("proj",), (32, 12)), lambda: None, jax.random.key(0)
+        )

@@ -55,10 +55,12 @@ def test_value_and_gradients_are_those_of_peft() -> None:
         holder, LoraConfig(r=2, lora_alpha=6, use_dora=True, target_modules=["proj"])
     ).base_model.model.proj
     given = {
-        layer.base_layer.weight: own["kernel"].T, layer.base_layer.bias: own["bias"],
-        layer.lora_A["default"].weight: own["dora_a"].T, layer.lora_B["default"].weight: own["dora_b"].T,
+        layer.base_layer.weight: own["kernel"].T,
+        layer.base_layer.bias: own["bias"],
+        layer.lora_A["default"].weight: own["dora_a"].T,
+        layer.lora_B["default"].weight: own["dora_b"].T,
         layer.lora_magnitude_vector["default"].weight: own["dora_magnitude"],
-    }  # fmt: skip
+    }
     with torch.no_grad():
         for tensor, leaf in given.items():
             tensor.copy_(torch.tensor(np.array(leaf)))
@@ -68,7 +70,9 @@ def test_value_and_gradients_are_those_of_peft() -> None:
     def total(adapter: Any) -> Any:
         return jnp.sum(jnp.sin(jaxpeft.apply(model, {"proj": own | adapter}, x)))
 
-    found, grads = jax.value_and_grad(total)({name: own[name] for name in ("dora_a", "dora_b", "dora_magnitude")})
+    found, grads = jax.value_and_grad(total)(
+        {name: own[name] for name in ("dora_a", "dora_b", "dora_magnitude")}
+    )
     np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-5)
     theirs = [tensor.grad.numpy() for tensor in list(given)[2:]]
     np.testing.assert_allclose(grads["dora_a"].T, theirs[0], rtol=1e-4, atol=1e-5)
@@ -97,7 +101,9 @@ def test_a_column_of_zeros_and_padding_give_no_nan() -> None:
     base = {"proj": {"kernel": random(8, 6).at[:, 2].set(0.0)}}
     params = jaxpeft.rewrite(jaxpeft.DoRA(rank=2), base, jax.random.key(0))
     x = random(3, 8)
-    np.testing.assert_allclose(jaxpeft.apply(nn_of(base), params, x), x @ base["proj"]["kernel"], atol=1e-6)
+    np.testing.assert_allclose(
+        jaxpeft.apply(nn_of(base), params, x), x @ base["proj"]["kernel"], atol=1e-6
+    )
 
     method = jaxpeft.DoRA(rank=2, targets=("q_proj", "down_proj"), layers_to_transform=(1,))
     model, plain = load("llama", scan_layers=True)
@@ -105,14 +111,18 @@ def test_a_column_of_zeros_and_padding_give_no_nan() -> None:
     np.testing.assert_array_equal(run(model, fresh), run(model, plain))
     changed = moved(method, fresh)
     trainable, frozen = jaxpeft.partition(changed, jaxpeft.trainable_mask(method, changed))
-    grads = jax.grad(lambda t: jnp.sum(jnp.square(jaxpeft.apply(model, combine(t, frozen), BATCH.ids))))(trainable)
+    grads = jax.grad(
+        lambda t: jnp.sum(jnp.square(jaxpeft.apply(model, combine(t, frozen), BATCH.ids)))
+    )(trainable)
     for name, leaf in leaves(grads).items():
         assert np.isfinite(leaf).all(), name
         assert not leaf[0].any(), name
         assert leaf[1].any(), name
     other, _ = load("llama")
     np.testing.assert_allclose(run(model, changed), run(other, without_padding(changed)), atol=1e-4)
-    np.testing.assert_allclose(run(model, jaxpeft.merge(method, changed)), run(model, changed), atol=1e-4)
+    np.testing.assert_allclose(
+        run(model, jaxpeft.merge(method, changed)), run(model, changed), atol=1e-4
+    )
 
 
 def nn_of(base: Any) -> Any:
@@ -139,24 +149,49 @@ def without_padding(tree: Any) -> Any:
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "embedding": ("llama", {"targets": r".*(embed_tokens|v_proj)"}, {"target_modules": r".*(embed_tokens|v_proj)"}),
-    "biases": ("bert", {"targets": ("query",), "bias": "lora_only"}, {"target_modules": ["query"], "bias": "lora_only"}),
-    "all biases": ("bert", {"targets": ("query",), "bias": "all"}, {"target_modules": ["query"], "bias": "all"}),
+    "embedding": (
+        "llama",
+        {"targets": r".*(embed_tokens|v_proj)"},
+        {"target_modules": r".*(embed_tokens|v_proj)"},
+    ),
+    "biases": (
+        "bert",
+        {"targets": ("query",), "bias": "lora_only"},
+        {"target_modules": ["query"], "bias": "lora_only"},
+    ),
+    "all biases": (
+        "bert",
+        {"targets": ("query",), "bias": "all"},
+        {"target_modules": ["query"], "bias": "all"},
+    ),
     "patterns": (
         "llama",
-        {"targets": r".*\.(q_proj|v_proj)", "rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3.0}},
-        {"target_modules": r".*\.(q_proj|v_proj)", "use_rslora": True, "rank_pattern": {"v_proj": 2},
-         "alpha_pattern": {"q_proj": 3.0}},
+        {
+            "targets": r".*\.(q_proj|v_proj)",
+            "rslora": True,
+            "rank_pattern": {"v_proj": 2},
+            "alpha_pattern": {"q_proj": 3.0},
+        },
+        {
+            "target_modules": r".*\.(q_proj|v_proj)",
+            "use_rslora": True,
+            "rank_pattern": {"v_proj": 2},
+            "alpha_pattern": {"q_proj": 3.0},
+        },
     ),
-    "dropout": ("llama", {"targets": ("q_proj",), "dropout": 0.1}, {"target_modules": ["q_proj"], "lora_dropout": 0.1}),
-}  # fmt: skip
+    "dropout": (
+        "llama",
+        {"targets": ("q_proj",), "dropout": 0.1},
+        {"target_modules": ["q_proj"], "lora_dropout": 0.1},
+    ),
+}
 
 
 @quiet
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.representatives("embedding", "patterns", "all biases")
-def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:  # noqa: F811
+def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:
     kind, options, peft = VARIANTS[name]
     method = jaxpeft.DoRA(rank=4, alpha=6.0, **options)
     case = case_of(method, kind, "LoraConfig", r=4, lora_alpha=6, use_dora=True, **peft)
@@ -169,7 +204,9 @@ def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> Non
 @quiet
 @pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal"])
 @pytest.mark.representatives("pissa", "olora")
-def test_other_starts_are_the_base_and_are_saved_as_what_peft_loads(reference: Any, tmp_path: Path, start: Any) -> None:  # noqa: F811
+def test_other_starts_are_the_base_and_are_saved_as_what_peft_loads(
+    reference: Any, tmp_path: Path, start: Any
+) -> None:
     method = jaxpeft.DoRA(rank=4, alpha=6.0, targets=("q_proj", "down_proj"), init_weights=start)
     model, base = load("llama")
     fresh = jaxpeft.rewrite(method, base, jax.random.key(0))
@@ -185,6 +222,7 @@ def test_what_is_refused() -> None:
     assert peft_config.method_of(dora) is jaxpeft.DoRA
     assert peft_config.method_of(dora | {"use_dora": False}) is jaxpeft.LoRA
     _, problems = jaxpeft.DoRA.peft.read_options(
-        jaxpeft.DoRA, {"use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["q"], "use_qalora": True}
+        jaxpeft.DoRA,
+        {"use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["q"], "use_qalora": True},
     )
     assert problems == ["use_qalora: True is not supported by the dora method; nothing was loaded"]

@@ -21,9 +21,15 @@ pytestmark = quiet
 SITES = ("q_proj", "down_proj")
 
 
-def test_four_blocks_without_a_plain_lora_go_both_ways(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_four_blocks_without_a_plain_lora_go_both_ways(reference: Any, tmp_path: Path) -> None:
     method = jaxpeft.GraLoRA(rank=8, blocks=4, alpha=12.0, targets=SITES, layers_to_transform=(0,))
-    options = {"r": 8, "gralora_k": 4, "alpha": 12, "target_modules": list(SITES), "layers_to_transform": [0]}
+    options = {
+        "r": 8,
+        "gralora_k": 4,
+        "alpha": 12,
+        "target_modules": list(SITES),
+        "layers_to_transform": [0],
+    }
     case = case_of(method, "llama", "GraloraConfig", **options)
     assert exported(reference, tmp_path / "ours", case) < 1e-4
     far, found = imported(reference, tmp_path / "theirs", case)
@@ -44,8 +50,12 @@ def test_one_block_is_lora() -> None:
     }
     assert len(random) == 8
     theirs = paths.map_with_path(lambda path, leaf: random.get(path, leaf), theirs)
-    ours = paths.map_with_path(lambda path, leaf: random.get((*path[:-1], path[-1].replace("gra", "")), leaf), ours)
-    ours = paths.map_with_path(lambda path, leaf: leaf[None] if path[-1] in ("gralora_a", "gralora_b") else leaf, ours)
+    ours = paths.map_with_path(
+        lambda path, leaf: random.get((*path[:-1], path[-1].replace("gra", "")), leaf), ours
+    )
+    ours = paths.map_with_path(
+        lambda path, leaf: leaf[None] if path[-1] in ("gralora_a", "gralora_b") else leaf, ours
+    )
     np.testing.assert_allclose(run(model, ours), run(model, theirs), rtol=1e-4, atol=1e-4)
 
 
@@ -54,6 +64,9 @@ def test_what_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="rank: 5 is no multiple of blocks, 2"):
         jaxpeft.GraLoRA(rank=5)
     with pytest.raises(
-        ConfigError, match=r"gralora.blocks: 3 does not divide the 32 inputs and 32 outputs of model\.layers\.0"
+        ConfigError,
+        match=r"gralora.blocks: 3 does not divide the 32 inputs and 32 outputs of model\.layers\.0",
     ):
-        jaxpeft.rewrite(jaxpeft.GraLoRA(rank=6, blocks=3, targets=("q_proj",)), base, jax.random.key(0))
+        jaxpeft.rewrite(
+            jaxpeft.GraLoRA(rank=6, blocks=3, targets=("q_proj",)), base, jax.random.key(0)
+        )

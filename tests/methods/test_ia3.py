@@ -35,12 +35,21 @@ def test_the_usual_sites_are_keys_values_and_the_modules_that_end_a_feed_forward
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        ({}, {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+        (
+            {},
+            {
+                "target_modules": ["k_proj", "v_proj", "down_proj"],
+                "feedforward_modules": ["down_proj"],
+            },
+        ),
         (
             {"targets": ("q_proj", "down_proj"), "feedforward": ("q_proj",)},
             {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["q_proj"]},
         ),
-        ({"targets": ("o_proj",), "feedforward": ()}, {"target_modules": ["o_proj"], "feedforward_modules": []}),
+        (
+            {"targets": ("o_proj",), "feedforward": ()},
+            {"target_modules": ["o_proj"], "feedforward_modules": []},
+        ),
         (
             {"targets": "all-linear", "feedforward": ("proj",), "layers_to_transform": 1},
             {"target_modules": "all-linear", "feedforward_modules": ".*proj"},
@@ -49,7 +58,7 @@ def test_the_usual_sites_are_keys_values_and_the_modules_that_end_a_feed_forward
 )
 @pytest.mark.representatives("ours0*", "ours2*")
 def test_variants_go_both_ways_with_the_real_peft(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Path,
     ours: Any,
     theirs: Any,
@@ -57,7 +66,9 @@ def test_variants_go_both_ways_with_the_real_peft(
     case = case_of(jaxpeft.IA3(**ours), "llama", "IA3Config", **theirs)
     assert exported(reference, tmp_path / "ours", case) < 1e-4
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    assert "layers_to_transform" not in written, "is unknown to peft's IA3, which would adapt all layers"
+    assert "layers_to_transform" not in written, (
+        "is unknown to peft's IA3, which would adapt all layers"
+    )
     assert imported(reference, tmp_path / "theirs", case)[0] < 1e-4
 
 

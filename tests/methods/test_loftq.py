@@ -1,4 +1,6 @@
-"""LoftQ's start: the adapted quantized model is nearer to the model of the files than the quantized one."""
+"""LoftQ's start: the adapted quantized model is nearer to the model of the files than the quantized
+one.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,14 @@ def started(method: Any, model: Any, base: Any) -> Any:
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", ["lora", "lora_fa"])
 @pytest.mark.representatives("lora-True")
-def test_a_and_b_begin_as_the_largest_part_of_what_the_base_lost(reference: Any, scan: bool, name: str) -> None:  # noqa: F811
+def test_a_and_b_begin_as_the_largest_part_of_what_the_base_lost(
+    reference: Any, scan: bool, name: str
+) -> None:
     model, original = reference("llama", "causal_lm").load(scan_layers=scan)
     stored, _ = quantized(original)
-    method = jaxpeft.METHODS[name](rank=8, alpha=8.0, rank_pattern={"q_proj": 2}, init_weights="loftq")
+    method = jaxpeft.METHODS[name](
+        rank=8, alpha=8.0, rank_pattern={"q_proj": 2}, init_weights="loftq"
+    )
     begun, params = started(method, model, stored)
     assert begun.init_weights == "default"
     assert begun.rank_pattern == method.rank_pattern
@@ -44,7 +50,9 @@ def test_a_and_b_begin_as_the_largest_part_of_what_the_base_lost(reference: Any,
             own = layer_of(site, paths.get(params, site.path), i)
             whole = begun.fold(own, {"kernel": kernel})["kernel"]
             left = np.linalg.svd(wanted - kernel, compute_uv=False)[method.site_rank(called) :]
-            np.testing.assert_allclose(np.linalg.norm(wanted - whole), np.linalg.norm(left), rtol=1e-3)
+            np.testing.assert_allclose(
+                np.linalg.norm(wanted - whole), np.linalg.norm(left), rtol=1e-3
+            )
             seen += 1
     assert seen == 14
 
@@ -55,7 +63,7 @@ def test_a_and_b_begin_as_the_largest_part_of_what_the_base_lost(reference: Any,
     assert after < 0.9 * before
 
 
-def test_a_site_that_is_not_quantized_starts_as_lora_does(reference: Any) -> None:  # noqa: F811
+def test_a_site_that_is_not_quantized_starts_as_lora_does(reference: Any) -> None:
     model, original = reference("llama", "causal_lm").load()
     method = jaxpeft.LoRA(rank=2, init_weights="loftq", targets=("q_proj", "embed_tokens"))
     _, params = started(method, model, quantized(original)[0])
@@ -64,15 +72,18 @@ def test_a_site_that_is_not_quantized_starts_as_lora_does(reference: Any) -> Non
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_it_is_refused_where_it_would_do_nothing(reference: Any) -> None:  # noqa: F811
+def test_it_is_refused_where_it_would_do_nothing(reference: Any) -> None:
     model, base = reference("llama", "causal_lm").load()
     method = jaxpeft.LoRA(rank=2, init_weights="loftq")
-    with pytest.raises(ConfigError, match="no kernel that is adapted is quantized; give another start"):
+    with pytest.raises(
+        ConfigError, match="no kernel that is adapted is quantized; give another start"
+    ):
         started(method, model, base)
     made, base = load("llama")
     with pytest.raises(ConfigError, match="the model was made, not loaded: there are no files"):
         started(method, made, base)
     with pytest.raises(
-        ConfigError, match="init_weights: 'loftq' would begin with magnitudes that the kernels have not"
+        ConfigError,
+        match="init_weights: 'loftq' would begin with magnitudes that the kernels have not",
     ):
         jaxpeft.DoRA(init_weights="loftq")

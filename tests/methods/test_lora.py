@@ -21,7 +21,9 @@ def random(*shape: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("lead", [(5,), (3, 5), (2, 3, 5), ()])
-def test_the_product_and_its_gradients_are_those_of_the_plain_products(lead: tuple[int, ...]) -> None:
+def test_the_product_and_its_gradients_are_those_of_the_plain_products(
+    lead: tuple[int, ...],
+) -> None:
     given = random(*lead, 8), random(8, 2), random(2, 6)
     np.testing.assert_allclose(low_rank(*given), (given[0] @ given[1]) @ given[2], rtol=1e-6)
     ours = jax.grad(lambda *xab: jnp.sum(jnp.sin(low_rank(*xab))), (0, 1, 2))(*given)
@@ -48,7 +50,9 @@ def test_the_product_works_under_vmap() -> None:
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 16 / 4), (True, 16 / 2)])
 def test_the_scaling(rslora: bool, scale: float) -> None:
-    method = jaxpeft.LoRA(rank=4, alpha=16, rslora=rslora, alpha_pattern={"k_proj": 2.0}, rank_pattern={"v_proj": 16})
+    method = jaxpeft.LoRA(
+        rank=4, alpha=16, rslora=rslora, alpha_pattern={"k_proj": 2.0}, rank_pattern={"v_proj": 16}
+    )
     assert method.site_scale("model.layers.0.q_proj") == scale
     assert method.site_scale("model.layers.0.k_proj") == scale / 8
     assert method.site_scale("model.layers.0.v_proj") == (16 / 4 if rslora else 16 / 16)
@@ -81,13 +85,17 @@ def test_dropout_is_on_the_adapters_input_alone_in_a_training_call_and_unbiased(
     _, without = dense_site(0.0)
     without["proj"] |= {"lora_b": params["proj"]["lora_b"]}
     np.testing.assert_array_equal(plain, call(model, without, x, None))
-    calls = jax.vmap(lambda key: call(model, params, x, key))(jax.random.split(jax.random.key(2), 4000))
+    calls = jax.vmap(lambda key: call(model, params, x, key))(
+        jax.random.split(jax.random.key(2), 4000)
+    )
     assert float(jnp.abs(calls[0] - calls[1]).max()) > 0.01
     spread = np.asarray(calls).std(axis=0) / np.sqrt(4000)
     assert (np.abs(np.asarray(calls).mean(axis=0) - plain) < 5 * spread + 1e-5).all()
 
     params["proj"]["lora_b"] = jnp.zeros((2, 6))  # the base's own path is never dropped
-    np.testing.assert_array_equal(call(model, params, x, jax.random.key(3)), call(model, params, x, None))
+    np.testing.assert_array_equal(
+        call(model, params, x, jax.random.key(3)), call(model, params, x, None)
+    )
 
 
 def test_a_starts_uniform_within_the_bound_and_b_at_zero() -> None:

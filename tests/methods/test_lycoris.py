@@ -1,4 +1,6 @@
-"""LoHa's and LoKr's own: shapes, options, the two ways to compute, dropout, and the real `peft` in all variants."""
+"""LoHa's and LoKr's own: shapes, options, the two ways to compute, dropout, and the real `peft` in
+all variants.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,18 @@ def random(*shape: int) -> jax.Array:
 def test_loha_computes_alike_by_pairs_of_columns_and_by_the_whole_matrix(rank: int) -> None:
     leaves = {
         f"loha_{n}": random(*s)
-        for n, s in {"w1_a": (rank, 24), "w1_b": (20, rank), "w2_a": (rank, 24), "w2_b": (20, rank)}.items()
+        for n, s in {
+            "w1_a": (rank, 24),
+            "w1_b": (20, rank),
+            "w2_a": (rank, 24),
+            "w2_b": (20, rank),
+        }.items()
     }
     leaves["loha_scale"] = jnp.asarray(0.5)
     x = random(3, 20)
-    whole = (leaves["loha_w1_b"] @ leaves["loha_w1_a"]) * (leaves["loha_w2_b"] @ leaves["loha_w2_a"])
+    whole = (leaves["loha_w1_b"] @ leaves["loha_w1_a"]) * (
+        leaves["loha_w2_b"] @ leaves["loha_w2_a"]
+    )
     np.testing.assert_allclose(loha._update(leaves, x), 0.5 * x @ whole, rtol=1e-4, atol=1e-4)  # pyright: ignore[reportPrivateUsage]
 
 
@@ -51,21 +60,41 @@ def test_lokr_splits_numbers_as_peft_does(n: int, near: int) -> None:
     ("method", "config", "theirs"),
     [
         (
-            jaxpeft.LoHa(rank=3, targets=SITES, rank_pattern={"1.mlp.down_proj": 2}, alpha_pattern={"q_proj": 3.0}),
+            jaxpeft.LoHa(
+                rank=3,
+                targets=SITES,
+                rank_pattern={"1.mlp.down_proj": 2},
+                alpha_pattern={"q_proj": 3.0},
+            ),
             "LoHaConfig",
-            {"r": 3, "alpha": 16, "rank_pattern": {"1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+            {
+                "r": 3,
+                "alpha": 16,
+                "rank_pattern": {"1.mlp.down_proj": 2},
+                "alpha_pattern": {"q_proj": 3},
+            },
         ),
-        (jaxpeft.LoKr(rank=16, targets=SITES), "LoKrConfig", {"r": 16, "alpha": 16, "init_weights": "lycoris"}),
+        (
+            jaxpeft.LoKr(rank=16, targets=SITES),
+            "LoKrConfig",
+            {"r": 16, "alpha": 16, "init_weights": "lycoris"},
+        ),
         (
             jaxpeft.LoKr(rank=2, targets=SITES, rank_pattern={"1.mlp.down_proj": 1}),
             "LoKrConfig",
-            {"r": 2, "alpha": 16, "rank_pattern": {"1.mlp.down_proj": 1}, "module_dropout": 0.5, "rank_dropout": 0.1},
+            {
+                "r": 2,
+                "alpha": 16,
+                "rank_pattern": {"1.mlp.down_proj": 1},
+                "module_dropout": 0.5,
+                "rank_dropout": 0.1,
+            },
         ),
     ],
 )
 @pytest.mark.representatives("method0-*", "method2-*")
 def test_variants_go_both_ways_with_the_real_peft(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Path,
     method: Any,
     config: str,
@@ -75,7 +104,10 @@ def test_variants_go_both_ways_with_the_real_peft(
     assert exported(reference, tmp_path / "ours", case) < 1e-4
     gap, loaded = imported(reference, tmp_path / "theirs", case)
     assert gap < 1e-4
-    assert (loaded.rank_pattern, loaded.alpha_pattern) == (method.rank_pattern, method.alpha_pattern)
+    assert (loaded.rank_pattern, loaded.alpha_pattern) == (
+        method.rank_pattern,
+        method.alpha_pattern,
+    )
     assert loaded.module_dropout == theirs.get("module_dropout", 0)
 
 
@@ -93,8 +125,13 @@ def test_outputs_that_stay_grow_by_as_much_as_others_are_left_out() -> None:
         (jaxpeft.LoKr(rank=2, rank_dropout=0.5), False),
         (jaxpeft.LoKr(rank=2, rank_dropout=0.5, rank_dropout_scale=True), True),
     ):
-        params = jaxpeft.rewrite(method, {"proj": {"kernel": jnp.zeros((8, 40))}}, jax.random.key(0))
-        params["proj"] = {k: random(*v.shape) if k in method.leaves.trained else v for k, v in params["proj"].items()}
+        params = jaxpeft.rewrite(
+            method, {"proj": {"kernel": jnp.zeros((8, 40))}}, jax.random.key(0)
+        )
+        params["proj"] = {
+            k: random(*v.shape) if k in method.leaves.trained else v
+            for k, v in params["proj"].items()
+        }
         whole = jaxpeft.apply(Holder(), params, x)
         dropped = jaxpeft.apply(Holder(), params, x, rngs={"dropout": jax.random.key(1)})
         ratio = np.asarray(dropped / whole)
@@ -105,15 +142,22 @@ def test_outputs_that_stay_grow_by_as_much_as_others_are_left_out() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"lokr\.decompose_factor: must be -1 or at least 1, is 0"):
+    with pytest.raises(
+        ConfigError, match=r"lokr\.decompose_factor: must be -1 or at least 1, is 0"
+    ):
         jaxpeft.LoKr(decompose_factor=0)
     _, base = load("llama", scan_layers=True)
     mixed = jaxpeft.LoKr(rank=2, targets=("down_proj",), rank_pattern={"1.mlp.down_proj": 16})
     with pytest.raises(
-        ConfigError, match=r"lokr: the layers of model/layers/mlp/down_proj are stacked, and with these options"
+        ConfigError,
+        match=r"lokr: the layers of model/layers/mlp/down_proj are stacked, and with these options",
     ):
         jaxpeft.rewrite(mixed, base, jax.random.key(0))
     jaxpeft.rewrite(mixed, load("llama")[1], jax.random.key(0))
     pair = [jaxpeft.LoKr(rank=2, targets=("q_proj",), decompose_factor=n) for n in (2, 4)]
-    with pytest.raises(ConfigError, match="which lokr cannot pad; give all adapters the same options"):
-        jaxpeft.bank([(method, jaxpeft.rewrite(method, base, jax.random.key(0))) for method in pair])
+    with pytest.raises(
+        ConfigError, match="which lokr cannot pad; give all adapters the same options"
+    ):
+        jaxpeft.bank(
+            [(method, jaxpeft.rewrite(method, base, jax.random.key(0))) for method in pair]
+        )

@@ -1,4 +1,6 @@
-"""Prefix tuning and deep prompts: the network against torch, starts from real tokens, dropout, what files leave out."""
+"""Prefix tuning and deep prompts: the network against torch, starts from real tokens, dropout, what
+files leave out.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def test_the_network_is_that_of_peft() -> None:
     method = jaxpeft.PrefixTuning(num_virtual_tokens=5, projection=True, encoder_hidden_size=12)
     leaves = jaxpeft.rewrite(method, base, jax.random.key(0))
     sizes = {"num_virtual_tokens": 5, "token_dim": 16, "num_layers": 2, "num_attention_heads": 2}
-    theirs = PrefixEncoder(PrefixTuningConfig(**sizes, encoder_hidden_size=12, prefix_projection=True))
+    theirs = PrefixEncoder(
+        PrefixTuningConfig(**sizes, encoder_hidden_size=12, prefix_projection=True)
+    )
     given = {
         "embedding.weight": leaves["prefix_embeddings"],
         "transform.0.weight": leaves["prefix_w1"].T,
@@ -53,18 +57,22 @@ def test_a_start_at_zero_is_one_of_keys_and_values_of_zero(projection: bool) -> 
     assert not table.any()
 
 
-# ------------------------------------------------------------------------------------------------------ starts from tokens
+# ------------------------------------------------------------------------------- starts from tokens
 
 
 def build(kind: str, scan: bool, **switches: Any) -> Any:
     options = ModelOptions(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan)
     model = models.build(tiny_config(kind, **switches), options)
     tree = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
-    return model, jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), tree)
+    return model, jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), tree
+    )
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize(("kind", "switches"), [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 6})])
+@pytest.mark.parametrize(
+    ("kind", "switches"), [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 6})]
+)
 @pytest.mark.representatives("llama-*-unrolled")
 def test_a_prefix_that_starts_from_tokens_is_the_tokens_in_front_of_the_row(
     kind: str, switches: Any, scan: bool
@@ -86,7 +94,10 @@ def test_a_classifier_starts_from_the_keys_and_values_of_its_own_layers() -> Non
     for scan in (False, True):
         model, base = load("bert", scan_layers=scan)
         made.append(
-            method.start(jaxpeft.rewrite(method, base, jax.random.key(0)), Start(model, base, jax.random.key(0)))[1]
+            method.start(
+                jaxpeft.rewrite(method, base, jax.random.key(0)),
+                Start(model, base, jax.random.key(0)),
+            )[1]
         )
     table = made[0]["prefix_embeddings"]
     np.testing.assert_allclose(table, made[1]["prefix_embeddings"], atol=1e-5)
@@ -111,17 +122,21 @@ def test_without_tokens_a_start_changes_nothing() -> None:
 def test_options_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"prefix\.init_tokens: cannot go with projection"):
         jaxpeft.PrefixTuning(init_tokens=FRONT, projection=True)
-    with pytest.raises(ConfigError, match=r"prefix\.init_tokens: cannot go with init_weights 'zero'"):
+    with pytest.raises(
+        ConfigError, match=r"prefix\.init_tokens: cannot go with init_weights 'zero'"
+    ):
         jaxpeft.PrefixTuning(init_tokens=FRONT, init_weights="zero")
     with pytest.raises(ConfigError, match=r"prefix\.num_virtual_tokens: must be at least 1, is 0"):
         jaxpeft.PrefixTuning(num_virtual_tokens=0)
     model, base = load("llama")
     method = jaxpeft.PrefixTuning(init_tokens=(3, 99))
     with pytest.raises(ConfigError, match="init_tokens: 99 is outside the vocabulary of 99"):
-        method.start(jaxpeft.rewrite(method, base, jax.random.key(0)), Start(model, base, jax.random.key(0)))
+        method.start(
+            jaxpeft.rewrite(method, base, jax.random.key(0)), Start(model, base, jax.random.key(0))
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- deep prompts
+# ------------------------------------------------------------------------------------- deep prompts
 
 
 def test_dropout_acts_on_the_prompts_of_each_row_in_training_only() -> None:
@@ -131,25 +146,36 @@ def test_dropout_acts_on_the_prompts_of_each_row_in_training_only() -> None:
     plain = dict(params)
     del plain["prefix_dropout"]
     ids = np.tile(BATCH.ids[:1], (2, 1))
-    np.testing.assert_array_equal(jaxpeft.apply(model, params, ids), jaxpeft.apply(model, plain, ids))
+    np.testing.assert_array_equal(
+        jaxpeft.apply(model, params, ids), jaxpeft.apply(model, plain, ids)
+    )
     one, other = jaxpeft.apply(model, params, ids, rngs={"dropout": jax.random.key(0)})
     assert np.abs(one - other).max() > 0.01
     both = jax.tree.map(
-        lambda *leaves: jnp.stack(leaves), *({k: params[k] for k in plain | params if "prefix" in k},) * 2
+        lambda *leaves: jnp.stack(leaves),
+        *({k: params[k] for k in plain | params if "prefix" in k},) * 2,
     )
-    rows = jaxpeft.apply(model, params | both, ids, rngs={"dropout": jax.random.key(0)}, adapter=jnp.asarray([0, 1]))
+    rows = jaxpeft.apply(
+        model, params | both, ids, rngs={"dropout": jax.random.key(0)}, adapter=jnp.asarray([0, 1])
+    )
     np.testing.assert_allclose(rows, jnp.stack([one, other]), atol=2e-5)
 
 
 @quiet
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.representatives("bert")
-def test_deep_prompts_are_saved_as_prefix_tuning_and_read_as_it(reference: Any, tmp_path: Any, kind: str) -> None:  # noqa: F811
+def test_deep_prompts_are_saved_as_prefix_tuning_and_read_as_it(
+    reference: Any, tmp_path: Any, kind: str
+) -> None:
     method = jaxpeft.PTuningV2(num_virtual_tokens=5, projection=True)
     case = case_of(method, kind, "PrefixTuningConfig", num_virtual_tokens=5)
     assert exported(reference, tmp_path, case) < 1e-4
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
-    model, base = reference(kind, "causal_lm" if kind == "llama" else "sequence_classification").load()
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
+    )
+    model, base = reference(
+        kind, "causal_lm" if kind == "llama" else "sequence_classification"
+    ).load()
     read, params = jaxpeft.load_adapter(tmp_path, model, base)
     assert read == jaxpeft.PrefixTuning(num_virtual_tokens=5)
     wanted = moved(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
@@ -158,9 +184,16 @@ def test_deep_prompts_are_saved_as_prefix_tuning_and_read_as_it(reference: Any, 
 
 
 @quiet
-def test_how_a_prefix_began_is_not_read(reference: Any, tmp_path: Any) -> None:  # noqa: F811
-    options = {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 7, "init_weights": "zero"}
-    gap, method = imported(reference, tmp_path, case_of(None, "llama", "PrefixTuningConfig", **options))
+def test_how_a_prefix_began_is_not_read(reference: Any, tmp_path: Any) -> None:
+    options = {
+        "num_virtual_tokens": 3,
+        "prefix_projection": True,
+        "encoder_hidden_size": 7,
+        "init_weights": "zero",
+    }
+    gap, method = imported(
+        reference, tmp_path, case_of(None, "llama", "PrefixTuningConfig", **options)
+    )
     assert gap < 1e-4
     assert method == jaxpeft.PrefixTuning(num_virtual_tokens=3)
 
@@ -175,7 +208,10 @@ def test_a_part_of_a_mixed_method_is_read_as_what_its_file_is(tmp_path: Any) -> 
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
     jaxpeft.save_adapter(tmp_path, method, params, model)
     read, loaded = jaxpeft.load_adapter(tmp_path, model, base)
-    plain = jaxpeft.PrefixTuning(num_virtual_tokens=4), jaxpeft.LoRA(rank=4, alpha=8.0, targets=("query",))
+    plain = (
+        jaxpeft.PrefixTuning(num_virtual_tokens=4),
+        jaxpeft.LoRA(rank=4, alpha=8.0, targets=("query",)),
+    )
     assert read == jaxpeft.Mixed(methods=plain)
     a, b = (forward(model, tree, BATCH.ids, BATCH.mask) for tree in (loaded, params))
     np.testing.assert_allclose(a, b, atol=2e-5)

@@ -23,15 +23,23 @@ KEY = jax.random.key(0)
 @pytest.mark.representatives("scanned-llama", "unrolled-bert")
 def test_a_prompt_starts_as_rows_of_the_word_embedding(kind: str, scan: bool) -> None:
     _, base = load(kind, scan_layers=scan)
-    made = base["model"]["embed_tokens"] if kind == "llama" else base["bert"]["embeddings"]["word_embeddings"]
+    made = (
+        base["model"]["embed_tokens"]
+        if kind == "llama"
+        else base["bert"]["embeddings"]["word_embeddings"]
+    )
     rows = np.asarray(made["embedding"])
     drawn = np.asarray(jaxpeft.rewrite(jaxpeft.PromptTuning(), base, KEY)["prompt_embeddings"])
     assert drawn.shape == (20, 32)
     assert all((row == rows).all(1).any() for row in drawn)
     assert len(np.unique(drawn, axis=0)) > 10
     method = jaxpeft.PromptTuning(num_virtual_tokens=5, init_tokens=(7, 98))
-    np.testing.assert_array_equal(jaxpeft.rewrite(method, base, KEY)["prompt_embeddings"], rows[[7, 98, 7, 98, 7]])
-    normal = np.asarray(jaxpeft.rewrite(jaxpeft.PromptTuning(init_weights="normal"), base, KEY)["prompt_embeddings"])
+    np.testing.assert_array_equal(
+        jaxpeft.rewrite(method, base, KEY)["prompt_embeddings"], rows[[7, 98, 7, 98, 7]]
+    )
+    normal = np.asarray(
+        jaxpeft.rewrite(jaxpeft.PromptTuning(init_weights="normal"), base, KEY)["prompt_embeddings"]
+    )
     assert abs(normal.std() - 1) < 0.1
 
 
@@ -58,16 +66,22 @@ def test_a_prompt_starts_as_the_tokens_of_a_text() -> None:
     np.testing.assert_array_equal(started["prompt_embeddings"], rows[[2, 37, 38, 39, 2]])
     same = jaxpeft.PromptTuning(num_virtual_tokens=5)
     assert same.start(params, Start(model, base, KEY, tokenizer)) == (same, params)
-    with pytest.raises(ConfigError, match="init_text: the model has no tokenizer; give init_tokens"):
+    with pytest.raises(
+        ConfigError, match="init_text: the model has no tokenizer; give init_tokens"
+    ):
         method.start(params, Start(model, base, KEY))
     with pytest.raises(ConfigError, match="init_text: ' ' has no tokens; give init_tokens"):
         jaxpeft.PromptTuning(init_text=" ").start(params, Start(model, base, KEY, tokenizer))
 
 
 def test_starts_that_exclude_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"prompt\.init_tokens: cannot go with init_text; remove one of them"):
+    with pytest.raises(
+        ConfigError, match=r"prompt\.init_tokens: cannot go with init_text; remove one of them"
+    ):
         jaxpeft.PromptTuning(init_tokens=(1,), init_text="a")
-    with pytest.raises(ConfigError, match=r"prompt\.init_text: cannot go with init_weights; remove one of them"):
+    with pytest.raises(
+        ConfigError, match=r"prompt\.init_text: cannot go with init_weights; remove one of them"
+    ):
         jaxpeft.PromptTuning(init_weights="normal", init_text="a")
     with pytest.raises(ConfigError, match="init_tokens: 99 is outside the vocabulary of 99"):
         jaxpeft.rewrite(jaxpeft.PromptTuning(init_tokens=(99,)), load("llama")[1], KEY)
@@ -76,8 +90,10 @@ def test_starts_that_exclude_each_other_are_refused() -> None:
 
 
 @quiet
-def test_how_a_prompt_began_is_not_read(reference: Any, tmp_path: Any) -> None:  # noqa: F811
+def test_how_a_prompt_began_is_not_read(reference: Any, tmp_path: Any) -> None:
     options = {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    gap, method = imported(reference, tmp_path, case_of(None, "llama", "PromptTuningConfig", **options))
+    gap, method = imported(
+        reference, tmp_path, case_of(None, "llama", "PromptTuningConfig", **options)
+    )
     assert gap < 1e-4
     assert method == jaxpeft.PromptTuning(num_virtual_tokens=3)

@@ -31,7 +31,9 @@ def torch_names(encoder: str) -> dict[str, Any]:
             names[at.format("weight_ih")] = lambda x, n=layer, w=way: x[f"ptuning_x{n + 1}"][w].T
             names[at.format("weight_hh")] = lambda x, n=layer, w=way: x["ptuning_h"][n, w].T
             names[at.format("bias_ih")] = lambda x, n=layer, w=way: x["ptuning_b"][n, w]
-            names[at.format("bias_hh")] = lambda x, n=layer, w=way: jnp.zeros_like(x["ptuning_b"][n, w])
+            names[at.format("bias_hh")] = lambda x, n=layer, w=way: jnp.zeros_like(
+                x["ptuning_b"][n, w]
+            )
     return names
 
 
@@ -43,9 +45,18 @@ def test_the_networks_are_those_of_peft(encoder: Any) -> None:
     _, base = load("llama")
     method = jaxpeft.PTuning(num_virtual_tokens=5, encoder=encoder, encoder_hidden_size=12)
     leaves = jaxpeft.rewrite(method, base, KEY)
-    sizes = {"num_virtual_tokens": 5, "num_transformer_submodules": 1, "token_dim": 32, "encoder_hidden_size": 12}
-    theirs = PromptEncoder(PromptEncoderConfig(**sizes, encoder_reparameterization_type=encoder.upper()))
-    given = {name: torch.tensor(np.array(leaf(leaves))) for name, leaf in torch_names(encoder).items()}
+    sizes = {
+        "num_virtual_tokens": 5,
+        "num_transformer_submodules": 1,
+        "token_dim": 32,
+        "encoder_hidden_size": 12,
+    }
+    theirs = PromptEncoder(
+        PromptEncoderConfig(**sizes, encoder_reparameterization_type=encoder.upper())
+    )
+    given = {
+        name: torch.tensor(np.array(leaf(leaves))) for name, leaf in torch_names(encoder).items()
+    }
     theirs.load_state_dict(given)
     wanted = theirs(torch.arange(5)[None])[0].detach().numpy()
     np.testing.assert_allclose(method.table(leaves), wanted, atol=1e-6)
@@ -56,15 +67,21 @@ def test_without_a_network_the_embeddings_are_the_prompt() -> None:
     _, base = load("llama")
     leaves = jaxpeft.rewrite(jaxpeft.PTuning(encoder="none"), base, KEY)
     assert [name for name in leaves if name.startswith("ptuning")] == ["ptuning_embeddings"]
-    with pytest.raises(ConfigError, match=r"ptuning\.encoder_hidden_size: there is no network with encoder 'none'"):
+    with pytest.raises(
+        ConfigError, match=r"ptuning\.encoder_hidden_size: there is no network with encoder 'none'"
+    ):
         jaxpeft.PTuning(encoder="none", encoder_hidden_size=4)
 
 
 @quiet
 @pytest.mark.parametrize("kind", ["llama", "roberta"])
 @pytest.mark.representatives("llama")
-def test_a_network_is_left_out_of_files(reference: Any, tmp_path: Any, kind: str) -> None:  # noqa: F811
-    options = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 6, "encoder_dropout": 0.3}
+def test_a_network_is_left_out_of_files(reference: Any, tmp_path: Any, kind: str) -> None:
+    options = {
+        "encoder_reparameterization_type": "LSTM",
+        "encoder_hidden_size": 6,
+        "encoder_dropout": 0.3,
+    }
     case = case_of(
         jaxpeft.PTuning(num_virtual_tokens=3, encoder="lstm"),
         kind,

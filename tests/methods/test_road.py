@@ -1,4 +1,6 @@
-"""RoAd's own: its three variants against the real `peft`, and sites that do not make whole groups."""
+"""RoAd's own: its three variants against the real `peft`, and sites that do not make whole
+groups.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ SITES = ["q_proj", "down_proj"]
 
 
 @pytest.mark.parametrize(("variant", "group"), [("road_1", 4), ("road_4", 8)])
-def test_files_of_the_other_variants_go_both_ways(reference: Any, tmp_path: Path, variant: str, group: int) -> None:  # noqa: F811
-    method = jaxpeft.RoAd(variant=variant, group_size=group, targets=("q_proj", "down_proj"), layers_to_transform=(1,))
+def test_files_of_the_other_variants_go_both_ways(
+    reference: Any, tmp_path: Path, variant: str, group: int
+) -> None:
+    method = jaxpeft.RoAd(
+        variant=variant, group_size=group, targets=("q_proj", "down_proj"), layers_to_transform=(1,)
+    )
     options = {"variant": variant, "group_size": group, "target_modules": SITES}
     case = case_of(method, "llama", "RoadConfig", **options)
     assert exported(reference, tmp_path / "ours", case) < 1e-4
@@ -31,7 +37,10 @@ def test_files_of_the_other_variants_go_both_ways(reference: Any, tmp_path: Path
 
 def test_a_site_that_does_not_make_whole_groups_is_named() -> None:
     _, base = load("llama")
-    with pytest.raises(ConfigError, match=r"64 does not divide the 32 outputs of model\.layers\.0\..*; give a divisor"):
+    with pytest.raises(
+        ConfigError,
+        match=r"64 does not divide the 32 outputs of model\.layers\.0\..*; give a divisor",
+    ):
         jaxpeft.rewrite(jaxpeft.RoAd(targets=("q_proj",)), base, jax.random.key(0))
     with pytest.raises(ConfigError, match="group_size: is 3; must be even"):
         jaxpeft.RoAd(group_size=3)

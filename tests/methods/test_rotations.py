@@ -21,7 +21,9 @@ from tests.models.conftest import reference  # noqa: F401 - a fixture
 
 pytestmark = [
     quiet,
-    pytest.mark.filterwarnings("ignore:Invalid `(oft_block_size|r)`:UserWarning"),  # it takes the nearest that divides
+    pytest.mark.filterwarnings(
+        "ignore:Invalid `(oft_block_size|r)`:UserWarning"
+    ),  # it takes the nearest that divides
 ]
 SITES = ["q_proj", "down_proj"]
 RNG = np.random.default_rng(0)
@@ -35,7 +37,11 @@ def rotation(method: Any, n: int, size: float = 0.3) -> Any:
     """Return the matrix that a moved adapter multiplies its input with."""
     leaves = method.init(site(n, n), lambda: jnp.eye(n), jax.random.key(0))
     own = {
-        k: v + size * jnp.asarray(RNG.normal(size=v.shape), jnp.float32) if k.endswith(("_r", "_u")) else v
+        k: (
+            v + size * jnp.asarray(RNG.normal(size=v.shape), jnp.float32)
+            if k.endswith(("_r", "_u"))
+            else v
+        )
         for k, v in leaves.items()
     }
     return np.asarray(method.fold(own, {"kernel": jnp.eye(n)})["kernel"])
@@ -62,11 +68,15 @@ def test_hra_is_the_product_of_its_reflections() -> None:
     wanted = np.eye(10)
     for u in np.asarray(leaves["hra_u"]).T[::-1]:
         wanted = wanted @ (np.eye(10) - 2 * np.outer(u, u) / (u @ u))
-    np.testing.assert_allclose(jaxpeft.HRA.fold(leaves, {"kernel": jnp.eye(10)})["kernel"], wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        jaxpeft.HRA.fold(leaves, {"kernel": jnp.eye(10)})["kernel"], wanted, atol=1e-5
+    )
 
 
 def test_butterfly_factors_mix_inputs_that_no_block_holds() -> None:
-    reach = [np.abs(rotation(jaxpeft.BOFT(block_size=4, factors=m), 32)) > 1e-6 for m in (1, 2, 3, 4)]
+    reach = [
+        np.abs(rotation(jaxpeft.BOFT(block_size=4, factors=m), 32)) > 1e-6 for m in (1, 2, 3, 4)
+    ]
     assert [int(r.sum(axis=0).max()) for r in reach] == [4, 8, 16, 32]
 
 
@@ -82,7 +92,11 @@ def test_blocks_give_way_to_the_divisor_that_peft_takes(n: int, wanted: int) -> 
 @pytest.mark.parametrize(
     ("method", "config", "theirs"),
     [
-        (jaxpeft.OFT(block_size=10, neumann_terms=0), "OFTConfig", {"oft_block_size": 10, "use_cayley_neumann": False}),
+        (
+            jaxpeft.OFT(block_size=10, neumann_terms=0),
+            "OFTConfig",
+            {"oft_block_size": 10, "use_cayley_neumann": False},
+        ),
         (
             jaxpeft.OFT(blocks=5, block_share=True, neumann_terms=3),
             "OFTConfig",
@@ -91,7 +105,13 @@ def test_blocks_give_way_to_the_divisor_that_peft_takes(n: int, wanted: int) -> 
         (
             jaxpeft.OFT(block_size=8, eps=1.0, neumann_terms=2, dropout=0.1),
             "OFTConfig",
-            {"oft_block_size": 8, "coft": True, "eps": 1.0, "num_cayley_neumann_terms": 2, "module_dropout": 0.1},
+            {
+                "oft_block_size": 8,
+                "coft": True,
+                "eps": 1.0,
+                "num_cayley_neumann_terms": 2,
+                "module_dropout": 0.1,
+            },
         ),
         (jaxpeft.OFT(neumann_terms=7), "OFTConfig", {"num_cayley_neumann_terms": 7}),
         (
@@ -105,7 +125,7 @@ def test_blocks_give_way_to_the_divisor_that_peft_takes(n: int, wanted: int) -> 
 )
 @pytest.mark.representatives("method1-*", "method2-*", "method6-*")
 def test_variants_go_both_ways_with_the_real_peft(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: Any,
@@ -113,7 +133,9 @@ def test_variants_go_both_ways_with_the_real_peft(
     theirs: Any,
 ) -> None:
     with_plain_blocks(monkeypatch)
-    method = type(method)(**{k: v for k, v in method.as_dict().items() if k not in ("name", "targets")}, targets=SITES)
+    method = type(method)(
+        **{k: v for k, v in method.as_dict().items() if k not in ("name", "targets")}, targets=SITES
+    )
     case = case_of(method, "llama", config, 0.1, target_modules=SITES, **theirs)
     assert exported(reference, tmp_path / "ours", case) < 1e-4
     gap, loaded = imported(reference, tmp_path / "theirs", case)
@@ -127,7 +149,9 @@ def with_plain_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from peft.tuners.boft import layer
 
-    plain = types.SimpleNamespace(apply=lambda blocks: torch.stack([torch.block_diag(*factor) for factor in blocks]))
+    plain = types.SimpleNamespace(
+        apply=lambda blocks: torch.stack([torch.block_diag(*factor) for factor in blocks])
+    )
     monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
     monkeypatch.setattr(layer, "FastBlockDiag", plain)
 
@@ -146,7 +170,7 @@ def with_plain_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.representatives("*OFTConfig-theirs0")
 def test_trained_biases_go_both_ways_with_the_real_peft(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: Any,
@@ -164,7 +188,10 @@ def test_trained_biases_go_both_ways_with_the_real_peft(
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: jaxpeft.OFT(block_size=4, blocks=2), r"oft\.blocks: is in place of block_size; remove one of them"),
+        (
+            lambda: jaxpeft.OFT(block_size=4, blocks=2),
+            r"oft\.blocks: is in place of block_size; remove one of them",
+        ),
         (lambda: jaxpeft.OFT(neumann_terms=1), r"oft\.neumann_terms: one term is the identity"),
         (
             lambda: jaxpeft.OFT(block_size=2).site_block_size(site(7)),
@@ -196,9 +223,18 @@ def test_what_cannot_be_is_refused(make: Any, text: str) -> None:
 
 @pytest.mark.parametrize("version", ["0.17.1", None])
 def test_the_series_of_an_earlier_peft_is_refused(version: str | None) -> None:
-    config = {"peft_type": "OFT", "r": 0, "oft_block_size": 8, "target_modules": ["q_proj"], "peft_version": version}
+    config = {
+        "peft_type": "OFT",
+        "r": 0,
+        "oft_block_size": 8,
+        "target_modules": ["q_proj"],
+        "peft_version": version,
+    }
     with pytest.raises(
-        AdapterError, match=r"use_cayley_neumann: peft_version is .*, and before PEFT 0\.18 the series was another"
+        AdapterError,
+        match=(
+            r"use_cayley_neumann: peft_version is .*, and before PEFT 0\.18 the series was another"
+        ),
     ):
         peft_config.read(config | {"use_cayley_neumann": True}, "file", {})
     method = peft_config.read(config | {"use_cayley_neumann": False}, "file", {})

@@ -1,4 +1,6 @@
-"""VeRA and RandLora: random matrices that all sites share, in PEFT's files and cut to the size of a site."""
+"""VeRA and RandLora: random matrices that all sites share, in PEFT's files and cut to the size of a
+site.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,31 @@ from tests.models.conftest import reference  # noqa: F401 - a fixture
 pytestmark = [
     quiet,
     # peft 0.21 copies RandLora's bases to every site of a file, and misses the copies elsewhere
-    pytest.mark.filterwarnings("ignore:Found missing adapter keys .*randlora_[AB].default.*:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Found missing adapter keys .*randlora_[AB].default.*:UserWarning"
+    ),
 ]
 WIDE = r".*\.(k_proj|up_proj|down_proj)"  # 32 to 16, 32 to 48, and 48 to 32
 BERT = r".*\.(query|intermediate\.dense|output\.dense)"
 
 VARIANTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
-    "vera sizes": (jaxpeft.VeRA(rank=8, targets=WIDE), "llama", "VeraConfig", {"r": 8, "target_modules": WIDE}),
+    "vera sizes": (
+        jaxpeft.VeRA(rank=8, targets=WIDE),
+        "llama",
+        "VeraConfig",
+        {"r": 8, "target_modules": WIDE},
+    ),
     "vera biases": (
         jaxpeft.VeRA(rank=8, targets=BERT, bias="vera_only", dropout=0.1, d_initial=0.2),
         "bert",
         "VeraConfig",
-        {"r": 8, "target_modules": BERT, "bias": "vera_only", "vera_dropout": 0.1, "d_initial": 0.2},
+        {
+            "r": 8,
+            "target_modules": BERT,
+            "bias": "vera_only",
+            "vera_dropout": 0.1,
+            "d_initial": 0.2,
+        },
     ),
     "randlora sizes": (
         jaxpeft.RandLora(rank=5, alpha=1.0, targets=WIDE),
@@ -47,7 +62,13 @@ VARIANTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
         jaxpeft.RandLora(rank=5, alpha=1.0, targets=BERT, bias="all", dropout=0.1),
         "bert",
         "RandLoraConfig",
-        {"r": 5, "randlora_alpha": 1, "target_modules": BERT, "bias": "all", "randlora_dropout": 0.1},
+        {
+            "r": 5,
+            "randlora_alpha": 1,
+            "target_modules": BERT,
+            "bias": "all",
+            "randlora_dropout": 0.1,
+        },
     ),
     "randlora sparse": (
         jaxpeft.RandLora(rank=8, alpha=1.0, targets=WIDE, bases="sparse"),
@@ -66,7 +87,7 @@ VARIANTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.representatives("randlora sizes", "vera biases")
-def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:  # noqa: F811
+def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:
     method, kind, config, options = VARIANTS[name]
     case = case_of(method, kind, config, size=0.1, **options)
     assert exported(reference, tmp_path / "ours", case) < 1e-5
@@ -91,30 +112,39 @@ def test_layers_that_are_not_adapted_compute_the_base_and_get_no_gradient(method
     model, base = load("llama", scan_layers=True)
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(0)), size=0.1)
     trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
-    grads = jax.grad(lambda t: jnp.sum(jnp.square(jaxpeft.apply(model, combine(t, frozen), BATCH.ids))))(trainable)
+    grads = jax.grad(
+        lambda t: jnp.sum(jnp.square(jaxpeft.apply(model, combine(t, frozen), BATCH.ids)))
+    )(trainable)
     for name, leaf in leaves(grads).items():
         assert not leaf[0].any(), name
         assert leaf[1].any(), name
-    np.testing.assert_allclose(run(model, jaxpeft.merge(method, params)), run(model, params), atol=1e-4)
+    np.testing.assert_allclose(
+        run(model, jaxpeft.merge(method, params)), run(model, params), atol=1e-4
+    )
 
 
 @each_method
 def test_what_peft_cannot_exclude_is_left_out_of_the_named_targets(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Path,
     method: Any,
 ) -> None:
-    case = case_of(replaced(method, exclude=("model.layers.0.self_attn.k_proj",)), "llama", "", size=0.1)
+    case = case_of(
+        replaced(method, exclude=("model.layers.0.self_attn.k_proj",)), "llama", "", size=0.1
+    )
     assert exported(reference, tmp_path, case) < 1e-5
 
 
 @each_method
-def test_files_without_the_shared_matrices_are_refused(reference: Any, tmp_path: Path, method: Any) -> None:  # noqa: F811
+def test_files_without_the_shared_matrices_are_refused(
+    reference: Any, tmp_path: Path, method: Any
+) -> None:
     model, base = reference("llama", "causal_lm").load()
     jaxpeft.save_adapter(tmp_path, method, jaxpeft.rewrite(method, base, jax.random.key(0)), model)
     edit_json(tmp_path / "adapter_config.json", lambda config: config.update(save_projection=False))
     with pytest.raises(
-        AdapterError, match="save_projection: is false, so the shared random matrices are not in the file"
+        AdapterError,
+        match="save_projection: is false, so the shared random matrices are not in the file",
     ):
         jaxpeft.load_adapter(tmp_path, model, base)
     edit_json(tmp_path / "adapter_config.json", lambda config: config.update(save_projection=True))
@@ -125,7 +155,7 @@ def test_files_without_the_shared_matrices_are_refused(reference: Any, tmp_path:
         jaxpeft.load_adapter(tmp_path, model, base)
 
 
-def test_a_copy_at_a_site_that_is_another_matrix_is_refused(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_copy_at_a_site_that_is_another_matrix_is_refused(reference: Any, tmp_path: Path) -> None:
     model, base = reference("llama", "causal_lm").load()
     method = METHODS[1]
     jaxpeft.save_adapter(tmp_path, method, jaxpeft.rewrite(method, base, jax.random.key(0)), model)
@@ -156,6 +186,8 @@ def test_the_bases_are_as_wide_as_the_widest_site_and_of_unit_variance() -> None
 
 def test_what_is_refused_by_config() -> None:
     for method, config in ((jaxpeft.VeRA, {}), (jaxpeft.RandLora, {"r": 4})):
-        _, problems = method.peft.read_options(method, {"target_modules": ["q"], "fan_in_fan_out": True, **config})
+        _, problems = method.peft.read_options(
+            method, {"target_modules": ["q"], "fan_in_fan_out": True, **config}
+        )
         assert problems[0].startswith("fan_in_fan_out: True is not supported")
         assert problems[1].endswith("is not set; take it from where the adapter was trained")

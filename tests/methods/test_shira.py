@@ -29,7 +29,9 @@ def saved(tmp_path: Path) -> tuple[Any, Any, Any]:
 
 
 def edited(folder: Path, change: Callable[[Any], Any]) -> None:
-    """Change the places in a folder as if PEFT had written it, without our own file and its hashes."""
+    """Change the places in a folder as if PEFT had written it, without our own file and its
+    hashes.
+    """
     (folder / "jaxpeft.json").unlink()
     tensors = load_file(folder / WEIGHTS)
     name = "base_model.model.model.layers.1.mlp.down_proj.shira_indices"
@@ -55,15 +57,20 @@ def test_places_that_were_written_as_floating_numbers_are_read(saved: Any, tmp_p
 
 
 @pytest.mark.parametrize("wrong", [-1, 48, 32.5])
-def test_places_that_the_kernel_has_not_are_refused(saved: Any, tmp_path: Path, wrong: float) -> None:
+def test_places_that_the_kernel_has_not_are_refused(
+    saved: Any, tmp_path: Path, wrong: float
+) -> None:
     model, base, _ = saved
 
     def change(indices: Any) -> Any:
-        return np.concatenate([indices[:, :-1], np.array([[0], [wrong]])], axis=1).astype(np.float32)
+        return np.concatenate([indices[:, :-1], np.array([[0], [wrong]])], axis=1).astype(
+            np.float32
+        )
 
     edited(tmp_path, change)
     with pytest.raises(
-        AdapterError, match=r"layers\.1\.mlp\.down_proj\.shira_indices: names places that the kernel, 32 outputs"
+        AdapterError,
+        match=r"layers\.1\.mlp\.down_proj\.shira_indices: names places that the kernel, 32 outputs",
     ):
         jaxpeft.load_adapter(tmp_path, model, base)
 
@@ -71,7 +78,10 @@ def test_places_that_the_kernel_has_not_are_refused(saved: Any, tmp_path: Path, 
 def test_whole_numbers_in_place_of_floating_ones_are_refused(saved: Any, tmp_path: Path) -> None:
     model, base, _ = saved
     tensors = load_file(tmp_path / WEIGHTS)
-    whole = {name: t.astype(np.int32) if name.endswith("shira_weight") else t for name, t in tensors.items()}
+    whole = {
+        name: t.astype(np.int32) if name.endswith("shira_weight") else t
+        for name, t in tensors.items()
+    }
     save_file(whole, tmp_path / WEIGHTS)
     with pytest.raises(AdapterError, match=r"not floating: .*shira_weight is int32"):
         jaxpeft.load_adapter(tmp_path, model, base)
@@ -79,5 +89,8 @@ def test_whole_numbers_in_place_of_floating_ones_are_refused(saved: Any, tmp_pat
 
 def test_a_rank_that_asks_for_more_than_the_kernel_has_is_refused() -> None:
     _, base = load("llama")
-    with pytest.raises(ConfigError, match=r"shira.rank: 32 asks for 2048 entries of the kernel of .*, which has 1024"):
+    with pytest.raises(
+        ConfigError,
+        match=r"shira.rank: 32 asks for 2048 entries of the kernel of .*, which has 1024",
+    ):
         jaxpeft.rewrite(jaxpeft.SHiRA(targets=("q_proj",)), base, jax.random.key(0))

@@ -9,7 +9,9 @@ import pytest
 from jaxpeft.methods.sparse import as_torch_draws, one_of_each_part
 
 
-@pytest.mark.parametrize(("count", "total"), [(7, 7), (40, 1536), (1000, 768 * 768), (9, 4096 * 11008)])
+@pytest.mark.parametrize(
+    ("count", "total"), [(7, 7), (40, 1536), (1000, 768 * 768), (9, 4096 * 11008)]
+)
 @pytest.mark.parametrize("seed", [0, 777, 2**32 - 1])
 @pytest.mark.representatives("0-1000-*", "777-40-*", "4294967295-7-*")
 def test_the_draws_are_those_of_torch(count: int, total: int, seed: int) -> None:
@@ -19,7 +21,9 @@ def test_the_draws_are_those_of_torch(count: int, total: int, seed: int) -> None
     np.testing.assert_array_equal(as_torch_draws(count, total, seed), wanted.numpy())
 
 
-@pytest.mark.parametrize(("count", "total"), [(5, 5), (7, 1536), (2**18, 4096 * 4096), (100, 2**31 + 12)])
+@pytest.mark.parametrize(
+    ("count", "total"), [(5, 5), (7, 1536), (2**18, 4096 * 4096), (100, 2**31 + 12)]
+)
 def test_one_of_each_part_is_ascending_and_within(count: int, total: int) -> None:
     drawn = np.asarray(one_of_each_part(jax.random.key(3), count, total)).astype(np.int64)
     edges = np.arange(count + 1) * total // count

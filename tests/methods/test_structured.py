@@ -1,4 +1,6 @@
-"""What the methods with structured updates have in common: IA3, LoHa, LoKr, OFT, BOFT, HRA, DeLoRA, MiSS."""
+"""What the methods with structured updates have in common: IA3, LoHa, LoKr, OFT, BOFT, HRA, DeLoRA,
+MiSS.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ METHODS = {
     "miss": jaxpeft.MiSS(rank=5, targets=SITES),
     "miss bat": jaxpeft.MiSS(rank=4, variant="bat", targets=SITES),
 }
-every_method = pytest.mark.parametrize("method", [pytest.param(m, id=name) for name, m in METHODS.items()])
+every_method = pytest.mark.parametrize(
+    "method", [pytest.param(m, id=name) for name, m in METHODS.items()]
+)
 
 
 @every_method
@@ -43,15 +47,21 @@ def test_layers_that_are_not_adapted_compute_the_base_and_are_not_trained(method
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(0)), size=0.1)
     other, unrolled = load("llama"), jaxpeft.unstack_layers(params)
     first = unrolled["model"]["layers"]["0"]
-    keep = {name for name in method.leaves.site if name not in ("kernel", "bias")} | {method.leaves.names[-1]}
-    bare = paths.build([(p, x) for p, x in paths.walk(unrolled) if "0" not in p or p[-1] not in keep])
+    keep = {name for name in method.leaves.site if name not in ("kernel", "bias")} | {
+        method.leaves.names[-1]
+    }
+    bare = paths.build(
+        [(p, x) for p, x in paths.walk(unrolled) if "0" not in p or p[-1] not in keep]
+    )
     assert any(name in first["self_attn"]["q_proj"] for name in keep)
     np.testing.assert_allclose(run(model, params), run(other[0], bare), atol=1e-5)
 
     trainable, frozen = jaxpeft.partition(params, trainable_mask(method, params))
 
     def total(part: Any) -> Any:
-        return jnp.sum(jnp.square(jaxpeft.apply(model, combine(part, frozen), BATCH.ids, BATCH.mask)))
+        return jnp.sum(
+            jnp.square(jaxpeft.apply(model, combine(part, frozen), BATCH.ids, BATCH.mask))
+        )
 
     for path, grad in paths.walk(jax.jit(jax.grad(total), compiler_options=QUICK)(trainable)):
         assert np.isfinite(grad).all(), path
@@ -68,7 +78,8 @@ def test_each_row_computes_with_its_own_adapter(method: Any) -> None:
     given = [(method, moved(method, fresh, size=0.1, seed=seed)) for seed in (1, 2)]
     tree = jaxpeft.bank(given)
     call = jax.jit(
-        lambda which: jaxpeft.apply(model, tree, BATCH.ids, BATCH.mask, adapter=which), compiler_options=QUICK
+        lambda which: jaxpeft.apply(model, tree, BATCH.ids, BATCH.mask, adapter=which),
+        compiler_options=QUICK,
     )
     alone = [np.asarray(run(model, params)) for _, params in given]
     np.testing.assert_allclose(call(1), alone[1], atol=2e-5)
@@ -101,7 +112,9 @@ def test_dropout_is_in_training_calls_alone_and_never_on_the_base(method: Any) -
     calls = [np.asarray(run(model, params, {"dropout": jax.random.key(i)})) for i in range(3)]
     assert all(np.isfinite(call).all() for call in calls)
     assert max(np.abs(calls[0] - calls[1]).max(), np.abs(calls[1] - calls[2]).max()) > 1e-3
-    np.testing.assert_array_equal(run(model, fresh, {"dropout": jax.random.key(0)}), run(model, base))
+    np.testing.assert_array_equal(
+        run(model, fresh, {"dropout": jax.random.key(0)}), run(model, base)
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +130,9 @@ def test_dropout_is_in_training_calls_alone_and_never_on_the_base(method: Any) -
         (jaxpeft.MiSS, "MissConfig"),
     ],
 )
-def test_every_option_of_the_real_peft_is_read_or_known_to_change_nothing(method: Any, config: str) -> None:
+def test_every_option_of_the_real_peft_is_read_or_known_to_change_nothing(
+    method: Any, config: str
+) -> None:
     import peft
 
     fields = {f.name for f in dataclasses.fields(getattr(peft, config))}
@@ -125,9 +140,16 @@ def test_every_option_of_the_real_peft_is_read_or_known_to_change_nothing(method
     assert set(method.peft.options) <= fields, "is no option of peft"
     assert method.peft.ignored <= fields, "is no option of peft"
     _, problems = method.peft.read_options(
-        method, {"target_modules": ["q_proj"], "unheard_of": 1, **dict.fromkeys(method.peft.required, 1)}
+        method,
+        {"target_modules": ["q_proj"], "unheard_of": 1, **dict.fromkeys(method.peft.required, 1)},
     )
-    assert f"unheard_of: 1 is not supported by the {method.name} method; nothing was loaded" in problems
+    assert (
+        f"unheard_of: 1 is not supported by the {method.name} method; nothing was loaded"
+        in problems
+    )
     _, problems = method.peft.read_options(method, {"target_modules": ["q_proj"]})
-    missing = [f"{key}: is not set; take it from where the adapter was trained" for key in method.peft.required]
+    missing = [
+        f"{key}: is not set; take it from where the adapter was trained"
+        for key in method.peft.required
+    ]
     assert missing == [problem for problem in problems if "is not set" in problem]

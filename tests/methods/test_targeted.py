@@ -28,7 +28,9 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_sites_are_named_one_by_one_where_peft_lacks_the_option_that_chooses_them(name: str, tmp_path: Path) -> None:
+def test_sites_are_named_one_by_one_where_peft_lacks_the_option_that_chooses_them(
+    name: str, tmp_path: Path
+) -> None:
     method: Any = METHODS[name]
     model, base = load("llama")
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(0)))

@@ -19,9 +19,15 @@ pytestmark = quiet
 SITES = ("q_proj", "down_proj")
 
 
-def test_three_vectors_a_part_go_both_ways(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_three_vectors_a_part_go_both_ways(reference: Any, tmp_path: Path) -> None:
     method = jaxpeft.VBLoRA(rank=3, vectors=9, vector_length=16, topk=3, targets=SITES)
-    options = {"r": 3, "num_vectors": 9, "vector_length": 16, "topk": 3, "target_modules": list(SITES)}
+    options = {
+        "r": 3,
+        "num_vectors": 9,
+        "vector_length": 16,
+        "topk": 3,
+        "target_modules": list(SITES),
+    }
     case = case_of(method, "llama", "VBLoRAConfig", size=0.4, **options)
     assert exported(reference, tmp_path / "ours", case) < 1e-4
     far, found = imported(reference, tmp_path / "theirs", case)
@@ -33,7 +39,9 @@ def test_a_file_without_logits_is_refused(tmp_path: Path) -> None:
     model, base = load("llama")
     method = jaxpeft.VBLoRA(vectors=9, vector_length=16, targets=SITES)
     jaxpeft.save_adapter(tmp_path, method, jaxpeft.rewrite(method, base, jax.random.key(0)), model)
-    edit_json(tmp_path / "adapter_config.json", lambda config: config.update(save_only_topk_weights=True))
+    edit_json(
+        tmp_path / "adapter_config.json", lambda config: config.update(save_only_topk_weights=True)
+    )
     with pytest.raises(AdapterError, match="save_only_topk_weights: the file holds no logits"):
         jaxpeft.load_adapter(tmp_path, model, base)
 
@@ -43,7 +51,9 @@ def test_a_tree_of_another_topk_is_not_saved(tmp_path: Path) -> None:
     method = jaxpeft.VBLoRA(vectors=9, vector_length=16, targets=SITES)
     params = jaxpeft.rewrite(method, base, jax.random.key(0))
     other = jaxpeft.VBLoRA(vectors=9, vector_length=16, topk=1, targets=SITES)
-    with pytest.raises(AdapterError, match=r"vblora_topk is \[2\] in the tree, the method makes it \[1\]"):
+    with pytest.raises(
+        AdapterError, match=r"vblora_topk is \[2\] in the tree, the method makes it \[1\]"
+    ):
         jaxpeft.save_adapter(tmp_path, other, params, model)
 
 
@@ -52,6 +62,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="topk: 5 is more than vectors, 4"):
         jaxpeft.VBLoRA(vectors=4, topk=5)
     with pytest.raises(
-        ConfigError, match=r"vblora.vector_length: 256 does not divide the 32 inputs and 32 outputs of model"
+        ConfigError,
+        match=r"vblora.vector_length: 256 does not divide the 32 inputs and 32 outputs of model",
     ):
         jaxpeft.rewrite(jaxpeft.VBLoRA(targets=("q_proj",)), base, jax.random.key(0))

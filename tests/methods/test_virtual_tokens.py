@@ -27,17 +27,27 @@ from tests.conformance.conftest import moved
 from tests.core.helpers import BATCH, CLASSIFIER, load
 from tests.hub.helpers import edit_json, peft_load, peft_save
 from tests.methods.interop import quiet
-from tests.models.conftest import LENGTHS, Reference, forward, make_batch, reference, tiny_config  # noqa: F401 - a fixture
+from tests.models.conftest import (
+    LENGTHS,
+    Reference,
+    forward,
+    make_batch,
+    tiny_config,
+)
 from tests.train.runs import make_config, tiny_models  # noqa: F401 - fixtures
 
 MARK = 1e-4
 METHODS: dict[str, Any] = {
     "prefix": jaxpeft.PrefixTuning(num_virtual_tokens=5),
-    "projection": jaxpeft.PrefixTuning(num_virtual_tokens=5, projection=True, encoder_hidden_size=12),
+    "projection": jaxpeft.PrefixTuning(
+        num_virtual_tokens=5, projection=True, encoder_hidden_size=12
+    ),
     "prompt": jaxpeft.PromptTuning(num_virtual_tokens=5),
     "lstm": jaxpeft.PTuning(num_virtual_tokens=5, encoder="lstm", encoder_hidden_size=12),
 }
-every_method = pytest.mark.parametrize("method", [pytest.param(m, id=name) for name, m in METHODS.items()])
+every_method = pytest.mark.parametrize(
+    "method", [pytest.param(m, id=name) for name, m in METHODS.items()]
+)
 
 
 def adapted(method: Any, base: Any, seed: int = 0) -> Any:
@@ -47,11 +57,13 @@ def adapted(method: Any, base: Any, seed: int = 0) -> Any:
 def windowed(scan: bool) -> Any:
     """Return a tiny mistral, whose windows are shorter than its rows."""
     config = tiny_config("mistral", sliding_window=6)
-    model = models.build(config, ModelOptions(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan))
+    model = models.build(
+        config, ModelOptions(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan)
+    )
     return model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
 
 
-# ------------------------------------------------------------------------------------------------------------- packed rows
+# -------------------------------------------------------------------------------------- packed rows
 
 
 def packed() -> tuple[Any, Any]:
@@ -64,12 +76,16 @@ def packed() -> tuple[Any, Any]:
 @every_method
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.representatives("llama-prefix", "mistral-prompt")
-def test_a_packed_row_of_a_decoder_gives_the_logits_of_its_texts_alone(method: Any, kind: str) -> None:
+def test_a_packed_row_of_a_decoder_gives_the_logits_of_its_texts_alone(
+    method: Any, kind: str
+) -> None:
     model, base = load("llama") if kind == "llama" else windowed(scan=True)
     params = adapted(method, base)
     ids, segments = packed()
     together = np.asarray(jaxpeft.apply(model, params, ids, segment_ids=segments))[0]
-    alone = [jaxpeft.apply(model, params, BATCH.ids[row : row + 1, : LENGTHS[row]])[0] for row in (1, 2)]
+    alone = [
+        jaxpeft.apply(model, params, BATCH.ids[row : row + 1, : LENGTHS[row]])[0] for row in (1, 2)
+    ]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=2e-5)
     assert np.abs(together - jaxpeft.apply(model, base, ids, segment_ids=segments)[0]).max() > 0.02
 
@@ -79,13 +95,18 @@ def test_an_encoder_packs_texts_behind_a_past_and_not_behind_a_prompt() -> None:
     ids, segments = packed()
     params = adapted(METHODS["prefix"], base)
     together = np.asarray(jaxpeft.apply(model, params, ids, segment_ids=segments))[0]
-    alone = [jaxpeft.apply(model, params, BATCH.ids[row : row + 1, : LENGTHS[row]])[0] for row in (1, 2)]
+    alone = [
+        jaxpeft.apply(model, params, BATCH.ids[row : row + 1, : LENGTHS[row]])[0] for row in (1, 2)
+    ]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=2e-5)
-    with pytest.raises(DataError, match="segment_ids: a prompt sees all tokens of a row, so a row can hold one text"):
+    with pytest.raises(
+        DataError,
+        match="segment_ids: a prompt sees all tokens of a row, so a row can hold one text",
+    ):
         jaxpeft.apply(model, adapted(METHODS["prompt"], base), ids, segment_ids=segments)
 
 
-# ------------------------------------------------------------------------------------------------------- several adapters
+# --------------------------------------------------------------------------------- several adapters
 
 
 @every_method
@@ -117,7 +138,7 @@ def test_a_past_and_a_prompt_stand_one_behind_the_other() -> None:
     np.testing.assert_allclose(jaxpeft.apply(model, tree, BATCH.ids), wanted, atol=2e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ other modules
+# ------------------------------------------------------------------------------------ other modules
 
 
 class Foreign(nn.Module):
@@ -132,9 +153,12 @@ class Foreign(nn.Module):
 @every_method
 def test_a_module_that_takes_no_virtual_tokens_is_refused(method: Any) -> None:
     model, ids = Foreign(), jnp.ones((1, 3), jnp.int32)
-    params = jaxpeft.rewrite(method, model.init(jax.random.key(0), ids)["params"], jax.random.key(0))
+    params = jaxpeft.rewrite(
+        method, model.init(jax.random.key(0), ids)["params"], jax.random.key(0)
+    )
     text = (
-        rf"Foreign.__call__ takes no input 'virtual', which the {method.name} method gives; it works on the models that"
+        rf"Foreign.__call__ takes no input 'virtual', which the {method.name} method gives; it"
+        r" works on the models that"
     )
     with pytest.raises(ConfigError, match=text):
         jaxpeft.apply(model, params, ids)
@@ -142,15 +166,20 @@ def test_a_module_that_takes_no_virtual_tokens_is_refused(method: Any) -> None:
 
 def test_a_tree_without_keys_or_words_is_refused() -> None:
     kernel = {"kernel": jnp.ones((4, 4))}
-    with pytest.raises(ConfigError, match=r"key projections \(k_proj, key, k_lin\) are not in the tree"):
+    with pytest.raises(
+        ConfigError, match=r"key projections \(k_proj, key, k_lin\) are not in the tree"
+    ):
         jaxpeft.rewrite(METHODS["prefix"], {"dense": kernel}, jax.random.key(0))
     with pytest.raises(ConfigError, match="key projections are 4 and 6 wide"):
         jaxpeft.rewrite(
-            METHODS["prefix"], {"a": {"key": kernel}, "b": {"key": {"kernel": jnp.ones((4, 6))}}}, jax.random.key(0)
+            METHODS["prefix"],
+            {"a": {"key": kernel}, "b": {"key": {"kernel": jnp.ones((4, 6))}}},
+            jax.random.key(0),
         )
     for name in ("prompt", "lstm"):
         with pytest.raises(
-            ConfigError, match=r"word embedding \(embed_tokens, word_embeddings, wte\) is not in the tree"
+            ConfigError,
+            match=r"word embedding \(embed_tokens, word_embeddings, wte\) is not in the tree",
         ):
             jaxpeft.rewrite(METHODS[name], {"a": {"key": kernel}}, jax.random.key(0))
 
@@ -159,12 +188,13 @@ def test_rows_that_leave_no_place_for_the_virtual_tokens_are_refused() -> None:
     model, base = load("bert")
     params = jaxpeft.rewrite(METHODS["prompt"], base, jax.random.key(0))
     with pytest.raises(
-        DataError, match="a row has 36 tokens behind 5 virtual ones and the bert model reads at most 40"
+        DataError,
+        match="a row has 36 tokens behind 5 virtual ones and the bert model reads at most 40",
     ):
         jaxpeft.apply(model, params, np.full((1, 36), 5))
 
 
-# ------------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama left": ("llama", "causal_lm", "left", {}),
@@ -188,9 +218,11 @@ KINDS = {
 @quiet
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.representatives("bert tokens-prefix", "bert left-prompt", "llama classes-prompt", "mistral-prefix")
+@pytest.mark.representatives(
+    "bert tokens-prefix", "bert left-prompt", "llama classes-prompt", "mistral-prefix"
+)
 def test_models_tasks_and_paddings_against_the_real_peft(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Any,
     record_property: Any,
     name: str,
@@ -209,13 +241,17 @@ def test_models_tasks_and_paddings_against_the_real_peft(
         assert found.shape == wanted.shape == plain.shape
         real = batch.mask.astype(bool) if wanted.ndim == 3 else np.ones(len(wanted), bool)
         assert np.abs(wanted - plain)[real].max() > 0.02
-        gaps.append(float(np.abs(found - wanted)[real].max()) / max(1.0, float(np.abs(wanted).max())))
+        gaps.append(
+            float(np.abs(found - wanted)[real].max()) / max(1.0, float(np.abs(wanted).max()))
+        )
 
     model, base = torch_model.load()
     params = adapted(method, base)
     jaxpeft.save_adapter(tmp_path / "ours", method, params, model)
     check(peft_load(torch_model.folder, task, tmp_path / "ours"), model, params)
-    theirs = peft_save(torch_model.folder, task, tmp_path / "theirs", config=config, num_virtual_tokens=5)
+    theirs = peft_save(
+        torch_model.folder, task, tmp_path / "theirs", config=config, num_virtual_tokens=5
+    )
     for scan in (False, True):
         model, base = torch_model.load(scan_layers=scan)
         check(theirs, model, jaxpeft.load_adapter(tmp_path / "theirs", model, base)[1])
@@ -224,17 +260,21 @@ def test_models_tasks_and_paddings_against_the_real_peft(
 
 
 @quiet
-def test_distilbert_takes_prompts_as_the_real_peft_does(reference: Any, tmp_path: Any) -> None:  # noqa: F811
+def test_distilbert_takes_prompts_as_the_real_peft_does(reference: Any, tmp_path: Any) -> None:
     torch_model, batch = reference("distilbert", CLASSIFIER), make_batch("right")
     model, base = torch_model.load()
     params = adapted(METHODS["prompt"], base)
     jaxpeft.save_adapter(tmp_path, METHODS["prompt"], params, model)
-    wanted = Reference(tmp_path, CLASSIFIER, peft_load(torch_model.folder, CLASSIFIER, tmp_path))(batch)
+    wanted = Reference(tmp_path, CLASSIFIER, peft_load(torch_model.folder, CLASSIFIER, tmp_path))(
+        batch
+    )
     np.testing.assert_allclose(forward(model, params, batch.ids, batch.mask), wanted, atol=1e-5)
 
 
 @quiet
-def test_explicit_positions_are_shifted_by_a_prefix_as_in_the_real_peft(reference: Any, tmp_path: Any) -> None:  # noqa: F811
+def test_explicit_positions_are_shifted_by_a_prefix_as_in_the_real_peft(
+    reference: Any, tmp_path: Any
+) -> None:
     torch_model, batch = reference("llama", "causal_lm"), make_batch("left")
     model, base = torch_model.load()
     params = adapted(METHODS["prefix"], base)
@@ -250,15 +290,19 @@ def test_explicit_positions_are_shifted_by_a_prefix_as_in_the_real_peft(referenc
 
 @quiet
 def test_a_llama_classifier_reads_the_last_token_where_the_real_peft_reads_the_last_place(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Any,
 ) -> None:
-    """`transformers` cannot tell padding where it is given embeddings, so rows padded on the right differ behind a prompt."""
+    """`transformers` cannot tell padding where it is given embeddings, so rows padded on the right
+    differ behind a prompt.
+    """
     torch_model, batch = reference("llama", CLASSIFIER), make_batch("right")
     model, base = torch_model.load()
     params = adapted(METHODS["prompt"], base)
     jaxpeft.save_adapter(tmp_path, METHODS["prompt"], params, model)
-    theirs = Reference(tmp_path, CLASSIFIER, peft_load(torch_model.folder, CLASSIFIER, tmp_path))(batch)
+    theirs = Reference(tmp_path, CLASSIFIER, peft_load(torch_model.folder, CLASSIFIER, tmp_path))(
+        batch
+    )
     found = np.asarray(forward(model, params, batch.ids, batch.mask))
     full = [length == batch.ids.shape[1] for length in LENGTHS]
     np.testing.assert_allclose(found[full], theirs[full], atol=1e-5)
@@ -272,7 +316,7 @@ def test_a_llama_classifier_reads_the_last_token_where_the_real_peft_reads_the_l
 @pytest.mark.parametrize("kind", ["qwen3", "bert"])
 @pytest.mark.representatives("bert-lstm", "qwen3-prefix", "qwen3-projection", "bert-prompt")
 def test_a_file_holds_one_table_and_the_sizes_that_peft_asks_for(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Any,
     method: Any,
     kind: str,
@@ -296,7 +340,9 @@ def test_a_file_holds_one_table_and_the_sizes_that_peft_asks_for(
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_what_a_file_says_and_is_not_so_is_refused(reference: Any, tmp_path: Any, kind: str) -> None:  # noqa: F811
+def test_what_a_file_says_and_is_not_so_is_refused(
+    reference: Any, tmp_path: Any, kind: str
+) -> None:
     torch_model = reference("llama", "causal_lm")
     model, base = torch_model.load()
     method = METHODS[kind]
@@ -308,23 +354,33 @@ def test_what_a_file_says_and_is_not_so_is_refused(reference: Any, tmp_path: Any
             jaxpeft.load_adapter(tmp_path, model, base)
         return str(caught.value)
 
-    assert "num_virtual_tokens: is not set" in problems(lambda config: config.pop("num_virtual_tokens"))
+    assert "num_virtual_tokens: is not set" in problems(
+        lambda config: config.pop("num_virtual_tokens")
+    )
     assert "num_transformer_submodules: 2 is not supported" in problems(
         lambda config: config.update(num_transformer_submodules=2)
     )
-    assert "prompt_embeddings is [5, " in problems(lambda config: config.update(num_virtual_tokens=6))
+    assert "prompt_embeddings is [5, " in problems(
+        lambda config: config.update(num_virtual_tokens=6)
+    )
     assert "something: 3 is not supported" in problems(lambda config: config.update(something=3))
 
 
 @every_method
-def test_a_tree_that_the_method_would_not_have_made_is_not_saved(reference: Any, tmp_path: Any, method: Any) -> None:  # noqa: F811
+def test_a_tree_that_the_method_would_not_have_made_is_not_saved(
+    reference: Any, tmp_path: Any, method: Any
+) -> None:
     model, base = reference("llama", "causal_lm").load()
     other = type(method)(num_virtual_tokens=4)
-    with pytest.raises(AdapterError, match=r"_embeddings: is \[4, .*\] in the tree, the method makes it \[5, "):
-        jaxpeft.save_adapter(tmp_path, method, jaxpeft.rewrite(other, base, jax.random.key(0)), model)
+    with pytest.raises(
+        AdapterError, match=r"_embeddings: is \[4, .*\] in the tree, the method makes it \[5, "
+    ):
+        jaxpeft.save_adapter(
+            tmp_path, method, jaxpeft.rewrite(other, base, jax.random.key(0)), model
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.mark.slow
@@ -338,14 +394,16 @@ def test_a_tree_that_the_method_would_not_have_made_is_not_saved(reference: Any,
     ids=["prefix", "prompt", "ptuning_v2"],
 )
 def test_a_run_stopped_and_gone_on_with_is_the_run(
-    make_config: Any,  # noqa: F811
+    make_config: Any,
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
     method: Any,
 ) -> None:
     packed = {"data__packing": True} if kind == "text" else {}
-    made = make_config(kind, train__steps=4, checkpoint__every_steps=2, evaluation__every_steps=2, **packed)
+    made = make_config(
+        kind, train__steps=4, checkpoint__every_steps=2, evaluation__every_steps=2, **packed
+    )
     config = dataclasses.replace(made, method=method)
     whole = job.run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -354,12 +412,18 @@ def test_a_run_stopped_and_gone_on_with_is_the_run(
             job.run(config, tmp_path / "parts")
     parts = job.run(config, tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
-    assert "prompt_embeddings" in load_file(tmp_path / "parts" / "adapter" / "adapter_model.safetensors")
+    assert "prompt_embeddings" in load_file(
+        tmp_path / "parts" / "adapter" / "adapter_model.safetensors"
+    )
 
 
-def test_a_length_that_leaves_no_place_is_refused_before_weights_are_read(make_config: Any, tmp_path: Any) -> None:  # noqa: F811
+def test_a_length_that_leaves_no_place_is_refused_before_weights_are_read(
+    make_config: Any, tmp_path: Any
+) -> None:
     made = make_config(data__max_length=37)
     config = dataclasses.replace(made, method=METHODS["prefix"])
-    text = "rows of 37 tokens behind 5 virtual ones, the model has 40 positions; set it to 35 or less"
+    text = (
+        "rows of 37 tokens behind 5 virtual ones, the model has 40 positions; set it to 35 or less"
+    )
     with pytest.raises(ConfigError, match=text):
         job.run(config, tmp_path)

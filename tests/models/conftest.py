@@ -21,21 +21,44 @@ VOCAB, PAD, LENGTH, LABELS = 99, 1, 16, 3
 LENGTHS = (LENGTH, 7, 11)
 
 _DECODER: Mapping[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3,
-}  # fmt: skip
-_BERT: Mapping[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 40, "pad_token_id": PAD,
-}  # fmt: skip
-_DISTILBERT: Mapping[str, Any] = {
-    "vocab_size": VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 40,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
     "pad_token_id": PAD,
-}  # fmt: skip
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+_BERT: Mapping[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "pad_token_id": PAD,
+}
+_DISTILBERT: Mapping[str, Any] = {
+    "vocab_size": VOCAB,
+    "dim": 32,
+    "hidden_dim": 48,
+    "n_layers": 2,
+    "n_heads": 4,
+    "max_position_embeddings": 40,
+    "pad_token_id": PAD,
+}
 _TINY: Mapping[str, Mapping[str, Any]] = {
-    "llama": _DECODER, "mistral": _DECODER, "qwen2": _DECODER, "qwen3": {**_DECODER, "head_dim": 16},
-    "bert": _BERT, "roberta": _BERT, "distilbert": _DISTILBERT,
-}  # fmt: skip
+    "llama": _DECODER,
+    "mistral": _DECODER,
+    "qwen2": _DECODER,
+    "qwen3": {**_DECODER, "head_dim": 16},
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": _DISTILBERT,
+}
 
 
 def tiny_config(model_type: str, **switches: Any) -> dict[str, Any]:
@@ -64,8 +87,12 @@ def make_batch(side: str) -> Batch:
 
 
 @partial(jax.jit, static_argnums=0)
-def forward(model: Any, params: Any, ids: Any, mask: Any, inputs: Mapping[str, Any] | None = None) -> Any:
-    """Return the outputs of a model, compiled once for all params of one structure: as constants they would be folded."""
+def forward(
+    model: Any, params: Any, ids: Any, mask: Any, inputs: Mapping[str, Any] | None = None
+) -> Any:
+    """Return the outputs of a model, compiled once for all params of one structure: as constants
+    they would be folded.
+    """
     return jaxpeft.apply(model, params, ids, mask, **(inputs or {}))
 
 
@@ -83,7 +110,9 @@ class Reference:
 
         given = {"input_ids": batch.ids, "attention_mask": batch.mask, **inputs}
         with torch.no_grad():
-            out = self.model(**{key: torch.tensor(value, dtype=torch.long) for key, value in given.items()})
+            out = self.model(
+                **{key: torch.tensor(value, dtype=torch.long) for key, value in given.items()}
+            )
         return (out.last_hidden_state if self.task == "encoder" else out.logits).numpy()
 
     def load(self, **options: Any) -> Any:
@@ -92,11 +121,16 @@ class Reference:
         defaults: dict[str, Any] = {"task": self.task, "num_labels": labels, "dtype": jnp.float32}
         return jaxpeft.load(self.folder, **(defaults | options))
 
-    def difference(self, batches: list[Batch], model: Any, params: Any, **inputs: np.ndarray[Any, Any]) -> float:
+    def difference(
+        self, batches: list[Batch], model: Any, params: Any, **inputs: np.ndarray[Any, Any]
+    ) -> float:
         """Return the largest difference over real tokens between torch and jaxpeft."""
         largest = 0.0
         for batch in batches:
-            ours, theirs = np.asarray(forward(model, params, batch.ids, batch.mask, inputs)), self(batch, **inputs)
+            ours, theirs = (
+                np.asarray(forward(model, params, batch.ids, batch.mask, inputs)),
+                self(batch, **inputs),
+            )
             assert ours.shape == theirs.shape
             assert ours.dtype == np.float32
             gap = np.abs(ours - theirs)
@@ -107,7 +141,11 @@ class Reference:
 
 
 def _make(
-    folder: Path, model_type: str, task: str, rewrite: Callable[[dict[str, Any]], None] | None, switches: Any
+    folder: Path,
+    model_type: str,
+    task: str,
+    rewrite: Callable[[dict[str, Any]], None] | None,
+    switches: Any,
 ) -> Any:
     import torch
     from transformers import AutoConfig, AutoModel, models  # noqa: F401
@@ -115,7 +153,11 @@ def _make(
     from transformers import AutoModelForSequenceClassification as Sequences
     from transformers import AutoModelForTokenClassification as Tokens
 
-    kinds = {"causal_lm": CausalLM, "sequence_classification": Sequences, "token_classification": Tokens}
+    kinds = {
+        "causal_lm": CausalLM,
+        "sequence_classification": Sequences,
+        "token_classification": Tokens,
+    }
     config = tiny_config(model_type, **switches)
     labels = {"num_labels": LABELS} if "classification" in task else {}
     made = AutoConfig.for_model(config.pop("model_type"), **config, **labels)
@@ -123,8 +165,13 @@ def _make(
     model = kinds.get(task, AutoModel).from_config(made).eval()
     with torch.no_grad():
         for name, leaf in model.named_parameters():
-            # transformers starts norms at one and biases at zero, which would hide a leaf that is left out.
-            middle = 1.0 if (leaf.ndim == 1 and name.endswith("norm.weight")) or "LayerNorm.weight" in name else 0.0
+            # transformers starts norms at one and biases at zero, which would hide a leaf that is
+            # left out.
+            middle = (
+                1.0
+                if (leaf.ndim == 1 and name.endswith("norm.weight")) or "LayerNorm.weight" in name
+                else 0.0
+            )
             leaf.copy_(middle + (0.2 if leaf.ndim > 1 else 0.1) * torch.randn_like(leaf))
     model.save_pretrained(folder, safe_serialization=True)
     if rewrite is not None:
@@ -141,10 +188,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Referen
     made: dict[str, Reference] = {}
 
     def get(
-        model_type: str, task: str, rewrite: Callable[[dict[str, Any]], None] | None = None, **switches: Any
+        model_type: str,
+        task: str,
+        rewrite: Callable[[dict[str, Any]], None] | None = None,
+        **switches: Any,
     ) -> Reference:
         """Make a torch model with these switches; `rewrite` edits the saved config.json."""
-        key = f"{model_type} {task} {json.dumps(switches, sort_keys=True)} {rewrite and rewrite.__name__}"
+        key = (
+            f"{model_type} {task} {json.dumps(switches, sort_keys=True)}"
+            f" {rewrite and rewrite.__name__}"
+        )
         if key not in made:
             folder = tmp_path_factory.mktemp("reference")
             made[key] = Reference(folder, task, _make(folder, model_type, task, rewrite, switches))
@@ -160,11 +213,19 @@ def padded() -> list[Batch]:
 
 
 @pytest.fixture
-def parity(reference: Any, padded: list[Batch], request: pytest.FixtureRequest) -> Callable[..., None]:
+def parity(
+    reference: Any, padded: list[Batch], request: pytest.FixtureRequest
+) -> Callable[..., None]:
     """Check that a model gives torch's numbers, with scanned and unrolled layers."""
 
     def check(
-        model_type: str, task: str, *, rewrite: Any = None, inputs: Any = None, load: Any = None, **switches: Any
+        model_type: str,
+        task: str,
+        *,
+        rewrite: Any = None,
+        inputs: Any = None,
+        load: Any = None,
+        **switches: Any,
     ) -> None:
         torch_model = reference(model_type, task, rewrite, **switches)
         for scan_layers in (False, True):

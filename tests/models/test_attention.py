@@ -75,7 +75,9 @@ def test_a_kernel_that_does_not_fit_gives_way(calls: list[Mask]) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 3])
-def test_rows_padded_on_the_right_need_no_mask_and_give_the_same(window: int, calls: list[Mask]) -> None:
+def test_rows_padded_on_the_right_need_no_mask_and_give_the_same(
+    window: int, calls: list[Mask]
+) -> None:
     shape = {
         "vocab_size": 16,
         "hidden_size": 32,
@@ -117,7 +119,9 @@ def masks(kind: str, rng: np.random.Generator, length: int = 256) -> tuple[Mask,
 
 
 def with_gradient(compute: Any, q: Any, k: Any, v: Any, mask: Mask, text: Any) -> Any:
-    """Return the result of an attention where there is text, and the gradients of a function of it."""
+    """Return the result of an attention where there is text, and the gradients of a function of
+    it.
+    """
 
     def loss(q: Any, k: Any, v: Any) -> Any:
         out = compute(q, k, v, mask, lambda weights: weights)
@@ -135,7 +139,9 @@ MASKS = ("causal", "window", "packed", "padded", "both ways")
 @pytest.mark.representatives("packed-2", "window-1", "padded-1", "both ways-2")
 def test_splash_attention_is_the_reference(kind: str, kv_heads: int) -> None:
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 256, n, 64)), jnp.float32) for n in (2, kv_heads, kv_heads))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, 256, n, 64)), jnp.float32) for n in (2, kv_heads, kv_heads)
+    )
     mask, text = masks(kind, rng)
     assert KERNELS["splash"].takes(q, k, mask) and not KERNELS["splash"].lacks(q.dtype, 64, 0.0)
     found = with_gradient(partial(attention._splash, interpret=True), q, k, v, mask, text)  # pyright: ignore[reportPrivateUsage]
@@ -144,7 +150,12 @@ def test_splash_attention_is_the_reference(kind: str, kv_heads: int) -> None:
 
 
 def test_the_fastest_kernel_of_a_platform() -> None:
-    assert [fastest(name) for name in ("cuda", "tpu", "cpu", "rocm")] == ["cudnn", "splash", "xla", "xla"]
+    assert [fastest(name) for name in ("cuda", "tpu", "cpu", "rocm")] == [
+        "cudnn",
+        "splash",
+        "xla",
+        "xla",
+    ]
 
 
 def test_why_a_kernel_does_not_fit_a_model() -> None:

@@ -1,4 +1,6 @@
-"""What every architecture shows beside parity: scan, remat, bf16, documents in one row, dropout, empty rows."""
+"""What every architecture shows beside parity: scan, remat, bf16, documents in one row, dropout,
+empty rows.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,13 @@ ALL = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 SWITCHES = {"mistral": {"sliding_window": 4}, "qwen2": WINDOWED, "qwen3": WINDOWED}
 TASK = "token_classification"
-QUICK = {"xla_backend_optimization_level": 0}  # programs with gradients or dropout compile in half the time
+QUICK = {
+    "xla_backend_optimization_level": 0
+}  # programs with gradients or dropout compile in half the time
 RUNS = [*((kind, False) for kind in ALL), ("qwen3", True), ("bert", True), ("distilbert", True)]
-"""Every architecture unrolled, and one of each kind of block scanned; `test_scanned_and_unrolled...` joins the two."""
+"""Every architecture unrolled, and one of each kind of block scanned;
+`test_scanned_and_unrolled...` joins the two.
+"""
 
 
 @pytest.fixture
@@ -36,20 +42,25 @@ def loss_and_gradient(model, params, batch, key=None):
 
 
 def assert_close(a, b, tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance), a, b)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance), a, b
+    )
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3", "bert", "distilbert"])
 @pytest.mark.representatives("bert", "mistral")
 def test_scanned_and_unrolled_layers_agree_in_loss_and_gradient(load, padded, kind):
     losses, gradients = zip(
-        *(loss_and_gradient(*load(kind, scan_layers=scan), padded[1]) for scan in (False, True)), strict=True
+        *(loss_and_gradient(*load(kind, scan_layers=scan), padded[1]) for scan in (False, True)),
+        strict=True,
     )
     assert_close(losses[0], losses[1], 1e-6)
     assert_close(jaxpeft.stack_layers(gradients[0]), gradients[1], 1e-5)
 
 
-@pytest.mark.parametrize(("kind", "scan_layers"), [("qwen2", False), ("qwen2", True), ("bert", True)])
+@pytest.mark.parametrize(
+    ("kind", "scan_layers"), [("qwen2", False), ("qwen2", True), ("bert", True)]
+)
 def test_remat_changes_no_gradient_dropout_included(load, padded, kind, scan_layers):
     key = jax.random.key(3)
     plain = loss_and_gradient(*load(kind, scan_layers=scan_layers), padded[2], key)
@@ -62,7 +73,9 @@ def test_remat_changes_no_gradient_dropout_included(load, padded, kind, scan_lay
 def test_remat_keeps_what_its_policy_names(load, padded, scan_layers):
     def saved(remat):
         model, params = load("llama", scan_layers=scan_layers, remat=remat)
-        return count_kept(lambda p: jaxpeft.apply(model, p, padded[0].ids, padded[0].mask).sum(), params)
+        return count_kept(
+            lambda p: jaxpeft.apply(model, p, padded[0].ids, padded[0].mask).sum(), params
+        )
 
     kept = {remat: saved(remat) for remat in ("none", "full", "attention", "products")}
     assert kept["full"] < kept["attention"] < kept["products"] < kept["none"]
@@ -107,7 +120,9 @@ def test_documents_in_one_row_do_not_see_each_other(load, padded, kind, scan_lay
     before, changed = run(ids), ids.copy()
     changed[:, 6:13] = changed[:, 6:13][:, ::-1]
     after = run(changed)
-    others = (segments[0] != 2) & (True if mask is None else mask[0] != 0)  # a place of padding may see nothing
+    others = (segments[0] != 2) & (
+        True if mask is None else mask[0] != 0
+    )  # a place of padding may see nothing
     np.testing.assert_array_equal(before[:, others], after[:, others])
     assert not np.array_equal(before[:, 6:13], after[:, 6:13])
     alone = jaxpeft.apply(model, params, ids[:, 6:13])
@@ -143,7 +158,9 @@ def test_dropout_needs_a_key_and_differs_by_it(reference, padded, kind, scan_lay
     assert not np.array_equal(run_once[0], run_once[1])
 
 
-@pytest.mark.parametrize(("kind", "scan_layers"), [("mistral", False), ("qwen3", True), ("bert", False)])
+@pytest.mark.parametrize(
+    ("kind", "scan_layers"), [("mistral", False), ("qwen3", True), ("bert", False)]
+)
 def test_a_row_of_padding_alone_gives_numbers_and_finite_gradients(load, padded, kind, scan_layers):
     batch = type(padded[0])(padded[1].ids, padded[1].mask.copy())
     batch.mask[1] = 0
@@ -157,18 +174,34 @@ def test_a_mask_may_be_bools_and_absent(load, padded, kind):
     model, params = load(kind)
     ids = padded[0].ids
     plain = jaxpeft.apply(model, params, ids)
-    for mask in (np.ones(ids.shape, bool), np.ones(ids.shape, np.float32), jnp.ones(ids.shape, jnp.int8)):
+    for mask in (
+        np.ones(ids.shape, bool),
+        np.ones(ids.shape, np.float32),
+        jnp.ones(ids.shape, jnp.int8),
+    ):
         np.testing.assert_allclose(plain, jaxpeft.apply(model, params, ids, mask), atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("kind", "inputs", "text"),
     [
-        ("bert", {"token_type_ids": [[0, 5, 0]]}, "token_type_ids: 5 is outside the model's table of 2"),
-        ("bert", {"position_ids": [[0, 1, 99]]}, "position_ids: 99 is outside the model's table of 40"),
+        (
+            "bert",
+            {"token_type_ids": [[0, 5, 0]]},
+            "token_type_ids: 5 is outside the model's table of 2",
+        ),
+        (
+            "bert",
+            {"position_ids": [[0, 1, 99]]},
+            "position_ids: 99 is outside the model's table of 40",
+        ),
         ("llama", {"position_ids": [[0, 1, -1]]}, "position_ids: -1 is outside"),
         ("roberta", {"token_type_ids": [[0, 2, 0]]}, "token_type_ids: 2 is outside"),
-        ("bert", {"token_type_ids": [[0, 0]]}, r"token_type_ids: has shape \[1, 2\], input_ids has \[1, 3\]"),
+        (
+            "bert",
+            {"token_type_ids": [[0, 0]]},
+            r"token_type_ids: has shape \[1, 2\], input_ids has \[1, 3\]",
+        ),
     ],
 )
 def test_inputs_that_no_table_holds_are_refused(load, kind, inputs, text):

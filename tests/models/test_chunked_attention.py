@@ -1,4 +1,6 @@
-"""Attention a block of keys after the other: the numbers and the gradients of the whole, in the memory of a block."""
+"""Attention a block of keys after the other: the numbers and the gradients of the whole, in the
+memory of a block.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LENGTH = 96
 
 
 def inputs(rng: np.random.Generator, kv_heads: int, dtype: Any = jnp.float32) -> Any:
-    return tuple(jnp.asarray(rng.normal(size=(2, LENGTH, n, 8)), dtype) for n in (4, kv_heads, kv_heads))
+    return tuple(
+        jnp.asarray(rng.normal(size=(2, LENGTH, n, 8)), dtype) for n in (4, kv_heads, kv_heads)
+    )
 
 
 @pytest.mark.parametrize("block", [16, 40, 96])
@@ -45,7 +49,10 @@ def test_some_of_the_queries_are_those_of_the_row(kind: str) -> None:
 
     def parts(q: Any, k: Any, v: Any, mask: Mask, drop: Any) -> Any:
         del drop
-        own = [compute(q[:, at : at + 24], k, v, mask, first=jnp.int32(at), block=32) for at in range(0, LENGTH, 24)]
+        own = [
+            compute(q[:, at : at + 24], k, v, mask, first=jnp.int32(at), block=32)
+            for at in range(0, LENGTH, 24)
+        ]
         return jnp.concatenate(own, axis=1)
 
     found = with_gradient(parts, q, k, v, mask, text)
@@ -58,8 +65,12 @@ def test_a_row_that_sees_nothing_gives_an_average(block: int) -> None:
     q, k, v = inputs(np.random.default_rng(0), 4)
     mask = Mask(text=jnp.zeros((2, LENGTH), bool))
     out = compute(q, k, v, mask, block=block)
-    np.testing.assert_allclose(out, jnp.broadcast_to(v.mean(1, keepdims=True), out.shape), rtol=1e-5, atol=1e-6)
-    grads = jax.grad(lambda *qkv: compute(*qkv, mask, block=block).sum(), argnums=(0, 1, 2))(q, k, v)
+    np.testing.assert_allclose(
+        out, jnp.broadcast_to(v.mean(1, keepdims=True), out.shape), rtol=1e-5, atol=1e-6
+    )
+    grads = jax.grad(lambda *qkv: compute(*qkv, mask, block=block).sum(), argnums=(0, 1, 2))(
+        q, k, v
+    )
     np.testing.assert_array_equal(grads[0], 0)
     np.testing.assert_allclose(grads[2], 1.0, rtol=1e-5)
 
@@ -74,7 +85,9 @@ def test_in_bfloat16_it_is_as_near_as_the_reference() -> None:
     def gaps(kernel: Any) -> list[float]:
         found = with_gradient(kernel, *halved, mask, text)
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True)
-        return [float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) for a, b in pairs]
+        return [
+            float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) for a, b in pairs
+        ]
 
     own, plain = gaps(partial(compute, block=32)), gaps(KERNELS["xla"].compute)
     assert all(a < 1.3 * b + 1e-4 for a, b in zip(own, plain, strict=True)), (own, plain)
@@ -88,7 +101,9 @@ def test_no_scores_are_written_out() -> None:
         def loss(q: Any, k: Any, v: Any) -> Any:
             return jnp.sum(jnp.sin(kernel(q, k, v, Mask(causal=True), lambda weights: weights)))
 
-        found = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile().memory_analysis()
+        found = (
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile().memory_analysis()
+        )
         return found.temp_size_in_bytes
 
     scores = 4 * heads * length * length

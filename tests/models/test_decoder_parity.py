@@ -12,16 +12,39 @@ import jaxpeft
 from tests.models.conftest import PAD, TOLERANCE, make_batch
 
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16, "rope_theta": 500000.0,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 500000.0,
+}
 SLIDING = {"use_sliding_window": True, "sliding_window": 4}
 MIXED = ["full_attention", "sliding_attention", "full_attention"]
 ACTS = (
-    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
-    "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
-    "sqrtsoftplus", "swish", "tanh",
-)  # fmt: skip
+    "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_python_tanh",
+    "gelu_pytorch_tanh",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "sqrtsoftplus",
+    "swish",
+    "tanh",
+)
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "plain", {}),
@@ -35,7 +58,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "attention-dropout", {"attention_dropout": 0.5}),
     ("llama", "pretraining-tp", {"pretraining_tp": 2}),
     ("llama", "rope-theta", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    ("llama", "rope-linear", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    (
+        "llama",
+        "rope-linear",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ),
     (
         "llama",
         "rope-dynamic-short",
@@ -44,7 +71,10 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     (
         "llama",
         "rope-dynamic-long",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, "max_position_embeddings": 8},
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+            "max_position_embeddings": 8,
+        },
     ),
     ("llama", "rope-llama3", {"rope_parameters": LLAMA3}),
     ("mistral", "window", {"sliding_window": 4}),
@@ -56,18 +86,28 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "window-all", {**SLIDING, "max_window_layers": 0}),
     ("qwen2", "window-upper", {**SLIDING, "max_window_layers": 1}),
     ("qwen2", "window-none", {**SLIDING, "max_window_layers": 9}),
-    ("qwen2", "window-off", {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}),
+    (
+        "qwen2",
+        "window-off",
+        {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0},
+    ),
     ("qwen2", "layer-types", {**SLIDING, "layer_types": MIXED, "num_hidden_layers": 3}),
     ("qwen3", "plain", {}),
     ("qwen3", "attention-bias", {"attention_bias": True}),
     ("qwen3", "tied", {"tie_word_embeddings": True}),
     ("qwen3", "window-upper", {**SLIDING, "max_window_layers": 1}),
     ("qwen3", "layer-types", {**SLIDING, "layer_types": MIXED, "num_hidden_layers": 3}),
-    ("qwen3", "rope-linear", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    (
+        "qwen3",
+        "rope-linear",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES])
+@pytest.mark.parametrize(
+    ("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES]
+)
 @pytest.mark.representatives(
     "llama-attention-bias",
     "llama-mlp-bias",
@@ -85,7 +125,9 @@ def test_a_causal_language_model_with_a_switch(parity, kind, switches):
 
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "encoder"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.representatives("llama-sequence*", "llama-encoder", "mistral-token*", "qwen3-sequence*")
+@pytest.mark.representatives(
+    "llama-sequence*", "llama-encoder", "mistral-token*", "qwen3-sequence*"
+)
 def test_the_other_tasks(parity, kind, task):
     parity(kind, task)
 
@@ -93,7 +135,9 @@ def test_the_other_tasks(parity, kind, task):
 def test_the_token_classification_head_without_a_bias(parity, reference):
     parity("llama", "token_classification", token_classification_bias=False)
     _, params = reference("llama", "token_classification", token_classification_bias=False).load()
-    assert set(params["score"]) == {"kernel"}  # a bias would be made newly, as zeros, which no logit would show
+    assert set(params["score"]) == {
+        "kernel"
+    }  # a bias would be made newly, as zeros, which no logit would show
 
 
 def hub_windows(config):
@@ -127,7 +171,10 @@ def old_dynamic(config):
 
 def old_llama3(config):
     del config["rope_parameters"]
-    config |= {"rope_theta": 500000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
+    config |= {
+        "rope_theta": 500000.0,
+        "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+    }
 
 
 def old_plain(config):
@@ -180,7 +227,9 @@ def test_activations(act):
 @pytest.mark.parametrize("mask", [True, False], ids=["mask", "no mask"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_classifier_reads_the_last_token_that_is_not_padding(reference, side, mask):
-    """transformers tells padding by the token: also without a mask, and where the text itself ends with that token."""
+    """transformers tells padding by the token: also without a mask, and where the text itself ends
+    with that token.
+    """
     torch_model = reference("llama", "sequence_classification")
     batch = make_batch(side)
     if mask and side == "right":
@@ -188,7 +237,9 @@ def test_a_classifier_reads_the_last_token_that_is_not_padding(reference, side, 
     model, params = torch_model.load()
     given = dataclasses.replace(batch, mask=batch.mask if mask else np.ones_like(batch.mask))
     np.testing.assert_allclose(
-        jaxpeft.apply(model, params, given.ids, given.mask if mask else None), torch_model(given), atol=TOLERANCE
+        jaxpeft.apply(model, params, given.ids, given.mask if mask else None),
+        torch_model(given),
+        atol=TOLERANCE,
     )
 
 
@@ -196,7 +247,11 @@ def test_mistral_takes_the_kinds_of_its_layers(reference):
     from transformers import AutoModelForCausalLM
 
     kinds = ["full_attention", "sliding_attention"]
-    made = reference("mistral", "causal_lm", lambda config: config.update(layer_types=kinds), sliding_window=4)
-    alternating = AutoModelForCausalLM.from_pretrained(made.folder).eval()  # another class of transformers
+    made = reference(
+        "mistral", "causal_lm", lambda config: config.update(layer_types=kinds), sliding_window=4
+    )
+    alternating = AutoModelForCausalLM.from_pretrained(
+        made.folder
+    ).eval()  # another class of transformers
     torch_model = dataclasses.replace(made, model=alternating)
     assert torch_model.difference([make_batch("none")], *torch_model.load()) < TOLERANCE

@@ -17,7 +17,14 @@ _BERT_SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("one-type", {"type_vocab_size": 1}),
     ("eps", {"layer_norm_eps": 0.1}),
     ("pad-token", {"pad_token_id": 5}),
-    ("dropouts", {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3, "classifier_dropout": 0.4}),
+    (
+        "dropouts",
+        {
+            "hidden_dropout_prob": 0.3,
+            "attention_probs_dropout_prob": 0.3,
+            "classifier_dropout": 0.4,
+        },
+    ),
     ("chunked", {"chunk_size_feed_forward": 4}),
 ]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -26,18 +33,26 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("distilbert", "activation", {"activation": "relu"}),
     ("distilbert", "sinusoidal", {"sinusoidal_pos_embds": True}),
     ("distilbert", "pad-token", {"pad_token_id": 5}),
-    ("distilbert", "dropouts", {"dropout": 0.3, "attention_dropout": 0.3, "seq_classif_dropout": 0.4}),
+    (
+        "distilbert",
+        "dropouts",
+        {"dropout": 0.3, "attention_dropout": 0.3, "seq_classif_dropout": 0.4},
+    ),
 ]
 
 
 @pytest.mark.parametrize("task", [SEQUENCES, TOKENS, HIDDEN])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
-@pytest.mark.representatives("bert-token*", "roberta-sequence*", "roberta-encoder", "distilbert-sequence*")
+@pytest.mark.representatives(
+    "bert-token*", "roberta-sequence*", "roberta-encoder", "distilbert-sequence*"
+)
 def test_every_task(parity, kind, task):
     parity(kind, task)
 
 
-@pytest.mark.parametrize(("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES])
+@pytest.mark.parametrize(
+    ("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES]
+)
 @pytest.mark.representatives(
     "bert-eps",
     "bert-hidden-act",
@@ -59,7 +74,9 @@ def test_token_types(parity, padded, kind):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_position_ids(parity, padded, kind):
-    positions = (np.arange(padded[0].ids.shape[1])[None] + np.array([[2], [5], [20]])).astype(np.int32)
+    positions = (np.arange(padded[0].ids.shape[1])[None] + np.array([[2], [5], [20]])).astype(
+        np.int32
+    )
     parity(kind, TOKENS, inputs={"position_ids": positions})
 
 
@@ -86,7 +103,9 @@ def _head(model, kind, x):
 
 @pytest.mark.parametrize("how", ["cls", "mean"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])
-@pytest.mark.representatives("bert-cls", "bert-mean", "distilbert-mean", "llama-cls", "roberta-mean")
+@pytest.mark.representatives(
+    "bert-cls", "bert-mean", "distilbert-mean", "llama-cls", "roberta-mean"
+)
 def test_pooling(reference, padded, kind, how):
     import jaxpeft
 
@@ -98,7 +117,10 @@ def test_pooling(reference, padded, kind, how):
         import torch
 
         with torch.no_grad():
-            given = {"input_ids": torch.tensor(batch.ids).long(), "attention_mask": torch.tensor(batch.mask)}
+            given = {
+                "input_ids": torch.tensor(batch.ids).long(),
+                "attention_mask": torch.tensor(batch.mask),
+            }
             hidden = backbone(**given).last_hidden_state.numpy()
         wanted = _head(torch_model.model, kind, _pooled(hidden, batch.mask, how))
         rows = batch.mask[:, 0].astype(bool) if how == "cls" else slice(None)
@@ -116,7 +138,9 @@ def test_the_tensor_names_of_old_tensorflow_checkpoints(reference, padded, tmp_p
 
     torch_model = reference("bert", SEQUENCES)
     old = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
         for name, tensor in load_file(torch_model.folder / "model.safetensors").items()
     }
     old["cls.predictions.bias"] = np.zeros(3, np.float32)

@@ -81,10 +81,15 @@ def test_attention_is_its_definition(kv_heads):
     k, v = rng.normal(size=(2, 2, 7, kv_heads, 4)).astype(np.float32)
     mask = rng.random((2, 1, 5, 7)) < 0.6
     mask[..., 0] = True
-    np.testing.assert_allclose(_Attended().apply({}, q, k, v, mask), _by_hand(q, k, v, mask), atol=1e-5)
+    np.testing.assert_allclose(
+        _Attended().apply({}, q, k, v, mask), _by_hand(q, k, v, mask), atol=1e-5
+    )
 
 
 def test_a_row_that_may_see_nothing_gives_an_average():
-    q, k, v = np.ones((3, 1, 2, 1, 4), np.float32) * np.arange(2, dtype=np.float32)[None, None, :, None, None]
+    q, k, v = (
+        np.ones((3, 1, 2, 1, 4), np.float32)
+        * np.arange(2, dtype=np.float32)[None, None, :, None, None]
+    )
     out = _Attended().apply({}, q, k, v, np.zeros((1, 1, 2, 2), bool))
     np.testing.assert_allclose(out, np.full((1, 2, 4), 0.5))

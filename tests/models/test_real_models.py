@@ -18,7 +18,9 @@ def test_stories260k_gives_the_recorded_logits_and_text(assets, scan_layers):
     if not (folder / "expected.json").is_file():
         pytest.skip(f"{folder} is absent: the shared test assets do not hold stories260K")
     expected = json.loads((folder / "expected.json").read_text())
-    model, params = jaxpeft.load(folder / "hf", task="causal_lm", dtype=jnp.float32, scan_layers=scan_layers)
+    model, params = jaxpeft.load(
+        folder / "hf", task="causal_lm", dtype=jnp.float32, scan_layers=scan_layers
+    )
     run = jax.jit(lambda ids: jaxpeft.apply(model, params, ids))
     last = run(np.asarray([expected["prompt_ids"]]))[0, -1]
     for token, logit in expected["last_prompt_logits_top5"]:
@@ -38,7 +40,9 @@ def test_minilm_gives_the_hidden_states_of_torch(minilm, scan_layers):
     ids[1, 9:], mask[1, 9:], ids[2, :5], mask[2, :5] = 0, 0, 0, 0
     with torch.no_grad():
         reference = AutoModel.from_pretrained(minilm).eval()
-        wanted = reference(torch.tensor(ids).long(), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+        wanted = reference(
+            torch.tensor(ids).long(), attention_mask=torch.tensor(mask)
+        ).last_hidden_state.numpy()
     model, params = jaxpeft.load(minilm, task="encoder", dtype=jnp.float32, scan_layers=scan_layers)
     ours = np.asarray(jaxpeft.apply(model, params, ids, mask))
     assert np.abs(ours - wanted)[mask.astype(bool)].max() <= 1e-4

@@ -16,50 +16,145 @@ from jaxpeft.models.base import ModelOptions
 
 def build(config: dict[str, Any], task: str = "encoder", **options: Any) -> Any:
     return models.build(
-        config, ModelOptions(task=task, num_labels=options.pop("num_labels", None), dtype=jnp.float32, **options)
+        config,
+        ModelOptions(
+            task=task, num_labels=options.pop("num_labels", None), dtype=jnp.float32, **options
+        ),
     )
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-     "rope_scaling: rope_type 'yarn' is not supported (supported: default, linear, dynamic, llama3)"),
-    ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
-     "rope_parameters: rope_type 'longrope' is not supported (supported: default, linear, dynamic, llama3)"),
-    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
-     "rope_parameters: another rope for each of full_attention is not supported (supported: one)"),
-    ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: must be a positive number, is None"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        (
+            "rope_scaling: rope_type 'yarn' is not supported (supported: default, linear, dynamic,"
+            " llama3)"
+        ),
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+        (
+            "rope_parameters: rope_type 'longrope' is not supported (supported: default, linear,"
+            " dynamic, llama3)"
+        ),
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+        (
+            "rope_parameters: another rope for each of full_attention is not supported (supported:"
+            " one)"
+        ),
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"type": "linear"}},
+        "rope_scaling: factor: must be a positive number, is None",
+    ),
     ("llama", {"rope_scaling": "linear"}, "rope_scaling: must be a mapping, is 'linear'"),
     ("llama", {"rope_theta": 0}, "rope_theta: must be a positive number, is 0"),
-    ("llama", {"partial_rotary_factor": 0.5}, "rope_parameters: partial_rotary_factor 0.5 is not supported (supported: 1)"),
-    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is not supported: load the unquantized model"),
-    ("llama", {"hidden_act": "prelu"}, "hidden_act: 'prelu' is not supported (supported: gelu, gelu_10,"),
-    ("llama", {"hidden_act": ["silu"]}, "hidden_act: ['silu'] is not supported (supported: gelu, gelu_10,"),
-    ("llama", {"num_attention_heads": 0}, "num_attention_heads: must be a whole number of at least 1, is 0"),
-    ("llama", {"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide num_attention_heads 4"),
-    ("llama", {"num_key_value_heads": "two"}, "num_key_value_heads: must be a whole number of at least 1, is 'two'"),
+    (
+        "llama",
+        {"partial_rotary_factor": 0.5},
+        "rope_parameters: partial_rotary_factor 0.5 is not supported (supported: 1)",
+    ),
+    (
+        "llama",
+        {"quantization_config": {"bits": 4}},
+        "quantization_config: {'bits': 4} is not supported: load the unquantized model",
+    ),
+    (
+        "llama",
+        {"hidden_act": "prelu"},
+        "hidden_act: 'prelu' is not supported (supported: gelu, gelu_10,",
+    ),
+    (
+        "llama",
+        {"hidden_act": ["silu"]},
+        "hidden_act: ['silu'] is not supported (supported: gelu, gelu_10,",
+    ),
+    (
+        "llama",
+        {"num_attention_heads": 0},
+        "num_attention_heads: must be a whole number of at least 1, is 0",
+    ),
+    (
+        "llama",
+        {"num_key_value_heads": 3},
+        "num_key_value_heads: 3 does not divide num_attention_heads 4",
+    ),
+    (
+        "llama",
+        {"num_key_value_heads": "two"},
+        "num_key_value_heads: must be a whole number of at least 1, is 'two'",
+    ),
     ("llama", {"hidden_size": 30}, "num_attention_heads: 4 does not divide hidden_size 30"),
     ("llama", {"hidden_size": None}, "hidden_size: must be a whole number of at least 1, is None"),
     ("llama", {"head_dim": 7}, "head_dim: must be even, to rotate pairs, is 7"),
     ("llama", {"attention_bias": "false"}, "attention_bias: must be true or false, is 'false'"),
-    ("llama", {"attention_dropout": 1.0}, "attention_dropout: must be a rate of at least 0 and below 1, is 1.0"),
+    (
+        "llama",
+        {"attention_dropout": 1.0},
+        "attention_dropout: must be a rate of at least 0 and below 1, is 1.0",
+    ),
     ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps: must be a positive number, is nan"),
-    ("mistral", {"sliding_window": 4.5}, "sliding_window: must be a whole number of at least 1, is 4.5"),
-    ("qwen2", {"layer_types": ["chunked_attention"] * 2},
-     "layer_types: ['chunked_attention', 'chunked_attention'] is not supported (supported: full_attention or sliding_attention, 2 times)"),
-    ("qwen2", {"layer_types": ["full_attention"]},
-     "layer_types: ['full_attention'] is not supported (supported: full_attention or sliding_attention, 2 times)"),
-    ("qwen3", {"layer_types": ["sliding_attention"] * 2},
-     "layer_types: sliding_attention needs use_sliding_window true and sliding_window a number"),
+    (
+        "mistral",
+        {"sliding_window": 4.5},
+        "sliding_window: must be a whole number of at least 1, is 4.5",
+    ),
+    (
+        "qwen2",
+        {"layer_types": ["chunked_attention"] * 2},
+        (
+            "layer_types: ['chunked_attention', 'chunked_attention'] is not supported (supported:"
+            " full_attention or sliding_attention, 2 times)"
+        ),
+    ),
+    (
+        "qwen2",
+        {"layer_types": ["full_attention"]},
+        (
+            "layer_types: ['full_attention'] is not supported (supported: full_attention or"
+            " sliding_attention, 2 times)"
+        ),
+    ),
+    (
+        "qwen3",
+        {"layer_types": ["sliding_attention"] * 2},
+        "layer_types: sliding_attention needs use_sliding_window true and sliding_window a number",
+    ),
     ("bert", {"is_decoder": True}, "is_decoder: True is not supported: only encoders are"),
-    ("bert", {"position_embedding_type": "relative_key"},
-     "position_embedding_type: 'relative_key' is not supported (supported: absolute)"),
-    ("roberta", {"add_cross_attention": True}, "add_cross_attention: True is not supported: only encoders are"),
-    ("roberta", {"pad_token_id": None}, "pad_token_id: must be a whole number of at least 0, is None"),
-    ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads: {'0': [1]} is not supported: all layers must have all heads"),
+    (
+        "bert",
+        {"position_embedding_type": "relative_key"},
+        "position_embedding_type: 'relative_key' is not supported (supported: absolute)",
+    ),
+    (
+        "roberta",
+        {"add_cross_attention": True},
+        "add_cross_attention: True is not supported: only encoders are",
+    ),
+    (
+        "roberta",
+        {"pad_token_id": None},
+        "pad_token_id: must be a whole number of at least 0, is None",
+    ),
+    (
+        "bert",
+        {"pruned_heads": {"0": [1]}},
+        "pruned_heads: {'0': [1]} is not supported: all layers must have all heads",
+    ),
     ("bert", {"num_attention_heads": 5}, "num_attention_heads: 5 does not divide hidden_size 32"),
     ("distilbert", {"n_heads": 5}, "n_heads: 5 does not divide dim 32"),
-    ("distilbert", {"activation": "snake"}, "activation: 'snake' is not supported (supported: gelu, gelu_10,"),
-]  # fmt: skip
+    (
+        "distilbert",
+        {"activation": "snake"},
+        "activation: 'snake' is not supported (supported: gelu, gelu_10,",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +167,11 @@ def test_an_unsupported_switch_is_refused_by_name(tiny_config, kind, switches, t
 
 
 def test_everything_is_reported_at_once(tiny_config):
-    switches = {"hidden_act": "snake", "rope_scaling": {"type": "yarn"}, "quantization_config": {"bits": 4}}
+    switches = {
+        "hidden_act": "snake",
+        "rope_scaling": {"type": "yarn"},
+        "quantization_config": {"bits": 4},
+    }
     with pytest.raises(ConfigError) as caught:
         build(tiny_config("llama", **switches), "fill_mask", remat="some", pooling="pooler")
     fields = ("task", "pooling", "remat", "hidden_act", "rope_scaling", "quantization_config")
@@ -94,13 +193,16 @@ def test_an_unknown_architecture_names_the_known_ones_and_invites_no_edit(kind):
         build({"model_type": kind})
     assert str(caught.value).startswith(f"config.json: model_type {kind!r} is not supported (")
     assert "did you mean" not in str(caught.value)
-    assert "(supported: llama, mistral, qwen2, qwen3, bert, roberta, distilbert)" in str(caught.value)
+    assert "(supported: llama, mistral, qwen2, qwen3, bert, roberta, distilbert)" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_an_encoder_is_no_language_model(tiny_config, kind):
     with pytest.raises(
-        ConfigError, match=f"task: 'causal_lm' is not one of a {kind} model \\(it has sequence_classification"
+        ConfigError,
+        match=f"task: 'causal_lm' is not one of a {kind} model \\(it has sequence_classification",
     ):
         build(tiny_config(kind), "causal_lm")
 
@@ -120,16 +222,23 @@ def test_a_pooling_that_the_architecture_has_not(tiny_config, kind, how):
 
 
 def test_pooling_goes_with_sequence_classification_only(tiny_config):
-    with pytest.raises(ConfigError, match="pooling: goes with task 'sequence_classification' only, task is 'encoder'"):
+    with pytest.raises(
+        ConfigError,
+        match="pooling: goes with task 'sequence_classification' only, task is 'encoder'",
+    ):
         build(tiny_config("bert"), "encoder", pooling="mean")
 
 
-@pytest.mark.parametrize("field", ["pretraining_tp", "initializer_range", "use_cache", "something_new"])
+@pytest.mark.parametrize(
+    "field", ["pretraining_tp", "initializer_range", "use_cache", "something_new"]
+)
 def test_what_does_not_change_the_numbers_is_not_refused(tiny_config, field):
     build(tiny_config("llama", **{field: 3}))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert"]
+)
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_tree_mirrors_the_names_of_hugging_face(tiny_config, kind, scan_layers):
     from jaxpeft.core import paths

@@ -40,7 +40,9 @@ def test_what_leaves_the_numbers_alone_comes_first(config):
 
 def test_what_is_done_already_is_not_offered(config):
     done = with_changes(config, model__quant="nf4", train__accumulation=16)
-    assert texts(changes(done, "full", 1)) == [f"train.batch_size {n}, train.accumulation 1" for n in (8, 4, 2, 1)]
+    assert texts(changes(done, "full", 1)) == [
+        f"train.batch_size {n}, train.accumulation 1" for n in (8, 4, 2, 1)
+    ]
 
 
 def test_a_batch_that_cannot_be_spread_is_repaired(config):
@@ -81,7 +83,9 @@ def test_what_arithmetic_rules_out_is_not_compiled(config):
 def test_a_refused_batch_says_why_and_is_repaired(config):
     odd = with_changes(config, mesh__strategy="replicated", train__batch_size=12)
     found = examine(setting(2**34), odd)
-    assert found.row.verdict.startswith("refused: train.batch_size: 12 is not divisible by 8 devices")
+    assert found.row.verdict.startswith(
+        "refused: train.batch_size: 12 is not divisible by 8 devices"
+    )
     row = with_nearest(setting(2**34), found, most=2)
     assert row.nearest is not None
     assert row.nearest.change == "train.batch_size 16, train.accumulation 1"
@@ -90,6 +94,11 @@ def test_a_refused_batch_says_why_and_is_repaired(config):
 def test_another_strategy_that_fits_is_named():
     memory = Memory(1, 1, 1, 1, 1, 5, 6)
     yes = Row("fsdp", "", {}, 1, 1, "full", "none", "xla", True, "fits", memory)
-    no = dataclasses.replace(yes, strategy="replicated", fits=False, verdict="does not fit, by 1.00 GiB")
-    assert [row.verdict for row in summary([no, yes])] == ["does not fit, by 1.00 GiB; fsdp fits", "fits"]
+    no = dataclasses.replace(
+        yes, strategy="replicated", fits=False, verdict="does not fit, by 1.00 GiB"
+    )
+    assert [row.verdict for row in summary([no, yes])] == [
+        "does not fit, by 1.00 GiB; fsdp fits",
+        "fits",
+    ]
     assert summary([no]) == (no,)

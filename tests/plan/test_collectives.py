@@ -17,7 +17,9 @@ SIZES = {"data": 2, "fsdp": 4}
 
 def compiled(body, spec, out_spec, shape):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), tuple(SIZES))
-    run = jax.jit(partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=out_spec, check_vma=False)(body))
+    run = jax.jit(
+        partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=out_spec, check_vma=False)(body)
+    )
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
     return collectives(parse(run.lower(x).compile().as_text()), SIZES)
 
@@ -33,7 +35,13 @@ def test_an_all_reduce_in_a_loop_counts_each_iteration():
 
 def test_over_both_axes():
     (found,) = compiled(lambda x: jax.lax.psum(x, ("data", "fsdp")), P(), P(), (256,))
-    assert (found.axes, found.group, found.count, found.nbytes, found.wire) == ("data+fsdp", 8, 1, 1024, 1792)
+    assert (found.axes, found.group, found.count, found.nbytes, found.wire) == (
+        "data+fsdp",
+        8,
+        1,
+        1024,
+        1792,
+    )
 
 
 def test_an_all_gather_counts_what_it_gives():
@@ -139,4 +147,6 @@ ENTRY %main (x: f32[4,256]) -> f32[4,256] {
   ROOT %r = f32[4,256]{1,0} copy(%x)
 }
 """
-    assert collectives(parse(text), SIZES, "data", 2) == (Collective("all-reduce", "data", 1, 4096, 4096, 2),)
+    assert collectives(parse(text), SIZES, "data", 2) == (
+        Collective("all-reduce", "data", 1, 4096, 4096, 2),
+    )

@@ -44,7 +44,10 @@ ENTRY %main.4 (x.1: bf16[4,8]) -> bf16[4,8] {
     [
         ("f32[]", (Array("f32", ()),)),
         ("bf16[16,1024]{1,0:T(8,128)(2,1)S(1)}", (Array("bf16", (16, 1024), 1),)),
-        ("(s32[], /*index=1*/u8[3]{0}, pred[2])", (Array("s32", ()), Array("u8", (3,)), Array("pred", (2,)))),
+        (
+            "(s32[], /*index=1*/u8[3]{0}, pred[2])",
+            (Array("s32", ()), Array("u8", (3,)), Array("pred", (2,))),
+        ),
         ("f8e4m3fn[2,2]{1,0}", (Array("f8e4m3fn", (2, 2)),)),
     ],
 )
@@ -70,7 +73,8 @@ def test_a_loop_is_counted_by_its_condition_and_so_is_what_it_calls():
 def test_a_loop_that_counts_by_two_runs_half_as_often():
     by_two = TPU.replace(
         "  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%i.1, %x)",
-        "  %two = s32[] constant(2)\n  %next = s32[] add(%i.1, %two)\n  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%next, %x)",
+        "  %two = s32[] constant(2)\n  %next = s32[] add(%i.1, %two)\n  ROOT %t = (s32[],"
+        " bf16[4,8]{1,0}) tuple(%next, %x)",
     )
     assert parse(by_two).runs["body.3"] == 4
 
@@ -89,7 +93,12 @@ def test_nested_scans_multiply():
 
     program = parse(jax.jit(step).lower(jnp.ones((4, 4))).compile().as_text())
     assert max(program.runs.values()) >= 15
-    dots = [n for name, n in program.runs.items() for one in program.computations[name].values() if one.opcode == "dot"]
+    dots = [
+        n
+        for name, n in program.runs.items()
+        for one in program.computations[name].values()
+        if one.opcode == "dot"
+    ]
     assert dots == [15]
 
 

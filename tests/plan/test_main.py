@@ -1,4 +1,6 @@
-"""The command: what it refuses before anything is compiled, its table, its JSON, its picture, and that it needs no accelerator."""
+"""The command: what it refuses before anything is compiled, its table, its JSON, its picture, and
+that it needs no accelerator.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from tests.conftest import ROOT
 from tests.plan.tiny import NARROW, write
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jaxpeft[plan]'"
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install 'jaxpeft[plan]'",
 )
 
 
@@ -26,25 +29,64 @@ needs_libtpu = pytest.mark.skipif(
     ("words", "message"),
     [
         ([], "2 problems:\n--config: is not given"),
-        (["--config", "FILE"], "--topology: is not given; write v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"),
+        (
+            ["--config", "FILE"],
+            (
+                "--topology: is not given; write v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or"
+                " cpu:8"
+            ),
+        ),
         (["--config", "FILE", "--topology", "v5:2"], "--topology: 'v5' is not a known chip"),
-        (["--config", "FILE", "--topology", "cpu:8", "--strategies", "fsdq"], "--strategies: 'fsdq' is none; did you mean 'fsdp'"),
-        (["--config", "FILE", "--topology", "cpu:8", "--strategies", ""], "--strategies: is empty; leave it out, or name some of all, rep"),
-        (["--config", "FILE", "--topology", "cpu:8", "--config.train.steps=0"], "config.train.steps: must be at least 1, is 0"),
-        (["--config", "FILE", "--topology", "cpu:8", "--json", "no/such/x.json"], "--json: no/such/x.json: its folder does not exist"),
-        (["--config", "FILE", "--topology", "cpu:8", "--json", "tests"], "--json: tests: is a folder; give a file in it"),
-        (["--config", "FILE", "--topology", "cpu:8", "--json", "/proc/x-model-config.json"], "/proc/x-model-config.json: cannot be written"),
-        (["--config", "FILE", "--topology", "cpu:8", "--plot", "x.foo"], "--plot: x.foo: is drawn as a PNG; let its name end in .png"),
-        (["--config", "FILE", "--topology", "cpu:8", "--hbm", "nan"], "--hbm: must be a number or None, is 'nan'"),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--strategies", "fsdq"],
+            "--strategies: 'fsdq' is none; did you mean 'fsdp'",
+        ),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--strategies", ""],
+            "--strategies: is empty; leave it out, or name some of all, rep",
+        ),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--config.train.steps=0"],
+            "config.train.steps: must be at least 1, is 0",
+        ),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--json", "no/such/x.json"],
+            "--json: no/such/x.json: its folder does not exist",
+        ),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--json", "tests"],
+            "--json: tests: is a folder; give a file in it",
+        ),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--json", "/proc/x-model-config.json"],
+            "/proc/x-model-config.json: cannot be written",
+        ),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--plot", "x.foo"],
+            "--plot: x.foo: is drawn as a PNG; let its name end in .png",
+        ),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--hbm", "nan"],
+            "--hbm: must be a number or None, is 'nan'",
+        ),
         (["--config", "FILE", "--topology", "cpu:8", "more"], "'more': not an option; see --help"),
-        (["--config", "FILE", "--topology", "cpu:8", "--hbm", "0"], "--hbm: must be at least 0.01, is 0"),
+        (
+            ["--config", "FILE", "--topology", "cpu:8", "--hbm", "0"],
+            "--hbm: must be at least 0.01, is 0",
+        ),
         (
             ["--config", "FILE", "--topology", "cpu:8", "--model-config", "llama3_80b"],
-            "--model-config: 'llama3_80b' is neither a file nor a known shape; did you mean 'llama3_8b'",
+            (
+                "--model-config: 'llama3_80b' is neither a file nor a known shape; did you mean"
+                " 'llama3_8b'"
+            ),
         ),
-        (["--config", "FILE", "--topology", "cpu:8"], "config.model.path: 'no/such-model': its config.json is not available"),
+        (
+            ["--config", "FILE", "--topology", "cpu:8"],
+            "config.model.path: 'no/such-model': its config.json is not available",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_planned_is_refused(words, message, tmp_path, capsys):
     file, _ = write(tmp_path)
     assert plan.main([str(file) if word == "FILE" else word for word in words]) == 2
@@ -53,39 +95,100 @@ def test_what_cannot_be_planned_is_refused(words, message, tmp_path, capsys):
 
 def test_help(capsys):
     assert plan.main(["--help"]) == 0
-    assert "--model-config: str | None = None\n      a config.json to plan for" in capsys.readouterr().out
+    assert (
+        "--model-config: str | None = None\n      a config.json to plan for"
+        in capsys.readouterr().out
+    )
 
 
-def planned(tmp_path: Path, *words: str, code: int = 0, **changed: Any) -> tuple[dict[str, Any], str]:
-    """Run the command, for the small model with so much of its config.json changed: `(JSON, what it printed)`."""
+def planned(
+    tmp_path: Path, *words: str, code: int = 0, **changed: Any
+) -> tuple[dict[str, Any], str]:
+    """Run the command, for the small model with so much of its config.json changed: `(JSON, what it
+    printed)`.
+    """
     file, described = write(tmp_path, **changed)
-    asked = ["--config", str(file), "--model-config", str(described), "--json", str(tmp_path / "plan.json"), *words]
+    asked = [
+        "--config",
+        str(file),
+        "--model-config",
+        str(described),
+        "--json",
+        str(tmp_path / "plan.json"),
+        *words,
+    ]
     command = [sys.executable, "-m", "jaxpeft.plan", *asked]
-    # as a user's would be, the devices are the command's own affair; programs for a CPU compile fast, as everywhere in the tests
+    # as a user's would be, the devices are the command's own affair; programs for a CPU compile
+    # fast, as everywhere in the tests
     tpu = words[words.index("--topology") + 1].startswith("v")
     own = ("JAX_PLATFORMS", "XLA_FLAGS") if tpu else ("JAX_PLATFORMS",)
     environ = {key: value for key, value in os.environ.items() if key not in own}
-    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False, timeout=600)
+    environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environ, check=False, timeout=600
+    )
     assert done.returncode == code, done.stderr
     return json.loads((tmp_path / "plan.json").read_text()), done.stdout
 
 
 MEMORY = {"base", "adapters", "optimizer", "activations", "temporaries", "total", "limit"}
 ROW = {
-    "strategy", "change", "mesh", "batch_size", "accumulation", "remat", "quant", "attention", "fits", "verdict", "memory",
-    "collectives", "flops", "model_flops", "traffic", "roofline", "seconds", "notes", "nearest", "tried",
-}  # fmt: skip
+    "strategy",
+    "change",
+    "mesh",
+    "batch_size",
+    "accumulation",
+    "remat",
+    "quant",
+    "attention",
+    "fits",
+    "verdict",
+    "memory",
+    "collectives",
+    "flops",
+    "model_flops",
+    "traffic",
+    "roofline",
+    "seconds",
+    "notes",
+    "nearest",
+    "tried",
+}
 PLAN = {
-    "version", "config", "model", "method", "parameters", "trained", "topology", "devices", "chip", "length", "layers",
-    "programs", "seconds", "cpu_seconds", "versions", "rows", "best",
-}  # fmt: skip
+    "version",
+    "config",
+    "model",
+    "method",
+    "parameters",
+    "trained",
+    "topology",
+    "devices",
+    "chip",
+    "length",
+    "layers",
+    "programs",
+    "seconds",
+    "cpu_seconds",
+    "versions",
+    "rows",
+    "best",
+}
 
 
 @pytest.mark.slow
 def test_every_strategy_on_a_cpu(tmp_path):
     found, printed = planned(
-        tmp_path, "--topology", "cpu:8", "--hbm", "1", "--strategies", "all", "--plot", str(tmp_path / "plan.png")
+        tmp_path,
+        "--topology",
+        "cpu:8",
+        "--hbm",
+        "1",
+        "--strategies",
+        "all",
+        "--plot",
+        str(tmp_path / "plan.png"),
     )
     assert found.keys() == PLAN
     assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
@@ -129,7 +232,10 @@ def test_attention_that_a_run_would_refuse_is_refused(tmp_path):
     found, _ = planned(tmp_path, *words, "--config.model.attention=cudnn")
     fsdp, sequence = found["rows"]
     assert (fsdp["attention"], fsdp["fits"]) == ("cudnn", True)
-    said = "refused: model.attention: cudnn needs whole rows, and mesh.sequence spreads them over 8 devices; set it to auto"
+    said = (
+        "refused: model.attention: cudnn needs whole rows, and mesh.sequence spreads them over 8"
+        " devices; set it to auto"
+    )
     assert sequence["verdict"].startswith(said) and sequence["fits"] is False
     found, _ = planned(tmp_path, *words, "--config.model.attention=chunked")
     assert [(row["attention"], row["fits"]) for row in found["rows"]] == [("chunked", True)] * 2
@@ -137,15 +243,38 @@ def test_attention_that_a_run_would_refuse_is_refused(tmp_path):
 
 def test_where_every_strategy_is_refused_the_reasons_are_the_answer(tmp_path, capsys):
     file, described = write(tmp_path)
-    asked = ["--config", str(file), "--model-config", str(described), "--topology", "cpu:8", "--tries", "1"]
-    assert plan.main([*asked, "--strategies", "fsdp,sequence", "--config.model.attention=splash"]) == 2
-    said = "jaxpeft: model.attention: splash computes on tpu, and the devices are cpu; set it to auto\n"
+    asked = [
+        "--config",
+        str(file),
+        "--model-config",
+        str(described),
+        "--topology",
+        "cpu:8",
+        "--tries",
+        "1",
+    ]
+    assert (
+        plan.main([*asked, "--strategies", "fsdp,sequence", "--config.model.attention=splash"]) == 2
+    )
+    said = (
+        "jaxpeft: model.attention: splash computes on tpu, and the devices are cpu; set it to"
+        " auto\n"
+    )
     assert capsys.readouterr().err.endswith(said)
 
 
 def test_nothing_fits(tmp_path):
     found, printed = planned(
-        tmp_path, "--topology", "cpu:8", "--hbm", "0.01", "--strategies", "fsdp", "--tries", "0", code=plan.NONE_FITS
+        tmp_path,
+        "--topology",
+        "cpu:8",
+        "--hbm",
+        "0.01",
+        "--strategies",
+        "fsdp",
+        "--tries",
+        "0",
+        code=plan.NONE_FITS,
     )
     assert found["best"] is None
     assert found["rows"][0]["verdict"].startswith("does not fit, by 0.")
@@ -159,7 +288,13 @@ def test_nothing_fits(tmp_path):
     "strategies", [tuple(STRATEGIES)[:3], tuple(STRATEGIES)[3:]]
 )  # as even parts for two processes
 def test_the_grid_compiles_for_tpus(where, strategies, tmp_path):
-    words = "--topology", where, "--strategies", ",".join(strategies), "--config.data.max_length=128"
+    words = (
+        "--topology",
+        where,
+        "--strategies",
+        ",".join(strategies),
+        "--config.data.max_length=128",
+    )
     found, _ = planned(tmp_path, *words, **NARROW)
     assert (found["devices"], len(found["rows"])) == (8, 3)
     for row in found["rows"]:
@@ -175,7 +310,16 @@ def test_the_grid_compiles_for_tpus(where, strategies, tmp_path):
 @pytest.mark.slow
 def test_two_slices_are_joined_by_their_network(tmp_path):
     found, _ = planned(
-        tmp_path, "--topology", "v5e:2x2", "--slices", "2", "--strategies", "hybrid_fsdp", "--tries", "0", **NARROW
+        tmp_path,
+        "--topology",
+        "v5e:2x2",
+        "--slices",
+        "2",
+        "--strategies",
+        "hybrid_fsdp",
+        "--tries",
+        "0",
+        **NARROW,
     )
     (row,) = found["rows"]
     assert (row["mesh"]["data"], row["mesh"]["fsdp"]) == (2, 4)
@@ -186,9 +330,18 @@ def test_two_slices_are_joined_by_their_network(tmp_path):
 @pytest.mark.slow
 def test_what_does_not_fit_a_tpu_is_said_with_what_does(tmp_path):
     found, printed = planned(
-        tmp_path, "--topology", "v5e:2x2", "--hbm", "0.1", "--strategies", "fsdp",
-        "--config.train.batch_size=256", "--config.model.remat=products", code=plan.NONE_FITS, **NARROW,
-    )  # fmt: skip
+        tmp_path,
+        "--topology",
+        "v5e:2x2",
+        "--hbm",
+        "0.1",
+        "--strategies",
+        "fsdp",
+        "--config.train.batch_size=256",
+        "--config.model.remat=products",
+        code=plan.NONE_FITS,
+        **NARROW,
+    )
     (row,) = found["rows"]
     assert row["fits"] is False
     assert row["nearest"]["fits"] is True

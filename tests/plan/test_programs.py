@@ -1,4 +1,6 @@
-"""What is read of a compilation: a program that does not fit, and one that the compiler alone has written out."""
+"""What is read of a compilation: a program that does not fit, and one that the compiler alone has
+written out.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Step:
     def compile(self, compiler_options: dict[str, Any]) -> Any:
         self.options = compiler_options
         if self.wrote:
-            (programs.Path(compiler_options["xla_dump_to"]) / "m.after_optimizations.txt").write_text(self.wrote)
+            (
+                programs.Path(compiler_options["xla_dump_to"]) / "m.after_optimizations.txt"
+            ).write_text(self.wrote)
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -39,17 +43,25 @@ class Unreadable:
         self.memory_analysis = compiled.memory_analysis
 
     def as_text(self) -> str:
-        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands")
+        raise jax.errors.JaxRuntimeError(
+            "INTERNAL: async-update instruction should have 1 operands"
+        )
 
 
 @pytest.mark.parametrize(
     ("said", "total"),
     [
-        ("the total memory required for HLO temporaries (20.05G) exceeds available HBM (15.75G).", int(20.05 * GIB)),
+        (
+            (
+                "the total memory required for HLO temporaries (20.05G) exceeds available HBM"
+                " (15.75G)."
+            ),
+            int(20.05 * GIB),
+        ),
         ("Ran out of memory in memory space hbm. Used 1.5T of 15.75G hbm.", int(1.5 * 1024 * GIB)),
         ("HLO temporaries (900.5M) exceeds", int(900.5 * 2**20)),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_says_how_much_it_takes(said, total):
     step = Step(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}"), wrote="HloModule m")
     found = programs.compile_step(step, (), V5E, None, held=7)
@@ -57,14 +69,21 @@ def test_what_does_not_fit_says_how_much_it_takes(said, total):
 
 
 def test_nothing_may_be_written():
-    found = programs.compile_step(Step(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")), (), V5E, None, held=7)
+    found = programs.compile_step(
+        Step(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")), (), V5E, None, held=7
+    )
     assert found.total == 7
-    assert (found.text, found.problem) == (None, "the compiler does not write out a program that does not fit")
+    assert (found.text, found.problem) == (
+        None,
+        "the compiler does not write out a program that does not fit",
+    )
 
 
 def test_another_failure_is_one():
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        programs.compile_step(Step(jax.errors.JaxRuntimeError("INTERNAL: broken")), (), V5E, None, held=0)
+        programs.compile_step(
+            Step(jax.errors.JaxRuntimeError("INTERNAL: broken")), (), V5E, None, held=0
+        )
 
 
 def compiled() -> Any:
@@ -72,7 +91,9 @@ def compiled() -> Any:
 
 
 def test_a_program_that_cannot_be_written_out_is_read_from_the_compilers_own_file():
-    found = programs.compile_step(Step(Unreadable(compiled()), wrote="HloModule m"), (), V5E, None, held=0)
+    found = programs.compile_step(
+        Step(Unreadable(compiled()), wrote="HloModule m"), (), V5E, None, held=0
+    )
     assert (found.fits, found.text, found.problem) == (True, "HloModule m", "")
     found = programs.compile_step(Step(Unreadable(compiled())), (), V5E, None, held=0)
     assert found.text is None

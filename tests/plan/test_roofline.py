@@ -67,7 +67,10 @@ def test_traffic_of_another_program_is_no_roof():
 
 
 def test_a_chip_without_figures_has_none():
-    assert roofline(CHIPS["cpu"], Work(1.0, 1, 0), True, {}, tokens=1, model_flops=1.0, devices=1) is None
+    assert (
+        roofline(CHIPS["cpu"], Work(1.0, 1, 0), True, {}, tokens=1, model_flops=1.0, devices=1)
+        is None
+    )
 
 
 def test_links_of_a_torus():

@@ -21,14 +21,20 @@ def test_what_is_there_is_not_planned_again():
 
 def test_the_grid_has_every_model_topology_and_strategy():
     options = argparse.Namespace(
-        chosen=False, models=scale.MODELS, topologies=scale.TOPOLOGIES, strategies=scale.STRATEGIES, quant="none"
+        chosen=False,
+        models=scale.MODELS,
+        topologies=scale.TOPOLOGIES,
+        strategies=scale.STRATEGIES,
+        quant="none",
     )
     found = list(scale.cases(options))
     assert len(set(found)) == 3 * 3 * 6
     assert {case.devices for case in found} == {128, 256}
 
 
-def test_a_case_without_a_plan_is_told_by_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_case_without_a_plan_is_told_by_the_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(scale, "RESULTS", tmp_path / "scale.jsonl")
     monkeypatch.setattr(scale, "PAGE", tmp_path / "scale.md")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
@@ -37,7 +43,9 @@ def test_a_case_without_a_plan_is_told_by_the_code(monkeypatch: pytest.MonkeyPat
     assert not scale.lines()
 
 
-@pytest.mark.parametrize("words", [["--models", "lama"], ["--strategies", "bogus"], ["--quant", "nf5"]])
+@pytest.mark.parametrize(
+    "words", [["--models", "lama"], ["--strategies", "bogus"], ["--quant", "nf5"]]
+)
 def test_what_is_misspelt_is_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         scale.main([*words, "--write-only"])

@@ -1,4 +1,6 @@
-"""What is planned is the run itself: its model, its leaves, its batch and its step, from a `config.json` alone."""
+"""What is planned is the run itself: its model, its leaves, its batch and its step, from a
+`config.json` alone.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +28,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "more tokens": ("text", {"model__vocab_size": 120, "model__compute_dtype": "bfloat16"}),
     "packed, in parts": ("text", {"data__packing": True, "train__accumulation": 2}),
     "a new head": ("single", {**LABELED, "model__dtype": "float16"}),
-    "a regression, scanned": ("regression", {"data__problem": "regression", "model__scan_layers": True}),
+    "a regression, scanned": (
+        "regression",
+        {"data__problem": "regression", "model__scan_layers": True},
+    ),
     "nf4": ("text", {"model__quant": "nf4", "model__dtype": "bfloat16"}),
-    "nf4 of a classifier, scanned": ("single", {**LABELED, "model__quant": "nf4", "model__scan_layers": True}),
+    "nf4 of a classifier, scanned": (
+        "single",
+        {**LABELED, "model__quant": "nf4", "model__scan_layers": True},
+    ),
     "int4 of some": (
         "text",
         {
-            "model__quant": "int4", "model__quant_targets": ("q_proj", "down_proj"), "model__quant_group": 16,
-            "model__vocab_size": 120, "model__scan_layers": True,
+            "model__quant": "int4",
+            "model__quant_targets": ("q_proj", "down_proj"),
+            "model__quant_group": 16,
+            "model__vocab_size": 120,
+            "model__scan_layers": True,
         },
     ),
     "fp8 of all but some": ("text", {"model__quant": "fp8", "model__quant_exclude": ("o_proj",)}),
-}  # fmt: skip
+}
 
 
 def both(config: Config) -> tuple[Subject, Setup]:
     """Return the plan of a config and the run."""
     setup = prepare(config)
-    options, described = setup.model.options, json.loads((Path(config.model.path) / "config.json").read_text())
-    return subject(config, described, options.attention, options.remat, scan=options.scan_layers), setup
+    options, described = (
+        setup.model.options,
+        json.loads((Path(config.model.path) / "config.json").read_text()),
+    )
+    return (
+        subject(config, described, options.attention, options.remat, scan=options.scan_layers),
+        setup,
+    )
 
 
 def shapes(tree: Any) -> dict[str, Any]:
@@ -64,17 +81,23 @@ def test_a_plan_has_the_leaves_of_the_run(make_config: MakeConfig, case: str) ->
     assert shapes(planned.frozen) == shapes(frozen)
     made = shapes(run.data.batches.sample())
     assert made.items() <= shapes(planned.batch).items()
-    assert planned.batch.keys() - made.keys() <= {"token_type_ids"}  # which the tokenizer decides on, and no file here
+    assert planned.batch.keys() - made.keys() <= {
+        "token_type_ids"
+    }  # which the tokenizer decides on, and no file here
 
 
 @pytest.mark.parametrize("case", ["nf4", "a new head", "packed, in parts"])
 def test_the_step_is_the_runs_own(make_config: MakeConfig, case: str) -> None:
     kind, given = CASES[case]
-    planned, run = both(make_config(kind, **given, train__label_smoothing=0.1 if kind == "single" else 0.0))
+    planned, run = both(
+        make_config(kind, **given, train__label_smoothing=0.1 if kind == "single" else 0.0)
+    )
     method, parts = run.config.method, run.config.train.accumulation
 
     def program(model: Any, loss: Any) -> str:
-        step = make_train_step(model, loss, planned.optimizer, parts, partial(training_hooks.penalty, method))
+        step = make_train_step(
+            model, loss, planned.optimizer, parts, partial(training_hooks.penalty, method)
+        )
         return str(jax.make_jaxpr(step)(planned.state, planned.frozen, planned.batch))
 
     assert program(planned.model, planned.loss) == program(run.model, run.loss)

@@ -20,7 +20,9 @@ def test_products_in_a_loop():
 
 
 def test_a_batched_product():
-    found = of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6)))
+    found = of(
+        lambda a, b: jnp.einsum("bij,bjk->bik", a, b), jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
+    )
     assert found.flops == 2 * 3 * 4 * 5 * 6
 
 
@@ -38,14 +40,24 @@ ENTRY %main (a: bf16[16,1024], w: bf16[1024,256]) -> bf16[16,256] {{
     ("lhs", "rhs", "out", "how", "flops"),
     [
         ("16,1024", "1024,256", "16,256", "dim_labels=bf_io->bf", 2 * 16 * 1024 * 256),
-        # a batched product, as a TPU writes it: of all pairs of places along the batch only the equal ones meet
+        # a batched product, as a TPU writes it: of all pairs of places along the batch only the
+        # equal ones meet
         (
-            "3,4,5", "3,5,6", "3,4,6",
-            "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf", 2 * 3 * 4 * 5 * 6,
+            "3,4,5",
+            "3,5,6",
+            "3,4,6",
+            "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf",
+            2 * 3 * 4 * 5 * 6,
         ),
-        ("1,8,2", "3,2,4", "1,8,4", "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * (3 * 8 - 2) * 2 * 4),
+        (
+            "1,8,2",
+            "3,2,4",
+            "1,8,4",
+            "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f",
+            2 * (3 * 8 - 2) * 2 * 4,
+        ),
     ],
-)  # fmt: skip
+)
 def test_convolutions(lhs, rhs, out, how, flops):
     assert work(parse(CONVOLUTION.format(lhs=lhs, rhs=rhs, out=out, how=how))).flops == flops
 
@@ -77,7 +89,8 @@ ENTRY %main (x: bf16[4,100], k: s32[]) -> bf16[4,100] {
 
 
 def test_traffic_counts_slices_and_what_is_in_memory_alone():
-    # a: reads and writes 200 bytes; b: reads 200 into the chip; c: writes 200; d: reads the 200 of c, writes 200 in place
+    # a: reads and writes 200 bytes; b: reads 200 into the chip; c: writes 200; d: reads the 200 of
+    # c, writes 200 in place
     assert work(parse(TRAFFIC)).traffic == 400 + 200 + 200 + 400
 
 

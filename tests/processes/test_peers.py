@@ -1,4 +1,6 @@
-"""What the processes of a run agree on, with threads in place of processes and a coordination service of a few lines."""
+"""What the processes of a run agree on, with threads in place of processes and a coordination
+service of a few lines.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ class Service:
     """The coordination service's values and barriers, for threads."""
 
     def __init__(self, processes: int) -> None:
-        self.processes, self.values, self.there = processes, dict[str, str](), dict[str, threading.Barrier]()
+        self.processes, self.values, self.there = (
+            processes,
+            dict[str, str](),
+            dict[str, threading.Barrier](),
+        )
         self.changed = threading.Condition()
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
@@ -37,12 +43,16 @@ class Service:
     def blocking_key_value_get(self, key: str, timeout: int) -> str:
         with self.changed:
             if not self.changed.wait_for(lambda: key in self.values, timeout / 1000):
-                raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: GetKeyValue() timed out with key: {key}")
+                raise jax.errors.JaxRuntimeError(
+                    f"DEADLINE_EXCEEDED: GetKeyValue() timed out with key: {key}"
+                )
             return self.values[key]
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
         with self.changed:
-            return [(name, value) for name, value in self.values.items() if name.startswith(f"{key}/")]
+            return [
+                (name, value) for name, value in self.values.items() if name.startswith(f"{key}/")
+            ]
 
     def wait_at_barrier(self, name: str, timeout: int) -> None:
         with self.changed:
@@ -50,7 +60,10 @@ class Service:
         try:
             barrier.wait(timeout / 1000)
         except threading.BrokenBarrierError:
-            said = f"DEADLINE_EXCEEDED: Barrier timed out. Id: {name}.\nSome timed out task names:\n1\n\n"
+            said = (
+                f"DEADLINE_EXCEEDED: Barrier timed out. Id: {name}.\nSome timed out task"
+                " names:\n1\n\n"
+            )
             raise jax.errors.JaxRuntimeError(said) from None
 
 
@@ -81,7 +94,10 @@ def test_a_process_by_itself_asks_nobody(tmp_path: Path) -> None:
 
 def test_what_process_0_makes_is_what_all_have(run: Run) -> None:
     def twice(one: Peers) -> list[Any]:
-        return [one.agreed("a list", lambda: [one.process, None]), one.agreed("a list", lambda: {"of": one.process})]
+        return [
+            one.agreed("a list", lambda: [one.process, None]),
+            one.agreed("a list", lambda: {"of": one.process}),
+        ]
 
     assert run(twice) == [[[0, None], {"of": 0}]] * 2
 
@@ -98,15 +114,23 @@ def test_values_that_differ_are_refused_by_name(run: Run) -> None:
 
     first, second = run(compare)
     assert isinstance(second, ConfigError)
-    assert "process 1 on " in str(second) and "has another config than process 0; start all of them" in str(second)
-    assert str(second).splitlines()[1:] == ["  train.seed: 1 here, 0 there", "  only: None here, 1 there"]
+    assert "process 1 on " in str(
+        second
+    ) and "has another config than process 0; start all of them" in str(second)
+    assert str(second).splitlines()[1:] == [
+        "  train.seed: 1 here, 0 there",
+        "  only: None here, 1 there",
+    ]
     assert isinstance(first, PeersError)
 
 
 def test_who_is_missing_at_a_barrier_is_said(run: Run) -> None:
     first, _ = run(lambda one: one.wait("the end") if one.first else None)
     assert isinstance(first, PeersError)
-    assert "process 0 of 2 waited for the others at 'the end': not all of them arrived within 1 s" in str(first)
+    assert (
+        "process 0 of 2 waited for the others at 'the end': not all of them arrived within 1 s"
+        in str(first)
+    )
     assert "missing: process 1; look at their logs" in str(first)
 
 
@@ -125,7 +149,9 @@ def test_a_folder_that_all_share_is_left_as_it_was_and_another_is_refused(
     for folder in folders:
         folder.mkdir()
     _, second = run(
-        lambda one: Peers(one.process, 2, 1, one.client, iter(range(9, 99))).require_shared(folders[one.process])
+        lambda one: Peers(one.process, 2, 1, one.client, iter(range(9, 99))).require_shared(
+            folders[one.process]
+        )
     )
     assert isinstance(second, ConfigError)
     assert f"--workdir {folders[1]}: is not the same folder for process 1 on " in str(second)
@@ -140,7 +166,8 @@ def test_an_indexed_job_without_the_package_that_finds_the_others_is_refused(
 ) -> None:
     monkeypatch.setattr(distributed, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"JOB_COMPLETION_INDEX: this is pod 1 of an indexed job.*pip install 'jax\[k8s\]'"
+        ConfigError,
+        match=r"JOB_COMPLETION_INDEX: this is pod 1 of an indexed job.*pip install 'jax\[k8s\]'",
     ):
         distributed.start(Place("Kubernetes", process=1), Waits())
 
@@ -157,10 +184,14 @@ def test_a_tpu_that_knows_no_other_hosts_is_one_process(
         monkeypatch.delenv(name, raising=False)
     assert distributed.start(None, Waits()) is ALONE
     assert caplog.messages == [
-        "this TPU VM reports no other hosts (coordinator_address should be defined.): a single process"
+        (
+            "this TPU VM reports no other hosts (coordinator_address should be defined.): a single"
+            " process"
+        )
     ]
     with pytest.raises(
-        PeersError, match=r"process 1 of 4: could not join the others \(coordinator_address .*found by TPU\)"
+        PeersError,
+        match=r"process 1 of 4: could not join the others \(coordinator_address .*found by TPU\)",
     ):
         distributed.start(Place("TPU", None, 4, 1), Waits())
 
@@ -188,7 +219,9 @@ def test_other_processes_say_warnings_alone_with_their_number(
     assert capsys.readouterr().err == "[process 3] something is wrong\n"
 
 
-def test_the_error_of_a_process_by_itself_is_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_of_a_process_by_itself_is_its_exit_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def body() -> int:
         raise ConfigError("a.b: is wrong")
 

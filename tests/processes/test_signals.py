@@ -1,4 +1,6 @@
-"""Requests to stop: noted once, however often the sender repeats them at once; a later one acts as usual."""
+"""Requests to stop: noted once, however often the sender repeats them at once; a later one acts as
+usual.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def test_a_request_that_comes_twice_at_once_is_one_request() -> None:
 
 @pytest.fixture
 def interruptible() -> Generator[None]:
-    """A shell that starts a program in the background has it ignore SIGINT: here it is as in the foreground."""
+    """A shell that starts a program in the background has it ignore SIGINT: here it is as in the
+    foreground.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -49,7 +53,9 @@ def test_what_was_set_before_is_set_again() -> None:
 
 
 def told(seconds: float, wait: float, signum: int | None = None) -> list[object]:
-    """Wait for a while, with a signal or without, and return what was called meanwhile and a little later."""
+    """Wait for a while, with a signal or without, and return what was called meanwhile and a little
+    later.
+    """
     calls: list[object] = []
     with StopRequest():
         with signals.heard(seconds, lambda: calls.append("late"), calls.append):
@@ -60,7 +66,9 @@ def told(seconds: float, wait: float, signum: int | None = None) -> list[object]
     return calls
 
 
-def test_a_signal_is_heard_of_by_a_thread_while_this_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_is_heard_of_by_a_thread_while_this_one_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(signals, "_JUST_OVER", 0.05)
     assert told(10, 0.5, signal.SIGTERM) == [signal.SIGTERM]
     assert told(10, 0.5, signal.SIGINT) == [signal.SIGINT]

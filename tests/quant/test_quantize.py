@@ -1,4 +1,6 @@
-"""Quantized trees: as they are loaded and as they are made of plain ones, which kernels, and what does not fit."""
+"""Quantized trees: as they are loaded and as they are made of plain ones, which kernels, and what
+does not fit.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,20 @@ def test_a_model_that_is_loaded_quantized_is_the_one_that_is_quantized_later(
     assert quantized.options.quant == jaxpeft.Quant(form) and model.options.quant is None
     held = {path[-1] for path, _ in paths.walk(params)}
     assert {"embedding", "scale", *QUANTIZED[form].leaves} == held - {"kernel"}
-    assert [path for path, _ in paths.walk(params) if path[-1] == "kernel"] == [("lm_head", "kernel")]
+    assert [path for path, _ in paths.walk(params) if path[-1] == "kernel"] == [
+        ("lm_head", "kernel")
+    ]
     assert count(params) == count(plain)
     assert flops.per_token({}, params) == flops.per_token({}, plain)
-    np.testing.assert_allclose(run(quantized, params), run(model, jaxpeft.dequantize(params)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        run(quantized, params), run(model, jaxpeft.dequantize(params)), rtol=1e-4, atol=1e-4
+    )
 
 
 @both
-def test_of_the_kernels_one_is_there_at_a_time(reference: Any, scan: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_the_kernels_one_is_there_at_a_time(
+    reference: Any, scan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, most = reference("llama", "causal_lm").folder, [0]
     plain = jax.make_array_from_single_device_arrays
 
@@ -62,8 +70,14 @@ def test_of_the_kernels_one_is_there_at_a_time(reference: Any, scan: bool, monke
 
 def there() -> int:
     """Count the numbers of all kernels that are there now; two arrays of one buffer are one."""
-    alone = [a for a in jax.live_arrays() if a.ndim >= 2 and a.dtype == jnp.float32 and len(a.devices()) == 1]
-    return sum({a.unsafe_buffer_pointer(): a.size for a in alone if a.shape[-2:] in SHAPES}.values())
+    alone = [
+        a
+        for a in jax.live_arrays()
+        if a.ndim >= 2 and a.dtype == jnp.float32 and len(a.devices()) == 1
+    ]
+    return sum(
+        {a.unsafe_buffer_pointer(): a.size for a in alone if a.shape[-2:] in SHAPES}.values()
+    )
 
 
 SHAPES = [(32, 32), (32, 16), (32, 48), (48, 32)]
@@ -74,7 +88,9 @@ def test_a_quantized_model_is_loaded_onto_many_devices(reference: Any) -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     folder = reference("llama", "causal_lm").folder
     _, alone = jaxpeft.load(folder, task="causal_lm", quant="nf4")
-    _, params = jaxpeft.load(folder, task="causal_lm", quant="nf4", sharding=NamedSharding(mesh, PartitionSpec()))
+    _, params = jaxpeft.load(
+        folder, task="causal_lm", quant="nf4", sharding=NamedSharding(mesh, PartitionSpec())
+    )
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
     assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, alone))
 
@@ -87,33 +103,53 @@ def test_targets_say_which_and_groups_how(scan: bool) -> None:
     )
     held = {path[-2] for path, _ in paths.walk(params) if path[-1] == "kernel_int8"}
     assert held == {"down_proj"}
-    shapes = {leaf.shape[-2:] for path, leaf in paths.walk(params) if path[-1] == "kernel_int8_scale"}
+    shapes = {
+        leaf.shape[-2:] for path, leaf in paths.walk(params) if path[-1] == "kernel_int8_scale"
+    }
     assert shapes == {(32, 3)}
 
 
 def test_what_does_not_fit_is_refused(reference: Any) -> None:
     _, base = load("llama")
     _, stacked = load("llama", scan_layers=True)
-    with pytest.raises(ConfigError, match=r"quant: 'nf3' is not a number format \(known: nf4, int4, int8, fp8\)"):
+    with pytest.raises(
+        ConfigError, match=r"quant: 'nf3' is not a number format \(known: nf4, int4, int8, fp8\)"
+    ):
         jaxpeft.quantize(base, "nf3")
     with pytest.raises(
-        ConfigError, match="quant_group: 32 does not go with nf4, which has no groups; int4 and int8 have"
+        ConfigError,
+        match="quant_group: 32 does not go with nf4, which has no groups; int4 and int8 have",
     ):
         jaxpeft.Quant("nf4", group=32)
-    with pytest.raises(ConfigError, match=r"quant_group: 7 does not divide the 32 inputs of model\.layers\.0\."):
+    with pytest.raises(
+        ConfigError, match=r"quant_group: 7 does not divide the 32 inputs of model\.layers\.0\."
+    ):
         jaxpeft.quantize(base, jaxpeft.Quant("int4", group=7))
     with pytest.raises(TargetError, match="'no_proj'"):
         jaxpeft.quantize(base, jaxpeft.Quant("int4", targets=("no_proj",)))
-    with pytest.raises(ConfigError, match=r"1 of the 2 stacked layers of model\.layers\.0\.mlp\.up_proj are named"):
+    with pytest.raises(
+        ConfigError, match=r"1 of the 2 stacked layers of model\.layers\.0\.mlp\.up_proj are named"
+    ):
         jaxpeft.quantize(stacked, jaxpeft.Quant("int4", targets=("0.mlp.up_proj",)))
     odd = {"layers": {"0": {"proj": {"kernel": jnp.zeros((3, 4))}}}}
-    with pytest.raises(ConfigError, match=r"layers\.0\.proj takes 3 inputs, and nf4 needs an even number; exclude it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"layers\.0\.proj takes 3 inputs, and nf4 needs an even number; exclude it",
+    ):
         jaxpeft.quantize(odd, "nf4")
     folder = reference("llama", "causal_lm").folder
     with pytest.raises(
-        ConfigError, match="quant: lm_head is to be quantized, and vocab_size=120 gives it more tokens; exclude it"
+        ConfigError,
+        match=(
+            "quant: lm_head is to be quantized, and vocab_size=120 gives it more tokens; exclude it"
+        ),
     ):
-        jaxpeft.load(folder, task="causal_lm", vocab_size=120, quant=jaxpeft.Quant("int8", targets=("lm_head",)))
+        jaxpeft.load(
+            folder,
+            task="causal_lm",
+            vocab_size=120,
+            quant=jaxpeft.Quant("int8", targets=("lm_head",)),
+        )
     with pytest.raises(ConfigError, match="not a number format"):
         jaxpeft.load(reference("llama", "causal_lm").folder, task="causal_lm", quant="q4_k")
 
@@ -133,14 +169,21 @@ def test_options_that_mean_nothing_are_refused(options: Any, message: str) -> No
         jaxpeft.Quant("int8", **options)
 
 
-def test_lists_are_taken_and_what_is_excluded_in_vain_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_lists_are_taken_and_what_is_excluded_in_vain_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     _, base = load("llama", scan_layers=False)
     listed: Any = ["q_proj", "k_proj"]
-    assert jaxpeft.Quant("nf4", targets=listed) == jaxpeft.Quant("nf4", targets=("q_proj", "k_proj"))
+    assert jaxpeft.Quant("nf4", targets=listed) == jaxpeft.Quant(
+        "nf4", targets=("q_proj", "k_proj")
+    )
     jaxpeft.quantize(base, jaxpeft.Quant("int8", exclude=("k_proj",)))
     assert not caplog.records
     jaxpeft.quantize(base, jaxpeft.Quant("int8", exclude=("qproj", "k_proj")))
-    assert "quant_exclude: 'qproj' is no linear module of this model; did you mean 'q_proj'" in caplog.text
+    assert (
+        "quant_exclude: 'qproj' is no linear module of this model; did you mean 'q_proj'"
+        in caplog.text
+    )
     jaxpeft.quantize(base, jaxpeft.Quant("int8", exclude=r".*no_such"))
     assert "quant_exclude: '.*no_such' is no linear module" in caplog.text
 

@@ -26,20 +26,32 @@ def test_a_run_learns_says_what_its_base_was_and_is_loaded_again(
 ) -> None:
     config = make_config(model__quant=form, model__quant_exclude=("pooler.dense",), train__steps=60)
     result = job.run(config, tmp_path / "run")
-    losses = [line["loss"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    losses = [
+        line["loss"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line
+    ]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     assert 0 < result.trainable_parameters < result.total_parameters
     saved = json.loads((tmp_path / "run" / "adapter" / "jaxpeft.json").read_text())
-    assert saved["quant"] == {"form": form, "targets": "all-linear", "exclude": ["pooler.dense"], "group": None}
+    assert saved["quant"] == {
+        "form": form,
+        "targets": "all-linear",
+        "exclude": ["pooler.dense"],
+        "group": None,
+    }
     how = jaxpeft.Quant(form, exclude=("pooler.dense",))
     task: Any = config.model.task
     model, base = jaxpeft.load(config.model.path, task=task, num_labels=3, quant=how)
     method, params = jaxpeft.load_adapter(tmp_path / "run" / "adapter", model, base)
-    assert method.name == "lora" and "lora_a" in params["bert"]["encoder"]["layer"]["0"]["output"]["dense"]
+    assert (
+        method.name == "lora"
+        and "lora_a" in params["bert"]["encoder"]["layer"]["0"]["output"]["dense"]
+    )
     assert "kernel" in params["bert"]["pooler"]["dense"]
 
 
-def test_what_trains_the_base_is_refused_on_a_quantized_one(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_what_trains_the_base_is_refused_on_a_quantized_one(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="which is quantized"):
         job.run(make_config(method="full", model__quant="int8"), tmp_path / "run")
 

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.strategies import CASES, LENGTH, Case, computed, difference, main, mesh_of, options_of
+from benchmarks.strategies import (
+    CASES,
+    LENGTH,
+    Case,
+    computed,
+    difference,
+    main,
+    mesh_of,
+    options_of,
+)
 from jaxpeft.models import attention, chunked_attention
 from jaxpeft.models.attention import KERNELS, AttentionKernel, attend
 from jaxpeft.models.masks import Mask, allowed
@@ -44,7 +53,10 @@ def test_every_kind_of_adapter_and_base_under_every_strategy(name: str, strategy
 @pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fewer_devices(strategy: str, devices: int) -> None:
-    assert difference(alone(PLAIN), computed(CASES[PLAIN], options_of(strategy, devices), devices)) < TOLERANCE
+    assert (
+        difference(alone(PLAIN), computed(CASES[PLAIN], options_of(strategy, devices), devices))
+        < TOLERANCE
+    )
 
 
 @pytest.mark.slow
@@ -61,7 +73,11 @@ def test_several_axes_at_once_and_a_base_in_host_memory(scan: bool) -> None:
 
 @pytest.mark.parametrize("name", [PLAIN, "lora on nf4", "lora, bert"])
 @pytest.mark.parametrize(
-    "options", [MeshConfig(strategy="sequence"), MeshConfig(strategy="sequence", data=2, sequence=2, tensor=2)]
+    "options",
+    [
+        MeshConfig(strategy="sequence"),
+        MeshConfig(strategy="sequence", data=2, sequence=2, tensor=2),
+    ],
 )
 @pytest.mark.representatives("options0-lora, packed")
 def test_spread_positions_attend_to_blocks_of_keys(
@@ -117,7 +133,9 @@ def test_a_kernel_that_is_not_partitioned_computes_rows_and_heads_of_its_device(
 
         return jax.jit(on_mesh(mesh, jax.value_and_grad(sum_of, argnums=(0, 1, 2))))(q, k, v)
 
-    here = jax.tree.leaves(jax.device_put((q, k, v), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())))
+    here = jax.tree.leaves(
+        jax.device_put((q, k, v), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    )
     q, k, v = here
     wanted, got = run("xla"), run("cudnn")
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
@@ -137,18 +155,29 @@ def test_the_loss_in_chunks_takes_positions_of_every_device(most: int) -> None:
 
     def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return through_head(
-            CrossEntropy(), lambda x, i: x @ kernel, x, labels, jnp.ones((8, 1), jnp.float32), most_logits=most
+            CrossEntropy(),
+            lambda x, i: x @ kernel,
+            x,
+            labels,
+            jnp.ones((8, 1), jnp.float32),
+            most_logits=most,
         )[0]
 
     spec = jax.sharding.PartitionSpec(None, "sequence")
     there = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
     whole = jax.device_put(kernel, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     wanted = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, kernel)
-    program = jax.jit(on_mesh(mesh, jax.value_and_grad(loss, argnums=(0, 1)))).lower(there, whole).compile()
+    program = (
+        jax.jit(on_mesh(mesh, jax.value_and_grad(loss, argnums=(0, 1))))
+        .lower(there, whole)
+        .compile()
+    )
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(program(there, whole)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     # no position leaves its device
-    assert not any(word in program.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
+    assert not any(
+        word in program.as_text() for word in ("all-gather", "all-to-all", "collective-permute")
+    )
 
 
 def test_names_mean_nothing_without_a_mesh() -> None:

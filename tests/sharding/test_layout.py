@@ -37,7 +37,11 @@ BOTH: dict[str, Any] = {"strategy": "fsdp_tensor", "fsdp": 4, "tensor": 2}
 
 
 def abstract(
-    config: Any, method: str | None = "lora", quant: str | None = None, scan: bool = True, **options: Any
+    config: Any,
+    method: str | None = "lora",
+    quant: str | None = None,
+    scan: bool = True,
+    **options: Any,
 ) -> Tree:
     decoder = "num_key_value_heads" in config
     task = ("causal_lm", None) if decoder else ("sequence_classification", 3)
@@ -49,9 +53,13 @@ def abstract(
     return jax.eval_shape(partial(rewrite, METHODS[method](**options)), base, key)
 
 
-def found(params: Tree, method: str | None = "lora", options: MeshConfig | None = None, **given: Any) -> dict[str, P]:
+def found(
+    params: Tree, method: str | None = "lora", options: MeshConfig | None = None, **given: Any
+) -> dict[str, P]:
     mesh = options or MeshConfig(**given)
-    lay = layout.layout(mesh_of(mesh, 8), sharding_rules(mesh), params, METHODS[method]() if method else None)
+    lay = layout.layout(
+        mesh_of(mesh, 8), sharding_rules(mesh), params, METHODS[method]() if method else None
+    )
     return {paths.text(path): where.spec for path, where in paths.walk(lay.shardings)}
 
 
@@ -67,7 +75,9 @@ def golden(config: Any, quant: str | None) -> dict[str, dict[str, str]]:
     }
 
 
-@pytest.mark.parametrize(("name", "config", "quant"), [("llama", LLAMA, "nf4"), ("bert", BERT, None)])
+@pytest.mark.parametrize(
+    ("name", "config", "quant"), [("llama", LLAMA, "nf4"), ("bert", BERT, None)]
+)
 def test_specs_are_those_of_the_golden_files(name: str, config: Any, quant: str | None) -> None:
     assert golden(config, quant) == json.loads((GOLDEN / f"{name}.json").read_text())
 
@@ -76,7 +86,11 @@ def test_specs_are_those_of_the_golden_files(name: str, config: Any, quant: str 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_leaf_of_every_family_is_covered(kind: str, scan: bool) -> None:
     specs_of = found(abstract(tiny_config(kind), scan=scan), **BOTH)
-    kernels = {path: spec for path, spec in specs_of.items() if path.endswith("/kernel") and "layer" in path}
+    kernels = {
+        path: spec
+        for path, spec in specs_of.items()
+        if path.endswith("/kernel") and "layer" in path
+    }
     assert kernels
     for path, spec in kernels.items():
         assert set(jax.tree.leaves(tuple(spec))) == {"fsdp", "tensor"}, path
@@ -109,13 +123,21 @@ def test_adapter_leaves_lie_along_the_side_of_the_kernel_that_they_run_along(
     method: str, site: str, leaf: str, spec: P
 ) -> None:
     specs_of = found(abstract(LLAMA, method), method, **BOTH)
-    named = {path: own for path, own in specs_of.items() if path.startswith(f"model/layers/{site}/{leaf}")}
+    named = {
+        path: own
+        for path, own in specs_of.items()
+        if path.startswith(f"model/layers/{site}/{leaf}")
+    }
     assert named
     assert set(named.values()) == {spec}
 
 
 def test_the_first_rule_wins_and_the_users_come_first() -> None:
-    rules = (("model/embed_tokens/embedding", "", "tensor"), (".*down_proj/lora_b", "", "tensor"), (".*lora_.*",))
+    rules = (
+        ("model/embed_tokens/embedding", "", "tensor"),
+        (".*down_proj/lora_b", "", "tensor"),
+        (".*lora_.*",),
+    )
     specs_of = found(abstract(LLAMA), strategy="tensor", rules=rules)
     assert specs_of["model/embed_tokens/embedding"] == P(None, "tensor")
     assert specs_of["model/layers/mlp/down_proj/lora_b"] == P(None, None, "tensor")
@@ -138,7 +160,9 @@ def test_a_rule_for_a_kernel_is_one_for_what_stands_beside_it() -> None:
         (("data", "", "tensor"), P("data", "tensor")),
     ],
 )
-def test_a_rule_of_ones_own_holds_for_the_codes_whatever_it_names(rule: tuple[str, ...], spec: P) -> None:
+def test_a_rule_of_ones_own_holds_for_the_codes_whatever_it_names(
+    rule: tuple[str, ...], spec: P
+) -> None:
     plain, stored = (
         found(
             abstract({**LLAMA, "num_hidden_layers": 2}, None, quant=quant),
@@ -161,20 +185,29 @@ def test_a_rule_of_ones_own_holds_for_the_codes_whatever_it_names(rule: tuple[st
 
 def test_codes_that_a_rule_of_ones_own_does_not_divide_are_refused() -> None:
     params = abstract({**LLAMA, "intermediate_size": 132}, None, quant="int8")
-    said = "mesh.rules: '.*/down_proj/kernel': model/layers/mlp/down_proj/kernel_int8 [2, 64, 132]: tensor 8 does not divide 132"
+    said = (
+        "mesh.rules: '.*/down_proj/kernel': model/layers/mlp/down_proj/kernel_int8 [2, 64, 132]:"
+        " tensor 8 does not divide 132"
+    )
     with pytest.raises(ConfigError, match=re.escape(said)):
         found(params, None, strategy="tensor", rules=((r".*/down_proj/kernel", "tensor", ""),))
 
 
 def test_a_rule_that_matches_no_leaf_is_refused() -> None:
     options = MeshConfig(
-        strategy="fsdp", rules=((r".*/q_proj/kernel",), (r"model/embed_tokens/embeding",), (r".*/lora_a",))
+        strategy="fsdp",
+        rules=((r".*/q_proj/kernel",), (r"model/embed_tokens/embeding",), (r".*/lora_a",)),
     )
-    said = "mesh.rules: 'model/embed_tokens/embeding' matches no leaf; did you mean 'model/embed_tokens/embedding'?"
+    said = (
+        "mesh.rules: 'model/embed_tokens/embeding' matches no leaf; did you mean"
+        " 'model/embed_tokens/embedding'?"
+    )
     for quant in (None, "nf4"):
         with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
             layout.require_used(sharding_rules(options), abstract(LLAMA, quant=quant))
-    stored = MeshConfig(strategy="fsdp", rules=((r".*/kernel_nf4",), (r".*/lora_a",), (r".*/adapter_down",)))
+    stored = MeshConfig(
+        strategy="fsdp", rules=((r".*/kernel_nf4",), (r".*/lora_a",), (r".*/adapter_down",))
+    )
     trees = abstract(LLAMA, quant="nf4"), abstract(LLAMA, "adapter")
     layout.require_used(sharding_rules(stored), *trees)
     with pytest.raises(ConfigError, match="adapter_down' matches no leaf"):
@@ -182,9 +215,12 @@ def test_a_rule_that_matches_no_leaf_is_refused() -> None:
 
 
 def test_a_leaf_that_no_rule_covers_is_an_error() -> None:
-    params = abstract(LLAMA, None) | {"extra": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}}
+    params = abstract(LLAMA, None) | {
+        "extra": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
+    }
     said = (
-        "extra/kernel: no rule says how to shard it; add one to mesh.rules, such as ('extra/kernel',) to replicate it"
+        "extra/kernel: no rule says how to shard it; add one to mesh.rules, such as"
+        " ('extra/kernel',) to replicate it"
     )
     with pytest.raises(ConfigError, match=re.escape(said)):
         found(params, None, strategy="fsdp")
@@ -194,21 +230,34 @@ def test_a_leaf_that_no_rule_covers_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        (("lm_head/kernel", "", "", "tensor"), "mesh.rules: 'lm_head/kernel' speaks of 3 dimensions, and lm_head/kernel has [64, 100]"),
+        (
+            ("lm_head/kernel", "", "", "tensor"),
+            "mesh.rules: 'lm_head/kernel' speaks of 3 dimensions, and lm_head/kernel has [64, 100]",
+        ),
         (
             ("lm_head/kernel", "", "fsdp+tensor"),
-            "mesh.rules: 'lm_head/kernel': lm_head/kernel [64, 100]: fsdp 4 x tensor 2 does not divide 100",
+            (
+                "mesh.rules: 'lm_head/kernel': lm_head/kernel [64, 100]: fsdp 4 x tensor 2 does not"
+                " divide 100"
+            ),
         ),
-        (("(.|..|...)*[^a-z0-9/_.]",), "mesh.rules: the regular expression '(.|..|...)*[^a-z0-9/_.]' takes more than 2 s"),
+        (
+            ("(.|..|...)*[^a-z0-9/_.]",),
+            "mesh.rules: the regular expression '(.|..|...)*[^a-z0-9/_.]' takes more than 2 s",
+        ),
     ],
-)  # fmt: skip
-def test_rules_of_the_users_that_do_not_go_with_a_leaf_are_errors(rule: tuple[str, ...], said: str) -> None:
+)
+def test_rules_of_the_users_that_do_not_go_with_a_leaf_are_errors(
+    rule: tuple[str, ...], said: str
+) -> None:
     params = abstract({**LLAMA, "vocab_size": 100})
     with pytest.raises(ConfigError, match=re.escape(said)):
         found(params, **BOTH, rules=(rule,))
 
 
-def test_an_axis_that_does_not_divide_is_left_out_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_axis_that_does_not_divide_is_left_out_and_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     params = abstract({**LLAMA, "vocab_size": 99, "intermediate_size": 132}, None, scan=False)
     options = MeshConfig(strategy="tensor")
     lay = layout.layout(mesh_of(options, 8), sharding_rules(options), params)
@@ -233,12 +282,17 @@ def test_moments_lie_as_the_leaf_they_are_of(name: str) -> None:
     }[name]
     method, options = METHODS["lora"](), MeshConfig(strategy="tensor")
     params, mesh = abstract(LLAMA), mesh_of(options, 8)
-    where, mask = layout.shardings(mesh, sharding_rules(options), params, method), trainable_mask(method, params)
+    where, mask = (
+        layout.shardings(mesh, sharding_rules(options), params, method),
+        trainable_mask(method, params),
+    )
     trainable, of = tree.partition(params, mask)[0], tree.partition(where, mask)[0]
     state = jax.eval_shape(optimizer.init, trainable)
     places = layout.state_shardings(mesh, state, trainable, of)
     spread = 0
-    for (keys, leaf), place in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(places), strict=True):
+    for (keys, leaf), place in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(places), strict=True
+    ):
         text = jax.tree_util.keystr(keys)
         if "gate_proj" in text and "lora_b" in text and leaf.shape == (2, 8, 128):
             assert place.spec == P(None, None, "tensor")
@@ -251,7 +305,11 @@ def test_moments_lie_as_the_leaf_they_are_of(name: str) -> None:
 def test_offloaded_are_the_frozen_matrices_of_layers() -> None:
     options = MeshConfig(strategy="fsdp", offload=True)
     for method, offloaded in (("lora", True), ("full", False)):
-        lay = layout.layout(mesh_of(options, 8), sharding_rules(options), abstract(LLAMA, method), METHODS[method]())
+        lay = layout.layout(
+            mesh_of(options, 8), sharding_rules(options), abstract(LLAMA, method), METHODS[method]()
+        )
         kinds = {paths.text(path): where.memory_kind for path, where in paths.walk(lay.shardings)}
         assert (kinds["model/layers/mlp/gate_proj/kernel"] == layout.HOST) == offloaded
-        assert layout.HOST not in {kind for path, kind in kinds.items() if not path.endswith("_proj/kernel")}
+        assert layout.HOST not in {
+            kind for path, kind in kinds.items() if not path.endswith("_proj/kernel")
+        }

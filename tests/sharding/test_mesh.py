@@ -36,15 +36,20 @@ def test_a_strategy_says_its_mesh(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "jaxpeft"):
         make_mesh(config(strategy="fsdp_tensor"), heads=Heads(4, 2))
     assert caplog.messages == [
-        "mesh of fsdp_tensor: fsdp 4 x tensor 2 (both: tensor between neighbors, fsdp over the rest)"
+        (
+            "mesh of fsdp_tensor: fsdp 4 x tensor 2 (both: tensor between neighbors, fsdp over the"
+            " rest)"
+        )
     ]
 
 
-def test_heads_of_keys_that_tensor_does_not_divide_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_heads_of_keys_that_tensor_does_not_divide_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     make_mesh(config(strategy="tensor"), heads=Heads(8, 4))
     assert (
-        "mesh.tensor: 8 does not divide the 4 heads of keys and values, of which each device computes all"
-        in caplog.text
+        "mesh.tensor: 8 does not divide the 4 heads of keys and values, of which each device"
+        " computes all" in caplog.text
     )
 
 
@@ -84,9 +89,15 @@ def test_slices_that_are_not_those_of_the_devices_are_refused() -> None:
     [
         (
             {"strategy": "fsdp", "slices": 2},
-            "mesh.data: 1 does not go over 2 slices evenly; it could be 2 or 4, or set mesh.across to fsdp",
+            (
+                "mesh.data: 1 does not go over 2 slices evenly; it could be 2 or 4, or set"
+                " mesh.across to fsdp"
+            ),
         ),
-        ({"strategy": "tensor", "slices": 2}, "mesh.data: 1 does not go over 2 slices evenly; it could be 2 or 4"),
+        (
+            {"strategy": "tensor", "slices": 2},
+            "mesh.data: 1 does not go over 2 slices evenly; it could be 2 or 4",
+        ),
         (
             {"strategy": "replicated", "slices": 16},
             "mesh.slices: 16 groups, and 8 devices are no multiple of that; it could be 4 or 8",
@@ -101,14 +112,20 @@ def test_slices_that_are_not_those_of_the_devices_are_refused() -> None:
         ),
     ],
 )
-def test_what_does_not_go_over_slices_is_refused_with_what_would(options: dict[str, Any], said: str) -> None:
+def test_what_does_not_go_over_slices_is_refused_with_what_would(
+    options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
         make_mesh(config(**options))
 
 
 def test_rows_go_over_data_and_fsdp_and_positions_over_sequence() -> None:
     mesh = make_mesh(config(strategy="sequence", data=2, fsdp=2))
-    rows = {"input_ids": np.zeros((8, 16), np.int32), "weights": np.zeros(8), "labels": np.zeros((8, 3))}
+    rows = {
+        "input_ids": np.zeros((8, 16), np.int32),
+        "weights": np.zeros(8),
+        "labels": np.zeros((8, 3)),
+    }
     assert {name: where.spec for name, where in batch_shardings(mesh, rows).items()} == {
         "input_ids": PartitionSpec(("data", "fsdp"), "sequence"),
         "weights": PartitionSpec(("data", "fsdp")),
@@ -146,8 +163,12 @@ def test_every_device_holds_a_replicated_array() -> None:
     assert replicated(make_mesh(config(data=-1))).is_fully_replicated
 
 
-@pytest.mark.parametrize(("asked", "over", "rows"), [(8, 8, 8), (5, 8, 8), (64, 8, 64), (9, 8, 16), (5, 1, 5)])
+@pytest.mark.parametrize(
+    ("asked", "over", "rows"), [(8, 8, 8), (5, 8, 8), (64, 8, 64), (9, 8, 16), (5, 1, 5)]
+)
 def test_the_rows_of_an_evaluation_are_shared_evenly(asked: int, over: int, rows: int) -> None:
     options = config(data=over)
-    options = dataclasses.replace(options, evaluation=dataclasses.replace(options.evaluation, batch_size=asked))
+    options = dataclasses.replace(
+        options, evaluation=dataclasses.replace(options.evaluation, batch_size=asked)
+    )
     assert evaluation_rows(options, make_mesh(options)) == rows

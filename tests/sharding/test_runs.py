@@ -1,4 +1,6 @@
-"""Whole runs under strategies: the losses of one device, checkpoints on another mesh, a base in host memory."""
+"""Whole runs under strategies: the losses of one device, checkpoints on another mesh, a base in
+host memory.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,15 @@ CLOSE = 2e-5
 
 @pytest.fixture
 def config(make_config: MakeConfig) -> Config:
-    """A short run of a tiny Llama on packed rows, with checkpoints after the steps 3 and 6; no devices share 5 rows evenly."""
+    """A short run of a tiny Llama on packed rows, with checkpoints after the steps 3 and 6; no
+    devices share 5 rows evenly.
+    """
     return make_config(
-        "text", data__packing=True, model__scan_layers=True, evaluation__batch_size=5, checkpoint__every_steps=3
+        "text",
+        data__packing=True,
+        model__scan_layers=True,
+        evaluation__batch_size=5,
+        checkpoint__every_steps=3,
     )
 
 
@@ -70,7 +78,9 @@ def test_a_run_learns_as_on_one_device_under_every_strategy(
     many = job.run(spread(config, **mesh), tmp_path / "many")
     np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=CLOSE)
     assert many.test == pytest.approx(one.test, rel=CLOSE)
-    jaxpeft.load_adapter(tmp_path / "many" / "adapter", *jaxpeft.load(config.model.path, task="causal_lm"))
+    jaxpeft.load_adapter(
+        tmp_path / "many" / "adapter", *jaxpeft.load(config.model.path, task="causal_lm")
+    )
 
 
 @pytest.mark.slow
@@ -94,7 +104,9 @@ def test_rows_of_several_lengths_make_the_same_batches_where_positions_are_sprea
     setups = [prepare(spread(config, strategy=strategy)) for strategy in ("fsdp", "sequence")]
     assert len(setups[0].data.batches.lengths) > 1
     assert setups[1].data.batches.lengths == (32,)
-    orders = [[setup.data.batches.rows(step).tolist() for step in range(setup.steps)] for setup in setups]
+    orders = [
+        [setup.data.batches.rows(step).tolist() for step in range(setup.steps)] for setup in setups
+    ]
     assert orders[0] == orders[1]
     one = job.run(spread(config, strategy="fsdp"), tmp_path / "one")
     many = job.run(spread(config, strategy="sequence"), tmp_path / "many")
@@ -105,13 +117,18 @@ def test_rows_of_several_lengths_make_the_same_batches_where_positions_are_sprea
 @pytest.mark.slow
 def test_parts_of_a_batch_add_up_on_a_mesh_too(config: Config, tmp_path: Path) -> None:
     parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
-    for name, mesh in {"one": {}, "many": {"strategy": "fsdp_tensor", "data": 2, "fsdp": 2, "tensor": 2}}.items():
+    for name, mesh in {
+        "one": {},
+        "many": {"strategy": "fsdp_tensor", "data": 2, "fsdp": 2, "tensor": 2},
+    }.items():
         job.run(spread(parts, **mesh), tmp_path / name)
     np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=CLOSE)
 
 
 @pytest.mark.slow
-def test_the_main_job_on_a_trained_llama_under_fsdp_and_tensor(assets: Path, config: Config, tmp_path: Path) -> None:
+def test_the_main_job_on_a_trained_llama_under_fsdp_and_tensor(
+    assets: Path, config: Config, tmp_path: Path
+) -> None:
     real = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=str(assets / "stories260K" / "hf")),
@@ -121,13 +138,21 @@ def test_the_main_job_on_a_trained_llama_under_fsdp_and_tensor(assets: Path, con
     job.run(real, tmp_path / "one")
     for strategy in ("fsdp", "tensor"):
         job.run(spread(real, strategy=strategy), tmp_path / strategy)
-        np.testing.assert_allclose(losses(tmp_path / strategy), losses(tmp_path / "one"), rtol=CLOSE)
+        np.testing.assert_allclose(
+            losses(tmp_path / strategy), losses(tmp_path / "one"), rtol=CLOSE
+        )
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_on_another_mesh_and_on_one_device(config: Config, tmp_path: Path) -> None:
+def test_a_checkpoint_goes_on_on_another_mesh_and_on_one_device(
+    config: Config, tmp_path: Path
+) -> None:
     job.run(spread(config, strategy="fsdp"), tmp_path / "whole")
-    for name, mesh in {"tensor": {"strategy": "tensor", "tensor": 4}, "one": {}, "data": {"data": 2}}.items():
+    for name, mesh in {
+        "tensor": {"strategy": "tensor", "tensor": 4},
+        "one": {},
+        "data": {"data": 2},
+    }.items():
         folder = tmp_path / name
         shutil.copytree(tmp_path / "whole", folder)
         shutil.rmtree(folder / "checkpoints" / "6")
@@ -139,13 +164,22 @@ def test_a_checkpoint_goes_on_on_another_mesh_and_on_one_device(config: Config, 
 def test_trees_and_moments_lie_where_the_rules_say(config: Config) -> None:
     setup = prepare(spread(config, strategy="tensor", tensor=2))
     _, trainable, frozen = begun(setup, config.method, None)
-    specs = {paths.text(path): leaf.sharding.spec for path, leaf in (*paths.walk(trainable), *paths.walk(frozen))}
-    assert specs["model/layers/mlp/gate_proj/kernel"] == jax.sharding.PartitionSpec(None, None, "tensor")
-    assert specs["model/layers/self_attn/q_proj/lora_b"] == jax.sharding.PartitionSpec(None, None, "tensor")
+    specs = {
+        paths.text(path): leaf.sharding.spec
+        for path, leaf in (*paths.walk(trainable), *paths.walk(frozen))
+    }
+    assert specs["model/layers/mlp/gate_proj/kernel"] == jax.sharding.PartitionSpec(
+        None, None, "tensor"
+    )
+    assert specs["model/layers/self_attn/q_proj/lora_b"] == jax.sharding.PartitionSpec(
+        None, None, "tensor"
+    )
     assert specs["model/norm/scale"] == jax.sharding.PartitionSpec()
 
 
-def test_offloaded_kernels_stay_in_host_memory_and_the_step_takes_them_from_there(config: Config) -> None:
+def test_offloaded_kernels_stay_in_host_memory_and_the_step_takes_them_from_there(
+    config: Config,
+) -> None:
     setup = prepare(spread(config, strategy="fsdp", offload=True))
     assert (setup.model.options.offload, setup.model.options.remat) == (True, "products")
     _, _, frozen = begun(setup, config.method, None)
@@ -157,9 +191,15 @@ def test_offloaded_kernels_stay_in_host_memory_and_the_step_takes_them_from_ther
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["pissa", "default"])
 @pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_starts_that_read_the_base_read_it_in_host_memory_too(make_config: MakeConfig, start: str, quant: str) -> None:
+def test_starts_that_read_the_base_read_it_in_host_memory_too(
+    make_config: MakeConfig, start: str, quant: str
+) -> None:
     made = make_config(
-        "text", data__packing=True, model__scan_layers=True, model__quant=quant, evaluation__batch_size=8
+        "text",
+        data__packing=True,
+        model__scan_layers=True,
+        model__quant=quant,
+        evaluation__batch_size=8,
     )
     made = dataclasses.replace(made, method=dataclasses.replace(made.method, init_weights=start))  # type: ignore[call-arg]
     found = [
@@ -171,12 +211,18 @@ def test_starts_that_read_the_base_read_it_in_host_memory_too(make_config: MakeC
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"strategy": "fsdp"}, {"strategy": "fsdp", "offload": True}], ids=["fsdp", "offload"])
+@pytest.mark.parametrize(
+    "mesh", [{"strategy": "fsdp"}, {"strategy": "fsdp", "offload": True}], ids=["fsdp", "offload"]
+)
 def test_a_start_from_data_is_that_of_one_device_whatever_is_computed_again(
     make_config: MakeConfig, mesh: dict[str, Any]
 ) -> None:
     made = make_config(
-        "text", data__packing=True, model__scan_layers=True, model__quant="nf4", evaluation__batch_size=8
+        "text",
+        data__packing=True,
+        model__scan_layers=True,
+        model__quant="nf4",
+        evaluation__batch_size=8,
     )
     method = dataclasses.replace(made.method, init_weights="eva", eva_batches=1)  # type: ignore[call-arg]
     made = dataclasses.replace(made, method=method)
@@ -201,7 +247,10 @@ def test_offload_is_refused_where_there_is_no_such_memory(config: Config) -> Non
         devices = np.array([Device()])
 
     fetching.check(MeshConfig(offload=True), mesh)
-    said = r"mesh\.offload: the devices \(some chip\) have no memory of kind pinned_host \(they have hbm\); set it to False"
+    said = (
+        r"mesh\.offload: the devices \(some chip\) have no memory of kind pinned_host \(they have"
+        r" hbm\); set it to False"
+    )
     with pytest.raises(ConfigError, match=said):
         fetching.check(MeshConfig(offload=True), Mesh())  # type: ignore[arg-type]
 
@@ -220,6 +269,9 @@ def test_memory_is_estimated_for_each_device(config: Config) -> None:
     norms = sum(leaf.size * 4 for leaf in leaves if leaf.ndim == 1 or leaf.shape[-2] == 2)
     assert whole.base / 8 < fsdp.base < whole.base / 8 + norms + whole.base / 4
     assert whole.base / 2 < tensor.base < 0.7 * whole.base
-    assert tensor.kept["products"] < whole.kept["products"] and tensor.kept["full"] == whole.kept["full"]
+    assert (
+        tensor.kept["products"] < whole.kept["products"]
+        and tensor.kept["full"] == whole.kept["full"]
+    )
     assert fsdp.working > whole.working
     assert base(strategy="fsdp", offload=True).base < fsdp.base

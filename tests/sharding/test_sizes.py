@@ -44,8 +44,20 @@ def test_a_strategy_gives_its_own_axis_what_is_left(
 
 
 def test_hybrid_goes_over_as_many_groups_as_the_devices_say() -> None:
-    assert tuple(sizes(MeshConfig(strategy="hybrid_fsdp"), 16, groups=4).values()) == (4, 4, 1, 1, 1)
-    assert tuple(sizes(MeshConfig(strategy="hybrid_fsdp", slices=-1), 16, groups=2).values()) == (2, 8, 1, 1, 1)
+    assert tuple(sizes(MeshConfig(strategy="hybrid_fsdp"), 16, groups=4).values()) == (
+        4,
+        4,
+        1,
+        1,
+        1,
+    )
+    assert tuple(sizes(MeshConfig(strategy="hybrid_fsdp", slices=-1), 16, groups=2).values()) == (
+        2,
+        8,
+        1,
+        1,
+        1,
+    )
 
 
 def test_several_processes_spread_the_rows_over_all_devices() -> None:
@@ -55,7 +67,8 @@ def test_several_processes_spread_the_rows_over_all_devices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("devices", "heads", "wanted"), [(8, 8, (1, 8)), (16, 8, (2, 8)), (8, 6, (4, 2)), (8, 5, (8, 1))]
+    ("devices", "heads", "wanted"),
+    [(8, 8, (1, 8)), (16, 8, (2, 8)), (8, 6, (4, 2)), (8, 5, (8, 1))],
 )
 def test_tensor_alone_takes_as_many_devices_as_there_are_heads(
     devices: int, heads: int, wanted: tuple[int, int]
@@ -66,7 +79,10 @@ def test_tensor_alone_takes_as_many_devices_as_there_are_heads(
 
 @pytest.mark.parametrize(("heads", "tensor"), [(None, 8), (8, 8), (6, 2), (4, 4), (5, 1)])
 def test_tensor_divides_the_heads_and_the_devices(heads: int | None, tensor: int) -> None:
-    assert sizes(MeshConfig(strategy="fsdp_tensor"), 32, heads=heads and Heads(240, heads))["tensor"] == tensor
+    assert (
+        sizes(MeshConfig(strategy="fsdp_tensor"), 32, heads=heads and Heads(240, heads))["tensor"]
+        == tensor
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,11 +99,16 @@ def test_tensor_divides_the_heads_and_the_devices(heads: int | None, tensor: int
         ),
         (
             {"strategy": "fsdp", "data": 3},
-            "mesh.fsdp: takes the rest, and 8 devices / (data 3 = 3) is no whole number; mesh.data could be 2 or 4",
+            (
+                "mesh.fsdp: takes the rest, and 8 devices / (data 3 = 3) is no whole number;"
+                " mesh.data could be 2 or 4"
+            ),
         ),
     ],
 )
-def test_an_impossible_mesh_is_refused_with_the_arithmetic(options: dict[str, Any], said: str) -> None:
+def test_an_impossible_mesh_is_refused_with_the_arithmetic(
+    options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
         sizes(MeshConfig(**options), 8, heads=Heads(6, 6))
 
@@ -99,22 +120,46 @@ def test_an_impossible_mesh_is_refused_with_the_arithmetic(options: dict[str, An
         ({"slices": 0}, "slices: must be -1 or at least 1, is 0"),
         (
             {"strategy": "fsdp", "data": -1, "fsdp": -1},
-            "fsdp: data and fsdp are both -1, and one axis can take the rest; give the other a size",
+            (
+                "fsdp: data and fsdp are both -1, and one axis can take the rest; give the other a"
+                " size"
+            ),
         ),
         (
             {"fsdp": 4},
-            "fsdp: nothing of strategy None lies along it; set mesh.strategy to fsdp or fsdp_tensor or sequence or hybrid_fsdp",
+            (
+                "fsdp: nothing of strategy None lies along it; set mesh.strategy to fsdp or"
+                " fsdp_tensor or sequence or hybrid_fsdp"
+            ),
         ),
-        ({"strategy": "fsdp", "expert": 2}, "expert: nothing of strategy fsdp lies along it; give mesh.rules that do, or leave it out"),
-        ({"strategy": "fsdp", "data": 3, "slices": 2}, "data: 3 does not go over 2 slices evenly; it could be 2 or 4"),
-        ({"strategy": "hybrid_fsdp", "across": "fsdp"}, "across: hybrid_fsdp goes over slices by data; for fsdp over slices set mesh.strategy"),
-        ({"strategy": "fsdp", "expert": 4, "rules": ((".*/lora_a",),)}, "expert: nothing of strategy fsdp lies along it"),
+        (
+            {"strategy": "fsdp", "expert": 2},
+            (
+                "expert: nothing of strategy fsdp lies along it; give mesh.rules that do, or leave"
+                " it out"
+            ),
+        ),
+        (
+            {"strategy": "fsdp", "data": 3, "slices": 2},
+            "data: 3 does not go over 2 slices evenly; it could be 2 or 4",
+        ),
+        (
+            {"strategy": "hybrid_fsdp", "across": "fsdp"},
+            "across: hybrid_fsdp goes over slices by data; for fsdp over slices set mesh.strategy",
+        ),
+        (
+            {"strategy": "fsdp", "expert": 4, "rules": ((".*/lora_a",),)},
+            "expert: nothing of strategy fsdp lies along it",
+        ),
         ({"rules": ((),)}, "rules[0]: is empty; begin it with an expression of a path"),
         ({"rules": (("(", "data"),)}, "rules[0]: '(' is not a regular expression"),
         ({"rules": ((".*", "tensr"),)}, "rules[0]: 'tensr' is no axis; did you mean 'tensor'?"),
-        ({"rules": ((".*", "data", "fsdp+data"),)}, "rules[0]: an axis stands there twice, in 'data', 'fsdp+data'; a leaf has it once"),
+        (
+            {"rules": ((".*", "data", "fsdp+data"),)},
+            "rules[0]: an axis stands there twice, in 'data', 'fsdp+data'; a leaf has it once",
+        ),
     ],
-)  # fmt: skip
+)
 def test_options_that_exclude_each_other(options: dict[str, Any], said: str) -> None:
     (found,) = MeshConfig(**options).problems()
     assert found.startswith(said)
@@ -123,15 +168,32 @@ def test_options_that_exclude_each_other(options: dict[str, Any], said: str) -> 
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [
-        ({"data": 3}, "config.train.batch_size: 32 is not divisible by mesh.data 3 x accumulation 1 = 3; it could be 30 or 33"),
+        (
+            {"data": 3},
+            (
+                "config.train.batch_size: 32 is not divisible by mesh.data 3 x accumulation 1 = 3;"
+                " it could be 30 or 33"
+            ),
+        ),
         (
             {"strategy": "fsdp", "data": 2, "fsdp": 24},
-            "config.train.batch_size: 32 is not divisible by mesh.data 2 x mesh.fsdp 24 x accumulation 1 = 48; it could be 48",
+            (
+                "config.train.batch_size: 32 is not divisible by mesh.data 2 x mesh.fsdp 24 x"
+                " accumulation 1 = 48; it could be 48"
+            ),
         ),
-        ({"strategy": "sequence", "sequence": 3}, "config.data.max_length: 128 is not divisible by mesh.sequence 3; it could be 126 or 129"),
+        (
+            {"strategy": "sequence", "sequence": 3},
+            (
+                "config.data.max_length: 128 is not divisible by mesh.sequence 3; it could be 126"
+                " or 129"
+            ),
+        ),
     ],
-)  # fmt: skip
-def test_batches_that_cannot_be_spread_are_refused_before_jax_is_imported(mesh: dict[str, Any], said: str) -> None:
+)
+def test_batches_that_cannot_be_spread_are_refused_before_jax_is_imported(
+    mesh: dict[str, Any], said: str
+) -> None:
     values = defaults().to_dict()
     values["model"]["path"] = values["data"]["train"] = "x"
     values["train"]["steps"] = 1

@@ -1,4 +1,6 @@
-"""What the tests of whole runs share: tiny model folders with a tokenizer, rows to train on, and configs of them."""
+"""What the tests of whole runs share: tiny model folders with a tokenizer, rows to train on, and
+configs of them.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,20 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        bos_token="[CLS]", eos_token="[SEP]", model_max_length=40,
-    ).save_pretrained(folder)  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        bos_token="[CLS]",
+        eos_token="[SEP]",
+        model_max_length=40,
+    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +78,10 @@ def write_rows(path: Path, kind: str, n: int = 60) -> Path:
             "pair": {"sentence1": text, "sentence2": WORDS[label], "label": LABELS[label]},
             "regression": {"text": text, "label": float(label)},
             "text": {"text": text},
-            "tags": {"tokens": text.split(), "tags": [TAGS[WORDS.index(word) % len(TAGS)] for word in text.split()]},
+            "tags": {
+                "tokens": text.split(),
+                "tags": [TAGS[WORDS.index(word) % len(TAGS)] for word in text.split()],
+            },
         }
         rows.append(values[kind])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -76,15 +89,28 @@ def write_rows(path: Path, kind: str, n: int = 60) -> Path:
 
 
 def write_config(path: Path, model: Path, rows: Path, **options: Any) -> Path:
-    """Write the config file of a short classification, for tests of commands; further options by `section__option=value`."""
+    """Write the config file of a short classification, for tests of commands; further options by
+    `section__option=value`.
+    """
     given = {
-        "model__path": str(model), "model__task": "sequence_classification", "data__train": str(rows),
-        "data__max_length": 16, "data__validation_share": 0.2, "train__batch_size": 8, **options,
-    }  # fmt: skip
+        "model__path": str(model),
+        "model__task": "sequence_classification",
+        "data__train": str(rows),
+        "data__max_length": 16,
+        "data__validation_share": 0.2,
+        "train__batch_size": 8,
+        **options,
+    }
     if not given.get("data__packing"):
-        given.setdefault("data__lengths", (given["data__max_length"],))  # one program to compile, not two
-    lines = "".join(f"    config.{name.replace('__', '.')} = {value!r}\n" for name, value in given.items())
-    start = 'from jaxpeft.config import defaults\n\ndef get_config():\n    config = defaults("lora")\n'
+        given.setdefault(
+            "data__lengths", (given["data__max_length"],)
+        )  # one program to compile, not two
+    lines = "".join(
+        f"    config.{name.replace('__', '.')} = {value!r}\n" for name, value in given.items()
+    )
+    start = (
+        'from jaxpeft.config import defaults\n\ndef get_config():\n    config = defaults("lora")\n'
+    )
     path.write_text(f"{start}{lines}    return config\n")
     return path
 
@@ -98,7 +124,10 @@ def make_config(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[...
         text = kind == "text"
         values["model"] |= {"path": str(tiny_models["llama" if text else "bert"])}
         values["model"]["task"] = "causal_lm" if text else "sequence_classification"
-        values["data"] |= {"train": str(write_rows(tmp_path / f"{kind}.jsonl", kind)), "max_length": 16}
+        values["data"] |= {
+            "train": str(write_rows(tmp_path / f"{kind}.jsonl", kind)),
+            "max_length": 16,
+        }
         values["data"]["validation_share"] = 0.2
         values["train"] |= {"steps": 6, "batch_size": 8}
         values["optimizer"] |= {"learning_rate": 1e-2, "warmup_steps": 2}

@@ -21,7 +21,10 @@ def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
     assert base_record.changed(tmp_path, TENSORS) == []
     base_record.write(tmp_path, TENSORS)
     assert base_record.changed(tmp_path, TENSORS) == []
-    assert base_record.changed(tmp_path, {f"bert.{name}": found for name, found in TENSORS.items()}) == []
+    assert (
+        base_record.changed(tmp_path, {f"bert.{name}": found for name, found in TENSORS.items()})
+        == []
+    )
     (problem,) = base_record.changed(tmp_path, TENSORS | {"layer.3": "c" * 64})
     assert problem.startswith(
         f"base: layer.3 is not the tensor that the run began with ({tmp_path / 'base.json'}); fetch"
@@ -33,7 +36,9 @@ def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
         base_record.require_same(problems, ["config.train"])
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"sha256": 3}', '{"sha256": {"layer.0": 3}}', "{}"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"sha256": 3}', '{"sha256": {"layer.0": 3}}', "{}"]
+)
 def test_a_record_that_cannot_be_read_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "base.json").write_text(content)
     (problem,) = base_record.changed(tmp_path, TENSORS)
@@ -48,7 +53,10 @@ def test_a_run_does_not_go_on_with_a_base_of_which_a_bit_is_flipped(
     base = shutil.copytree(tiny_models["bert"], tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     if name == "classifier.weight":  # a head that is kept is no part of what makes a base the same
-        own = {"classifier.weight": np.ones((3, 32), np.float32), "classifier.bias": np.zeros(3, np.float32)}
+        own = {
+            "classifier.weight": np.ones((3, 32), np.float32),
+            "classifier.bias": np.zeros(3, np.float32),
+        }
         tensors = {f"bert.{key}": tensor for key, tensor in tensors.items()} | own
         save_file(tensors, base / "model.safetensors")
         settings = json.loads((base / "config.json").read_text())

@@ -30,7 +30,9 @@ def test_a_folder_that_is_named_keeps_them_and_off_keeps_none(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
-def test_they_are_in_the_users_cache(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_in_the_users_cache(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setenv("JAXPEFT_CACHE", str(tmp_path))
     assert compiling.keep_programs("auto") == str(tmp_path / "compiled") == compiling.kept_in()
@@ -48,9 +50,14 @@ print(jax.jit(lambda x: jnp.tanh(x) @ x)(jnp.ones((4, 4))).sum())
 
 def test_a_second_process_on_a_cpu_does_not_compile_again(tmp_path: Path) -> None:
     where = {"JAXPEFT_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | where
+    env = {
+        name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+    } | where
     command = [sys.executable, "-W", "error", "-c", _KEPT]
-    first, second = (subprocess.run(command, env=env, text=True, capture_output=True, check=True) for _ in range(2))
+    first, second = (
+        subprocess.run(command, env=env, text=True, capture_output=True, check=True)
+        for _ in range(2)
+    )
     assert "cache_hits" not in first.stdout and "cache_hits" in second.stdout
     assert first.stdout.splitlines()[-1] == second.stdout.splitlines()[-1]
     assert "cpu_aot_loader" not in second.stderr
@@ -75,7 +82,9 @@ def test_a_folder_that_jax_is_told_of_stays(tmp_path: Path) -> None:
 
 
 def test_options_of_a_platform() -> None:
-    cuda = SimpleNamespace(platform="gpu", client=SimpleNamespace(platform_version="PJRT C API\ncuda 13000"))
+    cuda = SimpleNamespace(
+        platform="gpu", client=SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
+    )
     rocm = SimpleNamespace(platform="gpu", client=SimpleNamespace(platform_version="rocm 60000"))
     assert compiling.options(cuda) == {"xla_gpu_enable_triton_gemm": False}
     assert compiling.options(rocm) == compiling.options(jax.devices()[0]) == {}

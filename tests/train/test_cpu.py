@@ -26,10 +26,14 @@ print(json.dumps(min(faults)))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are"
+)
 def test_the_memory_of_a_step_is_there_for_the_next() -> None:
     def least(how: str) -> int:
-        done = subprocess.run([sys.executable, "-c", _FAULTS, how], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", _FAULTS, how], check=True, capture_output=True, text=True
+        )
         return json.loads(done.stdout)
 
     pages = 5000 * 5000 * 4 // 4096

@@ -21,10 +21,14 @@ pytestmark = pytest.mark.slow
 
 
 def tagged(make_config: MakeConfig, **options: object) -> Config:
-    return make_config("tags", model__task="token_classification", data__lengths=(6, 9, 16), **options)
+    return make_config(
+        "tags", model__task="token_classification", data__lengths=(6, 9, 16), **options
+    )
 
 
-def test_entities_are_counted_in_rows_whatever_batch_and_length_they_come_in(make_config: MakeConfig) -> None:
+def test_entities_are_counted_in_rows_whatever_batch_and_length_they_come_in(
+    make_config: MakeConfig,
+) -> None:
     setup = prepare(tagged(make_config, evaluation__batch_size=5))
     assert set(setup.data.labels) == set(TAGS)
     figures = Evaluator(setup)({}, setup.params, setup.data.train)
@@ -32,7 +36,9 @@ def test_entities_are_counted_in_rows_whatever_batch_and_length_they_come_in(mak
     for batch, rows in data.eval_batches(setup.data.train, 1, (16,), setup.data.pad_id):
         assert rows.tolist() != [-1]
         logits = np.asarray(
-            jaxpeft.apply(setup.model, setup.params, **{k: batch[k] for k in ("input_ids", "attention_mask")})
+            jaxpeft.apply(
+                setup.model, setup.params, **{k: batch[k] for k in ("input_ids", "attention_mask")}
+            )
         )
         there = batch["labels"][0] != -100
         wanted.append([setup.data.labels[i] for i in batch["labels"][0][there]])
@@ -48,6 +54,7 @@ def test_entities_are_counted_in_rows_whatever_batch_and_length_they_come_in(mak
 def test_a_figure_that_tags_do_not_have_is_refused(make_config: MakeConfig, metric: str) -> None:
     known = "loss, accuracy, tag_f1, tag_f1_macro, f1, precision, recall"
     with pytest.raises(
-        ConfigError, match=rf"evaluation.metric: '{metric}' is not a figure of this data.*known: {known}\)"
+        ConfigError,
+        match=rf"evaluation.metric: '{metric}' is not a figure of this data.*known: {known}\)",
     ):
         prepare(tagged(make_config, evaluation__metric=metric))

@@ -11,7 +11,10 @@ from jaxpeft.train import flops
 
 
 def test_a_frozen_parameter_costs_4_a_token_a_trained_one_6_and_a_look_up_nothing() -> None:
-    frozen = {"embed": {"embedding": jnp.zeros((100, 8))}, "up": {"kernel": jnp.zeros((8, 32)), "bias": jnp.zeros(32)}}
+    frozen = {
+        "embed": {"embedding": jnp.zeros((100, 8))},
+        "up": {"kernel": jnp.zeros((8, 32)), "bias": jnp.zeros(32)},
+    }
     trainable = {"up": {"lora_a": jnp.zeros((8, 2)), "lora_b": jnp.zeros((2, 32))}}
     assert flops.per_token(trainable, frozen) == 4 * 8 * 32 + 6 * (8 * 2 + 2 * 32)
 
@@ -33,5 +36,7 @@ def test_stacked_layers_count_each() -> None:
         ("cpu", 1, None),
     ],
 )
-def test_the_peak_of_a_device_is_its_data_sheets(kind: str, devices: int, peak: float | None) -> None:
+def test_the_peak_of_a_device_is_its_data_sheets(
+    kind: str, devices: int, peak: float | None
+) -> None:
     assert flops.peak([SimpleNamespace(device_kind=kind)] * devices) == peak

@@ -22,22 +22,35 @@ KINDS = {
 every_kind = pytest.mark.parametrize("entropy", KINDS.values(), ids=KINDS)
 
 
-def made(batch: int = 3, length: int = 10, width: int = 8, vocab: int = 37) -> tuple[Any, Any, Any, Any]:
+def made(
+    batch: int = 3, length: int = 10, width: int = 8, vocab: int = 37
+) -> tuple[Any, Any, Any, Any]:
     x, kernel = RNG.normal(size=(batch, length, width)), RNG.normal(size=(width, vocab))
     labels = RNG.integers(0, vocab, (batch, length))
     labels[RNG.random(labels.shape) < 0.3] = IGNORE
     weights = np.asarray([1.0, 0.0, 0.5])[:batch, None]
-    return tuple(map(jnp.asarray, (x.astype(np.float32), kernel.astype(np.float32), labels.astype(np.int32), weights)))  # pyright: ignore[reportReturnType]
+    return tuple(
+        map(
+            jnp.asarray,
+            (x.astype(np.float32), kernel.astype(np.float32), labels.astype(np.int32), weights),
+        )
+    )  # pyright: ignore[reportReturnType]
 
 
 @every_kind
-@pytest.mark.parametrize("most", [1, 3 * 37 * 3, 10**6], ids=["one position", "uneven chunks", "all at once"])
+@pytest.mark.parametrize(
+    "most", [1, 3 * 37 * 3, 10**6], ids=["one position", "uneven chunks", "all at once"]
+)
 @pytest.mark.representatives("uneven chunks-*", "one position-all", "all at once-plain")
-def test_chunks_give_the_loss_and_the_gradients_of_all_logits(entropy: CrossEntropy, most: int) -> None:
+def test_chunks_give_the_loss_and_the_gradients_of_all_logits(
+    entropy: CrossEntropy, most: int
+) -> None:
     x, kernel, labels, weights = made()
 
     def chunked(x: Any, kernel: Any) -> Any:
-        total, count = through_head(entropy, lambda rows, i: rows @ kernel, x, labels, weights, most)
+        total, count = through_head(
+            entropy, lambda rows, i: rows @ kernel, x, labels, weights, most
+        )
         return 2.5 * total, count
 
     def whole(x: Any, kernel: Any) -> Any:
@@ -59,7 +72,12 @@ def test_it_is_torchs_cross_entropy(smoothing: float) -> None:
 
     x, kernel, labels, _ = made()
     total, count = through_head(
-        CrossEntropy(smoothing), lambda rows, i: rows @ kernel, x, labels, jnp.ones((3, 1)), most_logits=100
+        CrossEntropy(smoothing),
+        lambda rows, i: rows @ kernel,
+        x,
+        labels,
+        jnp.ones((3, 1)),
+        most_logits=100,
     )
     logits = torch.tensor(np.asarray(x @ kernel)).reshape(-1, 37)
     wanted = torch.tensor(np.asarray(labels), dtype=torch.long).reshape(-1)
@@ -82,7 +100,9 @@ def test_the_logits_of_all_positions_never_exist() -> None:
     most = 2 * 4 * 50
 
     def loss(x: Any) -> Any:
-        return through_head(CrossEntropy(), lambda rows, i: rows @ kernel, x, labels, weights[:2], most)[0]
+        return through_head(
+            CrossEntropy(), lambda rows, i: rows @ kernel, x, labels, weights[:2], most
+        )[0]
 
     sizes: list[int] = []
 
@@ -112,7 +132,12 @@ def test_without_any_label_it_is_zero_and_so_is_its_gradient() -> None:
 def test_each_chunk_is_told_its_number() -> None:
     x, kernel, labels, weights = made(3, 10)
     seen = through_head(
-        CrossEntropy(), lambda rows, i: rows @ kernel * i.astype(jnp.float32), x, labels, weights, 3 * 37 * 5
+        CrossEntropy(),
+        lambda rows, i: rows @ kernel * i.astype(jnp.float32),
+        x,
+        labels,
+        weights,
+        3 * 37 * 5,
     )[0]
     half = CrossEntropy().sums(x[:, 5:] @ kernel, labels[:, 5:], weights)[0]
     flat = CrossEntropy().sums(jnp.zeros((3, 5, 37)), labels[:, :5], weights)[0]

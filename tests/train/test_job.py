@@ -36,8 +36,15 @@ def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Pa
     )
     result = job.run(config, tmp_path / "run")
     run = tmp_path / "run"
-    for name in ("config.json", "metrics.jsonl", "summary.json", "curves.png", "adapter/adapter_config.json",
-                 "adapter/adapter_model.safetensors", "adapter/jaxpeft.json"):  # fmt: skip
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "curves.png",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/jaxpeft.json",
+    ):
         assert (run / name).is_file(), name
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events.*"))
@@ -50,15 +57,25 @@ def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Pa
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
-    assert lines[-1].keys() >= {"best_validation/accuracy", "best_validation/f1_macro", "best_validation/mcc"}
+    assert lines[-1].keys() >= {
+        "best_validation/accuracy",
+        "best_validation/f1_macro",
+        "best_validation/mcc",
+    }
 
 
 def test_a_schedule_of_ranks_that_the_run_is_too_short_for_is_refused_before_weights_are_read(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(method="adalora", method__initial_steps=2, method__final_steps=2, train__steps=4)
-    monkeypatch.setattr("jaxpeft.hub.loading.Outline.read", lambda *_: pytest.fail("weights are read"))
-    with pytest.raises(ConfigError, match=r"method\.initial_steps: 2 steps at the start and 2 at the end"):
+    config = make_config(
+        method="adalora", method__initial_steps=2, method__final_steps=2, train__steps=4
+    )
+    monkeypatch.setattr(
+        "jaxpeft.hub.loading.Outline.read", lambda *_: pytest.fail("weights are read")
+    )
+    with pytest.raises(
+        ConfigError, match=r"method\.initial_steps: 2 steps at the start and 2 at the end"
+    ):
         prepare(config)
 
 
@@ -67,15 +84,20 @@ def test_a_start_from_the_kernels_decomposes_each_of_them_once(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: bool
 ) -> None:
     config = make_config(
-        train__steps=1, optimizer__warmup_steps=None, model__scan_layers=scanned, method__init_weights="pissa",
+        train__steps=1,
+        optimizer__warmup_steps=None,
+        model__scan_layers=scanned,
+        method__init_weights="pissa",
         method__targets=("query",),
-    )  # fmt: skip
+    )
     seen: list[int] = []
     largest = starts.largest
 
     def counted(matrix: Any, *rest: Any) -> Any:
         like = jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
-        looked = jax.pure_callback(lambda value: seen.append(1) or value, like, matrix)  # if anything needs it
+        looked = jax.pure_callback(
+            lambda value: seen.append(1) or value, like, matrix
+        )  # if anything needs it
         return largest(looked, *rest)
 
     monkeypatch.setattr(starts, "largest", counted)
@@ -97,9 +119,11 @@ def test_a_candidate_is_trained_at_its_own_learning_rate(
     make_config: MakeConfig, tmp_path: Path, candidate: dict[str, Any], rate: float
 ) -> None:
     config = make_config(
-        compare__candidates=[candidate], optimizer__learning_rate=1e-2, optimizer__head_learning_rate=5e-3,
+        compare__candidates=[candidate],
+        optimizer__learning_rate=1e-2,
+        optimizer__head_learning_rate=5e-3,
         train__steps=3,
-    )  # fmt: skip
+    )
     job.run(config.run_of(config.compare.candidates[0], 0), tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert max(line.get("learning_rate", 0.0) for line in lines) == pytest.approx(rate)
@@ -108,7 +132,10 @@ def test_a_candidate_is_trained_at_its_own_learning_rate(
 def test_a_finished_run_given_again_says_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(train__steps=3)
     first = job.run(config, tmp_path / "run")
-    lines, summary = (read_lines(tmp_path / "run" / "metrics.jsonl"), (tmp_path / "run" / "summary.json").read_text())
+    lines, summary = (
+        read_lines(tmp_path / "run" / "metrics.jsonl"),
+        (tmp_path / "run" / "summary.json").read_text(),
+    )
     second = job.run(config, tmp_path / "run")
     assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
     assert (tmp_path / "run" / "summary.json").read_text() == summary
@@ -116,7 +143,9 @@ def test_a_finished_run_given_again_says_the_same(make_config: MakeConfig, tmp_p
 
 
 @pytest.mark.slow
-def test_every_class_counts_whatever_is_held_out_or_drawn(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_every_class_counts_whatever_is_held_out_or_drawn(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     config = make_config(train__steps=3)
     rows = [json.dumps({"text": f"word{i} word{i + 1}", "label": f"c{i // 2}"}) for i in range(40)]
     Path(config.data.train).write_text("\n".join(rows))
@@ -144,7 +173,9 @@ def test_speed_is_that_of_steps_not_of_evaluations(
     assert all(n / rate < 0.4 for n, rate in zip(tokens[2:], rates[2:], strict=True))
 
 
-def test_the_saved_adapter_gives_the_numbers_of_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_saved_adapter_gives_the_numbers_of_the_run(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     config = make_config(train__steps=10)
     result = job.run(config, tmp_path / "run")
     model, base = jaxpeft.load(config.model.path, task="sequence_classification", num_labels=3)
@@ -155,7 +186,10 @@ def test_the_saved_adapter_gives_the_numbers_of_the_run(make_config: MakeConfig,
 def test_the_best_step_is_kept_not_the_last(make_config: MakeConfig, tmp_path: Path) -> None:
     # a rate so high that later steps are worse
     config = make_config(
-        train__steps=12, evaluation__every_steps=1, optimizer__learning_rate=3.0, evaluation__metric="loss"
+        train__steps=12,
+        evaluation__every_steps=1,
+        optimizer__learning_rate=3.0,
+        evaluation__metric="loss",
     )
     result = job.run(config, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -169,8 +203,12 @@ def test_a_run_saves_and_evaluates_at_the_end_of_each_epoch(
 ) -> None:
     saved: list[int] = []
     real = Checkpoints.save
-    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: saved.append(step) or real(self, step, *rest))
-    config = make_config(train__steps=14, checkpoint__every_steps=None)  # of 48 rows, 6 steps an epoch
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *rest: saved.append(step) or real(self, step, *rest)
+    )
+    config = make_config(
+        train__steps=14, checkpoint__every_steps=None
+    )  # of 48 rows, 6 steps an epoch
     job.run(config, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert saved == [line["step"] for line in lines if "validation/loss" in line] == [6, 12, 14]
@@ -183,12 +221,20 @@ def test_a_run_that_goes_on_does_not_evaluate_again_what_was_before(
     real = job.Evaluator.__call__
     monkeypatch.setattr(job.Evaluator, "__call__", lambda *args: evaluated.append(1) or real(*args))
     job.run(make_config(), tmp_path / "run")
-    summary, record = (tmp_path / "run" / "summary.json").read_text(), tmp_path / "run" / "before.json"
+    summary, record = (
+        (tmp_path / "run" / "summary.json").read_text(),
+        tmp_path / "run" / "before.json",
+    )
     assert len(evaluated) == 2  # before, and at the last step, whose figures are the final ones
     job.run(make_config(), tmp_path / "run")
     assert len(evaluated) == 3
     assert (tmp_path / "run" / "summary.json").read_text() == summary
-    for broken in ("", "[]", '{"run": 1, "figures": {}}', record.read_text().replace('"run": "', '"run": "0')):
+    for broken in (
+        "",
+        "[]",
+        '{"run": 1, "figures": {}}',
+        record.read_text().replace('"run": "', '"run": "0'),
+    ):
         evaluated.clear()
         record.write_text(broken)
         job.run(make_config(), tmp_path / "run")
@@ -215,7 +261,10 @@ def test_figures_are_called_by_the_rows_that_they_are_of(
 
 def test_patience_stops_early(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(
-        train__steps=50, evaluation__every_steps=1, optimizer__learning_rate=3.0, evaluation__patience=3
+        train__steps=50,
+        evaluation__every_steps=1,
+        optimizer__learning_rate=3.0,
+        evaluation__patience=3,
     )
     result = job.run(config, tmp_path / "run")
     assert result.steps == result.best_step + 3 < 50
@@ -230,7 +279,11 @@ def test_patience_stops_early(make_config: MakeConfig, tmp_path: Path) -> None:
         ("regression", {"data__problem": "regression"}, "pearson"),
         ("text", {}, "perplexity"),
         ("single", {"method": "bitfit"}, "accuracy"),
-        ("single", {"method": "full", "model__scan_layers": True, "model__remat": "full"}, "accuracy"),
+        (
+            "single",
+            {"method": "full", "model__scan_layers": True, "model__remat": "full"},
+            "accuracy",
+        ),
         ("text", {"train__accumulation": 4, "model__compute_dtype": "bfloat16"}, "loss"),
     ],
 )
@@ -243,16 +296,29 @@ def test_every_kind_of_data_and_method_runs(
     assert math.isfinite(result.test[figure])
 
 
-def test_a_run_that_blows_up_stops_with_the_steps_and_a_way_out(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_that_blows_up_stops_with_the_steps_and_a_way_out(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     config = make_config(
-        "regression", "full", data__problem="regression", optimizer__learning_rate=1e30, optimizer__clip_norm=None,
-        optimizer__name="sgd", optimizer__schedule="constant", train__steps=40, train__most_skipped=3,
+        "regression",
+        "full",
+        data__problem="regression",
+        optimizer__learning_rate=1e30,
+        optimizer__clip_norm=None,
+        optimizer__name="sgd",
+        optimizer__schedule="constant",
+        train__steps=40,
+        train__most_skipped=3,
         checkpoint__every_steps=1,
-    )  # fmt: skip
+    )
     with pytest.raises(
         TrainingError,
-        match=r"step \d+: loss is (nan|inf).* last of 3 steps in a row that were skipped, the first of them step \d+ "
-        r"\(sequences .*not finite: .*newest checkpoint is step \d+, and is finite; lower optimizer.learning_rate",
+        match=(
+            r"step \d+: loss is (nan|inf).* last of 3 steps in a row that were skipped, the first"
+            r" of them step \d+ "
+            r"\(sequences .*not finite: .*newest checkpoint is step \d+, and is finite; lower"
+            r" optimizer.learning_rate"
+        ),
     ):
         job.run(config, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -260,13 +326,19 @@ def test_a_run_that_blows_up_stops_with_the_steps_and_a_way_out(make_config: Mak
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
 
 
-def test_a_metric_that_is_not_computed_is_named_with_those_that_are(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_metric_that_is_not_computed_is_named_with_those_that_are(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     config = make_config(evaluation__metric="pearson")
-    with pytest.raises(ConfigError, match=r"evaluation.metric: 'pearson' is not a figure of this data.*accuracy"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation.metric: 'pearson' is not a figure of this data.*accuracy"
+    ):
         job.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()  # before anything was trained
 
 
-def test_weights_and_biases_that_is_not_installed_is_refused_first(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_weights_and_biases_that_is_not_installed_is_refused_first(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"log.wandb: project 'mine' asks for the package wandb"):
         job.run(make_config(log__wandb="mine"), tmp_path / "run")

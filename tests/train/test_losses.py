@@ -28,7 +28,10 @@ class Given:
 def torch_cross_entropy(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
     import torch
 
-    given = torch.tensor(logits).reshape(-1, logits.shape[-1]), torch.tensor(labels, dtype=torch.long).reshape(-1)
+    given = (
+        torch.tensor(logits).reshape(-1, logits.shape[-1]),
+        torch.tensor(labels, dtype=torch.long).reshape(-1),
+    )
     return float(torch.nn.functional.cross_entropy(*given, ignore_index=-100, reduction="sum"))
 
 
@@ -36,7 +39,9 @@ def test_a_position_without_a_label_counts_for_nothing() -> None:
     logits = RNG.normal(size=(4, 6, 9)).astype(np.float32)
     labels = RNG.integers(0, 9, (4, 6)).astype(np.int32)
     labels[0, 2:] = labels[3, :] = -100
-    total, weight = losses.tokens(Given(logits), {"labels": jnp.asarray(labels), "weights": jnp.ones(4)})
+    total, weight = losses.tokens(
+        Given(logits), {"labels": jnp.asarray(labels), "weights": jnp.ones(4)}
+    )
     assert float(weight) == (labels != -100).sum()
     np.testing.assert_allclose(total, torch_cross_entropy(logits, labels), rtol=1e-5)
 
@@ -44,7 +49,9 @@ def test_a_position_without_a_label_counts_for_nothing() -> None:
 def test_a_language_model_predicts_the_next_token() -> None:
     logits = RNG.normal(size=(2, 5, 7)).astype(np.float32)
     labels = RNG.integers(0, 7, (2, 5)).astype(np.int32)
-    total, weight = losses.causal_lm(Given(logits), {"labels": jnp.asarray(labels), "weights": jnp.ones(2)})
+    total, weight = losses.causal_lm(
+        Given(logits), {"labels": jnp.asarray(labels), "weights": jnp.ones(2)}
+    )
     assert float(weight) == 8
     np.testing.assert_allclose(total, torch_cross_entropy(logits[:, :-1], labels[:, 1:]), rtol=1e-5)
 
@@ -71,9 +78,16 @@ def test_a_filler_row_of_weight_zero_counts_for_nothing_even_if_its_logits_are_i
 def test_multi_label_is_torchs_binary_cross_entropy() -> None:
     import torch
 
-    logits, labels = RNG.normal(size=(5, 3)).astype(np.float32), RNG.integers(0, 2, (5, 3)).astype(np.float32)
-    total, weight = losses.multi_label(Given(logits), {"labels": jnp.asarray(labels), "weights": jnp.ones(5)})
-    theirs = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels))
+    logits, labels = (
+        RNG.normal(size=(5, 3)).astype(np.float32),
+        RNG.integers(0, 2, (5, 3)).astype(np.float32),
+    )
+    total, weight = losses.multi_label(
+        Given(logits), {"labels": jnp.asarray(labels), "weights": jnp.ones(5)}
+    )
+    theirs = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.tensor(logits), torch.tensor(labels)
+    )
     np.testing.assert_allclose(total / weight, float(theirs), rtol=1e-5)
 
 

@@ -21,8 +21,14 @@ __all__ = ["tiny_models"]
 
 def run(*arguments: str, wrapper: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command; `wrapper` is Python to run in its place."""
-    command = [sys.executable, "-m", "jaxpeft.train"] if wrapper is None else [sys.executable, "-c", wrapper]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    command = (
+        [sys.executable, "-m", "jaxpeft.train"]
+        if wrapper is None
+        else [sys.executable, "-c", wrapper]
+    )
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.fixture
@@ -33,12 +39,18 @@ def config_file(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Path:
 
 
 WRONG = (
-    "--config.train.batchsize=8", "--config.optimizer.learning_rate=fast", "--config.method.rank=0",
-    "--config.train.epochs=3", "--config.method.dropout=1.5", "--config.model.task=classify",
-)  # fmt: skip
+    "--config.train.batchsize=8",
+    "--config.optimizer.learning_rate=fast",
+    "--config.method.rank=0",
+    "--config.train.epochs=3",
+    "--config.method.dropout=1.5",
+    "--config.model.task=classify",
+)
 
 
-def test_every_problem_at_once_with_exit_code_2_in_two_seconds_and_without_jax(config_file: Path) -> None:
+def test_every_problem_at_once_with_exit_code_2_in_two_seconds_and_without_jax(
+    config_file: Path,
+) -> None:
     check = (
         "import sys; from jaxpeft.train.__main__ import main; code = main(sys.argv[1:]); "
         "loaded = [m for m in ('jax', 'flax', 'torch', 'transformers') if m in sys.modules]; "
@@ -70,13 +82,22 @@ def test_every_problem_at_once_with_exit_code_2_in_two_seconds_and_without_jax(c
         (("--config", "configs/quikstart.py"), "no such file; did you mean configs/quickstart.py"),
         (("--confg", "x.py"), "--confg: no such option; did you mean '--config'"),
         (("--config", "configs/quickstart.py", "stray"), "'stray': not an option"),
-        (("--config", "configs/quickstart.py", "--config.method.name=lorra"), "'lorra' is not a method; did you mean"),
-        (("--config", "configs/quickstart.py", "--workdir", "/proc/nowhere"), "--workdir /proc/nowhere: cannot be"),
+        (
+            ("--config", "configs/quickstart.py", "--config.method.name=lorra"),
+            "'lorra' is not a method; did you mean",
+        ),
+        (
+            ("--config", "configs/quickstart.py", "--workdir", "/proc/nowhere"),
+            "--workdir /proc/nowhere: cannot be",
+        ),
         (("--config", "configs/quickstart.py", "--config.model"), "config.model"),
     ],
 )
 def test_bad_arguments_are_named(
-    arguments: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
     assert train.main(list(arguments)) == 2
@@ -90,10 +111,15 @@ def test_bad_arguments_are_named(
         ("import nothing_like_it\n", ":1: ModuleNotFoundError"),
         ("x = 1\n", "get_config"),
         ("def get_config():\n    return 3\n", "must return a ConfigDict, returns a int"),
-        ("from jaxpeft.config import defaults\ndef get_config():\n    c = defaults()\n    c.trian.steps = 3\n    return c\n",
-         ":4: AttributeError"),
+        (
+            (
+                "from jaxpeft.config import defaults\ndef get_config():\n    c = defaults()\n   "
+                " c.trian.steps = 3\n    return c\n"
+            ),
+            ":4: AttributeError",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_broken_config_file_is_named_with_the_line(
     content: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,11 +131,20 @@ def test_a_broken_config_file_is_named_with_the_line(
 
 def test_overrides_are_read_as_their_options_types(config_file: Path, tmp_path: Path) -> None:
     arguments = [
-        "--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.optimizer.learning_rate=1e-3",
-        "--config.method.targets=query,value", "--config.optimizer.clip_norm", "None", "--config.method.rslora=true",
-        "--config.method.rank_pattern={'query': 2}", "--config.data.lengths=8,16", "--config.compare.seeds=4",
+        "--config",
+        str(config_file),
+        "--workdir",
+        str(tmp_path / "run"),
+        "--config.optimizer.learning_rate=1e-3",
+        "--config.method.targets=query,value",
+        "--config.optimizer.clip_norm",
+        "None",
+        "--config.method.rslora=true",
+        "--config.method.rank_pattern={'query': 2}",
+        "--config.data.lengths=8,16",
+        "--config.compare.seeds=4",
         "--config.data.train=/a/b.jsonl,~/c.csv,org/name",
-    ]  # fmt: skip
+    ]
     job = job_of(*read_arguments(RunArguments, arguments))
     config = job.config
     assert job.workdir == tmp_path / "run"
@@ -124,7 +159,9 @@ def test_overrides_are_read_as_their_options_types(config_file: Path, tmp_path: 
 
 
 def test_another_method_on_the_command_line_takes_its_own_options(config_file: Path) -> None:
-    job = job_of(*read_arguments(RunArguments, ["--config", str(config_file), "--config.method.name=full"]))
+    job = job_of(
+        *read_arguments(RunArguments, ["--config", str(config_file), "--config.method.name=full"])
+    )
     assert job.config.method.name == "full"
 
 
@@ -135,8 +172,16 @@ def test_validate_stops_after_the_check(config_file: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_rows_are_told_in_one_line_and_a_traceback_only_if_asked(config_file: Path, tmp_path: Path) -> None:
-    arguments = ("--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.data.train=gone.jsonl")
+def test_missing_rows_are_told_in_one_line_and_a_traceback_only_if_asked(
+    config_file: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "--config",
+        str(config_file),
+        "--workdir",
+        str(tmp_path / "run"),
+        "--config.data.train=gone.jsonl",
+    )
     done = run(*arguments)
     assert done.returncode == 2
     assert "gone.jsonl" in done.stderr
@@ -149,7 +194,15 @@ def test_missing_rows_are_told_in_one_line_and_a_traceback_only_if_asked(config_
 
 def stopped_by(signum: int, config_file: Path, workdir: Path) -> subprocess.Popen[str]:
     """Run until a few steps are done, and sends the signal."""
-    command = [sys.executable, "-m", "jaxpeft.train", "--config", str(config_file), "--workdir", str(workdir)]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxpeft.train",
+        "--config",
+        str(config_file),
+        "--workdir",
+        str(workdir),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -166,8 +219,16 @@ def test_help_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--workdir" in shown
 
 
-def test_a_bad_folder_is_told_beside_a_bad_config(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", str(config_file), "--workdir", "/proc/nowhere", "--config.method.rank=0"]
+def test_a_bad_folder_is_told_beside_a_bad_config(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--config",
+        str(config_file),
+        "--workdir",
+        "/proc/nowhere",
+        "--config.method.rank=0",
+    ]
     assert train.main(arguments) == 2
     shown = capsys.readouterr().err
     assert "2 problems" in shown
@@ -175,7 +236,9 @@ def test_a_bad_folder_is_told_beside_a_bad_config(config_file: Path, capsys: pyt
     assert "--workdir /proc/nowhere: cannot be written" in shown
 
 
-def test_a_signal_while_python_still_imports_ends_with_143(config_file: Path, tmp_path: Path) -> None:
+def test_a_signal_while_python_still_imports_ends_with_143(
+    config_file: Path, tmp_path: Path
+) -> None:
     early = (
         "import os, signal, sys, builtins; real = builtins.__import__\n"
         "def slow(name, *args, **kw):\n"
@@ -189,7 +252,14 @@ def test_a_signal_while_python_still_imports_ends_with_143(config_file: Path, tm
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("words", "allowed"), [([], []), (["--allow-base"], ["base"]), (["--allow_base", "--allow-change=data"], ["data", "base"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "allowed"),
+    [
+        ([], []),
+        (["--allow-base"], ["base"]),
+        (["--allow_base", "--allow-change=data"], ["data", "base"]),
+    ],
+)
 def test_allow_base_allows_the_fields_of_the_base(tmp_path, words, allowed):
     got: list[train.Job] = []
     argv = ["--config", "configs/quickstart.py", "--workdir", str(tmp_path), *words]

@@ -36,7 +36,10 @@ def test_what_policies_keep_grows_by_what_xla_keeps(llama: Path) -> None:
     config = outlined.model.config
     stream = ROWS * LENGTH * config.hidden_size * 4
     assert needs.kept["full"] == config.num_hidden_layers * stream
-    heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    heads = (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     widths = heads[0] + 2 * heads[1] + heads[0] + config.hidden_size + 2 * config.intermediate_size
     wide = needs.kept["products"] - needs.kept["full"]
     assert wide == config.num_hidden_layers * ROWS * LENGTH * widths * 4
@@ -45,7 +48,9 @@ def test_what_policies_keep_grows_by_what_xla_keeps(llama: Path) -> None:
 def test_a_quantized_base_counts_as_it_is_stored(llama: Path) -> None:
     outlined = outline(llama, ModelRequest("causal_lm", quant=Quant("nf4")))
     _, params = jaxpeft.load(llama, task="causal_lm", quant="nf4")
-    assert memory.estimate(outlined, 0, ROWS, LENGTH).base == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert memory.estimate(outlined, 0, ROWS, LENGTH).base == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(params)
+    )
 
 
 def test_the_policy_that_fits_and_computes_least_again(llama: Path) -> None:
@@ -62,11 +67,17 @@ def test_a_cpu_has_no_budget_of_its_own() -> None:
 
 
 def test_the_estimate_is_near_what_the_compiled_gradient_keeps(llama: Path) -> None:
-    """Of a model whose activations outweigh all else: the difference of two lengths is what a token keeps."""
+    """Of a model whose activations outweigh all else: the difference of two lengths is what a token
+    keeps.
+    """
     outlined = outline(llama, ModelRequest("causal_lm"))
     method = jaxpeft.LoRA(rank=2)
-    params = jax.eval_shape(lambda base: jaxpeft.rewrite(method, base, jax.random.key(0)), outlined.abstract)
-    trainable, frozen = tree.partition(params, jaxpeft.core.rewriting.trainable_mask(method, params))
+    params = jax.eval_shape(
+        lambda base: jaxpeft.rewrite(method, base, jax.random.key(0)), outlined.abstract
+    )
+    trainable, frozen = tree.partition(
+        params, jaxpeft.core.rewriting.trainable_mask(method, params)
+    )
 
     def kept(policy: str, length: int) -> int:
         options = dataclasses.replace(outlined.model.options, remat=policy)
@@ -78,9 +89,16 @@ def test_the_estimate_is_near_what_the_compiled_gradient_keeps(llama: Path) -> N
             "labels": ids,
             "weights": jax.ShapeDtypeStruct((ROWS,), jnp.float32),
         }
-        back = jax.eval_shape(lambda t, f, b: jax.vjp(lambda t: loss(t, f, b, None)[0], t)[1], trainable, frozen, batch)
+        back = jax.eval_shape(
+            lambda t, f, b: jax.vjp(lambda t: loss(t, f, b, None)[0], t)[1],
+            trainable,
+            frozen,
+            batch,
+        )
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
 
     token = (kept("products", 48) - kept("products", 32)) / 16
-    short, long = (memory.estimate(outlined, 0, ROWS, length).kept["products"] for length in (32, 48))
+    short, long = (
+        memory.estimate(outlined, 0, ROWS, length).kept["products"] for length in (32, 48)
+    )
     assert 0.7 < token / ((long - short) / 16) < 1.4

@@ -1,4 +1,6 @@
-"""Schedules by their values, updates against torch's, and what the optimizer holds and leaves alone."""
+"""Schedules by their values, updates against torch's, and what the optimizer holds and leaves
+alone.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.train import optimizers
 
 TREE = {
-    "bert": {"dense": {"lora_a": jnp.ones((3, 2)), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(3)}},
+    "bert": {
+        "dense": {"lora_a": jnp.ones((3, 2)), "bias": jnp.ones(3)},
+        "norm": {"scale": jnp.ones(3)},
+    },
     "classifier": {"kernel": jnp.ones((3, 2))},
 }
 
@@ -46,7 +51,9 @@ def test_linear_decays_to_the_final_ratio() -> None:
 
 
 def test_cosine_is_half_way_in_the_middle() -> None:
-    assert rates(100, [0, 50, 100], schedule="cosine", final_ratio=0.2) == pytest.approx([1.0, 0.6, 0.2])
+    assert rates(100, [0, 50, 100], schedule="cosine", final_ratio=0.2) == pytest.approx(
+        [1.0, 0.6, 0.2]
+    )
 
 
 def test_constant_stays() -> None:
@@ -65,7 +72,9 @@ def test_warm_up_rises_from_above_zero_to_the_peak() -> None:
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"optimizer.warmup_steps: 10 steps of warm-up leave none of the run's 10"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer.warmup_steps: 10 steps of warm-up leave none of the run's 10"
+    ):
         rates(10, [0], warmup_steps=10)
 
 
@@ -73,7 +82,10 @@ def test_adamw_is_torchs() -> None:
     import torch
 
     rng = np.random.default_rng(0)
-    start, grads = rng.normal(size=(4, 3)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
+    start, grads = (
+        rng.normal(size=(4, 3)).astype(np.float32),
+        rng.normal(size=(4, 3)).astype(np.float32),
+    )
     theirs = torch.nn.Parameter(torch.tensor(start))
     optimizer = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.05)
     for _ in range(5):
@@ -86,7 +98,9 @@ def test_adamw_is_torchs() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
 def test_every_optimizer_goes_down_a_slope(name: str) -> None:
-    optimizer = optimizers.build(OptimizerConfig(name=name, learning_rate=0.02, schedule="constant"), 100)  # type: ignore[arg-type]
+    optimizer = optimizers.build(
+        OptimizerConfig(name=name, learning_rate=0.02, schedule="constant"), 100
+    )  # type: ignore[arg-type]
     tree = {"kernel": jnp.asarray([[2.0, -3.0], [1.0, 0.5]])}
 
     def loss(tree: Any) -> jax.Array:
@@ -102,13 +116,17 @@ def test_every_optimizer_goes_down_a_slope(name: str) -> None:
 
 def test_clipping_is_by_the_norm_of_everything_trained() -> None:
     tree = {"a": {"kernel": jnp.zeros((2, 2))}, "b": {"bias": jnp.zeros(12)}}
-    after = updated({"name": "sgd", "learning_rate": 1.0, "clip_norm": 1.0}, tree)  # sixteen ones: norm 4
+    after = updated(
+        {"name": "sgd", "learning_rate": 1.0, "clip_norm": 1.0}, tree
+    )  # sixteen ones: norm 4
     np.testing.assert_allclose(after["a"]["kernel"], -0.25, rtol=1e-6)
     np.testing.assert_allclose(after["b"]["bias"], -0.25, rtol=1e-6)
 
 
 def test_the_head_has_its_own_learning_rate() -> None:
-    after = updated({"name": "sgd", "learning_rate": 0.1, "head_learning_rate": 0.5, "clip_norm": None})
+    after = updated(
+        {"name": "sgd", "learning_rate": 0.1, "head_learning_rate": 0.5, "clip_norm": None}
+    )
     np.testing.assert_allclose(after["bert"]["dense"]["lora_a"], 0.9, rtol=1e-6)
     np.testing.assert_allclose(after["classifier"]["kernel"], 0.5, rtol=1e-6)
 
@@ -116,7 +134,13 @@ def test_the_head_has_its_own_learning_rate() -> None:
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
 @pytest.mark.parametrize("head", [None, 0.1])
 def test_weight_decay_leaves_biases_and_norms_alone(name: str, head: float | None) -> None:
-    options = {"name": name, "learning_rate": 0.1, "head_learning_rate": head, "weight_decay": 0.5, "clip_norm": None}
+    options = {
+        "name": name,
+        "learning_rate": 0.1,
+        "head_learning_rate": head,
+        "weight_decay": 0.5,
+        "clip_norm": None,
+    }
     after = updated(options, grads=jax.tree.map(jnp.zeros_like, TREE))
     assert float(after["bert"]["dense"]["lora_a"][0, 0]) < 1
     assert float(after["classifier"]["kernel"][0, 0]) < 1
@@ -140,9 +164,14 @@ def test_any_method_that_trains_the_head_alone_gets_its_rate() -> None:
     class Probe(Method):
         name: ClassVar[str] = "probe"
 
-    given = Config(method=Probe(), optimizer=OptimizerConfig(learning_rate=0.1, head_learning_rate=0.5))
+    given = Config(
+        method=Probe(), optimizer=OptimizerConfig(learning_rate=0.1, head_learning_rate=0.5)
+    )
     assert optimizers.options_for(given) == OptimizerConfig(learning_rate=0.5)
-    assert optimizers.options_for(dataclasses.replace(given, method=jaxpeft.BitFit())) == given.optimizer
+    assert (
+        optimizers.options_for(dataclasses.replace(given, method=jaxpeft.BitFit()))
+        == given.optimizer
+    )
     found = Config(method=Probe(), model=ModelConfig(path="somewhere")).problems()
     assert "method.name: 'probe' trains a classification head, task is 'causal_lm'" in found
 
@@ -151,10 +180,17 @@ def test_any_method_that_trains_the_head_alone_gets_its_rate() -> None:
 def test_weight_decay_follows_the_learning_rate_of_each_part(name: str) -> None:
     """Without a gradient a kernel shrinks by `rate * decay` a step, whatever the optimizer."""
     options = OptimizerConfig(
-        name=name, learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.1, schedule="constant"  # type: ignore[arg-type]
-    )  # fmt: skip
+        name=name,
+        learning_rate=1e-3,
+        head_learning_rate=1e-2,
+        weight_decay=0.1,
+        schedule="constant",  # type: ignore[arg-type]
+    )
     optimizer = optimizers.build(options, 100)
-    params = {"bert": {"query": {"kernel": jnp.ones((4, 4))}}, "classifier": {"kernel": jnp.ones((4, 2))}}
+    params = {
+        "bert": {"query": {"kernel": jnp.ones((4, 4))}},
+        "classifier": {"kernel": jnp.ones((4, 2))},
+    }
     state = optimizer.init(params)
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(10):

@@ -1,4 +1,6 @@
-"""What a run says: lines where there is no terminal, a bar on one, nothing where nothing is wanted."""
+"""What a run says: lines where there is no terminal, a bar on one, nothing where nothing is
+wanted.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def steps(kind: str) -> None:
     shown.close()
 
 
-def test_without_a_terminal_a_line_a_step(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_a_line_a_step(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     with caplog.at_level(logging.INFO):
         steps("auto")
@@ -39,7 +43,9 @@ def test_a_bar_shows_the_steps_and_logs_nothing(
     assert "loss 4.0" in shown
 
 
-def test_off_says_nothing(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+def test_off_says_nothing(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     with caplog.at_level(logging.INFO):
         steps("off")
     assert (caplog.messages, capsys.readouterr().err) == ([], "")

@@ -22,13 +22,21 @@ def test_lines_are_written_as_they_come(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", ["", '{"step": 4, "lo', "{"])
-def test_a_resumed_run_keeps_the_lines_up_to_its_step_and_drops_a_torn_one(tmp_path: Path, cut: str) -> None:
+def test_a_resumed_run_keeps_the_lines_up_to_its_step_and_drops_a_torn_one(
+    tmp_path: Path, cut: str
+) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps({"step": step, "loss": float(step)}) + "\n" for step in (1, 2, 3)) + cut)
+    file.write_text(
+        "".join(json.dumps({"step": step, "loss": float(step)}) + "\n" for step in (1, 2, 3)) + cut
+    )
     writer = records.JsonLines(file, 2)
     writer.write(3, {"loss": 30.0})
     writer.close()
-    assert [(line["step"], line["loss"]) for line in records.read_lines(file)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(line["step"], line["loss"]) for line in records.read_lines(file)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
 
 
 WHOLE = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
@@ -61,7 +69,9 @@ def test_a_damaged_line_is_told_and_put_aside_and_the_others_stay(
     writer.close()
     assert records.read_lines(file) == [*WHOLE, {"step": 4, "loss": 4.0}]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n"
-    assert "damaged in line 2: put aside in metrics.jsonl.damaged; the other lines stay" in caplog.text
+    assert (
+        "damaged in line 2: put aside in metrics.jsonl.damaged; the other lines stay" in caplog.text
+    )
 
 
 def test_every_flipped_bit_of_a_file_leaves_the_lines_that_it_is_not_in(tmp_path: Path) -> None:
@@ -75,7 +85,11 @@ def test_every_flipped_bit_of_a_file_leaves_the_lines_that_it_is_not_in(tmp_path
         at = whole[: bit // 8].count(b"\n")
         # a line feed that is lost takes the line behind it along
         near = {at, at + 1} if whole[bit // 8 : bit // 8 + 1] == b"\n" else {at}
-        assert [line for i, line in enumerate(WHOLE) if i not in near and line not in records.read_lines(file)] == []
+        assert [
+            line
+            for i, line in enumerate(WHOLE)
+            if i not in near and line not in records.read_lines(file)
+        ] == []
 
 
 def test_of_lines_that_stand_there_twice_the_last_is_kept(tmp_path: Path) -> None:
@@ -98,7 +112,9 @@ def test_a_new_run_begins_an_empty_file(tmp_path: Path) -> None:
 
 
 def events(folder: Path) -> list[Any]:
-    """Read the events of a folder, oldest file first: each is a length, its checksum, the message, its checksum."""
+    """Read the events of a folder, oldest file first: each is a length, its checksum, the message,
+    its checksum.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     found: list[Any] = []
@@ -123,14 +139,19 @@ def test_tensorboard_is_told_to_drop_what_a_resumed_run_writes_again(tmp_path: P
     second = records.TensorBoard(tmp_path, 2)
     second.write(3, {"loss": 0.25})
     second.close()
-    starts = [e for e in events(tmp_path) if e.HasField("session_log") and e.session_log.status == 1]
+    starts = [
+        e for e in events(tmp_path) if e.HasField("session_log") and e.session_log.status == 1
+    ]
     assert [start.step for start in starts] == [3]
 
 
-def test_weights_and_biases_gets_the_figures_and_the_runs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_gets_the_figures_and_the_runs_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[Any] = []
     run = SimpleNamespace(
-        log=lambda figures, step: calls.append((step, figures)), finish=lambda: calls.append("finished")
+        log=lambda figures, step: calls.append((step, figures)),
+        finish=lambda: calls.append("finished"),
     )
     module = SimpleNamespace(init=lambda **options: calls.append(options) or run)
     monkeypatch.setitem(__import__("sys").modules, "wandb", module)
@@ -140,5 +161,11 @@ def test_weights_and_biases_gets_the_figures_and_the_runs_name(tmp_path: Path, m
     for writer in writers:
         writer.write(1, {"loss": 0.5})
         writer.close()
-    assert calls[0] == {"project": "mine", "name": "rank8", "id": "rank8", "dir": str(folder), "resume": "allow"}
+    assert calls[0] == {
+        "project": "mine",
+        "name": "rank8",
+        "id": "rank8",
+        "dir": str(folder),
+        "resume": "allow",
+    }
     assert calls[1:] == [(1, {"loss": 0.5}), "finished"]

@@ -28,20 +28,38 @@ def options(make_config: MakeConfig) -> Callable[..., ModelOptions]:
     return lambda kind="text", **given: prepare(make_config(kind, **given)).model.options
 
 
-def test_on_a_cpu_nothing_is_computed_again_and_layers_are_unrolled(options: Callable[..., ModelOptions]) -> None:
+def test_on_a_cpu_nothing_is_computed_again_and_layers_are_unrolled(
+    options: Callable[..., ModelOptions],
+) -> None:
     found = options()
-    assert (found.remat, found.scan_layers, found.attention, found.right_padded) == ("none", False, "xla", True)
+    assert (found.remat, found.scan_layers, found.attention, found.right_padded) == (
+        "none",
+        False,
+        "xla",
+        True,
+    )
 
 
-@pytest.mark.parametrize(("kind", "gigabytes", "remat"), [("text", 10.0, "products"), ("single", 1e-6, "full")])
+@pytest.mark.parametrize(
+    ("kind", "gigabytes", "remat"), [("text", 10.0, "products"), ("single", 1e-6, "full")]
+)
 def test_remat_is_chosen_by_the_memory_that_is_given(
-    options: Callable[..., ModelOptions], caplog: pytest.LogCaptureFixture, kind: str, gigabytes: float, remat: str
+    options: Callable[..., ModelOptions],
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    gigabytes: float,
+    remat: str,
 ) -> None:
     with caplog.at_level(logging.INFO, "jaxpeft"):
         assert options(kind, model__memory_gb=gigabytes).remat == remat
     said = [record.getMessage() for record in caplog.records]
-    assert any(line.startswith(f"remat {remat}: ") and line.endswith(f"of {gigabytes:.1f} GB") for line in said)
-    assert any("may not fit" in line and "lower train.batch_size" in line for line in said) == (remat == "full")
+    assert any(
+        line.startswith(f"remat {remat}: ") and line.endswith(f"of {gigabytes:.1f} GB")
+        for line in said
+    )
+    assert any("may not fit" in line and "lower train.batch_size" in line for line in said) == (
+        remat == "full"
+    )
 
 
 def test_remat_that_is_asked_for_stays(options: Callable[..., ModelOptions]) -> None:
@@ -54,11 +72,17 @@ def test_remat_that_is_asked_for_stays(options: Callable[..., ModelOptions]) -> 
         ({}, True),
         ({"train__steps": 200}, False),
         ({"model__scan_layers": False}, False),
-        ({"kind": "single", "method__bias": "lora_only", "method__layers_to_transform": (0,)}, False),
+        (
+            {"kind": "single", "method__bias": "lora_only", "method__layers_to_transform": (0,)},
+            False,
+        ),
     ],
 )
 def test_many_layers_for_few_steps_are_scanned(
-    options: Callable[..., ModelOptions], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], scanned: bool
+    options: Callable[..., ModelOptions],
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    scanned: bool,
 ) -> None:
     monkeypatch.setattr(auto, "_MANY_LAYERS", 1)
     assert options(**given).scan_layers is scanned
@@ -76,7 +100,8 @@ def test_a_quantized_base_is_not_stacked_on_a_gpu(
 
 def test_a_kernel_of_another_platform_is_refused(options: Callable[..., ModelOptions]) -> None:
     with pytest.raises(
-        ConfigError, match=r"model\.attention: cudnn computes on cuda, and the devices are cpu; set it to auto"
+        ConfigError,
+        match=r"model\.attention: cudnn computes on cuda, and the devices are cpu; set it to auto",
     ):
         options(model__attention="cudnn")
     assert options(model__attention="xla").attention == "xla"
@@ -106,7 +131,9 @@ def test_the_classes_of_a_kept_head_keep_their_ids(
         ("multi_label", ("a", "b"), "f1_micro"),
     ],
 )
-def test_the_best_step_of_tags_is_not_that_of_most_o(problem: str, labels: tuple[str, ...], metric: str) -> None:
+def test_the_best_step_of_tags_is_not_that_of_most_o(
+    problem: str, labels: tuple[str, ...], metric: str
+) -> None:
     rows = SimpleNamespace(problem=problem, labels=labels)
     given: Any = SimpleNamespace(config=SimpleNamespace(evaluation=EvaluationConfig()), data=rows)
     assert metric_of(given) == metric

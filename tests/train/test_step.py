@@ -1,4 +1,6 @@
-"""The step: what it differentiates, what it holds, and that parts of a batch add up to the batch."""
+"""The step: what it differentiates, what it holds, and that parts of a batch add up to the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def setup(method: Any, dtype: Any = jnp.float32, **options: Any) -> tuple[Any, A
     given = ModelOptions("causal_lm", None, dtype, **options)
     model = models.build(tiny_config("llama", **WIDE), given)
     base = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    params = jaxpeft.rewrite(method, jax.tree.map(lambda x: x.astype(dtype), base), jax.random.key(1))
+    params = jaxpeft.rewrite(
+        method, jax.tree.map(lambda x: x.astype(dtype), base), jax.random.key(1)
+    )
     trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
     return model, jax.tree.map(lambda x: x + 0.01, trainable), frozen
 
@@ -41,10 +45,17 @@ def batch(parts: int = 1) -> dict[str, np.ndarray[Any, Any]]:
     ids = rng.integers(4, 90, (ROWS, LENGTH)).astype(np.int32)
     mask = (np.arange(LENGTH) < np.asarray([12, 12, 2, 3, 12, 2, 2, 7])[:, None]).astype(np.int32)
     labels = np.where(mask == 1, ids, -100).astype(np.int32)
-    rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "weights": np.ones(ROWS, np.float32)}
+    rows = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "weights": np.ones(ROWS, np.float32),
+    }
     if parts == 1:
         return rows
-    return {name: array.reshape(parts, ROWS // parts, *array.shape[1:]) for name, array in rows.items()}
+    return {
+        name: array.reshape(parts, ROWS // parts, *array.shape[1:]) for name, array in rows.items()
+    }
 
 
 def one_step(model: Any, trainable: Any, frozen: Any, parts: int = 1) -> tuple[TrainState, Any]:
@@ -54,7 +65,9 @@ def one_step(model: Any, trainable: Any, frozen: Any, parts: int = 1) -> tuple[T
 
 
 def largest_gap(a: Any, b: Any) -> float:
-    gaps = jax.tree.map(lambda x, y: float(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max()), a, b)
+    gaps = jax.tree.map(
+        lambda x, y: float(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max()), a, b
+    )
     return max(jax.tree.leaves(gaps))
 
 
@@ -84,29 +97,41 @@ def matmul_flops(program: Any) -> float:
 def test_the_compiled_program_computes_no_gradient_of_a_base_weight() -> None:
     lora, trainable, frozen = compiled(jaxpeft.LoRA(rank=4))
     full, whole, _ = compiled(jaxpeft.Full())
-    # A gradient of gate_proj would be a product [tokens, in]^T [tokens, out] of this shape or its transpose.
+    # A gradient of gate_proj would be a product [tokens, in]^T [tokens, out] of this shape or its
+    # transpose.
     shape = re.compile(r"= f32\[(64,160|160,64)\]\S* (dot|fusion|custom-call)\(")
-    dots = re.compile(r"= f32\[(64,160|160,64)\]\S* (dot|custom-call)\(|ROOT \S+ = f32\[(64,160|160,64)\]\S* dot")
+    dots = re.compile(
+        r"= f32\[(64,160|160,64)\]\S* (dot|custom-call)\(|ROOT \S+ = f32\[(64,160|160,64)\]\S* dot"
+    )
     assert shape.search(full.as_text())  # the search finds it where it is
     assert not dots.search(lora.as_text())
 
     tokens = ROWS * LENGTH
-    matrices = sum(x.size for x in jax.tree.leaves(frozen) if x.ndim == 2) - 99 * 64  # less the embedding, a look-up
+    matrices = (
+        sum(x.size for x in jax.tree.leaves(frozen) if x.ndim == 2) - 99 * 64
+    )  # less the embedding, a look-up
     adapters = sum(x.size for x in jax.tree.leaves(trainable))
     work = matmul_flops(lora) / tokens
-    assert work < 4.7 * matrices + 6 * adapters  # 4 a frozen parameter and token, and attention and norms on top
+    assert (
+        work < 4.7 * matrices + 6 * adapters
+    )  # 4 a frozen parameter and token, and attention and norms on top
     assert matmul_flops(full) / tokens > 5.9 * (matrices)
     assert sum(x.size for x in jax.tree.leaves(whole)) == matrices + 99 * 64 + 5 * 64
 
 
-def test_only_trainable_leaves_and_optimizer_state_come_out_and_none_is_as_large_as_the_base() -> None:
+def test_only_trainable_leaves_and_optimizer_state_come_out_and_none_is_as_large_as_the_base() -> (
+    None
+):
     program, trainable, frozen = compiled(jaxpeft.LoRA(rank=4))
     state, _ = program.out_tree.unflatten(range(program.out_tree.num_leaves))
     held = init_state(trainable, optax.adamw(1e-3), 0)
     assert jax.tree.structure(state) == jax.tree.structure(held)
     arrays = sum(leaf.size for leaf in jax.tree.leaves(held.optimizer) if leaf.ndim)
     assert arrays == 2 * sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(held.optimizer)}
+    paths = {
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(held.optimizer)
+    }
     assert not any("kernel" in path or "embedding" in path for path in paths)
     assert len(jax.tree.leaves(frozen)) > 10
 
@@ -172,7 +197,9 @@ def losses_of_seeds() -> Callable[[int], float]:
     model, trainable, frozen = setup(jaxpeft.LoRA(rank=4, dropout=0.5))
     optimizer = optax.sgd(0.0)
     step = jax.jit(make_train_step(model, causal_lm, optimizer, 1))
-    return lambda seed: float(step(init_state(trainable, optimizer, seed), frozen, batch())[1]["loss"])
+    return lambda seed: float(
+        step(init_state(trainable, optimizer, seed), frozen, batch())[1]["loss"]
+    )
 
 
 def test_dropout_follows_the_seed(losses_of_seeds: Callable[[int], float]) -> None:
@@ -202,11 +229,15 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(where: str) ->
 
 
 def test_bfloat16_gradients_are_near_those_of_float32() -> None:
-    """Of all leaves together; of wider models it is below a hundredth: `python -m benchmarks.gradients`."""
+    """Of all leaves together; of wider models it is below a hundredth: `python -m
+    benchmarks.gradients`.
+    """
     model, trainable, frozen = setup(jaxpeft.LoRA(rank=4), jnp.bfloat16)
     wide = model.clone(options=dataclasses.replace(model.options, dtype=jnp.dtype(jnp.float32)))
     found, exact = (
-        jax.jit(jax.grad(make_loss_sum(each, causal_lm), has_aux=True))(trainable, frozen, batch(), None)[0]
+        jax.jit(jax.grad(make_loss_sum(each, causal_lm), has_aux=True))(
+            trainable, frozen, batch(), None
+        )[0]
         for each in (model, wide)
     )
     gap = jax.tree.map(jnp.subtract, found, exact)

@@ -1,4 +1,6 @@
-"""The incumbent as the ground truth: 50 steps of torch `peft` and of jaxpeft from the same weights, adapter and batches."""
+"""The incumbent as the ground truth: 50 steps of torch `peft` and of jaxpeft from the same weights,
+adapter and batches.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,19 @@ STEPS, ROWS, LENGTH, LABELS = 50, 8, 12, 4
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CASES = {
     "causal_lm": ("llama", "AutoModelForCausalLM", {}, losses.causal_lm),
-    "sequence_classification": ("bert", "AutoModelForSequenceClassification", NO_DROPOUT, losses.single_label),
+    "sequence_classification": (
+        "bert",
+        "AutoModelForSequenceClassification",
+        NO_DROPOUT,
+        losses.single_label,
+    ),
 }
 
 
 def batches(task: str) -> list[dict[str, np.ndarray[Any, Any]]]:
-    """Make five padded batches of random rows, again and again, so that there is something to learn: by heart."""
+    """Make five padded batches of random rows, again and again, so that there is something to
+    learn: by heart.
+    """
     rng = np.random.default_rng(0)
     out: list[dict[str, np.ndarray[Any, Any]]] = []
     for _ in range(5):
@@ -34,7 +43,14 @@ def batches(task: str) -> list[dict[str, np.ndarray[Any, Any]]]:
         ids = np.where(mask == 1, ids, 1).astype(np.int32)
         labels = np.where(mask == 1, ids, -100) if task == "causal_lm" else ids[:, 1] % LABELS
         weights = np.ones(ROWS, np.float32)
-        out.append({"input_ids": ids, "attention_mask": mask, "labels": labels.astype(np.int32), "weights": weights})
+        out.append(
+            {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "labels": labels.astype(np.int32),
+                "weights": weights,
+            }
+        )
     return out * (STEPS // 5)
 
 
@@ -44,12 +60,17 @@ def torch_losses(task: str, base: Path, adapter: Path, rate: float, clip: float)
     from peft import PeftModel
 
     loader = getattr(transformers, CASES[task][1])
-    model = PeftModel.from_pretrained(loader.from_pretrained(base), adapter, is_trainable=True).train()
+    model = PeftModel.from_pretrained(
+        loader.from_pretrained(base), adapter, is_trainable=True
+    ).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     found: list[float] = []
     for batch in batches(task):
-        given = {key: torch.tensor(batch[key], dtype=torch.long) for key in ("input_ids", "attention_mask", "labels")}
+        given = {
+            key: torch.tensor(batch[key], dtype=torch.long)
+            for key in ("input_ids", "attention_mask", "labels")
+        }
         loss = model(**given).loss
         optimizer.zero_grad()
         loss.backward()
@@ -68,7 +89,9 @@ def test_losses_of_50_steps_are_those_of_torch_peft(task: str, scan: bool, tmp_p
 
     kind, loader, switches, loss = CASES[task]
     torch.manual_seed(0)
-    values = tiny_config(kind, hidden_act="silu" if kind == "llama" else "gelu", num_labels=LABELS, **switches)
+    values = tiny_config(
+        kind, hidden_act="silu" if kind == "llama" else "gelu", num_labels=LABELS, **switches
+    )
     config = transformers.AutoConfig.for_model(**values)
     getattr(transformers, loader).from_config(config).float().save_pretrained(tmp_path / "base")
 
@@ -88,4 +111,6 @@ def test_losses_of_50_steps_are_those_of_torch_peft(task: str, scan: bool, tmp_p
 
     theirs = torch_losses(task, tmp_path / "base", tmp_path / "adapter", 4e-3, 1.0)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
-    assert np.mean(ours[-10:]) < np.mean(ours[:10]) - 0.01  # it learned, so that equal losses say something
+    assert (
+        np.mean(ours[-10:]) < np.mean(ours[:10]) - 0.01
+    )  # it learned, so that equal losses say something

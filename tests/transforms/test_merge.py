@@ -1,4 +1,6 @@
-"""Folding adapters into the base where it is less plain: several on one site, layers that are not adapted, tied embeddings."""
+"""Folding adapters into the base where it is less plain: several on one site, layers that are not
+adapted, tied embeddings.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def gap(model: Any, one: Any, other: Any) -> float:
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.representatives("ia3-dora", "oft-hira", "delora-miss", "road-dora")
 def test_methods_that_share_a_site_are_merged_as_they_compute(pair: tuple[str, str]) -> None:
-    """HiRA, DoRA and MiSS compute with the kernel as it was, whatever another method makes of it."""
+    """HiRA, DoRA and MiSS compute with the kernel as it was, whatever another method makes of
+    it.
+    """
     model, base = load("llama")
     method = jaxpeft.Mixed(methods=tuple(ALONE[name] for name in pair))
     params = moved(method, jaxpeft.rewrite(method, base, KEY), size=0.1)
@@ -49,7 +53,9 @@ def test_methods_that_share_a_site_are_merged_as_they_compute(pair: tuple[str, s
 @pytest.mark.parametrize("layers", [(0,), (1,)])
 @pytest.mark.parametrize("name", ["dora", "oft", "shira", "vblora", "hira"])
 @pytest.mark.representatives("dora-layers0", "oft-layers1", "vblora-layers0")
-def test_stacked_layers_with_biases_are_merged_where_some_are_not_adapted(name: str, layers: tuple[int, ...]) -> None:
+def test_stacked_layers_with_biases_are_merged_where_some_are_not_adapted(
+    name: str, layers: tuple[int, ...]
+) -> None:
     more = {"rank": 2} if name in ("dora", "shira") else {}
     more |= {"vectors": 6, "vector_length": 8} if name == "vblora" else {}
     method = jaxpeft.METHODS[name](targets=("query",), layers_to_transform=layers, **more)
@@ -58,12 +64,17 @@ def test_stacked_layers_with_biases_are_merged_where_some_are_not_adapted(name: 
     assert gap(model, jaxpeft.merge(method, params), params) < 1e-4
 
 
-@pytest.mark.parametrize("method", [jaxpeft.LoRA(targets=("embed_tokens",)), jaxpeft.DoRA(targets=("embed_tokens",))])
+@pytest.mark.parametrize(
+    "method", [jaxpeft.LoRA(targets=("embed_tokens",)), jaxpeft.DoRA(targets=("embed_tokens",))]
+)
 def test_an_embedding_that_is_the_head_as_well_is_not_merged_half(method: Any) -> None:
     _, base = load("llama")
     tied = paths.build([(path, leaf) for path, leaf in paths.walk(base) if path[0] != "lm_head"])
     params = jaxpeft.rewrite(method, tied, KEY)
-    said = f"model/embed_tokens is the language-model head as well, and {method.name} changes it where tokens are looked up"
+    said = (
+        f"model/embed_tokens is the language-model head as well, and {method.name} changes it where"
+        " tokens are looked up"
+    )
     with pytest.raises(ConfigError, match=said):
         jaxpeft.merge(method, params)
     assert jaxpeft.merge(method, params, tied=False)

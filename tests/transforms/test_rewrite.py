@@ -1,4 +1,6 @@
-"""A method lifted to a whole tree: what is added, trained, merged, and left alone; scanned and unrolled alike."""
+"""A method lifted to a whole tree: what is added, trained, merged, and left alone; scanned and
+unrolled alike.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,25 @@ from jaxpeft.train.step import init_state, make_train_step
 from tests.models.conftest import tiny_config
 
 IDS = np.random.default_rng(0).integers(4, 90, (3, 8)).astype(np.int32)
-PATTERNED = jaxpeft.LoRA(rank=4, rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 6}, alpha_pattern={"v_proj": 3.0})
+PATTERNED = jaxpeft.LoRA(
+    rank=4, rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 6}, alpha_pattern={"v_proj": 3.0}
+)
 PARTIAL = jaxpeft.LoRA(rank=4, targets=("q_proj", "down_proj"), layers_to_transform=(1,))
 METHODS = [jaxpeft.LoRA(rank=4), PATTERNED, PARTIAL, jaxpeft.LoRA(rank=4, rslora=True)]
 
 
-def make(*, scan: bool = False, dtype: Any = jnp.float32, kind: str = "llama", **options: Any) -> tuple[Any, Any]:
+def make(
+    *, scan: bool = False, dtype: Any = jnp.float32, kind: str = "llama", **options: Any
+) -> tuple[Any, Any]:
     task, labels = ("causal_lm", None) if kind == "llama" else ("sequence_classification", 3)
     unrolled = models.build(tiny_config(kind), ModelOptions(task, labels, dtype, **options))
     params = unrolled.init(jax.random.key(3), IDS)["params"]
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     if not scan:
         return unrolled, params
-    scanned = models.build(tiny_config(kind), ModelOptions(task, labels, dtype, scan_layers=True, **options))
+    scanned = models.build(
+        tiny_config(kind), ModelOptions(task, labels, dtype, scan_layers=True, **options)
+    )
     return scanned, stack_layers(params)
 
 
@@ -56,11 +64,15 @@ def test_a_fresh_adapter_leaves_every_output_bit_as_it_was(method: Any, scan: bo
     assert count(params) > count(base)
     run = jax.jit(lambda p: jaxpeft.apply(model, p, IDS))
     np.testing.assert_array_equal(run(params), run(base))
-    np.testing.assert_allclose(jaxpeft.apply(model, moved(params), IDS), run(moved(params)), atol=1e-5)
+    np.testing.assert_allclose(
+        jaxpeft.apply(model, moved(params), IDS), run(moved(params)), atol=1e-5
+    )
     assert np.abs(run(moved(params)) - run(base)).max() > 1e-3
 
 
-@pytest.mark.parametrize("method", [jaxpeft.LoRA(rank=4), jaxpeft.LoRA(rank=4, alpha_pattern={"v_proj": 3.0})])
+@pytest.mark.parametrize(
+    "method", [jaxpeft.LoRA(rank=4), jaxpeft.LoRA(rank=4, alpha_pattern={"v_proj": 3.0})]
+)
 def test_scanned_and_unrolled_layers_start_from_the_same_numbers(method: Any) -> None:
     (_, base), (_, stacked) = make(), make(scan=True)
     unrolled = jaxpeft.rewrite(method, base, jax.random.key(0))
@@ -71,7 +83,12 @@ def test_scanned_and_unrolled_layers_start_from_the_same_numbers(method: Any) ->
 
 @pytest.mark.parametrize("method", [PATTERNED, PARTIAL])
 def test_padding_stays_exactly_zero_in_training_and_gives_the_unrolled_numbers(method: Any) -> None:
-    batch = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "labels": IDS, "weights": np.ones(3, np.float32)}
+    batch = {
+        "input_ids": IDS,
+        "attention_mask": np.ones_like(IDS),
+        "labels": IDS,
+        "weights": np.ones(3, np.float32),
+    }
     found = []
     for scan in (False, True):
         model, base = make(scan=scan)
@@ -111,7 +128,9 @@ def test_adapters_are_float32_on_a_bfloat16_base_which_is_not_copied() -> None:
 def trained(method: Any, kind: str = "bert") -> set[str]:
     _, base = make(kind=kind)
     params = jaxpeft.rewrite(method, base, jax.random.key(0))
-    return {".".join(path) for path, flag in paths.walk(jaxpeft.trainable_mask(method, params)) if flag}
+    return {
+        ".".join(path) for path, flag in paths.walk(jaxpeft.trainable_mask(method, params)) if flag
+    }
 
 
 def test_what_each_method_trains() -> None:
@@ -144,14 +163,18 @@ def test_a_method_that_would_train_nothing_is_refused(method: Any) -> None:
 def test_rewriting_twice_is_refused() -> None:
     _, base = make()
     params = jaxpeft.rewrite(jaxpeft.LoRA(), base, jax.random.key(0))
-    with pytest.raises(ConfigError, match=r"_proj already holds lora leaves; rewrite the base, or merge first"):
+    with pytest.raises(
+        ConfigError, match=r"_proj already holds lora leaves; rewrite the base, or merge first"
+    ):
         jaxpeft.rewrite(jaxpeft.LoRA(), params, jax.random.key(0))
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.representatives("*-scanned")
-def test_merged_gives_what_unmerged_gives_and_merging_twice_is_refused(method: Any, scan: bool) -> None:
+def test_merged_gives_what_unmerged_gives_and_merging_twice_is_refused(
+    method: Any, scan: bool
+) -> None:
     model, base = make(scan=scan)
     params = moved(jaxpeft.rewrite(method, base, jax.random.key(0)))
     merged = jaxpeft.merge(method, params)
@@ -182,7 +205,9 @@ def test_partition_and_combine_are_inverse_and_refuse_what_does_not_fit() -> Non
     trainable, frozen = jaxpeft.partition(params, mask)
     jax.tree.map(np.testing.assert_array_equal, jaxpeft.combine(trainable, frozen), params)
     assert count(trainable) + count(frozen) == count(params)
-    with pytest.raises(ValueError, match=r"mask and params have different leaves \(\d+\): .*lora_a"):
+    with pytest.raises(
+        ValueError, match=r"mask and params have different leaves \(\d+\): .*lora_a"
+    ):
         jaxpeft.partition(base, mask)
     with pytest.raises(ValueError, match="is in both trees"):
         jaxpeft.combine(params, frozen)
@@ -191,7 +216,9 @@ def test_partition_and_combine_are_inverse_and_refuse_what_does_not_fit() -> Non
 def test_layers_that_differ_cannot_be_stacked() -> None:
     _, base = make()
     params = jaxpeft.rewrite(PARTIAL, base, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"layers/0 and layers/1 differ at .*keep scan_layers=False"):
+    with pytest.raises(
+        ValueError, match=r"layers/0 and layers/1 differ at .*keep scan_layers=False"
+    ):
         stack_layers(params)
 
 
@@ -205,7 +232,9 @@ class Foreign(nn.Module):
             def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
                 return jnp.tanh(nn.Dense(8, name="proj")(x)), None
 
-        stack = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        stack = nn.scan(
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
         return stack(name="layers")(x, None)[0]
 
 
@@ -234,7 +263,9 @@ def test_a_sharded_base_gives_the_unsharded_numbers() -> None:
 
     def place(path: Any, leaf: Any) -> Any:
         split = path[-1] == "kernel" and leaf.shape[-1] % 8 == 0
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(None, "x") if split else PartitionSpec()))
+        return jax.device_put(
+            leaf, NamedSharding(mesh, PartitionSpec(None, "x") if split else PartitionSpec())
+        )
 
     run = jax.jit(lambda p: jaxpeft.apply(model, p, IDS))
     np.testing.assert_allclose(run(paths.map_with_path(place, params)), run(params), atol=1e-5)

@@ -17,7 +17,8 @@ class EpochPlan:
     """The batches of one epoch.
 
     Attributes:
-        rows: int64 [batches, batch], the sequence at each place, -1 for a filler; only the last batch has fillers.
+        rows: int64 [batches, batch], the sequence at each place, -1 for a filler; only the last
+            batch has fillers.
         lengths: int64 [batches], the length that each batch is padded to.
     """
 
@@ -26,12 +27,16 @@ class EpochPlan:
 
 
 def make_plan(
-    bucket_of: np.ndarray, buckets: Sequence[int], batch_size: int, seeds: tuple[int, int] | None, drop: bool = False
+    bucket_of: np.ndarray,
+    buckets: Sequence[int],
+    batch_size: int,
+    seeds: tuple[int, int] | None,
+    drop: bool = False,
 ) -> EpochPlan:
     """Make the plan of one epoch.
 
-    Each bucket's rows are cut into batches, and what is left over moves up to the next bucket; so the number of
-    batches of each length is the same for any seed.
+    Each bucket's rows are cut into batches, and what is left over moves up to the next bucket; so
+    the number of batches of each length is the same for any seed.
 
     Args:
         bucket_of: the index of the bucket of each sequence, int64 [n].

@@ -1,8 +1,9 @@
-"""Items of a Grain dataset, made ahead of their use, in their order, by a thread or by worker processes.
+"""Items of a Grain dataset, made ahead of their use, in their order, by a thread or by worker
+processes.
 
-Grain says which items there are and which of them a worker makes. The processes are ours: Grain 0.2.18's own leave a thread
-and a block of shared memory behind at every end, take 25 s to close where items are large, and a reader of half an item,
-whose writer was killed, waits forever.
+Grain says which items there are and which of them a worker makes. The processes are ours: Grain
+0.2.18's own leave a thread and a block of shared memory behind at every end, take 25 s to close
+where items are large, and a reader of half an item, whose writer was killed, waits forever.
 """
 
 from __future__ import annotations
@@ -45,13 +46,19 @@ class Items(Protocol[T_co]):
 
 
 def ahead(
-    source: Items[T], workers: int = 0, *, timeout: float = 60.0, waiting: Callable[[], None] = lambda: None
+    source: Items[T],
+    workers: int = 0,
+    *,
+    timeout: float = 60.0,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Generator[T]:
     """Yield the items of a source in order; the next ones are made while one is used.
 
     Args:
-        source: of the items; with workers it is sent to each of them, and item `i` is made by worker `i % workers`.
-        workers: how many processes make items; 0 for a thread of this one, which may still make one when this is closed.
+        source: of the items; with workers it is sent to each of them, and item `i` is made by
+            worker `i % workers`.
+        workers: how many processes make items; 0 for a thread of this one, which may still make one
+            when this is closed.
         timeout: seconds that an item may take, once the workers have given the first.
         waiting: called several times a second while an item is waited for; may raise to stop.
 
@@ -70,8 +77,8 @@ def ahead(
                 waiting()
                 if workers and time.monotonic() - began > limit:
                     raise WorkerError(
-                        f"data.workers: the worker processes have given nothing for {limit:.0f} s; raise data.worker_timeout, "
-                        f"lower data.buffer_rows, or {_LOOK}"
+                        f"data.workers: the worker processes have given nothing for {limit:.0f} s;"
+                        f" raise data.worker_timeout, lower data.buffer_rows, or {_LOOK}"
                     )
             item, limit = future.result(), timeout
             if item is _END:
@@ -83,7 +90,9 @@ def ahead(
 
 
 class _Taker(Generic[T]):
-    """A thread that takes items of a generator ahead of their use; a daemon, since a source may hang."""
+    """A thread that takes items of a generator ahead of their use; a daemon, since a source may
+    hang.
+    """
 
     def __init__(self, items: Generator[T]) -> None:
         self._items, self._closed = items, threading.Event()
@@ -126,7 +135,9 @@ class _Sealed(Generic[T]):
 
 @dataclass(frozen=True)
 class _Sealing(Generic[T]):
-    """The items of a source, sealed: Grain would leave out None, and write another message around an error."""
+    """The items of a source, sealed: Grain would leave out None, and write another message around
+    an error.
+    """
 
     source: Items[T]
 
@@ -147,7 +158,8 @@ def _dataset(source: Items[T], first: int, step: int) -> Iterator[_Sealed[T]]:
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, and jaxpeft's commands keep theirs to themselves
+        # Grain reads flags of its own, and jaxpeft's commands keep theirs to themselves
+        flags.FLAGS.mark_as_parsed()
     items = grain.MapDataset.source(cast(Any, _Sealing(source)))[first::step]
     return iter(items.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
@@ -162,13 +174,16 @@ def _opened(items: Iterable[_Sealed[T]]) -> Generator[T]:
 class _Processes(Generic[T]):
     """Worker processes, each of which makes every n-th item of a source.
 
-    Each writes to a pipe of its own, whose other end nothing else holds: its death ends the pipe, half a message or not.
+    Each writes to a pipe of its own, whose other end nothing else holds: its death ends the pipe,
+    half a message or not.
     """
 
     def __init__(self, source: Items[T], n: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._source = source
-        self._pipes: list[tuple[Connection, Connection]] = [context.Pipe(duplex=False) for _ in range(n)]
+        self._pipes: list[tuple[Connection, Connection]] = [
+            context.Pipe(duplex=False) for _ in range(n)
+        ]
         self._all = [
             context.Process(target=_work, args=(source, i, n, pipe), daemon=True)
             for i, (_, pipe) in enumerate(self._pipes)
@@ -199,7 +214,9 @@ class _Processes(Generic[T]):
             with ThreadPoolExecutor(len(self._all)) as pool:
                 list(pool.map(lambda process: process.start(), self._all))
         except OSError as error:
-            raise WorkerError(f"data.workers: a worker process cannot be started ({error}); {_LOOK}") from error
+            raise WorkerError(
+                f"data.workers: a worker process cannot be started ({error}); {_LOOK}"
+            ) from error
         atexit.register(self.end)  # before multiprocessing's own, which waits for them
         for _, theirs in self._pipes:
             theirs.close()
@@ -212,11 +229,15 @@ class _Processes(Generic[T]):
             process.join(_GRACE)
             code = process.exitcode
             killed = _KILLED if code == -signal.SIGKILL else ""
-            raise WorkerError(f"data.workers: a worker process ended with exit code {code}{killed}; {_LOOK}") from None
+            raise WorkerError(
+                f"data.workers: a worker process ended with exit code {code}{killed}; {_LOOK}"
+            ) from None
 
 
 def _work(source: Items[Any], first: int, step: int, pipe: Connection) -> None:
-    """Make items in a worker process; signals are left to the main process, without which the pipe breaks."""
+    """Make items in a worker process; signals are left to the main process, without which the pipe
+    breaks.
+    """
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     try:

@@ -1,4 +1,6 @@
-"""Batches of rows that are read while training: a stream is taken in buffers, each of them a small data set."""
+"""Batches of rows that are read while training: a stream is taken in buffers, each of them a small
+data set.
+"""
 
 from __future__ import annotations
 
@@ -57,16 +59,21 @@ class StreamedSource:
         rows = cut(self.config, rows, self.format)[0]
         # a column that a format may do without may be missing in a whole buffer
         optional, there = OPTIONAL.get(self.kind, {}), set(rows.columns())
-        given = {field: c for field, c in self.columns.given().items() if field not in optional or c in there}
+        given = {
+            field: c
+            for field, c in self.columns.given().items()
+            if field not in optional or c in there
+        }
         return make_examples(rows, kind=self.kind, columns=Columns(**given), like=self.like)
 
 
 class Stream:
     """The training batches of rows that are not held.
 
-    Buffer `b` of an epoch holds the rows from `b * data.buffer_rows` on, of several sources in the proportion of their
-    weights. It is tokenized, packed and shuffled as a data set of its own, so its batches are a function of the seed, the
-    epoch and its number. An epoch ends where the first source ends.
+    Buffer `b` of an epoch holds the rows from `b * data.buffer_rows` on, of several sources in the
+    proportion of their weights. It is tokenized, packed and shuffled as a data set of its own, so
+    its batches are a function of the seed, the epoch and its number. An epoch ends where the first
+    source ends.
 
     Args:
         config: a checked config.
@@ -88,12 +95,16 @@ class Stream:
         self._sources: list[StreamedSource] = []
         for path, share in zip(config.data.sources, shares, strict=True):
             hub = (config.data.subset, config.data.revision) if is_hub_id(path) else (None, None)
-            stream, count = RowStream(path, "train", *hub, layout_of(config)), round(share * config.data.buffer_rows)
+            stream, count = (
+                RowStream(path, "train", *hub, layout_of(config)),
+                round(share * config.data.buffer_rows),
+            )
             if count < 1:
                 least = math.ceil(0.5 / share) + 1
                 raise ConfigError(
-                    f"data.weights: a share of {share:.2%} is no row of {path} in a buffer of {config.data.buffer_rows}; raise "
-                    f"data.buffer_rows to {least} or more, or leave the source out"
+                    f"data.weights: a share of {share:.2%} is no row of {path} in a buffer of"
+                    f" {config.data.buffer_rows}; raise data.buffer_rows to {least} or more, or"
+                    " leave the source out"
                 )
             if len(shares) > 1:
                 _log.info("%s: %d of each %d rows", path, count, config.data.buffer_rows)
@@ -104,7 +115,9 @@ class Stream:
             tell_unread(config, first, told)
             ready, kind = cut(config, first, told)
             found = make_examples(ready, kind=kind, columns=columns_of(config, kind), like=like)
-            self._sources.append(StreamedSource(config, stream, told, kind, found.columns, count, like))
+            self._sources.append(
+                StreamedSource(config, stream, told, kind, found.columns, count, like)
+            )
 
     @cached_property
     def first(self) -> tuple[Examples, Encoded]:
@@ -140,7 +153,10 @@ class Stream:
 
     def told(self, position: Position) -> str:
         """Name the batch before a position, for a message."""
-        return f"batch {position['batch'] - 1} of buffer {position['buffer']} of epoch {position['epoch']}"
+        return (
+            f"batch {position['batch'] - 1} of buffer {position['buffer']} of epoch"
+            f" {position['epoch']}"
+        )
 
     def buffer(self, number: int) -> Encoded | None:
         """Read and tokenizes a buffer, None where there is none."""
@@ -152,7 +168,11 @@ class Stream:
         return self._encoding(examples, judged=whole)
 
     def feed(
-        self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None, own: Own = None
+        self,
+        position: Position,
+        steps: int,
+        waiting: Callable[[], None] = lambda: None,
+        own: Own = None,
     ) -> Generator[tuple[Batch, Position]]:
         """Yield batches from a position on, each with the position behind it.
 
@@ -169,7 +189,12 @@ class Stream:
         options = self._config.data
         while True:
             before = number
-            buffers = ahead(_Buffers(self, number), options.workers, timeout=options.worker_timeout, waiting=waiting)
+            buffers = ahead(
+                _Buffers(self, number),
+                options.workers,
+                timeout=options.worker_timeout,
+                waiting=waiting,
+            )
             with closing(buffers):
                 for encoded in buffers:
                     if encoded is None:
@@ -177,10 +202,14 @@ class Stream:
                     yield from self._of(encoded, epoch, number, batch, own)
                     number, batch = number + 1, 0
             if number == before == 0:
-                raise DataError(f"{', '.join(options.sources)}: a whole pass over the stream gave no batch")
+                raise DataError(
+                    f"{', '.join(options.sources)}: a whole pass over the stream gave no batch"
+                )
             epoch, number = epoch + 1, 0
 
-    def _of(self, encoded: Encoded, epoch: int, number: int, start: int, own: Own) -> Generator[tuple[Batch, Position]]:
+    def _of(
+        self, encoded: Encoded, epoch: int, number: int, start: int, own: Own
+    ) -> Generator[tuple[Batch, Position]]:
         if not len(encoded):
             return
         batches = self._batches(encoded)
@@ -192,9 +221,13 @@ class Stream:
     def _batches(self, encoded: Encoded) -> Batches:
         options = self._config.train
         return Batches(
-            encoded, options.batch_size, padded_lengths(self._config, encoded), options.seed, self._encoding.pad_id,
+            encoded,
+            options.batch_size,
+            padded_lengths(self._config, encoded),
+            options.seed,
+            self._encoding.pad_id,
             accumulation=options.accumulation,
-        )  # fmt: skip
+        )
 
     def _examples(self, number: int) -> Examples | None:
         parts = [source.examples(number) for source in self._sources]

@@ -26,8 +26,9 @@ Own = tuple[int, ...] | None
 class Batches:
     """The training batches of a run.
 
-    Every epoch is another permutation; every sequence stands in it exactly once; only the last batch of an epoch may
-    have filler rows, of weight 0. The number of batches and their lengths are the same in every epoch.
+    Every epoch is another permutation; every sequence stands in it exactly once; only the last
+    batch of an epoch may have filler rows, of weight 0. The number of batches and their lengths are
+    the same in every epoch.
 
     Args:
         encoded: the training split.
@@ -36,11 +37,13 @@ class Batches:
         seed: of the order.
         pad_id: the token to pad with.
         shuffle: False keeps the order of the rows inside each length, in every epoch.
-        accumulation: micro-batches a step; more than one gives every array a leading axis of micro-batches.
+        accumulation: micro-batches a step; more than one gives every array a leading axis of
+            micro-batches.
         drop_remainder: leave out the last batch of an epoch where it is not full.
         workers: processes that make batches ahead of `feed`; 0 for a thread.
         timeout: seconds that `feed` waits for them.
-        pad_to: the length of all batches, whatever rows are in them; None for that of their longest.
+        pad_to: the length of all batches, whatever rows are in them; None for that of their
+            longest.
 
     Raises:
         ConfigError: a number is out of range, or `lengths` do not hold the longest sequence.
@@ -76,7 +79,9 @@ class Batches:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The lengths that batches really have, in every epoch: one program is compiled for each."""
+        """The lengths that batches really have, in every epoch: one program is compiled for
+        each.
+        """
         return tuple(np.unique(self._lengths(self._last[1])).tolist())
 
     def _lengths(self, plan: EpochPlan) -> np.ndarray:
@@ -87,7 +92,9 @@ class Batches:
         """The share of all places of an epoch that hold no token, the filler rows included."""
         plan = self._last[1]
         kept = plan.rows[plan.rows != FILLER]
-        return padding_share(self._encoded.lengths[kept], int(self._lengths(plan).sum()) * self._batch_size)
+        return padding_share(
+            self._encoded.lengths[kept], int(self._lengths(plan).sum()) * self._batch_size
+        )
 
     def rows(self, step: int) -> np.ndarray:
         """Return the sequences of a step, int64 [batch], -1 for a filler row.
@@ -99,17 +106,22 @@ class Batches:
         return plan.rows[i]
 
     def batch(self, step: int, own: Own = None) -> Batch:
-        """Return the arrays of a step; with accumulation each has a leading axis `[accumulation, batch / accumulation]`.
+        """Return the arrays of a step; with accumulation each has a leading axis `[accumulation,
+        batch / accumulation]`.
 
         Args:
             step: its number.
             own: which rows of each micro-batch to make; None for all of them.
 
         Returns:
-            input_ids, attention_mask: int32 [batch, T]. token_type_ids: the same, where the tokenizer makes them.
-            segment_ids: the same, where documents are packed: the number of the document, 0 for padding.
-            labels: int32 [batch] (single_label), float32 [batch] (regression), float32 [batch, labels] (multi_label)
-            or int32 [batch, T] with -100 where there is no loss. weights: float32 [batch], 0 for filler rows.
+            input_ids, attention_mask: int32 [batch, T]. token_type_ids: the same, where the
+                tokenizer makes them.
+            segment_ids: the same, where documents are packed: the number of the document, 0 for
+                padding.
+            labels: int32 [batch] (single_label), float32 [batch] (regression), float32 [batch,
+                labels] (multi_label)
+            or int32 [batch, T] with -100 where there is no loss. weights: float32 [batch], 0 for
+            filler rows.
 
         Raises:
             ConfigError: the step is negative.
@@ -127,10 +139,16 @@ class Batches:
     def told(self, position: Position) -> str:
         """Name the sequences of the batch before a position, for a message."""
         rows = self.rows(position["step"] - 1)
-        return f"sequences {', '.join(map(str, rows[:4].tolist()))}{', ...' if len(rows) > 4 else ''}"
+        return (
+            f"sequences {', '.join(map(str, rows[:4].tolist()))}{', ...' if len(rows) > 4 else ''}"
+        )
 
     def feed(
-        self, position: Position, steps: int, waiting: Callable[[], None] = lambda: None, own: Own = None
+        self,
+        position: Position,
+        steps: int,
+        waiting: Callable[[], None] = lambda: None,
+        own: Own = None,
     ) -> Generator[tuple[Batch, Position]]:
         """Yield the batches of a run from a position on, each with the position behind it.
 
@@ -138,14 +156,16 @@ class Batches:
             position: `step` of the next batch; empty for the beginning.
             steps: of the run.
             waiting: called while a batch is waited for; may raise to stop.
-            own: which rows of each micro-batch to make; None for all. The processes of a run make a batch together, the same
-                one that a process by itself would make.
+            own: which rows of each micro-batch to make; None for all. The processes of a run make a
+                batch together, the same one that a process by itself would make.
 
         Raises:
             WorkerError: a worker process has ended or hangs.
         """
         start = position.get("step", 0)
-        batches = ahead(_Steps(self, start, steps, own), self._workers, timeout=self._timeout, waiting=waiting)
+        batches = ahead(
+            _Steps(self, start, steps, own), self._workers, timeout=self._timeout, waiting=waiting
+        )
         with closing(batches):
             for step, batch in enumerate(batches, start + 1):
                 yield batch, {"step": step}
@@ -157,7 +177,8 @@ class Batches:
         known, plan = self._last
         if known != epoch:
             plan = self._make_plan(epoch)
-            # One assignment, so that a prefetching thread never sees the epoch of one plan with the rows of another.
+            # One assignment, so that a prefetching thread never sees the epoch of one plan with the
+            # rows of another.
             self._last = (epoch, plan)
         return plan, i
 
@@ -190,7 +211,8 @@ def eval_batches(
     own: Own = None,
     pad_to: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield every sequence once, by length and then in order, each batch with the sequences it holds.
+    """Yield every sequence once, by length and then in order, each batch with the sequences it
+    holds.
 
     Args:
         encoded: the split to evaluate.
@@ -201,8 +223,10 @@ def eval_batches(
         pad_to: as of `Batches`.
 
     Yields:
-        The arrays of `Batches.batch`, and int64 [batch], the index of each sequence, -1 for a filler row, which only
-        the last batch has: `out[rows[rows >= 0]] = predictions[rows >= 0]` restores the original order.
+        The arrays of `Batches.batch`, and int64 [batch], the index of each sequence, -1 for a
+        filler row, which only
+        the last batch has: `out[rows[rows >= 0]] = predictions[rows >= 0]` restores the original
+            order.
 
     Raises:
         ConfigError: as `Batches` does.
@@ -214,7 +238,8 @@ def eval_batches(
 def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Batch:
     """Pad sequences on the right.
 
-    A filler row has one place that counts as text, since attention over none at all is not a number.
+    A filler row has one place that counts as text, since attention over none at all is not a
+    number.
 
     Args:
         encoded: where the sequences are.
@@ -233,9 +258,11 @@ def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Bat
     batch = {
         "input_ids": np.where(inside, encoded.tokens[at], np.int32(pad_id)).astype(np.int32),
         "attention_mask": (place < np.maximum(size, 1)).astype(np.int32),
-        "labels": np.where(inside, encoded.labels[at], np.int32(IGNORED))
-        if encoded.per_token
-        else encoded.labels[rows],
+        "labels": (
+            np.where(inside, encoded.labels[at], np.int32(IGNORED))
+            if encoded.per_token
+            else encoded.labels[rows]
+        ),
         "weights": real.astype(np.float32),
     }
     if encoded.segments is not None:
@@ -261,7 +288,8 @@ def batch_like(
     packed: bool = False,
     types: bool = False,
 ) -> Batch:
-    """Return a batch for its shapes and dtypes alone, where there are no rows: all rows are views of one.
+    """Return a batch for its shapes and dtypes alone, where there are no rows: all rows are views
+    of one.
 
     Args:
         problem: of a sequence classification; None where a label belongs to a token.
@@ -276,13 +304,29 @@ def batch_like(
         The arrays of `Batches.batch`.
     """
     token = np.zeros(1, np.int32)
-    own = token if problem is None else label_array([[]] if problem == "multi_label" else [0], problem, num_labels)
+    own = (
+        token
+        if problem is None
+        else label_array([[]] if problem == "multi_label" else [0], problem, num_labels)
+    )
     one = Encoded(
-        "text" if problem is None else "classification", problem, token, np.arange(2), own, token if types else None,
-        token, (), {}, length, "", token if packed else None,
-    )  # fmt: skip
+        "text" if problem is None else "classification",
+        problem,
+        token,
+        np.arange(2),
+        own,
+        token if types else None,
+        token,
+        (),
+        {},
+        length,
+        "",
+        token if packed else None,
+    )
     rows = collate(one, np.zeros(1, np.int64), length, 0)
-    return _in_parts({k: np.broadcast_to(a, (batch_size, *a.shape[1:])) for k, a in rows.items()}, accumulation)
+    return _in_parts(
+        {k: np.broadcast_to(a, (batch_size, *a.shape[1:])) for k, a in rows.items()}, accumulation
+    )
 
 
 def _default_lengths(encoded: Encoded) -> tuple[int, ...]:
@@ -290,15 +334,28 @@ def _default_lengths(encoded: Encoded) -> tuple[int, ...]:
 
 
 def _check(n: int, batch_size: int, seed: int, pad_id: int, accumulation: int, drop: bool) -> None:
-    low = {"batch_size": (batch_size, 1), "seed": (seed, 0), "pad_id": (pad_id, 0), "accumulation": (accumulation, 1)}
-    problems = [f"{name}={value} must be {least} or more" for name, (value, least) in low.items() if value < least]
+    low = {
+        "batch_size": (batch_size, 1),
+        "seed": (seed, 0),
+        "pad_id": (pad_id, 0),
+        "accumulation": (accumulation, 1),
+    }
+    problems = [
+        f"{name}={value} must be {least} or more"
+        for name, (value, least) in low.items()
+        if value < least
+    ]
     if accumulation > 0 and batch_size % accumulation:
         below = batch_size // accumulation * accumulation
         near = " or ".join(str(b) for b in (below, below + accumulation) if b)
-        problems.append(f"batch_size={batch_size} is not divisible by accumulation={accumulation}; give {near}")
+        problems.append(
+            f"batch_size={batch_size} is not divisible by accumulation={accumulation}; give {near}"
+        )
     if n == 0:
         problems.append("there is no sequence to make batches of")
     elif drop and n < batch_size:
-        problems.append(f"drop_remainder=True leaves no batch: {n} sequences, batch_size={batch_size}")
+        problems.append(
+            f"drop_remainder=True leaves no batch: {n} sequences, batch_size={batch_size}"
+        )
     if problems:
         raise ConfigError(problems)

@@ -1,4 +1,6 @@
-"""Rows of which a part is to be learned: chats, instructions, prompts with completions, and preference pairs."""
+"""Rows of which a part is to be learned: chats, instructions, prompts with completions, and
+preference pairs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ class Dialog:
     """A chat, written out by a template; the assistant's turns are learned.
 
     Attributes:
-        messages: one mapping a turn, with `role` and `content` and whatever else the template reads.
+        messages: one mapping a turn, with `role` and `content` and whatever else the template
+            reads.
         tools: the tools that the chat may use, as the template wants them.
         unlearned: the places of the assistant's turns that are not learned.
     """
@@ -66,7 +69,8 @@ def last_answer(dialog: Dialog | Completion) -> str:
 
 
 def read_completion(record: Record, columns: Columns) -> Dialog | Completion:
-    """Read a prompt and its completion: two texts, or two lists of messages, beside which tools and a system text may stand.
+    """Read a prompt and its completion: two texts, or two lists of messages, beside which tools and
+    a system text may stand.
 
     Raises:
         RowError: a field is missing or wrong.
@@ -76,10 +80,11 @@ def read_completion(record: Record, columns: Columns) -> Dialog | Completion:
 
 
 def read_instruction(record: Record, columns: Columns) -> Dialog:
-    """Read an instruction, its input if there is one, and the output, as alpaca's rows are, as a chat.
+    """Read an instruction, its input if there is one, and the output, as alpaca's rows are, as a
+    chat.
 
-    The user's turn keeps `instruction` and `input` as well, for templates that part them. The turns of a `history` stand
-    before it, and are learned too.
+    The user's turn keeps `instruction` and `input` as well, for templates that part them. The turns
+    of a `history` stand before it, and are learned too.
 
     Raises:
         RowError: a field is missing or wrong.
@@ -104,13 +109,15 @@ def read_dialog(record: Record, columns: Columns) -> Dialog:
     if isinstance(value, str) and value.strip() and value.strip()[0] not in "[{":
         raise RowError(
             f"field {column!r} is a text, not JSON",
-            f"write it as a list of messages; if it is a prompt, set data.columns={{'prompt': {column!r}, 'completion': ...}}",
+            "write it as a list of messages; if it is a prompt, set data.columns={'prompt':"
+            f" {column!r}, 'completion': ...}}",
         )
     return _answered(_chat(_within(read_messages, value, column), _frame(record, columns)), column)
 
 
 def read_preference(record: Record, columns: Columns) -> Preference:
-    """Read a better and a worse answer: texts or messages, with the prompt in a column of its own or in both.
+    """Read a better and a worse answer: texts or messages, with the prompt in a column of its own
+    or in both.
 
     Raises:
         RowError: a field is missing or wrong, or both answers are the same.
@@ -118,21 +125,34 @@ def read_preference(record: Record, columns: Columns) -> Preference:
     prompt = field(record, columns.prompt) if columns.prompt else None
     answers = [field(record, column) for column in (columns.chosen, columns.rejected)]
     if answers[0] == answers[1]:
-        raise RowError(f"{columns.chosen!r} and {columns.rejected!r} are the same", "leave the row out")
-    pair, frame = zip(answers, (columns.chosen, columns.rejected), strict=True), _frame(record, columns)
+        raise RowError(
+            f"{columns.chosen!r} and {columns.rejected!r} are the same", "leave the row out"
+        )
+    pair, frame = (
+        zip(answers, (columns.chosen, columns.rejected), strict=True),
+        _frame(record, columns),
+    )
     if prompt is None or all(map(_holds_prompt, answers)):
         return Preference(*(_whole(answer, column, frame) for answer, column in pair))
-    return Preference(*(_joined(prompt, answer, columns.prompt, column, frame) for answer, column in pair))
+    return Preference(
+        *(_joined(prompt, answer, columns.prompt, column, frame) for answer, column in pair)
+    )
 
 
 def _holds_prompt(answer: Any) -> bool:
     """Return whether an answer is a whole chat: one that does not begin with the assistant."""
-    return isinstance(answer, list) and bool(answer) and read_messages(answer)[0]["role"] != "assistant"
+    return (
+        isinstance(answer, list)
+        and bool(answer)
+        and read_messages(answer)[0]["role"] != "assistant"
+    )
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a row says of its chat beside the turns: the system text and the tools, each with its column."""
+    """What a row says of its chat beside the turns: the system text and the tools, each with its
+    column.
+    """
 
     system: str
     tools: tuple[Mapping[str, Any], ...]
@@ -143,24 +163,35 @@ def _frame(record: Record, columns: Columns) -> _Frame:
     system, tools = columns.system or "", columns.tools or "tools"
     text = named(read_text, record, system) if record.get(system) not in (None, "") else ""
     read = _within(_read_tools, record.get(tools), tools)
-    return _Frame(text, read, " and ".join(repr(name) for name, value in ((system, text), (tools, read)) if value))
+    return _Frame(
+        text,
+        read,
+        " and ".join(repr(name) for name, value in ((system, text), (tools, read)) if value),
+    )
 
 
 def _read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     listed = unfold(value) or []
     tools = [unfold(tool) for tool in listed] if isinstance(listed, list) else [listed]
     if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError(f"holds a {type(value).__name__}, not a list of objects", "write it as a list of objects")
+        raise RowError(
+            f"holds a {type(value).__name__}, not a list of objects",
+            "write it as a list of objects",
+        )
     return tuple(tools)
 
 
 def _read_history(value: Any) -> tuple[Message, ...]:
     pairs = unfold(value) or []
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in pairs
+    ):
         raise RowError("is no list of pairs", 'write it as [["question", "answer"], ...]')
     roles = ("user", "assistant")
     return tuple(
-        {"role": role, "content": read_text(text)} for pair in pairs for role, text in zip(roles, pair, strict=True)
+        {"role": role, "content": read_text(text)}
+        for pair in pairs
+        for role, text in zip(roles, pair, strict=True)
     )
 
 
@@ -171,7 +202,9 @@ def _chat(messages: Sequence[Message], frame: _Frame, context: int = 0) -> Dialo
         for i, message in enumerate(messages)
         if message["role"] == "assistant" and (i < context or not is_learned(message, "assistant"))
     }
-    if not frame.system or (messages[0]["role"] == "system" and messages[0]["content"] == frame.system):
+    if not frame.system or (
+        messages[0]["role"] == "system" and messages[0]["content"] == frame.system
+    ):
         return Dialog(tuple(messages), frame.tools, frozenset(unlearned))
     if messages[0]["role"] == "system":
         raise RowError(f"has a system turn, and another in {frame.columns}", "keep one of them")
@@ -206,18 +239,26 @@ def _joined(
     before = _within(read_messages, prompt, prompt_column)
     after = _within(read_messages, answer, answer_column)
     if any(message["role"] != "assistant" for message in after[:1]):
-        raise RowError(f"{answer_column!r} begins with a turn of {after[0]['role']}", "begin it with the assistant's")
+        raise RowError(
+            f"{answer_column!r} begins with a turn of {after[0]['role']}",
+            "begin it with the assistant's",
+        )
     return _answered(_chat((*before, *after), frame, len(before)), answer_column)
 
 
 def _plain(
-    prompt: str, completion: str, frame: _Frame, prompt_column: str | None, completion_column: str | None
+    prompt: str,
+    completion: str,
+    frame: _Frame,
+    prompt_column: str | None,
+    completion_column: str | None,
 ) -> Completion:
     if frame.columns:
         named = {"instruction": prompt_column or "...", "output": completion_column}
         raise RowError(
             f"has {frame.columns} beside a prompt that is a text, which no template writes out",
-            f"set data.columns={named} for a chat, or write prompt and completion as lists of messages",
+            f"set data.columns={named} for a chat, or write prompt and completion as lists of"
+            " messages",
         )
     return Completion(prompt, completion)
 

@@ -1,4 +1,6 @@
-"""Messages of chats: read as rows have them, and checked turn by turn; what a template may read of one stays as it is."""
+"""Messages of chats: read as rows have them, and checked turn by turn; what a template may read of
+one stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,19 @@ from jaxpeft.errors import nearest
 Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 SHAREGPT = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
-    "assistant": "assistant", "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
     "function_response": "tool",
-}  # fmt: skip
+}
 """ShareGPT's names of the roles, and ours."""
 CALLERS = ("function_call", "tool_call")
 """Whom ShareGPT's rows call the assistant where it calls a tool; the value is the call, as JSON."""
@@ -35,7 +46,9 @@ def read_text(value: Any) -> str:
         RowError: it is no string, is empty, or cannot be written as UTF-8.
     """
     if not isinstance(value, str):
-        raise RowError(f"holds a {type(value).__name__}, not a string", "write the text as a string")
+        raise RowError(
+            f"holds a {type(value).__name__}, not a string", "write the text as a string"
+        )
     if not value.strip():
         raise RowError("is empty", "fill it or leave the row out")
     try:
@@ -46,7 +59,8 @@ def read_text(value: Any) -> str:
 
 
 def unfold(value: Any) -> Any:
-    """Return what a text of JSON holds, such as a list in a field of a CSV file; other values as they are.
+    """Return what a text of JSON holds, such as a list in a field of a CSV file; other values as
+    they are.
 
     Raises:
         RowError: the text is no JSON.
@@ -67,11 +81,16 @@ def read_messages(value: Any) -> tuple[Message, ...]:
     """
     value = unfold(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise RowError("holds no list of messages", 'write it as [{"role": "user", "content": "..."}, ...]')
+        raise RowError(
+            "holds no list of messages", 'write it as [{"role": "user", "content": "..."}, ...]'
+        )
     messages = tuple(_message(turn, i) for i, turn in enumerate(value, 1))
     systems = [i for i, message in enumerate(messages, 1) if message["role"] == "system"]
     if len(systems) > 1:
-        raise RowError(f"has {len(systems)} system turns ({', '.join(map(str, systems))})", "keep one, the first turn")
+        raise RowError(
+            f"has {len(systems)} system turns ({', '.join(map(str, systems))})",
+            "keep one, the first turn",
+        )
     if systems and systems[0] != 1:
         raise RowError(f"has its system turn at place {systems[0]}", "make it the first turn")
     return messages
@@ -79,7 +98,10 @@ def read_messages(value: Any) -> tuple[Message, ...]:
 
 def _message(turn: Any, number: int) -> Message:
     if not isinstance(turn, Mapping):
-        raise RowError(f"holds a {type(turn).__name__} as turn {number}, not an object", "give it a role and a content")
+        raise RowError(
+            f"holds a {type(turn).__name__} as turn {number}, not an object",
+            "give it a role and a content",
+        )
     turn = _with_calls(turn, number)
     role = _role(turn, number)
     content, calls = _content(turn, number), turn.get("tool_calls")
@@ -90,22 +112,38 @@ def _message(turn: Any, number: int) -> Message:
         raise RowError(f"has an empty turn {number} ({role})", "fill it or leave the row out")
     is_learned(turn, role, number)
     _check_calls(calls, number)
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+    rest = {
+        key: value
+        for key, value in turn.items()
+        if key not in ("from", "value") and value is not None
+    }
     thought = next((rest[key] for key in THOUGHTS if key in rest), None)
     if thought is not None:  # under each name that templates know, as transformers gives it to them
         rest = {"thinking": thought, **rest, "reasoning_content": thought}
-    message = {**rest, "role": role, **({"content": content} if "content" in turn or content is not None else {})}
+    message = {
+        **rest,
+        "role": role,
+        **({"content": content} if "content" in turn or content is not None else {}),
+    }
     try:
         json.dumps(message, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        raise RowError(f"holds half of a surrogate pair in turn {number}", "write the whole character") from None
+        raise RowError(
+            f"holds half of a surrogate pair in turn {number}", "write the whole character"
+        ) from None
     return message
 
 
 def _with_calls(turn: Mapping[str, Any], number: int) -> Mapping[str, Any]:
-    """Return a turn with its calls of tools as `tool_calls`, where it is written as ShareGPT's rows or OpenAI's older ones."""
+    """Return a turn with its calls of tools as `tool_calls`, where it is written as ShareGPT's rows
+    or OpenAI's older ones.
+    """
     if turn.get("from") in CALLERS and "role" not in turn:
-        return {"role": "assistant", "content": "", "tool_calls": _calls_of(turn.get("value"), number)}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": _calls_of(turn.get("value"), number),
+        }
     if turn.get("function_call") is None:
         return turn
     if turn.get("tool_calls"):
@@ -136,27 +174,39 @@ def _content(turn: Mapping[str, Any], number: int) -> Any:
 
 
 def is_learned(turn: Mapping[str, Any], role: str, number: int = 0) -> bool:
-    """Return whether a turn of the assistant is learned: not if its `weight` is 0, or one of `LEARNED` false.
+    """Return whether a turn of the assistant is learned: not if its `weight` is 0, or one of
+    `LEARNED` false.
 
     Raises:
         RowError: what says so is something else, or says two things.
     """
     if unread := [key for key in _NOT_READ if turn.get(key) is not None]:
         raise RowError(
-            f"has {unread[0]!r} in turn {number}, which is not read", "write 'train' as true or false in its place"
+            f"has {unread[0]!r} in turn {number}, which is not read",
+            "write 'train' as true or false in its place",
         )
     said = {key: turn[key] for key in ("weight", *LEARNED) if turn.get(key) is not None}
     for key, value in said.items():
-        allowed = isinstance(value, bool) if key != "weight" else not isinstance(value, bool) and value in (0, 1)
+        allowed = (
+            isinstance(value, bool)
+            if key != "weight"
+            else not isinstance(value, bool) and value in (0, 1)
+        )
         if not allowed:
             known = "true or false" if key != "weight" else "0 or 1"
-            raise RowError(f"has {key}={str(value)[:80]!r} in turn {number}", f"write {known}, or leave it out")
+            raise RowError(
+                f"has {key}={str(value)[:80]!r} in turn {number}", f"write {known}, or leave it out"
+            )
         if value and role != "assistant":
             raise RowError(
-                f"asks to learn turn {number} ({role}) by its {key}", "only the assistant's turns are learned"
+                f"asks to learn turn {number} ({role}) by its {key}",
+                "only the assistant's turns are learned",
             )
     if len({bool(value) for value in said.values()}) > 1:
-        raise RowError(f"has {' and '.join(said)} in turn {number}, which say different things", "keep one of them")
+        raise RowError(
+            f"has {' and '.join(said)} in turn {number}, which say different things",
+            "keep one of them",
+        )
     return all(said.values())
 
 
@@ -165,7 +215,9 @@ def _check_calls(calls: Any, number: int) -> None:
     if calls is None:
         return
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise RowError(f"holds no list of objects as tool_calls of turn {number}", "write one object a call")
+        raise RowError(
+            f"holds no list of objects as tool_calls of turn {number}", "write one object a call"
+        )
     for call in calls:
         inner = call.get("function") or call
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
@@ -183,7 +235,9 @@ def _check_calls(calls: Any, number: int) -> None:
 
 
 def _calls_of(value: Any, number: int) -> list[Mapping[str, Any]]:
-    """Read the calls of one of ShareGPT's turns: an object with `name` and `arguments`, or a list of them."""
+    """Read the calls of one of ShareGPT's turns: an object with `name` and `arguments`, or a list
+    of them.
+    """
     try:
         read = unfold(value)
     except RowError:

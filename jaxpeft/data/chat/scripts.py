@@ -1,12 +1,15 @@
-"""Dialogs written out by a chat template: where an answer begins and ends follows from what the template writes.
+"""Dialogs written out by a chat template: where an answer begins and ends follows from what the
+template writes.
 
-`P` is what the template writes of the turns before an answer, with a prompt to generate: what generation sees. `E` is what it
-writes of the turns up to the answer. The answer is what `E` has behind `P`; the rest is never learned. Answers share a row as
-long as the next one's `P` begins with the last one's `E`; where a template writes earlier turns otherwise once others follow
-(it drops their thoughts, or another mark ends them), the next answer begins a row of its own.
+`P` is what the template writes of the turns before an answer, with a prompt to generate: what
+generation sees. `E` is what it writes of the turns up to the answer. The answer is what `E` has
+behind `P`; the rest is never learned. Answers share a row as long as the next one's `P` begins with
+the last one's `E`; where a template writes earlier turns otherwise once others follow (it drops
+their thoughts, or another mark ends them), the next answer begins a row of its own.
 
-What is told apart in a text is told by a mark, a character that stands nowhere in it: the dialog is rendered once more with
-marks in its turns. So words of a user's turn in an answer are found, whatever the template does.
+What is told apart in a text is told by a mark, a character that stands nowhere in it: the dialog is
+rendered once more with marks in its turns. So words of a user's turn in an answer are found,
+whatever the template does.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from jaxpeft.data.chat.templates import MEND, Cut, RenderError, RenderRequest
 
 T = TypeVar("T")
 Writing = Generator[RenderRequest, "list[str | RenderError]", T]
-"""Asks for renderings, gets the text or the error of each cut, and returns what it makes of them."""
+"""Asks for renderings, gets the text or the error of each cut, and returns what it makes of them.
+"""
 ASKED = ("content", "instruction", "input")
 ANOTHER = "name a template that does as data.chat_template"
 
@@ -38,8 +42,10 @@ class Script:
         text: the turns up to the last answer that is learned.
         learned: `(start, end)` of each part that is learned, in characters, in order.
         tails: what ends each learned part: behind its content, where that is known.
-        begun: whether the text holds the tokens that a text begins with: a template writes them itself.
-        earlier: the rows of the answers before those of this one, where the template writes them otherwise here.
+        begun: whether the text holds the tokens that a text begins with: a template writes them
+            itself.
+        earlier: the rows of the answers before those of this one, where the template writes them
+            otherwise here.
         unlearned: why each answer that is not learned cannot be.
         notes: what else should be told.
     """
@@ -54,7 +60,9 @@ class Script:
 
     @property
     def cuts(self) -> list[int]:
-        """Where each learned part begins and ends; the end of a text of which nothing is learned."""
+        """Where each learned part begins and ends; the end of a text of which nothing is
+        learned.
+        """
         return [at for span in self.learned for at in span] or [len(self.text)]
 
 
@@ -62,8 +70,8 @@ class Script:
 class _Answer:
     """An answer: its turn, what generation sees, and the text up to its end.
 
-    `tail` is what the template writes from the end of its content on where marks have told it; such a text is none of the
-    template's.
+    `tail` is what the template writes from the end of its content on where marks have told it; such
+    a text is none of the template's.
     """
 
     turn: int
@@ -76,7 +84,8 @@ def write_dialog(dialog: Dialog) -> Writing[Script]:
     """Write a dialog out up to its last answer, one row for all answers where no text is rewritten.
 
     Raises:
-        RenderError: the template cannot write it, no answer can be learned, or words of the user would be.
+        RenderError: the template cannot write it, no answer can be learned, or words of the user
+            would be.
     """
     dialog = dataclasses.replace(dialog, messages=(yield from _read_arguments(dialog)))
     whole, answers, unlearned = yield from _find_answers(dialog)
@@ -107,7 +116,9 @@ def write_turns(dialog: Dialog) -> Writing[Script]:
     return Script(text, (), (), begun=True)
 
 
-def _render(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], cut: Cut) -> Writing[str]:
+def _render(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], cut: Cut
+) -> Writing[str]:
     (text,) = yield RenderRequest(messages, tools, [cut])
     if isinstance(text, RenderError):
         raise text
@@ -127,7 +138,9 @@ def _find_answers(dialog: Dialog) -> Writing[tuple[str, list[_Answer], list[Rend
     unlearned: list[RenderError] = []
     for i in dialog.answers:
         try:
-            answers.append((yield from _find_answer(dialog, i, written[i, True], written[i + 1, False])))
+            answers.append(
+                (yield from _find_answer(dialog, i, written[i, True], written[i + 1, False]))
+            )
         except RenderError as error:
             if error.fatal:
                 raise
@@ -135,7 +148,9 @@ def _find_answers(dialog: Dialog) -> Writing[tuple[str, list[_Answer], list[Rend
     return whole, answers, unlearned
 
 
-def _find_answer(dialog: Dialog, i: int, prompt: str | RenderError, upto: str | RenderError) -> Writing[_Answer]:
+def _find_answer(
+    dialog: Dialog, i: int, prompt: str | RenderError, upto: str | RenderError
+) -> Writing[_Answer]:
     if isinstance(prompt, RenderError):
         raise prompt
     if isinstance(upto, RenderError):
@@ -144,14 +159,18 @@ def _find_answer(dialog: Dialog, i: int, prompt: str | RenderError, upto: str | 
         if len(upto) == len(prompt):
             raise RenderError(f"the chat template writes nothing of turn {i + 1}", fix=MEND)
         return _Answer(i, prompt, upto)
-    return (yield from _behind_question(dialog, i, prompt, upto)) or (yield from _open_answer(dialog, i, prompt, upto))
+    return (yield from _behind_question(dialog, i, prompt, upto)) or (
+        yield from _open_answer(dialog, i, prompt, upto)
+    )
 
 
 def _behind_question(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Answer | None]:
-    """Find an answer behind which the template writes earlier turns otherwise: Mistral's moves the system text to the last turn.
+    """Find an answer behind which the template writes earlier turns otherwise: Mistral's moves the
+    system text to the last turn.
 
-    From the last letter of the turn before on, both texts must begin alike: what generation sees, and what the template writes
-    once the answer follows. The answer is the rest of the latter. None where they differ there too.
+    From the last letter of the turn before on, both texts must begin alike: what generation sees,
+    and what the template writes once the answer follows. The answer is the rest of the latter. None
+    where they differ there too.
 
     Raises:
         RenderError: the words of the turn before cannot be told, or the answer is not written.
@@ -160,7 +179,9 @@ def _behind_question(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[
     before = yield from _find_marks(dialog, said, prompt, (i, True))
     found = yield from _find_marks(dialog, {*said, i}, upto, (i + 1, False))
     # the marks of an answer before come first among those of answers
-    asked, again = (before.said, found.said[: len(before.said)]) if said else (before.asked, found.asked)
+    asked, again = (
+        (before.said, found.said[: len(before.said)]) if said else (before.asked, found.asked)
+    )
     if not asked or not again:
         return None
     header, written = prompt[asked[-1] :], upto[again[-1] :]
@@ -173,13 +194,16 @@ def _behind_question(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[
 
 
 def _open_answer(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Answer]:
-    """Find an answer whose thought the prompt opens, and which the template writes without (as R1's does) or opens otherwise.
+    """Find an answer whose thought the prompt opens, and which the template writes without (as R1's
+    does) or opens otherwise.
 
-    What the template writes around a content is told by writing a mark as the content. What the prompt has more in front of it
-    is what generation begins the content with; the answer is the rest of the content.
+    What the template writes around a content is told by writing a mark as the content. What the
+    prompt has more in front of it is what generation begins the content with; the answer is the
+    rest of the content.
     """
     rewritten = RenderError(
-        f"the chat template writes the turns before turn {i + 1} differently once it follows", fix=MEND
+        f"the chat template writes the turns before turn {i + 1} differently once it follows",
+        fix=MEND,
     )
     said = dialog.messages[i].get("content")
     (asked, answered), turns = _free(upto, 2), dialog.messages[:i]
@@ -203,14 +227,18 @@ def _open_answer(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Ans
         begin = opened.strip()
         raise RenderError(
             f"generation begins turn {i + 1} with {opened!r}, and its content does not",
-            fix=f"write the thought into the content, as {begin + '...' + _closing(begin)!r}, or name a template whose prompt "
-            "opens no thought as data.chat_template",
+            fix=(
+                f"write the thought into the content, as {begin + '...' + _closing(begin)!r}, or"
+                " name a template whose prompt opens no thought as data.chat_template"
+            ),
         )
     return _Answer(i, prompt, prompt + rest + tail, tail)
 
 
 def _behind(opened: str, said: str) -> str | None:
-    """Return what a content says behind what the prompt has opened; None where it says nothing of it."""
+    """Return what a content says behind what the prompt has opened; None where it says nothing of
+    it.
+    """
     begin, body = opened.strip(), said.lstrip()
     if body.startswith(begin):
         rest, gap = body[len(begin) :], opened[len(opened.rstrip()) :]
@@ -223,22 +251,29 @@ def _closing(begin: str) -> str:
 
 
 def _check(dialog: Dialog, row: Sequence[_Answer]) -> Writing[Script]:
-    """Make a row of answers, once marks have shown that it learns the answers, and no word of another turn.
+    """Make a row of answers, once marks have shown that it learns the answers, and no word of
+    another turn.
 
     Raises:
         RenderError: it would learn other words, or an answer is not written.
     """
     last = row[-1]
     spans = tuple((len(answer.prompt), len(answer.text)) for answer in row)
-    # a text that is none of the template's has been made of one, the prompt, and of the answer's own words
-    text, cut = (last.text, (last.turn + 1, False)) if last.tail is None else (last.prompt, (last.turn, True))
+    # a text that is none of the template's has been made of one, the prompt, and of the answer's
+    # own words
+    text, cut = (
+        (last.text, (last.turn + 1, False))
+        if last.tail is None
+        else (last.prompt, (last.turn, True))
+    )
     found = yield from _find_marks(dialog, {answer.turn for answer in row}, text, cut)
     tails, notes = list[str](), list[str]()
     for answer, (start, end) in zip(row, spans, strict=True):
         inside = _Places(*([at for at in places if start <= at < end] for places in found))
         if inside.asked:
             raise RenderError(
-                f"the chat template writes words of another turn into turn {answer.turn + 1}, where they would be learned",
+                f"the chat template writes words of another turn into turn {answer.turn + 1}, where"
+                " they would be learned",
                 fix=MEND,
             )
         if answer.tail is None:
@@ -268,7 +303,9 @@ def _check_null(dialog: Dialog, answer: _Answer) -> Writing[None]:
 
 
 class _Places(NamedTuple):
-    """Where marks stand in a text: those of other turns, of the content, calls and thoughts of answers, and of tools."""
+    """Where marks stand in a text: those of other turns, of the content, calls and thoughts of
+    answers, and of tools.
+    """
 
     asked: list[int]
     said: list[int]
@@ -285,7 +322,8 @@ def _find_marks(dialog: Dialog, answers: Collection[int], text: str, cut: Cut) -
     """
     marks = _free(text, len(_Places._fields))
     asked, said, called, thought, listed = marks
-    # a name may be one that the template knows, and a flag may end a turn: then fewer marks, at other places
+    # a name may be one that the template knows, and a flag may end a turn: then fewer marks, at
+    # other places
     for place, name in ((_before_last, _in_front), (_in_front, _nowhere)):
         messages: list[Message] = []
         for i, message in enumerate(dialog.messages[: cut[0]]):
@@ -294,7 +332,11 @@ def _find_marks(dialog: Dialog, answers: Collection[int], text: str, cut: Cut) -
                 calls = [_mark_name(call, called, name) for call in message.get("tool_calls") or ()]
                 messages.append({**changed, "tool_calls": calls} if calls else changed)
             else:
-                messages.append(message if message["role"] == "assistant" else _mark(message, ASKED, asked, place))
+                messages.append(
+                    message
+                    if message["role"] == "assistant"
+                    else _mark(message, ASKED, asked, place)
+                )
         tools = [_mark_name(tool, listed, name) for tool in dialog.tools]
         plain, found = _unmark((yield from _render(messages, tools, cut)), marks)
         if plain == text:
@@ -304,7 +346,8 @@ def _find_marks(dialog: Dialog, answers: Collection[int], text: str, cut: Cut) -
                 else _Places(*found)._replace(called=[*range(len(text))], tools=[0])
             )
     raise RenderError(
-        "the chat template writes other turns differently where one has another letter: it is unknown whose words would be learned",
+        "the chat template writes other turns differently where one has another letter: it is"
+        " unknown whose words would be learned",
         fix=MEND,
     )
 
@@ -316,14 +359,22 @@ def _unwritten(message: Message, i: int, inside: _Places) -> list[str]:
         RenderError: its content, or its calls of tools.
     """
     if message.get("tool_calls") and not inside.called:
-        raise RenderError(f"the chat template does not write the tool calls of turn {i + 1}", fix=ANOTHER)
+        raise RenderError(
+            f"the chat template does not write the tool calls of turn {i + 1}", fix=ANOTHER
+        )
     notes: list[str] = []
     if _last(message.get("content") or "") >= 0 and not inside.said:
         if not message.get("tool_calls"):
-            raise RenderError(f"the chat template does not write the content of turn {i + 1}", fix=ANOTHER)
+            raise RenderError(
+                f"the chat template does not write the content of turn {i + 1}", fix=ANOTHER
+            )
         notes.append("the chat template does not write the content beside a call")
-    thoughts = [key for key in THOUGHTS if isinstance(message.get(key), str) and _last(message[key]) >= 0]
-    return notes + [f"the chat template does not write {key!r}" for key in thoughts[:1] if not inside.thought]
+    thoughts = [
+        key for key in THOUGHTS if isinstance(message.get(key), str) and _last(message[key]) >= 0
+    ]
+    return notes + [
+        f"the chat template does not write {key!r}" for key in thoughts[:1] if not inside.thought
+    ]
 
 
 PlaceMark = Callable[[str, str], str]
@@ -336,14 +387,19 @@ def _mark_name(call: Mapping[str, Any], mark: str, place: PlaceMark) -> Mapping[
     return _mark(call, ("name",), mark, place)
 
 
-def _mark(message: Mapping[str, Any], keys: Collection[str], mark: str, place: PlaceMark) -> Mapping[str, Any]:
+def _mark(
+    message: Mapping[str, Any], keys: Collection[str], mark: str, place: PlaceMark
+) -> Mapping[str, Any]:
     return {
-        key: place(value, mark) if key in keys and isinstance(value, str) else value for key, value in message.items()
+        key: place(value, mark) if key in keys and isinstance(value, str) else value
+        for key, value in message.items()
     }
 
 
 def _last(text: str) -> int:
-    """Return the place of the last letter that is in no tag at the end of a text; -1 where there is none."""
+    """Return the place of the last letter that is in no tag at the end of a text; -1 where there is
+    none.
+    """
     end = len(text.rstrip())
     while end and text[end - 1] == ">" and (at := text.rfind("<", 0, end)) >= 0:
         end = len(text[:at].rstrip())
@@ -366,7 +422,9 @@ def _nowhere(text: str, mark: str) -> str:
 
 def _free(text: str, n: int) -> list[str]:
     """Return characters for private use that a text does not hold."""
-    return list(itertools.islice((mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text), n))
+    return list(
+        itertools.islice((mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text), n)
+    )
 
 
 def _unmark(text: str, marks: Sequence[str]) -> tuple[str, list[list[int]]]:
@@ -386,10 +444,14 @@ def _unmark(text: str, marks: Sequence[str]) -> tuple[str, list[list[int]]]:
 def _read_arguments(dialog: Dialog) -> Writing[tuple[Message, ...]]:
     """Return the turns with the arguments of calls as the template takes them.
 
-    Arguments that are JSON stay a text where the template writes a text as it is, and are parsed where it would write it as JSON
-    once more: what it does with a quotation mark tells.
+    Arguments that are JSON stay a text where the template writes a text as it is, and are parsed
+    where it would write it as JSON once more: what it does with a quotation mark tells.
     """
-    turns = [i for i, message in enumerate(dialog.messages) if any(map(_has_text, message.get("tool_calls") or ()))]
+    turns = [
+        i
+        for i, message in enumerate(dialog.messages)
+        if any(map(_has_text, message.get("tool_calls") or ()))
+    ]
     if not turns:
         return dialog.messages
     before, behind = _free(json.dumps(dialog.messages, ensure_ascii=False, default=str), 2)
@@ -401,7 +463,10 @@ def _read_arguments(dialog: Dialog) -> Writing[tuple[Message, ...]]:
     )
     if any(isinstance(text, str) and probe in text for text in written):
         return dialog.messages
-    return tuple(_with_arguments(message, lambda text: json.loads(text or "{}")) for message in dialog.messages)
+    return tuple(
+        _with_arguments(message, lambda text: json.loads(text or "{}"))
+        for message in dialog.messages
+    )
 
 
 def _has_text(call: Mapping[str, Any]) -> bool:

@@ -1,9 +1,10 @@
 """Dialogs to tokens and labels: what the model sees, and which of its tokens it learns.
 
-The tokens before an answer are those that generation would see: those of the text up to there, tokenized by itself. Those of the
-answer go on behind them; where the tokens of both together would begin otherwise (`"A: "` and `"A: 42"` split differently), the
-answer is tokenized behind a short anchor instead. The next answer shares the row if the tokens before it begin with the row's;
-else it gets one of its own.
+The tokens before an answer are those that generation would see: those of the text up to there,
+tokenized by itself. Those of the answer go on behind them; where the tokens of both together would
+begin otherwise (`"A: "` and `"A: 42"` split differently), the answer is tokenized behind a short
+anchor instead. The next answer shares the row if the tokens before it begin with the row's; else it
+gets one of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Labeled:
 def write_all(
     dialogs: Sequence[Dialog | Completion], template: Template | None, separator: str = ""
 ) -> Iterator[Script | RenderError]:
-    """Write dialogs out, or say why one cannot be; what makes all of them fail is the last thing said.
+    """Write dialogs out, or say why one cannot be; what makes all of them fail is the last thing
+    said.
 
     Args:
         dialogs: the dialogs.
@@ -51,7 +53,11 @@ def write_all(
     """
     for start in range(0, len(dialogs), TOGETHER):
         some = dialogs[start : start + TOGETHER]
-        written = iter(_written([write_dialog(dialog) for dialog in some if isinstance(dialog, Dialog)], template))
+        written = iter(
+            _written(
+                [write_dialog(dialog) for dialog in some if isinstance(dialog, Dialog)], template
+            )
+        )
         for dialog in some:
             made = next(written) if isinstance(dialog, Dialog) else _completion(dialog, separator)
             yield made
@@ -71,8 +77,11 @@ def write(dialog: Dialog | Completion, template: Template | None, separator: str
     return made
 
 
-def write_prompt(dialog: Dialog | Completion, template: Template | None, separator: str = "") -> Script:
-    """Write out what an answer is to be generated from; its tokens are those that training has before the answer.
+def write_prompt(
+    dialog: Dialog | Completion, template: Template | None, separator: str = ""
+) -> Script:
+    """Write out what an answer is to be generated from; its tokens are those that training has
+    before the answer.
 
     Args:
         dialog: the turns so far; of a completion, its prompt counts.
@@ -96,8 +105,12 @@ def _completion(dialog: Completion, separator: str) -> Script:
     return Script(text, ((len(prompt), len(text)),), ("",), begun=False)
 
 
-def _written(writings: Sequence[Writing[Script]], template: Template | None) -> list[Script | RenderError]:
-    """Let a template answer what each writing asks for, all of them at once; a fatal error is the last thing returned."""
+def _written(
+    writings: Sequence[Writing[Script]], template: Template | None
+) -> list[Script | RenderError]:
+    """Let a template answer what each writing asks for, all of them at once; a fatal error is the
+    last thing returned.
+    """
     if template is None:
         return [RenderError("there is no chat template to write messages with") for _ in writings]
     made: dict[int, Script | RenderError] = {}
@@ -115,28 +128,39 @@ def _written(writings: Sequence[Writing[Script]], template: Template | None) -> 
         return None
 
     asked = {i: ask(i, None) for i in range(stop)}
-    while requests := {i: request for i, request in asked.items() if request is not None and i < stop}:
+    while requests := {
+        i: request for i, request in asked.items() if request is not None and i < stop
+    }:
         replies = template.render_all(list(requests.values()))
-        asked = {i: ask(i, reply) for i, reply in zip(requests, replies, strict=False)}  # nothing follows a fatal error
+        asked = {
+            i: ask(i, reply) for i, reply in zip(requests, replies, strict=False)
+        }  # nothing follows a fatal error
         if isinstance(replies[-1], RenderError):
             stop = list(requests)[len(replies) - 1]
     return [made[i] for i in range(min(stop + 1, len(writings)))]
 
 
 def marks_of(tokenizer: Any) -> set[str]:
-    """Return the texts that are one token each, whatever stands around them: EOS, the marks of a chat template, and so on."""
-    return {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    """Return the texts that are one token each, whatever stands around them: EOS, the marks of a
+    chat template, and so on.
+    """
+    return {token.content for token in tokenizer.added_tokens_decoder.values()} | set(
+        tokenizer.all_special_tokens
+    )
 
 
-def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], end: int | None) -> list[Labeled]:
+def label(
+    scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], end: int | None
+) -> list[Labeled]:
     """Tokenize dialogs and labels what is learned.
 
     Args:
         scripts: the dialogs, written out.
         tokenizer: a fast tokenizer of `transformers`.
         begin: tokens that a text begins with, where a template has not written them.
-        end: token that an answer at the end of a row is followed by, where the template ends it with no mark that is a token of
-            its own, such as `<|im_end|>` where the tokenizer knows it; None for none.
+        end: token that an answer at the end of a row is followed by, where the template ends it
+            with no mark that is a token of its own, such as `<|im_end|>` where the tokenizer knows
+            it; None for none.
 
     Returns:
         For each dialog its last row, which holds those before it.
@@ -151,11 +175,17 @@ def label(scripts: Sequence[Script], tokenizer: Any, *, begin: Sequence[int], en
             for start, stop in learned:
                 labels[start:stop] = ids[start:stop]
             unmarked = not tail.rstrip().endswith(marks)
-            last = [end] if end is not None and unmarked and labels[-1:] not in ([IGNORED], [end], []) else []
+            last = (
+                [end]
+                if end is not None and unmarked and labels[-1:] not in ([IGNORED], [end], [])
+                else []
+            )
             first = [] if row.begun else [*begin]
             whole = [*first, *ids, *last]
             doubled = _doubled(whole, tokenizer.bos_token_id)
-            made[i].append(Labeled(whole[doubled:], [*[IGNORED] * len(first), *labels, *last][doubled:]))
+            made[i].append(
+                Labeled(whole[doubled:], [*[IGNORED] * len(first), *labels, *last][doubled:])
+            )
     return [replace(of[-1], earlier=tuple(of[:-1])) for of in made]
 
 
@@ -182,14 +212,16 @@ def _rows(
 
 
 def encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
-    """Tokenize texts without special tokens, as `tokenizers` gives them: what is not asked for is not made.
+    """Tokenize texts without special tokens, as `tokenizers` gives them: what is not asked for is
+    not made.
 
     Args:
         tokenizer: a fast tokenizer of `transformers`.
         texts: the texts.
     """
     backend = tokenizer.backend_tokenizer
-    # a call with truncation leaves these set; they must not be touched while another thread uses the tokenizer
+    # a call with truncation leaves these set; they must not be touched while another thread uses
+    # the tokenizer
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
@@ -202,8 +234,9 @@ def encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
 def prefixes(tokenizer: Any, texts: Sequence[tuple[str, Sequence[int]]]) -> list[list[list[int]]]:
     """Tokenize texts up to each of their cuts, as if each was a text of its own.
 
-    A token that has been added to the vocabulary parts a text: what stands before it and behind it do not see each other. So a
-    text up to a cut has the tokens that the whole has before the last such token, and those of the rest.
+    A token that has been added to the vocabulary parts a text: what stands before it and behind it
+    do not see each other. So a text up to a cut has the tokens that the whole has before the last
+    such token, and those of the rest.
 
     Args:
         tokenizer: a fast tokenizer of `transformers`.
@@ -212,7 +245,9 @@ def prefixes(tokenizer: Any, texts: Sequence[tuple[str, Sequence[int]]]) -> list
     added = {i: token.content.strip() for i, token in tokenizer.added_tokens_decoder.items()}
     heads: list[list[int]] = []
     rests: list[str] = []
-    for (text, cuts), whole in zip(texts, encodings(tokenizer, [text for text, _ in texts]), strict=True):
+    for (text, cuts), whole in zip(
+        texts, encodings(tokenizer, [text for text, _ in texts]), strict=True
+    ):
         ids = whole.ids
         # an unknown letter is the same token as the mark of one, and parts nothing
         parted = [(0, 0, 0)] + [
@@ -231,11 +266,19 @@ def prefixes(tokenizer: Any, texts: Sequence[tuple[str, Sequence[int]]]) -> list
 
 def _doubled(ids: Sequence[int], bos: int | None) -> int:
     """Count the BOS before the last BOS of those that a text begins with."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair == (bos, bos), itertools.pairwise(ids)))
+    return sum(
+        1 for _ in itertools.takewhile(lambda pair: pair == (bos, bos), itertools.pairwise(ids))
+    )
 
 
 def _behind_anchor(text: str, tokenizer: Any) -> list[int]:
-    """Tokenize a text as if something stood before it: some tokenizers begin a text with a mark of their own."""
+    """Tokenize a text as if something stood before it: some tokenizers begin a text with a mark of
+    their own.
+    """
     anchor, whole = encodings(tokenizer, [ANCHOR, ANCHOR + text])
     known = len(anchor.ids)
-    return whole.ids[known:] if whole.ids[:known] == anchor.ids else encodings(tokenizer, [text])[0].ids
+    return (
+        whole.ids[known:]
+        if whole.ids[:known] == anchor.ids
+        else encodings(tokenizer, [text])[0].ids
+    )

@@ -1,4 +1,6 @@
-"""Chat templates: which one is taken, and rendering with it in a process of its own (see `sandbox`)."""
+"""Chat templates: which one is taken, and rendering with it in a process of its own (see
+`sandbox`).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ LARGEST = 16 * sandbox.LONGEST
 _log = logging.getLogger(__name__)
 BUILT_IN: Mapping[str, str] = {
     "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n'"
+        " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "alpaca": (
         "{{ bos_token }}"
@@ -45,7 +47,9 @@ BUILT_IN: Mapping[str, str] = {
 """Templates for tokenizers that have none."""
 MEND = "fix the template, or name another as data.chat_template"
 Cut = tuple[int, bool]
-"""The first so many messages, and whether what an answer of the assistant begins with stands behind them."""
+"""The first so many messages, and whether what an answer of the assistant begins with stands behind
+them.
+"""
 
 
 class RenderError(Exception):
@@ -53,7 +57,8 @@ class RenderError(Exception):
 
     Args:
         reason: what to say.
-        fatal: whether the template is at fault, whatever the messages: no further ones were rendered.
+        fatal: whether the template is at fault, whatever the messages: no further ones were
+            rendered.
         fix: what to do about it; None for what is said of templates that fail.
     """
 
@@ -78,8 +83,9 @@ class Template:
     The process is started at once, and again after a chat that it has not survived.
 
     Args:
-        source: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the special tokens; or several, by
-            name: `tool_use` is for chats with tools, `default` for the others.
+        source: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the
+            special tokens; or several, by name: `tool_use` is for chats with tools, `default` for
+            the others.
         tokens: the tokenizer's special tokens by name, such as `bos_token`.
 
     Raises:
@@ -92,8 +98,11 @@ class Template:
         self._lock = threading.Lock()
         self._start()
 
-    def render_all(self, requests: Sequence[RenderRequest]) -> list[list[str | RenderError] | RenderError]:
-        """Return for each chat what is written at each cut, or why that cannot be; a fatal error is the last.
+    def render_all(
+        self, requests: Sequence[RenderRequest]
+    ) -> list[list[str | RenderError] | RenderError]:
+        """Return for each chat what is written at each cut, or why that cannot be; a fatal error is
+        the last.
 
         Raises:
             ConfigError: it is no jinja.
@@ -101,7 +110,10 @@ class Template:
         with self._lock:
             if self._process.poll() is not None:
                 self._start()
-            _send(self._process, [{"messages": r.messages, "tools": r.tools, "cuts": r.cuts} for r in requests])
+            _send(
+                self._process,
+                [{"messages": r.messages, "tools": r.tools, "cuts": r.cuts} for r in requests],
+            )
             made: list[list[str | RenderError] | RenderError] = []
             fatal = False
             try:
@@ -111,11 +123,17 @@ class Template:
                     made.append(RenderError(reply["error"], fatal) if fatal else _texts(reply))
             finally:
                 if not fatal and len(made) < len(requests):
-                    _end(self._process)  # replies that nobody has read must not be taken for those of the next
+                    _end(
+                        self._process
+                    )  # replies that nobody has read must not be taken for those of the next
             return made
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, generate: bool, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        generate: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """Write messages out.
 
@@ -125,7 +143,8 @@ class Template:
             tools: for templates that list them.
 
         Raises:
-            RenderError: the template refuses the messages, breaks, does what it may not, or takes too long.
+            RenderError: the template refuses the messages, breaks, does what it may not, or takes
+                too long.
         """
         (made,) = self.render_all([RenderRequest(messages, tools, [(len(messages), generate)])])
         text = made if isinstance(made, RenderError) else made[0]
@@ -135,19 +154,27 @@ class Template:
 
     def _start(self) -> None:
         process = subprocess.Popen(  # noqa: S603 - this Python, and a file of jaxpeft
-            [sys.executable, "-P", sandbox.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-P", sandbox.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,
+        )
         weakref.finalize(self, _end, process)
         self._process, self._received = process, b""
         _send(process, self._begin)
         reply = self._receive(SECONDS_TO_START) or {"error": sandbox.TOO_MUCH}
         if reply["error"] is not None:
             _end(process)
-            raise ConfigError(f"chat template: {reply['error']}; fix it, or name another as data.chat_template")
+            raise ConfigError(
+                f"chat template: {reply['error']}; fix it, or name another as data.chat_template"
+            )
 
     def _receive(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next reply; None where the process has ended, or must: it takes too long, or says too much."""
+        """Return the next reply; None where the process has ended, or must: it takes too long, or
+        says too much.
+        """
         pipe, until = cast(IO[bytes], self._process.stdout), time.monotonic() + seconds
         parts = [self._received]
         while b"\n" not in parts[-1]:
@@ -188,7 +215,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @lru_cache(maxsize=4)
 def compiled(sources: tuple[tuple[str, str], ...], tokens: tuple[tuple[str, str], ...]) -> Template:
-    """Return the template of sources and special tokens, as long as it is in use: each has a process.
+    """Return the template of sources and special tokens, as long as it is in use: each has a
+    process.
 
     Raises:
         ConfigError: it is no jinja.
@@ -197,12 +225,13 @@ def compiled(sources: tuple[tuple[str, str], ...], tokens: tuple[tuple[str, str]
 
 
 def template_source(own: Any, given: str | None, kind: str) -> str | Mapping[str, str]:
-    """Return the template to write chats with, as a tokenizer's `chat_template` holds it: one, or several by name.
+    """Return the template to write chats with, as a tokenizer's `chat_template` holds it: one, or
+    several by name.
 
     Args:
         own: the tokenizer's: a template, several by name, or None.
-        given: the name of one of the tokenizer's templates or of a built-in one, or a file of jinja; taken before the
-            tokenizer's.
+        given: the name of one of the tokenizer's templates or of a built-in one, or a file of
+            jinja; taken before the tokenizer's.
         kind: the format of the rows; instructions take alpaca's template where there is no other.
 
     Raises:
@@ -218,13 +247,18 @@ def template_source(own: Any, given: str | None, kind: str) -> str | Mapping[str
         return {name: source for name, source in named.items() if name in ("default", "tool_use")}
     if named:
         raise ConfigError(
-            f"data.chat_template: the tokenizer has several, none of them the default; set it to {_either(named)}"
+            "data.chat_template: the tokenizer has several, none of them the default; set it to"
+            f" {_either(named)}"
         )
     if kind == "instruction":
-        _log.info("the tokenizer has no chat template: instructions are written with the built-in 'alpaca'")
+        _log.info(
+            "the tokenizer has no chat template: instructions are written with the built-in"
+            " 'alpaca'"
+        )
         return BUILT_IN["alpaca"]
     raise ConfigError(
-        f"data.chat_template: the tokenizer has none; set it to {_either(BUILT_IN)}, or to a file of jinja"
+        f"data.chat_template: the tokenizer has none; set it to {_either(BUILT_IN)}, or to a file"
+        " of jinja"
     )
 
 
@@ -238,5 +272,6 @@ def _read_file(given: str, names: Sequence[str]) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(
-            f"data.chat_template: {given!r} is not one of {', '.join(names)}, and no file that can be read ({reason})"
+            f"data.chat_template: {given!r} is not one of {', '.join(names)}, and no file that can"
+            f" be read ({reason})"
         ) from None

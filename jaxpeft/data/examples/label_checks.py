@@ -1,4 +1,6 @@
-"""What is doubtful of the labels that rows hold: refused, or warned of, with the option that says what is meant."""
+"""What is doubtful of the labels that rows hold: refused, or warned of, with the option that says
+what is meant.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def whole(name: str) -> str:
 
 
 def plain(name: str) -> str:
-    """Return a name without how it is written: case, spaces, what joins its words, zeros before a number, the form of characters."""
+    """Return a name without how it is written: case, spaces, what joins its words, zeros before a
+    number, the form of characters.
+    """
     composed = unicodedata.normalize("NFKC", name)
     seen = "".join(one for one in composed if unicodedata.category(one) != "Cf")
     return unicodedata.normalize("NFKC", _BETWEEN.sub(" ", whole(seen.strip())).casefold())
@@ -79,10 +83,13 @@ class Found:
         groups: dict[str, list[str]] = {}
         for name in self.counts:
             groups.setdefault(_TRUTHS.get(plain(name), plain(name)), []).append(name)
-        if alike := [" and ".join(map(self.told, names)) for names in groups.values() if len(names) > 1]:
+        if alike := [
+            " and ".join(map(self.told, names)) for names in groups.values() if len(names) > 1
+        ]:
             raise DataError(
-                f"{self.name}: column {self.column!r} has labels that differ only in how they are written: "
-                f"{'; '.join(alike[:5])}; write them alike, or name each in data.labels if they are different classes"
+                f"{self.name}: column {self.column!r} has labels that differ only in how they are"
+                f" written: {'; '.join(alike[:5])}; write them alike, or name each in data.labels"
+                " if they are different classes"
             )
 
     def refuse_lists(self, sure: bool) -> None:
@@ -101,7 +108,9 @@ class Found:
                 doubtful += several if shared and len(several) > 1 else []
             if doubtful:
                 raise DataError(self._several(doubtful[0], separator))
-        bracketed = [name for name in self.counts if re.fullmatch(r"\s*[\[{(].*[\]})]\s*", name, re.DOTALL)]
+        bracketed = [
+            name for name in self.counts if re.fullmatch(r"\s*[\[{(].*[\]})]\s*", name, re.DOTALL)
+        ]
         if bracketed and not sure:
             raise DataError(self._several(bracketed[0], ","))
 
@@ -109,12 +118,15 @@ class Found:
         bare = "written without brackets and quotes, " if re.match(r"\s*[\[{(]", name) else ""
         point = "; write decimal numbers with a point" if separator == "," else ""
         return (
-            f"{self.name}: column {self.column!r} holds {self.told(name)}, which looks like several labels; {bare}they are told "
-            f"apart by data.label_separator={separator!r}; if it is one label, set data.problem='single_label'{point}"
+            f"{self.name}: column {self.column!r} holds {self.told(name)}, which looks like several"
+            f" labels; {bare}they are told apart by data.label_separator={separator!r}; if it is"
+            f" one label, set data.problem='single_label'{point}"
         )
 
     def refuse_wordless(self) -> None:
-        """Refuse a class without a letter or digit among words: it mostly means that there is no label."""
+        """Refuse a class without a letter or digit among words: it mostly means that there is no
+        label.
+        """
         wordless = [name for name in self.counts if not any(map(str.isalnum, name))]
         if wordless and any(any(map(str.isalpha, name)) for name in self.counts):
             raise DataError(self._unlabeled(wordless[0], "beside words mostly stands for no label"))
@@ -124,31 +136,54 @@ class Found:
 
     def warn_of_values(self, rows: int) -> None:
         """Warn of classes that are rather numbers or texts."""
-        decimal = [name for name in self.counts if (value := number(name)) is not None and not value.is_integer()]
+        decimal = [
+            name
+            for name in self.counts
+            if (value := number(name)) is not None and not value.is_integer()
+        ]
         other = [name for name in self.counts if number(name) is None]
         if decimal and other:
             _log.warning(
-                "%s: column %r: %s is a decimal number, %s is none, so that all are names of classes; set data.problem='regression' "
-                "if they are numbers", self.name, self.column, self.told(decimal[0]), self.told(other[0]),
-            )  # fmt: skip
+                "%s: column %r: %s is a decimal number, %s is none, so that all are names of"
+                " classes; set data.problem='regression' if they are numbers",
+                self.name,
+                self.column,
+                self.told(decimal[0]),
+                self.told(other[0]),
+            )
         elif len(self.counts) > max(_MANY, rows // 2):
             _log.warning(
-                "%s: column %r has %d different labels in %d rows, such as %s; name another column in data.columns if they are no "
-                "classes", self.name, self.column, len(self.counts), rows, self.told(next(iter(self.counts))),
-            )  # fmt: skip
+                "%s: column %r has %d different labels in %d rows, such as %s; name another column"
+                " in data.columns if they are no classes",
+                self.name,
+                self.column,
+                len(self.counts),
+                rows,
+                self.told(next(iter(self.counts))),
+            )
 
     def refuse_negative(self) -> None:
-        """Refuse -1 among classes that are counted from 0: it mostly means that there is no label."""
+        """Refuse -1 among classes that are counted from 0: it mostly means that there is no
+        label.
+        """
         others = set(self.counts) - {"-1"}
-        if "-1" not in self.counts or not all(map(DIGITS.fullmatch, others)) or others == {"1"} or not others:
+        if (
+            "-1" not in self.counts
+            or not all(map(DIGITS.fullmatch, others))
+            or others == {"1"}
+            or not others
+        ):
             return
         if others in ({"0"}, {"0", "1"}):
             _log.warning("%s", self._unlabeled("-1", "is taken for a class"))
         else:
-            raise DataError(self._unlabeled("-1", "beside classes counted from 0 mostly stands for no label"))
+            raise DataError(
+                self._unlabeled("-1", "beside classes counted from 0 mostly stands for no label")
+            )
 
     def _unlabeled(self, name: str, said: str) -> str:
         return (
-            f"{self.name}: column {self.column!r}: {self.told(name)} {said}; if it means none, set data.unlabeled=({excerpt(name)!r},), "
-            "if it is a class, name all classes in data.labels"
+            f"{self.name}: column {self.column!r}: {self.told(name)} {said}; if it means none, set"
+            f" data.unlabeled=({excerpt(name)!r},), if it is a class, name all classes in"
+            " data.labels"
         )

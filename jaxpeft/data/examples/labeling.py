@@ -38,8 +38,8 @@ class Labeling:
 
     Attributes:
         names: the name of each id; empty where the training rows are to tell them.
-        origin: who named them in this order, `data.labels` or the `config.json` of a base whose head is kept: whole numbers in
-            the rows are then ids. Empty where the rows told them.
+        origin: who named them in this order, `data.labels` or the `config.json` of a base whose
+            head is kept: whole numbers in the rows are then ids. Empty where the rows told them.
         problem: what that `config.json` says of the problem.
         separator: what stands between several labels of one string.
         unlabeled: values that stand for no label, beside -100.
@@ -69,16 +69,28 @@ class Labeling:
         )
 
     def problem_of(self, values: Sequence[Any]) -> ProblemType:
-        """Return the problem of labels: what the base says where they can be meant so, else what they look like."""
+        """Return the problem of labels: what the base says where they can be meant so, else what
+        they look like.
+        """
         guessed = "multi_label" if self.separator else guess_problem(values)
-        if self.problem == "regression" and guessed == "single_label" and None not in map(number, values):
+        if (
+            self.problem == "regression"
+            and guessed == "single_label"
+            and None not in map(number, values)
+        ):
             return "regression"
         if guessed == "regression" and self.origin == BY_USER:
             return "single_label"
-        return "multi_label" if guessed == "single_label" and self.problem == "multi_label" else guessed
+        return (
+            "multi_label"
+            if guessed == "single_label" and self.problem == "multi_label"
+            else guessed
+        )
 
     def id_of(self, name: str) -> int | None:
-        """Return the id of a label: by its name, or by its number where somebody said the order; None where there is none."""
+        """Return the id of a label: by its name, or by its number where somebody said the order;
+        None where there is none.
+        """
         if name in self.names:
             return self.names.index(name)
         given = whole(name)
@@ -89,7 +101,8 @@ class Labeling:
         return int(given) if int(given) < len(self.names) else None
 
     def reader(self, problem: ProblemType | None) -> Callable[[Any], Any]:
-        """Return a function from a cell to its id, its ids, or the id of each tag (`problem` None, -100 where nothing is learned).
+        """Return a function from a cell to its id, its ids, or the id of each tag (`problem` None,
+        -100 where nothing is learned).
 
         The function raises `RowError` where the cell is no label, or not one of these.
         """
@@ -103,14 +116,20 @@ class Labeling:
 
         if problem is None:
             return lambda value: [
-                IGNORED if name == NO_LABEL else known(name) for name in self.names_of(value, problem)
+                IGNORED if name == NO_LABEL else known(name)
+                for name in self.names_of(value, problem)
             ]
         if problem == "single_label":
             return lambda value: known(*self.names_of(value, problem))
-        return self._vector if self.vectors else lambda value: [known(name) for name in self.names_of(value, problem)]
+        return (
+            self._vector
+            if self.vectors
+            else lambda value: [known(name) for name in self.names_of(value, problem)]
+        )
 
     def names_of(self, value: Any, problem: ProblemType | None) -> list[str]:
-        """Return the names that a cell holds; of tags (`problem` None) those of all words, -100 where nothing is learned.
+        """Return the names that a cell holds; of tags (`problem` None) those of all words, -100
+        where nothing is learned.
 
         Raises:
             RowError: it is no label, no list of labels, or stands for none.
@@ -136,11 +155,15 @@ class Labeling:
             return self
         if len(self.names) not in (0, size):
             raise RowError(
-                f"holds lists of {size} numbers 0 or 1, and {self.origin} has {len(self.names)} labels",
+                f"holds lists of {size} numbers 0 or 1, and {self.origin} has {len(self.names)}"
+                " labels",
                 f"give one number for each label, or name the {size} labels in data.labels",
             )
         if not self.names:
-            _log.info("labels are lists of %d numbers 0 or 1: read by position; data.labels names them", size)
+            _log.info(
+                "labels are lists of %d numbers 0 or 1: read by position; data.labels names them",
+                size,
+            )
         return dataclasses.replace(self, vectors=True, names=self.names or _numbered(size))
 
     def _vector(self, value: Any) -> list[int]:
@@ -154,10 +177,13 @@ class Labeling:
 
     def _unknown(self, name: str) -> RowError:
         where = f" of {self.origin}" if self.origin else ""
-        counted = ", which are counted from 0" if self.origin and DIGITS.fullmatch(whole(name)) else ""
+        counted = (
+            ", which are counted from 0" if self.origin and DIGITS.fullmatch(whole(name)) else ""
+        )
         hint = nearest(name, self.names).removeprefix("; ")
         return RowError(
-            f"holds {excerpt(name)!r}, which is not one of the {len(self.names)} labels known{where}{counted}",
+            f"holds {excerpt(name)!r}, which is not one of the {len(self.names)} labels"
+            f" known{where}{counted}",
             hint or "correct it or leave it out",
         )
 
@@ -187,8 +213,9 @@ def labeling_of(options: DataConfig, head: BaseHead | None) -> Labeling:
     ours, theirs = list(map(plain, own.names)), list(map(plain, head.names))
     if ours != theirs and sorted(ours) == sorted(theirs):
         raise ConfigError(
-            f"data.labels: {', '.join(own.names)}, but the base's head, which is kept, has its classes in the order "
-            f"{', '.join(head.names)} ({head.file}); write them in that order, or leave data.labels out"
+            f"data.labels: {', '.join(own.names)}, but the base's head, which is kept, has its"
+            f" classes in the order {', '.join(head.names)} ({head.file}); write them in that"
+            " order, or leave data.labels out"
         )
     if ours != theirs and head.names:
         _log.warning(
@@ -199,7 +226,9 @@ def labeling_of(options: DataConfig, head: BaseHead | None) -> Labeling:
     return dataclasses.replace(own, problem=head.problem)
 
 
-def learn(labeling: Labeling, rows: Rows, column: str, problem: ProblemType | None, *, sure: bool = False) -> Labeling:
+def learn(
+    labeling: Labeling, rows: Rows, column: str, problem: ProblemType | None, *, sure: bool = False
+) -> Labeling:
     """Return how the labels of a run are read, told from its training rows.
 
     Args:
@@ -210,11 +239,14 @@ def learn(labeling: Labeling, rows: Rows, column: str, problem: ProblemType | No
         sure: whether the user said that it is this problem.
 
     Raises:
-        DataError: labels that one would not tell apart, that stand for none or for several, or that the base does not have.
+        DataError: labels that one would not tell apart, that stand for none or for several, or that
+            the base does not have.
     """
     if labeling.vectors or (labeling.names and labeling.origin == BY_USER):
         return labeling
-    found = Found.read(rows, column, [_names(record.get(column), problem, labeling) for record in rows.records])
+    found = Found.read(
+        rows, column, [_names(record.get(column), problem, labeling) for record in rows.records]
+    )
     if labeling.names and _has_all(labeling, found):
         return labeling
     if problem is not None:
@@ -228,7 +260,9 @@ def learn(labeling: Labeling, rows: Rows, column: str, problem: ProblemType | No
     return dataclasses.replace(labeling, names=sort_names(found.counts), origin="")
 
 
-def labeled(rows: Rows, column: str, unlabeled: Sequence[str], problem: ProblemType | None = None) -> Rows:
+def labeled(
+    rows: Rows, column: str, unlabeled: Sequence[str], problem: ProblemType | None = None
+) -> Rows:
     """Return the rows that have a label; how many have none is logged.
 
     Args:
@@ -247,7 +281,10 @@ def labeled(rows: Rows, column: str, unlabeled: Sequence[str], problem: ProblemT
     if len(kept) == len(rows):
         return rows
     first = rows.where(next(i for i, value in enumerate(values) if not has_label(value, none)))
-    said = f"column {column!r}: {len(rows) - len(kept)} of {len(rows)} rows have no label, the first is {first}"
+    said = (
+        f"column {column!r}: {len(rows) - len(kept)} of {len(rows)} rows have no label, the first"
+        f" is {first}"
+    )
     if not kept:
         raise DataError(f"{rows.name}: {said}; give rows that have one")
     _log.warning("%s: %s; they are left out", rows.name, said)
@@ -263,7 +300,11 @@ def _names(value: Any, problem: ProblemType | None, labeling: Labeling) -> list[
 
 
 def _is_vector(cell: Any, size: int) -> bool:
-    return isinstance(cell, list) and len(cell) == size and all(one in (0, 1, "0", "1") for one in cell)
+    return (
+        isinstance(cell, list)
+        and len(cell) == size
+        and all(one in (0, 1, "0", "1") for one in cell)
+    )
 
 
 def _numbered(size: int) -> tuple[str, ...]:
@@ -276,7 +317,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _has_all(labeling: Labeling, found: Found) -> bool:
-    """Return whether a base's head has all labels of the rows; one that only counts its classes has those up to its last."""
+    """Return whether a base's head has all labels of the rows; one that only counts its classes has
+    those up to its last.
+    """
     size = len(labeling.names)
     if any(labeling.id_of(name) is None for name in found.counts):
         return False
@@ -284,23 +327,30 @@ def _has_all(labeling: Labeling, found: Found) -> bool:
         return str(size - 1) in found.counts
     if found.counts and not found.counts.keys() & set(labeling.names):
         order = ", ".join(f"{i} {name}" for i, name in enumerate(labeling.names))
-        _log.warning("%s: labels are numbers, taken as the ids of %s: %s", found.name, labeling.origin, order)
+        _log.warning(
+            "%s: labels are numbers, taken as the ids of %s: %s", found.name, labeling.origin, order
+        )
     return True
 
 
 def _refuse_for_head(labeling: Labeling, found: Found) -> None:
-    """Refuse labels that a base's head, which is kept, does not have; those of another task make a head of their own.
+    """Refuse labels that a base's head, which is kept, does not have; those of another task make a
+    head of their own.
 
     Raises:
-        DataError: some labels are the head's and some are not, or the head has as many of other names.
+        DataError: some labels are the head's and some are not, or the head has as many of other
+            names.
     """
     size, names = len(labeling.names), sort_names(found.counts)
     if labeling.names == _numbered(size):
         if len(names) == size:
             _log.warning(
-                "%s: the head of the base is kept, and %s does not name its classes: they are taken in the order %s; say another in "
-                "data.labels", found.name, labeling.origin, ", ".join(names),
-            )  # fmt: skip
+                "%s: the head of the base is kept, and %s does not name its classes: they are taken"
+                " in the order %s; say another in data.labels",
+                found.name,
+                labeling.origin,
+                ", ".join(names),
+            )
         return
     known = set(map(plain, labeling.names))
     if len(names) != size and not any(plain(name) in known for name in names):
@@ -308,7 +358,8 @@ def _refuse_for_head(labeling: Labeling, found: Found) -> None:
     missing = next(name for name in names if labeling.id_of(name) is None)
     hint = nearest(missing, labeling.names)
     raise DataError(
-        f"{found.name}: column {found.column!r} has the labels {_listed(names)}, and the head of the base, which is kept, has "
-        f"{_listed(labeling.names)} ({labeling.origin}): {excerpt(missing)!r} is none of them{hint}; write its names or their numbers, or "
-        "name your own classes, in the order of the head's where they are the same, in data.labels"
+        f"{found.name}: column {found.column!r} has the labels {_listed(names)}, and the head of"
+        f" the base, which is kept, has {_listed(labeling.names)} ({labeling.origin}):"
+        f" {excerpt(missing)!r} is none of them{hint}; write its names or their numbers, or name"
+        " your own classes, in the order of the head's where they are the same, in data.labels"
     )

@@ -17,7 +17,9 @@ NO_LABEL = "-100"
 
 _LARGEST = float(np.finfo(np.float32).max)
 _INTEGER = re.compile(r"-?[0-9]+")
-_WRITTEN = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?")  # as programs write numbers: 4.5, 1e-05; not 1_0 or 1e3
+_WRITTEN = re.compile(
+    r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?"
+)  # as programs write numbers: 4.5, 1e-05; not 1_0 or 1e3
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
@@ -40,7 +42,9 @@ def label_name(value: Any) -> str:
 def is_missing(value: Any) -> bool:
     """Return whether a cell is empty: null, blank or NaN."""
     return (
-        value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, float) and value != value)
     )
 
 
@@ -53,7 +57,9 @@ def has_label(value: Any, unlabeled: Collection[str]) -> bool:
     """
     if is_missing(value):
         return "" not in unlabeled
-    if not isinstance(value, str | int | float) or (isinstance(value, float) and not value.is_integer()):
+    if not isinstance(value, str | int | float) or (
+        isinstance(value, float) and not value.is_integer()
+    ):
         return True
     return label_name(value) not in unlabeled
 
@@ -67,7 +73,8 @@ def label_list(value: Any) -> list[str]:
     if not isinstance(value, list):
         raise RowError(
             f"holds a {type(value).__name__}, not a list of labels",
-            "write it as a list, or set data.label_separator to what stands between the labels of a string",
+            "write it as a list, or set data.label_separator to what stands between the labels of a"
+            " string",
         )
     names = [label_name(item) for item in value]
     none = (NO_LABEL, "-1")
@@ -88,7 +95,9 @@ def tag_list(value: Any, unlabeled: Collection[str] = ()) -> list[str]:
     """
     if not isinstance(value, list):
         raise _wrong(value, "a list of labels")
-    return [label_name(item) if has_label(item, (*unlabeled, NO_LABEL)) else NO_LABEL for item in value]
+    return [
+        label_name(item) if has_label(item, (*unlabeled, NO_LABEL)) else NO_LABEL for item in value
+    ]
 
 
 def label_float(value: Any) -> float:
@@ -105,18 +114,25 @@ def label_float(value: Any) -> float:
     except (ValueError, OverflowError):
         raise _wrong(value, "a number") from None
     if not math.isfinite(number):
-        raise RowError(f"holds {value!r}, which is not finite", "give a finite number or leave the row out")
+        raise RowError(
+            f"holds {value!r}, which is not finite", "give a finite number or leave the row out"
+        )
     if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
         raise RowError(f"holds {value!r}, not a number", "write it in digits, with a point")
     if abs(number) > _LARGEST:
-        raise RowError(f"holds {value!r}, beyond what float32 holds", "scale the targets, such as by their logarithm")
+        raise RowError(
+            f"holds {value!r}, beyond what float32 holds",
+            "scale the targets, such as by their logarithm",
+        )
     return number
 
 
 def guess_problem(values: Iterable[Any]) -> ProblemType:
-    """Tell the problem from the labels of the training split: lists, numbers that are not all whole, or anything else.
+    """Tell the problem from the labels of the training split: lists, numbers that are not all
+    whole, or anything else.
 
-    Numbers count as numbers also where a CSV file gives them as strings; whole ones, `1.0` too, are the names of classes.
+    Numbers count as numbers also where a CSV file gives them as strings; whole ones, `1.0` too, are
+    the names of classes.
     """
     given = [value for value in values if not is_missing(value)]
     if {type(value) for value in given} == {list}:
@@ -127,7 +143,9 @@ def guess_problem(values: Iterable[Any]) -> ProblemType:
 
 
 def number(value: Any) -> float | None:
-    """Return a cell as a number, None where it is none; strings such as `1_0` or `1e3` only look like one."""
+    """Return a cell as a number, None where it is none; strings such as `1_0` or `1e3` only look
+    like one.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and not _WRITTEN.fullmatch(value):
@@ -160,7 +178,9 @@ LEAVE_OUT = "correct it, or leave such rows out with data.unlabeled=('',)"
 
 def _refuse_missing(value: Any, wanted: str) -> None:
     if is_missing(value):
-        kind = "nothing" if value is None else "an empty string" if isinstance(value, str) else "NaN"
+        kind = (
+            "nothing" if value is None else "an empty string" if isinstance(value, str) else "NaN"
+        )
         raise RowError(f"holds {kind}, not {wanted}", LEAVE_OUT)
 
 
@@ -170,7 +190,8 @@ def _wrong(value: Any, wanted: str) -> RowError:
 
 
 def label_array(ids: Sequence[Any], problem: ProblemType, size: int) -> np.ndarray:
-    """Return the labels of rows, `[n]` int32 ids, `[n]` float32 of a regression, or `[n, size]` float32 of several a row.
+    """Return the labels of rows, `[n]` int32 ids, `[n]` float32 of a regression, or `[n, size]`
+    float32 of several a row.
 
     Args:
         ids: of each row its id, its number, or its ids.

@@ -48,10 +48,11 @@ class Examples:
     Attributes:
         kind: the format of the rows.
         problem: of a classification, else None.
-        texts: one an example: a string, a list of words of a token classification, a dialog or a preference pair.
+        texts: one an example: a string, a list of words of a token classification, a dialog or a
+            preference pair.
         pairs: the second text of each example, None where there is none.
-        labels: single_label int32 [n]; multi_label float32 [n, labels]; regression float32 [n]; token classification
-            one int32 [words] an example; None for text.
+        labels: single_label int32 [n]; multi_label float32 [n, labels]; regression float32 [n];
+            token classification one int32 [words] an example; None for text.
         labeling: the name of each label id, from the training split, and how labels are read.
         columns: the columns that were used.
         rows: where they come from.
@@ -100,17 +101,19 @@ def make_examples(
     Args:
         rows: the rows of one split.
         kind: the format of the rows.
-        problem: of a classification; found from the labels where not given (lists: multi_label, numbers with a point:
-            regression, else single_label; numbers that a CSV holds are strings, hence single_label).
+        problem: of a classification; found from the labels where not given (lists: multi_label,
+            numbers with a point: regression, else single_label; numbers that a CSV holds are
+            strings, hence single_label).
         columns: the columns to use; those not given are found by their usual names.
-        labels: the names of the classes, in their order, or more that is known of them; the names are those of the rows,
-            sorted, where not given.
-        like: the training split's examples, where these are of another split: its problem, columns and labels
-            are used, and a label that it does not have is refused.
+        labels: the names of the classes, in their order, or more that is known of them; the names
+            are those of the rows, sorted, where not given.
+        like: the training split's examples, where these are of another split: its problem, columns
+            and labels are used, and a label that it does not have is refused.
 
     Raises:
         ConfigError: `kind` or `problem` is not one of those above.
-        DataError: columns are missing or ambiguous, or rows have missing, mistyped, empty or unknown fields.
+        DataError: columns are missing or ambiguous, or rows have missing, mistyped, empty or
+            unknown fields.
     """
     _check_names(kind, problem)
     asked = columns or (like.columns if like is not None else Columns())
@@ -131,13 +134,27 @@ def make_examples(
     labeling = _labeling(labels, like)
     if kind == "classification":
         problem = problem or (like.problem if like is not None else None)
-        sure, problem = problem is not None, problem or labeling.problem_of(_cells(rows, found.label))
-        ids, labeling = _labels(rows, found.label, problem, labeling, problems, known=like is not None, sure=sure)
+        sure, problem = (
+            problem is not None,
+            problem or labeling.problem_of(_cells(rows, found.label)),
+        )
+        ids, labeling = _labels(
+            rows, found.label, problem, labeling, problems, known=like is not None, sure=sure
+        )
     else:
         ids, labeling = _labels(rows, found.label, None, labeling, problems, known=like is not None)
         _check_lengths(rows, texts, ids, problems)
     problems.raise_if_any()
-    return Examples(kind, problem, texts, pairs, _arrays(ids, problem, len(labeling.names)), labeling, found, rows)
+    return Examples(
+        kind,
+        problem,
+        texts,
+        pairs,
+        _arrays(ids, problem, len(labeling.names)),
+        labeling,
+        found,
+        rows,
+    )
 
 
 def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:
@@ -164,7 +181,8 @@ def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:
 
 
 def join(parts: Sequence[Examples]) -> Examples:
-    """Put examples of several sources behind one another; different formats of dialogs become chats.
+    """Put examples of several sources behind one another; different formats of dialogs become
+    chats.
 
     Args:
         parts: at least one; of one problem and one label list.
@@ -177,9 +195,14 @@ def join(parts: Sequence[Examples]) -> Examples:
     kinds = {part.kind for part in parts}
     told = ", ".join(f"{part.rows.name} ({part.kind})" for part in parts)
     if len(kinds) > 1 and not kinds <= CHATS:
-        raise DataError(f"{told}: these formats cannot be trained on together; leave one out, or set data.format")
+        raise DataError(
+            f"{told}: these formats cannot be trained on together; leave one out, or set"
+            " data.format"
+        )
     if len({part.pairs is None for part in parts}) > 1:
-        raise DataError(f"{told}: some have a second text, others none; name the columns, or leave one out")
+        raise DataError(
+            f"{told}: some have a second text, others none; name the columns, or leave one out"
+        )
     first, labels = parts[0], [part.labels for part in parts]
     joined: Any = labels[0]
     if isinstance(joined, list):
@@ -191,7 +214,9 @@ def join(parts: Sequence[Examples]) -> Examples:
         first,
         kind=first.kind if len(kinds) == 1 else "messages",
         texts=[text for part in parts for text in part.texts],
-        pairs=None if first.pairs is None else [pair for part in parts for pair in part.pairs or ()],
+        pairs=(
+            None if first.pairs is None else [pair for part in parts for pair in part.pairs or ()]
+        ),
         labels=joined,
         columns=first.columns if len({part.columns for part in parts}) == 1 else Columns(),
         rows=rows.remade(*(part.sha256 for part in parts)),  # each may have columns of its own
@@ -201,11 +226,16 @@ def join(parts: Sequence[Examples]) -> Examples:
 def _check_names(kind: str, problem: str | None) -> None:
     problems = [
         f"{field}={value!r} is not one of {', '.join(known)}{nearest(value, known)}"
-        for field, value, known in (("kind", kind, get_args(Kind)), ("problem", problem, get_args(ProblemType)))
+        for field, value, known in (
+            ("kind", kind, get_args(Kind)),
+            ("problem", problem, get_args(ProblemType)),
+        )
         if value is not None and value not in known
     ]
     if problem is not None and kind != "classification":
-        problems.append(f"problem={problem!r} is for kind='classification', not {kind!r}; remove it")
+        problems.append(
+            f"problem={problem!r} is for kind='classification', not {kind!r}; remove it"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -225,11 +255,15 @@ def _column(
                 raise RowError("is missing", fix)
             values.append(read(record[column or ""]))
         except RowError as fault:
-            problems.add(rows.where(i), f"field {column!r} {fault.fault}", _shown(record), fault.fix)
+            problems.add(
+                rows.where(i), f"field {column!r} {fault.fault}", _shown(record), fault.fix
+            )
     return values
 
 
-def _dialogs(rows: Rows, columns: Columns, read: Callable[[Record, Columns], Text], problems: Problems) -> list[Text]:
+def _dialogs(
+    rows: Rows, columns: Columns, read: Callable[[Record, Columns], Text], problems: Problems
+) -> list[Text]:
     values: list[Text] = []
     for i, record in enumerate(rows.records):
         try:
@@ -245,14 +279,20 @@ def _shown(record: dict[str, Any]) -> str:
 
 def _words(value: Any) -> list[str]:
     if not isinstance(value, list) or not value:
-        raise RowError("holds no list of words", 'write it as ["word", ...], such as in JSONL or parquet')
+        raise RowError(
+            "holds no list of words", 'write it as ["word", ...], such as in JSONL or parquet'
+        )
     return [read_text(word) for word in value]
 
 
 def _labeling(labels: Labeling | Sequence[str], like: Examples | None) -> Labeling:
     if like is not None:
         return like.labeling
-    return labels if isinstance(labels, Labeling) else Labeling(tuple(labels), BY_USER if labels else "")
+    return (
+        labels
+        if isinstance(labels, Labeling)
+        else Labeling(tuple(labels), BY_USER if labels else "")
+    )
 
 
 def _cells(rows: Rows, column: str | None) -> list[Any]:
@@ -260,12 +300,22 @@ def _cells(rows: Rows, column: str | None) -> list[Any]:
 
 
 def _labels(
-    rows: Rows, column: str | None, problem: ProblemType | None, labeling: Labeling, problems: Problems, *, known: bool,
+    rows: Rows,
+    column: str | None,
+    problem: ProblemType | None,
+    labeling: Labeling,
+    problems: Problems,
+    *,
+    known: bool,
     sure: bool = False,
-) -> tuple[list[Any], Labeling]:  # fmt: skip
-    """Return the ids or the float of every row, and how they were read; of tags (`problem` None) the ids of every word."""
+) -> tuple[list[Any], Labeling]:
+    """Return the ids or the float of every row, and how they were read; of tags (`problem` None)
+    the ids of every word.
+    """
     if problem == "regression":
-        return _column(rows, column, label_float, problems, LEAVE_OUT), dataclasses.replace(labeling, names=())
+        return _column(rows, column, label_float, problems, LEAVE_OUT), dataclasses.replace(
+            labeling, names=()
+        )
     if not known and problem == "multi_label":
         try:
             labeling = labeling.seen(_cells(rows, column))
@@ -282,14 +332,21 @@ def _labels(
     return _column(rows, column, labeling.reader(problem), problems, LEAVE_OUT), labeling
 
 
-def _check_enough(rows: Rows, column: str | None, names: Sequence[str], problem: ProblemType | None) -> None:
+def _check_enough(
+    rows: Rows, column: str | None, names: Sequence[str], problem: ProblemType | None
+) -> None:
     least = 1 if problem == "multi_label" else 2
     if len(names) < least:
         shown = ", ".join(names) or "none"
-        raise DataError(f"{rows.name}: column {column!r} has the labels {shown}; a classifier needs {least} or more")
+        raise DataError(
+            f"{rows.name}: column {column!r} has the labels {shown}; a classifier needs {least} or"
+            " more"
+        )
 
 
-def _check_lengths(rows: Rows, words: Sequence[Any], tags: Sequence[Any], problems: Problems) -> None:
+def _check_lengths(
+    rows: Rows, words: Sequence[Any], tags: Sequence[Any], problems: Problems
+) -> None:
     if problems.total:
         return
     for i, (of_words, of_tags) in enumerate(zip(words, tags, strict=True)):
@@ -298,7 +355,9 @@ def _check_lengths(rows: Rows, words: Sequence[Any], tags: Sequence[Any], proble
             problems.add(rows.where(i), fault, _shown(rows.records[i]), "give each word one tag")
 
 
-def _arrays(labels: list[Any], problem: ProblemType | None, size: int) -> np.ndarray | list[np.ndarray]:
+def _arrays(
+    labels: list[Any], problem: ProblemType | None, size: int
+) -> np.ndarray | list[np.ndarray]:
     if problem is None:
         return [np.asarray(tags, np.int32) for tags in labels]
     return label_array(labels, problem, size)

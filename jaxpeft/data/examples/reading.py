@@ -1,4 +1,6 @@
-"""From the data options of a config to the examples of three splits: sources read, drawn, held out and mixed."""
+"""From the data options of a config to the examples of three splits: sources read, drawn, held out
+and mixed.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,11 @@ _KINDS: Mapping[str, Kind] = {
 }
 
 
-def read_examples(config: Config, source: Source | None = None) -> tuple[Examples, Examples, Examples]:
-    """Read the rows of the three splits; the validation split stands for a test split that is not given.
+def read_examples(
+    config: Config, source: Source | None = None
+) -> tuple[Examples, Examples, Examples]:
+    """Read the rows of the three splits; the validation split stands for a test split that is not
+    given.
 
     Args:
         config: of the run.
@@ -40,10 +45,13 @@ def read_examples(config: Config, source: Source | None = None) -> tuple[Example
         DataError: rows cannot be used.
     """
     options = config.data
-    told = [recognize(config, read_source(path, "train", config), tell=True) for path in options.sources]
+    told = [
+        recognize(config, read_source(path, "train", config), tell=True) for path in options.sources
+    ]
     sources = [rows for rows, _ in told]
     kinds: list[Kind] = [kind for _, kind in told]
-    # labels are those of all rows: which of them are drawn to be trained on or held out must not change the classes
+    # labels are those of all rows: which of them are drawn to be trained on or held out must not
+    # change the classes
     whole = None
     if kinds[0] not in GENERATIVE:
         labeling = labeling_of(config.data, _head(config, source))
@@ -54,21 +62,34 @@ def read_examples(config: Config, source: Source | None = None) -> tuple[Example
         pairs = [_held_out(rows, kind, config) for rows, kind in zip(sources, kinds, strict=True)]
         sources, held = [kept for kept, _ in pairs], [out for _, out in pairs]
     sources = mix(sources, options.weights, config.train.seed)
-    train = join([_examples(rows, kind, config, whole) for rows, kind in zip(sources, kinds, strict=True)])
+    train = join(
+        [_examples(rows, kind, config, whole) for rows, kind in zip(sources, kinds, strict=True)]
+    )
     if not held:
         return train, *read_held(config, whole or train)
-    validation = join([_examples(rows, kind, config, whole) for rows, kind in zip(held, kinds, strict=True)])
+    validation = join(
+        [_examples(rows, kind, config, whole) for rows, kind in zip(held, kinds, strict=True)]
+    )
     return train, validation, _test(config, whole or train, validation)
 
 
 def _joined(sources: Sequence[Rows], kind: Kind, config: Config) -> Rows:
-    """Put the rows of all sources behind one another; where their columns have other names, under the names of the fields."""
-    found = [find_columns(rows.columns(), columns_of(config, kind), kind, rows.name).given() for rows in sources]
+    """Put the rows of all sources behind one another; where their columns have other names, under
+    the names of the fields.
+    """
+    found = [
+        find_columns(rows.columns(), columns_of(config, kind), kind, rows.name).given()
+        for rows in sources
+    ]
     if all(of == found[0] for of in found):
         return Rows.join(sources, _name(sources))
     renamed = [
         rows.remade(
-            "fields", records=[{field: record.get(column) for field, column in of.items()} for record in rows.records]
+            "fields",
+            records=[
+                {field: record.get(column) for field, column in of.items()}
+                for record in rows.records
+            ],
         )
         for rows, of in zip(sources, found, strict=True)
     ]
@@ -79,7 +100,9 @@ def _head(config: Config, source: Source | None) -> BaseHead | None:
     return None if source is None else read_head(source, config.model.task)
 
 
-def read_held(config: Config, like: Examples | None, source: Source | None = None) -> tuple[Examples, Examples]:
+def read_held(
+    config: Config, like: Examples | None, source: Source | None = None
+) -> tuple[Examples, Examples]:
     """Read the validation and the test rows; the first stand for a test split that is not given.
 
     Args:
@@ -97,14 +120,22 @@ def read_held(config: Config, like: Examples | None, source: Source | None = Non
 
 
 def _test(config: Config, like: Examples | None, validation: Examples) -> Examples:
-    """Read the test rows: those that are named, or in the folder of the training rows or beside it, else the validation rows."""
+    """Read the test rows: those that are named, or in the folder of the training rows or beside it,
+    else the validation rows.
+    """
     options = config.data
     if options.test:
         return _other(options.test, "test", config, like)
     folder = Path(options.sources[0]).expanduser()
-    beside = {split: split_beside(folder, split) for split in ("validation", "test")} if folder.is_dir() else {}
+    beside = (
+        {split: split_beside(folder, split) for split in ("validation", "test")}
+        if folder.is_dir()
+        else {}
+    )
     if (path := beside.get("validation")) and not options.validation:
-        _log.info("%s: has validation rows, which are not used; data.validation=%s takes them", path, path)
+        _log.info(
+            "%s: has validation rows, which are not used; data.validation=%s takes them", path, path
+        )
     path = beside.get("test")
     if path is None or len(options.sources) > 1:
         return validation
@@ -112,12 +143,16 @@ def _test(config: Config, like: Examples | None, validation: Examples) -> Exampl
     try:
         return _other(str(path), "test", config, like)
     except DataError as error:
-        why = f"{path}: its test rows are taken since data.test is not set; name others there, or a file in data.train"
+        why = (
+            f"{path}: its test rows are taken since data.test is not set; name others there, or a"
+            " file in data.train"
+        )
         raise DataError([*error.problems, why]) from error
 
 
 def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Rows]:
-    """Take rows of each source in the proportion of the weights: as many as there can be without one taken twice.
+    """Take rows of each source in the proportion of the weights: as many as there can be without
+    one taken twice.
 
     Args:
         sources: rows of each source.
@@ -134,8 +169,15 @@ def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Ro
     for i, (rows, weight) in enumerate(zip(sources, weights, strict=True)):
         count = min(len(rows), round(scale * weight))
         if count == 0:
-            raise ConfigError(f"data.weights: {weight} leaves no row of {rows.name}; raise it, or leave the source out")
-        taken.append(rows if count == len(rows) else rows.take(sorted(order(len(rows), seed, i)[:count].tolist())))
+            raise ConfigError(
+                f"data.weights: {weight} leaves no row of {rows.name}; raise it, or leave the"
+                " source out"
+            )
+        taken.append(
+            rows
+            if count == len(rows)
+            else rows.take(sorted(order(len(rows), seed, i)[:count].tolist()))
+        )
         _log.info("%s: %d of %d rows", rows.name, count, len(rows))
     return taken
 
@@ -159,15 +201,20 @@ def recognize(config: Config, rows: Rows, *, tell: bool = False) -> tuple[Rows, 
 
 
 def tell_unread(config: Config, rows: Rows, kind: Kind) -> None:
-    """Log, in one line, which columns of a source are not read; a warning where one may be missed."""
+    """Log, in one line, which columns of a source are not read; a warning where one may be
+    missed.
+    """
     found = find_columns(rows.columns(), columns_of(config, kind), kind, rows.name)
     told, missed = unread(filled(rows), found, kind)
     if told:
         _log.log(logging.WARNING if missed else logging.INFO, "%s: %s", rows.name, told)
 
 
-def cut(config: Config, rows: Rows, kind: Kind, columns: Columns | None = None) -> tuple[Rows, Kind]:
-    """Return rows of a format with their format; texts that hold the separator become prompts with completions.
+def cut(
+    config: Config, rows: Rows, kind: Kind, columns: Columns | None = None
+) -> tuple[Rows, Kind]:
+    """Return rows of a format with their format; texts that hold the separator become prompts with
+    completions.
 
     Rows of a classification that have no label are left out.
 
@@ -189,10 +236,14 @@ def cut(config: Config, rows: Rows, kind: Kind, columns: Columns | None = None) 
 
 
 def columns_of(config: Config, kind: Kind) -> Columns:
-    """Return the columns that the config names; of texts that were cut, the text has none any more."""
+    """Return the columns that the config names; of texts that were cut, the text has none any
+    more.
+    """
     named = config.data.columns
     cut = kind == "prompt_completion" and config.data.separator
-    return Columns(**{field: column for field, column in named.items() if not (cut and field == "text")})
+    return Columns(
+        **{field: column for field, column in named.items() if not (cut and field == "text")}
+    )
 
 
 def kind_of(config: Config, rows: Rows) -> Kind:
@@ -205,7 +256,10 @@ def kind_of(config: Config, rows: Rows) -> Kind:
     task, given = config.model.task, config.data.format
     if task in _KINDS:
         if given != "auto":
-            raise ConfigError(f"data.format: {given!r} is for task 'causal_lm', task is {task!r}; set it to 'auto'")
+            raise ConfigError(
+                f"data.format: {given!r} is for task 'causal_lm', task is {task!r}; set it to"
+                " 'auto'"
+            )
         return _KINDS[task]
     kind = given
     if kind == "auto":
@@ -224,7 +278,13 @@ def read_source(path: str, split: str, config: Config) -> Rows:
     """
     layout = layout_of(config)
     if is_hub_id(path):
-        return read_rows(path, split=split, config=config.data.subset, revision=config.data.revision, layout=layout)
+        return read_rows(
+            path,
+            split=split,
+            config=config.data.subset,
+            revision=config.data.revision,
+            layout=layout,
+        )
     return read_rows(path, split=split if Path(path).expanduser().is_dir() else None, layout=layout)
 
 
@@ -233,7 +293,9 @@ def layout_of(config: Config) -> FileOptions:
     data = config.data
     columns = tuple(data.columns.values())
     most = round(data.most_gib * GIB)
-    return FileOptions(data.encoding, data.delimiter, data.quoting, data.header, data.field, columns, most)
+    return FileOptions(
+        data.encoding, data.delimiter, data.quoting, data.header, data.field, columns, most
+    )
 
 
 def _problem(config: Config) -> ProblemType | None:
@@ -241,14 +303,25 @@ def _problem(config: Config) -> ProblemType | None:
 
 
 def _examples(
-    rows: Rows, kind: Kind, config: Config, like: Examples | None = None, labeling: Labeling | None = None
+    rows: Rows,
+    kind: Kind,
+    config: Config,
+    like: Examples | None = None,
+    labeling: Labeling | None = None,
 ) -> Examples:
     return make_examples(
-        rows, kind=kind, problem=_problem(config), columns=columns_of(config, kind), labels=labeling or (), like=like
+        rows,
+        kind=kind,
+        problem=_problem(config),
+        columns=columns_of(config, kind),
+        labels=labeling or (),
+        like=like,
     )
 
 
-def _other(path: str, split: str, config: Config, like: Examples | None, labeling: Labeling | None = None) -> Examples:
+def _other(
+    path: str, split: str, config: Config, like: Examples | None, labeling: Labeling | None = None
+) -> Examples:
     """Read another split; its columns are those of the training rows, or found as theirs were."""
     rows = read_source(path, split, config)
     if config.data.separator:
@@ -259,7 +332,9 @@ def _other(path: str, split: str, config: Config, like: Examples | None, labelin
     same = bool(columns) and columns <= set(rows.columns())
     if like.kind not in GENERATIVE:
         own = like.columns if same else columns_of(config, like.kind)
-        return make_examples(cut(config, rows, like.kind, own)[0], kind=like.kind, columns=own, like=like)
+        return make_examples(
+            cut(config, rows, like.kind, own)[0], kind=like.kind, columns=own, like=like
+        )
     if same:
         return make_examples(rows, kind=like.kind, like=like)
     return _examples(rows, kind_of(config, rows), config)

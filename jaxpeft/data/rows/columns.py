@@ -1,4 +1,6 @@
-"""Which columns hold what: named by the user, or found by their usual names; and with them the format of the rows."""
+"""Which columns hold what: named by the user, or found by their usual names; and with them the
+format of the rows.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,21 @@ from jaxpeft.data.rows.roles import role
 from jaxpeft.errors import DataError, nearest
 
 Kind = Literal[
-    "classification", "token_classification", "text", "prompt_completion", "instruction", "messages", "preference"
+    "classification",
+    "token_classification",
+    "text",
+    "prompt_completion",
+    "instruction",
+    "messages",
+    "preference",
 ]
-GENERATIVE: tuple[Kind, ...] = ("text", "prompt_completion", "instruction", "messages", "preference")
+GENERATIVE: tuple[Kind, ...] = (
+    "text",
+    "prompt_completion",
+    "instruction",
+    "messages",
+    "preference",
+)
 PAIRS = (
     ("text", "text_pair"),
     ("sentence1", "sentence2"),
@@ -24,7 +38,18 @@ PAIRS = (
     ("question", "passage"),
     ("query", "document"),
 )
-TEXTS = ("text", "sentence", "question", "query", "content", "review", "utterance", "document", "tweet", "input")
+TEXTS = (
+    "text",
+    "sentence",
+    "question",
+    "query",
+    "content",
+    "review",
+    "utterance",
+    "document",
+    "tweet",
+    "input",
+)
 DOCUMENTS = ("text", "content", "document", "story", "body")
 WORDS = ("tokens", "words")
 LABELS = ("label", "labels", "category", "intent", "class", "target", "topic", "sentiment", "score")
@@ -65,7 +90,9 @@ OPTIONAL: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names; None where they are to be found, or, for `text_pair` beside a given `text`, where there is none."""
+    """Column names; None where they are to be found, or, for `text_pair` beside a given `text`,
+    where there is none.
+    """
 
     text: str | None = None
     text_pair: str | None = None
@@ -84,7 +111,11 @@ class Columns:
 
     def given(self) -> dict[str, str]:
         """Return the fields that have a column."""
-        return {field: column for field, column in dataclasses.asdict(self).items() if column is not None}
+        return {
+            field: column
+            for field, column in dataclasses.asdict(self).items()
+            if column is not None
+        }
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Columns))
@@ -95,7 +126,9 @@ USUAL = frozenset({*TEXTS, *DOCUMENTS, *WORDS, *LABELS, *TAGS, *MESSAGES, *FIELD
 _TABLE = re.compile(r"\.(csv|tsv)\b")
 
 
-def find_format(present: Sequence[str], asked: Columns, name: str, texts: Sequence[str] = ()) -> Kind:
+def find_format(
+    present: Sequence[str], asked: Columns, name: str, texts: Sequence[str] = ()
+) -> Kind:
     """Tell the format of a language model's rows by their columns.
 
     Args:
@@ -109,12 +142,16 @@ def find_format(present: Sequence[str], asked: Columns, name: str, texts: Sequen
     """
     _raise_if_absent(present, asked, name)
     fitting: list[Kind] = [kind for kind in GENERATIVE if _alternatives(present, asked, kind)]
-    if asked.messages is None and any(of["messages"] in texts for of in _alternatives(present, asked, "messages")):
+    if asked.messages is None and any(
+        of["messages"] in texts for of in _alternatives(present, asked, "messages")
+    ):
         fitting.remove("messages")
     if "preference" in fitting:
         return "preference"
     if "instruction" in fitting and "prompt_completion" in fitting:
-        fitting.remove("prompt_completion")  # alpaca's `input` and `output` are fields of the instruction
+        fitting.remove(
+            "prompt_completion"
+        )  # alpaca's `input` and `output` are fields of the instruction
     if len(fitting) == 1:
         return fitting[0]
     said = f"could be {' or '.join(fitting)}" if fitting else f"is none of {', '.join(GENERATIVE)}"
@@ -125,24 +162,39 @@ def find_format(present: Sequence[str], asked: Columns, name: str, texts: Sequen
         else f"set data.format, or data.columns such as {_likely(texts or present)}"
     )
     raise DataError(
-        f"{name}: the format {said}; {fix}. Columns present: {', '.join(present)}{unnamed and '; ' + unnamed}"
+        f"{name}: the format {said}; {fix}. Columns present:"
+        f" {', '.join(present)}{unnamed and '; ' + unnamed}"
     )
 
 
 def _unnamed(present: Sequence[str], asked: Columns, name: str) -> str:
-    """Return what to do where the first line of a table is a row, empty where it surely names the columns."""
-    if asked.given() or _present(sorted(USUAL), present) or all(map(str.isdigit, present)) or not _TABLE.search(name):
+    """Return what to do where the first line of a table is a row, empty where it surely names the
+    columns.
+    """
+    if (
+        asked.given()
+        or _present(sorted(USUAL), present)
+        or all(map(str.isdigit, present))
+        or not _TABLE.search(name)
+    ):
         return ""
-    return "if the first line is a row, set data.header to False and name the columns by their number"
+    return (
+        "if the first line is a row, set data.header to False and name the columns by their number"
+    )
 
 
 def _likely(texts: Sequence[str]) -> str:
     """Return what to name a prompt and its completion, told from the words of the names."""
     found = {role(column): column for column in reversed(texts)}
-    asked, answer = found.get("the prompt") or found.get("a part of the question"), found.get("the answer")
+    asked, answer = (
+        found.get("the prompt") or found.get("a part of the question"),
+        found.get("the answer"),
+    )
     if not asked or not answer:
         return "{'prompt': ..., 'completion': ...}"
-    first, last = ("instruction", "output") if "a system turn" in found else ("prompt", "completion")
+    first, last = (
+        ("instruction", "output") if "a system turn" in found else ("prompt", "completion")
+    )
     return str({first: asked, last: answer})
 
 
@@ -156,11 +208,17 @@ def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -
         name: what to call the rows in messages.
 
     Raises:
-        DataError: a named column is absent, or none or several could be meant; lists the columns present.
+        DataError: a named column is absent, or none or several could be meant; lists the columns
+            present.
     """
     if kind in GENERATIVE:
         return _find_fields(present, asked, kind, name)
-    _refuse_foreign(asked, {"text", "label"} | ({"text_pair"} if kind == "classification" else set()), kind, name)
+    _refuse_foreign(
+        asked,
+        {"text", "label"} | ({"text_pair"} if kind == "classification" else set()),
+        kind,
+        name,
+    )
     problems = _absent(present, asked, name)
     text, pair = _find_texts(present, asked, kind, name, problems)
     label = asked.label
@@ -181,15 +239,22 @@ def _find_fields(present: Sequence[str], asked: Columns, kind: str, name: str) -
         return Columns(**found[0])
     _refuse_foreign(asked, {*REQUIRED[kind][0], *OPTIONAL.get(kind, ())}, kind, name)
     usual = [" with ".join(columns.values()) for columns in found or REQUIRED[kind]]
-    said = f"could be {' or '.join(usual)}" if found else f"is none of the usual names ({', '.join(usual)})"
+    said = (
+        f"could be {' or '.join(usual)}"
+        if found
+        else f"is none of the usual names ({', '.join(usual)})"
+    )
     needed = " and ".join(REQUIRED[kind][0])
-    raise DataError(f"{name}: the {needed} column {said}; name it. Columns present: {', '.join(present)}")
+    raise DataError(
+        f"{name}: the {needed} column {said}; name it. Columns present: {', '.join(present)}"
+    )
 
 
 def _refuse_foreign(asked: Columns, fields: set[str], kind: str, name: str) -> None:
     if foreign := [field for field in asked.given() if field not in fields]:
         raise DataError(
-            f"{name}: data.columns names {', '.join(foreign)}, which rows of format {kind} do not have; remove it"
+            f"{name}: data.columns names {', '.join(foreign)}, which rows of format {kind} do not"
+            " have; remove it"
         )
 
 
@@ -201,8 +266,14 @@ def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dic
     found: list[dict[str, str]] = []
     for known in _names(present):
         for usual in [] if found else REQUIRED[kind]:
-            wanted = {field: given.get(field) or known.get(column) for field, column in usual.items()}
-            fields = {field: column for field, column in wanted.items() if column is not None and column in present}
+            wanted = {
+                field: given.get(field) or known.get(column) for field, column in usual.items()
+            }
+            fields = {
+                field: column
+                for field, column in wanted.items()
+                if column is not None and column in present
+            }
             if len(fields) == len(usual) and fields not in found:
                 found.append(fields)
     for fields in found:
@@ -214,20 +285,32 @@ def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dic
 
 
 def _names(present: Sequence[str]) -> Iterator[Mapping[str, str]]:
-    """Yield the columns by their names as they are, then by what they are but for case and outer spaces, where that is one."""
+    """Yield the columns by their names as they are, then by what they are but for case and outer
+    spaces, where that is one.
+    """
     yield {name: name for name in present}
     folded = [name.strip().lower() for name in present]
-    yield {plain: name for plain, name in zip(folded, present, strict=True) if folded.count(plain) == 1}
+    yield {
+        plain: name for plain, name in zip(folded, present, strict=True) if folded.count(plain) == 1
+    }
 
 
 def _present(usual: Sequence[str], present: Sequence[str]) -> list[str]:
-    """List the columns of usual names: those so written, else those that are but for case and outer spaces."""
-    return next(filter(None, ([known[name] for name in usual if name in known] for known in _names(present))), [])
+    """List the columns of usual names: those so written, else those that are but for case and outer
+    spaces.
+    """
+    return next(
+        filter(
+            None, ([known[name] for name in usual if name in known] for known in _names(present))
+        ),
+        [],
+    )
 
 
 def _absent(present: Sequence[str], asked: Columns, name: str) -> list[str]:
     return [
-        f"{name}: no column {column!r} (for {field}){nearest(column, present)} Columns present: {', '.join(present)}"
+        f"{name}: no column {column!r} (for {field}){nearest(column, present)} Columns present:"
+        f" {', '.join(present)}"
         for field, column in asked.given().items()
         if column not in present
     ]
@@ -244,8 +327,13 @@ def _find_texts(
     if asked.text is not None:
         return asked.text, asked.text_pair
     if kind == "classification":
-        there = ([(known[a], known[b]) for a, b in PAIRS if {a, b} <= known.keys()] for known in _names(present))
-        pairs = [pair for pair in next(filter(None, there), []) if asked.text_pair in (None, pair[1])]
+        there = (
+            [(known[a], known[b]) for a, b in PAIRS if {a, b} <= known.keys()]
+            for known in _names(present)
+        )
+        pairs = [
+            pair for pair in next(filter(None, there), []) if asked.text_pair in (None, pair[1])
+        ]
         if len(pairs) == 1:
             return pairs[0]
         if len(pairs) > 1:
@@ -268,6 +356,12 @@ def _find(
     found = _present(usual, [column for column in present if column not in taken])
     if len(found) == 1:
         return found[0]
-    said = f"could be {' or '.join(found)}" if found else f"is none of the usual names ({', '.join(usual)})"
-    problems.append(f"{name}: the {field} column {said}; name it. Columns present: {', '.join(present)}")
+    said = (
+        f"could be {' or '.join(found)}"
+        if found
+        else f"is none of the usual names ({', '.join(usual)})"
+    )
+    problems.append(
+        f"{name}: the {field} column {said}; name it. Columns present: {', '.join(present)}"
+    )
     return None

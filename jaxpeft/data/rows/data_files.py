@@ -14,13 +14,18 @@ from jaxpeft.errors import DataError, nearest
 GZIP = ".gz"
 _PIECE = 1 << 20
 _KINDS = {
-    stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
-}  # fmt: skip
+}
 
 
 def ending_of(path: str | Path) -> str:
-    """Return the ending that tells the format, in small letters: `.csv` of `x.CSV` and of `x.csv.gz`."""
+    """Return the ending that tells the format, in small letters: `.csv` of `x.CSV` and of
+    `x.csv.gz`.
+    """
     path = Path(path)
     return Path(path.stem).suffix.lower() if is_packed(path) else path.suffix.lower()
 
@@ -38,7 +43,8 @@ def check_file(path: Path, name: str) -> int:
         name: what to call it in messages.
 
     Raises:
-        DataError: there is none, or it is not a regular file: a pipe may never begin, and a device never end.
+        DataError: there is none, or it is not a regular file: a pipe may never begin, and a device
+            never end.
     """
     if not path.exists():
         raise DataError(missing(path, name))
@@ -48,7 +54,9 @@ def check_file(path: Path, name: str) -> int:
         raise DataError(unreadable(name, error)) from None
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-        raise DataError(f"{name}: {kind}, not a regular file; write its rows to a file, and name that")
+        raise DataError(
+            f"{name}: {kind}, not a regular file; write its rows to a file, and name that"
+        )
     return found.st_size
 
 

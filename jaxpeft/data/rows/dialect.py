@@ -1,4 +1,6 @@
-"""How a table is written: its delimiter, whether quotes hold its fields together, and whether its first line is a header."""
+"""How a table is written: its delimiter, whether quotes hold its fields together, and whether its
+first line is a header.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 _SEP = re.compile(r"sep=(.)\r?\n")
 _OPENS = re.compile(r'(?:^|[\t\r\n])"')
 _BROKEN = (
-    "close the quotes, and double a quote that stands inside them, or set data.quoting='none' where quotes are "
-    "characters like others; a very long text belongs in JSONL"
+    "close the quotes, and double a quote that stands inside them, or set data.quoting='none' where"
+    " quotes are characters like others; a very long text belongs in JSONL"
 )
 
 
@@ -36,7 +38,8 @@ class Dialect:
         quoted: whether quotes hold fields together, as in RFC 4180.
         header: whether the first line names the columns.
         before: lines before the table: Excel's `sep=;`.
-        open: whether fields that begin with a quote have yet to be met, so that nothing is known of what they mean.
+        open: whether fields that begin with a quote have yet to be met, so that nothing is known of
+            what they mean.
     """
 
     delimiter: str
@@ -52,7 +55,9 @@ class Dialect:
         return f"delimiter {self.delimiter!r}, {quotes}, {first}"
 
 
-def dialect_of(text: str, name: str, own: str, layout: FileOptions, *, whole: bool = True) -> Dialect:
+def dialect_of(
+    text: str, name: str, own: str, layout: FileOptions, *, whole: bool = True
+) -> Dialect:
     """Tell how a table is written.
 
     Args:
@@ -68,7 +73,11 @@ def dialect_of(text: str, name: str, own: str, layout: FileOptions, *, whole: bo
     marked = _SEP.match(text)
     before, body = (1, text[marked.end() :]) if marked else (0, text)
     delimiter = (
-        layout.delimiter if layout.delimiter != "auto" else marked[1] if marked else _delimiter(body, own, layout)
+        layout.delimiter
+        if layout.delimiter != "auto"
+        else marked[1]
+        if marked
+        else _delimiter(body, own, layout)
     )
     quoted, unknown = layout.quoting != "none", False
     if layout.quoting == "auto" and delimiter == "\t":
@@ -112,7 +121,9 @@ def is_usual(name: str, layout: FileOptions) -> bool:
 
 
 def _delimiter(text: str, own: str, layout: FileOptions) -> str:
-    """Return the delimiter that parts the first lines best; the ending's own unless another does better."""
+    """Return the delimiter that parts the first lines best; the ending's own unless another does
+    better.
+    """
 
     def fitness(delimiter: str) -> tuple[bool, bool, bool]:
         found = [_first_rows(text, delimiter, quoted, _SAMPLE) for quoted in (True, False)]
@@ -127,29 +138,37 @@ def _delimiter(text: str, own: str, layout: FileOptions) -> str:
 
 
 def _first_rows(text: str, delimiter: str, quoted: bool, most: int) -> list[tuple[int, Fields]]:
-    """Return the first rows with their lines, without the one that the end of what is looked at may cut."""
+    """Return the first rows with their lines, without the one that the end of what is looked at may
+    cut.
+    """
     head = io.StringIO(text[:_HEAD], newline="")
     rows = list(islice(fields_of(head, delimiter, quoted), most))
     return rows[:-1] if len(text) > _HEAD and len(rows) < most else rows
 
 
 def _faults(rows: Sequence[tuple[int, Fields]]) -> list[int]:
-    """List the lines of rows that are broken or have not as many fields as the first; blank ones are told elsewhere."""
+    """List the lines of rows that are broken or have not as many fields as the first; blank ones
+    are told elsewhere.
+    """
     width = len(rows[0][1]) if rows and isinstance(rows[0][1], list) else -1
     return [line for line, row in rows if not isinstance(row, list) or len(row) not in (0, width)]
 
 
 def _quoted(text: str, name: str, before: int, whole: bool) -> bool:
-    """Return whether quotes hold the fields of a table with tabs together, as Excel and pandas write them, or are characters.
+    """Return whether quotes hold the fields of a table with tabs together, as Excel and pandas
+    write them, or are characters.
 
-    Where both ways give rows of as many fields, it is the first if each quote is one that such programs write.
+    Where both ways give rows of as many fields, it is the first if each quote is one that such
+    programs write.
 
     Raises:
         DataError: nothing tells which.
     """
     if not _OPENS.search(text):
         return False
-    held, bare = (list(fields_of(io.StringIO(text, newline=""), "\t", quoted)) for quoted in (True, False))
+    held, bare = (
+        list(fields_of(io.StringIO(text, newline=""), "\t", quoted)) for quoted in (True, False)
+    )
     if not whole:
         held = held[:-1]  # its end may be further on
     faults_held, faults_bare = (_faults(rows) for rows in (held, bare))
@@ -157,30 +176,43 @@ def _quoted(text: str, name: str, before: int, whole: bool) -> bool:
         return not faults_held
     if faults_held:
         raise DataError(
-            f"{name}:{faults_bare[0] + before}:1: some lines have not as many fields as the first: with quotes as characters of "
-            f"the texts this one, with quotes around fields line {faults_held[0] + before}; write all rows in one way, and set "
-            "data.quoting to 'none' or 'quoted'"
+            f"{name}:{faults_bare[0] + before}:1: some lines have not as many fields as the first:"
+            " with quotes as characters of the texts this one, with quotes around fields line"
+            f" {faults_held[0] + before}; write all rows in one way, and set data.quoting to 'none'"
+            " or 'quoted'"
         )
-    if len(held) == len(bare) and _as_written(text, [row for _, row in bare if isinstance(row, list)]):
+    if len(held) == len(bare) and _as_written(
+        text, [row for _, row in bare if isinstance(row, list)]
+    ):
         return True
-    line, row = next((line, row) for line, row in bare if isinstance(row, list) and any(f.startswith('"') for f in row))
+    line, row = next(
+        (line, row)
+        for line, row in bare
+        if isinstance(row, list) and any(f.startswith('"') for f in row)
+    )
     raise DataError(
-        f"{name}:{line + before}:1: a field begins with a quote: {excerpt(chr(9).join(row))!r}; set data.quoting='none' if "
-        "quotes are characters of the texts, or 'quoted' if they stand around fields, as Excel and pandas write them"
+        f"{name}:{line + before}:1: a field begins with a quote: {excerpt(chr(9).join(row))!r}; set"
+        " data.quoting='none' if quotes are characters of the texts, or 'quoted' if they stand"
+        " around fields, as Excel and pandas write them"
     )
 
 
 def _as_written(text: str, rows: Sequence[list[str]]) -> bool:
-    """Return whether all quoted fields hold doubled quotes, or columns are quoted from the header on or not at all."""
+    """Return whether all quoted fields hold doubled quotes, or columns are quoted from the header
+    on or not at all.
+    """
     quoted = [field for row in rows for field in row if field.startswith('"')]
     if all('""' in field[1:-1] for field in quoted):
         return True
     return all(
-        len({field.startswith('"') for field in column}) == 1 for column in zip(*filter(None, rows), strict=True)
+        len({field.startswith('"') for field in column}) == 1
+        for column in zip(*filter(None, rows), strict=True)
     )
 
 
-def _check_header(rows: Sequence[Fields], name: str, before: int, delimiter: str, layout: FileOptions) -> None:
+def _check_header(
+    rows: Sequence[Fields], name: str, before: int, delimiter: str, layout: FileOptions
+) -> None:
     """Refuse a first line that looks like data.
 
     Raises:
@@ -207,7 +239,8 @@ def _check_header(rows: Sequence[Fields], name: str, before: int, delimiter: str
             why = f"{excerpt(field)!r} is long"
         if why:
             raise DataError(
-                f"{name}:{1 + before}:1: the first line looks like data, not like a header ({why}): "
-                f"{excerpt(delimiter.join(first))!r}; if it is a row, set data.header to False and name the columns by their "
-                "number, such as data.columns.text=1 and data.columns.label=2; if it is the header, set data.header to True"
+                f"{name}:{1 + before}:1: the first line looks like data, not like a header ({why}):"
+                f" {excerpt(delimiter.join(first))!r}; if it is a row, set data.header to False and"
+                " name the columns by their number, such as data.columns.text=1 and"
+                " data.columns.label=2; if it is the header, set data.header to True"
             )

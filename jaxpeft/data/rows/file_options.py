@@ -1,4 +1,6 @@
-"""How data files are written: what the user has said of it, what a file was found to be, and how much of it may be read."""
+"""How data files are written: what the user has said of it, what a file was found to be, and how
+much of it may be read.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,12 @@ class FileOptions:
     Attributes:
         encoding: of text files, by Python's name; `auto` for UTF-8 or what a byte order mark says.
         delimiter: between the fields of a table; `auto` to find it in the first lines.
-        quoting: `quoted` as in RFC 4180, `none` where a quote is a character like any other; `auto` for the first, of
-            fields between tabs what the whole file shows.
-        header: whether the first line of a table names its columns; None to refuse one that looks like data.
-        field: where the rows of a JSON file are, such as `data` or `result.rows`; empty to find them.
+        quoting: `quoted` as in RFC 4180, `none` where a quote is a character like any other; `auto`
+            for the first, of fields between tabs what the whole file shows.
+        header: whether the first line of a table names its columns; None to refuse one that looks
+            like data.
+        field: where the rows of a JSON file are, such as `data` or `result.rows`; empty to find
+            them.
         columns: the columns that are asked for: those with a dot may be values of nested objects.
         most: bytes that the files of a source may hold once they are unpacked.
     """
@@ -75,8 +79,9 @@ class Allowance:
         self.left -= size
         if self.left < 0:
             raise DataError(
-                f"{name}: with it the rows of this source hold more than {self.most / GIB:.3g} GiB, unpacked; set "
-                "data.streaming to read training rows piece by piece, or raise data.most_gib if the memory allows"
+                f"{name}: with it the rows of this source hold more than {self.most / GIB:.3g} GiB,"
+                " unpacked; set data.streaming to read training rows piece by piece, or raise"
+                " data.most_gib if the memory allows"
             )
 
 

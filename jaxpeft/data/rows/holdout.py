@@ -27,17 +27,21 @@ def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """
     held = max(1, round(share * len(rows)))
     if held >= len(rows):
-        raise DataError(f"{rows.name}: {len(rows)} rows are too few to hold out {share:.0%} for validation")
+        raise DataError(
+            f"{rows.name}: {len(rows)} rows are too few to hold out {share:.0%} for validation"
+        )
     drawn = order(len(rows), seed)
     return rows.take(sorted(drawn[held:].tolist())), rows.take(sorted(drawn[:held].tolist()))
 
 
 def hold_out_text(rows: Rows, share: float, seed: int, columns: Columns) -> tuple[Rows, Rows]:
-    """The same for documents; where they are too few to give some away, the end of each is held out.
+    """The same for documents; where they are too few to give some away, the end of each is held
+    out.
 
     Args:
         rows: the training documents.
-        share: of the documents, or of each document's characters, to hold out; a cut is made at the end of a line.
+        share: of the documents, or of each document's characters, to hold out; a cut is made at the
+            end of a line.
         seed: of the draw.
         columns: the text column, if it is named.
 
@@ -48,11 +52,19 @@ def hold_out_text(rows: Rows, share: float, seed: int, columns: Columns) -> tupl
         return hold_out(rows, share, seed)
     column = find_columns(rows.columns(), columns, "text", rows.name).text or ""
     parts = [_cut(str(record.get(column) or ""), share) for record in rows.records]
-    short = [rows.where(i) for i, (first, second) in enumerate(parts) if not first.strip() or not second.strip()]
+    short = [
+        rows.where(i)
+        for i, (first, second) in enumerate(parts)
+        if not first.strip() or not second.strip()
+    ]
     if short:
-        raise DataError([f"{where}: too short to hold out {share:.0%} of it for validation" for where in short])
+        raise DataError(
+            [f"{where}: too short to hold out {share:.0%} of it for validation" for where in short]
+        )
     train, held = zip(*parts, strict=True)
-    return _with_texts(rows, column, train, "first part"), _with_texts(rows, column, held, "last part")
+    return _with_texts(rows, column, train, "first part"), _with_texts(
+        rows, column, held, "last part"
+    )
 
 
 def _cut(text: str, share: float) -> tuple[str, str]:
@@ -63,5 +75,7 @@ def _cut(text: str, share: float) -> tuple[str, str]:
 
 
 def _with_texts(rows: Rows, column: str, texts: tuple[str, ...], part: str) -> Rows:
-    records: list[Record] = [{**record, column: text} for record, text in zip(rows.records, texts, strict=True)]
+    records: list[Record] = [
+        {**record, column: text} for record, text in zip(rows.records, texts, strict=True)
+    ]
     return rows.remade(part, *texts, records=records, name=f"{rows.name} ({part})")

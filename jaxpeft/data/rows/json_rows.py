@@ -1,4 +1,6 @@
-"""Where the rows of a JSON value are: in a list, under a key, as the values of an object, or column by column."""
+"""Where the rows of a JSON value are: in a list, under a key, as the values of an object, or column
+by column.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ def _of_object(value: dict[str, Any], at: str, name: str) -> tuple[list[Any], st
     if len(inside) > 1:
         known = ", ".join(key for key, _ in inside)
         likely = max(inside, key=lambda found: (_are_usual(found[1]), len(found[1])))[0]
-        raise DataError(f"{name}: rows could be under {known}; say which by data.field, such as data.field={likely!r}")
+        raise DataError(
+            f"{name}: rows could be under {known}; say which by data.field, such as"
+            f" data.field={likely!r}"
+        )
     raise DataError(f"{name}:1:1: not a JSON list: {_shown(value)!r}; {_FIX}")
 
 
@@ -56,7 +61,9 @@ def _are_usual(rows: Sequence[Any]) -> bool:
 
 
 def _split(value: dict[str, Any]) -> list[Any] | None:
-    """Return the rows of an object that holds the names of its columns beside the values of each row, as pandas writes them."""
+    """Return the rows of an object that holds the names of its columns beside the values of each
+    row, as pandas writes them.
+    """
     columns, data = value.get("columns"), value.get("data")
     if not isinstance(columns, list) or not isinstance(data, list) or not data:
         return None
@@ -70,7 +77,8 @@ def _split(value: dict[str, Any]) -> list[Any] | None:
 
 def _is_row(value: Any) -> bool:
     return isinstance(value, dict) and any(
-        key in USUAL or isinstance(inner, str | int | float) for key, inner in cast(dict[str, Any], value).items()
+        key in USUAL or isinstance(inner, str | int | float)
+        for key, inner in cast(dict[str, Any], value).items()
     )
 
 
@@ -81,13 +89,17 @@ def _shown(value: dict[str, Any]) -> str:
 
 
 def _columns(value: dict[str, Any]) -> list[Any] | None:
-    """Return the rows of an object that maps each column to its values, a list or, as pandas writes them, an object."""
+    """Return the rows of an object that maps each column to its values, a list or, as pandas writes
+    them, an object.
+    """
     if not any(key.strip().lower() in USUAL for key in value):
         return None
     keys = [_keys(column) for column in value.values()]
     if any(of is None or of != keys[0] for of in keys) or not keys[0]:
         return None
-    columns = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
+    columns = [
+        list(column.values()) if isinstance(column, dict) else column for column in value.values()
+    ]
     if any(isinstance(item, dict) for column in columns for item in column[:1]) and len(value) == 1:
         return None  # `{"text": [{...}]}` holds rows
     return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -102,10 +114,16 @@ def _keys(column: Any) -> list[str] | range | None:
 def _lists(value: dict[str, Any]) -> Iterable[tuple[str, list[Any]]]:
     """Yield the dotted names of lists of objects, those of one object inside another too."""
     for key, inner in value.items():
-        if isinstance(inner, list) and inner and all(isinstance(row, dict) for row in cast(list[Any], inner)):
+        if (
+            isinstance(inner, list)
+            and inner
+            and all(isinstance(row, dict) for row in cast(list[Any], inner))
+        ):
             yield key, cast(list[Any], inner)
         elif isinstance(inner, dict) and "." not in key:
-            yield from ((f"{key}.{deeper}", rows) for deeper, rows in _lists(cast(dict[str, Any], inner)))
+            yield from (
+                (f"{key}.{deeper}", rows) for deeper, rows in _lists(cast(dict[str, Any], inner))
+            )
 
 
 def _at(value: Any, field: str, name: str) -> Any:
@@ -114,6 +132,8 @@ def _at(value: Any, field: str, name: str) -> Any:
             keys = list(cast(dict[str, Any], value)) if isinstance(value, dict) else []
             below = f" under {'.'.join(field.split('.')[:i])!r}" if i else ""
             there = f"; there are {', '.join(keys)[:EXCERPT]}" if keys else ""
-            raise DataError(f"{name}: data.field {field!r}: no {part!r}{below}{nearest(part, keys) or there}")
+            raise DataError(
+                f"{name}: data.field {field!r}: no {part!r}{below}{nearest(part, keys) or there}"
+            )
         value = cast(dict[str, Any], value)[part]
     return value

@@ -27,7 +27,11 @@ def parse_parquet(data: bytes, name: str, take: Take) -> Parsed:
         DataError: it is not one, or holds more than is allowed.
     """
     with _told(name, "a parquet file"):
-        _measure(_parquet_batches(_buffer(data), lambda size: (take(size, name), take(-size, name))), name, take)
+        _measure(
+            _parquet_batches(_buffer(data), lambda size: (take(size, name), take(-size, name))),
+            name,
+            take,
+        )
     return _parsed(parquet_records(_buffer(data), name))
 
 
@@ -56,22 +60,32 @@ def arrow_records(source: Any, name: str) -> Iterator[list[Record]]:
     """Yield the records of an Arrow file or stream, as `parquet_records` does."""
     with _told(name, "an Arrow file"):
         for batch in _arrow_batches(source):
-            yield from (_records(batch.slice(start, _MOST)) for start in range(0, batch.num_rows, _MOST))
+            yield from (
+                _records(batch.slice(start, _MOST)) for start in range(0, batch.num_rows, _MOST)
+            )
 
 
 def _measure(batches: Iterator[Any], name: str, take: Take) -> None:
-    """Count what the batches hold, keeping none: a value that stands in the file once may be meant a million times."""
+    """Count what the batches hold, keeping none: a value that stands in the file once may be meant
+    a million times.
+    """
     for batch in batches:
         take(batch.nbytes, name)
 
 
-def _parquet_batches(source: Any, claims: Callable[[int], Any] = lambda size: None) -> Iterator[Any]:
+def _parquet_batches(
+    source: Any, claims: Callable[[int], Any] = lambda size: None
+) -> Iterator[Any]:
     """Yield the batches of a parquet file, after how many bytes it says that its columns are."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(source) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        chunks = [group.column(j).total_uncompressed_size for group in groups for j in range(group.num_columns)]
+        chunks = [
+            group.column(j).total_uncompressed_size
+            for group in groups
+            for j in range(group.num_columns)
+        ]
         claims(sum(chunks))
         # no value is larger than its column, so few of them are unpacked at once
         rows = min(_MOST, max(_FEWEST, _BATCH_BYTES // max(1, *chunks, 1)))
@@ -93,7 +107,9 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
 
 @contextmanager
 def _told(name: str, what: str) -> Generator[None]:
-    """Say of what pyarrow cannot read that it is not what its name says, in its words without the name of its buffer."""
+    """Say of what pyarrow cannot read that it is not what its name says, in its words without the
+    name of its buffer.
+    """
     import pyarrow as pa
 
     try:
@@ -104,13 +120,18 @@ def _told(name: str, what: str) -> Generator[None]:
 
 
 def with_label_names(record: Record, features: Any) -> Record:
-    """Return a record with the numbers of class labels replaced by their names; -1, a hidden label, by None.
+    """Return a record with the numbers of class labels replaced by their names; -1, a hidden label,
+    by None.
 
     Args:
         record: one row.
         features: those of `datasets`, by column; None where there are none.
     """
-    return {key: _label_names(value, features.get(key)) for key, value in record.items()} if features else record
+    return (
+        {key: _label_names(value, features.get(key)) for key, value in record.items()}
+        if features
+        else record
+    )
 
 
 def _label_names(value: Any, feature: Any) -> Any:
@@ -133,7 +154,9 @@ def _records(batch: Any) -> list[Record]:
 
 def _with_floats(record: Record) -> Record:
     """Return a record with its decimal numbers as those that JSON has."""
-    return {key: float(value) if isinstance(value, Decimal) else value for key, value in record.items()}
+    return {
+        key: float(value) if isinstance(value, Decimal) else value for key, value in record.items()
+    }
 
 
 def _parsed(batches: Iterator[list[Record]]) -> Parsed:

@@ -1,4 +1,6 @@
-"""Column files of tagged words: one word a line with its tags, and a blank line behind each sentence."""
+"""Column files of tagged words: one word a line with its tags, and a blank line behind each
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ _COMMENT = re.compile(r"#\s?(id\b|\S+ ?=)")  # `#` alone is a word
 
 
 def parse_conll(body: bytes, name: str, _: FileOptions) -> Parsed:
-    """Read a CoNLL file: `tokens` is its first column, `tags` the last; the columns are there by number, too, from 1.
+    """Read a CoNLL file: `tokens` is its first column, `tags` the last; the columns are there by
+    number, too, from 1.
 
     Before a sentence, -DOCSTART- and comments such as `# sent_id = 1` are no words.
 
@@ -45,7 +48,11 @@ def parse_conll(body: bytes, name: str, _: FileOptions) -> Parsed:
         fresh = False
         sentences[-1].append(fields)
     problems.raise_if_any()
-    return Parsed([_record(words, width) for words in sentences], tuple(lines), f"{width} columns, a word a line")
+    return Parsed(
+        [_record(words, width) for words in sentences],
+        tuple(lines),
+        f"{width} columns, a word a line",
+    )
 
 
 def _fields(line: str) -> list[str]:
@@ -57,7 +64,10 @@ def _check(fields: list[str], width: int) -> None:
     if len(fields) < 2:
         raise RowError("a word without a tag", "write the word, a tab or a space, and its tag")
     if len(fields) != width:
-        raise RowError(f"{len(fields)} columns where the first word has {width}", "give each word as many columns")
+        raise RowError(
+            f"{len(fields)} columns where the first word has {width}",
+            "give each word as many columns",
+        )
 
 
 def _record(words: list[list[str]], width: int) -> Record:

@@ -1,7 +1,7 @@
 """CSV and TSV: text to records, with every problem of a file in one error.
 
-The fields are read by `csv`; positions are our own, since it knows the line that a row ends on alone, and stops at the first problem, as
-Arrow does.
+The fields are read by `csv`; positions are our own, since it knows the line that a row ends on
+alone, and stops at the first problem, as Arrow does.
 """
 
 from __future__ import annotations
@@ -26,24 +26,35 @@ def parse_delimited(body: bytes, name: str, layout: FileOptions, delimiter: str)
         delimiter: that the file's ending stands for.
 
     Raises:
-        DataError: the file is not UTF-8, its header or some row is broken, or it may be read in two ways.
+        DataError: the file is not UTF-8, its header or some row is broken, or it may be read in two
+            ways.
     """
     text = decode(body, name).rstrip("\r\n")
     dialect = dialect_of(text, name, delimiter, layout)
     rows = rows_of(io.StringIO(text, newline=""), dialect)
     header, start = header_of(rows[0] if rows else (1, []), name, dialect)
     found = rows[start:]
-    return Parsed(parse_fields(found, header, name, dialect), tuple(number for number, _ in found), str(dialect))
+    return Parsed(
+        parse_fields(found, header, name, dialect),
+        tuple(number for number, _ in found),
+        str(dialect),
+    )
 
 
 def rows_of(text: io.StringIO, dialect: Dialect) -> list[tuple[int, Fields]]:
-    """Return the 1-based line at which each row begins, and its fields; the header is the first, where there is one."""
+    """Return the 1-based line at which each row begins, and its fields; the header is the first,
+    where there is one.
+    """
     for _ in range(dialect.before):
         text.readline()
-    return [(n + dialect.before, row) for n, row in fields_of(text, dialect.delimiter, dialect.quoted)]
+    return [
+        (n + dialect.before, row) for n, row in fields_of(text, dialect.delimiter, dialect.quoted)
+    ]
 
 
-def parse_fields(rows: Sequence[tuple[int, Fields]], header: list[str], name: str, dialect: Dialect) -> list[Record]:
+def parse_fields(
+    rows: Sequence[tuple[int, Fields]], header: list[str], name: str, dialect: Dialect
+) -> list[Record]:
     """Give the fields of rows their names.
 
     Args:
@@ -69,8 +80,8 @@ def parse_fields(rows: Sequence[tuple[int, Fields]], header: list[str], name: st
 def header_of(first: tuple[int, Fields], name: str, dialect: Dialect) -> tuple[list[str], int]:
     """Return the names of the columns, and how many rows they take.
 
-    A column without a name, such as pandas' index, is called as pandas calls it, `Unnamed: 0` for the first; columns
-    without a header are numbered from 1.
+    A column without a name, such as pandas' index, is called as pandas calls it, `Unnamed: 0` for
+    the first; columns without a header are numbered from 1.
 
     Args:
         first: the line of the first row, and its fields.
@@ -106,13 +117,22 @@ def _record(row: Fields, header: list[str], dialect: Dialect) -> Record:
         names = ", ".join(header)
         fix = "quote a field that holds the delimiter"
         if not dialect.quoted:
-            fix = "write one line a row, or set data.quoting='quoted' where quotes hold fields together"
-        said = f"{len(row)} fields where the {'header names' if dialect.header else 'first row has'} {len(header)} ({names})"
+            fix = (
+                "write one line a row, or set data.quoting='quoted' where quotes hold fields"
+                " together"
+            )
+        said = (
+            f"{len(row)} fields where the {'header names' if dialect.header else 'first row has'}"
+            f" {len(header)} ({names})"
+        )
         raise RowError(said, f"{fix}; a file that ends here may be cut off")
     if dialect.header and row == header:
         fix = "remove it; if the first line is a row too, set data.header to False"
         raise RowError("the header again", fix)
     if dialect.open and any(field.startswith('"') for field in row):
-        fix = "set data.quoting to 'none' if quotes are characters of the texts, or to 'quoted' if they stand around fields"
+        fix = (
+            "set data.quoting to 'none' if quotes are characters of the texts, or to 'quoted' if"
+            " they stand around fields"
+        )
         raise RowError("a field begins with a quote, where none before it did", fix)
     return dict(zip(header, row, strict=True))

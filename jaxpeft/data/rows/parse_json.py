@@ -1,7 +1,7 @@
 """JSON and JSON lines: bytes to records, with every problem of a file in one error.
 
-The values are read by `json`; positions are our own, since it does not say where a row begins, and stops at the first problem, as Arrow
-does.
+The values are read by `json`; positions are our own, since it does not say where a row begins, and
+stops at the first problem, as Arrow does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def parse_jsonl(body: bytes, name: str, _: FileOptions) -> Parsed:
     return Parsed(parse_lines(lines, name, cut=cut), tuple(n for n, _ in lines))
 
 
-def parse_lines(lines: Sequence[tuple[int, bytes]], name: str, cut: int | None = None) -> list[Record]:
+def parse_lines(
+    lines: Sequence[tuple[int, bytes]], name: str, cut: int | None = None
+) -> list[Record]:
     """Read lines of one JSON object each.
 
     Args:
@@ -87,7 +89,9 @@ def parse_json(body: bytes, name: str, layout: FileOptions) -> Parsed:
         before = text[: fault.column - 1]
         line, column = before.count("\n") + 1, fault.column - before.rfind("\n") - 1
         whole = text.split("\n")[line - 1]
-        raise DataError(f"{name}:{line}:{column}: {fault.fault}: {excerpt(whole, column)!r}; {fault.fix}") from None
+        raise DataError(
+            f"{name}:{line}:{column}: {fault.fault}: {excerpt(whole, column)!r}; {fault.fix}"
+        ) from None
     return Parsed(_records(rows, name), note=note)
 
 
@@ -115,12 +119,18 @@ def _load(text: str) -> Any:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         lines = error.msg == "Extra data"
-        fix = "name the file .jsonl if each line is an object of its own" if lines else "write valid JSON"
+        fix = (
+            "name the file .jsonl if each line is an object of its own"
+            if lines
+            else "write valid JSON"
+        )
         raise RowError(f"not JSON ({error.msg})", fix, error.pos + 1) from None
     except _LongNumberError as error:
         raise RowError(str(error), "write it as a string", text.find(error.digits) + 1) from None
     except ValueError as error:
-        raise RowError(str(error), "write a finite number, or null", _constant_column(text)) from None
+        raise RowError(
+            str(error), "write a finite number, or null", _constant_column(text)
+        ) from None
 
 
 def _check_depth(text: str) -> None:
@@ -171,7 +181,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
     return record
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_whole, object_pairs_hook=_unique_keys)
+_DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_int=_whole, object_pairs_hook=_unique_keys
+)
 
 
 def _records(rows: list[Any], name: str) -> list[Record]:
@@ -179,6 +191,8 @@ def _records(rows: list[Any], name: str) -> list[Record]:
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             fault = f"a row must be a JSON object, this is a {type(row).__name__}"
-            problems.add(f"{name}: row {i}", fault, excerpt(str(row)), 'write {"column": value, ...}')
+            problems.add(
+                f"{name}: row {i}", fault, excerpt(str(row)), 'write {"column": value, ...}'
+            )
     problems.raise_if_any()
     return rows

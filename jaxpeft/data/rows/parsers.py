@@ -37,7 +37,12 @@ class TextFormat:
         """Parse a file in whatever encoding it is, which is noted where it is not UTF-8."""
         body, encoding = as_utf8(data, name, layout.encoding)
         parsed = self.parser(body, name, layout)
-        note = ", ".join(filter(None, (parsed.note, f"encoding {encoding}" if encoding != UTF8 or parsed.note else "")))
+        note = ", ".join(
+            filter(
+                None,
+                (parsed.note, f"encoding {encoding}" if encoding != UTF8 or parsed.note else ""),
+            )
+        )
         return Parsed(parsed.records, parsed.lines, note)
 
 
@@ -71,13 +76,21 @@ PARSERS: dict[str, Parser] = {
 }
 OTHERS = {
     ".gz": "name it by what is inside, such as rows.csv.gz",
-    **dict.fromkeys((".zip", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"), "unpack it first; of packed files .gz alone is read"),
+    **dict.fromkeys(
+        (".zip", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"),
+        "unpack it first; of packed files .gz alone is read",
+    ),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV (UTF-8)"),
-    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth"), "it may hold code; write its rows as JSONL"),
-}  # fmt: skip
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".pt", ".pth"), "it may hold code; write its rows as JSONL"
+    ),
+}
 
 
 def other(ending: str) -> str:
     """Return what to do about a file of another ending."""
-    known = f"name it by what it holds, or convert it to one of {', '.join(PARSERS)}, also packed as .gz"
+    known = (
+        f"name it by what it holds, or convert it to one of {', '.join(PARSERS)}, also packed"
+        " as .gz"
+    )
     return OTHERS.get(ending, known)

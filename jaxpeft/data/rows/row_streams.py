@@ -87,7 +87,8 @@ class RowStream:
         self._identity = ""
 
     def rows(self, start: int, count: int) -> Rows:
-        """Return `count` rows from row `start` on, fewer where they end; goes on from the last call where it can.
+        """Return `count` rows from row `start` on, fewer where they end; goes on from the last call
+        where it can.
 
         Raises:
             DataError: a row cannot be read.
@@ -110,10 +111,14 @@ class RowStream:
 
     def _all(self) -> Iterator[tuple[_Reader, int, Raw]]:
         """Yield every row with its 1-based number in its file."""
-        return ((reader, i, raw) for reader in self._readers for i, raw in enumerate(reader.raw(), 1))
+        return (
+            (reader, i, raw) for reader in self._readers for i, raw in enumerate(reader.raw(), 1)
+        )
 
     def identity(self) -> str:
-        """Return the SHA-256 of what tells this source from another without reading all of it; looked up once."""
+        """Return the SHA-256 of what tells this source from another without reading all of it;
+        looked up once.
+        """
         if not self._identity:
             told = " ".join(reader.identity() for reader in self._readers)
             self._identity = hashlib.sha256(told.encode()).hexdigest()
@@ -147,7 +152,9 @@ class _File:
         raise NotImplementedError
 
     def identity(self) -> str:
-        """Return the hash of the size, the first and the last MiB: a change in between is not seen."""
+        """Return the hash of the size, the first and the last MiB: a change in between is not
+        seen.
+        """
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             edges = file.read(_EDGE)
@@ -182,7 +189,12 @@ class _Jsonl(_TextFile):
         if self.encoding == UTF8:  # a line that is not UTF-8 is told when it is parsed
             with open_file(self.path) as file:
                 for number, line in enumerate(file, 1):
-                    yield number, (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).removesuffix(b"\n")
+                    yield (
+                        number,
+                        (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).removesuffix(
+                            b"\n"
+                        ),
+                    )
             return
         with self._text() as text:
             for number, line in enumerate(text, 1):
@@ -203,7 +215,13 @@ class _Delimited(_TextFile):
             head = text.read(_EDGE)
             head += text.readline() if head else ""
             whole = not text.read(1)
-        found = dialect_of(head.rstrip("\r\n") if whole else head, self.name, self._delimiter, self.layout, whole=whole)
+        found = dialect_of(
+            head.rstrip("\r\n") if whole else head,
+            self.name,
+            self._delimiter,
+            self.layout,
+            whole=whole,
+        )
         self.note = f"{found}, encoding {self.encoding}"
         return found
 
@@ -232,7 +250,9 @@ class _Delimited(_TextFile):
 class _Table(_File):
     """A file that says itself what is in it."""
 
-    def __init__(self, path: Path, layout: FileOptions, read: Callable[..., Iterator[list[Record]]]) -> None:
+    def __init__(
+        self, path: Path, layout: FileOptions, read: Callable[..., Iterator[list[Record]]]
+    ) -> None:
         super().__init__(path, layout)
         self._read = read
 
@@ -258,7 +278,8 @@ class _Hub:
             yield from ((0, with_label_names(record, data.features)) for record in data)
         except OSError as error:
             raise DataError(
-                f"{self.name}: could not be read to its end ({error}); check the network, then run it again"
+                f"{self.name}: could not be read to its end ({error}); check the network, then run"
+                " it again"
             ) from error
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
@@ -275,7 +296,8 @@ class _Hub:
                 commit = HfApi().dataset_info(hub_id, revision=revision).sha
             except (HfHubHTTPError, OSError) as error:
                 raise DataError(
-                    f"{hub_id}: its revision cannot be determined ({type(error).__name__}); check the network"
+                    f"{hub_id}: its revision cannot be determined ({type(error).__name__}); check"
+                    " the network"
                 ) from None
             self._hash = f"{hub_id} {split} {config} {commit}"
         return self._hash
@@ -292,6 +314,7 @@ def _reader(path: Path, layout: FileOptions) -> _Reader:
     }
     if ending_of(path) not in makers:
         raise DataError(
-            f"{path}: files of the ending {path.suffix!r} cannot be streamed; convert it to .jsonl, one row a line"
+            f"{path}: files of the ending {path.suffix!r} cannot be streamed; convert it to .jsonl,"
+            " one row a line"
         )
     return makers[ending_of(path)](path, layout)

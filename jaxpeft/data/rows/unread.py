@@ -1,4 +1,6 @@
-"""Columns that nothing reads: what they may have been meant for, and rows that say more than would be learned."""
+"""Columns that nothing reads: what they may have been meant for, and rows that say more than would
+be learned.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,44 @@ from jaxpeft.errors import DataError
 
 _MEANT: Mapping[str, frozenset[str]] = {
     "text": frozenset(
-        {"an image or a sound", "a thought before the answer", "the answer", "a part of the question", "the prompt"}
+        {
+            "an image or a sound",
+            "a thought before the answer",
+            "the answer",
+            "a part of the question",
+            "the prompt",
+        }
     ),
     "prompt_completion": frozenset({*ROLES, AN_OPTION}) - {"", "a class", "a second text"},
-    "instruction": frozenset({*ROLES, AN_OPTION})
-    - {"", "a class", "a second text", "the prompt"},  # a prompt there is the instruction, written out
+    "instruction": (
+        frozenset({*ROLES, AN_OPTION})
+        - {
+            "",
+            "a class",
+            "a second text",
+            "the prompt",
+        }
+    ),  # a prompt there is the instruction, written out
     "messages": frozenset(
-        {"an image or a sound", "earlier turns", "tools", "a weight of the row", "how good the answer is"}
+        {
+            "an image or a sound",
+            "earlier turns",
+            "tools",
+            "a weight of the row",
+            "how good the answer is",
+        }
     ),
 }
 """The columns that rows of a format are not learned without, unless that is said to be meant."""
 
 _CLASSIFIED = {
     AN_OPTION: "a second text",
-    "the answer": "the label", "how good the answer is": "the label", "a part of the question": "a second text",
-    "the prompt": "a second text", "earlier turns": "a second text",
-}  # fmt: skip
+    "the answer": "the label",
+    "how good the answer is": "the label",
+    "a part of the question": "a second text",
+    "the prompt": "a second text",
+    "earlier turns": "a second text",
+}
 _ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     "text": {"how good the answer is": "a class or a score"},
     "classification": _CLASSIFIED,
@@ -36,7 +60,9 @@ _ELSEWHERE: Mapping[str, Mapping[str, str]] = {
 
 
 def filled(rows: Rows) -> dict[str, type]:
-    """Return the columns in which some row holds something, each with the type of a value: of one that is no text, if any."""
+    """Return the columns in which some row holds something, each with the type of a value: of one
+    that is no text, if any.
+    """
     held: dict[str, type] = {}
     for record in rows.records:
         for name, value in record.items():
@@ -55,16 +81,22 @@ def plain_texts(rows: Rows, held: Mapping[str, type]) -> list[str]:
     return [
         column
         for column, kind in held.items()
-        if kind is str and not any((record.get(column) or "").lstrip()[:1] in ("[", "{") for record in rows.records)
+        if kind is str
+        and not any(
+            (record.get(column) or "").lstrip()[:1] in ("[", "{") for record in rows.records
+        )
     ]
 
 
-def refuse_partial(present: Mapping[str, type], asked: Columns, columns: Columns, kind: Kind, name: str) -> None:
+def refuse_partial(
+    present: Mapping[str, type], asked: Columns, columns: Columns, kind: Kind, name: str
+) -> None:
     """Refuse rows of which the likely answer, or what it depends on, would not be read.
 
     Args:
         present: the columns that hold something, each with the type of a value.
-        asked: the columns that the user named; a field named that the format must have says what is meant.
+        asked: the columns that the user named; a field named that the format must have says what is
+            meant.
         columns: the columns that would be read.
         kind: the format that was told from the columns.
         name: what to call the rows in messages.
@@ -79,13 +111,15 @@ def refuse_partial(present: Mapping[str, type], asked: Columns, columns: Columns
     if missed:
         read = ", ".join(map(repr, columns.given().values()))
         raise DataError(
-            f"{name}: rows of format {kind} would be learned from {read} alone, without {_told(missed, kind)}; "
-            f"{_fix(present, columns, missed)}if that is meant, set data.format={kind!r}. Columns present: {', '.join(present)}"
+            f"{name}: rows of format {kind} would be learned from {read} alone, without"
+            f" {_told(missed, kind)}; {_fix(present, columns, missed)}if that is meant, set"
+            f" data.format={kind!r}. Columns present: {', '.join(present)}"
         )
 
 
 def unread(present: Mapping[str, type], columns: Columns, kind: str) -> tuple[str, bool]:
-    """Return one line that names the columns that nothing reads, empty where all are read; and whether one may be missed.
+    """Return one line that names the columns that nothing reads, empty where all are read; and
+    whether one may be missed.
 
     Args:
         present: the columns that hold something, each with the type of a value.
@@ -96,13 +130,19 @@ def unread(present: Mapping[str, type], columns: Columns, kind: str) -> tuple[st
     if not found:
         return "", False
     read = ", ".join(f"{column!r} ({field})" for field, column in columns.given().items())
-    return f"read: {read}; not read: {_told(found, kind)}", any(role != "" for role in found.values())
+    return f"read: {read}; not read: {_told(found, kind)}", any(
+        role != "" for role in found.values()
+    )
 
 
 def _left(present: Collection[str], columns: Columns) -> list[str]:
     """Return the columns that are not read, neither whole nor a value in them (`answers.text`)."""
     read = columns.given().values()
-    parts = {".".join(parts[:i]) for parts in (column.split(".") for column in read) for i in range(1, len(parts))}
+    parts = {
+        ".".join(parts[:i])
+        for parts in (column.split(".") for column in read)
+        for i in range(1, len(parts))
+    }
     return [column for column in present if column not in read and column not in parts]
 
 
@@ -117,10 +157,18 @@ def _told(found: Mapping[str, str | None], kind: str) -> str:
 def _fix(present: Mapping[str, type], columns: Columns, missed: Mapping[str, str | None]) -> str:
     """Return the columns to name instead, where they are plain to see."""
     first = {role: column for column, role in reversed(list(missed.items()))}
-    asked, answer = first.get("the prompt") or first.get("a part of the question"), first.get("the answer")
-    parts = [column for column, role in missed.items() if role in (AN_OPTION, "a part of the question")]
+    asked, answer = (
+        first.get("the prompt") or first.get("a part of the question"),
+        first.get("the answer"),
+    )
+    parts = [
+        column for column, role in missed.items() if role in (AN_OPTION, "a part of the question")
+    ]
     if columns.text is None and len(parts) > 1:
-        return f"write all parts of the question into the text of {next(iter(columns.given().values()))!r}; "
+        return (
+            "write all parts of the question into the text of"
+            f" {next(iter(columns.given().values()))!r}; "
+        )
     if columns.text and (answer or asked):
         named = {"prompt": asked or columns.text, "completion": answer or columns.text}
     elif columns.prompt and columns.completion and asked:

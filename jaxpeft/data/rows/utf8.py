@@ -10,9 +10,12 @@ from jaxpeft.errors import DataError
 
 UTF8 = "utf-8"
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, UTF8),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, UTF8),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _LFS = b"version https://git-lfs"
 _HEAD = 1 << 10
 _ODD, _EVEN = slice(1, _HEAD, 2), slice(0, _HEAD, 2)
@@ -49,11 +52,14 @@ def check_pointer(head: bytes, name: str) -> None:
         DataError: it is such a pointer.
     """
     if head.startswith(_LFS):
-        raise DataError(f"{name}:1:1: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
+        raise DataError(
+            f"{name}:1:1: a Git LFS pointer instead of the data; fetch it with `git lfs pull`"
+        )
 
 
 def as_utf8(data: bytes, name: str, given: str = "auto") -> tuple[bytes, str]:
-    """Return the bytes of a text file in UTF-8 without a byte order mark, and the encoding that they were in.
+    """Return the bytes of a text file in UTF-8 without a byte order mark, and the encoding that
+    they were in.
 
     Args:
         data: all of the file; where it is in UTF-8 already, it is not looked at.
@@ -61,7 +67,8 @@ def as_utf8(data: bytes, name: str, given: str = "auto") -> tuple[bytes, str]:
         given: the encoding; `auto` to look.
 
     Raises:
-        DataError: nothing but white space is left, it is a Git LFS pointer, or it is not in this encoding.
+        DataError: nothing but white space is left, it is a Git LFS pointer, or it is not in this
+            encoding.
     """
     encoding = encoding_of(data, name, given)
     if encoding != UTF8:
@@ -112,16 +119,23 @@ def decode_line(raw: bytes) -> str:
         return raw.decode(UTF8)
     except UnicodeDecodeError as error:
         column = len(raw[: error.start].decode(UTF8)) + 1
-        raise RowError(f"not UTF-8 (byte 0x{raw[error.start]:02x})", _fix(raw, column), column) from None
+        raise RowError(
+            f"not UTF-8 (byte 0x{raw[error.start]:02x})", _fix(raw, column), column
+        ) from None
 
 
 def _fix(raw: bytes, column: int) -> str:
-    """Return how to have a line read that is not UTF-8: no encoding of one byte a character can be told from another."""
+    """Return how to have a line read that is not UTF-8: no encoding of one byte a character can be
+    told from another.
+    """
     try:
         read = excerpt(raw.decode("cp1252").strip(), column)
     except UnicodeDecodeError:
         return "set data.encoding to the one it was written in"
-    return f"set data.encoding to the one it was written in: 'cp1252', as of Excel on Windows, reads {read!r}"
+    return (
+        "set data.encoding to the one it was written in: 'cp1252', as of Excel on Windows, reads"
+        f" {read!r}"
+    )
 
 
 def first_fault(lines: Iterable[bytes], name: str) -> str:

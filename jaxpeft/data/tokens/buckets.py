@@ -12,12 +12,16 @@ from jaxpeft.errors import ConfigError, DataError
 _STEPS = (8, 16, 24, 32, 40, 48, 56, 64)
 
 
-def choose_lengths(lengths: np.ndarray, max_length: int, most: int = 4, worth: float = 0.0) -> tuple[int, ...]:
-    """Choose the lengths that pad the least, out of 8, 16, 24, ..., 64, 96, 128, 192, 256 and so on.
+def choose_lengths(
+    lengths: np.ndarray, max_length: int, most: int = 4, worth: float = 0.0
+) -> tuple[int, ...]:
+    """Choose the lengths that pad the least, out of 8, 16, 24, ..., 64, 96, 128, 192, 256 and so
+    on.
 
     Args:
         lengths: the length of each sequence, int [n].
-        max_length: the longest that a sequence may be; chosen itself where no step holds the longest sequence.
+        max_length: the longest that a sequence may be; chosen itself where no step holds the
+            longest sequence.
         most: how many to choose at most.
         worth: places that each further length must spare, as it costs a program more.
 
@@ -26,17 +30,26 @@ def choose_lengths(lengths: np.ndarray, max_length: int, most: int = 4, worth: f
     """
     longest = int(lengths.max(initial=0))
     if not 0 < longest <= max_length:
-        raise DataError(f"the longest sequence has {longest} tokens; it must be from 1 to max_length={max_length}")
+        raise DataError(
+            f"the longest sequence has {longest} tokens; it must be from 1 to"
+            f" max_length={max_length}"
+        )
     steps = [step for step in _steps(max_length) if step < longest]
     top = min((step for step in _steps(max_length) if step >= longest), default=max_length)
     within = {step: int((lengths <= step).sum()) for step in (*steps, top)}
     choices = (c for n in range(most) for c in itertools.combinations(steps, min(n, len(steps))))
-    # Fewer lengths come first, and min keeps the first of equals: a length that saves nothing is never chosen.
-    return min(((*choice, top) for choice in choices), key=lambda chosen: _slots(within, chosen) + worth * len(chosen))
+    # Fewer lengths come first, and min keeps the first of equals: a length that saves nothing is
+    # never chosen.
+    return min(
+        ((*choice, top) for choice in choices),
+        key=lambda chosen: _slots(within, chosen) + worth * len(chosen),
+    )
 
 
 def padding_share(lengths: np.ndarray, slots: int) -> float:
-    """Return the share of `slots` places that hold no token of the sequences with these `lengths`, int [n]."""
+    """Return the share of `slots` places that hold no token of the sequences with these `lengths`,
+    int [n].
+    """
     return 1 - int(lengths.sum()) / slots if slots else 0.0
 
 
@@ -57,7 +70,9 @@ def assign(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
         raise ConfigError(f"lengths={tuple(buckets)} must be positive and ascend")
     longest = int(lengths.max(initial=0))
     if longest > buckets[-1]:
-        raise ConfigError(f"lengths={tuple(buckets)} hold no sequence of {longest} tokens; add {longest} or more")
+        raise ConfigError(
+            f"lengths={tuple(buckets)} hold no sequence of {longest} tokens; add {longest} or more"
+        )
     return np.searchsorted(np.asarray(buckets), lengths)
 
 

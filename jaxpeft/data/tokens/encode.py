@@ -23,7 +23,15 @@ from jaxpeft.data.chat.templates import template_source
 from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.problems import Problems, excerpt
 from jaxpeft.data.rows.columns import GENERATIVE
-from jaxpeft.data.tokens.arrays import Arrays, CacheState, Encoded, cache_folder, load_arrays, save_arrays, to_arrays
+from jaxpeft.data.tokens.arrays import (
+    Arrays,
+    CacheState,
+    Encoded,
+    cache_folder,
+    load_arrays,
+    save_arrays,
+    to_arrays,
+)
 from jaxpeft.data.tokens.tokenize import TokenizedRows, TokenizeOptions, tokenize
 from jaxpeft.errors import ConfigError, DataError
 
@@ -52,31 +60,38 @@ def encode(
 ) -> Encoded:
     """Tokenize examples, or take them from the cache.
 
-    Classification: one sequence a row, cut to `max_length`. Token classification: the same, the tag of a word on its
-    first sub-token and -100 on the rest. Text: every document split into consecutive sequences, nothing lost. Dialogs:
-    one sequence a row, cut to `max_length`, or several where the template writes earlier turns otherwise once others follow;
-    only what the assistant says is learned, and a row of which nothing that is learned is left is dropped.
+    Classification: one sequence a row, cut to `max_length`. Token classification: the same, the tag
+    of a word on its first sub-token and -100 on the rest. Text: every document split into
+    consecutive sequences, nothing lost. Dialogs: one sequence a row, cut to `max_length`, or
+    several where the template writes earlier turns otherwise once others follow; only what the
+    assistant says is learned, and a row of which nothing that is learned is left is dropped.
 
     Args:
         examples: the examples of one split.
         tokenizer: a fast tokenizer of `transformers`.
         max_length: the most tokens of a sequence.
         vocab_size: of the model; every token must be below it.
-        add_bos: for text, begin each document with BOS; where the tokenizer does so itself, it is not doubled. For prompts
-            with completions, keep the BOS that the tokenizer begins a text with.
-        add_eos: end each document, or each answer that the template has not ended, with EOS; never doubled.
-        chat_template: name of one of the tokenizer's templates or of a built-in one, or a file of jinja; None for the tokenizer's.
+        add_bos: for text, begin each document with BOS; where the tokenizer does so itself, it is
+            not doubled. For prompts with completions, keep the BOS that the tokenizer begins a text
+            with.
+        add_eos: end each document, or each answer that the template has not ended, with EOS; never
+            doubled.
+        chat_template: name of one of the tokenizer's templates or of a built-in one, or a file of
+            jinja; None for the tokenizer's.
         separator: stands between a prompt and its completion.
         most_dropped: the share of rows that may be dropped, never all; None to let any be dropped.
         progress: called with the rows done and the rows in all, after every thousand.
-        cache_dir: where the cache is; where `JAXPEFT_CACHE` says, or in `~/.cache/jaxpeft`, where not given.
+        cache_dir: where the cache is; where `JAXPEFT_CACHE` says, or in `~/.cache/jaxpeft`, where
+            not given.
         use_cache: False neither reads nor writes it.
 
     Raises:
         ConfigError: an option does not fit the tokenizer.
         DataError: a row gives no token, or a token is not below `vocab_size`.
     """
-    options = make_options(examples, tokenizer, max_length, add_bos, add_eos, chat_template, separator)
+    options = make_options(
+        examples, tokenizer, max_length, add_bos, add_eos, chat_template, separator
+    )
     _check_options(examples, tokenizer, options)
     key = fingerprint(examples, tokenizer, options)
     folder = cache_folder(cache_dir) if use_cache else None
@@ -87,7 +102,9 @@ def encode(
         encoded = _from_arrays(examples, arrays, max_length, key, "hit")
     else:
         state: CacheState = "off" if path is None else "rebuilt" if existed else "miss"
-        encoded = _from_arrays(examples, _build(examples, tokenizer, options, progress), max_length, key, state)
+        encoded = _from_arrays(
+            examples, _build(examples, tokenizer, options, progress), max_length, key, state
+        )
         if path is not None:
             save_arrays(path, to_arrays(encoded))
     if most_dropped is not None:
@@ -97,37 +114,53 @@ def encode(
 
 
 def make_options(
-    examples: Examples, tokenizer: Any, max_length: int, add_bos: bool, add_eos: bool, chat_template: str | None,
+    examples: Examples,
+    tokenizer: Any,
+    max_length: int,
+    add_bos: bool,
+    add_eos: bool,
+    chat_template: str | None,
     separator: str,
-) -> TokenizeOptions:  # fmt: skip
+) -> TokenizeOptions:
     """Return what changes the tokens; the chat template where there are chats."""
     chat = any(isinstance(text, Dialog) for text in examples.texts)
-    source = template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
+    source = (
+        template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
+    )
     template = {"default": source} if isinstance(source, str) else source
     spaced = examples.kind == "token_classification" and _joins_words(tokenizer)
     return TokenizeOptions(max_length, add_bos, add_eos, template, separator, spaced)
 
 
 def _joins_words(tokenizer: Any) -> bool:
-    """Return whether a space belongs to the word behind it, and is not put there by the tokenizer (GPT-2, RoBERTa, Llama 3)."""
+    """Return whether a space belongs to the word behind it, and is not put there by the tokenizer
+    (GPT-2, RoBERTa, Llama 3).
+    """
     before = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     parts = before.get("pretokenizers", [before])
-    return any(part.get("type") == "ByteLevel" and not part.get("add_prefix_space") for part in parts)
+    return any(
+        part.get("type") == "ByteLevel" and not part.get("add_prefix_space") for part in parts
+    )
 
 
 def fingerprint(examples: Examples, tokenizer: Any, options: TokenizeOptions) -> str:
-    """Return the SHA-256 of what the tokens depend on: this format, the tokenizer, its template, options, data."""
+    """Return the SHA-256 of what the tokens depend on: this format, the tokenizer, its template,
+    options, data.
+    """
     return _hash([FORMAT, tokenizer_hash(tokenizer), dataclasses.asdict(options), examples.sha256])
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """Return the SHA-256 of what a tokenizer does."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # A call with truncation leaves these two set on the tokenizer, so the second run would miss the cache of the first.
+    # A call with truncation leaves these two set on the tokenizer, so the second run would miss the
+    # cache of the first.
     state.pop("truncation", None)
     state.pop("padding", None)
     settings = [tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.model_input_names]
-    return _hash([state, settings, tokenizer.truncation_side, getattr(tokenizer, "add_prefix_space", None)])
+    return _hash(
+        [state, settings, tokenizer.truncation_side, getattr(tokenizer, "add_prefix_space", None)]
+    )
 
 
 def _hash(parts: Any) -> str:
@@ -137,7 +170,8 @@ def _hash(parts: Any) -> str:
 def pad_id(tokenizer: Any, vocab_size: int) -> int:
     """Return the id to pad with: the tokenizer's own where it has one that the model knows, else 0.
 
-    Padding is told from text by position, never by id, so a pad token that is also EOS does no harm.
+    Padding is told from text by position, never by id, so a pad token that is also EOS does no
+    harm.
     """
     own = tokenizer.pad_token_id
     return own if own is not None and 0 <= own < vocab_size else 0
@@ -147,27 +181,39 @@ def _check_options(examples: Examples, tokenizer: Any, options: TokenizeOptions)
     name, problems = _name(tokenizer), list[str]()
     if examples.kind == "preference":
         problems.append(
-            f"{examples.rows.name}: {len(examples)} preference pairs, all of them whole; no method trains on pairs yet: give rows "
-            "of another format"
+            f"{examples.rows.name}: {len(examples)} preference pairs, all of them whole; no method"
+            " trains on pairs yet: give rows of another format"
         )
     if not getattr(tokenizer, "is_fast", False):
-        problems.append(f"tokenizer {name}: not a fast tokenizer; give one that has a tokenizer.json")
+        problems.append(
+            f"tokenizer {name}: not a fast tokenizer; give one that has a tokenizer.json"
+        )
     for end in ("bos", "eos"):
         if getattr(options, f"add_{end}"):
             if examples.kind not in GENERATIVE:
                 problems.append(f"add_{end}=True is for text, not for {examples.kind}; remove it")
             elif getattr(tokenizer, f"{end}_token_id") is None:
-                problems.append(f"add_{end}=True, but the tokenizer {name} has no {end}_token; remove it")
-    least = 2 if examples.kind in GENERATIVE else 1 + tokenizer.num_special_tokens_to_add(examples.pairs is not None)
+                problems.append(
+                    f"add_{end}=True, but the tokenizer {name} has no {end}_token; remove it"
+                )
+    least = (
+        2
+        if examples.kind in GENERATIVE
+        else 1 + tokenizer.num_special_tokens_to_add(examples.pairs is not None)
+    )
     if options.max_length < least:
-        problems.append(f"max_length={options.max_length} leaves no room for text; give at least {least}")
+        problems.append(
+            f"max_length={options.max_length} leaves no room for text; give at least {least}"
+        )
     if problems:
         raise ConfigError(problems)
 
 
 @contextmanager
 def _uncollected() -> Generator[None]:
-    """Keep Python from looking for cycles, again and again, among millions of numbers that have none."""
+    """Keep Python from looking for cycles, again and again, among millions of numbers that have
+    none.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
@@ -177,7 +223,9 @@ def _uncollected() -> Generator[None]:
             gc.enable()
 
 
-def _build(examples: Examples, tokenizer: Any, options: TokenizeOptions, progress: OnProgress | None) -> Arrays:
+def _build(
+    examples: Examples, tokenizer: Any, options: TokenizeOptions, progress: OnProgress | None
+) -> Arrays:
     with _uncollected():
         batches = list(_batches(examples, tokenizer, options, progress))
     lengths = [len(ids) for batch in batches for ids in batch.ids]
@@ -214,8 +262,10 @@ def _batches(
         return tokenize(examples, tokenizer, stop - (stop - 1) % BATCH - 1, stop, options)
 
     def in_order() -> Iterator[TokenizedRows]:
-        # The tokenizer works without Python's lock: what Python does with one batch goes on beside the next one's tokens. The
-        # first is made alone, since a tokenizer may be set up in it, and not while another thread uses it.
+        # The tokenizer works without Python's lock: what Python does with one batch goes on beside
+        # the next one's tokens. The first is made alone, since a tokenizer may be set up in it, and
+        # not while another thread
+        # uses it.
         yield from map(made, stops[:1])
         yield from pool.map(made, stops[1:])
 
@@ -233,7 +283,9 @@ def _flat(lists: list[list[int]]) -> np.ndarray:
     return np.fromiter(chain.from_iterable(lists), np.int32, sum(map(len, lists)))
 
 
-def _from_arrays(examples: Examples, arrays: Arrays, max_length: int, key: str, state: CacheState) -> Encoded:
+def _from_arrays(
+    examples: Examples, arrays: Arrays, max_length: int, key: str, state: CacheState
+) -> Encoded:
     return Encoded(
         kind=examples.kind,
         problem=examples.problem,
@@ -254,7 +306,9 @@ def _check_lengths(examples: Examples, tokenizer: Any, empty: np.ndarray) -> Non
     problems = Problems()
     for row in empty.tolist():
         fault = f"the tokenizer {_name(tokenizer)} makes no token of it"
-        problems.add(examples.rows.where(row), fault, excerpt(str(examples.texts[row])), "leave the row out")
+        problems.add(
+            examples.rows.where(row), fault, excerpt(str(examples.texts[row])), "leave the row out"
+        )
     problems.raise_if_any()
 
 
@@ -271,8 +325,8 @@ def _check_dropped(examples: Examples, encoded: Encoded, most: float) -> None:
     if dropped == rows:
         told, fix = "none is left", "raise data.max_length, or shorten the prompts"
     raise DataError(
-        f"{examples.rows.name}: {dropped} of {rows} rows ({dropped / rows:.1%}) have no learned token among their first "
-        f"{length}, as {examples.rows.where(first)}; {told}: {fix}"
+        f"{examples.rows.name}: {dropped} of {rows} rows ({dropped / rows:.1%}) have no learned"
+        f" token among their first {length}, as {examples.rows.where(first)}; {told}: {fix}"
     )
 
 
@@ -281,8 +335,9 @@ def _check_vocabulary(encoded: Encoded, tokenizer: Any, vocab_size: int) -> None
     if highest >= vocab_size:
         word = tokenizer.convert_ids_to_tokens(highest)
         raise DataError(
-            f"tokenizer {_name(tokenizer)}: its vocabulary has {len(tokenizer)} tokens, the model's {vocab_size}, and "
-            f"the data holds token {highest} ({word!r}); use the model's own tokenizer"
+            f"tokenizer {_name(tokenizer)}: its vocabulary has {len(tokenizer)} tokens, the model's"
+            f" {vocab_size}, and the data holds token {highest} ({word!r}); use the model's own"
+            " tokenizer"
         )
 
 

@@ -1,4 +1,6 @@
-"""How the rows of a run become tokens: the same for those that are held and those that are streamed."""
+"""How the rows of a run become tokens: the same for those that are held and those that are
+streamed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Encoder:
         """The token to pad with."""
         return pad_id(self.tokenizer, self.vocab)
 
-    def __call__(self, examples: Examples, progress: OnProgress | None = None, *, judged: bool = True) -> Encoded:
+    def __call__(
+        self, examples: Examples, progress: OnProgress | None = None, *, judged: bool = True
+    ) -> Encoded:
         """Tokenize examples.
 
         Args:
@@ -69,7 +73,9 @@ class Encoder:
         return pack(encoded, options.max_length)
 
     def identity(self, examples: Examples) -> dict[str, str]:
-        """Return the hashes of the tokenizer and of the chat template that examples are written with."""
+        """Return the hashes of the tokenizer and of the chat template that examples are written
+        with.
+        """
         template = json.dumps(self.chat_template(examples) or "", sort_keys=True)
         return {
             "tokenizer": tokenizer_hash(self.tokenizer),
@@ -77,7 +83,8 @@ class Encoder:
         }
 
     def chat_template(self, examples: Examples) -> str | Mapping[str, str] | None:
-        """Return the template that chats are written with, in the form of a tokenizer's `chat_template`; None without chats.
+        """Return the template that chats are written with, in the form of a tokenizer's
+        `chat_template`; None without chats.
 
         Several by name are those that are used: `default`, and `tool_use` for chats with tools.
         """
@@ -86,7 +93,12 @@ class Encoder:
 
     def prompt(self, examples: Examples, row: int) -> list[int]:
         """Return the tokens that the answer of a row is generated from."""
-        return prompt_ids(examples, row, self.tokenizer, make_options(examples, self.tokenizer, **self._of(examples)))
+        return prompt_ids(
+            examples,
+            row,
+            self.tokenizer,
+            make_options(examples, self.tokenizer, **self._of(examples)),
+        )
 
     def _of(self, examples: Examples) -> dict[str, Any]:
         text, options, tokenizer = examples.kind in GENERATIVE, self.options, self.tokenizer
@@ -100,32 +112,46 @@ class Encoder:
 
 
 _PROGRAM = 1 << 14
-"""Places that take about as long to train on as a program takes to compile, of a small model on a CPU; of others it is many more."""
+"""Places that take about as long to train on as a program takes to compile, of a small model on a
+CPU; of others it is many more.
+"""
 
 
 def padded_lengths(config: Config, train: Encoded) -> tuple[int, ...]:
-    """Return the lengths that training rows are sorted into batches by, and padded to unless all have one length (`one_length`).
+    """Return the lengths that training rows are sorted into batches by, and padded to unless all
+    have one length (`one_length`).
 
-    A short run has fewer of them: each must spare more places over the whole run than its program costs.
+    A short run has fewer of them: each must spare more places over the whole run than its program
+    costs.
     """
     if config.data.packing or (config.data.streaming and not config.data.lengths):
         return (config.data.max_length,)
-    passes = config.train.epochs or (config.train.steps or 0) * config.train.batch_size / max(1, len(train))
-    return config.data.lengths or choose_lengths(train.lengths, config.data.max_length, worth=_PROGRAM / passes)
+    passes = config.train.epochs or (config.train.steps or 0) * config.train.batch_size / max(
+        1, len(train)
+    )
+    return config.data.lengths or choose_lengths(
+        train.lengths, config.data.max_length, worth=_PROGRAM / passes
+    )
 
 
 def evaluated_lengths(config: Config, train: Encoded, split: Encoded) -> tuple[int, ...]:
-    """Return the lengths for a split that is not trained on: those of the training rows, whose programs serve all splits.
+    """Return the lengths for a split that is not trained on: those of the training rows, whose
+    programs serve all splits.
 
     One more stands behind them where a row of the split is longer.
     """
     trained = padded_lengths(config, train)
     longer = split.lengths[split.lengths > trained[-1]]
-    return (*trained, *choose_lengths(longer, config.data.max_length, most=1)) if len(longer) else trained
+    return (
+        (*trained, *choose_lengths(longer, config.data.max_length, most=1))
+        if len(longer)
+        else trained
+    )
 
 
 def one_length(config: Config) -> int | None:
-    """Return the length of all batches where positions are spread over devices, which is known to divide; None elsewhere.
+    """Return the length of all batches where positions are spread over devices, which is known to
+    divide; None elsewhere.
 
     Which rows make a batch does not depend on it: a run has the same batches on any mesh.
     """
@@ -138,9 +164,17 @@ def told(encoded: Encoded) -> str:
     parts = [f"{counts['rows']} rows", f"{counts['tokens']} tokens"]
     if encoded.kind in GENERATIVE:
         parts.append(f"{counts['learned'] / max(1, counts['tokens']):.0%} of them learned")
-    parts += [f"{counts['truncated']} cut at {encoded.max_length} tokens"] if counts["truncated"] else []
-    parts += [f"{counts['unlearned']} answers that cannot be learned"] if counts["unlearned"] else []
-    parts += [f"{counts['dropped']} rows dropped: nothing learned is left of them"] if counts["dropped"] else []
+    parts += (
+        [f"{counts['truncated']} cut at {encoded.max_length} tokens"] if counts["truncated"] else []
+    )
+    parts += (
+        [f"{counts['unlearned']} answers that cannot be learned"] if counts["unlearned"] else []
+    )
+    parts += (
+        [f"{counts['dropped']} rows dropped: nothing learned is left of them"]
+        if counts["dropped"]
+        else []
+    )
     line = f"{', '.join(parts)} ({'from the cache' if encoded.cache == 'hit' else 'tokenized'})"
     if encoded.segments is not None:
         full = fill(encoded, encoded.max_length)

@@ -18,10 +18,11 @@ Piece = tuple[int, int, int]
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Put each item, the longest first, into the first bin that has room for it (first-fit decreasing).
+    """Put each item, the longest first, into the first bin that has room for it (first-fit
+    decreasing).
 
-    A tree over the bins holds the most room below each node, so an item finds its bin in `O(log n)`. It takes at most 11/9
-    of the fewest bins possible, plus 6/9 (Dósa 2007).
+    A tree over the bins holds the most room below each node, so an item finds its bin in `O(log
+    n)`. It takes at most 11/9 of the fewest bins possible, plus 6/9 (Dósa 2007).
 
     Args:
         lengths: of the items, int [n], each from 1 to `capacity`.
@@ -52,8 +53,9 @@ def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 def pour(bins: Sequence[Sequence[int]], lengths: np.ndarray, capacity: int) -> list[list[Piece]]:
     """Cut the sequences of the emptiest bins, to fill the rooms of the others with them.
 
-    Texts of two thirds of a row leave a third of each row empty, however they are packed. A text that is longer than a row
-    is cut anyway; here a few others are, too. None is cut to less than 64 tokens.
+    Texts of two thirds of a row leave a third of each row empty, however they are packed. A text
+    that is longer than a row is cut anyway; here a few others are, too. None is cut to less than 64
+    tokens.
 
     Args:
         bins: the sequences of each bin, as `first_fit` gives them.
@@ -64,7 +66,9 @@ def pour(bins: Sequence[Sequence[int]], lengths: np.ndarray, capacity: int) -> l
         The pieces of each bin, each `(sequence, start, stop)`; every token stands in exactly one.
     """
     pieces = [[(i, 0, int(lengths[i])) for i in items] for items in bins]
-    rooms = [(sum(stop for _, _, stop in of) - capacity, number) for number, of in enumerate(pieces)]
+    rooms = [
+        (sum(stop for _, _, stop in of) - capacity, number) for number, of in enumerate(pieces)
+    ]
     heapq.heapify(rooms)
     while len(rooms) > 1:
         _, emptiest = heapq.heappop(rooms)
@@ -77,8 +81,12 @@ def pour(bins: Sequence[Sequence[int]], lengths: np.ndarray, capacity: int) -> l
     return [sorted(of) for of in pieces if of]
 
 
-def _spread(pieces: Sequence[Piece], rooms: list[tuple[int, int]]) -> list[tuple[int, Piece]] | None:
-    """Cut pieces into the largest rooms, a heap of `(-room, bin)`; return None where they do not fit."""
+def _spread(
+    pieces: Sequence[Piece], rooms: list[tuple[int, int]]
+) -> list[tuple[int, Piece]] | None:
+    """Cut pieces into the largest rooms, a heap of `(-room, bin)`; return None where they do not
+    fit.
+    """
     out: list[tuple[int, Piece]] = []
     for sequence, first, stop in pieces:
         start = first
@@ -96,8 +104,8 @@ def _spread(pieces: Sequence[Piece], rooms: list[tuple[int, int]]) -> list[tuple
 def pack(encoded: Encoded, capacity: int) -> Encoded:
     """Pack documents into rows.
 
-    A document's first token has no label any more: it would be predicted from another document. Texts, of which long ones
-    are split anyway, are cut where that fills rows; a dialog stays whole.
+    A document's first token has no label any more: it would be predicted from another document.
+    Texts, of which long ones are split anyway, are cut where that fills rows; a dialog stays whole.
 
     Args:
         encoded: sequences with a label a token, none longer than `capacity`.
@@ -114,7 +122,9 @@ def pack(encoded: Encoded, capacity: int) -> Encoded:
     ends = np.cumsum(sizes)
     starts = ends - sizes
     # where in the old arrays each token of the new ones stands
-    take = np.arange(len(encoded.tokens)) + np.repeat(encoded.offsets[:-1][order] + pieces[:, 1] - starts, sizes)
+    take = np.arange(len(encoded.tokens)) + np.repeat(
+        encoded.offsets[:-1][order] + pieces[:, 1] - starts, sizes
+    )
     counts = np.fromiter(map(len, rows), np.int64, len(rows))
     last = np.cumsum(counts) - 1
     number = np.arange(len(order)) - np.repeat(last + 1 - counts, counts) + 1
@@ -129,7 +139,9 @@ def pack(encoded: Encoded, capacity: int) -> Encoded:
         source=encoded.source[order][last + 1 - counts],
         segments=np.repeat(number, sizes).astype(np.int32),
         counts={**encoded.counts, "sequences": len(rows), "cut": len(pieces) - len(encoded)},
-        fingerprint=hashlib.sha256(f"{encoded.fingerprint} packed {FORMAT} {capacity}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(
+            f"{encoded.fingerprint} packed {FORMAT} {capacity}".encode()
+        ).hexdigest(),
     )
 
 

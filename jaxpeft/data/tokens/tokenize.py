@@ -20,7 +20,8 @@ from jaxpeft.data.problems import Problems, excerpt
 class TokenizeOptions:
     """What changes the tokens, beside the tokenizer: see `encode`.
 
-    `spaced` puts a space before each word: words given one by one lose it where it is part of a word's first token.
+    `spaced` puts a space before each word: words given one by one lose it where it is part of a
+    word's first token.
     """
 
     max_length: int
@@ -56,42 +57,60 @@ class TokenizedRows:
     notes: Counter[str] = field(default_factory=Counter[str])
 
 
-def tokenize(examples: Examples, tokenizer: Any, start: int, stop: int, options: TokenizeOptions) -> TokenizedRows:
+def tokenize(
+    examples: Examples, tokenizer: Any, start: int, stop: int, options: TokenizeOptions
+) -> TokenizedRows:
     """Tokenize the rows from `start` up to `stop`."""
     kinds = {"classification": _sentences, "token_classification": _words, "text": _documents}
     return kinds.get(examples.kind, _dialogs)(examples, tokenizer, range(start, stop), options)
 
 
-def _sentences(examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions) -> TokenizedRows:
+def _sentences(
+    examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions
+) -> TokenizedRows:
     texts = examples.texts[rows.start : rows.stop]
     pairs = examples.pairs[rows.start : rows.stop] if examples.pairs else None
     made = tokenizer(texts, pairs, truncation=True, max_length=options.max_length, verbose=False)
     return TokenizedRows(made["input_ids"], _types(made), [], list(rows), _truncated(made))
 
 
-def _words(examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions) -> TokenizedRows:
+def _words(
+    examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions
+) -> TokenizedRows:
     texts = examples.texts[rows.start : rows.stop]
     if options.spaced:
         texts = [[word if word[:1].isspace() else f" {word}" for word in words] for words in texts]
-    made = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=options.max_length, verbose=False)
+    made = tokenizer(
+        texts,
+        is_split_into_words=True,
+        truncation=True,
+        max_length=options.max_length,
+        verbose=False,
+    )
     tags: Any = examples.labels
     labels = [_first_subtokens(made.word_ids(i), tags[row]) for i, row in enumerate(rows)]
     return TokenizedRows(made["input_ids"], _types(made), labels, list(rows), _truncated(made))
 
 
-def _documents(examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions) -> TokenizedRows:
+def _documents(
+    examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions
+) -> TokenizedRows:
     made = tokenizer(examples.texts[rows.start : rows.stop], truncation=False, verbose=False)
     batch = TokenizedRows([], [], [], [])
     for row, ids in zip(rows, made["input_ids"], strict=True):
         whole = _with_ends(ids, tokenizer, options)
-        chunks = [whole[i : i + options.max_length] for i in range(0, len(whole), options.max_length)] or [[]]
+        chunks = [
+            whole[i : i + options.max_length] for i in range(0, len(whole), options.max_length)
+        ] or [[]]
         batch.ids += chunks
         batch.source += [row] * len(chunks)
     batch.labels = batch.ids
     return batch
 
 
-def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions) -> TokenizedRows:
+def _dialogs(
+    examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions
+) -> TokenizedRows:
     eos, begin = tokenizer.eos_token_id, _begin(tokenizer, options)
     scripts = _scripts(examples, tokenizer, rows, options)
     batch = TokenizedRows([], [], [], [])
@@ -101,7 +120,9 @@ def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: TokenizeO
         batch.notes.update(note for part in parts for note in (*part.unlearned, *part.notes))
     most = options.max_length
     for row, made in zip(
-        rows, label(scripts, tokenizer, begin=begin, end=eos if options.add_eos else None), strict=True
+        rows,
+        label(scripts, tokenizer, begin=begin, end=eos if options.add_eos else None),
+        strict=True,
     ):
         parts = (*made.earlier, made)
         batch.truncated += any(len(part.ids) > most for part in parts)
@@ -116,7 +137,8 @@ def _dialogs(examples: Examples, tokenizer: Any, rows: range, options: TokenizeO
 
 
 def prompt_ids(examples: Examples, row: int, tokenizer: Any, options: TokenizeOptions) -> list[int]:
-    """Return the tokens that the last answer of a dialog is generated from: those that training has before it.
+    """Return the tokens that the last answer of a dialog is generated from: those that training has
+    before it.
 
     Args:
         examples: of dialogs.
@@ -128,9 +150,11 @@ def prompt_ids(examples: Examples, row: int, tokenizer: Any, options: TokenizeOp
     if isinstance(dialog, Dialog):
         dialog = replace(dialog, messages=dialog.messages[: dialog.answers[-1]])
     (made,) = label(
-        [write_prompt(dialog, _template(options, tokenizer), options.separator)], tokenizer,
-        begin=_begin(tokenizer, options), end=None,
-    )  # fmt: skip
+        [write_prompt(dialog, _template(options, tokenizer), options.separator)],
+        tokenizer,
+        begin=_begin(tokenizer, options),
+        end=None,
+    )
     return made.ids
 
 
@@ -145,10 +169,14 @@ def _template(options: TokenizeOptions, tokenizer: Any) -> Template | None:
     return compiled(tuple(options.template.items()), tuple(special_tokens(tokenizer).items()))
 
 
-def _scripts(examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions) -> list[Script]:
+def _scripts(
+    examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions
+) -> list[Script]:
     problems, scripts = Problems(), list[Script]()
     dialogs: Any = examples.texts[rows.start : rows.stop]
-    for made, row in zip(write_all(dialogs, _template(options, tokenizer), options.separator), rows, strict=False):
+    for made, row in zip(
+        write_all(dialogs, _template(options, tokenizer), options.separator), rows, strict=False
+    ):
         if isinstance(made, Script):
             scripts.append(made)
             continue
@@ -160,14 +188,20 @@ def _scripts(examples: Examples, tokenizer: Any, rows: range, options: TokenizeO
 
 def prefix(tokenizer: Any) -> list[int]:
     """Return the tokens that a tokenizer puts before a text by itself, such as BOS."""
-    whole, alone = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    whole, alone = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
     at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
     return whole[:at]
 
 
 def special_tokens(tokenizer: Any) -> dict[str, str]:
     """Return a tokenizer's special tokens by name, such as `bos_token`."""
-    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return {
+        name: str(token)
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str)
+    }
 
 
 def _with_ends(ids: Sequence[int], tokenizer: Any, options: TokenizeOptions) -> list[int]:

@@ -1,12 +1,16 @@
-"""Adapter folders of the `adapters` library (AdapterHub), as version 1.3 writes them with `use_safetensors=True`.
+"""Adapter folders of the `adapters` library (AdapterHub), as version 1.3 writes them with
+`use_safetensors=True`.
 
-    adapter_config.json     {"config": {the options}, "name": NAME, "model_type": ..., "version": ...}
-    adapter.safetensors     bert.encoder.layer.0.output.adapters.NAME.adapter_up.weight, ...shared_parameters.NAME.phm_rule
+    adapter_config.json     {"config": {options}, "name": NAME, "model_type": ..., "version": ...}
+    adapter.safetensors     bert.encoder.layer.0.output.adapters.NAME.adapter_up.weight,
+                            ...shared_parameters.NAME.phm_rule
     head_config.json        {"config": {its layers} or null, "model_class": ..., "num_labels": ...}
-    model_head.safetensors  classifier.weight of a model class of transformers, heads.NAME.1.weight of one of the library
+    model_head.safetensors  classifier.weight of a model class of transformers,
+                            heads.NAME.1.weight of one of the library
 
-The library keeps adapters beside the sub-layers, which here are leaves of the linear modules that end them; it lists the
-layers that are left out, and its options say whether attention and feed-forward have adapters.
+The library keeps adapters beside the sub-layers, which here are leaves of the linear modules that
+end them; it lists the layers that are left out, and its options say whether attention and
+feed-forward have adapters.
 """
 
 from __future__ import annotations
@@ -38,12 +42,18 @@ _MODULES = {
     "self_attn.o_proj": "attention_adapters",
     "mlp.down_proj": "output_adapters",
 }
-"""From the end of a site's name to that of the module that keeps its adapters; the first that fits."""
+"""From the end of a site's name to that of the module that keeps its adapters; the first that fits.
+"""
 _ATTENTION = ("attention.output.dense", "attention.out_lin", "self_attn.o_proj")
 _FAMILIES = {
-    "bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "llama": "Llama", "mistral": "Mistral",
-    "qwen2": "Qwen2", "qwen3": "Qwen3",
-}  # fmt: skip
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
 _CLASSES = {
     "sequence_classification": "ForSequenceClassification",
     "token_classification": "ForTokenClassification",
@@ -65,7 +75,10 @@ class AdapterHub(FolderLayout):
     name = "adapters"
     weights = "adapter.safetensors"
     pickle = "pytorch_adapter.bin"
-    fix = "save it again in the adapters library, model.save_adapter(folder, name, use_safetensors=True)"
+    fix = (
+        "save it again in the adapters library, model.save_adapter(folder, name,"
+        " use_safetensors=True)"
+    )
     usage = "There: `model.load_adapter(folder, use_safetensors=True, set_active=True)`.\n"
 
     def files(self, content: Content) -> dict[str, Mapping[str, Any]]:
@@ -84,8 +97,14 @@ class AdapterHub(FolderLayout):
         }
         where = _where(content.sites, model.config.num_hidden_layers)
         own = {key: value for key, value in content.config.items() if key not in COMMON}
-        heads = {name: t for name, t in content.tensors.items() if paths.is_head(tuple(name.split(".")))}
-        rest = {_there(name, content.sites): t for name, t in content.tensors.items() if name not in heads}
+        heads = {
+            name: t for name, t in content.tensors.items() if paths.is_head(tuple(name.split(".")))
+        }
+        rest = {
+            _there(name, content.sites): t
+            for name, t in content.tensors.items()
+            if name not in heads
+        }
         files: dict[str, Mapping[str, Any]] = {
             CONFIG: {**common, "name": NAME, "config": own | where},
             self.weights: rest,
@@ -103,7 +122,9 @@ class AdapterHub(FolderLayout):
             files[HEAD_WEIGHTS] = heads
         return files
 
-    def read(self, folder: Path, model: Pretrained, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def read(
+        self, folder: Path, model: Pretrained, params: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a folder; without a prediction head in it, the model's own stays.
 
         Raises:
@@ -117,26 +138,35 @@ class AdapterHub(FolderLayout):
             problems.append(f"config: must be a section with the adapter's options, is {section!r}")
         elif section.get("architecture") is not None:
             problems.append(
-                f"architecture: {section['architecture']!r} is not supported; of this library bottleneck adapters are"
+                f"architecture: {section['architecture']!r} is not supported; of this library"
+                " bottleneck adapters are"
             )
         if kind and config.get("model_type") not in (None, kind):
-            problems.append(f"model_type: the adapter is for {config['model_type']!r}, the model is {kind!r}")
+            problems.append(
+                f"model_type: the adapter is for {config['model_type']!r}, the model is {kind!r}"
+            )
         if problems:
             raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in problems])
-        options = _options(cast(Mapping[str, Any], section), "version" in config, model.config.num_hidden_layers)
+        options = _options(
+            cast(Mapping[str, Any], section), "version" in config, model.config.num_hidden_layers
+        )
         tensors = _named_here(read_header(folder / self.weights), params)
-        return {"base_model_name_or_path": config.get("model_name"), **options}, tensors | _head(folder, model, params)
+        return {"base_model_name_or_path": config.get("model_name"), **options}, tensors | _head(
+            folder, model, params
+        )
 
 
 def _model_type(model: Pretrained) -> str | None:
-    """Return the `model_type` of a model's `config.json`, None of a decoder that no file is known of."""
+    """Return the `model_type` of a model's `config.json`, None of a decoder that no file is known
+    of.
+    """
     kind = getattr(model.config, "kind", None)
     if kind is None and model.source is not None:
         kind = read_json(model.source.folder / "config.json").get("model_type")
     return kind
 
 
-# ---------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def _end(site: str) -> str | None:
@@ -152,8 +182,8 @@ def _where(sites: Sequence[str], layers: int) -> dict[str, Any]:
     others = [site for site in sites if _end(site) is None]
     if others:
         raise AdapterError(
-            f"{others[0]}: the adapters library has adapters where a sub-layer ends only ({', '.join(_MODULES)}); the adapter "
-            "cannot be saved as it has them"
+            f"{others[0]}: the adapters library has adapters where a sub-layer ends only"
+            f" ({', '.join(_MODULES)}); the adapter cannot be saved as it has them"
         )
     numbers: dict[bool, set[int]] = {True: set(), False: set()}
     for site in sites:
@@ -162,8 +192,9 @@ def _where(sites: Sequence[str], layers: int) -> dict[str, Any]:
     attention, output = numbers[True], numbers[False]
     if attention and output and attention != output:
         raise AdapterError(
-            f"attention has adapters in the layers {sorted(attention)}, feed-forward in {sorted(output)}; the adapters library "
-            "has one list of layers for both: adapt the same ones"
+            f"attention has adapters in the layers {sorted(attention)}, feed-forward in"
+            f" {sorted(output)}; the adapters library has one list of layers for both: adapt the"
+            " same ones"
         )
     left = sorted(set(range(layers)) - (attention | output))
     return {"mh_adapter": bool(attention), "output_adapter": bool(output), "leave_out": left}
@@ -179,14 +210,18 @@ def _there(name: str, sites: Sequence[str]) -> str:
     return f"{site.removesuffix(end)}{_MODULES[end]}.adapters.{NAME}{name.removeprefix(site)}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 _STACKS = ("encoder", "transformer", "layers")
 
 
 def _options(section: Mapping[str, Any], has_version: bool, layers: int) -> dict[str, Any]:
-    """Return the options as a method reads them: with its own word for the sites, and the layers that are not left out."""
-    options = {key: value for key, value in section.items() if key not in ("leave_out", "architecture")}
+    """Return the options as a method reads them: with its own word for the sites, and the layers
+    that are not left out.
+    """
+    options = {
+        key: value for key, value in section.items() if key not in ("leave_out", "architecture")
+    }
     act = str(options.get("non_linearity", "")).lower().replace("leakyrelu", "leaky_relu")
     if act:
         options["non_linearity"] = act if has_version else _OLD_NAMES.get(act, act)
@@ -197,7 +232,9 @@ def _options(section: Mapping[str, Any], has_version: bool, layers: int) -> dict
 
 
 def _named_here(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors by the names of sites; the name of the backbone is left out where the library saved it alone."""
+    """Return the tensors by the names of sites; the name of the backbone is left out where the
+    library saved it alone.
+    """
     sites: dict[str, str] = {}
     for site in (name for found in targets.find_sites(params) for name in found.names):
         end = _end(site)
@@ -249,7 +286,11 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
     Raises:
         AdapterError: the head is not one that the model has.
     """
-    own = {paths.hf_names(path, None)[0]: (path, leaf) for path, leaf in paths.walk(params) if paths.is_head(path)}
+    own = {
+        paths.hf_names(path, None)[0]: (path, leaf)
+        for path, leaf in paths.walk(params)
+        if paths.is_head(path)
+    }
     there = (folder / HEAD_WEIGHTS).is_file()
     if not own:
         if there and model.options.task == "causal_lm":
@@ -265,7 +306,10 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
     parts = {name: re.fullmatch(r"heads\.[^.]+\.(\d+)\.(.*)", name) for name in header}
     numbers = sorted({int(part[1]) for part in parts.values() if part})
     modules = dict(zip(numbers, _head_modules(own), strict=False))
-    return {f"{modules[int(part[1])]}.{part[2]}" if part else name: header[name] for name, part in parts.items()}
+    return {
+        f"{modules[int(part[1])]}.{part[2]}" if part else name: header[name]
+        for name, part in parts.items()
+    }
 
 
 def _torch(path: paths.Path, leaf: Any) -> np.ndarray[Any, Any]:
@@ -274,27 +318,35 @@ def _torch(path: paths.Path, leaf: Any) -> np.ndarray[Any, Any]:
 
 
 def _require_same_head(file: Path, params: Mapping[str, Any]) -> None:
-    """Refuse a language-model head that is not the base's: the library saves it with an adapter, and may have trained it."""
+    """Refuse a language-model head that is not the base's: the library saves it with an adapter,
+    and may have trained it.
+    """
     for path, leaf in paths.walk(params):
         if path == ("lm_head", "kernel") or ("lm_head" not in params and path[-1] == "embedding"):
             base = _torch(path, leaf)
             for name, tensor in read_header(file).items():
                 if not np.array_equal(tensor.read().astype(base.dtype), base):
                     raise AdapterError(
-                        f"{file}: {name} is not that of the base: it was trained with the adapter, which is not supported; save "
-                        "the base with that head, and the adapter with with_head=False"
+                        f"{file}: {name} is not that of the base: it was trained with the adapter,"
+                        " which is not supported; save the base with that head, and the adapter"
+                        " with with_head=False"
                     )
 
 
 def _head_modules(own: Mapping[str, Any]) -> list[str]:
     """Return the linear modules of the model's head in the order in which they are applied."""
-    return sorted({name.rpartition(".")[0] for name in own}, key=lambda name: (not name.startswith("pre_"), name))
+    return sorted(
+        {name.rpartition(".")[0] for name in own},
+        key=lambda name: (not name.startswith("pre_"), name),
+    )
 
 
 def _head_problems(
     config: Mapping[str, Any], model: Pretrained, own: Mapping[str, Any], *, saved_here: bool
 ) -> list[str]:
-    """List in what a prediction head differs from the model's; what one that jaxpeft saved reads, its own file says."""
+    """List in what a prediction head differs from the model's; what one that jaxpeft saved reads,
+    its own file says.
+    """
     task, head, usual = model.options.task, config.get("config"), model.config.own_pooling
     if isinstance(head, Mapping):
         found, reads = _layer_problems(head, task, _head_modules(own)), usual
@@ -303,11 +355,16 @@ def _head_problems(
     else:  # that of a model class of transformers
         given, reads = str(config.get("model_class")), usual
         kind = _CLASSES[task]
-        found = [] if given.endswith(kind) else [f"model_class: {given!r} is another kind of head than ...{kind}"]
+        found = (
+            []
+            if given.endswith(kind)
+            else [f"model_class: {given!r} is another kind of head than ...{kind}"]
+        )
     known = saved_here and not isinstance(head, Mapping)
     if task == "sequence_classification" and not known and reads != model.options.pooling:
         found.append(
-            f"the head reads {reads!r}, the model {model.options.pooling!r}; load the model with pooling={reads!r}"
+            f"the head reads {reads!r}, the model {model.options.pooling!r}; load the model with"
+            f" pooling={reads!r}"
         )
     return found
 
@@ -319,9 +376,13 @@ def _layer_problems(head: Mapping[str, Any], task: str, modules: Sequence[str]) 
         found.append(f"head_type: {head.get('head_type')!r} is another kind of head than {task}")
     if head.get("layers") != len(modules):
         found.append(
-            f"layers: the head has {head.get('layers')}, the model's has {len(modules)} ({', '.join(modules)})"
+            f"layers: the head has {head.get('layers')}, the model's has {len(modules)}"
+            f" ({', '.join(modules)})"
         )
     act = "relu" if "pre_classifier" in modules else "tanh"
     if len(modules) > 1 and head.get("activation_function") != act:
-        found.append(f"activation_function: is {head.get('activation_function')!r}, the model's head has {act!r}")
+        found.append(
+            f"activation_function: is {head.get('activation_function')!r}, the model's head has"
+            f" {act!r}"
+        )
     return found

@@ -1,7 +1,8 @@
-"""Several methods in one adapter folder: those that a method's files hold beside it, as `Method.beside` says.
+"""Several methods in one adapter folder: those that a method's files hold beside it, as
+`Method.beside` says.
 
-Here they are a method made of methods. One that trains the head alone, and so names modules that are saved whole, adds nothing
-to the options.
+Here they are a method made of methods. One that trains the head alone, and so names modules that
+are saved whole, adds nothing to the options.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.training_hooks import trains_head_alone
 from jaxpeft.methods import METHODS
 
-MODULES = "|".join(sorted({re.escape(method.peft.beside.module) for method in METHODS.values() if method.peft.beside}))
+MODULES = "|".join(
+    sorted(
+        {re.escape(method.peft.beside.module) for method in METHODS.values() if method.peft.beside}
+    )
+)
 """An expression of the modules in which PEFT keeps a method beside another."""
 
 
 def split(method: Method) -> tuple[Method, tuple[Method, ...]] | None:
-    """Return the method whose options a folder holds, and those beside it; None where it takes several folders.
+    """Return the method whose options a folder holds, and those beside it; None where it takes
+    several folders.
 
     Args:
         method: what is to be saved.
@@ -31,13 +37,18 @@ def split(method: Method) -> tuple[Method, tuple[Method, ...]] | None:
         return parts[0], ()
     for main in parts:
         others = tuple(part for part in parts if part is not main)
-        if others and main.peft.beside is not None and {part.name for part in others} == {main.peft.beside.method}:
+        if (
+            others
+            and main.peft.beside is not None
+            and {part.name for part in others} == {main.peft.beside.method}
+        ):
             return main, others
     return None
 
 
 def renamed(method: Method, text: str) -> str:
-    """Return a tensor's name, or a text that holds it, with that of a folder of its method alone turned to that beside another, and back.
+    """Return a tensor's name, or a text that holds it, with that of a folder of its method alone
+    turned to that beside another, and back.
 
     A name that is wrong where it stands stays wrong: it is turned as well.
 
@@ -53,7 +64,9 @@ def renamed(method: Method, text: str) -> str:
         "|".join(map(re.escape, METHODS[main.peft.beside.method].peft.tensors.values())),
     )
     return re.sub(
-        rf"({re.escape(module)})?(\.(?:{own})\b)", lambda found: found[2] if found[1] else module + found[2], text
+        rf"({re.escape(module)})?(\.(?:{own})\b)",
+        lambda found: found[2] if found[1] else module + found[2],
+        text,
     )
 
 
@@ -64,11 +77,18 @@ def written(main: Method, sites: Mapping[str, Method]) -> dict[str, Any]:
         main: the method.
         sites: those beside it by the Hugging Face name of their sites.
     """
-    return {main.peft.beside.option: main.peft.beside.write(sites)} if main.peft.beside and sites else {}
+    return (
+        {main.peft.beside.option: main.peft.beside.write(sites)}
+        if main.peft.beside and sites
+        else {}
+    )
 
 
-def read(kind: type[Method], config: Mapping[str, Any], tied: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return `(options, problems)`: the options of each method that an `adapter_config.json` holds beside its own.
+def read(
+    kind: type[Method], config: Mapping[str, Any], tied: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return `(options, problems)`: the options of each method that an `adapter_config.json` holds
+    beside its own.
 
     Args:
         kind: the file's own method.

@@ -16,7 +16,9 @@ def known_elsewhere(method: Method, layout: FolderLayout) -> bool:
     return method.peft.type is not None or layout.name != "peft"
 
 
-def text(method: Method, layout: FolderLayout, config: Mapping[str, Any], settings: Settings) -> str:
+def text(
+    method: Method, layout: FolderLayout, config: Mapping[str, Any], settings: Settings
+) -> str:
     """Return the model card.
 
     Args:
@@ -27,15 +29,22 @@ def text(method: Method, layout: FolderLayout, config: Mapping[str, Any], settin
     """
     base = config["base_model_name_or_path"]
     elsewhere = known_elsewhere(method, layout)
-    head = f"---\nlibrary_name: {layout.name if elsewhere else 'jaxpeft'}\nbase_model: {base}\ntags: [jaxpeft, {method.name}]\n---\n\n"
+    head = (
+        f"---\nlibrary_name: {layout.name if elsewhere else 'jaxpeft'}\nbase_model: {base}\ntags:"
+        f" [jaxpeft, {method.name}]\n---\n\n"
+    )
     what = f"# {method.name} adapter for {base}\n\nTrained with jaxpeft {jaxpeft.__version__}; "
     files = f"`{CONFIG}` and `{layout.weights}`"
     if elsewhere:
-        return f"{head}{what}{files} are in the file format of {layout.library}.\n{layout.usage}{_outputs(settings)}"
+        return (
+            f"{head}{what}{files} are in the file format of"
+            f" {layout.library}.\n{layout.usage}{_outputs(settings)}"
+        )
     return (
-        f"{head}{what.replace(' adapter for ', ' weights for ')}{files} hold all that was trained of the base's own weights and "
-        f"of its head. {layout.library} has no method {method.name!r}: jaxpeft loads them (`jaxpeft.load_adapter`), or writes a "
-        f"whole model of them (`python -m jaxpeft.export --to merged`).\n{_outputs(settings)}"
+        f"{head}{what.replace(' adapter for ', ' weights for ')}{files} hold all that was trained"
+        f" of the base's own weights and of its head. {layout.library} has no method"
+        f" {method.name!r}: jaxpeft loads them (`jaxpeft.load_adapter`), or writes a whole model of"
+        f" them (`python -m jaxpeft.export --to merged`).\n{_outputs(settings)}"
     )
 
 

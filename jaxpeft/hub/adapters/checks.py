@@ -1,4 +1,6 @@
-"""What does not fit between a tree, the method that it is said to be of, and the tensors of an adapter file."""
+"""What does not fit between a tree, the method that it is said to be of, and the tensors of an
+adapter file.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from jaxpeft.hub.adapters.tensors import Array, adapted, adapted_names, wholes
 
 
 def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
-    """List where a rewritten tree is not as the method would have made it: a file of it would be another adapter.
+    """List where a rewritten tree is not as the method would have made it: a file of it would be
+    another adapter.
 
     Args:
         method: what the tree is to be saved as.
@@ -27,9 +30,15 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
     problems = [problem for part in method.parts() for problem in _root_mismatches(part, params)]
     for part in (part for part in method.parts() if part.leaves.site):
         chosen = chosen_sites(part, params)
-        alike = [other for other in method.parts() if other is not part and other.leaves.site == part.leaves.site]
+        alike = [
+            other
+            for other in method.parts()
+            if other is not part and other.leaves.site == part.leaves.site
+        ]
         elsewhere = {name for other in alike for name in adapted_names(other, params)}
-        fixed = _fixed(part, [site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes])
+        fixed = _fixed(
+            part, [site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes]
+        )
         for site in targets.find_sites(params, targets.KINDS):
             leaves = paths.get(params, site.path)
             there = {key: leaves[key] for key in part.leaves.site if key in leaves}
@@ -38,7 +47,9 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
                 if name in elsewhere:
                     continue
                 if there:
-                    problems += _site_mismatches(part, site.one(i), fixed.get(name), layer_of(site, there, i))
+                    problems += _site_mismatches(
+                        part, site.one(i), fixed.get(name), layer_of(site, there, i)
+                    )
                 elif wanted:
                     problems.append(f"{name}: is not adapted in the tree")
     return problems
@@ -48,25 +59,38 @@ def _root_mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
     """Compare the leaves at the root with those that the method makes."""
     if not method.leaves.root:
         return []
-    sites = tuple(site.one(i) for site, on in chosen_sites(method, params).items() for i, yes in enumerate(on) if yes)
-    made = jax.eval_shape(partial(method.init_root, params, sites), jax.eval_shape(lambda: jax.random.key(0)))
+    sites = tuple(
+        site.one(i)
+        for site, on in chosen_sites(method, params).items()
+        for i, yes in enumerate(on)
+        if yes
+    )
+    made = jax.eval_shape(
+        partial(method.init_root, params, sites), jax.eval_shape(lambda: jax.random.key(0))
+    )
     wanted = {key: list(leaf.shape) for key, leaf in made.items()}
     there = {key: list(params[key].shape) for key in method.leaves.root if key in params}
     return [
-        f"{key}: is {there.get(key, 'not')} in the tree, the method makes it {wanted.get(key, 'not')}"
+        f"{key}: is {there.get(key, 'not')} in the tree, the method makes it"
+        f" {wanted.get(key, 'not')}"
         for key in method.leaves.root
         if there.get(key) != wanted.get(key)
     ]
 
 
 def _fixed(method: Method, sites: Sequence[Site]) -> dict[str, dict[str, Array]]:
-    """Return the leaves that follow from the options alone, by the name of the site and of the leaf.
+    """Return the leaves that follow from the options alone, by the name of the site and of the
+    leaf.
 
-    All are computed in one program, from which XLA drops what they do not need, such as decompositions of kernels.
+    All are computed in one program, from which XLA drops what they do not need, such as
+    decompositions of kernels.
     """
 
     def made(rng: jax.Array) -> dict[str, dict[str, jax.Array]]:
-        fresh = {site.name: method.init(site, partial(jnp.ones, site.shape, jnp.float32), rng) for site in sites}
+        fresh = {
+            site.name: method.init(site, partial(jnp.ones, site.shape, jnp.float32), rng)
+            for site in sites
+        }
         return {
             name: {key: leaf for key, leaf in leaves.items() if _follows(method, key, leaf)}
             for name, leaves in fresh.items()
@@ -76,16 +100,26 @@ def _fixed(method: Method, sites: Sequence[Site]) -> dict[str, dict[str, Array]]
 
 
 def _follows(method: Method, key: str, like: Any) -> bool:
-    return key not in method.leaves.trained and ((_whole(like) and key not in method.peft.tensors) or not like.shape)
+    return key not in method.leaves.trained and (
+        (_whole(like) and key not in method.peft.tensors) or not like.shape
+    )
 
 
 def _site_mismatches(
     method: Method, site: Site, fixed: Mapping[str, Array] | None, leaves: Mapping[str, Any]
 ) -> list[str]:
-    """Compare the leaves of one layer of a site with those that the method makes; `fixed` is None where it makes none."""
+    """Compare the leaves of one layer of a site with those that the method makes; `fixed` is None
+    where it makes none.
+    """
     if fixed is None:
-        trained = [key for key in leaves if key in method.leaves.trained and np.asarray(leaves[key]).any()]
-        return [f"{site.name}: holds {trained[0]} in the tree, the method does not adapt it"] if trained else []
+        trained = [
+            key for key in leaves if key in method.leaves.trained and np.asarray(leaves[key]).any()
+        ]
+        return (
+            [f"{site.name}: holds {trained[0]} in the tree, the method does not adapt it"]
+            if trained
+            else []
+        )
     fresh = jax.eval_shape(
         partial(method.init, site, partial(jnp.zeros, site.shape, jnp.float32)),
         jax.eval_shape(lambda: jax.random.key(0)),
@@ -99,9 +133,18 @@ def _site_mismatches(
         rest = leaf.copy()
         rest[inside] = 0
         if leaf[inside].shape != like.shape or rest.any():
-            used = [int(np.flatnonzero(leaf.any(tuple(b for b in range(leaf.ndim) if b != a))).max(initial=-1)) + 1
-                    for a in range(leaf.ndim)]  # fmt: skip
-            return [f"{site.name}: {key} is {used} in the tree, the method makes it {list(like.shape)}"]
+            used = [
+                int(
+                    np.flatnonzero(leaf.any(tuple(b for b in range(leaf.ndim) if b != a))).max(
+                        initial=-1
+                    )
+                )
+                + 1
+                for a in range(leaf.ndim)
+            ]
+            return [
+                f"{site.name}: {key} is {used} in the tree, the method makes it {list(like.shape)}"
+            ]
         if key in fixed:
             other = ~np.isclose(leaf[inside], fixed[key], rtol=1e-5)
             if other.any():
@@ -114,14 +157,17 @@ def _wanted(method: Method, params: Mapping[str, Any]) -> dict[str, jax.ShapeDty
     wanted: dict[str, jax.ShapeDtypeStruct] = {}
     for entry in wholes(method, params):
         shape = paths.get(params, entry.path).shape[0 if entry.layer is None else 1 :]
-        wanted[entry.name] = jax.ShapeDtypeStruct(shape[::-1] if entry.transposed else shape, jnp.float32)
+        wanted[entry.name] = jax.ShapeDtypeStruct(
+            shape[::-1] if entry.transposed else shape, jnp.float32
+        )
     for entry in adapted(method, params):
         wanted |= entry.tensors()
     return wanted
 
 
 def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    """List every tensor that is missing, extra, misshaped or not of numbers in an adapter file for a rewritten tree.
+    """List every tensor that is missing, extra, misshaped or not of numbers in an adapter file for
+    a rewritten tree.
 
     Where whole numbers are wanted floating ones will do, as PEFT writes them on Windows.
     """
@@ -143,13 +189,21 @@ def _whole(tensor: Any) -> bool:
     return bool(jnp.issubdtype(tensor.dtype, jnp.integer))
 
 
-def wrong_numbers(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> list[str]:
-    """List the tensors of an adapter file whose numbers cannot be, as `differences` found them to fit."""
-    problems = [f"not finite: {name}" for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+def wrong_numbers(
+    method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]
+) -> list[str]:
+    """List the tensors of an adapter file whose numbers cannot be, as `differences` found them to
+    fit.
+    """
+    problems = [
+        f"not finite: {name}" for name, tensor in tensors.items() if not np.isfinite(tensor).all()
+    ]
     for entry in adapted(method, params):
         if entry.site.path:
             problems += [
                 entry.prefix + why
-                for why in entry.method.peft.wrong_numbers(entry.method, entry.site, entry.given(tensors))
+                for why in entry.method.peft.wrong_numbers(
+                    entry.method, entry.site, entry.given(tensors)
+                )
             ]
     return problems

@@ -1,7 +1,8 @@
-"""`jaxpeft.json`, beside an adapter: the settings of the run, and the SHA-256 of all that was saved, item by item.
+"""`jaxpeft.json`, beside an adapter: the settings of the run, and the SHA-256 of all that was
+saved, item by item.
 
-A tensor that is not as it was saved is refused by its name. A field of a JSON file may have been edited on purpose: it is
-believed as it stands, and told.
+A tensor that is not as it was saved is refused by its name. A field of a JSON file may have been
+edited on purpose: it is believed as it stands, and told.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ from jaxpeft.json_files import read_json
 _SHOWN = 20
 """How many fields a message names."""
 _MOVED = frozenset(
-    {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "runtime_config"}
+    {
+        "base_model_name_or_path",
+        "revision",
+        "peft_version",
+        "auto_mapping",
+        "inference_mode",
+        "runtime_config",
+    }
 )
-"""Fields of `adapter_config.json` that change nothing of what is computed, or that `peft` fills in."""
+"""Fields of `adapter_config.json` that change nothing of what is computed, or that `peft` fills in.
+"""
 _log = logging.getLogger(__name__)
 
 
@@ -32,18 +41,22 @@ def written(settings: Settings, files: Mapping[str, Mapping[str, Any]]) -> dict[
 
     Args:
         settings: of the run.
-        files: the content of every other file, by its name: fields of a `.json`, arrays of a `.safetensors`.
+        files: the content of every other file, by its name: fields of a `.json`, arrays of a
+            `.safetensors`.
     """
     content = {"jaxpeft_version": jaxpeft.__version__} | settings.as_dict()
     saved = {
-        name: digests.of_arrays(items) if name.endswith(".safetensors") else digests.of_fields(items)
+        name: (
+            digests.of_arrays(items) if name.endswith(".safetensors") else digests.of_fields(items)
+        )
         for name, items in files.items()
     }
     return content | {"sha256": {**saved, EXTRA: digests.of_fields(content)}}
 
 
 def read_extra(folder: Path) -> dict[str, Any]:
-    """Read `jaxpeft.json`; empty where there is none, as beside an adapter that another library has saved.
+    """Read `jaxpeft.json`; empty where there is none, as beside an adapter that another library has
+    saved.
 
     Raises:
         AdapterError: listing every field that is not what it must be.
@@ -57,7 +70,10 @@ def read_extra(folder: Path) -> dict[str, Any]:
     recorded = extra.get("sha256", {})
     good = isinstance(recorded, dict) and all(Path(name).name == name for name in recorded)
     if not good or not all(map(digests.is_record, recorded.values())):
-        raise AdapterError(f"{file}: sha256: must hold the SHA-256 of every item by the name of its file; {_UNCHECKED}")
+        raise AdapterError(
+            f"{file}: sha256: must hold the SHA-256 of every item by the name of its file;"
+            f" {_UNCHECKED}"
+        )
     return extra
 
 
@@ -77,17 +93,27 @@ def warn_of_edits(folder: Path, extra: Mapping[str, Any]) -> None:
         _log.info("%s: %s; that the files are as they were saved is not checked", folder, why)
     for name in sorted(recorded):
         if name.endswith(".json") and (folder / name).is_file():
-            content = {key: value for key, value in read_json(folder / name).items() if key != "sha256"}
+            content = {
+                key: value for key, value in read_json(folder / name).items() if key != "sha256"
+            }
             edited = _edited(recorded[name], content)
             if edited:
                 told = ", ".join(edited[:_SHOWN])
-                _log.warning("%s: edited since it was saved, and accepted as it stands: %s", folder / name, told)
+                _log.warning(
+                    "%s: edited since it was saved, and accepted as it stands: %s",
+                    folder / name,
+                    told,
+                )
 
 
 def _edited(recorded: Mapping[str, str], content: Mapping[str, Any]) -> list[str]:
     """List fields that were saved with another value; those that are new since were not ours."""
     found = digests.of_fields(content)
-    return [name for name in digests.differing(recorded, found) if name in recorded and name not in _MOVED]
+    return [
+        name
+        for name in digests.differing(recorded, found)
+        if name in recorded and name not in _MOVED
+    ]
 
 
 def require_undamaged(folder: Path, extra: Mapping[str, Any]) -> None:
@@ -98,7 +124,8 @@ def require_undamaged(folder: Path, extra: Mapping[str, Any]) -> None:
         extra: its `jaxpeft.json`, as `read_extra` gives it.
 
     Raises:
-        AdapterError: naming the tensors; another remedy is told where another library has saved the folder since.
+        AdapterError: naming the tensors; another remedy is told where another library has saved the
+            folder since.
     """
     recorded: Mapping[str, Any] = extra.get("sha256", {})
     for name in sorted(file for file in recorded if file.endswith(".safetensors")):
@@ -113,10 +140,14 @@ def _damage(folder: Path, name: str, wrong: list[str], recorded: Mapping[str, An
     new = sorted(read_json(folder / CONFIG).keys() - recorded.get(CONFIG, {}).keys())
     if CONFIG in recorded and new:
         told = (
-            f"{folder}: was saved again, by another library, since {EXTRA} was written: {len(wrong)} tensors of {name} have "
-            f"another SHA-256, and {CONFIG} has new fields ({', '.join(new[:3])}); if that was meant, remove 'sha256' from "
-            f"{folder / EXTRA}; if not, copy the adapter again"
+            f"{folder}: was saved again, by another library, since {EXTRA} was written:"
+            f" {len(wrong)} tensors of {name} have another SHA-256, and {CONFIG} has new fields"
+            f" ({', '.join(new[:3])}); if that was meant, remove 'sha256' from {folder / EXTRA}; if"
+            " not, copy the adapter again"
         )
         return [told]
-    fix = f"copy the adapter again; if it was changed on purpose, remove 'sha256' from {folder / EXTRA}"
+    fix = (
+        "copy the adapter again; if it was changed on purpose, remove 'sha256' from"
+        f" {folder / EXTRA}"
+    )
     return digests.told(wrong, lambda _: folder / name, EXTRA, fix)

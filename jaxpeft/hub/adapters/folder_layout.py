@@ -1,7 +1,8 @@
 """How adapter folders are laid out: which files there are, and what stands in them.
 
-Inside jaxpeft an adapter is a config and named tensors, as Hugging Face PEFT has them, with the names of the options and
-tensors that its method gives. A layout turns that to the files of a library, and back. A method names its layout.
+Inside jaxpeft an adapter is a config and named tensors, as Hugging Face PEFT has them, with the
+names of the options and tensors that its method gives. A layout turns that to the files of a
+library, and back. A method names its layout.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class FolderLayout:
     usage: str = ""
 
     def files(self, content: Content) -> dict[str, Mapping[str, Any]]:
-        """Return the content of each file by its name: of a `.json` values, of a `.safetensors` tensors.
+        """Return the content of each file by its name: of a `.json` values, of a `.safetensors`
+        tensors.
 
         Args:
             content: what is to be saved.
@@ -67,7 +69,9 @@ class FolderLayout:
         """
         return {CONFIG: content.config, self.weights: content.tensors}
 
-    def read(self, folder: Path, model: Pretrained, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def read(
+        self, folder: Path, model: Pretrained, params: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a folder.
 
         Args:
@@ -76,7 +80,8 @@ class FolderLayout:
             params: its parameters.
 
         Returns:
-            `(config, tensors)`, as PEFT has them; a tensor has `shape`, `dtype` and `nbytes`, and is read by `read()`.
+            `(config, tensors)`, as PEFT has them; a tensor has `shape`, `dtype` and `nbytes`, and
+            is read by `read()`.
 
         Raises:
             AdapterError: listing what cannot be read.

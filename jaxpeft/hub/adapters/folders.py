@@ -1,4 +1,6 @@
-"""Adapter folders in the file format of Hugging Face PEFT, or of a method's own library: `save_adapter`, `load_adapter`."""
+"""Adapter folders in the file format of Hugging Face PEFT, or of a method's own library:
+`save_adapter`, `load_adapter`.
+"""
 
 from __future__ import annotations
 
@@ -55,12 +57,14 @@ def save_adapter(
     settings: Settings | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Save what a method trained as a Hugging Face PEFT adapter folder: the adapter and the head, never the base.
+    """Save what a method trained as a Hugging Face PEFT adapter folder: the adapter and the head,
+    never the base.
 
-    Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads, and `jaxpeft.json` with what the run
-    decided (`read_settings`), the identity of the base, and the SHA-256 of every tensor. Bottleneck adapters are saved as the `adapters` library has them: `adapter_config.json` and
-    `adapter.safetensors`, and `head_config.json` and `model_head.safetensors`. Each file appears whole or not at all, the
-    weights last.
+    Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads, and
+    `jaxpeft.json` with what the run decided (`read_settings`), the identity of the base, and the
+    SHA-256 of every tensor. Bottleneck adapters are saved as the `adapters` library has them:
+    `adapter_config.json` and `adapter.safetensors`, and `head_config.json` and
+    `model_head.safetensors`. Each file appears whole or not at all, the weights last.
 
     Args:
         path: the folder; made if need be.
@@ -68,12 +72,14 @@ def save_adapter(
         params: the rewritten tree.
         model: what `load` gave.
         labels: names of a classifier's labels, in order.
-        settings: what else the run decided, such as the problem type; what the model says itself is filled in.
-        tokenizer: of `transformers`, whose files are saved beside the adapter, with the chat template that it has.
+        settings: what else the run decided, such as the problem type; what the model says itself is
+            filled in.
+        tokenizer: of `transformers`, whose files are saved beside the adapter, with the chat
+            template that it has.
 
     Raises:
-        AdapterError: a leaf that is to be saved is not finite, or has no place in the files; or the labels are not those of the
-            head.
+        AdapterError: a leaf that is to be saved is not finite, or has no place in the files; or the
+            labels are not those of the head.
     """
     folder = FilePath(path)
     if folder.exists() and not folder.is_dir():
@@ -85,13 +91,21 @@ def save_adapter(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if save is _save_one:
-        (folder / PARTS).unlink(missing_ok=True)  # of an earlier adapter, which would be loaded in this one's place
+        (folder / PARTS).unlink(
+            missing_ok=True
+        )  # of an earlier adapter, which would be loaded in this one's place
 
 
 def _save_one(
-    folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, settings: Settings
+    folder: FilePath,
+    method: Method,
+    params: Mapping[str, Any],
+    model: Pretrained,
+    settings: Settings,
 ) -> None:
-    """Save one method's adapter, and those that its files hold beside it, of a tree that may hold others'."""
+    """Save one method's adapter, and those that its files hold beside it, of a tree that may hold
+    others'.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     main, others = beside.split(method) or (method, ())
     tensors = adapter_tensors.to_tensors(method, params)
@@ -101,14 +115,18 @@ def _save_one(
         tensors[f"{tie.head}weight"] = tensors[f"{tie.embedding}weight"].copy()
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
-        raise AdapterError([f"{folder}: {name} holds NaN or infinity; not saved" for name in broken])
+        raise AdapterError(
+            [f"{folder}: {name} holds NaN or infinity; not saved" for name in broken]
+        )
     whole = adapter_tensors.saved_modules(method, params)
     name, revision = _base_named(model)
     config = peft_config.write(main, model.options.task, name, revision, whole)
     sites = sorted(_site_names(main, params))
     config |= _named_targets(config, sites) | main.peft.base_sizes(main, params, model.config)
     tensors = {beside.renamed(method, name): tensor for name, tensor in tensors.items()}
-    config |= beside.written(main, {name: part for part in others for name in _site_names(part, params)})
+    config |= beside.written(
+        main, {name: part for part in others for name in _site_names(part, params)}
+    )
     if tied:
         config["ensure_weight_tying"] = True
     layout = LAYOUTS[main.peft.layout]
@@ -117,13 +135,20 @@ def _save_one(
     files |= {EXTRA: adapter_extra.written(settings, files)}
     card = adapter_card.text(main, layout, config, settings) + _pooling_note(layout, model)
     atomic.write_text(folder / CARD, card)
-    for name in sorted(files, key=lambda name: (name.endswith(".safetensors"), name == layout.weights)):
+    for name in sorted(
+        files, key=lambda name: (name.endswith(".safetensors"), name == layout.weights)
+    ):
         if name.endswith(".json"):
             atomic.write_text(folder / name, json.dumps(files[name], indent=2) + "\n")
         else:
             with atomic.replacing(folder / name) as temporary:
                 write_arrays(files[name], temporary)
-    _log.info("saved %d tensors (%.1f kB) to %s", len(tensors), sum(t.nbytes for t in tensors.values()) / 1e3, folder)
+    _log.info(
+        "saved %d tensors (%.1f kB) to %s",
+        len(tensors),
+        sum(t.nbytes for t in tensors.values()) / 1e3,
+        folder,
+    )
 
 
 def _site_names(method: Method, params: Mapping[str, Any]) -> set[str]:
@@ -131,31 +156,48 @@ def _site_names(method: Method, params: Mapping[str, Any]) -> set[str]:
 
 
 def _base_named(model: Pretrained) -> tuple[str, str | None]:
-    """Return name and revision of the base for other libraries, which know of a package the folder that it holds alone."""
+    """Return name and revision of the base for other libraries, which know of a package the folder
+    that it holds alone.
+    """
     source = model.source
     if source is None:
         return "", None
-    return (str(source.folder), None) if source.name.startswith("package:") else (source.name, source.revision)
+    return (
+        (str(source.folder), None)
+        if source.name.startswith("package:")
+        else (source.name, source.revision)
+    )
 
 
 def _require_alone(folder: FilePath, layout: FolderLayout) -> None:
-    """Refuse a folder that holds an adapter in another layout: which of the two is meant, nobody could tell."""
+    """Refuse a folder that holds an adapter in another layout: which of the two is meant, nobody
+    could tell.
+    """
     for other in LAYOUTS.values():
         if other is not layout and (folder / other.weights).is_file():
             raise AdapterError(
-                f"{folder}: holds {other.weights}, an adapter of {other.library}; give a folder of its own"
+                f"{folder}: holds {other.weights}, an adapter of {other.library}; give a folder of"
+                " its own"
             )
 
 
 def _save_parts(
-    folder: FilePath, method: Method, params: Mapping[str, Any], model: Pretrained, settings: Settings
+    folder: FilePath,
+    method: Method,
+    params: Mapping[str, Any],
+    model: Pretrained,
+    settings: Settings,
 ) -> None:
-    """Save a method made of methods as one adapter folder a part, each of which `peft` loads, and the list of them."""
+    """Save a method made of methods as one adapter folder a part, each of which `peft` loads, and
+    the list of them.
+    """
     names: list[str] = []
     for part in method.parts():
         name = part.name if part.name not in names else f"{part.name}_{len(names)}"
         names.append(name)
-        own = dataclasses.replace(part, modules_to_save=(*method.modules_to_save, *part.modules_to_save))
+        own = dataclasses.replace(
+            part, modules_to_save=(*method.modules_to_save, *part.modules_to_save)
+        )
         _save_one(folder / name, own, params, model, settings)
     content = {"jaxpeft_version": jaxpeft.__version__, "parts": names, "method": method.as_dict()}
     atomic.write_text(folder / PARTS, json.dumps(content, indent=2) + "\n")
@@ -164,9 +206,11 @@ def _save_parts(
 def _load_parts(
     folder: FilePath, model: Pretrained, params: Mapping[str, Any], allow_base: bool
 ) -> tuple[Method, Tree]:
-    """Load what `_save_parts` saved: the adapter leaves of each part, and the leaves of the base that it trained.
+    """Load what `_save_parts` saved: the adapter leaves of each part, and the leaves of the base
+    that it trained.
 
-    The parts are what their files say, which may be another method than was trained: a plain LoRA for one with a start.
+    The parts are what their files say, which may be another method than was trained: a plain LoRA
+    for one with a start.
     """
     content = _read_parts(folder / PARTS)
     leaves = dict(paths.walk(params))
@@ -174,7 +218,9 @@ def _load_parts(
     for name, recorded in zip(content["parts"], from_dict(content["method"]).parts(), strict=True):
         part, loaded = load_adapter(folder / str(name), model, params, allow_base=allow_base)
         mask = dict(paths.walk(trainable_mask(part, loaded)))
-        leaves |= {path: leaf for path, leaf in paths.walk(loaded) if mask[path] or path not in base}
+        leaves |= {
+            path: leaf for path, leaf in paths.walk(loaded) if mask[path] or path not in base
+        }
         parts.append(part.as_dict() | {"modules_to_save": recorded.modules_to_save})
     return from_dict(content["method"] | {"methods": parts}), paths.build(list(leaves.items()))
 
@@ -202,10 +248,16 @@ def _read_parts(file: FilePath) -> dict[str, Any]:
     names: Any = content.get("parts")
     method: Any = content.get("method")
     methods = method.get("methods") if isinstance(method, dict) else None
-    fits = isinstance(names, list) and names and isinstance(methods, list) and len(names) == len(methods)
+    fits = (
+        isinstance(names, list)
+        and names
+        and isinstance(methods, list)
+        and len(names) == len(methods)
+    )
     if not fits or not all(isinstance(name, str) and FilePath(name).name == name for name in names):
         raise AdapterError(
-            f"{file}: must name a folder for each method in 'parts', and the methods; save the adapter again"
+            f"{file}: must name a folder for each method in 'parts', and the methods; save the"
+            " adapter again"
         )
     return content
 
@@ -213,26 +265,33 @@ def _read_parts(file: FilePath) -> dict[str, Any]:
 def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -> None:
     """Refuse a tree that is not what the method made of the model."""
     there = {p for p, _ in paths.walk(params)}
-    there |= {(*p[:-1], "kernel") for p in there if p[-1] in kernels.FORMS}  # whatever form holds it
+    there |= {
+        (*p[:-1], "kernel") for p in there if p[-1] in kernels.FORMS
+    }  # whatever form holds it
     missing = [p for p, _ in paths.walk(abstract_params(model)) if p not in there]
     if missing:
         shown = ", ".join(paths.text(p) for p in missing[:3])
         raise AdapterError(
-            f"params: {len(missing)} leaves of the model are missing, such as {shown}; give the whole tree"
+            f"params: {len(missing)} leaves of the model are missing, such as {shown}; give the"
+            " whole tree"
         )
     problems = checks.mismatches(method, params)
     if problems:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise AdapterError(
-            ["params are not what this method makes; save with the method that rewrote them", *problems[:5], *more]
+            [
+                "params are not what this method makes; save with the method that rewrote them",
+                *problems[:5],
+                *more,
+            ]
         )
 
 
 def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """Return full names of sites where PEFT would read the target options otherwise.
 
-    `all-linear` would mean other modules in another model, and the numbers of layers that no dot stands before
-    (`layers.0` of a backbone alone) PEFT does not see.
+    `all-linear` would mean other modules in another model, and the numbers of layers that no dot
+    stands before (`layers.0` of a backbone alone) PEFT does not see.
     """
     wanted = config.get("target_modules")
     unseen = config.get("layers_to_transform") is not None and any(
@@ -240,7 +299,11 @@ def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any
     )
     if unseen:
         return {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
-    return {"target_modules": names} if isinstance(wanted, str) and wanted.lower() in ("all-linear", "default") else {}
+    return (
+        {"target_modules": names}
+        if isinstance(wanted, str) and wanted.lower() in ("all-linear", "default")
+        else {}
+    )
 
 
 def _completed(settings: Settings, model: Pretrained, labels: tuple[str, ...]) -> Settings:
@@ -261,19 +324,26 @@ def _completed(settings: Settings, model: Pretrained, labels: tuple[str, ...]) -
 
 
 def _pooling_note(layout: FolderLayout, model: Pretrained) -> str:
-    """Return where a classifier reads what `transformers` does not, so that its logits in the library are others."""
+    """Return where a classifier reads what `transformers` does not, so that its logits in the
+    library are others.
+    """
     how, own = model.options.pooling, model.config.own_pooling
     if model.options.task != "sequence_classification" or how == own:
         return ""
     note = (
-        f"the classifier reads pooling={how!r}; transformers reads {own!r}, so in {layout.name} its logits are others"
+        f"the classifier reads pooling={how!r}; transformers reads {own!r}, so in {layout.name} its"
+        " logits are others"
     )
     _log.warning("%s; load the adapter with jaxpeft.load(..., pooling=%r)", note, how)
-    return f"\nNote: {note}. Load it with `jaxpeft.load(..., pooling={how!r})` and `jaxpeft.load_adapter`.\n"
+    return (
+        f"\nNote: {note}. Load it with `jaxpeft.load(..., pooling={how!r})` and"
+        " `jaxpeft.load_adapter`.\n"
+    )
 
 
 def read_settings(path: str | FilePath) -> Settings:
-    """Read what a run decided that goes with its adapter: the names of the labels, the problem type, the pooling, and so on.
+    """Read what a run decided that goes with its adapter: the names of the labels, the problem
+    type, the pooling, and so on.
 
     Args:
         path: the folder of an adapter.
@@ -306,12 +376,14 @@ def load_adapter(
         allow_base: whether the base may be another one than the adapter was trained on.
 
     Returns:
-        `(method, params)`: the method as the folder's config says, and the rewritten tree with the folder's numbers.
+        `(method, params)`: the method as the folder's config says, and the rewritten tree with the
+        folder's numbers.
 
     Raises:
         ConfigError: the tree is rewritten already.
-        AdapterError: files are missing or are pickles; the config asks for what is not supported; the base or the task is
-            another one; or a tensor is missing, extra, misshaped or not finite. Nothing is loaded half.
+        AdapterError: files are missing or are pickles; the config asks for what is not supported;
+            the base or the task is another one; or a tensor is missing, extra, misshaped or not
+            finite. Nothing is loaded half.
     """
     folder = FilePath(path)
     if not folder.is_dir():
@@ -341,11 +413,15 @@ def load_adapter(
         # an option may ask for more than the memory holds: the file's shapes are compared first
         problems = adapter_tensors.outgrown(method, header, params)
         if not problems:
-            made = jax.eval_shape(partial(rewrite, method), like, jax.eval_shape(lambda: jax.random.key(0)))
+            made = jax.eval_shape(
+                partial(rewrite, method), like, jax.eval_shape(lambda: jax.random.key(0))
+            )
             problems = checks.differences(method, made, header)
         rewritten = params if problems else rewrite(method, params, jax.random.key(0))
     except (TargetError, ConfigError) as error:
-        raise AdapterError([f"{folder / CONFIG}: {problem}" for problem in error.problems]) from error
+        raise AdapterError(
+            [f"{folder / CONFIG}: {problem}" for problem in error.problems]
+        ) from error
     if not problems:
         tensors = {name: tensor.read() for name, tensor in header.items()}
         problems = checks.wrong_numbers(method, rewritten, tensors)
@@ -356,8 +432,12 @@ def load_adapter(
                 ".base_layer." in name for name in header
             ):  # what a method takes from the base, it takes from the file's
                 base = paths.map_with_path(lambda path, _: paths.get(loaded, path), params)
-                loaded = adapter_tensors.put_tensors(method, rewrite(method, base, jax.random.key(0)), tensors)
-            _log.info("loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header))
+                loaded = adapter_tensors.put_tensors(
+                    method, rewrite(method, base, jax.random.key(0)), tensors
+                )
+            _log.info(
+                "loaded %s adapter from %s (%d parameters)", method.name, folder, _size(header)
+            )
             return method, loaded
     more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     shown = [*map(spelled, problems[:_SHOWN]), *more]
@@ -374,20 +454,39 @@ def layout_of(folder: FilePath) -> FolderLayout:
         if (folder / layout.weights).is_file():
             return layout
     pickles = [p.name for p in folder.glob("*.bin")]
-    layout = next((layout for layout in LAYOUTS.values() if layout.pickle in pickles), LAYOUTS["peft"])
-    inside = [str(p.parent) for layout in LAYOUTS.values() for p in sorted(folder.glob(f"*/{layout.weights}"))]
+    layout = next(
+        (layout for layout in LAYOUTS.values() if layout.pickle in pickles), LAYOUTS["peft"]
+    )
+    inside = [
+        str(p.parent)
+        for layout in LAYOUTS.values()
+        for p in sorted(folder.glob(f"*/{layout.weights}"))
+    ]
     if pickles:
-        why = f"holds {next((n for n in pickles if n == layout.pickle), pickles[0])}, a pickle, which is never read; {layout.fix}"
+        why = (
+            f"holds {next((n for n in pickles if n == layout.pickle), pickles[0])}, a pickle, which"
+            f" is never read; {layout.fix}"
+        )
     else:
-        why = f"holds adapters in {' and '.join(inside)}; name one of them" if inside else "is incomplete"
+        why = (
+            f"holds adapters in {' and '.join(inside)}; name one of them"
+            if inside
+            else "is incomplete"
+        )
     raise AdapterError(f"{folder}: no {layout.weights}: the folder {why}")
 
 
-def _without_pooler(config: dict[str, Any], header: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Leave out what PEFT trains in the pooler of an encoder: hidden states do not depend on it, so it is not built."""
+def _without_pooler(
+    config: dict[str, Any], header: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Leave out what PEFT trains in the pooler of an encoder: hidden states do not depend on it, so
+    it is not built.
+    """
     targets = config.get("target_modules")
     if isinstance(targets, list):
-        config = config | {"target_modules": [name for name in targets if "pooler" not in str(name).split(".")]}
+        config = config | {
+            "target_modules": [name for name in targets if "pooler" not in str(name).split(".")]
+        }
     return config, {name: tensor for name, tensor in header.items() if ".pooler." not in name}
 
 
@@ -405,7 +504,11 @@ def _one_name(
         return dict(header)
     names = {tie.embedding.split(".")[-2], "lm_head"}
     given: Any = config.get("modules_to_save")
-    saved = tuple(str(one) for one in given if str(one).rpartition(".")[2] in names) if isinstance(given, list) else ()
+    saved = (
+        tuple(str(one) for one in given if str(one).rpartition(".")[2] in names)
+        if isinstance(given, list)
+        else ()
+    )
     return tie.one(header, file, saved, np.asarray(leaf))
 
 
@@ -413,8 +516,11 @@ def _size(header: Mapping[str, Any]) -> int:
     return sum(t.nbytes // t.dtype.itemsize for t in header.values())
 
 
-def check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained, *, allow_base: bool = False) -> None:
-    """Refuse a base or a task that the adapter is not for; no weight is read, but for the base's SHA-256.
+def check_base(
+    folder: FilePath, config: Mapping[str, Any], model: Pretrained, *, allow_base: bool = False
+) -> None:
+    """Refuse a base or a task that the adapter is not for; no weight is read, but for the base's
+    SHA-256.
 
     Args:
         folder: of the adapter.
@@ -429,24 +535,35 @@ def check_base(folder: FilePath, config: Mapping[str, Any], model: Pretrained, *
     wanted = peft_config.TASK_TYPES[model.options.task]
     problems: list[str] = []
     if task is not None and task != wanted:
-        problems.append(f"{folder / CONFIG}: task_type is {cut(str(task))}, the model is loaded for {wanted}")
+        problems.append(
+            f"{folder / CONFIG}: task_type is {cut(str(task))}, the model is loaded for {wanted}"
+        )
     extra = adapter_extra.read_extra(folder)
     if extra.get("pooling", model.options.pooling) != model.options.pooling:
-        problems.append(f"{folder / EXTRA}: pooling is {extra['pooling']!r}, the model has {model.options.pooling!r}")
+        problems.append(
+            f"{folder / EXTRA}: pooling is {extra['pooling']!r}, the model has"
+            f" {model.options.pooling!r}"
+        )
     tokens = extra.get("vocab_size", model.config.vocab_size)
     if tokens != model.config.vocab_size:
         problems.append(
-            f"{folder / EXTRA}: vocab_size is {tokens}, the model has {model.config.vocab_size} tokens; load it with "
-            f"vocab_size={tokens}"
+            f"{folder / EXTRA}: vocab_size is {tokens}, the model has {model.config.vocab_size}"
+            f" tokens; load it with vocab_size={tokens}"
         )
     if extra.get("base_sha256") and model.source:
-        other = differences(extra["base_sha256"], extra.get("base_config"), model.source, model.options.task)
-        why = f"{folder / EXTRA}: the adapter was trained on another base ({shown(config.get('base_model_name_or_path'))}) than {model.source.name}: "
+        other = differences(
+            extra["base_sha256"], extra.get("base_config"), model.source, model.options.task
+        )
+        why = (
+            f"{folder / EXTRA}: the adapter was trained on another base"
+            f" ({shown(config.get('base_model_name_or_path'))}) than {model.source.name}: "
+        )
         if other and allow_base:
             _log.warning("%s%s", why, "; ".join(other))
         elif other:
             fix = (
-                "load the base it was trained on, or allow this one (--allow-base, or allow_base=True of load_adapter)"
+                "load the base it was trained on, or allow this one (--allow-base, or"
+                " allow_base=True of load_adapter)"
             )
             problems.append(f"{why}{'; '.join(other)}; {fix}")
     if problems:

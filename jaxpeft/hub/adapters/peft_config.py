@@ -20,13 +20,25 @@ TASK_TYPES = {
     "token_classification": "TOKEN_CLS",
     "encoder": "FEATURE_EXTRACTION",
 }
-COMMON = frozenset({
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "runtime_config", "jaxpeft", "modules_to_save",
-})  # fmt: skip
+COMMON = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "runtime_config",
+        "jaxpeft",
+        "modules_to_save",
+    }
+)
 
 
-def write(method: Method, task: str, base: str, revision: str | None, names: list[str]) -> dict[str, Any]:
+def write(
+    method: Method, task: str, base: str, revision: str | None, names: list[str]
+) -> dict[str, Any]:
     """Make the content of `adapter_config.json`.
 
     Args:
@@ -59,27 +71,37 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
         head: the top level of the model's tree, to tell which of `modules_to_save` are its head.
 
     Raises:
-        AdapterError: another kind of adapter, or a setting that is not supported; every problem is named.
+        AdapterError: another kind of adapter, or a setting that is not supported; every problem is
+            named.
     """
     saved = config.get("modules_to_save")
-    if saved is not None and not (isinstance(saved, (str, list)) and all(isinstance(name, str) for name in saved)):
+    if saved is not None and not (
+        isinstance(saved, (str, list)) and all(isinstance(name, str) for name in saved)
+    ):
         raise AdapterError(f"{where}: modules_to_save: must be a list of names, is {shown(saved)}")
     kind = method_of(config)
     if kind is None:
-        known = ", ".join(dict.fromkeys(method.peft.type or name.upper() for name, method in METHODS.items()))
+        known = ", ".join(
+            dict.fromkeys(method.peft.type or name.upper() for name, method in METHODS.items())
+        )
         raise AdapterError(
-            f"{where}: peft_type {shown(str(config.get('peft_type')))} is not supported (supported: {known})"
+            f"{where}: peft_type {shown(str(config.get('peft_type')))} is not supported (supported:"
+            f" {known})"
         )
     own = {key: value for key, value in config.items() if key not in COMMON - kind.peft.ignored}
     others, problems = beside.read(kind, own, "lm_head" not in head)
     if kind.peft.beside is not None and (others or problems):
         own.pop(kind.peft.beside.option)
     values, odd = kind.peft.read_options(kind, own)
-    values = {key: _plain(value) for key, value in values.items()} | {"modules_to_save": _modules_to_save(config, head)}
+    values = {key: _plain(value) for key, value in values.items()} | {
+        "modules_to_save": _modules_to_save(config, head)
+    }
     method, found = parse(kind, values, kind.name)
     problems += [*odd, *found]
     if method is not None and others and not problems:
-        method, found = methods.read({"name": Mixed.name, "methods": (method.as_dict(), *others)}, "adapter")
+        method, found = methods.read(
+            {"name": Mixed.name, "methods": (method.as_dict(), *others)}, "adapter"
+        )
         problems += found
     if problems or method is None:
         raise AdapterError([f"{where}: {problem}" for problem in problems])
@@ -87,18 +109,30 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
 
 
 def method_of(config: Mapping[str, Any]) -> type[Method] | None:
-    """Return the method that an `adapter_config.json` is of: the first whose files look like that."""
+    """Return the method that an `adapter_config.json` is of: the first whose files look like
+    that.
+    """
     return next((method for method in METHODS.values() if method.peft.reads(method, config)), None)
 
 
 def _plain(value: Any) -> Any:
     return (
-        tuple(sorted(map(str, value))) if isinstance(value, set) else tuple(value) if isinstance(value, list) else value
+        tuple(sorted(map(str, value)))
+        if isinstance(value, set)
+        else tuple(value)
+        if isinstance(value, list)
+        else value
     )
 
 
 def _modules_to_save(config: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]:
-    """Drop the head's own names, which are always saved, and PEFT's stock names of heads that the model has not."""
+    """Drop the head's own names, which are always saved, and PEFT's stock names of heads that the
+    model has not.
+    """
     given = config.get("modules_to_save") or ()
     named: list[str] = [given] if isinstance(given, str) else list(given)
-    return tuple(name for name in named if not paths.is_head((name,)) or (name in head and not paths.is_head((name,))))
+    return tuple(
+        name
+        for name in named
+        if not paths.is_head((name,)) or (name in head and not paths.is_head((name,)))
+    )

@@ -1,4 +1,6 @@
-"""What a run decided that whoever uses its adapter or model must know: `Settings`, kept in `jaxpeft.json`."""
+"""What a run decided that whoever uses its adapter or model must know: `Settings`, kept in
+`jaxpeft.json`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from jaxpeft.hub.choices import TASKS
 from jaxpeft.quant.quantize import read_quant
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-"""Those of a sequence classifier, by the names that `config.json` of `transformers` has for them."""
+"""Those of a sequence classifier, by the names that `config.json` of `transformers` has for them.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Settings:
     Attributes:
         task: `causal_lm`, `sequence_classification`, `token_classification` or `encoder`.
         num_labels: outputs of a classifier.
-        labels: the names of a classifier's labels, in the order of its outputs; empty where they have none.
+        labels: the names of a classifier's labels, in the order of its outputs; empty where they
+            have none.
         problem_type: of a sequence classifier, one of `PROBLEM_TYPES`.
         pooling: what a sequence classifier reads; None for the architecture's own.
         separator: what stood between a prompt and its completion.
@@ -34,7 +38,8 @@ class Settings:
         vocab_size: of the model, with the tokens that were added.
         quant: how the base was quantized, as plain values.
         base_sha256: of the weights of the base.
-        base_config: its architecture, as plain values; with the weights it is what makes it the same base.
+        base_config: its architecture, as plain values; with the weights it is what makes it the
+            same base.
     """
 
     task: str | None = None
@@ -64,13 +69,16 @@ class Settings:
             logits: `[rows, labels]`, or `[rows, tokens, labels]` of a token classifier.
 
         Returns:
-            For each row the likeliest label; of `multi_label_classification` a list of those that are likelier than not; of a
-            regression the number; of a token classifier a list with the label of each token.
+            For each row the likeliest label; of `multi_label_classification` a list of those that
+            are likelier than not; of a regression the number; of a token classifier a list with the
+            label of each token.
         """
         values = np.asarray(logits, np.float32)
         if self.problem_type == "regression":
             return values[..., 0].tolist()
-        names = np.array(self.labels or [f"LABEL_{i}" for i in range(values.shape[-1])], dtype=object)
+        names = np.array(
+            self.labels or [f"LABEL_{i}" for i in range(values.shape[-1])], dtype=object
+        )
         if self.problem_type == "multi_label_classification":
             return [names[row > 0].tolist() for row in values]
         return names[values.argmax(-1)].tolist()
@@ -95,10 +103,19 @@ def parse_settings(extra: Mapping[str, Any], where: Path) -> Settings:
         ConfigError: the base was quantized in a way that this version does not know.
     """
     given = {key: value for key, value in extra.items() if key in _FIELDS and value is not None}
-    wrong = [(key, given[key], must) for key, (good, must) in _MUST.items() if key in given and not good(given[key])]
+    wrong = [
+        (key, given[key], must)
+        for key, (good, must) in _MUST.items()
+        if key in given and not good(given[key])
+    ]
     if wrong:
         fix = "fix it, or remove the file: the adapter is then loaded as one of another library"
-        raise AdapterError([f"{where}: {key}: must be {must}, is {shown(value)}; {fix}" for key, value, must in wrong])
+        raise AdapterError(
+            [
+                f"{where}: {key}: must be {must}, is {shown(value)}; {fix}"
+                for key, value, must in wrong
+            ]
+        )
     if "quant" in given:
         read_quant(given["quant"], where)
     labels, count = given.pop("labels", ()), given.get("num_labels")
@@ -116,7 +133,11 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+    return (
+        isinstance(value, list)
+        and all(isinstance(name, str) for name in value)
+        and len(set(value)) == len(value)
+    )
 
 
 def _is_text(value: Any) -> bool:
@@ -127,7 +148,10 @@ _MUST: Mapping[str, tuple[Any, str]] = {
     "task": (lambda value: _is_text(value) and value in TASKS, f"one of {', '.join(TASKS)}"),
     "num_labels": (_is_count, "a whole number above 0"),
     "labels": (_is_names, "a list of names, each once"),
-    "problem_type": (lambda value: _is_text(value) and value in PROBLEM_TYPES, f"one of {', '.join(PROBLEM_TYPES)}"),
+    "problem_type": (
+        lambda value: _is_text(value) and value in PROBLEM_TYPES,
+        f"one of {', '.join(PROBLEM_TYPES)}",
+    ),
     "pooling": (_is_text, "a name"),
     "separator": (_is_text, "text"),
     "pad_token_id": (_is_token, "a token"),

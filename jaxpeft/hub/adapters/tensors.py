@@ -1,4 +1,6 @@
-"""How the trained leaves of a tree are named and laid out in an adapter file: one list of entries, read and written alike."""
+"""How the trained leaves of a tree are named and laid out in an adapter file: one list of entries,
+read and written alike.
+"""
 
 from __future__ import annotations
 
@@ -109,14 +111,18 @@ class Adapted:
             if self.site.path
             else partial(self.method.peft.pack_root, self.method)
         )
-        return {self.prefix + name: tensor for name, tensor in jax.eval_shape(pack, dict(self.fresh)).items()}
+        return {
+            self.prefix + name: tensor
+            for name, tensor in jax.eval_shape(pack, dict(self.fresh)).items()
+        }
 
     def _region(self, like: Any) -> tuple[Any, ...]:
         return (*(self.index or ()), *(slice(0, n) for n in like.shape))
 
 
 def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
-    """List the leaves of the base that are trained whole: those of heads, of `modules_to_save`, biases.
+    """List the leaves of the base that are trained whole: those of heads, of `modules_to_save`,
+    biases.
 
     Args:
         method: the method that rewrote `params`.
@@ -133,14 +139,23 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
         for row, module in enumerate(paths.hf_names(path[:-1], layers)):
             middle = method.peft.wrapper(method, path, wrapped.get(module))
             out.append(
-                Whole(f"{method.peft.module_prefix}{module}.{middle}{leaf_name}", path, None if layers is None else row)
+                Whole(
+                    f"{method.peft.module_prefix}{module}.{middle}{leaf_name}",
+                    path,
+                    None if layers is None else row,
+                )
             )
     return out
 
 
 def adapted_names(method: Method, params: Mapping[str, Any]) -> list[str]:
     """List the names of the layers that one method adapts."""
-    return [n for s, on in chosen_sites(method, params).items() for n, yes in zip(s.names, on, strict=True) if yes]
+    return [
+        n
+        for s, on in chosen_sites(method, params).items()
+        for n, yes in zip(s.names, on, strict=True)
+        if yes
+    ]
 
 
 def adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
@@ -159,17 +174,23 @@ def adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
                     one = site.one(i)
                     kernel = partial(jnp.zeros, site.shape, jnp.float32)
                     fresh = jax.eval_shape(partial(part.init, one, kernel), key)
-                    index = tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else None
+                    index = (
+                        tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else None
+                    )
                     out.append(Adapted(part, one, index, fresh))
         root = {name: params[name] for name in part.leaves.root if name in params}
         if root:
-            like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in root.items()}
+            like = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in root.items()
+            }
             out.append(Adapted(part, Site((), ("",), (0, 0)), None, like))
     return out
 
 
 def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the tensors of the adapter file, float32, by name, C-contiguous: safetensors writes other layouts scrambled."""
+    """Return the tensors of the adapter file, float32, by name, C-contiguous: safetensors writes
+    other layouts scrambled.
+    """
     out: dict[str, Array] = {}
     host: dict[Path, Array] = {}
     for entry in wholes(method, params):
@@ -181,19 +202,31 @@ def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
     return {name: np.ascontiguousarray(tensor) for name, tensor in out.items()}
 
 
-def without_copies(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> dict[str, Tensor]:
+def without_copies(
+    method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Leave out what PEFT writes beside an adapter.
 
-    That is a saved module's other names, equal copies of base weights, and equal copies at each site of what sites share.
+    That is a saved module's other names, equal copies of base weights, and equal copies at each
+    site of what sites share.
 
     Args:
         method: what the adapter is.
         header: the tensors of the file.
         base: the parameters that the adapter is for.
     """
-    roots = [name for part in method.parts() for name in part.peft.root_tensors.values() if name in header]
+    roots = [
+        name
+        for part in method.parts()
+        for name in part.peft.root_tensors.values()
+        if name in header
+    ]
     shared = {name.rpartition(".")[2]: header[name].read() for name in roots}
-    leaves = {name: (path, i) for path, leaf in paths.walk(base) for i, name in enumerate(_names(path, leaf))}
+    leaves = {
+        name: (path, i)
+        for path, leaf in paths.walk(base)
+        for i, name in enumerate(_names(path, leaf))
+    }
     kept: dict[str, Tensor] = {}
     for name, tensor in header.items():
         plain = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
@@ -218,7 +251,9 @@ _EMBEDDINGS = ("embed_tokens", "word_embeddings", "lm_head")
 
 
 def _embedding_of(name: str) -> str | None:
-    """Return the name of the embedding or the head that a tensor is the weight of, as PEFT's `save_embedding_layers` writes it."""
+    """Return the name of the embedding or the head that a tensor is the weight of, as PEFT's
+    `save_embedding_layers` writes it.
+    """
     module, _, leaf = name.rpartition(".")
     found = module.rpartition(".")[2]
     return found if leaf == "weight" and found in _EMBEDDINGS else None
@@ -228,51 +263,76 @@ def _saves(method: Method, name: str) -> bool:
     return any(f".{name}".endswith(f".{module}.weight") for module in modules_to_save(method))
 
 
-def with_embeddings(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> Method:
-    """Return the method that saves whole the embeddings that a file holds though no option says so, as with added tokens.
+def with_embeddings(
+    method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]
+) -> Method:
+    """Return the method that saves whole the embeddings that a file holds though no option says so,
+    as with added tokens.
 
-    What one method saves whole it does not adapt: where an embedding is adapted as well, a part of its own saves it.
+    What one method saves whole it does not adapt: where an embedding is adapted as well, a part of
+    its own saves it.
 
     Args:
         method: what the adapter is.
         header: the tensors of the file, without copies.
         base: the parameters that the adapter is for.
     """
-    trained = (any(part.trains(path, base) for part in method.parts()) for path, _ in paths.walk(base))
+    trained = (
+        any(part.trains(path, base) for part in method.parts()) for path, _ in paths.walk(base)
+    )
     walked = zip(paths.walk(base), trained, strict=True)
     leaves = {name for (path, leaf), own in walked if not own for name in _names(path, leaf)}
     given = {name: _unwrapped(name.removeprefix(method.peft.module_prefix)) for name in header}
-    found = {name: _embedding_of(own) for name, own in given.items() if own in leaves and not _saves(method, own)}
+    found = {
+        name: _embedding_of(own)
+        for name, own in given.items()
+        if own in leaves and not _saves(method, own)
+    }
     found = {name: module for name, module in found.items() if module is not None}
     whole = tuple(sorted(set(found.values())))
     if method.parts() == (method,) and any(".base_layer." in name for name in found):
         return Mixed(methods=(method, Head(modules_to_save=whole)))
-    return dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *whole)) if whole else method
+    return (
+        dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *whole))
+        if whole
+        else method
+    )
 
 
 def saved_modules(method: Method, params: Mapping[str, Any]) -> list[str]:
     """Return the names for `modules_to_save` of a file: heads, and what the method saves whole.
 
-    An embedding that is adapted as well is left out: PEFT has it as the base inside the adapter's module.
+    An embedding that is adapted as well is left out: PEFT has it as the base inside the adapter's
+    module.
 
     Args:
         method: the method that rewrote `params`.
         params: the rewritten tree.
     """
     inside = [
-        f".{n}.weight" for part in method.parts() for n in adapted_names(part, params) if _embedding_of(f"{n}.weight")
+        f".{n}.weight"
+        for part in method.parts()
+        for n in adapted_names(part, params)
+        if _embedding_of(f"{n}.weight")
     ]
-    named = {name for name in modules_to_save(method) if not any(n.endswith(f".{name}.weight") for n in inside)}
+    named = {
+        name
+        for name in modules_to_save(method)
+        if not any(n.endswith(f".{name}.weight") for n in inside)
+    }
     return sorted(named | {path[0] for path, _ in paths.walk(params) if paths.is_head(path)})
 
 
 def _unwrapped(name: str) -> str:
-    """Return the name of a tensor of the base that PEFT keeps inside an adapter's module, as the base has it."""
+    """Return the name of a tensor of the base that PEFT keeps inside an adapter's module, as the
+    base has it.
+    """
     return re.sub(rf"(\.(?:{beside.MODULES}))?\.base_layer\.", ".", name)
 
 
 def outgrown(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> list[str]:
-    """List the embeddings and heads of an adapter file that have more tokens than the base: all else would be misread.
+    """List the embeddings and heads of an adapter file that have more tokens than the base: all
+    else would be misread.
 
     Args:
         method: what the adapter is.
@@ -290,7 +350,8 @@ def outgrown(method: Method, header: Mapping[str, Tensor], base: Mapping[str, An
         for name, tensor in header.items()
     )
     return [
-        f"misshaped: {name} is {list(tensor.shape)}, must be {wanted}; load the base with vocab_size={tensor.shape[0]}"
+        f"misshaped: {name} is {list(tensor.shape)}, must be {wanted}; load the base with"
+        f" vocab_size={tensor.shape[0]}"
         for name, tensor, wanted in found
         if wanted and len(tensor.shape) == 2 and tensor.shape[0] > wanted[0]
     ]
@@ -311,14 +372,23 @@ def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
     host: dict[Path, Array] = {}
     for entry in wholes(method, params):
         leaf = paths.get(params, entry.path)
-        entry.put(host.setdefault(entry.path, np.zeros(leaf.shape, np.float32)), tensors[entry.name])
+        entry.put(
+            host.setdefault(entry.path, np.zeros(leaf.shape, np.float32)), tensors[entry.name]
+        )
     for entry in adapted(method, params):
         node = paths.get(params, entry.site.path)
-        own = {key: host.setdefault((*entry.site.path, key), np.array(node[key])) for key in entry.fresh}
+        own = {
+            key: host.setdefault((*entry.site.path, key), np.array(node[key]))
+            for key in entry.fresh
+        }
         entry.put(own, tensors)
-    return paths.map_with_path(lambda path, leaf: _as_placed(host[path], leaf) if path in host else leaf, params)
+    return paths.map_with_path(
+        lambda path, leaf: _as_placed(host[path], leaf) if path in host else leaf, params
+    )
 
 
 def _as_placed(value: Array, leaf: Any) -> Any:
-    """Put an array where a leaf is; a leaf that is free to move, as a fresh one beside a sharded base, stays so."""
+    """Put an array where a leaf is; a leaf that is free to move, as a fresh one beside a sharded
+    base, stays so.
+    """
     return jax.device_put(value, leaf.sharding) if leaf.committed else jnp.asarray(value)

@@ -1,11 +1,14 @@
-"""Weights that `bitsandbytes` has quantized to NF4, as Hugging Face checkpoints hold them: found and checked, not yet read.
+"""Weights that `bitsandbytes` has quantized to NF4, as Hugging Face checkpoints hold them: found
+and checked, not yet read.
 
 A matrix `X.weight [out, in]` is there as its codes, two a byte, row by row, and beside it
 
-    X.weight.absmax                            of each block of 64: uint8, or float32 without double quantization
-    X.weight.quant_map                         the 16 values of the codes
-    X.weight.nested_absmax, .nested_quant_map  with double quantization: of 256 blocks, and the 256 values of the 8-bit type
-    X.weight.quant_state.bitsandbytes__nf4     JSON: shape, dtype, sizes of the blocks, `nested_offset`
+    X.weight.absmax             of each block of 64: uint8, or float32 without double quantization
+    X.weight.quant_map          the 16 values of the codes
+    X.weight.nested_absmax      with double quantization: of 256 blocks
+    X.weight.nested_quant_map   with double quantization: the 256 values of the 8-bit type
+    X.weight.quant_state.bitsandbytes__nf4
+                                JSON: shape, dtype, sizes of the blocks, `nested_offset`
 
 which are the leaves of `jaxpeft.kernels.nf4` in the same order, byte for byte.
 """
@@ -29,7 +32,8 @@ from jaxpeft.kernels import nf4
 
 _STATE = ".quant_state.bitsandbytes__"
 _COMPANION = re.compile(
-    r"^(.*\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
+    r"^(.*\.weight)\."
+    r"(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
 )
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MOST_STATE = 1 << 16
@@ -41,7 +45,9 @@ class RowReader(Described, Protocol):
     """A tensor that is read by its rows."""
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Read `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
+        """Read `tensor[start:stop]` along the first axis, and along the second `columns`, or all of
+        it.
+        """
         ...
 
 
@@ -68,7 +74,9 @@ class Filled:
         return 4 * math.prod(self.shape)
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Return `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
+        """Return `tensor[start:stop]` along the first axis, and along the second `columns`, or all
+        of it.
+        """
         rest = self.shape[1:] if columns is None else (columns[1] - columns[0], *self.shape[2:])
         return np.full((stop - start, *rest) if self.shape else (), self.value, np.float32)
 
@@ -98,7 +106,8 @@ class Packed:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
-    """Put the tensors that hold one quantized matrix together; of their numbers the tables and the JSON text are read.
+    """Put the tensors that hold one quantized matrix together; of their numbers the tables and the
+    JSON text are read.
 
     Args:
         tensors: of a checkpoint, by name.
@@ -110,10 +119,14 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
     for name, tensor in tensors.items():
         if match := _COMPANION.match(name):
             companions.setdefault(match[1], {})[match[2]] = tensor
-    found: dict[str, Tensor | Packed] = {name: t for name, t in tensors.items() if not _COMPANION.match(name)}
+    found: dict[str, Tensor | Packed] = {
+        name: t for name, t in tensors.items() if not _COMPANION.match(name)
+    }
     for name, beside in companions.items():
         codes = tensors.get(name)
-        found[name] = _broken(beside, f"missing: {name}") if codes is None else _packed(name, codes, beside)
+        found[name] = (
+            _broken(beside, f"missing: {name}") if codes is None else _packed(name, codes, beside)
+        )
     return found
 
 
@@ -125,12 +138,19 @@ def _packed(name: str, codes: Tensor, beside: Mapping[str, Tensor]) -> Packed:
     stated = [key for key in beside if key.startswith(_STATE[1:])]
     if not stated:
         return _broken(beside, f"missing: {name}{_STATE}nf4")
-    (state, *others) = stated
+    state, *others = stated
     if others or state != f"{_STATE[1:]}nf4":
-        return _broken(beside, f"quantized: {name} is in {state.partition('__')[2]}, only nf4 is supported; {_INSTEAD}")
+        return _broken(
+            beside,
+            f"quantized: {name} is in {state.partition('__')[2]}, only nf4 is supported;"
+            f" {_INSTEAD}",
+        )
     parsed = _parse(beside[state])
     if parsed is None:
-        return _broken(beside, f"quantized: {name}.{state} is not what bitsandbytes writes; fetch the file again")
+        return _broken(
+            beside,
+            f"quantized: {name}.{state} is not what bitsandbytes writes; fetch the file again",
+        )
     nested = "nested_absmax" in beside or "nested_blocksize" in parsed
     needed = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ()))
     problems = [f"missing: {name}.{key}" for key in needed if key not in beside]
@@ -159,7 +179,10 @@ def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
         if state.get(key) != value
     ]
     shape: Any = state.get("shape")
-    if not isinstance(shape, list) or [_counts(n) for n in cast("list[Any]", shape)] != [True, True]:
+    if not isinstance(shape, list) or [_counts(n) for n in cast("list[Any]", shape)] != [
+        True,
+        True,
+    ]:
         problems.append(f"shape is {shape!r}, must be [out, in]")
     elif shape[1] % 2:
         problems.append(f"shape is {shape!r}, and nf4 needs an even number of inputs; {_INSTEAD}")
@@ -173,14 +196,18 @@ def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
 
 def _finite(x: Any) -> bool:
     # compared, not converted: a whole number may be larger than any float
-    return isinstance(x, int | float) and not isinstance(x, bool) and -_MOST_OFFSET < x < _MOST_OFFSET
+    return (
+        isinstance(x, int | float) and not isinstance(x, bool) and -_MOST_OFFSET < x < _MOST_OFFSET
+    )
 
 
 def _counts(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and 0 < n < _MOST_SIDE
 
 
-def _checked(name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapping[str, Any], nested: bool) -> Packed:
+def _checked(
+    name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapping[str, Any], nested: bool
+) -> Packed:
     """Return the leaves, of tensors that have the sizes and the tables that they must have."""
     out, n_in = state["shape"]
     blocks = -(-out * n_in // nf4.BLOCK)
@@ -188,7 +215,8 @@ def _checked(name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapp
     problems: list[str] = []
     if codes.nbytes != out * n_in // 2:
         problems.append(
-            f"misshaped: {name} has {codes.nbytes} bytes, must have {out * n_in // 2} for [{out}, {n_in}] in nf4"
+            f"misshaped: {name} has {codes.nbytes} bytes, must have {out * n_in // 2} for [{out},"
+            f" {n_in}] in nf4"
         )
     kind, wide = np.dtype(np.uint8 if nested else np.float32), np.dtype(np.float32)
     wanted = {"absmax": (kind, blocks), "quant_map": (wide, 16)}
@@ -196,18 +224,24 @@ def _checked(name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapp
     for key, (dtype, size) in wanted.items():
         tensor = beside[key]
         if tensor.dtype != dtype or tensor.shape != (size,):
-            problems.append(f"misshaped: {name}.{key} is {tensor.dtype} {list(tensor.shape)}, must be {dtype} [{size}]")
+            problems.append(
+                f"misshaped: {name}.{key} is {tensor.dtype} {list(tensor.shape)}, must be {dtype}"
+                f" [{size}]"
+            )
     tables = {"quant_map": nf4.CODES, "nested_quant_map": nf4.dynamic()}
     problems += [
         f"quantized: {name}.{key} is not the table of nf4; {_INSTEAD}"
         for key, table in tables.items()
-        if not problems and key in wanted and not np.allclose(beside[key].read(), table, rtol=1e-5, atol=0)
+        if not problems
+        and key in wanted
+        and not np.allclose(beside[key].read(), table, rtol=1e-5, atol=0)
     ]
     if problems:
         return _broken(beside, *problems)
     rows = (out, n_in // nf4.BLOCK) if n_in % nf4.BLOCK == 0 else (blocks,)
     leaves: tuple[RowReader, ...] = (
-        # some checkpoints hold the bytes of the codes as numbers of another dtype (`bnb_4bit_quant_storage`)
+        # some checkpoints hold the bytes of the codes as numbers of another dtype
+        # (`bnb_4bit_quant_storage`)
         dataclasses.replace(codes, shape=(out, n_in // 2), dtype=np.dtype(np.uint8)),
         dataclasses.replace(beside["absmax"], shape=rows),
         beside["nested_absmax"] if nested else Filled((seconds,), 1.0),

@@ -1,7 +1,8 @@
-"""SHA-256 of what files hold, item by item: a flipped bit is found, and told by the name of the tensor or field that differs.
+"""SHA-256 of what files hold, item by item: a flipped bit is found, and told by the name of the
+tensor or field that differs.
 
-The items of a safetensors file are its tensors, with shape and dtype; those of a JSON file are its fields. Where a tensor lies
-in which file, and how a JSON file is spelled, makes no difference.
+The items of a safetensors file are its tensors, with shape and dtype; those of a JSON file are its
+fields. Where a tensor lies in which file, and how a JSON file is spelled, makes no difference.
 """
 
 from __future__ import annotations
@@ -58,9 +59,13 @@ def _blocks(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
 
 def of_fields(content: Mapping[str, Any]) -> dict[str, str]:
     """Return the SHA-256 of each field of a JSON object."""
-    plain = {name: sorted(map(str, value)) if _is_set(name, value) else value for name, value in content.items()}
+    plain = {
+        name: sorted(map(str, value)) if _is_set(name, value) else value
+        for name, value in content.items()
+    }
     return {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in plain.items()
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        for name, value in plain.items()
     }
 
 
@@ -93,8 +98,12 @@ def _of_file(path: Path, size: int, changed: int) -> Digests:
 
 
 def differing(recorded: Mapping[str, Any], found: Digests) -> list[str]:
-    """List the names that are recorded with another SHA-256, or are not recorded, or not there; sorted."""
-    return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+    """List the names that are recorded with another SHA-256, or are not recorded, or not there;
+    sorted.
+    """
+    return sorted(
+        name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name)
+    )
 
 
 def is_record(value: Any) -> bool:
@@ -113,7 +122,10 @@ def told(wrong: Sequence[str], where: Callable[[str], Path], record: str, fix: s
     """
     more = [f"... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
     return [
-        *(f"{where(name)}: {name}: its SHA-256 is not the one of {record}; {fix}" for name in wrong[:_SHOWN]),
+        *(
+            f"{where(name)}: {name}: its SHA-256 is not the one of {record}; {fix}"
+            for name in wrong[:_SHOWN]
+        ),
         *more,
     ]
 

@@ -1,4 +1,6 @@
-"""Where the numbers of a leaf come from, and reading any slice of it: no more is asked of the files than the slice has."""
+"""Where the numbers of a leaf come from, and reading any slice of it: no more is asked of the files
+than the slice has.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ class LeafSource:
         """
         if not self.stacked:
             return self.read(index)
-        return self.read((slice(layer, layer + 1), *(index or (slice(None),) * (len(self.shape) - 1))))[0]
+        return self.read(
+            (slice(layer, layer + 1), *(index or (slice(None),) * (len(self.shape) - 1)))
+        )[0]
 
     def _blocks(
         self, out: np.ndarray[Any, Any], tensor: RowReader, spans: Sequence[Span]
@@ -108,8 +112,12 @@ def _rows_at_once(tensor: RowReader, others: Sequence[Span]) -> int:
     return max(1, min(_BLOCK_BYTES // part, _MAPPED_BYTES // row))
 
 
-def _copy(place: np.ndarray[Any, Any], tensor: RowReader, rows: Span, others: Sequence[Span]) -> None:
-    """Read rows of a tensor into their place, a few at a time: a transposed copy is then six times as fast."""
+def _copy(
+    place: np.ndarray[Any, Any], tensor: RowReader, rows: Span, others: Sequence[Span]
+) -> None:
+    """Read rows of a tensor into their place, a few at a time: a transposed copy is then six times
+    as fast.
+    """
     behind = (slice(None), slice(None), *(slice(*span) for span in others[1:]))[: 1 + len(others)]
     block = tensor.read_rows(*rows, *others[:1])[behind]
     if block.dtype == place.dtype:
@@ -157,16 +165,24 @@ class Grown:
         return self.there.nbytes
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Read `tensor[start:stop]` along the first axis, and along the second `columns`, or all of it."""
+        """Read `tensor[start:stop]` along the first axis, and along the second `columns`, or all of
+        it.
+        """
         own = self.there.shape[0]
-        found = [self.there.read_rows(start, min(stop, own), columns).astype(self.dtype)] if start < own else []
+        found = (
+            [self.there.read_rows(start, min(stop, own), columns).astype(self.dtype)]
+            if start < own
+            else []
+        )
         if stop > own:
             mean = self._mean(columns)
             found.append(np.broadcast_to(mean, (stop - max(start, own), *mean.shape)))
         return np.concatenate(found)
 
     def _mean(self, columns: Span | None) -> np.ndarray[Any, Any]:
-        """Add up the same rows one after the other whatever the columns are, so that every part has the same mean."""
+        """Add up the same rows one after the other whatever the columns are, so that every part has
+        the same mean.
+        """
         own, total = self.there.shape[0], np.zeros((), np.float64)
         for start in range(0, own, _MEAN_ROWS):
             rows = self.there.read_rows(start, min(start + _MEAN_ROWS, own), columns)

@@ -1,4 +1,6 @@
-"""Which tensors of a checkpoint make which leaf: matched by name, and checked, before a byte of data is read."""
+"""Which tensors of a checkpoint make which leaf: matched by name, and checked, before a byte of
+data is read.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,16 @@ class WeightPlan:
         sources: by path, for every leaf that the checkpoint holds.
         new: the paths of the head's leaves that it does not hold, to be made newly.
         replaced: names of head tensors that the checkpoint holds for another number of labels.
-        held: of each kernel that is there in few bits, by its path, the leaves that hold it, by their names.
+        held: of each kernel that is there in few bits, by its path, the leaves that hold it, by
+            their names.
     """
 
     sources: Mapping[Path, LeafSource]
     new: tuple[Path, ...]
     replaced: tuple[str, ...]
-    held: Mapping[Path, Mapping[str, LeafSource]] = field(default_factory=dict[Path, Mapping[str, LeafSource]])
+    held: Mapping[Path, Mapping[str, LeafSource]] = field(
+        default_factory=dict[Path, Mapping[str, LeafSource]]
+    )
 
     def grown(self, abstract: Tree) -> WeightPlan:
         """Return the plan with the rows of added tokens, which begin as the mean of the others.
@@ -71,14 +76,14 @@ def plan(
         abstract: the model's tree of `ShapeDtypeStruct`.
         tensors: the checkpoint's, by name.
         family: the architecture: its prefix, and what may be left over.
-        dtype: of the loaded leaves; None keeps each tensor's own, float64 apart, which becomes float32. Kernels that are
-            quantized stay as they are.
+        dtype: of the loaded leaves; None keeps each tensor's own, float64 apart, which becomes
+            float32. Kernels that are quantized stay as they are.
         folder: what to call the checkpoint in messages.
         relabel: whether a head for another number of labels may be made newly.
 
     Raises:
-        WeightsError: listing every missing, extra, misshaped or non-floating tensor with the nearest names, and what is wrong
-            with one that is quantized.
+        WeightsError: listing every missing, extra, misshaped or non-floating tensor with the
+            nearest names, and what is wrong with one that is quantized.
     """
     named, problems = _canonical_names(tensors, abstract, family)
     wanted = [_wanted(path, leaf, named) for path, leaf in paths.walk(abstract)]
@@ -148,15 +153,24 @@ class _Wanted:
 
     @property
     def of_other_labels(self) -> bool:
-        """Whether it is of a head whose tensors are for another number of labels, and all else of them is right."""
+        """Whether it is of a head whose tensors are for another number of labels, and all else of
+        them is right.
+        """
         wrong = self.misshaped.values()
-        return self.head and bool(wrong) and not _unfit(self) and all(t.shape[1:] == self.shape[1:] for t in wrong)
+        return (
+            self.head
+            and bool(wrong)
+            and not _unfit(self)
+            and all(t.shape[1:] == self.shape[1:] for t in wrong)
+        )
 
 
 def _wanted(path: Path, leaf: Any, named: Tensors) -> _Wanted:
     layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
     names = paths.hf_names(path, layers)
-    return _Wanted(path, leaf, layers, names, {name: named[name] for name in names if name in named})
+    return _Wanted(
+        path, leaf, layers, names, {name: named[name] for name in names if name in named}
+    )
 
 
 def _faults(one: _Wanted, named: Tensors) -> list[str]:
@@ -165,20 +179,30 @@ def _faults(one: _Wanted, named: Tensors) -> list[str]:
     if broken := _unfit(one):
         return found + broken
     if one.of_other_labels:
-        return found + [_other_labels(name, t.shape[0], one.shape[0]) for name, t in one.misshaped.items()]
-    found += [f"misshaped: {name} is {list(t.shape)}, must be {list(one.shape)}" for name, t in one.misshaped.items()]
-    return found + [_not_floating(name, tensor) for name, tensor in one.there.items() if _is_integer(tensor)]
+        return found + [
+            _other_labels(name, t.shape[0], one.shape[0]) for name, t in one.misshaped.items()
+        ]
+    found += [
+        f"misshaped: {name} is {list(t.shape)}, must be {list(one.shape)}"
+        for name, t in one.misshaped.items()
+    ]
+    return found + [
+        _not_floating(name, tensor) for name, tensor in one.there.items() if _is_integer(tensor)
+    ]
 
 
 def _source(one: _Wanted, dtype: Any | None) -> LeafSource:
     """Return where the numbers of a leaf come from that is there as it is."""
     plain = [tensor for tensor in one.there.values() if isinstance(tensor, Tensor)]
     target = np.dtype(dtype) if dtype is not None else _common_dtype(plain)
-    return LeafSource(tuple(plain), one.leaf.shape, target, one.layers is not None, one.path[-1] == "kernel")
+    return LeafSource(
+        tuple(plain), one.leaf.shape, target, one.layers is not None, one.path[-1] == "kernel"
+    )
 
 
 def plan_without_tensors(abstract: Tree, dtype: Any, *, new_head: bool) -> WeightPlan:
-    """Return what a checkpoint of all leaves in one dtype would make, for what asks for no more than shapes and dtypes.
+    """Return what a checkpoint of all leaves in one dtype would make, for what asks for no more
+    than shapes and dtypes.
 
     Args:
         abstract: the model's tree of `ShapeDtypeStruct`.
@@ -187,7 +211,13 @@ def plan_without_tensors(abstract: Tree, dtype: Any, *, new_head: bool) -> Weigh
     """
     new = tuple(path for path, _ in paths.walk(abstract) if new_head and paths.is_head(path))
     sources = {
-        path: LeafSource((), leaf.shape, np.dtype(dtype), paths.layer_axis(path) is not None, path[-1] == "kernel")
+        path: LeafSource(
+            (),
+            leaf.shape,
+            np.dtype(dtype),
+            paths.layer_axis(path) is not None,
+            path[-1] == "kernel",
+        )
         for path, leaf in paths.walk(abstract)
         if path not in new
     }
@@ -202,23 +232,41 @@ def _unfit(one: _Wanted) -> list[str]:
     if packed and one.path[-1] != "kernel":
         return [f"quantized: {name} is, and belongs to no linear module" for name in packed]
     if packed and len(packed) < there:
-        few = f"quantized: {next(iter(packed))} is, and {there - len(packed)} of the {there} layers stacked with it are not"
+        few = (
+            f"quantized: {next(iter(packed))} is, and {there - len(packed)} of the {there} layers"
+            " stacked with it are not"
+        )
         return [f"{few}; set scan_layers=False"]
-    if len({frozenset((key, t.dtype) for key, t in tensor.leaves.items()) for tensor in packed.values()}) > 1:
+    if (
+        len(
+            {
+                frozenset((key, t.dtype) for key, t in tensor.leaves.items())
+                for tensor in packed.values()
+            }
+        )
+        > 1
+    ):
         return [
-            f"quantized: {next(iter(packed))} and the layers stacked with it have scales of different dtypes; set scan_layers=False"
+            (
+                f"quantized: {next(iter(packed))} and the layers stacked with it have scales of"
+                " different dtypes; set scan_layers=False"
+            )
         ]
     return []
 
 
 def _held(packed: Sequence[Packed], *, stacked: bool) -> dict[str, LeafSource]:
     """Return the leaves that hold a quantized kernel, or one a layer."""
-    return {key: joined([one.leaves[key] for one in packed], stacked=stacked) for key in packed[0].leaves}
+    return {
+        key: joined([one.leaves[key] for one in packed], stacked=stacked)
+        for key in packed[0].leaves
+    }
 
 
 def _extra(named: Tensors, used: set[str], family: Family, *, head_wanted: bool) -> list[str]:
-    """Return which tensors belong to nothing. The head of another task is left out without a word; where this task's head is
-    in the checkpoint, a tensor that looks like a head's may be a misspelt one of it.
+    """Return which tensors belong to nothing. The head of another task is left out without a word;
+    where this task's head is in the checkpoint, a tensor that looks like a head's may be a misspelt
+    one of it.
     """
     extra = [n for n in named if n not in used and not _may_be_left(n, family)]
     return [
@@ -235,8 +283,8 @@ def _may_be_left(name: str, family: Family) -> bool:
 
 def _other_labels(name: str, there: int, wanted: int) -> str:
     return (
-        f"misshaped: {name} is for {there} labels, config.json has {wanted}; give num_labels={there} to keep the head, or "
-        f"num_labels={wanted} to make it newly"
+        f"misshaped: {name} is for {there} labels, config.json has {wanted}; give"
+        f" num_labels={there} to keep the head, or num_labels={wanted} to make it newly"
     )
 
 
@@ -257,7 +305,8 @@ def _shown(problems: list[str], folder: Any, most: int = 60) -> list[str]:
 
 
 def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> None:
-    """Refuse a config of more layers, tokens or features than the tensors are, before a model of that size is outlined.
+    """Refuse a config of more layers, tokens or features than the tensors are, before a model of
+    that size is outlined.
 
     Args:
         config: the model's, with `num_hidden_layers`, `vocab_size` and `hidden_size`.
@@ -269,13 +318,20 @@ def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> 
         WeightsError: listing each size with the one that the file has.
     """
     layers = {int(found[1]) for name in tensors if (found := _LAYER.search(name))}
-    table = next(((name, t.shape) for name, t in tensors.items() if name.endswith(family.embedding)), None)
-    found = {"num_hidden_layers": (max(layers, default=0) + 1, "layers in the weights")} if layers else {}
+    table = next(
+        ((name, t.shape) for name, t in tensors.items() if name.endswith(family.embedding)), None
+    )
+    found = (
+        {"num_hidden_layers": (max(layers, default=0) + 1, "layers in the weights")}
+        if layers
+        else {}
+    )
     if table is not None and len(table[1]) == 2:
         sizes = zip(("vocab_size", "hidden_size"), table[1], strict=True)
         found |= {field: (there, f"in {table[0]}") for field, there in sizes}
     problems = [
-        f"{where}: {family.fields.get(field, field)} is {own}, there are {there} {of}; config.json is of another model, or was edited"
+        f"{where}: {family.fields.get(field, field)} is {own}, there are {there} {of}; config.json"
+        " is of another model, or was edited"
         for field, (there, of) in found.items()
         if (own := getattr(config, field)) > there
     ]
@@ -284,7 +340,8 @@ def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> 
 
 
 def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
-    """Return the tensors of a model whose head is its embedding: one of the two, under the embedding's name.
+    """Return the tensors of a model whose head is its embedding: one of the two, under the
+    embedding's name.
 
     Where both are there they are compared: each of several processes compares its part of them.
 
@@ -300,8 +357,8 @@ def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
         return kept | {"model.embed_tokens.weight": tensors[head]}
     if not _equal(tensors[head], tensors[embedding]):
         raise WeightsError(
-            f"{folder}: config.json ties the head to the embedding, and lm_head.weight differs from {embedding}; set "
-            "tie_word_embeddings to false in config.json"
+            f"{folder}: config.json ties the head to the embedding, and lm_head.weight differs from"
+            f" {embedding}; set tie_word_embeddings to false in config.json"
         )
     return kept
 
@@ -310,27 +367,38 @@ def _equal(a: Tensor | Packed, b: Tensor | Packed, rows: int = 4096) -> bool:
     """Compare this process's part of two tensors, a few rows at a time."""
     if isinstance(a, Packed) or isinstance(b, Packed) or a.shape != b.shape:
         return False
-    first, last = (a.shape[0] * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
+    first, last = (
+        a.shape[0] * i // jax.process_count()
+        for i in (jax.process_index(), jax.process_index() + 1)
+    )
     blocks = ((i, min(i + rows, last)) for i in range(first, last, rows))
     return all(np.array_equal(a.read_rows(*block), b.read_rows(*block)) for block in blocks)
 
 
 def plain_name(name: str, family: Family) -> str:
-    """Return the name of a checkpoint's tensor as the backbone alone has it, without the prefix, and as newer files do."""
+    """Return the name of a checkpoint's tensor as the backbone alone has it, without the prefix,
+    and as newer files do.
+    """
     for pattern, replacement in family.renamed:
         name = re.sub(pattern, replacement, name)
     return name.removeprefix(family.prefix + ".")
 
 
-def _canonical_names(tensors: Tensors, abstract: Tree, family: Family) -> tuple[dict[str, Tensor | Packed], list[str]]:
-    """Return the checkpoint's tensors by the names that the model's paths mirror, and what two tensors claim to be.
+def _canonical_names(
+    tensors: Tensors, abstract: Tree, family: Family
+) -> tuple[dict[str, Tensor | Packed], list[str]]:
+    """Return the checkpoint's tensors by the names that the model's paths mirror, and what two
+    tensors claim to be.
 
-    A file may hold the backbone with its prefix or without; what is no part of the model keeps its name.
+    A file may hold the backbone with its prefix or without; what is no part of the model keeps its
+    name.
     """
     wanted = {
         name
         for path, leaf in paths.walk(abstract)
-        for name in paths.hf_names(path, leaf.shape[0] if paths.layer_axis(path) is not None else None)
+        for name in paths.hf_names(
+            path, leaf.shape[0] if paths.layer_axis(path) is not None else None
+        )
     }
     out: dict[str, Tensor | Packed] = {}
     said: dict[str, str] = {}
@@ -339,7 +407,10 @@ def _canonical_names(tensors: Tensors, abstract: Tree, family: Family) -> tuple[
         plain = plain_name(given, family)
         name = next((one for one in (plain, f"{family.prefix}.{plain}") if one in wanted), given)
         if name in out:
-            problems.append(f"twice: {given} and {said[name]} are the same part of the model; remove one of them")
+            problems.append(
+                f"twice: {given} and {said[name]} are the same part of the model; remove one of"
+                " them"
+            )
         out[name], said[name] = tensor, given
     return out, problems
 
@@ -349,4 +420,7 @@ def _is_integer(tensor: Tensor | Packed) -> bool:
 
 
 def _not_floating(name: str, tensor: Tensor | Packed) -> str:
-    return f"not floating: {name} is {tensor.dtype} (a quantized checkpoint?); use the unquantized model"
+    return (
+        f"not floating: {name} is {tensor.dtype} (a quantized checkpoint?); use the unquantized"
+        " model"
+    )

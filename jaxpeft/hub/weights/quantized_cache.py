@@ -1,15 +1,17 @@
 """Quantized kernels on disk: a base that was quantized once is read in few bits the next time.
 
-    <cache>/quantized/<key>/model.safetensors    (or shards with their index) one tensor a leaf and layer
+    <cache>/quantized/<key>/model.safetensors    one tensor a leaf and layer (or shards and index)
     <cache>/quantized/<key>/quantized.json       what it is, and the SHA-256 of every tensor
 
-The key is the SHA-256 of what the leaves depend on: where each kernel lies in which files, their sizes and times (hashing their
-bytes would cost as much as reading them), how it is quantized, its dtype, the platform, and the versions of jaxpeft and of this
-format. How layers run is no part of it, nor how leaves are spread over devices: the bits are the same. What is not quantized is
-always read from the model's own files.
+The key is the SHA-256 of what the leaves depend on: where each kernel lies in which files, their
+sizes and times (hashing their bytes would cost as much as reading them), how it is quantized, its
+dtype, the platform, and the versions of jaxpeft and of this format. How layers run is no part of
+it, nor how leaves are spread over devices: the bits are the same. What is not quantized is always
+read from the model's own files.
 
-Several processes keep none, and read none: all of them would have to find the same here, on disks that need not be shared, and
-to check a base each would read all of it, where without a cache it reads and quantizes its own part.
+Several processes keep none, and read none: all of them would have to find the same here, on disks
+that need not be shared, and to check a base each would read all of it, where without a cache it
+reads and quantizes its own part.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Entry:
     Attributes:
         folder: of it, which need not be there.
         what: what the leaves depend on, as plain values.
-        leaves: of each kernel, by its path, shape and dtype of the leaves of one layer, by their names.
+        leaves: of each kernel, by its path, shape and dtype of the leaves of one layer, by their
+            names.
         plan: where the kernels themselves are read from.
     """
 
@@ -68,7 +71,9 @@ class Entry:
     plan: WeightPlan
 
     def opened(self) -> WeightPlan | None:
-        """Return the plan that reads the quantized kernels from here; None, and say why, where they are not here whole."""
+        """Return the plan that reads the quantized kernels from here; None, and say why, where they
+        are not here whole.
+        """
         if not self.folder.is_dir():
             return None
         try:
@@ -77,10 +82,15 @@ class Entry:
                 self._require_whole(tensors)
                 told("checked")
         except (WeightsError, OSError) as error:
-            _log.warning("%s: the cached kernels are damaged (%s); quantizing again", self.folder, error)
+            _log.warning(
+                "%s: the cached kernels are damaged (%s); quantizing again", self.folder, error
+            )
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
-        held = {path: {key: self._leaf(tensors, path, key) for key in leaves} for path, leaves in self.leaves.items()}
+        held = {
+            path: {key: self._leaf(tensors, path, key) for key in leaves}
+            for path, leaves in self.leaves.items()
+        }
         return dataclasses.replace(self.plan, held=held)
 
     def _leaf(self, tensors: Mapping[str, Tensor], path: Path, key: str) -> LeafSource:
@@ -108,7 +118,9 @@ class Entry:
             if there is None or (there.shape, there.dtype) != (leaf.shape, np.dtype(leaf.dtype)):
                 raise WeightsError(f"{name} is not there")
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            for name, found in zip(wanted, pool.map(lambda name: _sha256(tensors[name].read()), wanted), strict=True):
+            for name, found in zip(
+                wanted, pool.map(lambda name: _sha256(tensors[name].read()), wanted), strict=True
+            ):
                 if found != digests.get(name):
                     raise WeightsError(f"the checksum of {name} does not match")
 
@@ -119,13 +131,17 @@ class Entry:
             params: what was read and quantized.
         """
         digests: dict[str, str] = {}
-        tensors = {name: dataclasses.replace(leaf, digests=digests) for name, leaf in self._tensors(params)}
+        tensors = {
+            name: dataclasses.replace(leaf, digests=digests) for name, leaf in self._tensors(params)
+        }
         size = sum(tensor.nbytes for tensor in tensors.values())
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder.parent).free
             if free < size:
-                raise OSError(f"{size / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free")
+                raise OSError(
+                    f"{size / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free"
+                )
             saying = f"writing {size / 1e9:.1f} GB of quantized kernels to {self.folder}"
             with timed(saying), atomic.replacing(self.folder, unique=True) as temporary:
                 temporary.mkdir(mode=0o700)
@@ -135,7 +151,10 @@ class Entry:
         except OSError as error:
             if not (self.folder / _RECORD).is_file():  # else another process was faster
                 _log.warning(
-                    "%s: the quantized kernels could not be cached (%s); continuing without a cache", self.folder, error
+                    "%s: the quantized kernels could not be cached (%s); continuing without a"
+                    " cache",
+                    self.folder,
+                    error,
                 )
 
     def _tensors(self, params: Tree) -> Iterator[tuple[str, _Layer]]:
@@ -174,7 +193,9 @@ class _Layer:
 
 
 def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
-    """Return one layer of a leaf: by its parts, since of what waits in the host's memory JAX takes no slice."""
+    """Return one layer of a leaf: by its parts, since of what waits in the host's memory JAX takes
+    no slice.
+    """
     if leaf.sharding.memory_kind == jax.local_devices()[0].default_memory().kind:
         return np.asarray(leaf[layer])
     array = np.empty(leaf.shape[1:], leaf.dtype)
@@ -187,7 +208,8 @@ def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
 
 
 def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry | None:
-    """Find the place of a base that is to be quantized; None where it has none: it is small, or the cache is off.
+    """Find the place of a base that is to be quantized; None where it has none: it is small, or the
+    cache is off.
 
     Args:
         plan: where its kernels are read from.
@@ -196,12 +218,18 @@ def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry |
     """
     root = cache.folder()
     sources = {path: plan.sources[path] for path in sites if path in plan.sources}
-    files = [tensor for source in sources.values() for tensor in source.tensors if isinstance(tensor, Tensor)]
+    files = [
+        tensor
+        for source in sources.values()
+        for tensor in source.tensors
+        if isinstance(tensor, Tensor)
+    ]
     if root is None or sum(tensor.nbytes for tensor in files) < LEAST_BYTES:
         return None
     if jax.process_count() > 1:
         _log.info(
-            "the quantized kernels are not cached: each of %d processes quantizes its own part", jax.process_count()
+            "the quantized kernels are not cached: each of %d processes quantizes its own part",
+            jax.process_count(),
         )
         return None
     what = {
@@ -210,8 +238,14 @@ def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry |
         "platform": jax.devices()[0].platform,
         "form": quant.form,
         "group": quant.group,
-        "files": {str(file): _stamp(file) for file in sorted({tensor.file.resolve() for tensor in files})},
-        "kernels": {name: where for path, source in sources.items() for name, where in _kernels(path, source)},
+        "files": {
+            str(file): _stamp(file) for file in sorted({tensor.file.resolve() for tensor in files})
+        },
+        "kernels": {
+            name: where
+            for path, source in sources.items()
+            for name, where in _kernels(path, source)
+        },
     }
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     leaves = {path: quant.abstract(sites[path].shape, sources[path].dtype) for path in sources}

@@ -1,8 +1,10 @@
-"""Reading safetensors files by byte range: the header is checked whole, the data is read slice by slice.
+"""Reading safetensors files by byte range: the header is checked whole, the data is read slice by
+slice.
 
-Whole rows are read with `pread`: a mapped file counts as the process's memory once it is touched, and the model would be held
-twice. A part of each row is taken out of a mapping of a few rows, which is let go at once: a call for each row is two to three times
-as slow from a disk, and from the page cache where the parts are short (benchmarks/README.md).
+Whole rows are read with `pread`: a mapped file counts as the process's memory once it is touched,
+and the model would be held twice. A part of each row is taken out of a mapping of a few rows, which
+is let go at once: a call for each row is two to three times as slow from a disk, and from the page
+cache where the parts are short (benchmarks/README.md).
 
 Our own, since `safetensors` maps the whole file and does not count what was read.
 """
@@ -28,17 +30,32 @@ from jaxpeft.errors import WeightsError
 from jaxpeft.json_files import parse_json, read_json
 
 DTYPES: Mapping[str, Any] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-}  # fmt: skip
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
 _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PRIVATE = mmap.MAP_PRIVATE
 """Shared mappings are refused by some file systems that are read over a network."""
 Span = tuple[int, int]
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
+_PICKLES = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pt",
+    "model.pth",
+    "consolidated.00.pth",
+)
 
 
 class Described(Protocol):
@@ -106,7 +123,8 @@ class Tensor:
         Args:
             start: the first row.
             stop: the row behind the last.
-            columns: from where to where along the second axis; None for all of it. Of the rows no more is asked of the file.
+            columns: from where to where along the second axis; None for all of it. Of the rows no
+                more is asked of the file.
 
         Raises:
             WeightsError: the file ends too early.
@@ -128,11 +146,21 @@ class Tensor:
         begin = first - first % mmap.ALLOCATIONGRANULARITY
         with self.file.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size < last:  # what lies behind the end of a file can be mapped, and ends the process when it is touched
+            if (
+                size < last
+                # what lies behind the end of a file can be mapped, and ends the process when it is
+                # touched
+            ):
                 raise WeightsError(_cut_short(self.file, size))
-            with mmap.mmap(file.fileno(), last - begin, _PRIVATE, mmap.PROT_READ, offset=begin) as mapped:
-                rows = np.ndarray((stop - start, row), np.uint8, buffer=mapped, offset=first - begin)
-                out.reshape(len(out), -1).view(np.uint8)[...] = rows[:, columns[0] * one : columns[1] * one]
+            with mmap.mmap(
+                file.fileno(), last - begin, _PRIVATE, mmap.PROT_READ, offset=begin
+            ) as mapped:
+                rows = np.ndarray(
+                    (stop - start, row), np.uint8, buffer=mapped, offset=first - begin
+                )
+                out.reshape(len(out), -1).view(np.uint8)[...] = rows[
+                    :, columns[0] * one : columns[1] * one
+                ]
                 del rows  # else the mapping cannot be let go
         self._count(out.nbytes)
         return out
@@ -166,7 +194,9 @@ def _cut_short(file: Path, size: int) -> str:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Make an uninitialized array at a 64-byte boundary, which JAX takes over on the CPU without a copy."""
+    """Make an uninitialized array at a 64-byte boundary, which JAX takes over on the CPU without a
+    copy.
+    """
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -177,14 +207,16 @@ def open_folder(folder: Path, meter: Meter | None = None) -> dict[str, Tensor]:
     """Read the headers of a model folder's weight files.
 
     Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it
+            names.
         meter: counts what is read of the tensors; None for nothing.
 
     Returns:
         Every tensor by its name.
 
     Raises:
-        WeightsError: listing every file that is missing or is not safetensors, and every tensor that two files hold.
+        WeightsError: listing every file that is missing or is not safetensors, and every tensor
+            that two files hold.
     """
     found = _open_sharded(folder) if (folder / INDEX).is_file() else None
     if found is None and (folder / SINGLE).is_file():
@@ -192,13 +224,20 @@ def open_folder(folder: Path, meter: Meter | None = None) -> dict[str, Tensor]:
     if found is not None:
         return {name: dataclasses.replace(tensor, meter=meter) for name, tensor in found.items()}
     there = sorted(p.name for p in folder.iterdir())
-    pickled = [name for name in there if name in _PICKLES or name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    pickled = [
+        name
+        for name in there
+        if name in _PICKLES or name.endswith((".bin", ".pt", ".pth", ".ckpt"))
+    ]
     if pickled:
         raise WeightsError(
-            f"{folder}: holds {pickled[0]}, a pickle, which can run code and is never read; "
-            f"convert it to {SINGLE} where you trust it (in transformers: model.save_pretrained(folder))"
+            f"{folder}: holds {pickled[0]}, a pickle, which can run code and is never read; convert"
+            f" it to {SINGLE} where you trust it (in transformers: model.save_pretrained(folder))"
         )
-    raise WeightsError(f"{folder}: no {SINGLE} and no {INDEX}; the folder holds {', '.join(there[:10]) or 'nothing'}")
+    raise WeightsError(
+        f"{folder}: no {SINGLE} and no {INDEX}; the folder holds"
+        f" {', '.join(there[:10]) or 'nothing'}"
+    )
 
 
 def _open_sharded(folder: Path) -> dict[str, Tensor]:
@@ -217,7 +256,10 @@ def _open_sharded(folder: Path) -> dict[str, Tensor]:
         except WeightsError as error:
             problems += error.problems
             continue
-        problems += [f"{name}: is in both {found[name].file.name} and {file}" for name in tensors.keys() & found.keys()]
+        problems += [
+            f"{name}: is in both {found[name].file.name} and {file}"
+            for name in tensors.keys() & found.keys()
+        ]
         found |= tensors
     if not problems:
         problems = [
@@ -234,7 +276,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """Read and checks the header of one safetensors file.
 
     Raises:
-        WeightsError: saying what the file is in place of safetensors (a Git LFS pointer, HTML, a pickle, truncated).
+        WeightsError: saying what the file is in place of safetensors (a Git LFS pointer, HTML, a
+            pickle, truncated).
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; fetch the model again")
@@ -246,7 +289,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if impostor:
             raise WeightsError(f"{path}: {impostor}")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise WeightsError(f"{path}: not safetensors, or truncated ({size} bytes); fetch it again")
+            raise WeightsError(
+                f"{path}: not safetensors, or truncated ({size} bytes); fetch it again"
+            )
         file.seek(8)
         raw = file.read(length)
     try:
@@ -259,12 +304,19 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def _impostor(start: bytes) -> str | None:
     if start.startswith(b"version https://git-lfs"):
         return (
-            "a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or fetch the file from the hub"
+            "a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or fetch the"
+            " file from the hub"
         )
     if start.lstrip()[:1] == b"<":
-        return "an HTML or XML page, not the weights: the download was refused or redirected; fetch it again"
+        return (
+            "an HTML or XML page, not the weights: the download was refused or redirected; fetch it"
+            " again"
+        )
     if start[:2] == b"PK" or start[:1] == b"\x80":
-        return "a pickle or zip file under another name; pickles can run code and are never read; convert it to safetensors"
+        return (
+            "a pickle or zip file under another name; pickles can run code and are never read;"
+            " convert it to safetensors"
+        )
     return None
 
 
@@ -276,25 +328,38 @@ def _tensors(path: Path, header: Mapping[str, Any], data: int, size: int) -> dic
             continue
         tensor = _tensor(path, entry, data)
         if tensor is None:
-            problems.append(f"{path}: {name}: malformed header entry, or a dtype that is not known ({str(entry)[:80]})")
+            problems.append(
+                f"{path}: {name}: malformed header entry, or a dtype that is not known"
+                f" ({str(entry)[:80]})"
+            )
         elif tensor.offset + tensor.nbytes > size:
             missing = tensor.offset + tensor.nbytes - size
-            problems.append(f"{path}: {name}: truncated: {missing} bytes are missing; fetch the file again")
+            problems.append(
+                f"{path}: {name}: truncated: {missing} bytes are missing; fetch the file again"
+            )
         else:
             found[name] = tensor
     problems += _overlaps(path, found)
     if not problems and (left := size - data - sum(tensor.nbytes for tensor in found.values())):
         problems.append(f"{path}: {left} bytes belong to no tensor; fetch the file again")
     if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        shown = problems[:20] + (
+            [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        )
         raise WeightsError(shown)
     return found
 
 
 def _overlaps(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
-    placed = sorted(((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes))
+    placed = sorted(
+        (t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes
+    )
     pairs = itertools.pairwise(placed)
-    return [f"{path}: {b[2]}: overlaps {a[2]} in the file; fetch it again" for a, b in pairs if b[0] < a[1]]
+    return [
+        f"{path}: {b[2]}: overlaps {a[2]} in the file; fetch it again"
+        for a, b in pairs
+        if b[0] < a[1]
+    ]
 
 
 def _tensor(path: Path, entry: Any, data: int) -> Tensor | None:
@@ -304,4 +369,8 @@ def _tensor(path: Path, entry: Any, data: int) -> Tensor | None:
         tensor = Tensor(path, data + begin, shape, np.dtype(DTYPES[entry["dtype"]]))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return tensor if 0 <= begin <= end and end - begin == tensor.nbytes and min(shape, default=0) >= 0 else None
+    return (
+        tensor
+        if 0 <= begin <= end and end - begin == tensor.nbytes and min(shape, default=0) >= 0
+        else None
+    )

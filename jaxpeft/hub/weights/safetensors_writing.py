@@ -1,4 +1,5 @@
-"""Writing safetensors files tensor by tensor, so that no file need be in memory, in shards with their index.
+"""Writing safetensors files tensor by tensor, so that no file need be in memory, in shards with
+their index.
 
 Our own, since `safetensors` writes a file from a dict of all of its tensors.
 """
@@ -50,11 +51,15 @@ class _Array:
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
-    """Write arrays to one safetensors file, whatever their order in memory; its mode is that of any new file."""
+    """Write arrays to one safetensors file, whatever their order in memory; its mode is that of any
+    new file.
+    """
     write_file(path, {name: _Array(np.asarray(array)) for name, array in arrays.items()})
 
 
-def write_model(folder: Path, tensors: Mapping[str, Readable], shard_bytes: int = SHARD_BYTES) -> list[str]:
+def write_model(
+    folder: Path, tensors: Mapping[str, Readable], shard_bytes: int = SHARD_BYTES
+) -> list[str]:
     """Write the weights of a model: `model.safetensors`, or shards and the index that names them.
 
     Args:
@@ -69,12 +74,17 @@ def write_model(folder: Path, tensors: Mapping[str, Readable], shard_bytes: int 
     if len(shards) == 1:
         write_file(folder / SINGLE, tensors)
         return [SINGLE]
-    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+    files = {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": names
+        for i, names in enumerate(shards, 1)
+    }
     for file, names in files.items():
         write_file(folder / file, {name: tensors[name] for name in names})
     where = {name: file for file, names in files.items() for name in names}
     size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-    (folder / INDEX).write_text(json.dumps({"metadata": size, "weight_map": where}, indent=2) + "\n")
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": size, "weight_map": where}, indent=2) + "\n"
+    )
     return [*files, INDEX]
 
 
@@ -91,14 +101,20 @@ def _shards(tensors: Mapping[str, Readable], most: int) -> list[list[str]]:
 
 
 def write_file(path: Path, tensors: Mapping[str, Readable]) -> None:
-    """Write one safetensors file, those of the widest numbers first: each tensor then begin where its numbers may."""
+    """Write one safetensors file, those of the widest numbers first: each tensor then begin where
+    its numbers may.
+    """
     ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in ordered:
         tensor = tensors[name]
         offsets = [at, at := at + tensor.nbytes]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:

@@ -1,7 +1,8 @@
-"""Reading leaves into their shards: a process reads the parts that its own devices hold, each once, and nothing else.
+"""Reading leaves into their shards: a process reads the parts that its own devices hold, each once,
+and nothing else.
 
-A kernel is stored as its transpose, `[out, in]`: a part along `out` is one range of bytes of the file, a part along `in` a piece
-of each row.
+A kernel is stored as its transpose, `[out, in]`: a part along `out` is one range of bytes of the
+file, a part along `in` a piece of each row.
 """
 
 from __future__ import annotations
@@ -34,15 +35,18 @@ def read(
     sharding: Places | None = None,
     quant: Quant | None = None,
 ) -> Tree:
-    """Read every leaf, straight into device arrays; kernels that are quantized one layer after the other.
+    """Read every leaf, straight into device arrays; kernels that are quantized one layer after the
+    other.
 
     Args:
         abstract: the model's tree, for the order of the leaves.
         weights: what `plan` gave.
         new: the newly made leaves, by path, whole.
-        sharding: for all leaves, or what gives that of each by its path, as it is stored: of a quantized kernel those of the
-            leaves that hold it, such as `(..., "kernel_nf4")`; None for this process's first device. One sharding for all leaves
-            is left out where it does not fit a leaf of a quantized kernel or of a new head, which every device then holds whole.
+        sharding: for all leaves, or what gives that of each by its path, as it is stored: of a
+            quantized kernel those of the leaves that hold it, such as `(..., "kernel_nf4")`; None
+            for this process's first device. One sharding for all leaves is left out where it does
+            not fit a leaf of a quantized kernel or of a new head, which every device then holds
+            whole.
         quant: which kernels are quantized, and how; None for none.
 
     Raises:
@@ -53,7 +57,9 @@ def read(
     chosen = {} if quant is None else quant.sites(abstract)
     items: list[tuple[Path, Any]] = []
     for path, _ in paths.walk(abstract):
-        for item in _read_leaf(path, weights, new, place, quant if path in chosen else None, chosen.get(path)):
+        for item in _read_leaf(
+            path, weights, new, place, quant if path in chosen else None, chosen.get(path)
+        ):
             if items:  # a copy to a device goes on while the next part is read, and no further
                 jax.block_until_ready(items[-1][1])
             items.append(item)
@@ -61,7 +67,12 @@ def read(
 
 
 def _read_leaf(
-    path: Path, weights: WeightPlan, new: Mapping[Path, _Array], place: Places, quant: Quant | None, site: Site | None
+    path: Path,
+    weights: WeightPlan,
+    new: Mapping[Path, _Array],
+    place: Places,
+    quant: Quant | None,
+    site: Site | None,
 ) -> Iterator[tuple[Path, jax.Array]]:
     """Read one leaf of the model, which a quantized kernel holds in several."""
     source, module = weights.sources.get(path), path[:-1]
@@ -77,7 +88,10 @@ def _read_leaf(
         yield path, _put(source.shape, source.dtype, _place(place, path, source.shape), source.read)
     else:
         leaves = _quantized(source, quant, site)
-        at = {key: _place(place, (*module, key), leaf.shape, lenient=True) for key, leaf in leaves.items()}
+        at = {
+            key: _place(place, (*module, key), leaf.shape, lenient=True)
+            for key, leaf in leaves.items()
+        }
         layers = source.shape[0] if source.stacked else None
         made = sharded.stored(quant, partial(_layer, source), layers, at)
         yield from (((*module, key), leaf) for key, leaf in made.items())
@@ -87,7 +101,10 @@ def _quantized(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.Sh
     """Return the leaves that a kernel becomes, by their names."""
     layers = source.shape[:1] if source.stacked else ()
     leaves = quant.abstract(site.shape, source.dtype)
-    return {key: jax.ShapeDtypeStruct((*layers, *leaf.shape), leaf.dtype) for key, leaf in leaves.items()}
+    return {
+        key: jax.ShapeDtypeStruct((*layers, *leaf.shape), leaf.dtype)
+        for key, leaf in leaves.items()
+    }
 
 
 def leaves(abstract: Tree, weights: WeightPlan, quant: Quant | None = None) -> Tree:
@@ -129,14 +146,19 @@ def _place(place: Places, path: Path, shape: tuple[int, ...], *, lenient: bool =
         if lenient and isinstance(place, Sharding):
             return NamedSharding(found.mesh, PartitionSpec(), memory_kind=found.memory_kind)
         raise ConfigError(
-            f"sharding: {paths.text(path)} is {list(shape)}, which {tuple(found.spec)} over {dict(found.mesh.shape)} does not cut evenly; "
-            "leave out the axes that do not divide it"
+            f"sharding: {paths.text(path)} is {list(shape)}, which {tuple(found.spec)} over"
+            f" {dict(found.mesh.shape)} does not cut evenly; leave out the axes that do not"
+            " divide it"
         ) from error
     return found
 
 
-def _put(shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[[Index | None], _Array]) -> jax.Array:
-    """Read the parts of a leaf that this process holds, one after the other, onto the devices that hold them."""
+def _put(
+    shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[[Index | None], _Array]
+) -> jax.Array:
+    """Read the parts of a leaf that this process holds, one after the other, onto the devices that
+    hold them.
+    """
     at = sharding.addressable_devices_indices_map(shape)
     holders: dict[Any, list[Any]] = {}
     for device, index in at.items():
@@ -146,9 +168,14 @@ def _put(shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[
     for devices in holders.values():
         part = read(at[devices[0]])
         jax.block_until_ready(before)
-        before = [jax.device_put(part, SingleDeviceSharding(d, memory_kind=sharding.memory_kind)) for d in devices]
+        before = [
+            jax.device_put(part, SingleDeviceSharding(d, memory_kind=sharding.memory_kind))
+            for d in devices
+        ]
         placed |= zip(devices, before, strict=True)
-    return jax.make_array_from_single_device_arrays(shape, sharding, [placed[device] for device in at], dtype=dtype)
+    return jax.make_array_from_single_device_arrays(
+        shape, sharding, [placed[device] for device in at], dtype=dtype
+    )
 
 
 def _part(leaf: _Array, index: Index | None) -> _Array:

@@ -25,7 +25,10 @@ def test_only_the_last_batch_has_fillers():
     plan = make_plan(np.array([0, 0, 0, 1, 1]), (8, 16), 2, None)
     assert plan.rows.tolist() == [[0, 1], [2, 3], [4, -1]]
     assert plan.lengths.tolist() == [8, 16, 16]
-    assert make_plan(np.array([0, 0, 0, 1, 1]), (8, 16), 2, None, drop=True).rows.tolist() == [[0, 1], [2, 3]]
+    assert make_plan(np.array([0, 0, 0, 1, 1]), (8, 16), 2, None, drop=True).rows.tolist() == [
+        [0, 1],
+        [2, 3],
+    ]
 
 
 def test_a_length_without_rows_is_not_used():

@@ -1,4 +1,6 @@
-"""Items made ahead: their order, what goes wrong in a thread or a worker process, and that nothing is left behind."""
+"""Items made ahead: their order, what goes wrong in a thread or a worker process, and that nothing
+is left behind.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,18 @@ from jaxpeft.data.batches.prefetch import AHEAD, ahead
 from jaxpeft.errors import DataError, WorkerError
 from tests.data.sources import Fails
 
-ENDED = "^data.workers: a worker process ended with exit code 9; set data.workers=0 to see what happens$"
-KILLED = r"ended with exit code -9 \(killed, as a system does that is out of memory\); set data.workers=0"
-HANGS = "given nothing for 1 s; raise data.worker_timeout, lower data.buffer_rows, or set data.workers=0"
+ENDED = (
+    "^data.workers: a worker process ended with exit code 9; set data.workers=0 to see what"
+    " happens$"
+)
+KILLED = (
+    r"ended with exit code -9 \(killed, as a system does that is out of memory\); set"
+    r" data.workers=0"
+)
+HANGS = (
+    "given nothing for 1 s; raise data.worker_timeout, lower data.buffer_rows, or set"
+    " data.workers=0"
+)
 PROGRAM = """
 from jaxpeft.data.batches.prefetch import ahead
 from tests.data.sources import Fails
@@ -170,7 +181,11 @@ def test_a_thread_that_hangs_does_not_keep_its_owner() -> None:
 def test_a_program_that_ends_with_items_open_takes_its_workers_with_it(killed: bool) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(killed=killed)], cwd=root, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROGRAM.format(killed=killed)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (-signal.SIGKILL if killed else 0, "")
     worker, until = Path(f"/proc/{int(done.stdout)}/stat"), time.monotonic() + 10

@@ -60,14 +60,18 @@ def test_lengths_are_of_the_buckets_and_hold_their_rows_whole(data, n, size, see
         assert length in batches.lengths
         assert set(batches.lengths) <= set(buckets)
         for row, ids, mask in zip(rows, batch["input_ids"], batch["attention_mask"], strict=True):
-            own = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]] if row >= 0 else []
+            own = (
+                encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]] if row >= 0 else []
+            )
             assert ids.tolist() == [*own, *[0] * (length - len(own))]
             assert mask.tolist() == [1] * max(len(own), 1) + [0] * (length - max(len(own), 1))
 
 
 def test_the_lengths_of_the_batches_are_the_same_in_every_epoch(data):
     batches = Batches(data(300), 8, (16, 32, 100))
-    seen = [sorted(batches.batch(e * 38 + i)["input_ids"].shape[1] for i in range(38)) for e in range(3)]
+    seen = [
+        sorted(batches.batch(e * 38 + i)["input_ids"].shape[1] for i in range(38)) for e in range(3)
+    ]
     assert batches.steps_per_epoch == 38
     assert seen[0] == seen[1] == seen[2]
     assert set(seen[0]) == set(batches.lengths)
@@ -78,7 +82,9 @@ def test_the_same_seed_gives_the_same_batches_in_any_order_of_calls(data):
     forward, backward = Batches(encoded, 8, seed=3), Batches(encoded, 8, seed=3)
     steps = list(range(40))
     one = [forward.batch(step) for step in steps]
-    two = {step: backward.batch(step) for step in np.random.default_rng(0).permutation(steps).tolist()}
+    two = {
+        step: backward.batch(step) for step in np.random.default_rng(0).permutation(steps).tolist()
+    }
     assert all(equal(one[step], two[step]) for step in steps)
     assert all(equal(Batches(encoded, 8, seed=3).batch(step), one[step]) for step in (0, 13, 39))
 
@@ -142,7 +148,9 @@ def test_labels_of_sequences(encoded_of, labels, shape, dtype):
 
 
 def test_labels_and_types_of_tokens(encoded_of):
-    batch = Batches(encoded_of([2, 3], kind="text", types=True), 3, (4,), pad_id=9, shuffle=False).batch(0)
+    batch = Batches(
+        encoded_of([2, 3], kind="text", types=True), 3, (4,), pad_id=9, shuffle=False
+    ).batch(0)
     assert batch["labels"].tolist() == [[1, 2, -100, -100], [1001, 1002, 1003, -100], [-100] * 4]
     assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [1001, 1002, 1003, 9], [9] * 4]
     assert batch["token_type_ids"].tolist() == [[1, 0, 0, 0], [1, 0, 1, 0], [0] * 4]
@@ -160,7 +168,9 @@ def test_a_last_row_that_is_shorter_than_its_batch_reads_nothing_beyond(encoded_
 def test_buckets_pad_less_than_one_length(data):
     encoded = data(500)
     assert Batches(encoded, 8).padding_share < 0.4 < 0.7 < Batches(encoded, 8, (100,)).padding_share
-    assert Batches(encoded, 8, (100,)).padding_share == pytest.approx(1 - len(encoded.tokens) / (504 * 100))
+    assert Batches(encoded, 8, (100,)).padding_share == pytest.approx(
+        1 - len(encoded.tokens) / (504 * 100)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 8, 33])
@@ -187,7 +197,9 @@ def test_bad_numbers_are_refused_at_once(data):
     with pytest.raises(ConfigError) as caught:
         Batches(data(10), 10, accumulation=4)
     assert str(caught.value) == "batch_size=10 is not divisible by accumulation=4; give 8 or 12"
-    with pytest.raises(ConfigError, match="drop_remainder=True leaves no batch: 10 sequences, batch_size=16"):
+    with pytest.raises(
+        ConfigError, match="drop_remainder=True leaves no batch: 10 sequences, batch_size=16"
+    ):
         Batches(data(10), 16, drop_remainder=True)
     with pytest.raises(ConfigError, match=r"lengths=\(16, 32\) hold no sequence of \d+ tokens"):
         Batches(data(100), 8, (16, 32))
@@ -196,14 +208,19 @@ def test_bad_numbers_are_refused_at_once(data):
 
 
 def test_no_sequence_is_refused(data):
-    empty = dataclasses.replace(data(1), tokens=np.zeros(0, np.int32), offsets=np.zeros(1, np.int64))
+    empty = dataclasses.replace(
+        data(1), tokens=np.zeros(0, np.int32), offsets=np.zeros(1, np.int64)
+    )
     with pytest.raises(ConfigError, match="there is no sequence to make batches of"):
         Batches(empty, 4)
 
 
 def test_one_length_for_all_batches_changes_no_batch(data):
     encoded = data(101)
-    several, one = Batches(encoded, 8, (16, 32, 100)), Batches(encoded, 8, (16, 32, 100), pad_to=128)
+    several, one = (
+        Batches(encoded, 8, (16, 32, 100)),
+        Batches(encoded, 8, (16, 32, 100), pad_to=128),
+    )
     assert len(several.lengths) > 1
     assert one.lengths == (128,)
     assert one.padding_share > several.padding_share
@@ -211,7 +228,9 @@ def test_one_length_for_all_batches_changes_no_batch(data):
         short, long = several.batch(step), one.batch(step)
         assert np.array_equal(several.rows(step), one.rows(step))
         assert long["input_ids"].shape == (8, 128)
-        assert np.array_equal(short["input_ids"], long["input_ids"][:, : short["input_ids"].shape[1]])
+        assert np.array_equal(
+            short["input_ids"], long["input_ids"][:, : short["input_ids"].shape[1]]
+        )
         assert short["attention_mask"].sum() == long["attention_mask"].sum()
     (batch, _), *_ = eval_batches(encoded, 8, (16, 32, 100), pad_to=128)
     assert batch["input_ids"].shape == (8, 128)
@@ -229,9 +248,14 @@ def test_one_length_for_all_batches_changes_no_batch(data):
 )
 def test_a_batch_of_no_rows_has_the_shapes_of_one_of_rows(encoded_of, problem, labels, parts):
     kind = "text" if problem is None else "classification"
-    real = Batches(encoded_of([3, 4, 5], kind=kind, labels=labels, types=True), 4, (8,), accumulation=parts).batch(0)
+    real = Batches(
+        encoded_of([3, 4, 5], kind=kind, labels=labels, types=True), 4, (8,), accumulation=parts
+    ).batch(0)
     made = batch_like(problem, 5, 4, 8, parts, types=True)
     assert {name: (a.shape, a.dtype) for name, a in made.items()} == {
         name: (a.shape, a.dtype) for name, a in real.items()
     }
-    assert made.keys() | {"segment_ids"} == batch_like(problem, 5, 4, 8, types=True, packed=True).keys()
+    assert (
+        made.keys() | {"segment_ids"}
+        == batch_like(problem, 5, 4, 8, types=True, packed=True).keys()
+    )

@@ -15,7 +15,11 @@ from jaxpeft.data.rows.read import read_rows
 from jaxpeft.errors import DataError
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-SHARE = [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+SHARE = [
+    {"from": "system", "value": "be kind"},
+    {"from": "human", "value": "hi"},
+    {"from": "gpt", "value": "hello"},
+]
 
 
 @pytest.mark.parametrize(
@@ -49,11 +53,17 @@ def test_the_format_is_told_by_the_columns(present: str, asked: dict[str, str], 
             {},
             "the format could be text or instruction; set data.format to one of them. Columns",
         ),
-        ("mr ref", {}, "the format is none of text, prompt_completion, instruction, messages, preference"),
+        (
+            "mr ref",
+            {},
+            "the format is none of text, prompt_completion, instruction, messages, preference",
+        ),
         ("mr ref", {"prompt": "mrr"}, "no column 'mrr' (for prompt); did you mean 'mr'?"),
     ],
 )
-def test_columns_that_fit_no_format_or_several_are_refused(present: str, asked: dict[str, str], text: str) -> None:
+def test_columns_that_fit_no_format_or_several_are_refused(
+    present: str, asked: dict[str, str], text: str
+) -> None:
     with pytest.raises(DataError) as caught:
         find_format(present.split(), Columns(**asked), "F")
     assert text in str(caught.value)
@@ -72,33 +82,71 @@ def examples(path: Path, rows: list[dict[str, Any]], kind: Any, **columns: str) 
         ("prompt_completion", {"question": "hi", "answer": "hello"}, Completion("hi", "hello")),
         ("prompt_completion", {"prompt": TURNS[:1], "completion": TURNS[1:]}, Dialog(tuple(TURNS))),
         ("prompt_completion", {"prompt": TURNS[:1], "completion": "hello"}, Dialog(tuple(TURNS))),
-        ("instruction", {"instruction": "add", "input": "1 2", "output": "3"},
-         Dialog(({"role": "user", "content": "add\n\n1 2", "instruction": "add", "input": "1 2"},
-                 {"role": "assistant", "content": "3"}))),
-        ("instruction", {"instruction": "add", "input": "", "output": "3"},
-         Dialog(({"role": "user", "content": "add", "instruction": "add", "input": ""},
-                 {"role": "assistant", "content": "3"}))),
+        (
+            "instruction",
+            {"instruction": "add", "input": "1 2", "output": "3"},
+            Dialog(
+                (
+                    {"role": "user", "content": "add\n\n1 2", "instruction": "add", "input": "1 2"},
+                    {"role": "assistant", "content": "3"},
+                )
+            ),
+        ),
+        (
+            "instruction",
+            {"instruction": "add", "input": "", "output": "3"},
+            Dialog(
+                (
+                    {"role": "user", "content": "add", "instruction": "add", "input": ""},
+                    {"role": "assistant", "content": "3"},
+                )
+            ),
+        ),
         ("messages", {"messages": TURNS}, Dialog(tuple(TURNS))),
-        ("messages", {"conversations": SHARE},
-         Dialog(({"role": "system", "content": "be kind"}, *TURNS))),
-        ("messages", {"messages": TURNS, "tools": [{"name": "f"}]}, Dialog(tuple(TURNS), ({"name": "f"},))),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TURNS[1]]},
-         Dialog(tuple(TURNS))),
-        ("preference", {"prompt": "hi", "chosen": "hello", "rejected": "go"},
-         Preference(Completion("hi", "hello"), Completion("hi", "go"))),
-        ("preference", {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "go"}]},
-         Preference(Dialog(tuple(TURNS)), Dialog((TURNS[0], {"role": "assistant", "content": "go"})))),
+        (
+            "messages",
+            {"conversations": SHARE},
+            Dialog(({"role": "system", "content": "be kind"}, *TURNS)),
+        ),
+        (
+            "messages",
+            {"messages": TURNS, "tools": [{"name": "f"}]},
+            Dialog(tuple(TURNS), ({"name": "f"},)),
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TURNS[1]]},
+            Dialog(tuple(TURNS)),
+        ),
+        (
+            "preference",
+            {"prompt": "hi", "chosen": "hello", "rejected": "go"},
+            Preference(Completion("hi", "hello"), Completion("hi", "go")),
+        ),
+        (
+            "preference",
+            {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "go"}]},
+            Preference(
+                Dialog(tuple(TURNS)), Dialog((TURNS[0], {"role": "assistant", "content": "go"}))
+            ),
+        ),
     ],
-)  # fmt: skip
-def test_rows_of_every_format_are_read(tmp_path: Path, kind: str, row: dict[str, Any], dialog: Any) -> None:
+)
+def test_rows_of_every_format_are_read(
+    tmp_path: Path, kind: str, row: dict[str, Any], dialog: Any
+) -> None:
     assert examples(tmp_path, [row], kind).texts == [dialog]
 
 
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
 
 
-@pytest.mark.parametrize("turn", [CALL, {**CALL, "content": None}, {**CALL, "content": "", "extra": {"a": [1]}}])
-def test_a_call_of_a_tool_reaches_the_template_as_it_is(tmp_path: Path, turn: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "turn", [CALL, {**CALL, "content": None}, {**CALL, "content": "", "extra": {"a": [1]}}]
+)
+def test_a_call_of_a_tool_reaches_the_template_as_it_is(
+    tmp_path: Path, turn: dict[str, Any]
+) -> None:
     (dialog,) = examples(tmp_path, [{"messages": [TURNS[0], turn]}], "messages").texts
     assert dialog.messages[1] == turn
 
@@ -117,25 +165,69 @@ ANSWER = {"role": "assistant", "content": "3"}
         ("messages", {"conversations": SHARE[1:], "system": "be kind"}, Dialog((SYSTEM, *TURNS))),
         ("messages", {"conversations": SHARE, "system": "be kind"}, Dialog((SYSTEM, *TURNS))),
         ("messages", {"messages": TURNS, "system": "", "tools": ""}, Dialog(tuple(TURNS))),
-        ("messages", {"messages": TURNS, "tools": json.dumps([TOOL])}, Dialog(tuple(TURNS), (TOOL,))),
-        ("messages", {"messages": TURNS, "tools": [json.dumps(TOOL)]}, Dialog(tuple(TURNS), (TOOL,))),
+        (
+            "messages",
+            {"messages": TURNS, "tools": json.dumps([TOOL])},
+            Dialog(tuple(TURNS), (TOOL,)),
+        ),
+        (
+            "messages",
+            {"messages": TURNS, "tools": [json.dumps(TOOL)]},
+            Dialog(tuple(TURNS), (TOOL,)),
+        ),
         ("messages", {"messages": json.dumps(TURNS)}, Dialog(tuple(TURNS))),
-        ("prompt_completion", {"prompt": TURNS[:1], "completion": TURNS[1:], "tools": [TOOL], "system": "be kind"},
-         Dialog((SYSTEM, *TURNS), (TOOL,))),
-        ("prompt_completion", {"prompt": [*PAST, TURNS[0]], "completion": TURNS[1:]},
-         Dialog((*PAST, *TURNS), unlearned=frozenset([1]))),
-        ("instruction", {"instruction": "add", "output": "3", "system": "be kind", "history": [["q", "a"]]},
-         Dialog((SYSTEM, *PAST, ASKED, ANSWER))),
-        ("instruction", {"instruction": "add", "output": "3", "history": json.dumps([["q", "a"], ["q", "a"]])},
-         Dialog((*PAST, *PAST, ASKED, ANSWER))),
-        ("instruction", {"instruction": "add", "output": "3", "history": []}, Dialog((ASKED, ANSWER))),
-        ("messages", {"conversations": [SHARE[1], {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
-                                        {"from": "observation", "value": "4"}, SHARE[2]]},
-         Dialog((TURNS[0], {"role": "assistant", "content": "",
-                            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]},
-                 {"role": "tool", "content": "4"}, TURNS[1]))),
+        (
+            "prompt_completion",
+            {"prompt": TURNS[:1], "completion": TURNS[1:], "tools": [TOOL], "system": "be kind"},
+            Dialog((SYSTEM, *TURNS), (TOOL,)),
+        ),
+        (
+            "prompt_completion",
+            {"prompt": [*PAST, TURNS[0]], "completion": TURNS[1:]},
+            Dialog((*PAST, *TURNS), unlearned=frozenset([1])),
+        ),
+        (
+            "instruction",
+            {"instruction": "add", "output": "3", "system": "be kind", "history": [["q", "a"]]},
+            Dialog((SYSTEM, *PAST, ASKED, ANSWER)),
+        ),
+        (
+            "instruction",
+            {"instruction": "add", "output": "3", "history": json.dumps([["q", "a"], ["q", "a"]])},
+            Dialog((*PAST, *PAST, ASKED, ANSWER)),
+        ),
+        (
+            "instruction",
+            {"instruction": "add", "output": "3", "history": []},
+            Dialog((ASKED, ANSWER)),
+        ),
+        (
+            "messages",
+            {
+                "conversations": [
+                    SHARE[1],
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+                    {"from": "observation", "value": "4"},
+                    SHARE[2],
+                ]
+            },
+            Dialog(
+                (
+                    TURNS[0],
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [
+                            {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+                        ],
+                    },
+                    {"role": "tool", "content": "4"},
+                    TURNS[1],
+                )
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_stands_beside_a_chat_becomes_part_of_it(
     tmp_path: Path, kind: str, row: dict[str, Any], dialog: Dialog
 ) -> None:
@@ -155,11 +247,15 @@ def test_what_stands_beside_a_chat_becomes_part_of_it(
         ([{"trainable": True}, {"train_on_turn": False}], [1]),
     ],
 )
-def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[str, Any]], learned: list[int]) -> None:
+def test_a_turn_of_no_weight_is_not_learned(
+    tmp_path: Path, marked: list[dict[str, Any]], learned: list[int]
+) -> None:
     turns = [turn for marks in marked for turn in (TURNS[0], {**TURNS[1], **marks})]
     (dialog,) = examples(tmp_path, [{"messages": turns}], "messages").texts
     assert dialog.answers == learned
-    (dialog,) = examples(tmp_path, [{"messages": turns, "system": "be kind"}], "messages", system="system").texts
+    (dialog,) = examples(
+        tmp_path, [{"messages": turns, "system": "be kind"}], "messages", system="system"
+    ).texts
     assert dialog.answers == [turn + 1 for turn in learned]
 
 
@@ -169,24 +265,60 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[st
         ("messages", {"messages": "hi"}, "field 'messages' is a text, not JSON"),
         ("messages", {"messages": []}, "field 'messages' holds no list of messages"),
         ("messages", {"messages": ["hi"]}, "holds a str as turn 1, not an object"),
-        ("messages", {"messages": [{"role": "usr", "content": "hi"}]}, "has the unknown role 'usr' in turn 1"),
-        ("messages", {"messages": [{"role": "user", "content": "\ud83d"}]}, "holds half of a surrogate pair in turn 1"),
+        (
+            "messages",
+            {"messages": [{"role": "usr", "content": "hi"}]},
+            "has the unknown role 'usr' in turn 1",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "\ud83d"}]},
+            "holds half of a surrogate pair in turn 1",
+        ),
         ("messages", {"messages": [{"role": "usr", "content": "hi"}]}, "did you mean 'user'?"),
-        ("messages", {"messages": [{"from": "humann", "value": "hi"}]}, "has the unknown role 'humann' in turn 1"),
+        (
+            "messages",
+            {"messages": [{"from": "humann", "value": "hi"}]},
+            "has the unknown role 'humann' in turn 1",
+        ),
         ("messages", {"messages": [{"content": "hi"}]}, "has no role in turn 1"),
-        ("messages", {"messages": [*TURNS, {"role": "user", "content": 3}]}, "holds a int as the content of turn 3"),
+        (
+            "messages",
+            {"messages": [*TURNS, {"role": "user", "content": 3}]},
+            "holds a int as the content of turn 3",
+        ),
         (
             "messages",
             {"messages": [TURNS[0], {"role": "assistant", "content": " "}]},
             "has an empty turn 2 (assistant)",
         ),
         ("messages", {"messages": [TURNS[0]]}, "'messages' has no turn of the assistant"),
-        ("messages", {"messages": [*TURNS, {"role": "system", "content": "x"}]}, "has its system turn at place 3"),
-        ("messages", {"messages": [{"role": "system", "content": "x"}] * 2 + TURNS}, "has 2 system turns (1, 2)"),
+        (
+            "messages",
+            {"messages": [*TURNS, {"role": "system", "content": "x"}]},
+            "has its system turn at place 3",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "system", "content": "x"}] * 2 + TURNS},
+            "has 2 system turns (1, 2)",
+        ),
         ("messages", {"messages": TURNS, "tools": "f"}, "field 'tools' is a text, not JSON"),
-        ("messages", {"messages": TURNS, "tools": [3]}, "field 'tools' holds a list, not a list of objects"),
-        ("messages", {"messages": TURNS, "tools": {"name": "f"}}, "field 'tools' holds a dict, not a list of objects"),
-        ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "has weight='0.5' in turn 2"),
+        (
+            "messages",
+            {"messages": TURNS, "tools": [3]},
+            "field 'tools' holds a list, not a list of objects",
+        ),
+        (
+            "messages",
+            {"messages": TURNS, "tools": {"name": "f"}},
+            "field 'tools' holds a dict, not a list of objects",
+        ),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]},
+            "has weight='0.5' in turn 2",
+        ),
         (
             "messages",
             {"messages": [TURNS[0], {**TURNS[1], "masked": True}]},
@@ -209,7 +341,12 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[st
         ),
         (
             "messages",
-            {"messages": [TURNS[0], {**TURNS[1], "content": [{"type": "image_url", "text": "alt"}]}]},
+            {
+                "messages": [
+                    TURNS[0],
+                    {**TURNS[1], "content": [{"type": "image_url", "text": "alt"}]},
+                ]
+            },
             "a part of type 'image_url' in turn 2",
         ),
         (
@@ -222,15 +359,27 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[st
             {"messages": [{"from": "human", "value": "a", "content": "b"}, TURNS[1]]},
             "a content and another value in turn 1",
         ),
-        ("messages", {"messages": "A: hi"}, "set data.columns={'prompt': 'messages', 'completion': ...}"),
-        ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": "0"}]}, "has weight='0' in turn 2"),
+        (
+            "messages",
+            {"messages": "A: hi"},
+            "set data.columns={'prompt': 'messages', 'completion': ...}",
+        ),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "weight": "0"}]},
+            "has weight='0' in turn 2",
+        ),
         ("messages", {"messages": [TURNS[0], {**TURNS[1], "train": 0}]}, "has train='0' in turn 2"),
         (
             "messages",
             {"messages": [{**TURNS[0], "train": True}, TURNS[1]]},
             "asks to learn turn 1 (user) by its train",
         ),
-        ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": 1, "train": False}]}, "say different things"),
+        (
+            "messages",
+            {"messages": [TURNS[0], {**TURNS[1], "weight": 1, "train": False}]},
+            "say different things",
+        ),
         (
             "messages",
             {"messages": [TURNS[0], {**TURNS[1], "weight": 0}]},
@@ -246,7 +395,10 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[st
             {
                 "messages": [
                     TURNS[0],
-                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]},
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": "x"}}],
+                    },
                 ]
             },
             "holds 'x' as the arguments of a call in turn 2",
@@ -256,20 +408,51 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, marked: list[dict[st
             {"prompt": "hi", "completion": "x", "system": "y"},
             "has 'system' beside a prompt that is a text",
         ),
-        ("instruction", {"instruction": "a", "output": "x", "history": ["b"]}, "field 'history' is no list of pairs"),
+        (
+            "instruction",
+            {"instruction": "a", "output": "x", "history": ["b"]},
+            "field 'history' is no list of pairs",
+        ),
         ("prompt_completion", {"prompt": "hi", "completion": ""}, "field 'completion' is empty"),
-        ("prompt_completion", {"prompt": "hi", "completion": None}, "field 'completion' is missing"),
-        ("prompt_completion", {"prompt": 3, "completion": "x"}, "field 'prompt' holds no list of messages"),
-        ("prompt_completion", {"prompt": "hi", "completion": TURNS}, "'completion' begins with a turn of user"),
+        (
+            "prompt_completion",
+            {"prompt": "hi", "completion": None},
+            "field 'completion' is missing",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": 3, "completion": "x"},
+            "field 'prompt' holds no list of messages",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": "hi", "completion": TURNS},
+            "'completion' begins with a turn of user",
+        ),
         ("instruction", {"instruction": "", "output": "x"}, "field 'instruction' is empty"),
-        ("preference", {"prompt": "hi", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same"),
+        (
+            "preference",
+            {"prompt": "hi", "chosen": "a", "rejected": "a"},
+            "'chosen' and 'rejected' are the same",
+        ),
     ],
 )
-def test_a_wrong_row_is_named_with_its_line_and_turn(tmp_path: Path, kind: str, row: dict[str, Any], text: str) -> None:
-    good = {"messages": TURNS, "prompt": "a", "completion": "b", "instruction": "a", "output": "b", "chosen": "a",
-            "rejected": "b"}  # fmt: skip
-    columns = {"prompt_completion": {"prompt": "prompt", "completion": "completion"},
-               "instruction": {"instruction": "instruction", "output": "output"}}  # fmt: skip
+def test_a_wrong_row_is_named_with_its_line_and_turn(
+    tmp_path: Path, kind: str, row: dict[str, Any], text: str
+) -> None:
+    good = {
+        "messages": TURNS,
+        "prompt": "a",
+        "completion": "b",
+        "instruction": "a",
+        "output": "b",
+        "chosen": "a",
+        "rejected": "b",
+    }
+    columns = {
+        "prompt_completion": {"prompt": "prompt", "completion": "completion"},
+        "instruction": {"instruction": "instruction", "output": "output"},
+    }
     optional = {name: name for name in ("system", "history") if name in row}
     with pytest.raises(DataError) as caught:
         examples(tmp_path, [good, good | row], kind, **columns.get(kind, {}), **optional)
@@ -286,15 +469,23 @@ def test_a_thought_has_each_name_that_templates_know(key: str) -> None:
 
 def test_a_call_of_a_function_is_a_call_of_a_tool() -> None:
     call = {"name": "f", "arguments": '{"city": "Paris"}'}
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "function_call": call}]
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "function_call": call},
+    ]
     answer = read_dialog({"messages": turns}, Columns(messages="messages")).messages[1]
     assert answer == {
-        "role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]
-    }  # fmt: skip
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": call}],
+    }
 
 
 def test_answers_that_are_whole_chats_hold_the_prompt() -> None:
-    chats = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("good", "bad")]
+    chats = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+        for text in ("good", "bad")
+    ]
     row = {"prompt": "q", "chosen": chats[0], "rejected": chats[1]}
     made = read_preference(row, Columns(prompt="prompt", chosen="chosen", rejected="rejected"))
     assert isinstance(made.chosen, Dialog) and len(made.chosen.messages) == 2

@@ -1,4 +1,6 @@
-"""What is learned of a dialog: exactly the answers, with the tokens that generation sees, whatever the template."""
+"""What is learned of a dialog: exactly the answers, with the tokens that generation sees, whatever
+the template.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def answers(rows: list[Labeled]) -> list[tuple[list[int], list[int]]]:
 @every_chat
 @pytest.mark.representatives("*-system-bytes", "*-three turns-metaspace", "*-a number-bytes")
 def test_generation_sees_the_tokens_that_training_saw(family: str, chat: str, kind: str) -> None:
-    """The prompt of every answer, written for generation by jaxpeft and by transformers, is what stands before it."""
+    """The prompt of every answer, written for generation by jaxpeft and by transformers, is what
+    stands before it.
+    """
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     made = answers(rows_of(family, messages, tokenizer))
@@ -68,13 +72,18 @@ def test_generation_sees_the_tokens_that_training_saw(family: str, chat: str, ki
         if family == "headers" and chat == "system":
             continue  # transformers writes the day on which it runs
         assert before == tokenizer.apply_chat_template(
-            list(messages[:turn]), chat_template=TEMPLATES[family], add_generation_prompt=True, return_dict=False
+            list(messages[:turn]),
+            chat_template=TEMPLATES[family],
+            add_generation_prompt=True,
+            return_dict=False,
         )
 
 
 @every_chat
 @pytest.mark.representatives("*-system-bytes", "*-three turns-metaspace", "*-a number-bytes")
-def test_just_the_answers_are_learned_and_each_with_its_end(family: str, chat: str, kind: str) -> None:
+def test_just_the_answers_are_learned_and_each_with_its_end(
+    family: str, chat: str, kind: str
+) -> None:
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
     said = [message["content"] for message in messages if message["role"] == "assistant"]
     decoded = [tokenizer.decode(run) for _, run in answers(rows_of(family, messages, tokenizer))]
@@ -83,17 +92,26 @@ def test_just_the_answers_are_learned_and_each_with_its_end(family: str, chat: s
         assert content in text
         assert "France?" not in text
         assert "user" not in text
-    ends = {"marks": "<|im_end|>", "brackets": "</s>", "headers": "<|eot_id|>", "turns": "<end_of_turn>",
-            "thoughts": "<|im_end|>"}  # fmt: skip
+    ends = {
+        "marks": "<|im_end|>",
+        "brackets": "</s>",
+        "headers": "<|eot_id|>",
+        "turns": "<end_of_turn>",
+        "thoughts": "<|im_end|>",
+    }
     for text in decoded if family in ends else []:
         assert ends[family] in text
     if family == "plain":
-        assert decoded[-1].endswith("</s>")  # the template marks no end: the tokenizer's own is added
+        assert decoded[-1].endswith(
+            "</s>"
+        )  # the template marks no end: the tokenizer's own is added
 
 
 @every_chat
 @pytest.mark.representatives("*-system-bytes", "*-three turns-metaspace", "*-a number-bytes")
-def test_the_tokens_are_the_whole_text_and_begin_with_one_bos_at_most(family: str, chat: str, kind: str) -> None:
+def test_the_tokens_are_the_whole_text_and_begin_with_one_bos_at_most(
+    family: str, chat: str, kind: str
+) -> None:
     tokenizer, messages = tokenizer_of(kind), CHATS[chat]
     made = labeled(family, messages, tokenizer)
     if messages[-1]["role"] == "user":
@@ -116,7 +134,9 @@ def test_the_tokens_are_the_whole_text_and_begin_with_one_bos_at_most(family: st
         ("one ", " two"),
     ],
 )
-def test_a_completion_begins_behind_the_tokens_of_its_prompt(kind: str, prompt: str, completion: str) -> None:
+def test_a_completion_begins_behind_the_tokens_of_its_prompt(
+    kind: str, prompt: str, completion: str
+) -> None:
     tokenizer = tokenizer_of(kind)
     script = write(Completion(prompt, completion), None)
     (made,) = label([script], tokenizer, begin=prefix(tokenizer), end=tokenizer.eos_token_id)
@@ -136,14 +156,22 @@ def test_a_template_that_writes_eos_gets_no_second_one() -> None:
     assert made.labels[-1] == tokenizer.eos_token_id
 
 
-UNKNOWN = "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+UNKNOWN = (
+    "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endfor %}{% if"
+    " add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 @pytest.mark.parametrize("said", ["42", "I say </s> now"], ids=["plain", "with the mark inside"])
-def test_marks_that_are_no_tokens_of_the_tokenizer_end_no_answer_so_eos_is_added(kind: str, said: str) -> None:
+def test_marks_that_are_no_tokens_of_the_tokenizer_end_no_answer_so_eos_is_added(
+    kind: str, said: str
+) -> None:
     tokenizer = tokenizer_of(kind)
-    script = write(Dialog((USER, {"role": "assistant", "content": said})), Template(UNKNOWN, special_tokens(tokenizer)))
+    script = write(
+        Dialog((USER, {"role": "assistant", "content": said})),
+        Template(UNKNOWN, special_tokens(tokenizer)),
+    )
     (made,) = label([script], tokenizer, begin=prefix(tokenizer), end=tokenizer.eos_token_id)
     assert made.ids[-1] == made.labels[-1] == tokenizer.eos_token_id
     (without,) = label([script], tokenizer, begin=prefix(tokenizer), end=None)
@@ -152,7 +180,9 @@ def test_marks_that_are_no_tokens_of_the_tokenizer_end_no_answer_so_eos_is_added
 
 @pytest.mark.parametrize("said", ["d", "e", "s", "end", "A", "|", "Yes"])
 @pytest.mark.parametrize("family", ["marks", "brackets", "headers", "turns", "thoughts"])
-def test_an_answer_ends_once_though_it_stands_in_the_mark_of_its_end(family: str, said: str) -> None:
+def test_an_answer_ends_once_though_it_stands_in_the_mark_of_its_end(
+    family: str, said: str
+) -> None:
     tokenizer = tokenizer_of("bytes")
     made = labeled(family, (USER, {"role": "assistant", "content": said}), tokenizer)
     assert made.ids.count(tokenizer.eos_token_id) == (family == "brackets")
@@ -167,7 +197,9 @@ def test_eos_is_learned_where_it_is_the_pad_token_too() -> None:
 def test_answers_share_a_row_as_long_as_no_token_before_them_changes() -> None:
     tokenizer = tokenizer_of("bytes")
     assert len(rows_of("marks", CHATS["three turns"], tokenizer)) == 1
-    assert len(rows_of("thoughts", CHATS["three turns"], tokenizer)) == 3  # each answer's thought is dropped later on
+    assert (
+        len(rows_of("thoughts", CHATS["three turns"], tokenizer)) == 3
+    )  # each answer's thought is dropped later on
     # the text is the same, but "\n\n" and "Paris" are one piece where both are there
     assert len(rows_of("headers", CHATS["two turns"], tokenizer)) == 2
     assert len(write(Dialog(CHATS["two turns"]), template_of("headers", tokenizer)).learned) == 2
@@ -183,10 +215,17 @@ def test_an_earlier_answer_is_learned_as_generation_writes_it() -> None:
 
 
 def test_a_token_that_spans_the_end_of_an_answer_is_not_learned() -> None:
-    """Where the next turn follows without a mark, one token may hold the end of an answer and the user's first letters."""
+    """Where the next turn follows without a mark, one token may hold the end of an answer and the
+    user's first letters.
+    """
     glued = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = tokenizer_of("bytes")
-    turns = (USER, {"role": "assistant", "content": " on"}, {"role": "user", "content": "e two"}, SUM)
+    turns = (
+        USER,
+        {"role": "assistant", "content": " on"},
+        {"role": "user", "content": "e two"},
+        SUM,
+    )
     (made,) = label([write(Dialog(turns), Template(glued, {}))], tokenizer, begin=[], end=None)
     assert "Ġone" in tokenizer.convert_ids_to_tokens(made.ids)
     assert [tokenizer.decode(run) for _, run in answers([*made.earlier, made])] == [" on", "42"]

@@ -1,4 +1,6 @@
-"""Chat templates: rendered as transformers renders them, and stopped where they do what they may not."""
+"""Chat templates: rendered as transformers renders them, and stopped where they do what they may
+not.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from typing import Any
 import pytest
 
 from jaxpeft.data.chat import sandbox, templates
-from jaxpeft.data.chat.templates import BUILT_IN, RenderError, RenderRequest, Template, template_source
+from jaxpeft.data.chat.templates import (
+    BUILT_IN,
+    RenderError,
+    RenderRequest,
+    Template,
+    template_source,
+)
 from jaxpeft.errors import ConfigError
 from tests.data.chat.chats import CHATS, TEMPLATES, USER, tokenizer_of
 
@@ -36,9 +44,14 @@ def test_transformers_renders_the_same(family: str, chat: str, generate: bool) -
 
 
 def test_tools_and_json_are_written_as_transformers_writes_them() -> None:
-    source = "{% if tools %}{{ tools | tojson }}|{{ tools[0] | tojson(indent=2) }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    source = (
+        "{% if tools %}{{ tools | tojson }}|{{ tools[0] | tojson(indent=2) }}{% endif %}{% for m in"
+        " messages %}{{ m.content }}{% endfor %}"
+    )
     tools = [{"type": "function", "function": {"name": "größe", "parameters": {"a": [1, 2]}}}]
-    theirs = tokenizer_of("bytes").apply_chat_template([USER], chat_template=source, tools=tools, tokenize=False)
+    theirs = tokenizer_of("bytes").apply_chat_template(
+        [USER], chat_template=source, tools=tools, tokenize=False
+    )
     assert Template(source, TOKENS).render([USER], generate=False, tools=tools) == theirs
 
 
@@ -55,34 +68,88 @@ def test_the_day_does_not_change_the_tokens() -> None:
         ("{% for i in range(10**9) %}{% endfor %}", "may not: Range too big", True),
         ("{{ 'a' * 10**10 }}", "more than 10,000,000 items", True),
         ("{{ 9 ** (9 ** 9) }}", "more than 10,000,000 items", True),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 2 s", True),
-        ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "writes more than 10,000,000 characters", True),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "too much memory, time or recursion", True),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "takes more than 2 s",
+            True,
+        ),
+        (
+            "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+            "writes more than 10,000,000 characters",
+            True,
+        ),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "too much memory, time or recursion",
+            True,
+        ),
         ("{{ '%2000000000d' % messages | length }}", "too much memory, time or recursion", True),
-        ("{{ messages[0].content.center(2000000000) }}", "too much memory, time or recursion", True),
+        (
+            "{{ messages[0].content.center(2000000000) }}",
+            "too much memory, time or recursion",
+            True,
+        ),
         ("{{ 'a' | center(2000000000) }}", "too much memory, time or recursion", True),
-        ("{{ messages[0].content | center(2000000000) }}", "too much memory, time or recursion", True),
-        ("{% set a = 'a' * 4000000 %}{% for i in range(9999) %}{% if a.count(a[1:] + 'b') %}{% endif %}{% endfor %}", "takes more", True),
-        ("{% for i in range(99999) %}{% if ('a.b ' * 999999) | urlize %}{% endif %}{% endfor %}", "takes more than 2 s", True),
-        ("{% for i in range(99999) %}{% if ('<a>' * 999999) | striptags %}{% endif %}{% endfor %}", "takes more than 2 s", True),
+        (
+            "{{ messages[0].content | center(2000000000) }}",
+            "too much memory, time or recursion",
+            True,
+        ),
+        (
+            (
+                "{% set a = 'a' * 4000000 %}{% for i in range(9999) %}{% if a.count(a[1:] + 'b')"
+                " %}{% endif %}{% endfor %}"
+            ),
+            "takes more",
+            True,
+        ),
+        (
+            "{% for i in range(99999) %}{% if ('a.b ' * 999999) | urlize %}{% endif %}{% endfor %}",
+            "takes more than 2 s",
+            True,
+        ),
+        (
+            (
+                "{% for i in range(99999) %}{% if ('<a>' * 999999) | striptags %}{% endif %}{%"
+                " endfor %}"
+            ),
+            "takes more than 2 s",
+            True,
+        ),
         ("{{ ('<' * 9000000) | e }}", "writes more than 10,000,000 characters", True),
         ("{{ ('a' * 9000000) | replace('a', 'b' * 9000000) }}", "too much memory", True),
         ("{{ ('a\n' * 99) | indent(10**8) }}", "too much memory", True),
         ("{{ range(9999) | list | tojson(indent=10**6) }}", "too much memory", True),
-        ("{% set n = namespace(x='a' * 999) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "too much memory", True),
-        ("{% macro f(n) %}{% for i in range(9) %}{{ f(n + 1) }}{% endfor %}{% endmacro %}{{ f(0) }}", "too much memory", True),
+        (
+            (
+                "{% set n = namespace(x='a' * 999) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x"
+                " %}{% endfor %}"
+            ),
+            "too much memory",
+            True,
+        ),
+        (
+            (
+                "{% macro f(n) %}{% for i in range(9) %}{{ f(n + 1) }}{% endfor %}{% endmacro %}{{"
+                " f(0) }}"
+            ),
+            "too much memory",
+            True,
+        ),
         ("{{ messages[7].content }}", "fails", False),
         ("{{ 1 / 0 }}", "division by zero", False),
         ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate", False),
     ],
-)  # fmt: skip
+)
 def test_a_hostile_or_broken_template_is_stopped(source: str, text: str, fatal: bool) -> None:
     template, started = Template(source, {}), time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RenderError, match=text) as caught:
         template.render([USER], generate=False)
     assert caught.value.fatal == fatal
-    assert time.perf_counter() - started < 60  # of the processor's time it may take 4 s; the machine may be busy
+    assert (
+        time.perf_counter() - started < 60
+    )  # of the processor's time it may take 4 s; the machine may be busy
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
     if template._process.poll() is None:
         status = Path(f"/proc/{template._process.pid}/status").read_text()
@@ -96,17 +163,29 @@ def test_a_hostile_or_broken_template_is_stopped(source: str, text: str, fatal: 
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "too much memory, time or recursion"),
         ("{{ " + "9" * 5000 + " }}", "digits"),
         ("{{ 1 }}" * 300_000, "too much memory, time or recursion"),
-        ("{{ '" + "a.b " * 200_000 + "' | urlize | urlize | urlize | urlize | urlize | urlize }}", "too much"),
+        (
+            "{{ '"
+            + "a.b " * 200_000
+            + "' | urlize | urlize | urlize | urlize | urlize | urlize }}",
+            "too much",
+        ),
     ],
 )
-def test_a_template_that_cannot_be_compiled_within_the_limits_is_refused(source: str, text: str) -> None:
+def test_a_template_that_cannot_be_compiled_within_the_limits_is_refused(
+    source: str, text: str
+) -> None:
     with pytest.raises(ConfigError, match=text):
         Template(source, {}).render([USER], generate=False)
 
 
 def test_a_reply_has_a_limit_of_time_and_of_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the limits inside do not stop, such as a machine that hands out no time, ends with the process."""
-    slow = "{% if messages[0].content == 'slow' %}{% for i in range(30000) %}{% for j in range(99) %}{% endfor %}{% endfor %}{% endif %}"
+    """What the limits inside do not stop, such as a machine that hands out no time, ends with the
+    process.
+    """
+    slow = (
+        "{% if messages[0].content == 'slow' %}{% for i in range(30000) %}{% for j in range(99)"
+        " %}{% endfor %}{% endfor %}{% endif %}"
+    )
     template = Template(slow + "{{ messages[0].content }}", {})
     assert template.render([{"content": "é" * 2_000_000}], generate=False) == "é" * 2_000_000
     with monkeypatch.context() as patch:
@@ -120,7 +199,9 @@ def test_a_reply_has_a_limit_of_time_and_of_size(monkeypatch: pytest.MonkeyPatch
     assert template.render([{"content": "b"}], generate=False) == "b"
 
 
-def test_a_chat_of_many_turns_is_written_to_each_of_its_cuts_though_their_texts_add_up_to_more_than_the_limit() -> None:
+def test_a_chat_of_many_turns_is_written_to_each_of_its_cuts_though_their_texts_add_up_to_more_than_the_limit() -> (
+    None
+):
     template, turns = (
         Template("{% for m in messages %}{{ m.content }}{% endfor %}", {}),
         [{"content": "a" * 99_999}] * 60,
@@ -129,10 +210,17 @@ def test_a_chat_of_many_turns_is_written_to_each_of_its_cuts_though_their_texts_
     assert [len(text) for text in texts] == [99_999 * n for n in range(61)]
 
 
-def test_nothing_is_rendered_behind_a_template_that_hangs_and_the_next_one_is(tmp_path: Path) -> None:
-    slow = "{% if messages[0].slow %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}x"
+def test_nothing_is_rendered_behind_a_template_that_hangs_and_the_next_one_is(
+    tmp_path: Path,
+) -> None:
+    slow = (
+        "{% if messages[0].slow %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor"
+        " %}{% endfor %}{% endif %}x"
+    )
     template = Template(slow, {})
-    requests = [RenderRequest([{"slow": slow}], (), [(1, False)]) for slow in (False, True, False, True)]
+    requests = [
+        RenderRequest([{"slow": slow}], (), [(1, False)]) for slow in (False, True, False, True)
+    ]
     first, second = template.render_all(requests)
     assert first == ["x"]
     assert isinstance(second, RenderError)
@@ -148,7 +236,9 @@ def test_a_renderer_that_has_died_is_started_again() -> None:
         template._process.wait()
 
 
-def test_replies_that_are_not_waited_for_are_not_taken_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_that_are_not_waited_for_are_not_taken_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     template = Template("{{ messages[0].content }}", {})
     read, seen = Template._receive, list[str]()
 
@@ -198,17 +288,28 @@ def test_which_template_is_taken(tmp_path: Path) -> None:
     assert template_source(named, "rag", "messages") == "documents"
     assert template_source(named, "chatml", "messages") == BUILT_IN["chatml"]
     assert template_source({"chatml": "own", "default": "x"}, "chatml", "messages") == "own"
-    with pytest.raises(ConfigError, match="has several, none of them the default; set it to rag or tool_use"):
+    with pytest.raises(
+        ConfigError, match="has several, none of them the default; set it to rag or tool_use"
+    ):
         template_source({"rag": "a", "tool_use": "b"}, None, "instruction")
-    with pytest.raises(ConfigError, match="'ragg' is not one of default, tool_use, rag, chatml, alpaca, and no file"):
+    with pytest.raises(
+        ConfigError,
+        match="'ragg' is not one of default, tool_use, rag, chatml, alpaca, and no file",
+    ):
         template_source(named, "ragg", "messages")
-    with pytest.raises(ConfigError, match="the tokenizer has none; set it to chatml or alpaca, or to a file"):
+    with pytest.raises(
+        ConfigError, match="the tokenizer has none; set it to chatml or alpaca, or to a file"
+    ):
         template_source(None, None, "messages")
-    with pytest.raises(ConfigError, match=r"'chatmll' is not one of chatml, alpaca, and no file .*No such file"):
+    with pytest.raises(
+        ConfigError, match=r"'chatmll' is not one of chatml, alpaca, and no file .*No such file"
+    ):
         template_source(None, "chatmll", "messages")
 
 
-def test_a_time_limit_is_told_as_one_where_jinja_breaks_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_time_limit_is_told_as_one_where_jinja_breaks_on_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def text(*args: Any) -> str:
         try:
             raise TimeoutError

@@ -43,7 +43,10 @@ def refusal(*labels: Any, **options: Any) -> str:
     [
         ([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 0, 1.0]], ("0", "1", "2")),
         ([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1]], ("x", "y", "z")),
-        ([[True, False, False], [False, True, False], [False, False, True], [True, False, True]], ("0", "1", "2")),
+        (
+            [[True, False, False], [False, True, False], [False, False, True], [True, False, True]],
+            ("0", "1", "2"),
+        ),
         ([["1", "0", "0"], ["0", "1", "0"], ["0", "0", "1"], ["1", "0", "1"]], ("0", "1", "2")),
     ],
     ids=["floats", "named", "truth values", "strings"],
@@ -62,7 +65,10 @@ def test_two_classes_as_vectors_and_as_ids_are_told_apart() -> None:
     assert (vectors.label_names, ids.label_names) == (("0", "1"), ("0", "1"))
     assert vectors.labels.tolist() == [[1, 0], [0, 1]]
     assert ids.labels.tolist() == [[1, 0], [0, 1], [1, 1]]
-    assert (read([0, 1], like=vectors).labels.tolist(), read([0, 1], like=ids).labels.tolist()) == ([[0, 1]], [[1, 1]])
+    assert (read([0, 1], like=vectors).labels.tolist(), read([0, 1], like=ids).labels.tolist()) == (
+        [[0, 1]],
+        [[1, 1]],
+    )
     assert vectors.sha256 != read([1, 0], [0, 1], labeling=Labeling(("0", "1"), BY_USER)).sha256
 
 
@@ -71,7 +77,10 @@ def test_two_classes_as_vectors_and_as_ids_are_told_apart() -> None:
     [
         ([[0, 0, 1], [1, 0]], "field 'label' holds the label '0' more than once"),
         ([[3, -1], [2, 3]], "field 'label' holds the label '-1', which stands for no label"),
-        ([[1, 0, -100], [0, 1, 0]], "field 'label' holds the label '-100', which stands for no label"),
+        (
+            [[1, 0, -100], [0, 1, 0]],
+            "field 'label' holds the label '-100', which stands for no label",
+        ),
         ([[0.2, 0.8], [1.0, 0.0]], "field 'label' holds a float, not a string or a whole number"),
     ],
 )
@@ -80,16 +89,23 @@ def test_lists_that_are_neither_vectors_nor_labels_are_refused(rows: list[Any], 
 
 
 @pytest.mark.parametrize("labeling", [labeling_of(DataConfig(train="F"), HEAD), ("x", "y", "z")])
-@pytest.mark.parametrize("rows", [[[1, 0], [0, 1]], [["0", "1"], ["1", "1"]], [[True, False, False, True]]])
-def test_vectors_of_another_length_than_the_labels_are_no_ids(rows: list[Any], labeling: Any) -> None:
+@pytest.mark.parametrize(
+    "rows", [[[1, 0], [0, 1]], [["0", "1"], ["1", "1"]], [[True, False, False, True]]]
+)
+def test_vectors_of_another_length_than_the_labels_are_no_ids(
+    rows: list[Any], labeling: Any
+) -> None:
     origin = "data.labels" if isinstance(labeling, tuple) else "m/config.json"
     size = len(rows[0])
     assert (
-        f"column 'label' holds lists of {size} numbers 0 or 1, and {origin} has 3 labels; give one number for each label, "
-        f"or name the {size} labels in data.labels"
-    ) in refusal(*rows, labeling=labeling)
+        f"column 'label' holds lists of {size} numbers 0 or 1, and {origin} has 3 labels; give one"
+        f" number for each label, or name the {size} labels in data.labels"
+        in refusal(*rows, labeling=labeling)
+    )
     own = tuple("abcd"[:size])
-    assert read(*rows, labeling=labeling_of(DataConfig(train="F", labels=own), HEAD)).labeling.vectors
+    assert read(
+        *rows, labeling=labeling_of(DataConfig(train="F", labels=own), HEAD)
+    ).labeling.vectors
 
 
 def test_tags_of_minus_100_are_not_learned() -> None:
@@ -97,8 +113,13 @@ def test_tags_of_minus_100_are_not_learned() -> None:
     assert examples.label_names == ("0", "1")
     assert [row.tolist() for row in examples.labels] == [[0, 1, -100, 1], [-100, 1]]
     told = tags(["O", "B", "?"], ["?", "O"], labeling=Labeling(unlabeled=("?",)))
-    assert (told.label_names, [row.tolist() for row in told.labels]) == (("B", "O"), [[1, 0, -100], [-100, 1]])
-    with pytest.raises(DataError, match=r"'-1' .*beside classes counted from 0 mostly stands for no label"):
+    assert (told.label_names, [row.tolist() for row in told.labels]) == (
+        ("B", "O"),
+        [[1, 0, -100], [-100, 1]],
+    )
+    with pytest.raises(
+        DataError, match=r"'-1' .*beside classes counted from 0 mostly stands for no label"
+    ):
         tags([0, 1, 2, -1])
 
 
@@ -121,40 +142,79 @@ def test_rows_without_a_label_are_left_out_and_told(
     assert [record["label"] for record in found.records] == kept
     left = len(values) - len(kept)
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert [f"{left} of {len(values)} rows have no label, the first is rows.jsonl:" in line for line in told] == [
-        True
-    ] * bool(left)
+    assert [
+        f"{left} of {len(values)} rows have no label, the first is rows.jsonl:" in line
+        for line in told
+    ] == [True] * bool(left)
 
 
 def test_rows_of_which_none_has_a_label_are_refused() -> None:
-    with pytest.raises(DataError, match=r"2 of 2 rows have no label, the first is .*give rows that have one"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 rows have no label, the first is .*give rows that have one"
+    ):
         labeled(texts(-100, -100), "label", ())
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (["entailment", "neutral", "-"], ("'-' (once, in rows.jsonl:3:1 (row 3)) beside words mostly stands for no label; if it means "
-         "none, set data.unlabeled=('-',), if it is a class, name all classes in data.labels")),
-        (["yes", "no", "?"], "'?' (once, in rows.jsonl:3:1 (row 3)) beside words mostly stands for no label"),
-        ([0, 1, 2, -1, -1], "'-1' (2 times, first in rows.jsonl:4:1 (row 4)) beside classes counted from 0"),
-        (["pos", "neg", "pos ", "Pos"], "labels that differ only in how they are written: 'pos' (once, in rows.jsonl:1"),
-        (["cafe\u0301", "x", "caf\u00e9"], r"'cafe\u0301' (once, in rows.jsonl:1:1 (row 1)) and 'caf\xe9' (once"),
+        (
+            ["entailment", "neutral", "-"],
+            (
+                "'-' (once, in rows.jsonl:3:1 (row 3)) beside words mostly stands for no label; if"
+                " it means none, set data.unlabeled=('-',), if it is a class, name all classes in"
+                " data.labels"
+            ),
+        ),
+        (
+            ["yes", "no", "?"],
+            "'?' (once, in rows.jsonl:3:1 (row 3)) beside words mostly stands for no label",
+        ),
+        (
+            [0, 1, 2, -1, -1],
+            "'-1' (2 times, first in rows.jsonl:4:1 (row 4)) beside classes counted from 0",
+        ),
+        (
+            ["pos", "neg", "pos ", "Pos"],
+            "labels that differ only in how they are written: 'pos' (once, in rows.jsonl:1",
+        ),
+        (
+            ["cafe\u0301", "x", "caf\u00e9"],
+            r"'cafe\u0301' (once, in rows.jsonl:1:1 (row 1)) and 'caf\xe9' (once",
+        ),
         (["pos", "neg", "\ufeffpos"], r"'pos' (once, in rows.jsonl:1:1 (row 1)) and '\ufeffpos'"),
         (["1.0", "0", "1"], "'1.0' (once, in rows.jsonl:1:1 (row 1)) and '1' (once"),
         (["01", "1", "02"], "'01' (once, in rows.jsonl:1:1 (row 1)) and '1' (once"),
         ([True, 0, 1, False], "'true' (once, in rows.jsonl:1:1 (row 1)) and '1' (once"),
         (["yes", "maybe", "TRUE"], "'yes' (once, in rows.jsonl:1:1 (row 1)) and 'TRUE' (once"),
-        (["not good", "fine", "not  good"], "'not good' (once, in rows.jsonl:1:1 (row 1)) and 'not  good' (once"),
-        (["sci-fi", "drama", "sci_fi"], "'sci-fi' (once, in rows.jsonl:1:1 (row 1)) and 'sci_fi' (once"),
-        (["4", "4,27", "3"], ("holds '4,27' (once, in rows.jsonl:2:1 (row 2)), which looks like several labels; they are told apart by "
-         "data.label_separator=','; if it is one label, set data.problem='single_label'; write decimal numbers with a point")),
+        (
+            ["not good", "fine", "not  good"],
+            "'not good' (once, in rows.jsonl:1:1 (row 1)) and 'not  good' (once",
+        ),
+        (
+            ["sci-fi", "drama", "sci_fi"],
+            "'sci-fi' (once, in rows.jsonl:1:1 (row 1)) and 'sci_fi' (once",
+        ),
+        (
+            ["4", "4,27", "3"],
+            (
+                "holds '4,27' (once, in rows.jsonl:2:1 (row 2)), which looks like several labels;"
+                " they are told apart by data.label_separator=','; if it is one label, set"
+                " data.problem='single_label'; write decimal numbers with a point"
+            ),
+        ),
         (["joy", "fear", "joy|fear"], "apart by data.label_separator='|'"),
         (["joy;fear", "fear;rage", "rage;joy"], "apart by data.label_separator=';'"),
         (["3 4", "5"], "apart by data.label_separator=' '"),
-        (["['a', 'b']", "['a']"], "looks like several labels; written without brackets and quotes, they are told apart by"),
+        (
+            ["['a', 'b']", "['a']"],
+            (
+                "looks like several labels; written without brackets and quotes, they are told"
+                " apart by"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_labels_that_are_not_what_they_seem_are_refused(values: list[Any], said: str) -> None:
     assert said in refusal(*values)
 
@@ -190,11 +250,15 @@ def test_a_separator_tells_several_labels_of_a_string_apart() -> None:
     assert examples.labels.tolist() == [[0, 0, 1], [0, 1, 1], [0, 0, 0], [1, 0, 0]]
     assert read("27,3", like=examples).labels.tolist() == [[1, 0, 1]]
     named = read("1", "0,2", labeling=Labeling(("joy", "fear", "rage"), BY_USER, separator=","))
-    assert (named.label_names, named.labels.tolist()) == (("joy", "fear", "rage"), [[0, 1, 0], [1, 0, 1]])
+    assert (named.label_names, named.labels.tolist()) == (
+        ("joy", "fear", "rage"),
+        [[0, 1, 0], [1, 0, 1]],
+    )
 
 
 @pytest.mark.parametrize(
-    "values", [[0, 1, 1], ["0", "1", "1.0"], [False, True, True], ["neg", "pos", 1], [0.0, 1.0, "pos"]]
+    "values",
+    [[0, 1, 1], ["0", "1", "1.0"], [False, True, True], ["neg", "pos", 1], [0.0, 1.0, "pos"]],
 )
 def test_given_names_may_be_written_as_numbers(values: list[Any]) -> None:
     examples = read(*values, labeling=("neg", "pos"))
@@ -212,11 +276,15 @@ def test_numbers_are_no_ids_of_names_that_the_rows_told() -> None:
 
 @pytest.mark.parametrize("value", [1e39, "-1e39", 1e300, 10**39])
 def test_targets_beyond_float32_are_refused(value: Any) -> None:
-    assert f"holds {value!r}, beyond what float32 holds" in refusal(1.5, value, problem="regression")
+    assert f"holds {value!r}, beyond what float32 holds" in refusal(
+        1.5, value, problem="regression"
+    )
     assert np.isfinite(read(1.5, 3.4028234e38, -3e38).labels).all()
 
 
-@pytest.mark.parametrize(("value", "held"), [("", "an empty string"), (" ", "an empty string"), (float("nan"), "NaN")])
+@pytest.mark.parametrize(
+    ("value", "held"), [("", "an empty string"), (" ", "an empty string"), (float("nan"), "NaN")]
+)
 def test_rows_without_a_target_can_be_left_out(value: Any, held: str) -> None:
     said = refusal("1.5", value, problem="regression")
     assert f"holds {held}, not a finite number" in said
@@ -234,15 +302,22 @@ def test_a_kept_head_says_the_classes_and_their_order() -> None:
     labeling = labeling_of(DataConfig(train="F"), HEAD)
     for values in (["contradiction", "entailment"], [2, 0], ["2", "0"]):
         examples = read(*values, labeling=labeling)
-        assert (examples.label_names, examples.num_labels, examples.labels.tolist()) == (HEAD.names, 3, [2, 0])
+        assert (examples.label_names, examples.num_labels, examples.labels.tolist()) == (
+            HEAD.names,
+            3,
+            [2, 0],
+        )
     said = refusal("entailment", "contradition", labeling=labeling)
     assert (
-        "has the labels contradition, entailment, and the head of the base, which is kept, has entailment, neutral, contradiction "
-        "(m/config.json): 'contradition' is none of them; did you mean 'contradiction'" in said
+        "has the labels contradition, entailment, and the head of the base, which is kept, has"
+        " entailment, neutral, contradiction (m/config.json): 'contradition' is none of them; did"
+        " you mean 'contradiction'" in said
     )
     assert "'3' is none of them" in refusal(0, 1, 3, labeling=labeling)
     assert "'a' is none of them" in refusal("a", "b", "c", labeling=labeling)
-    assert "'Neutral' is none of them; did you mean 'neutral'" in refusal("entailment", "Neutral", labeling=labeling)
+    assert "'Neutral' is none of them; did you mean 'neutral'" in refusal(
+        "entailment", "Neutral", labeling=labeling
+    )
     assert "set data.unlabeled=('-',)" in refusal(*HEAD.names, "-", labeling=labeling)
 
 
@@ -255,7 +330,8 @@ def test_rows_of_another_task_make_a_head_of_their_own(values: list[Any]) -> Non
 def test_numbers_that_are_taken_as_ids_of_a_head_are_told(caplog: pytest.LogCaptureFixture) -> None:
     read(2, 0, labeling=labeling_of(DataConfig(train="F"), HEAD))
     assert (
-        "labels are numbers, taken as the ids of m/config.json: 0 entailment, 1 neutral, 2 contradiction" in caplog.text
+        "labels are numbers, taken as the ids of m/config.json: 0 entailment, 1 neutral, 2"
+        " contradiction" in caplog.text
     )
 
 
@@ -271,13 +347,21 @@ def test_a_head_that_only_counts_its_classes_has_no_names(caplog: pytest.LogCapt
     assert read(0, 1, labeling=labeling).label_names == ("0", "1")
     assert not caplog.records
     assert read("b", "a", "c", labeling=labeling).label_names == ("a", "b", "c")
-    assert "m/config.json does not name its classes: they are taken in the order a, b, c" in caplog.text
+    assert (
+        "m/config.json does not name its classes: they are taken in the order a, b, c"
+        in caplog.text
+    )
 
 
 def test_own_names_must_stand_in_the_order_of_the_head(caplog: pytest.LogCaptureFixture) -> None:
-    same = labeling_of(DataConfig(train="F", labels=("Entailment", "Neutral", "Contradiction")), HEAD)
+    same = labeling_of(
+        DataConfig(train="F", labels=("Entailment", "Neutral", "Contradiction")), HEAD
+    )
     assert read("Neutral", 0, labeling=same).labels.tolist() == [1, 0]
-    with pytest.raises(ConfigError, match=r"in the order entailment, neutral, contradiction .*leave data.labels out"):
+    with pytest.raises(
+        ConfigError,
+        match=r"in the order entailment, neutral, contradiction .*leave data.labels out",
+    ):
         labeling_of(DataConfig(train="F", labels=("contradiction", "entailment", "neutral")), HEAD)
     assert labeling_of(DataConfig(train="F", labels=("a", "b")), HEAD).names == ("a", "b")
     assert not caplog.records
@@ -288,7 +372,11 @@ def test_own_names_must_stand_in_the_order_of_the_head(caplog: pytest.LogCapture
 def test_a_kept_head_says_the_problem() -> None:
     regression = labeling_of(DataConfig(train="F"), BaseHead((), 1, "regression", "c"))
     examples = read(0, 1, 5, labeling=regression)
-    assert (examples.problem, examples.num_labels, examples.labels.tolist()) == ("regression", 1, [0, 1, 5])
+    assert (examples.problem, examples.num_labels, examples.labels.tolist()) == (
+        "regression",
+        1,
+        [0, 1, 5],
+    )
     assert examples.labels.dtype == np.float32
     assert read("a", "b", labeling=regression).problem == "single_label"
     several = labeling_of(DataConfig(train="F"), BaseHead(("x", "y"), 2, "multi_label", "c"))
@@ -298,12 +386,29 @@ def test_a_kept_head_says_the_problem() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (["4.88", "n/a", "3.0"], "'4.88' (once, in rows.jsonl:1:1 (row 1)) is a decimal number, 'n/a' (once, in rows.jsonl:2:1 (row 2))"),
-        ([f"a text {i}" for i in range(30)], "has 30 different labels in 30 rows, such as 'a text 0'"),
-        ([-1, 0, 1], "'-1' (once, in rows.jsonl:1:1 (row 1)) is taken for a class; if it means none, set data.unlabeled=('-1',)"),
+        (
+            ["4.88", "n/a", "3.0"],
+            (
+                "'4.88' (once, in rows.jsonl:1:1 (row 1)) is a decimal number, 'n/a' (once, in"
+                " rows.jsonl:2:1 (row 2))"
+            ),
+        ),
+        (
+            [f"a text {i}" for i in range(30)],
+            "has 30 different labels in 30 rows, such as 'a text 0'",
+        ),
+        (
+            [-1, 0, 1],
+            (
+                "'-1' (once, in rows.jsonl:1:1 (row 1)) is taken for a class; if it means none, set"
+                " data.unlabeled=('-1',)"
+            ),
+        ),
         (["nan", "x"], "'nan' (once, in rows.jsonl:1:1 (row 1)) is taken for a class"),
     ],
-)  # fmt: skip
-def test_classes_that_may_be_none_are_told(values: list[Any], said: str, caplog: pytest.LogCaptureFixture) -> None:
+)
+def test_classes_that_may_be_none_are_told(
+    values: list[Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     read(*values)
     assert said in caplog.text

@@ -24,7 +24,11 @@ def refusal(rows_of):
 
 def test_string_labels_are_sorted_and_stored(classified):
     examples = classified(("a", "y"), ("b", "x"), ("c", "y"))
-    assert (examples.label_names, examples.problem, examples.num_labels) == (("x", "y"), "single_label", 2)
+    assert (examples.label_names, examples.problem, examples.num_labels) == (
+        ("x", "y"),
+        "single_label",
+        2,
+    )
     assert examples.labels.tolist() == [1, 0, 1]
     assert examples.labels.dtype == np.int32
     assert len(examples) == 3
@@ -32,7 +36,9 @@ def test_string_labels_are_sorted_and_stored(classified):
 
 @pytest.mark.parametrize("values", [[10, 2, 0], ["10", "2", "0"]])
 def test_whole_numbers_are_sorted_by_value(rows_of, values):
-    examples = make_examples(rows_of(*({"text": "a", "label": v} for v in values)), kind="classification")
+    examples = make_examples(
+        rows_of(*({"text": "a", "label": v} for v in values)), kind="classification"
+    )
     assert examples.label_names == ("0", "2", "10")
     assert examples.labels.tolist() == [2, 1, 0]
 
@@ -53,20 +59,38 @@ def test_what_is_cut_or_joined_from_other_columns_is_another_data_set(rows_of):
     cut = [split_at(rows, ": ", Columns(text=column)) for column in ("t1", "t2")]
     assert len({of.sha256 for of in cut} | {rows.sha256}) == 3
     assert {of.source for of in cut} == {rows.sha256}
-    two = rows_of({"q1": "one", "q2": "two", "answer": "c"}), rows_of({"q1": "one", "q2": "two", "completion": "d"})
+    two = (
+        rows_of({"q1": "one", "q2": "two", "answer": "c"}),
+        rows_of({"q1": "one", "q2": "two", "completion": "d"}),
+    )
     joined = [
-        join([make_examples(two[0], kind="prompt_completion", columns=Columns(prompt=column, completion="answer")),
-              make_examples(two[1], kind="prompt_completion", columns=Columns(prompt=column, completion="completion"))])
+        join(
+            [
+                make_examples(
+                    two[0],
+                    kind="prompt_completion",
+                    columns=Columns(prompt=column, completion="answer"),
+                ),
+                make_examples(
+                    two[1],
+                    kind="prompt_completion",
+                    columns=Columns(prompt=column, completion="completion"),
+                ),
+            ]
+        )
         for column in ("q1", "q2")
-    ]  # fmt: skip
+    ]
     assert joined[0].sha256 != joined[1].sha256
 
 
-@pytest.mark.parametrize(("kind", "field"), [("classification", "prompt"), ("token_classification", "text_pair")])
+@pytest.mark.parametrize(
+    ("kind", "field"), [("classification", "prompt"), ("token_classification", "text_pair")]
+)
 def test_columns_of_fields_that_a_format_has_not_are_refused(rows_of, kind, field):
     rows = rows_of({"text": "a", "tokens": ["a"], "label": "x"})
     with pytest.raises(
-        DataError, match=f"data.columns names {field}, which rows of format {kind} do not have; remove it"
+        DataError,
+        match=f"data.columns names {field}, which rows of format {kind} do not have; remove it",
     ):
         make_examples(rows, kind=kind, columns=Columns(**{field: "text"}))
 
@@ -74,19 +98,31 @@ def test_columns_of_fields_that_a_format_has_not_are_refused(rows_of, kind, fiel
 def test_an_unknown_label_is_refused_with_its_row_and_the_nearest(classified, refusal):
     train = classified(("a", "billing"), ("b", "refund"))
     said = refusal({"text": "d", "label": "billing"}, {"text": "e", "label": "biling"}, like=train)
-    where = "rows.jsonl:2:1 (row 2): field 'label' holds 'biling', which is not one of the 2 labels known"
+    where = (
+        "rows.jsonl:2:1 (row 2): field 'label' holds 'biling', which is not one of the 2 labels"
+        " known"
+    )
     assert said == [f"""{where}: '{{"text": "e", "label": "biling"}}'; did you mean 'billing'?"""]
 
 
 def test_lists_of_labels_are_multi_hot(rows_of, refusal):
-    rows = rows_of({"text": "a", "labels": ["y", "x"]}, {"text": "b", "labels": []}, {"text": "c", "labels": ["z"]})
+    rows = rows_of(
+        {"text": "a", "labels": ["y", "x"]},
+        {"text": "b", "labels": []},
+        {"text": "c", "labels": ["z"]},
+    )
     examples = make_examples(rows, kind="classification")
     assert (examples.problem, examples.label_names) == ("multi_label", ("x", "y", "z"))
     assert examples.labels.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
     assert examples.labels.dtype == np.float32
-    other = make_examples(rows_of({"text": "a", "labels": ["z", "y"]}), kind="classification", like=examples)
+    other = make_examples(
+        rows_of({"text": "a", "labels": ["z", "y"]}), kind="classification", like=examples
+    )
     assert other.labels.tolist() == [[0, 1, 1]]
-    assert "holds 'q', which is not one" in refusal({"text": "a", "labels": ["x", "q"]}, like=examples)[0]
+    assert (
+        "holds 'q', which is not one"
+        in refusal({"text": "a", "labels": ["x", "q"]}, like=examples)[0]
+    )
 
 
 def test_numbers_with_a_point_are_regression(rows_of):
@@ -95,7 +131,9 @@ def test_numbers_with_a_point_are_regression(rows_of):
     assert (examples.problem, examples.num_labels, examples.label_names) == ("regression", 1, ())
     assert examples.labels.tolist() == [1.5, 2.0]
     assert examples.labels.dtype == np.float32
-    asked = make_examples(rows_of({"text": "a", "score": "0.25"}), kind="classification", problem="regression")
+    asked = make_examples(
+        rows_of({"text": "a", "score": "0.25"}), kind="classification", problem="regression"
+    )
     assert asked.labels.tolist() == [0.25]
 
 
@@ -118,7 +156,10 @@ def test_a_regression_target_must_be_a_number(refusal, value, said):
 
 
 def test_pairs_are_read(rows_of):
-    rows = rows_of({"premise": "a", "hypothesis": "b", "label": 0}, {"premise": "c", "hypothesis": "d", "label": 1})
+    rows = rows_of(
+        {"premise": "a", "hypothesis": "b", "label": 0},
+        {"premise": "c", "hypothesis": "d", "label": 1},
+    )
     examples = make_examples(rows, kind="classification")
     assert (examples.texts, examples.pairs) == (["a", "c"], ["b", "d"])
 
@@ -142,8 +183,10 @@ def test_every_bad_row_is_reported(refusal):
         "field 'label' is missing",
         "field 'label' holds a float, not a string or a whole number",
     ]
-    assert said[0] == (
-        "rows.jsonl:2:1 (row 2): field 'text' is missing: '{\"label\": \"y\"}'; add it or leave the row out"
+    assert (
+        said[0]
+        == "rows.jsonl:2:1 (row 2): field 'text' is missing: '{\"label\": \"y\"}'; add it or leave"
+        " the row out"
     )
 
 
@@ -159,11 +202,15 @@ def test_one_label_is_not_a_classification(refusal):
 
 
 def test_words_and_tags(rows_of):
-    rows = rows_of({"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}, {"tokens": ["c"], "ner_tags": ["O"]})
+    rows = rows_of(
+        {"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}, {"tokens": ["c"], "ner_tags": ["O"]}
+    )
     examples = make_examples(rows, kind="token_classification")
     assert examples.label_names == ("B-X", "O")
     assert [tags.tolist() for tags in examples.labels] == [[1, 0], [1]]
-    other = make_examples(rows_of({"tokens": ["z"], "ner_tags": ["O"]}), kind="token_classification", like=examples)
+    other = make_examples(
+        rows_of({"tokens": ["z"], "ner_tags": ["O"]}), kind="token_classification", like=examples
+    )
     assert other.labels[0].tolist() == [1]
 
 
@@ -171,10 +218,22 @@ def test_words_and_tags(rows_of):
     ("record", "said"),
     [
         ({"tokens": ["a", "b"], "tags": ["O"]}, "rows.jsonl:2:1 (row 2): 2 words but 1 tags: "),
-        ({"tokens": "a b", "tags": ["O"]}, "rows.jsonl:2:1 (row 2): field 'tokens' holds no list of words: "),
-        ({"tokens": [], "tags": []}, "rows.jsonl:2:1 (row 2): field 'tokens' holds no list of words: "),
-        ({"tokens": ["a", ""], "tags": ["O", "O"]}, "rows.jsonl:2:1 (row 2): field 'tokens' is empty: "),
-        ({"tokens": ["a"], "tags": "O"}, "rows.jsonl:2:1 (row 2): field 'tags' holds a str, not a list of labels: "),
+        (
+            {"tokens": "a b", "tags": ["O"]},
+            "rows.jsonl:2:1 (row 2): field 'tokens' holds no list of words: ",
+        ),
+        (
+            {"tokens": [], "tags": []},
+            "rows.jsonl:2:1 (row 2): field 'tokens' holds no list of words: ",
+        ),
+        (
+            {"tokens": ["a", ""], "tags": ["O", "O"]},
+            "rows.jsonl:2:1 (row 2): field 'tokens' is empty: ",
+        ),
+        (
+            {"tokens": ["a"], "tags": "O"},
+            "rows.jsonl:2:1 (row 2): field 'tags' holds a str, not a list of labels: ",
+        ),
     ],
 )
 def test_bad_words_and_tags_are_refused(refusal, record, said):
@@ -191,7 +250,9 @@ def test_the_hash_follows_content_columns_and_labels(rows_of, classified):
     one = classified(("a", "x"), ("b", "y"))
     again = classified(("a", "x"), ("b", "y"))
     other = classified(("a", "x"), ("c", "y"))
-    rows = rows_of({"text": "a", "body": "b", "label": "x"}, {"text": "c", "body": "d", "label": "y"})
+    rows = rows_of(
+        {"text": "a", "body": "b", "label": "x"}, {"text": "c", "body": "d", "label": "y"}
+    )
     by_text = make_examples(rows, kind="classification", columns=Columns("text"))
     by_body = make_examples(rows, kind="classification", columns=Columns("body"))
     assert one.sha256 == again.sha256
@@ -199,7 +260,12 @@ def test_the_hash_follows_content_columns_and_labels(rows_of, classified):
 
 
 def test_unknown_kinds_and_problems_are_refused(rows_of):
-    with pytest.raises(ConfigError, match=r"kind='classificaton' is not one of .*did you mean 'classification'"):
+    with pytest.raises(
+        ConfigError, match=r"kind='classificaton' is not one of .*did you mean 'classification'"
+    ):
         make_examples(rows_of({"text": "a"}), kind="classificaton")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="problem='regression' is for kind='classification', not 'text'; remove it"):
+    with pytest.raises(
+        ConfigError,
+        match="problem='regression' is for kind='classification', not 'text'; remove it",
+    ):
         make_examples(rows_of({"text": "a"}), kind="text", problem="regression")

@@ -22,12 +22,16 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("names", [("text", "label"), ("sentence", "intent")], ids=["the same columns", "others"])
+@pytest.mark.parametrize(
+    "names", [("text", "label"), ("sentence", "intent")], ids=["the same columns", "others"]
+)
 def test_labels_are_those_of_all_sources(
     make_config: Callable[..., Config], tmp_path: Path, names: tuple[str, str]
 ) -> None:
     first = write(tmp_path / "a.jsonl", [{"text": f"word{i}", "label": "red"} for i in range(10)])
-    other = write(tmp_path / "b.jsonl", [{names[0]: f"word{i}", names[1]: "blue"} for i in range(10, 20)])
+    other = write(
+        tmp_path / "b.jsonl", [{names[0]: f"word{i}", names[1]: "blue"} for i in range(10, 20)]
+    )
     config = make_config(data__train=(first, other), data__validation_share=0.2)
     train, validation, _ = read_examples(config)
     assert train.label_names == validation.label_names == ("blue", "red")
@@ -54,22 +58,31 @@ def test_test_rows_in_the_folder_or_beside_it_are_taken_and_told(
     config = make_config(data__train=str(tmp_path / given))
     with caplog.at_level("INFO", logger="jaxpeft"):
         train, validation, test = read_examples(config)
-    assert (len(train), len(validation), sorted(test.texts)) == (8, 2, ["word8", "word8", "word9", "word9"])
+    assert (len(train), len(validation), sorted(test.texts)) == (
+        8,
+        2,
+        ["word8", "word8", "word9", "word9"],
+    )
     assert train.label_names == test.label_names == ("neg", "pos")
     assert ": its test rows are taken for the final figures" in caplog.text
-    named = make_config(data__train=str(tmp_path / given), data__test=str(tmp_path / "aclImdb" / "train"))
+    named = make_config(
+        data__train=str(tmp_path / given), data__test=str(tmp_path / "aclImdb" / "train")
+    )
     assert len(read_examples(named)[2]) == 10
 
 
 def test_test_rows_that_are_found_and_have_no_labels_are_refused_with_a_way_out(
     make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    train = write(tmp_path / "train.jsonl", [{"text": f"word{i}", "label": str(i % 2)} for i in range(10)])
+    train = write(
+        tmp_path / "train.jsonl", [{"text": f"word{i}", "label": str(i % 2)} for i in range(10)]
+    )
     write(tmp_path / "test.jsonl", [{"id": 1, "text": "word1"}])
     with pytest.raises(DataError) as caught:
         read_examples(make_config(data__train=str(tmp_path)))
     assert str(caught.value).endswith(
-        f"\n{tmp_path}: its test rows are taken since data.test is not set; name others there, or a file in data.train"
+        f"\n{tmp_path}: its test rows are taken since data.test is not set; name others there, or a"
+        " file in data.train"
     )
     _, validation, test = read_examples(make_config(data__train=train))
     assert test is validation
@@ -79,11 +92,17 @@ def test_validation_rows_that_are_not_used_are_told(
     make_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("train", "dev"):
-        write(tmp_path / f"{name}.jsonl", [{"text": f"word{i}", "label": str(i % 2)} for i in range(10)])
+        write(
+            tmp_path / f"{name}.jsonl",
+            [{"text": f"word{i}", "label": str(i % 2)} for i in range(10)],
+        )
     with caplog.at_level("INFO", logger="jaxpeft"):
         _, validation, test = read_examples(make_config(data__train=str(tmp_path)))
     assert test is validation
-    assert f"has validation rows, which are not used; data.validation={tmp_path} takes them" in caplog.text
+    assert (
+        f"has validation rows, which are not used; data.validation={tmp_path} takes them"
+        in caplog.text
+    )
 
 
 def test_rows_are_drawn_for_training_and_never_of_those_to_judge_by(
@@ -91,32 +110,49 @@ def test_rows_are_drawn_for_training_and_never_of_those_to_judge_by(
 ) -> None:
     files = {
         f"data__{split}": write(
-            tmp_path / f"{split}.jsonl", [{"text": f"word{i}", "label": str(i % 2)} for i in range(9)]
+            tmp_path / f"{split}.jsonl",
+            [{"text": f"word{i}", "label": str(i % 2)} for i in range(9)],
         )
         for split in ("train", "validation", "test")
     }
-    assert [len(part) for part in read_examples(make_config(**files, data__max_rows=4))] == [4, 9, 9]
+    assert [len(part) for part in read_examples(make_config(**files, data__max_rows=4))] == [
+        4,
+        9,
+        9,
+    ]
 
 
-def test_what_is_said_of_files_is_said_to_all_splits(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_what_is_said_of_files_is_said_to_all_splits(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
     files = {}
     for split in ("train", "validation", "test"):
         path = tmp_path / f"{split}.csv"
-        path.write_bytes("\n".join(f"{i % 2}~{split} \u201cword{i}\u201d" for i in range(6)).encode("cp1252"))
+        path.write_bytes(
+            "\n".join(f"{i % 2}~{split} \u201cword{i}\u201d" for i in range(6)).encode("cp1252")
+        )
         files[f"data__{split}"] = str(path)
     columns = {"text": "2", "label": "1"}
     config = make_config(
-        **files, data__encoding="cp1252", data__delimiter="~", data__header=False, data__columns=columns
+        **files,
+        data__encoding="cp1252",
+        data__delimiter="~",
+        data__header=False,
+        data__columns=columns,
     )
     for split, examples in zip(("train", "validation", "test"), read_examples(config), strict=True):
         assert examples.texts == [f"{split} \u201cword{i}\u201d" for i in range(6)]
         assert examples.label_names == ("0", "1")
 
 
-def test_a_dotted_column_is_a_value_inside(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_dotted_column_is_a_value_inside(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
     rows = [{"review": {"body": f"word{i}"}, "meta": {"stars": i % 2}} for i in range(10)]
     columns = {"text": "review.body", "label": "meta.stars"}
-    train, _, _ = read_examples(make_config(data__train=write(tmp_path / "a.jsonl", rows), data__columns=columns))
+    train, _, _ = read_examples(
+        make_config(data__train=write(tmp_path / "a.jsonl", rows), data__columns=columns)
+    )
     assert train.label_names == ("0", "1")
     assert set(train.texts) <= {f"word{i}" for i in range(10)}
 
@@ -124,7 +160,10 @@ def test_a_dotted_column_is_a_value_inside(make_config: Callable[..., Config], t
 def test_columns_that_nothing_reads_are_told_once(
     make_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [{"text": f"word{i}", "label": "ab"[i % 2], "title": "word1", "empty": None, "id": i} for i in range(20)]
+    rows = [
+        {"text": f"word{i}", "label": "ab"[i % 2], "title": "word1", "empty": None, "id": i}
+        for i in range(20)
+    ]
     file = write(tmp_path / "a.jsonl", rows)
     read_examples(make_config(data__train=file, data__validation=file, data__test=file))
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -132,18 +171,28 @@ def test_columns_that_nothing_reads_are_told_once(
     assert told == [f"{file}: {wanted}"]
 
 
-def test_rows_with_more_than_would_be_learned_need_a_word(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_rows_with_more_than_would_be_learned_need_a_word(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
     file = write(tmp_path / "a.jsonl", [{"text": "word1 word2", "code": "word3"}] * 12)
     with pytest.raises(DataError, match=r"without 'code' \(perhaps the answer\)"):
         read_examples(make_config("text", data__train=file))
-    assert read_examples(make_config("text", data__train=file, data__format="text"))[0].kind == "text"
-    named = make_config("text", data__train=file, data__columns={"prompt": "text", "completion": "code"})
+    assert (
+        read_examples(make_config("text", data__train=file, data__format="text"))[0].kind == "text"
+    )
+    named = make_config(
+        "text", data__train=file, data__columns={"prompt": "text", "completion": "code"}
+    )
     assert read_examples(named)[0].kind == "prompt_completion"
 
 
-def test_rows_without_a_label_are_in_no_split(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_rows_without_a_label_are_in_no_split(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
     labels = ["yes", "no", "-", "yes"]
-    file = write(tmp_path / "a.jsonl", [{"text": f"word{i}", "label": labels[i % 4]} for i in range(40)])
+    file = write(
+        tmp_path / "a.jsonl", [{"text": f"word{i}", "label": labels[i % 4]} for i in range(40)]
+    )
     with pytest.raises(DataError, match=r"'-' .*set data.unlabeled="):
         read_examples(make_config(data__train=file))
     train, validation, _ = read_examples(make_config(data__train=file, data__unlabeled=("-",)))

@@ -53,19 +53,32 @@ def test_a_first_line_that_may_be_a_row_is_told(present, name, told):
     ):
         with pytest.raises(DataError) as caught:
             find()
-        assert ("if the first line is a row, set data.header to False and name the" in str(caught.value)) is told
+        assert (
+            "if the first line is a row, set data.header to False and name the" in str(caught.value)
+        ) is told
 
 
 @pytest.mark.parametrize(
     ("present", "texts", "said"),
     [
-        ("id dialogue summary", "dialogue summary", "data.columns such as {'prompt': 'dialogue', 'completion': 'summary'}"),
-        ("id conversation reply", "id conversation reply", "data.columns such as {'prompt': 'conversation', 'completion': 'reply'}"),
-        ("id system_prompt question reply", "system_prompt question reply",
-         "data.columns such as {'instruction': 'question', 'output': 'reply'}"),
+        (
+            "id dialogue summary",
+            "dialogue summary",
+            "data.columns such as {'prompt': 'dialogue', 'completion': 'summary'}",
+        ),
+        (
+            "id conversation reply",
+            "id conversation reply",
+            "data.columns such as {'prompt': 'conversation', 'completion': 'reply'}",
+        ),
+        (
+            "id system_prompt question reply",
+            "system_prompt question reply",
+            "data.columns such as {'instruction': 'question', 'output': 'reply'}",
+        ),
         ("dialog mood", "dialog mood", "data.columns such as {'prompt': ..., 'completion': ...}"),
     ],
-)  # fmt: skip
+)
 def test_columns_of_plain_texts_are_no_chats(present, texts, said):
     with pytest.raises(DataError) as caught:
         find_format(present.split(), Columns(), "F", texts.split())
@@ -89,13 +102,64 @@ def test_given_columns_are_used():
 @pytest.mark.parametrize(
     ("present", "asked", "kind", "said"),
     [
-        ("mr ref", Columns(), "text", ["F: the text column is none of the usual names (text, content, document, story, body); name it. Columns present: mr, ref"]),
-        ("text content", Columns(), "text", ["F: the text column could be text or content; name it. Columns present: text, content"]),
-        ("text labell", Columns(label="label"), "classification", ["F: no column 'label' (for label); did you mean 'labell'? Columns present: text, labell"]),
-        ("tokens ner_tags pos_tags", Columns(), "token_classification", ["F: the label column could be ner_tags or pos_tags; name it. Columns present: tokens, ner_tags, pos_tags"]),
-        ("text text_pair premise hypothesis label", Columns(), "classification", ["F: the texts could be ('text', 'text_pair') or ('premise', 'hypothesis'); name the columns text and text_pair. Columns present: text, text_pair, premise, hypothesis, label"]),
+        (
+            "mr ref",
+            Columns(),
+            "text",
+            [
+                (
+                    "F: the text column is none of the usual names (text, content, document, story,"
+                    " body); name it. Columns present: mr, ref"
+                )
+            ],
+        ),
+        (
+            "text content",
+            Columns(),
+            "text",
+            [
+                (
+                    "F: the text column could be text or content; name it. Columns present: text,"
+                    " content"
+                )
+            ],
+        ),
+        (
+            "text labell",
+            Columns(label="label"),
+            "classification",
+            [
+                (
+                    "F: no column 'label' (for label); did you mean 'labell'? Columns present: text,"
+                    " labell"
+                )
+            ],
+        ),
+        (
+            "tokens ner_tags pos_tags",
+            Columns(),
+            "token_classification",
+            [
+                (
+                    "F: the label column could be ner_tags or pos_tags; name it. Columns present:"
+                    " tokens, ner_tags, pos_tags"
+                )
+            ],
+        ),
+        (
+            "text text_pair premise hypothesis label",
+            Columns(),
+            "classification",
+            [
+                (
+                    "F: the texts could be ('text', 'text_pair') or ('premise', 'hypothesis'); name the"
+                    " columns text and text_pair. Columns present: text, text_pair, premise,"
+                    " hypothesis, label"
+                )
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_missing_and_ambiguous_columns_are_refused(present, asked, kind, said):
     with pytest.raises(DataError) as caught:
         find_columns(present.split(), asked, kind, "F")
@@ -105,7 +169,10 @@ def test_missing_and_ambiguous_columns_are_refused(present, asked, kind, said):
 def test_all_missing_columns_are_reported_at_once():
     with pytest.raises(DataError) as caught:
         find_columns(["x"], Columns(), "classification", "F")
-    assert [line.split(" column")[0] for line in str(caught.value).splitlines()] == ["F: the text", "F: the label"]
+    assert [line.split(" column")[0] for line in str(caught.value).splitlines()] == [
+        "F: the text",
+        "F: the label",
+    ]
 
 
 def test_the_config_knows_the_fields_of_the_columns():
@@ -116,12 +183,33 @@ def test_the_config_knows_the_fields_of_the_columns():
     ("present", "kind", "found"),
     [
         ("system conversations id", "messages", {"messages": "conversations", "system": "system"}),
-        ("instruction input output system history", "instruction",
-         {"instruction": "instruction", "input": "input", "output": "output", "system": "system", "history": "history"}),
-        ("prompt completion tools", "prompt_completion", {"prompt": "prompt", "completion": "completion", "tools": "tools"}),
-        ("prompt chosen rejected system_prompt", "preference",
-         {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "system": "system_prompt"}),
+        (
+            "instruction input output system history",
+            "instruction",
+            {
+                "instruction": "instruction",
+                "input": "input",
+                "output": "output",
+                "system": "system",
+                "history": "history",
+            },
+        ),
+        (
+            "prompt completion tools",
+            "prompt_completion",
+            {"prompt": "prompt", "completion": "completion", "tools": "tools"},
+        ),
+        (
+            "prompt chosen rejected system_prompt",
+            "preference",
+            {
+                "prompt": "prompt",
+                "chosen": "chosen",
+                "rejected": "rejected",
+                "system": "system_prompt",
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_goes_before_a_dialog_is_found(present, kind, found):
     assert find_columns(present.split(), Columns(), kind, "F") == Columns(**found)

@@ -1,4 +1,6 @@
-"""Data files on disk: regular ones only, packed ones too, and never more of them than is allowed."""
+"""Data files on disk: regular ones only, packed ones too, and never more of them than is
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ def stream(path: Any) -> Any:
 @pytest.mark.parametrize("read", [read_rows, stream])
 def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path, read: Any) -> None:
     os.mkfifo(tmp_path / "x.jsonl")
-    assert refusal(tmp_path / "x.jsonl", read) == (
-        f"{tmp_path}/x.jsonl: a named pipe, not a regular file; write its rows to a file, and name that"
+    assert (
+        refusal(tmp_path / "x.jsonl", read)
+        == f"{tmp_path}/x.jsonl: a named pipe, not a regular file; write its rows to a file, and"
+        " name that"
     )
     (tmp_path / "y.csv").symlink_to("/dev/zero")
     assert "y.csv: a device, not a regular file" in refusal(tmp_path / "y.csv", read)
@@ -47,14 +51,18 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path, 
     ],
 )
 def test_a_gzip_file_is_read_as_what_is_inside(write: Any, name: str, content: str) -> None:
-    assert read_rows(write(name, gzip.compress(content.encode()))).records == [{"text": "a", "label": "x"}]
+    assert read_rows(write(name, gzip.compress(content.encode()))).records == [
+        {"text": "a", "label": "x"}
+    ]
 
 
 @pytest.mark.parametrize("read", [read_rows, stream])
 def test_a_gzip_file_that_is_broken_is_refused(write: Any, read: Any) -> None:
     packed = gzip.compress(b"text,label\n" + b"a,x\n" * 1000)
     assert "not whole as a gzip file (" in refusal(write("x.csv.gz", packed[:-20]), read)
-    assert "not whole as a gzip file (Not a gzipped file" in refusal(write("x.csv.gz", "text\na\n"), read)
+    assert "not whole as a gzip file (Not a gzipped file" in refusal(
+        write("x.csv.gz", "text\na\n"), read
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,11 +84,20 @@ def parquet_of_one_value(path: Path, dictionary: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": ["x" * 1000] * 20_000}), path, use_dictionary=dictionary, compression="zstd")
+    pq.write_table(
+        pa.table({"text": ["x" * 1000] * 20_000}),
+        path,
+        use_dictionary=dictionary,
+        compression="zstd",
+    )
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "plain.parquet", "dictionary.parquet", "x.arrow", "folder"])
-def test_what_unpacks_to_more_than_is_allowed_is_refused_before_it_is_held(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["x.jsonl", "x.jsonl.gz", "plain.parquet", "dictionary.parquet", "x.arrow", "folder"]
+)
+def test_what_unpacks_to_more_than_is_allowed_is_refused_before_it_is_held(
+    tmp_path: Path, name: str
+) -> None:
     import pyarrow as pa
 
     path, row = tmp_path / name, b'{"text": "' + b"x" * 1000 + b'"}\n'
@@ -99,10 +116,12 @@ def test_what_unpacks_to_more_than_is_allowed_is_refused_before_it_is_held(tmp_p
         path.write_bytes(gzip.compress(row * 20_000) if path.suffix == ".gz" else row * 20_000)
     with pytest.raises(DataError) as caught:
         read_rows(path, layout=FileOptions(most=10 * MIB))
-    assert ": with it the rows of this source hold more than 0.00977 GiB, unpacked; " in str(caught.value)
+    assert ": with it the rows of this source hold more than 0.00977 GiB, unpacked; " in str(
+        caught.value
+    )
     assert (
-        "set data.streaming to read training rows piece by piece, or raise data.most_gib if the memory allows"
-        in str(caught.value)
+        "set data.streaming to read training rows piece by piece, or raise data.most_gib if the"
+        " memory allows" in str(caught.value)
     )
     assert len(read_rows(path, layout=FileOptions(most=42 * MIB))) == 20_000
     assert len(stream(path)) == 9

@@ -1,4 +1,6 @@
-"""Tables as people have them: delimiters, quotes, headers; what is found, what is told, and what is refused."""
+"""Tables as people have them: delimiters, quotes, headers; what is found, what is told, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ GOOD = [("a fine, good film", "pos"), ("awful; really", "neg"), ("plain", "pos")
 
 def table(delimiter: str, rows: Any = GOOD, **options: Any) -> str:
     out = io.StringIO(newline="")
-    csv.writer(out, delimiter=delimiter, lineterminator="\n", **options).writerows([("text", "label"), *rows])
+    csv.writer(out, delimiter=delimiter, lineterminator="\n", **options).writerows(
+        [("text", "label"), *rows]
+    )
     return out.getvalue()
 
 
@@ -50,14 +54,24 @@ def test_the_delimiter_is_found_and_told(write: Any, name: str, delimiter: str) 
 def test_a_delimiter_is_found_where_texts_hold_others_and_unusual_names(write: Any) -> None:
     rows = read(write("x.csv", 'tekst;razred\n"a, b, c";x\nd, e, f;y\n"g\n, h";x\n'))
     assert rows.records[1] == {"tekst": "d, e, f", "razred": "y"}
-    assert read(write("x.csv", "text;score\nfine;0,5\nbad;0,25\n")).records[0] == {"text": "fine", "score": "0,5"}
+    assert read(write("x.csv", "text;score\nfine;0,5\nbad;0,25\n")).records[0] == {
+        "text": "fine",
+        "score": "0,5",
+    }
     assert read(write("x.csv", "sep=|\ntext|label\na|x\n")).records == [{"text": "a", "label": "x"}]
-    assert read(write("x.csv", "text:label\na, b:x\n"), delimiter=":").records == [{"text": "a, b", "label": "x"}]
+    assert read(write("x.csv", "text:label\na, b:x\n"), delimiter=":").records == [
+        {"text": "a, b", "label": "x"}
+    ]
 
 
 def test_a_single_column_has_no_delimiter(write: Any) -> None:
-    assert [r["text"] for r in read(write("x.csv", 'text\n"a; b"\nc; d\n')).records] == ["a; b", "c; d"]
-    assert ":2:1: 2 fields where the header names 1 (text)" in refusal(write("x.csv", "text\na, b\nc\n"))
+    assert [r["text"] for r in read(write("x.csv", 'text\n"a; b"\nc; d\n')).records] == [
+        "a; b",
+        "c; d",
+    ]
+    assert ":2:1: 2 fields where the header names 1 (text)" in refusal(
+        write("x.csv", "text\na, b\nc\n")
+    )
     assert ":3:1: 3 fields where the header names 2 (text, label)" in refusal(
         write("x.csv", "text;label\na;x\nb;c;y\n")
     )
@@ -77,14 +91,18 @@ WRITTEN = [("a\tb", "pos"), ('say "hi"', "neg"), ("two\nlines", "pos"), ("plain"
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_a_tsv_that_a_program_has_quoted_is_read_as_it_was_written(write: Any, quoting: int) -> None:
+def test_a_tsv_that_a_program_has_quoted_is_read_as_it_was_written(
+    write: Any, quoting: int
+) -> None:
     rows = read(write("x.tsv", table("\t", WRITTEN, quoting=quoting)))
     assert [tuple(record.values()) for record in rows.records] == WRITTEN
     assert rows.lines == (2, 3, 4, 6)
     assert "fields may be in quotes" in rows.notes[0]
 
 
-@pytest.mark.parametrize("rows", [[('say "hi"', "neg"), ("plain", "pos")], [("a\tb", "x")], [("a", "x"), ("b", "y")]])
+@pytest.mark.parametrize(
+    "rows", [[('say "hi"', "neg"), ("plain", "pos")], [("a\tb", "x")], [("a", "x"), ("b", "y")]]
+)
 def test_each_reason_to_quote_is_seen_alone(write: Any, rows: list[tuple[str, str]]) -> None:
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
         found = read(write("x.tsv", table("\t", rows, quoting=quoting)))
@@ -100,10 +118,14 @@ def test_each_reason_to_quote_is_seen_alone(write: Any, rows: list[tuple[str, st
     ],
     ids=["rows that would be joined", "one field in quotes", "one column"],
 )
-def test_quotes_that_may_mean_either_are_refused_and_an_option_says_which(write: Any, content: str, line: int) -> None:
+def test_quotes_that_may_mean_either_are_refused_and_an_option_says_which(
+    write: Any, content: str, line: int
+) -> None:
     path = write("x.tsv", content)
     assert refusal(path).startswith(f":{line}:1: a field begins with a quote: ")
-    assert "set data.quoting='none' if quotes are characters of the texts, or 'quoted'" in refusal(path)
+    assert "set data.quoting='none' if quotes are characters of the texts, or 'quoted'" in refusal(
+        path
+    )
     assert len(read(path, quoting="none")) == content.count("\n") - 1
     assert any('"' in record["text"] for record in read(path, quoting="none").records)
     assert not any('"' in record["text"] for record in read(path, quoting="quoted").records)
@@ -111,9 +133,11 @@ def test_quotes_that_may_mean_either_are_refused_and_an_option_says_which(write:
 
 def test_a_tsv_that_mixes_both_ways_is_refused_with_the_line(write: Any) -> None:
     said = refusal(write("x.tsv", 'text\tlabel\n"a\tb"\tpos\n"Good" he said\tneg\nc\tpos\n'))
-    assert said == (
-        ":2:1: some lines have not as many fields as the first: with quotes as characters of the texts this one, with quotes "
-        "around fields line 3; write all rows in one way, and set data.quoting to 'none' or 'quoted'"
+    assert (
+        said
+        == ":2:1: some lines have not as many fields as the first: with quotes as characters of the"
+        " texts this one, with quotes around fields line 3; write all rows in one way, and set"
+        " data.quoting to 'none' or 'quoted'"
     )
 
 
@@ -125,12 +149,14 @@ def test_a_csv_without_quoting_is_read_where_that_is_said(write: Any) -> None:
 
 def test_a_quote_far_on_in_a_streamed_tsv_is_refused_not_guessed(write: Any) -> None:
     path = write("x.tsv", "text\tlabel\n" + "plain\tx\n" * 140_000 + '"a ""b"""\ty\n')
-    with pytest.raises(DataError, match="140002:1: a field begins with a quote, where none before it did"):
+    with pytest.raises(
+        DataError, match="140002:1: a field begins with a quote, where none before it did"
+    ):
         RowStream(path, "train").rows(139_990, 99)
     assert read_rows(path).records[-1]["text"] == 'a "b"'
 
 
-# ---------------------------------------------------------------------------------------------------------------- headers
+# ------------------------------------------------------------------------------------------ headers
 
 
 @pytest.mark.parametrize(
@@ -151,10 +177,17 @@ def test_a_first_line_that_looks_like_data_is_refused_and_read_where_that_is_sai
     said = refusal(path)
     assert said.startswith(":1:1: the first line looks like data, not like a header (")
     assert why in said
-    assert "set data.header to False and name the columns by their number, such as data.columns.text=1" in said
+    assert (
+        "set data.header to False and name the columns by their number, such as data.columns.text=1"
+        in said
+    )
     rows = read(path, header=False)
-    assert [list(record.values()) for record in rows.records] == [line.split("\t") for line in content.splitlines()]
-    assert list(rows.records[0]) == [str(i + 1) for i in range(content.splitlines()[0].count("\t") + 1)]
+    assert [list(record.values()) for record in rows.records] == [
+        line.split("\t") for line in content.splitlines()
+    ]
+    assert list(rows.records[0]) == [
+        str(i + 1) for i in range(content.splitlines()[0].count("\t") + 1)
+    ]
     assert rows.lines[0] == 1
     assert "no header, columns by number" in rows.notes[0]
     if len(content.splitlines()) > 1:
@@ -174,18 +207,24 @@ def test_a_first_line_that_looks_like_data_is_refused_and_read_where_that_is_sai
         ("Sentence,Sentiment\na,x\n", ["Sentence", "Sentiment"]),
     ],
 )
-def test_headers_of_pandas_and_others_are_headers(write: Any, content: str, columns: list[str]) -> None:
+def test_headers_of_pandas_and_others_are_headers(
+    write: Any, content: str, columns: list[str]
+) -> None:
     assert read(write("x.csv", content)).columns() == columns
 
 
 def test_a_column_that_is_asked_for_makes_a_header(write: Any) -> None:
-    path = write("x.csv", "answer to all of the questions that were asked in the second part,note\na,b\n")
+    path = write(
+        "x.csv", "answer to all of the questions that were asked in the second part,note\na,b\n"
+    )
     assert "is long" in refusal(path)
     assert len(read(path, columns=("note",))) == 1
 
 
 def test_the_header_again_is_no_row(write: Any) -> None:
     said = refusal(write("x.csv", "text,label\na,x\ntext,label\nb,y\n"))
-    assert said == (
-        ":3:1: the header again: 'text,label'; remove it; if the first line is a row too, set data.header to False"
+    assert (
+        said
+        == ":3:1: the header again: 'text,label'; remove it; if the first line is a row too, set"
+        " data.header to False"
     )

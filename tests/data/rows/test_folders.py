@@ -31,10 +31,20 @@ def labels(folder: Path, split: str = "train") -> list[tuple[str, str]]:
 
 
 IMDB = (
-    "README", "imdb.vocab", "imdbEr.txt", "train/urls_pos.txt", "train/urls_unsup.txt", "train/labeledBow.feat",
-    "train/pos/0_9.txt", "train/neg/0_3.txt", "train/neg/1_1.txt", "train/unsup/0_0.txt", "test/urls_neg.txt",
-    "test/pos/0_10.txt", "test/neg/0_2.txt",
-)  # fmt: skip
+    "README",
+    "imdb.vocab",
+    "imdbEr.txt",
+    "train/urls_pos.txt",
+    "train/urls_unsup.txt",
+    "train/labeledBow.feat",
+    "train/pos/0_9.txt",
+    "train/neg/0_3.txt",
+    "train/neg/1_1.txt",
+    "train/unsup/0_0.txt",
+    "test/urls_neg.txt",
+    "test/pos/0_10.txt",
+    "test/neg/0_2.txt",
+)
 
 
 def test_imdb_as_it_is_published(tmp_path: Path) -> None:
@@ -45,7 +55,10 @@ def test_imdb_as_it_is_published(tmp_path: Path) -> None:
     assert labels(folder, "test") == [("test/neg/0_2.txt", "neg"), ("test/pos/0_10.txt", "pos")]
     assert labels(tmp_path)[0] == ("aclImdb/train/neg/0_3.txt", "neg")
     assert read_rows(folder).notes == (
-        f"{folder}: labels are the sub-folders neg, pos; left out, as unlabeled: 2 of no sub-folder, 1 of unsup",
+        (
+            f"{folder}: labels are the sub-folders neg, pos; left out, as unlabeled: 2 of no"
+            " sub-folder, 1 of unsup"
+        ),
     )
     before = read_rows(folder)
     (folder / "train" / "pos").rename(folder / "train" / "good")
@@ -66,14 +79,18 @@ def test_imdb_as_it_is_published(tmp_path: Path) -> None:
     ],
     ids=["spam", "deeper", "splits below", "no ending", "parts", "zip of macOS"],
 )
-def test_two_or_more_folders_of_texts_are_labels(tmp_path: Path, names: list[str], wanted: set[str]) -> None:
+def test_two_or_more_folders_of_texts_are_labels(
+    tmp_path: Path, names: list[str], wanted: set[str]
+) -> None:
     folder = make(tmp_path / "data", *names)
     found = labels(folder)
     assert {label for _, label in found} == wanted
     assert all(label in Path(place).parts for place, label in found)
 
 
-@pytest.mark.parametrize("names", [["a.txt", "b.txt"], ["only/a.txt", "b.txt"], ["pos/a.txt", "unsup/b.txt"]])
+@pytest.mark.parametrize(
+    "names", [["a.txt", "b.txt"], ["only/a.txt", "b.txt"], ["pos/a.txt", "unsup/b.txt"]]
+)
 def test_other_folders_of_texts_have_no_labels(tmp_path: Path, names: list[str]) -> None:
     assert read_rows(make(tmp_path / "data", *names)).columns() == ["text"]
 
@@ -108,11 +125,17 @@ def saved(tmp_path: Path) -> Any:
     )
 
     def save(form: str) -> Path:
-        one = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+        one = datasets.Dataset.from_dict(
+            {"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features
+        )
         if form == "parquet":
             one.to_parquet(str(tmp_path / "x.parquet"))
             return tmp_path / "x.parquet"
-        data = datasets.DatasetDict({"train": one, "test": one.select([0])}) if form == "splits" else one
+        data = (
+            datasets.DatasetDict({"train": one, "test": one.select([0])})
+            if form == "splits"
+            else one
+        )
         data.save_to_disk(str(tmp_path / "saved"))
         if form == "file":
             return tmp_path / "saved" / "data-00000-of-00001.arrow"
@@ -128,7 +151,11 @@ def test_what_datasets_has_saved_keeps_the_names_of_its_labels(saved: Any, form:
     if form == "splits":
         (path / "cache-1.arrow").unlink()
         assert read_rows(path, split="test").records == [{"text": "a", "label": "good"}]
-    wanted = [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}, {"text": "c", "label": None}]
+    wanted = [
+        {"text": "a", "label": "good"},
+        {"text": "b", "label": "bad"},
+        {"text": "c", "label": None},
+    ]
     assert read_rows(path).records == wanted
     assert RowStream(str(path), "train").rows(0, 9).records == wanted
 
@@ -136,8 +163,12 @@ def test_what_datasets_has_saved_keeps_the_names_of_its_labels(saved: Any, form:
 def test_a_state_that_cannot_be_trusted_is_refused(saved: Any) -> None:
     folder = saved("one")
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "x.arrow"}]}))
-    with pytest.raises(DataError, match=r"state\.json: its rows are in another order than they lie there; call"):
+    (folder / "state.json").write_text(
+        json.dumps(state | {"_indices_data_files": [{"filename": "x.arrow"}]})
+    )
+    with pytest.raises(
+        DataError, match=r"state\.json: its rows are in another order than they lie there; call"
+    ):
         read_rows(folder)
     (folder / "state.json").write_text("[" * 10_000)
     with pytest.raises(DataError, match=r"state\.json: not written by `save_to_disk` \("):
@@ -148,8 +179,14 @@ def test_decimal_numbers_of_parquet_are_numbers(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": ["a", "b"], "score": [Decimal("4.50"), Decimal("3.00")]}), tmp_path / "x.parquet")
-    assert read_rows(tmp_path / "x.parquet").records == [{"text": "a", "score": 4.5}, {"text": "b", "score": 3.0}]
+    pq.write_table(
+        pa.table({"text": ["a", "b"], "score": [Decimal("4.50"), Decimal("3.00")]}),
+        tmp_path / "x.parquet",
+    )
+    assert read_rows(tmp_path / "x.parquet").records == [
+        {"text": "a", "score": 4.5},
+        {"text": "b", "score": 3.0},
+    ]
 
 
 def test_a_damaged_arrow_file_is_refused(saved: Any) -> None:
@@ -162,20 +199,36 @@ def test_a_damaged_arrow_file_is_refused(saved: Any) -> None:
 @pytest.mark.parametrize(
     ("names", "outer", "inner", "one"),
     [
-        (("train/en/pos/1.txt", "train/en/neg/1.txt", "train/de/pos/1.txt", "train/de/neg/1.txt"), "de, en", "neg, pos", "train/de"),
+        (
+            (
+                "train/en/pos/1.txt",
+                "train/en/neg/1.txt",
+                "train/de/pos/1.txt",
+                "train/de/neg/1.txt",
+            ),
+            "de, en",
+            "neg, pos",
+            "train/de",
+        ),
         (("a/x/1.txt", "a/y/1.txt", "b/x/1.txt", "b/y/1.txt", "b/z/1.txt"), "a, b", "x, y", "a"),
-        (("all/a/train/x/1", "all/a/train/y/1", "all/b/train/x/1", "all/b/train/y/1"), "a, b", "x, y", "all/a/train"),
+        (
+            ("all/a/train/x/1", "all/a/train/y/1", "all/b/train/x/1", "all/b/train/y/1"),
+            "a, b",
+            "x, y",
+            "all/a/train",
+        ),
     ],
-)  # fmt: skip
+)
 def test_two_levels_of_folders_that_could_be_labels_are_refused(
     tmp_path: Path, names: tuple[str, ...], outer: str, inner: str, one: str
 ) -> None:
     make(tmp_path, *names)
     with pytest.raises(DataError) as caught:
         read_rows(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path}: the labels could be the sub-folders {outer} or, inside of them, {inner}; keep one level of folders, or "
-        f"give one of them, such as {tmp_path / one}"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: the labels could be the sub-folders {outer} or, inside of them, {inner};"
+        f" keep one level of folders, or give one of them, such as {tmp_path / one}"
     )
     assert {label for _, label in labels(tmp_path / one)} == set(inner.split(", "))
 
@@ -187,7 +240,9 @@ def test_parts_inside_of_labels_are_no_labels(tmp_path: Path) -> None:
 
 def test_a_label_that_is_called_as_a_split_is_told(tmp_path: Path) -> None:
     make(tmp_path, "dev/1.txt", "ops/1.txt")
-    with pytest.raises(DataError, match="or call the folder 'dev' otherwise, such as 'label_dev', if it is a label"):
+    with pytest.raises(
+        DataError, match="or call the folder 'dev' otherwise, such as 'label_dev', if it is a label"
+    ):
         read_rows(tmp_path)
     (tmp_path / "dev").rename(tmp_path / "label_dev")
     assert {label for _, label in labels(tmp_path)} == {"label_dev", "ops"}

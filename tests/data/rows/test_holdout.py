@@ -9,15 +9,21 @@ from jaxpeft.errors import DataError
 
 
 def rows_of(*texts: str) -> Rows:
-    return Rows([{"text": text} for text in texts], "rows.jsonl", "0" * 64, tuple(range(1, len(texts) + 1)))
+    return Rows(
+        [{"text": text} for text in texts], "rows.jsonl", "0" * 64, tuple(range(1, len(texts) + 1))
+    )
 
 
 def test_the_two_parts_are_the_whole_in_the_order_of_the_file() -> None:
     rows = rows_of(*(f"text {i}" for i in range(20)))
     train, held = hold_out(rows, 0.2, 3)
     assert (len(train), len(held)) == (16, 4)
-    assert sorted(r["text"] for r in train.records + held.records) == sorted(r["text"] for r in rows.records)
-    assert [r["text"] for r in held.records] == sorted((r["text"] for r in held.records), key=lambda t: int(t[5:]))
+    assert sorted(r["text"] for r in train.records + held.records) == sorted(
+        r["text"] for r in rows.records
+    )
+    assert [r["text"] for r in held.records] == sorted(
+        (r["text"] for r in held.records), key=lambda t: int(t[5:])
+    )
     assert len({rows.sha256, train.sha256, held.sha256}) == 3
 
 
@@ -28,7 +34,9 @@ def test_the_seed_decides() -> None:
 
 
 def test_one_row_cannot_be_split() -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl: 1 rows are too few to hold out 10% for validation"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl: 1 rows are too few to hold out 10% for validation"
+    ):
         hold_out(rows_of("alone"), 0.1, 0)
 
 
@@ -54,5 +62,7 @@ def test_a_document_without_lines_is_cut_all_the_same() -> None:
 
 
 def test_a_document_too_short_is_named() -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:2:1 \(row 2\): too short to hold out 10% of it"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:2:1 \(row 2\): too short to hold out 10% of it"
+    ):
         hold_out_text(rows_of("abcdefghij" * 10, "a"), 0.1, 0, Columns())

@@ -45,12 +45,16 @@ def test_where_several_could_be_meant_an_option_says_which(write: Any) -> None:
     path = write("x.json", json.dumps({"train": ROWS, "test": ROWS[:1], "other": {"deep": ROWS}}))
     with pytest.raises(DataError) as caught:
         read_rows(path)
-    assert str(caught.value) == (
-        f"{path}: rows could be under train, test, other.deep; say which by data.field, such as data.field='train'"
+    assert (
+        str(caught.value)
+        == f"{path}: rows could be under train, test, other.deep; say which by data.field, such as"
+        " data.field='train'"
     )
     assert read_rows(path, layout=FileOptions(field="test")).records == ROWS[:1]
     assert read_rows(path, layout=FileOptions(field="other.deep")).records == ROWS
-    with pytest.raises(DataError, match=r"data\.field 'other\.dep': no 'dep' under 'other'; did you mean 'deep'"):
+    with pytest.raises(
+        DataError, match=r"data\.field 'other\.dep': no 'dep' under 'other'; did you mean 'deep'"
+    ):
         read_rows(path, layout=FileOptions(field="other.dep"))
 
 
@@ -62,14 +66,18 @@ def test_where_several_could_be_meant_an_option_says_which(write: Any) -> None:
         ({"few": [{"a": 1}], "many": [{"a": 1}, {"a": 2}]}, "many"),
     ],
 )
-def test_the_list_that_likely_holds_the_rows_is_suggested(write: Any, value: Any, likely: str) -> None:
+def test_the_list_that_likely_holds_the_rows_is_suggested(
+    write: Any, value: Any, likely: str
+) -> None:
     with pytest.raises(DataError, match=f"such as data.field='{likely}'"):
         read_rows(write("x.json", json.dumps(value)))
 
 
 def test_names_of_columns_beside_rows_of_another_length_are_no_table(write: Any) -> None:
     with pytest.raises(DataError, match="not a JSON list"):
-        read_rows(write("x.json", json.dumps({"columns": ["text", "label"], "data": [["a", "x"], ["b"]]})))
+        read_rows(
+            write("x.json", json.dumps({"columns": ["text", "label"], "data": [["a", "x"], ["b"]]}))
+        )
 
 
 @pytest.mark.parametrize(("value", "indent"), [(ROWS, None), (ROWS, 1), ({"data": ROWS}, 2)])
@@ -85,7 +93,10 @@ def test_values_inside_of_objects_are_columns_by_their_dotted_names(write: Any) 
     for name in ("x.json", "x.jsonl"):
         path = write(name, json.dumps([row]) if name == "x.json" else json.dumps(row) + "\n")
         rows = read_rows(
-            path, layout=FileOptions(columns=("review.body", "review.stars.1.n", "a.b", "review.no", "label"))
+            path,
+            layout=FileOptions(
+                columns=("review.body", "review.stars.1.n", "a.b", "review.no", "label")
+            ),
         )
         assert rows.records == [row | {"review.body": "a", "review.stars.1.n": 5}]
 
@@ -95,8 +106,16 @@ def test_values_inside_of_objects_are_columns_by_their_dotted_names(write: Any) 
     [
         ("9" * 5000, 11, "a whole number of 5000 digits"),
         ("-" + "9" * 5000, 11, "a whole number of 5000 digits"),
-        ("[" * 1000 + "]" * 1000, 10 + 100, "not JSON that can be read (nested too deeply, over 100 levels)"),
-        ('{"a":' * 1000 + "1" + "}" * 1000, 11 + 5 * 99, "not JSON that can be read (nested too deeply"),
+        (
+            "[" * 1000 + "]" * 1000,
+            10 + 100,
+            "not JSON that can be read (nested too deeply, over 100 levels)",
+        ),
+        (
+            '{"a":' * 1000 + "1" + "}" * 1000,
+            11 + 5 * 99,
+            "not JSON that can be read (nested too deeply",
+        ),
     ],
 )
 def test_numbers_and_nesting_without_end_are_refused_with_their_place(
@@ -108,11 +127,15 @@ def test_numbers_and_nesting_without_end_are_refused_with_their_place(
         read_rows(path)
     assert str(caught.value).startswith(f"{path}:2:{column}: {said}")
     assert len(str(caught.value)) < 500
-    with pytest.raises(DataError, match=r"x\.json:2:") as caught:  # whose list is a level of its own
+    with pytest.raises(
+        DataError, match=r"x\.json:2:"
+    ) as caught:  # whose list is a level of its own
         read_rows(write("x.json", f"[\n{line}\n]"))
     assert said in str(caught.value)
 
 
 def test_brackets_in_texts_are_no_nesting(write: Any) -> None:
     text = '[{"' * 500
-    assert read_rows(write("x.jsonl", json.dumps({"text": text}) + "\n")).records == [{"text": text}]
+    assert read_rows(write("x.jsonl", json.dumps({"text": text}) + "\n")).records == [
+        {"text": text}
+    ]

@@ -48,6 +48,12 @@ def test_each_line_without_its_columns_is_told(write: Any) -> None:
     with pytest.raises(DataError) as caught:
         read_rows(path)
     assert str(caught.value).splitlines() == [
-        f"{path}:2:1: a word without a tag: 'rejects'; write the word, a tab or a space, and its tag",
-        f"{path}:4:1: 3 columns where the first word has 2: 'Peter X B-PER'; give each word as many columns",
+        (
+            f"{path}:2:1: a word without a tag: 'rejects'; write the word, a tab or a space, and"
+            " its tag"
+        ),
+        (
+            f"{path}:4:1: 3 columns where the first word has 2: 'Peter X B-PER'; give each word as"
+            " many columns"
+        ),
     ]

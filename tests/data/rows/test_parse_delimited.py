@@ -32,22 +32,42 @@ def test_quoted_fields_keep_their_newlines_and_the_line_numbers_stay_right(write
 
 
 def test_tsv_is_read(write):
-    assert read_rows(write("a.tsv", "text\tlabel\na, b\tx\n")).records == [{"text": "a, b", "label": "x"}]
+    assert read_rows(write("a.tsv", "text\tlabel\na, b\tx\n")).records == [
+        {"text": "a, b", "label": "x"}
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("text,text\na,b\n", "F:1:6: the header names 'text' twice: 'text,text'; rename one of them"),
+        (
+            "text,text\na,b\n",
+            "F:1:6: the header names 'text' twice: 'text,text'; rename one of them",
+        ),
         ('"text,label\na,b\n', "F:1:1: broken quoting (unexpected end of data); close the quotes"),
         ("\ntext,label\n", "F:1:1: the first line is blank; begin with the header"),
         (",\na,b\n", "F:1:1: the first line is blank; begin with the header"),
-        ("text,label\na,b,c\n", "F:2:1: 3 fields where the header names 2 (text, label): 'a,b,c'; quote a field"),
-        ("text,label\na,b\nc", "F:3:1: 1 fields where the header names 2 (text, label): 'c'; quote a field"),
+        (
+            "text,label\na,b,c\n",
+            "F:2:1: 3 fields where the header names 2 (text, label): 'a,b,c'; quote a field",
+        ),
+        (
+            "text,label\na,b\nc",
+            "F:3:1: 1 fields where the header names 2 (text, label): 'c'; quote a field",
+        ),
         ("text,label\n\na,b\n", "F:2:1: blank line; remove it"),
-        ('text,label\na,b\n"c,d\n', "F:3:1: broken quoting (unexpected end of data); close the quotes"),
-        ('text,label\n"a"b,c\n', "F:2:1: broken quoting (',' expected after '\"'); close the quotes"),
-        (b"text,label\ncaf\xe9,x\n", "F:2:4: not UTF-8 (byte 0xe9): 'caf\ufffd,x'; set data.encoding"),
+        (
+            'text,label\na,b\n"c,d\n',
+            "F:3:1: broken quoting (unexpected end of data); close the quotes",
+        ),
+        (
+            'text,label\n"a"b,c\n',
+            "F:2:1: broken quoting (',' expected after '\"'); close the quotes",
+        ),
+        (
+            b"text,label\ncaf\xe9,x\n",
+            "F:2:4: not UTF-8 (byte 0xe9): 'caf\ufffd,x'; set data.encoding",
+        ),
         ("text,label\n", "F:1:1: the file has no rows"),
     ],
 )

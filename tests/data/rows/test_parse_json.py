@@ -42,7 +42,10 @@ def test_jsonl_is_read(write, content):
             'F:2:26: NaN is not JSON: \'{"text": "NaN", "label": NaN}\'; write a finite',
         ),
         (b'{"label": -Infinity}\n', "F:2:11: -Infinity is not JSON"),
-        (b'{"text": "caf\xe9"}\n', 'F:2:14: not UTF-8 (byte 0xe9): \'{"text": "caf\ufffd"}\'; set data.encoding'),
+        (
+            b'{"text": "caf\xe9"}\n',
+            'F:2:14: not UTF-8 (byte 0xe9): \'{"text": "caf\ufffd"}\'; set data.encoding',
+        ),
         (
             b'{"text": "a" "label": 1}\n',
             'F:2:14: not JSON (Expecting \',\' delimiter): \'{"text": "a" "label": 1}\'; write',
@@ -51,9 +54,15 @@ def test_jsonl_is_read(write, content):
         (b'{"text": "a", "text": "b"}\n', "F:2:1: an object has the key 'text' twice"),
         (
             b'{"text": "a", "lab',
-            'F:2:15: not JSON (Unterminated string starting at): \'{"text": "a", "lab\'; the file does not',
+            (
+                'F:2:15: not JSON (Unterminated string starting at): \'{"text": "a", "lab\'; the'
+                " file does not"
+            ),
         ),
-        (b"[" * 100_000 + b"\n", "F:2:101: not JSON that can be read (nested too deeply, over 100 levels)"),
+        (
+            b"[" * 100_000 + b"\n",
+            "F:2:101: not JSON that can be read (nested too deeply, over 100 levels)",
+        ),
     ],
 )
 def test_jsonl_is_refused(write, line, fault):
@@ -81,11 +90,15 @@ def test_the_first_twenty_problems_are_listed_and_the_rest_counted(write):
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet"])
 def test_an_empty_file_is_refused(write, name, content):
-    assert message(write(name, content)) == ["F:1:1: the file is empty; give a file with at least one row"]
+    assert message(write(name, content)) == [
+        "F:1:1: the file is empty; give a file with at least one row"
+    ]
 
 
 def test_a_lfs_pointer_is_refused(write):
-    (said,) = message(write("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"))
+    (said,) = message(
+        write("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    )
     assert said == "F:1:1: a Git LFS pointer instead of the data; fetch it with `git lfs pull`"
 
 
@@ -98,9 +111,21 @@ def test_json_is_read(write):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ('[\n {"a": 1},\n {"a": }\n]', "F:3:8: not JSON (Expecting value): ' {\"a\": }'; write valid JSON"),
-        ('[\n {"a": NaN}]', "F:2:8: NaN is not JSON: ' {\"a\": NaN}]'; write a finite number, or null"),
-        ('{"a": 1}', "F:1:1: not a JSON list: '{\"a\": 1}'; write a list of objects, or name the file .jsonl"),
+        (
+            '[\n {"a": 1},\n {"a": }\n]',
+            "F:3:8: not JSON (Expecting value): ' {\"a\": }'; write valid JSON",
+        ),
+        (
+            '[\n {"a": NaN}]',
+            "F:2:8: NaN is not JSON: ' {\"a\": NaN}]'; write a finite number, or null",
+        ),
+        (
+            '{"a": 1}',
+            (
+                "F:1:1: not a JSON list: '{\"a\": 1}'; write a list of objects, or name the file"
+                " .jsonl"
+            ),
+        ),
         ('[{"a": 1}, 7]', "F: row 2: a row must be a JSON object, this is a int: '7'; write"),
         (b'[{"a":\n "\xff"}]', "F:2:3: not UTF-8 (byte 0xff)"),
         ("[]", "F:1:1: the file has no rows"),

@@ -41,11 +41,15 @@ def test_the_words_of_a_name_say_what_a_column_is_meant_for(column: str, meant: 
         ("num_answers", int, ""),
     ],
 )
-def test_numbers_and_truths_are_what_all_words_of_a_name_say(column: str, held: type, meant: str | None) -> None:
+def test_numbers_and_truths_are_what_all_words_of_a_name_say(
+    column: str, held: type, meant: str | None
+) -> None:
     assert role(column, held) == meant
 
 
-@pytest.mark.parametrize("names", ["A B C D", "a b", "opa opb opc", "op1 op2", "Sol_0 Sol_1", "A) B)", "x.a x.b"])
+@pytest.mark.parametrize(
+    "names", ["A B C D", "a b", "opa opb opc", "op1 op2", "Sol_0 Sol_1", "A) B)", "x.a x.b"]
+)
 def test_columns_that_are_counted_are_options(names: str) -> None:
     present = dict.fromkeys(names.split(), str)
     assert roles(present, present) == dict.fromkeys(present, AN_OPTION)

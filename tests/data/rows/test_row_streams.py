@@ -1,4 +1,6 @@
-"""Rows read in order: the very rows that are read whole, from any row on, with their places and refusals."""
+"""Rows read in order: the very rows that are read whole, from any row on, with their places and
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def write_file(path: Path, records: list[dict[str, str]]) -> None:
         pq.write_table(pa.Table.from_pylist(records), path, row_group_size=2)
     else:
         text = io.StringIO(newline="")
-        rows = csv.DictWriter(text, ["text", "label"], delimiter="\t" if path.suffix == ".tsv" else ",")
+        rows = csv.DictWriter(
+            text, ["text", "label"], delimiter="\t" if path.suffix == ".tsv" else ","
+        )
         rows.writeheader()
         rows.writerows(records)
         path.write_bytes(text.getvalue().encode())
@@ -72,7 +76,9 @@ def serve(monkeypatch: pytest.MonkeyPatch, commit: str = "abc") -> None:
     )
     values = {"text": TEXTS, "label": list(range(len(TEXTS)))}
 
-    def load_dataset(path: str, name: str | None, *, split: str, revision: str | None, streaming: bool) -> Any:
+    def load_dataset(
+        path: str, name: str | None, *, split: str, revision: str | None, streaming: bool
+    ) -> Any:
         assert (path, name, split, revision) == ("org/name", None, "train", None)
         data = datasets.Dataset.from_dict(values, features=features)
         return data.to_iterable_dataset() if streaming else data
@@ -114,7 +120,9 @@ def test_any_rows_are_those_that_are_read_whole(make: Make, kind: str) -> None:
 def test_reading_on_does_not_begin_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path, opened = make("x.jsonl"), list[str]()
     original = row_streams._Jsonl.raw
-    monkeypatch.setattr(row_streams._Jsonl, "raw", lambda self: opened.append(self.name) or original(self))
+    monkeypatch.setattr(
+        row_streams._Jsonl, "raw", lambda self: opened.append(self.name) or original(self)
+    )
     stream = RowStream(path, "train")
     for start in (0, 2, 5, 7, 9):
         stream.rows(start, 2)
@@ -153,7 +161,9 @@ def test_a_stream_is_sent_to_another_process_in_the_middle(make: Make, kind: str
         ("packed.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n', mtime=0)),
     ],
 )
-def test_marks_line_ends_and_blank_last_lines_are_no_rows(write: Any, name: str, content: str) -> None:
+def test_marks_line_ends_and_blank_last_lines_are_no_rows(
+    write: Any, name: str, content: str
+) -> None:
     path = write(name, content)
     whole = read_rows(path)
     assert whole.records == [{"text": "a"}, {"text": "b"}]
@@ -183,7 +193,9 @@ def test_marks_line_ends_and_blank_last_lines_are_no_rows(write: Any, name: str,
         ("x.parquet", b"PAR1 and nothing more"),
     ],
 )
-def test_what_is_broken_is_refused_in_the_same_words_with_its_place(write: Any, name: str, content: bytes) -> None:
+def test_what_is_broken_is_refused_in_the_same_words_with_its_place(
+    write: Any, name: str, content: bytes
+) -> None:
     path = write(name, content)
     with pytest.raises(DataError) as caught:
         read_rows(path)
@@ -228,8 +240,10 @@ def test_an_empty_file_has_no_rows(write: Any, name: str) -> None:
 @pytest.mark.parametrize("ending", [".json", ".txt", ".gz"])
 def test_other_files_are_refused_with_what_to_do(write: Any, ending: str) -> None:
     path = write(f"x{ending}", "[]")
-    assert refusal(path) == (
-        f"{path}: files of the ending {ending!r} cannot be streamed; convert it to .jsonl, one row a line"
+    assert (
+        refusal(path)
+        == f"{path}: files of the ending {ending!r} cannot be streamed; convert it to .jsonl, one"
+        " row a line"
     )
 
 
@@ -244,7 +258,10 @@ def test_what_is_not_there_or_may_not_be_read_is_refused(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", fail)
-    assert refusal(path) == f"{path}: cannot be read (Permission denied); check the path and its permissions"
+    assert (
+        refusal(path)
+        == f"{path}: cannot be read (Permission denied); check the path and its permissions"
+    )
 
 
 @pytest.mark.parametrize("change", ["head", "tail", "size", "none"])
@@ -263,7 +280,9 @@ def test_the_identity_follows_head_tail_and_size_of_a_file(
     assert (before == after) == (change == "none")
 
 
-def test_the_identity_follows_the_files_of_a_folder_and_their_order(write: Any, tmp_path: Path) -> None:
+def test_the_identity_follows_the_files_of_a_folder_and_their_order(
+    write: Any, tmp_path: Path
+) -> None:
     write("a.jsonl", '{"a": 1}\n')
     write("b.jsonl", '{"a": 2}\n')
     seen = {RowStream(str(tmp_path), "train").identity()}
@@ -295,7 +314,10 @@ def test_a_hub_that_fails_is_told(make: Make, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
     with pytest.raises(
-        DataError, match=r"^org/name: its revision cannot be determined \(ConnectionError\); check the network$"
+        DataError,
+        match=(
+            r"^org/name: its revision cannot be determined \(ConnectionError\); check the network$"
+        ),
     ):
         stream.identity()
 
@@ -303,13 +325,17 @@ def test_a_hub_that_fails_is_told(make: Make, monkeypatch: pytest.MonkeyPatch) -
         yield {"text": "a"}
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows)
+    )
     with pytest.raises(
-        DataError, match=r"^org/name\[train\]: could not be read to its end \(no route\); check the network"
+        DataError,
+        match=r"^org/name\[train\]: could not be read to its end \(no route\); check the network",
     ):
         RowStream("org/name", "train").rows(0, 9)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        DataError, match=r"^org/name\[train\]: neither a file here nor loaded from the hub \(no route\)"
+        DataError,
+        match=r"^org/name\[train\]: neither a file here nor loaded from the hub \(no route\)",
     ):
         RowStream("org/name", "train").rows(0, 9)

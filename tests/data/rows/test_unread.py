@@ -14,36 +14,79 @@ def judged(present: str, held: dict[str, type] | None = None, **asked: str) -> N
     columns, named = present.split(), Columns(**asked)
     kind = find_format(columns, named, "F")
     refuse_partial(
-        dict.fromkeys(columns, str) | (held or {}), named, find_columns(columns, named, kind, "F"), kind, "F"
+        dict.fromkeys(columns, str) | (held or {}),
+        named,
+        find_columns(columns, named, kind, "F"),
+        kind,
+        "F",
     )
 
 
 @pytest.mark.parametrize(
     ("present", "said"),
     [
-        ("task_id text code test_list", ("rows of format text would be learned from 'text' alone, without 'code' (perhaps the answer); "
-         "set data.columns, such as {'prompt': 'text', 'completion': 'code'}; if that is meant, set data.format='text'")),
-        ("document summary id", "set data.columns, such as {'prompt': 'document', 'completion': 'summary'}"),
+        (
+            "task_id text code test_list",
+            (
+                "rows of format text would be learned from 'text' alone, without 'code' (perhaps"
+                " the answer); set data.columns, such as {'prompt': 'text', 'completion': 'code'};"
+                " if that is meant, set data.format='text'"
+            ),
+        ),
+        (
+            "document summary id",
+            "set data.columns, such as {'prompt': 'document', 'completion': 'summary'}",
+        ),
         ("text chosen", "without 'chosen' (perhaps the answer)"),
-        ("prompt completion label", ("from 'prompt', 'completion' alone, without 'label' (perhaps how good the answer is); leave out "
-         "the rows whose answers are not to be learned, and this column; if that is meant, set data.format='prompt_completion'")),
+        (
+            "prompt completion label",
+            (
+                "from 'prompt', 'completion' alone, without 'label' (perhaps how good the answer"
+                " is); leave out the rows whose answers are not to be learned, and this column; if"
+                " that is meant, set data.format='prompt_completion'"
+            ),
+        ),
         ("prompt response rating", "without 'rating' (perhaps how good the answer is)"),
         ("messages label", "without 'label' (perhaps how good the answer is)"),
         ("instruction output label", "without 'label' (perhaps how good the answer is)"),
         ("question reasoning answer", "without 'reasoning' (perhaps a thought before the answer)"),
-        ("question choices answer answerKey", "without 'choices' (perhaps a part of the question), 'answerKey' (perhaps the answer)"),
-        ("context question answer", "such as {'instruction': 'question', 'input': 'context', 'output': 'answer'}"),
-        ("question A B C D answer", ("without 'A' (perhaps an option to choose from), 'B' (perhaps an option to choose from), 'C' (perhaps "
-         "an option to choose from), 'D' (perhaps an option to choose from); write all parts of the question into the text of 'question'; if that")),
-        ("question distractor1 distractor2 answer", "write all parts of the question into the text of 'question'"),
-        ("question opa opb opc opd answer", "write all parts of the question into the text of 'question'"),
+        (
+            "question choices answer answerKey",
+            "without 'choices' (perhaps a part of the question), 'answerKey' (perhaps the answer)",
+        ),
+        (
+            "context question answer",
+            "such as {'instruction': 'question', 'input': 'context', 'output': 'answer'}",
+        ),
+        (
+            "question A B C D answer",
+            (
+                "without 'A' (perhaps an option to choose from), 'B' (perhaps an option to choose"
+                " from), 'C' (perhaps an option to choose from), 'D' (perhaps an option to choose"
+                " from); write all parts of the question into the text of 'question'; if that"
+            ),
+        ),
+        (
+            "question distractor1 distractor2 answer",
+            "write all parts of the question into the text of 'question'",
+        ),
+        (
+            "question opa opb opc opd answer",
+            "write all parts of the question into the text of 'question'",
+        ),
         ("input A B output", "write all parts of the question into the text of 'input'"),
-        ("instruction sol1 sol2 output", "write all parts of the question into the text of 'instruction'"),
-        ("question answer hint", "such as {'instruction': 'question', 'input': 'hint', 'output': 'answer'}"),
+        (
+            "instruction sol1 sol2 output",
+            "write all parts of the question into the text of 'instruction'",
+        ),
+        (
+            "question answer hint",
+            "such as {'instruction': 'question', 'input': 'hint', 'output': 'answer'}",
+        ),
         ("prompt completion weight", "without 'weight' (perhaps a weight of the row)"),
         ("messages images", "without 'images' (perhaps an image or a sound)"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_say_more_than_would_be_learned_are_refused(present: str, said: str) -> None:
     with pytest.raises(DataError) as caught:
         judged(present)
@@ -54,20 +97,41 @@ def test_rows_that_say_more_than_would_be_learned_are_refused(present: str, said
 @pytest.mark.parametrize(
     ("present", "held", "said"),
     [
-        ("question choices answer", {"choices": list, "answer": int}, "write 'choices' and 'answer' as texts, and set data.columns"),
-        ("question passage answer", {"answer": bool}, "write 'answer' as texts, and set data.columns, such as {'instruction': 'question', "),
-        ("text answers", {"answers": list}, "write 'answers' as texts, and set data.columns, such as {'prompt': 'text', "),
-        ("text solution is_result", {"is_result": bool}, "without 'solution' (perhaps the answer); set data.columns"),
+        (
+            "question choices answer",
+            {"choices": list, "answer": int},
+            "write 'choices' and 'answer' as texts, and set data.columns",
+        ),
+        (
+            "question passage answer",
+            {"answer": bool},
+            "write 'answer' as texts, and set data.columns, such as {'instruction': 'question', ",
+        ),
+        (
+            "text answers",
+            {"answers": list},
+            "write 'answers' as texts, and set data.columns, such as {'prompt': 'text', ",
+        ),
+        (
+            "text solution is_result",
+            {"is_result": bool},
+            "without 'solution' (perhaps the answer); set data.columns",
+        ),
     ],
-)  # fmt: skip
-def test_what_is_no_text_is_not_named_as_one(present: str, held: dict[str, type], said: str) -> None:
+)
+def test_what_is_no_text_is_not_named_as_one(
+    present: str, held: dict[str, type], said: str
+) -> None:
     with pytest.raises(DataError) as caught:
         judged(present, held)
     assert said in str(caught.value)
 
 
 def test_numbers_and_truths_with_a_word_of_an_answer_are_none() -> None:
-    judged("text role review_result skip_prompt_formatting", {"review_result": bool, "skip_prompt_formatting": bool})
+    judged(
+        "text role review_result skip_prompt_formatting",
+        {"review_result": bool, "skip_prompt_formatting": bool},
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +149,9 @@ def test_numbers_and_truths_with_a_word_of_an_answer_are_none() -> None:
         ("text token_count language_score score", {}),
     ],
 )
-def test_what_is_meant_and_what_is_not_missed_is_not_refused(present: str, asked: dict[str, str]) -> None:
+def test_what_is_meant_and_what_is_not_missed_is_not_refused(
+    present: str, asked: dict[str, str]
+) -> None:
     judged(present, **asked)
 
 
@@ -93,19 +159,54 @@ def test_what_is_meant_and_what_is_not_missed_is_not_refused(present: str, asked
     ("present", "kind", "line", "missed"),
     [
         ("text label", "classification", "", False),
-        ("id text label", "classification", "read: 'text' (text), 'label' (label); not read: 'id'", False),
-        ("question context label", "classification",
-         "read: 'question' (text), 'label' (label); not read: 'context' (perhaps a second text)", True),
-        ("text category", "text", "read: 'text' (text); not read: 'category' (perhaps a class)", True),
-        ("text label foo", "classification", "read: 'text' (text), 'label' (label); not read: 'foo'", True),
-        ("text title label", "text", ("read: 'text' (text); not read: 'title' (perhaps a second text), "
-         "'label' (perhaps a class or a score)"), True),
-        ("messages answer", "messages", "read: 'messages' (messages); not read: 'answer' (perhaps the answer)", True),
+        (
+            "id text label",
+            "classification",
+            "read: 'text' (text), 'label' (label); not read: 'id'",
+            False,
+        ),
+        (
+            "question context label",
+            "classification",
+            "read: 'question' (text), 'label' (label); not read: 'context' (perhaps a second text)",
+            True,
+        ),
+        (
+            "text category",
+            "text",
+            "read: 'text' (text); not read: 'category' (perhaps a class)",
+            True,
+        ),
+        (
+            "text label foo",
+            "classification",
+            "read: 'text' (text), 'label' (label); not read: 'foo'",
+            True,
+        ),
+        (
+            "text title label",
+            "text",
+            (
+                "read: 'text' (text); not read: 'title' (perhaps a second text), "
+                "'label' (perhaps a class or a score)"
+            ),
+            True,
+        ),
+        (
+            "messages answer",
+            "messages",
+            "read: 'messages' (messages); not read: 'answer' (perhaps the answer)",
+            True,
+        ),
     ],
-)  # fmt: skip
-def test_what_is_not_read_is_told_in_one_line(present: str, kind: str, line: str, missed: bool) -> None:
+)
+def test_what_is_not_read_is_told_in_one_line(
+    present: str, kind: str, line: str, missed: bool
+) -> None:
     columns = present.split()
-    assert unread(dict.fromkeys(columns, str), find_columns(columns, Columns(), kind, "F"), kind) == (line, missed)
+    assert unread(
+        dict.fromkeys(columns, str), find_columns(columns, Columns(), kind, "F"), kind
+    ) == (line, missed)
 
 
 def test_a_column_of_which_a_value_is_read_is_read() -> None:
@@ -114,16 +215,23 @@ def test_a_column_of_which_a_value_is_read_is_read() -> None:
         Columns(prompt="question", completion="answers.text.0"),
     )
     line, missed = unread(
-        dict.fromkeys(present, str), find_columns(present, asked, "prompt_completion", "F"), "prompt_completion"
+        dict.fromkeys(present, str),
+        find_columns(present, asked, "prompt_completion", "F"),
+        "prompt_completion",
     )
     assert (line.partition("; ")[2], missed) == ("not read: 'id'", False)
 
 
 def test_texts_that_look_like_json_are_not_plain() -> None:
-    rows = make_rows({"a": "x", "b": "[1]", "c": ["x"], "d": None}, {"a": None, "b": "x", "c": "x", "d": "y"})
+    rows = make_rows(
+        {"a": "x", "b": "[1]", "c": ["x"], "d": None}, {"a": None, "b": "x", "c": "x", "d": "y"}
+    )
     assert plain_texts(rows, filled(rows)) == ["a", "d"]
 
 
 def test_a_column_without_a_value_is_not_missed() -> None:
-    rows = make_rows({"prompt": "a", "completion": "b", "label": None, "tools": []}, {"prompt": "c", "completion": 5})
+    rows = make_rows(
+        {"prompt": "a", "completion": "b", "label": None, "tools": []},
+        {"prompt": "c", "completion": 5},
+    )
     assert filled(rows) == {"prompt": str, "completion": int}

@@ -25,14 +25,18 @@ def run(classified, bert, tmp_path, monkeypatch):
 
     def encode_it(text="a b c", **options):
         examples = classified((text, "x"), ("d e", "y"), ("f", "x"))
-        made = encode(examples, bert, **{"max_length": 8, "vocab_size": 42, "cache_dir": tmp_path} | options)
+        made = encode(
+            examples, bert, **{"max_length": 8, "vocab_size": 42, "cache_dir": tmp_path} | options
+        )
         return made, len(calls)
 
     return encode_it
 
 
 def same(a, b) -> bool:
-    return all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS) and a.counts == b.counts
+    return (
+        all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS) and a.counts == b.counts
+    )
 
 
 def only_file(folder):

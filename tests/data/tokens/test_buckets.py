@@ -33,7 +33,11 @@ def test_lengths_that_save_nothing_are_not_chosen():
 
 def test_a_length_that_spares_too_little_is_not_chosen():
     lengths = np.array([16] * 10 + [32] * 10 + [128] * 10)
-    assert choose_lengths(lengths, 128, worth=159) == (16, 32, 128)  # 16 spares 160 places beside 32
+    assert choose_lengths(lengths, 128, worth=159) == (
+        16,
+        32,
+        128,
+    )  # 16 spares 160 places beside 32
     assert choose_lengths(lengths, 128, worth=160) == (32, 128)
     assert choose_lengths(lengths, 128, worth=1921) == (128,)
 
@@ -50,7 +54,9 @@ def test_sequences_go_to_the_smallest_length_that_holds_them():
 
 
 def test_bad_lengths_are_refused():
-    with pytest.raises(DataError, match="the longest sequence has 9 tokens; it must be from 1 to max_length=8"):
+    with pytest.raises(
+        DataError, match="the longest sequence has 9 tokens; it must be from 1 to max_length=8"
+    ):
         choose_lengths(np.array([9]), 8)
     with pytest.raises(DataError, match="the longest sequence has 0 tokens"):
         choose_lengths(np.array([], np.int64), 8)

@@ -70,7 +70,9 @@ def test_token_classification_is_stored_with_a_label_a_token(rows_of, bert):
 def test_progress_counts_rows(documents, plain, monkeypatch):
     seen = []
     monkeypatch.setattr(MODULE, "BATCH", 2)
-    encode(documents(*"abcde"), plain, progress=lambda done, total: seen.append((done, total)), **OFF)
+    encode(
+        documents(*"abcde"), plain, progress=lambda done, total: seen.append((done, total)), **OFF
+    )
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
@@ -90,7 +92,10 @@ def test_a_row_that_fails_in_a_later_batch_is_told_and_nothing_hangs(rows_of, pl
     rows = [{"messages": good} for _ in range(20)]
     for at in (5, 9, 13):
         rows[at] = {"messages": [{"role": "user", "content": "fail"}, good[1]]}
-    template = "{% for m in messages %}{% if m.content == 'fail' %}{{ raise_exception('no') }}{% endif %}{{ m.content }} {% endfor %}"
+    template = (
+        "{% for m in messages %}{% if m.content == 'fail' %}{{ raise_exception('no') }}{% endif"
+        " %}{{ m.content }} {% endfor %}"
+    )
     examples = make_examples(rows_of(*rows), kind="messages")
     with pytest.raises(DataError, match=r"\(row 6\): the chat template fails: no"):
         encode(examples, plain, chat_template=write_template(template), **OFF)
@@ -127,9 +132,10 @@ def test_the_fingerprint_does_not_follow_the_tokenizer_s_last_call(classified, b
 def test_a_token_beyond_the_model_s_vocabulary_is_refused(documents, plain):
     with pytest.raises(DataError) as caught:
         encode(documents("a 9"), plain, max_length=8, vocab_size=41, use_cache=False)
-    assert str(caught.value) == (
-        "tokenizer 'TokenizersBackend': its vocabulary has 42 tokens, the model's 41, and the data holds token 41 ('9'); "
-        "use the model's own tokenizer"
+    assert (
+        str(caught.value)
+        == "tokenizer 'TokenizersBackend': its vocabulary has 42 tokens, the model's 41, and the"
+        " data holds token 41 ('9'); use the model's own tokenizer"
     )
 
 
@@ -140,8 +146,10 @@ def test_a_row_without_a_token_is_refused(documents, plain):
     plain.backend_tokenizer.normalizer = normalizers.Replace("?", "")
     with pytest.raises(DataError) as caught:
         encode(documents("a", "?"), plain, **OFF)
-    assert str(caught.value) == (
-        "rows.jsonl:2:1 (row 2): the tokenizer 'TokenizersBackend' makes no token of it: '?'; leave the row out"
+    assert (
+        str(caught.value)
+        == "rows.jsonl:2:1 (row 2): the tokenizer 'TokenizersBackend' makes no token of it: '?';"
+        " leave the row out"
     )
 
 
@@ -163,22 +171,30 @@ def test_options_that_do_not_fit_are_refused_at_once(classified, documents, bert
 
 def test_a_slow_tokenizer_is_refused(documents, plain, monkeypatch):
     monkeypatch.setattr(type(plain), "is_fast", False)
-    with pytest.raises(ConfigError, match=r"not a fast tokenizer; give one that has a tokenizer.json"):
+    with pytest.raises(
+        ConfigError, match=r"not a fast tokenizer; give one that has a tokenizer.json"
+    ):
         encode(documents("a"), plain, **OFF)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["as RoBERTa's", "as Llama 3's"])
 @pytest.mark.parametrize("ready", [False, True])
 def test_words_keep_the_space_that_is_part_of_them(rows_of, split, ready):
-    """The tokens of words are those of the text that they make, as with a tokenizer loaded with add_prefix_space=True."""
+    """The tokens of words are those of the text that they make, as with a tokenizer loaded with
+    add_prefix_space=True.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     tokenizer = copy.deepcopy(tokenizer_of("bytes"))
     level = pre_tokenizers.ByteLevel(add_prefix_space=ready, use_regex=not split)
     pattern = pre_tokenizers.Split(Regex(r"'\w+| ?\w+|[^\w\s]+|\s+"), "isolated")
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pattern, level]) if split else level
+    tokenizer.backend_tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pattern, level]) if split else level
+    )
     words = ["the", "capital", "of", "France's"]
-    examples = make_examples(rows_of({"tokens": words, "tags": list("ABAC")}), kind="token_classification")
+    examples = make_examples(
+        rows_of({"tokens": words, "tags": list("ABAC")}), kind="token_classification"
+    )
     made = encode(examples, tokenizer, **OFF | {"max_length": 32, "vocab_size": 600})
     if not (split and ready):  # there, each piece of a word gets a space
         assert made.tokens.tolist() == tokenizer(" " + " ".join(words))["input_ids"]
@@ -197,7 +213,9 @@ def test_no_row_that_is_left_is_refused_whatever_may_be_dropped(rows_of, plain):
     rows = rows_of(*({"prompt": "a b c d e f g h i", "completion": " j"} for _ in range(3)))
     with pytest.raises(DataError) as caught:
         encode(make_examples(rows, kind="prompt_completion"), plain, most_dropped=1.0, **OFF)
-    assert "3 of 3 rows (100.0%) have no learned token among their first 8, as " in str(caught.value)
+    assert "3 of 3 rows (100.0%) have no learned token among their first 8, as " in str(
+        caught.value
+    )
     assert str(caught.value).endswith("none is left: raise data.max_length, or shorten the prompts")
 
 
@@ -208,15 +226,28 @@ def chats_of(rows_of, *chats):
 def test_a_chat_of_several_rows_keeps_its_place_and_is_counted_once(rows_of, tmp_path, caplog):
     tokenizer = copy.deepcopy(tokenizer_of("bytes"))
     tokenizer.chat_template = TEMPLATES["thoughts"]
-    chats = [CHATS["three turns"], CHATS["one turn"], [*CHATS["one turn"], {**USER}, {**PARIS, "tool_calls": None}]]
+    chats = [
+        CHATS["three turns"],
+        CHATS["one turn"],
+        [*CHATS["one turn"], {**USER}, {**PARIS, "tool_calls": None}],
+    ]
     options = {"max_length": 512, "vocab_size": 600, "cache_dir": tmp_path}
     made = encode(chats_of(rows_of, *chats), tokenizer, **options)
     assert made.source.tolist() == [0, 0, 0, 1, 2, 2]
-    counts = {name: made.counts[name] for name in ("rows", "sequences", "dropped", "truncated", "unlearned")}
+    counts = {
+        name: made.counts[name]
+        for name in ("rows", "sequences", "dropped", "truncated", "unlearned")
+    }
     assert counts == {"rows": 3, "sequences": 6, "dropped": 0, "truncated": 0, "unlearned": 0}
     again = encode(chats_of(rows_of, *chats), tokenizer, **options)
-    assert (again.cache, again.counts, again.tokens.tolist()) == ("hit", made.counts, made.tokens.tolist())
-    short = encode(chats_of(rows_of, *chats), tokenizer, **options | {"max_length": int(made.lengths[0])})
+    assert (again.cache, again.counts, again.tokens.tolist()) == (
+        "hit",
+        made.counts,
+        made.tokens.tolist(),
+    )
+    short = encode(
+        chats_of(rows_of, *chats), tokenizer, **options | {"max_length": int(made.lengths[0])}
+    )
     assert short.counts["dropped"] == 0  # the first answer of each chat is there
     assert short.counts["truncated"] == 3  # chats, though five rows are cut
     assert not caplog.messages
@@ -226,15 +257,30 @@ def test_what_is_not_learned_of_answers_is_counted_and_told(rows_of, caplog):
     tokenizer = copy.deepcopy(tokenizer_of("bytes"))
     tokenizer.chat_template = FAMILIES["opened"]
     turns = [user("Add 2."), said("2"), user("Add 3."), thought(5)]
-    made = encode(chats_of(rows_of, turns, turns), tokenizer, max_length=512, vocab_size=600, use_cache=False)
+    made = encode(
+        chats_of(rows_of, turns, turns), tokenizer, max_length=512, vocab_size=600, use_cache=False
+    )
     assert (made.counts["unlearned"], made.counts["sequences"]) == (2, 2)
     assert caplog.messages == [
-        r"rows.jsonl: an answer is not learned: generation begins turn 2 with '<think>\n', and its content does not, in 2 rows"
+        (
+            r"rows.jsonl: an answer is not learned: generation begins turn 2 with '<think>\n', and its"
+            r" content does not, in 2 rows"
+        )
     ]
     with pytest.raises(
-        DataError, match=r"rows.jsonl:2:1 \(row 2\): generation begins turn 2 .*; write the thought into the content"
+        DataError,
+        match=(
+            r"rows.jsonl:2:1 \(row 2\): generation begins turn 2 .*; write the thought into the"
+            r" content"
+        ),
     ):
-        encode(chats_of(rows_of, turns, turns[:2]), tokenizer, max_length=512, vocab_size=600, use_cache=False)
+        encode(
+            chats_of(rows_of, turns, turns[:2]),
+            tokenizer,
+            max_length=512,
+            vocab_size=600,
+            use_cache=False,
+        )
 
 
 def test_chats_with_tools_are_written_by_the_template_that_has_them(rows_of):
@@ -245,7 +291,14 @@ def test_chats_with_tools_are_written_by_the_template_that_has_them(rows_of):
     }
     chats = [{"messages": [USER, PARIS]}, {"messages": [USER, PARIS], "tools": [TOOL]}]
     made = encode(
-        make_examples(rows_of(*chats), kind="messages"), tokenizer, max_length=512, vocab_size=600, use_cache=False
+        make_examples(rows_of(*chats), kind="messages"),
+        tokenizer,
+        max_length=512,
+        vocab_size=600,
+        use_cache=False,
     )
-    plain, tools = (tokenizer.decode(made.tokens[a:b]) for a, b in zip(made.offsets, made.offsets[1:], strict=False))
+    plain, tools = (
+        tokenizer.decode(made.tokens[a:b])
+        for a, b in zip(made.offsets, made.offsets[1:], strict=False)
+    )
     assert tools == "weather " + plain

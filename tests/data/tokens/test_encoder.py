@@ -25,7 +25,9 @@ def config(**options):
     return parsed
 
 
-@pytest.mark.parametrize("budget", [{"train__epochs": 40.0}, {"train__steps": 590, "train__batch_size": 8}])
+@pytest.mark.parametrize(
+    "budget", [{"train__epochs": 40.0}, {"train__steps": 590, "train__batch_size": 8}]
+)
 def test_each_length_spares_more_places_than_its_program_costs(encoded_of, budget):
     train = encoded_of(LENGTHS)
     chosen, passes = padded_lengths(config(**budget), train), 40.0
@@ -42,7 +44,10 @@ def test_each_length_spares_more_places_than_its_program_costs(encoded_of, budge
 
 def test_a_long_run_has_more_lengths_than_a_short_one(encoded_of):
     train = encoded_of(LENGTHS)
-    counts = [len(padded_lengths(config(train__epochs=epochs), train)) for epochs in (1.0, 20.0, 60.0, 1000.0)]
+    counts = [
+        len(padded_lengths(config(train__epochs=epochs), train))
+        for epochs in (1.0, 20.0, 60.0, 1000.0)
+    ]
     assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 4
 
 

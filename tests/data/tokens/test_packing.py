@@ -65,16 +65,26 @@ def documents(lengths: list[int], **changes: Any) -> Encoded:
     labels = np.where(tokens % 3 == 0, IGNORED, tokens).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     values: dict[str, Any] = {
-        "kind": "messages", "problem": None, "tokens": tokens, "offsets": offsets, "labels": labels, "type_ids": None,
-        "source": np.arange(len(lengths), dtype=np.int32), "label_names": (), "counts": {"rows": len(lengths)},
-        "max_length": 10, "fingerprint": "f",
-    }  # fmt: skip
+        "kind": "messages",
+        "problem": None,
+        "tokens": tokens,
+        "offsets": offsets,
+        "labels": labels,
+        "type_ids": None,
+        "source": np.arange(len(lengths), dtype=np.int32),
+        "label_names": (),
+        "counts": {"rows": len(lengths)},
+        "max_length": 10,
+        "fingerprint": "f",
+    }
     return Encoded(**values | changes)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=40))
-def test_every_document_is_in_one_row_whole_and_its_first_token_is_not_predicted(lengths: list[int]) -> None:
+def test_every_document_is_in_one_row_whole_and_its_first_token_is_not_predicted(
+    lengths: list[int],
+) -> None:
     plain = documents(lengths)
     packed = pack(plain, 10)
     assert packed.segments is not None
@@ -99,7 +109,9 @@ def test_every_document_is_in_one_row_whole_and_its_first_token_is_not_predicted
 def test_a_batch_has_segments_and_padding_is_none_of_them() -> None:
     packed = pack(documents([6, 4, 7, 2]), 10)
     batch = Batches(packed, 2, (10,), shuffle=False).batch(0)
-    np.testing.assert_array_equal(batch["segment_ids"], [[1] * 7 + [2] * 2 + [0], [1] * 6 + [2] * 4])
+    np.testing.assert_array_equal(
+        batch["segment_ids"], [[1] * 7 + [2] * 2 + [0], [1] * 6 + [2] * 4]
+    )
     np.testing.assert_array_equal(batch["attention_mask"], batch["segment_ids"] > 0)
 
 
@@ -110,13 +122,23 @@ def test_another_capacity_is_another_fingerprint() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "least"),
-    [("gsm8k/train.jsonl", "prompt_completion", 0.97), ("tinystories-2mb/train.jsonl", "text", 0.98), ("dolly-150/test.jsonl", "instruction", 0.97)],
-)  # fmt: skip
+    [
+        ("gsm8k/train.jsonl", "prompt_completion", 0.97),
+        ("tinystories-2mb/train.jsonl", "text", 0.98),
+        ("dolly-150/test.jsonl", "instruction", 0.97),
+    ],
+)
 def test_real_rows_fill_most_of_1024(asset: Any, name: str, kind: Any, least: float) -> None:
     examples = make_examples(read_rows(asset(name)), kind=kind)
     tokenizer = AutoTokenizer.from_pretrained(asset("stories260K/hf"))
     encoded = encode(
-        examples, tokenizer, max_length=1024, vocab_size=512, add_eos=True, most_dropped=1.0, use_cache=False
+        examples,
+        tokenizer,
+        max_length=1024,
+        vocab_size=512,
+        add_eos=True,
+        most_dropped=1.0,
+        use_cache=False,
     )
     assert fill(pack(encoded, 1024), 1024) > least
 

@@ -17,7 +17,9 @@ def ids(tokenizer, text):
 
 
 def run(examples, tokenizer, max_length=8, add_bos=False, add_eos=False):
-    return tokenize(examples, tokenizer, 0, len(examples), TokenizeOptions(max_length, add_bos, add_eos))
+    return tokenize(
+        examples, tokenizer, 0, len(examples), TokenizeOptions(max_length, add_bos, add_eos)
+    )
 
 
 def test_sentences_are_cut_and_the_cut_ones_counted(classified, bert):
@@ -27,7 +29,10 @@ def test_sentences_are_cut_and_the_cut_ones_counted(classified, bert):
 
 
 def test_pairs_have_token_types_and_the_longer_is_cut(rows_of, bert):
-    rows = rows_of({"text": "a b c d e", "text_pair": "f", "label": 0}, {"text": "a", "text_pair": "b", "label": 1})
+    rows = rows_of(
+        {"text": "a b c d e", "text_pair": "f", "label": 0},
+        {"text": "a", "text_pair": "b", "label": 1},
+    )
     batch = run(make_examples(rows, kind="classification"), bert, max_length=7)
     assert batch.ids[0] == [CLS, *ids(bert, "a b c"), SEP, *ids(bert, "f"), SEP]
     assert batch.types == [[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
@@ -36,7 +41,9 @@ def test_pairs_have_token_types_and_the_longer_is_cut(rows_of, bert):
 
 def test_a_tag_is_on_the_first_subtoken_only(rows_of, minilm):
     words = ["unforgettably", "cat"]
-    examples = make_examples(rows_of({"tokens": words, "tags": ["B", "A"]}), kind="token_classification")
+    examples = make_examples(
+        rows_of({"tokens": words, "tags": ["B", "A"]}), kind="token_classification"
+    )
     batch = run(examples, minilm, max_length=16)
     pieces = len(ids(minilm, "unforgettably"))
     assert pieces > 1
@@ -45,7 +52,9 @@ def test_a_tag_is_on_the_first_subtoken_only(rows_of, minilm):
 
 
 def test_tags_of_words_that_are_cut_off_are_gone(rows_of, bert):
-    examples = make_examples(rows_of({"tokens": list("abcd"), "tags": list("wxyz")}), kind="token_classification")
+    examples = make_examples(
+        rows_of({"tokens": list("abcd"), "tags": list("wxyz")}), kind="token_classification"
+    )
     batch = run(examples, bert, max_length=4)
     assert (batch.labels, batch.truncated) == ([[-100, 0, 1, -100]], 1)
 

@@ -1,10 +1,11 @@
-"""Runs the real `adapters` library, which needs an older transformers, in a process of its own: jobs in, logits out.
+"""Runs the real `adapters` library, which needs an older transformers, in a process of its own:
+jobs in, logits out.
 
     python adapters_library.py JOBS.json OUT.npz
 
-It is started with the folder that the library is installed to in front of everything else, and imports nothing of jaxpeft.
-A job says which model class of transformers (or of the library) loads which folder, and which adapter it loads, or which it
-makes, with every leaf random, and saves.
+It is started with the folder that the library is installed to in front of everything else, and
+imports nothing of jaxpeft. A job says which model class of transformers (or of the library) loads
+which folder, and which adapter it loads, or which it makes, with every leaf random, and saves.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def run(job: dict[str, Any]) -> np.ndarray[Any, Any]:
 
     torch.manual_seed(1)
     library = job["model_class"].endswith("AdapterModel")
-    model = getattr(adapters if library else transformers, job["model_class"]).from_pretrained(job["base"])
+    model = getattr(adapters if library else transformers, job["model_class"]).from_pretrained(
+        job["base"]
+    )
     if not library:
         adapters.init(model)
     if job.get("load"):
@@ -32,7 +35,9 @@ def run(job: dict[str, Any]) -> np.ndarray[Any, Any]:
         model.load_adapter(job["load"], use_safetensors=True, set_active=True, loading_info=info)
         # what the library does not find, or does not know, it only mentions
         assert not info.get("unexpected_keys"), info
-        assert not [key for key in info.get("missing_keys", []) if job["head"] or "heads." not in key], info
+        assert not [
+            key for key in info.get("missing_keys", []) if job["head"] or "heads." not in key
+        ], info
         return logits(model, job)
     config = getattr(adapters, job["config_class"])(**job["options"])
     if library:
@@ -42,7 +47,9 @@ def run(job: dict[str, Any]) -> np.ndarray[Any, Any]:
         for key, leaf in model.named_parameters():
             if "made" in key or key.startswith(("classifier", "pre_classifier", "score")):
                 leaf.add_(job["size"] * torch.randn_like(leaf))
-    model.save_adapter(job["save"], "made", use_safetensors=job.get("safetensors", True), with_head=job["head"])
+    model.save_adapter(
+        job["save"], "made", use_safetensors=job.get("safetensors", True), with_head=job["head"]
+    )
     return logits(model, job)
 
 

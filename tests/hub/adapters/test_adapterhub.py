@@ -1,4 +1,6 @@
-"""Bottleneck adapters go both ways between jaxpeft and the real `adapters` library, with the same logits."""
+"""Bottleneck adapters go both ways between jaxpeft and the real `adapters` library, with the same
+logits.
+"""
 
 from __future__ import annotations
 
@@ -78,23 +80,43 @@ CASES = {
     "compacter-llama": Case(COMPACTER, *COMPACTER_, "llama", "causal_lm"),
     "compacter++": Case(
         dataclasses.replace(COMPACTER, placement="pfeiffer", rank=2),
-        "CompacterPlusPlusConfig", {"reduction_factor": 4, "phm_init_range": 0.1, "phm_rank": 2},
+        "CompacterPlusPlusConfig",
+        {"reduction_factor": 4, "phm_init_range": 0.1, "phm_rank": 2},
     ),
     "learned": Case(
-        dataclasses.replace(PARALLEL, scaling="learned", sublayers="attention", layers_to_transform=(1,)),
+        dataclasses.replace(
+            PARALLEL, scaling="learned", sublayers="attention", layers_to_transform=(1,)
+        ),
         "ParBnConfig",
-        {"reduction_factor": 2, "scaling": "learned", "mh_adapter": True, "output_adapter": False, "leave_out": [0]},
+        {
+            "reduction_factor": 2,
+            "scaling": "learned",
+            "mh_adapter": True,
+            "output_adapter": False,
+            "leave_out": [0],
+        },
     ),
     "channel": Case(
-        dataclasses.replace(HOUSLBY, scaling="channel", sublayers="feed_forward", non_linearity="leaky_relu"),
+        dataclasses.replace(
+            HOUSLBY, scaling="channel", sublayers="feed_forward", non_linearity="leaky_relu"
+        ),
         "DoubleSeqBnConfig",
-        {"reduction_factor": 4, "scaling": "channel", "mh_adapter": False, "non_linearity": "leakyrelu"},
+        {
+            "reduction_factor": 4,
+            "scaling": "channel",
+            "mh_adapter": False,
+            "non_linearity": "leakyrelu",
+        },
     ),
     "head of the library": Case(
-        PFEIFFER, *PFEIFFER_, head={"num_labels": LABELS, "layers": 1, "activation_function": None, "use_pooler": True}
+        PFEIFFER,
+        *PFEIFFER_,
+        head={"num_labels": LABELS, "layers": 1, "activation_function": None, "use_pooler": True},
     ),
-    "head of the library-roberta": Case(PFEIFFER, *PFEIFFER_, "roberta", head={"num_labels": LABELS}),
-}  # fmt: skip
+    "head of the library-roberta": Case(
+        PFEIFFER, *PFEIFFER_, "roberta", head={"num_labels": LABELS}
+    ),
+}
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -103,10 +125,12 @@ def installed() -> bool:
 
 
 HOW = (
-    "pip install --no-deps --target .venv/adapters adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 "
-    "tokenizers==0.22.2 requests urllib3 certifi charset-normalizer"
+    "pip install --no-deps --target .venv/adapters adapters==1.3.0 transformers==4.57.6"
+    " huggingface_hub==0.36.2 tokenizers==0.22.2 requests urllib3 certifi charset-normalizer"
 )
-needs_library = pytest.mark.skipif(not installed(), reason=f"the adapters library is not installed apart: {HOW}")
+needs_library = pytest.mark.skipif(
+    not installed(), reason=f"the adapters library is not installed apart: {HOW}"
+)
 
 
 def real(case: Case, out: Any) -> Any:
@@ -119,7 +143,9 @@ def logits(case: Case, model: Any, params: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """What the library said of every case: the logits of adapters that it loaded, and of those that it made."""
+    """What the library said of every case: the logits of adapters that it loaded, and of those that
+    it made.
+    """
 
     folder: Path
     ours: dict[str, Any]
@@ -128,7 +154,9 @@ class Exchange:
 
 @pytest.fixture(scope="module")
 def exchange(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Exchange:
-    """Save every adapter here, then let the library load them, and make its own, all in one process."""
+    """Save every adapter here, then let the library load them, and make its own, all in one
+    process.
+    """
     folder = tmp_path_factory.mktemp("adapters")
     batch = {"input_ids": BATCH.ids.tolist(), "attention_mask": BATCH.mask.tolist()}
     jobs: dict[str, Any] = {}
@@ -136,24 +164,37 @@ def exchange(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Exchan
     for name, case in CASES.items():
         torch_model = reference(case.kind, case.task)
         model, base = torch_model.load()
-        params = moved(case.method, jaxpeft.rewrite(case.method, base, jax.random.key(0)), size=case.size)
+        params = moved(
+            case.method, jaxpeft.rewrite(case.method, base, jax.random.key(0)), size=case.size
+        )
         jaxpeft.save_adapter(folder / f"{name} ours", case.method, params, model)
         ours[name] = logits(case, model, params), logits(case, model, base)
         made = CLASSES[case.kind, case.task]
         job = {
-            "base": str(torch_model.folder), "batch": batch, "size": case.size, "head": "classification" in case.task,
+            "base": str(torch_model.folder),
+            "batch": batch,
+            "size": case.size,
+            "head": "classification" in case.task,
             "model_class": f"{made.partition('For')[0]}AdapterModel" if case.head else made,
-        }  # fmt: skip
+        }
         jobs[f"{name} load"] = job | {"load": str(folder / f"{name} ours")}
-        jobs[f"{name} save"] = job | {"save": str(folder / f"{name} theirs"), "config_class": case.config,
-                                      "options": case.options, "head_options": case.head}  # fmt: skip
+        jobs[f"{name} save"] = job | {
+            "save": str(folder / f"{name} theirs"),
+            "config_class": case.config,
+            "options": case.options,
+            "head_options": case.head,
+        }
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("adapters_library.py")
     environment = {**os.environ, "PYTHONPATH": str(LIBRARY), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, str(script), str(folder / "jobs.json"), str(folder / "out.npz")],
-        env=environment, capture_output=True, text=True, cwd=folder, timeout=300,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return Exchange(folder, ours, np.load(folder / "out.npz"))
 
@@ -185,12 +226,19 @@ def test_jaxpeft_gives_the_logits_of_what_the_library_saved(
     wanted = real(case, exchange.theirs[f"{name} save"])
     model, base = reference(case.kind, case.task).load(scan_layers=True)
     method, params = jaxpeft.load_adapter(exchange.folder / f"{name} theirs", model, base)
-    for field in ("name", "placement", "sublayers", "reduction_factor", "scaling", "layers_to_transform"):
+    for field in (
+        "name",
+        "placement",
+        "sublayers",
+        "reduction_factor",
+        "scaling",
+        "layers_to_transform",
+    ):
         assert getattr(method, field) == getattr(case.method, field)
     check(record_property, wanted, logits(case, model, params), exchange.ours[name][1])
 
 
-# --------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,20 +275,40 @@ def saved(path: Path, method: Any = PFEIFFER, kind: str = "bert", **options: Any
 def test_the_files_and_their_content(tmp_path: Path) -> None:
     saved(tmp_path, dataclasses.replace(PARALLEL, layers_to_transform=(1,)))
     assert {p.name for p in tmp_path.iterdir()} == {
-        "adapter_config.json", "adapter.safetensors", "head_config.json", "model_head.safetensors", "jaxpeft.json", "README.md",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter.safetensors",
+        "head_config.json",
+        "model_head.safetensors",
+        "jaxpeft.json",
+        "README.md",
+    }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["name"], config["version"], config["model_type"]) == ("default", "adapters.1.3.0", "bert")
+    assert (config["name"], config["version"], config["model_type"]) == (
+        "default",
+        "adapters.1.3.0",
+        "bert",
+    )
     assert config["config"] == {
-        "non_linearity": "relu", "reduction_factor": 2.0, "scaling": 4.0, "dropout": 0.0, "init_weights": "mam_adapter",
-        "is_parallel": True, "original_ln_before": False, "original_ln_after": True, "residual_before_ln": True,
-        "mh_adapter": False, "output_adapter": True, "leave_out": [0],
-    }  # fmt: skip
+        "non_linearity": "relu",
+        "reduction_factor": 2.0,
+        "scaling": 4.0,
+        "dropout": 0.0,
+        "init_weights": "mam_adapter",
+        "is_parallel": True,
+        "original_ln_before": False,
+        "original_ln_after": True,
+        "residual_before_ln": True,
+        "mh_adapter": False,
+        "output_adapter": True,
+        "leave_out": [0],
+    }
     stem = "bert.encoder.layer.1.output.adapters.default"
     assert {name: t.shape for name, t in load_file(tmp_path / "adapter.safetensors").items()} == {
-        f"{stem}.adapter_down.0.weight": (16, 32), f"{stem}.adapter_down.0.bias": (16,),
-        f"{stem}.adapter_up.weight": (32, 16), f"{stem}.adapter_up.bias": (32,),
-    }  # fmt: skip
+        f"{stem}.adapter_down.0.weight": (16, 32),
+        f"{stem}.adapter_down.0.bias": (16,),
+        f"{stem}.adapter_up.weight": (32, 16),
+        f"{stem}.adapter_up.bias": (32,),
+    }
     card = (tmp_path / "README.md").read_text()
     assert "library_name: adapters" in card
     assert "use_safetensors=True" in card
@@ -260,20 +328,37 @@ def test_the_files_and_their_content(tmp_path: Path) -> None:
             {"original_ln_after": False},
             "original_ln_after False, residual_before_ln True: together none of the placements",
         ),
-        ({"residual_before_ln": "post_add"}, "residual_before_ln 'post_add': together none of the placements"),
-        ({"mh_adapter": False, "output_adapter": False}, "mh_adapter, output_adapter: neither is true"),
+        (
+            {"residual_before_ln": "post_add"},
+            "residual_before_ln 'post_add': together none of the placements",
+        ),
+        (
+            {"mh_adapter": False, "output_adapter": False},
+            "mh_adapter, output_adapter: neither is true",
+        ),
         (
             {"reduction_factor": {"1": 8, "default": 4}},
             "adapter.reduction_factor: must be a number, is {'1': 8, 'default': 4}",
         ),
-        ({"reduction_factor": None}, "reduction_factor: is not set; take it from where the adapter was trained"),
+        (
+            {"reduction_factor": None},
+            "reduction_factor: is not set; take it from where the adapter was trained",
+        ),
         ({"non_linearity": "prelu"}, "adapter.non_linearity: must be one of"),
-        ({"architecture": "lora"}, "architecture: 'lora' is not supported; of this library bottleneck adapters are"),
-        ({"mh_adapter": True}, "missing: bert.encoder.layer.0.attention.output.dense.adapter_down.0.weight"),
+        (
+            {"architecture": "lora"},
+            "architecture: 'lora' is not supported; of this library bottleneck adapters are",
+        ),
+        (
+            {"mh_adapter": True},
+            "missing: bert.encoder.layer.0.attention.output.dense.adapter_down.0.weight",
+        ),
         ({"reduction_factor": 2}, "adapter_up.weight is [32, 8], must be [32, 16]"),
     ],
 )
-def test_options_that_are_not_supported_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_options_that_are_not_supported_are_refused(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     folder = saved(tmp_path)
     folder.section(**change)
     assert said in folder.problem()
@@ -282,10 +367,14 @@ def test_options_that_are_not_supported_are_refused(tmp_path: Path, change: dict
 @pytest.mark.parametrize(
     "change",
     [
-        {"shared_phm_rule": False}, {"factorized_phm_rule": True}, {"factorized_phm_W": False}, {"shared_W_phm": True},
-        {"phm_bias": False}, {"learn_phm": False},
+        {"shared_phm_rule": False},
+        {"factorized_phm_rule": True},
+        {"factorized_phm_W": False},
+        {"shared_W_phm": True},
+        {"phm_bias": False},
+        {"learn_phm": False},
     ],
-)  # fmt: skip
+)
 def test_other_kinds_of_compacter_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = saved(tmp_path, COMPACTER)
     folder.section(**change)
@@ -295,7 +384,13 @@ def test_other_kinds_of_compacter_are_refused(tmp_path: Path, change: dict[str, 
 
 def test_what_says_nothing_of_the_computation_is_read_over(tmp_path: Path) -> None:
     folder = saved(tmp_path)
-    folder.section(init_weights="bert", init_weights_seed=3, phm_dim=8, adapter_residual_before_ln=True, ln_after=False)
+    folder.section(
+        init_weights="bert",
+        init_weights_seed=3,
+        phm_dim=8,
+        adapter_residual_before_ln=True,
+        ln_after=False,
+    )
     method, params = folder.load()
     assert method.init_weights == "bert"
     np.testing.assert_array_equal(run(folder.model, params), run(folder.model, folder.params))
@@ -306,7 +401,9 @@ def test_gelu_of_a_file_without_a_version_is_gelu_new_as_in_the_library(
     tmp_path: Path, version: bool, found: str
 ) -> None:
     folder = saved(tmp_path, dataclasses.replace(PFEIFFER, non_linearity="gelu"))
-    edit_json(tmp_path / "adapter_config.json", lambda config: None if version else config.pop("version"))
+    edit_json(
+        tmp_path / "adapter_config.json", lambda config: None if version else config.pop("version")
+    )
     assert folder.load()[0].non_linearity == found
 
 
@@ -322,17 +419,26 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (tmp_path / "adapter.safetensors").rename(tmp_path / "pytorch_adapter.bin")
     said = folder.problem()
-    assert "no adapter.safetensors: the folder holds pytorch_adapter.bin, a pickle, which is never read" in said
-    assert "save it again in the adapters library, model.save_adapter(folder, name, use_safetensors=True)" in said
+    assert (
+        "no adapter.safetensors: the folder holds pytorch_adapter.bin, a pickle, which is never"
+        " read" in said
+    )
+    assert (
+        "save it again in the adapters library, model.save_adapter(folder, name,"
+        " use_safetensors=True)" in said
+    )
 
 
 def test_an_adapter_of_another_library_is_not_overwritten(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     other = jaxpeft.LoRA(rank=2)
     with pytest.raises(
-        AdapterError, match=r"holds adapter.safetensors, an adapter of the adapters library \(AdapterHub\)"
+        AdapterError,
+        match=r"holds adapter.safetensors, an adapter of the adapters library \(AdapterHub\)",
     ):
-        jaxpeft.save_adapter(tmp_path, other, jaxpeft.rewrite(other, folder.base, jax.random.key(0)), folder.model)
+        jaxpeft.save_adapter(
+            tmp_path, other, jaxpeft.rewrite(other, folder.base, jax.random.key(0)), folder.model
+        )
 
 
 def test_a_tensor_more_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -343,14 +449,18 @@ def test_a_tensor_more_is_refused_by_its_name(tmp_path: Path) -> None:
     assert "extra: bert.invertible_adapters.default.F.0.weight" in folder.problem()
 
 
-def test_an_adapter_without_a_head_leaves_the_model_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_adapter_without_a_head_leaves_the_model_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = saved(tmp_path)
     for file in ("model_head.safetensors", "head_config.json"):
         (tmp_path / file).unlink()
     with caplog.at_level(logging.WARNING):
         _, params = folder.load()
     assert "holds no model_head.safetensors; the model's own head stays as it is" in caplog.text
-    np.testing.assert_array_equal(params["classifier"]["kernel"], folder.base["classifier"]["kernel"])
+    np.testing.assert_array_equal(
+        params["classifier"]["kernel"], folder.base["classifier"]["kernel"]
+    )
 
 
 def test_an_adapter_with_a_head_goes_onto_an_encoder_without_it(tmp_path: Path) -> None:
@@ -360,11 +470,16 @@ def test_an_adapter_with_a_head_goes_onto_an_encoder_without_it(tmp_path: Path) 
     method, params = jaxpeft.load_adapter(tmp_path, model, base)
     for name in ("compacter_up_left", "compacter_down_bias"):
         layer = ("encoder", "layer", "1", "output", "dense", name)
-        np.testing.assert_array_equal(jaxpeft_get(params, layer), jaxpeft_get(folder.params["bert"], layer))
+        np.testing.assert_array_equal(
+            jaxpeft_get(params, layer), jaxpeft_get(folder.params["bert"], layer)
+        )
     jaxpeft.save_adapter(tmp_path / "again", method, params, model)
-    assert "shared_parameters.default.phm_rule" in load_file(tmp_path / "again" / "adapter.safetensors")
+    assert "shared_parameters.default.phm_rule" in load_file(
+        tmp_path / "again" / "adapter.safetensors"
+    )
     np.testing.assert_array_equal(
-        jaxpeft.load_adapter(tmp_path / "again", model, base)[1]["compacter_rule"], folder.params["compacter_rule"]
+        jaxpeft.load_adapter(tmp_path / "again", model, base)[1]["compacter_rule"],
+        folder.params["compacter_rule"],
     )
 
 
@@ -380,19 +495,27 @@ FLEX = {"head_type": "classification", "layers": 1, "activation_function": None,
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_class": "BertForTokenClassification"}, "'BertForTokenClassification' is another kind of head"),
+        (
+            {"model_class": "BertForTokenClassification"},
+            "'BertForTokenClassification' is another kind of head",
+        ),
         (
             {"config": FLEX | {"head_type": "tagging"}},
             "head_type: 'tagging' is another kind of head than sequence_classification",
         ),
-        ({"config": FLEX | {"layers": 2}}, "layers: the head has 2, the model's has 1 (classifier)"),
+        (
+            {"config": FLEX | {"layers": 2}},
+            "layers: the head has 2, the model's has 1 (classifier)",
+        ),
         (
             {"config": FLEX | {"use_pooler": False}},
             "the head reads 'cls', the model 'pooler'; load the model with pooling='cls'",
         ),
     ],
 )
-def test_a_head_that_the_model_has_not_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_head_that_the_model_has_not_is_refused(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     folder = saved(tmp_path)
     folder.edit("head_config.json", **change)
     assert said in folder.problem()
@@ -402,24 +525,43 @@ def test_a_head_that_reads_elsewhere_is_refused_where_it_is_not_our_own(tmp_path
     folder = saved(tmp_path, pooling="mean")
     folder.load()
     (tmp_path / "jaxpeft.json").unlink()
-    assert "the head reads 'pooler', the model 'mean'; load the model with pooling='pooler'" in folder.problem()
+    assert (
+        "the head reads 'pooler', the model 'mean'; load the model with pooling='pooler'"
+        in folder.problem()
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_language_model_head_must_be_that_of_the_base(tmp_path: Path, trained: bool) -> None:
     folder = saved(tmp_path, kind="llama")
-    head = np.ascontiguousarray(np.asarray(folder.base["lm_head"]["kernel"]).T) + np.float32(trained)
+    head = np.ascontiguousarray(np.asarray(folder.base["lm_head"]["kernel"]).T) + np.float32(
+        trained
+    )
     save_file({"lm_head.weight": head}, tmp_path / "model_head.safetensors")
     if trained:
-        assert "lm_head.weight is not that of the base: it was trained with the adapter" in folder.problem()
+        assert (
+            "lm_head.weight is not that of the base: it was trained with the adapter"
+            in folder.problem()
+        )
     else:
         folder.load()
 
 
 def test_sites_that_the_library_does_not_adapt_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="query: the adapters library has adapters where a sub-layer ends only"):
+    with pytest.raises(
+        AdapterError, match="query: the adapters library has adapters where a sub-layer ends only"
+    ):
         saved(tmp_path, jaxpeft.Adapter(placement="houlsby", targets=("query",)))
-    with pytest.raises(AdapterError, match=r"attention has adapters in the layers \[0\], feed-forward in \[0, 1\]"):
-        saved(tmp_path, jaxpeft.Adapter(targets=r".*(layer\.\d\.output\.dense|layer\.0\.attention\.output\.dense)"))
-    with pytest.raises(ConfigError, match="modules_to_save: files of the adapters library have no place"):
+    with pytest.raises(
+        AdapterError, match=r"attention has adapters in the layers \[0\], feed-forward in \[0, 1\]"
+    ):
+        saved(
+            tmp_path,
+            jaxpeft.Adapter(
+                targets=r".*(layer\.\d\.output\.dense|layer\.0\.attention\.output\.dense)"
+            ),
+        )
+    with pytest.raises(
+        ConfigError, match="modules_to_save: files of the adapters library have no place"
+    ):
         jaxpeft.Adapter(modules_to_save=("pooler",))

@@ -1,4 +1,6 @@
-"""`jaxpeft.json` beside an adapter: damage is found tensor by tensor, what a run decided comes back, hostile content is refused."""
+"""`jaxpeft.json` beside an adapter: damage is found tensor by tensor, what a run decided comes
+back, hostile content is refused.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def drop_record(folder):
     edit_json(folder / EXTRA, lambda extra: extra.pop("sha256"))
 
 
-# -------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 @pytest.mark.parametrize("bit", [0, 9, 22])
@@ -41,9 +43,11 @@ def test_a_flipped_bit_is_refused_by_the_name_of_its_tensor(save, tensor, bit):
     saved = save()
     flip(saved.folder / WEIGHTS, tensor, bit)
     (problem,) = saved.problems()
-    assert problem == (
-        f"{saved.folder / WEIGHTS}: {tensor}: its SHA-256 is not the one of jaxpeft.json; copy the adapter again; "
-        f"if it was changed on purpose, remove 'sha256' from {saved.folder / EXTRA}"
+    assert (
+        problem
+        == f"{saved.folder / WEIGHTS}: {tensor}: its SHA-256 is not the one of jaxpeft.json; copy"
+        " the adapter again; if it was changed on purpose, remove 'sha256' from"
+        f" {saved.folder / EXTRA}"
     )
     drop_record(saved.folder)  # the remedy
     saved.load()
@@ -66,7 +70,10 @@ def test_a_flipped_bit_is_found_in_the_files_of_every_layout(save, method, kind,
         raw = file.read_bytes()
         file.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
         (problem,) = saved.problems()
-        assert problem.startswith(f"{file}: ") and "its SHA-256 is not the one of jaxpeft.json" in problem
+        assert (
+            problem.startswith(f"{file}: ")
+            and "its SHA-256 is not the one of jaxpeft.json" in problem
+        )
         file.write_bytes(raw)
     assert_bit_equal(saved.load()[1], saved.params)
 
@@ -78,7 +85,9 @@ def test_an_adapter_that_peft_has_saved_again_is_told_apart_from_damage(save):
     saved = save()
     theirs = peft_load(saved.model.source.folder, SEQUENCE, saved.folder)
     theirs.save_pretrained(saved.folder)
-    assert_bit_equal(saved.load()[1], saved.params)  # the same numbers under another library's config
+    assert_bit_equal(
+        saved.load()[1], saved.params
+    )  # the same numbers under another library's config
     with torch.no_grad():
         for name, leaf in theirs.named_parameters():
             if "lora_" in name:
@@ -86,9 +95,12 @@ def test_an_adapter_that_peft_has_saved_again_is_told_apart_from_damage(save):
     theirs.save_pretrained(saved.folder)
     (problem,) = saved.problems()
     assert (
-        f"{saved.folder}: was saved again, by another library, since jaxpeft.json was written: 8 tensors of" in problem
+        f"{saved.folder}: was saved again, by another library, since jaxpeft.json was written: 8"
+        " tensors of" in problem
     )
-    assert problem.endswith(f"remove 'sha256' from {saved.folder / EXTRA}; if not, copy the adapter again")
+    assert problem.endswith(
+        f"remove 'sha256' from {saved.folder / EXTRA}; if not, copy the adapter again"
+    )
     drop_record(saved.folder)
     saved.load()
 
@@ -101,7 +113,10 @@ def test_an_edited_field_is_believed_and_told(save, caplog):
     assert method.alpha == 12.0
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert told == [
-        f"{saved.folder / 'adapter_config.json'}: edited since it was saved, and accepted as it stands: lora_alpha",
+        (
+            f"{saved.folder / 'adapter_config.json'}: edited since it was saved, and accepted as it"
+            " stands: lora_alpha"
+        ),
         f"{saved.folder / EXTRA}: edited since it was saved, and accepted as it stands: labels",
     ]
 
@@ -116,28 +131,49 @@ def test_what_nothing_vouches_for_is_told(save, caplog, whole):
         drop_record(saved.folder)
     saved.load()
     why = f"there is no {EXTRA}" if whole else f"{EXTRA} holds no sha256"
-    assert f"{saved.folder}: {why}; that the files are as they were saved is not checked" in caplog.text
+    assert (
+        f"{saved.folder}: {why}; that the files are as they were saved is not checked"
+        in caplog.text
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- hostile
+# ------------------------------------------------------------------------------------------ hostile
 
 HOSTILE = {
-    "labels of another type": ({"labels": "abc"}, "labels: must be a list of names, each once, is 'abc'"),
-    "labels that are not text": ({"labels": [1, 2, 3]}, "labels: must be a list of names, each once, is [1, 2, 3]"),
+    "labels of another type": (
+        {"labels": "abc"},
+        "labels: must be a list of names, each once, is 'abc'",
+    ),
+    "labels that are not text": (
+        {"labels": [1, 2, 3]},
+        "labels: must be a list of names, each once, is [1, 2, 3]",
+    ),
     "a label twice": ({"labels": ["a", "a", "b"]}, "labels: must be a list of names, each once"),
     "labels of another number": ({"labels": ["a"]}, "labels: 1 names for num_labels 3; fix it"),
     "a task that is none": ({"task": "x" * 500}, "task: must be one of causal_lm, "),
     "a number in a task's place": ({"task": 3}, "task: must be one of causal_lm, "),
     "pooling": ({"pooling": ["mean"]}, "pooling: must be a name, is ['mean']"),
-    "a problem type that is none": ({"problem_type": "sigmoid"}, "problem_type: must be one of single_label_"),
+    "a problem type that is none": (
+        {"problem_type": "sigmoid"},
+        "problem_type: must be one of single_label_",
+    ),
     "vocab_size": ({"vocab_size": 10**299}, "vocab_size: must be a whole number above 0, is 1000"),
     "num_labels": ({"num_labels": True}, "num_labels: must be a whole number above 0, is True"),
     "quant": ({"quant": "nf4"}, "quant: 'nf4' is not of this version of jaxpeft"),
     "base_sha256": ({"base_sha256": [1]}, "base_sha256: must be 64 hexadecimal digits, is [1]"),
-    "sha256": ({"sha256": ["a"]}, "sha256: must hold the SHA-256 of every item by the name of its file"),
-    "sha256 of a file": ({"sha256": {WEIGHTS: {"x": 3}}}, "sha256: must hold the SHA-256 of every item"),
-    "a file elsewhere": ({"sha256": {"../x.safetensors": {}}}, "sha256: must hold the SHA-256 of every item"),
-}  # fmt: skip
+    "sha256": (
+        {"sha256": ["a"]},
+        "sha256: must hold the SHA-256 of every item by the name of its file",
+    ),
+    "sha256 of a file": (
+        {"sha256": {WEIGHTS: {"x": 3}}},
+        "sha256: must hold the SHA-256 of every item",
+    ),
+    "a file elsewhere": (
+        {"sha256": {"../x.safetensors": {}}},
+        "sha256: must hold the SHA-256 of every item",
+    ),
+}
 
 
 @pytest.mark.parametrize(("values", "message"), HOSTILE.values(), ids=HOSTILE)
@@ -163,7 +199,7 @@ def test_what_is_no_json_object_is_refused(save, text):
         jaxpeft.read_settings(saved.folder)
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def test_what_a_run_decided_comes_back(save):
@@ -200,7 +236,9 @@ def test_an_adapter_of_another_library_has_no_settings(save, tmp_path):
     ],
 )
 def test_predictions_have_the_names_of_the_labels(problem_type, logits, wanted):
-    assert Settings(labels=("no", "maybe", "yes"), problem_type=problem_type).predict(logits) == wanted
+    assert (
+        Settings(labels=("no", "maybe", "yes"), problem_type=problem_type).predict(logits) == wanted
+    )
 
 
 @pytest.mark.parametrize("labels", [("a", "b"), ("a", "a", "b")])
@@ -209,7 +247,7 @@ def test_labels_that_are_not_those_of_the_head_are_not_saved(save, labels):
         save(labels=labels)
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
@@ -231,7 +269,12 @@ def test_the_card_of_a_method_that_peft_has_not_does_not_say_peft(save):
 
 def test_other_libraries_are_told_the_folder_of_a_packaged_base(save, tmp_path):
     saved = save()
-    packaged = saved.model.clone(source=type(saved.model.source)("package:tiny", saved.model.source.folder, "1.0"))
+    packaged = saved.model.clone(
+        source=type(saved.model.source)("package:tiny", saved.model.source.folder, "1.0")
+    )
     jaxpeft.save_adapter(tmp_path / "packaged", METHOD, trained(METHOD, saved.params), packaged)
     config = json.loads((tmp_path / "packaged" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == (str(saved.model.source.folder), None)
+    assert (config["base_model_name_or_path"], config["revision"]) == (
+        str(saved.model.source.folder),
+        None,
+    )

@@ -18,13 +18,23 @@ from tests.hub.helpers import METHOD, QUERY, assert_bit_equal, edit_json, traine
 
 CAUSAL, SEQUENCE = "causal_lm", "sequence_classification"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "jaxpeft.json", "README.md"}
-# -------------------------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- there and back
 
 ROUND_TRIPS = {
     "lora": ("bert", SEQUENCE, METHOD, {}),
-    "patterns": ("llama", CAUSAL, LoRA(targets=("q_proj",), rank_pattern={"0.self_attn.q_proj": 2}, rslora=True), {}),
+    "patterns": (
+        "llama",
+        CAUSAL,
+        LoRA(targets=("q_proj",), rank_pattern={"0.self_attn.q_proj": 2}, rslora=True),
+        {},
+    ),
     "layers": ("llama", CAUSAL, LoRA(targets=("q_proj",), layers_to_transform=(1,)), {}),
-    "whole modules": ("llama", CAUSAL, LoRA(targets=("q_proj",), modules_to_save=("embed_tokens", "lm_head")), {}),
+    "whole modules": (
+        "llama",
+        CAUSAL,
+        LoRA(targets=("q_proj",), modules_to_save=("embed_tokens", "lm_head")),
+        {},
+    ),
     "all biases": ("roberta", SEQUENCE, LoRA(targets=("query",), bias="all"), {}),
     "dropout": ("distilbert", SEQUENCE, LoRA(targets=("q_lin",), dropout=0.25), {}),
     "bfloat16 base": ("bert", SEQUENCE, METHOD, {"dtype": jnp.bfloat16}),
@@ -35,7 +45,9 @@ ROUND_TRIPS = {
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize(("kind", "task", "method", "options"), ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+@pytest.mark.parametrize(
+    ("kind", "task", "method", "options"), ROUND_TRIPS.values(), ids=ROUND_TRIPS
+)
 @pytest.mark.representatives("*-scanned")
 def test_saving_and_loading_gives_the_same_bits(save, kind, task, method, options, scan):
     saved = save(method, kind, task, scan_layers=scan, **options)
@@ -46,12 +58,16 @@ def test_saving_and_loading_gives_the_same_bits(save, kind, task, method, option
 
 @pytest.mark.parametrize("bias", ["none", "all"])
 def test_scanned_and_unrolled_layers_share_their_adapters(save, bias):
-    method = LoRA(rank=4, targets=("query", "dense"), rank_pattern={"0.attention.self.query": 2}, bias=bias)
+    method = LoRA(
+        rank=4, targets=("query", "dense"), rank_pattern={"0.attention.self.query": 2}, bias=bias
+    )
     saved = save(method)
     _, stacked = saved.load(scan_layers=True)
     first = stacked["bert"]["encoder"]["layer"]["attention"]["self"]["query"]
     np.testing.assert_array_equal(first["lora_a"][0, :, 2:], 0)
-    model, base = jaxpeft.load(saved.model.source.folder, task=SEQUENCE, dtype=jnp.float32, scan_layers=True)
+    model, base = jaxpeft.load(
+        saved.model.source.folder, task=SEQUENCE, dtype=jnp.float32, scan_layers=True
+    )
     jaxpeft.save_adapter(saved.folder, method, stacked, model)
     assert_bit_equal(saved.load()[1], saved.params)
     assert_bit_equal(jaxpeft.load_adapter(saved.folder, model, base)[1], stacked)
@@ -59,7 +75,8 @@ def test_scanned_and_unrolled_layers_share_their_adapters(save, bias):
 
 def test_a_stacked_bias_is_not_trained_for_some_of_its_layers(save):
     with pytest.raises(
-        ConfigError, match=r"key/bias is one stacked leaf, and it is to be trained in 1 of its 2 layers"
+        ConfigError,
+        match=r"key/bias is one stacked leaf, and it is to be trained in 1 of its 2 layers",
     ):
         save(LoRA(targets=("key",), bias="lora_only", layers_to_transform=(0,)), scan_layers=True)
 
@@ -68,31 +85,47 @@ def test_an_adapter_stays_float32_on_a_bfloat16_base(save):
     _, params = save().load(dtype=jnp.bfloat16)
     query = params["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]
     assert {name: str(leaf.dtype) for name, leaf in query.items()} == {
-        "kernel": "bfloat16", "bias": "bfloat16", "lora_a": "float32", "lora_b": "float32", "lora_scale": "float32"
-    }  # fmt: skip
+        "kernel": "bfloat16",
+        "bias": "bfloat16",
+        "lora_a": "float32",
+        "lora_b": "float32",
+        "lora_scale": "float32",
+    }
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_an_adapter_in_half_precision_is_widened(save, dtype):
     saved = save()
-    saved.edit(lambda tensors: tensors.update({name: tensor.astype(dtype) for name, tensor in tensors.items()}))
+    saved.edit(
+        lambda tensors: tensors.update(
+            {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+        )
+    )
     edit_json(saved.folder / "jaxpeft.json", lambda extra: extra.pop("sha256"))
     _, params = saved.load()
     wanted = paths.get(saved.params, ("classifier", "kernel")).astype(dtype).astype(jnp.float32)
     assert_bit_equal({"kernel": params["classifier"]["kernel"]}, {"kernel": wanted})
 
 
-# ------------------------------------------------------------------------------------------------------ what is written
+# ---------------------------------------------------------------------------------- what is written
 
 
 def test_the_folder_holds_the_adapter_and_never_the_base(save):
     saved = save(labels=("no", "maybe", "yes"))
     assert {file.name for file in saved.folder.iterdir()} == FILES
     tensors = load_file(saved.folder / "adapter_model.safetensors")
-    sites = [f"{QUERY[:-5]}{name}".replace("layer.0", f"layer.{i}") for name in ("query", "value") for i in (0, 1)]
+    sites = [
+        f"{QUERY[:-5]}{name}".replace("layer.0", f"layer.{i}")
+        for name in ("query", "value")
+        for i in (0, 1)
+    ]
     wanted = {f"{site}.lora_{ab}.weight" for site in sites for ab in "AB"}
-    assert tensors.keys() == wanted | {f"base_model.model.classifier.{leaf}" for leaf in ("weight", "bias")}
-    assert tensors[f"{QUERY}.lora_A.weight"].shape == (4, 32) and tensors[f"{QUERY}.lora_B.weight"].shape == (32, 4)
+    assert tensors.keys() == wanted | {
+        f"base_model.model.classifier.{leaf}" for leaf in ("weight", "bias")
+    }
+    assert tensors[f"{QUERY}.lora_A.weight"].shape == (4, 32) and tensors[
+        f"{QUERY}.lora_B.weight"
+    ].shape == (32, 4)
     config = json.loads((saved.folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == saved.model.source.name
     assert (config["task_type"], config["modules_to_save"], config["inference_mode"]) == (
@@ -101,9 +134,15 @@ def test_the_folder_holds_the_adapter_and_never_the_base(save):
         True,
     )
     extra = json.loads((saved.folder / "jaxpeft.json").read_text())
-    assert (extra["labels"], extra["num_labels"], extra["task"]) == (["no", "maybe", "yes"], 3, SEQUENCE)
+    assert (extra["labels"], extra["num_labels"], extra["task"]) == (
+        ["no", "maybe", "yes"],
+        3,
+        SEQUENCE,
+    )
     assert len(extra["base_sha256"]) == 64
-    assert (saved.folder / "README.md").read_text().startswith("---\nlibrary_name: peft\nbase_model: ")
+    assert (
+        (saved.folder / "README.md").read_text().startswith("---\nlibrary_name: peft\nbase_model: ")
+    )
 
 
 def test_a_trained_leaf_that_is_not_finite_is_not_saved(save, tmp_path):
@@ -114,7 +153,9 @@ def test_a_trained_leaf_that_is_not_finite_is_not_saved(save, tmp_path):
     with pytest.raises(AdapterError) as caught:
         jaxpeft.save_adapter(tmp_path / "new", METHOD, saved.params, saved.model)
     names = [f"{QUERY}.lora_B.weight", "base_model.model.classifier.bias"]
-    assert sorted(caught.value.problems) == [f"{tmp_path / 'new'}: {n} holds NaN or infinity; not saved" for n in names]
+    assert sorted(caught.value.problems) == [
+        f"{tmp_path / 'new'}: {n} holds NaN or infinity; not saved" for n in names
+    ]
     assert not list((tmp_path / "new").glob("*"))
 
 

@@ -18,14 +18,25 @@ from tests.hub.helpers import peft_load, peft_save, trained
 from tests.models.conftest import Reference, forward, make_batch
 
 # peft 0.21 asks transformers 5.23 for an attribute that it calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 PEFT_NAMES = {
-    "rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "targets": "target_modules", "exclude": "exclude_modules",
-}  # fmt: skip
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "rslora": "use_rslora",
+    "targets": "target_modules",
+    "exclude": "exclude_modules",
+}
 QV = ("q_proj", "v_proj")
-CAUSAL, SEQUENCE, TOKENS, ENCODER = "causal_lm", "sequence_classification", "token_classification", "encoder"
+CAUSAL, SEQUENCE, TOKENS, ENCODER = (
+    "causal_lm",
+    "sequence_classification",
+    "token_classification",
+    "encoder",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,44 +49,92 @@ class Case:
 CASES = {
     "llama": Case("llama", CAUSAL, {"targets": QV}),
     "all-linear": Case("llama", CAUSAL, {"targets": "all-linear"}),
-    "rank_pattern": Case("llama", CAUSAL, {"targets": QV, "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 7}}),
-    "alpha_pattern": Case("llama", CAUSAL, {"targets": QV, "alpha_pattern": {"0.self_attn.q_proj": 1.0, "v_proj": 20.0}}),
+    "rank_pattern": Case(
+        "llama",
+        CAUSAL,
+        {"targets": QV, "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 7}},
+    ),
+    "alpha_pattern": Case(
+        "llama",
+        CAUSAL,
+        {"targets": QV, "alpha_pattern": {"0.self_attn.q_proj": 1.0, "v_proj": 20.0}},
+    ),
     "rslora": Case("llama", CAUSAL, {"targets": QV, "rslora": True, "rank_pattern": {"v_proj": 3}}),
-    "layers": Case("llama", CAUSAL, {"targets": QV, "layers_to_transform": (1,), "layers_pattern": ("layers",)}),
-    "exclude": Case("llama", CAUSAL, {"targets": "all-linear", "exclude": ("down_proj", "layers.0.self_attn.q_proj")}),
+    "layers": Case(
+        "llama", CAUSAL, {"targets": QV, "layers_to_transform": (1,), "layers_pattern": ("layers",)}
+    ),
+    "exclude": Case(
+        "llama",
+        CAUSAL,
+        {"targets": "all-linear", "exclude": ("down_proj", "layers.0.self_attn.q_proj")},
+    ),
     "exclude regex": Case("llama", CAUSAL, {"targets": QV, "exclude": r".*\.0\..*q_proj"}),
     "regex": Case("llama", CAUSAL, {"targets": r"model\.layers\.\d\.(mlp\.up|self_attn\.k)_proj"}),
     "lm_head whole": Case("llama", CAUSAL, {"targets": QV, "modules_to_save": ("lm_head",)}),
     "embedding whole": Case("llama", CAUSAL, {"targets": QV, "modules_to_save": ("embed_tokens",)}),
-    "attention whole": Case("llama", CAUSAL, {"targets": "all-linear", "modules_to_save": ("self_attn",)}),
+    "attention whole": Case(
+        "llama", CAUSAL, {"targets": "all-linear", "modules_to_save": ("self_attn",)}
+    ),
     "norms whole": Case("llama", CAUSAL, {"targets": QV, "modules_to_save": ("norm",)}),
     "llama classes": Case("llama", SEQUENCE, {"targets": "all-linear"}),
     "bert": Case("bert", SEQUENCE, {"targets": ("query", "dense")}),
     "bias lora_only": Case("bert", SEQUENCE, {"targets": ("query", "dense"), "bias": "lora_only"}),
     "bias all": Case("bert", SEQUENCE, {"targets": ("query", "output.dense"), "bias": "all"}),
-    "pooler whole": Case("bert", SEQUENCE, {"targets": ("query", "dense"), "modules_to_save": ("pooler",)}),
-    "bias of two layers": Case("bert", SEQUENCE, {"targets": ("key",), "bias": "lora_only", "layers_to_transform": (0,)}),
+    "pooler whole": Case(
+        "bert", SEQUENCE, {"targets": ("query", "dense"), "modules_to_save": ("pooler",)}
+    ),
+    "bias of two layers": Case(
+        "bert", SEQUENCE, {"targets": ("key",), "bias": "lora_only", "layers_to_transform": (0,)}
+    ),
     "bert tokens": Case("bert", TOKENS, {"targets": ("value", "dense"), "bias": "lora_only"}),
     "bert encoder": Case("bert", ENCODER, {"targets": ("query", "value")}),
     "roberta": Case("roberta", SEQUENCE, {"targets": ("query", "dense")}),
     "distilbert": Case("distilbert", SEQUENCE, {"targets": ("q_lin", "lin2")}),
     "distilbert tokens": Case("distilbert", TOKENS, {"targets": ("out_lin", "lin1")}),
-}  # fmt: skip
+}
 # Where layers differ, or many leaves are stacked, scanned layers are tried as well.
 SCANNED = {
-    "llama", "all-linear", "rank_pattern", "alpha_pattern", "rslora", "layers", "exclude", "exclude regex", "bert",
-    "bias lora_only", "bias all", "roberta", "distilbert", "bert tokens", "llama classes",
-}  # fmt: skip
+    "llama",
+    "all-linear",
+    "rank_pattern",
+    "alpha_pattern",
+    "rslora",
+    "layers",
+    "exclude",
+    "exclude regex",
+    "bert",
+    "bias lora_only",
+    "bias all",
+    "roberta",
+    "distilbert",
+    "bert tokens",
+    "llama classes",
+}
 ROWS = [(name, scan) for name in CASES for scan in ((False, True) if name in SCANNED else (False,))]
 every_case = pytest.mark.parametrize(
     ("case", "scan"),
-    [pytest.param(CASES[name], scan, id=f"{name}-{'scanned' if scan else 'unrolled'}") for name, scan in ROWS],
+    [
+        pytest.param(CASES[name], scan, id=f"{name}-{'scanned' if scan else 'unrolled'}")
+        for name, scan in ROWS
+    ],
 )
 one_of_each_kind = pytest.mark.representatives(
-    "llama-unrolled", "rank_pattern-scanned", "alpha_pattern-unrolled", "rslora-scanned", "layers-scanned", "exclude-unrolled",
-    "regex-unrolled", "lm_head whole-*", "attention whole-*", "llama classes-scanned", "bias all-scanned",
-    "bias lora_only-unrolled", "bert tokens-unrolled", "distilbert-scanned", "roberta-unrolled",
-)  # fmt: skip
+    "llama-unrolled",
+    "rank_pattern-scanned",
+    "alpha_pattern-unrolled",
+    "rslora-scanned",
+    "layers-scanned",
+    "exclude-unrolled",
+    "regex-unrolled",
+    "lm_head whole-*",
+    "attention whole-*",
+    "llama classes-scanned",
+    "bias all-scanned",
+    "bias lora_only-unrolled",
+    "bert tokens-unrolled",
+    "distilbert-scanned",
+    "roberta-unrolled",
+)
 
 
 BATCH = make_batch("right")
@@ -97,7 +156,9 @@ def theirs(task, torch_model):
 def assert_same(torch_model, adapted, model, params):
     """The logits are the same, and the adapter changes them."""
     wanted = theirs(torch_model.task, adapted)
-    assert np.abs(wanted - theirs(torch_model.task, torch_model.model)).max() > 0.05, "the adapter changes too little"
+    assert np.abs(wanted - theirs(torch_model.task, torch_model.model)).max() > 0.05, (
+        "the adapter changes too little"
+    )
     assert np.abs(ours(model, params) - wanted).max() <= TOLERANCE * max(1, np.abs(wanted).max())
 
 
@@ -117,18 +178,26 @@ def test_peft_gives_the_logits_of_an_adapter_that_jaxpeft_saved(reference, tmp_p
 def test_jaxpeft_gives_the_logits_of_an_adapter_that_peft_saved(reference, tmp_path, case, scan):
     torch_model = reference(case.kind, case.task)
     options = {PEFT_NAMES.get(key, key): value for key, value in case.options.items()}
-    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    adapted = peft_save(torch_model.folder, case.task, tmp_path, **{"r": 4, "lora_alpha": 6} | lists)
+    lists = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in options.items()
+    }
+    adapted = peft_save(
+        torch_model.folder, case.task, tmp_path, **{"r": 4, "lora_alpha": 6} | lists
+    )
     model, params = torch_model.load(scan_layers=scan)
     method, params = jaxpeft.load_adapter(tmp_path, model, params)
     assert (method.rank, method.alpha) == (4, 6.0)
     assert_same(torch_model, adapted, model, params)
 
 
-@pytest.mark.parametrize("name", ["all-linear", "rank_pattern", "bias lora_only", "embedding whole", "distilbert"])
+@pytest.mark.parametrize(
+    "name", ["all-linear", "rank_pattern", "bias lora_only", "embedding whole", "distilbert"]
+)
 @pytest.mark.representatives("rank_pattern", "bias lora_only")
 def test_both_write_the_same_tensors(reference, tmp_path, name):
-    """What peft saves again, of an adapter that jaxpeft saved, are the same names, shapes and bits."""
+    """What peft saves again, of an adapter that jaxpeft saved, are the same names, shapes and
+    bits.
+    """
     case = CASES[name]
     torch_model = reference(case.kind, case.task)
     model, params = torch_model.load(scan_layers=True)
@@ -136,14 +205,18 @@ def test_both_write_the_same_tensors(reference, tmp_path, name):
     params = trained(method, jaxpeft.rewrite(method, params, jax.random.key(0)))
     jaxpeft.save_adapter(tmp_path / "ours", method, params, model)
     peft_load(torch_model.folder, case.task, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    one, other = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    one, other = (
+        load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")
+    )
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         np.testing.assert_array_equal(tensor, other[key], err_msg=key)
         assert tensor.dtype == other[key].dtype
 
 
-@pytest.mark.parametrize("options", [{}, {"layers_to_transform": (0,)}], ids=["all layers", "one layer"])
+@pytest.mark.parametrize(
+    "options", [{}, {"layers_to_transform": (0,)}], ids=["all layers", "one layer"]
+)
 def test_all_linear_is_saved_as_the_names_it_stands_for(reference, tmp_path, options):
     torch_model = reference("llama", CAUSAL)
     model, params = torch_model.load()
@@ -151,7 +224,9 @@ def test_all_linear_is_saved_as_the_names_it_stands_for(reference, tmp_path, opt
     params = trained(method, jaxpeft.rewrite(method, params, jax.random.key(0)))
     jaxpeft.save_adapter(tmp_path, method, params, model)
     names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    linear = {n for n, m in torch_model.model.named_modules() if type(m).__name__ == "Linear"} - {"lm_head"}
+    linear = {n for n, m in torch_model.model.named_modules() if type(m).__name__ == "Linear"} - {
+        "lm_head"
+    }
     assert set(names) == {name for name in linear if not options or ".0." in name}
     assert_same(torch_model, peft_load(torch_model.folder, CAUSAL, tmp_path), model, params)
 
@@ -173,7 +248,9 @@ def test_the_first_of_two_patterns_that_match_still_wins_after_saving(reference,
     method = LoRA(rank=4, targets=QV, **{field: {"q_proj": 2, "layers.0.self_attn.q_proj": 6}})
     adapted = trained(method, jaxpeft.rewrite(method, params, jax.random.key(0)))
     jaxpeft.save_adapter(tmp_path, method, adapted, model)
-    np.testing.assert_array_equal(ours(model, jaxpeft.load_adapter(tmp_path, model, params)[1]), ours(model, adapted))
+    np.testing.assert_array_equal(
+        ours(model, jaxpeft.load_adapter(tmp_path, model, params)[1]), ours(model, adapted)
+    )
 
 
 TIED = {"targets": QV, "modules_to_save": ("embed_tokens",)}
@@ -191,7 +268,12 @@ def test_a_tied_embedding_that_is_saved_whole_stays_tied_in_peft(reference, tmp_
 
 def tied_in_peft(torch_model, folder, **options):
     return peft_save(
-        torch_model.folder, CAUSAL, folder, target_modules=list(QV), modules_to_save=["embed_tokens"], **options
+        torch_model.folder,
+        CAUSAL,
+        folder,
+        target_modules=list(QV),
+        modules_to_save=["embed_tokens"],
+        **options,
     )
 
 
@@ -211,11 +293,23 @@ def test_an_embedding_that_peft_untied_is_refused(reference, tmp_path):
 
 
 FROM_PEFT = {
-    "pooler of an encoder": ("bert", ENCODER, {"target_modules": "all-linear"}),  # hidden states do not depend on it
+    "pooler of an encoder": (
+        "bert",
+        ENCODER,
+        {"target_modules": "all-linear"},
+    ),  # hidden states do not depend on it
     "biases of an encoder": ("bert", ENCODER, {"target_modules": ["query"], "bias": "all"}),
     # modules_to_save matches any end of a name: every norm
-    "modules_to_save by ending": ("llama", CAUSAL, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
-    "biases of two layers of a head": ("roberta", SEQUENCE, {"target_modules": ["query"], "bias": "all"}),
+    "modules_to_save by ending": (
+        "llama",
+        CAUSAL,
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ),
+    "biases of two layers of a head": (
+        "roberta",
+        SEQUENCE,
+        {"target_modules": ["query"], "bias": "all"},
+    ),
     # peft also writes lm_head.base_layer.weight, as it is in the base
     "language-model head": ("llama", CAUSAL, {"target_modules": ["q_proj", "lm_head"]}),
 }
@@ -236,11 +330,20 @@ def test_what_peft_saves_is_loaded(reference, tmp_path, kind, task, options):
 @pytest.mark.parametrize(
     ("saved_as", "text"),
     [
-        ({"rank": 2}, "layers.0.self_attn.q_proj: lora_a is [32, 4] in the tree, the method makes it [32, 2]"),
+        (
+            {"rank": 2},
+            "layers.0.self_attn.q_proj: lora_a is [32, 4] in the tree, the method makes it [32, 2]",
+        ),
         ({"alpha": 99.0}, "lora_scale is 1.5 in the tree, the method makes it 24.75"),
         ({"rank": 8, "alpha": 12.0}, "lora_a is [32, 4] in the tree, the method makes it [32, 8]"),
-        ({"targets": ("q_proj", "k_proj")}, "layers.0.self_attn.k_proj: is not adapted in the tree"),
-        ({"targets": ("q_proj",)}, "v_proj: holds lora_a in the tree, the method does not adapt it"),
+        (
+            {"targets": ("q_proj", "k_proj")},
+            "layers.0.self_attn.k_proj: is not adapted in the tree",
+        ),
+        (
+            {"targets": ("q_proj",)},
+            "v_proj: holds lora_a in the tree, the method does not adapt it",
+        ),
     ],
 )
 @pytest.mark.parametrize("scan", [False, True])
@@ -262,7 +365,9 @@ def test_the_trained_part_alone_is_refused(reference, tmp_path):
     method = LoRA(targets=QV)
     params = jaxpeft.rewrite(method, params, jax.random.key(0))
     part, _ = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
-    with pytest.raises(AdapterError, match=r"leaves of the model are missing, such as .*; give the whole tree"):
+    with pytest.raises(
+        AdapterError, match=r"leaves of the model are missing, such as .*; give the whole tree"
+    ):
         jaxpeft.save_adapter(tmp_path, method, part, model)
 
 
@@ -279,7 +384,9 @@ def test_an_adapter_loads_onto_a_sharded_base(reference, tmp_path):
     jaxpeft.merge(method, loaded)
 
 
-@pytest.mark.parametrize(("kind", "pooling"), [("bert", "mean"), ("llama", "mean"), ("distilbert", "mean")])
+@pytest.mark.parametrize(
+    ("kind", "pooling"), [("bert", "mean"), ("llama", "mean"), ("distilbert", "mean")]
+)
 def test_a_pooling_that_peft_does_not_know_is_said(reference, tmp_path, caplog, kind, pooling):
     model, params = reference(kind, SEQUENCE).load(pooling=pooling)
     method = LoRA()

@@ -1,4 +1,6 @@
-"""Seeded mutations of `config.json` and `adapter_config.json`: whatever they hold, it loads or is refused by our own errors."""
+"""Seeded mutations of `config.json` and `adapter_config.json`: whatever they hold, it loads or is
+refused by our own errors.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,19 @@ VALUES: tuple[Any, ...] = (
     "8", "x" * 5000, "a(b", ".*", [], [1], ["q_proj"], [[["a"]]], [None], {}, {"a": 1}, {"q_proj": 2}, {"": 0.5}, {"a": {"b": []}},
 )  # fmt: skip
 METHODS = {
-    "lora": jaxpeft.LoRA(rank=2, targets=("q_proj",)), "prompt": jaxpeft.METHODS["prompt"](num_virtual_tokens=3),
-    "boft": jaxpeft.METHODS["boft"](targets=("q_proj",)), "vera": jaxpeft.METHODS["vera"](rank=2, targets=("q_proj",)),
-    "ia3": jaxpeft.IA3(), "trainable_tokens": jaxpeft.TrainableTokens(tokens=(3, 5)),
-}  # fmt: skip
+    "lora": jaxpeft.LoRA(rank=2, targets=("q_proj",)),
+    "prompt": jaxpeft.METHODS["prompt"](num_virtual_tokens=3),
+    "boft": jaxpeft.METHODS["boft"](targets=("q_proj",)),
+    "vera": jaxpeft.METHODS["vera"](rank=2, targets=("q_proj",)),
+    "ia3": jaxpeft.IA3(),
+    "trainable_tokens": jaxpeft.TrainableTokens(tokens=(3, 5)),
+}
 
 
 def mutations(own: dict[str, Any], seed: int, count: int):
-    """Yield changed copies: one or two fields set, removed or added, at the top or a level below."""
+    """Yield changed copies: one or two fields set, removed or added, at the top or a level
+    below.
+    """
     rng = random.Random(seed)
     for _ in range(count):
         content = json.loads(json.dumps(own))
@@ -78,5 +85,7 @@ def test_adapter_config_json(reference, tmp_path, name):
     model, base = reference("llama", "causal_lm").load()
     method = METHODS[name]
     jaxpeft.save_adapter(tmp_path, method, jaxpeft.rewrite(method, base, jax.random.key(0)), model)
-    found = outcomes(tmp_path / "adapter_config.json", lambda: jaxpeft.load_adapter(tmp_path, model, base), 1, 25)
+    found = outcomes(
+        tmp_path / "adapter_config.json", lambda: jaxpeft.load_adapter(tmp_path, model, base), 1, 25
+    )
     assert set(found) <= {"loaded", "refused"}, found

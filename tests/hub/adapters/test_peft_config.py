@@ -14,10 +14,19 @@ MINIMUM = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_p
 HEADS = {"bert": {}, "classifier": {}}
 # Every option away from its default, each in the form that JSON gives back.
 METHOD = LoRA(
-    rank=4, alpha=7.5, dropout=0.1, rslora=True, bias="lora_only", targets=("q_proj", "down_proj"),
-    exclude=("0.self_attn.q_proj",), layers_to_transform=(0, 2), layers_pattern=("layers",),
-    rank_pattern={"q_proj": 2}, alpha_pattern={"layers.2.mlp.down_proj": 3.0}, modules_to_save=("embed_tokens",),
-)  # fmt: skip
+    rank=4,
+    alpha=7.5,
+    dropout=0.1,
+    rslora=True,
+    bias="lora_only",
+    targets=("q_proj", "down_proj"),
+    exclude=("0.self_attn.q_proj",),
+    layers_to_transform=(0, 2),
+    layers_pattern=("layers",),
+    rank_pattern={"q_proj": 2},
+    alpha_pattern={"layers.2.mlp.down_proj": 3.0},
+    modules_to_save=("embed_tokens",),
+)
 
 
 def peft_lora(**options):
@@ -27,7 +36,9 @@ def peft_lora(**options):
     content = LoraConfig(**options).to_dict()
     content["inference_mode"] = True
     return json.loads(
-        json.dumps(content, default=lambda value: sorted(value) if isinstance(value, set) else value.value)
+        json.dumps(
+            content, default=lambda value: sorted(value) if isinstance(value, set) else value.value
+        )
     )
 
 
@@ -38,28 +49,51 @@ def problems(config, head=HEADS):
     return [problem.removeprefix("a/adapter_config.json: ") for problem in caught.value.problems]
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_peft_knows_every_key_that_is_written(task):
     from peft import LoraConfig, TaskType
 
-    written = json.loads(json.dumps(peft_config.write(METHOD, task, "org/base", "abc", ["classifier"])))
+    written = json.loads(
+        json.dumps(peft_config.write(METHOD, task, "org/base", "abc", ["classifier"]))
+    )
     assert written.keys() <= LoraConfig().to_dict().keys()
     assert written["task_type"] in {str(t.value) for t in TaskType}
     made = LoraConfig(**written)  # a warning about a key would fail the test
-    assert (made.r, made.lora_alpha, made.lora_dropout, made.use_rslora, made.bias) == (4, 7.5, 0.1, True, "lora_only")
-    assert (made.target_modules, made.exclude_modules) == ({"q_proj", "down_proj"}, {"0.self_attn.q_proj"})
+    assert (made.r, made.lora_alpha, made.lora_dropout, made.use_rslora, made.bias) == (
+        4,
+        7.5,
+        0.1,
+        True,
+        "lora_only",
+    )
+    assert (made.target_modules, made.exclude_modules) == (
+        {"q_proj", "down_proj"},
+        {"0.self_attn.q_proj"},
+    )
     assert (made.layers_to_transform, made.layers_pattern) == ([0, 2], ["layers"])
-    assert (made.rank_pattern, made.alpha_pattern) == ({"q_proj": 2}, {"layers.2.mlp.down_proj": 3.0})
-    assert (made.base_model_name_or_path, made.revision, made.modules_to_save) == ("org/base", "abc", ["classifier"])
+    assert (made.rank_pattern, made.alpha_pattern) == (
+        {"q_proj": 2},
+        {"layers.2.mlp.down_proj": 3.0},
+    )
+    assert (made.base_model_name_or_path, made.revision, made.modules_to_save) == (
+        "org/base",
+        "abc",
+        ["classifier"],
+    )
     assert made.inference_mode and made.init_lora_weights is True and not made.fan_in_fan_out
 
 
 @pytest.mark.parametrize(
     "method",
-    [METHOD, LoRA(), LoRA(targets=r".*\.(q|v)_proj", exclude=r".*\.0\..*"), LoRA(layers_to_transform=(1,))],
+    [
+        METHOD,
+        LoRA(),
+        LoRA(targets=r".*\.(q|v)_proj", exclude=r".*\.0\..*"),
+        LoRA(layers_to_transform=(1,)),
+    ],
     ids=["every option", "defaults", "regex", "layers"],
 )
 def test_what_is_written_is_read_back_the_same(method):
@@ -68,18 +102,24 @@ def test_what_is_written_is_read_back_the_same(method):
     assert peft_config.read(json.loads(json.dumps(written)), "x", HEADS) == method
 
 
-OWN = [name for name, m in METHODS.items() if m.peft.type is None and m.peft.layout == "peft" and name != "mixed"]
+OWN = [
+    name
+    for name, m in METHODS.items()
+    if m.peft.type is None and m.peft.layout == "peft" and name != "mixed"
+]
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_methods_without_a_peft_counterpart_come_back_by_name(name):
     method = METHODS[name](modules_to_save=("pooler",))
-    written = peft_config.write(method, "sequence_classification", "base", None, ["classifier", "pooler"])
+    written = peft_config.write(
+        method, "sequence_classification", "base", None, ["classifier", "pooler"]
+    )
     assert written["peft_type"] == name.upper()
     assert peft_config.read(json.loads(json.dumps(written)), "x", HEADS) == method
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def test_absent_keys_mean_what_they_mean_in_peft():
@@ -87,7 +127,11 @@ def test_absent_keys_mean_what_they_mean_in_peft():
 
     method = peft_config.read(MINIMUM, "x", {})
     peft = LoraConfig(r=4, target_modules=["q_proj"])
-    assert (method.rank, method.alpha, method.dropout) == (peft.r, peft.lora_alpha, peft.lora_dropout) == (4, 8, 0.0)
+    assert (
+        (method.rank, method.alpha, method.dropout)
+        == (peft.r, peft.lora_alpha, peft.lora_dropout)
+        == (4, 8, 0.0)
+    )
     assert (method.rslora, method.bias) == (peft.use_rslora, peft.bias)
     assert method == LoRA(rank=4, alpha=8, targets=("q_proj",))
 
@@ -96,7 +140,10 @@ def test_absent_keys_mean_what_they_mean_in_peft():
     ("options", "wanted"),
     [
         ({}, {}),
-        ({"r": 2, "lora_alpha": 32, "lora_dropout": 0.05}, {"rank": 2, "alpha": 32.0, "dropout": 0.05}),
+        (
+            {"r": 2, "lora_alpha": 32, "lora_dropout": 0.05},
+            {"rank": 2, "alpha": 32.0, "dropout": 0.05},
+        ),
         ({"use_rslora": True}, {"rslora": True}),
         ({"bias": "all"}, {"bias": "all"}),
         ({"target_modules": r".*\.q_proj"}, {"targets": r".*\.q_proj"}),
@@ -104,8 +151,14 @@ def test_absent_keys_mean_what_they_mean_in_peft():
         ({"exclude_modules": ["lm_head", "down_proj"]}, {"exclude": ("down_proj", "lm_head")}),
         ({"exclude_modules": r".*\.0\..*"}, {"exclude": r".*\.0\..*"}),
         ({"layers_to_transform": 1}, {"layers_to_transform": (1,)}),
-        ({"layers_to_transform": [0, 1], "layers_pattern": "h"}, {"layers_to_transform": (0, 1), "layers_pattern": ("h",)}),
-        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3.0}}),
+        (
+            {"layers_to_transform": [0, 1], "layers_pattern": "h"},
+            {"layers_to_transform": (0, 1), "layers_pattern": ("h",)},
+        ),
+        (
+            {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+            {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3.0}},
+        ),
         ({"init_lora_weights": "gaussian"}, {}),
         ({"init_lora_weights": False}, {}),
         ({"init_lora_weights": "eva"}, {}),
@@ -113,34 +166,47 @@ def test_absent_keys_mean_what_they_mean_in_peft():
         ({"modules_to_save": ["pooler", "pre_classifier"]}, {"modules_to_save": ("pooler",)}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_what_peft_writes_is_read(options, wanted):
     if options.get("init_lora_weights") == "eva":
         from peft import EvaConfig
 
         options = {**options, "eva_config": EvaConfig()}
     config = peft_lora(**({"target_modules": ["q_proj"]} | options))
-    assert peft_config.read(config, "x", HEADS) == LoRA(**({"alpha": 8.0, "targets": ("q_proj",)} | wanted))
+    assert peft_config.read(config, "x", HEADS) == LoRA(
+        **({"alpha": 8.0, "targets": ("q_proj",)} | wanted)
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_qalora": True}, "use_qalora: True is not supported by the lora method; nothing was loaded"),
+        (
+            {"use_qalora": True},
+            "use_qalora: True is not supported by the lora method; nothing was loaded",
+        ),
         ({"fan_in_fan_out": True}, "fan_in_fan_out: True is not supported"),
         ({"trainable_token_indices": "3"}, "trainable_token_indices: must be ids of tokens"),
-        ({"target_parameters": ["mlp.experts"]}, "target_parameters: ['mlp.experts'] is not supported"),
+        (
+            {"target_parameters": ["mlp.experts"]},
+            "target_parameters: ['mlp.experts'] is not supported",
+        ),
         ({"layer_replication": [[0, 2]]}, "layer_replication: [[0, 2]] is not supported"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: [1] is not supported"),
         (
             {"init_lora_weights": "pissa"},
             "init_lora_weights: 'pissa' changed the base when training began; save it conv",
         ),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4' changed the base"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights: 'pissa_niter_4' changed the base",
+        ),
         ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changed the base"),
         ({"init_lora_weights": "corda"}, "init_lora_weights: 'corda' changed the base"),
     ],
-    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
+    ),
 )
 def test_what_is_not_supported_is_refused(options, message):
     (problem,) = problems(peft_lora(target_modules=["q_proj"]) | options)
@@ -159,9 +225,20 @@ def test_a_setting_of_a_later_peft_is_refused_when_it_is_on():
 
 
 def test_every_problem_comes_at_once():
-    config = {"peft_type": "LORA", "r": 0, "lora_alpha": "8", "lora_dropout": 1.0, "bias": "some", "use_qalora": True}
+    config = {
+        "peft_type": "LORA",
+        "r": 0,
+        "lora_alpha": "8",
+        "lora_dropout": 1.0,
+        "bias": "some",
+        "use_qalora": True,
+    }
     found = problems({**config, "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 0}})
-    starts = ["use_qalora: ", "init_lora_weights: 'pissa'", "target_modules: is not set; name the modules"]
+    starts = [
+        "use_qalora: ",
+        "init_lora_weights: 'pissa'",
+        "target_modules: is not set; name the modules",
+    ]
     starts += [
         "lora.rank: must be at least 1, is 0",
         "lora.alpha: must be a number, is '8'",
@@ -175,7 +252,9 @@ def test_every_problem_comes_at_once():
 
 def test_options_that_exclude_each_other_are_refused():
     (problem,) = problems({**MINIMUM, "target_modules": ".*q_proj", "layers_to_transform": [0]})
-    assert problem.startswith("lora.layers_to_transform: cannot go with a regular expression in targets")
+    assert problem.startswith(
+        "lora.layers_to_transform: cannot go with a regular expression in targets"
+    )
 
 
 @pytest.mark.parametrize("kind", ["POLY", "lora", None, ["LORA"]])
@@ -188,7 +267,9 @@ def test_another_kind_of_adapter_is_refused_with_what_is_supported(kind):
 
 @pytest.mark.parametrize("empty", [None, [], ""])
 def test_an_empty_layers_pattern_is_none(empty):
-    assert peft_config.read({**MINIMUM, "layers_pattern": empty}, "x", {}) == LoRA(rank=4, alpha=8, targets=("q_proj",))
+    assert peft_config.read({**MINIMUM, "layers_pattern": empty}, "x", {}) == LoRA(
+        rank=4, alpha=8, targets=("q_proj",)
+    )
 
 
 def test_an_unknown_setting_of_another_method_is_refused():

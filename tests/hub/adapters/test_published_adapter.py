@@ -32,11 +32,18 @@ def published(assets):
 
 
 def few_words(folder):
-    """Save a RoBERTa-base with few words and thin MLPs: its attention and its head are those that the adapter is for."""
+    """Save a RoBERTa-base with few words and thin MLPs: its attention and its head are those that
+    the adapter is for.
+    """
     import torch
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    sizes = {"vocab_size": 99, "intermediate_size": 64, "max_position_embeddings": 40, "type_vocab_size": 1}
+    sizes = {
+        "vocab_size": 99,
+        "intermediate_size": 64,
+        "max_position_embeddings": 40,
+        "type_vocab_size": 1,
+    }
     torch.manual_seed(0)
     base = RobertaForSequenceClassification(RobertaConfig(num_labels=3, **sizes)).eval()
     base.save_pretrained(folder)
@@ -45,20 +52,37 @@ def few_words(folder):
 
 @pytest.mark.slow
 def test_the_adapter_that_microsoft_published_for_mnli_goes_both_ways(published, tmp_path):
-    """RoBERTa-base on MNLI by the authors of LoRA: loralib's names and numbers, on a base with few words and thin MLPs."""
+    """RoBERTa-base on MNLI by the authors of LoRA: loralib's names and numbers, on a base with few
+    words and thin MLPs.
+    """
     import torch
 
-    numbers = {n: t.numpy() for n, t in torch.load(published, map_location="cpu", weights_only=True).items()}
+    numbers = {
+        n: t.numpy()
+        for n, t in torch.load(published, map_location="cpu", weights_only=True).items()
+    }
     assert len(numbers) == 52 and sum(t.size for t in numbers.values()) == 887_811
     base = few_words(tmp_path / "base")
     folder = tmp_path / "adapter"
     folder.mkdir()
-    tensors = {f"base_model.model.{name}{'.weight' * ('lora_' in name)}": t for name, t in numbers.items()}
+    tensors = {
+        f"base_model.model.{name}{'.weight' * ('lora_' in name)}": t for name, t in numbers.items()
+    }
     save_file(tensors, folder / WEIGHTS)
-    config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 8, "lora_alpha": 16, "modules_to_save": ["classifier"]}
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["query", "value"]}))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "r": 8,
+        "lora_alpha": 16,
+        "modules_to_save": ["classifier"],
+    }
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "target_modules": ["query", "value"]})
+    )
 
-    model, params = jaxpeft.load(tmp_path / "base", task="sequence_classification", scan_layers=True)
+    model, params = jaxpeft.load(
+        tmp_path / "base", task="sequence_classification", scan_layers=True
+    )
     method, params = jaxpeft.load_adapter(folder, model, params)
     assert method == LoRA(rank=8, alpha=16.0, targets=("query", "value"))
     jaxpeft.save_adapter(tmp_path / "again", method, params, model)
@@ -80,18 +104,26 @@ def test_the_published_file_itself_is_a_pickle_and_is_refused(published, save, n
 @pytest.mark.slow
 def test_it_is_converted_by_the_documented_command_and_merged_for_transformers(published, tmp_path):
     page = (ROOT / "docs" / "adapters.md").read_text()
-    (command,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.S) if published.name in block)
+    (command,) = (
+        block for block in re.findall(r"```bash\n(.*?)```", page, re.S) if published.name in block
+    )
     shutil.copy(published, tmp_path)
     command = command.replace("python - ", f"{sys.executable} - ")
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=200)
     few_words(tmp_path / "base")
-    report = export(ExportRequest(tmp_path / "my_adapter", "merged", tmp_path / "merged", base=str(tmp_path / "base")))
+    report = export(
+        ExportRequest(
+            tmp_path / "my_adapter", "merged", tmp_path / "merged", base=str(tmp_path / "base")
+        )
+    )
     assert report.error == 0 and report.gap < 1e-4
     merged, adapted = (
         torch_base(tmp_path / "merged", SEQUENCE),
         peft_load(tmp_path / "base", SEQUENCE, tmp_path / "my_adapter"),
     )
-    ours, theirs = (Reference(None, SEQUENCE, model)(make_batch("right")) for model in (merged, adapted))
+    ours, theirs = (
+        Reference(None, SEQUENCE, model)(make_batch("right")) for model in (merged, adapted)
+    )
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
@@ -102,12 +134,19 @@ def test_a_pickle_of_peft_is_converted_by_the_documented_command(save, tmp_path,
     saved = save()
     tensors = load_torch(saved.folder / WEIGHTS)
     torch.save(
-        {n: t.mT.contiguous().mT if t.ndim == 2 else t for n, t in tensors.items()}, saved.folder / "adapter_model.bin"
+        {n: t.mT.contiguous().mT if t.ndim == 2 else t for n, t in tensors.items()},
+        saved.folder / "adapter_model.bin",
     )
     (saved.folder / WEIGHTS).unlink()
     assert "adapter_model.bin, a pickle, which is never read" in saved.problems()[0]
     page = (ROOT / "docs" / "adapters.md").read_text()
-    (command,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.S) if "adapter_model.bin" in block)
-    command = command.replace("my_adapter", saved.folder.name).replace("python ", f"{sys.executable} ")
+    (command,) = (
+        block
+        for block in re.findall(r"```bash\n(.*?)```", page, re.S)
+        if "adapter_model.bin" in block
+    )
+    command = command.replace("my_adapter", saved.folder.name).replace(
+        "python ", f"{sys.executable} "
+    )
     subprocess.run(["bash", "-c", command], cwd=saved.folder.parent, check=True, timeout=200)
     assert_bit_equal(saved.load()[1], saved.params)

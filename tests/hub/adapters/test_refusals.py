@@ -18,7 +18,7 @@ HEAD = "base_model.model.classifier"
 WEIGHTS = "adapter_model.safetensors"
 
 
-# ----------------------------------------------------------------------------------------------------- folder and files
+# --------------------------------------------------------------------------------- folder and files
 
 
 def test_a_folder_that_is_not_there_is_refused(save, tmp_path):
@@ -48,7 +48,8 @@ def test_a_pickled_adapter_is_refused_without_reading_it(save, no_unpickling):
     (saved.folder / "adapter_model.bin").write_bytes(pickle.dumps({"x": 1}))
     (problem,) = saved.problems()
     assert problem.endswith(
-        f"no {WEIGHTS}: the folder holds adapter_model.bin, a pickle, which is never read; save it as safetensors"
+        f"no {WEIGHTS}: the folder holds adapter_model.bin, a pickle, which is never read; save it"
+        " as safetensors"
     )
 
 
@@ -61,7 +62,9 @@ def test_a_pickled_adapter_is_refused_without_reading_it(save, no_unpickling):
         (b"", "not safetensors, or truncated (0 bytes)"),
     ],
 )
-def test_another_file_under_the_name_of_the_weights_is_refused(save, no_unpickling, content, message):
+def test_another_file_under_the_name_of_the_weights_is_refused(
+    save, no_unpickling, content, message
+):
     saved = save()
     (saved.folder / WEIGHTS).write_bytes(content)
     (problem,) = saved.problems()
@@ -98,7 +101,7 @@ def test_a_broken_json_file_is_refused_by_line(save, name):
     assert problem.startswith(f"{saved.folder / name}:3:1: not JSON")
 
 
-# ---------------------------------------------------------------------------------------------------- base, task, head
+# --------------------------------------------------------------------------------- base, task, head
 
 
 def test_a_changed_base_is_refused(save, tmp_path):
@@ -109,10 +112,12 @@ def test_a_changed_base_is_refused(save, tmp_path):
     other = edited(saved.model.source.folder, tmp_path / "other", nudge)
     (problem,) = saved.problems(base=other)
     assert (
-        f"jaxpeft.json: the adapter was trained on another base ('{saved.model.source.name}') than {other}: " in problem
+        f"jaxpeft.json: the adapter was trained on another base ('{saved.model.source.name}') than"
+        f" {other}: " in problem
     )
     assert (
-        "the weights differ (base_sha256 " in problem and "; load the base it was trained on, or allow this" in problem
+        "the weights differ (base_sha256 " in problem
+        and "; load the base it was trained on, or allow this" in problem
     )
     same = shutil.copytree(saved.model.source.folder, tmp_path / "same")
     assert_bit_equal(saved.load(base=same)[1], saved.params)
@@ -120,17 +125,23 @@ def test_a_changed_base_is_refused(save, tmp_path):
 
 def test_another_task_pooling_and_base_are_listed_together(save, tmp_path):
     saved = save()
-    other = edited(saved.model.source.folder, tmp_path / "other", config=lambda c: c.update(hidden_act="relu"))
+    other = edited(
+        saved.model.source.folder, tmp_path / "other", config=lambda c: c.update(hidden_act="relu")
+    )
     edit_json(saved.folder / "jaxpeft.json", lambda extra: extra.update(pooling="mean"))
     task, pooling, base = saved.problems(base=other, task="token_classification")
-    assert task.endswith("adapter_config.json: task_type is SEQ_CLS, the model is loaded for TOKEN_CLS")
+    assert task.endswith(
+        "adapter_config.json: task_type is SEQ_CLS, the model is loaded for TOKEN_CLS"
+    )
     assert pooling.endswith("jaxpeft.json: pooling is 'mean', the model has None")
     assert "another base" in base
 
 
 def test_another_pooling_is_refused(save):
     saved = save(pooling="mean")
-    assert saved.problems(pooling="cls") == [f"{saved.folder / 'jaxpeft.json'}: pooling is 'mean', the model has 'cls'"]
+    assert saved.problems(pooling="cls") == [
+        f"{saved.folder / 'jaxpeft.json'}: pooling is 'mean', the model has 'cls'"
+    ]
     assert_bit_equal(saved.load(pooling="mean")[1], saved.params)
 
 
@@ -149,11 +160,13 @@ def test_another_number_of_labels_is_refused(save):
 
 def test_a_base_that_is_already_adapted_is_refused(save):
     saved = save()
-    with pytest.raises(ConfigError, match=r"already holds lora leaves; rewrite the base, or merge first"):
+    with pytest.raises(
+        ConfigError, match=r"already holds lora leaves; rewrite the base, or merge first"
+    ):
         jaxpeft.load_adapter(saved.folder, saved.model, saved.params)
 
 
-# -------------------------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------ tensors
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -202,18 +215,26 @@ def test_tensors_of_whole_numbers_are_refused(save):
     assert "classifier.bias" in saved.problems()[0]
 
 
-# ------------------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def test_unsupported_settings_are_listed_at_once_and_nothing_is_loaded(save):
     saved = save()
-    saved.config(use_qalora=True, init_lora_weights="pissa_niter_4", trainable_token_indices=[-1], r=0)
-    found = [problem.removeprefix(f"{saved.folder / 'adapter_config.json'}: ") for problem in saved.problems()]
+    saved.config(
+        use_qalora=True, init_lora_weights="pissa_niter_4", trainable_token_indices=[-1], r=0
+    )
+    found = [
+        problem.removeprefix(f"{saved.folder / 'adapter_config.json'}: ")
+        for problem in saved.problems()
+    ]
     starts = [
         "lora.rank: must be at least 1, is 0",
         "init_lora_weights: 'pissa_niter_4' changed the base when training",
     ]
-    starts += ["use_qalora: True is not supported", "trainable_token_indices: must be ids of tokens"]
+    starts += [
+        "use_qalora: True is not supported",
+        "trainable_token_indices: must be ids of tokens",
+    ]
     assert len(found) == len(starts)
     for start in starts:
         assert any(problem.startswith(start) for problem in found), start
@@ -230,7 +251,10 @@ def test_an_adapter_of_another_method_is_refused(save):
     [
         ({"target_modules": ["query", "q_proj"]}, r"targets: 'q_proj' matches no site"),
         ({"rank_pattern": {"q_proj": 3}}, r"rank_pattern: 'q_proj' matches no adapted site"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save: 'lm_head' names no module of the model"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save: 'lm_head' names no module of the model",
+        ),
         ({"layers_to_transform": [7]}, r"layers_to_transform: no layer 7; the model has 0 to 1"),
     ],
     ids=["targets", "rank_pattern", "modules_to_save", "layers"],

@@ -1,4 +1,6 @@
-"""LoRA and trainable tokens in one folder of PEFT, `trainable_token_indices`: both ways against the real peft."""
+"""LoRA and trainable tokens in one folder of PEFT, `trainable_token_indices`: both ways against the
+real peft.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ pytestmark = quiet
 TOKENS = (5, 3, 9)
 
 
-def tied(reference: Any, on: bool) -> Any:  # noqa: F811
+def tied(reference: Any, on: bool) -> Any:
     """Return the models of a reference with the head tied to the embedding."""
     return lambda kind, task: reference(kind, task, **({"tie_word_embeddings": True} if on else {}))
 
@@ -37,14 +39,19 @@ def trained(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "on"), [("llama", False), ("llama", True), ("bert", False)])
-def test_the_real_peft_reads_what_is_saved(reference: Any, tmp_path: Path, kind: str, on: bool) -> None:  # noqa: F811
+def test_the_real_peft_reads_what_is_saved(
+    reference: Any, tmp_path: Path, kind: str, on: bool
+) -> None:
     assert exported(tied(reference, on), tmp_path, case_of(both(), kind, "LoraConfig")) < 1e-4
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert list(config["trainable_token_indices"].values()) == [list(TOKENS)]
     assert not any("embed" in name for name in config["target_modules"])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json",
-    ]  # fmt: skip
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "jaxpeft.json",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def test_the_real_peft_reads_what_is_saved(reference: Any, tmp_path: Path, kind:
     "False-bert-*", "True-llama-True-given1", "False-llama-True-given3", "False-llama-False-given2"
 )
 def test_what_the_real_peft_saved_is_read(
-    reference: Any,  # noqa: F811
+    reference: Any,
     tmp_path: Path,
     kind: str,
     on: bool,
@@ -85,10 +92,12 @@ def test_what_the_real_peft_saved_is_read(
     names = [part.name for part in method.parts()]
     assert names[0] == ("dora" if dora else "lora")
     assert set(names[1:]) == {"trainable_tokens"}
-    assert method.parts()[1].tokens == tuple(given if isinstance(given, list) else next(iter(given.values())))
+    assert method.parts()[1].tokens == tuple(
+        given if isinstance(given, list) else next(iter(given.values()))
+    )
 
 
-def test_it_is_saved_as_it_was_read(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_it_is_saved_as_it_was_read(reference: Any, tmp_path: Path) -> None:
     torch_model = reference("llama", "causal_lm")
     model, base = torch_model.load(scan_layers=True)
     given = jaxpeft.Mixed(
@@ -112,7 +121,9 @@ def test_it_is_saved_as_it_was_read(reference: Any, tmp_path: Path) -> None:  # 
     assert gap(wanted, ours(case, model, loaded), torch_model, case) < 1e-4
 
 
-def test_the_other_spelling_beside_the_right_one_is_not_taken_for_it(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_the_other_spelling_beside_the_right_one_is_not_taken_for_it(
+    reference: Any, tmp_path: Path
+) -> None:
     from safetensors.numpy import load_file, save_file
 
     model, base = reference("llama", "causal_lm").load()
@@ -125,30 +136,49 @@ def test_the_other_spelling_beside_the_right_one_is_not_taken_for_it(reference: 
         jaxpeft.load_adapter(tmp_path, model, base)
 
 
-def test_an_adapter_takes_the_place_of_one_of_several_folders(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_an_adapter_takes_the_place_of_one_of_several_folders(
+    reference: Any, tmp_path: Path
+) -> None:
     model, base = reference("llama", "causal_lm").load()
     for method in (jaxpeft.Mixed(methods=(jaxpeft.IA3(), trained())), both()):
-        jaxpeft.save_adapter(tmp_path, method, jaxpeft.rewrite(method, base, jax.random.key(0)), model)
+        jaxpeft.save_adapter(
+            tmp_path, method, jaxpeft.rewrite(method, base, jax.random.key(0)), model
+        )
     found, _ = jaxpeft.load_adapter(tmp_path, model, base)
     assert [part.name for part in found.parts()] == ["lora", "trainable_tokens"]
 
 
-def test_two_methods_that_peft_has_no_one_folder_for_have_one_each(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_two_methods_that_peft_has_no_one_folder_for_have_one_each(
+    reference: Any, tmp_path: Path
+) -> None:
     model, base = reference("llama", "causal_lm").load()
     method = jaxpeft.Mixed(methods=(jaxpeft.IA3(), trained()))
     jaxpeft.save_adapter(tmp_path, method, jaxpeft.rewrite(method, base, jax.random.key(0)), model)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ia3", "jaxpeft_parts.json", "trainable_tokens"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "ia3",
+        "jaxpeft_parts.json",
+        "trainable_tokens",
+    ]
 
 
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ("5", "trainable_token_indices: must be ids of tokens, or those by the name of a module, is '5'"),
+        (
+            "5",
+            (
+                "trainable_token_indices: must be ids of tokens, or those by the name of a module,"
+                " is '5'"
+            ),
+        ),
         ([1.5], "trainable_token_indices: must be ids of tokens"),
         ([-1], "trainable_token_indices: must be ids of tokens"),
         ({"embed_tokens": 3}, "trainable_token_indices: must be ids of tokens"),
         ([3, 3], "tokens: names a token twice"),
-        ({"embed_tokens": [1], "lm_head": [2]}, "lm_head is tied to the embedding, and has other tokens"),
+        (
+            {"embed_tokens": [1], "lm_head": [2]},
+            "lm_head is tied to the embedding, and has other tokens",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(given: Any, problem: str) -> None:
@@ -159,7 +189,9 @@ def test_what_cannot_be_meant_is_refused(given: Any, problem: str) -> None:
     assert str(error.value).startswith("adapter_config.json: ")
 
 
-def test_a_token_that_the_model_has_not_and_a_missing_tensor_are_named(reference: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_token_that_the_model_has_not_and_a_missing_tensor_are_named(
+    reference: Any, tmp_path: Path
+) -> None:
     from safetensors.numpy import load_file, save_file
 
     model, base = reference("llama", "causal_lm").load()
@@ -171,7 +203,11 @@ def test_a_token_that_the_model_has_not_and_a_missing_tensor_are_named(reference
     assert name == "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     save_file({key: np.ascontiguousarray(t) for key, t in tensors.items() if key != name}, file)
     with pytest.raises(
-        AdapterError, match=r"missing: base_model\.model\.model\.embed_tokens\.token_adapter\.trainable_tokens_delta"
+        AdapterError,
+        match=(
+            r"missing:"
+            r" base_model\.model\.model\.embed_tokens\.token_adapter\.trainable_tokens_delta"
+        ),
     ):
         jaxpeft.load_adapter(tmp_path, model, base)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -1,7 +1,9 @@
-"""One of several processes that load a model: `python -m tests.hub.weights.loading_process PORT COUNT INDEX FOLDER OPTIONS`.
+"""One of several processes that load a model: `python -m tests.hub.weights.loading_process PORT
+COUNT INDEX FOLDER OPTIONS`.
 
-OPTIONS are JSON: `way` of `spreading.places`, `mesh`, and arguments of `outline`. Prints one JSON line: the bytes that it read, those
-that its devices hold (each once), and the SHA-256 of every leaf, put together from all processes.
+OPTIONS are JSON: `way` of `spreading.places`, `mesh`, and arguments of `outline`. Prints one JSON
+line: the bytes that it read, those that its devices hold (each once), and the SHA-256 of every
+leaf, put together from all processes.
 """
 
 from __future__ import annotations
@@ -36,10 +38,20 @@ def main(port: str, count: str, index: str, folder: str, text: str) -> None:
     digests = {}
     for path, leaf in paths.walk(params):
         whole = np.asarray(process_allgather(leaf, tiled=True))
-        digests[paths.text(path)] = hashlib.sha256(np.ascontiguousarray(whole).tobytes()).hexdigest()
-    parts = [{str(s.index): s.data.nbytes for s in leaf.addressable_shards} for leaf in jax.tree.leaves(params)]
+        digests[paths.text(path)] = hashlib.sha256(
+            np.ascontiguousarray(whole).tobytes()
+        ).hexdigest()
+    parts = [
+        {str(s.index): s.data.nbytes for s in leaf.addressable_shards}
+        for leaf in jax.tree.leaves(params)
+    ]
     held = sum(sum(part.values()) for part in parts)
-    result = {"asked": found.meter.bytes, "held": held, "sha256": digests, "base": fingerprint(found.model.source)}
+    result = {
+        "asked": found.meter.bytes,
+        "held": held,
+        "sha256": digests,
+        "base": fingerprint(found.model.source),
+    }
     sys.stdout.write(json.dumps(result) + "\n")
     if int(count) > 1:
         jax.distributed.shutdown()

@@ -15,7 +15,9 @@ from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.quant.quantize import Quant
 
 WAYS = ("whole", "rows", "columns", "both", "layers")
-"""Of the tensors in the files, `[out, in]`; `layers` is the axis of stacked ones, and rows where there is none."""
+"""Of the tensors in the files, `[out, in]`; `layers` is the axis of stacked ones, and rows where
+there is none.
+"""
 
 
 def requested(task: Any, quant: str | None = None, **options: Any) -> ModelRequest:
@@ -37,7 +39,10 @@ def places(leaves: Any, mesh: Mesh, way: str) -> Callable[[Path], NamedSharding]
         mesh: of `mesh_of`.
         way: one of `WAYS`.
     """
-    found = {path: NamedSharding(mesh, _spec(path, leaf.shape, mesh, way)) for path, leaf in paths.walk(leaves)}
+    found = {
+        path: NamedSharding(mesh, _spec(path, leaf.shape, mesh, way))
+        for path, leaf in paths.walk(leaves)
+    }
     return found.__getitem__
 
 
@@ -46,7 +51,12 @@ def _spec(path: Path, shape: tuple[int, ...], mesh: Mesh, way: str) -> Partition
     spec: list[Any] = [None] * len(shape)
     one = list(range(layers, len(shape)))  # the axes of one layer
     rows, columns = (one[-1:], one[:-1]) if path[-1] == "kernel" else (one[:1], one[1:])
-    cuts = {"whole": [], "rows": [(rows, "a")], "columns": [(columns, "a")], "both": [(rows, "a"), (columns, "b")]}
+    cuts = {
+        "whole": [],
+        "rows": [(rows, "a")],
+        "columns": [(columns, "a")],
+        "both": [(rows, "a"), (columns, "b")],
+    }
     cuts["layers"] = [([0], ("a", "b"))] if layers else cuts["rows"]
     for axes, name in cuts[way]:
         parts = np.prod([mesh.shape[n] for n in (name if isinstance(name, tuple) else (name,))])

@@ -1,4 +1,6 @@
-"""Checkpoints that `bitsandbytes` has quantized: loaded as they are, merged, and everything that does not fit."""
+"""Checkpoints that `bitsandbytes` has quantized: loaded as they are, merged, and everything that
+does not fit.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ from tests.core.helpers import run
 from tests.hub.helpers import Tensors, assert_bit_equal, edited, trained
 
 both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
+CONFIG = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+}
 LINEAR = r".*\.(\w+_proj|query|key|value|dense)\.weight"
 Q = "model.layers.1.self_attn.q_proj.weight"
 STATE = f"{Q}.quant_state.bitsandbytes__nf4"
@@ -36,7 +43,9 @@ def text(state: dict[str, Any]) -> np.ndarray[Any, Any]:
 
 
 def packed(name: str, weight: Any, double: bool) -> Tensors:
-    """Return the tensors that Hugging Face saves of a matrix `[out, in]`, made of what jaxpeft gives."""
+    """Return the tensors that Hugging Face saves of a matrix `[out, in]`, made of what jaxpeft
+    gives.
+    """
     leaves = jax.tree.map(np.asarray, jax.jit(nf4.store)(jnp.asarray(weight).T))
     absmax = np.abs(np.asarray(nf4.blocks_of(jnp.asarray(weight).T))).max(axis=1)
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
@@ -62,19 +71,32 @@ def folder(reference: Any, tmp_path: Path) -> Callable[..., Path]:
     """Make the folder of a tiny model whose linear modules are quantized."""
 
     def make(
-        kind: str = "llama", task: str = "causal_lm", *, double: bool = True, skip: str = "no", then: Change | None = None,
-        sizes: Any = (), **config: Any
-    ) -> Path:  # fmt: skip
+        kind: str = "llama",
+        task: str = "causal_lm",
+        *,
+        double: bool = True,
+        skip: str = "no",
+        then: Change | None = None,
+        sizes: Any = (),
+        **config: Any,
+    ) -> Path:
         def weights(tensors: Tensors) -> None:
             for name in list(tensors):
-                if re.fullmatch(LINEAR, name) and not re.search(skip + "$", name.removesuffix(".weight")):
+                if re.fullmatch(LINEAR, name) and not re.search(
+                    skip + "$", name.removesuffix(".weight")
+                ):
                     tensors |= packed(name, tensors.pop(name), double)
             if then is not None:
                 then(tensors)
 
         target = tmp_path / f"quantized{len(list(tmp_path.iterdir()))}"
         settings = {"quantization_config": CONFIG | config}
-        return edited(reference(kind, task, **dict(sizes)).folder, target, weights, lambda c: c.update(settings))
+        return edited(
+            reference(kind, task, **dict(sizes)).folder,
+            target,
+            weights,
+            lambda c: c.update(settings),
+        )
 
     return make
 
@@ -88,7 +110,9 @@ def second(params: Any) -> Any:
 
 
 @both
-@pytest.mark.parametrize(("kind", "task"), [("llama", "causal_lm"), ("bert", "sequence_classification")])
+@pytest.mark.parametrize(
+    ("kind", "task"), [("llama", "causal_lm"), ("bert", "sequence_classification")]
+)
 def test_it_is_loaded_as_the_model_that_is_quantized_on_the_way(
     reference: Any, folder: Any, scan: bool, kind: str, task: Any
 ) -> None:
@@ -100,16 +124,24 @@ def test_it_is_loaded_as_the_model_that_is_quantized_on_the_way(
 
 
 @both
-def test_without_double_quantization_the_scales_are_those_of_the_file(reference: Any, folder: Any, scan: bool) -> None:
+def test_without_double_quantization_the_scales_are_those_of_the_file(
+    reference: Any, folder: Any, scan: bool
+) -> None:
     model, params = jaxpeft.load(folder(double=False), task="causal_lm", scan_layers=scan)
-    plain, base = jaxpeft.load(reference("llama", "causal_lm").folder, task="causal_lm", scan_layers=scan)
+    plain, base = jaxpeft.load(
+        reference("llama", "causal_lm").folder, task="causal_lm", scan_layers=scan
+    )
     _, twice = jaxpeft.load(folder(), task="causal_lm", scan_layers=scan)
     held = jaxpeft.dequantize(params)
     leaves, kernel, original = second(params), second(held)["kernel"], second(base)["kernel"]
     absmax = leaves["kernel_nf4_absmax"]
-    assert absmax.dtype == np.float32 and absmax.shape == (32 * 32 // 64,)  # 64 does not divide 32 inputs
+    assert absmax.dtype == np.float32 and absmax.shape == (
+        32 * 32 // 64,
+    )  # 64 does not divide 32 inputs
     codes = np.asarray(nf4.CODES, np.float32)[np.asarray(nf4.unpacked(leaves["kernel_nf4"]))]
-    np.testing.assert_array_equal(np.asarray(kernel).T, codes * np.repeat(absmax, 64).reshape(32, 32))
+    np.testing.assert_array_equal(
+        np.asarray(kernel).T, codes * np.repeat(absmax, 64).reshape(32, 32)
+    )
     np.testing.assert_array_equal(absmax, np.abs(nf4.blocks_of(original)).max(axis=1))
     assert count(params) == count(twice) == count(base)
     np.testing.assert_allclose(run(model, params), run(plain, held), rtol=1e-4, atol=1e-4)
@@ -182,20 +214,45 @@ BROKEN: list[tuple[Change, str]] = [
     (moved, f"quantized: {Q}.quant_map is not the table of nf4; load the unquantized model"),
     (state(shape=[16, 64]), f"misshaped: {Q} is [16, 64], must be [32, 32]"),
     (state(shape=[32.0, 32]), f"quantized: {Q}: shape is [32.0, 32], must be [out, in]"),
-    (state(shape=[32, 31]), f"quantized: {Q}: shape is [32, 31], and nf4 needs an even number of inputs"),
-    (state(blocksize=128), f"quantized: {Q}: blocksize is 128, must be 64; load the unquantized model, with quant='nf4'"),
+    (
+        state(shape=[32, 31]),
+        f"quantized: {Q}: shape is [32, 31], and nf4 needs an even number of inputs",
+    ),
+    (
+        state(blocksize=128),
+        (
+            f"quantized: {Q}: blocksize is 128, must be 64; load the unquantized model, with"
+            " quant='nf4'"
+        ),
+    ),
     (state(nested_blocksize=64), f"quantized: {Q}: nested_blocksize is 64, must be 256"),
     (state(nested_offset=None), f"quantized: {Q}: nested_offset is None, must be a number"),
-    (state(dtype="int8"), f"quantized: {Q}: dtype is 'int8', must be one of float32, float16, bfloat16"),
-    (state(dtype=["float16"]), f"quantized: {Q}: dtype is ['float16'], must be one of float32, float16, bfloat16"),
+    (
+        state(dtype="int8"),
+        f"quantized: {Q}: dtype is 'int8', must be one of float32, float16, bfloat16",
+    ),
+    (
+        state(dtype=["float16"]),
+        f"quantized: {Q}: dtype is ['float16'], must be one of float32, float16, bfloat16",
+    ),
     (state(nested_offset=10**400), f"quantized: {STATE} is not what bitsandbytes writes"),
     (state(nested_offset=True), f"quantized: {Q}: nested_offset is True, must be a number"),
     (state(shape=[10**200, 10**200]), f"quantized: {Q}: shape is [1000"),
-    (lambda t: t.update({STATE: np.frombuffer(b'{"blocksize": ' + b"1" * 5000 + b"}", np.uint8)}),
-     f"quantized: {STATE} is not what bitsandbytes writes"),
-    (lambda t: t.update({STATE: text({})[:-1]}), f"quantized: {STATE} is not what bitsandbytes writes"),
-    (lambda t: t.update({STATE.replace("nf4", "fp4"): t.pop(STATE)}), f"quantized: {Q} is in fp4, only nf4 is supported"),
-]  # fmt: skip
+    (
+        lambda t: t.update(
+            {STATE: np.frombuffer(b'{"blocksize": ' + b"1" * 5000 + b"}", np.uint8)}
+        ),
+        f"quantized: {STATE} is not what bitsandbytes writes",
+    ),
+    (
+        lambda t: t.update({STATE: text({})[:-1]}),
+        f"quantized: {STATE} is not what bitsandbytes writes",
+    ),
+    (
+        lambda t: t.update({STATE.replace("nf4", "fp4"): t.pop(STATE)}),
+        f"quantized: {Q} is in fp4, only nf4 is supported",
+    ),
+]
 
 
 @pytest.mark.parametrize(("change", "wanted"), BROKEN)
@@ -204,16 +261,22 @@ def test_what_does_not_fit_is_told_before_anything_large_is_read(
 ) -> None:
     broken = folder(then=change)
     monkeypatch.setattr(jax, "make_array_from_callback", None)
-    with pytest.raises(WeightsError, match=r"the weights do not fit the model in config.json \(1 problems\)") as caught:
+    with pytest.raises(
+        WeightsError, match=r"the weights do not fit the model in config.json \(1 problems\)"
+    ) as caught:
         jaxpeft.load(broken, task="causal_lm")
     assert caught.value.problems[1].startswith(wanted)
 
 
 def test_a_packed_embedding_of_fewer_tokens_is_refused_first(folder: Any) -> None:
     def change(tensors: Tensors) -> None:
-        tensors.update(packed("model.embed_tokens.weight", tensors["model.embed_tokens.weight"][:98], True))
+        tensors.update(
+            packed("model.embed_tokens.weight", tensors["model.embed_tokens.weight"][:98], True)
+        )
 
-    with pytest.raises(JaxpeftError, match=r"vocab_size is 99, there are 98 in model\.embed_tokens\.weight"):
+    with pytest.raises(
+        JaxpeftError, match=r"vocab_size is 99, there are 98 in model\.embed_tokens\.weight"
+    ):
         jaxpeft.load(folder(then=change), task="causal_lm")
 
 
@@ -231,7 +294,10 @@ def test_layers_that_differ_are_not_stacked(folder: Any) -> None:
     path = folder(skip=r"1\.mlp\.up_proj")
     with pytest.raises(
         WeightsError,
-        match=r"quantized: model\.layers\.0\.mlp\.up_proj\.weight is, and 1 of the 2 layers .* scan_layers=False",
+        match=(
+            r"quantized: model\.layers\.0\.mlp\.up_proj\.weight is, and 1 of the 2 layers .*"
+            r" scan_layers=False"
+        ),
     ):
         jaxpeft.load(path, task="causal_lm", scan_layers=True)
     jaxpeft.load(path, task="causal_lm")
@@ -240,12 +306,21 @@ def test_layers_that_differ_are_not_stacked(folder: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "wanted"),
     [
-        ({"load_in_8bit": True, "load_in_4bit": False}, "load_in_8bit is not supported; load the unquantized model, with quant='int8'"),
-        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type 'fp4' is not supported; load the unquantized model, with quant='nf4'"),
+        (
+            {"load_in_8bit": True, "load_in_4bit": False},
+            "load_in_8bit is not supported; load the unquantized model, with quant='int8'",
+        ),
+        (
+            {"bnb_4bit_quant_type": "fp4"},
+            (
+                "bnb_4bit_quant_type 'fp4' is not supported; load the unquantized model, with"
+                " quant='nf4'"
+            ),
+        ),
         ({"load_in_4bit": False}, "of bitsandbytes load_in_4bit alone is supported"),
         ({"quant_method": "gptq"}, "is not supported: load the unquantized model"),
     ],
-)  # fmt: skip
+)
 def test_other_quantized_checkpoints_are_refused(folder: Any, config: Any, wanted: str) -> None:
     with pytest.raises(ConfigError, match=f"quantization_config: .*{re.escape(wanted)}"):
         jaxpeft.load(folder(**config), task="causal_lm")
@@ -253,33 +328,50 @@ def test_other_quantized_checkpoints_are_refused(folder: Any, config: Any, wante
 
 def test_what_contradicts_the_files_is_refused(folder: Any, reference: Any, tmp_path: Path) -> None:
     path = folder()
-    with pytest.raises(ConfigError, match=r"quant: is 'int8', and .* is quantized already, as 'nf4'; leave quant out"):
+    with pytest.raises(
+        ConfigError,
+        match=r"quant: is 'int8', and .* is quantized already, as 'nf4'; leave quant out",
+    ):
         jaxpeft.load(path, task="causal_lm", quant="int8")
     with pytest.raises(ConfigError, match="is quantized already"):
         jaxpeft.load(path, task="causal_lm", quant=jaxpeft.Quant("nf4", exclude=("q_proj",)))
     plain = edited(
-        reference("llama", "causal_lm").folder, tmp_path / "plain", None, lambda c: c.update(quantization_config=CONFIG)
+        reference("llama", "causal_lm").folder,
+        tmp_path / "plain",
+        None,
+        lambda c: c.update(quantization_config=CONFIG),
     )
     with pytest.raises(
-        WeightsError, match=r"quantization_config of config\.json says that the weights are quantized, and none is"
+        WeightsError,
+        match=(
+            r"quantization_config of config\.json says that the weights are quantized, and none is"
+        ),
     ):
         jaxpeft.load(plain, task="causal_lm")
 
 
-def test_an_adapter_is_trained_saved_and_merged(folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_adapter_is_trained_saved_and_merged(
+    folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = folder()
     model, base = jaxpeft.load(path, task="causal_lm")
     method = jaxpeft.LoRA(rank=2)
     params = trained(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
     jaxpeft.save_adapter(tmp_path / "adapter", method, params, model)
     assert json.loads((tmp_path / "adapter" / "jaxpeft.json").read_text())["quant"] == {
-        "form": "nf4", "targets": "all-linear", "exclude": [], "group": None,
-    }  # fmt: skip
+        "form": "nf4",
+        "targets": "all-linear",
+        "exclude": [],
+        "group": None,
+    }
     wanted = run(model, params)
     for to in ("merged", "merged_quantized_reference"):
         export(ExportRequest(tmp_path / "adapter", to, tmp_path / to))
         assert "quantization_config" not in json.loads((tmp_path / to / "config.json").read_text())
-        assert json.loads((tmp_path / to / "jaxpeft_merge.json").read_text())["base_rounded_to"] == "nf4"
+        assert (
+            json.loads((tmp_path / to / "jaxpeft_merge.json").read_text())["base_rounded_to"]
+            == "nf4"
+        )
         plain, merged = jaxpeft.load(tmp_path / to, task="causal_lm")
         assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("float32")}
         np.testing.assert_allclose(run(plain, merged), wanted, rtol=1e-4, atol=1e-4)
@@ -294,25 +386,38 @@ def test_loftq_has_nothing_to_make_up_for(folder: Any) -> None:
 
     path = folder()
     model, base = jaxpeft.load(path, task="causal_lm")
-    with pytest.raises(ConfigError, match="holds the model quantized, and not the kernels that it was made from"):
+    with pytest.raises(
+        ConfigError, match="holds the model quantized, and not the kernels that it was made from"
+    ):
         Start(model, base, jax.random.key(0)).original_kernels()
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_what_the_real_library_saves_is_what_it_computes_with(reference: Any, folder: Any, double: bool) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+def test_what_the_real_library_saves_is_what_it_computes_with(
+    reference: Any, folder: Any, double: bool
+) -> None:
+    functional = pytest.importorskip(
+        "bitsandbytes.functional", reason="bitsandbytes is not installed"
+    )
     import torch
     from safetensors.numpy import load_file
 
     # its program for CPUs decodes wrongly where 64 does not divide the inputs
     sizes = {"hidden_size": 64, "intermediate_size": 128}
-    plain, wanted = load_file(reference("llama", "causal_lm", **sizes).folder / "model.safetensors"), {}
+    plain, wanted = (
+        load_file(reference("llama", "causal_lm", **sizes).folder / "model.safetensors"),
+        {},
+    )
 
     def save(tensors: Tensors) -> None:
         for name in [name for name in plain if re.fullmatch(LINEAR, name)]:
             weight = torch.from_numpy(plain[name])
-            data, held = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type="nf4")
-            tensors |= {f"{name}.{key}": value.numpy() for key, value in held.as_dict(packed=True).items()}
+            data, held = functional.quantize_4bit(
+                weight, blocksize=64, compress_statistics=double, quant_type="nf4"
+            )
+            tensors |= {
+                f"{name}.{key}": value.numpy() for key, value in held.as_dict(packed=True).items()
+            }
             tensors[name] = data.numpy()
             wanted[name] = functional.dequantize_4bit(data, held).numpy()
 

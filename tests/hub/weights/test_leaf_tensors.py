@@ -20,14 +20,18 @@ SEQUENCE = "sequence_classification"
 
 def load(folder, task=SEQUENCE, **options):
     labels = LABELS if "classification" in task else None
-    return jaxpeft.load(folder, **({"task": task, "num_labels": labels, "dtype": jnp.float32} | options))
+    return jaxpeft.load(
+        folder, **({"task": task, "num_labels": labels, "dtype": jnp.float32} | options)
+    )
 
 
 def problems(folder, task=SEQUENCE, **options):
     with pytest.raises(WeightsError) as caught:
         load(folder, task, **options)
     head, *rest = caught.value.problems
-    assert head == f"{folder}: the weights do not fit the model in config.json ({len(rest)} problems):"
+    assert (
+        head == f"{folder}: the weights do not fit the model in config.json ({len(rest)} problems):"
+    )
     return rest
 
 
@@ -45,13 +49,23 @@ def test_every_misfit_is_listed_at_once_with_the_nearest_names(reference, tmp_pa
     assert len(found) == 6
     query = "bert.encoder.layer.0.attention.self.query"
     assert (
-        "not floating: bert.embeddings.LayerNorm.bias is int32 (a quantized checkpoint?); use the unquantized model"
-        in found
+        "not floating: bert.embeddings.LayerNorm.bias is int32 (a quantized checkpoint?); use the"
+        " unquantized model" in found
     )
-    assert "misshaped: bert.encoder.layer.1.output.dense.weight is [48, 32], must be [32, 48]" in found
-    assert any(p.startswith(f"missing: {query}.weight; did you mean '{query}s.weight'") for p in found)
-    assert any(p.startswith(f"extra: {query}s.weight belongs to no part of this model; did you mean") for p in found)
-    assert any(p.startswith("missing: bert.encoder.layer.1.intermediate.dense.bias; did you mean") for p in found)
+    assert (
+        "misshaped: bert.encoder.layer.1.output.dense.weight is [48, 32], must be [32, 48]" in found
+    )
+    assert any(
+        p.startswith(f"missing: {query}.weight; did you mean '{query}s.weight'") for p in found
+    )
+    assert any(
+        p.startswith(f"extra: {query}s.weight belongs to no part of this model; did you mean")
+        for p in found
+    )
+    assert any(
+        p.startswith("missing: bert.encoder.layer.1.intermediate.dense.bias; did you mean")
+        for p in found
+    )
     assert "extra: adapter.down belongs to no part of this model" in found
     assert sorted(problems(folder, scan_layers=True)) == sorted(found)
 
@@ -63,13 +77,15 @@ def test_60_problems_are_listed_and_the_rest_counted(reference, tmp_path):
 
     folder = reference("bert", SEQUENCE).folder
     deeper = edited(folder, tmp_path / "m", last, lambda c: c.update(num_hidden_layers=8))
-    with pytest.raises(WeightsError, match=r"do not fit the model in config\.json \(96 problems\):") as caught:
+    with pytest.raises(
+        WeightsError, match=r"do not fit the model in config\.json \(96 problems\):"
+    ) as caught:
         load(deeper)
     assert len(caught.value.problems) == 62
     assert caught.value.problems[-1] == "... and 36 more"
 
 
-# ---------------------------------------------------------------------------------------------------------------- head
+# --------------------------------------------------------------------------------------------- head
 
 
 def test_a_head_for_other_labels_is_made_newly_with_a_warning(reference, caplog):
@@ -99,18 +115,23 @@ def test_a_head_of_the_right_size_is_kept_without_a_warning(reference, caplog):
 
 def test_the_new_head_is_float32_and_follows_the_seed(reference):
     folder = reference("bert", "encoder").folder
-    made = [load(folder, dtype=jnp.bfloat16, seed=seed, scan_layers=scan)[1] for seed, scan in [(0, 0), (0, 1), (1, 0)]]
+    made = [
+        load(folder, dtype=jnp.bfloat16, seed=seed, scan_layers=scan)[1]
+        for seed, scan in [(0, 0), (0, 1), (1, 0)]
+    ]
     heads = [np.asarray(tree["classifier"]["kernel"]) for tree in made]
     assert heads[0].dtype == np.float32
     np.testing.assert_array_equal(heads[0], heads[1])
     assert np.abs(heads[0] - heads[2]).max() > 1e-3
 
 
-# --------------------------------------------------------------------------------------------------- prefixes and names
+# ------------------------------------------------------------------------------- prefixes and names
 
 
 def backbone_equals(params, tensors, prefix, path=()):
-    """Every leaf but those of the head equals the tensor of its name, `prefix` put before or taken from it."""
+    """Every leaf but those of the head equals the tensor of its name, `prefix` put before or taken
+    from it.
+    """
     seen = 0
     for leaf_path, leaf in paths.walk(params):
         if paths.is_head(leaf_path):
@@ -130,7 +151,9 @@ def test_a_backbone_without_prefix_goes_under_a_head_and_back(reference, kind):
     assert not any(name.startswith(f"{kind}.") for name in tensors)
     backbone_equals(load(bare)[1], tensors, f"-{kind}.")
     with_head = reference(kind, SEQUENCE).folder
-    backbone_equals(load(with_head, "encoder")[1], load_file(with_head / "model.safetensors"), f"{kind}.")
+    backbone_equals(
+        load(with_head, "encoder")[1], load_file(with_head / "model.safetensors"), f"{kind}."
+    )
 
 
 @pytest.mark.parametrize("task", [SEQUENCE, "token_classification", "encoder"])
@@ -140,14 +163,19 @@ def test_a_masked_language_model_gives_its_backbone(tmp_path, caplog, task):
     config = {key: value for key, value in tiny_config("bert").items() if key != "model_type"}
     BertForMaskedLM(BertConfig(**config)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    assert any(name.startswith("cls.") for name in tensors) and not any("pooler" in name for name in tensors)
+    assert any(name.startswith("cls.") for name in tensors) and not any(
+        "pooler" in name for name in tensors
+    )
     model, params = load(tmp_path, task)
     backbone_equals(params, tensors, "bert." if task == "encoder" else "")
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     if task == SEQUENCE:
         assert model.options.pooling == "mean"
         assert warnings == [
-            "the checkpoint has no pooler (pooler.dense.weight); the classifier reads the mean over tokens"
+            (
+                "the checkpoint has no pooler (pooler.dense.weight); the classifier reads the mean over"
+                " tokens"
+            )
         ]
     else:
         assert not warnings
@@ -162,7 +190,11 @@ def test_a_tied_decoder_backbone_without_prefix_gives_the_logits_of_torch(refere
     assert "embed_tokens.weight" in load_file(folder / "model.safetensors")
     batch = make_batch("right")
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(folder).eval()(torch.tensor(batch.ids).long()).logits.numpy()
+        wanted = (
+            AutoModelForCausalLM.from_pretrained(folder)
+            .eval()(torch.tensor(batch.ids).long())
+            .logits.numpy()
+        )
     model, params = load(folder, "causal_lm", scan_layers=scan)
     ours = jax.jit(lambda ids: jaxpeft.apply(model, params, ids))(batch.ids)
     assert params.keys() == {"model"}
@@ -188,7 +220,9 @@ def test_a_language_model_gives_its_backbone(reference, task):
 def test_old_names_of_layer_norms_are_read(reference, tmp_path, task):
     def age(tensors):
         for name in [name for name in tensors if "LayerNorm" in name]:
-            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            )
             tensors[old] = tensors.pop(name)
 
     source = reference("bert", task).folder
@@ -206,12 +240,23 @@ SEQUENCE = "sequence_classification"
         ("bert", lambda t: t.pop("classifier.weight"), "missing: classifier.weight"),
         ("bert", lambda t: t.pop("classifier.bias"), "missing: classifier.bias"),
         ("roberta", lambda t: t.pop("classifier.dense.weight"), "missing: classifier.dense.weight"),
-        ("bert", lambda t: t.update({"classifier.weight": t["classifier.weight"][:, :5]}), "misshaped: classifier.weight"),
-        ("bert", lambda t: t.update({"classifer.weight": t.pop("classifier.weight")}), "extra: classifer.weight"),
-        ("roberta", lambda t: t.update({"classifier.dense.weight": t["classifier.dense.weight"][:5, :7]}),
-         "misshaped: classifier.dense.weight"),
+        (
+            "bert",
+            lambda t: t.update({"classifier.weight": t["classifier.weight"][:, :5]}),
+            "misshaped: classifier.weight",
+        ),
+        (
+            "bert",
+            lambda t: t.update({"classifer.weight": t.pop("classifier.weight")}),
+            "extra: classifer.weight",
+        ),
+        (
+            "roberta",
+            lambda t: t.update({"classifier.dense.weight": t["classifier.dense.weight"][:5, :7]}),
+            "misshaped: classifier.dense.weight",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_head_that_is_there_in_part_is_refused(reference, tmp_path, kind, change, text):
     folder = edited(reference(kind, SEQUENCE).folder, tmp_path / "m", weights=change)
     with pytest.raises(WeightsError) as caught:
@@ -224,12 +269,17 @@ def test_a_trained_head_is_not_thrown_away_for_a_config_of_other_labels(referenc
         config["id2label"] = {str(i): str(i) for i in range(5)}
 
     folder = edited(reference("bert", SEQUENCE).folder, tmp_path / "m", config=labels)
-    with pytest.raises(WeightsError, match=r"is for 3 labels, config\.json has 5; give num_labels=3 to keep the head"):
+    with pytest.raises(
+        WeightsError,
+        match=r"is for 3 labels, config\.json has 5; give num_labels=3 to keep the head",
+    ):
         jaxpeft.load(folder, task=SEQUENCE)
     jaxpeft.load(folder, task=SEQUENCE, num_labels=3)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [("token_classification", SEQUENCE), (SEQUENCE, "encoder")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("token_classification", SEQUENCE), (SEQUENCE, "encoder")]
+)
 def test_the_head_of_another_task_is_left_out(reference, saved, loaded):
     labels = 4 if loaded == SEQUENCE else None
     model, params = jaxpeft.load(reference("roberta", saved).folder, task=loaded, num_labels=labels)
@@ -239,16 +289,29 @@ def test_the_head_of_another_task_is_left_out(reference, saved, loaded):
 def test_a_tied_head_that_differs_is_refused_and_one_alone_is_the_embedding(reference, tmp_path):
     tied = reference("llama", "causal_lm", tie_word_embeddings=True)
     other = edited(
-        tied.folder, tmp_path / "a", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})
+        tied.folder,
+        tmp_path / "a",
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
     )
-    with pytest.raises(WeightsError, match=r"ties the head to the embedding, and lm_head\.weight differs"):
+    with pytest.raises(
+        WeightsError, match=r"ties the head to the embedding, and lm_head\.weight differs"
+    ):
         jaxpeft.load(other, task="causal_lm")
     alone = edited(
-        tied.folder, tmp_path / "b", lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})
+        tied.folder,
+        tmp_path / "b",
+        lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
     )
-    same = edited(tied.folder, tmp_path / "c", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    same = edited(
+        tied.folder,
+        tmp_path / "c",
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}),
+    )
     for folder in (alone, same):
-        assert_bit_equal(jaxpeft.load(folder, task="causal_lm")[1], jaxpeft.load(tied.folder, task="causal_lm")[1])
+        assert_bit_equal(
+            jaxpeft.load(folder, task="causal_lm")[1],
+            jaxpeft.load(tied.folder, task="causal_lm")[1],
+        )
 
 
 def test_layers_of_several_dtypes_keep_their_numbers_when_stacked(reference, tmp_path):
@@ -263,25 +326,34 @@ def test_layers_of_several_dtypes_keep_their_numbers_when_stacked(reference, tmp
         np.testing.assert_array_equal(leaf, paths.get(plain, path).astype(leaf.dtype))
 
 
-# -------------------------------------------------------------------------------------------------------------- prefixes
+# ----------------------------------------------------------------------------------------- prefixes
 
 FAMILIES = {
-    "llama": ("llama", "causal_lm", "model."), "qwen3 classifier": ("qwen3", SEQUENCE, "model."),
-    "qwen2 encoder": ("qwen2", "encoder", "model."), "bert": ("bert", SEQUENCE, "bert."),
-    "roberta": ("roberta", "token_classification", "roberta."), "distilbert": ("distilbert", SEQUENCE, "distilbert."),
-}  # fmt: skip
+    "llama": ("llama", "causal_lm", "model."),
+    "qwen3 classifier": ("qwen3", SEQUENCE, "model."),
+    "qwen2 encoder": ("qwen2", "encoder", "model."),
+    "bert": ("bert", SEQUENCE, "bert."),
+    "roberta": ("roberta", "token_classification", "roberta."),
+    "distilbert": ("distilbert", SEQUENCE, "distilbert."),
+}
 
 
 @pytest.mark.parametrize(("kind", "task", "prefix"), FAMILIES.values(), ids=FAMILIES)
-def test_names_are_read_with_the_prefix_without_it_and_mixed(reference, tmp_path, kind, task, prefix):
+def test_names_are_read_with_the_prefix_without_it_and_mixed(
+    reference, tmp_path, kind, task, prefix
+):
     folder = reference(kind, task).folder
     own = load_file(folder / "model.safetensors")
     _, wanted = jaxpeft.load(folder, task=task)
     plain = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
     heads = ("score", "classifier", "pre_classifier", "lm_head")
-    whole = {name if name.startswith(heads) else prefix + name: tensor for name, tensor in plain.items()}
+    whole = {
+        name if name.startswith(heads) else prefix + name: tensor for name, tensor in plain.items()
+    }
     mixed = {name: tensor for i, (name, tensor) in enumerate(whole.items()) if i % 2} | {
-        name.removeprefix(prefix): tensor for i, (name, tensor) in enumerate(whole.items()) if not i % 2
+        name.removeprefix(prefix): tensor
+        for i, (name, tensor) in enumerate(whole.items())
+        if not i % 2
     }
     for number, tensors in enumerate((plain, whole, mixed)):
         made = shutil.copytree(folder, tmp_path / str(number))
@@ -295,5 +367,8 @@ def test_two_tensors_for_one_place_are_refused(reference, tmp_path):
         tensors["layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].copy()
 
     folder = edited(reference("llama", "causal_lm").folder, tmp_path / "m", twice)
-    with pytest.raises(WeightsError, match=r"twice: (model\.)?layers\.0\.mlp\.up_proj\.weight and (model\.)?layers\.0"):
+    with pytest.raises(
+        WeightsError,
+        match=r"twice: (model\.)?layers\.0\.mlp\.up_proj\.weight and (model\.)?layers\.0",
+    ):
         jaxpeft.load(folder, task="causal_lm")

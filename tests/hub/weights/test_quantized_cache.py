@@ -1,4 +1,6 @@
-"""The cache of quantized kernels: bit-equal to those quantized anew, whole or not used, and never in the way."""
+"""The cache of quantized kernels: bit-equal to those quantized anew, whole or not used, and never
+in the way.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +61,17 @@ def entries(root: Path) -> list[Path]:
 @pytest.mark.parametrize("written", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.representatives("scanned-nf4", "unrolled-int8")
 def test_what_is_read_again_is_bit_by_bit_what_was_quantized(
-    root: Path, base: Path, quantizing: list[int], caplog: pytest.LogCaptureFixture, form: Any, written: bool
+    root: Path,
+    base: Path,
+    quantizing: list[int],
+    caplog: pytest.LogCaptureFixture,
+    form: Any,
+    written: bool,
 ) -> None:
     caplog.set_level(logging.INFO)
     wanted = {
-        scan: jaxpeft.load(base, task=TASK, scan_layers=scan, quant=form, cache=False)[1] for scan in (False, True)
+        scan: jaxpeft.load(base, task=TASK, scan_layers=scan, quant=form, cache=False)[1]
+        for scan in (False, True)
     }
     assert not entries(root)
     _, first = jaxpeft.load(base, task=TASK, scan_layers=written, quant=form)
@@ -90,12 +98,19 @@ def test_it_holds_the_quantized_kernels_alone(root: Path, base: Path) -> None:
 
 
 def test_what_the_kernels_depend_on_is_told_apart(root: Path, base: Path, tmp_path: Path) -> None:
-    hows = ["nf4", jaxpeft.Quant("nf4", exclude=("q_proj",)), "int4", jaxpeft.Quant("int4", group=16)]
+    hows = [
+        "nf4",
+        jaxpeft.Quant("nf4", exclude=("q_proj",)),
+        "int4",
+        jaxpeft.Quant("int4", group=16),
+    ]
     for n, how in enumerate(hows, 1):
         jaxpeft.load(base, task=TASK, quant=how)
         assert len(entries(root)) == n
     jaxpeft.load(base, task=TASK, quant="nf4", dtype=jnp.bfloat16)
-    jaxpeft.load(base, task=TASK, quant="nf4", vocab_size=120)  # changes no kernel that is quantized
+    jaxpeft.load(
+        base, task=TASK, quant="nf4", vocab_size=120
+    )  # changes no kernel that is quantized
     assert len(entries(root)) == 5
 
     def change(tensors: Any) -> None:
@@ -114,7 +129,9 @@ def test_it_is_read_onto_many_devices(root: Path, base: Path, quantizing: list[i
     _, wanted = jaxpeft.load(base, task=TASK, quant="nf4")
     quantizing.clear()
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    _, params = jaxpeft.load(base, task=TASK, quant="nf4", sharding=NamedSharding(mesh, PartitionSpec()))
+    _, params = jaxpeft.load(
+        base, task=TASK, quant="nf4", sharding=NamedSharding(mesh, PartitionSpec())
+    )
     assert not quantizing
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
     assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, wanted))
@@ -125,7 +142,9 @@ def test_what_waits_in_the_memory_of_the_host_is_kept_too(
     root: Path, base: Path, quantizing: list[int], scan: bool
 ) -> None:
     _, wanted = jaxpeft.load(base, task=TASK, quant="nf4", scan_layers=scan, cache=False)
-    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
+    )
     where = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
     for times in (1, 0):
         quantizing.clear()
@@ -135,12 +154,16 @@ def test_what_waits_in_the_memory_of_the_host_is_kept_too(
         assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, wanted))
 
 
-def test_axes_are_spread_where_they_can_be(root: Path, reference: Any, quantizing: list[int]) -> None:
+def test_axes_are_spread_where_they_can_be(
+    root: Path, reference: Any, quantizing: list[int]
+) -> None:
     folder = reference("llama", TASK, vocab_size=104).folder
     _, wanted = jaxpeft.load(folder, task=TASK, quant="nf4")
     quantizing.clear()
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    _, params = jaxpeft.load(folder, task=TASK, quant="nf4", sharding=NamedSharding(mesh, PartitionSpec("x")))
+    _, params = jaxpeft.load(
+        folder, task=TASK, quant="nf4", sharding=NamedSharding(mesh, PartitionSpec("x"))
+    )
     assert not quantizing
     leaves = params["model"]["layers"]["0"]["self_attn"]["q_proj"]
     assert leaves["kernel_nf4"].addressable_shards[0].data.shape == (4, 16)
@@ -176,7 +199,12 @@ def edit(folder: Path) -> None:
     ],
 )
 def test_a_damaged_one_is_told_and_made_anew(
-    root: Path, base: Path, quantizing: list[int], caplog: pytest.LogCaptureFixture, damage: Any, why: str
+    root: Path,
+    base: Path,
+    quantizing: list[int],
+    caplog: pytest.LogCaptureFixture,
+    damage: Any,
+    why: str,
 ) -> None:
     _, wanted = jaxpeft.load(base, task=TASK, quant="nf4")
     (folder,) = entries(root)
@@ -193,7 +221,11 @@ def test_a_damaged_one_is_told_and_made_anew(
 
 @pytest.mark.parametrize("how", ["file", "full", "rename"])
 def test_where_nothing_can_be_written_the_load_goes_on(
-    root: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+    root: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
 ) -> None:
     if how == "file":
         root.parent.write_text("not a folder")
@@ -224,14 +256,18 @@ def test_another_process_that_was_faster_is_no_trouble(
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_small_bases_and_plain_ones_are_not_kept(root: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_bases_and_plain_ones_are_not_kept(
+    root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jaxpeft.load(base, task=TASK)
     monkeypatch.setattr(quantized_cache, "LEAST_BYTES", 10**6)
     jaxpeft.load(base, task=TASK, quant="nf4")
     assert not entries(root)
 
 
-def test_the_environment_says_where_or_that_it_is_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_environment_says_where_or_that_it_is_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     assert cache.folder() == tmp_path
     monkeypatch.setenv(cache.VARIABLE, "off")
@@ -243,7 +279,9 @@ def test_the_environment_says_where_or_that_it_is_off(monkeypatch: pytest.Monkey
     assert cache.folder() == Path.home() / ".cache" / "jaxpeft"
 
 
-def test_it_is_off_where_the_environment_says_so(root: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_off_where_the_environment_says_so(
+    root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(cache.VARIABLE, "off")
     jaxpeft.load(base, task=TASK, quant="nf4")
     assert not entries(root) and not Path("off").exists()

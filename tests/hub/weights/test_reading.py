@@ -24,10 +24,14 @@ SEQUENCE = "sequence_classification"
 
 def load(folder, task=SEQUENCE, **options):
     labels = LABELS if "classification" in task else None
-    return jaxpeft.load(folder, **({"task": task, "num_labels": labels, "dtype": jnp.float32} | options))
+    return jaxpeft.load(
+        folder, **({"task": task, "num_labels": labels, "dtype": jnp.float32} | options)
+    )
 
 
-@pytest.mark.parametrize(("kind", "task"), [("llama", "causal_lm"), ("bert", SEQUENCE), ("distilbert", "encoder")])
+@pytest.mark.parametrize(
+    ("kind", "task"), [("llama", "causal_lm"), ("bert", SEQUENCE), ("distilbert", "encoder")]
+)
 def test_scanned_layers_are_the_unrolled_ones_stacked(reference, kind, task):
     folder = reference(kind, task).folder
     stacked, unrolled = load(folder, task, scan_layers=True)[1], load(folder, task)[1]
@@ -45,7 +49,9 @@ def test_bfloat16_is_the_rounded_float32(reference, scan):
 
 def test_the_dtype_of_the_file_is_kept(reference, tmp_path):
     def halve(tensors):
-        tensors.update({name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()})
+        tensors.update(
+            {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+        )
 
     source = reference("llama", "causal_lm").folder
     folder = edited(source, tmp_path / "m", halve)
@@ -62,7 +68,11 @@ def test_blocks_put_together_are_the_tensor(tmp_path, monkeypatch, transposed):
     tensors = open_folder(tmp_path)
     leaf = wanted.swapaxes(1, 2) if transposed else wanted
     source = leaf_sources.LeafSource(
-        tuple(tensors[str(i)] for i in range(3)), leaf.shape, np.dtype(np.float32), stacked=True, transposed=transposed
+        tuple(tensors[str(i)] for i in range(3)),
+        leaf.shape,
+        np.dtype(np.float32),
+        stacked=True,
+        transposed=transposed,
     )
     np.testing.assert_array_equal(source.read(None), leaf)
     index = (slice(1, 3), slice(3, 9), slice(2, 7))
@@ -79,7 +89,9 @@ def test_a_sharded_read_over_8_devices_equals_the_plain_one(reference, tmp_path,
     halves = {f"m-{i}.safetensors": {name: split[name] for name in names[i::2]} for i in range(2)}
     shard(tmp_path, halves)
     config = tiny_config("bert", **sizes)
-    model = models.build(config, ModelOptions("encoder", None, jnp.dtype(jnp.float32), scan_layers=scan))
+    model = models.build(
+        config, ModelOptions("encoder", None, jnp.dtype(jnp.float32), scan_layers=scan)
+    )
     abstract = abstract_params(model)
     plan = leaf_tensors.plan(abstract, open_folder(tmp_path), models.FAMILIES["bert"], None)
     assert plan.new == plan.replaced == ()
@@ -92,7 +104,12 @@ def test_a_sharded_read_over_8_devices_equals_the_plain_one(reference, tmp_path,
         spec = {n: NamedSharding(mesh, PartitionSpec(*[None] * (n - 1), "x")) for n in (1, 2, 3)}
         sharded = paths.build(
             [
-                (path, jax.make_array_from_callback(leaf.shape, spec[leaf.ndim], plan.sources[path].read))
+                (
+                    path,
+                    jax.make_array_from_callback(
+                        leaf.shape, spec[leaf.ndim], plan.sources[path].read
+                    ),
+                )
                 for path, leaf in paths.walk(abstract)
             ]
         )

@@ -30,10 +30,17 @@ def problems(folder):
 def test_shards_are_read_through_their_index(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {name: rng.standard_normal((4, 3)).astype(np.float32) for name in "abc"}
-    shard(tmp_path, {"m-1.safetensors": {"a": tensors["a"]}, "m-2.safetensors": {k: tensors[k] for k in "bc"}})
+    shard(
+        tmp_path,
+        {"m-1.safetensors": {"a": tensors["a"]}, "m-2.safetensors": {k: tensors[k] for k in "bc"}},
+    )
     (tmp_path / SINGLE).write_bytes(b"an older export that the index replaces")
     found = open_folder(tmp_path)
-    assert {name: tensor.file.name[:3] for name, tensor in found.items()} == {"a": "m-1", "b": "m-2", "c": "m-2"}
+    assert {name: tensor.file.name[:3] for name, tensor in found.items()} == {
+        "a": "m-1",
+        "b": "m-2",
+        "c": "m-2",
+    }
     for name, wanted in tensors.items():
         np.testing.assert_array_equal(found[name].read_rows(0, 4), wanted)
 
@@ -46,10 +53,14 @@ def shards(tmp_path):
 
 def test_a_shard_that_is_missing_is_refused(shards):
     (shards / "m-2.safetensors").unlink()
-    assert problems(shards) == (f"{shards / 'm-2.safetensors'}: no such file; fetch the model again",)
+    assert problems(shards) == (
+        f"{shards / 'm-2.safetensors'}: no such file; fetch the model again",
+    )
 
 
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd", "sub/evil.safetensors", ".", "evil/"])
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/etc/passwd", "sub/evil.safetensors", ".", "evil/"]
+)
 def test_an_index_names_files_of_its_own_folder_only(shards, name):
     evil = shards.parent / "evil.safetensors"
     save_file({"b": np.zeros((2, 2), np.float32)}, evil)
@@ -89,8 +100,15 @@ def test_the_problems_of_all_shards_come_at_once(shards):
     (shards / "m-1.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     (shards / "m-2.safetensors").write_bytes(PICKLE)
     more = {"c": "m-3.safetensors", "d": "../evil.safetensors"}
-    (shards / INDEX).write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors", **more}}))
+    (shards / INDEX).write_text(
+        json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors", **more}})
+    )
     found = "\n".join(problems(shards))
     assert len(problems(shards)) == 4
-    for part in ("LFS pointer", "pickle or zip", "m-3.safetensors: no such file", "names '../evil.safetensors'"):
+    for part in (
+        "LFS pointer",
+        "pickle or zip",
+        "m-3.safetensors: no such file",
+        "names '../evil.safetensors'",
+    ):
         assert part in found

@@ -1,4 +1,6 @@
-"""Leaves read into their shards: the numbers of a plain load, and no more bytes than the shards have."""
+"""Leaves read into their shards: the numbers of a plain load, and no more bytes than the shards
+have.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,14 @@ each_way = pytest.mark.parametrize("way", WAYS)
 SIZES = {"vocab_size": 96, "num_hidden_layers": 8}
 WIDE = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
 """With blocks of NF4 that keep to rows."""
-ODD = {"vocab_size": 99, "hidden_size": 60, "intermediate_size": 45, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3}  # fmt: skip
+ODD = {
+    "vocab_size": 99,
+    "hidden_size": 60,
+    "intermediate_size": 45,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+}
 """With parts of 33, 20 and 15, over three devices."""
 
 
@@ -57,7 +66,11 @@ def size_of(params: Any) -> int:
     ("sizes", "shape"), [(SIZES, (4, 2)), (SIZES, (2, 4)), (ODD, (3, 1))], ids=["4x2", "2x4", "odd"]
 )
 @pytest.mark.representatives(
-    "4x2-both-*", "odd-rows-unrolled", "odd-layers-scanned", "2x4-columns-scanned", "2x4-whole-unrolled"
+    "4x2-both-*",
+    "odd-rows-unrolled",
+    "odd-layers-scanned",
+    "2x4-columns-scanned",
+    "2x4-whole-unrolled",
 )
 def test_every_leaf_is_that_of_a_plain_load_and_each_byte_is_read_once(
     reference: Any, way: str, scan: bool, sizes: Any, shape: Any
@@ -97,16 +110,33 @@ PART = [
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("block", [64, 1 << 20])
 def test_of_a_part_no_more_is_asked_than_it_has(
-    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch, part: Any, transposed: bool, dtype: Any, block: int
+    tmp_path: FilePath,
+    monkeypatch: pytest.MonkeyPatch,
+    part: Any,
+    transposed: bool,
+    dtype: Any,
+    block: int,
 ) -> None:
     monkeypatch.setattr(leaf_sources, "_BLOCK_BYTES", block)
     wanted = np.random.default_rng(0).standard_normal((3, 37, 11)).astype(dtype)
-    shard(tmp_path, {"m.safetensors": {"before": np.zeros(5, np.int8), **{str(i): wanted[i] for i in range(3)}}})
+    shard(
+        tmp_path,
+        {
+            "m.safetensors": {
+                "before": np.zeros(5, np.int8),
+                **{str(i): wanted[i] for i in range(3)},
+            }
+        },
+    )
     meter = Meter()
     tensors = open_folder(tmp_path, meter)
     leaf = wanted.swapaxes(1, 2) if transposed else wanted
     source = LeafSource(
-        tuple(tensors[str(i)] for i in range(3)), leaf.shape, np.dtype(dtype), stacked=True, transposed=transposed
+        tuple(tensors[str(i)] for i in range(3)),
+        leaf.shape,
+        np.dtype(dtype),
+        stacked=True,
+        transposed=transposed,
     )
     index = (slice(1, 3), *(part[::-1] if transposed else part))
     found = source.read(index)
@@ -123,14 +153,17 @@ def test_a_tensor_of_three_axes_is_cut_along_any(tmp_path: FilePath) -> None:
         np.testing.assert_array_equal(source.read(index), wanted[index])
 
 
-def test_a_file_that_is_cut_short_meanwhile_is_named_and_ends_nothing(reference: Any, tmp_path: FilePath) -> None:
+def test_a_file_that_is_cut_short_meanwhile_is_named_and_ends_nothing(
+    reference: Any, tmp_path: FilePath
+) -> None:
     folder = edited(reference("llama", "causal_lm", **SIZES).folder, tmp_path / "m")
     found = outlined(folder)
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(20_000)
     for way in ("rows", "columns"):
         with pytest.raises(
-            WeightsError, match=r"model\.safetensors: ends at byte 20000, inside a tensor; fetch it again"
+            WeightsError,
+            match=r"model\.safetensors: ends at byte 20000, inside a tensor; fetch it again",
         ):
             found.read(0, places(found.leaves, mesh_of((4, 2)), way))
 
@@ -138,10 +171,17 @@ def test_a_file_that_is_cut_short_meanwhile_is_named_and_ends_nothing(reference:
 def test_a_sharding_that_does_not_fit_is_refused_with_its_leaf(reference: Any) -> None:
     found = outlined(reference("llama", "causal_lm").folder)
     by_three = NamedSharding(mesh_of((3, 1)), PartitionSpec("a"))
-    text = "sharding: model/norm/scale is [32], which ('a',) over {'a': 3, 'b': 1} does not cut evenly"
+    text = (
+        "sharding: model/norm/scale is [32], which ('a',) over {'a': 3, 'b': 1} does not cut evenly"
+    )
     with pytest.raises(ConfigError, match=re.escape(text)):
-        found.read(0, lambda path: by_three if path[-2] == "norm" else SingleDeviceSharding(jax.devices()[0]))
-    with pytest.raises(ConfigError, match="does not cut evenly; leave out the axes that do not divide it"):
+        found.read(
+            0,
+            lambda path: by_three if path[-2] == "norm" else SingleDeviceSharding(jax.devices()[0]),
+        )
+    with pytest.raises(
+        ConfigError, match="does not cut evenly; leave out the axes that do not divide it"
+    ):
         found.read(0, by_three)
 
 
@@ -153,11 +193,13 @@ def test_leaves_may_lie_in_the_memory_of_the_host(reference: Any) -> None:
             found = outlined(folder, quant=quant, scan_layers=scan)
             at = places(found.leaves, mesh_of((4, 2)), "layers")
             params = found.read(0, lambda path, at=at: at(path).with_memory_kind("pinned_host"))
-            assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(params)} == {"pinned_host"}
+            assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(params)} == {
+                "pinned_host"
+            }
             assert_bit_equal(params, plain)
 
 
-# ------------------------------------------------------------------------------------------------------ heads and tokens
+# --------------------------------------------------------------------------------- heads and tokens
 
 
 @each_way
@@ -175,9 +217,14 @@ def test_a_new_head_has_the_same_numbers_on_any_mesh(reference: Any, way: str) -
 @each_way
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.representatives("True-rows", "False-both")
-def test_added_tokens_are_cut_with_the_others_and_have_the_same_numbers(reference: Any, way: str, tied: bool) -> None:
+def test_added_tokens_are_cut_with_the_others_and_have_the_same_numbers(
+    reference: Any, way: str, tied: bool
+) -> None:
     folder = reference("llama", "causal_lm", tie_word_embeddings=tied).folder
-    options: Any = {"vocab_size": 104, "dtype": jnp.bfloat16}  # 99 in the file, which no number of devices divides
+    options: Any = {
+        "vocab_size": 104,
+        "dtype": jnp.bfloat16,
+    }  # 99 in the file, which no number of devices divides
     _, plain = jaxpeft.load(folder, task="causal_lm", **options)
     _, params = spread(folder, (4, 2), way, **options)
     assert params["model"]["embed_tokens"]["embedding"].shape == (104, 32)
@@ -208,13 +255,15 @@ def test_of_a_tied_head_that_is_there_twice_each_process_compares_its_part(
     for i in range(4):
         monkeypatch.setattr(jax, "process_index", lambda i=i: i)
         if i == 2:  # rows 49 to 73
-            with pytest.raises(WeightsError, match=r"ties the head to the embedding, and lm_head\.weight differs"):
+            with pytest.raises(
+                WeightsError, match=r"ties the head to the embedding, and lm_head\.weight differs"
+            ):
                 outlined(folder)
         else:
             assert outlined(folder).meter.bytes == pytest.approx(2 * 99 * 32 * 4 / 4, rel=0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------- quantized
+# ---------------------------------------------------------------------------------------- quantized
 
 
 BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3, 1))}
@@ -223,7 +272,8 @@ BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3,
 @both
 @pytest.mark.parametrize("way", WAYS[1:])
 @pytest.mark.parametrize(
-    ("form", "base"), [*(("nf4", base) for base in BASES), *((form, "rows") for form in QUANTIZED if form != "nf4")]
+    ("form", "base"),
+    [*(("nf4", base) for base in BASES), *((form, "rows") for form in QUANTIZED if form != "nf4")],
 )
 @pytest.mark.representatives(
     "nf4-flat-both-*",
@@ -241,7 +291,11 @@ def test_codes_and_scales_are_bit_by_bit_those_of_one_device(
     found, params = spread(folder, shape, way, scan_layers=scan, quant=form)
     wanted = places(found.leaves, mesh_of(shape), way)
     assert all(leaf.sharding == wanted(path) for path, leaf in paths.walk(params))
-    codes = next(leaf for path, leaf in paths.walk(params) if path[-2:] == ("q_proj", QUANTIZED[form].leaves[0]))
+    codes = next(
+        leaf
+        for path, leaf in paths.walk(params)
+        if path[-2:] == ("q_proj", QUANTIZED[form].leaves[0])
+    )
     assert not codes.sharding.is_fully_replicated
     assert_bit_equal(params, alone)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
@@ -270,15 +324,25 @@ def test_what_is_added_up_over_a_kernel_is_added_up_on_every_device(reference: A
 
     mesh = mesh_of((4, 1))
     at = {
-        "kernel_nf4": PartitionSpec("a"), "kernel_nf4_absmax": PartitionSpec("a"),
-        "kernel_nf4_absmax_scale": PartitionSpec(), "kernel_nf4_absmax_mean": PartitionSpec(),
-    }  # fmt: skip
-    store: Any = sharded._compiled(Quant("nf4"), tuple((key, NamedSharding(mesh, spec)) for key, spec in at.items()))
-    kernel = jax.ShapeDtypeStruct((128, 256), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "a")))
+        "kernel_nf4": PartitionSpec("a"),
+        "kernel_nf4_absmax": PartitionSpec("a"),
+        "kernel_nf4_absmax_scale": PartitionSpec(),
+        "kernel_nf4_absmax_mean": PartitionSpec(),
+    }
+    store: Any = sharded._compiled(
+        Quant("nf4"), tuple((key, NamedSharding(mesh, spec)) for key, spec in at.items())
+    )
+    kernel = jax.ShapeDtypeStruct(
+        (128, 256), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "a"))
+    )
     program = store.lower(kernel).compile().as_text()
     assert "all-gather" in program and "all-reduce" not in program
     # only the scales are gathered, 512 of them, never the kernel
-    assert re.findall(r"(f32\[[\d,]+\])\S* all-gather\(", program) in (["f32[256,2]"], ["f32[512]"], ["f32[512,1]"])
+    assert re.findall(r"(f32\[[\d,]+\])\S* all-gather\(", program) in (
+        ["f32[256,2]"],
+        ["f32[512]"],
+        ["f32[512,1]"],
+    )
 
 
 def test_every_kernel_of_a_shape_is_quantized_by_one_program(reference: Any) -> None:

@@ -1,4 +1,6 @@
-"""Several processes that load one model, really run: each reads its part of the bytes, and together they have the numbers of one."""
+"""Several processes that load one model, really run: each reads its part of the bytes, and together
+they have the numbers of one.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,20 @@ def run(count: int, folder: Path, **options: Any) -> list[Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = [sys.executable, "-m", "tests.hub.weights.loading_process"]
-    # the reading is tried, not the compiler: without the cache of programs, which the tests of one process share
+    # the reading is tried, not the compiler: without the cache of programs, which the tests of one
+    # process share
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAXPEFT_CACHE": "off"}
     started = [
         subprocess.Popen(
             [*program, str(port), str(count), str(i), str(folder), json.dumps(options)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
         )
         for i in range(count)
-    ]  # fmt: skip
+    ]
     try:
         said = [process.communicate(timeout=240) for process in started]
     finally:
@@ -48,7 +55,10 @@ def run(count: int, folder: Path, **options: Any) -> list[Any]:
 
 
 def checksums(params: Any) -> dict[str, str]:
-    return {paths.text(p): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for p, leaf in paths.walk(params)}
+    return {
+        paths.text(p): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+        for p, leaf in paths.walk(params)
+    }
 
 
 CASES = [
@@ -76,5 +86,6 @@ def test_each_process_reads_its_part_and_together_they_have_the_numbers_of_one(
         assert one["base"] == base_identity.fingerprint(sources.resolve(folder, None))
         if "quant" not in options:
             assert one["asked"] == pytest.approx(one["held"], rel=0.01)
-        # what no axis divides, such as the scales of norms or an embedding along its columns, is small here
+        # what no axis divides, such as the scales of norms or an embedding along its columns, is
+        # small here
         assert one["asked"] == pytest.approx(total / count, rel=0.1)
