@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from benchmarks.looping import milliseconds
 from jaxpeft.models import attention
-from jaxpeft.models.masks import Mask, allowed
+from jaxpeft.models.masks import Mask, make_mask
 
 
 class Layer(nn.Module):
@@ -46,13 +46,14 @@ def masks(batch: int, length: int) -> Mapping[str, Callable[[str], Mask]]:
         (jnp.arange(length) < length * 3 // 4).astype(jnp.int32), (batch, length)
     )
     made = {
-        "causal": lambda: allowed(None, None, causal=True),
-        "packed": lambda: allowed(None, segments, causal=True),
-        "window": lambda: allowed(None, None, causal=True, window=512),
-        "padded": lambda: allowed(text, None, causal=False),
+        "causal": lambda: make_mask(None, None, causal=True),
+        "packed": lambda: make_mask(None, segments, causal=True),
+        "window": lambda: make_mask(None, None, causal=True, window=512),
+        "padded": lambda: make_mask(text, None, causal=False),
     }
     return {
-        name: lambda kernel, mask=mask: mask().ready(kernel, length) for name, mask in made.items()
+        name: lambda kernel, mask=mask: mask().prepare(kernel, length)
+        for name, mask in made.items()
     }
 
 

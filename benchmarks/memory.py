@@ -121,11 +121,11 @@ def beside(row: Mapping[str, Any]) -> dict[str, Any]:
     import jax
 
     from jaxpeft.plan import topology
-    from jaxpeft.plan.examine import Setting, predicted
+    from jaxpeft.plan.examine import Setting, predict_bytes
     from jaxpeft.plan.shapes import SHAPES
 
     gpu = topology.read("h200:1" if "H200" in row["device"] else "h100:1")
-    by_arithmetic = predicted(
+    by_arithmetic = predict_bytes(
         Setting(SHAPES[row["shape"]], gpu, jax.devices()[:1], None, False), config_of(row)
     )
     return {
@@ -145,7 +145,7 @@ def measured(name: str) -> dict[str, Any]:
 
     from jaxpeft.models.attention import fastest, platform
     from jaxpeft.plan import topology
-    from jaxpeft.plan.examine import Setting, predicted, step_of
+    from jaxpeft.plan.examine import Setting, predict_bytes, step_of
     from jaxpeft.plan.shapes import SHAPES
     from jaxpeft.plan.step_arguments import step_arguments
     from jaxpeft.plan.subject import subject
@@ -155,7 +155,7 @@ def measured(name: str) -> dict[str, Any]:
     case, device = CASES[name], jax.devices()[0]
     described = SHAPES.get(case["shape"], TINY)
     config = config_of(case)
-    by_arithmetic = predicted(
+    by_arithmetic = predict_bytes(
         Setting(described, topology.read("h100:1"), [device], None, False), config
     )
     run = subject(config, described, fastest(platform(device)), case["remat"], scan=False)

@@ -62,7 +62,7 @@ from jaxpeft.kernels.nf4 import CODES
 from jaxpeft.processes.signals import StopRequest
 from jaxpeft.quant.quantize import Quant
 from jaxpeft.train import job, optimizers
-from jaxpeft.train.begin import rewritten
+from jaxpeft.train.begin import rewrite_base
 from jaxpeft.train.evaluator import Evaluator
 from jaxpeft.train.setup import prepare
 
@@ -167,7 +167,7 @@ def trained(
         job.log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
         before = (
-            evaluator(*rewritten(setup, config.method), setup.data.test)
+            evaluator(*rewrite_base(setup, config.method), setup.data.test)
             if setup.data.problem == "lm"
             else {}
         )

@@ -376,7 +376,7 @@ def random_model(options: Any) -> tuple[Any, Any]:
             layers = [partial(normal, leaf.shape[-2:], 1000 * n + i) for n in range(count)]
             items += [
                 ((*path[:-1], name), made)
-                for name, made in quant.stored(layers, bool(site.layers)).items()
+                for name, made in quant.store_layers(layers, bool(site.layers)).items()
             ]
     return model, paths.build(items)
 

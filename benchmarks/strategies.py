@@ -25,7 +25,7 @@ from jaxpeft.core import tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
-from jaxpeft.hub.fetching import bringing
+from jaxpeft.hub.fetching import fetch_kernels
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import ModelOptions, Pretrained, abstract_params
 from jaxpeft.processes.arrays import put_batch
@@ -158,7 +158,7 @@ def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, floa
     found = layout(mesh, sharding_rules(options), params, case.method)
     if mesh.shape[SEQUENCE] > 1:  # as the main job does
         model = model.clone(options=dataclasses.replace(model.options, attention="chunked"))
-    loss = make_loss_sum(bringing(model, found), loss_for(model.options.task, "single_label"))
+    loss = make_loss_sum(fetch_kernels(model, found), loss_for(model.options.task, "single_label"))
     mask = trainable_mask(case.method, params)
     trainable, frozen = tree.partition(jax.device_put(params, found.shardings), mask)
     key = jax.random.key(1) if case.dropout else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxpeft.command.parser import HELP
 from jaxpeft.command.verbs import VERBS, command_line
-from jaxpeft.errors import cut, nearest
+from jaxpeft.errors import nearest, shorten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = words
     if name not in VERBS:
         sys.stderr.write(
-            f"jaxpeft: {cut(name)!r}: no such command{nearest(name, VERBS)}; `jaxpeft --help` lists"
-            " them\n"
+            f"jaxpeft: {shorten(name)!r}: no such command{nearest(name, VERBS)}; `jaxpeft --help`"
+            " lists them\n"
         )
         return 2
     return command_line(name).main(rest)

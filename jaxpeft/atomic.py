@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path, *, unique: bool = False) -> Generator[Path]:
+def replace_when_done(path: Path, *, unique: bool = False) -> Generator[Path]:
     """Yield where to write a file or a folder, which gets its name at the end; after a failure
     nothing is left.
 
@@ -43,7 +43,7 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
         text: its content.
         sync: whether it must be on the disk before it gets its name.
     """
-    with replacing(path) as temporary, temporary.open("w") as file:
+    with replace_when_done(path) as temporary, temporary.open("w") as file:
         file.write(text)
         file.flush()
         if sync:

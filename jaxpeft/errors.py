@@ -70,7 +70,7 @@ class TrainingError(JaxpeftError, RuntimeError):
     """Training cannot go on."""
 
 
-def shown(value: object, most: int = 80) -> str:
+def show(value: object, most: int = 80) -> str:
     """Return a value as a message shows it: as Python writes it, and cut where that is long.
 
     Args:
@@ -103,7 +103,7 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def cut(text: str, most: int = 80) -> str:
+def shorten(text: str, most: int = 80) -> str:
     """Return a text for a message: in quotes where it has what cannot be printed, and cut where it
     is long.
 

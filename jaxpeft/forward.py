@@ -59,7 +59,7 @@ def apply(
     asked = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
     inputs.require_tree(model, params)
     if isinstance(model, Pretrained):
-        args, kw = inputs.checked(model, args, kw)
+        args, kw = inputs.check_inputs(model, args, kw)
         inputs.require_adapter(params, adapter)
     return run(model, params, *args, rngs=rngs, adapter=adapter, **asked, **kw)
 
@@ -102,6 +102,6 @@ def run(
     except JaxpeftError:
         raise
     except inputs.FAILURES as error:
-        if why := inputs.misfit(model, params, args, kw):
+        if why := inputs.find_misfit(model, params, args, kw):
             raise ConfigError(why) from error
         raise

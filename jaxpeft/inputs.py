@@ -21,7 +21,7 @@ from flax.errors import FlaxError
 from jaxpeft import kernels
 from jaxpeft.core import paths
 from jaxpeft.core.rewriting import require_numbers
-from jaxpeft.errors import ConfigError, DataError, nearest, shown
+from jaxpeft.errors import ConfigError, DataError, nearest, show
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import MARKERS, METHODS
 from jaxpeft.models.base import Pretrained, abstract_params
@@ -42,7 +42,7 @@ _FEW_BITS = frozenset(name for form in QUANTIZED.values() for name in form.leave
 _OF_ANOTHER = "; these are another model's parameters: give those that were loaded or made with it"
 
 
-def checked(
+def check_inputs(
     model: Pretrained, args: tuple[Any, ...], kw: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the inputs of a pretrained model as arrays.
@@ -196,7 +196,7 @@ def require_tree(model: Any, params: Any) -> None:
         model.options, remat="none", attention="xla", offload=False, gathered=()
     )
     plain: Any = model.clone(options=options, source=None)  # pyright does not see that it hashes
-    if why := _misfit(_own_leaves(plain), params):
+    if why := _leaf_misfit(_own_leaves(plain), params):
         raise ConfigError(why)
 
 
@@ -216,7 +216,7 @@ def require_adapter(params: Mapping[str, Any], adapter: Any | None) -> None:
     if not jnp.issubdtype(numbers.dtype, jnp.integer):
         raise DataError(
             "adapter: must be the number of an adapter of the bank, or one a row, is"
-            f" {shown(adapter)}"
+            f" {show(adapter)}"
         )
     marked = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] in MARKERS)
     count = next(
@@ -225,7 +225,7 @@ def require_adapter(params: Mapping[str, Any], adapter: Any | None) -> None:
     _require_within("adapter", numbers, count, f"the bank of {count} adapters")
 
 
-def misfit(
+def find_misfit(
     model: Any, params: Mapping[str, Any], args: tuple[Any, ...], kw: Mapping[str, Any]
 ) -> str | None:
     """Return which leaf of the base is not the model's first, after a call that failed; None where
@@ -242,7 +242,7 @@ def misfit(
         made = jax.eval_shape(lambda: model.init({"params": key, "dropout": key}, *args, **kw))
     except FAILURES:
         return None
-    return _misfit(dict(paths.walk(made.get("params", {}))), params)
+    return _leaf_misfit(dict(paths.walk(made.get("params", {}))), params)
 
 
 @lru_cache(maxsize=8)
@@ -251,7 +251,7 @@ def _own_leaves(model: Pretrained) -> Mapping[paths.Path, Any]:
     return dict(paths.walk(abstract_params(model)))
 
 
-def _misfit(wanted: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str | None:
+def _leaf_misfit(wanted: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str | None:
     """Return which leaf is not the model's first: of another shape, missing, or one that a call
     would leave out in silence.
 

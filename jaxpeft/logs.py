@@ -29,7 +29,7 @@ class _Fallback(StderrHandler):
 
 
 @contextmanager
-def timed(what: str) -> Generator[Callable[[str], None]]:
+def log_time(what: str) -> Generator[Callable[[str], None]]:
     """Log what is being done, and then how long it took; a step that fails says so itself.
 
     Gives a function that takes what came of it, to be said with the time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jaxpeft.errors import ConfigError, cut
+from jaxpeft.errors import ConfigError, shorten
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -15,8 +15,8 @@ def problem(name: str) -> str | None:
     if _NAME.fullmatch(name):
         return None
     return (
-        f"{cut(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or"
-        " a digit"
+        f"{shorten(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a"
+        " letter or a digit"
     )
 
 

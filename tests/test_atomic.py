@@ -28,7 +28,7 @@ def test_of_a_failure_nothing_is_left(tmp_path: Path, folder: bool, unique: bool
         (tmp_path / "out").write_text("before")
 
     def fail() -> None:
-        with atomic.replacing(tmp_path / "out", unique=unique) as temporary:
+        with atomic.replace_when_done(tmp_path / "out", unique=unique) as temporary:
             if folder:
                 temporary.mkdir()
                 (temporary / "a").touch()
@@ -43,7 +43,7 @@ def test_of_a_failure_nothing_is_left(tmp_path: Path, folder: bool, unique: bool
 
 
 def test_a_folder_gets_its_name_at_the_end(tmp_path: Path) -> None:
-    with atomic.replacing(tmp_path / "out") as temporary:
+    with atomic.replace_when_done(tmp_path / "out") as temporary:
         temporary.mkdir()
         (temporary / "a").touch()
         assert not (tmp_path / "out").exists()
@@ -58,8 +58,8 @@ def test_what_a_killed_process_has_left_is_written_over(tmp_path: Path) -> None:
 
 def test_processes_that_write_the_same_do_not_meet(tmp_path: Path) -> None:
     with (
-        atomic.replacing(tmp_path / "a", unique=True) as one,
-        atomic.replacing(tmp_path / "a", unique=True) as other,
+        atomic.replace_when_done(tmp_path / "a", unique=True) as one,
+        atomic.replace_when_done(tmp_path / "a", unique=True) as other,
     ):
         assert one != other
         one.write_text("1")

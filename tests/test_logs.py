@@ -7,19 +7,19 @@ import re
 
 import pytest
 
-from jaxpeft.logs import timed
+from jaxpeft.logs import log_time
 
 
 def test_a_step_says_what_it_does_and_then_how_long_it_took(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with caplog.at_level(logging.INFO), timed("tokenizing") as note:
+    with caplog.at_level(logging.INFO), log_time("tokenizing") as note:
         assert caplog.messages == ["tokenizing ..."]
         note("7 rows")
     assert re.fullmatch(r"tokenizing: 7 rows, 0\.\d s", caplog.messages[1])
 
 
 def test_a_step_that_fails_says_no_time(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), pytest.raises(OSError, match="gone"), timed("reading"):
+    with caplog.at_level(logging.INFO), pytest.raises(OSError, match="gone"), log_time("reading"):
         raise OSError("gone")
     assert caplog.messages == ["reading ..."]

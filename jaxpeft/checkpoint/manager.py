@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jaxpeft.checkpoint import manifest
 from jaxpeft.checkpoint.identity import differences
 from jaxpeft.errors import CheckpointError, ConfigError, DamagedError
-from jaxpeft.processes.peers import ALONE, SEEN, Peers, seen
+from jaxpeft.processes.peers import ALONE, SEEN, Peers, wait_until_seen
 
 _log = logging.getLogger(__name__)
 ASIDE = ".set-aside"
@@ -77,7 +77,7 @@ class Checkpoints:
             CheckpointError: it could not be written; the steps saved before are as they were.
         """
         target = self._folder / str(step)
-        if self._peers.agreed(f"whether step {step} is saved", (target / manifest.NAME).is_file):
+        if self._peers.agree(f"whether step {step} is saved", (target / manifest.NAME).is_file):
             return
         items: dict[str, Any] = {"state": ocp.args.StandardSave(state)}
         if best is not None:
@@ -116,11 +116,11 @@ class Checkpoints:
             DamagedError: steps were saved, and none of them is good.
             CheckpointError: another process than the first does not see that step.
         """
-        step = self._peers.agreed("the newest saved step", self._newest)
+        step = self._peers.agree("the newest saved step", self._newest)
         if (
             step is not None
             and not self._peers.first
-            and not seen(self._folder / str(step) / manifest.NAME)
+            and not wait_until_seen(self._folder / str(step) / manifest.NAME)
         ):
             raise CheckpointError(
                 f"{self._folder / str(step)}: is the newest saved step for process 0, and process"
@@ -175,7 +175,7 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Read the plain values of a good step."""
-        return self._peers.agreed(
+        return self._peers.agree(
             f"what step {step} is of", lambda: manifest.read(self._folder / str(step))
         )
 
@@ -220,7 +220,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the files cannot be read, or hold other leaves.
         """
-        has_best = self._peers.agreed(
+        has_best = self._peers.agree(
             "whether there is a best tree", (self._folder / str(step) / "best").is_dir
         )
         wanted: dict[str, Any] = {"state": ocp.args.StandardRestore(_abstract(state))}

@@ -16,7 +16,7 @@ _WIDEST = 100
 _MORE = "--help SECTION prints one section, such as --help method.lora"
 
 
-def help_asked(argv: Sequence[str]) -> str | None:
+def requested_section(argv: Sequence[str]) -> str | None:
     """Return the section that `--help` is asked for, empty for the whole; None where no help is
     asked for.
     """
@@ -66,12 +66,12 @@ def _config() -> Iterator[str]:
             yield "  The options of each, with --help method.NAME:"
             methods = [found for found in reference.sections() if found.name.startswith("method.")]
             for method in methods:
-                yield from _wrapped(f"  {method.name.removeprefix('method.'):18}{method.doc}", 20)
+                yield from _wrap(f"  {method.name.removeprefix('method.'):18}{method.doc}", 20)
             yield ""
 
 
 def _section(one: reference.SectionDoc) -> Iterator[str]:
-    yield from _wrapped(f"config.{one.name}: {one.doc}{f' ({one.paper})' if one.paper else ''}", 0)
+    yield from _wrap(f"config.{one.name}: {one.doc}{f' ({one.paper})' if one.paper else ''}", 0)
     yield ""
     yield from _options(one.options, flags=False)
 
@@ -80,12 +80,12 @@ def _options(options: Iterable[OptionDoc], *, flags: bool) -> Iterator[str]:
     for one in options:
         name = flag(one.name) if flags else one.name
         bounds = f", {one.bounds}" if one.bounds else ""
-        yield from _wrapped(f"  {name}: {one.type} = {one.default}{bounds}", 6)
-        yield from _wrapped(f"      {one.doc}", 6)
+        yield from _wrap(f"  {name}: {one.type} = {one.default}{bounds}", 6)
+        yield from _wrap(f"      {one.doc}", 6)
     yield ""
 
 
-def _wrapped(text: str, indent: int) -> list[str]:
+def _wrap(text: str, indent: int) -> list[str]:
     width = min(_WIDEST, shutil.get_terminal_size().columns)
     return textwrap.wrap(
         text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False

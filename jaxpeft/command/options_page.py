@@ -42,7 +42,7 @@ def _lines() -> Iterator[str]:
     for one in reference.sections():
         level = "###" if "." in one.name else "##"
         yield f"{level} config.{one.name}\n"
-        yield f"{_escaped(one.doc)}{f' Paper: {one.paper}' if one.paper else ''}\n"
+        yield f"{_escape(one.doc)}{f' Paper: {one.paper}' if one.paper else ''}\n"
         yield from _table(one.options)
     yield "## Commands\n"
     for verb in VERBS:
@@ -59,13 +59,13 @@ def _table(options: Iterable[OptionDoc], *, flags: bool = False) -> Iterator[str
         name = flag(one.name) if flags else one.name
         bounds = f"`{one.bounds}`" if one.bounds else ""
         yield (
-            f"| `{name}` | `{_escaped(one.type)}` | `{_escaped(one.default)}` | {bounds} |"
-            f" {_escaped(one.doc)} |"
+            f"| `{name}` | `{_escape(one.type)}` | `{_escape(one.default)}` | {bounds} |"
+            f" {_escape(one.doc)} |"
         )
     yield ""
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Return a text for a cell of a table, where a bar ends the cell."""
     return text.replace("|", "\\|")
 

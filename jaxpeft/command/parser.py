@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from jaxpeft.config.literals import read_value
 from jaxpeft.core.option_docs import OptionDoc, option_docs
 from jaxpeft.core.options import hints_of, option, parse
-from jaxpeft.errors import ConfigError, cut, nearest
+from jaxpeft.errors import ConfigError, nearest, shorten
 
 A = TypeVar("A")
 Overrides = tuple[tuple[str, str], ...]
@@ -118,12 +118,12 @@ def _parser(cls: type[Any]) -> _Parser:
             parser.add_argument(
                 *spellings,
                 dest=field.name,
-                action="append" if _listed(cls, field.name) else "store",
+                action="append" if _list_flag(cls, field.name) else "store",
             )
     return parser
 
 
-def _listed(cls: type[Any], name: str) -> bool:
+def _list_flag(cls: type[Any], name: str) -> bool:
     hint = hints_of(cls)[name]
     return any(get_origin(choice) is tuple for choice in (hint, *get_args(hint)))
 
@@ -145,9 +145,9 @@ def _unknown(words: Sequence[str], cls: type[Any]) -> list[str]:
     for before, word in zip(["", *words], words, strict=False):
         name = word.partition("=")[0]
         if word.startswith("-"):
-            found.append(f"{cut(name)}: no such option{nearest(name, known)}; see --help")
+            found.append(f"{shorten(name)}: no such option{nearest(name, known)}; see --help")
         elif not before.startswith("-") or "=" in before:
-            found.append(f"{cut(word)!r}: not an option; see --help")
+            found.append(f"{shorten(word)!r}: not an option; see --help")
     return found
 
 

@@ -10,12 +10,12 @@ from typing import TypeVar
 
 from jaxpeft import config as configs
 from jaxpeft import logs
-from jaxpeft.command.help import help_asked, help_text
+from jaxpeft.command.help import help_text, requested_section
 from jaxpeft.command.parser import Arguments, ConfigArguments, Overrides, read_arguments
 from jaxpeft.config import Config
 from jaxpeft.config.json_schema import schema_text
 from jaxpeft.errors import ConfigError
-from jaxpeft.processes.exit_codes import guarded
+from jaxpeft.processes.exit_codes import run_guarded
 
 A = TypeVar("A", bound=Arguments)
 
@@ -45,7 +45,7 @@ def run_command(
     set_up_logging(hushed=not show_traceback, level=level)
 
     def whole() -> int:
-        section = help_asked(argv)
+        section = requested_section(argv)
         if section is not None:
             sys.stdout.write(help_text(cls, about or "", section))
             return 0
@@ -55,7 +55,7 @@ def run_command(
             return 0
         return body(given, overrides)
 
-    return guarded(whole, show_traceback=show_traceback)
+    return run_guarded(whole, show_traceback=show_traceback)
 
 
 def load_config(

@@ -14,7 +14,7 @@ import logging
 import sys
 
 from jaxpeft.errors import ConfigError
-from jaxpeft.train.arguments import Job, RunArguments, place_of_process, run_job
+from jaxpeft.train.arguments import Job, RunArguments, find_process, run_job
 
 ARGUMENTS = RunArguments
 
@@ -29,7 +29,7 @@ def _run(job: Job) -> int:
     from jaxpeft.processes.signals import Stopped, StopRequest
 
     log = logging.getLogger("jaxpeft")
-    place, _ = place_of_process(job.arguments)
+    place, _ = find_process(job.arguments)
     if place is not None and place.processes != 1:
         raise ConfigError(
             "python -m jaxpeft.compare: trains in one process after the other, and this is one of"
@@ -44,7 +44,7 @@ def _run(job: Job) -> int:
             log.info("stopped on request; the same command resumes from there")
             return stopped.exit_code
     if failed:
-        log.error("%s", runs.shown(failed, job.workdir))
+        log.error("%s", runs.describe_failures(failed, job.workdir))
     return 1 if failed else 0
 
 

@@ -95,8 +95,8 @@ def run(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with lock_folder(workdir):
-        runs = plan(config, workdir)
-        results = finished(runs, allowed)
+        runs = plan_runs(config, workdir)
+        results = read_finished(runs, allowed)
         if len(results) < len(runs):
             check_inputs(config)
         failed: dict[Planned, str] = {}
@@ -110,12 +110,16 @@ def run(
             len(results),
         )
         first, asked = _measured_before(config), {"allowed": list(allowed), "traceback": traceback}
-        processes = _started(left)
+        processes = _start_ahead(left)
         try:
             for i, (one, process) in enumerate(processes):
                 stop.raise_if_requested()
                 _log.info(
-                    "\n%s: run %d of %d%s", one, i + 1, len(left), _remaining(began, i, len(left))
+                    "\n%s: run %d of %d%s",
+                    one,
+                    i + 1,
+                    len(left),
+                    _estimate_remaining(began, i, len(left)),
                 )
                 why = _complete(process, one, stop, {**asked, "before": one.name == first})
                 result = read_result(one)
@@ -143,7 +147,7 @@ def run(
                 made = table.write(
                     config, by_name, {str(one): why for one, why in failed.items()}, workdir
                 )
-                _log.info("\n%s", table.shown(made, by_name, workdir))
+                _log.info("\n%s", table.closing_text(made, by_name, workdir))
     return failed
 
 
@@ -157,7 +161,7 @@ def _measured_before(config: Config) -> str:
     return next(plain, config.compare.titles[0])
 
 
-def plan(config: Config, workdir: Path) -> list[Planned]:
+def plan_runs(config: Config, workdir: Path) -> list[Planned]:
     """List the runs of a comparison: all candidates with the first seed, then with the next.
 
     Raises:
@@ -175,7 +179,9 @@ def plan(config: Config, workdir: Path) -> list[Planned]:
     ]
 
 
-def finished(runs: Sequence[Planned], allowed: Sequence[str] = ()) -> dict[Planned, dict[str, Any]]:
+def read_finished(
+    runs: Sequence[Planned], allowed: Sequence[str] = ()
+) -> dict[Planned, dict[str, Any]]:
     """Return the results that are there already.
 
     Args:
@@ -235,7 +241,7 @@ def other_rows(config: Config) -> Examples | None:
     return make_examples(rows, kind="classification", problem="single_label")
 
 
-def _remaining(began: float, done: int, count: int) -> str:
+def _estimate_remaining(began: float, done: int, count: int) -> str:
     if not done:
         return ""
     minutes = (time.perf_counter() - began) / done * (count - done) / 60
@@ -264,7 +270,7 @@ class _Process:
         self.said.close()
 
 
-def _started(runs: Sequence[Planned]) -> Generator[tuple[Planned, _Process]]:
+def _start_ahead(runs: Sequence[Planned]) -> Generator[tuple[Planned, _Process]]:
     """Yield each run with its process; that of the next is started by then, so that it imports
     while this one computes.
     """
@@ -310,7 +316,7 @@ def _complete(run: _Process, one: Planned, stop: StopRequest, asked: Mapping[str
     with suppress(BrokenPipeError):
         to.write(json.dumps(told) + "\n")
         to.flush()
-    last = _followed(run.process, run.said, stop)
+    last = _follow(run.process, run.said, stop)
     _, complains, why = last.rpartition("jaxpeft: ")
     if complains:
         return why.strip()
@@ -318,7 +324,7 @@ def _complete(run: _Process, one: Planned, stop: StopRequest, asked: Mapping[str
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _followed(process: subprocess.Popen[str], said: IO[str], stop: StopRequest) -> str:
+def _follow(process: subprocess.Popen[str], said: IO[str], stop: StopRequest) -> str:
     """Wait for the end of a run, which a request to stop is passed on to; shows what it says, and
     return the last of it.
     """
@@ -336,7 +342,7 @@ def _followed(process: subprocess.Popen[str], said: IO[str], stop: StopRequest) 
     return last
 
 
-def shown(failed: Mapping[Planned, str], workdir: Path) -> str:
+def describe_failures(failed: Mapping[Planned, str], workdir: Path) -> str:
     """Return which runs have failed, and what to do."""
     rows = [f"  {one}: {why}" for one, why in failed.items()]
     fix = f"the same command tries them again; what they said is in {workdir}/NAME/seed-N/{LOG}"

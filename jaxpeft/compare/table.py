@@ -45,7 +45,7 @@ class Spread:
         """The sample standard deviation, None of one value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
-    def shown(self, pattern: str = "{:.4f}") -> str:
+    def format(self, pattern: str = "{:.4f}") -> str:
         """Write it as people do."""
         around = (
             ""
@@ -146,7 +146,9 @@ def write(
     return made
 
 
-def shown(made: Mapping[str, Any], results: Mapping[str, Sequence[Result]], folder: Path) -> str:
+def closing_text(
+    made: Mapping[str, Any], results: Mapping[str, Sequence[Result]], folder: Path
+) -> str:
     """Return what the end of a comparison prints: the figures, what is left, and how the best
     adapter predicts.
 
@@ -181,14 +183,14 @@ def shown(made: Mapping[str, Any], results: Mapping[str, Sequence[Result]], fold
 
 
 def _spread(plain: Mapping[str, Any]) -> str:
-    return Spread(tuple(plain["values"])).shown()
+    return Spread(tuple(plain["values"])).format()
 
 
 def markdown(config: Config, made: Mapping[str, Any]) -> str:
     """Return what `summary` gives as a page with a table."""
     columns = _columns(made)
     lines = [
-        _opening(config, made),
+        _introduction(config, made),
         *(
             [f"Before training: {made['metric']} {_spread(made['before'])}."]
             if made["before"]
@@ -213,14 +215,14 @@ def markdown(config: Config, made: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _opening(config: Config, made: Mapping[str, Any]) -> str:
+def _introduction(config: Config, made: Mapping[str, Any]) -> str:
     train, seeds = config.train, made["seeds"]
     rows = config.data.test or config.data.validation or "the rows held out"
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
     said = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     where = f"{made['device']}, jax {made['jax']}"
     return (
-        f"{config.model.path} on {_shown(rows)}, {length} of {train.batch_size} rows, {said};"
+        f"{config.model.path} on {_short_path(rows)}, {length} of {train.batch_size} rows, {said};"
         f" {where}."
     )
 
@@ -250,12 +252,12 @@ def _row(name: str, one: Mapping[str, Any], made: Mapping[str, Any], columns: in
     ]
     if made["forgetting"]:
         lost = one["forgetting"]
-        cells.append("-" if lost is None else Spread(tuple(lost["values"])).shown("{:+.4f}"))
+        cells.append("-" if lost is None else Spread(tuple(lost["values"])).format("{:+.4f}"))
     return f"| {title} | {' | '.join(cells)} |"
 
 
 def _forgetting_note(forgetting: Mapping[str, Any]) -> str:
-    rows, before = _shown(forgetting["rows"]), forgetting["before"]
+    rows, before = _short_path(forgetting["rows"]), forgetting["before"]
     if forgetting["measure"] == "loss":
         return (
             f"Forgetting: by how much the mean loss of a token of {rows} has grown; it is"
@@ -268,7 +270,7 @@ def _forgetting_note(forgetting: Mapping[str, Any]) -> str:
     )
 
 
-def _shown(path: str) -> str:
+def _short_path(path: str) -> str:
     """Name rows by the end of their path."""
     return "/".join(path.rsplit("/", 2)[-2:])
 

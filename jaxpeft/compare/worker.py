@@ -28,8 +28,8 @@ from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.data.tokens.encoder import Encoder, evaluated_lengths, one_length
 from jaxpeft.errors import ConfigError
 from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddings
-from jaxpeft.logs import timed
-from jaxpeft.processes.exit_codes import guarded
+from jaxpeft.logs import log_time
+from jaxpeft.processes.exit_codes import run_guarded
 from jaxpeft.processes.lock import lock_folder
 from jaxpeft.processes.signals import Stopped, StopRequest
 from jaxpeft.sharding.mesh import evaluation_rows
@@ -80,7 +80,7 @@ def run(
         options = optimizers.options_for(config)
         result = job.fit(setup, config.method, options, folder, stop, evaluator, allowed, look)
         peak = memory_gb()
-        lost = _forgetting(setup, result, evaluator, stop)
+        lost = _measure_forgetting(setup, result, evaluator, stop)
         measured = {
             "metric": metric_of(setup),
             "split": result.split,
@@ -115,7 +115,7 @@ def run(
     return measured
 
 
-def _forgetting(
+def _measure_forgetting(
     setup: Setup, result: RunResult, evaluator: Evaluator, stop: StopRequest
 ) -> Forgetting | None:
     """Measure what the base could do of the config's other rows, and what the adapted one can."""
@@ -123,7 +123,7 @@ def _forgetting(
     examples = other_rows(config)
     if examples is None:
         return None
-    with timed(f"what is forgotten of {examples.rows.name}") as note:
+    with log_time(f"what is forgotten of {examples.rows.name}") as note:
         encoding = Encoder(config.data, setup.data.tokenizer, setup.model.config.vocab_size)
         split = encoding(examples, judged=False)
         if config.model.task == "causal_lm":
@@ -144,7 +144,7 @@ def _forgetting(
                     pad_to=one_length(config),
                 )
                 return centroid_accuracy(
-                    *embeddings(setup.model, params, _until_stopped(batches, stop))
+                    *embeddings(setup.model, params, _stop_when_requested(batches, stop))
                 )
 
             found = Forgetting("centroid_accuracy", accuracy(setup.params), accuracy(result.params))
@@ -152,7 +152,7 @@ def _forgetting(
     return found
 
 
-def _until_stopped(batches: Any, stop: StopRequest) -> Any:
+def _stop_when_requested(batches: Any, stop: StopRequest) -> Any:
     for batch in batches:
         stop.raise_if_requested()
         yield batch
@@ -167,7 +167,7 @@ def main() -> int:
     # a library imported above has set its own, and ours would be left out
     logging.getLogger().handlers.clear()
     set_up_logging(hushed=not told["traceback"])
-    return guarded(lambda: _run(told), show_traceback=told["traceback"])
+    return run_guarded(lambda: _run(told), show_traceback=told["traceback"])
 
 
 def _run(told: Mapping[str, Any]) -> int:

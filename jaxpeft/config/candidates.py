@@ -11,7 +11,7 @@ from jaxpeft import names
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.core.training_hooks import trains_head_alone
-from jaxpeft.errors import nearest, shown
+from jaxpeft.errors import nearest, show
 from jaxpeft.methods import METHODS, read
 from jaxpeft.methods.lora import LoRA
 
@@ -107,7 +107,7 @@ class CompareConfig:
         ]
         if self.reference is not None and self.reference not in self.titles:
             found.append(
-                f"reference: {shown(self.reference)} is not a"
+                f"reference: {show(self.reference)} is not a"
                 f" candidate{nearest(self.reference, self.titles)} (there are:"
                 f" {', '.join(self.titles)})"
             )

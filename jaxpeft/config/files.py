@@ -20,7 +20,7 @@ from jaxpeft.config.literals import read_value
 from jaxpeft.config.schema import ESCAPED, Config, as_dict
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import Reader, hints_of, no_option, parse
-from jaxpeft.errors import ConfigError, cut, nearest, shown
+from jaxpeft.errors import ConfigError, nearest, shorten, show
 from jaxpeft.methods import METHODS
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def defaults(method: str = "lora") -> ml_collections.ConfigDict:
     """
     if method not in METHODS:
         raise ConfigError(
-            f"method.name: {shown(method)} is not a method{nearest(method, METHODS)} (known:"
+            f"method.name: {show(method)} is not a method{nearest(method, METHODS)} (known:"
             f" {', '.join(METHODS)})"
         )
     plain = as_dict(dataclasses.replace(Config(), method=METHODS[method]()))
@@ -76,7 +76,7 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     """
     section = values.get("method", {})
     if not isinstance(section, Mapping):
-        return None, [f"config.method: must be a section with options, is {shown(section)}"]
+        return None, [f"config.method: must be a section with options, is {show(section)}"]
     rest = {key: value for key, value in values.items() if key != "method"}
     method, problems = methods.read(typing.cast(Mapping[str, Any], section), "config.method")
     if method and "compare" in rest:
@@ -106,10 +106,10 @@ def read_file(path: Path) -> dict[str, Any]:
             option twice, or holds no sections.
     """
     if why := _no_file(path):
-        raise ConfigError(f"--config {cut(str(path), 200)}: {why}")
+        raise ConfigError(f"--config {shorten(str(path), 200)}: {why}")
     if path.suffix in plain_files.READERS:
         return _with_defaults(plain_files.read(path))
-    return _executed(path)
+    return _execute(path)
 
 
 def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _executed(path: Path) -> dict[str, Any]:
+def _execute(path: Path) -> dict[str, Any]:
     """Execute a Python config file."""
     spec = importlib.util.spec_from_file_location("jaxpeft_user_config", path)
     if spec is None or spec.loader is None:
@@ -141,7 +141,7 @@ def _executed(path: Path) -> dict[str, Any]:
     except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{path}{_line_of(error, path)}: {type(error).__name__}:"
-            f" {cut(' '.join(str(error).split()), 400)}"
+            f" {shorten(' '.join(str(error).split()), 400)}"
         ) from error
     if not isinstance(config, dict):
         raise ConfigError(
@@ -215,7 +215,7 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
         node[last] = {**there, key: read_value(text, typing.get_args(hint)[1])}
         return []
     if not isinstance(node, dict) or hint is None:
-        return [f"--config.{cut(option)}: {no_option(option, _all_options(values))}"]
+        return [f"--config.{shorten(option)}: {no_option(option, _all_options(values))}"]
     if not isinstance(node.get(last), dict) or typing.get_origin(hint) is dict:
         node[last] = read_value(text, hint, _reader(option, values))
         if option in ESCAPED and node[last] == text:

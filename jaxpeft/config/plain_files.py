@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from jaxpeft.errors import ConfigError, WeightsError, cut
+from jaxpeft.errors import ConfigError, WeightsError, shorten
 from jaxpeft.json_files import parse_json
 
 
@@ -56,13 +56,15 @@ def _read_yaml(text: str, path: Path) -> object:
         ) from error
     except MarkedYAMLError as error:
         raise ConfigError(
-            f"{path}{_place(error)}: {cut(str(error.problem or error.context), 200)}"
+            f"{path}{_place(error)}: {shorten(str(error.problem or error.context), 200)}"
         ) from error
     except YAMLError as error:
-        raise ConfigError(f"{path}: not YAML ({cut(' '.join(str(error).split()), 200)})") from error
+        raise ConfigError(
+            f"{path}: not YAML ({shorten(' '.join(str(error).split()), 200)})"
+        ) from error
     except (RecursionError, ValueError) as error:  # lists in lists in lists; a date that is none
         raise ConfigError(
-            f"{path}: not a config ({cut(str(error) or type(error).__name__, 200)})"
+            f"{path}: not a config ({shorten(str(error) or type(error).__name__, 200)})"
         ) from error
     return {} if values is None else values
 

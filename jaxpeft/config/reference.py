@@ -12,7 +12,7 @@ from jaxpeft.config.schema import Config
 from jaxpeft.core.method import Method
 from jaxpeft.core.option_docs import OptionDoc, first_line, option_docs
 from jaxpeft.core.options import hints_of
-from jaxpeft.errors import ConfigError, cut, nearest
+from jaxpeft.errors import ConfigError, nearest, shorten
 from jaxpeft.methods import METHODS
 
 NAME_OF_METHOD = OptionDoc(
@@ -53,8 +53,8 @@ def section(name: str) -> SectionDoc:
     if asked not in known:
         usual = ", ".join(one for one in known if "." not in one)
         raise ConfigError(
-            f"--help {cut(name)}: no section of that name{nearest(asked, known)} (known: {usual},"
-            " and method.NAME)"
+            f"--help {shorten(name)}: no section of that name{nearest(asked, known)} (known:"
+            f" {usual}, and method.NAME)"
         )
     return known[asked]
 

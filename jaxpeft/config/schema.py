@@ -12,7 +12,7 @@ from jaxpeft.config.candidates import CandidateConfig, CompareConfig
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.core.training_hooks import trains_head_alone
-from jaxpeft.errors import nearest, shown
+from jaxpeft.errors import nearest, show
 from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import read
 from jaxpeft.methods.lora import LoRA
@@ -271,24 +271,24 @@ class DataConfig:
                 f"buffer_rows: {self.buffer_rows} is for data.streaming, which is off; remove it"
             )
         if twice := [name for name, count in Counter(self.labels).items() if count > 1]:
-            found.append(f"labels: {shown(twice[0])} stands there twice; name it once")
+            found.append(f"labels: {show(twice[0])} stands there twice; name it once")
         found += self._file_problems()
         for name in self.columns:
             if name not in DATA_FIELDS:
                 found.append(
-                    f"columns: {shown(name)} is not a field{nearest(name, DATA_FIELDS)} (known:"
+                    f"columns: {show(name)} is not a field{nearest(name, DATA_FIELDS)} (known:"
                     f" {', '.join(DATA_FIELDS)})"
                 )
         if list(self.lengths) != sorted(set(self.lengths)):
-            found.append(f"lengths: must ascend, are {shown(list(self.lengths))}")
+            found.append(f"lengths: must ascend, are {show(list(self.lengths))}")
         if self.packing and self.lengths:
             found.append(
                 "lengths: packed rows are all of max_length; remove one of lengths and packing"
             )
         if self.lengths and self.lengths[-1] != self.max_length:
             found.append(
-                f"lengths: the last must be max_length {shown(self.max_length)}, is"
-                f" {shown(self.lengths[-1])}"
+                f"lengths: the last must be max_length {show(self.max_length)}, is"
+                f" {show(self.lengths[-1])}"
             )
         return found
 
@@ -296,12 +296,12 @@ class DataConfig:
         found: list[str] = []
         if self.delimiter != "auto" and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
             found.append(
-                f"delimiter: must be one character, or 'auto', is {shown(self.delimiter)}; a tab is"
+                f"delimiter: must be one character, or 'auto', is {show(self.delimiter)}; a tab is"
                 " '\\t'"
             )
         if self.encoding != "auto" and not _is_encoding(self.encoding):
             found.append(
-                f"encoding: {shown(self.encoding)} is none that Python knows, such as 'utf-8',"
+                f"encoding: {show(self.encoding)} is none that Python knows, such as 'utf-8',"
                 " 'cp1252' or 'shift_jis'"
             )
         return found

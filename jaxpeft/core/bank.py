@@ -62,7 +62,7 @@ def bank(
     out: list[tuple[Path, Any]] = []
     for path, leaf in paths.walk(params):
         if path[-1] in names:
-            found = _padded([other[path] for other in leaves], path, first)
+            found = _pad([other[path] for other in leaves], path, first)
             out.append((path, jnp.stack(found, axis=_layer_axes(path, sites))))
         else:
             out.append((path, leaf))
@@ -133,7 +133,7 @@ def _equal(a: Any, b: Any) -> bool:
     return a is b or np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def _padded(found: Sequence[Any], path: Path, method: Method) -> list[Any]:
+def _pad(found: Sequence[Any], path: Path, method: Method) -> list[Any]:
     shapes = {leaf.shape for leaf in found}
     if len(shapes) == 1:
         return list(found)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from jaxpeft.errors import TargetError, shown
+from jaxpeft.errors import TargetError, show
 
 if TYPE_CHECKING:
     import regex
@@ -28,7 +28,7 @@ _REPEAT = re.compile(r"\{([0-9]*),?([0-9]*)\}")
 _READ_OTHERWISE = re.compile(r"(\\N\{[^}]*\}|\\.)|\{(?![0-9]*,?[0-9]*\})|(?<=\[):", re.DOTALL)
 
 
-def broken_expression(text: Any) -> str | None:
+def find_expression_fault(text: Any) -> str | None:
     """Return why a text is no regular expression or one that is too large, None where it is neither
     (or no text).
     """
@@ -36,7 +36,7 @@ def broken_expression(text: Any) -> str | None:
         return None
     if len(text) > LONGEST:
         return (
-            f"{shown(text)} is a regular expression of {len(text):,} characters; at most"
+            f"{show(text)} is a regular expression of {len(text):,} characters; at most"
             f" {LONGEST:,} are taken"
         )
     try:
@@ -46,10 +46,10 @@ def broken_expression(text: Any) -> str | None:
             )  # of a set in a set: Python keeps what it compiled, as it reads it today
             re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"{shown(text)} is not a regular expression ({error})"
+        return f"{show(text)} is not a regular expression ({error})"
     if text.count("(") > MOST_GROUPS:
         return (
-            f"{shown(text)} is a regular expression of {text.count('(')} groups; at most"
+            f"{show(text)} is a regular expression of {text.count('(')} groups; at most"
             f" {MOST_GROUPS} are taken"
         )
     repeats = math.prod(
@@ -57,7 +57,7 @@ def broken_expression(text: Any) -> str | None:
     )
     if repeats > MOST_REPEATS:
         return (
-            f"{shown(text)} is a regular expression whose {{counts}} of repetitions make"
+            f"{show(text)} is a regular expression whose {{counts}} of repetitions make"
             f" {repeats:,} when multiplied; at most {MOST_REPEATS:,} are taken: write * or + for a"
             " large count"
         )
@@ -92,7 +92,7 @@ def require_fast(field: str, expressions: Mapping[str, str], names: Sequence[str
     """
     end = time.process_time() + SECONDS
     for text, expression in expressions.items():
-        if (why := broken_expression(text)) is not None:
+        if (why := find_expression_fault(text)) is not None:
             raise TargetError(f"{field}: {why}")
         try:
             for name in names:

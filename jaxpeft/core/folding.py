@@ -52,11 +52,11 @@ def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) 
         }  # two parts may be of one method
         if own:
             shared = {key: roots[key] for key in part.leaves.root if key in roots}
-            out |= _folded(part, site, own, shared, {**before, **out}, before if out else None)
+            out |= _fold_layers(part, site, own, shared, {**before, **out}, before if out else None)
     return out
 
 
-def adding_parts(method: Method, markers: Iterable[str]) -> list[Method]:
+def parts_that_add(method: Method, markers: Iterable[str]) -> list[Method]:
     """Return the methods that add leaves, in the order in which they compute a site that several of
     them adapt.
 
@@ -71,14 +71,14 @@ def adding_parts(method: Method, markers: Iterable[str]) -> list[Method]:
     )
 
 
-def _as_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array:
+def _cast_to_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array:
     """Return a folded leaf the axes and the dtype of the base's."""
     return (
-        kernels.as_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)
+        kernels.to_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)
     ).astype(leaf.dtype)
 
 
-def _folded(
+def _fold_layers(
     method: Method, site: Site, own: Leaves, shared: Leaves, plain: Leaves, before: Leaves | None
 ) -> dict[str, Any]:
     """Return the base leaves of a site with its adapter folded in, layer by layer; `before` are
@@ -112,7 +112,7 @@ def _folded(
             )
         layers.append(
             {
-                key: _as_base(kept[key], leaf, site, key == form)
+                key: _cast_to_base(kept[key], leaf, site, key == form)
                 for key, leaf in base.items()
                 if key in kept
             }

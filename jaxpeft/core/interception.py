@@ -141,7 +141,7 @@ class Hooks:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = _in_order(takes[: views.operands(module)], args, kwargs)
-            seen = views.look(module, name, leaves, args, base, method)
+            seen = views.view(module, name, leaves, args, base, method)
             made = Call(own, seen.args, seen.base, seen.kernel, seen.bias, kwargs, key, rows)
             out = seen.restore(compute(made))
             if on is None:

@@ -49,7 +49,7 @@ def with_params(model: nnx.Module, params: Mapping[str, Any]) -> nnx.Module:
     """
     copy = nnx.clone(model)
     for path, leaf in paths.walk(params):
-        holder = _at(copy, path[:-1])
+        holder = _submodule(copy, path[:-1])
         variable = getattr(holder, path[-1], None)
         if not isinstance(variable, nnx.Variable):
             raise ConfigError(
@@ -59,7 +59,7 @@ def with_params(model: nnx.Module, params: Mapping[str, Any]) -> nnx.Module:
     return copy
 
 
-def _at(model: Any, path: Path) -> Any:
+def _submodule(model: Any, path: Path) -> Any:
     node = model
     for key in path:
         node = node[int(key)] if key.isdigit() and not hasattr(node, key) else _attribute(node, key)
@@ -107,7 +107,7 @@ def run(
     """
     copy = nnx.clone(model)
     for path, node in list(_nodes(params)):
-        holder = _at(copy, path)
+        holder = _submodule(copy, path)
         held = {name for name in node if isinstance(getattr(holder, name, None), nnx.Variable)}
         for name in held:
             getattr(holder, name)[...] = node[name]

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from jaxpeft.errors import ConfigError, cut, nearest, shown
+from jaxpeft.errors import ConfigError, nearest, shorten, show
 
 T = TypeVar("T")
 Reader = Callable[[Mapping[str, Any], str], tuple[Any, list[str]]]
@@ -164,7 +164,7 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
         key = str(name)
         if key not in fields:
             known = ", ".join(sorted(fields))
-            found.append(f"{where}.{cut(key)}: {no_option(key, fields)} (known: {known})")
+            found.append(f"{where}.{shorten(key)}: {no_option(key, fields)} (known: {known})")
             continue
         taken[key], problems = convert(
             value, hints[key], f"{where}.{key}", fields[key].metadata.get("read")
@@ -235,11 +235,11 @@ def _out_of_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> list[
             continue
         bounds = bounds_of(type(item), metadata)
         if isinstance(item, float) and not math.isfinite(item):
-            found.append(f"{where}: must be a finite number, is {shown(item)}")
+            found.append(f"{where}: must be a finite number, is {show(item)}")
             continue
         for name, (holds, words) in _BOUNDS.items():
             if name in bounds and not holds(item, bounds[name]):
-                found.append(f"{where}: must be {words} {bounds[name]}, is {shown(item)}")
+                found.append(f"{where}: must be {words} {bounds[name]}, is {show(item)}")
     return _first(found, where)
 
 
@@ -264,9 +264,9 @@ def convert(value: Any, hint: Any, where: str, read: Reader | None = None) -> tu
         if type(value) in {type(choice) for choice in get_args(hint)} and value in get_args(hint):
             return value, []
         choices = ", ".join(map(repr, get_args(hint)))
-        given = value if isinstance(value, str) else shown(value)
+        given = value if isinstance(value, str) else show(value)
         hinted = nearest(given, map(str, get_args(hint)))
-        return value, [f"{where}: must be one of {choices}, is {shown(value)}{hinted}"]
+        return value, [f"{where}: must be one of {choices}, is {show(value)}{hinted}"]
     if origin is tuple:
         return _convert_tuple(value, get_args(hint)[0], where, read)
     if origin is dict:
@@ -284,7 +284,7 @@ def _convert_union(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
     for choice, _, problems in attempts:
         if not problems[0].startswith(f"{where}: must be {_words(choice)}, is"):
             return value, problems  # of the right type, and yet wrong
-    return value, [f"{where}: must be {_words(hint)}, is {shown(value)} ({type(value).__name__})"]
+    return value, [f"{where}: must be {_words(hint)}, is {show(value)} ({type(value).__name__})"]
 
 
 def _convert_tuple(
@@ -295,7 +295,7 @@ def _convert_tuple(
     if not isinstance(value, (list, tuple)):
         return value, [
             (
-                f"{where}: must be a list of {_words(item_hint)}, is {shown(value)}"
+                f"{where}: must be a list of {_words(item_hint)}, is {show(value)}"
                 f" ({type(value).__name__})"
             )
         ]
@@ -310,12 +310,12 @@ def _convert_tuple(
 
 def _convert_dict(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str]]:
     if not isinstance(value, Mapping):
-        return value, [f"{where}: must be a mapping, is {shown(value)} ({type(value).__name__})"]
+        return value, [f"{where}: must be a mapping, is {show(value)} ({type(value).__name__})"]
     items = typing.cast(Mapping[str, Any], value)
     pairs = {
-        str(key): convert(item, item_hint, f"{where}[{shown(key)}]") for key, item in items.items()
+        str(key): convert(item, item_hint, f"{where}[{show(key)}]") for key, item in items.items()
     }
-    wrong = [problem for key in pairs for problem in _no_text(key, f"{where}[{shown(key)}]")]
+    wrong = [problem for key in pairs for problem in _no_text(key, f"{where}[{show(key)}]")]
     wrong += [problem for _, problems in pairs.values() for problem in problems]
     return {key: item for key, (item, _) in pairs.items()}, _first(wrong, where)
 
@@ -329,7 +329,7 @@ def _convert_dataclass(
         return read(typing.cast(Mapping[str, Any], value), where)
     if not isinstance(value, Mapping):
         return value, [
-            f"{where}: must be a section with options, is {shown(value)} ({type(value).__name__})"
+            f"{where}: must be a section with options, is {show(value)} ({type(value).__name__})"
         ]
     return parse(hint, typing.cast(Mapping[str, Any], value), where)
 
@@ -339,7 +339,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
         try:
             return float(value), []
         except OverflowError:
-            return value, [f"{where}: must be a number that 64 bits can hold, is {shown(value)}"]
+            return value, [f"{where}: must be a number that 64 bits can hold, is {show(value)}"]
     if hint is str and isinstance(value, str):
         return value, _no_text(value, where)
     if hint is type(None) and value is None:
@@ -361,7 +361,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
     )
     fix = "; write the number without quotes" if quoted else "; write it in quotes" if bare else ""
     return value, [
-        f"{where}: must be {_words(hint)}, is {shown(value)} ({type(value).__name__}){fix}"
+        f"{where}: must be {_words(hint)}, is {show(value)} ({type(value).__name__}){fix}"
     ]
 
 
@@ -372,11 +372,9 @@ def _no_text(value: str, where: str) -> list[str]:
     try:
         value.encode()
     except UnicodeEncodeError:
-        return [f"{where}: must be text in UTF-8, is {shown(value)}"]
+        return [f"{where}: must be text in UTF-8, is {show(value)}"]
     return (
-        [f"{where}: must be text without NUL characters, is {shown(value)}"]
-        if "\0" in value
-        else []
+        [f"{where}: must be text without NUL characters, is {show(value)}"] if "\0" in value else []
     )
 
 

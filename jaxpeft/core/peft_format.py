@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from jaxpeft.core.paths import Path
 from jaxpeft.core.targets import Site
-from jaxpeft.errors import shown
+from jaxpeft.errors import show
 
 if TYPE_CHECKING:
     from jaxpeft.core.method import Method
@@ -73,7 +73,7 @@ class PeftFormat(Generic[M]):
     beside: Beside | None = None
     layout: str = "peft"
 
-    def changed(self, cls: type[F], **changes: Any) -> F:
+    def replace(self, cls: type[F], **changes: Any) -> F:
         """Return a format of another class with the same attributes but for the changes."""
         return cls(
             **{one.name: getattr(self, one.name) for one in dataclasses.fields(self)} | changes
@@ -216,7 +216,7 @@ class PeftFormat(Generic[M]):
         name: str = kind.name
         return values, [
             *(
-                f"{key}: {shown(value)} is not supported by the {name} method; nothing was loaded"
+                f"{key}: {show(value)} is not supported by the {name} method; nothing was loaded"
                 for key, value in rest.items()
             ),
             *(f"{key}: is not set; take it from where the adapter was trained" for key in missing),

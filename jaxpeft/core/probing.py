@@ -106,7 +106,7 @@ def _site(
                 " variable_axes={'params': 0}"
             )
         layers = full[:extra]
-    return _made(path, module, shapes, layers, einsum)
+    return _make_site(path, module, shapes, layers, einsum)
 
 
 def _of_nnx(path: Path, module: Any, shapes: Shapes) -> list[Site]:
@@ -131,7 +131,7 @@ def _of_nnx(path: Path, module: Any, shapes: Shapes) -> list[Site]:
     extra = len(shapes[main]) - (count(module) if callable(count) else count)
     layers = shapes[main][: max(extra, 0)]
     return [
-        _made(
+        _make_site(
             path,
             module,
             {name: shape[len(layers) :] for name, shape in shapes.items()},
@@ -153,7 +153,7 @@ def _einsum_axes(module: Any) -> int:
     return len(module.kernel_shape)
 
 
-def _made(
+def _make_site(
     path: Path, module: Any, shapes: Shapes, layers: tuple[int, ...], einsum: str | None
 ) -> Site:
     plan = views.plan(module, shapes, einsum) or views.KernelView(type(module).__name__, (0, 0))

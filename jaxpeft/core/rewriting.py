@@ -16,7 +16,7 @@ from jaxpeft.core import paths, targets
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
-from jaxpeft.errors import ConfigError, TargetError, shown
+from jaxpeft.errors import ConfigError, TargetError, show
 
 
 def add_adapter(
@@ -32,7 +32,7 @@ def add_adapter(
         add_leaves(part, params, tree, rng, chosen)
     mask = dict(paths.walk(trainable_mask(method, tree)))
     return paths.map_with_path(
-        lambda path, leaf: kernels.near(leaf).astype(jnp.float32) if mask[path] else leaf, tree
+        lambda path, leaf: kernels.fetch(leaf).astype(jnp.float32) if mask[path] else leaf, tree
     )
 
 
@@ -49,14 +49,14 @@ def require_numbers(params: Mapping[str, Any]) -> None:
     given: Any = params
     if not isinstance(given, Mapping):
         raise ConfigError(
-            f"params: must be the nested dict of a model's parameters, is {shown(given)}"
+            f"params: must be the nested dict of a model's parameters, is {show(given)}"
         )
     for path, leaf in paths.walk(params):
         keys: tuple[Any, ...] = path
         wrong = next((key for key in keys if not isinstance(key, str)), None)
         if wrong is not None:
             raise ConfigError(
-                f"params: the keys of its dicts must be strings, {shown(wrong)} is none; write"
+                f"params: the keys of its dicts must be strings, {show(wrong)} is none; write"
                 f" {str(wrong)!r}"
             )
         # a tensor of torch has both as well, and a dtype of its own
@@ -65,7 +65,7 @@ def require_numbers(params: Mapping[str, Any]) -> None:
             or (hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype))
         ):
             raise ConfigError(
-                f"{paths.text(path)}: must be an array, is {shown(leaf)} ({type(leaf).__name__})"
+                f"{paths.text(path)}: must be an array, is {show(leaf)} ({type(leaf).__name__})"
             )
         if path[-1] in _FLOATING and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ConfigError(
@@ -167,7 +167,7 @@ def site_leaves(
             " options their leaves differ in size, which zeros cannot fill up; load the model with"
             " scan_layers=False"
         )
-    stacked = _stack_padded(layers)
+    stacked = _stack_with_padding(layers)
     if not all(on) and not method.leaves.zero_is_base:
         stacked[method.leaves.names[-1]] = jnp.asarray(on)
     return {key: leaf.reshape(*site.layers, *leaf.shape[1:]) for key, leaf in stacked.items()}
@@ -182,12 +182,14 @@ def kernel_of(site: Site, base: Leaves, i: int) -> jax.Array:
 
 def layer_of(site: Site, leaves: Leaves, i: int) -> dict[str, Any]:
     """Return the leaves of layer `i` of a site, those of modules inside it apart."""
-    own = {key: kernels.near(leaf) for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}
+    own = {
+        key: kernels.fetch(leaf) for key, leaf in leaves.items() if not isinstance(leaf, Mapping)
+    }
     where = np.unravel_index(i, site.layers) if site.layers else ()
     return {key: leaf[tuple(map(int, where))] for key, leaf in own.items()} if site.layers else own
 
 
-def _stack_padded(layers: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array]:
+def _stack_with_padding(layers: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array]:
     """Stack the leaves of all layers, padding with zeros to the largest shape; None is a layer of
     zeros.
     """
@@ -226,7 +228,7 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
     names = {".".join(path[:-1]) for path, _ in leaves}
     saved = modules_to_save(method)
     unused = [
-        m for m in dict.fromkeys(saved) if not any(targets.under(name, [m]) for name in names)
+        m for m in dict.fromkeys(saved) if not any(targets.is_under(name, [m]) for name in names)
     ]
     if unused:
         stacked = any(paths.layer_axis(path) is not None for path, _ in leaves)
@@ -255,7 +257,7 @@ def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) ->
     for part in method.parts():
         if path[-1] in (*part.leaves.names, *part.leaves.root):
             return jnp.issubdtype(leaf.dtype, jnp.floating) and part.trains(path, params)
-    whole = paths.is_head(path) or targets.under(".".join(path[:-1]), modules_to_save(method))
+    whole = paths.is_head(path) or targets.is_under(".".join(path[:-1]), modules_to_save(method))
     wanted = whole or any(part.trains(path, params) for part in method.parts())
     module = paths.get(params, path[:-1])
     if wanted and path[-1] != "bias" and kernels.is_quantized(module):

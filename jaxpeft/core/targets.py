@@ -96,7 +96,7 @@ def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) ->
     """
     sites: list[Site] = []
     for path, node in _modules(params):
-        layers = () if paths.layer_axis((*path, "")) is None else _leading(node)
+        layers = () if paths.layer_axis((*path, "")) is None else _leading_axes(node)
         found = kernels.describe(node, len(layers))
         if found is not None and found[0] in kinds:
             names = paths.hf_names(path, layers[0] if layers else None)
@@ -115,7 +115,7 @@ def _modules(
             yield from _modules(cast(Mapping[str, Any], value), (*prefix, key))
 
 
-def _leading(node: Mapping[str, Any]) -> tuple[int, ...]:
+def _leading_axes(node: Mapping[str, Any]) -> tuple[int, ...]:
     return next((leaf.shape[:1] for leaf in node.values() if not isinstance(leaf, Mapping)), ())
 
 
@@ -180,14 +180,14 @@ def is_keyword(targets: str | tuple[str, ...]) -> bool:
     return isinstance(targets, str) and targets.lower() in (ALL_LINEAR, ALL)
 
 
-def usual(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+def usual_targets(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     """Return those of the usual targets of a method that a model has.
 
     Args:
         entries: ends of site names.
         names: of all sites.
     """
-    return tuple(entry for entry in entries if any(named(name, (entry,)) for name in names))
+    return tuple(entry for entry in entries if any(is_named_by(name, (entry,)) for name in names))
 
 
 def require_kinds(
@@ -214,16 +214,16 @@ def require_kinds(
     problems: list[str] = []
     for entry in entries:
         one = entry if isinstance(wanted.targets, str) else (entry,)
-        hit = [(kind, name) for kind, name in others if named(name, one)]
+        hit = [(kind, name) for kind, name in others if is_named_by(name, one)]
         # an entry that names sites of both kinds, as a regular expression may, takes those that can
         # be adapted; a module of a
         # type that no method knows is no such kind
         unknown = [
             (kind, name)
             for kind, name in hit
-            if kind not in KINDS and not named(name, wanted.exclude)
+            if kind not in KINDS and not is_named_by(name, wanted.exclude)
         ]
-        if unknown or (hit and not any(named(name, one) for name in own)):
+        if unknown or (hit and not any(is_named_by(name, one) for name in own)):
             kind, name = (unknown or hit)[0]
             problems.append(
                 f"targets: {entry!r} names {name}, which is {'an' if kind[0] in 'aeiou' else 'a'}"
@@ -236,7 +236,7 @@ def require_kinds(
 def _report_unknown(wanted: Targets, sites: Sequence[Site]) -> None:
     """Log the modules that a keyword leaves out because no method knows their type."""
     left = [f"{site.name} ({site.kind})" for site in sites if site.kind not in KINDS]
-    left = [name for name in left if not named(name.split(" ")[0], wanted.exclude)]
+    left = [name for name in left if not is_named_by(name.split(" ")[0], wanted.exclude)]
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         _log.warning(
@@ -247,8 +247,8 @@ def _report_unknown(wanted: Targets, sites: Sequence[Site]) -> None:
 def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
     """Return whether the module of this Hugging Face name and kind is to be adapted."""
     if (
-        named(name, wanted.exclude)
-        or under(name, wanted.modules_to_save)
+        is_named_by(name, wanted.exclude)
+        or is_under(name, wanted.modules_to_save)
         or paths.is_head(tuple(name.split(".")))
     ):
         return False
@@ -261,7 +261,9 @@ def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
             )
         return full_match(wanted.targets, name) is not None
     # PEFT: an entry that is the whole name is taken at its word, whatever layers_to_transform says
-    return name in wanted.targets or (named(name, wanted.targets) and _in_layers(name, wanted))
+    return name in wanted.targets or (
+        is_named_by(name, wanted.targets) and _in_layers(name, wanted)
+    )
 
 
 def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]) -> bool:
@@ -288,7 +290,7 @@ def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]
     return all(flags)
 
 
-def under(name: str, modules: Iterable[str]) -> bool:
+def is_under(name: str, modules: Iterable[str]) -> bool:
     """Return whether a name, or the name of a module around it, ends with one of `modules`: `norm`
     takes `input_layernorm`.
 
@@ -348,7 +350,7 @@ def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[st
         )
 
 
-def named(name: str, entries: str | tuple[str, ...]) -> bool:
+def is_named_by(name: str, entries: str | tuple[str, ...]) -> bool:
     """Return whether a site name is one that entries mean: an expression of the whole name, or end
     of names.
     """
@@ -379,7 +381,7 @@ def _require_all_used(wanted: Targets, names: Sequence[str]) -> None:
     problems: list[str] = []
     if isinstance(wanted.targets, tuple):
         for entry in wanted.targets:
-            if not any(named(name, (entry,)) for name in names):
+            if not any(is_named_by(name, (entry,)) for name in names):
                 problems.append(f"targets: {entry!r} matches no site{_hint(entry, names)}")
     elif not is_keyword(wanted.targets) and not any(
         full_match(wanted.targets, name) for name in names

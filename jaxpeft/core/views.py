@@ -96,7 +96,7 @@ def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) ->
         return KernelView("embedding", (full[0], full[1]))
     if isinstance(module, _DENSE):
         return KernelView("linear", (full[0], full[1]))
-    found = _laid_out(module, full, einsum)
+    found = _lay_out(module, full, einsum)
     if found is None:
         return unknown
     contracted, made, order = found
@@ -104,7 +104,7 @@ def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) ->
     return KernelView("linear", shape, () if order == tuple(range(len(full))) else order)
 
 
-def _laid_out(module: Any, full: Shape, einsum: str | None) -> tuple[Shape, Shape, Shape] | None:
+def _lay_out(module: Any, full: Shape, einsum: str | None) -> tuple[Shape, Shape, Shape] | None:
     """Return the contracted and the made axes of a kernel, and both in that order; None for what is
     not supported.
     """
@@ -158,7 +158,7 @@ def operands(module: Any) -> int:
     return 2 if isinstance(module, _EINSUM) else 1
 
 
-def look(
+def view(
     module: Any,
     name: str,
     leaves: Mapping[str, Any],
@@ -194,7 +194,7 @@ def look(
     if found is None or found.kind not in method.sites.kinds:
         what = type(module).__name__
         raise ConfigError(
-            f"{method.name} cannot adapt a {what} ({_where(module)}); leave it out of its targets"
+            f"{method.name} cannot adapt a {what} ({_path_of(module)}); leave it out of its targets"
         )
     shape, order = found.shape, found.order
 
@@ -215,12 +215,12 @@ def look(
     axes = tuple(axis % x.ndim for axis in _tuple(general.axis))
     made = leaves["kernel"].shape[len(axes) :]
     flat = None if bias is None else bias.reshape(-1)
-    return _moved(
+    return _contract(
         x, axes, tuple(range(-len(made), 0)), made, lambda moved: base(moved, *rest), kernel, flat
     )
 
 
-def _moved(
+def _contract(
     x: Any,
     axes: Shape,
     places: Shape,
@@ -287,8 +287,8 @@ def _einsum(
         bias = jnp.transpose(bias, [[c for c in y if c in made].index(c) for c in made]).reshape(-1)
     sizes = tuple(full[of_kernel.index(c)] for c in made)
     if straight:
-        return _moved(x, axes, places, sizes, plain, kernel, bias)
-    seen = _moved(x, axes, tuple(range(-len(made), 0)), sizes, plain, kernel, bias)
+        return _contract(x, axes, places, sizes, plain, kernel, bias)
+    seen = _contract(x, axes, tuple(range(-len(made), 0)), sizes, plain, kernel, bias)
     return Seen(
         seen.args,
         seen.base,
@@ -306,7 +306,7 @@ def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, 
     given = x.reshape(-1, *x.shape[x.ndim - n - 1 :])
     padding = module.padding
     if padding == "CAUSAL":
-        (dilation,) = _each(module.kernel_dilation, 1)
+        (dilation,) = _map_each(module.kernel_dilation, 1)
         given, padding = jnp.pad(given, [(0, 0), (dilation * (window[0] - 1), 0), (0, 0)]), "VALID"
     elif isinstance(padding, int):
         padding = [(padding, padding)] * n
@@ -316,10 +316,10 @@ def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, 
     patches = jax.lax.conv_general_dilated_patches(
         given,
         window,
-        _each(module.strides, n),
+        _map_each(module.strides, n),
         padding,
-        lhs_dilation=_each(module.input_dilation, n),
-        rhs_dilation=_each(module.kernel_dilation, n),
+        lhs_dilation=_map_each(module.input_dilation, n),
+        rhs_dilation=_map_each(module.kernel_dilation, n),
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
     )
     patches = patches.reshape(*lead, *patches.shape[1:])
@@ -333,12 +333,12 @@ def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, 
     return Seen((patches,), product, kernel, bias, lambda y: y)
 
 
-def _each(value: Any, n: int) -> tuple[int, ...]:
+def _map_each(value: Any, n: int) -> tuple[int, ...]:
     """Return a number for each of `n` axes, from one for all, None for 1, or a number for each."""
     return (value or 1,) * n if value is None or isinstance(value, int) else tuple(value)
 
 
-def _where(module: Any) -> str:
+def _path_of(module: Any) -> str:
     """Return where a module stands, as far as it knows."""
     path = getattr(module, "path", ())
     return "/".join(map(str, path)) or "at the root"

@@ -48,7 +48,7 @@ def _show(config: Config, rows: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     source = sources.resolve(config.model.path, config.model.revision)
     read = None if config.data.streaming else reading.read_examples(config, source)
-    for part in report.reading(read[0]) if read else ():
+    for part in report.reading_notes(read[0]) if read else ():
         console.print(part)
     if read is not None and read[0].kind == "preference":
         for part in report.pairs(read[0], rows):
@@ -59,7 +59,7 @@ def _show(config: Config, rows: int) -> None:
         )
         return
     splits = pipeline.read_splits(config, source, lambda what: nullcontext(), read)
-    for part in () if read else report.reading(splits.examples):
+    for part in () if read else report.reading_notes(splits.examples):
         console.print(part)
     for part in report.rows(splits, rows, color=console.is_terminal):
         console.print(part)

@@ -18,11 +18,11 @@ from jaxpeft.data.batches.training import Batches
 from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.examples.reading import read_examples, read_held
 from jaxpeft.data.tokens.arrays import Encoded
-from jaxpeft.data.tokens.encoder import Encoder, one_length, padded_lengths, told
-from jaxpeft.errors import ConfigError, DataError, cut
+from jaxpeft.data.tokens.encoder import Encoder, describe, one_length, padded_lengths
+from jaxpeft.errors import ConfigError, DataError, shorten
 from jaxpeft.hub import sources
 from jaxpeft.json_files import read_json
-from jaxpeft.logs import timed
+from jaxpeft.logs import log_time
 
 _log = logging.getLogger(__name__)
 Shown = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
@@ -85,23 +85,25 @@ def read_splits(
     file = source.folder / "config.json"
     vocab = read_json(file).get("vocab_size")
     if not isinstance(vocab, int) or isinstance(vocab, bool) or vocab < 1:
-        raise ConfigError(f"{file}: vocab_size must be an integer above 0, is {cut(repr(vocab))}")
+        raise ConfigError(
+            f"{file}: vocab_size must be an integer above 0, is {shorten(repr(vocab))}"
+        )
     encoding = Encoder(config.data, load_tokenizer(source), config.model.vocab_size or vocab)
 
     def tokens(examples: Examples) -> Encoded:
         what = f"tokenizing {examples.rows.name}"
-        with timed(what) as note, shown(what) as progress:
+        with log_time(what) as note, shown(what) as progress:
             encoded = encoding(examples, progress)
-            note(told(encoded))
+            note(describe(encoded))
         return encoded
 
     stream = None
     if config.data.streaming:
-        stream, (validation, test) = _streamed(
+        stream, (validation, test) = _open_stream(
             config, dataclasses.replace(encoding, use_cache=False), source
         )
         train, encoded = stream.first
-        _log.info("%s, its first rows: %s", train.rows.name, told(encoded))
+        _log.info("%s, its first rows: %s", train.rows.name, describe(encoded))
     else:
         train, validation, test = read or read_examples(config, source)
         encoded = tokens(train)
@@ -139,7 +141,7 @@ def read_splits(
     )
 
 
-def _streamed(
+def _open_stream(
     config: Config, encoding: Encoder, source: sources.Source
 ) -> tuple[Stream, tuple[Examples, Examples]]:
     """Open a stream and reads the rows that are held out; labels are those of the latter: a stream

@@ -46,10 +46,10 @@ def rows(splits: Splits, n: int, *, color: bool) -> Iterator[Text]:
             f", {int(learned.sum())} learned" if encoded.per_token else ""
         )
         yield Text(f"--- row {row + 1}: {told}{_label(splits, row)}", style="bold")
-        yield _written(splits.tokenizer, encoded, at, learned, color)
+        yield _render_tokens(splits.tokenizer, encoded, at, learned, color)
 
 
-def reading(examples: Examples) -> Iterator[Text]:
+def reading_notes(examples: Examples) -> Iterator[Text]:
     """Yield how the training rows were read: their files, and which column was taken for what.
 
     Args:
@@ -60,7 +60,7 @@ def reading(examples: Examples) -> Iterator[Text]:
         yield Text(note)
     if len(notes) > MOST_NOTES:
         yield Text(f"({len(notes) - MOST_NOTES} more files)")
-    used = examples.columns.given()
+    used = examples.columns.named_fields()
     left = [column for column in examples.rows.columns() if column not in used.values()]
     told = [f"{field} is {column!r}" for field, column in used.items()]
     if left:
@@ -79,14 +79,14 @@ def pairs(examples: Examples, n: int) -> Iterator[Text]:
     """
     for row, pair in enumerate(examples.texts[:n], 1):
         yield Text(f"--- pair {row}", style="bold")
-        chosen, rejected = _told(pair.chosen), _told(pair.rejected)
+        chosen, rejected = _answer_text(pair.chosen), _answer_text(pair.rejected)
         shared = [turn for turn, other in zip(chosen, rejected, strict=False) if turn == other]
         yield Text("\n".join(shared), style="dim")
         for name, turns, style in (("chosen", chosen, "green"), ("rejected", rejected, "red")):
             yield Text(f"{name}: " + "\n".join(turns[len(shared) :]), style=style)
 
 
-def _told(answer: Dialog | Completion) -> list[str]:
+def _answer_text(answer: Dialog | Completion) -> list[str]:
     if isinstance(answer, Completion):
         return [*([answer.prompt] if answer.prompt else []), answer.completion]
     return [f"{message['role']}: {message['content']}" for message in answer.messages]
@@ -103,7 +103,9 @@ def _label(splits: Splits, row: int) -> str:
     return f", label {names[int(label)]}" if names else f", target {float(label):g}"
 
 
-def _written(tokenizer: Any, encoded: Encoded, at: slice, learned: np.ndarray, color: bool) -> Text:
+def _render_tokens(
+    tokenizer: Any, encoded: Encoded, at: slice, learned: np.ndarray, color: bool
+) -> Text:
     ids = encoded.tokens[at]
     segments = np.ones(len(ids), np.int32) if encoded.segments is None else encoded.segments[at]
     # decoded by runs of one kind, not token by token: a character may be spread over several

@@ -66,11 +66,11 @@ def greedy(
     made = jnp.asarray(rows) if whole is None else jax.device_put(rows, whole)
     for i in range(most):
         made = step(params, made, sizes + i)
-        if all(ends & set(_added(made, sizes, row, i + 1)) for row in range(len(prompts))):
+        if all(ends & set(_place_tokens(made, sizes, row, i + 1)) for row in range(len(prompts))):
             break
-    out = [_added(made, sizes, row, most) for row in range(len(prompts))]
+    out = [_place_tokens(made, sizes, row, most) for row in range(len(prompts))]
     return [list(itertools.takewhile(lambda token: token not in ends, ids)) for ids in out]
 
 
-def _added(rows: jax.Array, sizes: np.ndarray[Any, Any], row: int, count: int) -> list[int]:
+def _place_tokens(rows: jax.Array, sizes: np.ndarray[Any, Any], row: int, count: int) -> list[int]:
     return np.asarray(rows)[row, int(sizes[row]) : int(sizes[row]) + count].tolist()

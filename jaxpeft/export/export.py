@@ -102,7 +102,7 @@ def export(request: ExportRequest) -> Report:
         require_unmerged(adapter, outline)
     for part in adapter.parts:
         check_base(part, read_json(part / CONFIG), outline.model, allow_base=request.allow_base)
-    with _beside(request.out) as folder:
+    with _work_folder(request.out) as folder:
         base = outline.read()
         method, params = load_adapter(
             request.adapter, outline.model, base, allow_base=request.allow_base
@@ -118,12 +118,12 @@ def export(request: ExportRequest) -> Report:
 
 
 @contextmanager
-def _beside(out: Path) -> Generator[Path]:
+def _work_folder(out: Path) -> Generator[Path]:
     """Return a folder beside another one, which gets its name in the end; of a failure nothing is
     left.
     """
     target = out.resolve()
-    with atomic.replacing(target, unique=True) as temporary:
+    with atomic.replace_when_done(target, unique=True) as temporary:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
@@ -192,9 +192,9 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
     )
     dtype = None if request.dtype is None else jnp.dtype(request.dtype)
     if quant is not None:
-        merged_model.rounded(params, quant)
+        merged_model.round_to_quantized(params, quant)
     wanted = logits(outline.model, params, method)
-    model = merged_model.untied(method, outline.model, params)
+    model = merged_model.untie_head(method, outline.model, params)
     error = merged_model.fold(method, params, outline, dtype)
     own = merged_model.dtype_of(outline, dtype)
     merged = logits(model, params)

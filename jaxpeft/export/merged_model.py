@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import paths, targets
-from jaxpeft.core.folding import adding_parts, fold_site
+from jaxpeft.core.folding import fold_site, parts_that_add
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import adapter_names, trainable_mask
@@ -134,7 +134,7 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
             if not isinstance(leaf, Mapping) and key not in names
         }
         site = sites.get(module)
-        exact = _folded(method, site, node, base, roots) if site else {}
+        exact = _fold_module(method, site, node, base, roots) if site else {}
         for key in names & node.keys():
             del node[key]
         for key in base:
@@ -144,15 +144,15 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
     return math.sqrt(drift.rounding / drift.change) if drift.change else 0.0
 
 
-def _folded(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leaves) -> Leaves:
+def _fold_module(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leaves) -> Leaves:
     """Return the leaves of one module with every adapter in it folded in, float32; nothing where it
     is not adapted.
     """
     exact = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
-    return fold_site(adding_parts(method, MARKERS), site, {**node, **exact}, roots)
+    return fold_site(parts_that_add(method, MARKERS), site, {**node, **exact}, roots)
 
 
-def rounded(params: Tree, quant: Quant) -> None:
+def round_to_quantized(params: Tree, quant: Quant) -> None:
     """Round kernels as a quantized base holds them, in place; they become float32.
 
     Args:
@@ -165,11 +165,11 @@ def rounded(params: Tree, quant: Quant) -> None:
     for path in quant.sites(params):
         node = paths.get(params, path[:-1])
         node["kernel"] = QUANTIZED[quant.form].read(
-            quant.stored([partial(node.__getitem__, "kernel")], stacked=False)
+            quant.store_layers([partial(node.__getitem__, "kernel")], stacked=False)
         )
 
 
-def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:
+def untie_head(method: Method, model: Pretrained, params: Tree) -> Pretrained:
     """Return the head an own copy of a tied embedding that is adapted where tokens are looked up,
     but not in the head.
 
@@ -189,7 +189,7 @@ def untied(method: Method, model: Pretrained, params: Tree) -> Pretrained:
     node = paths.get(params, path[:-1])
     apart = [
         p
-        for p in adding_parts(method, MARKERS)
+        for p in parts_that_add(method, MARKERS)
         if p.leaves.site and p.leaves.site[0] in node and "attend" not in p.sites.hooks
     ]
     if not apart:

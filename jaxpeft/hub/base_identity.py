@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxpeft import models
 from jaxpeft.core import paths
-from jaxpeft.errors import shown
+from jaxpeft.errors import show
 from jaxpeft.hub.sources import Source, file_sha256
 from jaxpeft.hub.weights import digests
 from jaxpeft.hub.weights.leaf_tensors import plain_name
@@ -60,7 +60,7 @@ def fingerprint(
     own = [
         f"{name} {found}"
         for file in weight_files(source)[part]
-        for name, found in digests.of_file(file).items()
+        for name, found in digests.file_tensors_sha256(file).items()
     ]
     lines = {_line(line, family, tied) for line in share(own)} - {None}
     return hashlib.sha256("\n".join(sorted(map(str, lines))).encode()).hexdigest()
@@ -119,15 +119,15 @@ def differences(
         if recorded == own
         else [f"the weights differ (base_sha256 {recorded[:12]}..., here {own[:12]}...)"]
     )
-    before, now = (_computed(each, task) for each in (config, architecture(source)))
+    before, now = (_computing_fields(each, task) for each in (config, architecture(source)))
     return found + [
-        f"{name} was {shown(before.get(name))}, config.json has {shown(now.get(name))}"
+        f"{name} was {show(before.get(name))}, config.json has {show(now.get(name))}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
 
 
-def _computed(config: Mapping[str, Any], task: str) -> dict[str, Any]:
+def _computing_fields(config: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Return the fields that decide what a trained model computes for a task; those of the rope one
     by one.
     """

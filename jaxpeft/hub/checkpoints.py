@@ -49,7 +49,7 @@ class SafetensorsCheckpoint:
             WeightsError: a file is missing, or is not safetensors.
         """
         meter = Meter()
-        return cls(source, config, bitsandbytes.gathered(open_folder(source.folder, meter)), meter)
+        return cls(source, config, bitsandbytes.gather(open_folder(source.folder, meter)), meter)
 
     @property
     def where(self) -> str:

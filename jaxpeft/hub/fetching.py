@@ -17,7 +17,7 @@ from jaxpeft.sharding.rules import Rules
 _log = logging.getLogger(__name__)
 
 
-def check(options: MeshConfig | Rules, mesh: Mesh) -> None:
+def require_host_memory(options: MeshConfig | Rules, mesh: Mesh) -> None:
     """Refuse to offload where the devices have no such memory.
 
     Raises:
@@ -34,7 +34,7 @@ def check(options: MeshConfig | Rules, mesh: Mesh) -> None:
         )
 
 
-def bringing(model: Pretrained, found: Layout) -> Pretrained:
+def fetch_kernels(model: Pretrained, found: Layout) -> Pretrained:
     """Return a model whose layers bring their kernels to where they compute with them, each when it
     is its turn.
 

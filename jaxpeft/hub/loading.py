@@ -123,9 +123,11 @@ def load(
     if mesh is None:
         return outlined.model, outlined.read(seed, sharding, cache=cache)
     rules = rules or Rules(strategy_rules(None))
-    fetching.check(rules, mesh)
+    fetching.require_host_memory(rules, mesh)
     found = layout(mesh, rules, outlined.leaves)
-    return fetching.bringing(outlined.model, found), outlined.read_sharded(found, seed, cache=cache)
+    return fetching.fetch_kernels(outlined.model, found), outlined.read_sharded(
+        found, seed, cache=cache
+    )
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,8 @@ class Outline:
         if self.model.source:
             merge_record.require_undamaged(self.model.source.folder)
         new = _new_leaves(self.model, self.plan.new, seed)
-        place = self._cached() if cache else None
-        cached = place.opened() if place else None
+        place = self._cache_entry() if cache else None
+        cached = place.open() if place else None
         params = shards.read(self.abstract, cached or self.plan, new, sharding, self.quant)
         if place and not cached:
             place.write(params)
@@ -191,7 +193,7 @@ class Outline:
         """
         return shards.leaves(self.abstract, self.plan, self.quant)
 
-    def _cached(self) -> quantized_cache.Entry | None:
+    def _cache_entry(self) -> quantized_cache.Entry | None:
         """Return the place of the quantized kernels on disk; None where there are none, or the
         files have them.
         """
@@ -252,7 +254,7 @@ def outline_of(request: ModelRequest, checkpoint: Checkpoint) -> Outline:
     sites = (
         quant.sites(abstract) if quant else {}
     )  # what does not fit is told before anything is read
-    return found if request.vocab_size in (None, own) else _grown(found, request.vocab_size, sites)
+    return found if request.vocab_size in (None, own) else _grow(found, request.vocab_size, sites)
 
 
 def _options(request: ModelRequest, checkpoint: Checkpoint) -> ModelOptions:
@@ -271,7 +273,7 @@ def _options(request: ModelRequest, checkpoint: Checkpoint) -> ModelOptions:
     )
 
 
-def _grown(outlined: Outline, vocab_size: int, quantized: Mapping[Path, Site]) -> Outline:
+def _grow(outlined: Outline, vocab_size: int, quantized: Mapping[Path, Site]) -> Outline:
     """Return the outline of the model with more tokens.
 
     Raises:

@@ -60,11 +60,15 @@ def require_undamaged(folder: Path) -> None:
         return
     where = {name: tensor.file for name, tensor in open_folder(folder).items()}
     own = sorted(set(where.values()))[jax.process_index() :: jax.process_count()]
-    there = {name: found for file in own for name, found in digests.of_file(file).items()}
+    there = {
+        name: found for file in own for name, found in digests.file_tensors_sha256(file).items()
+    }
     wanted = {name: digest for name, digest in recorded.items() if where.get(name) in (None, *own)}
-    wrong = digests.differing(wanted, there)
+    wrong = digests.find_differing(wanted, there)
     fix = (
         f"copy the model again; if it was changed on purpose, remove 'sha256' from {folder / MERGE}"
     )
     if wrong:
-        raise WeightsError(digests.told(wrong, lambda name: where.get(name, folder), MERGE, fix))
+        raise WeightsError(
+            digests.describe_differing(wrong, lambda name: where.get(name, folder), MERGE, fix)
+        )

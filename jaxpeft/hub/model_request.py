@@ -54,7 +54,7 @@ class ModelRequest:
         if self.task not in TASKS:
             raise ConfigError(f"task: must be one of {', '.join(TASKS)}, is {self.task!r}")
         for name in ("dtype", "compute_dtype"):
-            object.__setattr__(self, name, _floating(name, getattr(self, name)))
+            object.__setattr__(self, name, _float_dtype(name, getattr(self, name)))
         if self.attention not in ("auto", *KERNELS):
             raise ConfigError(
                 f"attention: must be one of auto, {', '.join(KERNELS)}, is {self.attention!r}"
@@ -66,7 +66,7 @@ class ModelRequest:
         return fastest(platform(jax.devices()[0])) if self.attention == "auto" else self.attention
 
 
-def _floating(name: str, dtype: Any) -> Any:
+def _float_dtype(name: str, dtype: Any) -> Any:
     if dtype is None:
         return None
     known = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"

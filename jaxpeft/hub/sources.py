@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxpeft.errors import WeightsError, nearest
-from jaxpeft.logs import timed
+from jaxpeft.logs import log_time
 
 _log = logging.getLogger(__name__)
 _HUB_FILES = (
@@ -83,7 +83,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Source:
     text = str(name)
     if text.startswith("package:"):
         _refuse_revision(text, revision)
-        return _packaged(text.removeprefix("package:"))
+        return _find_in_package(text.removeprefix("package:"))
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         _refuse_revision(text, revision)
@@ -97,7 +97,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Source:
             f"model path {text!r}: no such folder; give a folder with config.json, or a hub id"
             " org/name"
         )
-    return _from_hub(text, revision)
+    return _download(text, revision)
 
 
 def _refuse_revision(text: str, revision: str | None) -> None:
@@ -107,7 +107,7 @@ def _refuse_revision(text: str, revision: str | None) -> None:
         )
 
 
-def _packaged(name: str) -> Source:
+def _find_in_package(name: str) -> Source:
     if name not in PACKAGED:
         raise WeightsError(
             f"package:{name}: not a known package{nearest(name, PACKAGED)} (known:"
@@ -152,12 +152,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _from_hub(name: str, revision: str | None) -> Source:
+def _download(name: str, revision: str | None) -> Source:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     try:
-        with timed(f"fetching {name} from the hub{f' at {revision}' if revision else ''}"):
+        with log_time(f"fetching {name} from the hub{f' at {revision}' if revision else ''}"):
             # some versions ask the hub for the files of a pinned commit even where it is offline
             # and they are all there
             folder = hub.snapshot_download(

@@ -85,7 +85,7 @@ def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) ->
     return (jnp.transpose(kernel, order) if order else kernel).reshape(shape)
 
 
-def near(leaf: Any) -> Any:
+def fetch(leaf: Any) -> Any:
     """Return a leaf as it is on its devices, where it waits in the host's memory; other leaves,
     abstract ones too, as they are.
     """
@@ -100,7 +100,7 @@ def near(leaf: Any) -> Any:
     return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
 
 
-def as_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:
+def to_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:
     """Return a kernel `[in, out]` the axes of the leaf that it comes from; the inverse of `read`
     for a plain one.
     """

@@ -25,7 +25,7 @@ def _no_product(*given: Any) -> Any:
     raise TypeError(f"a table is looked up, not multiplied: {len(given)} operands")
 
 
-def _untrained(x: Any, leaves: Leaves, dy: Any) -> None:
+def _no_gradient(x: Any, leaves: Leaves, dy: Any) -> None:
     del x, leaves, dy
 
 
@@ -53,7 +53,7 @@ class Form:
     forward: Callable[[Any, Leaves], Any] = _no_product
     backward: Callable[[Leaves, Any], Any] = _no_product
     adds: bool = True
-    trained: Callable[[Any, Leaves, Any], Any] = _untrained
+    trained: Callable[[Any, Leaves, Any], Any] = _no_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def forward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], 
         # decoded once x is there, not ahead of time: a kernel is needed one product long
         leaves, x = jax.lax.optimization_barrier((dict(leaves), x))
         return jax.lax.dot_general(
-            x, _decoded(decode, leaves, x.dtype), (((x.ndim - 1,), (1,)), ((), ()))
+            x, _decode(decode, leaves, x.dtype), (((x.ndim - 1,), (1,)), ((), ()))
         )
 
     return forward
@@ -118,13 +118,13 @@ def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any],
         # without the barrier XLA decodes once for both passes, and keeps every kernel of the model
         leaves, dy = jax.lax.optimization_barrier((dict(leaves), dy))
         return jax.lax.dot_general(
-            dy, _decoded(decode, leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ()))
+            dy, _decode(decode, leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ()))
         )
 
     return backward
 
 
-def _decoded(decode: Callable[[Leaves, Any], Any], leaves: Leaves, dtype: Any) -> Any:
+def _decode(decode: Callable[[Leaves, Any], Any], leaves: Leaves, dtype: Any) -> Any:
     """Decode a kernel in a function of its own, which is traced once for all kernels of a shape."""
     return jax.jit(decode, static_argnums=1)(leaves, jnp.dtype(dtype))
 
@@ -139,7 +139,7 @@ def over_rows(narrow: Any, wide: Any, dtype: Any) -> Any:
     )
 
 
-def selected(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
+def select(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
     """Look up a small table by a tree of selects, which XLA fuses with what is around it, as it
     does not a gather.
 
@@ -159,7 +159,7 @@ def selected(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
     return table[0]
 
 
-def packed(codes: Any) -> Any:
+def pack(codes: Any) -> Any:
     """Pack 4-bit codes `[..., n]`, the earlier of two in the high half of a byte: `[..., n / 2]`
     uint8.
     """
@@ -167,7 +167,7 @@ def packed(codes: Any) -> Any:
     return (pairs[..., 0] << 4) | pairs[..., 1]
 
 
-def unpacked(data: Any) -> Any:
+def unpack(data: Any) -> Any:
     """Return the codes that `packed` has packed, uint8."""
     halves = (data[..., None] >> jnp.asarray([4, 0], jnp.uint8)) & jnp.uint8(15)
     return halves.reshape(*data.shape[:-1], -1)

@@ -44,7 +44,7 @@ def _rows(x: Any, kind: Any) -> tuple[Any, Any]:
     return jnp.clip(x.astype(jnp.float32) / scale, -most, most).astype(kind), scale
 
 
-def decoded(leaves: Leaves, dtype: Any) -> Any:
+def decode(leaves: Leaves, dtype: Any) -> Any:
     """Return the transposed kernel `[out, in]`."""
     return (leaves["kernel_fp8"].astype(jnp.float32) * leaves["kernel_fp8_scale"][:, None]).astype(
         dtype
@@ -82,19 +82,17 @@ def _backward(leaves: Leaves, dy: Any) -> Any:
 
 def forward(x: Any, leaves: Leaves) -> Any:
     """Compute `x W`: in 8 bits on a GPU, elsewhere in the dtype of `x`."""
-    return jax.lax.platform_dependent(x, dict(leaves), cuda=_forward, default=forward_of(decoded))
+    return jax.lax.platform_dependent(x, dict(leaves), cuda=_forward, default=forward_of(decode))
 
 
 def backward(leaves: Leaves, dy: Any) -> Any:
     """Compute `dy W'`, likewise."""
-    return jax.lax.platform_dependent(
-        dict(leaves), dy, cuda=_backward, default=backward_of(decoded)
-    )
+    return jax.lax.platform_dependent(dict(leaves), dy, cuda=_backward, default=backward_of(decode))
 
 
 FP8 = Quantized(
     leaves=_LEAVES,
-    read=lambda leaves: decoded(leaves, jnp.float32).T,
+    read=lambda leaves: decode(leaves, jnp.float32).T,
     shape=lambda shape: (shape[1], shape[0]),
     store=store,
     forward=forward,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxpeft.kernels.form import Leaves, Quantized, backward_of, forward_of, packed, unpacked
+from jaxpeft.kernels.form import Leaves, Quantized, backward_of, forward_of, pack, unpack
 from jaxpeft.lazy import jnp
 
 _GROUP = 64
@@ -32,7 +32,7 @@ def _numbers(kernel: Any, group: int, most: int) -> tuple[Any, Any]:
     return numbers.reshape(rows.shape), scale
 
 
-def _scaled(numbers: Any, scale: Any, dtype: Any) -> Any:
+def _scale(numbers: Any, scale: Any, dtype: Any) -> Any:
     groups = (
         numbers.reshape(*scale.shape, -1).astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
     )
@@ -67,37 +67,37 @@ def store_int4(kernel: Any, group: int | None = None) -> dict[str, Any]:
     """
     size = group or max(n for n in range(1, _GROUP + 1) if kernel.shape[0] % n == 0)
     numbers, scale = _numbers(kernel, size, 7)
-    return {"kernel_int4": packed(numbers + 8), "kernel_int4_scale": scale}
+    return {"kernel_int4": pack(numbers + 8), "kernel_int4_scale": scale}
 
 
-def decoded_int8(leaves: Leaves, dtype: Any) -> Any:
+def decode_int8(leaves: Leaves, dtype: Any) -> Any:
     """Return the transposed kernel `[out, in]`."""
-    return _scaled(leaves["kernel_int8"], leaves["kernel_int8_scale"], dtype)
+    return _scale(leaves["kernel_int8"], leaves["kernel_int8_scale"], dtype)
 
 
-def decoded_int4(leaves: Leaves, dtype: Any) -> Any:
+def decode_int4(leaves: Leaves, dtype: Any) -> Any:
     """Return the transposed kernel `[out, in]`."""
-    return _scaled(
-        unpacked(leaves["kernel_int4"]).astype(jnp.int8) - 8, leaves["kernel_int4_scale"], dtype
+    return _scale(
+        unpack(leaves["kernel_int4"]).astype(jnp.int8) - 8, leaves["kernel_int4_scale"], dtype
     )
 
 
 INT8 = Quantized(
     leaves=("kernel_int8", "kernel_int8_scale"),
-    read=lambda leaves: decoded_int8(leaves, jnp.float32).T,
+    read=lambda leaves: decode_int8(leaves, jnp.float32).T,
     shape=lambda shape: (shape[1], shape[0]),
     store=store_int8,
-    forward=forward_of(decoded_int8),
-    backward=backward_of(decoded_int8),
+    forward=forward_of(decode_int8),
+    backward=backward_of(decode_int8),
     grouped=True,
 )
 INT4 = Quantized(
     leaves=("kernel_int4", "kernel_int4_scale"),
-    read=lambda leaves: decoded_int4(leaves, jnp.float32).T,
+    read=lambda leaves: decode_int4(leaves, jnp.float32).T,
     shape=lambda shape: (2 * shape[1], shape[0]),
     store=store_int4,
-    forward=forward_of(decoded_int4),
-    backward=backward_of(decoded_int4),
+    forward=forward_of(decode_int4),
+    backward=backward_of(decode_int4),
     grouped=True,
     even=True,
 )

@@ -63,7 +63,7 @@ def products(x: Any, sites: Sequence[LinearSite]) -> tuple[Any, ...]:
         made = [form.forward(x, leaves) for form, leaves in zip(forms, stored, strict=True)]
         for i, own in enumerate(factors):
             if own is not None:
-                made[i] = made[i] + _there(h[i] @ own[1].astype(x.dtype), [forms[i]])
+                made[i] = made[i] + _materialize(h[i] @ own[1].astype(x.dtype), [forms[i]])
         return tuple(made), (x, h, stored, factors)
 
     def backward(saved: Any, dys: tuple[Any, ...]) -> tuple[Any, list[Any], list[Any]]:
@@ -76,7 +76,9 @@ def products(x: Any, sites: Sequence[LinearSite]) -> tuple[Any, ...]:
             narrow = jnp.concatenate(dh, axis=-1) if len(dh) > 1 else dh[0]
             # without the barrier XLA turns (dh^T x)^T back into x^T dh
             da = jax.lax.optimization_barrier(over_rows(narrow, x, factors[adapted[0]][0].dtype))
-            dx = _there(narrow @ _beside([factors[i][0] for i in adapted], narrow.dtype).T, forms)
+            dx = _materialize(
+                narrow @ _concatenate([factors[i][0] for i in adapted], narrow.dtype).T, forms
+            )
             for i, columns in zip(adapted, _columns([factors[i][0] for i in adapted]), strict=True):
                 dfactors[i] = da[columns].T, over_rows(h[i], dys[i], factors[i][1].dtype)
         for form, leaves, dy in zip(forms, stored, dys, strict=True):
@@ -100,7 +102,7 @@ def products(x: Any, sites: Sequence[LinearSite]) -> tuple[Any, ...]:
     )
 
 
-def _there(update: Any, forms: list[Any]) -> Any:
+def _materialize(update: Any, forms: list[Any]) -> Any:
     """Return an update that large products are added to; apart, where they cannot add themselves:
     else it would add itself to them.
     """
@@ -114,7 +116,7 @@ def _narrow(x: Any, factors: list[Any]) -> list[Any]:
     adapted = [own[0] for own in factors if own is not None]
     if not adapted:
         return [None] * len(factors)
-    h = checkpoint_name(x @ _beside(adapted, x.dtype), LOW_RANK)
+    h = checkpoint_name(x @ _concatenate(adapted, x.dtype), LOW_RANK)
     columns = iter(_columns(adapted))
     return [None if own is None else h[..., next(columns)] for own in factors]
 
@@ -125,6 +127,6 @@ def _columns(matrices: list[Any]) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
-def _beside(matrices: list[Any], dtype: Any) -> Any:
+def _concatenate(matrices: list[Any], dtype: Any) -> Any:
     cast = [matrix.astype(dtype) for matrix in matrices]
     return jnp.concatenate(cast, axis=1) if len(cast) > 1 else cast[0]

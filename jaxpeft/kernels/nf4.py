@@ -26,15 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.kernels.form import (
-    Leaves,
-    Quantized,
-    backward_of,
-    forward_of,
-    packed,
-    selected,
-    unpacked,
-)
+from jaxpeft.kernels.form import Leaves, Quantized, backward_of, forward_of, pack, select, unpack
 from jaxpeft.lazy import jax, jnp
 
 BLOCK, SECOND = 64, 256
@@ -64,13 +56,13 @@ def dynamic() -> tuple[float, ...]:
     """
     found = [0.0, 1.0]
     for exponent in range(7):
-        bounds = _spaced(2**exponent + 1)
+        bounds = _equal_steps(2**exponent + 1)
         means = np.float32(10.0 ** (exponent - 6)) * ((bounds[:-1] + bounds[1:]) / np.float32(2))
         found += [sign * float(mean) for mean in means for sign in (1, -1)]
     return tuple(sorted(found))
 
 
-def _spaced(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _equal_steps(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return equal steps from 0.1 to 1, from both ends to the middle, each rounded once, as those
     of torch are.
     """
@@ -112,9 +104,7 @@ def store(
     )
     codes = sum((scaled > bound).astype(jnp.uint8) for bound in _BOUNDS)
     places, scale, mean = (_twice if whole is None else whole(_twice))(absmax.reshape(-1))
-    return dict(
-        zip(_NAMES, (packed(codes), places.reshape(absmax.shape), scale, mean), strict=True)
-    )
+    return dict(zip(_NAMES, (pack(codes), places.reshape(absmax.shape), scale, mean), strict=True))
 
 
 def _twice(absmax: Any) -> tuple[Any, Any, Any]:
@@ -125,7 +115,7 @@ def _twice(absmax: Any) -> tuple[Any, Any, Any]:
     """
     absmax = jax.lax.optimization_barrier(absmax)
     mean = jax.lax.optimization_barrier(jnp.mean(absmax))
-    seconds = _padded(absmax - mean, SECOND)
+    seconds = _pad(absmax - mean, SECOND)
     scale = jnp.max(jnp.abs(seconds), axis=1)
     places = _nearest(seconds / jnp.where(scale > 0, scale, 1)[:, None]).reshape(-1)[: absmax.size]
     return places, scale, mean
@@ -135,10 +125,10 @@ def blocks_of(kernel: Any) -> Any:
     """Return the blocks `[blocks, 64]` of a kernel `[in, out]`, the last of them filled up with
     zeros.
     """
-    return _padded(kernel.T.reshape(-1), BLOCK)
+    return _pad(kernel.T.reshape(-1), BLOCK)
 
 
-def _padded(flat: Any, size: int) -> Any:
+def _pad(flat: Any, size: int) -> Any:
     return jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size)
 
 
@@ -152,7 +142,7 @@ def _dynamic(places: Any) -> Any:
     return jnp.take(jnp.asarray(dynamic(), jnp.float32), places.astype(jnp.int32))
 
 
-def decoded(leaves: Leaves, dtype: Any) -> Any:
+def decode(leaves: Leaves, dtype: Any) -> Any:
     """Return the transposed kernel `[out, in]`."""
     data, places = leaves["kernel_nf4"], leaves["kernel_nf4_absmax"]
     scale = jnp.repeat(leaves["kernel_nf4_absmax_scale"], SECOND)[: places.size].reshape(
@@ -161,7 +151,7 @@ def decoded(leaves: Leaves, dtype: Any) -> Any:
     absmax = (places if places.dtype == jnp.float32 else _dynamic(places)) * scale + leaves[
         "kernel_nf4_absmax_mean"
     ]
-    values = selected(unpacked(data), CODES, jnp.float32)
+    values = select(unpack(data), CODES, jnp.float32)
     if places.ndim == 2:  # blocks keep to rows
         return (
             (values.reshape(*places.shape, BLOCK) * absmax[..., None])
@@ -173,11 +163,11 @@ def decoded(leaves: Leaves, dtype: Any) -> Any:
 
 NF4 = Quantized(
     leaves=_NAMES,
-    read=lambda leaves: decoded(leaves, jnp.float32).T,
+    read=lambda leaves: decode(leaves, jnp.float32).T,
     shape=lambda shape: (2 * shape[1], shape[0]),
     store=store,
-    forward=forward_of(decoded),
-    backward=backward_of(decoded),
+    forward=forward_of(decode),
+    backward=backward_of(decode),
     even=True,
     pooled=True,
 )

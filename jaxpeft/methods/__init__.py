@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import parse
-from jaxpeft.errors import ConfigError, nearest, shown
+from jaxpeft.errors import ConfigError, nearest, show
 from jaxpeft.methods.adalora import AdaLoRA
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.bitfit import BitFit
@@ -97,7 +97,7 @@ def read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str
     if not isinstance(name, str) or name not in METHODS:
         near = nearest(name, METHODS) if isinstance(name, str) else ""
         return None, [
-            f"{where}.name: {shown(name)} is not a method{near} (known: {', '.join(METHODS)})"
+            f"{where}.name: {show(name)} is not a method{near} (known: {', '.join(METHODS)})"
         ]
     return parse(
         METHODS[name], {key: value for key, value in values.items() if key != "name"}, where

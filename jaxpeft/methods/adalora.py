@@ -31,7 +31,7 @@ from jaxpeft.errors import TargetError, nearest
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import rank_allocation
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
@@ -216,12 +216,12 @@ class AdaLoRA(Biased):
     def compute(call: Call) -> Any:
         """Compute `x W + (D(x) A) (s e B)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
-        return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "adalora_dropout"))
+        return y + call.each(_update, drop_input(call, call.x.astype(y.dtype), "adalora_dropout"))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Return `W + s A diag(e) B`."""
-        return {"kernel": base["kernel"] + product(leaves["adalora_a"], _scaled(leaves))}
+        return {"kernel": base["kernel"] + product(leaves["adalora_a"], _scale(leaves))}
 
     # ------------------------------------------------------------------------------------- training
 
@@ -252,7 +252,7 @@ class AdaLoRA(Biased):
         Raises:
             ConfigError: the run is too short for its first and last steps.
         """
-        return rank_allocation.allocating(self, inner, steps)
+        return rank_allocation.allocate_ranks(self, inner, steps)
 
     # ---------------------------------------------------------------------------------------- files
 
@@ -262,10 +262,10 @@ def _sites(tree: Leaves) -> list[Leaves]:
     return [paths.get(tree, path[:-1]) for path, _ in paths.walk(tree) if path[-1] == "adalora_a"]
 
 
-def _scaled(leaves: Leaves) -> Any:
+def _scale(leaves: Leaves) -> Any:
     return (leaves["adalora_scale"] * leaves["adalora_e"])[:, None] * leaves["adalora_b"]
 
 
 def _update(leaves: Leaves, x: Any) -> Any:
     """Return `(x A) (s e B)`, `[..., in] -> [..., out]`, in the dtype of `x`."""
-    return low_rank(x, leaves["adalora_a"], _scaled(leaves))
+    return low_rank(x, leaves["adalora_a"], _scale(leaves))

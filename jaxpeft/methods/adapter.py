@@ -33,9 +33,9 @@ from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.bottleneck import (
     Bottleneck,
     BottleneckFormat,
-    alone,
+    add_to_output,
     bottleneck,
-    joined,
+    join_residual,
     leaf_names,
 )
 
@@ -90,7 +90,7 @@ class Adapter(Bottleneck):
             {"adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias", "adapter_gain"}
         ),
     )
-    peft: ClassVar[PeftFormat[Any]] = Bottleneck.peft.changed(
+    peft: ClassVar[PeftFormat[Any]] = Bottleneck.peft.replace(
         AdapterFormat,
         tensors={
             "adapter_down": "adapter_down.0.weight",
@@ -136,12 +136,12 @@ class Adapter(Bottleneck):
         """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype
         of `h`.
         """
-        return joined(call, "adapter", _network)
+        return join_residual(call, "adapter", _network)
 
     @staticmethod
     def compute_alone(call: Call) -> Any:
         """Compute `h + A(h)`, `[..., in] -> [..., d]`."""
-        return alone(call, "adapter", _network)
+        return add_to_output(call, "adapter", _network)
 
 
 def _network(leaves: Leaves, z: Any) -> Any:

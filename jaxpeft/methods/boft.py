@@ -175,27 +175,27 @@ class BOFT(Biased):
             stay = 1.0 - (chosen & jax.random.bernoulli(blocks, drawn[1], (factors, count))).astype(
                 jnp.float32
             )
-        y = rotations.into(call, partial(_turned, stay=stay))
-        return call.each(partial(_rescaled, bias=call.bias), y)
+        y = rotations.compute_with_input(call, partial(_rotate, stay=stay))
+        return call.each(partial(_rescale, bias=call.bias), y)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Return `(R W) * s`; the bias stays as it is."""
         kernel = base["kernel"]
         for difference, there, back in _factors(leaves):
-            kernel = rotations.turned_kernel(kernel[there], difference)[back]
+            kernel = rotations.rotate_kernel(kernel[there], difference)[back]
         return {"kernel": kernel * leaves["boft_s"]}
 
 
-def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:
+def _rotate(leaves: Leaves, x: Any, stay: Any) -> Any:
     """Return `x R`; blocks that do not stay, `[m, d]`, are the identity."""
     for i, (difference, there, back) in reversed(list(enumerate(_factors(leaves)))):
         kept = difference if stay is None else difference * stay[i][:, None, None]
-        x = rotations.turned(x[..., there], kept)[..., back]
+        x = rotations.rotate(x[..., there], kept)[..., back]
     return x
 
 
-def _rescaled(leaves: Leaves, y: Any, bias: Any) -> Any:
+def _rescale(leaves: Leaves, y: Any, bias: Any) -> Any:
     """Return `(y - b) * s + b`, which is `y` bit by bit where `s` is one."""
     scale = leaves["boft_s"][0]
     out = y * scale.astype(y.dtype)

@@ -25,10 +25,10 @@ from jaxpeft.core.method import Call, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.specs import SiteSpec
-from jaxpeft.core.targets import Site, Targets, usual
+from jaxpeft.core.targets import Site, Targets, usual_targets
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
 
 ATTENTION = ("self_attn.o_proj", "attention.output.dense", "attention.out_lin")
@@ -246,7 +246,7 @@ class Bottleneck(Targeted):
         if self.targets != "default":
             return wanted
         on = _USUAL[self.placement] if self.sublayers == "default" else self.sublayers
-        entries = usual(
+        entries = usual_targets(
             ATTENTION * (on != "feed_forward") + FEED_FORWARD * (on != "attention"), names
         )
         exclude = self.exclude
@@ -279,7 +279,7 @@ class Bottleneck(Targeted):
         return {f"{self.name}_{key}": leaf.astype(jnp.float32) for key, leaf in made.items()}
 
 
-def joined(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
+def join_residual(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
     """Compute where a sub-layer's output joins the residual stream: `N(x + h + A(z))`, `[..., d]`,
     in the dtype of `h`.
 
@@ -294,10 +294,10 @@ def joined(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
         z = x
     elif f"{name}_pfeiffer" in call.leaves:
         z = call.base(*call.args, **call.kwargs)
-    return call.base(h + _added(call, name, network, z).astype(h.dtype), x, *norm, **call.kwargs)
+    return call.base(h + _add(call, name, network, z).astype(h.dtype), x, *norm, **call.kwargs)
 
 
-def alone(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
+def add_to_output(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
     """Compute a module that does not say where its output joins the residual stream: `h + A(h)`,
     `[..., in] -> [..., d]`.
 
@@ -317,11 +317,11 @@ def alone(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
                 " of jaxpeft.load targets 'default'"
             )
     h = call.base(*call.args, **call.kwargs)
-    return h + _added(call, name, network, h)
+    return h + _add(call, name, network, h)
 
 
-def _added(call: Call, name: str, network: Callable[[Leaves, Any], Any], z: Any) -> Any:
-    return dropped(call, call.each(network, z), f"{name}_dropout")
+def _add(call: Call, name: str, network: Callable[[Leaves, Any], Any], z: Any) -> Any:
+    return drop_input(call, call.each(network, z), f"{name}_dropout")
 
 
 def bottleneck(leaves: Leaves, name: str, z: Any, down: Any, up: Any) -> Any:

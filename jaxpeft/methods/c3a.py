@@ -128,7 +128,7 @@ class C3A(Biased):
         transforms are of float32.
         """
         y = call.base(*call.args)
-        return y + call.each(_correlated, call.x.astype(jnp.float32)).astype(y.dtype)
+        return y + call.each(_correlate, call.x.astype(jnp.float32)).astype(y.dtype)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class C3A(Biased):
         return {"kernel": base["kernel"] + blocks.transpose(1, 2, 0, 3).reshape(n_in, n_out) / n_in}
 
 
-def _correlated(leaves: Leaves, x: Any) -> Any:
+def _correlate(leaves: Leaves, x: Any) -> Any:
     """Return `x C / in` of `x` `[..., in]` float32."""
     w = leaves["c3a_kernel"]
     blocks = jnp.fft.rfft(x.reshape(*x.shape[:-1], *w.shape[1:]))

@@ -34,9 +34,9 @@ from jaxpeft.methods.bottleneck import (
     BottleneckFormat,
     NonLinearity,
     Placement,
-    alone,
+    add_to_output,
     bottleneck,
-    joined,
+    join_residual,
     leaf_names,
 )
 
@@ -98,7 +98,7 @@ class Compacter(Bottleneck):
             {"compacter_rule", "compacter_gain", *(f"compacter_{key}" for key in _MATRICES)}
         ),
     )
-    peft: ClassVar[PeftFormat[Any]] = Bottleneck.peft.changed(
+    peft: ClassVar[PeftFormat[Any]] = Bottleneck.peft.replace(
         CompacterFormat,
         options={
             **Bottleneck.peft.options,
@@ -171,12 +171,12 @@ class Compacter(Bottleneck):
         """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype
         of `h`.
         """
-        return joined(call, "compacter", _network)
+        return join_residual(call, "compacter", _network)
 
     @staticmethod
     def compute_alone(call: Call) -> Any:
         """Compute `h + A(h)`, `[..., in] -> [..., d]`."""
-        return alone(call, "compacter", _network)
+        return add_to_output(call, "compacter", _network)
 
 
 def _glorot(key: jax.Array, n: int, rows: int, columns: int) -> jax.Array:

@@ -24,7 +24,7 @@ from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site, pattern_value, require_patterns
 from jaxpeft.lazy import jnp
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
@@ -127,7 +127,7 @@ class DeLoRA(Biased):
         dtype of `x W`.
         """
         y = call.base(call.x)
-        x = dropped(call, call.x.astype(y.dtype), "delora_dropout")
+        x = drop_input(call, call.x.astype(y.dtype), "delora_dropout")
         return y + call.each(lambda leaves, x: low_rank(x, *_factors(leaves)), x).astype(y.dtype)
 
     @staticmethod

@@ -32,7 +32,7 @@ from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.specs import LeafSpec, SiteSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.lora import LoRA, LoRAFormat, update
 from jaxpeft.methods.low_rank import product
 
@@ -99,7 +99,7 @@ class DoRA(LoRA):
         trained=frozenset({"dora_a", "dora_b", "dora_magnitude"}),
         zero_is_base=False,
     )
-    peft: ClassVar[PeftFormat[Any]] = LoRA.peft.changed(
+    peft: ClassVar[PeftFormat[Any]] = LoRA.peft.replace(
         DoRAFormat,
     )
 
@@ -127,15 +127,15 @@ class DoRA(LoRA):
         """
         y = call.base(*call.args)
         if jnp.issubdtype(call.x.dtype, jnp.integer):
-            return call.each(partial(_scaled, call.kernel), call.x, y, y)
+            return call.each(partial(_scale, call.kernel), call.x, y, y)
         x = call.x.astype(y.dtype)
         plain = y
         if "dora_dropout" in call.leaves and call.dropout_key is not None:
-            x = dropped(call, x, "dora_dropout")
+            x = drop_input(call, x, "dora_dropout")
             plain = call.base(x)
         if call.bias is not None:
             plain = plain - call.bias.astype(y.dtype)
-        return call.each(partial(_scaled, call.kernel), x, y, plain)
+        return call.each(partial(_scale, call.kernel), x, y, plain)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class DoRA(LoRA):
         return {"kernel": leaves["dora_magnitude"] / _positive(_norm(alone)) * whole}
 
 
-def _scaled(kernel: Kernel, leaves: Leaves, x: Any, y: Any, plain: Any) -> Any:
+def _scale(kernel: Kernel, leaves: Leaves, x: Any, y: Any, plain: Any) -> Any:
     """Return `y + f plain + (1 + f) s (x A) B`, `f = (m - n) / n`, in the dtype of `y` `[...,
     out]`.
     """

@@ -25,7 +25,7 @@ def leaves(name: str, rank_dropout: float, module_dropout: float) -> dict[str, A
     return {key: jnp.asarray(rate, jnp.float32) for key, rate in rates.items() if rate}
 
 
-def kept(call: Call, name: str, update: Array, *, scaled: bool) -> Array:
+def drop_update(call: Call, name: str, update: Array, *, scaled: bool) -> Array:
     """Return what is left of the update of a site; outside of a training call all of it.
 
     Args:
@@ -60,7 +60,7 @@ def rate(call: Call, leaf: str) -> tuple[Any, Any] | None:
     return call.dropout_key(), jnp.max(call.leaves[leaf])
 
 
-def dropped(call: Call, x: Any, leaf: str) -> Any:
+def drop_input(call: Call, x: Any, leaf: str) -> Any:
     """Apply dropout to `x` in a training call, at the rate of a leaf, where there is one."""
     drawn = rate(call, leaf)
     return x if drawn is None else dropout(*drawn, x)
@@ -74,5 +74,5 @@ def dropout(key: Array, rate: Array, x: Array) -> Array:
         rate: scalar, below 1.
         x: any shape, floating; the result has its shape and dtype.
     """
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate).astype(x.dtype), jnp.zeros((), x.dtype))
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate).astype(x.dtype), jnp.zeros((), x.dtype))

@@ -49,7 +49,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     most = max(1, round(method.eva_rho * method.rank))
 
     def update(state: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: _merged(state and state[name], x, most) for name, x in inputs.items()}
+        return {name: _merge(state and state[name], x, most) for name, x in inputs.items()}
 
     found = run.over_inputs(params, method.leaves.site[0], update, method.eva_batches)
     if not found:
@@ -77,7 +77,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     return made, rewritten
 
 
-def _merged(before: Any, rows: Any, most: int) -> tuple[Any, Any]:
+def _merge(before: Any, rows: Any, most: int) -> tuple[Any, Any]:
     """Return the variances `[k]` and directions `[k, in]` of the rows so far, from those before and
     rows `[tokens, in]`.
     """

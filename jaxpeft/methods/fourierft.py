@@ -27,8 +27,8 @@ from jaxpeft.core.targets import Site, pattern_value, require_ends
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.made import through
-from jaxpeft.methods.sparse import as_torch_draws, scattered
+from jaxpeft.methods.recomputed import multiply
+from jaxpeft.methods.sparse import as_torch_draws, scatter
 from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class FourierFT(Biased):
         """Compute `x W + x U`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(
-            partial(through, partial(_update, (call.x.shape[-1], y.shape[-1]))),
+            partial(multiply, partial(_update, (call.x.shape[-1], y.shape[-1]))),
             call.x.astype(y.dtype),
         )
 
@@ -141,5 +141,5 @@ class FourierFT(Biased):
 
 def _update(shape: tuple[int, int], leaves: Leaves) -> Any:
     """Return `U` `[in, out]`: the transform of the transpose is the transpose of the transform."""
-    spectrum = scattered(leaves["fourierft_indices"], leaves["fourierft_spectrum"], shape)
+    spectrum = scatter(leaves["fourierft_indices"], leaves["fourierft_spectrum"], shape)
     return leaves["fourierft_scale"] * jnp.fft.ifft2(spectrum).real

@@ -43,7 +43,7 @@ class Freeze(Method):
         """
         at = paths.layers_at(path)
         if at is None:
-            return self._around(path)
+            return self._is_around(path)
         count = _count(params, path, at)
         if self.layers > count:
             raise ConfigError(
@@ -57,7 +57,7 @@ class Freeze(Method):
 
         return whole_leaf(self.name, path, paths.get(params, path), last)
 
-    def _around(self, path: Path) -> bool:
+    def _is_around(self, path: Path) -> bool:
         """Return whether a leaf outside the layers is trained."""
         if any("embed" in key for key in path):
             return self.embeddings

@@ -25,7 +25,7 @@ from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TargetedFormat, require_divisor
@@ -129,7 +129,7 @@ class GraLoRA(Biased):
         `x W`.
         """
         y = call.base(*call.args)
-        return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "gralora_dropout"))
+        return y + call.each(_update, drop_input(call, call.x.astype(y.dtype), "gralora_dropout"))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.loha import uniform
 from jaxpeft.methods.low_rank import product
-from jaxpeft.methods.made import through
+from jaxpeft.methods.recomputed import multiply
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
 
 
@@ -77,8 +77,8 @@ class HiRA(Targeted):
     def compute(call: Call) -> Any:
         """Compute `x W + D(x) (W * (A B))`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
-        x = dropped(call, call.x.astype(y.dtype), "hira_dropout")
-        return y + call.each(partial(through, partial(_update, call.kernel)), x)
+        x = drop_input(call, call.x.astype(y.dtype), "hira_dropout")
+        return y + call.each(partial(multiply, partial(_update, call.kernel)), x)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:

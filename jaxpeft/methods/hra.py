@@ -101,7 +101,9 @@ class HRA(Biased):
     @staticmethod
     def compute(call: Call) -> Any:
         """Compute `(x + (x P) K) W + b`, `[..., in] -> [..., out]`."""
-        return rotations.into(call, lambda leaves, x: x + low_rank(x, *_factors(leaves)))
+        return rotations.compute_with_input(
+            call, lambda leaves, x: x + low_rank(x, *_factors(leaves))
+        )
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:

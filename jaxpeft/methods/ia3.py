@@ -158,8 +158,8 @@ class IA3(Targeted):
     def compute(call: Call) -> Any:
         """Rescale what the site takes in, or what it puts out, `[..., in] -> [..., out]`."""
         if call.leaves["ia3_l"].shape[-2:] == (call.x.shape[-1], 1):
-            return call.base(call.each(_rescaled, call.x))
-        return call.each(_rescaled, call.base(call.x))
+            return call.base(call.each(_rescale, call.x))
+        return call.each(_rescale, call.base(call.x))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class IA3(Targeted):
         return folded
 
 
-def _rescaled(leaves: Leaves, x: Any) -> Any:
+def _rescale(leaves: Leaves, x: Any) -> Any:
     return x * leaves["ia3_l"].reshape(-1).astype(x.dtype)
 
 

@@ -41,7 +41,7 @@ class LNTuning(Selected):
         Selected.sites,
         kinds=("norm",),
     )
-    peft: ClassVar[PeftFormat[Any]] = Selected.peft.changed(
+    peft: ClassVar[PeftFormat[Any]] = Selected.peft.replace(
         LNTuningFormat,
         type="LN_TUNING",
         options={"target_modules": "targets", "exclude_modules": "exclude"},

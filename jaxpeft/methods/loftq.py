@@ -56,7 +56,9 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
             if not on[i]:
                 continue
             error = original(site, i) - kernel_of(site, node, i)
-            own_a, own_b = starts.largest(error, method.site_rank(name), method.site_scale(name))
+            own_a, own_b = starts.largest_triples(
+                error, method.site_rank(name), method.site_scale(name)
+            )
             index = tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else ()
             a[*index, :, : own_a.shape[1]] = (
                 own_a  # where the kernel has fewer, the other columns start as LoRA's do

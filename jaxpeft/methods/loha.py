@@ -27,7 +27,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import dropping
 from jaxpeft.methods.low_rank import low_rank, product
-from jaxpeft.methods.made import through
+from jaxpeft.methods.recomputed import multiply
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked, TargetedFormat
 
 if TYPE_CHECKING:
@@ -107,12 +107,12 @@ class LoHa(Ranked):
         """
         y = call.base(call.x)
         update = call.each(_update, call.x.astype(y.dtype)).astype(y.dtype)
-        return y + dropping.kept(call, LoHa.name, update, scaled=True)
+        return y + dropping.drop_update(call, LoHa.name, update, scaled=True)
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Return `W + s (B1 A1) * (B2 A2)`."""
-        return {"kernel": base["kernel"] + _whole(leaves)}
+        return {"kernel": base["kernel"] + _product(leaves)}
 
 
 def _update(leaves: Leaves, x: Any) -> Any:
@@ -122,10 +122,10 @@ def _update(leaves: Leaves, x: Any) -> Any:
         pairs_b = (b1[:, :, None] * b2[:, None, :]).reshape(n_in, rank * rank)
         pairs_a = (a1[:, None, :] * a2[None, :, :]).reshape(rank * rank, n_out)
         return low_rank(x, pairs_b, leaves["loha_scale"] * pairs_a)
-    return through(_whole, leaves, x)
+    return multiply(_product, leaves, x)
 
 
-def _whole(leaves: Leaves) -> Any:
+def _product(leaves: Leaves) -> Any:
     """Return `s (B1 A1) * (B2 A2)`, `[in, out]`."""
     first = product(leaves["loha_w1_b"], leaves["loha_w1_a"])
     return leaves["loha_scale"] * first * product(leaves["loha_w2_b"], leaves["loha_w2_a"])

@@ -126,7 +126,7 @@ class LoKr(Ranked):
         """Compute `x W + s x (K1 (x) K2)`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(call.x)
         update = call.each(_update, call.x.astype(y.dtype)).astype(y.dtype)
-        return y + dropping.kept(
+        return y + dropping.drop_update(
             call, LoKr.name, update, scaled="lokr_rank_dropout_scale" in call.leaves
         )
 

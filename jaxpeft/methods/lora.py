@@ -44,7 +44,7 @@ from jaxpeft.core.targets import Site, pattern_value
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import eva, loftq, starts
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked, TargetedFormat
 from jaxpeft.methods.token_indices import TOKEN_INDICES
@@ -80,7 +80,7 @@ class LoRAFormat(TargetedFormat[M]):
 
     def write_options(self, method: M) -> dict[str, Any]:
         """Return the options of the plain LoRA that the files are."""
-        return super().write_options(method.saved()) | {
+        return super().write_options(method.saved_form()) | {
             "init_lora_weights": True,
             "fan_in_fan_out": False,
         }
@@ -230,7 +230,7 @@ class LoRA(Biased, Ranked):
         x = (
             call.x
             if jnp.issubdtype(call.x.dtype, jnp.integer)
-            else dropped(call, call.x.astype(y.dtype), "lora_dropout")
+            else drop_input(call, call.x.astype(y.dtype), "lora_dropout")
         )
         return y + call.each(update, x).astype(y.dtype)
 
@@ -245,7 +245,7 @@ class LoRA(Biased, Ranked):
             return {"kernel": kernel}
         return {"kernel": kernel, "bias": base.get("bias", 0.0) + scale * leaves["lora_bias"]}
 
-    def saved(self) -> Self:
+    def saved_form(self) -> Self:
         """Return the plain LoRA that the files of this one are."""
         if self.init_weights not in starts.FROM_KERNEL:
             return dataclasses.replace(self, init_weights="default", eva_batches=8, eva_rho=2.0)

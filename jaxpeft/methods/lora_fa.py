@@ -55,7 +55,7 @@ class LoRAFA(LoRA):
         LoRA.sites,
         kinds=("linear",),
     )
-    peft: ClassVar[PeftFormat[Any]] = LoRA.peft.changed(
+    peft: ClassVar[PeftFormat[Any]] = LoRA.peft.replace(
         LoRAFAFormat,
     )
 

@@ -29,7 +29,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jnp
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class MiSS(Biased):
     def compute(call: Call) -> Any:
         """Compute `x W` and the update, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(call.x)
-        x = dropped(call, call.x.astype(y.dtype), "miss_dropout")
+        x = drop_input(call, call.x.astype(y.dtype), "miss_dropout")
         bat = call.leaves["miss_block"].ndim - (call.rows is not None) == 3
         kernel, width = call.kernel() if bat else None, y.shape[-1]
         return y + call.each(

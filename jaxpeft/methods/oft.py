@@ -221,23 +221,23 @@ class OFT(Biased):
             stay = jax.random.bernoulli(
                 drawn[0], 1 - drawn[1], (call.x.shape[-1] // size, 1, 1)
             ).astype(jnp.float32)
-        return rotations.into(call, partial(_turned, stay=stay))
+        return rotations.compute_with_input(call, partial(_rotate, stay=stay))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Return `R W`."""
-        return {"kernel": rotations.turned_kernel(base["kernel"], _difference(leaves))}
+        return {"kernel": rotations.rotate_kernel(base["kernel"], _difference(leaves))}
 
 
-def _turned(leaves: Leaves, x: Any, stay: Any) -> Any:
+def _rotate(leaves: Leaves, x: Any, stay: Any) -> Any:
     difference = _difference(leaves)
-    return rotations.turned(x, difference if stay is None else difference * stay)
+    return rotations.rotate(x, difference if stay is None else difference * stay)
 
 
 def _difference(leaves: Leaves) -> Any:
     """Return `R - I` of each block, float32."""
     skew = _skew(
-        _within(leaves["oft_r"], leaves["oft_eps"]) if "oft_eps" in leaves else leaves["oft_r"]
+        _project(leaves["oft_r"], leaves["oft_eps"]) if "oft_eps" in leaves else leaves["oft_r"]
     )
     if "oft_terms" not in leaves:
         return rotations.cayley(skew)
@@ -247,7 +247,7 @@ def _difference(leaves: Leaves) -> Any:
     return total
 
 
-def _within(vectors: Any, eps: Any) -> Any:
+def _project(vectors: Any, eps: Any) -> Any:
     """Shrink each `S` that is outside of the ball of COFT onto it."""
     radius = eps / math.sqrt(vectors.shape[0])
     squares = 2.0 * jnp.sum(jnp.square(vectors), axis=1, keepdims=True)

@@ -27,15 +27,15 @@ from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.virtual_tokens import (
     VirtualTokens,
     VirtualTokensFormat,
-    call_behind,
+    call_with_virtual,
     each_row,
     layers_and_width,
     linear,
-    repeated,
+    repeat_tokens,
     word_embedding,
 )
 
@@ -81,7 +81,7 @@ class PrefixTuning(VirtualTokens):
         root=_ROOT_LEAVES,
         trained=frozenset(_ROOT_LEAVES) - {"prefix_dropout"},
     )
-    peft: ClassVar[PeftFormat[Any]] = VirtualTokens.peft.changed(
+    peft: ClassVar[PeftFormat[Any]] = VirtualTokens.peft.replace(
         PrefixTuningFormat,
         type="PREFIX_TUNING",
         ignored=VirtualTokens.peft.ignored | {"prefix_projection", "init_weights"},
@@ -138,7 +138,9 @@ class PrefixTuning(VirtualTokens):
         """Return the table the keys and values of `init_tokens`, if there are any."""
         if not self.init_tokens:
             return self, params
-        ids = repeated(self.init_tokens, self.num_virtual_tokens, word_embedding(params).shape[0])
+        ids = repeat_tokens(
+            self.init_tokens, self.num_virtual_tokens, word_embedding(params).shape[0]
+        )
         return self, {**params, "prefix_embeddings": _keys_and_values(run, ids)}
 
     @staticmethod
@@ -160,7 +162,7 @@ class PrefixTuning(VirtualTokens):
         past = each_row(call, PrefixTuning.table)
         if "prefix_dropout" in call.leaves and call.dropout_key is not None:
             past = jnp.broadcast_to(past, (len(call.x), *past.shape[1:]))  # each row drops its own
-        return call_behind(call, past=dropped(call, past, "prefix_dropout"))
+        return call_with_virtual(call, past=drop_input(call, past, "prefix_dropout"))
 
 
 @dataclass(frozen=True, kw_only=True)

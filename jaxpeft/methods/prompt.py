@@ -24,9 +24,9 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.virtual_tokens import (
     VirtualTokens,
-    call_behind,
+    call_with_virtual,
     each_row,
-    repeated,
+    repeat_tokens,
     rows_of,
     word_embedding,
 )
@@ -94,7 +94,7 @@ class PromptTuning(VirtualTokens):
             }
         drawn = jax.random.randint(rng, (self.num_virtual_tokens,), 0, vocab)
         ids = (
-            repeated(self.init_tokens, self.num_virtual_tokens, vocab)
+            repeat_tokens(self.init_tokens, self.num_virtual_tokens, vocab)
             if self.init_tokens
             else drawn
         )
@@ -114,7 +114,7 @@ class PromptTuning(VirtualTokens):
                 else f"{self.init_text!r} has no tokens"
             )
             raise ConfigError(f"init_text: {why}; give init_tokens")
-        ids = repeated(tokens, self.num_virtual_tokens, word_embedding(params).shape[0])
+        ids = repeat_tokens(tokens, self.num_virtual_tokens, word_embedding(params).shape[0])
         return self, {**params, "prompt_embeddings": rows_of(run.base, ids)}
 
     @staticmethod
@@ -125,4 +125,4 @@ class PromptTuning(VirtualTokens):
     @staticmethod
     def compute(call: Call) -> Any:
         """Call the model with the table as its prompt."""
-        return call_behind(call, prompt=each_row(call, PromptTuning.table))
+        return call_with_virtual(call, prompt=each_row(call, PromptTuning.table))

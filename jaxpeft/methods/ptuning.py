@@ -34,7 +34,7 @@ from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.virtual_tokens import (
     VirtualTokens,
     VirtualTokensFormat,
-    call_behind,
+    call_with_virtual,
     each_row,
     linear,
     word_embedding,
@@ -86,7 +86,7 @@ class PTuning(VirtualTokens):
         root=_ROOT_LEAVES,
         trained=frozenset(_ROOT_LEAVES),
     )
-    peft: ClassVar[PeftFormat[Any]] = VirtualTokens.peft.changed(
+    peft: ClassVar[PeftFormat[Any]] = VirtualTokens.peft.replace(
         PTuningFormat,
         type="P_TUNING",
         ignored=VirtualTokens.peft.ignored
@@ -149,7 +149,7 @@ class PTuning(VirtualTokens):
         x = leaves["ptuning_embeddings"]
         if "ptuning_h" in leaves:
             for layer in range(2):
-                x = both_ways(
+                x = bidirectional_lstm(
                     x,
                     leaves[f"ptuning_x{layer + 1}"],
                     leaves["ptuning_h"][layer],
@@ -167,10 +167,12 @@ class PTuning(VirtualTokens):
     @staticmethod
     def compute(call: Call) -> Any:
         """Call the model with the table as its prompt."""
-        return call_behind(call, prompt=each_row(call, PTuning.table))
+        return call_with_virtual(call, prompt=each_row(call, PTuning.table))
 
 
-def both_ways(x: jax.Array, x_kernel: jax.Array, h_kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def bidirectional_lstm(
+    x: jax.Array, x_kernel: jax.Array, h_kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
     """Compute an LSTM in both directions (Hochreiter and Schmidhuber 1997, with forget gates).
 
     Args:

@@ -32,10 +32,10 @@ from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.low_rank import product
 from jaxpeft.methods.targeted import TargetedFormat
-from jaxpeft.methods.vera import VeRA, largest, without_projections
+from jaxpeft.methods.vera import VeRA, drop_projections, largest_sizes
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RandLoraFormat(TargetedFormat["RandLora"]):
         values, problems = super().read_options(kind, config)
         return values | ({"bases": kinds[0]} if kinds else {}), [
             *problems,
-            *without_projections(config),
+            *drop_projections(config),
         ]
 
 
@@ -134,7 +134,7 @@ class RandLora(Biased):
     ) -> dict[str, jax.Array]:
         """Make the bases, of unit variance."""
         del params
-        smaller, larger = sorted(largest(sites))
+        smaller, larger = sorted(largest_sizes(sites))
         shapes = (self.rank, 1, smaller), (larger, math.ceil(smaller / self.rank), self.rank)
         a, b = (
             self._basis(key, shape, smaller)
@@ -153,7 +153,9 @@ class RandLora(Biased):
     def compute(call: Call) -> Any:
         """Compute `x W + s (D(x) P) Q`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
-        return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "randlora_dropout"), y)
+        return y + call.each(
+            _update, drop_input(call, call.x.astype(y.dtype), "randlora_dropout"), y
+        )
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Allocation(NamedTuple):
     inner: Any
 
 
-def allocating(
+def allocate_ranks(
     method: AdaLoRA, inner: optax.GradientTransformation, steps: int
 ) -> optax.GradientTransformation:
     """Wrap an optimizer so that it allocates the ranks.
@@ -114,7 +114,7 @@ def allocating(
         due = (step > method.initial_steps) & (step < end) & (step % method.interval == 0) | (
             step == end
         )
-        best = _best(first, second, there, _cut(method, step, end, there))
+        best = _best(first, second, there, _entries_to_zero(method, step, end, there))
         kept = paths.map_with_path(
             lambda path, before: jnp.where(due, best[path], before), state.kept
         )
@@ -132,7 +132,7 @@ def entries(a: Any) -> Any:
     return jnp.any(a != 0, axis=-2)
 
 
-def _cut(method: AdaLoRA, step: Any, end: int, there: Mapping[Path, Any]) -> Any:
+def _entries_to_zero(method: AdaLoRA, step: Any, end: int, there: Mapping[Path, Any]) -> Any:
     """Return how many entries are to be zero at a step, int32; none where it is below one."""
     initial, sites = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     for flags in there.values():

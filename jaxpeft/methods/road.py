@@ -113,15 +113,15 @@ class RoAd(Targeted):
     @staticmethod
     def compute(call: Call) -> Any:
         """Rotate what the site puts out, `[..., in] -> [..., out]`."""
-        return call.each(_rotated, call.base(*call.args))
+        return call.each(_rotate, call.base(*call.args))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Return `W R'` and `R b`."""
-        return {name: _rotated(leaves, base[name]) for name in ("kernel", "bias") if name in base}
+        return {name: _rotate(leaves, base[name]) for name in ("kernel", "bias") if name in base}
 
 
-def _rotated(leaves: Leaves, z: Any) -> Any:
+def _rotate(leaves: Leaves, z: Any) -> Any:
     """Return `R z` of `z` `[..., out]`, in its dtype."""
     theta, alpha = leaves["road_theta"], leaves["road_alpha"]
     groups, rows, half = theta.shape

@@ -28,7 +28,7 @@ def cayley(skew: Array) -> Array:
     return -2.0 * jnp.linalg.solve(jnp.eye(skew.shape[-1], dtype=skew.dtype) + skew, skew)
 
 
-def turned(x: Array, difference: Array) -> Array:
+def rotate(x: Array, difference: Array) -> Array:
     """Rotate each block of an input.
 
     Args:
@@ -42,7 +42,7 @@ def turned(x: Array, difference: Array) -> Array:
     return x + jnp.einsum("...bk,bkc->...bc", blocks, difference).reshape(x.shape)
 
 
-def turned_kernel(kernel: Array, difference: Array) -> Array:
+def rotate_kernel(kernel: Array, difference: Array) -> Array:
     """Return the kernel that computes with `x` what `kernel` computes with the rotated one.
 
     Args:
@@ -63,6 +63,6 @@ def nearest_divisor(n: int, wanted: int) -> int:
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
-def into(call: Call, fn: Any) -> Any:
+def compute_with_input(call: Call, fn: Any) -> Any:
     """Compute a site with its input changed: `base(fn(leaves, x))`."""
     return call.base(call.each(fn, call.x))

@@ -25,8 +25,8 @@ from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
-from jaxpeft.methods.made import through
-from jaxpeft.methods.sparse import one_of_each_part, scattered
+from jaxpeft.methods.recomputed import multiply
+from jaxpeft.methods.sparse import one_of_each_part, scatter
 from jaxpeft.methods.targeted import Targeted, TargetedFormat
 
 _LEAVES = ("shira_weight", "shira_indices")
@@ -103,7 +103,7 @@ class SHiRA(Targeted):
         """Compute `x W + x S`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
         return y + call.each(
-            partial(through, partial(_sparse, (call.x.shape[-1], y.shape[-1]))),
+            partial(multiply, partial(_sparse, (call.x.shape[-1], y.shape[-1]))),
             call.x.astype(y.dtype),
         )
 
@@ -115,4 +115,4 @@ class SHiRA(Targeted):
 
 def _sparse(shape: tuple[int, int], leaves: Leaves) -> Any:
     """Return `S` `[in, out]`; PEFT adds up what is named twice, too."""
-    return scattered(leaves["shira_indices"], leaves["shira_weight"], shape)
+    return scatter(leaves["shira_indices"], leaves["shira_weight"], shape)

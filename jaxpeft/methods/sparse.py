@@ -31,7 +31,7 @@ def as_torch_draws(count: int, total: int, seed: int) -> np.ndarray[Any, np.dtyp
     """
     twister = np.random.RandomState(seed)
     if total >= _FEW:
-        return _built_up(count, total, twister)
+        return _permutation_by_steps(count, total, twister)
     drawn = twister.randint(0, 2**32, count, dtype=np.uint32)
     moved: dict[int, int] = {}
     found = np.empty(count, np.int64)
@@ -42,7 +42,7 @@ def as_torch_draws(count: int, total: int, seed: int) -> np.ndarray[Any, np.dtyp
     return found
 
 
-def _built_up(
+def _permutation_by_steps(
     count: int, total: int, twister: np.random.RandomState
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Number `i` takes the place of one before it, which goes to the end; of the later ones those
@@ -64,7 +64,7 @@ def _built_up(
     return found
 
 
-def scattered(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
+def scatter(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
     """Return a matrix `[in, out]` float32 that is zero but at some places; of one that is named
     twice it holds the sum.
 

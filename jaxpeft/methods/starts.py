@@ -69,10 +69,10 @@ def pissa(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pa
     factor.
     """
     del rng
-    return largest(kernel(), rank, scale)
+    return largest_triples(kernel(), rank, scale)
 
 
-def largest(matrix: Array, rank: int, scale: float) -> Pair:
+def largest_triples(matrix: Array, rank: int, scale: float) -> Pair:
     """The A and B whose update, times the scale, is the rank largest singular triples of a matrix
     `[in, out]`, all that it has.
     """

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from jaxpeft.core.expressions import broken_expression
+from jaxpeft.core.expressions import find_expression_fault
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
 from jaxpeft.core.peft_format import PeftFormat
@@ -20,7 +20,7 @@ from jaxpeft.core.targets import (
     is_keyword,
     pattern_value,
     require_patterns,
-    usual,
+    usual_targets,
 )
 from jaxpeft.errors import ConfigError, TargetError
 
@@ -123,7 +123,7 @@ class Targeted(Method):
         if self.targets == "default" and not self.usual_targets:
             found.append(f"targets: {self.name} has no usual sites; name them, or 'all-linear'")
         for field, texts in self.expressions(expression).items():
-            found += [f"{field}: {why}" for text in texts if (why := broken_expression(text))]
+            found += [f"{field}: {why}" for text in texts if (why := find_expression_fault(text))]
         return found
 
     def expressions(self, whole: bool) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Targeted(Method):
         numbers = (layers,) if isinstance(layers, int) else layers or None
         targets = self.targets
         if targets == "default":
-            targets = usual(self.usual_targets, names)
+            targets = usual_targets(self.usual_targets, names)
             if not targets:
                 raise TargetError(
                     f"targets: the model has none of the usual sites of {self.name}"

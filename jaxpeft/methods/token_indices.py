@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.core.peft_format import Beside
-from jaxpeft.errors import shown
+from jaxpeft.errors import show
 from jaxpeft.methods.trainable_tokens import TrainableTokens
 
 _OPTION = "trainable_token_indices"
@@ -21,7 +21,7 @@ def _write(sites: Mapping[str, TrainableTokens]) -> dict[str, list[int]]:
 def _read(given: Any, tied: bool) -> tuple[list[dict[str, Any]], list[str]]:
     by_module: Mapping[Any, Any] = given if isinstance(given, Mapping) else {"default": given}
     problems = [
-        f"{_OPTION}: must be ids of tokens, or those by the name of a module, is {shown(given)}"
+        f"{_OPTION}: must be ids of tokens, or those by the name of a module, is {show(given)}"
         for name, ids in by_module.items()
         if not (isinstance(name, str) and _are_ids(ids))
     ][:1]

@@ -25,7 +25,7 @@ from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.low_rank import low_rank, product
 from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat, require_divisor
 
@@ -163,7 +163,7 @@ class VBLoRA(Biased):
     def compute(call: Call) -> Any:
         """Compute `x W + (D(x) A) B`, `[..., in] -> [..., out]`, in the dtype of `x W`."""
         y = call.base(*call.args)
-        x = dropped(call, call.x.astype(y.dtype), "vblora_dropout")
+        x = drop_input(call, call.x.astype(y.dtype), "vblora_dropout")
         return y + call.each(lambda leaves, x: low_rank(x, *_matrices(leaves)), x)
 
     @staticmethod
@@ -174,11 +174,11 @@ class VBLoRA(Biased):
 
 def _matrices(leaves: Leaves) -> tuple[Any, Any]:
     """Return A `[in, r]` and B `[r, out]`."""
-    a, b = (_mixed(leaves, leaves[name]) for name in ("vblora_logits_a", "vblora_logits_b"))
+    a, b = (_mix(leaves, leaves[name]) for name in ("vblora_logits_a", "vblora_logits_b"))
     return a.reshape(a.shape[0], -1).T, b.transpose(1, 0, 2).reshape(b.shape[1], -1)
 
 
-def _mixed(leaves: Leaves, logits: Any) -> Any:
+def _mix(leaves: Leaves, logits: Any) -> Any:
     """Mix vectors of the bank, `[..., h] -> [..., l]`."""
     largest, which = jax.lax.top_k(logits, leaves["vblora_topk"].shape[0])
     return jnp.einsum(

@@ -27,7 +27,7 @@ from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
-from jaxpeft.methods.dropping import dropped
+from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.low_rank import product
 from jaxpeft.methods.targeted import TargetedFormat
 
@@ -45,7 +45,7 @@ class VeRAFormat(TargetedFormat["VeRA"]):
     ) -> tuple[dict[str, Any], list[str]]:
         """Read the options; a file without its projections is refused."""
         values, problems = super().read_options(kind, config)
-        return values, [*problems, *without_projections(config)]
+        return values, [*problems, *drop_projections(config)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class VeRA(Biased):
     ) -> dict[str, jax.Array]:
         """Make A and B uniform within sqrt(6 / fan_in), as He et al. 2015 have it."""
         del params
-        keys, n_in, n_out = jax.random.split(rng), *largest(sites)
+        keys, n_in, n_out = jax.random.split(rng), *largest_sizes(sites)
         return {
             "vera_a": (
                 math.sqrt(6 / n_in)
@@ -123,7 +123,7 @@ class VeRA(Biased):
         W`.
         """
         y = call.base(*call.args)
-        return y + call.each(_update, dropped(call, call.x.astype(y.dtype), "vera_dropout"))
+        return y + call.each(_update, drop_input(call, call.x.astype(y.dtype), "vera_dropout"))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class VeRA(Biased):
         return {"kernel": base["kernel"] + product(a, b)}
 
 
-def without_projections(config: Mapping[str, Any]) -> list[str]:
+def drop_projections(config: Mapping[str, Any]) -> list[str]:
     """Return why a file whose random matrices are left out cannot be read, if they are."""
     if config.get("save_projection", True):
         return []
@@ -152,7 +152,7 @@ def without_projections(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def largest(sites: tuple[Site, ...]) -> tuple[int, int]:
+def largest_sizes(sites: tuple[Site, ...]) -> tuple[int, int]:
     """Return the largest `in` and the largest `out` of sites."""
     return max(site.shape[0] for site in sites), max(site.shape[1] for site in sites)
 

@@ -116,7 +116,7 @@ class VirtualTokens(Method):
         raise NotImplementedError
 
 
-def call_behind(call: Call, *, past: Any = None, prompt: Any = None) -> Any:
+def call_with_virtual(call: Call, *, past: Any = None, prompt: Any = None) -> Any:
     """Call the model with virtual positions in front, behind those of another method if there are
     any.
 
@@ -131,14 +131,14 @@ def call_behind(call: Call, *, past: Any = None, prompt: Any = None) -> Any:
     virtual = given.pop("virtual", Virtual())
     if past is not None:
         virtual = dataclasses.replace(
-            virtual, past=_joined(virtual.past, jnp.transpose(past, (2, 3, 0, 1, 4)), 2)
+            virtual, past=_concatenate(virtual.past, jnp.transpose(past, (2, 3, 0, 1, 4)), 2)
         )
     if prompt is not None:
-        virtual = dataclasses.replace(virtual, prompt=_joined(virtual.prompt, prompt, 0))
+        virtual = dataclasses.replace(virtual, prompt=_concatenate(virtual.prompt, prompt, 0))
     return call.base(*call.args, **given, virtual=virtual)
 
 
-def _joined(a: Any, b: Any, batch: int) -> Any:
+def _concatenate(a: Any, b: Any, batch: int) -> Any:
     """Put two arrays one behind the other along their axis before the last; either may have one row
     for all.
     """
@@ -215,7 +215,7 @@ def rows_of(params: Leaves, ids: Any) -> Any:
     )
 
 
-def repeated(tokens: Sequence[int], count: int, vocab: int) -> Any:
+def repeat_tokens(tokens: Sequence[int], count: int, vocab: int) -> Any:
     """Return `count` token ids, `[count]` int32: those given, over and over, the last time in part.
 
     Args:

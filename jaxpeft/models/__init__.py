@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxpeft.errors import ConfigError, shown
+from jaxpeft.errors import ConfigError, show
 from jaxpeft.models import decoder, encoder
 from jaxpeft.models.base import Family, ModelOptions, Pretrained
 
@@ -37,7 +37,7 @@ def build(
         # they are not
         known = ", ".join(FAMILIES)
         raise ConfigError(
-            f"{where}: model_type {shown(kind)} is not supported (supported: {known}); give a model"
+            f"{where}: model_type {show(kind)} is not supported (supported: {known}); give a model"
             " of one of these"
         )
     return FAMILIES[kind].build(config, options, where)

@@ -32,8 +32,8 @@ from jaxpeft.sharding.logical_axes import (
     HEADS,
     KV_HEADS,
     LENGTH,
+    constrain,
     mesh_of,
-    placed,
     size_of,
     spec_of,
 )
@@ -45,8 +45,8 @@ Array = jax.Array
 def by_heads(qkv: Iterable[Array]) -> tuple[Array, Array, Array]:
     """Return where queries, keys and values `[batch, length, heads, d]` lie."""
     q, k, v = qkv
-    k, v = (placed(array, BATCH, LENGTH, KV_HEADS, HEAD_DIM) for array in (k, v))
-    return placed(q, BATCH, LENGTH, HEADS, HEAD_DIM), k, v
+    k, v = (constrain(array, BATCH, LENGTH, KV_HEADS, HEAD_DIM) for array in (k, v))
+    return constrain(q, BATCH, LENGTH, HEADS, HEAD_DIM), k, v
 
 
 def attend(
@@ -108,7 +108,7 @@ class AttentionKernel:
 
 def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
     batch, length, heads, d = q.shape
-    seen = mask.full(length)
+    seen = mask.to_array(length)
     # Heads before length: both products are then plain batched matmuls, a fifth faster on CPU than
     # the other order.
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
@@ -130,8 +130,8 @@ def _xla_by_positions(
     values of all positions.
     """
     batch, length, heads, d = q.shape
-    seen = mask.full(length)
-    k, v = (placed(array, BATCH, None, KV_HEADS, HEAD_DIM) for array in (k, v))
+    seen = mask.to_array(length)
+    k, v = (constrain(array, BATCH, None, KV_HEADS, HEAD_DIM) for array in (k, v))
     # the positions keep a dimension of their own: one that they share with heads could not be
     # spread
     q = q.reshape(batch, length, k.shape[2], -1, d)
@@ -139,7 +139,7 @@ def _xla_by_positions(
     scores = scores.reshape(batch, heads, length, -1)
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    scores = placed(scores, BATCH, HEADS, LENGTH, None)
+    scores = constrain(scores, BATCH, HEADS, LENGTH, None)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
     weights = weights.reshape(batch, k.shape[2], -1, length, k.shape[1])
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, d)
@@ -184,7 +184,7 @@ def _on_each(
 def _cudnn(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
     del drop
     window = (mask.window - 1, 0) if mask.window else None
-    dense = mask.given()
+    dense = mask.row_mask()
     if dense is not None:
         dense = jnp.broadcast_to(dense, (*dense.shape[:2], q.shape[1], k.shape[1]))
     return jax.nn.dot_product_attention(
@@ -272,7 +272,7 @@ KERNELS: Mapping[str, AttentionKernel] = {
         _cudnn,
         "cuda",
         _cudnn_lacks,
-        lambda q, k, mask: mask.given() is None or not (q.shape[1] % 2 or k.shape[1] % 2),
+        lambda q, k, mask: mask.row_mask() is None or not (q.shape[1] % 2 or k.shape[1] % 2),
     ),
     "splash": AttentionKernel(_splash, "tpu", _splash_lacks, _splash_takes),
 }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxpeft.core.paths import Path, Tree
-from jaxpeft.errors import ConfigError, shown
+from jaxpeft.errors import ConfigError, show
 from jaxpeft.remat import REMAT_POLICIES
 
 LARGEST = 1 << 24
@@ -143,7 +143,7 @@ class ConfigReader:
             return value
         large = isinstance(value, int) and not isinstance(value, bool) and value > most
         bound = f"at most {most}" if large else f"at least {least}"
-        self.problems.append(f"{key}: must be a whole number of {bound}, is {shown(value)}")
+        self.problems.append(f"{key}: must be a whole number of {bound}, is {show(value)}")
         return max(least, 1)
 
     def number(self, key: str) -> float:
@@ -158,7 +158,7 @@ class ConfigReader:
         if _is_number(value) and 0 < value <= _FLOAT32:
             return float(value)
         bound = f" of at most {_FLOAT32}" if _is_number(value) and value > _FLOAT32 else ""
-        self.problems.append(f"{name}: must be a positive number{bound}, is {shown(value)}")
+        self.problems.append(f"{name}: must be a positive number{bound}, is {show(value)}")
         return 1.0
 
     def rate(self, key: str, default: float = 0.0) -> float:
@@ -170,14 +170,14 @@ class ConfigReader:
             return default
         if _is_number(value) and 0 <= value < 1:
             return float(value)
-        self.problems.append(f"{key}: must be a rate of at least 0 and below 1, is {shown(value)}")
+        self.problems.append(f"{key}: must be a rate of at least 0 and below 1, is {show(value)}")
         return default
 
     def flag(self, key: str) -> bool:
         """Return true or false, false where it is null; note a problem if it is neither."""
         value = self.get(key)
         if not isinstance(value, bool | None):
-            self.problems.append(f"{key}: must be true or false, is {shown(value)}")
+            self.problems.append(f"{key}: must be true or false, is {show(value)}")
         return bool(value)
 
     def one_of(self, key: str, known: Mapping[str, Any]) -> str:
@@ -186,14 +186,14 @@ class ConfigReader:
         if isinstance(value, str) and value in known:
             return value
         self.problems.append(
-            f"{key}: {shown(value)} is not supported (supported: {', '.join(known)})"
+            f"{key}: {show(value)} is not supported (supported: {', '.join(known)})"
         )
         return next(iter(known))
 
     def refuse(self, key: str, why: str) -> None:
         """Note a problem if a switch is on."""
         if self.get(key):
-            self.problems.append(f"{key}: {shown(self.get(key))} is not supported: {why}")
+            self.problems.append(f"{key}: {show(self.get(key))} is not supported: {why}")
 
     def quantized(self) -> None:
         """Note a problem where the checkpoint is quantized, and not as `bitsandbytes` does it in
@@ -224,7 +224,7 @@ class ConfigReader:
             )
         elif kind != "nf4":
             self.problems.append(
-                f"quantization_config: bnb_4bit_quant_type {shown(kind)} is not supported;"
+                f"quantization_config: bnb_4bit_quant_type {show(kind)} is not supported;"
                 f" {instead}'nf4'"
             )
 
@@ -275,9 +275,9 @@ def option_problems(
     whole = isinstance(labels, int) and not isinstance(labels, bool)
     if "classification" in task and (not (whole and 1 <= labels <= _MOST_LABELS)):
         bound = f"most {_MOST_LABELS}" if whole and labels > 1 else "least 1"
-        problems.append(f"num_labels: must be at {bound}, is {shown(labels)}")
+        problems.append(f"num_labels: must be at {bound}, is {show(labels)}")
     if "classification" not in task and labels is not None:
-        problems.append(f"num_labels: {shown(labels)} goes with classification, task is {task!r}")
+        problems.append(f"num_labels: {show(labels)} goes with classification, task is {task!r}")
     if pooling is not None and pooling not in poolings:
         problems.append(
             f"pooling: {pooling!r} is not one of a {model_type} model (it has"

@@ -107,7 +107,7 @@ def _forward(
             )
             return most, total * again + weights.sum(-1), out * again[..., None] + values
 
-        return blocks.where_seen(start, add, lambda carry: carry, carry), None
+        return blocks.when_visible(start, add, lambda carry: carry, carry), None
 
     shape = q.shape[:-1]
     begin = jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros(q.shape)
@@ -145,7 +145,7 @@ def _backward(
         def nothing(dq: Array) -> tuple[Array, tuple[Array, Array]]:
             return dq, (jnp.zeros(part, k.dtype), jnp.zeros(part, v.dtype))
 
-        return blocks.where_seen(start, add, nothing, dq)
+        return blocks.when_visible(start, add, nothing, dq)
 
     dq, (dk, dv) = jax.lax.scan(step, jnp.zeros(q.shape), blocks.starts)
 
@@ -186,7 +186,7 @@ class _Blocks:
     def values(self, start: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(self.v, start, self.size, 2)
 
-    def where_seen(
+    def when_visible(
         self, start: Array, do: Callable[[Any], Any], skip: Callable[[Any], Any], carry: Any
     ) -> Any:
         """Do one thing where a query may see a key of a block, as far as positions alone tell, and

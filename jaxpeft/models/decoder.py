@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.errors import shown
+from jaxpeft.errors import show
 from jaxpeft.models import rope
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
@@ -33,15 +33,15 @@ from jaxpeft.models.layers import (
     RMSNorm,
     dense,
     dropout,
-    entered,
     head_dense,
-    joining,
-    kept,
+    mark_input,
+    mark_product,
     pool,
+    residual_dense,
     run_layers,
 )
-from jaxpeft.models.masks import Mask, Virtual, allowed, before, positions
-from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, VOCAB, placed
+from jaxpeft.models.masks import Mask, Virtual, before, make_mask, positions
+from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, VOCAB, constrain
 
 Array = jax.Array
 
@@ -193,7 +193,7 @@ def _named_windows(reader: ConfigReader, named: Any, layers: int, window: int) -
         or any(name not in kinds for name in named)
     ):
         reader.problems.append(
-            f"layer_types: {shown(named)} is not supported (supported: {' or '.join(kinds)},"
+            f"layer_types: {show(named)} is not supported (supported: {' or '.join(kinds)},"
             f" {layers} times)"
         )
         return [False] * layers
@@ -239,11 +239,11 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, self.options.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.options.dtype, name="k_norm")(k)
-        q, k = kept(rope.rotate(q, cos, sin)), kept(rope.rotate(k, cos, sin))
-        k, v = before(self, past, k, kept(v))
+        q, k = mark_product(rope.rotate(q, cos, sin)), mark_product(rope.rotate(k, cos, sin))
+        k, v = before(self, past, k, mark_product(v))
         out = attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
-        o_proj = joining(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
-        return kept(placed(o_proj.join(o_proj(out), residual), BATCH, LENGTH, HIDDEN))
+        o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
+        return mark_product(constrain(o_proj.join(o_proj(out), residual), BATCH, LENGTH, HIDDEN))
 
 
 class FeedForward(nn.Module):
@@ -260,10 +260,12 @@ class FeedForward(nn.Module):
             dense(c.intermediate_size, name, options, bias=c.mlp_bias)
             for name in ("gate_proj", "up_proj")
         )
-        gate, up = (kept(placed(y, BATCH, LENGTH, MLP)) for y in gate_proj.together(x, up_proj))
-        down_proj = joining(c.hidden_size, "down_proj", options, bias=c.mlp_bias)
+        gate, up = (
+            mark_product(constrain(y, BATCH, LENGTH, MLP)) for y in gate_proj.together(x, up_proj)
+        )
+        down_proj = residual_dense(c.hidden_size, "down_proj", options, bias=c.mlp_bias)
         out = down_proj.join(down_proj(ACTIVATIONS[c.hidden_act](gate) * up), residual)
-        return placed(out, BATCH, LENGTH, HIDDEN)
+        return constrain(out, BATCH, LENGTH, HIDDEN)
 
 
 class Block(nn.Module):
@@ -293,11 +295,11 @@ class Block(nn.Module):
             places: `[batch or 1, key]`, which windows are counted in; None without windows.
         """
         c, options = self.config, self.options
-        x, (window, past) = entered(x), per_layer
+        x, (window, past) = mark_input(x), per_layer
         if window is not None and places is not None:
             queries = places[:, -x.shape[1] :]
             near = (queries[:, None, :, None] - places[:, None, None, :] < window) | (window == 0)
-            mask = mask.within(near)
+            mask = mask.restrict(near)
         h = RMSNorm(c.rms_norm_eps, options.dtype, name="input_layernorm")(x)
         x = Attention(c, options, name="self_attn")(h, x, past, cos, sin, mask)
         h = RMSNorm(c.rms_norm_eps, options.dtype, name="post_attention_layernorm")(x)
@@ -347,11 +349,11 @@ class DecoderBackbone(Pretrained):
         windows = None if c.windows is None or window else jnp.asarray(c.windows, jnp.int32)
         places = None if windows is None else virtual.places(segment_ids, length)
         padding = None if options.right_padded else attention_mask
-        mask = virtual.mask(allowed(padding, segment_ids, causal=True, window=window), length)
-        mask = mask.ready(options.attention, length)
+        mask = virtual.mask(make_mask(padding, segment_ids, causal=True, window=window), length)
+        mask = mask.prepare(options.attention, length)
         fields = {"config": c, "options": options}
         per_layer = windows, virtual.past
-        x = placed(virtual.prepend(self.embed_tokens(input_ids)), BATCH, LENGTH, HIDDEN)
+        x = constrain(virtual.prepend(self.embed_tokens(input_ids)), BATCH, LENGTH, HIDDEN)
         x = run_layers(
             Block,
             fields,
@@ -385,7 +387,7 @@ class DecoderWithHead(Pretrained):
         """Return a language model's logits, float32 `[..., vocab]`, of hidden states `[..., d]`."""
         out = self.model.logits(x) if self.config.tie_word_embeddings else self.lm_head(x)
         out = out.astype(jnp.float32)
-        return placed(out, BATCH, LENGTH, VOCAB) if out.ndim == 3 else out
+        return constrain(out, BATCH, LENGTH, VOCAB) if out.ndim == 3 else out
 
     def __call__(
         self,

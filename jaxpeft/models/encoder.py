@@ -22,15 +22,15 @@ from jaxpeft.models.layers import (
     LayerNorm,
     dense,
     dropout,
-    entered,
     head_dense,
-    joining,
-    kept,
+    mark_input,
+    mark_product,
     pool,
+    residual_dense,
     run_layers,
 )
-from jaxpeft.models.masks import Mask, Virtual, allowed, before, positions
-from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, placed
+from jaxpeft.models.masks import Mask, Virtual, before, make_mask, positions
+from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, constrain
 
 Array = jax.Array
 
@@ -52,7 +52,7 @@ class _Part(nn.Module):
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         first, *others = (dense(c.hidden_size, name, self.options) for name in names)
-        q, k, v = by_heads(kept(y).reshape(shape) for y in first.together(x, *others))
+        q, k, v = by_heads(mark_product(y).reshape(shape) for y in first.together(x, *others))
         k, v = before(self, past, k, v)
         return attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
 
@@ -76,7 +76,7 @@ class Embeddings(_Part):
             types = jnp.pad(types, ((0, 0), (virtual.prompted, 0)))
             x = x + embed(c.type_vocab_size, "token_type_embeddings", types)
         x = x + embed(c.max_position_embeddings, "position_embeddings", position_ids)
-        return placed(
+        return constrain(
             dropout(self, c.hidden_dropout, self.norm("LayerNorm", x)), BATCH, LENGTH, HIDDEN
         )
 
@@ -92,11 +92,11 @@ class _Output(_Part):
 
     @nn.compact
     def __call__(self, x: Array, residual: Array) -> Array:
-        out = joining(self.config.hidden_size, "dense", self.options)
+        out = residual_dense(self.config.hidden_size, "dense", self.options)
         # one module, as an adapter may apply it twice
         norm = LayerNorm(self.config.layer_norm_eps, self.options.dtype, name="LayerNorm")
         joined = out.join(dropout(self, self.config.hidden_dropout, out(x)), residual, norm)
-        return kept(placed(joined, BATCH, LENGTH, HIDDEN))
+        return mark_product(constrain(joined, BATCH, LENGTH, HIDDEN))
 
 
 class _Attention(_Part):
@@ -109,8 +109,8 @@ class _Attention(_Part):
 class _Intermediate(_Part):
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        wide = kept(
-            placed(
+        wide = mark_product(
+            constrain(
                 dense(self.config.intermediate_size, "dense", self.options)(x), BATCH, LENGTH, MLP
             )
         )
@@ -123,7 +123,7 @@ class BertBlock(_Part):
     @nn.compact
     def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
         """Run the layer on `[batch, length, d]`."""
-        x = entered(x)
+        x = mark_input(x)
         x = _Attention(self.config, self.options, name="attention")(x, past, mask)
         h = _Intermediate(self.config, self.options, name="intermediate")(x)
         return _Output(self.config, self.options, name="output")(h, x), None
@@ -135,20 +135,22 @@ class _DistilAttention(_Part):
         self, x: Array, past: Array | None, mask: Mask, norm: Callable[[Array], Array]
     ) -> Array:
         h = self.attention(x, past, mask, ("q_lin", "k_lin", "v_lin"))
-        out = joining(self.config.hidden_size, "out_lin", self.options)
-        return kept(placed(out.join(out(h), x, norm), BATCH, LENGTH, HIDDEN))
+        out = residual_dense(self.config.hidden_size, "out_lin", self.options)
+        return mark_product(constrain(out.join(out(h), x, norm), BATCH, LENGTH, HIDDEN))
 
 
 class _DistilFeedForward(_Part):
     @nn.compact
     def __call__(self, x: Array, norm: Callable[[Array], Array]) -> Array:
         c = self.config
-        wide = kept(placed(dense(c.intermediate_size, "lin1", self.options)(x), BATCH, LENGTH, MLP))
-        out = joining(c.hidden_size, "lin2", self.options)
+        wide = mark_product(
+            constrain(dense(c.intermediate_size, "lin1", self.options)(x), BATCH, LENGTH, MLP)
+        )
+        out = residual_dense(c.hidden_size, "lin2", self.options)
         joined = out.join(
             dropout(self, c.hidden_dropout, out(ACTIVATIONS[c.hidden_act](wide))), x, norm
         )
-        return placed(joined, BATCH, LENGTH, HIDDEN)
+        return constrain(joined, BATCH, LENGTH, HIDDEN)
 
 
 class DistilBertBlock(_Part):
@@ -157,7 +159,7 @@ class DistilBertBlock(_Part):
     @nn.compact
     def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
         """Run the layer on `[batch, length, d]`."""
-        x = entered(x)
+        x = mark_input(x)
         c, options = self.config, self.options
         norms = (
             LayerNorm(c.layer_norm_eps, options.dtype, name=f"{name}_layer_norm")
@@ -224,9 +226,9 @@ class EncoderBackbone(Pretrained):
                 "segment_ids: a prompt sees all tokens of a row, so a row can hold one text; do not"
                 " pack"
             )
-        where = _shifted(c, virtual, where)
+        where = _shift_positions(c, virtual, where)
         x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where, virtual)
-        mask = virtual.mask(allowed(attention_mask, segment_ids, causal=False), length).ready(
+        mask = virtual.mask(make_mask(attention_mask, segment_ids, causal=False), length).prepare(
             options.attention, length
         )
         x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(
@@ -237,7 +239,7 @@ class EncoderBackbone(Pretrained):
         return x if self.with_prompt else x[:, virtual.prompted :]
 
 
-def _shifted(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
+def _shift_positions(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
     """Return the positions of prompt and tokens; RoBERTa's begin behind that of pad tokens, which
     virtual ones do not shift.
     """

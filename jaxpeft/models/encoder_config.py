@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.errors import shown
+from jaxpeft.errors import show
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.base import MOST_HEADS, MOST_LAYERS, ConfigReader
 
@@ -87,7 +87,7 @@ def read_config(
     positions = reader.get("position_embedding_type")
     if positions not in (None, "absolute"):
         reader.problems.append(
-            f"position_embedding_type: {shown(positions)} is not supported (supported: absolute)"
+            f"position_embedding_type: {show(positions)} is not supported (supported: absolute)"
         )
     parsed = _distilbert(reader, task) if kind == "distilbert" else _bert(reader, kind)
     if parsed.hidden_size % parsed.num_attention_heads:

@@ -72,7 +72,7 @@ def dropout(module: nn.Module, rate: float, x: Array) -> Array:
     kept_steps = round((1 - rate) * _STEPS)
     if kept_steps == _STEPS or not module.has_rng("dropout"):
         return x
-    draws = _draws(module.make_rng("dropout"), x.shape)
+    draws = _has_rng(module.make_rng("dropout"), x.shape)
     return jnp.where(
         draws < kept_steps,
         x * jnp.asarray(_STEPS / max(kept_steps, 1), x.dtype),
@@ -83,7 +83,7 @@ def dropout(module: nn.Module, rate: float, x: Array) -> Array:
 _STEPS = 1 << 16
 
 
-def _draws(key: Array, shape: tuple[int, ...]) -> Array:
+def _has_rng(key: Array, shape: tuple[int, ...]) -> Array:
     """Draw uniform uint16 numbers, two from each 32 bits that the generator makes: they are most of
     dropout's cost.
     """
@@ -92,12 +92,12 @@ def _draws(key: Array, shape: tuple[int, ...]) -> Array:
     return halves.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
 
-def kept(x: Array) -> Array:
+def mark_product(x: Array) -> Array:
     """Mark what a layer's products give, which remat of `products` does not compute again."""
     return checkpoint_name(x, PRODUCT)
 
 
-def entered(x: Array) -> Array:
+def mark_input(x: Array) -> Array:
     """Mark what a layer is given, which remat of `offload` keeps in the host's memory."""
     return checkpoint_name(x, INPUT)
 
@@ -136,7 +136,9 @@ class Joining(Linear):
         return out if norm is None else norm(out)
 
 
-def joining(features: int, name: str, options: ModelOptions, *, bias: bool = True) -> Joining:
+def residual_dense(
+    features: int, name: str, options: ModelOptions, *, bias: bool = True
+) -> Joining:
     """Make a linear module that writes to the residual stream."""
     return Joining(features, use_bias=bias, dtype=options.dtype, name=name)
 
@@ -174,7 +176,7 @@ def run_layers(
         The last layer's `x`.
     """
     remat_block = _remat(
-        _bringing(block, options) if options.offload or options.gathered else block, options
+        _fetch_parameters(block, options) if options.offload or options.gathered else block, options
     )
     if not options.scan_layers:
         return _Unrolled(remat_block, dict(fields), count, name=name)(*inputs)
@@ -198,7 +200,7 @@ def _remat(block: type[nn.Module], options: ModelOptions) -> Any:
     )
 
 
-def _bringing(block: type[nn.Module], options: ModelOptions) -> Any:
+def _fetch_parameters(block: type[nn.Module], options: ModelOptions) -> Any:
     """Wrap a block so that it begins by bringing its parameters to where it computes with them;
     most are there already.
 
@@ -228,10 +230,10 @@ def _saveable(policy: RematPolicy) -> Any:
             offload_src="device",
             offload_dst="pinned_host",
         )
-    return _keeps(*policy.kept) if policy.kept else None
+    return _saves(*policy.kept) if policy.kept else None
 
 
-def _keeps(*names: str) -> Callable[..., bool]:
+def _saves(*names: str) -> Callable[..., bool]:
     """Make a policy that keeps what bears one of these names, and what flash attention needs for
     its gradient.
     """

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.models.base import PAST
-from jaxpeft.sharding.logical_axes import BATCH, LENGTH, placed
+from jaxpeft.sharding.logical_axes import BATCH, LENGTH, constrain
 
 Array = jax.Array
 
@@ -40,7 +40,7 @@ class Mask:
     causal: bool = False
     window: int = 0
 
-    def given(self) -> Array | None:
+    def row_mask(self) -> Array | None:
         """Return what depends on the rows as one array, broadcast to `[batch, 1, query, key]`; None
         where everything is allowed.
         """
@@ -54,11 +54,11 @@ class Mask:
             found = part if found is None else found & part
         return found
 
-    def full(self, length: int) -> Array | None:
+    def to_array(self, length: int) -> Array | None:
         """Return all of it as one array, broadcast to `[batch, 1, query, key]`; None where
         everything is allowed.
         """
-        given = self.given()
+        given = self.row_mask()
         if not self.causal:
             return given
         seen = jnp.tril(jnp.ones((1, 1, length, length), bool))
@@ -66,19 +66,19 @@ class Mask:
             seen = seen & ~jnp.tril(seen, -self.window)
         return seen if given is None else seen & given
 
-    def ready(self, kernel: str, length: int) -> Mask:
+    def prepare(self, kernel: str, length: int) -> Mask:
         """Return the same as a kernel takes it, made once for all layers."""
         if kernel != "xla":
             return self
-        full = self.full(length)
-        return Mask(full if full is None else placed(full, BATCH, None, LENGTH, None))
+        full = self.to_array(length)
+        return Mask(full if full is None else constrain(full, BATCH, None, LENGTH, None))
 
-    def within(self, near: Array) -> Mask:
+    def restrict(self, near: Array) -> Mask:
         """Narrow it to where `near`, bool, broadcast to `[batch, 1, query, key]`, is true."""
         return dataclasses.replace(self, dense=near if self.dense is None else self.dense & near)
 
 
-def allowed(
+def make_mask(
     attention_mask: Array | None, segment_ids: Array | None, *, causal: bool, window: int = 0
 ) -> Mask:
     """Return which position may attend to which.
@@ -149,7 +149,7 @@ class Virtual:
         Returns:
             That of `[batch, 1, prompted + length, count + length]`.
         """
-        seen = mask.full(length) if self.count else None
+        seen = mask.to_array(length) if self.count else None
         if seen is None:
             return mask
         lead = seen.shape[:2]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.errors import shown
+from jaxpeft.errors import show
 from jaxpeft.models.base import ConfigReader
 
 TYPES = ("default", "linear", "dynamic", "llama3")
@@ -56,17 +56,17 @@ def read(reader: ConfigReader) -> Rope:
 
     Every problem is noted in `reader`.
     """
-    field, given = _given(reader)
+    field, given = _find_settings(reader)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in TYPES:
         reader.problems.append(
-            f"{field}: rope_type {shown(kind)} is not supported (supported: {', '.join(TYPES)})"
+            f"{field}: rope_type {show(kind)} is not supported (supported: {', '.join(TYPES)})"
         )
         return Rope("default", 1.0)
     partial = given.get("partial_rotary_factor", reader.get("partial_rotary_factor"))
     if partial not in (None, 1):
         reader.problems.append(
-            f"{field}: partial_rotary_factor {shown(partial)} is not supported (supported: 1)"
+            f"{field}: partial_rotary_factor {show(partial)} is not supported (supported: 1)"
         )
     theta = reader.positive("rope_theta", given.get("rope_theta", reader.get("rope_theta")))
     numbers = {key: reader.positive(f"{field}: {key}", given.get(key)) for key in _NEEDED[kind]}
@@ -92,12 +92,12 @@ def _original(reader: ConfigReader, given: Mapping[str, Any]) -> int:
     )
 
 
-def _given(reader: ConfigReader) -> tuple[str, Mapping[str, Any]]:
+def _find_settings(reader: ConfigReader) -> tuple[str, Mapping[str, Any]]:
     """Return the field that holds the rope's settings, and the settings."""
     field = "rope_scaling" if reader.get("rope_scaling") else "rope_parameters"
     given: Any = reader.get(field) or {}
     if not isinstance(given, Mapping):
-        reader.problems.append(f"{field}: must be a mapping, is {shown(given)}")
+        reader.problems.append(f"{field}: must be a mapping, is {show(given)}")
         return field, {}
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:

@@ -11,7 +11,7 @@ from typing import Any
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.plan import estimates
-from jaxpeft.plan.examine import Candidate, Setting, examine, prepared
+from jaxpeft.plan.examine import Candidate, Setting, examine, prepare
 from jaxpeft.plan.programs import gib
 from jaxpeft.plan.report import Row
 from jaxpeft.plan.step_arguments import step_arguments
@@ -106,7 +106,7 @@ def _change(config: Config, what: dict[str, Any]) -> Change:
     return Change(text, with_changes(config, **what))
 
 
-def with_nearest(setting: Setting, found: Candidate, most: int) -> Row:
+def add_nearest(setting: Setting, found: Candidate, most: int) -> Row:
     """Add the nearest change that fits to a row that does not, if one does.
 
     Args:
@@ -139,7 +139,7 @@ def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Ch
         beside = max(1, row.memory.total - found.placed.held)
         scale = beside / max(1, found.kept.total(row.remat))
         tried = list(changes(found.config, row.remat, row_shards(row.mesh)))
-    sizes = [_predicted(setting, change, scale) for change in tried]
+    sizes = [_predict(setting, change, scale) for change in tried]
     likely = [change for change, size in zip(tried, sizes, strict=True) if size <= room]
     least = min(sizes, default=math.inf)
     if not likely and least < math.inf:
@@ -155,20 +155,22 @@ def _rows_over(setting: Setting, config: Config) -> int | None:
     """
     any_size = setting.topology.size * config.train.accumulation
     try:
-        mesh, _, _ = prepared(setting, with_changes(config, train__batch_size=any_size))
+        mesh, _, _ = prepare(setting, with_changes(config, train__batch_size=any_size))
     except (ConfigError, TargetError):
         return None
     return row_shards(mesh.shape)
 
 
-def _predicted(setting: Setting, change: Change, scale: float) -> float:
+def _predict(setting: Setting, change: Change, scale: float) -> float:
     """Return about how many bytes a change would take, without compiling it."""
     try:
-        mesh, run, _ = prepared(setting, change.config)
+        mesh, run, _ = prepare(setting, change.config)
     except (ConfigError, TargetError):
         return math.inf
     placed = step_arguments(run, mesh)
-    return placed.held + scale * estimates.kept(run, placed, mesh).total(run.model.options.remat)
+    return placed.held + scale * estimates.estimate_kept(run, placed, mesh).total(
+        run.model.options.remat
+    )
 
 
 def summary(rows: Sequence[Row]) -> tuple[Row, ...]:

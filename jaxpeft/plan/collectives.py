@@ -165,7 +165,7 @@ def _of_mesh(mesh: str, order: str | None, axes: str) -> Groups:
     """
     names = re.findall(r"'([^']*)'=(\d+)", mesh)
     sizes = [int(n) for _, n in names]
-    ids = np.arange(int(np.prod(sizes))) if order is None else _ordered(order)
+    ids = np.arange(int(np.prod(sizes))) if order is None else _read_order(order)
     together = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes)
     sizes, split = _split(names, together)
     ids = ids.reshape(sizes)
@@ -174,7 +174,7 @@ def _of_mesh(mesh: str, order: str | None, axes: str) -> Groups:
     return _rows(ids.transpose(moved).reshape(-1, n))
 
 
-def _ordered(text: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def _read_order(text: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     """Read the devices of a mesh: written out, or as an iota that is reshaped and transposed."""
     shuffled = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if shuffled is None:

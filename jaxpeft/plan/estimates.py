@@ -44,7 +44,7 @@ class Kept:
         return fastest(self.total, room)
 
 
-def kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> Kept:
+def estimate_kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> Kept:
     """Estimate what a step keeps.
 
     Args:
@@ -56,10 +56,10 @@ def kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> Kept:
     rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
     where = memory.layout_of(subject.outline, mesh, sharding_rules(subject.config.mesh))
     own = memory.estimate(subject.outline, 0, rows, length, where)
-    return Kept(own.kept, own.working + placed.gradients + _decoded(subject, mesh))
+    return Kept(own.kept, own.working + placed.gradients + _decoded_bytes(subject, mesh))
 
 
-def _decoded(subject: Subject, mesh: Mesh) -> int:
+def _decoded_bytes(subject: Subject, mesh: Mesh) -> int:
     """Return the bytes of what a quantized base is decoded to while it is used: its largest
     kernel.
     """

@@ -90,7 +90,7 @@ def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
         change: what differs from the config that was given.
     """
     try:
-        mesh, run, notes = prepared(setting, config)
+        mesh, run, notes = prepare(setting, config)
     except (ConfigError, TargetError) as error:
         return Candidate(
             config,
@@ -98,7 +98,7 @@ def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
         )
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
     placed = step_arguments(run, mesh)
-    kept = estimates.kept(run, placed, mesh)
+    kept = estimates.estimate_kept(run, placed, mesh)
     compiled = compile_step(
         step_of(run, placed, mesh),
         (placed.state, placed.frozen, placed.batch),
@@ -119,27 +119,27 @@ def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
         seconds=round(compiled.seconds, 1),
         notes=(
             *notes,
-            *_copied(setting, run),
-            *_dropped(placed),
+            *_copied_notes(setting, run),
+            *_dropped_notes(placed),
             *([compiled.problem] if compiled.problem else []),
         ),
     )
     return Candidate(config, _read(setting, row, run, mesh, compiled), placed, kept)
 
 
-def predicted(setting: Setting, config: Config) -> int:
+def predict_bytes(setting: Setting, config: Config) -> int:
     """Return the bytes of one device that a step takes by arithmetic alone: arguments, activations,
     and the layer at work.
 
     Raises:
         ConfigError: the config does not go with the devices.
     """
-    mesh, run, _ = prepared(setting, config)
+    mesh, run, _ = prepare(setting, config)
     placed = step_arguments(run, mesh)
-    return placed.held + estimates.kept(run, placed, mesh).total(run.model.options.remat)
+    return placed.held + estimates.estimate_kept(run, placed, mesh).total(run.model.options.remat)
 
 
-def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]]:
+def prepare(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]]:
     """Make the mesh and the shapes of a run, with remat chosen.
 
     Returns:
@@ -153,14 +153,16 @@ def prepared(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]
     attention = _attention(setting, config, mesh)
     if setting.topology.simulated and KERNELS[attention].platform:  # which is not at hand
         attention = "xla"
-    run, notes = stacked(setting, config, attention, "full" if asked == "auto" else asked)
+    run, notes = stack_where_possible(
+        setting, config, attention, "full" if asked == "auto" else asked
+    )
     if asked == "auto":
         run = _with_remat(setting, run, mesh)
     found = layout(mesh, sharding_rules(config.mesh), run.base)
-    return mesh, run.with_model(fetching.bringing(run.model, found)), notes
+    return mesh, run.with_model(fetching.fetch_kernels(run.model, found)), notes
 
 
-def stacked(
+def stack_where_possible(
     setting: Setting, config: Config, attention: str, remat: str
 ) -> tuple[Subject, list[str]]:
     """Make the shapes of a run, with layers scanned where they can be: `(run, what is to be said)`.
@@ -186,7 +188,7 @@ def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
     chosen = "none"
     if room is not None:
         placed = step_arguments(run, mesh)
-        chosen = estimates.kept(run, placed, mesh).fastest(USABLE * room - placed.held)
+        chosen = estimates.estimate_kept(run, placed, mesh).fastest(USABLE * room - placed.held)
     return run.with_model(
         run.model.clone(options=dataclasses.replace(run.model.options, remat=chosen))
     )
@@ -244,7 +246,7 @@ def _verdict(memory: Memory, room: float | None, fits: bool | None) -> str:
     return f"does not fit, by {gib(max(0.0, memory.total - room))}"
 
 
-def _copied(setting: Setting, run: Subject) -> list[str]:
+def _copied_notes(setting: Setting, run: Subject) -> list[str]:
     options = run.model.options
     if not (
         options.scan_layers
@@ -261,7 +263,7 @@ def _copied(setting: Setting, run: Subject) -> list[str]:
     ]
 
 
-def _dropped(placed: StepArguments) -> list[str]:
+def _dropped_notes(placed: StepArguments) -> list[str]:
     if not placed.dropped:
         return []
     more = f" and {len(placed.dropped) - 2} more" if len(placed.dropped) > 2 else ""

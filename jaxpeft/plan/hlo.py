@@ -228,7 +228,7 @@ def _instruction(raw: str) -> Instruction | None:
     opcode, paren, rest = rest.partition("(")
     if not paren:
         return None
-    end = _closing(rest)
+    end = _closing_index(rest)
     inside, text = rest[:end], rest[end + 1 :]
     return Instruction(
         found.group(2),
@@ -244,13 +244,13 @@ def _instruction(raw: str) -> Instruction | None:
 def _shape(text: str) -> tuple[str, str]:
     """Split an instruction behind its shape, which may be a tuple."""
     if text.startswith("("):
-        end = _closing(text[1:]) + 2
+        end = _closing_index(text[1:]) + 2
         return text[:end], text[end:].lstrip()
     shape, _, rest = text.partition(" ")
     return shape, rest
 
 
-def _closing(text: str) -> int:
+def _closing_index(text: str) -> int:
     """Return where the parenthesis closes that has been opened before `text`."""
     depth = 1
     for found in re.finditer(r"[()]", text):

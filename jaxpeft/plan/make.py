@@ -15,7 +15,7 @@ from jaxpeft.config.schema import Config
 from jaxpeft.core import tree
 from jaxpeft.errors import ConfigError
 from jaxpeft.plan import changes, topology
-from jaxpeft.plan.examine import Setting, examine, stacked
+from jaxpeft.plan.examine import Setting, examine, stack_where_possible
 from jaxpeft.plan.report import Plan
 from jaxpeft.plan.subject import described_in_json, model_config, with_changes
 from jaxpeft.plan.topology import Topology
@@ -78,12 +78,12 @@ def make(request: PlanRequest) -> Plan:
         _log.info("%s ...", strategy or config.mesh.strategy or "the config's mesh")
         found = examine(setting, own)
         _log.info("  %s (%.0f s)", found.row.verdict, found.row.seconds)
-        rows.append(changes.with_nearest(setting, found, request.tries))
+        rows.append(changes.add_nearest(setting, found, request.tries))
     if all(row.memory is None and row.nearest is None for row in rows):
         raise ConfigError(
             list(dict.fromkeys(row.verdict.removeprefix("refused: ") for row in rows))
         )
-    run, _ = stacked(setting, config, "xla", "full")
+    run, _ = stack_where_possible(setting, config, "xla", "full")
     return Plan(
         config=request.path,
         model=described_in_json(described),

@@ -64,9 +64,9 @@ def compile_step(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            total = max(_said(_USED, str(error)), _said(_REQUIRED, str(error)), held)
+            total = max(_search(_USED, str(error)), _search(_REQUIRED, str(error)), held)
             text, problem = (
-                written(Path(folder)),
+                read_written(Path(folder)),
                 "the compiler does not write out a program that does not fit",
             )
             return Compiled(
@@ -91,7 +91,7 @@ def _options(topology: Topology, limit: float | None, folder: str) -> Mapping[st
     return options
 
 
-def _said(pattern: re.Pattern[str], text: str) -> int:
+def _search(pattern: re.Pattern[str], text: str) -> int:
     found = pattern.search(text)
     return int(float(found.group(1)) * _UNITS[found.group(2)]) if found else 0
 
@@ -103,7 +103,7 @@ def _text(compiled: Any, folder: Path) -> tuple[str | None, str]:
     except (
         jax.errors.JaxRuntimeError
     ) as error:  # a jaxlib that is older than libtpu does not understand some large programs
-        text = written(folder)
+        text = read_written(folder)
         why = " ".join(str(error).split())[:200]
         return (
             text,
@@ -115,7 +115,7 @@ def _text(compiled: Any, folder: Path) -> tuple[str | None, str]:
         )
 
 
-def written(folder: Path) -> str | None:
+def read_written(folder: Path) -> str | None:
     """Return the text of a program that the compiler has written to a folder, as it is after its
     optimizations; None where it has not.
     """

@@ -176,7 +176,7 @@ def as_table(plan: Plan) -> str:
     )
     parts = [
         head,
-        _aligned([columns, *(_cells(row) for row in _with_nearest(plan.rows))]),
+        _align([columns, *(_cells(row) for row in _with_nearest(plan.rows))]),
         _talk(plan.rows),
     ]
     best = plan.best
@@ -261,7 +261,7 @@ def _talk(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def _align(lines: Sequence[Sequence[str]]) -> str:
     """Pad columns to their widest cell: words on the left, numbers on the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     left = (0, 1, 2, 3, 13, len(widths) - 1)

@@ -67,7 +67,7 @@ def step_arguments(subject: Subject, mesh: Mesh) -> StepArguments:
     where = paths.map_with_path(lambda path, _: paths.get(found.shardings, path), trainable)
     state = _with(subject.state, state_shardings(mesh, subject.state, trainable, where))
     frozen = paths.map_with_path(
-        lambda path, leaf: _at(leaf, paths.get(found.shardings, path)), subject.frozen
+        lambda path, leaf: _put(leaf, paths.get(found.shardings, path)), subject.frozen
     )
     axis = int(config.train.accumulation > 1)
     batch = _with(dict(subject.batch), batch_shardings(mesh, subject.batch, axis))
@@ -77,16 +77,16 @@ def step_arguments(subject: Subject, mesh: Mesh) -> StepArguments:
         state,
         frozen,
         batch,
-        base=sum(local(leaf) for path, leaf in leaves if path in own),
-        adapters=sum(local(leaf) for path, leaf in leaves if path not in own),
-        optimizer=sum(map(local, jax.tree.leaves(state.optimizer))),
-        inputs=sum(map(local, jax.tree.leaves(batch))),
-        gradients=sum(map(local, jax.tree.leaves(state.trainable))),
+        base=sum(local_bytes(leaf) for path, leaf in leaves if path in own),
+        adapters=sum(local_bytes(leaf) for path, leaf in leaves if path not in own),
+        optimizer=sum(map(local_bytes, jax.tree.leaves(state.optimizer))),
+        inputs=sum(map(local_bytes, jax.tree.leaves(batch))),
+        gradients=sum(map(local_bytes, jax.tree.leaves(state.trainable))),
         dropped=found.dropped,
     )
 
 
-def local(leaf: Any) -> int:
+def local_bytes(leaf: Any) -> int:
     """Return the bytes of an abstract array that one device holds, none where it waits in the
     host's memory.
     """
@@ -98,9 +98,9 @@ def local(leaf: Any) -> int:
     return size * leaf.dtype.itemsize
 
 
-def _at(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+def _put(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _with(leaves: Any, where: Any) -> Any:
-    return jax.tree.map(_at, leaves, where)
+    return jax.tree.map(_put, leaves, where)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.chips import CHIPS, Chip
-from jaxpeft.errors import ConfigError, nearest, shown
+from jaxpeft.errors import ConfigError, nearest, show
 
 MOST, MOST_SIMULATED = 2**17, 2**12
 """Devices of a plan: of TPUs, and of those that this machine has to simulate."""
@@ -70,7 +70,7 @@ def read(text: str, slices: int = 1) -> Topology:
     name, _, shape = text.strip().lower().partition(":")
     if name not in CHIPS:
         raise ConfigError(
-            f"--topology: {shown(name)} is not a known chip{nearest(name, CHIPS)} (known:"
+            f"--topology: {show(name)} is not a known chip{nearest(name, CHIPS)} (known:"
             f" {', '.join(CHIPS)}); write {EXAMPLES}"
         )
     axes = len(CHIPS[name].largest) or 1
@@ -81,7 +81,7 @@ def read(text: str, slices: int = 1) -> Topology:
     ):
         example = "x".join(["4"] * axes)
         raise ConfigError(
-            f"--topology: {shown(text)} is not of a shape that {name} comes in; write"
+            f"--topology: {show(text)} is not of a shape that {name} comes in; write"
             f" {name}:{example}"
         )
     most = CHIPS[name].largest

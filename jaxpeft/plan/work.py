@@ -81,7 +81,7 @@ def work(program: Program, *, causal: bool = True) -> Work:
             elif one.opcode in ("dot", "convolution"):
                 flops += times * _product(program, name, one)
             if name in outer:
-                traffic += times * _moved(program, name, one)
+                traffic += times * _moved_bytes(program, name, one)
     return Work(flops, traffic, kernels)
 
 
@@ -188,7 +188,7 @@ def _valid(
     return int(((place >= 0) & (place < (given - 1) * spread + 1) & (place % spread == 0)).sum())
 
 
-def _moved(program: Program, computation: str, one: Instruction) -> int:
+def _moved_bytes(program: Program, computation: str, one: Instruction) -> int:
     """Return the bytes of the device's memory that an instruction reads and write."""
     if one.opcode in _FREE:
         return 0
@@ -198,24 +198,24 @@ def _moved(program: Program, computation: str, one: Instruction) -> int:
             (name for name in one.called.get("calls", ()) if name in program.computations), ""
         )
         read = sum(_read(program, inner, i, operand) for i, operand in enumerate(operands))
-        return read + _written(program, inner, one)
+        return read + _written_bytes(program, inner, one)
     if one.opcode == "dynamic-slice":
-        return 2 * _near(one.arrays)
+        return 2 * _device_bytes(one.arrays)
     if one.opcode == "dynamic-update-slice":
-        return 2 * _near(operands[1].arrays) if len(operands) > 1 else 0
+        return 2 * _device_bytes(operands[1].arrays) if len(operands) > 1 else 0
     # the result of a start names its operand too
     made = one.arrays[:1] if one.opcode.endswith("-start") else one.arrays
-    return _near(made) + sum(_near(operand.arrays) for operand in operands)
+    return _device_bytes(made) + sum(_device_bytes(operand.arrays) for operand in operands)
 
 
-def _near(arrays: Sequence[Array]) -> int:
+def _device_bytes(arrays: Sequence[Array]) -> int:
     """Return the bytes of those arrays that are in the device's memory."""
     return sum(array.nbytes for array in arrays if array.space == 0)
 
 
 def _read(program: Program, fusion: str, i: int, operand: Instruction) -> int:
     """Return the bytes that a fusion reads of an operand, of which it may take a slice alone."""
-    whole = _near(operand.arrays)
+    whole = _device_bytes(operand.arrays)
     if not whole or not fusion:
         return whole
     there = program.computations[fusion]
@@ -224,10 +224,10 @@ def _read(program: Program, fusion: str, i: int, operand: Instruction) -> int:
         for one in there.values()
         if one.opcode == "parameter" and one.inside.strip() == str(i)
     ]
-    return min(whole, _used(program, fusion, names[0], whole)) if names else whole
+    return min(whole, _used_bytes(program, fusion, names[0], whole)) if names else whole
 
 
-def _used(program: Program, fusion: str, name: str, whole: int) -> int:
+def _used_bytes(program: Program, fusion: str, name: str, whole: int) -> int:
     used = 0
     for one in program.computations[fusion].values():
         if name not in one.operands:
@@ -237,7 +237,7 @@ def _used(program: Program, fusion: str, name: str, whole: int) -> int:
         elif one.opcode == "dynamic-update-slice" and one.operands[0] == name:
             continue  # written in place
         elif one.opcode == "bitcast":
-            used += _used(program, fusion, one.name, whole)
+            used += _used_bytes(program, fusion, one.name, whole)
         elif one.opcode == "fusion":
             inner = one.called["calls"][0]
             there = program.computations[inner].values()
@@ -245,25 +245,25 @@ def _used(program: Program, fusion: str, name: str, whole: int) -> int:
             own = next(
                 (p.name for p in there if p.opcode == "parameter" and p.inside.strip() == index), ""
             )
-            used += _used(program, inner, own, whole)
+            used += _used_bytes(program, inner, own, whole)
         else:
             return whole
     return used
 
 
-def _written(program: Program, fusion: str, one: Instruction) -> int:
+def _written_bytes(program: Program, fusion: str, one: Instruction) -> int:
     """Return the bytes that a fusion writes, of which some may be slices of what is there."""
     there = program.computations.get(fusion, {})
     root = next((inner for inner in there.values() if inner.root), None)
     if root is None:
-        return _near(one.arrays)
+        return _device_bytes(one.arrays)
     results = (
         [there[name] for name in root.operands if name in there]
         if root.opcode == "tuple"
         else [root]
     )
     if len(results) != len(one.arrays):
-        return _near(one.arrays)
+        return _device_bytes(one.arrays)
     written = 0
     for array, result in zip(one.arrays, results, strict=True):
         while result.opcode == "bitcast" and result.operands[0] in there:

@@ -113,7 +113,7 @@ def _put(leaf: Any, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
-def on_host(params: Tree, *, keep: bool) -> Tree:
+def fetch_to_host(params: Tree, *, keep: bool) -> Tree:
     """Return a tree whose leaves are whole in this process's memory; of one process they are
     anyway, and stay where they are.
 
@@ -125,10 +125,10 @@ def on_host(params: Tree, *, keep: bool) -> Tree:
     """
     if jax.process_count() == 1:
         return params
-    return paths.map_with_path(lambda _, leaf: _fetched(leaf, keep=keep), params)
+    return paths.map_with_path(lambda _, leaf: _fetch(leaf, keep=keep), params)
 
 
-def _fetched(leaf: Any, *, keep: bool) -> Any:
+def _fetch(leaf: Any, *, keep: bool) -> Any:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return leaf
     if not leaf.is_fully_replicated:

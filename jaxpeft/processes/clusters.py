@@ -115,22 +115,22 @@ def find(environment: Environment, flags: Flags | None = None) -> Place | None:
     Raises:
         ConfigError: naming what is half set, out of range or contradicts itself.
     """
-    given, names = _given(environment, flags or Flags())
+    given, names = _explicit_settings(environment, flags or Flags())
     switch = environment.get(SWITCH) or "auto"
     if switch not in ("auto", "off"):
         raise ConfigError(f"{SWITCH}: must be auto or off, is {switch!r}")
     if switch == "off" and not any(name.startswith("--") for name in names.values()):
-        return _alone(environment)
+        return _single_process(environment)
     there = (
         None if switch == "off" or given.keys() == NAMES.keys() else _cluster(environment, given)
     )
     if not given and there is None:
-        return _alone(environment)
-    place = _whole(given, names, there)
+        return _single_process(environment)
+    place = _combine(given, names, there)
     return replace(place, devices=_devices(environment, place))
 
 
-def _alone(environment: Environment) -> Place | None:
+def _single_process(environment: Environment) -> Place | None:
     """Return the place of a process by itself: None, but where it may not use all GPUs."""
     place = Place(DEVICES, processes=1, process=0)
     devices = _devices(environment, place)
@@ -153,7 +153,9 @@ def waits(environment: Environment, flags: Flags | None = None) -> Waits:
     return Waits(**found)
 
 
-def _given(environment: Environment, flags: Flags) -> tuple[dict[str, str], dict[str, str]]:
+def _explicit_settings(
+    environment: Environment, flags: Flags
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return what is said by hand, and under which name."""
     given: dict[str, str] = {}
     names: dict[str, str] = {}
@@ -170,7 +172,7 @@ def _given(environment: Environment, flags: Flags) -> tuple[dict[str, str], dict
     return given, names
 
 
-def _whole(given: Mapping[str, str], names: Mapping[str, str], there: Place | None) -> Place:
+def _combine(given: Mapping[str, str], names: Mapping[str, str], there: Place | None) -> Place:
     """Put together what is said by hand and what a cluster says."""
     coordinator = given.get("coordinator")
     processes = _number(names["processes"], given["processes"]) if "processes" in given else None
@@ -246,7 +248,7 @@ def _tpu(environment: Environment) -> Place | None:
     return Place("TPU", None, each * slices, at)
 
 
-def on_tpu_vm(environment: Environment) -> Place | None:
+def find_tpu_vm(environment: Environment) -> Place | None:
     """Tell a TPU VM, once JAX is imported: JAX writes into the environment that it has found
     one.
     """

@@ -30,7 +30,7 @@ from jaxpeft import logs
 from jaxpeft.errors import ConfigError, PeersError
 from jaxpeft.processes import clusters, signals
 from jaxpeft.processes.clusters import Place, Waits
-from jaxpeft.processes.exit_codes import guarded
+from jaxpeft.processes.exit_codes import run_guarded
 from jaxpeft.processes.peers import ALONE, Peers
 
 _log = logging.getLogger(__name__)
@@ -56,11 +56,11 @@ def start(place: Place | None, waits: Waits) -> Peers:
         ConfigError: JAX cannot find the others in this cluster.
         PeersError: they do not come in time.
     """
-    place = place or clusters.on_tpu_vm(os.environ)
+    place = place or clusters.find_tpu_vm(os.environ)
     if place is None:
         return ALONE
     if place.process is not None:
-        hush(place.process, place.processes)
+        silence_other_processes(place.process, place.processes)
     if place.by == "Kubernetes" and find_spec("kubernetes") is None:
         raise ConfigError(
             f"JOB_COMPLETION_INDEX: this is pod {place.process} of an indexed job, and JAX needs"
@@ -79,7 +79,7 @@ def start(place: Place | None, waits: Waits) -> Peers:
         return ALONE
     state = jax_distributed.global_state
     peers = Peers(state.process_id, state.num_processes, waits.barrier, state.client)
-    hush(peers.process, peers.processes)
+    silence_other_processes(peers.process, peers.processes)
     _log.info(
         "joined %d process(es) by %s at %s: %.1f s; a process without a heartbeat for %d s ends"
         " them all",
@@ -101,9 +101,9 @@ def _initialize(place: Place, waits: Waits) -> None:
         _log.info("waiting for %s processes at %s ...", place.processes, place.coordinator)
     # JAX ends the process where the others do not come, and does not say what to do; nor does it
     # hear a signal until then
-    late = _not_joined(place, f"not all joined within {waits.start} s", waits)
+    late = _join_failure(place, f"not all joined within {waits.start} s", waits)
     try:
-        with signals.heard(waits.start, lambda: _give_up(late), _stop):
+        with signals.listen_while_waiting(waits.start, lambda: _give_up(late), _stop):
             if place.found_by_jax:
                 method = _DETECTION.get(place.by)
                 # an empty tuple stands for all GPUs; for None JAX chooses
@@ -116,10 +116,10 @@ def _initialize(place: Place, waits: Waits) -> None:
                 at, place.processes, place.process, place.devices, "deactivate", **options
             )
     except (RuntimeError, ValueError, OSError) as error:
-        raise PeersError(_not_joined(place, _short(error), waits)) from error
+        raise PeersError(_join_failure(place, _short(error), waits)) from error
 
 
-def _not_joined(place: Place, why: str, waits: Waits) -> str:
+def _join_failure(place: Place, why: str, waits: Waits) -> str:
     who = (
         "" if place.process is None else f"process {place.process} of {place.processes or 'all'}: "
     )
@@ -153,7 +153,7 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def hush(process: int, processes: int | None) -> None:
+def silence_other_processes(process: int, processes: int | None) -> None:
     """Let process 0 alone say what goes on; the others say warnings, with their number.
 
     Args:
@@ -173,7 +173,9 @@ def hush(process: int, processes: int | None) -> None:
             )
 
 
-def together(peers: Peers, waits: Waits, body: Callable[[], int], *, show_traceback: bool) -> int:
+def end_together(
+    peers: Peers, waits: Waits, body: Callable[[], int], *, show_traceback: bool
+) -> int:
     """Run the work of this process, so that all of them end together.
 
     Does not return where one of several processes has failed: Python's own end would wait for the
@@ -186,11 +188,11 @@ def together(peers: Peers, waits: Waits, body: Callable[[], int], *, show_traceb
         show_traceback: whether to write Python's traceback of an error.
     """
     if not peers.many:
-        return guarded(body, show_traceback=show_traceback)
+        return run_guarded(body, show_traceback=show_traceback)
     watcher = _Watcher(peers, waits.heartbeat)
     watcher.start()
     try:
-        code = guarded(body, show_traceback=show_traceback, tell=watcher.tell)
+        code = run_guarded(body, show_traceback=show_traceback, tell=watcher.tell)
     except KeyboardInterrupt:  # asked a second time: what is going on is not waited for
         code = 1
         watcher.tell(

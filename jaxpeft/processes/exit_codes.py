@@ -14,14 +14,14 @@ from jaxpeft.errors import JaxpeftError
 _LONGEST = 400
 
 
-def say(text: str, code: int) -> None:
+def write_error(text: str, code: int) -> None:
     """Write an error to standard error."""
     del code
     sys.stderr.write(f"jaxpeft: {text}\n")
 
 
-def guarded(
-    body: Callable[[], int], *, show_traceback: bool, tell: Callable[[str, int], None] = say
+def run_guarded(
+    body: Callable[[], int], *, show_traceback: bool, tell: Callable[[str, int], None] = write_error
 ) -> int:
     """Run a function, and report its error in a few lines, without Python's traceback unless it is
     asked for.
@@ -46,11 +46,11 @@ def guarded(
     except Exception as error:  # noqa: BLE001 - the end of the command: told, and not gone on from
         if show_traceback:
             traceback.print_exc()
-        tell(unexpected(error), 1)
+        tell(describe_unexpected(error), 1)
         return 1
 
 
-def unexpected(error: Exception) -> str:
+def describe_unexpected(error: Exception) -> str:
     """Return in one line what an error is that no check has foreseen, and where it comes from."""
     said = " ".join(str(error).split())
     said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."

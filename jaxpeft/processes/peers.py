@@ -73,7 +73,7 @@ class Peers:
         except jax.errors.JaxRuntimeError as error:
             raise self._lost(what, error) from None
 
-    def agreed(self, what: str, make: Callable[[], T]) -> T:
+    def agree(self, what: str, make: Callable[[], T]) -> T:
         """Return what process 0 makes, to all processes.
 
         Args:
@@ -95,7 +95,7 @@ class Peers:
         except jax.errors.JaxRuntimeError as error:
             raise self._lost(what, error) from None
 
-    def gathered(self, what: str, value: T) -> list[T]:
+    def all_gather(self, what: str, value: T) -> list[T]:
         """Return what each process has, to all of them, in their order.
 
         Args:
@@ -131,7 +131,7 @@ class Peers:
         if not self.many:
             return
         plain = json.loads(json.dumps(values))  # as the others get it, tuples as lists
-        theirs, mine = paths.flatten(self.agreed(what, lambda: plain)), paths.flatten(plain)
+        theirs, mine = paths.flatten(self.agree(what, lambda: plain)), paths.flatten(plain)
         names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
         if names:
             rows = [
@@ -156,11 +156,11 @@ class Peers:
         """
         if not self.many:
             return
-        mark = folder / f".peers-{self.agreed('a mark', lambda: secrets.token_hex(8))}"
+        mark = folder / f".peers-{self.agree('a mark', lambda: secrets.token_hex(8))}"
         if self.first:
             mark.touch()
         self.wait("a mark in the folder of the run")
-        if not seen(mark):
+        if not wait_until_seen(mark):
             raise ConfigError(
                 f"--workdir {folder}: is not the same folder for process {self.process} on"
                 f" {platform.node()} as for process 0: a file written there is not seen after"
@@ -182,7 +182,9 @@ class Peers:
         )
         who = f"process {self.process} of {self.processes} waited for the others at {what!r}"
         named = (
-            f"; missing: process {', '.join(_missing(error))}" if late and _missing(error) else ""
+            f"; missing: process {', '.join(_find_missing(error))}"
+            if late and _find_missing(error)
+            else ""
         )
         return PeersError(f"{who}: {why}{named}; look at their logs, and start all of them again")
 
@@ -190,7 +192,7 @@ class Peers:
 ALONE = Peers()
 
 
-def seen(path: Path) -> bool:
+def wait_until_seen(path: Path) -> bool:
     """Return whether a file that another host has written is seen here, after a while if need
     be.
     """
@@ -202,7 +204,7 @@ def seen(path: Path) -> bool:
     return True
 
 
-def _missing(error: Exception) -> list[str]:
+def _find_missing(error: Exception) -> list[str]:
     """Return the processes that a barrier has waited for in vain: they stand alone on lines of what
     JAX says.
     """

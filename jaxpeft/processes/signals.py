@@ -31,7 +31,9 @@ def exit_code(signum: int) -> int:
 
 
 @contextmanager
-def heard(seconds: float, late: Callable[[], None], stop: Callable[[int], None]) -> Generator[None]:
+def listen_while_waiting(
+    seconds: float, late: Callable[[], None], stop: Callable[[int], None]
+) -> Generator[None]:
     """Let a thread hear signals while this one waits in code that is not Python's, which no handler
     interrupts.
 

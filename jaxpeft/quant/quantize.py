@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxpeft import kernels
 from jaxpeft.core import paths, targets
-from jaxpeft.core.expressions import broken_expression
+from jaxpeft.core.expressions import find_expression_fault
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import ALL_LINEAR, Site, Targets
 from jaxpeft.errors import ConfigError, nearest
@@ -53,7 +53,7 @@ class Quant:
             if isinstance(entries, list):
                 object.__setattr__(self, field, entries := tuple(cast("list[Any]", entries)))
             broken = (
-                broken_expression(entries)
+                find_expression_fault(entries)
                 if isinstance(entries, str) and not targets.is_keyword(entries)
                 else None
             )
@@ -127,7 +127,9 @@ class Quant:
         entries = (self.exclude,) if isinstance(self.exclude, str) else self.exclude
         for entry in entries:
             if not any(
-                targets.named(name, self.exclude if isinstance(self.exclude, str) else (entry,))
+                targets.is_named_by(
+                    name, self.exclude if isinstance(self.exclude, str) else (entry,)
+                )
                 for name in names
             ):
                 known = sorted({name.rpartition(".")[2] for name in names})
@@ -178,7 +180,9 @@ class Quant:
             form.store, **options, **({"whole": whole} if form.pooled and whole is not None else {})
         )
 
-    def stored(self, layers: list[Callable[[], jax.Array]], stacked: bool) -> dict[str, jax.Array]:
+    def store_layers(
+        self, layers: list[Callable[[], jax.Array]], stacked: bool
+    ) -> dict[str, jax.Array]:
         """Return the leaves that hold a kernel, or one a layer: each is made, quantized and let go
         before the next.
 
@@ -283,7 +287,8 @@ def quantize(params: Mapping[str, Any], quant: Quant | str) -> Tree:
             else [lambda leaf=leaf: leaf]
         )
         items += [
-            ((*path[:-1], key), made) for key, made in how.stored(layers, bool(site.layers)).items()
+            ((*path[:-1], key), made)
+            for key, made in how.store_layers(layers, bool(site.layers)).items()
         ]
     return paths.build(items)
 

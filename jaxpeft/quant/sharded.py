@@ -44,7 +44,7 @@ class _Group:
     stack: Shardings
 
 
-def stored(
+def store_sharded(
     quant: Quant, read: Callable[[int, Sharding], jax.Array], layers: int | None, places: Shardings
 ) -> dict[str, jax.Array]:
     """Return the leaves that hold a kernel, or one a layer: each is read, quantized and let go
@@ -61,7 +61,7 @@ def stored(
     for group in _groups(places, layers, QUANTIZED[quant.form].leaves[0]):
         if not group.kernel.addressable_devices:
             continue
-        store = _compiled(quant, tuple(group.leaves.items()))
+        store = _compile(quant, tuple(group.leaves.items()))
         kept: list[dict[str, Any]] = []
         for layer in group.layers:
             made = jax.block_until_ready(store(read(layer, group.kernel)))
@@ -70,7 +70,7 @@ def stored(
                 for key, leaf in made.items()
             }
             kept.append(
-                {key: _fetched(leaf) if _host(places[key]) else leaf for key, leaf in made.items()}
+                {key: _fetch(leaf) if _host(places[key]) else leaf for key, leaf in made.items()}
             )
         for key, place in places.items():
             made = [leaves.pop(key) for leaves in kept]
@@ -88,7 +88,7 @@ def stored(
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(
+def _compile(
     quant: Quant, places: tuple[tuple[str, Sharding], ...]
 ) -> Callable[[jax.Array], dict[str, jax.Array]]:
     """Return the program that quantizes one kernel, the same function for all kernels: it is traced
@@ -118,26 +118,26 @@ def _groups(places: Shardings, layers: int | None, codes: str) -> Iterator[_Grou
     # of one kind, whatever the user's is: the program is spread by the partitioner
     mesh = Mesh(np.asarray(first.mesh.devices), first.mesh.axis_names)
     if layers is None:
-        leaves = _named(mesh, specs)
+        leaves = _shardings(mesh, specs)
         yield _Group(range(1), _kernel(mesh, specs[codes]), leaves, leaves)
         return
     cuts = {spec[:1] or (None,) for spec in specs.values()}
     one = {key: spec[1:] for key, spec in specs.items()}
     if len(cuts) > 1 or cuts == {(None,)}:
         yield _Group(
-            range(layers), _kernel(mesh, one[codes]), _named(mesh, one), _named(mesh, specs)
+            range(layers), _kernel(mesh, one[codes]), _shardings(mesh, one), _shardings(mesh, specs)
         )
         return
     ((cut,),) = cuts
     axes: tuple[str, ...] = cut if isinstance(cut, tuple) else (str(cut),)
-    parts = list(_cut(mesh, axes))
+    parts = list(_submeshes(mesh, axes))
     for i, part in enumerate(parts):
         held = range(layers * i // len(parts), layers * (i + 1) // len(parts))
-        stack = _named(part, {key: (None, *spec) for key, spec in one.items()})
-        yield _Group(held, _kernel(part, one[codes]), _named(part, one), stack)
+        stack = _shardings(part, {key: (None, *spec) for key, spec in one.items()})
+        yield _Group(held, _kernel(part, one[codes]), _shardings(part, one), stack)
 
 
-def _cut(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Mesh]:
+def _submeshes(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Mesh]:
     """Return the meshes of the devices that have the same place along some axes, in the order of a
     leaf cut by these.
     """
@@ -149,7 +149,7 @@ def _cut(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Mesh]:
         yield Mesh(np.asarray(mesh.devices)[index], mesh.axis_names)
 
 
-def _named(mesh: Mesh, specs: Mapping[str, tuple[Any, ...]]) -> dict[str, Sharding]:
+def _shardings(mesh: Mesh, specs: Mapping[str, tuple[Any, ...]]) -> dict[str, Sharding]:
     return {key: NamedSharding(mesh, PartitionSpec(*spec)) for key, spec in specs.items()}
 
 
@@ -172,7 +172,7 @@ def _in_device_memory(place: Sharding) -> Sharding:
     )
 
 
-def _fetched(leaf: jax.Array) -> dict[Any, np.ndarray[Any, Any]]:
+def _fetch(leaf: jax.Array) -> dict[Any, np.ndarray[Any, Any]]:
     """Take this process's parts of a leaf off the devices, which need not hold the layers of a
     stack together then.
     """
@@ -204,8 +204,8 @@ def _put_back(
 
 @functools.lru_cache(maxsize=256)
 def _stack(place: Sharding) -> Callable[[list[jax.Array]], jax.Array]:
-    return jax.jit(_stacked, out_shardings=place)
+    return jax.jit(_stack_layers, out_shardings=place)
 
 
-def _stacked(leaves: list[jax.Array]) -> jax.Array:
+def _stack_layers(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack(leaves)

@@ -98,7 +98,7 @@ def layout(
     """
     rules.require_fast(paths.text(path) for path, _ in paths.walk(params))
     spreads = any(axes for rule in rules.rules for axes in rule.axes)
-    beside = dict(_beside(rules, params, method)) if spreads else {}
+    beside = dict(_derived_rules(rules, params, method)) if spreads else {}
     mask = (
         dict(paths.walk(trainable_mask(method, params)))
         if method is not None and rules.offload
@@ -108,9 +108,9 @@ def layout(
     dropped: list[str] = []
     for path, leaf in paths.walk(params):
         rule = rules.own(paths.text(path)) or beside.get(path) or rules.find(paths.text(path))
-        spec, left = fitted(mesh, rule, path, leaf.shape)
+        spec, left = fit(mesh, rule, path, leaf.shape)
         dropped += left
-        kind = HOST if rules.offload and not mask.get(path) and _offloaded(path, leaf) else None
+        kind = HOST if rules.offload and not mask.get(path) and _is_offloaded(path, leaf) else None
         items.append((path, NamedSharding(mesh, spec, memory_kind=kind)))
     return Layout(paths.build(items), tuple(dropped))
 
@@ -176,7 +176,7 @@ def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
         )
 
 
-def _offloaded(path: Path, leaf: Any) -> bool:
+def _is_offloaded(path: Path, leaf: Any) -> bool:
     """Return whether a frozen leaf is one of those that wait in the host's memory: the matrices of
     a layer's kernels.
     """
@@ -188,7 +188,7 @@ def _offloaded(path: Path, leaf: Any) -> bool:
     )
 
 
-def fitted(
+def fit(
     mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]
 ) -> tuple[PartitionSpec, list[str]]:
     """Bring a rule to the shape of a leaf.
@@ -224,11 +224,13 @@ def fitted(
                 if axis != FSDP or rule.own
                 else [i, *(j for j in range(len(shape) - 1, first - 1, -1) if j != i)]
             )
-            home = next((j for j in homes if shape[j] % (size * _over(mesh, held[j])) == 0), None)
+            home = next(
+                (j for j in homes if shape[j] % (size * _axes_size(mesh, held[j])) == 0), None
+            )
             if size > 1 and home is not None:
                 held[home].append(axis)
             elif size > 1 and (shape[i] > 1 or rule.own):
-                dropped.append(_undivided(mesh, path, shape, i, [*held[i], axis]))
+                dropped.append(_undivided_problem(mesh, path, shape, i, [*held[i], axis]))
     if dropped and rule.own:
         raise ConfigError([f"mesh.rules: {rule.pattern!r}: {why}" for why in dropped])
     return _spec(held), dropped
@@ -242,11 +244,13 @@ def _spec(held: Sequence[Sequence[str]]) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def _over(mesh: Mesh, axes: list[str]) -> int:
+def _axes_size(mesh: Mesh, axes: list[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _undivided(mesh: Mesh, path: Path, shape: tuple[int, ...], i: int, axes: list[str]) -> str:
+def _undivided_problem(
+    mesh: Mesh, path: Path, shape: tuple[int, ...], i: int, axes: list[str]
+) -> str:
     product = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
     return f"{paths.text(path)} {list(shape)}: {product} does not divide {shape[i]}"
 
@@ -254,7 +258,7 @@ def _undivided(mesh: Mesh, path: Path, shape: tuple[int, ...], i: int, axes: lis
 # --------------------------------------------------------------------------- leaves beside a kernel
 
 
-def _beside(
+def _derived_rules(
     rules: Rules, params: Mapping[str, Any], method: Method | None
 ) -> Iterator[tuple[Path, Rule]]:
     """Yield the rules of the leaves that derive theirs from a kernel's, and of adapter leaves at
@@ -275,21 +279,21 @@ def _beside(
             else rules.find(paths.text((*site.path, _KERNELS[site.kind])))
         )
         if form is not None:
-            sides = _sides(partial(_stored, form), site, known)
+            sides = _sides(partial(_store_abstract, form), site, known)
             # the codes are as large as the kernel, and must be spread as it; a scale that an axis
             # does not divide may be whole
             yield from (
                 (
                     (*site.path, key),
-                    _derived(base, sides[key], AXES, own=base.own and key == form.leaves[0]),
+                    _derive(base, sides[key], AXES, own=base.own and key == form.leaves[0]),
                 )
                 for key in form.leaves
             )
         for part in parts:
             names = node & set(part.leaves.names)
-            sides = _sides(partial(_made, part), site, known) if names else {}
+            sides = _sides(partial(_init_abstract, part), site, known) if names else {}
             yield from (
-                ((*site.path, key), _derived(base, sides.get(key, ()), _FEW)) for key in names
+                ((*site.path, key), _derive(base, sides.get(key, ()), _FEW)) for key in names
             )
     yield from (
         ((name,), Rule("")) for part in parts for name in part.leaves.root if name in params
@@ -303,7 +307,7 @@ leaves are faster whole.
 """
 
 
-def _derived(
+def _derive(
     base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...], *, own: bool = False
 ) -> Rule:
     """Return the rule of a leaf from that of the kernel beside it; no axis is taken twice.
@@ -342,7 +346,7 @@ def _sides(make: partial[dict[str, jax.Array]], site: Site, known: dict[Any, Sid
     key = make.func, repr(make.args), site.shape, site.kind, site.path[-2:]
     if key not in known:
         shapes = [
-            _shapes(make, dataclasses.replace(one, shape=shape)) for shape in _doubled(site.shape)
+            _shapes(make, dataclasses.replace(one, shape=shape)) for shape in _double(site.shape)
         ]
         own, wide, tall = shapes
         known[key] = {
@@ -355,7 +359,7 @@ def _sides(make: partial[dict[str, jax.Array]], site: Site, known: dict[Any, Sid
     return known[key]
 
 
-def _doubled(shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+def _double(shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     return shape, (2 * shape[0], shape[1]), (shape[0], 2 * shape[1])
 
 
@@ -371,7 +375,7 @@ def _side(n: int, wide: tuple[int, ...], tall: tuple[int, ...], i: int, ndim: in
     return doubles.index(True) if sum(doubles) == 1 else None
 
 
-def _stored(form: Quantized, site: Site) -> dict[str, jax.Array]:
+def _store_abstract(form: Quantized, site: Site) -> dict[str, jax.Array]:
     """Make the leaves of a quantized kernel; where inputs share a scale each has its own here,
     which tells its side best.
     """
@@ -379,7 +383,7 @@ def _stored(form: Quantized, site: Site) -> dict[str, jax.Array]:
     return form.store(kernel, group=1) if form.grouped else form.store(kernel)
 
 
-def _made(method: Method, site: Site) -> dict[str, jax.Array]:
+def _init_abstract(method: Method, site: Site) -> dict[str, jax.Array]:
     """Make the adapter leaves of a site."""
     return method.init(site, lambda: jnp.zeros(site.shape, jnp.float32), jax.random.key(0))
 

@@ -108,7 +108,7 @@ def spec_of(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
     return PartitionSpec(*fits)
 
 
-def placed(x: jax.Array, *names: str | None) -> jax.Array:
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Return where an activation lies, where a mesh is traced for.
 
     Args:

@@ -78,7 +78,7 @@ def create_device_mesh(
     many, chosen = math.prod(along.values()), options.strategy
     slices = _slices(options, len(groups), along[DATA])
     _check_slices(options, along, len(there), slices)
-    mesh = Mesh(_arranged(options, along, there[:many], slices), AXES)
+    mesh = Mesh(_arrange(options, along, there[:many], slices), AXES)
     if heads is not None and heads.keys % along[TENSOR]:
         _log.warning(
             "mesh.tensor: %d does not divide the %d heads of keys and values, of which each device"
@@ -183,7 +183,7 @@ def _check_slices(options: MeshConfig, along: Mapping[str, int], devices: int, s
     raise ConfigError(f"mesh.{axis}: {along[axis]} does not go over {slices} slices evenly; {fix}")
 
 
-def _arranged(
+def _arrange(
     options: MeshConfig, along: Mapping[str, int], devices: Sequence[Any], slices: int
 ) -> np.ndarray[Any, Any]:
     """Return the devices as an array of the mesh's shape, neighbors along the last axes."""
@@ -216,7 +216,7 @@ def _by_order(
     return np.concatenate(parts, axis=axis)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of an array that each device holds."""
     return NamedSharding(mesh, PartitionSpec())
 

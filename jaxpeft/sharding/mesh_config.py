@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from jaxpeft.core.expressions import broken_expression
+from jaxpeft.core.expressions import find_expression_fault
 from jaxpeft.core.options import option
 from jaxpeft.errors import nearest
 from jaxpeft.sharding.sizes import AXES, ROWS, STRATEGIES, known_sizes, row_shards
@@ -119,7 +119,7 @@ class MeshConfig:
         found: list[str] = []
         for i, rule in enumerate(self.rules):
             why = (
-                broken_expression(rule[0])
+                find_expression_fault(rule[0])
                 if rule
                 else "is empty; begin it with an expression of a path"
             )

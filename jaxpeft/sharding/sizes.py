@@ -99,7 +99,7 @@ def sizes(
             f"mesh.slices: {mesh.slices} groups, and {devices} devices are no multiple of that; it"
             f" could be {_or(nearest(near, mesh.slices))}"
         )
-    wanted = _wanted(mesh, devices, groups, heads)
+    wanted = _requested(mesh, devices, groups, heads)
     given = {axis: size for axis, size in wanted.items() if size != -1}
     used = math.prod(given.values())
     rest = next((axis for axis, size in wanted.items() if size == -1), None)
@@ -137,11 +137,11 @@ def _or(values: list[int]) -> str:
 
 def known_sizes(mesh: MeshConfig) -> dict[str, int] | None:
     """Return the sizes where they do not depend on the devices, None where they do."""
-    wanted = _wanted(mesh, 0, 1, None)
+    wanted = _requested(mesh, 0, 1, None)
     return None if -1 in wanted.values() or 0 in wanted.values() else wanted
 
 
-def _wanted(mesh: MeshConfig, devices: int, groups: int, heads: Heads | None) -> dict[str, int]:
+def _requested(mesh: MeshConfig, devices: int, groups: int, heads: Heads | None) -> dict[str, int]:
     """Return the size of each axis, -1 of at most one that takes the rest; with 0 devices 0 for
     what depends on them.
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from jaxpeft.train.arguments import Job, RunArguments, place_of_process, run_job
+from jaxpeft.train.arguments import Job, RunArguments, find_process, run_job
 
 ARGUMENTS = RunArguments
 
@@ -26,7 +26,7 @@ def _run(job: Job) -> int:
     """Import JAX, now that the config is good, join the other processes, and run."""
     from jaxpeft.processes.signals import NOTHING_NEW, Stopped, StopRequest
 
-    place, waits = place_of_process(job.arguments)
+    place, waits = find_process(job.arguments)
     with StopRequest() as stop:
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
@@ -49,7 +49,7 @@ def _run(job: Job) -> int:
                 return stopped.exit_code
             return 0
 
-        return distributed.together(peers, waits, body, show_traceback=job.arguments.traceback)
+        return distributed.end_together(peers, waits, body, show_traceback=job.arguments.traceback)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from jaxpeft.command.parser import ConfigArguments, Overrides
 from jaxpeft.command.running import load_config, run_command
 from jaxpeft.config import Config
 from jaxpeft.core.options import option
-from jaxpeft.errors import ConfigError, cut
+from jaxpeft.errors import ConfigError, shorten
 from jaxpeft.processes import clusters
 
 
@@ -141,7 +141,8 @@ def _workdir(given: RunArguments, default: Path) -> Path:
             raise
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--workdir {cut(str(workdir), 200)}: cannot be written ({why}); give another folder"
+            f"--workdir {shorten(str(workdir), 200)}: cannot be written ({why}); give another"
+            " folder"
         ) from None
 
 
@@ -167,7 +168,7 @@ def run_job(
     return run_command(RunArguments, argv, about, body)
 
 
-def place_of_process(given: RunArguments) -> tuple[clusters.Place | None, clusters.Waits]:
+def find_process(given: RunArguments) -> tuple[clusters.Place | None, clusters.Waits]:
     """Tell from arguments and environment which process of how many this is, and how long it waits
     for the others.
 

@@ -60,7 +60,7 @@ def decide(config: Config, splits: Splits) -> Decided:
     return Decided(settings, tokenizer, examples.kind, examples.pairs is not None, used is not None)
 
 
-def ends_of(tokenizer: Any) -> set[int]:
+def answer_ends(tokenizer: Any) -> set[int]:
     """Return the special tokens, of which the ends of a chat's turns are some: `<|im_end|>`,
     `<end_of_turn>`.
     """
@@ -72,7 +72,7 @@ def _end_of_answers(rows: Encoded, tokenizer: Any) -> int | None:
     """Return the special token that most answers end with, a line's end behind it or not; None
     where they end with none.
     """
-    ends, found = ends_of(tokenizer), Counter[int]()
+    ends, found = answer_ends(tokenizer), Counter[int]()
     for start, stop in zip(rows.offsets[:_LOOKED_AT], rows.offsets[1:], strict=False):
         learned = rows.tokens[start:stop][rows.labels[start:stop] >= 0][-2:].tolist()
         found.update([token for token in learned if token in ends][-1:])

@@ -50,17 +50,17 @@ def choose_outline(
     Raises:
         ConfigError: naming what the model, its sites or the length of the run do not allow.
     """
-    outlined = _outlined(config, splits, steps, length, mesh)
+    outlined = _choose_layers(config, splits, steps, length, mesh)
     trained = _check(config, outlined, length, steps, mesh)
     # what is computed again must be the same everywhere, so one device speaks for all
-    budget = peers.agreed(
+    budget = peers.agree(
         "memory of a device",
         lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb),
     )
     return _with_remat(config, outlined, trained, length, mesh, budget)
 
 
-def _outlined(config: Config, splits: Splits, steps: int, length: int, mesh: Mesh) -> Outline:
+def _choose_layers(config: Config, splits: Splits, steps: int, length: int, mesh: Mesh) -> Outline:
     """Outline the model, with its layers scanned or unrolled as the config says or as suits the
     length of the run.
     """

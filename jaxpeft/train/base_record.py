@@ -24,7 +24,7 @@ _FIX = (
 )
 
 
-def changed(folder: Path, tensors: Mapping[str, str]) -> list[str]:
+def find_changes(folder: Path, tensors: Mapping[str, str]) -> list[str]:
     """List what is wrong with the base of a run that is gone on from; empty where nothing is, or
     nothing was recorded.
 

@@ -23,7 +23,7 @@ from jaxpeft.core import paths, training_hooks, tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import adapter_names, trainable_mask
-from jaxpeft.logs import timed
+from jaxpeft.logs import log_time
 from jaxpeft.methods import from_dict
 from jaxpeft.processes.arrays import put
 from jaxpeft.processes.signals import StopRequest
@@ -71,7 +71,7 @@ def begin(
     checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
     latest = checkpoints.latest()
     meta = None if latest is None else checkpoints.read_meta(latest)
-    started, trainable, frozen = begun(setup, method, meta, look)
+    started, trainable, frozen = initialize(setup, method, meta, look)
     optimizer = optimizers.build(options, setup.steps, started)
     fresh = init_state(trainable, optimizer, setup.config.train.seed)
     where = state_shardings(
@@ -83,8 +83,8 @@ def begin(
         checkpoints.check_identity(latest, identity, allowed)
     checkpoints.put_aside(latest)
     if latest is not None:
-        with timed(f"restoring step {latest} from {folder / 'checkpoints'}"):
-            state, frozen = _restored(checkpoints, latest, state, started, frozen)
+        with log_time(f"restoring step {latest} from {folder / 'checkpoints'}"):
+            state, frozen = _restore(checkpoints, latest, state, started, frozen)
     trained, total = tree.count(trainable), tree.count(trainable) + tree.count(frozen)
     writers = _open_records(
         setup,
@@ -114,7 +114,7 @@ def begin(
     )
 
 
-def _restored(
+def _restore(
     checkpoints: Checkpoints, step: int, state: LoopState, method: Method, frozen: Tree
 ) -> tuple[LoopState, Tree]:
     """Return the state of a checkpoint, and the frozen part of the tree with the leaves that it
@@ -179,14 +179,14 @@ def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequenc
     checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
     latest = checkpoints.latest()
     if latest is not None:
-        find = partial(base_record.changed, folder, setup.provenance.base_tensors)
-        base_record.require_same(setup.peers.agreed("changed tensors of the base", find), allowed)
+        find = partial(base_record.find_changes, folder, setup.provenance.base_tensors)
+        base_record.require_same(setup.peers.agree("changed tensors of the base", find), allowed)
         started = method_of(checkpoints.read_meta(latest), method)
-        trainable, _ = jax.eval_shape(lambda: rewritten(setup, started))
+        trainable, _ = jax.eval_shape(lambda: rewrite_base(setup, started))
         checkpoints.check_identity(latest, identity_of(setup, method, trainable), allowed)
 
 
-def _placed(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tree, Tree]:
+def _place(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """Split a rewritten tree into `(trainable, frozen)`, each leaf where the rules say.
 
     The trainable leaves are copies: the step is given them for good (they are donated), the base
@@ -202,13 +202,13 @@ def _placed(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tr
     return put(copies, of_trainable), put(frozen, of_frozen)
 
 
-def rewritten(setup: Setup, method: Method) -> tuple[Tree, Tree]:
+def rewrite_base(setup: Setup, method: Method) -> tuple[Tree, Tree]:
     """Rewrite the base and splits it, where its leaves are, or abstractly."""
     params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
     return tree.partition(params, trainable_mask(method, params))
 
 
-def begun(
+def initialize(
     setup: Setup, method: Method, meta: Mapping[str, Any] | None, look: Look | None = None
 ) -> tuple[Method, Tree, Tree]:
     """Return what a run trains: `(method, trainable, frozen)`, with the start that the method takes
@@ -227,7 +227,7 @@ def begun(
         method = method_of(meta, method)
     key = jax.random.key(setup.config.train.seed)
     fresh = rewrite(method, setup.params, key)
-    split = _placed(setup, method, fresh)
+    split = _place(setup, method, fresh)
     if look is not None:
         look(*split)
     if meta is not None:
@@ -236,7 +236,7 @@ def begun(
         setup.model, setup.params, key, setup.data.tokenizer, partial(_first_batches, setup)
     )
     started, params = training_hooks.start(method, fresh, run)
-    return (started, *(split if params is fresh else _placed(setup, started, params)))
+    return (started, *(split if params is fresh else _place(setup, started, params)))
 
 
 def method_of(meta: Mapping[str, Any], configured: Method) -> Method:

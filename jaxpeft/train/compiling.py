@@ -47,7 +47,7 @@ def compile_each(lowered: Sequence[Any], device: Any) -> list[Any]:
         return list(pool.map(lambda program: program.compile(), lowered))
 
 
-def kept_in() -> str | None:
+def cache_folder() -> str | None:
     """Return the folder where compiled programs are kept, None for nowhere."""
     return getattr(jax.config, _FOLDER)
 
@@ -69,7 +69,7 @@ def keep_programs(where: str) -> str | None:
     """
     if where == "off":
         return None
-    told = kept_in()
+    told = cache_folder()
     if told:
         return told
     own = cache.folder()

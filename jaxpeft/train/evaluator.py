@@ -17,7 +17,7 @@ from jaxpeft.evaluation.entities import OUTSIDE, has_entities
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.processes.arrays import own_rows, put_batch
 from jaxpeft.sharding.logical_axes import on_mesh
-from jaxpeft.sharding.mesh import evaluation_rows, replicated
+from jaxpeft.sharding.mesh import evaluation_rows, replicated_sharding
 from jaxpeft.train import compiling
 from jaxpeft.train.outputs import Outputs
 from jaxpeft.train.setup import Encoded, Setup
@@ -39,7 +39,7 @@ class Evaluator:
         # on each device, so that each process has the figures of all rows
         self._run = jax.jit(
             on_mesh(setup.mesh, self._forward),
-            out_shardings=replicated(setup.mesh),
+            out_shardings=replicated_sharding(setup.mesh),
             compiler_options=how,
         )
         self._rows = evaluation_rows(setup.config, setup.mesh)

@@ -46,7 +46,7 @@ class CrossEntropy:
     z_loss: float = 0.0
     softcap: float | None = None
 
-    def capped(self, logits: Array) -> Array:
+    def cap(self, logits: Array) -> Array:
         """Return the logits to compute with, float32."""
         z = logits.astype(jnp.float32)
         return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
@@ -74,15 +74,15 @@ class CrossEntropy:
             `(sum of weight * loss, sum of weight)`, float32 scalars; `(0, 0)` where no position has
             a label.
         """
-        safe, counted = _counted(labels, weights)
-        losses = self.losses(self.capped(logits), safe)
+        safe, counted = _weighted_labels(labels, weights)
+        losses = self.losses(self.cap(logits), safe)
         # chosen, not multiplied: 0 * NaN is NaN
         return jnp.sum(jnp.where(counted > 0, losses * counted, 0.0)), jnp.sum(counted)
 
     def gradient(self, logits: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
         """Return the sum that `sums` gives, and its gradient by the logits, float32."""
-        safe, counted = _counted(labels, weights)
-        z = self.capped(logits)
+        safe, counted = _weighted_labels(labels, weights)
+        z = self.cap(logits)
         lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
         total = jnp.sum(jnp.where(counted > 0, self.losses(z, safe) * counted, 0.0))
         classes = jnp.arange(z.shape[-1], dtype=labels.dtype)
@@ -95,7 +95,7 @@ class CrossEntropy:
         return total, jnp.where(counted[..., None] > 0, dz * counted[..., None], 0.0)
 
 
-def _counted(labels: Array, weights: Array) -> tuple[Array, Array]:
+def _weighted_labels(labels: Array, weights: Array) -> tuple[Array, Array]:
     """Return labels in range, and the weight of each position."""
     labeled = labels != IGNORE
     # the label is replaced before the look-up: a gather out of range gives NaN, and 0 * NaN is NaN
@@ -157,7 +157,7 @@ def through_head(
             rows, labels, weights, i = item
             return entropy.sums(run(rows, i, *closed), labels, weights)[0]
 
-        return jnp.sum(_over(chunk, (x, *chunks[1:])))
+        return jnp.sum(_map(chunk, (x, *chunks[1:])))
 
     def forward(x: Array, closed: list[Array]) -> tuple[Array, Any]:
         def chunk(item: Any) -> Any:
@@ -183,7 +183,7 @@ def through_head(
         return jax.tree.map(lambda leaf: leaf * by.astype(leaf.dtype), kept)
 
     total.defvjp(forward, backward)
-    return total(chunks[0], closed), jnp.sum(_counted(labels, weights)[1])
+    return total(chunks[0], closed), jnp.sum(_weighted_labels(labels, weights)[1])
 
 
 def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
@@ -207,7 +207,7 @@ def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
     return count, -(-length // count), devices
 
 
-def _over(run: Callable[[Any], Array], items: Any) -> Array:
+def _map(run: Callable[[Any], Array], items: Any) -> Array:
     """Map over the leading axis, without a loop where it is 1."""
     if len(items[0]) == 1:
         return run(jax.tree.map(lambda part: part[0], items))

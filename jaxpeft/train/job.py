@@ -21,14 +21,14 @@ from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
 from jaxpeft.evaluation.generation import greedy
 from jaxpeft.hub.adapters.folders import save_adapter
-from jaxpeft.logs import timed
+from jaxpeft.logs import log_time
 from jaxpeft.models import attention
-from jaxpeft.processes.arrays import on_host
+from jaxpeft.processes.arrays import fetch_to_host
 from jaxpeft.processes.lock import lock_folder
 from jaxpeft.processes.peers import ALONE, Peers
 from jaxpeft.processes.signals import StopRequest
 from jaxpeft.train import compiling, loop, next_steps, optimizers, plot, records
-from jaxpeft.train.artifacts import ends_of
+from jaxpeft.train.artifacts import answer_ends
 from jaxpeft.train.begin import Look, begin, check_resumable, fixed_leaves
 from jaxpeft.train.evaluator import Evaluator, metric_of
 from jaxpeft.train.run import RunResult
@@ -66,7 +66,7 @@ def run(
         with StopRequest() as stop:
             return run(config, workdir, stop, allowed, peers)
     records.check(config.log)
-    peers.same("config", {"config": compared(config), "jax": jax.__version__})
+    peers.same("config", {"config": options_in_common(config), "jax": jax.__version__})
     config = config if peers.first else quiet(config)
     workdir.mkdir(parents=True, exist_ok=True)
     with lock_folder(workdir) if peers.first else nullcontext():
@@ -91,7 +91,7 @@ _OF_A_HOST = ("model.path", "data.train", "data.validation", "data.test")
 """Where files lie may differ between hosts: what lies there is compared by its hash."""
 
 
-def compared(config: Config) -> dict[str, Any]:
+def options_in_common(config: Config) -> dict[str, Any]:
     """Return the options that all processes must have in common."""
     values = as_dict(config)
     del values["log"]
@@ -127,10 +127,10 @@ def log_setup(setup: Setup) -> None:
         there[0].device_kind,
         jax.__version__,
     )
-    _log.info("%s", _computing(setup))
+    _log.info("%s", _describe_computation(setup))
 
 
-def _computing(setup: Setup) -> str:
+def _describe_computation(setup: Setup) -> str:
     """Return how the model is computed: its layers, remat, attention, and where compiled programs
     are kept.
     """
@@ -138,7 +138,7 @@ def _computing(setup: Setup) -> str:
     lacks = attention.lacks(options, setup.model.config)
     kernel = options.attention if not lacks else f"xla ({options.attention}: {lacks})"
     layers = "scanned" if options.scan_layers else "unrolled"
-    kept = compiling.kept_in()
+    kept = compiling.cache_folder()
     return (
         f"layers {layers}, remat {options.remat}, attention {kernel}, compiled programs"
         f" {f'in {kept}' if kept else 'not kept'}"
@@ -165,18 +165,18 @@ class Before:
         run = hashlib.sha256(
             json.dumps(setup.provenance.identity, sort_keys=True).encode()
         ).hexdigest()
-        known = setup.peers.agreed("figures before training", lambda: _recorded(record, run))
+        known = setup.peers.agree("figures before training", lambda: _recorded_figures(record, run))
         if known is not None:
             self.figures = known
             return
-        with timed("evaluating before training") as note:
+        with log_time("evaluating before training") as note:
             self.figures = self._evaluator(trainable, frozen, setup.data.test)
-            note(_shown(self.figures))
+            note(_describe_figures(self.figures))
         if setup.peers.first:
             atomic.write_text(record, json.dumps({"run": run, "figures": self.figures}) + "\n")
 
 
-def _recorded(record: Path, run: str) -> dict[str, float] | None:
+def _recorded_figures(record: Path, run: str) -> dict[str, float] | None:
     """Return the figures in a record of this run, None where there is none that can be read."""
     try:
         found = json.loads(record.read_text())
@@ -203,7 +203,7 @@ def fit(
     arguments are those of `begin`.
     """
     result = loop.fit(*begin(setup, method, options, folder, stop, evaluator, allowed, look))
-    saved = _whole(setup, result)
+    saved = _gather_saved(setup, result)
     if saved is not None:
         decided = setup.provenance.decided
         save_adapter(
@@ -214,16 +214,16 @@ def fit(
             settings=decided.settings,
             tokenizer=decided.tokenizer,
         )
-    _log.info("%s on the %s rows: %s", method.name, result.split, _shown(result.test))
+    _log.info("%s on the %s rows: %s", method.name, result.split, _describe_figures(result.test))
     return result
 
 
-def _whole(setup: Setup, result: RunResult) -> Tree | None:
+def _gather_saved(setup: Setup, result: RunResult) -> Tree | None:
     """Return the tree with what is saved of it whole in the first process, None in others; the rest
     of the base stays where it is.
     """
-    fixed = on_host(fixed_leaves(result.method, result.frozen), keep=setup.peers.first)
-    trainable = on_host(result.trainable, keep=setup.peers.first)
+    fixed = fetch_to_host(fixed_leaves(result.method, result.frozen), keep=setup.peers.first)
+    trainable = fetch_to_host(result.trainable, keep=setup.peers.first)
     if not setup.peers.first:
         return None
     frozen = paths.map_with_path(
@@ -240,7 +240,7 @@ def _answers(setup: Setup, params: Tree) -> list[str]:
         [prompt for prompt, _ in setup.data.samples],
         setup.config.evaluation.sample_tokens,
     )
-    made = greedy(setup.model, params, prompts, most=most, ends=ends_of(setup.data.tokenizer))
+    made = greedy(setup.model, params, prompts, most=most, ends=answer_ends(setup.data.tokenizer))
     return [setup.data.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
 
 
@@ -258,7 +258,7 @@ def _show_answers(setup: Setup, answers: Mapping[str, list[str]]) -> None:
         )
 
 
-def _shown(figures: Mapping[str, float]) -> str:
+def _describe_figures(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxpeft.core import training_hooks
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.batches.training import Position
-from jaxpeft.logs import timed
+from jaxpeft.logs import log_time
 from jaxpeft.processes.arrays import own_rows, put_batch
 from jaxpeft.processes.signals import Stopped
 from jaxpeft.sharding.mesh import batch_shardings, has_positions
@@ -52,7 +52,7 @@ def train(run: Run, state: LoopState) -> LoopState:
     """Return the state at the end of the run, which is saved; where a signal asks to stop, that of
     the last finished step is.
     """
-    if finished(run, state):
+    if is_finished(run, state):
         return state
     setup = run.setup
     try:
@@ -65,19 +65,19 @@ def train(run: Run, state: LoopState) -> LoopState:
             state.position, setup.steps, run.stop.raise_while_waiting, own
         )
         first = state.step
-        with run.metrics.shown(first) as report, closing(batches):
-            while not finished(run, state):
+        with run.metrics.show_progress(first) as report, closing(batches):
+            while not is_finished(run, state):
                 state = train_step(run, compiled, state, batches, wait=state.step == first)
                 report(state.step)
                 saves = ends_period(run, state.step, setup.config.checkpoint.every_steps)
-                if evaluation_due(run, state) or saves or finished(run, state):
+                if evaluation_due(run, state) or saves or is_finished(run, state):
                     jax.block_until_ready(
                         state.train
                     )  # steps that are only dispatched are no part of what follows
-                    with run.metrics.aside():
+                    with run.metrics.pause_clock():
                         if evaluation_due(run, state):
                             state = evaluate(run, state)
-                        if saves or finished(run, state):
+                        if saves or is_finished(run, state):
                             state = save(run, state)
     except Stopped as stopped:
         _say_stopped(stopped, save(run, state))
@@ -101,7 +101,7 @@ def train_step(
         Stopped: a signal asked to, before the step.
     """
     run.stop.raise_if_requested()
-    with timed("the first batch and step") if wait else nullcontext():
+    with log_time("the first batch and step") if wait else nullcontext():
         batch, position = next(batches)
         step = compiled[batch["input_ids"].shape[-1]]
         done, metrics = step(
@@ -141,13 +141,13 @@ def evaluate(run: Run, state: LoopState) -> LoopState:
         _log.info("stopping early: no better %s in %d evaluations", metric, worse)
     state = dataclasses.replace(state, progress=progress)
     return (
-        dataclasses.replace(state, best=_copied(trainable, state.best), best_figures=figures)
+        dataclasses.replace(state, best=_copy(trainable, state.best), best_figures=figures)
         if won
         else state
     )
 
 
-def _copied(trainable: Tree, before: Tree | None) -> Tree:
+def _copy(trainable: Tree, before: Tree | None) -> Tree:
     """Return a copy, for the step is given its state for good; what was the best before is freed,
     whoever still names it.
     """
@@ -203,7 +203,7 @@ def _say_stopped(stopped: Stopped, saved: LoopState) -> None:
 # -------------------------------------------------------------------------------------- what is due
 
 
-def finished(run: Run, state: LoopState) -> bool:
+def is_finished(run: Run, state: LoopState) -> bool:
     """Return whether nothing is left to be done, evaluations included."""
     return state.progress.stopped_early or (
         state.step >= run.setup.steps and not evaluation_due(run, state)
@@ -232,7 +232,7 @@ def compile_steps(run: Run, state: TrainState) -> Mapping[int, Step]:
     train_step = make_train_step(setup.model, setup.loss, run.optimizer, parts, penalty)
     step = jit_train_step(train_step, mesh, run.shardings, compiling.options(mesh.devices.flat[0]))
     run.stop.raise_if_requested()
-    with timed(
+    with log_time(
         f"compiling the {run.method.name} step for rows of {' or '.join(map(str, lengths))} tokens"
     ):
         sample = setup.data.batches.sample()

@@ -99,7 +99,7 @@ def estimate(
         _along(where, TENSOR),
     )
     marked: Counter[str] = Counter()
-    for name, aval in _named(jaxpr.jaxpr):
+    for name, aval in _named_values(jaxpr.jaxpr):
         marked[name] += _share(name, aval, hidden, tensor)
     stream = rows * length * hidden * size
     layers = model.config.num_hidden_layers
@@ -183,7 +183,7 @@ def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
     return base, 2 * one_layer // layers + table
 
 
-def _named(jaxpr: Any) -> Iterator[tuple[str, Any]]:
+def _named_values(jaxpr: Any) -> Iterator[tuple[str, Any]]:
     """Yield the names that values bear, and their shapes and dtypes, those in inner programs
     too.
     """
@@ -193,4 +193,4 @@ def _named(jaxpr: Any) -> Iterator[tuple[str, Any]]:
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from _named(inner)
+                yield from _named_values(inner)

@@ -50,12 +50,12 @@ def prediction(setup: Setup, adapter: Path) -> str:
         f"model, params = jaxpeft.load({model.path!r}{revision}, **settings.load_options)",
         f"method, params = jaxpeft.load_adapter({folder!r}, model, params)",
         f"tokenizer = transformers.AutoTokenizer.from_pretrained({folder!r})",
-        *(_generated(setup) if model.task == "causal_lm" else _classified(setup)),
+        *(_generation_lines(setup) if model.task == "causal_lm" else _classification_lines(setup)),
     ]
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _generated(setup: Setup) -> tuple[str, ...]:
+def _generation_lines(setup: Setup) -> tuple[str, ...]:
     prompt = (
         "'a prompt' + settings.separator"
         if setup.provenance.decided.kind == "prompt_completion"
@@ -74,7 +74,7 @@ def _generated(setup: Setup) -> tuple[str, ...]:
     )
 
 
-def _classified(setup: Setup) -> tuple[str, ...]:
+def _classification_lines(setup: Setup) -> tuple[str, ...]:
     pairs = setup.provenance.decided.pairs
     types = (
         ", token_type_ids=inputs['token_type_ids']"

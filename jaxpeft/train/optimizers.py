@@ -111,13 +111,13 @@ def _labels(tree: Tree) -> Tree:
     return paths.map_with_path(lambda path, _: "head" if paths.is_head(path) else "base", tree)
 
 
-def _decayed(tree: Tree) -> Tree:
+def _decay_mask(tree: Tree) -> Tree:
     return paths.map_with_path(
-        lambda path, leaf: path[-1] not in _NOT_DECAYED and not _masked(leaf), tree
+        lambda path, leaf: path[-1] not in _NOT_DECAYED and not _is_masked(leaf), tree
     )
 
 
-def _masked(leaf: Any) -> bool:
+def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
@@ -130,18 +130,20 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
             config.b2,
             config.eps,
             weight_decay=decay,
-            mask=_decayed,
+            mask=_decay_mask,
             mu_dtype=jnp.float32,
         ),
-        "lion": lambda: optax.lion(rate, config.b1, config.b2, weight_decay=decay, mask=_decayed),
+        "lion": lambda: optax.lion(
+            rate, config.b1, config.b2, weight_decay=decay, mask=_decay_mask
+        ),
         # optax's own weight decay comes behind the learning rate, and would not follow it
         "adafactor": lambda: optax.chain(
             optax.adafactor(None, multiply_by_parameter_scale=False),
-            optax.add_decayed_weights(-decay, _decayed),
+            optax.add_decayed_weights(-decay, _decay_mask),
             optax.scale_by_learning_rate(rate, flip_sign=False),
         ),
         "sgd": lambda: optax.chain(
-            optax.add_decayed_weights(decay, _decayed), optax.sgd(rate, config.momentum or None)
+            optax.add_decayed_weights(decay, _decay_mask), optax.sgd(rate, config.momentum or None)
         ),
     }
     return kinds[config.name]()
@@ -150,11 +152,13 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
 def options_for(config: Config) -> OptimizerConfig:
     """Return the optimizer's options for the method of a config."""
     return (
-        for_head_alone(config.optimizer) if trains_head_alone(config.method) else config.optimizer
+        head_only_options(config.optimizer)
+        if trains_head_alone(config.method)
+        else config.optimizer
     )
 
 
-def for_head_alone(config: OptimizerConfig) -> OptimizerConfig:
+def head_only_options(config: OptimizerConfig) -> OptimizerConfig:
     """Return the options with the head's own learning rate for everything."""
     rate = config.head_learning_rate or config.learning_rate
     return dataclasses.replace(config, learning_rate=rate, head_learning_rate=None)

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def rows_shown(kind: str, what: str) -> Generator[Callable[[int, int], None] | None]:
+def row_progress(kind: str, what: str) -> Generator[Callable[[int, int], None] | None]:
     """Return a function `(rows done, rows in all)` that shows a bar, or None where no bar is
     wanted.
 
@@ -26,7 +26,7 @@ def rows_shown(kind: str, what: str) -> Generator[Callable[[int, int], None] | N
         kind: `auto`, `bar`, `plain` or `off`.
         what: is being done.
     """
-    if _resolved(kind) != "bar":
+    if _resolve(kind) != "bar":
         yield None
         return
     columns = (
@@ -41,7 +41,7 @@ def rows_shown(kind: str, what: str) -> Generator[Callable[[int, int], None] | N
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _resolved(kind: str) -> str:
+def _resolve(kind: str) -> str:
     if kind != "auto":
         return kind
     return "bar" if sys.stderr.isatty() else "plain"
@@ -66,7 +66,7 @@ class StepProgress:
     """
 
     def __init__(self, kind: str, name: str, total: int, done: int) -> None:
-        kind = _resolved(kind)
+        kind = _resolve(kind)
         self._kind, self._name, self._total = kind, name, total
         self._started, self._first = time.perf_counter(), done
         self._bar: Progress | None = None

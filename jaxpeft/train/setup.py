@@ -35,7 +35,7 @@ from jaxpeft.train.artifacts import Decided, decide
 from jaxpeft.train.auto import choose_outline
 from jaxpeft.train.from_config import training_loss
 from jaxpeft.train.losses import Loss, loss_for
-from jaxpeft.train.progress import rows_shown
+from jaxpeft.train.progress import row_progress
 
 _log = logging.getLogger(__name__)
 Encoded = data.Encoded
@@ -136,7 +136,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     )  # else the tokenizer's library refuses the same config.json, with an error of its own
     mesh, rules = _mesh(config, source), sharding_rules(config.mesh)
     compiling.keep_programs(config.train.compiled)
-    splits = read_splits(config, source, partial(rows_shown, config.log.progress))
+    splits = read_splits(config, source, partial(row_progress, config.log.progress))
     _check_metric(config.evaluation.metric, splits.problem, splits.examples.label_names)
     base, tensors = _base(source, described, splits, peers)
     batches = make_batches(config, splits)
@@ -146,7 +146,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
     outlined = choose_outline(config, splits, batches.lengths[-1], steps, mesh, peers)
     found = memory.layout_of(outlined, mesh, rules)
     params = outlined.read_sharded(found, config.train.seed)
-    model = fetching.bringing(outlined.model, found).clone(
+    model = fetching.fetch_kernels(outlined.model, found).clone(
         source=dataclasses.replace(source, sha256=base["sha256"])
     )
     return Setup(
@@ -188,7 +188,7 @@ def _mesh(config: Config, source: sources.Source) -> Mesh:
     """
     mesh = make_mesh(config, heads=heads_of(read_json(source.folder / "config.json")))
     check_processes(mesh)
-    fetching.check(config.mesh, mesh)
+    fetching.require_host_memory(config.mesh, mesh)
     return mesh
 
 
@@ -213,7 +213,7 @@ def _fingerprint(source: sources.Source, peers: Peers) -> tuple[str, dict[str, s
 
     def share(own: list[str]) -> list[str]:
         found = [
-            line for lines in peers.gathered("hashes of the base's files", own) for line in lines
+            line for lines in peers.all_gather("hashes of the base's files", own) for line in lines
         ]
         for line in found:
             name, digest = line.rsplit(" ", 1)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
 from jaxpeft.sharding.logical_axes import on_mesh
-from jaxpeft.sharding.mesh import replicated
+from jaxpeft.sharding.mesh import replicated_sharding
 from jaxpeft.train.losses import Loss
 from jaxpeft.train.outputs import Batch, Outputs
 
@@ -148,7 +148,7 @@ def jit_train_step(
         state: the sharding of each leaf of the state.
         options: XLA's, for the devices.
     """
-    shardings = (state, replicated(mesh))
+    shardings = (state, replicated_sharding(mesh))
     return jax.jit(
         on_mesh(mesh, step),
         donate_argnums=0,

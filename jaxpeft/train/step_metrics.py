@@ -81,7 +81,7 @@ class StepMetrics:
         for step, position, metrics in self._pending:
             loss, tokens = float(metrics["loss"]), int(metrics["tokens"])
             self._tokens += tokens
-            seen = self._watch.see(step, self._setup.data.batches.told(position), metrics)
+            seen = self._watch.see(step, self._setup.data.batches.describe_batch(position), metrics)
             self.write(step, seen | {"learning_rate": self._rate(step), "tokens": tokens})
             self._watch.stop_if_too_many(self._newest)
         self._pending.clear()
@@ -93,14 +93,14 @@ class StepMetrics:
             writer.write(step, figures)
 
     @contextmanager
-    def aside(self) -> Generator[None]:
+    def pause_clock(self) -> Generator[None]:
         """Count the time that is spent on something else than steps."""
         began = time.perf_counter()
         yield
         self._aside += time.perf_counter() - began
 
     @contextmanager
-    def shown(self, done: int) -> Generator[Callable[[int], None]]:
+    def show_progress(self, done: int) -> Generator[Callable[[int], None]]:
         """Show the steps while they are done.
 
         Args:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxpeft import kernels
 from jaxpeft.core import paths, targets
-from jaxpeft.core.folding import adding_parts, can_fold, fold_site
+from jaxpeft.core.folding import can_fold, fold_site, parts_that_add
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import (
@@ -56,7 +56,7 @@ def merge(
     """
     require_numbers(params)
     tree = paths.build(list(paths.walk(params)))
-    adding = adding_parts(method, MARKERS)
+    adding = parts_that_add(method, MARKERS)
     for part in adding:
         if not can_fold(type(part)):
             raise ConfigError(

@@ -17,7 +17,7 @@ from jaxpeft.core.rewriting import (
     require_numbers,
 )
 from jaxpeft.core.targets import Site
-from jaxpeft.errors import ConfigError, shown
+from jaxpeft.errors import ConfigError, show
 from jaxpeft.methods import MARKERS
 
 
@@ -64,7 +64,7 @@ def _require_key(rng: Any) -> None:
     typed = isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
     plain = isinstance(rng, jax.Array | np.ndarray) and rng.dtype == np.uint32
     if not ((typed and rng.ndim == 0) or (plain and rng.ndim == 1)):
-        raise ConfigError(f"rng: must be one key, such as jax.random.key(0), is {shown(rng)}")
+        raise ConfigError(f"rng: must be one key, such as jax.random.key(0), is {show(rng)}")
 
 
 def require_plain(method: Method, params: Mapping[str, Any]) -> None:

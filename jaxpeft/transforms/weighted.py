@@ -85,7 +85,7 @@ def merge_adapters(
     for i, name in enumerate(names):
         held = [(sites[name], w) for sites, w in zip(found, weights, strict=True) if name in sites]
         key = None if rng is None else jax.random.fold_in(rng, i)
-        merged[name] = _merged(
+        merged[name] = _merge(
             [h for h, _ in held], [w for _, w in held], how, most, density or 1.0, sign, key
         )
     top = max(a.shape[1] for a, _ in merged.values())
@@ -156,7 +156,7 @@ def _sites(method: LoRA, params: Mapping[str, Any]) -> dict[str, tuple[Array, Ar
     return out
 
 
-def _merged(
+def _merge(
     held: Sequence[tuple[Array, Array, float]],
     weights: Sequence[float],
     how: str,
@@ -176,7 +176,7 @@ def _merged(
     kind = how.removesuffix("_svd")
     if how == "svd" or how.endswith("_svd"):
         whole = [s * jnp.matmul(a, b, precision="highest") for a, b, s in held]
-        total = _combined(whole, weights, "linear" if how == "svd" else kind, density, sign, key)
+        total = _combine(whole, weights, "linear" if how == "svd" else kind, density, sign, key)
         u, values, v = jnp.linalg.svd(total, full_matrices=False)
         return u[:, :rank], values[:rank, None] * v[:rank]
     ranks = {a.shape[1] for a, _, _ in held}
@@ -189,12 +189,12 @@ def _merged(
     signed = [math.copysign(root, w) for root, w in zip(roots, weights, strict=True)]
     keys = (None, None) if key is None else jax.random.split(key)
     return (
-        _combined([a for a, _, _ in held], signed, kind, density, sign, keys[0]),
-        _combined([b for _, b, _ in held], roots, kind, density, sign, keys[1]),
+        _combine([a for a, _, _ in held], signed, kind, density, sign, keys[0]),
+        _combine([b for _, b, _ in held], roots, kind, density, sign, keys[1]),
     )
 
 
-def _combined(
+def _combine(
     tensors: Sequence[Array],
     weights: Sequence[float],
     kind: str,
@@ -209,7 +209,7 @@ def _combined(
             jax.random.bernoulli(key, density, stacked.shape), stacked / density, 0.0
         )
     elif kind != "linear":
-        stacked = jnp.stack([_largest(tensor, density) for tensor in stacked])
+        stacked = jnp.stack([_keep_largest(tensor, density) for tensor in stacked])
     weighted = stacked * jnp.asarray(weights, jnp.float32).reshape(-1, *(1,) * tensors[0].ndim)
     if not kind.endswith("ties"):
         return weighted.sum(0)
@@ -219,7 +219,7 @@ def _combined(
     return jnp.where(agree, weighted, 0.0).sum(0) / jnp.maximum(agree.sum(0), 1).astype(jnp.float32)
 
 
-def _largest(tensor: Array, density: float) -> Array:
+def _keep_largest(tensor: Array, density: float) -> Array:
     """Keep the share `density` of the entries that are the largest, and zeroes the others."""
     kept = int(density * tensor.size)
     flat = tensor.reshape(-1)

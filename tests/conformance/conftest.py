@@ -156,7 +156,7 @@ def moved(method: Any, params: Any, *, size: float = 0.2, seed: int = 0) -> Any:
     for path, flag in mask.items():
         if flag and path[-1] not in inside:
             add(path, ...)
-    for entry in tensors.adapted(method, params):
+    for entry in tensors.find_adapted(method, params):
         for key, like in entry.fresh.items():
             path = (*entry.site.path, key)
             if mask[path]:

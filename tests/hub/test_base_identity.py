@@ -203,8 +203,10 @@ def test_the_fingerprint_is_the_same_where_files_are_hashed_in_turns(
 ):
     folder = shutil.copytree(reference("llama", "causal_lm").folder, tmp_path / "m")
     _shards(folder, load_file(folder / "model.safetensors"))
-    source, read, whole = Source("m", folder), [], digests.of_file
-    monkeypatch.setattr(digests, "of_file", lambda path: read.append(path.name) or whole(path))
+    source, read, whole = Source("m", folder), [], digests.file_tensors_sha256
+    monkeypatch.setattr(
+        digests, "file_tensors_sha256", lambda path: read.append(path.name) or whole(path)
+    )
     alone = fingerprint(source)
     assert len(read) == 3
     lines: list[str] = []

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpeft.config import load
 from jaxpeft.config.schema import Config
-from jaxpeft.hub.fetching import bringing
+from jaxpeft.hub.fetching import fetch_kernels
 from jaxpeft.plan import topology
 from jaxpeft.plan.collectives import collectives
-from jaxpeft.plan.examine import Setting, prepared, step_of
+from jaxpeft.plan.examine import Setting, prepare, step_of
 from jaxpeft.plan.hlo import parse
 from jaxpeft.plan.step_arguments import step_arguments
 from jaxpeft.plan.subject import with_changes
@@ -41,7 +41,7 @@ def test_the_codes_of_a_layer_are_gathered_and_not_what_they_stand_for(
     tmp_path: Path, scan: bool
 ) -> None:
     config = changed(tmp_path, mesh__strategy="fsdp", model__quant="nf4")
-    mesh, run, _ = prepared(setting(scan), config)
+    mesh, run, _ = prepare(setting(scan), config)
     placed = step_arguments(run, mesh)
     text = (
         step_of(run, placed, mesh)
@@ -61,7 +61,7 @@ def test_specs_of_codes_within_a_layer(tmp_path: Path) -> None:
         config = changed(
             tmp_path, mesh__strategy="fsdp_tensor", mesh__tensor=2, model__quant="int8"
         )
-        gathered = dict(prepared(setting(scan), config)[1].model.options.gathered)
+        gathered = dict(prepare(setting(scan), config)[1].model.options.gathered)
         assert gathered["self_attn", "q_proj", "kernel_int8"] == P("tensor")
         assert gathered["mlp", "down_proj", "kernel_int8"] == P(None, "tensor")
         assert {path[1] for path in gathered} == {
@@ -88,12 +88,12 @@ def test_specs_of_codes_within_a_layer(tmp_path: Path) -> None:
 def test_what_is_brought_is_not_kept_for_the_backward_pass(
     tmp_path: Path, options: dict[str, Any], gathers: bool, waits: bool, remat: str
 ) -> None:
-    found = prepared(setting(True), changed(tmp_path, **options))[1].model.options
+    found = prepare(setting(True), changed(tmp_path, **options))[1].model.options
     assert (bool(found.gathered), found.offload, found.remat) == (gathers, waits, remat)
 
 
 def test_a_model_of_one_device_stays_as_it_is(tmp_path: Path) -> None:
     config = changed(tmp_path, model__quant="nf4")
-    run = prepared(setting(True), config)[1]
+    run = prepare(setting(True), config)[1]
     one = make_mesh(dataclasses.replace(config, mesh=MeshConfig()), jax.devices()[:1])
-    assert bringing(run.model, layout(one, sharding_rules(config.mesh), run.base)) == run.model
+    assert fetch_kernels(run.model, layout(one, sharding_rules(config.mesh), run.base)) == run.model

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.kernels import QUANTIZED, fp8
-from jaxpeft.kernels.form import packed, selected, unpacked
+from jaxpeft.kernels.form import pack, select, unpack
 
 RNG = np.random.default_rng(0)
 every_form = pytest.mark.parametrize("name", QUANTIZED)
@@ -114,12 +114,12 @@ def test_whole_numbers_are_the_nearest_to_the_weight_over_its_scale(
 
 def test_codes_are_packed_with_the_earlier_one_high_and_looked_up() -> None:
     codes = jnp.asarray(RNG.integers(0, 16, (3, 8)), jnp.uint8)
-    data = packed(codes)
+    data = pack(codes)
     assert data.shape == (3, 4) and int(data[0, 0]) == 16 * int(codes[0, 0]) + int(codes[0, 1])
-    np.testing.assert_array_equal(unpacked(data), codes)
+    np.testing.assert_array_equal(unpack(data), codes)
     table = tuple(float(n) ** 2 for n in range(16))
     np.testing.assert_array_equal(
-        selected(codes, table, jnp.float32), np.asarray(table, np.float32)[codes]
+        select(codes, table, jnp.float32), np.asarray(table, np.float32)[codes]
     )
 
 

@@ -106,6 +106,6 @@ def test_codes_and_scales_are_those_of_bitsandbytes(shape: tuple[int, int], dtyp
 def test_a_block_of_zeros_is_decoded_to_zeros():
     kernel = np.random.default_rng(0).standard_normal((128, 8)).astype(np.float32)
     kernel[:, 2] = kernel[:64, 3] = 0
-    back = np.asarray(nf4.decoded(nf4.store(jnp.asarray(kernel)), jnp.float32)).T
+    back = np.asarray(nf4.decode(nf4.store(jnp.asarray(kernel)), jnp.float32)).T
     assert not back[:, 2].any() and not back[:64, 3].any()
     np.testing.assert_allclose(back[64:, 3], kernel[64:, 3], atol=0.5)

@@ -16,14 +16,14 @@ from jaxpeft import models
 from jaxpeft.models import attention
 from jaxpeft.models.attention import KERNELS, AttentionKernel, fastest
 from jaxpeft.models.base import ModelOptions
-from jaxpeft.models.masks import Mask, allowed
+from jaxpeft.models.masks import Mask, make_mask
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 9])
 def test_a_causal_mask_written_out_is_its_definition(window: int) -> None:
     text = jnp.asarray([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]])
     segments = jnp.asarray([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2]])
-    found = np.asarray(allowed(text, segments, causal=True, window=window).full(6))
+    found = np.asarray(make_mask(text, segments, causal=True, window=window).to_array(6))
     for row, query, key in np.ndindex(2, 6, 6):
         near = key <= query and (not window or query - key < window)
         same = bool(segments[row, query] == segments[row, key])
@@ -31,8 +31,8 @@ def test_a_causal_mask_written_out_is_its_definition(window: int) -> None:
 
 
 def test_what_everything_may_see_needs_no_mask() -> None:
-    assert allowed(None, None, causal=False).full(4) is None
-    assert allowed(None, None, causal=True) == Mask(causal=True)
+    assert make_mask(None, None, causal=False).to_array(4) is None
+    assert make_mask(None, None, causal=True) == Mask(causal=True)
 
 
 class Seen(nn.Module):
@@ -101,7 +101,7 @@ def test_rows_padded_on_the_right_need_no_mask_and_give_the_same(
         for right in (False, True)
     )
     a, b = (np.asarray(m.apply({"params": params}, ids, text)) for m in (plain, bare))
-    assert calls[0].given() is not None and calls[-1].given() is None and calls[-1].causal
+    assert calls[0].row_mask() is not None and calls[-1].row_mask() is None and calls[-1].causal
     assert {mask.window for mask in calls} == {window}
     np.testing.assert_allclose(a[text > 0], b[text > 0], atol=1e-6)
 

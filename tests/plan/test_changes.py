@@ -6,7 +6,7 @@ import pytest
 
 from jaxpeft.config import load
 from jaxpeft.plan import topology
-from jaxpeft.plan.changes import changes, repairs, summary, with_nearest
+from jaxpeft.plan.changes import add_nearest, changes, repairs, summary
 from jaxpeft.plan.examine import Setting, examine
 from jaxpeft.plan.report import Memory, Row
 from jaxpeft.plan.subject import with_changes
@@ -63,7 +63,7 @@ def test_the_nearest_change_is_compiled_and_fits(config):
     assert free.row.verdict == "no limit is known; give --hbm"
     assert free.row.memory is not None
     limit = 0.9 * free.row.memory.total
-    row = with_nearest(setting(limit), examine(setting(limit), fsdp), most=6)
+    row = add_nearest(setting(limit), examine(setting(limit), fsdp), most=6)
     assert row.fits is False
     assert row.verdict.startswith("does not fit, by 0.0")
     assert row.nearest is not None
@@ -75,7 +75,7 @@ def test_the_nearest_change_is_compiled_and_fits(config):
 
 def test_what_arithmetic_rules_out_is_not_compiled(config):
     fsdp = with_changes(config, mesh__strategy="fsdp")
-    row = with_nearest(setting(1000), examine(setting(1000), fsdp), most=6)
+    row = add_nearest(setting(1000), examine(setting(1000), fsdp), most=6)
     assert row.nearest is None
     assert row.tried[0].startswith("batch, remat and quantization, which come to about 0.0")
 
@@ -86,7 +86,7 @@ def test_a_refused_batch_says_why_and_is_repaired(config):
     assert found.row.verdict.startswith(
         "refused: train.batch_size: 12 is not divisible by 8 devices"
     )
-    row = with_nearest(setting(2**34), found, most=2)
+    row = add_nearest(setting(2**34), found, most=2)
     assert row.nearest is not None
     assert row.nearest.change == "train.batch_size 16, train.accumulation 1"
 

@@ -16,7 +16,7 @@ import pytest
 from jaxpeft.config.schema import Config
 from jaxpeft.core import paths, training_hooks
 from jaxpeft.plan.subject import Subject, subject
-from jaxpeft.train.begin import rewritten
+from jaxpeft.train.begin import rewrite_base
 from jaxpeft.train.setup import Setup, prepare
 from jaxpeft.train.step import make_train_step
 
@@ -73,7 +73,7 @@ def shapes(tree: Any) -> dict[str, Any]:
 def test_a_plan_has_the_leaves_of_the_run(make_config: MakeConfig, case: str) -> None:
     kind, given = CASES[case]
     planned, run = both(make_config(kind, **given))
-    trainable, frozen = rewritten(run, run.config.method)
+    trainable, frozen = rewrite_base(run, run.config.method)
     assert planned.model.options == run.model.options
     assert planned.model.config == run.model.config
     assert shapes(planned.base) == shapes(run.params)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from jaxpeft.errors import ConfigError
-from jaxpeft.processes.clusters import Flags, Place, Waits, find, on_tpu_vm, waits
+from jaxpeft.processes.clusters import Flags, Place, Waits, find, find_tpu_vm, waits
 
 SLURM = {
     "SLURM_JOB_ID": "123456",
@@ -382,16 +382,16 @@ def test_what_is_half_set_or_contradicts_itself_is_refused(
 
 def test_a_tpu_vm_is_told_by_what_jax_writes_into_the_environment() -> None:
     there = {"TPU_ML_PLATFORM": "JAX"}
-    assert on_tpu_vm(there) == Place("TPU VM")
-    assert on_tpu_vm(there).found_by_jax  # pyright: ignore[reportOptionalMemberAccess]
+    assert find_tpu_vm(there) == Place("TPU VM")
+    assert find_tpu_vm(there).found_by_jax  # pyright: ignore[reportOptionalMemberAccess]
     for more in (
         {"TPU_SKIP_MDS_QUERY": "1"},
         {"JAX_PLATFORMS": "cpu"},
         {"JAXPEFT_DISTRIBUTED": "off"},
         GKE,
     ):
-        assert on_tpu_vm(there | more) is None
-    assert on_tpu_vm({}) is None
+        assert find_tpu_vm(there | more) is None
+    assert find_tpu_vm({}) is None
 
 
 def test_how_long_is_waited() -> None:

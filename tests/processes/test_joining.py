@@ -67,7 +67,7 @@ def test_processes_of_mpirun_find_each_other_by_what_jax_reads_of_open_mpi() -> 
         "import os, jax; from jaxpeft import clusters, distributed\npeers ="
         " distributed.start(clusters.find(os.environ),"
         " clusters.Waits(start=120))\nprint(peers.process, jax.process_count(),"
-        " peers.gathered('names', [f'of {peers.process}']))\njax.distributed.shutdown()"
+        " peers.all_gather('names', [f'of {peers.process}']))\njax.distributed.shutdown()"
     )
     there = {
         "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.148.0.1:34911",

@@ -85,7 +85,7 @@ def run() -> Generator[Run]:
 
 def test_a_process_by_itself_asks_nobody(tmp_path: Path) -> None:
     assert ALONE.first and not ALONE.many
-    assert ALONE.agreed("a number", lambda: 3) == 3
+    assert ALONE.agree("a number", lambda: 3) == 3
     ALONE.wait("nothing")
     ALONE.same("options", {"a": 1})
     ALONE.require_shared(tmp_path)
@@ -95,16 +95,19 @@ def test_a_process_by_itself_asks_nobody(tmp_path: Path) -> None:
 def test_what_process_0_makes_is_what_all_have(run: Run) -> None:
     def twice(one: Peers) -> list[Any]:
         return [
-            one.agreed("a list", lambda: [one.process, None]),
-            one.agreed("a list", lambda: {"of": one.process}),
+            one.agree("a list", lambda: [one.process, None]),
+            one.agree("a list", lambda: {"of": one.process}),
         ]
 
     assert run(twice) == [[[0, None], {"of": 0}]] * 2
 
 
 def test_what_each_process_has_is_given_to_all_in_their_order(run: Run) -> None:
-    assert run(lambda peers: peers.gathered("numbers", [peers.process])) == [[[0], [1]], [[0], [1]]]
-    assert ALONE.gathered("numbers", 3) == [3]
+    assert run(lambda peers: peers.all_gather("numbers", [peers.process])) == [
+        [[0], [1]],
+        [[0], [1]],
+    ]
+    assert ALONE.all_gather("numbers", 3) == [3]
 
 
 def test_values_that_differ_are_refused_by_name(run: Run) -> None:
@@ -135,7 +138,7 @@ def test_who_is_missing_at_a_barrier_is_said(run: Run) -> None:
 
 
 def test_a_value_that_never_comes_is_an_error(run: Run) -> None:
-    _, second = run(lambda one: None if one.first else one.agreed("the step", lambda: 1))
+    _, second = run(lambda one: None if one.first else one.agree("the step", lambda: 1))
     assert isinstance(second, PeersError)
     assert "process 1 of 2 waited for the others at 'the step'" in str(second)
 
@@ -211,7 +214,7 @@ def test_other_processes_say_warnings_alone_with_their_number(
 ) -> None:
     handler = logs.StderrHandler()
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
-    distributed.hush(3, 4)
+    distributed.silence_other_processes(3, 4)
     log = logging.getLogger("jaxpeft.train.loop")
     log.info("a step")
     log.warning("something is wrong")
@@ -225,9 +228,9 @@ def test_the_error_of_a_process_by_itself_is_its_exit_code(
     def body() -> int:
         raise ConfigError("a.b: is wrong")
 
-    assert distributed.together(ALONE, Waits(), body, show_traceback=False) == 2
+    assert distributed.end_together(ALONE, Waits(), body, show_traceback=False) == 2
     assert capsys.readouterr().err == "jaxpeft: a.b: is wrong\n"
-    assert distributed.together(ALONE, Waits(), lambda: 143, show_traceback=False) == 143
+    assert distributed.end_together(ALONE, Waits(), lambda: 143, show_traceback=False) == 143
 
 
 def test_a_process_that_is_not_heard_of_is_named_once(caplog: pytest.LogCaptureFixture) -> None:

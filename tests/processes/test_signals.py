@@ -58,7 +58,7 @@ def told(seconds: float, wait: float, signum: int | None = None) -> list[object]
     """
     calls: list[object] = []
     with StopRequest():
-        with signals.heard(seconds, lambda: calls.append("late"), calls.append):
+        with signals.listen_while_waiting(seconds, lambda: calls.append("late"), calls.append):
             if signum is not None:
                 os.kill(os.getpid(), signum)
             time.sleep(wait)

@@ -22,8 +22,8 @@ from benchmarks.strategies import (
 )
 from jaxpeft.models import attention, chunked_attention
 from jaxpeft.models.attention import KERNELS, AttentionKernel, attend
-from jaxpeft.models.masks import Mask, allowed
-from jaxpeft.sharding.logical_axes import on_mesh, placed
+from jaxpeft.models.masks import Mask, make_mask
+from jaxpeft.sharding.logical_axes import constrain, on_mesh
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import STRATEGIES
 from jaxpeft.train.head_loss import CrossEntropy, through_head
@@ -128,7 +128,7 @@ def test_a_kernel_that_is_not_partitioned_computes_rows_and_heads_of_its_device(
 
     def run(kernel: str) -> Any:
         def sum_of(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            mask = allowed(None, segments, causal=True)
+            mask = make_mask(None, segments, causal=True)
             return jnp.sum(jnp.sin(attend(NoDropout(), kernel, q, k, v, mask)))  # pyright: ignore[reportArgumentType]
 
         return jax.jit(on_mesh(mesh, jax.value_and_grad(sum_of, argnums=(0, 1, 2))))(q, k, v)
@@ -182,6 +182,6 @@ def test_the_loss_in_chunks_takes_positions_of_every_device(most: int) -> None:
 
 def test_names_mean_nothing_without_a_mesh() -> None:
     x = jnp.ones((4, 4))
-    assert placed(x, "batch", "mlp") is x
+    assert constrain(x, "batch", "mlp") is x
     mesh = mesh_of(MeshConfig(), 1)
     assert on_mesh(mesh, len) is len

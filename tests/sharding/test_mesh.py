@@ -16,7 +16,13 @@ from jax.sharding import PartitionSpec
 from jaxpeft.config.schema import Config, DataConfig, TrainConfig
 from jaxpeft.errors import ConfigError
 from jaxpeft.processes.arrays import put_batch
-from jaxpeft.sharding.mesh import batch_shardings, evaluation_rows, heads_of, make_mesh, replicated
+from jaxpeft.sharding.mesh import (
+    batch_shardings,
+    evaluation_rows,
+    heads_of,
+    make_mesh,
+    replicated_sharding,
+)
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import Heads
 
@@ -160,7 +166,7 @@ def test_heads_of_a_config() -> None:
 
 
 def test_every_device_holds_a_replicated_array() -> None:
-    assert replicated(make_mesh(config(data=-1))).is_fully_replicated
+    assert replicated_sharding(make_mesh(config(data=-1))).is_fully_replicated
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from jaxpeft.sharding.mesh import make_mesh
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.train import job, memory
-from jaxpeft.train.begin import begun
+from jaxpeft.train.begin import initialize
 from jaxpeft.train.records import read_lines
 from jaxpeft.train.setup import prepare
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_goes_on_on_another_mesh_and_on_one_device(
 
 def test_trees_and_moments_lie_where_the_rules_say(config: Config) -> None:
     setup = prepare(spread(config, strategy="tensor", tensor=2))
-    _, trainable, frozen = begun(setup, config.method, None)
+    _, trainable, frozen = initialize(setup, config.method, None)
     specs = {
         paths.text(path): leaf.sharding.spec
         for path, leaf in (*paths.walk(trainable), *paths.walk(frozen))
@@ -182,7 +182,7 @@ def test_offloaded_kernels_stay_in_host_memory_and_the_step_takes_them_from_ther
 ) -> None:
     setup = prepare(spread(config, strategy="fsdp", offload=True))
     assert (setup.model.options.offload, setup.model.options.remat) == (True, "products")
-    _, _, frozen = begun(setup, config.method, None)
+    _, _, frozen = initialize(setup, config.method, None)
     kinds = {paths.text(path): leaf.sharding.memory_kind for path, leaf in paths.walk(frozen)}
     assert {kind for path, kind in kinds.items() if path.endswith("_proj/kernel")} == {HOST}
     assert kinds["model/embed_tokens/embedding"] == "device"
@@ -203,7 +203,7 @@ def test_starts_that_read_the_base_read_it_in_host_memory_too(
     )
     made = dataclasses.replace(made, method=dataclasses.replace(made.method, init_weights=start))  # type: ignore[call-arg]
     found = [
-        begun(prepare(spread(made, **mesh)), made.method, None)[1]
+        initialize(prepare(spread(made, **mesh)), made.method, None)[1]
         for mesh in ({}, {"strategy": "fsdp", "offload": True})
     ]
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
@@ -227,7 +227,9 @@ def test_a_start_from_data_is_that_of_one_device_whatever_is_computed_again(
     method = dataclasses.replace(made.method, init_weights="eva", eva_batches=1)  # type: ignore[call-arg]
     made = dataclasses.replace(made, method=method)
     remat = dataclasses.replace(made, model=dataclasses.replace(made.model, remat="products"))
-    found = [begun(prepare(one), method, None)[1] for one in (made, remat, spread(made, **mesh))]
+    found = [
+        initialize(prepare(one), method, None)[1] for one in (made, remat, spread(made, **mesh))
+    ]
     assert prepare(spread(made, **mesh)).model.options.remat == "products"
     for plain, *others in zip(*map(jax.tree.leaves, found), strict=True):
         for other in others:
@@ -246,13 +248,13 @@ def test_offload_is_refused_where_there_is_no_such_memory(config: Config) -> Non
     class Mesh:
         devices = np.array([Device()])
 
-    fetching.check(MeshConfig(offload=True), mesh)
+    fetching.require_host_memory(MeshConfig(offload=True), mesh)
     said = (
         r"mesh\.offload: the devices \(some chip\) have no memory of kind pinned_host \(they have"
         r" hbm\); set it to False"
     )
     with pytest.raises(ConfigError, match=said):
-        fetching.check(MeshConfig(offload=True), Mesh())  # type: ignore[arg-type]
+        fetching.require_host_memory(MeshConfig(offload=True), Mesh())  # type: ignore[arg-type]
 
 
 def test_memory_is_estimated_for_each_device(config: Config) -> None:

@@ -18,18 +18,20 @@ TENSORS = {f"layer.{i}": "ab" * 32 for i in range(5)}
 
 
 def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
-    assert base_record.changed(tmp_path, TENSORS) == []
+    assert base_record.find_changes(tmp_path, TENSORS) == []
     base_record.write(tmp_path, TENSORS)
-    assert base_record.changed(tmp_path, TENSORS) == []
+    assert base_record.find_changes(tmp_path, TENSORS) == []
     assert (
-        base_record.changed(tmp_path, {f"bert.{name}": found for name, found in TENSORS.items()})
+        base_record.find_changes(
+            tmp_path, {f"bert.{name}": found for name, found in TENSORS.items()}
+        )
         == []
     )
-    (problem,) = base_record.changed(tmp_path, TENSORS | {"layer.3": "c" * 64})
+    (problem,) = base_record.find_changes(tmp_path, TENSORS | {"layer.3": "c" * 64})
     assert problem.startswith(
         f"base: layer.3 is not the tensor that the run began with ({tmp_path / 'base.json'}); fetch"
     )
-    problems = base_record.changed(tmp_path, dict.fromkeys(TENSORS, "c" * 64))
+    problems = base_record.find_changes(tmp_path, dict.fromkeys(TENSORS, "c" * 64))
     assert len(problems) == 4 and problems[-1] == "... and 2 more of 5 tensors"
     base_record.require_same(problems, ["base"])
     with pytest.raises(ConfigError, match=r"base: layer\.0 is not the tensor"):
@@ -41,7 +43,7 @@ def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
 )
 def test_a_record_that_cannot_be_read_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "base.json").write_text(content)
-    (problem,) = base_record.changed(tmp_path, TENSORS)
+    (problem,) = base_record.find_changes(tmp_path, TENSORS)
     assert "base.json" in problem and "remove it" in problem
 
 

@@ -18,15 +18,15 @@ from jaxpeft.train import compiling
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    told = compiling.kept_in()
+    told = compiling.cache_folder()
     jax.config.update("jax_compilation_cache_dir", None)
     yield
     jax.config.update("jax_compilation_cache_dir", told)
 
 
 def test_a_folder_that_is_named_keeps_them_and_off_keeps_none(tmp_path: Path) -> None:
-    assert compiling.keep_programs("off") is None and compiling.kept_in() is None
-    assert compiling.keep_programs(str(tmp_path)) == str(tmp_path) == compiling.kept_in()
+    assert compiling.keep_programs("off") is None and compiling.cache_folder() is None
+    assert compiling.keep_programs(str(tmp_path)) == str(tmp_path) == compiling.cache_folder()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
@@ -35,7 +35,7 @@ def test_they_are_in_the_users_cache(
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setenv("JAXPEFT_CACHE", str(tmp_path))
-    assert compiling.keep_programs("auto") == str(tmp_path / "compiled") == compiling.kept_in()
+    assert compiling.keep_programs("auto") == str(tmp_path / "compiled") == compiling.cache_folder()
 
 
 _KEPT = """
@@ -72,7 +72,7 @@ def test_programs_compile_at_once_and_stay_in_order() -> None:
 def test_the_caches_that_are_off_keep_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setenv("JAXPEFT_CACHE", "off")
-    assert compiling.keep_programs("auto") is None and compiling.kept_in() is None
+    assert compiling.keep_programs("auto") is None and compiling.cache_folder() is None
 
 
 def test_a_folder_that_jax_is_told_of_stays(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_start_from_the_kernels_decomposes_each_of_them_once(
         method__targets=("query",),
     )
     seen: list[int] = []
-    largest = starts.largest
+    largest = starts.largest_triples
 
     def counted(matrix: Any, *rest: Any) -> Any:
         like = jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
@@ -100,7 +100,7 @@ def test_a_start_from_the_kernels_decomposes_each_of_them_once(
         )  # if anything needs it
         return largest(looked, *rest)
 
-    monkeypatch.setattr(starts, "largest", counted)
+    monkeypatch.setattr(starts, "largest_triples", counted)
     job.run(config, tmp_path / "run")
     layers = prepare(config).model.config.num_hidden_layers
     assert len(seen) == layers

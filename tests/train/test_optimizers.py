@@ -155,7 +155,9 @@ def test_adam_holds_two_moments_of_what_is_trained_and_nothing_else() -> None:
 
 
 def test_the_head_alone_gets_the_heads_rate() -> None:
-    config = optimizers.for_head_alone(OptimizerConfig(learning_rate=0.1, head_learning_rate=0.5))
+    config = optimizers.head_only_options(
+        OptimizerConfig(learning_rate=0.1, head_learning_rate=0.5)
+    )
     assert (config.learning_rate, config.head_learning_rate) == (0.5, None)
 
 

@@ -52,9 +52,9 @@ def test_off_says_nothing(
 
 
 def test_rows_are_shown_only_by_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.rows_shown("plain", "tokenizing") as shown:
+    with progress.row_progress("plain", "tokenizing") as shown:
         assert shown is None
-    with progress.rows_shown("bar", "tokenizing") as shown:
+    with progress.row_progress("bar", "tokenizing") as shown:
         assert shown is not None
         shown(5, 10)
     capsys.readouterr()

@@ -45,7 +45,7 @@ class Items(Protocol[T_co]):
         ...
 
 
-def ahead(
+def prefetch(
     source: Items[T],
     workers: int = 0,
     *,
@@ -67,7 +67,7 @@ def ahead(
         Exception: an item cannot be made: what the source raised.
     """
     processes = _Processes(source, workers)
-    taker = _Taker(processes.items() if workers else _opened(_dataset(source, 0, 1)))
+    taker = _Taker(processes.items() if workers else _open(_dataset(source, 0, 1)))
     # the first item waits for the processes to start, however slow the machine
     limit = timeout + 60
     try:
@@ -164,7 +164,7 @@ def _dataset(source: Items[T], first: int, step: int) -> Iterator[_Sealed[T]]:
     return iter(items.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
 
-def _opened(items: Iterable[_Sealed[T]]) -> Generator[T]:
+def _open(items: Iterable[_Sealed[T]]) -> Generator[T]:
     for sealed in items:
         if sealed.error is not None:
             raise sealed.error
@@ -197,7 +197,7 @@ class _Processes(Generic[T]):
         """
         try:
             self._start()
-            yield from _opened(self._receive(i % len(self._all)) for i in range(len(self._source)))
+            yield from _open(self._receive(i % len(self._all)) for i in range(len(self._source)))
         finally:
             self.end()
 

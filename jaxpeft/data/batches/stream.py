@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from jaxpeft.config.schema import Config
-from jaxpeft.data.batches.prefetch import ahead
+from jaxpeft.data.batches.prefetch import prefetch
 from jaxpeft.data.batches.training import Batch, Batches, Own, Position
 from jaxpeft.data.examples.make import Examples, join, make_examples
-from jaxpeft.data.examples.reading import columns_of, cut, kind_of, layout_of, tell_unread
+from jaxpeft.data.examples.reading import columns_of, cut_texts, kind_of, layout_of, report_unread
 from jaxpeft.data.rows.columns import OPTIONAL, Columns, Kind
 from jaxpeft.data.rows.read import is_hub_id
 from jaxpeft.data.rows.row_streams import RowStream
@@ -56,12 +56,12 @@ class StreamedSource:
         rows = self.rows.rows(buffer * self.count, self.count)
         if not len(rows):
             return None
-        rows = cut(self.config, rows, self.format)[0]
+        rows = cut_texts(self.config, rows, self.format)[0]
         # a column that a format may do without may be missing in a whole buffer
         optional, there = OPTIONAL.get(self.kind, {}), set(rows.columns())
         given = {
             field: c
-            for field, c in self.columns.given().items()
+            for field, c in self.columns.named_fields().items()
             if field not in optional or c in there
         }
         return make_examples(rows, kind=self.kind, columns=Columns(**given), like=self.like)
@@ -112,8 +112,8 @@ class Stream:
             if not len(first):
                 raise DataError(f"{path}: has no rows; give a source with at least one row")
             told = kind_of(config, first)
-            tell_unread(config, first, told)
-            ready, kind = cut(config, first, told)
+            report_unread(config, first, told)
+            ready, kind = cut_texts(config, first, told)
             found = make_examples(ready, kind=kind, columns=columns_of(config, kind), like=like)
             self._sources.append(
                 StreamedSource(config, stream, told, kind, found.columns, count, like)
@@ -151,7 +151,7 @@ class Stream:
         """Leave the first buffer behind: worker processes make their own."""
         return {name: value for name, value in self.__dict__.items() if name != "first"}
 
-    def told(self, position: Position) -> str:
+    def describe_batch(self, position: Position) -> str:
         """Name the batch before a position, for a message."""
         return (
             f"batch {position['batch'] - 1} of buffer {position['buffer']} of epoch"
@@ -189,7 +189,7 @@ class Stream:
         options = self._config.data
         while True:
             before = number
-            buffers = ahead(
+            buffers = prefetch(
                 _Buffers(self, number),
                 options.workers,
                 timeout=options.worker_timeout,

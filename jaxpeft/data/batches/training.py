@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxpeft.data.batches.epochs import FILLER, EpochPlan, make_plan
-from jaxpeft.data.batches.prefetch import ahead
+from jaxpeft.data.batches.prefetch import prefetch
 from jaxpeft.data.chat.supervise import IGNORED
 from jaxpeft.data.examples.labels import ProblemType, label_array
 from jaxpeft.data.tokens.arrays import Encoded
@@ -136,7 +136,7 @@ class Batches:
         """Return a batch, for its shapes."""
         return self.batch(0)
 
-    def told(self, position: Position) -> str:
+    def describe_batch(self, position: Position) -> str:
         """Name the sequences of the batch before a position, for a message."""
         rows = self.rows(position["step"] - 1)
         return (
@@ -163,7 +163,7 @@ class Batches:
             WorkerError: a worker process has ended or hangs.
         """
         start = position.get("step", 0)
-        batches = ahead(
+        batches = prefetch(
             _Steps(self, start, steps, own), self._workers, timeout=self._timeout, waiting=waiting
         )
         with closing(batches):

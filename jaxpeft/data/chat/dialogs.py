@@ -76,7 +76,7 @@ def read_completion(record: Record, columns: Columns) -> Dialog | Completion:
         RowError: a field is missing or wrong.
     """
     prompt, completion = field(record, columns.prompt), field(record, columns.completion)
-    return _joined(prompt, completion, columns.prompt, columns.completion, _frame(record, columns))
+    return _join(prompt, completion, columns.prompt, columns.completion, _frame(record, columns))
 
 
 def read_instruction(record: Record, columns: Columns) -> Dialog:
@@ -89,13 +89,15 @@ def read_instruction(record: Record, columns: Columns) -> Dialog:
     Raises:
         RowError: a field is missing or wrong.
     """
-    instruction = named(read_text, record, columns.instruction)
+    instruction = read_column(read_text, record, columns.instruction)
     given = record.get(columns.input) if columns.input else None
-    extra = named(read_text, record, columns.input) if given is not None and given != "" else ""
+    extra = (
+        read_column(read_text, record, columns.input) if given is not None and given != "" else ""
+    )
     asked = f"{instruction}\n\n{extra}" if extra else instruction
     user = {"role": "user", "content": asked, "instruction": instruction, "input": extra}
-    history = _within(_read_history, record.get(columns.history or ""), columns.history)
-    answer = {"role": "assistant", "content": named(read_text, record, columns.output)}
+    history = _read_nested(_read_history, record.get(columns.history or ""), columns.history)
+    answer = {"role": "assistant", "content": read_column(read_text, record, columns.output)}
     return _chat((*history, user, answer), _frame(record, columns))
 
 
@@ -112,7 +114,9 @@ def read_dialog(record: Record, columns: Columns) -> Dialog:
             "write it as a list of messages; if it is a prompt, set data.columns={'prompt':"
             f" {column!r}, 'completion': ...}}",
         )
-    return _answered(_chat(_within(read_messages, value, column), _frame(record, columns)), column)
+    return _require_answer(
+        _chat(_read_nested(read_messages, value, column), _frame(record, columns)), column
+    )
 
 
 def read_preference(record: Record, columns: Columns) -> Preference:
@@ -133,9 +137,9 @@ def read_preference(record: Record, columns: Columns) -> Preference:
         _frame(record, columns),
     )
     if prompt is None or all(map(_holds_prompt, answers)):
-        return Preference(*(_whole(answer, column, frame) for answer, column in pair))
+        return Preference(*(_read_whole(answer, column, frame) for answer, column in pair))
     return Preference(
-        *(_joined(prompt, answer, columns.prompt, column, frame) for answer, column in pair)
+        *(_join(prompt, answer, columns.prompt, column, frame) for answer, column in pair)
     )
 
 
@@ -161,8 +165,8 @@ class _Frame:
 
 def _frame(record: Record, columns: Columns) -> _Frame:
     system, tools = columns.system or "", columns.tools or "tools"
-    text = named(read_text, record, system) if record.get(system) not in (None, "") else ""
-    read = _within(_read_tools, record.get(tools), tools)
+    text = read_column(read_text, record, system) if record.get(system) not in (None, "") else ""
+    read = _read_nested(_read_tools, record.get(tools), tools)
     return _Frame(
         text,
         read,
@@ -212,7 +216,7 @@ def _chat(messages: Sequence[Message], frame: _Frame, context: int = 0) -> Dialo
     return Dialog((system, *messages), frame.tools, frozenset(i + 1 for i in unlearned))
 
 
-def _answered(dialog: Dialog, column: str | None) -> Dialog:
+def _require_answer(dialog: Dialog, column: str | None) -> Dialog:
     if dialog.answers:
         return dialog
     if any(message["role"] == "assistant" for message in dialog.messages):
@@ -220,30 +224,33 @@ def _answered(dialog: Dialog, column: str | None) -> Dialog:
     raise RowError(f"{column!r} has no turn of the assistant", "add one or leave the row out")
 
 
-def _whole(value: Any, column: str | None, frame: _Frame) -> Dialog | Completion:
+def _read_whole(value: Any, column: str | None, frame: _Frame) -> Dialog | Completion:
     if isinstance(value, str):
-        return _plain("", _within(read_text, value, column), frame, None, column)
-    return _chat(_within(read_messages, value, column), frame)
+        return _plain("", _read_nested(read_text, value, column), frame, None, column)
+    return _chat(_read_nested(read_messages, value, column), frame)
 
 
-def _joined(
+def _join(
     prompt: Any, answer: Any, prompt_column: str | None, answer_column: str | None, frame: _Frame
 ) -> Dialog | Completion:
     if isinstance(prompt, str) and isinstance(answer, str):
-        texts = _within(read_text, prompt, prompt_column), _within(read_text, answer, answer_column)
+        texts = (
+            _read_nested(read_text, prompt, prompt_column),
+            _read_nested(read_text, answer, answer_column),
+        )
         return _plain(*texts, frame, prompt_column, answer_column)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    before = _within(read_messages, prompt, prompt_column)
-    after = _within(read_messages, answer, answer_column)
+    before = _read_nested(read_messages, prompt, prompt_column)
+    after = _read_nested(read_messages, answer, answer_column)
     if any(message["role"] != "assistant" for message in after[:1]):
         raise RowError(
             f"{answer_column!r} begins with a turn of {after[0]['role']}",
             "begin it with the assistant's",
         )
-    return _answered(_chat((*before, *after), frame, len(before)), answer_column)
+    return _require_answer(_chat((*before, *after), frame, len(before)), answer_column)
 
 
 def _plain(
@@ -254,10 +261,10 @@ def _plain(
     completion_column: str | None,
 ) -> Completion:
     if frame.columns:
-        named = {"instruction": prompt_column or "...", "output": completion_column}
+        fields = {"instruction": prompt_column or "...", "output": completion_column}
         raise RowError(
             f"has {frame.columns} beside a prompt that is a text, which no template writes out",
-            f"set data.columns={named} for a chat, or write prompt and completion as lists of"
+            f"set data.columns={fields} for a chat, or write prompt and completion as lists of"
             " messages",
         )
     return Completion(prompt, completion)
@@ -275,12 +282,12 @@ def field(record: Record, column: str | None) -> Any:
     return value
 
 
-def named(read: Any, record: Record, column: str | None) -> Any:
+def read_column(read: Any, record: Record, column: str | None) -> Any:
     """Read a column; what is wrong with it is said with the column's name."""
-    return _within(read, field(record, column), column)
+    return _read_nested(read, field(record, column), column)
 
 
-def _within(read: Any, value: Any, column: str | None) -> Any:
+def _read_nested(read: Any, value: Any, column: str | None) -> Any:
     try:
         return read(value)
     except RowError as error:

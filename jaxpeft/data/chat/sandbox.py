@@ -73,7 +73,7 @@ class Renderer:
         with.
         """
         try:
-            with _limited():
+            with _time_limit():
                 return {"texts": list(self._texts(messages, tools, cuts))}
         except TimeoutError:
             return {"error": TOO_LONG, "fatal": True}
@@ -90,7 +90,7 @@ class Renderer:
     ) -> Iterator[tuple[int, str, str | None]]:
         last, size = "", 0
         for n, generate in cuts:
-            text, error = self._cut(messages[:n], tools, generate)
+            text, error = self._render_cut(messages[:n], tools, generate)
             shared = len(last) if text.startswith(last) else 0
             last, rest = text, text[shared:]
             size += len(rest)
@@ -98,7 +98,7 @@ class Renderer:
                 raise SecurityError(f"it writes more than {LONGEST:,} characters")
             yield shared, rest, error
 
-    def _cut(
+    def _render_cut(
         self, messages: Sequence[Any], tools: Sequence[Any], generate: bool
     ) -> tuple[str, str | None]:
         """Return the text of some messages and None, or no text and what fails."""
@@ -140,7 +140,7 @@ class Renderer:
 
 
 @contextmanager
-def _limited() -> Generator[None]:
+def _time_limit() -> Generator[None]:
     """Raise TimeoutError in the block after `SECONDS` of the processor's time, and end the process
     a little later.
 
@@ -178,16 +178,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         sizes = [
             len(side) * n
             for side, n in ((left, right), (right, left))
-            if hasattr(side, "__len__") and _whole(n)
+            if hasattr(side, "__len__") and _require_whole(n)
         ]
         if max(sizes, default=0) > LONGEST or (
-            operator == "**" and _whole(right) and abs(right) > 1000
+            operator == "**" and _require_whole(right) and abs(right) > 1000
         ):
             raise SecurityError(f"a product of more than {LONGEST:,} items")
         return super().call_binop(context, operator, left, right)
 
 
-def _whole(value: Any) -> bool:
+def _require_whole(value: Any) -> bool:
     return isinstance(value, int)
 
 
@@ -225,7 +225,7 @@ def _replies(lines: Iterator[str]) -> Iterator[Reply]:
     if first is None:
         return
     try:
-        with _limited():
+        with _time_limit():
             renderer = Renderer(**json.loads(first))
     except TemplateError as error:
         yield {"error": f"line {getattr(error, 'lineno', '?')}: {error}"}

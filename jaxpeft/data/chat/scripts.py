@@ -159,12 +159,14 @@ def _find_answer(
         if len(upto) == len(prompt):
             raise RenderError(f"the chat template writes nothing of turn {i + 1}", fix=MEND)
         return _Answer(i, prompt, upto)
-    return (yield from _behind_question(dialog, i, prompt, upto)) or (
+    return (yield from _text_behind_question(dialog, i, prompt, upto)) or (
         yield from _open_answer(dialog, i, prompt, upto)
     )
 
 
-def _behind_question(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Answer | None]:
+def _text_behind_question(
+    dialog: Dialog, i: int, prompt: str, upto: str
+) -> Writing[_Answer | None]:
     """Find an answer behind which the template writes earlier turns otherwise: Mistral's moves the
     system text to the last turn.
 
@@ -189,7 +191,7 @@ def _behind_question(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[
         return None
     start = again[-1] + len(header)
     inside = _Places(*([at for at in places if at >= start] for places in found))
-    _unwritten(dialog.messages[i], i, inside)
+    _missing_parts(dialog.messages[i], i, inside)
     return _Answer(i, prompt, prompt + upto[start:], upto[max(inside.said, default=start) :])
 
 
@@ -222,20 +224,20 @@ def _open_answer(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Ans
     if not said.rstrip().endswith(written.strip()):
         raise rewritten
     opened = prompt[len(before) :]
-    rest = _behind(opened, said.rstrip() + written[len(written.rstrip()) :])
+    rest = _text_behind(opened, said.rstrip() + written[len(written.rstrip()) :])
     if rest is None:
         begin = opened.strip()
         raise RenderError(
             f"generation begins turn {i + 1} with {opened!r}, and its content does not",
             fix=(
-                f"write the thought into the content, as {begin + '...' + _closing(begin)!r}, or"
-                " name a template whose prompt opens no thought as data.chat_template"
+                f"write the thought into the content, as {begin + '...' + _closing_text(begin)!r},"
+                " or name a template whose prompt opens no thought as data.chat_template"
             ),
         )
     return _Answer(i, prompt, prompt + rest + tail, tail)
 
 
-def _behind(opened: str, said: str) -> str | None:
+def _text_behind(opened: str, said: str) -> str | None:
     """Return what a content says behind what the prompt has opened; None where it says nothing of
     it.
     """
@@ -243,10 +245,10 @@ def _behind(opened: str, said: str) -> str | None:
     if body.startswith(begin):
         rest, gap = body[len(begin) :], opened[len(opened.rstrip()) :]
         return rest.removeprefix(gap) if rest.startswith(gap) else rest.lstrip()
-    return body if _closing(begin) in body else None
+    return body if _closing_text(begin) in body else None
 
 
-def _closing(begin: str) -> str:
+def _closing_text(begin: str) -> str:
     return begin.replace("<", "</", 1)
 
 
@@ -277,7 +279,7 @@ def _check(dialog: Dialog, row: Sequence[_Answer]) -> Writing[Script]:
                 fix=MEND,
             )
         if answer.tail is None:
-            notes += _unwritten(dialog.messages[answer.turn], answer.turn, inside)
+            notes += _missing_parts(dialog.messages[answer.turn], answer.turn, inside)
             yield from _check_null(dialog, answer)
         tails.append(answer.tail or answer.text[max(inside.said, default=start) : end])
     if dialog.tools and not found.tools:
@@ -324,7 +326,7 @@ def _find_marks(dialog: Dialog, answers: Collection[int], text: str, cut: Cut) -
     asked, said, called, thought, listed = marks
     # a name may be one that the template knows, and a flag may end a turn: then fewer marks, at
     # other places
-    for place, name in ((_before_last, _in_front), (_in_front, _nowhere)):
+    for place, name in ((_before_last, _text_before), (_text_before, _nowhere)):
         messages: list[Message] = []
         for i, message in enumerate(dialog.messages[: cut[0]]):
             if i in answers:
@@ -352,7 +354,7 @@ def _find_marks(dialog: Dialog, answers: Collection[int], text: str, cut: Cut) -
     )
 
 
-def _unwritten(message: Message, i: int, inside: _Places) -> list[str]:
+def _missing_parts(message: Message, i: int, inside: _Places) -> list[str]:
     """Tell what the template leaves out of an answer.
 
     Raises:
@@ -411,7 +413,7 @@ def _before_last(text: str, mark: str) -> str:
     return f"{text[:at]}{mark}{text[at:]}" if at >= 0 else text
 
 
-def _in_front(text: str, mark: str) -> str:
+def _text_before(text: str, mark: str) -> str:
     at = len(text) - len(text.lstrip())
     return f"{text[:at]}{mark}{text[at:]}" if text.strip() else text
 

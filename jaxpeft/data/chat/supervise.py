@@ -54,7 +54,7 @@ def write_all(
     for start in range(0, len(dialogs), TOGETHER):
         some = dialogs[start : start + TOGETHER]
         written = iter(
-            _written(
+            _render_all(
                 [write_dialog(dialog) for dialog in some if isinstance(dialog, Dialog)], template
             )
         )
@@ -93,7 +93,7 @@ def write_prompt(
     """
     if isinstance(dialog, Completion):
         return Script(dialog.prompt + separator, (), (), begun=False)
-    (made,) = _written([write_turns(dialog)], template)
+    (made,) = _render_all([write_turns(dialog)], template)
     if isinstance(made, RenderError):
         raise made
     return made
@@ -105,7 +105,7 @@ def _completion(dialog: Completion, separator: str) -> Script:
     return Script(text, ((len(prompt), len(text)),), ("",), begun=False)
 
 
-def _written(
+def _render_all(
     writings: Sequence[Writing[Script]], template: Template | None
 ) -> list[Script | RenderError]:
     """Let a template answer what each writing asks for, all of them at once; a fatal error is the
@@ -182,7 +182,7 @@ def label(
             )
             first = [] if row.begun else [*begin]
             whole = [*first, *ids, *last]
-            doubled = _doubled(whole, tokenizer.bos_token_id)
+            doubled = _count_doubled_bos(whole, tokenizer.bos_token_id)
             made[i].append(
                 Labeled(whole[doubled:], [*[IGNORED] * len(first), *labels, *last][doubled:])
             )
@@ -205,7 +205,7 @@ def _rows(
             rows.append((ids, learned, tail))
             learned = []
         torn = upto[: len(prompt)] != prompt
-        ids = prompt + _behind_anchor(script.text[start:end], tokenizer) if torn else upto
+        ids = prompt + _tokenize_behind_anchor(script.text[start:end], tokenizer) if torn else upto
         learned.append((len(prompt), len(ids)))
         tail = ends
     return [*rows, (ids, learned, tail)]
@@ -264,14 +264,14 @@ def prefixes(tokenizer: Any, texts: Sequence[tuple[str, Sequence[int]]]) -> list
     return [[next(made) for _ in cuts] for _, cuts in texts]
 
 
-def _doubled(ids: Sequence[int], bos: int | None) -> int:
+def _count_doubled_bos(ids: Sequence[int], bos: int | None) -> int:
     """Count the BOS before the last BOS of those that a text begins with."""
     return sum(
         1 for _ in itertools.takewhile(lambda pair: pair == (bos, bos), itertools.pairwise(ids))
     )
 
 
-def _behind_anchor(text: str, tokenizer: Any) -> list[int]:
+def _tokenize_behind_anchor(text: str, tokenizer: Any) -> list[int]:
     """Tokenize a text as if something stood before it: some tokenizers begin a text with a mark of
     their own.
     """

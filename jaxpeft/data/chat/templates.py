@@ -214,7 +214,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @lru_cache(maxsize=4)
-def compiled(sources: tuple[tuple[str, str], ...], tokens: tuple[tuple[str, str], ...]) -> Template:
+def get_template(
+    sources: tuple[tuple[str, str], ...], tokens: tuple[tuple[str, str], ...]
+) -> Template:
     """Return the template of sources and special tokens, as long as it is in use: each has a
     process.
 
@@ -248,7 +250,7 @@ def template_source(own: Any, given: str | None, kind: str) -> str | Mapping[str
     if named:
         raise ConfigError(
             "data.chat_template: the tokenizer has several, none of them the default; set it to"
-            f" {_either(named)}"
+            f" {_join_names(named)}"
         )
     if kind == "instruction":
         _log.info(
@@ -257,12 +259,12 @@ def template_source(own: Any, given: str | None, kind: str) -> str | Mapping[str
         )
         return BUILT_IN["alpaca"]
     raise ConfigError(
-        f"data.chat_template: the tokenizer has none; set it to {_either(BUILT_IN)}, or to a file"
-        " of jinja"
+        f"data.chat_template: the tokenizer has none; set it to {_join_names(BUILT_IN)}, or to a"
+        " file of jinja"
     )
 
 
-def _either(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
     return " or ".join(names)
 
 

@@ -26,19 +26,21 @@ _NONE = frozenset({"n/a", "na", "nan", "null", "unlabeled", "unlabelled"})
 _MANY = 20
 
 
-def whole(name: str) -> str:
+def canonical_number(name: str) -> str:
     """Return `1.0` and `01` as `1`, other names as they are."""
     match = _WHOLE.fullmatch(name)
     return match[1] + match[2] if match else name
 
 
-def plain(name: str) -> str:
+def plain_text(name: str) -> str:
     """Return a name without how it is written: case, spaces, what joins its words, zeros before a
     number, the form of characters.
     """
     composed = unicodedata.normalize("NFKC", name)
     seen = "".join(one for one in composed if unicodedata.category(one) != "Cf")
-    return unicodedata.normalize("NFKC", _BETWEEN.sub(" ", whole(seen.strip())).casefold())
+    return unicodedata.normalize(
+        "NFKC", _BETWEEN.sub(" ", canonical_number(seen.strip())).casefold()
+    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Found:
                 first.setdefault(name, i)
         return Found(rows.name, column, counts, {name: rows.where(i) for name, i in first.items()})
 
-    def told(self, name: str) -> str:
+    def count_of(self, name: str) -> str:
         """Return a label with how often it is there, and where first."""
         times = "once, in" if self.counts[name] == 1 else f"{self.counts[name]} times, first in"
         return f"{excerpt(ascii(name))} ({times} {self.first[name]})"
@@ -82,9 +84,9 @@ class Found:
         """Refuse labels that one would not tell apart, and the same truth written in two ways."""
         groups: dict[str, list[str]] = {}
         for name in self.counts:
-            groups.setdefault(_TRUTHS.get(plain(name), plain(name)), []).append(name)
+            groups.setdefault(_TRUTHS.get(plain_text(name), plain_text(name)), []).append(name)
         if alike := [
-            " and ".join(map(self.told, names)) for names in groups.values() if len(names) > 1
+            " and ".join(map(self.count_of, names)) for names in groups.values() if len(names) > 1
         ]:
             raise DataError(
                 f"{self.name}: column {self.column!r} has labels that differ only in how they are"
@@ -118,9 +120,9 @@ class Found:
         bare = "written without brackets and quotes, " if re.match(r"\s*[\[{(]", name) else ""
         point = "; write decimal numbers with a point" if separator == "," else ""
         return (
-            f"{self.name}: column {self.column!r} holds {self.told(name)}, which looks like several"
-            f" labels; {bare}they are told apart by data.label_separator={separator!r}; if it is"
-            f" one label, set data.problem='single_label'{point}"
+            f"{self.name}: column {self.column!r} holds {self.count_of(name)}, which looks like"
+            f" several labels; {bare}they are told apart by data.label_separator={separator!r}; if"
+            f" it is one label, set data.problem='single_label'{point}"
         )
 
     def refuse_wordless(self) -> None:
@@ -148,8 +150,8 @@ class Found:
                 " classes; set data.problem='regression' if they are numbers",
                 self.name,
                 self.column,
-                self.told(decimal[0]),
-                self.told(other[0]),
+                self.count_of(decimal[0]),
+                self.count_of(other[0]),
             )
         elif len(self.counts) > max(_MANY, rows // 2):
             _log.warning(
@@ -159,7 +161,7 @@ class Found:
                 self.column,
                 len(self.counts),
                 rows,
-                self.told(next(iter(self.counts))),
+                self.count_of(next(iter(self.counts))),
             )
 
     def refuse_negative(self) -> None:
@@ -183,7 +185,7 @@ class Found:
 
     def _unlabeled(self, name: str, said: str) -> str:
         return (
-            f"{self.name}: column {self.column!r}: {self.told(name)} {said}; if it means none, set"
-            f" data.unlabeled=({excerpt(name)!r},), if it is a class, name all classes in"
+            f"{self.name}: column {self.column!r}: {self.count_of(name)} {said}; if it means none,"
+            f" set data.unlabeled=({excerpt(name)!r},), if it is a class, name all classes in"
             " data.labels"
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.config.schema import DataConfig
-from jaxpeft.data.examples.label_checks import DIGITS, Found, plain, whole
+from jaxpeft.data.examples.label_checks import DIGITS, Found, canonical_number, plain_text
 from jaxpeft.data.examples.labels import (
     NO_LABEL,
     ProblemType,
@@ -54,7 +54,7 @@ class Labeling:
     vectors: bool = False
 
     @property
-    def told(self) -> list[Any]:
+    def identity(self) -> list[Any]:
         """What ids are made from, wherever the files that said so lie."""
         return [self.names, bool(self.origin), self.separator, self.unlabeled, self.vectors]
 
@@ -93,7 +93,7 @@ class Labeling:
         """
         if name in self.names:
             return self.names.index(name)
-        given = whole(name)
+        given = canonical_number(name)
         if len(self.names) == 2:
             given = {"false": "0", "true": "1"}.get(given, given)
         if not self.origin or not DIGITS.fullmatch(given) or any(map(DIGITS.fullmatch, self.names)):
@@ -164,7 +164,7 @@ class Labeling:
                 "labels are lists of %d numbers 0 or 1: read by position; data.labels names them",
                 size,
             )
-        return dataclasses.replace(self, vectors=True, names=self.names or _numbered(size))
+        return dataclasses.replace(self, vectors=True, names=self.names or _numbered_names(size))
 
     def _vector(self, value: Any) -> list[int]:
         cells = self.cell(value)
@@ -178,7 +178,9 @@ class Labeling:
     def _unknown(self, name: str) -> RowError:
         where = f" of {self.origin}" if self.origin else ""
         counted = (
-            ", which are counted from 0" if self.origin and DIGITS.fullmatch(whole(name)) else ""
+            ", which are counted from 0"
+            if self.origin and DIGITS.fullmatch(canonical_number(name))
+            else ""
         )
         hint = nearest(name, self.names).removeprefix("; ")
         return RowError(
@@ -208,9 +210,12 @@ def labeling_of(options: DataConfig, head: BaseHead | None) -> Labeling:
         return own
     if not own.names:
         return dataclasses.replace(
-            own, names=head.names or _numbered(head.size), origin=head.file, problem=head.problem
+            own,
+            names=head.names or _numbered_names(head.size),
+            origin=head.file,
+            problem=head.problem,
         )
-    ours, theirs = list(map(plain, own.names)), list(map(plain, head.names))
+    ours, theirs = list(map(plain_text, own.names)), list(map(plain_text, head.names))
     if ours != theirs and sorted(ours) == sorted(theirs):
         raise ConfigError(
             f"data.labels: {', '.join(own.names)}, but the base's head, which is kept, has its"
@@ -226,7 +231,7 @@ def labeling_of(options: DataConfig, head: BaseHead | None) -> Labeling:
     return dataclasses.replace(own, problem=head.problem)
 
 
-def learn(
+def find_labels(
     labeling: Labeling, rows: Rows, column: str, problem: ProblemType | None, *, sure: bool = False
 ) -> Labeling:
     """Return how the labels of a run are read, told from its training rows.
@@ -260,7 +265,7 @@ def learn(
     return dataclasses.replace(labeling, names=sort_names(found.counts), origin="")
 
 
-def labeled(
+def select_labeled(
     rows: Rows, column: str, unlabeled: Sequence[str], problem: ProblemType | None = None
 ) -> Rows:
     """Return the rows that have a label; how many have none is logged.
@@ -307,11 +312,11 @@ def _is_vector(cell: Any, size: int) -> bool:
     )
 
 
-def _numbered(size: int) -> tuple[str, ...]:
+def _numbered_names(size: int) -> tuple[str, ...]:
     return tuple(map(str, range(size)))
 
 
-def _listed(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(excerpt, names[:_SHOWN])) + more
 
@@ -323,7 +328,7 @@ def _has_all(labeling: Labeling, found: Found) -> bool:
     size = len(labeling.names)
     if any(labeling.id_of(name) is None for name in found.counts):
         return False
-    if labeling.names == _numbered(size):
+    if labeling.names == _numbered_names(size):
         return str(size - 1) in found.counts
     if found.counts and not found.counts.keys() & set(labeling.names):
         order = ", ".join(f"{i} {name}" for i, name in enumerate(labeling.names))
@@ -342,7 +347,7 @@ def _refuse_for_head(labeling: Labeling, found: Found) -> None:
             names.
     """
     size, names = len(labeling.names), sort_names(found.counts)
-    if labeling.names == _numbered(size):
+    if labeling.names == _numbered_names(size):
         if len(names) == size:
             _log.warning(
                 "%s: the head of the base is kept, and %s does not name its classes: they are taken"
@@ -352,14 +357,14 @@ def _refuse_for_head(labeling: Labeling, found: Found) -> None:
                 ", ".join(names),
             )
         return
-    known = set(map(plain, labeling.names))
-    if len(names) != size and not any(plain(name) in known for name in names):
+    known = set(map(plain_text, labeling.names))
+    if len(names) != size and not any(plain_text(name) in known for name in names):
         return
     missing = next(name for name in names if labeling.id_of(name) is None)
     hint = nearest(missing, labeling.names)
     raise DataError(
-        f"{found.name}: column {found.column!r} has the labels {_listed(names)}, and the head of"
-        f" the base, which is kept, has {_listed(labeling.names)} ({labeling.origin}):"
+        f"{found.name}: column {found.column!r} has the labels {_list_names(names)}, and the head"
+        f" of the base, which is kept, has {_list_names(labeling.names)} ({labeling.origin}):"
         f" {excerpt(missing)!r} is none of them{hint}; write its names or their numbers, or name"
         " your own classes, in the order of the head's where they are the same, in data.labels"
     )

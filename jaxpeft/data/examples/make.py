@@ -22,7 +22,7 @@ from jaxpeft.data.chat.dialogs import (
     read_preference,
     read_text,
 )
-from jaxpeft.data.examples.labeling import BY_USER, Labeling, learn
+from jaxpeft.data.examples.labeling import BY_USER, Labeling, find_labels
 from jaxpeft.data.examples.labels import LEAVE_OUT, ProblemType, label_array, label_float
 from jaxpeft.data.problems import Problems, Record, RowError, excerpt
 from jaxpeft.data.rows.columns import Columns, Kind, find_columns
@@ -83,7 +83,13 @@ class Examples:
     @property
     def sha256(self) -> str:
         """The hash of everything that the examples are made from."""
-        made = [self.rows.sha256, self.kind, self.problem, self.columns.given(), self.labeling.told]
+        made = [
+            self.rows.sha256,
+            self.kind,
+            self.problem,
+            self.columns.named_fields(),
+            self.labeling.identity,
+        ]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
@@ -174,10 +180,10 @@ def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:
         prompt, there, completion = str(record.get(column) or "").partition(separator)
         if not there:
             fault = f"field {column!r} does not hold data.separator {separator!r}"
-            problems.add(rows.where(i), fault, _shown(record), "correct the row, or the separator")
+            problems.add(rows.where(i), fault, _show(record), "correct the row, or the separator")
         records.append({"prompt": prompt, "completion": completion})
     problems.raise_if_any()
-    return rows.remade(column, separator, records=records)
+    return rows.derive(column, separator, records=records)
 
 
 def join(parts: Sequence[Examples]) -> Examples:
@@ -219,7 +225,7 @@ def join(parts: Sequence[Examples]) -> Examples:
         ),
         labels=joined,
         columns=first.columns if len({part.columns for part in parts}) == 1 else Columns(),
-        rows=rows.remade(*(part.sha256 for part in parts)),  # each may have columns of its own
+        rows=rows.derive(*(part.sha256 for part in parts)),  # each may have columns of its own
     )
 
 
@@ -255,9 +261,7 @@ def _column(
                 raise RowError("is missing", fix)
             values.append(read(record[column or ""]))
         except RowError as fault:
-            problems.add(
-                rows.where(i), f"field {column!r} {fault.fault}", _shown(record), fault.fix
-            )
+            problems.add(rows.where(i), f"field {column!r} {fault.fault}", _show(record), fault.fix)
     return values
 
 
@@ -269,11 +273,11 @@ def _dialogs(
         try:
             values.append(read(record, columns))
         except RowError as fault:
-            problems.add(rows.where(i), fault.fault, _shown(record), fault.fix)
+            problems.add(rows.where(i), fault.fault, _show(record), fault.fix)
     return values
 
 
-def _shown(record: dict[str, Any]) -> str:
+def _show(record: dict[str, Any]) -> str:
     return excerpt(json.dumps(record, ensure_ascii=False, default=str))
 
 
@@ -327,7 +331,7 @@ def _labels(
         if problems.total:
             return [], labeling
     if not known:
-        labeling = learn(labeling, rows, column or "", problem, sure=sure)
+        labeling = find_labels(labeling, rows, column or "", problem, sure=sure)
         _check_enough(rows, column, labeling.names, problem)
     return _column(rows, column, labeling.reader(problem), problems, LEAVE_OUT), labeling
 
@@ -352,7 +356,7 @@ def _check_lengths(
     for i, (of_words, of_tags) in enumerate(zip(words, tags, strict=True)):
         if len(of_words) != len(of_tags):
             fault = f"{len(of_words)} words but {len(of_tags)} tags"
-            problems.add(rows.where(i), fault, _shown(rows.records[i]), "give each word one tag")
+            problems.add(rows.where(i), fault, _show(rows.records[i]), "give each word one tag")
 
 
 def _arrays(

@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxpeft.config.schema import Config
-from jaxpeft.data.examples.labeling import Labeling, labeled, labeling_of
+from jaxpeft.data.examples.labeling import Labeling, labeling_of, select_labeled
 from jaxpeft.data.examples.labels import ProblemType
 from jaxpeft.data.examples.make import Examples, join, make_examples, split_at
 from jaxpeft.data.order import order
 from jaxpeft.data.rows.columns import GENERATIVE, Columns, Kind, find_columns, find_format
 from jaxpeft.data.rows.file_options import GIB, FileOptions
-from jaxpeft.data.rows.folders import split_beside
+from jaxpeft.data.rows.folders import sibling_split
 from jaxpeft.data.rows.holdout import hold_out, hold_out_text
 from jaxpeft.data.rows.read import Rows, is_hub_id, read_rows
-from jaxpeft.data.rows.unread import filled, plain_texts, refuse_partial, unread
+from jaxpeft.data.rows.unread import filled_columns, find_unread, plain_texts, refuse_partial
 from jaxpeft.errors import ConfigError, DataError
 from jaxpeft.hub.base_head import BaseHead, read_head
 from jaxpeft.hub.sources import Source
@@ -55,11 +55,13 @@ def read_examples(
     whole = None
     if kinds[0] not in GENERATIVE:
         labeling = labeling_of(config.data, _head(config, source))
-        whole = _examples(_joined(sources, kinds[0], config), kinds[0], config, labeling=labeling)
-    sources = [_drawn(rows, config) for rows in sources]
+        whole = _examples(
+            _join_sources(sources, kinds[0], config), kinds[0], config, labeling=labeling
+        )
+    sources = [_draw(rows, config) for rows in sources]
     held: list[Rows] = []
     if not options.validation:
-        pairs = [_held_out(rows, kind, config) for rows, kind in zip(sources, kinds, strict=True)]
+        pairs = [_hold_out(rows, kind, config) for rows, kind in zip(sources, kinds, strict=True)]
         sources, held = [kept for kept, _ in pairs], [out for _, out in pairs]
     sources = mix(sources, options.weights, config.train.seed)
     train = join(
@@ -73,18 +75,18 @@ def read_examples(
     return train, validation, _test(config, whole or train, validation)
 
 
-def _joined(sources: Sequence[Rows], kind: Kind, config: Config) -> Rows:
+def _join_sources(sources: Sequence[Rows], kind: Kind, config: Config) -> Rows:
     """Put the rows of all sources behind one another; where their columns have other names, under
     the names of the fields.
     """
     found = [
-        find_columns(rows.columns(), columns_of(config, kind), kind, rows.name).given()
+        find_columns(rows.columns(), columns_of(config, kind), kind, rows.name).named_fields()
         for rows in sources
     ]
     if all(of == found[0] for of in found):
         return Rows.join(sources, _name(sources))
     renamed = [
-        rows.remade(
+        rows.derive(
             "fields",
             records=[
                 {field: record.get(column) for field, column in of.items()}
@@ -128,7 +130,7 @@ def _test(config: Config, like: Examples | None, validation: Examples) -> Exampl
         return _other(options.test, "test", config, like)
     folder = Path(options.sources[0]).expanduser()
     beside = (
-        {split: split_beside(folder, split) for split in ("validation", "test")}
+        {split: sibling_split(folder, split) for split in ("validation", "test")}
         if folder.is_dir()
         else {}
     )
@@ -196,21 +198,21 @@ def recognize(config: Config, rows: Rows, *, tell: bool = False) -> tuple[Rows, 
     """
     kind = kind_of(config, rows)
     if tell:
-        tell_unread(config, rows, kind)
-    return cut(config, rows, kind)
+        report_unread(config, rows, kind)
+    return cut_texts(config, rows, kind)
 
 
-def tell_unread(config: Config, rows: Rows, kind: Kind) -> None:
+def report_unread(config: Config, rows: Rows, kind: Kind) -> None:
     """Log, in one line, which columns of a source are not read; a warning where one may be
     missed.
     """
     found = find_columns(rows.columns(), columns_of(config, kind), kind, rows.name)
-    told, missed = unread(filled(rows), found, kind)
+    told, missed = find_unread(filled_columns(rows), found, kind)
     if told:
         _log.log(logging.WARNING if missed else logging.INFO, "%s: %s", rows.name, told)
 
 
-def cut(
+def cut_texts(
     config: Config, rows: Rows, kind: Kind, columns: Columns | None = None
 ) -> tuple[Rows, Kind]:
     """Return rows of a format with their format; texts that hold the separator become prompts with
@@ -229,7 +231,9 @@ def cut(
     """
     if kind == "classification":
         found = find_columns(rows.columns(), columns or columns_of(config, kind), kind, rows.name)
-        return labeled(rows, found.label or "", config.data.unlabeled, _problem(config)), kind
+        return select_labeled(
+            rows, found.label or "", config.data.unlabeled, _problem(config)
+        ), kind
     if kind == "text" and config.data.separator:
         return split_at(rows, config.data.separator, columns_of(config, kind)), "prompt_completion"
     return rows, kind
@@ -240,9 +244,9 @@ def columns_of(config: Config, kind: Kind) -> Columns:
     more.
     """
     named = config.data.columns
-    cut = kind == "prompt_completion" and config.data.separator
+    cuts = kind == "prompt_completion" and config.data.separator
     return Columns(
-        **{field: column for field, column in named.items() if not (cut and field == "text")}
+        **{field: column for field, column in named.items() if not (cuts and field == "text")}
     )
 
 
@@ -263,7 +267,7 @@ def kind_of(config: Config, rows: Rows) -> Kind:
         return _KINDS[task]
     kind = given
     if kind == "auto":
-        present, held, asked = rows.columns(), filled(rows), Columns(**config.data.columns)
+        present, held, asked = rows.columns(), filled_columns(rows), Columns(**config.data.columns)
         kind = find_format(present, asked, rows.name, plain_texts(rows, held))
         refuse_partial(held, asked, find_columns(present, asked, kind, rows.name), kind, rows.name)
     _log.info("%s: rows of format %s", rows.name, kind)
@@ -327,27 +331,27 @@ def _other(
     if config.data.separator:
         return _examples(*recognize(config, rows), config)
     if like is None:
-        return _examples(*cut(config, rows, kind_of(config, rows)), config, labeling=labeling)
-    columns = set(like.columns.given().values())
+        return _examples(*cut_texts(config, rows, kind_of(config, rows)), config, labeling=labeling)
+    columns = set(like.columns.named_fields().values())
     same = bool(columns) and columns <= set(rows.columns())
     if like.kind not in GENERATIVE:
         own = like.columns if same else columns_of(config, like.kind)
         return make_examples(
-            cut(config, rows, like.kind, own)[0], kind=like.kind, columns=own, like=like
+            cut_texts(config, rows, like.kind, own)[0], kind=like.kind, columns=own, like=like
         )
     if same:
         return make_examples(rows, kind=like.kind, like=like)
     return _examples(rows, kind_of(config, rows), config)
 
 
-def _held_out(rows: Rows, kind: Kind, config: Config) -> tuple[Rows, Rows]:
+def _hold_out(rows: Rows, kind: Kind, config: Config) -> tuple[Rows, Rows]:
     share, seed = config.data.validation_share, config.train.seed
     if kind == "text":
         return hold_out_text(rows, share, seed, Columns(**config.data.columns))
     return hold_out(rows, share, seed)
 
 
-def _drawn(rows: Rows, config: Config) -> Rows:
+def _draw(rows: Rows, config: Config) -> Rows:
     most = config.data.max_rows
     if most is None or most >= len(rows):
         return rows

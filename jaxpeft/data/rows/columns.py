@@ -109,7 +109,7 @@ class Columns:
     history: str | None = None
     tools: str | None = None
 
-    def given(self) -> dict[str, str]:
+    def named_fields(self) -> dict[str, str]:
         """Return the fields that have a column."""
         return {
             field: column
@@ -155,7 +155,7 @@ def find_format(
     if len(fitting) == 1:
         return fitting[0]
     said = f"could be {' or '.join(fitting)}" if fitting else f"is none of {', '.join(GENERATIVE)}"
-    unnamed = _unnamed(present, asked, name)
+    unnamed = _header_hint(present, asked, name)
     fix = (
         "set data.format to one of them"
         if fitting
@@ -167,13 +167,13 @@ def find_format(
     )
 
 
-def _unnamed(present: Sequence[str], asked: Columns, name: str) -> str:
+def _header_hint(present: Sequence[str], asked: Columns, name: str) -> str:
     """Return what to do where the first line of a table is a row, empty where it surely names the
     columns.
     """
     if (
-        asked.given()
-        or _present(sorted(USUAL), present)
+        asked.named_fields()
+        or _columns_present(sorted(USUAL), present)
         or all(map(str.isdigit, present))
         or not _TABLE.search(name)
     ):
@@ -225,7 +225,7 @@ def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -
     if label is None:
         usual = TAGS if kind == "token_classification" else LABELS
         label = _find("label", usual, present, name, problems, (text, pair))
-    if problems and (unnamed := _unnamed(present, asked, name)):
+    if problems and (unnamed := _header_hint(present, asked, name)):
         problems.append(f"{name}: {unnamed}")
     if problems:
         raise DataError(problems)
@@ -251,7 +251,7 @@ def _find_fields(present: Sequence[str], asked: Columns, kind: str, name: str) -
 
 
 def _refuse_foreign(asked: Columns, fields: set[str], kind: str, name: str) -> None:
-    if foreign := [field for field in asked.given() if field not in fields]:
+    if foreign := [field for field in asked.named_fields() if field not in fields]:
         raise DataError(
             f"{name}: data.columns names {', '.join(foreign)}, which rows of format {kind} do not"
             " have; remove it"
@@ -260,7 +260,7 @@ def _refuse_foreign(asked: Columns, fields: set[str], kind: str, name: str) -> N
 
 def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dict[str, str]]:
     """List the ways in which the columns are rows of a format."""
-    given, optional = asked.given(), OPTIONAL.get(kind, {})
+    given, optional = asked.named_fields(), OPTIONAL.get(kind, {})
     if not given.keys() <= {*REQUIRED[kind][0], *optional}:
         return []
     found: list[dict[str, str]] = []
@@ -278,7 +278,7 @@ def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dic
                 found.append(fields)
     for fields in found:
         for field, names in optional.items():
-            there = [given[field]] if field in given else _present(names, present)
+            there = [given[field]] if field in given else _columns_present(names, present)
             if there and there[0] not in fields.values():
                 fields[field] = there[0]
     return found
@@ -295,7 +295,7 @@ def _names(present: Sequence[str]) -> Iterator[Mapping[str, str]]:
     }
 
 
-def _present(usual: Sequence[str], present: Sequence[str]) -> list[str]:
+def _columns_present(usual: Sequence[str], present: Sequence[str]) -> list[str]:
     """List the columns of usual names: those so written, else those that are but for case and outer
     spaces.
     """
@@ -311,7 +311,7 @@ def _absent(present: Sequence[str], asked: Columns, name: str) -> list[str]:
     return [
         f"{name}: no column {column!r} (for {field}){nearest(column, present)} Columns present:"
         f" {', '.join(present)}"
-        for field, column in asked.given().items()
+        for field, column in asked.named_fields().items()
         if column not in present
     ]
 
@@ -353,7 +353,7 @@ def _find(
     taken: Sequence[str | None],
 ) -> str | None:
     usual = [column for column in usual if column not in taken]
-    found = _present(usual, [column for column in present if column not in taken])
+    found = _columns_present(usual, [column for column in present if column not in taken])
     if len(found) == 1:
         return found[0]
     said = (

@@ -47,11 +47,11 @@ def check_file(path: Path, name: str) -> int:
             never end.
     """
     if not path.exists():
-        raise DataError(missing(path, name))
+        raise DataError(missing_file(path, name))
     try:
         found = path.stat()
     except OSError as error:
-        raise DataError(unreadable(name, error)) from None
+        raise DataError(unreadable_file(name, error)) from None
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise DataError(
@@ -89,17 +89,17 @@ def read_bytes(path: Path, name: str, allowed: Allowance) -> bytes:
                 pieces.append(piece)
             return b"".join(pieces)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(broken_gzip(name, error)) from None
+        raise DataError(gzip_fault(name, error)) from None
     except OSError as error:
-        raise DataError(unreadable(name, error)) from None
+        raise DataError(unreadable_file(name, error)) from None
 
 
-def broken_gzip(name: str, error: Exception) -> str:
+def gzip_fault(name: str, error: Exception) -> str:
     """Return what to say of a file that gzip cannot unpack."""
     return f"{name}: not whole as a gzip file ({error}); write or download it again"
 
 
-def missing(path: Path, name: str) -> str:
+def missing_file(path: Path, name: str) -> str:
     """Return what to say where there is no such file, with the nearest name."""
     folder = path.parent
     if not folder.is_dir():
@@ -109,6 +109,6 @@ def missing(path: Path, name: str) -> str:
     return f"{name}: no such file in {str(folder.resolve())!r}{hint or '; check the path'}"
 
 
-def unreadable(name: str, error: OSError) -> str:
+def unreadable_file(name: str, error: OSError) -> str:
     """Return what to say of a file that cannot be read."""
     return f"{name}: cannot be read ({error.strerror or error}); check the path and its permissions"

@@ -82,7 +82,7 @@ def dialect_of(
     quoted, unknown = layout.quoting != "none", False
     if layout.quoting == "auto" and delimiter == "\t":
         unknown = not whole and not _OPENS.search(body)
-        quoted = not unknown and _quoted(body, name, before, whole)
+        quoted = not unknown and _has_quoting(body, name, before, whole)
     header = layout.header
     if header is None:
         rows = [row for _, row in _first_rows(body, delimiter, quoted, _LOOKED_AT)]
@@ -154,7 +154,7 @@ def _faults(rows: Sequence[tuple[int, Fields]]) -> list[int]:
     return [line for line, row in rows if not isinstance(row, list) or len(row) not in (0, width)]
 
 
-def _quoted(text: str, name: str, before: int, whole: bool) -> bool:
+def _has_quoting(text: str, name: str, before: int, whole: bool) -> bool:
     """Return whether quotes hold the fields of a table with tabs together, as Excel and pandas
     write them, or are characters.
 
@@ -181,7 +181,7 @@ def _quoted(text: str, name: str, before: int, whole: bool) -> bool:
             f" {faults_held[0] + before}; write all rows in one way, and set data.quoting to 'none'"
             " or 'quoted'"
         )
-    if len(held) == len(bare) and _as_written(
+    if len(held) == len(bare) and _quotes_are_consistent(
         text, [row for _, row in bare if isinstance(row, list)]
     ):
         return True
@@ -197,7 +197,7 @@ def _quoted(text: str, name: str, before: int, whole: bool) -> bool:
     )
 
 
-def _as_written(text: str, rows: Sequence[list[str]]) -> bool:
+def _quotes_are_consistent(text: str, rows: Sequence[list[str]]) -> bool:
     """Return whether all quoted fields hold doubled quotes, or columns are quoted from the header
     on or not at all.
     """

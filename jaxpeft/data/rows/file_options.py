@@ -88,7 +88,7 @@ class Allowance:
 Take = Callable[[int, str], None]
 
 
-def nested(records: list[Record], columns: tuple[str, ...]) -> list[Record]:
+def flatten_nested(records: list[Record], columns: tuple[str, ...]) -> list[Record]:
     """Return the records with the values of nested objects as columns of their dotted names.
 
     Args:

@@ -65,7 +65,7 @@ def files_of(folder: Path, split: str) -> Files:
         for path in folder.rglob("*")
         if not _is_hidden(path.relative_to(folder)) and path.is_file()
     ]
-    files = sorted(path for path in _without_notes(there) if ending_of(path) in PARSERS)
+    files = sorted(path for path in _drop_notes(there) if ending_of(path) in PARSERS)
     bare = not files and any(len(path.relative_to(folder).parts) > 1 for path in there)
     if bare:  # as 20 Newsgroups, whose files are called by a number
         files = sorted(path for path in there if not path.suffix)
@@ -73,7 +73,7 @@ def files_of(folder: Path, split: str) -> Files:
     chosen = [
         path for path, named in zip(files, splits, strict=True) if named == split or not any(splits)
     ]
-    labeled = _labeled(folder, chosen)
+    labeled = _label_by_folder(folder, chosen)
     if not files or (bare and not labeled):
         raise DataError(
             f"{folder}: a folder without data files; give one with files of {', '.join(PARSERS)}"
@@ -81,7 +81,7 @@ def files_of(folder: Path, split: str) -> Files:
     if not chosen:
         known = ", ".join(sorted({named for named in splits if named}))
         texts = (path.parent.name for path in files if ending_of(path) in (_TEXT, ""))
-        label = next(filter(_split_named, texts), "")
+        label = next(filter(_split_by_name, texts), "")
         bare = (
             f", or call the folder {label!r} otherwise, such as 'label_{label}', if it is a label"
             if label
@@ -96,10 +96,10 @@ def files_of(folder: Path, split: str) -> Files:
 
 def split_of(path: Path) -> str | None:
     """Return the split that a relative path is named for, None where it is for none."""
-    return next(filter(None, map(_split_named, path.parts)), None)
+    return next(filter(None, map(_split_by_name, path.parts)), None)
 
 
-def split_beside(folder: Path, split: str) -> Path | None:
+def sibling_split(folder: Path, split: str) -> Path | None:
     """Return the folder that holds another split than `train`, None where there is none.
 
     Args:
@@ -107,9 +107,9 @@ def split_beside(folder: Path, split: str) -> Path | None:
             the others.
         split: `validation` or `test`.
     """
-    if _split_named(folder.resolve().name) == "train":
+    if _split_by_name(folder.resolve().name) == "train":
         beside = (path for path in sorted(folder.resolve().parent.iterdir()) if path.is_dir())
-        return next((path for path in beside if _split_named(path.name) == split), None)
+        return next((path for path in beside if _split_by_name(path.name) == split), None)
     parts = (
         path.relative_to(folder)
         for path in folder.rglob("*")
@@ -120,7 +120,7 @@ def split_beside(folder: Path, split: str) -> Path | None:
     )
 
 
-def _split_named(name: str) -> str | None:
+def _split_by_name(name: str) -> str | None:
     return SPLITS.get(re.sub(r"[^a-z].*", "", name.lower()))
 
 
@@ -128,13 +128,13 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def _labeled(folder: Path, files: Sequence[Path]) -> Files | None:
+def _label_by_folder(folder: Path, files: Sequence[Path]) -> Files | None:
     """Return text files with the names of their sub-folders as labels, None where there are not two
     such folders.
     """
     if any(ending_of(path) not in (_TEXT, "") for path in files):
         return None
-    below = _below(folder, files)
+    below = _files_below(folder, files)
     _refuse_two_levels(folder, below)
     inside = {path: parts[0] if parts else None for path, parts in below.items()}
     names = {label for label in inside.values() if label}
@@ -150,12 +150,12 @@ def _labeled(folder: Path, files: Sequence[Path]) -> Files | None:
     return Files(kept, tuple(inside[path] or "" for path in kept), note)
 
 
-def _below(folder: Path, files: Sequence[Path]) -> dict[Path, list[str]]:
+def _files_below(folder: Path, files: Sequence[Path]) -> dict[Path, list[str]]:
     """Return the sub-folders that each file is in, below the folders that all of those in
     sub-folders share.
     """
     inside = {
-        path: [part for part in path.relative_to(folder).parts[:-1] if not _split_named(part)]
+        path: [part for part in path.relative_to(folder).parts[:-1] if not _split_by_name(part)]
         for path in files
     }
     while len({parts[0] for parts in inside.values() if parts}) == 1:
@@ -186,12 +186,12 @@ def _refuse_two_levels(folder: Path, below: Mapping[Path, Sequence[str]]) -> Non
         )
 
 
-def _without_notes(files: Sequence[Path]) -> list[Path]:
+def _drop_notes(files: Sequence[Path]) -> list[Path]:
     """Leave out what `datasets` writes beside the rows that it saves: figures, states, and rows
     that it made of them later.
     """
     states = {path.parent: path for path in files if path.name == "state.json"}
-    saved = {folder: _saved(path) for folder, path in states.items()}
+    saved = {folder: _files_of_saved(path) for folder, path in states.items()}
     return [
         path
         for path in files
@@ -201,7 +201,7 @@ def _without_notes(files: Sequence[Path]) -> list[Path]:
     ]
 
 
-def _saved(state: Path) -> set[str]:
+def _files_of_saved(state: Path) -> set[str]:
     """Return the names of the files of a data set that `datasets` has saved.
 
     Raises:

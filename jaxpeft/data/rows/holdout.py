@@ -51,7 +51,7 @@ def hold_out_text(rows: Rows, share: float, seed: int, columns: Columns) -> tupl
     if len(rows) >= math.ceil(1 / share):
         return hold_out(rows, share, seed)
     column = find_columns(rows.columns(), columns, "text", rows.name).text or ""
-    parts = [_cut(str(record.get(column) or ""), share) for record in rows.records]
+    parts = [_cut_share(str(record.get(column) or ""), share) for record in rows.records]
     short = [
         rows.where(i)
         for i, (first, second) in enumerate(parts)
@@ -67,7 +67,7 @@ def hold_out_text(rows: Rows, share: float, seed: int, columns: Columns) -> tupl
     )
 
 
-def _cut(text: str, share: float) -> tuple[str, str]:
+def _cut_share(text: str, share: float) -> tuple[str, str]:
     at = round(len(text) * (1 - share))
     line_end = text.find("\n", at)
     at = line_end + 1 if 0 <= line_end < len(text) - 1 else at
@@ -78,4 +78,4 @@ def _with_texts(rows: Rows, column: str, texts: tuple[str, ...], part: str) -> R
     records: list[Record] = [
         {**record, column: text} for record, text in zip(rows.records, texts, strict=True)
     ]
-    return rows.remade(part, *texts, records=records, name=f"{rows.name} ({part})")
+    return rows.derive(part, *texts, records=records, name=f"{rows.name} ({part})")

@@ -25,7 +25,7 @@ def rows_in(value: Any, field: str, name: str) -> tuple[list[Any], str]:
     Raises:
         DataError: there are none, or several lists could be meant.
     """
-    value, at = (_at(value, field, name), f"rows under {field!r}") if field else (value, "")
+    value, at = (_value_at(value, field, name), f"rows under {field!r}") if field else (value, "")
     if isinstance(value, list):
         return cast(list[Any], value), at
     if not isinstance(value, dict):
@@ -53,7 +53,7 @@ def _of_object(value: dict[str, Any], at: str, name: str) -> tuple[list[Any], st
             f"{name}: rows could be under {known}; say which by data.field, such as"
             f" data.field={likely!r}"
         )
-    raise DataError(f"{name}:1:1: not a JSON list: {_shown(value)!r}; {_FIX}")
+    raise DataError(f"{name}:1:1: not a JSON list: {_describe(value)!r}; {_FIX}")
 
 
 def _are_usual(rows: Sequence[Any]) -> bool:
@@ -82,7 +82,7 @@ def _is_row(value: Any) -> bool:
     )
 
 
-def _shown(value: dict[str, Any]) -> str:
+def _describe(value: dict[str, Any]) -> str:
     import json
 
     return json.dumps(value, ensure_ascii=False)[:EXCERPT]
@@ -126,7 +126,7 @@ def _lists(value: dict[str, Any]) -> Iterable[tuple[str, list[Any]]]:
             )
 
 
-def _at(value: Any, field: str, name: str) -> Any:
+def _value_at(value: Any, field: str, name: str) -> Any:
     for i, part in enumerate(field.split(".")):
         if not isinstance(value, dict) or part not in value:
             keys = list(cast(dict[str, Any], value)) if isinstance(value, dict) else []

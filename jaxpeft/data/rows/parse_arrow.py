@@ -26,20 +26,20 @@ def parse_parquet(data: bytes, name: str, take: Take) -> Parsed:
     Raises:
         DataError: it is not one, or holds more than is allowed.
     """
-    with _told(name, "a parquet file"):
+    with _fault(name, "a parquet file"):
         _measure(
             _parquet_batches(_buffer(data), lambda size: (take(size, name), take(-size, name))),
             name,
             take,
         )
-    return _parsed(parquet_records(_buffer(data), name))
+    return _parse(parquet_records(_buffer(data), name))
 
 
 def parse_arrow(data: bytes, name: str, take: Take) -> Parsed:
     """Read an Arrow file or stream: the arguments are those of `parse_parquet`."""
-    with _told(name, "an Arrow file"):
+    with _fault(name, "an Arrow file"):
         _measure(_arrow_batches(_buffer(data)), name, take)
-    return _parsed(arrow_records(_buffer(data), name))
+    return _parse(arrow_records(_buffer(data), name))
 
 
 def parquet_records(source: Any, name: str) -> Iterator[list[Record]]:
@@ -52,13 +52,13 @@ def parquet_records(source: Any, name: str) -> Iterator[list[Record]]:
     Raises:
         DataError: it is not one.
     """
-    with _told(name, "a parquet file"):
+    with _fault(name, "a parquet file"):
         yield from map(_records, _parquet_batches(source))
 
 
 def arrow_records(source: Any, name: str) -> Iterator[list[Record]]:
     """Yield the records of an Arrow file or stream, as `parquet_records` does."""
-    with _told(name, "an Arrow file"):
+    with _fault(name, "an Arrow file"):
         for batch in _arrow_batches(source):
             yield from (
                 _records(batch.slice(start, _MOST)) for start in range(0, batch.num_rows, _MOST)
@@ -106,7 +106,7 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _told(name: str, what: str) -> Generator[None]:
+def _fault(name: str, what: str) -> Generator[None]:
     """Say of what pyarrow cannot read that it is not what its name says, in its words without the
     name of its buffer.
     """
@@ -149,17 +149,17 @@ def _records(batch: Any) -> list[Record]:
         from datasets import Features
 
         features = Features.from_arrow_schema(batch.schema)
-    return [with_label_names(_with_floats(record), features) for record in batch.to_pylist()]
+    return [with_label_names(_decode_floats(record), features) for record in batch.to_pylist()]
 
 
-def _with_floats(record: Record) -> Record:
+def _decode_floats(record: Record) -> Record:
     """Return a record with its decimal numbers as those that JSON has."""
     return {
         key: float(value) if isinstance(value, Decimal) else value for key, value in record.items()
     }
 
 
-def _parsed(batches: Iterator[list[Record]]) -> Parsed:
+def _parse(batches: Iterator[list[Record]]) -> Parsed:
     return Parsed([record for records in batches for record in records])
 
 

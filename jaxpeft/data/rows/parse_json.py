@@ -158,7 +158,7 @@ class _LongNumberError(Exception):
         self.digits = digits
 
 
-def _whole(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     if len(digits) > _LONGEST:
         raise _LongNumberError(digits)
     return int(digits)
@@ -182,7 +182,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
 
 
 _DECODER = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_int=_whole, object_pairs_hook=_unique_keys
+    parse_constant=_refuse_constant, parse_int=_parse_integer, object_pairs_hook=_unique_keys
 )
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from jaxpeft.data.problems import Record
 from jaxpeft.data.rows.data_files import check_file, ending_of, read_bytes
-from jaxpeft.data.rows.file_options import AS_FOUND, Allowance, FileOptions, nested
+from jaxpeft.data.rows.file_options import AS_FOUND, Allowance, FileOptions, flatten_nested
 from jaxpeft.data.rows.folders import files_of
 from jaxpeft.data.rows.parse_arrow import with_label_names
 from jaxpeft.data.rows.parsers import PARSERS, other
 from jaxpeft.errors import DataError, nearest
-from jaxpeft.logs import timed
+from jaxpeft.logs import log_time
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGE_PATH = re.compile(r"package:([A-Za-z0-9_-]+)/([A-Za-z0-9_-]+)")
@@ -59,7 +59,7 @@ class Rows:
         """The hash of all that was read: the same whichever rows of it these are."""
         return self.origin or self.sha256
 
-    def remade(self, *made_by: str, **changes: Any) -> Rows:
+    def derive(self, *made_by: str, **changes: Any) -> Rows:
         """Return rows that were made from these.
 
         Args:
@@ -83,7 +83,7 @@ class Rows:
         """
         lines = tuple(self.lines[i] for i in chosen) if self.lines else ()
         places = tuple(self._place(i) for i in chosen)
-        return self.remade(
+        return self.derive(
             str(list(chosen)), records=[self.records[i] for i in chosen], lines=lines, places=places
         )
 
@@ -99,7 +99,7 @@ class Rows:
             name: what to call all of them in messages.
         """
         if len(parts) == 1:
-            return dataclasses.replace(parts[0], name=name, places=_places(parts))
+            return dataclasses.replace(parts[0], name=name, places=_locations(parts))
         digest = hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
         lines = tuple(line for part in parts for line in part.lines or (0,) * len(part))
         origin = hashlib.sha256(" ".join(part.source for part in parts).encode()).hexdigest()
@@ -109,7 +109,7 @@ class Rows:
             name,
             digest,
             lines,
-            _places(parts),
+            _locations(parts),
             origin,
             notes,
         )
@@ -119,7 +119,7 @@ class Rows:
         return list(dict.fromkeys(key for record in self.records for key in record))
 
 
-def _places(parts: Sequence[Rows]) -> tuple[tuple[str, int], ...]:
+def _locations(parts: Sequence[Rows]) -> tuple[tuple[str, int], ...]:
     return tuple(
         place
         for part in parts
@@ -194,7 +194,7 @@ def _read_folder(folder: Path, name: str, split: str, layout: FileOptions) -> Ro
             {**record, "label": label}
             for record, label in zip(rows.records, files.labels, strict=True)
         ]
-        rows = dataclasses.replace(rows.remade(*files.labels, records=labeled), origin="")
+        rows = dataclasses.replace(rows.derive(*files.labels, records=labeled), origin="")
     return dataclasses.replace(
         rows, notes=(f"{name}: {files.note}", *rows.notes) if files.note else rows.notes
     )
@@ -219,7 +219,7 @@ def _rows(data: bytes, ending: str, name: str, layout: FileOptions, allowed: All
     if not parsed.records:
         raise DataError(f"{name}:1:1: the file has no rows; give a file with at least one row")
     notes = (f"{name}: {parsed.note}",) if parsed.note else ()
-    records = nested(parsed.records, layout.columns)
+    records = flatten_nested(parsed.records, layout.columns)
     return Rows(records, name, hashlib.sha256(data).hexdigest(), parsed.lines, notes=notes)
 
 
@@ -255,7 +255,7 @@ def load_hub(
     from datasets.exceptions import DatasetsError
 
     try:
-        with timed(f"fetching {hub_name(hub_id, split, config)} from the hub"):
+        with log_time(f"fetching {hub_name(hub_id, split, config)} from the hub"):
             return datasets.load_dataset(
                 hub_id, config, split=split, revision=revision, streaming=streaming
             )
@@ -281,4 +281,4 @@ def _read_hub(
     if not records:
         raise DataError(f"{name}: the split has no rows; choose another")
     content = json.dumps([data.column_names, records], sort_keys=True, default=str).encode()
-    return Rows(nested(records, layout.columns), name, hashlib.sha256(content).hexdigest())
+    return Rows(flatten_nested(records, layout.columns), name, hashlib.sha256(content).hexdigest())

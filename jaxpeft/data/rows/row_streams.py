@@ -16,15 +16,21 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from jaxpeft.data.problems import Record
-from jaxpeft.data.rows.data_files import broken_gzip, check_file, ending_of, open_file, unreadable
+from jaxpeft.data.rows.data_files import (
+    check_file,
+    ending_of,
+    gzip_fault,
+    open_file,
+    unreadable_file,
+)
 from jaxpeft.data.rows.dialect import Dialect, Fields, dialect_of, fields_of
-from jaxpeft.data.rows.file_options import AS_FOUND, FileOptions, nested
+from jaxpeft.data.rows.file_options import AS_FOUND, FileOptions, flatten_nested
 from jaxpeft.data.rows.folders import files_of
 from jaxpeft.data.rows.parse_arrow import arrow_records, parquet_records, with_label_names
 from jaxpeft.data.rows.parse_delimited import header_of, parse_fields
 from jaxpeft.data.rows.parse_json import parse_lines
 from jaxpeft.data.rows.read import Rows, hub_name, is_hub_id, load_hub
-from jaxpeft.data.rows.utf8 import UTF8, check_pointer, encoding_of, first_fault, not_in
+from jaxpeft.data.rows.utf8 import UTF8, check_pointer, encoding_fault, encoding_of, first_fault
 from jaxpeft.errors import DataError
 
 _EDGE = 1 << 20
@@ -107,7 +113,9 @@ class RowStream:
         lines = tuple(line for _, _, (line, _) in taken)
         made = f"{self.identity()} {start} {len(taken)}"
         notes = tuple(f"{reader.name}: {reader.note}" for reader in self._readers if reader.note)
-        return Rows(nested(records, self._columns), self.name, made, lines, places, notes=notes)
+        return Rows(
+            flatten_nested(records, self._columns), self.name, made, lines, places, notes=notes
+        )
 
     def _all(self) -> Iterator[tuple[_Reader, int, Raw]]:
         """Yield every row with its 1-based number in its file."""
@@ -143,9 +151,9 @@ class _File:
                     yield from blank
                     blank.clear()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(broken_gzip(self.name, error)) from None
+            raise DataError(gzip_fault(self.name, error)) from None
         except OSError as error:
-            raise DataError(unreadable(self.name, error)) from None
+            raise DataError(unreadable_file(self.name, error)) from None
 
     def _raw(self) -> Iterator[Raw]:
         """Yield every row; a blank one is false, or white space."""
@@ -181,7 +189,7 @@ class _TextFile(_File):
                 if self.encoding == UTF8:
                     raise DataError(first_fault(file, self.name)) from None
                 pieces = iter(partial(file.read, _EDGE), b"")
-                raise DataError(not_in(self.encoding, pieces, self.name)) from None
+                raise DataError(encoding_fault(self.encoding, pieces, self.name)) from None
 
 
 class _Jsonl(_TextFile):

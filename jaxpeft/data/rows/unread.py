@@ -59,7 +59,7 @@ _ELSEWHERE: Mapping[str, Mapping[str, str]] = {
 """What roles are in rows without answers."""
 
 
-def filled(rows: Rows) -> dict[str, type]:
+def filled_columns(rows: Rows) -> dict[str, type]:
     """Return the columns in which some row holds something, each with the type of a value: of one
     that is no text, if any.
     """
@@ -104,20 +104,20 @@ def refuse_partial(
     Raises:
         DataError: names the columns, and the options that say what is meant.
     """
-    if asked.given().keys() & REQUIRED.get(kind, ({},))[0].keys():
+    if asked.named_fields().keys() & REQUIRED.get(kind, ({},))[0].keys():
         return
-    found = roles(present, _left(present, columns))
+    found = roles(present, _unread_columns(present, columns))
     missed = {column: role for column, role in found.items() if role in _MEANT.get(kind, ())}
     if missed:
-        read = ", ".join(map(repr, columns.given().values()))
+        read = ", ".join(map(repr, columns.named_fields().values()))
         raise DataError(
             f"{name}: rows of format {kind} would be learned from {read} alone, without"
-            f" {_told(missed, kind)}; {_fix(present, columns, missed)}if that is meant, set"
+            f" {_describe(missed, kind)}; {_fix(present, columns, missed)}if that is meant, set"
             f" data.format={kind!r}. Columns present: {', '.join(present)}"
         )
 
 
-def unread(present: Mapping[str, type], columns: Columns, kind: str) -> tuple[str, bool]:
+def find_unread(present: Mapping[str, type], columns: Columns, kind: str) -> tuple[str, bool]:
     """Return one line that names the columns that nothing reads, empty where all are read; and
     whether one may be missed.
 
@@ -126,18 +126,18 @@ def unread(present: Mapping[str, type], columns: Columns, kind: str) -> tuple[st
         columns: the columns that are read.
         kind: the format of the rows.
     """
-    found = roles(present, _left(present, columns))
+    found = roles(present, _unread_columns(present, columns))
     if not found:
         return "", False
-    read = ", ".join(f"{column!r} ({field})" for field, column in columns.given().items())
-    return f"read: {read}; not read: {_told(found, kind)}", any(
+    read = ", ".join(f"{column!r} ({field})" for field, column in columns.named_fields().items())
+    return f"read: {read}; not read: {_describe(found, kind)}", any(
         role != "" for role in found.values()
     )
 
 
-def _left(present: Collection[str], columns: Columns) -> list[str]:
+def _unread_columns(present: Collection[str], columns: Columns) -> list[str]:
     """Return the columns that are not read, neither whole nor a value in them (`answers.text`)."""
-    read = columns.given().values()
+    read = columns.named_fields().values()
     parts = {
         ".".join(parts[:i])
         for parts in (column.split(".") for column in read)
@@ -146,7 +146,7 @@ def _left(present: Collection[str], columns: Columns) -> list[str]:
     return [column for column in present if column not in read and column not in parts]
 
 
-def _told(found: Mapping[str, str | None], kind: str) -> str:
+def _describe(found: Mapping[str, str | None], kind: str) -> str:
     def one(column: str, role: str) -> str:
         meant = _ELSEWHERE.get(kind, {}).get(role, role)
         return f"{column!r} (perhaps {meant})" if meant else repr(column)
@@ -167,7 +167,7 @@ def _fix(present: Mapping[str, type], columns: Columns, missed: Mapping[str, str
     if columns.text is None and len(parts) > 1:
         return (
             "write all parts of the question into the text of"
-            f" {next(iter(columns.given().values()))!r}; "
+            f" {next(iter(columns.named_fields().values()))!r}; "
         )
     if columns.text and (answer or asked):
         named = {"prompt": asked or columns.text, "completion": answer or columns.text}

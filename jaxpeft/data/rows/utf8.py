@@ -75,11 +75,11 @@ def as_utf8(data: bytes, name: str, given: str = "auto") -> tuple[bytes, str]:
         try:
             data = data.decode(encoding).removeprefix("\ufeff").encode()
         except UnicodeError:
-            raise DataError(not_in(encoding, (data,), name)) from None
+            raise DataError(encoding_fault(encoding, (data,), name)) from None
     return body_of(data, name), encoding
 
 
-def not_in(encoding: str, pieces: Iterable[bytes], name: str) -> str:
+def encoding_fault(encoding: str, pieces: Iterable[bytes], name: str) -> str:
     """Return where a file begins not to be in the encoding that was given or marked.
 
     Args:

@@ -108,7 +108,7 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
     np.savez(buffer, allow_pickle=False, **arrays)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path, unique=True) as temporary:
+        with atomic.replace_when_done(path, unique=True) as temporary:
             temporary.touch(mode=0o600)  # rows may be nobody else's affair
             with temporary.open("wb") as file:
                 file.write(buffer.getbuffer())

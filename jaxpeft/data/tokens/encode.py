@@ -210,7 +210,7 @@ def _check_options(examples: Examples, tokenizer: Any, options: TokenizeOptions)
 
 
 @contextmanager
-def _uncollected() -> Generator[None]:
+def _without_gc() -> Generator[None]:
     """Keep Python from looking for cycles, again and again, among millions of numbers that have
     none.
     """
@@ -226,7 +226,7 @@ def _uncollected() -> Generator[None]:
 def _build(
     examples: Examples, tokenizer: Any, options: TokenizeOptions, progress: OnProgress | None
 ) -> Arrays:
-    with _uncollected():
+    with _without_gc():
         batches = list(_batches(examples, tokenizer, options, progress))
     lengths = [len(ids) for batch in batches for ids in batch.ids]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

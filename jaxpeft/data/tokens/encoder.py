@@ -158,7 +158,7 @@ def one_length(config: Config) -> int | None:
     return config.data.max_length if config.mesh.long_rows and not config.data.lengths else None
 
 
-def told(encoded: Encoded) -> str:
+def describe(encoded: Encoded) -> str:
     """Return in one line what became of the rows."""
     counts = encoded.counts
     parts = [f"{counts['rows']} rows", f"{counts['tokens']} tokens"]

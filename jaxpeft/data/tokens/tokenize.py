@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpeft.data.chat.dialogs import Dialog
 from jaxpeft.data.chat.supervise import IGNORED, Script, label, write_all, write_prompt
-from jaxpeft.data.chat.templates import Template, compiled
+from jaxpeft.data.chat.templates import Template, get_template
 from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.problems import Problems, excerpt
 
@@ -71,7 +71,7 @@ def _sentences(
     texts = examples.texts[rows.start : rows.stop]
     pairs = examples.pairs[rows.start : rows.stop] if examples.pairs else None
     made = tokenizer(texts, pairs, truncation=True, max_length=options.max_length, verbose=False)
-    return TokenizedRows(made["input_ids"], _types(made), [], list(rows), _truncated(made))
+    return TokenizedRows(made["input_ids"], _types(made), [], list(rows), _truncate(made))
 
 
 def _words(
@@ -89,7 +89,7 @@ def _words(
     )
     tags: Any = examples.labels
     labels = [_first_subtokens(made.word_ids(i), tags[row]) for i, row in enumerate(rows)]
-    return TokenizedRows(made["input_ids"], _types(made), labels, list(rows), _truncated(made))
+    return TokenizedRows(made["input_ids"], _types(made), labels, list(rows), _truncate(made))
 
 
 def _documents(
@@ -111,7 +111,7 @@ def _documents(
 def _dialogs(
     examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions
 ) -> TokenizedRows:
-    eos, begin = tokenizer.eos_token_id, _begin(tokenizer, options)
+    eos, begin = tokenizer.eos_token_id, _begin_token(tokenizer, options)
     scripts = _scripts(examples, tokenizer, rows, options)
     batch = TokenizedRows([], [], [], [])
     for script in scripts:
@@ -152,13 +152,13 @@ def prompt_ids(examples: Examples, row: int, tokenizer: Any, options: TokenizeOp
     (made,) = label(
         [write_prompt(dialog, _template(options, tokenizer), options.separator)],
         tokenizer,
-        begin=_begin(tokenizer, options),
+        begin=_begin_token(tokenizer, options),
         end=None,
     )
     return made.ids
 
 
-def _begin(tokenizer: Any, options: TokenizeOptions) -> list[int]:
+def _begin_token(tokenizer: Any, options: TokenizeOptions) -> list[int]:
     own = prefix(tokenizer)
     return own if options.add_bos else [token for token in own if token != tokenizer.bos_token_id]
 
@@ -166,7 +166,7 @@ def _begin(tokenizer: Any, options: TokenizeOptions) -> list[int]:
 def _template(options: TokenizeOptions, tokenizer: Any) -> Template | None:
     if options.template is None:
         return None
-    return compiled(tuple(options.template.items()), tuple(special_tokens(tokenizer).items()))
+    return get_template(tuple(options.template.items()), tuple(special_tokens(tokenizer).items()))
 
 
 def _scripts(
@@ -228,5 +228,5 @@ def _types(made: Any) -> list[list[int]]:
     return made.get("token_type_ids", [])
 
 
-def _truncated(made: Any) -> int:
+def _truncate(made: Any) -> int:
     return sum(bool(encoding.overflowing) for encoding in made.encodings)

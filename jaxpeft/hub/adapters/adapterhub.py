@@ -101,7 +101,7 @@ class AdapterHub(FolderLayout):
             name: t for name, t in content.tensors.items() if paths.is_head(tuple(name.split(".")))
         }
         rest = {
-            _there(name, content.sites): t
+            _library_name(name, content.sites): t
             for name, t in content.tensors.items()
             if name not in heads
         }
@@ -150,7 +150,7 @@ class AdapterHub(FolderLayout):
         options = _options(
             cast(Mapping[str, Any], section), "version" in config, model.config.num_hidden_layers
         )
-        tensors = _named_here(read_header(folder / self.weights), params)
+        tensors = _local_name(read_header(folder / self.weights), params)
         return {"base_model_name_or_path": config.get("model_name"), **options}, tensors | _head(
             folder, model, params
         )
@@ -200,7 +200,7 @@ def _where(sites: Sequence[str], layers: int) -> dict[str, Any]:
     return {"mh_adapter": bool(attention), "output_adapter": bool(output), "leave_out": left}
 
 
-def _there(name: str, sites: Sequence[str]) -> str:
+def _library_name(name: str, sites: Sequence[str]) -> str:
     """Return the library's name of a tensor of a site, or of one at the root."""
     site = next((site for site in sites if name.startswith(f"{site}.")), None)
     if site is None:
@@ -231,7 +231,7 @@ def _options(section: Mapping[str, Any], has_version: bool, layers: int) -> dict
     return options | {"peft_type": AdapterHub.name, "target_modules": "default"}
 
 
-def _named_here(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+def _local_name(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tensors by the names of sites; the name of the backbone is left out where the
     library saved it alone.
     """
@@ -239,17 +239,17 @@ def _named_here(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[st
     for site in (name for found in targets.find_sites(params) for name in found.names):
         end = _end(site)
         if end is not None:
-            sites[_inside(site.removesuffix(end) + _MODULES[end])] = site
+            sites[_without_backbone(site.removesuffix(end) + _MODULES[end])] = site
     named: dict[str, Any] = {}
     for name, tensor in header.items():
         found = re.fullmatch(r"(.*)\.adapters\.[^.]+\.(.*)", name)
-        site = sites.get(_inside(found[1])) if found else None
+        site = sites.get(_without_backbone(found[1])) if found else None
         shared = re.fullmatch(r"(?:.*\.)?shared_parameters\.[^.]+\.(.*)", name)
         named[f"{site}.{found[2]}" if found and site else shared[1] if shared else name] = tensor
     return named
 
 
-def _inside(name: str) -> str:
+def _without_backbone(name: str) -> str:
     """Return a module's name without that of the backbone around the layers."""
     return re.sub(rf"^(?!(?:{'|'.join(_STACKS)})\.)[^.]+\.", "", name)
 

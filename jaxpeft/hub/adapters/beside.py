@@ -46,7 +46,7 @@ def split(method: Method) -> tuple[Method, tuple[Method, ...]] | None:
     return None
 
 
-def renamed(method: Method, text: str) -> str:
+def rename(method: Method, text: str) -> str:
     """Return a tensor's name, or a text that holds it, with that of a folder of its method alone
     turned to that beside another, and back.
 
@@ -70,7 +70,7 @@ def renamed(method: Method, text: str) -> str:
     )
 
 
-def written(main: Method, sites: Mapping[str, Method]) -> dict[str, Any]:
+def write_options(main: Method, sites: Mapping[str, Method]) -> dict[str, Any]:
     """Return the option of the methods beside a method, empty where there are none.
 
     Args:
@@ -84,7 +84,7 @@ def written(main: Method, sites: Mapping[str, Method]) -> dict[str, Any]:
     )
 
 
-def read(
+def read_options(
     kind: type[Method], config: Mapping[str, Any], tied: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return `(options, problems)`: the options of each method that an `adapter_config.json` holds

@@ -16,7 +16,7 @@ from jaxpeft.core import paths, targets
 from jaxpeft.core.method import Method
 from jaxpeft.core.rewriting import chosen_sites, layer_of
 from jaxpeft.core.targets import Site
-from jaxpeft.hub.adapters.tensors import Array, adapted, adapted_names, wholes
+from jaxpeft.hub.adapters.tensors import Array, adapted_names, find_adapted, wholes
 
 
 def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
@@ -36,7 +36,7 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
             if other is not part and other.leaves.site == part.leaves.site
         ]
         elsewhere = {name for other in alike for name in adapted_names(other, params)}
-        fixed = _fixed(
+        fixed = _derived_leaves(
             part, [site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes]
         )
         for site in targets.find_sites(params, targets.KINDS):
@@ -78,7 +78,7 @@ def _root_mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _fixed(method: Method, sites: Sequence[Site]) -> dict[str, dict[str, Array]]:
+def _derived_leaves(method: Method, sites: Sequence[Site]) -> dict[str, dict[str, Array]]:
     """Return the leaves that follow from the options alone, by the name of the site and of the
     leaf.
 
@@ -101,7 +101,7 @@ def _fixed(method: Method, sites: Sequence[Site]) -> dict[str, dict[str, Array]]
 
 def _follows(method: Method, key: str, like: Any) -> bool:
     return key not in method.leaves.trained and (
-        (_whole(like) and key not in method.peft.tensors) or not like.shape
+        (_read_whole(like) and key not in method.peft.tensors) or not like.shape
     )
 
 
@@ -153,14 +153,14 @@ def _site_mismatches(
     return []
 
 
-def _wanted(method: Method, params: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def _expected_leaves(method: Method, params: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     wanted: dict[str, jax.ShapeDtypeStruct] = {}
     for entry in wholes(method, params):
         shape = paths.get(params, entry.path).shape[0 if entry.layer is None else 1 :]
         wanted[entry.name] = jax.ShapeDtypeStruct(
             shape[::-1] if entry.transposed else shape, jnp.float32
         )
-    for entry in adapted(method, params):
+    for entry in find_adapted(method, params):
         wanted |= entry.tensors()
     return wanted
 
@@ -171,12 +171,16 @@ def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
 
     Where whole numbers are wanted floating ones will do, as PEFT writes them on Windows.
     """
-    wanted = _wanted(method, params)
+    wanted = _expected_leaves(method, params)
     problems = [f"missing: {name}" for name in wanted if name not in tensors]
     problems += [f"extra: {name}" for name in tensors if name not in wanted]
     for name, tensor in tensors.items():
         floating = jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize >= 2
-        if name in wanted and not floating and not (_whole(tensor) and _whole(wanted[name])):
+        if (
+            name in wanted
+            and not floating
+            and not (_read_whole(tensor) and _read_whole(wanted[name]))
+        ):
             problems.append(f"not floating: {name} is {tensor.dtype}")
     for name, like in wanted.items():
         if name in tensors and tuple(tensors[name].shape) != like.shape:
@@ -185,7 +189,7 @@ def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
     return problems
 
 
-def _whole(tensor: Any) -> bool:
+def _read_whole(tensor: Any) -> bool:
     return bool(jnp.issubdtype(tensor.dtype, jnp.integer))
 
 
@@ -198,12 +202,12 @@ def wrong_numbers(
     problems = [
         f"not finite: {name}" for name, tensor in tensors.items() if not np.isfinite(tensor).all()
     ]
-    for entry in adapted(method, params):
+    for entry in find_adapted(method, params):
         if entry.site.path:
             problems += [
                 entry.prefix + why
                 for why in entry.method.peft.wrong_numbers(
-                    entry.method, entry.site, entry.given(tensors)
+                    entry.method, entry.site, entry.select(tensors)
                 )
             ]
     return problems

@@ -36,7 +36,7 @@ _MOVED = frozenset(
 _log = logging.getLogger(__name__)
 
 
-def written(settings: Settings, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def extra_content(settings: Settings, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the content of `jaxpeft.json`.
 
     Args:
@@ -47,11 +47,13 @@ def written(settings: Settings, files: Mapping[str, Mapping[str, Any]]) -> dict[
     content = {"jaxpeft_version": jaxpeft.__version__} | settings.as_dict()
     saved = {
         name: (
-            digests.of_arrays(items) if name.endswith(".safetensors") else digests.of_fields(items)
+            digests.arrays_sha256(items)
+            if name.endswith(".safetensors")
+            else digests.fields_sha256(items)
         )
         for name, items in files.items()
     }
-    return content | {"sha256": {**saved, EXTRA: digests.of_fields(content)}}
+    return content | {"sha256": {**saved, EXTRA: digests.fields_sha256(content)}}
 
 
 def read_extra(folder: Path) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def warn_of_edits(folder: Path, extra: Mapping[str, Any]) -> None:
             content = {
                 key: value for key, value in read_json(folder / name).items() if key != "sha256"
             }
-            edited = _edited(recorded[name], content)
+            edited = _find_edits(recorded[name], content)
             if edited:
                 told = ", ".join(edited[:_SHOWN])
                 _log.warning(
@@ -106,12 +108,12 @@ def warn_of_edits(folder: Path, extra: Mapping[str, Any]) -> None:
                 )
 
 
-def _edited(recorded: Mapping[str, str], content: Mapping[str, Any]) -> list[str]:
+def _find_edits(recorded: Mapping[str, str], content: Mapping[str, Any]) -> list[str]:
     """List fields that were saved with another value; those that are new since were not ours."""
-    found = digests.of_fields(content)
+    found = digests.fields_sha256(content)
     return [
         name
-        for name in digests.differing(recorded, found)
+        for name in digests.find_differing(recorded, found)
         if name in recorded and name not in _MOVED
     ]
 
@@ -131,7 +133,7 @@ def require_undamaged(folder: Path, extra: Mapping[str, Any]) -> None:
     for name in sorted(file for file in recorded if file.endswith(".safetensors")):
         if not (folder / name).is_file():
             continue  # which files there must be, the layout says
-        wrong = digests.differing(recorded[name], digests.of_file(folder / name))
+        wrong = digests.find_differing(recorded[name], digests.file_tensors_sha256(folder / name))
         if wrong:
             raise AdapterError(_damage(folder, name, wrong, recorded))
 
@@ -150,4 +152,4 @@ def _damage(folder: Path, name: str, wrong: list[str], recorded: Mapping[str, An
         "copy the adapter again; if it was changed on purpose, remove 'sha256' from"
         f" {folder / EXTRA}"
     )
-    return digests.told(wrong, lambda _: folder / name, EXTRA, fix)
+    return digests.describe_differing(wrong, lambda _: folder / name, EXTRA, fix)

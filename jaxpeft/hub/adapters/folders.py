@@ -22,7 +22,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
-from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, cut, shown
+from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, shorten, show
 from jaxpeft.hub.adapters import beside, checks, peft_config
 from jaxpeft.hub.adapters import card as adapter_card
 from jaxpeft.hub.adapters import extra as adapter_extra
@@ -85,7 +85,7 @@ def save_adapter(
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder}: is a file; give a folder to save the adapter to")
     _check_whole(method, params, model)
-    decided = _completed(settings or Settings(), model, labels)
+    decided = _complete(settings or Settings(), model, labels)
     save = _save_one if beside.split(method) else _save_parts
     save(folder, method, params, model, decided)
     if tokenizer is not None:
@@ -119,12 +119,12 @@ def _save_one(
             [f"{folder}: {name} holds NaN or infinity; not saved" for name in broken]
         )
     whole = adapter_tensors.saved_modules(method, params)
-    name, revision = _base_named(model)
+    name, revision = _base_name(model)
     config = peft_config.write(main, model.options.task, name, revision, whole)
     sites = sorted(_site_names(main, params))
-    config |= _named_targets(config, sites) | main.peft.base_sizes(main, params, model.config)
-    tensors = {beside.renamed(method, name): tensor for name, tensor in tensors.items()}
-    config |= beside.written(
+    config |= _explicit_targets(config, sites) | main.peft.base_sizes(main, params, model.config)
+    tensors = {beside.rename(method, name): tensor for name, tensor in tensors.items()}
+    config |= beside.write_options(
         main, {name: part for part in others for name in _site_names(part, params)}
     )
     if tied:
@@ -132,7 +132,7 @@ def _save_one(
     layout = LAYOUTS[main.peft.layout]
     _require_alone(folder, layout)
     files = layout.files(Content(config, tensors, sites, model, settings.labels))
-    files |= {EXTRA: adapter_extra.written(settings, files)}
+    files |= {EXTRA: adapter_extra.extra_content(settings, files)}
     card = adapter_card.text(main, layout, config, settings) + _pooling_note(layout, model)
     atomic.write_text(folder / CARD, card)
     for name in sorted(
@@ -141,7 +141,7 @@ def _save_one(
         if name.endswith(".json"):
             atomic.write_text(folder / name, json.dumps(files[name], indent=2) + "\n")
         else:
-            with atomic.replacing(folder / name) as temporary:
+            with atomic.replace_when_done(folder / name) as temporary:
                 write_arrays(files[name], temporary)
     _log.info(
         "saved %d tensors (%.1f kB) to %s",
@@ -152,10 +152,12 @@ def _save_one(
 
 
 def _site_names(method: Method, params: Mapping[str, Any]) -> set[str]:
-    return {entry.site.name for entry in adapter_tensors.adapted(method, params) if entry.site.path}
+    return {
+        entry.site.name for entry in adapter_tensors.find_adapted(method, params) if entry.site.path
+    }
 
 
-def _base_named(model: Pretrained) -> tuple[str, str | None]:
+def _base_name(model: Pretrained) -> tuple[str, str | None]:
     """Return name and revision of the base for other libraries, which know of a package the folder
     that it holds alone.
     """
@@ -270,9 +272,9 @@ def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -
     }  # whatever form holds it
     missing = [p for p, _ in paths.walk(abstract_params(model)) if p not in there]
     if missing:
-        shown = ", ".join(paths.text(p) for p in missing[:3])
+        show = ", ".join(paths.text(p) for p in missing[:3])
         raise AdapterError(
-            f"params: {len(missing)} leaves of the model are missing, such as {shown}; give the"
+            f"params: {len(missing)} leaves of the model are missing, such as {show}; give the"
             " whole tree"
         )
     problems = checks.mismatches(method, params)
@@ -287,7 +289,7 @@ def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -
         )
 
 
-def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+def _explicit_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """Return full names of sites where PEFT would read the target options otherwise.
 
     `all-linear` would mean other modules in another model, and the numbers of layers that no dot
@@ -306,7 +308,7 @@ def _named_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any
     )
 
 
-def _completed(settings: Settings, model: Pretrained, labels: tuple[str, ...]) -> Settings:
+def _complete(settings: Settings, model: Pretrained, labels: tuple[str, ...]) -> Settings:
     """Return the settings with what the model says, checked as those of a file are."""
     options = model.options
     made = dataclasses.replace(
@@ -399,11 +401,11 @@ def load_adapter(
     except WeightsError as error:
         raise AdapterError(error.problems) from error
     if model.options.task == "encoder":
-        config, header = _without_pooler(config, header)
+        config, header = _drop_pooler(config, header)
     header = _one_name(config, header, model, params, folder / layout.weights)
     method = peft_config.read(config, str(folder / CONFIG), params)
     method = method.peft.fit(method, {name: tensor.shape for name, tensor in header.items()})
-    spelled = partial(beside.renamed, method)
+    spelled = partial(beside.rename, method)
     header = {spelled(name): tensor for name, tensor in header.items()}
     header = adapter_tensors.without_copies(method, header, params)
     method = adapter_tensors.with_embeddings(method, header, params)
@@ -411,7 +413,7 @@ def load_adapter(
     like = paths.map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     try:
         # an option may ask for more than the memory holds: the file's shapes are compared first
-        problems = adapter_tensors.outgrown(method, header, params)
+        problems = adapter_tensors.find_outgrown(method, header, params)
         if not problems:
             made = jax.eval_shape(
                 partial(rewrite, method), like, jax.eval_shape(lambda: jax.random.key(0))
@@ -440,8 +442,8 @@ def load_adapter(
             )
             return method, loaded
     more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    shown = [*map(spelled, problems[:_SHOWN]), *more]
-    raise AdapterError([f"{folder / layout.weights}: {problem}" for problem in shown])
+    show = [*map(spelled, problems[:_SHOWN]), *more]
+    raise AdapterError([f"{folder / layout.weights}: {problem}" for problem in show])
 
 
 def layout_of(folder: FilePath) -> FolderLayout:
@@ -476,7 +478,7 @@ def layout_of(folder: FilePath) -> FolderLayout:
     raise AdapterError(f"{folder}: no {layout.weights}: the folder {why}")
 
 
-def _without_pooler(
+def _drop_pooler(
     config: dict[str, Any], header: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Leave out what PEFT trains in the pooler of an encoder: hidden states do not depend on it, so
@@ -536,7 +538,8 @@ def check_base(
     problems: list[str] = []
     if task is not None and task != wanted:
         problems.append(
-            f"{folder / CONFIG}: task_type is {cut(str(task))}, the model is loaded for {wanted}"
+            f"{folder / CONFIG}: task_type is {shorten(str(task))}, the model is loaded for"
+            f" {wanted}"
         )
     extra = adapter_extra.read_extra(folder)
     if extra.get("pooling", model.options.pooling) != model.options.pooling:
@@ -556,7 +559,7 @@ def check_base(
         )
         why = (
             f"{folder / EXTRA}: the adapter was trained on another base"
-            f" ({shown(config.get('base_model_name_or_path'))}) than {model.source.name}: "
+            f" ({show(config.get('base_model_name_or_path'))}) than {model.source.name}: "
         )
         if other and allow_base:
             _log.warning("%s%s", why, "; ".join(other))

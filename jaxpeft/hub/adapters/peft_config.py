@@ -9,7 +9,7 @@ from jaxpeft import methods
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import parse
-from jaxpeft.errors import AdapterError, shown
+from jaxpeft.errors import AdapterError, show
 from jaxpeft.hub.adapters import beside
 from jaxpeft.methods import METHODS
 from jaxpeft.methods.mixed import Mixed
@@ -78,18 +78,18 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
     if saved is not None and not (
         isinstance(saved, (str, list)) and all(isinstance(name, str) for name in saved)
     ):
-        raise AdapterError(f"{where}: modules_to_save: must be a list of names, is {shown(saved)}")
+        raise AdapterError(f"{where}: modules_to_save: must be a list of names, is {show(saved)}")
     kind = method_of(config)
     if kind is None:
         known = ", ".join(
             dict.fromkeys(method.peft.type or name.upper() for name, method in METHODS.items())
         )
         raise AdapterError(
-            f"{where}: peft_type {shown(str(config.get('peft_type')))} is not supported (supported:"
+            f"{where}: peft_type {show(str(config.get('peft_type')))} is not supported (supported:"
             f" {known})"
         )
     own = {key: value for key, value in config.items() if key not in COMMON - kind.peft.ignored}
-    others, problems = beside.read(kind, own, "lm_head" not in head)
+    others, problems = beside.read_options(kind, own, "lm_head" not in head)
     if kind.peft.beside is not None and (others or problems):
         own.pop(kind.peft.beside.option)
     values, odd = kind.peft.read_options(kind, own)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.errors import AdapterError, shown
+from jaxpeft.errors import AdapterError, show
 from jaxpeft.hub.choices import TASKS
 from jaxpeft.quant.quantize import read_quant
 
@@ -112,7 +112,7 @@ def parse_settings(extra: Mapping[str, Any], where: Path) -> Settings:
         fix = "fix it, or remove the file: the adapter is then loaded as one of another library"
         raise AdapterError(
             [
-                f"{where}: {key}: must be {must}, is {shown(value)}; {fix}"
+                f"{where}: {key}: must be {must}, is {show(value)}; {fix}"
                 for key, value, must in wrong
             ]
         )

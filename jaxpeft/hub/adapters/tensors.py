@@ -91,7 +91,7 @@ class Adapted:
     def put(self, leaves: Mapping[str, Array], tensors: Mapping[str, Array]) -> None:
         """Write the tensors into the leaves of the tree, in place."""
         own = {key: leaves[key][self._region(like)] for key, like in self.fresh.items()}
-        given = self.given(tensors)
+        given = self.select(tensors)
         found = (
             self.method.peft.unpack(self.method, self.site, given, own)
             if self.site.path
@@ -100,7 +100,7 @@ class Adapted:
         for key, like in self.fresh.items():
             leaves[key][self._region(like)] = found[key]
 
-    def given(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    def select(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """Return its own of the tensors of a file, by the ends of their names."""
         return {name.removeprefix(self.prefix): tensors[name] for name in self.tensors()}
 
@@ -158,7 +158,7 @@ def adapted_names(method: Method, params: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
+def find_adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
     """List the adapted sites, layer by layer, and the roots of the methods that keep leaves there.
 
     Args:
@@ -197,7 +197,7 @@ def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
         if entry.path not in host:
             host[entry.path] = np.asarray(paths.get(params, entry.path), np.float32)
         out[entry.name] = entry.take(host[entry.path])
-    for entry in adapted(method, params):
+    for entry in find_adapted(method, params):
         out |= entry.take(paths.get(params, entry.site.path))
     return {name: np.ascontiguousarray(tensor) for name, tensor in out.items()}
 
@@ -232,7 +232,7 @@ def without_copies(
         plain = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
         if ".original_module." in name or (plain != name and plain in header):
             continue
-        own = _unwrapped(name.removeprefix(method.peft.module_prefix))
+        own = _unwrap(name.removeprefix(method.peft.module_prefix))
         copied = ".base_layer." in name or (_embedding_of(own) and not _saves(method, own))
         if own.endswith(".weight") and copied and own in leaves:
             path, row = leaves[own]
@@ -282,7 +282,7 @@ def with_embeddings(
     )
     walked = zip(paths.walk(base), trained, strict=True)
     leaves = {name for (path, leaf), own in walked if not own for name in _names(path, leaf)}
-    given = {name: _unwrapped(name.removeprefix(method.peft.module_prefix)) for name in header}
+    given = {name: _unwrap(name.removeprefix(method.peft.module_prefix)) for name in header}
     found = {
         name: _embedding_of(own)
         for name, own in given.items()
@@ -323,14 +323,16 @@ def saved_modules(method: Method, params: Mapping[str, Any]) -> list[str]:
     return sorted(named | {path[0] for path, _ in paths.walk(params) if paths.is_head(path)})
 
 
-def _unwrapped(name: str) -> str:
+def _unwrap(name: str) -> str:
     """Return the name of a tensor of the base that PEFT keeps inside an adapter's module, as the
     base has it.
     """
     return re.sub(rf"(\.(?:{beside.MODULES}))?\.base_layer\.", ".", name)
 
 
-def outgrown(method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]) -> list[str]:
+def find_outgrown(
+    method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]
+) -> list[str]:
     """List the embeddings and heads of an adapter file that have more tokens than the base: all
     else would be misread.
 
@@ -346,7 +348,7 @@ def outgrown(method: Method, header: Mapping[str, Tensor], base: Mapping[str, An
         if _embedding_of(name)
     }
     found = (
-        (name, tensor, shapes.get(_unwrapped(name.removeprefix(method.peft.module_prefix))))
+        (name, tensor, shapes.get(_unwrap(name.removeprefix(method.peft.module_prefix))))
         for name, tensor in header.items()
     )
     return [
@@ -375,7 +377,7 @@ def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
         entry.put(
             host.setdefault(entry.path, np.zeros(leaf.shape, np.float32)), tensors[entry.name]
         )
-    for entry in adapted(method, params):
+    for entry in find_adapted(method, params):
         node = paths.get(params, entry.site.path)
         own = {
             key: host.setdefault((*entry.site.path, key), np.array(node[key]))
@@ -383,11 +385,11 @@ def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
         }
         entry.put(own, tensors)
     return paths.map_with_path(
-        lambda path, leaf: _as_placed(host[path], leaf) if path in host else leaf, params
+        lambda path, leaf: _put_like(host[path], leaf) if path in host else leaf, params
     )
 
 
-def _as_placed(value: Array, leaf: Any) -> Any:
+def _put_like(value: Array, leaf: Any) -> Any:
     """Put an array where a leaf is; a leaf that is free to move, as a fresh one beside a sharded
     base, stays so.
     """

@@ -105,7 +105,7 @@ class Packed:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
+def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
     """Put the tensors that hold one quantized matrix together; of their numbers the tables and the
     JSON text are read.
 
@@ -125,29 +125,31 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
     for name, beside in companions.items():
         codes = tensors.get(name)
         found[name] = (
-            _broken(beside, f"missing: {name}") if codes is None else _packed(name, codes, beside)
+            _find_faults(beside, f"missing: {name}")
+            if codes is None
+            else _pack(name, codes, beside)
         )
     return found
 
 
-def _broken(beside: Mapping[str, Tensor], *problems: str) -> Packed:
+def _find_faults(beside: Mapping[str, Tensor], *problems: str) -> Packed:
     return Packed(next(iter(beside.values())).file, (), np.dtype(np.float32), {}, problems)
 
 
-def _packed(name: str, codes: Tensor, beside: Mapping[str, Tensor]) -> Packed:
+def _pack(name: str, codes: Tensor, beside: Mapping[str, Tensor]) -> Packed:
     stated = [key for key in beside if key.startswith(_STATE[1:])]
     if not stated:
-        return _broken(beside, f"missing: {name}{_STATE}nf4")
+        return _find_faults(beside, f"missing: {name}{_STATE}nf4")
     state, *others = stated
     if others or state != f"{_STATE[1:]}nf4":
-        return _broken(
+        return _find_faults(
             beside,
             f"quantized: {name} is in {state.partition('__')[2]}, only nf4 is supported;"
             f" {_INSTEAD}",
         )
     parsed = _parse(beside[state])
     if parsed is None:
-        return _broken(
+        return _find_faults(
             beside,
             f"quantized: {name}.{state} is not what bitsandbytes writes; fetch the file again",
         )
@@ -156,8 +158,8 @@ def _packed(name: str, codes: Tensor, beside: Mapping[str, Tensor]) -> Packed:
     problems = [f"missing: {name}.{key}" for key in needed if key not in beside]
     problems += [f"quantized: {name}: {problem}" for problem in _state_problems(parsed, nested)]
     if problems:
-        return _broken(beside, *problems)
-    return _checked(name, codes, beside, parsed, nested)
+        return _find_faults(beside, *problems)
+    return _check_leaves(name, codes, beside, parsed, nested)
 
 
 def _parse(state: Tensor) -> Mapping[str, Any] | None:
@@ -205,7 +207,7 @@ def _counts(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and 0 < n < _MOST_SIDE
 
 
-def _checked(
+def _check_leaves(
     name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapping[str, Any], nested: bool
 ) -> Packed:
     """Return the leaves, of tensors that have the sizes and the tables that they must have."""
@@ -237,7 +239,7 @@ def _checked(
         and not np.allclose(beside[key].read(), table, rtol=1e-5, atol=0)
     ]
     if problems:
-        return _broken(beside, *problems)
+        return _find_faults(beside, *problems)
     rows = (out, n_in // nf4.BLOCK) if n_in % nf4.BLOCK == 0 else (blocks,)
     leaves: tuple[RowReader, ...] = (
         # some checkpoints hold the bytes of the codes as numbers of another dtype

@@ -57,7 +57,7 @@ def _blocks(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
         yield tensor.read_rows(start, min(start + step, rows))
 
 
-def of_fields(content: Mapping[str, Any]) -> dict[str, str]:
+def fields_sha256(content: Mapping[str, Any]) -> dict[str, str]:
     """Return the SHA-256 of each field of a JSON object."""
     plain = {
         name: sorted(map(str, value)) if _is_set(name, value) else value
@@ -74,30 +74,30 @@ def _is_set(name: str, value: Any) -> bool:
     return name in ("target_modules", "exclude_modules") and isinstance(value, list)
 
 
-def of_arrays(tensors: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]:
+def arrays_sha256(tensors: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]:
     """Return the SHA-256 of each array."""
     return {name: array_sha256(array) for name, array in tensors.items()}
 
 
-def of_file(path: Path) -> Digests:
+def file_tensors_sha256(path: Path) -> Digests:
     """Return the SHA-256 of each tensor of a safetensors file; once for each state of the file.
 
     Raises:
         WeightsError: it cannot be read.
     """
     found = path.stat()
-    return _of_file(path, found.st_size, found.st_mtime_ns)
+    return _file_sha256(path, found.st_size, found.st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
-def _of_file(path: Path, size: int, changed: int) -> Digests:
+def _file_sha256(path: Path, size: int, changed: int) -> Digests:
     del size, changed
     header = read_header(path)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         return dict(zip(header, pool.map(tensor_sha256, header.values()), strict=True))
 
 
-def differing(recorded: Mapping[str, Any], found: Digests) -> list[str]:
+def find_differing(recorded: Mapping[str, Any], found: Digests) -> list[str]:
     """List the names that are recorded with another SHA-256, or are not recorded, or not there;
     sorted.
     """
@@ -111,7 +111,9 @@ def is_record(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
 
 
-def told(wrong: Sequence[str], where: Callable[[str], Path], record: str, fix: str) -> list[str]:
+def describe_differing(
+    wrong: Sequence[str], where: Callable[[str], Path], record: str, fix: str
+) -> list[str]:
     """Return the problems of tensors that differ, the first ones by name.
 
     Args:

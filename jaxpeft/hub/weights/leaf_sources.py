@@ -128,7 +128,7 @@ def _copy(
         place[row : row + _STRIP] = block[row : row + _STRIP]
 
 
-def joined(tensors: Sequence[RowReader], *, stacked: bool) -> LeafSource:
+def join(tensors: Sequence[RowReader], *, stacked: bool) -> LeafSource:
     """Return the leaf that tensors of one shape and dtype make as they are.
 
     Args:

@@ -18,7 +18,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import WeightsError, nearest
 from jaxpeft.hub.weights.bitsandbytes import Packed
-from jaxpeft.hub.weights.leaf_sources import Grown, LeafSource, joined
+from jaxpeft.hub.weights.leaf_sources import Grown, LeafSource, join
 from jaxpeft.hub.weights.safetensors_files import Tensor
 from jaxpeft.models.base import Family
 
@@ -86,7 +86,7 @@ def plan(
             nearest names, and what is wrong with one that is quantized.
     """
     named, problems = _canonical_names(tensors, abstract, family)
-    wanted = [_wanted(path, leaf, named) for path, leaf in paths.walk(abstract)]
+    wanted = [_expect(path, leaf, named) for path, leaf in paths.walk(abstract)]
     headless = not any(one.there for one in wanted if one.head)
     sources: dict[Path, LeafSource] = {}
     held: dict[Path, Mapping[str, LeafSource]] = {}
@@ -101,14 +101,16 @@ def plan(
         elif found := _faults(one, named):
             problems += found
         elif one.packed:
-            held[one.path] = _held(list(one.packed.values()), stacked=one.layers is not None)
+            held[one.path] = _quantized_leaves(
+                list(one.packed.values()), stacked=one.layers is not None
+            )
         else:
             sources[one.path] = _source(one, dtype)
     used = {name for one in wanted for name in one.names}
     problems += _extra(named, used, family, head_wanted=not headless)
     if problems:
         where = next(iter(tensors.values())).file.parent if tensors and folder is None else folder
-        raise WeightsError(_shown(problems, where))
+        raise WeightsError(_list_problems(problems, where))
     return WeightPlan(sources, tuple(new), tuple(replaced), held)
 
 
@@ -165,7 +167,7 @@ class _Wanted:
         )
 
 
-def _wanted(path: Path, leaf: Any, named: Tensors) -> _Wanted:
+def _expect(path: Path, leaf: Any, named: Tensors) -> _Wanted:
     layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
     names = paths.hf_names(path, layers)
     return _Wanted(
@@ -187,7 +189,7 @@ def _faults(one: _Wanted, named: Tensors) -> list[str]:
         for name, t in one.misshaped.items()
     ]
     return found + [
-        _not_floating(name, tensor) for name, tensor in one.there.items() if _is_integer(tensor)
+        _dtype_fault(name, tensor) for name, tensor in one.there.items() if _is_integer(tensor)
     ]
 
 
@@ -255,11 +257,10 @@ def _unfit(one: _Wanted) -> list[str]:
     return []
 
 
-def _held(packed: Sequence[Packed], *, stacked: bool) -> dict[str, LeafSource]:
+def _quantized_leaves(packed: Sequence[Packed], *, stacked: bool) -> dict[str, LeafSource]:
     """Return the leaves that hold a quantized kernel, or one a layer."""
     return {
-        key: joined([one.leaves[key] for one in packed], stacked=stacked)
-        for key in packed[0].leaves
+        key: join([one.leaves[key] for one in packed], stacked=stacked) for key in packed[0].leaves
     }
 
 
@@ -268,7 +269,7 @@ def _extra(named: Tensors, used: set[str], family: Family, *, head_wanted: bool)
     where this task's head is in the checkpoint, a tensor that looks like a head's may be a misspelt
     one of it.
     """
-    extra = [n for n in named if n not in used and not _may_be_left(n, family)]
+    extra = [n for n in named if n not in used and not _is_optional(n, family)]
     return [
         f"extra: {name} belongs to no part of this model{nearest(name, used)}"
         for name in extra
@@ -276,7 +277,7 @@ def _extra(named: Tensors, used: set[str], family: Family, *, head_wanted: bool)
     ]
 
 
-def _may_be_left(name: str, family: Family) -> bool:
+def _is_optional(name: str, family: Family) -> bool:
     plain = name.removeprefix(family.prefix + ".")
     return any(re.fullmatch(pattern, plain) for pattern in (*family.ignored, *family.optional))
 
@@ -295,7 +296,7 @@ def _common_dtype(tensors: Sequence[Tensor]) -> np.dtype[Any]:
     return np.dtype(np.float32) if kind == np.float64 else kind
 
 
-def _shown(problems: list[str], folder: Any, most: int = 60) -> list[str]:
+def _list_problems(problems: list[str], folder: Any, most: int = 60) -> list[str]:
     more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
     return (
         [f"{folder}: the weights do not fit the model in config.json ({len(problems)} problems):"]
@@ -419,7 +420,7 @@ def _is_integer(tensor: Tensor | Packed) -> bool:
     return not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2
 
 
-def _not_floating(name: str, tensor: Tensor | Packed) -> str:
+def _dtype_fault(name: str, tensor: Tensor | Packed) -> str:
     return (
         f"not floating: {name} is {tensor.dtype} (a quantized checkpoint?); use the unquantized"
         " model"

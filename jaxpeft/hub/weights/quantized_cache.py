@@ -37,12 +37,12 @@ from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import WeightsError
-from jaxpeft.hub.weights.leaf_sources import LeafSource, joined
+from jaxpeft.hub.weights.leaf_sources import LeafSource, join
 from jaxpeft.hub.weights.leaf_tensors import WeightPlan
 from jaxpeft.hub.weights.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.weights.safetensors_writing import write_model
 from jaxpeft.json_files import read_json
-from jaxpeft.logs import timed
+from jaxpeft.logs import log_time
 from jaxpeft.quant.quantize import Quant
 
 FORMAT = 2
@@ -70,14 +70,14 @@ class Entry:
     leaves: Mapping[Path, Mapping[str, jax.ShapeDtypeStruct]]
     plan: WeightPlan
 
-    def opened(self) -> WeightPlan | None:
+    def open(self) -> WeightPlan | None:
         """Return the plan that reads the quantized kernels from here; None, and say why, where they
         are not here whole.
         """
         if not self.folder.is_dir():
             return None
         try:
-            with timed(f"reading the quantized kernels from {self.folder}") as told:
+            with log_time(f"reading the quantized kernels from {self.folder}") as told:
                 tensors = open_folder(self.folder)
                 self._require_whole(tensors)
                 told("checked")
@@ -95,7 +95,7 @@ class Entry:
 
     def _leaf(self, tensors: Mapping[str, Tensor], path: Path, key: str) -> LeafSource:
         source = self.plan.sources[path]
-        return joined([tensors[name] for name in _names(path, key, source)], stacked=source.stacked)
+        return join([tensors[name] for name in _names(path, key, source)], stacked=source.stacked)
 
     def _require_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """Check names, shapes, dtypes and checksums.
@@ -143,7 +143,7 @@ class Entry:
                     f"{size / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free"
                 )
             saying = f"writing {size / 1e9:.1f} GB of quantized kernels to {self.folder}"
-            with timed(saying), atomic.replacing(self.folder, unique=True) as temporary:
+            with log_time(saying), atomic.replace_when_done(self.folder, unique=True) as temporary:
                 temporary.mkdir(mode=0o700)
                 write_model(temporary, tensors)
                 record = {"what": self.what, "sha256": digests}

@@ -87,17 +87,17 @@ def _read_leaf(
     elif quant is None or site is None:
         yield path, _put(source.shape, source.dtype, _place(place, path, source.shape), source.read)
     else:
-        leaves = _quantized(source, quant, site)
+        leaves = _quantize(source, quant, site)
         at = {
             key: _place(place, (*module, key), leaf.shape, lenient=True)
             for key, leaf in leaves.items()
         }
         layers = source.shape[0] if source.stacked else None
-        made = sharded.stored(quant, partial(_layer, source), layers, at)
+        made = sharded.store_sharded(quant, partial(_layer, source), layers, at)
         yield from (((*module, key), leaf) for key, leaf in made.items())
 
 
-def _quantized(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.ShapeDtypeStruct]:
+def _quantize(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the leaves that a kernel becomes, by their names."""
     layers = source.shape[:1] if source.stacked else ()
     leaves = quant.abstract(site.shape, source.dtype)
@@ -126,7 +126,7 @@ def leaves(abstract: Tree, weights: WeightPlan, quant: Quant | None = None) -> T
         elif quant is None or path not in chosen:
             found = {path[-1]: jax.ShapeDtypeStruct(source.shape, source.dtype)}
         else:
-            found = _quantized(source, quant, chosen[path])
+            found = _quantize(source, quant, chosen[path])
         items += [((*path[:-1], key), one) for key, one in found.items()]
     return paths.build(items)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft.data.batches.prefetch import AHEAD, ahead
+from jaxpeft.data.batches.prefetch import AHEAD, prefetch
 from jaxpeft.errors import DataError, WorkerError
 from tests.data.sources import Fails
 
@@ -56,7 +56,7 @@ def nothing_is_left(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 
 def taken(source: Fails, workers: int, timeout: float = 60.0) -> Iterator[int]:
-    return (number for number, _ in ahead(source, workers, timeout=timeout))
+    return (number for number, _ in prefetch(source, workers, timeout=timeout))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -73,7 +73,7 @@ def test_the_next_items_are_made_while_one_is_used() -> None:
             made.append(i)
             return super().__getitem__(i)
 
-    items = ahead(Noting(length=99))
+    items = prefetch(Noting(length=99))
     next(items)
     until = time.monotonic() + 5
     while len(made) < 1 + AHEAD and time.monotonic() < until:
@@ -114,7 +114,7 @@ def test_what_goes_wrong_is_told_behind_the_items_before_it(
 
 
 def test_a_worker_that_is_killed_halfway_through_an_item_is_told() -> None:
-    items = ahead(Fails(size=10_000_000, length=99), 1, timeout=30)
+    items = prefetch(Fails(size=10_000_000, length=99), 1, timeout=30)
     next(items)
     time.sleep(0.5)  # by now the next items fill the pipe, and one of them is written in part
     (process,) = multiprocessing.active_children()
@@ -126,7 +126,7 @@ def test_a_worker_that_is_killed_halfway_through_an_item_is_told() -> None:
 
 
 def test_closing_early_ends_the_workers_at_once() -> None:
-    items = ahead(Fails("hangs", size=10_000_000, length=99), 2)
+    items = prefetch(Fails("hangs", size=10_000_000, length=99), 2)
     next(items)
     began = time.monotonic()
     items.close()
@@ -153,7 +153,7 @@ def test_waiting_may_raise_to_stop(workers: int, at: int) -> None:
     seen: list[int] = []
     source = Fails("hangs", at=at) if workers else Waits()
     with pytest.raises(KeyboardInterrupt, match="stop"):
-        seen.extend(number for number, _ in ahead(source, workers, waiting=waiting))
+        seen.extend(number for number, _ in prefetch(source, workers, waiting=waiting))
     assert seen == [0][:at]
 
 
@@ -170,7 +170,7 @@ def test_a_thread_that_hangs_does_not_keep_its_owner() -> None:
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        next(ahead(Waits(), waiting=waiting))
+        next(prefetch(Waits(), waiting=waiting))
     assert time.monotonic() - began < 5
     free.set()
     for thread in [thread for thread in threading.enumerate() if thread.name == "data"]:

@@ -316,7 +316,7 @@ def test_a_time_limit_is_told_as_one_where_jinja_breaks_on_the_way(
         except TimeoutError:
             raise TypeError("'<=' not supported between instances of 'int' and 'NoneType'")  # noqa: B904 - as jinja does
 
-    monkeypatch.setattr(sandbox, "_limited", nullcontext)
+    monkeypatch.setattr(sandbox, "_time_limit", nullcontext)
     monkeypatch.setattr(sandbox.Renderer, "_text", text)
     assert sandbox.Renderer({"default": "x"}, {}).reply([], [], [(0, True)]) == {
         "error": sandbox.TOO_LONG,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.config.schema import DataConfig
-from jaxpeft.data.examples.labeling import BY_USER, Labeling, labeled, labeling_of
+from jaxpeft.data.examples.labeling import BY_USER, Labeling, labeling_of, select_labeled
 from jaxpeft.data.examples.make import Examples, make_examples
 from jaxpeft.data.rows.read import Rows
 from jaxpeft.errors import ConfigError, DataError
@@ -138,7 +138,7 @@ def test_rows_without_a_label_are_left_out_and_told(
     values: list[Any], unlabeled: tuple[str, ...], kept: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = texts(*values)
-    found = labeled(rows, "label", unlabeled)
+    found = select_labeled(rows, "label", unlabeled)
     assert [record["label"] for record in found.records] == kept
     left = len(values) - len(kept)
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -152,7 +152,7 @@ def test_rows_of_which_none_has_a_label_are_refused() -> None:
     with pytest.raises(
         DataError, match=r"2 of 2 rows have no label, the first is .*give rows that have one"
     ):
-        labeled(texts(-100, -100), "label", ())
+        select_labeled(texts(-100, -100), "label", ())
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_rows_without_a_target_can_be_left_out(value: Any, held: str) -> None:
     assert f"holds {held}, not a finite number" in said
     assert "leave such rows out with data.unlabeled=('',)" in said
     rows = texts("1.5", value)
-    assert len(labeled(rows, "label", ("",), "regression")) == 1
+    assert len(select_labeled(rows, "label", ("",), "regression")) == 1
 
 
 @pytest.mark.parametrize("value", ["2_0", "\uff14", "0x1"])

@@ -30,7 +30,11 @@ def test_usual_names_are_found(present, kind, found):
 
 def test_outer_spaces_and_case_of_a_header_do_not_matter():
     found = find_columns([" Prompt ", "COMPLETION", "System"], Columns(), "prompt_completion", "F")
-    assert found.given() == {"prompt": " Prompt ", "completion": "COMPLETION", "system": "System"}
+    assert found.named_fields() == {
+        "prompt": " Prompt ",
+        "completion": "COMPLETION",
+        "system": "System",
+    }
     assert find_format([" Prompt ", "COMPLETION"], Columns(), "F") == "prompt_completion"
     with pytest.raises(DataError, match="the text column is none of the usual names"):
         find_columns(["Text", "TEXT", "label"], Columns(), "classification", "F")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jaxpeft.data.rows.folders import split_beside
+from jaxpeft.data.rows.folders import sibling_split
 from jaxpeft.data.rows.read import read_rows
 from jaxpeft.data.rows.row_streams import RowStream
 from jaxpeft.errors import DataError
@@ -110,7 +110,7 @@ def test_other_splits_are_found_beside(
     tmp_path: Path, names: list[str], given: str, split: str, wanted: str | None
 ) -> None:
     make(tmp_path / ("aclImdb" if names is IMDB else "."), *names)
-    found = split_beside(tmp_path / given, split)
+    found = sibling_split(tmp_path / given, split)
     assert found == (None if wanted is None else tmp_path / wanted)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxpeft.data.rows.columns import Columns, find_columns, find_format
-from jaxpeft.data.rows.unread import filled, plain_texts, refuse_partial, unread
+from jaxpeft.data.rows.unread import filled_columns, find_unread, plain_texts, refuse_partial
 from jaxpeft.errors import DataError
 from tests.data.conftest import make_rows
 
@@ -204,7 +204,7 @@ def test_what_is_not_read_is_told_in_one_line(
     present: str, kind: str, line: str, missed: bool
 ) -> None:
     columns = present.split()
-    assert unread(
+    assert find_unread(
         dict.fromkeys(columns, str), find_columns(columns, Columns(), kind, "F"), kind
     ) == (line, missed)
 
@@ -214,7 +214,7 @@ def test_a_column_of_which_a_value_is_read_is_read() -> None:
         ["question", "answers", "answers.text.0", "id"],
         Columns(prompt="question", completion="answers.text.0"),
     )
-    line, missed = unread(
+    line, missed = find_unread(
         dict.fromkeys(present, str),
         find_columns(present, asked, "prompt_completion", "F"),
         "prompt_completion",
@@ -226,7 +226,7 @@ def test_texts_that_look_like_json_are_not_plain() -> None:
     rows = make_rows(
         {"a": "x", "b": "[1]", "c": ["x"], "d": None}, {"a": None, "b": "x", "c": "x", "d": "y"}
     )
-    assert plain_texts(rows, filled(rows)) == ["a", "d"]
+    assert plain_texts(rows, filled_columns(rows)) == ["a", "d"]
 
 
 def test_a_column_without_a_value_is_not_missed() -> None:
@@ -234,4 +234,4 @@ def test_a_column_without_a_value_is_not_missed() -> None:
         {"prompt": "a", "completion": "b", "label": None, "tools": []},
         {"prompt": "c", "completion": 5},
     )
-    assert filled(rows) == {"prompt": str, "completion": int}
+    assert filled_columns(rows) == {"prompt": str, "completion": int}

@@ -43,13 +43,13 @@ def base(reference: Any) -> Path:
 @pytest.fixture
 def quantizing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the kernels that are quantized."""
-    counted, plain = list[int](), sharded.stored
+    counted, plain = list[int](), sharded.store_sharded
 
     def stored(quant: Any, read: Any, layers: int | None, places: Any) -> Any:
         counted.append(layers or 1)
         return plain(quant, read, layers, places)
 
-    monkeypatch.setattr(sharded, "stored", stored)
+    monkeypatch.setattr(sharded, "store_sharded", stored)
     return counted
 
 
@@ -250,7 +250,7 @@ def test_another_process_that_was_faster_is_no_trouble(
 ) -> None:
     jaxpeft.load(base, task=TASK, quant="nf4")
     there = entries(root)
-    monkeypatch.setattr(quantized_cache.Entry, "opened", lambda _: None)
+    monkeypatch.setattr(quantized_cache.Entry, "open", lambda _: None)
     jaxpeft.load(base, task=TASK, quant="nf4")
     assert entries(root) == there
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]

@@ -148,7 +148,7 @@ def test_of_a_part_no_more_is_asked_than_it_has(
 def test_a_tensor_of_three_axes_is_cut_along_any(tmp_path: FilePath) -> None:
     wanted = np.random.default_rng(0).standard_normal((7, 6, 5)).astype(np.float32)
     shard(tmp_path, {"m.safetensors": {"x": wanted}})
-    source = leaf_sources.joined([open_folder(tmp_path)["x"]], stacked=False)
+    source = leaf_sources.join([open_folder(tmp_path)["x"]], stacked=False)
     for index in [(slice(2, 5), slice(1, 4), slice(0, 2)), (slice(None), slice(None), slice(3, 5))]:
         np.testing.assert_array_equal(source.read(index), wanted[index])
 
@@ -329,7 +329,7 @@ def test_what_is_added_up_over_a_kernel_is_added_up_on_every_device(reference: A
         "kernel_nf4_absmax_scale": PartitionSpec(),
         "kernel_nf4_absmax_mean": PartitionSpec(),
     }
-    store: Any = sharded._compiled(
+    store: Any = sharded._compile(
         Quant("nf4"), tuple((key, NamedSharding(mesh, spec)) for key, spec in at.items())
     )
     kernel = jax.ShapeDtypeStruct(
@@ -348,6 +348,6 @@ def test_what_is_added_up_over_a_kernel_is_added_up_on_every_device(reference: A
 def test_every_kernel_of_a_shape_is_quantized_by_one_program(reference: Any) -> None:
     from jaxpeft.quant import sharded
 
-    sharded._compiled.cache_clear()
+    sharded._compile.cache_clear()
     spread(reference("llama", "causal_lm", **SIZES).folder, (4, 2), "rows", quant="int4")
-    assert sharded._compiled.cache_info().currsize == 1
+    assert sharded._compile.cache_info().currsize == 1

@@ -11,7 +11,7 @@ from jaxpeft.core.method import Leaves
 from jaxpeft.lazy import jax
 
 
-def through(make: Callable[[Leaves], Any], leaves: Leaves, x: Any) -> Any:
+def multiply(make: Callable[[Leaves], Any], leaves: Leaves, x: Any) -> Any:
     """Compute `x M(leaves)`; the backward pass makes `M` again, as one for every site would be a
     second model.
 
