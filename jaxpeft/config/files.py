@@ -19,7 +19,7 @@ from jaxpeft.config import plain_files
 from jaxpeft.config.literals import read_value
 from jaxpeft.config.schema import ESCAPED, Config, as_dict
 from jaxpeft.core.method import Method
-from jaxpeft.core.options import Reader, hints_of, no_option, parse
+from jaxpeft.core.options import ALIASES, Reader, by_own_names, hints_of, no_option, parse
 from jaxpeft.errors import ConfigError, nearest, shorten, show
 from jaxpeft.methods import METHODS
 
@@ -61,13 +61,26 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
         ConfigError: listing every unknown option, wrong type, value out of range and pair that
             excludes each other.
     """
-    values, problems = read_file(Path(path)), []
+    values = read_file(Path(path))
+    problems = _name_as_ours(values)
     for option, text in _methods_first(overrides):
         problems += _override(values, option, text)
     config, found = parse_config(values)
     if problems or found or config is None:
         raise ConfigError([*problems, *found])
     return config
+
+
+def _name_as_ours(values: dict[str, Any]) -> list[str]:
+    """Give the options of the method their own names, so that the command line may change them;
+    return what is wrong with that.
+    """
+    method = values.get("method")
+    if not isinstance(method, Mapping):
+        return []  # told with the file's other problems
+    cls = METHODS.get(str(method.get("name", "lora")), Method)
+    values["method"], problems = by_own_names(cls, method, "config.method")
+    return problems
 
 
 def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
@@ -202,7 +215,7 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
         )
         values["method"] = {"name": text}
         return []
-    option, key = _split_key(option, values)
+    option, key = _split_key(_own_name(option, values), values)
     *sections, last = option.split(".")
     node: Any = values
     for section in sections:
@@ -222,6 +235,13 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
             node[last] = _ESCAPE.sub(lambda match: _ESCAPES[match[1]], text)
         return []
     return [f"--config.{option}: is a section; set one of its options: {', '.join(node[last])}"]
+
+
+def _own_name(option: str, values: Mapping[str, Any]) -> str:
+    """Return a dotted option by its own name, where it is given by another."""
+    section, _, last = option.rpartition(".")
+    own = f"{section}.{ALIASES.get(last, last)}"
+    return own if last in ALIASES and _hint(own, values) is not None else option
 
 
 def _split_key(option: str, values: Mapping[str, Any]) -> tuple[str, str]:

@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jaxpeft.config.schema import Config
 from jaxpeft.core.method import Method
-from jaxpeft.core.option_docs import default_of, first_line
-from jaxpeft.core.options import bounds_of, hints_of
+from jaxpeft.core.option_docs import default_of, doc_of, first_line
+from jaxpeft.core.options import ALIASES, bounds_of, hints_of
 from jaxpeft.methods import METHODS
 
 _KEYWORDS = {
@@ -51,6 +51,7 @@ def _section(cls: type[Any], more: Mapping[str, Any] | None = None) -> dict[str,
         for field in dataclasses.fields(cls)
         if field.init
     }
+    own |= {alias: own[name] for alias, name in ALIASES.items() if name in own}
     return {
         "type": "object",
         "description": first_line(cls),
@@ -86,7 +87,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(hint):
         return _section(_class(hint))
     return {
-        "description": field.metadata["doc"],
+        "description": doc_of(field),
         "default": default_of(field),
         **_type(hint, field.metadata),
     }

@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jaxpeft.core.options import hints_of
+from jaxpeft.core.options import ALIASES, hints_of
 
 _SIGNS = {"above": ">", "at_least": ">=", "below": "<", "at_most": "<="}
 
@@ -47,11 +47,18 @@ def option_docs(cls: type[Any]) -> tuple[OptionDoc, ...]:
                 for bound, sign in _SIGNS.items()
                 if bound in field.metadata
             ),
-            field.metadata["doc"],
+            doc_of(field),
         )
         for field in dataclasses.fields(cls)
         if field.init and not dataclasses.is_dataclass(hints[field.name])
     )
+
+
+def doc_of(field: dataclasses.Field[Any]) -> str:
+    """Return what an option does, and the other name that it has."""
+    others = [alias for alias, name in ALIASES.items() if name == field.name]
+    also = "".join(f"; also called `{other}`" for other in others)
+    return f"{field.metadata['doc']}{also}"
 
 
 def type_text(hint: Any) -> str:

@@ -74,8 +74,6 @@ _ELSEWHERE = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "use_rslora": "rslora",
-    "target_modules": "targets",
-    "exclude_modules": "exclude",
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",
     "seq_len": "max_length",
@@ -94,6 +92,8 @@ _ELSEWHERE = {
     "early_stopping_patience": "patience",
 }
 """What other libraries, and people, call an option."""
+ALIASES: Mapping[str, str] = {"target_modules": "targets", "exclude_modules": "exclude"}
+"""PEFT's names of options, accepted wherever there is the option that they stand for."""
 _WHOLE = 2**31 - 1
 """The largest whole number of an option that says no other: more than arrays can count."""
 _MOST_TOLD = 5
@@ -138,8 +138,59 @@ def no_option(key: str, known: Iterable[str]) -> str:
 
 @functools.cache
 def hints_of(cls: type[Any]) -> Mapping[str, Any]:
-    """Return the types of the fields of a dataclass."""
-    return typing.get_type_hints(cls)
+    """Return the types of the fields of a dataclass; what its `__init__` alone takes is none."""
+    hints = typing.get_type_hints(cls)
+    return {name: hint for name, hint in hints.items() if not isinstance(hint, dataclasses.InitVar)}
+
+
+def by_own_names(
+    cls: type[Any], values: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the values under the options' own names, where `ALIASES` has another one.
+
+    An option that is at its default may be given by the other name too: a config file changes
+    defaults.
+
+    Args:
+        cls: the dataclass of options.
+        values: by option name.
+        where: what to call the mapping in a message.
+
+    Returns:
+        `(values, problems)`: a problem for each option that is given twice, with two values.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.init}
+    found, problems = dict(values), list[str]()
+    for alias, name in ALIASES.items():
+        if alias not in values or name not in defaults:
+            continue
+        value, own = found.pop(alias), found.get(name, defaults[name])
+        if _as_tuple(own) not in (_as_tuple(defaults[name]), _as_tuple(value)):
+            problems.append(
+                f"{where}.{alias}: is another name of {name}, which is {show(own)}; give one of"
+                " them"
+            )
+        found[name] = value
+    return found, problems
+
+
+def take_aliases(instance: Any, **given: Any) -> None:
+    """Set the options of an instance that are given by another name, None where they are not.
+
+    Raises:
+        ConfigError: an option is given by both names, with two values.
+    """
+    named = {alias: value for alias, value in given.items() if value is not None}
+    own = {name: getattr(instance, name) for name in map(ALIASES.__getitem__, named)}
+    found, problems = by_own_names(type(instance), own | named, type(instance).__name__)
+    if problems:
+        raise ConfigError(problems)
+    for name, value in found.items():
+        object.__setattr__(instance, name, value)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None, list[str]]:
@@ -158,7 +209,7 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
         hints_of(cls),
         {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init},
     )
-    found: list[str] = []
+    values, found = by_own_names(cls, values, where)
     taken: dict[str, Any] = {}
     for name, value in values.items():
         key = str(name)

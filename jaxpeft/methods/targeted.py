@@ -5,13 +5,13 @@ PEFT.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, TypeVar
 
 from jaxpeft.core.expressions import find_expression_fault
 from jaxpeft.core.method import Method
-from jaxpeft.core.options import option
+from jaxpeft.core.options import option, take_aliases
 from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.targets import (
     ALL_LINEAR,
@@ -90,6 +90,8 @@ class Targeted(Method):
 
     usual_targets: ClassVar[tuple[str, ...]] = ()
 
+    target_modules: InitVar[str | Sequence[str] | None] = None
+    exclude_modules: InitVar[str | Sequence[str] | None] = None
     targets: str | tuple[str, ...] = option(
         ALL_LINEAR,
         "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's"
@@ -102,6 +104,14 @@ class Targeted(Method):
     layers_pattern: tuple[str, ...] = option(
         (), "names of the container whose numbers count, such as 'layers'"
     )
+
+    def __post_init__(
+        self,
+        target_modules: str | Sequence[str] | None,
+        exclude_modules: str | Sequence[str] | None,
+    ) -> None:
+        take_aliases(self, target_modules=target_modules, exclude_modules=exclude_modules)
+        super().__post_init__()
 
     def problems(self) -> list[str]:
         """List options that exclude each other, as in PEFT."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import InitVar, dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxpeft import kernels
 from jaxpeft.core import paths, targets
 from jaxpeft.core.expressions import find_expression_fault
+from jaxpeft.core.options import take_aliases
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import ALL_LINEAR, Site, Targets
 from jaxpeft.errors import ConfigError, nearest
@@ -42,8 +43,19 @@ class Quant:
     targets: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
     group: int | None = None
+    target_modules: InitVar[str | Sequence[str] | None] = dataclasses.field(
+        default=None, kw_only=True
+    )
+    exclude_modules: InitVar[str | Sequence[str] | None] = dataclasses.field(
+        default=None, kw_only=True
+    )
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self,
+        target_modules: str | Sequence[str] | None,
+        exclude_modules: str | Sequence[str] | None,
+    ) -> None:
+        take_aliases(self, target_modules=target_modules, exclude_modules=exclude_modules)
         if self.form not in QUANTIZED:
             raise ConfigError(
                 f"quant: {self.form!r} is not a number format (known: {', '.join(QUANTIZED)})"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxpeft.data import Batches, Columns, eval_batches, make_examples, read_rows
-from jaxpeft.data.tokens import encode
+from jaxpeft.data import Batches, Columns, encode, eval_batches, make_examples, read_rows
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_custom_loop_trains_a_sharded_quantized_base_on_8_devices(
     assert {leaf.addressable_shards[0].data.size * 8 / leaf.size for leaf in codes} == {1.0}
     assert names["train_step"]._cache_size() == 1  # where leaves lie stays the same
 
-    _, base = jaxpeft.load(**names["base"], quant="nf4")
+    _, base = jaxpeft.load(names["path"], **names["base"], scan_layers=True, quant="nf4")
     _, loaded = jaxpeft.load_adapter("my-adapter", model, base)
     inputs = np.asarray(batch["input_ids"]), np.asarray(batch["attention_mask"])
     alone, spread = jaxpeft.apply(model, loaded, *inputs), jaxpeft.apply(model, params, *inputs)

@@ -64,7 +64,7 @@ def test_a_signal_ends_the_waiting_for_the_others(
 
 def test_processes_of_mpirun_find_each_other_by_what_jax_reads_of_open_mpi() -> None:
     code = (
-        "import os, jax; from jaxpeft import clusters, distributed\npeers ="
+        "import os, jax; from jaxpeft.processes import clusters, distributed\npeers ="
         " distributed.start(clusters.find(os.environ),"
         " clusters.Waits(start=120))\nprint(peers.process, jax.process_count(),"
         " peers.all_gather('names', [f'of {peers.process}']))\njax.distributed.shutdown()"

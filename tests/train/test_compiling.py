@@ -40,7 +40,7 @@ def test_they_are_in_the_users_cache(
 
 _KEPT = """
 import sys, jax, jax.numpy as jnp
-from jaxpeft.training import compiling
+from jaxpeft.train import compiling
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 print(compiling.keep_programs("auto"))
 jax.monitoring.register_event_listener(lambda event, **_: print(event) if "cache_hits" in event else None)

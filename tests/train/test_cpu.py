@@ -12,7 +12,7 @@ import pytest
 _FAULTS = """
 import json, resource, sys
 import jax, jax.numpy as jnp
-from jaxpeft.training import cpu
+from jaxpeft.train import cpu
 if sys.argv[1] == "kept":
     cpu.keep_memory()
 program = jax.jit(lambda x: jnp.sin(jnp.outer(x, x)) @ x)

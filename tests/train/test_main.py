@@ -14,6 +14,7 @@ import pytest
 from jaxpeft.command.parser import read_arguments
 from jaxpeft.train import __main__ as train
 from jaxpeft.train.arguments import RunArguments, job_of
+from tests.conftest import ROOT
 from tests.train.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
@@ -99,7 +100,7 @@ def test_bad_arguments_are_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     assert train.main(list(arguments)) == 2
     assert text in capsys.readouterr().err
 

@@ -19,6 +19,7 @@ import pytest
 
 from jaxpeft.data.batches.prefetch import AHEAD, prefetch
 from jaxpeft.errors import DataError, WorkerError
+from tests.conftest import ROOT
 from tests.data.sources import Fails
 
 ENDED = (
@@ -179,10 +180,9 @@ def test_a_thread_that_hangs_does_not_keep_its_owner() -> None:
 
 @pytest.mark.parametrize("killed", [False, True], ids=["ends", "is killed"])
 def test_a_program_that_ends_with_items_open_takes_its_workers_with_it(killed: bool) -> None:
-    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(killed=killed)],
-        cwd=root,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
