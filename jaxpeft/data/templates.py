@@ -1,0 +1,11 @@
+"""The old name of `jaxpeft.data.chat.templates`, which versions before 0.3 accept."""
+
+import warnings
+
+from jaxpeft.data.chat.templates import *  # noqa: F403
+
+warnings.warn(
+    "jaxpeft.data.templates is called jaxpeft.data.chat.templates now",
+    DeprecationWarning,
+    stacklevel=2,
+)
