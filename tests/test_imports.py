@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import grimp
 import pytest
 
 import jaxpeft
+from jaxpeft.command.verbs import VERBS, command_line
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "jaxpeft"
@@ -135,6 +139,38 @@ def test_no_package_needs_one_that_needs_it() -> None:
     assert cycles({**graph, "jaxpeft.core": graph["jaxpeft.core"] | {"jaxpeft.methods"}})
     assert graph["jaxpeft.core"] == {"jaxpeft.errors", "jaxpeft.kernels"}
     assert graph["jaxpeft.kernels"] == {"jaxpeft.lazy"}
+
+
+MOVED = {"supervise": "chat", "dialogs": "chat", "templates": "chat", "columns": "rows"}
+"""Modules of `data` that keep their old names for a while, and the folders that they are in now."""
+OF_A_COMMAND = {"report", "plot"}
+"""Modules of several commands that do the same for each."""
+
+
+def test_no_two_modules_have_one_name() -> None:
+    old = {PACKAGE / "data" / f"{name}.py" for name in MOVED}
+    paths = [path for path in PACKAGE.rglob("*.py") if path not in old and path.stem[0] != "_"]
+    names = Counter(path.stem for path in paths)
+    assert {name for name, count in names.items() if count > 1} == OF_A_COMMAND
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_module_that_moved_is_there_by_its_old_name_with_a_warning(name: str) -> None:
+    new = importlib.import_module(f"jaxpeft.data.{MOVED[name]}.{name}")
+    said = f"jaxpeft.data.{name} is called jaxpeft.data.{MOVED[name]}.{name} now"
+    sys.modules.pop(f"jaxpeft.data.{name}", None)
+    with pytest.warns(DeprecationWarning, match=said):
+        old = importlib.import_module(f"jaxpeft.data.{name}")
+    public = {key for key in vars(new) if key[0] != "_"}
+    assert {key for key in public if getattr(old, key) is getattr(new, key)} == public
+
+
+def test_every_command_is_a_folder_with_a_command_line() -> None:
+    for verb in VERBS:
+        module = command_line(verb)
+        assert Path(str(module.__file__)) == PACKAGE / verb / "__main__.py"
+        assert f"`python -m jaxpeft.{verb} " in str(module.__doc__).splitlines()[0]
+        assert callable(module.main) and dataclasses.is_dataclass(module.ARGUMENTS)
 
 
 def test_every_public_name_can_be_imported_first() -> None:

@@ -25,7 +25,7 @@ from jaxpeft.command.running import set_up_logging
 from jaxpeft.compare.runs import RESULT, other_rows
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config, as_dict
-from jaxpeft.data.tokens.encoder import Encoder, evaluated_lengths, one_length
+from jaxpeft.data.tokens.row_encoder import RowEncoder, evaluated_lengths, one_length
 from jaxpeft.errors import ConfigError
 from jaxpeft.evaluation.forgetting import Forgetting, centroid_accuracy, embeddings
 from jaxpeft.logs import log_time
@@ -124,7 +124,7 @@ def _measure_forgetting(
     if examples is None:
         return None
     with log_time(f"what is forgotten of {examples.rows.name}") as note:
-        encoding = Encoder(config.data, setup.data.tokenizer, setup.model.config.vocab_size)
+        encoding = RowEncoder(config.data, setup.data.tokenizer, setup.model.config.vocab_size)
         split = encoding(examples, judged=False)
         if config.model.task == "causal_lm":
             before, after = (

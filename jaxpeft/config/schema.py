@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxpeft.choices import Attention, Dtype, Pooling, QuantForm, TrainedTask
 from jaxpeft.config.candidates import CandidateConfig, CompareConfig
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import option
@@ -41,7 +42,6 @@ DATA_FIELDS = (
     "history",
     "tools",
 )
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +50,20 @@ class ModelConfig:
 
     path: str = option("", "a folder, a hub id 'org/name', or 'package:NAME'")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
-    task: Literal["causal_lm", "sequence_classification", "token_classification"] = option(
-        "causal_lm", "which head"
-    )
+    task: TrainedTask = option("causal_lm", "which head")
     vocab_size: int | None = option(
         None,
         "of the embedding and the head, where tokens were added to the tokenizer; None for the"
         " model's",
         at_least=1,
     )
-    pooling: Literal["pooler", "cls", "mean", "last"] | None = option(
+    pooling: Pooling | None = option(
         None, "what a sequence classifier reads; None for the architecture's own"
     )
-    dtype: Dtype = option("auto", "of the frozen base; auto keeps the file's")
-    compute_dtype: Dtype = option("auto", "of the activations; auto takes the base's")
+    dtype: Literal["auto", Dtype] = option("auto", "of the frozen base; auto keeps the file's")
+    compute_dtype: Literal["auto", Dtype] = option(
+        "auto", "of the activations; auto takes the base's"
+    )
     scan_layers: bool | None = option(
         None,
         "one scanned layer (compiles faster) in place of unrolled layers (run faster); None"
@@ -80,13 +80,11 @@ class ModelConfig:
         " device has",
         above=0,
     )
-    attention: Literal["auto", "xla", "chunked", "cudnn", "splash"] = option(
+    attention: Literal["auto", Attention] = option(
         "auto",
         "the kernel that computes attention where it fits; auto takes the fastest of the platform",
     )
-    quant: Literal["none", "nf4", "int4", "int8", "fp8"] = option(
-        "none", "number format of the base's linear modules"
-    )
+    quant: Literal["none", QuantForm] = option("none", "number format of the base's linear modules")
     quant_targets: str | tuple[str, ...] = option(
         "all-linear", "which of them, as a method's targets; all-linear takes no head"
     )

@@ -9,10 +9,10 @@ from jaxpeft.data.examples.make import Examples, make_examples
 from jaxpeft.data.rows.columns import Columns, Kind, find_format
 from jaxpeft.data.rows.holdout import hold_out, hold_out_text
 from jaxpeft.data.rows.read import Rows, is_hub_id, read_rows
-from jaxpeft.data.tokens.arrays import Encoded
 from jaxpeft.data.tokens.buckets import choose_lengths, padding_share
 from jaxpeft.data.tokens.encode import encode, pad_id
 from jaxpeft.data.tokens.packing import fill, pack
+from jaxpeft.data.tokens.token_arrays import Encoded
 
 __all__ = [
     "Batches",

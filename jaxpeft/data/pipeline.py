@@ -17,8 +17,8 @@ from jaxpeft.data.batches.stream import Stream
 from jaxpeft.data.batches.training import Batches
 from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.examples.reading import read_examples, read_held
-from jaxpeft.data.tokens.arrays import Encoded
-from jaxpeft.data.tokens.encoder import Encoder, describe, one_length, padded_lengths
+from jaxpeft.data.tokens.row_encoder import RowEncoder, describe, one_length, padded_lengths
+from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.errors import ConfigError, DataError, shorten
 from jaxpeft.hub import sources
 from jaxpeft.json_files import read_json
@@ -59,7 +59,7 @@ class Splits:
     pad_id: int
     problem: str
     asked: Examples
-    encoding: Encoder
+    encoding: RowEncoder
     identity: Mapping[str, Any]
     stream: Stream | None = None
 
@@ -88,7 +88,7 @@ def read_splits(
         raise ConfigError(
             f"{file}: vocab_size must be an integer above 0, is {shorten(repr(vocab))}"
         )
-    encoding = Encoder(config.data, load_tokenizer(source), config.model.vocab_size or vocab)
+    encoding = RowEncoder(config.data, load_tokenizer(source), config.model.vocab_size or vocab)
 
     def tokens(examples: Examples) -> Encoded:
         what = f"tokenizing {examples.rows.name}"
@@ -142,7 +142,7 @@ def read_splits(
 
 
 def _open_stream(
-    config: Config, encoding: Encoder, source: sources.Source
+    config: Config, encoding: RowEncoder, source: sources.Source
 ) -> tuple[Stream, tuple[Examples, Examples]]:
     """Open a stream and reads the rows that are held out; labels are those of the latter: a stream
     is not read through.

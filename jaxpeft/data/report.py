@@ -16,8 +16,8 @@ from jaxpeft.data.chat.dialogs import Completion, Dialog
 from jaxpeft.data.chat.supervise import IGNORED
 from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.pipeline import Splits, make_batches
-from jaxpeft.data.tokens.arrays import Encoded
 from jaxpeft.data.tokens.packing import fill
+from jaxpeft.data.tokens.token_arrays import Encoded
 
 MOST_LABELS = 20
 MOST_NOTES = 20

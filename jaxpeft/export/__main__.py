@@ -24,11 +24,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from jaxpeft.choices import Dtype, Task
 from jaxpeft.command.parser import Arguments
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub.choices import Dtype, Task
 
 
 @dataclass(frozen=True, kw_only=True)

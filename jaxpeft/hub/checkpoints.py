@@ -14,9 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.choices import DTYPES
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError, WeightsError
-from jaxpeft.hub.choices import DTYPES
 from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.hub.sources import Source
 from jaxpeft.hub.weights import bitsandbytes, leaf_tensors

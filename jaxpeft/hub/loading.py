@@ -16,13 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpeft import logs, models
+from jaxpeft.choices import Task
 from jaxpeft.core import paths, tree
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub import fetching, merge_record, sources
 from jaxpeft.hub.checkpoints import Checkpoint, SafetensorsCheckpoint
-from jaxpeft.hub.choices import Task
 from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.hub.weights import leaf_tensors, quantized_cache, shards
 from jaxpeft.hub.weights.safetensors_files import Meter

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.choices import DTYPES, TASKS, Task
 from jaxpeft.errors import ConfigError
-from jaxpeft.hub.choices import DTYPES, TASKS, Task
 from jaxpeft.models.attention import KERNELS, fastest, platform
 from jaxpeft.quant.quantize import Quant
 

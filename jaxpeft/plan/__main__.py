@@ -155,10 +155,11 @@ def _run(job: PlanJob) -> int:
     topologies.prepare(job.topology)
     # what a mesh is stands in the table
     logging.getLogger("jaxpeft.sharding").setLevel(logging.ERROR)
-    from jaxpeft.plan import make, report
+    from jaxpeft.plan import report
+    from jaxpeft.plan.strategies import PlanRequest, plan_strategies
 
     given = job.arguments
-    request = make.PlanRequest(
+    request = PlanRequest(
         str(given.config),
         job.config,
         job.topology,
@@ -168,7 +169,7 @@ def _run(job: PlanJob) -> int:
         not given.unrolled,
         given.tries,
     )
-    plan = make.make(request)
+    plan = plan_strategies(request)
     sys.stdout.write(report.as_table(plan))
     write(plan, given.json, given.plot)
     return 0 if plan.best is not None else NONE_FITS

@@ -12,7 +12,7 @@ from typing import Any
 from jaxpeft.config.schema import Config
 from jaxpeft.data.examples.make import CHATS
 from jaxpeft.data.pipeline import Splits
-from jaxpeft.data.tokens.arrays import Encoded
+from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.hub.adapters.settings import Settings
 
 _PROBLEM_TYPES = {

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.choices import Task
 from jaxpeft.core import paths
 from jaxpeft.core.interception import TOGETHER
 from jaxpeft.core.method import Method
@@ -21,7 +22,6 @@ from jaxpeft.core.targets import Site
 from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import ConfigError
 from jaxpeft.forward import apply
-from jaxpeft.hub.choices import Task
 from jaxpeft.hub.loading import outline
 from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.models.base import Pretrained

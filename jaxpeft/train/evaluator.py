@@ -12,7 +12,7 @@ import numpy as np
 from jaxpeft import data
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
-from jaxpeft.data.tokens.encoder import evaluated_lengths, one_length
+from jaxpeft.data.tokens.row_encoder import evaluated_lengths, one_length
 from jaxpeft.evaluation.entities import OUTSIDE, has_entities
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER, classification_metrics, lm_metrics
 from jaxpeft.processes.arrays import own_rows, put_batch

@@ -14,7 +14,7 @@ import pytest
 from jaxpeft.data.examples.make import Examples, make_examples
 from jaxpeft.data.rows.columns import Columns
 from jaxpeft.data.rows.read import Rows
-from jaxpeft.data.tokens.arrays import Encoded
+from jaxpeft.data.tokens.token_arrays import Encoded
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "assets"
 WORDS = [

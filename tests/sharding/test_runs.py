@@ -88,7 +88,7 @@ def test_rows_of_several_lengths_make_the_same_batches_where_positions_are_sprea
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "jaxpeft.data.tokens.encoder._PROGRAM", 0
+        "jaxpeft.data.tokens.row_encoder._PROGRAM", 0
     )  # a length more is worth its program, however short the run
     rows = tmp_path / "rows.jsonl"
     texts = (" ".join(f"word{(i * 7 + j) % 50}" for j in range(2 + 9 * i % 29)) for i in range(80))

@@ -21,8 +21,8 @@ from jaxpeft.data.examples.reading import columns_of, cut_texts, kind_of, layout
 from jaxpeft.data.rows.columns import OPTIONAL, Columns, Kind
 from jaxpeft.data.rows.read import is_hub_id
 from jaxpeft.data.rows.row_streams import RowStream
-from jaxpeft.data.tokens.arrays import Encoded
-from jaxpeft.data.tokens.encoder import Encoder, padded_lengths
+from jaxpeft.data.tokens.row_encoder import RowEncoder, padded_lengths
+from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.errors import ConfigError, DataError
 
 _ENDLESS = 1 << 40
@@ -88,7 +88,7 @@ class Stream:
     steps_per_epoch: int | None = None
     """How many batches an epoch has: not known."""
 
-    def __init__(self, config: Config, encoding: Encoder, like: Examples | None = None) -> None:
+    def __init__(self, config: Config, encoding: RowEncoder, like: Examples | None = None) -> None:
         self._config, self._encoding = config, encoding
         weights = config.data.weights or (1.0,)
         shares = [weight / sum(weights) for weight in weights]

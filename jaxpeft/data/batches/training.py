@@ -12,8 +12,8 @@ from jaxpeft.data.batches.epochs import FILLER, EpochPlan, make_plan
 from jaxpeft.data.batches.prefetch import prefetch
 from jaxpeft.data.chat.supervise import IGNORED
 from jaxpeft.data.examples.labels import ProblemType, label_array
-from jaxpeft.data.tokens.arrays import Encoded
 from jaxpeft.data.tokens.buckets import assign, choose_lengths, padding_share
+from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.errors import ConfigError
 
 Batch = dict[str, np.ndarray]

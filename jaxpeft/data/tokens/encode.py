@@ -23,7 +23,7 @@ from jaxpeft.data.chat.templates import template_source
 from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.problems import Problems, excerpt
 from jaxpeft.data.rows.columns import GENERATIVE
-from jaxpeft.data.tokens.arrays import (
+from jaxpeft.data.tokens.token_arrays import (
     Arrays,
     CacheState,
     Encoded,

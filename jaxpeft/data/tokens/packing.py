@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxpeft.data.chat.supervise import IGNORED
-from jaxpeft.data.tokens.arrays import Encoded
+from jaxpeft.data.tokens.token_arrays import Encoded
 
 FORMAT = 2
 SHORTEST = 64

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.choices import TASKS
 from jaxpeft.errors import AdapterError, show
-from jaxpeft.hub.choices import TASKS
 from jaxpeft.quant.quantize import read_quant
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")

@@ -15,9 +15,9 @@ from jaxpeft.data.batches.training import Batches
 from jaxpeft.data.chat.supervise import IGNORED
 from jaxpeft.data.examples.make import make_examples
 from jaxpeft.data.rows.read import read_rows
-from jaxpeft.data.tokens.arrays import Encoded
 from jaxpeft.data.tokens.encode import encode
 from jaxpeft.data.tokens.packing import SHORTEST, fill, first_fit, pack, pour
+from jaxpeft.data.tokens.token_arrays import Encoded
 
 
 def slow_first_fit(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxpeft.data.tokens.arrays import cache_folder, load_arrays, save_arrays
 from jaxpeft.data.tokens.encode import encode
+from jaxpeft.data.tokens.token_arrays import cache_folder, load_arrays, save_arrays
 
 FIELDS = ("tokens", "offsets", "labels", "type_ids", "source")
 

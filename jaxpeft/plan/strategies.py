@@ -48,7 +48,7 @@ class PlanRequest:
     tries: int = 2
 
 
-def make(request: PlanRequest) -> Plan:
+def plan_strategies(request: PlanRequest) -> Plan:
     """Make a plan. The environment must be prepared (`topology.prepare`).
 
     Raises:

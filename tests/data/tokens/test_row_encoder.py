@@ -7,7 +7,7 @@ import pytest
 
 from jaxpeft.config import defaults
 from jaxpeft.config.files import parse_config
-from jaxpeft.data.tokens.encoder import evaluated_lengths, padded_lengths
+from jaxpeft.data.tokens.row_encoder import evaluated_lengths, padded_lengths
 
 LENGTHS = [*range(8, 72), *range(8, 40), *range(8, 30)]
 

@@ -14,17 +14,17 @@ from typing import Any
 from jaxpeft.config.schema import Config, DataConfig
 from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.rows.columns import GENERATIVE
-from jaxpeft.data.tokens.arrays import Encoded
 from jaxpeft.data.tokens.buckets import choose_lengths
 from jaxpeft.data.tokens.encode import OnProgress, encode, make_options, pad_id, tokenizer_hash
 from jaxpeft.data.tokens.packing import fill, pack
+from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.data.tokens.tokenize import prompt_ids
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Encoder:
+class RowEncoder:
     """Makes token sequences of examples, packed if the config asks for it.
 
     Attributes:
