@@ -83,7 +83,7 @@ def test_help_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
     shown = capsys.readouterr().out
     for text in (
-        "--adapter DIR --to {peft,merged,merged_quantized_reference} --out DIR",
+        "--adapter DIR --to FORMAT --out DIR",
         "--base:",
         "--dtype:",
         "--pooling:",

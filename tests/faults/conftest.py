@@ -170,9 +170,9 @@ def here(*arguments: str) -> Done:
 
 def library(call: Callable[[], Any]) -> Done:
     """Call the library, and tell what it raises as every command of jaxpeft does."""
-    from jaxpeft.command.running import guarded
+    from jaxpeft.processes.exit_codes import run_guarded
 
-    return told(lambda: guarded(lambda: (call(), 0)[1], show_traceback=False))
+    return told(lambda: run_guarded(lambda: (call(), 0)[1], show_traceback=False))
 
 
 def told(body: Callable[[], int]) -> Done:

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         "in_delete": lambda: before(manager.shutil, "rmtree"),
         "in_eval": lambda: before(evaluator.Evaluator, "__call__"),
         "in_compile": lambda: before(loop, "_abstract_batch"),
-        "in_step": lambda: before(loop, "place"),
+        "in_step": lambda: before(loop, "put_batch"),
     }
     points[point]()
     from jaxpeft.train.__main__ import main as train

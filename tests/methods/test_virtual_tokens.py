@@ -27,11 +27,12 @@ from tests.conformance.conftest import moved
 from tests.core.helpers import BATCH, CLASSIFIER, load
 from tests.hub.helpers import edit_json, peft_load, peft_save
 from tests.methods.interop import quiet
-from tests.models.conftest import (
+from tests.models.conftest import (  # noqa: F401 - a fixture
     LENGTHS,
     Reference,
     forward,
     make_batch,
+    reference,
     tiny_config,
 )
 from tests.train.runs import make_config, tiny_models  # noqa: F401 - fixtures

@@ -138,7 +138,7 @@ def test_without_double_quantization_the_scales_are_those_of_the_file(
     assert absmax.dtype == np.float32 and absmax.shape == (
         32 * 32 // 64,
     )  # 64 does not divide 32 inputs
-    codes = np.asarray(nf4.CODES, np.float32)[np.asarray(nf4.unpacked(leaves["kernel_nf4"]))]
+    codes = np.asarray(nf4.CODES, np.float32)[np.asarray(nf4.unpack(leaves["kernel_nf4"]))]
     np.testing.assert_array_equal(
         np.asarray(kernel).T, codes * np.repeat(absmax, 64).reshape(32, 32)
     )
