@@ -34,13 +34,18 @@ def close(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
 
 
 @every_subject
-def test_a_fresh_adapter_leaves_the_output_bit_identical_or_says_why_not(subject: Subject) -> None:
-    fresh, base = subject.logits(subject.fresh), subject.logits(subject.base)
-    if subject.method.fresh_is_base:
-        np.testing.assert_array_equal(fresh, base)
-    else:
+def test_a_fresh_adapter_leaves_the_output_bit_identical_op_by_op_or_says_why_not(
+    subject: Subject,
+) -> None:
+    if not subject.method.fresh_is_base:
         assert subject.row.why
-        assert np.isfinite(fresh).all()
+        assert np.isfinite(subject.logits(subject.fresh)).all()
+        return
+    # compiled as one program, what XLA fuses with the added zeros is rounded in another order
+    assert close(subject.logits(subject.fresh), subject.logits(subject.base), 1e-6)
+    with jax.disable_jit():
+        fresh, base = subject.logits(subject.fresh), subject.logits(subject.base)
+    np.testing.assert_array_equal(fresh, base)
 
 
 @every_subject
