@@ -441,7 +441,7 @@ STRATEGIES = """## The same result under every strategy
 
 `python -m benchmarks.strategies`: loss and gradients of one batch of a tiny Llama in float32, on simulated CPU devices,
 against those of one device: the largest difference, relative to the loss and to the largest number of each leaf's
-gradient.
+gradient. All rows except those of `lora, packed` are from before the scales of norms were drawn about 1.
 
 ```
 """
