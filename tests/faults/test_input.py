@@ -205,19 +205,23 @@ ASKED, ANSWER, SYSTEM = GOOD[0], GOOD[1], {"role": "system", "content": "word5"}
             "has the unknown role 'asistant' in turn 2",
             "did you mean 'assistant'?",
         ),
-        ([SYSTEM, SYSTEM, ASKED, ANSWER], "has 2 system turns (1, 2)", "keep one, the first turn"),
-        ([ASKED, SYSTEM, ANSWER], "has its system turn at place 2", "make it the first turn"),
+        (
+            [SYSTEM, SYSTEM, ASKED, ANSWER],
+            "has 2 system turns (1, 2)",
+            "keep one, as the first turn",
+        ),
+        ([ASKED, SYSTEM, ANSWER], "has its system turn at position 2", "make it the first turn"),
         (
             [ASKED, {"role": "assistant", "content": " "}],
             "has an empty turn 2 (assistant)",
-            "fill it or leave the row out",
+            "fill it in or remove the row",
         ),
         (
             [ASKED, {"role": "assistant", "content": None}],
-            "holds nothing as the content of turn 2",
+            "has nothing as the content of turn 2",
             "write it as a string",
         ),
-        ([ASKED], "has no turn of the assistant", "add one or leave the row out"),
+        ([ASKED], "has no assistant turn", "add one or remove the row"),
         (
             [{"role": "user", "content": "fail"}, ANSWER],
             "the chat template fails: word4 must not fail",

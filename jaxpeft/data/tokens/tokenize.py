@@ -115,9 +115,9 @@ def _dialogs(
     scripts = _scripts(examples, tokenizer, rows, options)
     batch = TokenizedRows([], [], [], [])
     for script in scripts:
-        batch.unlearned += len(script.unlearned)
+        batch.unlearned += len(script.excluded)
         parts = (*script.earlier, script)
-        batch.notes.update(note for part in parts for note in (*part.unlearned, *part.notes))
+        batch.notes.update(note for part in parts for note in (*part.excluded, *part.notes))
     most = options.max_length
     for row, made in zip(
         rows,

@@ -64,7 +64,7 @@ def test_test_rows_in_the_folder_or_beside_it_are_taken_and_told(
         ["word8", "word8", "word9", "word9"],
     )
     assert train.label_names == test.label_names == ("neg", "pos")
-    assert ": its test rows are taken for the final figures" in caplog.text
+    assert ": using its test rows for the final figures" in caplog.text
     named = make_config(
         data__train=str(tmp_path / given), data__test=str(tmp_path / "aclImdb" / "train")
     )
@@ -81,7 +81,7 @@ def test_test_rows_that_are_found_and_have_no_labels_are_refused_with_a_way_out(
     with pytest.raises(DataError) as caught:
         read_examples(make_config(data__train=str(tmp_path)))
     assert str(caught.value).endswith(
-        f"\n{tmp_path}: its test rows are taken since data.test is not set; name others there, or a"
+        f"\n{tmp_path}: its test rows are used because data.test is not set; set data.test, or name a"
         " file in data.train"
     )
     _, validation, test = read_examples(make_config(data__train=train))
@@ -100,8 +100,7 @@ def test_validation_rows_that_are_not_used_are_told(
         _, validation, test = read_examples(make_config(data__train=str(tmp_path)))
     assert test is validation
     assert (
-        f"has validation rows, which are not used; data.validation={tmp_path} takes them"
-        in caplog.text
+        f"ignoring its validation rows; set data.validation={tmp_path} to use them" in caplog.text
     )
 
 

@@ -263,14 +263,14 @@ def test_what_is_not_learned_of_answers_is_counted_and_told(rows_of, caplog):
     assert (made.counts["unlearned"], made.counts["sequences"]) == (2, 2)
     assert caplog.messages == [
         (
-            r"rows.jsonl: an answer is not learned: generation begins turn 2 with '<think>\n', and its"
+            r"rows.jsonl: an answer is excluded from the loss: generation starts turn 2 with '<think>\n', but its"
             r" content does not, in 2 rows"
         )
     ]
     with pytest.raises(
         DataError,
         match=(
-            r"rows.jsonl:2:1 \(row 2\): generation begins turn 2 .*; write the thought into the"
+            r"rows.jsonl:2:1 \(row 2\): generation starts turn 2 .*; write the reasoning into the"
             r" content"
         ),
     ):
