@@ -91,8 +91,7 @@ def test_how_files_were_read_and_columns_were_taken_is_told(
     )
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert (
-        first
-        == f"{tmp_path}/rows.csv: delimiter ';', fields may be in quotes, the first line is the"
+        first == f"{tmp_path}/rows.csv: delimiter ';', fields may be quoted, the first line is the"
         " header, encoding utf-16"
     )
     assert second == "columns: prompt is 'question'; completion is 'answer'; not used: 'nr'"

@@ -74,7 +74,7 @@ def test_case_11_a_folder_that_is_missing_is_made(
         (ROW + b'{"text": "word1"}\n', ":2:1 (row 2): field 'label' is missing: "),
         (
             ROW + b'{"text": 7, "label": "red"}\n',
-            ":2:1 (row 2): field 'text' holds a int, not a string: ",
+            ":2:1 (row 2): field 'text' contains a int, not a string: ",
         ),
         (ROW + b'["word1", "red"]\n', ":2:1: a row must be a JSON object, this is a list: "),
         (ROW + b'{"text": " ", "label": "red"}\n', ":2:1 (row 2): field 'text' is empty: "),

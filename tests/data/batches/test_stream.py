@@ -273,7 +273,7 @@ def test_a_label_that_the_validation_rows_have_not_is_told_and_may_be_named(
     options = {"task": "sequence_classification", "train": str(train), "validation": str(held)}
     with pytest.raises(
         DataError,
-        match=r"labeled.jsonl:9:1 \(row 9\): field 'label' holds 'c', which is not one of the 2",
+        match=r"labeled.jsonl:9:1 \(row 9\): field 'label' contains 'c', which is not one of the 2",
     ):
         fed(make_stream(**options), 9)
     named = make_stream(**options, labels=("c", "b", "a"))
