@@ -163,7 +163,7 @@ def test_case_29_a_token_that_the_model_has_not_is_refused(
     model = model_with(tiny_models[kind], tmp_path / "model", "tokenizer.json", change)
     run = chats([GOOD] * 20) if kind == "llama" else job
     said = (
-        f"its vocabulary has 65 tokens, the model's {vocab}, and the data holds token {vocab}"
+        f"its vocabulary has 65 tokens, the model's {vocab}, and the data contains token {vocab}"
         " ('word3')"
     )
     refused(

@@ -1,1 +1,1 @@
-"""Examples to tokens: tokenized, cached, padded and packed."""
+"""Tokenize, cache, pack and pad examples."""
