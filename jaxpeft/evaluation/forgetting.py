@@ -127,8 +127,8 @@ def centroid_accuracy(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) 
     Raises:
         DataError: there are fewer than two classes, or no class has two rows.
     """
-    classes, own = np.unique(labels, return_inverse=True)
-    counts = np.bincount(own)
+    classes, class_of = np.unique(labels, return_inverse=True)
+    counts = np.bincount(class_of)
     if len(classes) < 2 or counts.max() < 2:
         raise DataError(
             f"{len(labels)} rows of {len(classes)} classes: the centroid accuracy needs at least"
@@ -136,11 +136,12 @@ def centroid_accuracy(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) 
         )
     vectors = rows.astype(np.float64)
     sums = np.zeros((len(classes), vectors.shape[1]))
-    np.add.at(sums, own, vectors)
+    np.add.at(sums, class_of, vectors)
     similarity = vectors @ _normalize(sums).T
-    similarity[np.arange(len(own)), own] = (vectors * _normalize(sums[own] - vectors)).sum(1)
-    counted = counts[own] > 1
-    return float((similarity.argmax(1) == own)[counted].mean())
+    others = sums[class_of] - vectors  # the sum of each row's class without the row
+    similarity[np.arange(len(rows)), class_of] = (vectors * _normalize(others)).sum(1)
+    counted = counts[class_of] > 1
+    return float((similarity.argmax(1) == class_of)[counted].mean())
 
 
 def _normalize(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -76,9 +76,9 @@ def test_case_11_a_folder_that_is_missing_is_made(
             ROW + b'{"text": 7, "label": "red"}\n',
             ":2:1 (row 2): field 'text' contains a int, not a string: ",
         ),
-        (ROW + b'["word1", "red"]\n', ":2:1: a row must be a JSON object, this is a list: "),
+        (ROW + b'["word1", "red"]\n', ":2:1: a row must be a JSON object, not a list: "),
         (ROW + b'{"text": " ", "label": "red"}\n', ":2:1 (row 2): field 'text' is empty: "),
-        (ROW.decode().encode("utf-16")[:-1], ":1:40: not utf-16; set data.encoding to the one"),
+        (ROW.decode().encode("utf-16")[:-1], ":1:40: not utf-16; set data.encoding to the file's"),
         (
             b"version https://git-lfs.github.com/spec/v1\n",
             ":1:1: a Git LFS pointer instead of the data",

@@ -297,7 +297,7 @@ def batch_like(
         The arrays of `Batches.batch`.
     """
     token = np.zeros(1, np.int32)
-    own = (
+    label = (
         token
         if problem is None
         else label_array([[]] if problem == "multi_label" else [0], problem, num_labels)
@@ -307,7 +307,7 @@ def batch_like(
         problem,
         token,
         np.arange(2),
-        own,
+        label,
         token if types else None,
         token,
         (),

@@ -333,12 +333,15 @@ def _read_split(
         return _examples(*recognize(config, rows), config)
     if like is None:
         return _examples(*cut_texts(config, rows, kind_of(config, rows)), config, labeling=labeling)
-    columns = set(like.columns.named_fields().values())
-    same = bool(columns) and columns <= set(rows.columns())
+    names = set(like.columns.named_fields().values())
+    same = bool(names) and names <= set(rows.columns())
     if like.kind not in GENERATIVE:
-        own = like.columns if same else columns_of(config, like.kind)
+        columns = like.columns if same else columns_of(config, like.kind)
         return make_examples(
-            cut_texts(config, rows, like.kind, own)[0], kind=like.kind, columns=own, like=like
+            cut_texts(config, rows, like.kind, columns)[0],
+            kind=like.kind,
+            columns=columns,
+            like=like,
         )
     if same:
         return make_examples(rows, kind=like.kind, like=like)

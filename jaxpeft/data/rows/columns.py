@@ -336,10 +336,10 @@ def _find(
     present: Sequence[str],
     name: str,
     problems: list[str],
-    taken: Sequence[str | None],
+    used: Sequence[str | None],
 ) -> str | None:
-    usual = [column for column in usual if column not in taken]
-    found = _columns_present(usual, [column for column in present if column not in taken])
+    usual = [column for column in usual if column not in used]
+    found = _columns_present(usual, [column for column in present if column not in used])
     if len(found) == 1:
         return found[0]
     fault = (

@@ -103,14 +103,14 @@ class RowStream:
         at, self._at = self._at, 0  # restart from the first row after an error
         for _ in islice(self._rest, start - at):
             pass
-        taken = list(islice(self._rest, count))
+        chunk = list(islice(self._rest, count))
         records: list[Record] = []
-        for reader, group in groupby(taken, itemgetter(0)):
+        for reader, group in groupby(chunk, itemgetter(0)):
             records += reader.parse([raw for _, _, raw in group])
-        self._at = start + len(taken)
-        places = tuple((reader.name, number) for reader, number, _ in taken)
-        lines = tuple(line for _, _, (line, _) in taken)
-        digest = f"{self.identity()} {start} {len(taken)}"
+        self._at = start + len(chunk)
+        places = tuple((reader.name, number) for reader, number, _ in chunk)
+        lines = tuple(line for _, _, (line, _) in chunk)
+        digest = f"{self.identity()} {start} {len(chunk)}"
         notes = tuple(f"{reader.name}: {reader.note}" for reader in self._readers if reader.note)
         return Rows(
             flatten_nested(records, self._columns), self.name, digest, lines, places, notes=notes

@@ -167,8 +167,8 @@ def prompt_ids(examples: Examples, row: int, tokenizer: Any, options: TokenizeOp
 
 
 def _begin_token(tokenizer: Any, options: TokenizeOptions) -> list[int]:
-    own = prefix(tokenizer)
-    return own if options.add_bos else [token for token in own if token != tokenizer.bos_token_id]
+    ids = prefix(tokenizer)
+    return ids if options.add_bos else [token for token in ids if token != tokenizer.bos_token_id]
 
 
 def _template(options: TokenizeOptions, tokenizer: Any) -> Template | None:

@@ -34,11 +34,11 @@ HANGS = (
     " data.workers=0"
 )
 PROGRAM = """
-from jaxpeft.data.batches.prefetch import ahead
+from jaxpeft.data.batches.prefetch import prefetch
 from tests.data.sources import Fails
 import multiprocessing, os, signal, time
 
-items = ahead(Fails(size=10_000_000), 1)
+items = prefetch(Fails(size=10_000_000), 1)
 next(items)
 print(multiprocessing.active_children()[0].pid, flush=True)
 if {killed}:

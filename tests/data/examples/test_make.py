@@ -90,7 +90,7 @@ def test_columns_of_fields_that_a_format_has_not_are_refused(rows_of, kind, fiel
     rows = rows_of({"text": "a", "tokens": ["a"], "label": "x"})
     with pytest.raises(
         DataError,
-        match=f"data.columns names {field}, which rows of format {kind} do not have; remove it",
+        match=f"data.columns sets {field}, which rows of format {kind} do not have; remove it",
     ):
         make_examples(rows, kind=kind, columns=Columns(**{field: "text"}))
 

@@ -166,7 +166,7 @@ def test_columns_that_nothing_reads_are_told_once(
     file = write(tmp_path / "a.jsonl", rows)
     read_examples(make_config(data__train=file, data__validation=file, data__test=file))
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    wanted = "read: 'text' (text), 'label' (label); not read: 'title' (perhaps a second text), 'id'"
+    wanted = "columns used: 'text' (text), 'label' (label); unused: 'title' (perhaps a second text), 'id'"
     assert told == [f"{file}: {wanted}"]
 
 
