@@ -46,9 +46,7 @@ def choose_lengths(
 
 
 def padding_share(lengths: np.ndarray, slots: int) -> float:
-    """Return the share of `slots` places that hold no token of the sequences with these `lengths`,
-    int [n].
-    """
+    """Return the share of padding if sequences of `lengths`, int [n], fill `slots` positions."""
     return 1 - int(lengths.sum()) / slots if slots else 0.0
 
 

@@ -56,7 +56,7 @@ def test_the_format_is_told_by_the_columns(present: str, asked: dict[str, str], 
         (
             "mr ref",
             {},
-            "the format is none of text, prompt_completion, instruction, messages, preference",
+            "the format is not one of text, prompt_completion, instruction, messages, preference",
         ),
         ("mr ref", {"prompt": "mrr"}, "no column 'mrr' (for prompt); did you mean 'mr'?"),
     ],
