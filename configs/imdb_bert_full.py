@@ -3,7 +3,7 @@ is published.
 
 Command:   python -m jaxpeft.train --config configs/imdb_bert_full.py
 Data:      ./aclImdb, the folder in https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz:
-           train/{pos,neg}/*.txt, whose sub-folders are the labels, and test beside it. A tenth of
+           train/{pos,neg}/*.txt, whose subfolders are the labels, and test beside it. A tenth of
            the training rows, chosen by the seed, is held out; train/unsup has no labels and is left
            out. Elsewhere: --config.data.train=FOLDER; from the hub:
            --config.data.train=stanfordnlp/imdb --config.data.test=stanfordnlp/imdb

@@ -125,7 +125,7 @@ def _measure_forgetting(
         return None
     with log_time(f"what is forgotten of {examples.rows.name}") as note:
         encoding = RowEncoder(config.data, setup.data.tokenizer, setup.model.config.vocab_size)
-        split = encoding(examples, judged=False)
+        split = encoding(examples, check_dropped=False)
         if config.model.task == "causal_lm":
             before, after = (
                 evaluator(*parts, split)["loss"]

@@ -1,7 +1,7 @@
-"""Data on NumPy, without JAX: rows, examples, tokens, batches; each step a pure function of the one
-before it.
+"""The data pipeline, with NumPy and without JAX: rows, examples, tokens, batches.
 
 `read_rows` -> `make_examples` -> `encode` -> `Batches` (training) or `eval_batches` (evaluation).
+Each step is a pure function of the previous one.
 """
 
 from jaxpeft.data.batches.training import Batches, eval_batches

@@ -1,8 +1,8 @@
-"""Look at the data: `python -m jaxpeft.data --config configs/NAME.py [--show 3]`.
+"""Inspect the data: `python -m jaxpeft.data --config configs/NAME.py [--show 3]`.
 
-Options of the config are set by name: `--config.data.max_length=256`. Prints rows as the model will
-see them, the learned tokens set off from the rest, and what there is to know of the data before
-money is spent on it: lengths, what is cut and dropped, packing, labels. Reads no weights.
+Set options of the config by name: `--config.data.max_length=256`. Prints rows as the model will see
+them, with the tokens in the loss highlighted, and statistics: lengths, truncated and dropped rows,
+packing, labels. Reads no weights.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ARGUMENTS = DataArguments
 
 
 def main(argv: list[str]) -> int:
-    """Show the data of a config; return the exit code."""
+    """Print the data of a config; return the exit code."""
 
-    def body(given: DataArguments, overrides: Overrides) -> int:
-        _show(load_config(given, overrides), given.show)
+    def body(arguments: DataArguments, overrides: Overrides) -> int:
+        _show(load_config(arguments, overrides), arguments.show)
         return 0
 
     return run_command(DataArguments, argv, __doc__, body, level=logging.WARNING)
@@ -47,19 +47,19 @@ def _show(config: Config, rows: int) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     source = sources.resolve(config.model.path, config.model.revision)
-    read = None if config.data.streaming else reading.read_examples(config, source)
-    for part in report.reading_notes(read[0]) if read else ():
+    examples = None if config.data.streaming else reading.read_examples(config, source)
+    for part in report.reading_notes(examples[0]) if examples else ():
         console.print(part)
-    if read is not None and read[0].kind == "preference":
-        for part in report.pairs(read[0], rows):
+    if examples is not None and examples[0].kind == "preference":
+        for part in report.pairs(examples[0], rows):
             console.print(part)
         console.print(
-            f"{read[0].rows.name}: {len(read[0])} preference pairs, all of them whole; no method"
-            " trains on them yet"
+            f"{examples[0].rows.name}: {len(examples[0])} valid preference pairs, but no method"
+            " trains on pairs yet"
         )
         return
-    splits = pipeline.read_splits(config, source, lambda what: nullcontext(), read)
-    for part in () if read else report.reading_notes(splits.examples):
+    splits = pipeline.read_splits(config, source, lambda what: nullcontext(), examples)
+    for part in () if examples else report.reading_notes(splits.examples):
         console.print(part)
     for part in report.rows(splits, rows, color=console.is_terminal):
         console.print(part)

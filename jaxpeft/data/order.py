@@ -1,4 +1,4 @@
-"""The order of rows: a permutation that depends on the seed alone."""
+"""Shuffle rows with a permutation that depends only on the seed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import numpy as np
 
 
 def order(n: int, *seeds: int) -> np.ndarray:
-    """Return a permutation, int64 [n], that depends on nothing but `n` and the seeds.
+    """Return a permutation, int64 [n], that depends only on `n` and the seeds.
 
-    Sorting raw bits keeps it so over NumPy's versions, which `Generator.permutation` does not
-    promise.
+    It sorts raw random bits, because `Generator.permutation` may change between NumPy versions.
     """
     bits = np.random.Philox(np.random.SeedSequence(seeds))
     return np.argsort(bits.random_raw(n), kind="stable")

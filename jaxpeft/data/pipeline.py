@@ -1,6 +1,4 @@
-"""From a config to token sequences of three splits: what the main job trains on and `python -m
-jaxpeft.data` shows.
-"""
+"""Load and tokenize the three splits of a config, for training and for `python -m jaxpeft.data`."""
 
 from __future__ import annotations
 
@@ -25,9 +23,9 @@ from jaxpeft.json_files import read_json
 from jaxpeft.logs import log_time
 
 _log = logging.getLogger(__name__)
-Shown = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
-"""Makes, of what is being done, a context that gives a function `(rows done, rows in all)`, or None
-to show nothing.
+ProgressContext = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
+"""Takes a description of the work, and returns a context manager whose value is a function of
+`(finished rows, all rows)`, or None to show no progress.
 """
 
 
@@ -36,18 +34,18 @@ class Splits:
     """The token sequences of a run.
 
     Attributes:
-        examples: the rows of the training split.
-        train: to train on.
-        validation: to choose the best step by.
-        test: for the final figures; the validation rows where there are no others.
-        tokenizer: of the model.
-        pad_id: token to pad with.
+        examples: the training examples.
+        train: the training tokens.
+        validation: the validation tokens, which select the best step.
+        test: the test tokens, for the final metrics; the validation tokens if there is no test
+            split.
+        tokenizer: the tokenizer of the model.
+        pad_id: the padding token id.
         problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
-        asked: the test rows, to be answered.
-        encoding: how rows become tokens.
-        identity: hashes of what was read, of what turns it into tokens, and of the tokens: what
-            makes this data this data.
-        stream: the training rows where they are streamed: `examples` and `train` are its first
+        asked: the test examples, for sample answers.
+        encoding: the encoder from examples to tokens.
+        identity: hashes of the sources, the tokenizer, the template and the tokens.
+        stream: the stream of training rows, or None; `examples` and `train` are then its first
             buffer.
     """
 
@@ -67,16 +65,16 @@ class Splits:
 def read_splits(
     config: Config,
     source: sources.Source,
-    shown: Shown,
-    read: tuple[Examples, Examples, Examples] | None = None,
+    show_progress: ProgressContext,
+    splits: tuple[Examples, Examples, Examples] | None = None,
 ) -> Splits:
-    """Read and tokenizes the rows of a config; of a stream, its first buffer.
+    """Load and tokenize the rows of a config; for a stream, its first buffer.
 
     Args:
-        config: a checked config.
+        config: a validated config.
         source: the model, whose tokenizer is used.
-        shown: shows how far the tokenizing is.
-        read: what `read_examples` gives, where it is there.
+        show_progress: shows the progress of tokenization.
+        splits: the result of `read_examples`, if already available.
 
     Raises:
         ConfigError: an option does not fit the rows, the tokenizer or the model.
@@ -86,13 +84,13 @@ def read_splits(
     vocab = read_json(file).get("vocab_size")
     if not isinstance(vocab, int) or isinstance(vocab, bool) or vocab < 1:
         raise ConfigError(
-            f"{file}: vocab_size must be an integer above 0, is {shorten(repr(vocab))}"
+            f"{file}: vocab_size must be a positive integer, but is {shorten(repr(vocab))}"
         )
     encoding = RowEncoder(config.data, load_tokenizer(source), config.model.vocab_size or vocab)
 
     def tokens(examples: Examples) -> Encoded:
         what = f"tokenizing {examples.rows.name}"
-        with log_time(what) as note, shown(what) as progress:
+        with log_time(what) as note, show_progress(what) as progress:
             encoded = encoding(examples, progress)
             note(describe(encoded))
         return encoded
@@ -103,9 +101,9 @@ def read_splits(
             config, dataclasses.replace(encoding, use_cache=False), source
         )
         train, encoded = stream.first
-        _log.info("%s, its first rows: %s", train.rows.name, describe(encoded))
+        _log.info("%s, first buffer: %s", train.rows.name, describe(encoded))
     else:
-        train, validation, test = read or read_examples(config, source)
+        train, validation, test = splits or read_examples(config, source)
         encoded = tokens(train)
     held_out = tokens(validation)
     last = tokens(test) if test is not validation else held_out
@@ -122,9 +120,9 @@ def read_splits(
     if stream is not None:
         hashes["train"] = (stream.identity, hashes["train"][1])
     identity: dict[str, Any] = {
-        "sources": {name: read for name, (read, _) in hashes.items()},
+        "sources": {name: rows for name, (rows, _) in hashes.items()},
         **encoding.identity(train),
-        "tokens": {name: made for name, (_, made) in hashes.items()},
+        "tokens": {name: encoded for name, (_, encoded) in hashes.items()},
     }
     return Splits(
         train,
@@ -144,22 +142,22 @@ def read_splits(
 def _open_stream(
     config: Config, encoding: RowEncoder, source: sources.Source
 ) -> tuple[Stream, tuple[Examples, Examples]]:
-    """Open a stream and reads the rows that are held out; labels are those of the latter: a stream
-    is not read through.
+    """Open a stream, and load the validation and test examples, which define the labels, since the
+    stream cannot be read in advance.
     """
     if config.model.task == "causal_lm":
         stream = Stream(config, encoding)
         return stream, read_held(config, stream.first[0])
-    held = read_held(config, None, source)
-    # what is known of the labels, without the rows: worker processes are sent it
+    held_out = read_held(config, None, source)
+    # the labels without the rows, since this is sent to worker processes
     like = dataclasses.replace(
-        held[0], texts=[], pairs=None, labels=None, rows=held[0].rows.take([])
+        held_out[0], texts=[], pairs=None, labels=None, rows=held_out[0].rows.take([])
     )
-    return Stream(config, encoding, like), held
+    return Stream(config, encoding, like), held_out
 
 
 def make_batches(config: Config, splits: Splits) -> Batches | Stream:
-    """Make the training batches of a run."""
+    """Return the training batches of a run."""
     if splits.stream is not None:
         return splits.stream
     options = config.train
@@ -177,10 +175,10 @@ def make_batches(config: Config, splits: Splits) -> Batches | Stream:
 
 
 def load_tokenizer(source: sources.Source) -> Any:
-    """Load the tokenizer of a model folder; no code of the folder is run.
+    """Load the tokenizer of a model folder without running code from the folder.
 
     Raises:
-        DataError: there is none, or its files cannot be used.
+        DataError: there is no tokenizer, or it cannot be loaded.
     """
     _require_tokenizers(source.folder / "tokenizer.json")
     from huggingface_hub.errors import StrictDataclassError
@@ -199,19 +197,19 @@ def load_tokenizer(source: sources.Source) -> Any:
         RecursionError,
         StrictDataclassError,
     ) as error:
-        said = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise DataError(
-            f"{source.folder}: no tokenizer that can be used ({said}); the folder must hold"
-            " tokenizer.json and tokenizer_config.json, as they were published, and config.json of"
-            " the same model"
+            f"{source.folder}: the tokenizer cannot be loaded ({reason}); the folder must contain"
+            " tokenizer.json and tokenizer_config.json as published, and config.json of the same"
+            " model"
         ) from error
 
 
 def _require_tokenizers(file: Path) -> None:
-    """Refuse a `tokenizer.json`, where there is one, that the `tokenizers` library cannot read.
+    """Refuse a `tokenizer.json` that the `tokenizers` library cannot read; ignore a missing one.
 
     Raises:
-        DataError: saying what the library says.
+        DataError: the library cannot read the file; the message includes its reason.
     """
     from tokenizers import Tokenizer
 
@@ -220,8 +218,8 @@ def _require_tokenizers(file: Path) -> None:
     try:
         Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{file}: is no tokenizer that can be used ({said}); give the file as it was published,"
-            " or write it again with save_pretrained of the tokenizer"
+            f"{file}: the tokenizer cannot be loaded ({reason}); use the file as it was published,"
+            " or save it again with the tokenizer's save_pretrained"
         ) from error

@@ -1,4 +1,4 @@
-"""Problems of data, gathered so that one error lists the first twenty."""
+"""Collect problems in data, so that one error lists the first twenty."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ EXCERPT = 80
 
 
 class RowError(Exception):
-    """What is wrong with one row: kept inside `jaxpeft.data`, users see a `DataError`.
+    """A problem in one row. Internal to `jaxpeft.data`: users see a `DataError`.
 
     Args:
-        fault: what is wrong.
-        fix: what to do about it.
-        column: the 1-based character column at which it is.
+        fault: description of the problem.
+        fix: how to fix it.
+        column: the 1-based character column of the problem.
     """
 
     def __init__(self, fault: str, fix: str, column: int = 1) -> None:
@@ -27,7 +27,7 @@ class RowError(Exception):
 
 
 class Problems:
-    """Counts problems, keeps the text of the first twenty, and raises them as one error."""
+    """Counts problems, stores the text of the first twenty, and raises them as one error."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -37,10 +37,10 @@ class Problems:
         """Add one problem.
 
         Args:
-            where: `file:line:column`, or what stands for it.
-            fault: what is wrong.
-            text: the offending text, already cut by `excerpt`; empty where there is none to show.
-            fix: what to do about it.
+            where: the location, `file:line:column` if possible.
+            fault: description of the problem.
+            text: the offending text, shortened by `excerpt`, or empty.
+            fix: how to fix it.
         """
         self.total += 1
         if self.total <= SHOWN:
@@ -48,7 +48,7 @@ class Problems:
             self._lines.append(f"{where}: {fault}{shown}; {fix}")
 
     def raise_if_any(self) -> None:
-        """Raise what was added.
+        """Raise the problems that were added, if any.
 
         Raises:
             DataError: at least one problem was added.
@@ -60,8 +60,8 @@ class Problems:
 
 
 def excerpt(line: str, column: int = 1) -> str:
-    """Return at most 80 characters of a line: its beginning, or what surrounds `column` where that
-    lies further on.
+    """Return at most 80 characters of a line: its start, or the part around `column` if that is
+    further right.
     """
     start = 0 if column <= EXCERPT else column - 1 - EXCERPT // 2
     return line[start : start + EXCERPT]

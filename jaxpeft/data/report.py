@@ -1,6 +1,4 @@
-"""What people look at before they train: rows as the model sees them, and the figures of a data
-set.
-"""
+"""Report the data before training: rows as the model sees them, and statistics."""
 
 from __future__ import annotations
 
@@ -24,33 +22,33 @@ MOST_NOTES = 20
 
 
 def rows(splits: Splits, n: int, *, color: bool) -> Iterator[Text]:
-    """Yield the first training rows, token by token as text.
+    """Yield the decoded text of the first training rows.
 
-    Learned tokens are green, the rest dim; without colors learned text stands between `⟦` and `⟧`.
-    Documents that share a packed row are parted by a line.
+    Tokens in the loss are green and masked ones dim; without colors, text in the loss is enclosed
+    by `⟦` and `⟧`. A line separates the documents in a packed row.
 
     Args:
         splits: the data of a run.
-        n: how many rows.
-        color: whether the terminal shows colors.
+        n: number of rows.
+        color: whether the terminal supports colors.
     """
     encoded = splits.train
     for row in range(min(n, len(encoded))):
         at = slice(*encoded.offsets[row : row + 2].tolist())
-        learned = (
+        in_loss = (
             encoded.labels[at] != IGNORED
             if encoded.per_token
             else np.zeros(encoded.lengths[row], bool)
         )
-        told = f"{encoded.lengths[row]} tokens" + (
-            f", {int(learned.sum())} learned" if encoded.per_token else ""
+        counts = f"{encoded.lengths[row]} tokens" + (
+            f", {int(in_loss.sum())} in the loss" if encoded.per_token else ""
         )
-        yield Text(f"--- row {row + 1}: {told}{_label(splits, row)}", style="bold")
-        yield _render_tokens(splits.tokenizer, encoded, at, learned, color)
+        yield Text(f"--- row {row + 1}: {counts}{_label(splits, row)}", style="bold")
+        yield _render_tokens(splits.tokenizer, encoded, at, in_loss, color)
 
 
 def reading_notes(examples: Examples) -> Iterator[Text]:
-    """Yield how the training rows were read: their files, and which column was taken for what.
+    """Yield how the training rows were read: the files and the columns in use.
 
     Args:
         examples: the training rows.
@@ -61,21 +59,21 @@ def reading_notes(examples: Examples) -> Iterator[Text]:
     if len(notes) > MOST_NOTES:
         yield Text(f"({len(notes) - MOST_NOTES} more files)")
     used = examples.columns.named_fields()
-    left = [column for column in examples.rows.columns() if column not in used.values()]
-    told = [f"{field} is {column!r}" for field, column in used.items()]
-    if left:
-        more = ", ..." if len(left) > MOST_LABELS else ""
-        told.append(f"not used: {', '.join(map(repr, left[:MOST_LABELS]))}{more}")
-    yield Text(f"columns: {'; '.join(told)}")
+    unused = [column for column in examples.rows.columns() if column not in used.values()]
+    parts = [f"{field} is {column!r}" for field, column in used.items()]
+    if unused:
+        more = ", ..." if len(unused) > MOST_LABELS else ""
+        parts.append(f"unused: {', '.join(map(repr, unused[:MOST_LABELS]))}{more}")
+    yield Text(f"columns: {'; '.join(parts)}")
 
 
 def pairs(examples: Examples, n: int) -> Iterator[Text]:
-    """Yield the first preference pairs: what both answers begin with, the better one in green, the
-    other in red.
+    """Yield the first preference pairs: the shared prompt, then the chosen answer in green and the
+    rejected one in red.
 
     Args:
-        examples: of preference pairs.
-        n: how many.
+        examples: examples with preference pairs.
+        n: number of pairs.
     """
     for row, pair in enumerate(examples.texts[:n], 1):
         yield Text(f"--- pair {row}", style="bold")
@@ -104,12 +102,12 @@ def _label(splits: Splits, row: int) -> str:
 
 
 def _render_tokens(
-    tokenizer: Any, encoded: Encoded, at: slice, learned: np.ndarray, color: bool
+    tokenizer: Any, encoded: Encoded, at: slice, in_loss: np.ndarray, color: bool
 ) -> Text:
     ids = encoded.tokens[at]
     segments = np.ones(len(ids), np.int32) if encoded.segments is None else encoded.segments[at]
-    # decoded by runs of one kind, not token by token: a character may be spread over several
-    edges = np.flatnonzero((np.diff(learned.astype(np.int8)) != 0) | (np.diff(segments) != 0)) + 1
+    # decode runs of one kind, not single tokens: a character may consist of several tokens
+    edges = np.flatnonzero((np.diff(in_loss.astype(np.int8)) != 0) | (np.diff(segments) != 0)) + 1
     text = Text()
     for run in np.split(np.arange(len(ids)), edges):
         first = int(run[0])
@@ -117,19 +115,19 @@ def _render_tokens(
             text.append("\n- - -\n", style="bold")
         part = tokenizer.decode(ids[run].tolist())
         if color:
-            text.append(part, style="green" if learned[first] or not encoded.per_token else "dim")
+            text.append(part, style="green" if in_loss[first] or not encoded.per_token else "dim")
         else:
-            text.append(f"⟦{part}⟧" if learned[first] else part)
+            text.append(f"⟦{part}⟧" if in_loss[first] else part)
     return text
 
 
 def statistics(config: Config, splits: Splits) -> Table:
-    """Return the figures of the splits: rows, lengths, what is cut, dropped and learned, packing,
-    padding, labels.
+    """Return a table of the splits: rows, truncation, dropped rows, lengths, packing, padding and
+    labels.
 
     Args:
-        config: of the run.
-        splits: its data.
+        config: the config of the run.
+        splits: the data of the run.
     """
     table = Table(
         title=f"{splits.examples.rows.name}: {splits.examples.kind}", title_justify="left"
@@ -141,8 +139,9 @@ def statistics(config: Config, splits: Splits) -> Table:
     for name in parts:
         table.add_column(name, justify="right")
     for field in ("rows", "truncated", "dropped", "tokens", "learned"):
-        table.add_row(field, *(f"{part.counts[field]:,}" for part in parts.values()))
-    for name, share in (("shortest", 0.0), ("median", 0.5), ("95 of 100", 0.95), ("longest", 1.0)):
+        name = "tokens in the loss" if field == "learned" else field
+        table.add_row(name, *(f"{part.counts[field]:,}" for part in parts.values()))
+    for name, share in (("shortest", 0.0), ("median", 0.5), ("95 %", 0.95), ("longest", 1.0)):
         table.add_row(
             f"length, {name}",
             *(f"{np.quantile(_documents(part), share):.0f}" for part in parts.values()),
@@ -150,15 +149,13 @@ def statistics(config: Config, splits: Splits) -> Table:
     if config.data.packing:
         length = config.data.max_length
         table.add_row("packed rows", *(f"{len(part):,}" for part in parts.values()))
-        table.add_row("places filled", *(f"{fill(part, length):.1%}" for part in parts.values()))
+        table.add_row("positions filled", *(f"{fill(part, length):.1%}" for part in parts.values()))
     batches = make_batches(config, splits)
     blank = [""] * (len(parts) - 1)
     table.add_row("padded to", " or ".join(map(str, batches.lengths)), *blank)
     table.add_row("padding", f"{batches.padding_share:.1%}", *blank)
     steps = batches.steps_per_epoch
-    table.add_row(
-        "steps an epoch", "not known: streamed" if steps is None else f"{steps:,}", *blank
-    )
+    table.add_row("steps per epoch", "unknown: streamed" if steps is None else f"{steps:,}", *blank)
     for label, counts in _labels(parts):
         table.add_row(f"label {label}", *(f"{count:,}" for count in counts))
     return table
@@ -168,10 +165,10 @@ def _documents(encoded: Encoded) -> np.ndarray:
     """Return the length of each document, packed or not."""
     if encoded.segments is None:
         return encoded.lengths
-    begins = np.zeros(len(encoded.tokens), bool)
-    begins[encoded.offsets[:-1]] = True
-    begins[1:] |= np.diff(encoded.segments) != 0
-    return np.diff(np.append(np.flatnonzero(begins), len(encoded.tokens)))
+    starts = np.zeros(len(encoded.tokens), bool)
+    starts[encoded.offsets[:-1]] = True
+    starts[1:] |= np.diff(encoded.segments) != 0
+    return np.diff(np.append(np.flatnonzero(starts), len(encoded.tokens)))
 
 
 def _labels(parts: dict[str, Encoded]) -> list[tuple[str, list[int]]]:
@@ -182,10 +179,10 @@ def _labels(parts: dict[str, Encoded]) -> list[tuple[str, list[int]]]:
     counts = [_counts(part, len(names)) for part in parts.values()]
     order = np.argsort(-counts[0], kind="stable")
     shown = [(names[i], [int(count[i]) for count in counts]) for i in order[:MOST_LABELS]]
-    left = order[MOST_LABELS:]
+    rest = order[MOST_LABELS:]
     return (
-        [*shown, (f"({len(left)} more)", [int(c[left].sum()) for c in counts])]
-        if len(left)
+        [*shown, (f"({len(rest)} more)", [int(c[rest].sum()) for c in counts])]
+        if len(rest)
         else shown
     )
 

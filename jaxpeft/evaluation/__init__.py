@@ -1,4 +1,4 @@
-"""Evaluation: metrics of classification and of language models."""
+"""Evaluation: metrics, greedy generation, and forgetting."""
 
 from jaxpeft.evaluation.metrics import classification_metrics, lm_metrics
 

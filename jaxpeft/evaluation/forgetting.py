@@ -1,21 +1,20 @@
-r"""Forgetting: what a base could do of something else, and cannot do any more with its adapter.
+r"""Forgetting: the loss of an ability of the base through adaptation.
 
     forgetting = a(base) - a(adapted)
 
-for an ability `a` that no run is trained for, measured on rows of another data set. It is negative
-where training has helped.
+for an ability `a` that is not trained, measured on another dataset. It is negative if training
+improves the ability.
 
-Of an encoder, or any classifier, `a` is how well labeled sentences stand by their classes. With the
-hidden states `h [T, d]` of sentence i, the head left off:
+For an encoder or a classifier, `a` is the leave-one-out accuracy of a nearest-centroid classifier.
+With the hidden states `h [T, d]` of sentence i, without the head:
 
-    e_i = mean of h over the tokens, over its norm
-    c_k = sum of e_j over the sentences j of class k, j != i, over its norm
-    a   = share of the sentences whose own class is the k of the largest e_i c_k
+    e_i = mean of h over the tokens, divided by its norm
+    c_k = sum of e_j over the sentences j of class k, j != i, divided by its norm
+    a   = share of the sentences whose class is the k with the largest e_i c_k
 
-No sentence is in the mean that it is compared with, and one that is alone in its class is not
-counted.
+Sentences that are alone in their class are not counted.
 
-Of a language model, `a` is minus the mean loss of a token of other texts, in nats.
+For a language model, `a` is minus the mean token loss on other texts, in nats.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.logical_axes import mesh_under, on_mesh
 
 _INPUTS = ("token_type_ids", "position_ids", "segment_ids")
-_LEAST = 1e-12
-"""A norm below this is taken as this: a mean of zeros has no direction."""
+_MIN_NORM = 1e-12
+"""Lower bound of norms, to avoid division by zero."""
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """An ability of a backbone, before it was adapted and after.
+    """An ability of a backbone, before and after adaptation.
 
     Attributes:
         measure: `centroid_accuracy` or `loss`.
-        before: of the base.
-        after: of the adapted backbone.
+        before: value of the base.
+        after: value of the adapted backbone.
     """
 
     measure: str
@@ -56,19 +55,19 @@ class Forgetting:
 
     @property
     def lost(self) -> float:
-        """How much of the ability is gone."""
+        """The decrease of the ability."""
         return self.after - self.before if self.measure == "loss" else self.before - self.after
 
 
 def backbone_of(model: Pretrained, params: Mapping[str, Any]) -> tuple[Pretrained, dict[str, Any]]:
-    """Take the head off.
+    """Return a model without its head.
 
     Args:
-        model: what `jaxpeft.load` gave, for any task.
-        params: its parameters, rewritten or not; adapter leaves stay where they are.
+        model: a model from `jaxpeft.load`, for any task.
+        params: its parameters, rewritten or not; adapter leaves keep their paths.
 
     Returns:
-        `(model, params)` that give hidden states `[batch, length, d]`.
+        `(model, params)` that compute hidden states `[batch, length, d]`.
     """
     config = read_json(model.source.folder / "config.json")
     options = dataclasses.replace(
@@ -86,15 +85,15 @@ def embeddings(
     params: Mapping[str, Any],
     batches: Iterable[tuple[Mapping[str, Any], np.ndarray[Any, Any]]],
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the direction of the mean hidden state of each row, by the model without its head.
+    """Return the normalized mean hidden state of each row, computed without the head.
 
     Args:
-        model: what `jaxpeft.load` gave, for any task.
+        model: a model from `jaxpeft.load`, for any task.
         params: its parameters, rewritten or not.
-        batches: as `jaxpeft.data.eval_batches` gives them.
+        batches: batches from `jaxpeft.data.eval_batches`.
 
     Returns:
-        float32 `[n, d]`, each of norm one, and the labels `[n]`; in the order of the batches.
+        float32 `[n, d]` with unit norms, and the labels `[n]`, in the order of the batches.
     """
     backbone, inner = backbone_of(model, params)
 
@@ -105,48 +104,45 @@ def embeddings(
         ).astype(jnp.float32)
         token = batch["attention_mask"][..., None].astype(jnp.float32)
         total = (hidden * token).sum(1)
-        return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), _LEAST)
+        return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), _MIN_NORM)
 
     run = jax.jit(on_mesh(mesh_under(inner), direction))
-    made: list[np.ndarray[Any, Any]] = []
+    vectors: list[np.ndarray[Any, Any]] = []
     labels: list[np.ndarray[Any, Any]] = []
     for batch, rows in batches:
-        kept = rows >= 0
-        made.append(
-            np.asarray(run(inner, {name: jnp.asarray(array) for name, array in batch.items()}))[
-                kept
-            ]
-        )
-        labels.append(batch["labels"][kept])
-    return np.concatenate(made), np.concatenate(labels)
+        real = rows >= 0
+        out = run(inner, {name: jnp.asarray(array) for name, array in batch.items()})
+        vectors.append(np.asarray(out)[real])
+        labels.append(batch["labels"][real])
+    return np.concatenate(vectors), np.concatenate(labels)
 
 
 def centroid_accuracy(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
-    """Return the share of rows whose own class has the nearest mean, each row left out of its own
-    class's.
+    """Return the leave-one-out accuracy of the nearest class mean.
 
     Args:
-        rows: `[n, d]`, each of norm one.
+        rows: `[n, d]`, with unit norms.
         labels: class ids, int `[n]`.
 
     Raises:
         DataError: there are fewer than two classes, or no class has two rows.
     """
-    classes, own = np.unique(labels, return_inverse=True)
-    counts = np.bincount(own)
+    classes, class_of = np.unique(labels, return_inverse=True)
+    counts = np.bincount(class_of)
     if len(classes) < 2 or counts.max() < 2:
         raise DataError(
-            f"{len(labels)} rows of {len(classes)} classes: the nearest class needs at least two"
-            " classes, and two rows in one of them"
+            f"{len(labels)} rows of {len(classes)} classes: the centroid accuracy needs at least"
+            " two classes, and two rows in one of them"
         )
-    wide = rows.astype(np.float64)
-    sums = np.zeros((len(classes), wide.shape[1]))
-    np.add.at(sums, own, wide)
-    near = wide @ _directions(sums).T
-    near[np.arange(len(own)), own] = (wide * _directions(sums[own] - wide)).sum(1)
-    counted = counts[own] > 1
-    return float((near.argmax(1) == own)[counted].mean())
+    vectors = rows.astype(np.float64)
+    sums = np.zeros((len(classes), vectors.shape[1]))
+    np.add.at(sums, class_of, vectors)
+    similarity = vectors @ _normalize(sums).T
+    others = sums[class_of] - vectors  # the sum of each row's class without the row
+    similarity[np.arange(len(rows)), class_of] = (vectors * _normalize(others)).sum(1)
+    counted = counts[class_of] > 1
+    return float((similarity.argmax(1) == class_of)[counted].mean())
 
 
-def _directions(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _LEAST)
+def _normalize(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _MIN_NORM)

@@ -34,7 +34,7 @@ def test_a_tokenizer_that_the_library_cannot_read_is_refused_by_its_file(
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(
-        DataError, match=f"^{re.escape(str(file))}: is no tokenizer that can be used .*{why}"
+        DataError, match=f"^{re.escape(str(file))}: the tokenizer cannot be loaded .*{why}"
     ) as caught:
         load_tokenizer(resolve(str(tmp_path)))
     assert "as it was published" in str(caught.value)

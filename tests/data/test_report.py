@@ -58,14 +58,14 @@ def test_learned_text_is_set_off_and_the_figures_are_those_of_the_rows(
 ) -> None:
     assert main(["--config", str(config_file), "--show", "2"]) == 0
     shown = capsys.readouterr().out
-    assert "--- row 1: 6 tokens, 3 learned" in shown
+    assert "--- row 1: 6 tokens, 3 in the loss" in shown
     assert shown.count("⟦word3 word4 [SEP]⟧") == shown.count("--- row") == 2
     figures = table(shown)
     assert figures["rows"] == ["4", "4"]
     assert figures["tokens"] == ["24", "24"]
-    assert figures["learned"] == ["12", "12"]
+    assert figures["tokens in the loss"] == ["12", "12"]
     assert figures["length, median"] == ["6", "6"]
-    assert figures["steps an epoch"] == ["1", ""]
+    assert figures["steps per epoch"] == ["1", ""]
 
 
 def test_packed_documents_are_parted_and_the_fill_is_told(
@@ -76,7 +76,7 @@ def test_packed_documents_are_parted_and_the_fill_is_told(
     assert shown.count("--- row") == 2
     assert shown.count("- - -\n") == 2
     assert table(shown)["packed rows"] == ["2", "2"]
-    assert table(shown)["places filled"] == [f"{24 / 32:.1%}"] * 2
+    assert table(shown)["positions filled"] == [f"{24 / 32:.1%}"] * 2
     assert table(shown)["length, longest"] == ["6", "6"]
 
 
@@ -91,11 +91,10 @@ def test_how_files_were_read_and_columns_were_taken_is_told(
     )
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert (
-        first
-        == f"{tmp_path}/rows.csv: delimiter ';', fields may be in quotes, the first line is the"
+        first == f"{tmp_path}/rows.csv: delimiter ';', fields may be quoted, the first line is the"
         " header, encoding utf-16"
     )
-    assert second == "columns: prompt is 'question'; completion is 'answer'; not used: 'nr'"
+    assert second == "columns: prompt is 'question'; completion is 'answer'; unused: 'nr'"
 
 
 @pytest.mark.usefixtures("minilm")
@@ -128,12 +127,10 @@ def test_preference_pairs_are_shown_and_not_trained_on(
     assert (
         "user: word0 ?\nchosen: assistant: word1" if chat else "word0 ?\nchosen: word1"
     ) in shown
-    assert (
-        "rows.jsonl: 3 preference pairs, all of them whole; no method trains on them yet" in shown
-    )
+    assert "rows.jsonl: 3 valid preference pairs, but no method trains on pairs yet" in shown
     assert train(["--config", str(config_file), "--workdir", str(tmp_path / "run")]) == 2
     assert (
-        "3 preference pairs, all of them whole; no method trains on pairs yet: give rows"
+        "3 valid preference pairs, but no method trains on pairs yet; use rows"
         in capsys.readouterr().err
     )
 

@@ -60,7 +60,7 @@ def test_classes_that_stand_apart_are_all_right_and_a_row_alone_is_not_counted()
 @pytest.mark.parametrize("labels", [[1, 1, 1], [1, 2, 3]])
 def test_too_few_classes_or_rows_are_refused(labels: list[int]) -> None:
     with pytest.raises(
-        DataError, match=r"3 rows of [13] classes: the nearest class needs at least two classes"
+        DataError, match=r"3 rows of [13] classes: the centroid accuracy needs at least two classes"
     ):
         centroid_accuracy(np.eye(3), np.array(labels))
 

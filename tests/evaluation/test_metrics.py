@@ -155,11 +155,11 @@ def test_the_figures_of_a_problem_are_those_that_are_computed(problem, labels, f
             [[1.0, 0.0]],
             [0, 1],
             "single_label",
-            r"predictions of the shape \(1,\) do not fit labels of the shape \(2,\)",
+            r"predictions of shape \(1,\) do not match labels of shape \(2,\)",
         ),
-        ([], [], "single_label", "there is no label to compare with"),
-        ([[0, 0]], [[-100, -100]], "token", "there is no label to compare with"),
-        ([1.0], [1.0], "multi_label", r"multi_label takes labels \[n, labels\]"),
+        ([], [], "single_label", "there are no labels to compare with"),
+        ([[0, 0]], [[-100, -100]], "token", "there are no labels to compare with"),
+        ([1.0], [1.0], "multi_label", r"multi_label needs labels of shape \[n, labels\]"),
     ],
 )
 def test_bad_arrays_are_refused(made, labels, problem, said):
@@ -178,5 +178,5 @@ def test_an_unknown_problem_is_refused():
 def test_language_models():
     assert lm_metrics(6.0, 3) == {"loss": 2.0, "perplexity": pytest.approx(math.exp(2))}
     assert math.isfinite(lm_metrics(1e9, 2)["perplexity"])
-    with pytest.raises(DataError, match="no token has a label"):
+    with pytest.raises(DataError, match="no token is in the loss"):
         lm_metrics(0.0, 0)

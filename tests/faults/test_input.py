@@ -74,11 +74,11 @@ def test_case_11_a_folder_that_is_missing_is_made(
         (ROW + b'{"text": "word1"}\n', ":2:1 (row 2): field 'label' is missing: "),
         (
             ROW + b'{"text": 7, "label": "red"}\n',
-            ":2:1 (row 2): field 'text' holds a int, not a string: ",
+            ":2:1 (row 2): field 'text' contains a int, not a string: ",
         ),
-        (ROW + b'["word1", "red"]\n', ":2:1: a row must be a JSON object, this is a list: "),
+        (ROW + b'["word1", "red"]\n', ":2:1: a row must be a JSON object, not a list: "),
         (ROW + b'{"text": " ", "label": "red"}\n', ":2:1 (row 2): field 'text' is empty: "),
-        (ROW.decode().encode("utf-16")[:-1], ":1:40: not utf-16; set data.encoding to the one"),
+        (ROW.decode().encode("utf-16")[:-1], ":1:40: not utf-16; set data.encoding to the file's"),
         (
             b"version https://git-lfs.github.com/spec/v1\n",
             ":1:1: a Git LFS pointer instead of the data",
@@ -163,7 +163,7 @@ def test_case_29_a_token_that_the_model_has_not_is_refused(
     model = model_with(tiny_models[kind], tmp_path / "model", "tokenizer.json", change)
     run = chats([GOOD] * 20) if kind == "llama" else job
     said = (
-        f"its vocabulary has 65 tokens, the model's {vocab}, and the data holds token {vocab}"
+        f"its vocabulary has 65 tokens, the model's {vocab}, and the data contains token {vocab}"
         " ('word3')"
     )
     refused(
@@ -205,19 +205,23 @@ ASKED, ANSWER, SYSTEM = GOOD[0], GOOD[1], {"role": "system", "content": "word5"}
             "has the unknown role 'asistant' in turn 2",
             "did you mean 'assistant'?",
         ),
-        ([SYSTEM, SYSTEM, ASKED, ANSWER], "has 2 system turns (1, 2)", "keep one, the first turn"),
-        ([ASKED, SYSTEM, ANSWER], "has its system turn at place 2", "make it the first turn"),
+        (
+            [SYSTEM, SYSTEM, ASKED, ANSWER],
+            "has 2 system turns (1, 2)",
+            "keep one, as the first turn",
+        ),
+        ([ASKED, SYSTEM, ANSWER], "has its system turn at position 2", "make it the first turn"),
         (
             [ASKED, {"role": "assistant", "content": " "}],
             "has an empty turn 2 (assistant)",
-            "fill it or leave the row out",
+            "fill it in or remove the row",
         ),
         (
             [ASKED, {"role": "assistant", "content": None}],
-            "holds nothing as the content of turn 2",
+            "has nothing as the content of turn 2",
             "write it as a string",
         ),
-        ([ASKED], "has no turn of the assistant", "add one or leave the row out"),
+        ([ASKED], "has no assistant turn", "add one or remove the row"),
         (
             [{"role": "user", "content": "fail"}, ANSWER],
             "the chat template fails: word4 must not fail",

@@ -258,15 +258,15 @@ def test_case_26_rows_cut_before_any_label_are_dropped_counted_and_too_many_refu
     job = chats([GOOD] * 19 + [LONG])
     done = job.here("--config.data.most_dropped=0.2", "--config.data.validation_share=0.5")
     marks.exit(done, 0)
-    marks.message(done, "1 cut at 32 tokens, 1 rows dropped: nothing learned is left of them")
+    marks.message(done, "1 truncated to 32 tokens, 1 rows dropped: no token in the loss")
     before = files(job.workdir)
     refused = job.here("--config.data.most_dropped=0.01", "--config.data.validation_share=0.5")
     marks.exit(refused, 2)
     marks.message(
         refused,
-        "1 of 10 rows (10.0%) have no learned token among their first 32, as ",
+        "1 of 10 rows (10.0%) have no token in the loss among their first 32, such as ",
         "rows.jsonl:20:1 (row 20)",
-        "at most 1.0% may be dropped: raise data.max_length, shorten the prompts, or raise"
+        "at most 1.0% may be dropped: increase data.max_length, shorten the prompts, or increase"
         " data.most_dropped",
     )
     marks.early(refused)

@@ -40,13 +40,13 @@ def _goes_on(job: Job, marks: Marks, done: Done, monkeypatch: pytest.MonkeyPatch
             workers.Ending,
             (
                 "data.workers: a worker process ended with exit code 9; set data.workers=0 to see"
-                " what happens"
+                " the cause"
             ),
         ),
         (
             workers.Hanging,
             (
-                "data.workers: the worker processes have given nothing for 5 s; raise"
+                "data.workers: no item from the worker processes for 5 s; increase"
                 " data.worker_timeout"
             ),
         ),

@@ -1,1 +1,1 @@
-"""Tokens to batches, as a pure function of seed and step."""
+"""Build batches of tokens as a pure function of seed and step, and prefetch them."""

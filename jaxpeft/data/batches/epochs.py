@@ -1,4 +1,4 @@
-"""Which rows stand in which batch of an epoch, a pure function of the seed and the epoch."""
+"""Assign rows to the batches of an epoch, as a pure function of the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class EpochPlan:
     """The batches of one epoch.
 
     Attributes:
-        rows: int64 [batches, batch], the sequence at each place, -1 for a filler; only the last
-            batch has fillers.
-        lengths: int64 [batches], the length that each batch is padded to.
+        rows: int64 [batches, batch], the sequence of each row, -1 for a filler row (only in the
+            last batch).
+        lengths: int64 [batches], the padded length of each batch.
     """
 
     rows: np.ndarray
@@ -33,37 +33,37 @@ def make_plan(
     seeds: tuple[int, int] | None,
     drop: bool = False,
 ) -> EpochPlan:
-    """Make the plan of one epoch.
+    """Plan the batches of one epoch.
 
-    Each bucket's rows are cut into batches, and what is left over moves up to the next bucket; so
-    the number of batches of each length is the same for any seed.
+    Each bucket's rows are divided into full batches, and the remainder moves to the next longer
+    bucket, so the number of batches of each length is the same for any seed.
 
     Args:
-        bucket_of: the index of the bucket of each sequence, int64 [n].
+        bucket_of: the bucket index of each sequence, int64 [n].
         buckets: ascending lengths.
-        batch_size: sequences a batch.
-        seeds: the run's seed and the epoch; None keeps the order of the rows inside each bucket.
-        drop: leave out the last batch where it is not full.
+        batch_size: sequences per batch.
+        seeds: the seed of the run and the epoch; None to keep the order of rows in each bucket.
+        drop: whether to drop the last batch if it is not full.
     """
     permutation = np.arange(len(bucket_of)) if seeds is None else order(len(bucket_of), *seeds, 0)
     rows, lengths = list[np.ndarray](), list[int]()
-    left, left_length = np.empty(0, np.int64), buckets[0]
+    remainder, remainder_length = np.empty(0, np.int64), buckets[0]
     for i, length in enumerate(buckets):
-        own = permutation[bucket_of[permutation] == i]
-        pool = np.concatenate([left, own])
-        left_length = length if len(own) else left_length
+        in_bucket = permutation[bucket_of[permutation] == i]
+        pool = np.concatenate([remainder, in_bucket])
+        remainder_length = length if len(in_bucket) else remainder_length
         full = len(pool) // batch_size
         rows.append(pool[: full * batch_size].reshape(full, batch_size))
         lengths += [length] * full
-        left = pool[full * batch_size :]
+        remainder = pool[full * batch_size :]
     plan = EpochPlan(np.concatenate(rows), np.asarray(lengths, np.int64))
     if seeds is not None:
         shuffled = order(len(plan.rows), *seeds, 1)
         plan = EpochPlan(plan.rows[shuffled], plan.lengths[shuffled])
-    return plan if drop or not len(left) else _with_last(plan, left, left_length)
+    return plan if drop or not len(remainder) else _with_last(plan, remainder, remainder_length)
 
 
-def _with_last(plan: EpochPlan, left: np.ndarray, length: int) -> EpochPlan:
+def _with_last(plan: EpochPlan, remainder: np.ndarray, length: int) -> EpochPlan:
     last = np.full((1, plan.rows.shape[1]), FILLER, np.int64)
-    last[0, : len(left)] = left
+    last[0, : len(remainder)] = remainder
     return EpochPlan(np.concatenate([plan.rows, last]), np.append(plan.lengths, length))

@@ -1,9 +1,8 @@
-"""Items of a Grain dataset, made ahead of their use, in their order, by a thread or by worker
-processes.
+"""Prefetch the items of a Grain dataset in order, with a thread or worker processes.
 
-Grain says which items there are and which of them a worker makes. The processes are ours: Grain
-0.2.18's own leave a thread and a block of shared memory behind at every end, take 25 s to close
-where items are large, and a reader of half an item, whose writer was killed, waits forever.
+Grain distributes the items over the workers. The processes are managed here: those of Grain 0.2.18
+leak a thread and a block of shared memory, take 25 s to close if items are large, and hang if a
+worker is killed while it sends an item.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ T_co = TypeVar("T_co", covariant=True)
 _END: Any = object()
 _POLL = 0.2
 _GRACE = 2.0
-_KILLED = " (killed, as a system does that is out of memory)"
-_LOOK = "set data.workers=0 to see what happens"
+_KILLED = " (killed, possibly because the system is out of memory)"
+_DEBUG_HINT = "set data.workers=0 to see the cause"
 AHEAD = 2
 
 
@@ -37,11 +36,11 @@ class Items(Protocol[T_co]):
     """Anything with numbered items."""
 
     def __len__(self) -> int:
-        """Return how many items there are."""
+        """Return the number of items."""
         ...
 
     def __getitem__(self, i: int) -> T_co:
-        """Make an item; the same one each time."""
+        """Return item `i`; deterministic."""
         ...
 
 
@@ -52,23 +51,23 @@ def prefetch(
     timeout: float = 60.0,
     waiting: Callable[[], None] = lambda: None,
 ) -> Generator[T]:
-    """Yield the items of a source in order; the next ones are made while one is used.
+    """Yield the items of a source in order, and prepare the next ones in the background.
 
     Args:
-        source: of the items; with workers it is sent to each of them, and item `i` is made by
-            worker `i % workers`.
-        workers: how many processes make items; 0 for a thread of this one, which may still make one
-            when this is closed.
-        timeout: seconds that an item may take, once the workers have given the first.
-        waiting: called several times a second while an item is waited for; may raise to stop.
+        source: the items; with workers, each receives a copy, and worker `i % workers` builds item
+            `i`.
+        workers: number of worker processes; 0 for a thread, which may still be building an item
+            when the generator is closed.
+        timeout: maximum seconds per item, after the first one.
+        waiting: called several times a second while waiting for an item; may raise to stop.
 
     Raises:
-        WorkerError: a worker has ended, or gives nothing within `timeout`.
-        Exception: an item cannot be made: what the source raised.
+        WorkerError: a worker has ended, or does not return an item within `timeout`.
+        Exception: the source raised it for an item.
     """
     processes = _Processes(source, workers)
     taker = _Taker(processes.items() if workers else _open(_dataset(source, 0, 1)))
-    # the first item waits for the processes to start, however slow the machine
+    # allow extra time for the processes to start
     limit = timeout + 60
     try:
         while True:
@@ -77,8 +76,8 @@ def prefetch(
                 waiting()
                 if workers and time.monotonic() - began > limit:
                     raise WorkerError(
-                        f"data.workers: the worker processes have given nothing for {limit:.0f} s;"
-                        f" raise data.worker_timeout, lower data.buffer_rows, or {_LOOK}"
+                        f"data.workers: no item from the worker processes for {limit:.0f} s;"
+                        f" increase data.worker_timeout, reduce data.buffer_rows, or {_DEBUG_HINT}"
                     )
             item, limit = future.result(), timeout
             if item is _END:
@@ -90,9 +89,7 @@ def prefetch(
 
 
 class _Taker(Generic[T]):
-    """A thread that takes items of a generator ahead of their use; a daemon, since a source may
-    hang.
-    """
+    """A thread that prefetches items of a generator; a daemon, since a source may hang."""
 
     def __init__(self, items: Generator[T]) -> None:
         self._items, self._closed = items, threading.Event()
@@ -101,11 +98,11 @@ class _Taker(Generic[T]):
         self._thread.start()
 
     def next(self) -> Future[T]:
-        """Return the next item, or `_END`, made or not."""
+        """Return the future of the next item, or of `_END`."""
         return self._futures.get()
 
     def close(self) -> None:
-        """End the thread, if it does so in time."""
+        """Stop the thread, and wait for it briefly."""
         self._closed.set()
         try:
             while True:
@@ -126,56 +123,54 @@ class _Taker(Generic[T]):
 
 
 @dataclass(frozen=True)
-class _Sealed(Generic[T]):
-    """An item, or what was raised instead of it."""
+class _Result(Generic[T]):
+    """An item, or the error raised instead."""
 
     item: T | None = None
     error: Exception | None = None
 
 
 @dataclass(frozen=True)
-class _Sealing(Generic[T]):
-    """The items of a source, sealed: Grain would leave out None, and write another message around
-    an error.
-    """
+class _Results(Generic[T]):
+    """The items of a source as `_Result`s: Grain would skip None and change error messages."""
 
     source: Items[T]
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i: int) -> _Sealed[T]:
+    def __getitem__(self, i: int) -> _Result[T]:
         try:
-            return _Sealed(self.source[i])
+            return _Result(self.source[i])
         except Exception as error:  # noqa: BLE001 - raised where the item is asked for
-            return _Sealed(error=error)
+            return _Result(error=error)
 
 
-def _dataset(source: Items[T], first: int, step: int) -> Iterator[_Sealed[T]]:
+def _dataset(source: Items[T], first: int, step: int) -> Iterator[_Result[T]]:
     """Iterate over every `step`-th item from the first on."""
-    # here, not at the top: whoever only reads rows need not wait for it
+    # import here, since reading rows does not need it
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        # Grain reads flags of its own, and jaxpeft's commands keep theirs to themselves
+        # Grain reads absl flags, which jaxpeft's commands do not parse
         flags.FLAGS.mark_as_parsed()
-    items = grain.MapDataset.source(cast(Any, _Sealing(source)))[first::step]
+    items = grain.MapDataset.source(cast(Any, _Results(source)))[first::step]
     return iter(items.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
 
-def _open(items: Iterable[_Sealed[T]]) -> Generator[T]:
-    for sealed in items:
-        if sealed.error is not None:
-            raise sealed.error
-        yield cast(T, sealed.item)
+def _open(items: Iterable[_Result[T]]) -> Generator[T]:
+    for result in items:
+        if result.error is not None:
+            raise result.error
+        yield cast(T, result.item)
 
 
 class _Processes(Generic[T]):
-    """Worker processes, each of which makes every n-th item of a source.
+    """Worker processes, each of which builds every n-th item of a source.
 
-    Each writes to a pipe of its own, whose other end nothing else holds: its death ends the pipe,
-    half a message or not.
+    Each worker has the only write end of its pipe, so the pipe closes when the worker dies, even in
+    the middle of a message.
     """
 
     def __init__(self, source: Items[T], n: int) -> None:
@@ -190,10 +185,10 @@ class _Processes(Generic[T]):
         ]
 
     def items(self) -> Generator[T]:
-        """Start them and yields what they make.
+        """Start the workers and yield their items.
 
         Raises:
-            WorkerError: one has ended.
+            WorkerError: a worker has ended.
         """
         try:
             self._start()
@@ -202,7 +197,7 @@ class _Processes(Generic[T]):
             self.end()
 
     def end(self) -> None:
-        """Kill those that have not ended by themselves: they hold nothing that could be lost."""
+        """Kill the workers that are still running: they have no state to lose."""
         for process in self._all:
             if process.pid is not None:
                 process.kill()
@@ -215,13 +210,13 @@ class _Processes(Generic[T]):
                 list(pool.map(lambda process: process.start(), self._all))
         except OSError as error:
             raise WorkerError(
-                f"data.workers: a worker process cannot be started ({error}); {_LOOK}"
+                f"data.workers: a worker process cannot be started ({error}); {_DEBUG_HINT}"
             ) from error
-        atexit.register(self.end)  # before multiprocessing's own, which waits for them
-        for _, theirs in self._pipes:
-            theirs.close()
+        atexit.register(self.end)  # runs before multiprocessing's handler, which would wait
+        for _, writer in self._pipes:
+            writer.close()
 
-    def _receive(self, number: int) -> _Sealed[T]:
+    def _receive(self, number: int) -> _Result[T]:
         try:
             return self._pipes[number][0].recv()
         except (EOFError, OSError):
@@ -230,21 +225,19 @@ class _Processes(Generic[T]):
             code = process.exitcode
             killed = _KILLED if code == -signal.SIGKILL else ""
             raise WorkerError(
-                f"data.workers: a worker process ended with exit code {code}{killed}; {_LOOK}"
+                f"data.workers: a worker process ended with exit code {code}{killed}; {_DEBUG_HINT}"
             ) from None
 
 
 def _work(source: Items[Any], first: int, step: int, pipe: Connection) -> None:
-    """Make items in a worker process; signals are left to the main process, without which the pipe
-    breaks.
-    """
+    """Build items in a worker process; it ignores signals, and ends when the pipe breaks."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     try:
-        for sealed in _dataset(source, first, step):
-            if sealed.error is not None:
-                told = "".join(traceback.format_exception(sealed.error))
-                sealed.error.add_note(f"in a worker process:\n{told}")
-            pipe.send(sealed)
+        for result in _dataset(source, first, step):
+            if result.error is not None:
+                text = "".join(traceback.format_exception(result.error))
+                result.error.add_note(f"in a worker process:\n{text}")
+            pipe.send(result)
     except BrokenPipeError:
         return

@@ -1,6 +1,4 @@
-"""Batches of rows that are read while training: a stream is taken in buffers, each of them a small
-data set.
-"""
+"""Stream training batches: rows are read in buffers, each of which is a small dataset."""
 
 from __future__ import annotations
 
@@ -34,13 +32,13 @@ class StreamedSource:
     """One source of a stream.
 
     Attributes:
-        config: of the run.
-        rows: its rows.
-        format: of its rows.
-        kind: the same, of those that are cut at a separator that of the pieces.
-        columns: the columns that are used.
-        count: how many of its rows a buffer holds.
-        like: examples whose labels these rows have; None where there are none.
+        config: the config of the run.
+        rows: the row stream.
+        format: the format of the rows.
+        kind: the format after splitting at `data.separator`.
+        columns: the columns in use.
+        count: number of rows of this source per buffer.
+        like: examples with the same labels, or None.
     """
 
     config: Config
@@ -52,41 +50,41 @@ class StreamedSource:
     like: Examples | None
 
     def examples(self, buffer: int) -> Examples | None:
-        """Make the examples of a buffer, None where the rows have ended."""
+        """Return the examples of a buffer, or None after the last row."""
         rows = self.rows.rows(buffer * self.count, self.count)
         if not len(rows):
             return None
         rows = cut_texts(self.config, rows, self.format)[0]
-        # a column that a format may do without may be missing in a whole buffer
-        optional, there = OPTIONAL.get(self.kind, {}), set(rows.columns())
-        given = {
-            field: c
-            for field, c in self.columns.named_fields().items()
-            if field not in optional or c in there
+        # optional columns may be missing in all rows of a buffer
+        optional, present = OPTIONAL.get(self.kind, {}), set(rows.columns())
+        columns = {
+            field: column
+            for field, column in self.columns.named_fields().items()
+            if field not in optional or column in present
         }
-        return make_examples(rows, kind=self.kind, columns=Columns(**given), like=self.like)
+        return make_examples(rows, kind=self.kind, columns=Columns(**columns), like=self.like)
 
 
 class Stream:
-    """The training batches of rows that are not held.
+    """Training batches of streamed rows.
 
-    Buffer `b` of an epoch holds the rows from `b * data.buffer_rows` on, of several sources in the
-    proportion of their weights. It is tokenized, packed and shuffled as a data set of its own, so
-    its batches are a function of the seed, the epoch and its number. An epoch ends where the first
-    source ends.
+    Buffer `b` of an epoch has the rows from `b * data.buffer_rows` on; several sources are mixed by
+    their weights. It is tokenized, packed and shuffled as a separate dataset, so its batches are a
+    function of the seed, the epoch and the buffer number. An epoch ends with the first source that
+    ends.
 
     Args:
-        config: a checked config.
-        encoding: of rows as tokens.
-        like: examples whose labels the rows have; None where there are none.
+        config: a validated config.
+        encoding: the encoder from rows to tokens.
+        like: examples with the labels of the rows, or None.
 
     Raises:
         DataError: a source cannot be streamed.
-        ConfigError: the weight of a source leaves it no row in a buffer.
+        ConfigError: the weight of a source is too small for one row per buffer.
     """
 
     steps_per_epoch: int | None = None
-    """How many batches an epoch has: not known."""
+    """Number of batches per epoch: unknown."""
 
     def __init__(self, config: Config, encoding: RowEncoder, like: Examples | None = None) -> None:
         self._config, self._encoding = config, encoding
@@ -102,26 +100,26 @@ class Stream:
             if count < 1:
                 least = math.ceil(0.5 / share) + 1
                 raise ConfigError(
-                    f"data.weights: a share of {share:.2%} is no row of {path} in a buffer of"
-                    f" {config.data.buffer_rows}; raise data.buffer_rows to {least} or more, or"
-                    " leave the source out"
+                    f"data.weights: a share of {share:.2%} gives no row of {path} in a buffer of"
+                    f" {config.data.buffer_rows}; increase data.buffer_rows to {least} or more, or"
+                    " remove the source"
                 )
             if len(shares) > 1:
-                _log.info("%s: %d of each %d rows", path, count, config.data.buffer_rows)
+                _log.info("%s: %d of every %d rows", path, count, config.data.buffer_rows)
             first = stream.rows(0, count)
             if not len(first):
                 raise DataError(f"{path}: has no rows; give a source with at least one row")
-            told = kind_of(config, first)
-            report_unread(config, first, told)
-            ready, kind = cut_texts(config, first, told)
-            found = make_examples(ready, kind=kind, columns=columns_of(config, kind), like=like)
+            row_format = kind_of(config, first)
+            report_unread(config, first, row_format)
+            split, kind = cut_texts(config, first, row_format)
+            examples = make_examples(split, kind=kind, columns=columns_of(config, kind), like=like)
             self._sources.append(
-                StreamedSource(config, stream, told, kind, found.columns, count, like)
+                StreamedSource(config, stream, row_format, kind, examples.columns, count, like)
             )
 
     @cached_property
     def first(self) -> tuple[Examples, Encoded]:
-        """The first buffer, to look at."""
+        """The examples and tokens of the first buffer."""
         examples = self._examples(0)
         if examples is None:
             raise DataError(f"{', '.join(self._config.data.sources)}: has no rows")
@@ -129,43 +127,43 @@ class Stream:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The lengths that batches may have."""
+        """The possible lengths of batches."""
         return self._config.data.lengths or (self._config.data.max_length,)
 
     @property
     def padding_share(self) -> float:
-        """The share of all places of the first buffer's batches that hold no token."""
+        """The share of padding in the batches of the first buffer."""
         return self._batches(self.first[1]).padding_share
 
     @property
     def identity(self) -> str:
-        """Tell this stream from another: its sources' sizes, first and last MiB, or commit."""
-        named = [f"{source.rows.identity()} {source.count}" for source in self._sources]
-        return hashlib.sha256(" ".join(named).encode()).hexdigest()
+        """Hash of the sources: their sizes, first and last MiB, or hub commits."""
+        parts = [f"{source.rows.identity()} {source.count}" for source in self._sources]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def sample(self) -> Batch:
-        """Return a batch, for its shapes."""
+        """Return an example batch, for its shapes."""
         return self._batches(self.first[1]).batch(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the first buffer behind: worker processes make their own."""
+        """Drop the first buffer: worker processes create their own."""
         return {name: value for name, value in self.__dict__.items() if name != "first"}
 
     def describe_batch(self, position: Position) -> str:
-        """Name the batch before a position, for a message."""
+        """Return the name of the batch before a position for messages."""
         return (
             f"batch {position['batch'] - 1} of buffer {position['buffer']} of epoch"
             f" {position['epoch']}"
         )
 
     def buffer(self, number: int) -> Encoded | None:
-        """Read and tokenizes a buffer, None where there is none."""
+        """Read and tokenize a buffer; None after the last one."""
         examples = self._examples(number)
         if examples is None:
             return None
-        # of the few rows that are left at the end, one is a large share
-        whole = number == 0 or len(examples) >= sum(source.count for source in self._sources)
-        return self._encoding(examples, judged=whole)
+        # in a short last buffer, a single dropped row is a large share
+        is_full = number == 0 or len(examples) >= sum(source.count for source in self._sources)
+        return self._encoding(examples, check_dropped=is_full)
 
     def feed(
         self,
@@ -174,13 +172,13 @@ class Stream:
         waiting: Callable[[], None] = lambda: None,
         own: Own = None,
     ) -> Generator[tuple[Batch, Position]]:
-        """Yield batches from a position on, each with the position behind it.
+        """Yield batches from a position on, each with the position after it.
 
         Args:
-            position: `epoch`, `buffer` and `batch` of the next batch; empty for the beginning.
-            steps: optimizer steps of the run: not used, a stream goes on until it is closed.
-            waiting: called while a batch is waited for; may raise to stop.
-            own: which rows of each micro-batch to make; None for all.
+            position: `epoch`, `buffer` and `batch` of the next batch; empty for the start.
+            steps: unused: a stream continues until it is closed.
+            waiting: called while waiting for a batch; may raise to stop.
+            own: the rows of each micro-batch to build; None for all.
 
         Raises:
             DataError: a row cannot be read, or an epoch has no batch.
@@ -199,21 +197,21 @@ class Stream:
                 for encoded in buffers:
                     if encoded is None:
                         break
-                    yield from self._of(encoded, epoch, number, batch, own)
+                    yield from self._buffer_batches(encoded, epoch, number, batch, own)
                     number, batch = number + 1, 0
             if number == before == 0:
                 raise DataError(
-                    f"{', '.join(options.sources)}: a whole pass over the stream gave no batch"
+                    f"{', '.join(options.sources)}: an entire pass over the stream gave no batch"
                 )
             epoch, number = epoch + 1, 0
 
-    def _of(
+    def _buffer_batches(
         self, encoded: Encoded, epoch: int, number: int, start: int, own: Own
     ) -> Generator[tuple[Batch, Position]]:
         if not len(encoded):
             return
         batches = self._batches(encoded)
-        # each buffer of each epoch is shuffled in its own way
+        # each buffer of each epoch is shuffled differently
         first = (epoch * _ENDLESS + number) * batches.steps_per_epoch
         for i in range(start, batches.steps_per_epoch):
             yield batches.batch(first + i, own), {"epoch": epoch, "buffer": number, "batch": i + 1}
@@ -231,13 +229,13 @@ class Stream:
 
     def _examples(self, number: int) -> Examples | None:
         parts = [source.examples(number) for source in self._sources]
-        found = [part for part in parts if part is not None]
-        return join(found) if len(found) == len(parts) else None
+        remaining = [part for part in parts if part is not None]
+        return join(remaining) if len(remaining) == len(parts) else None
 
 
 @dataclass(frozen=True)
 class _Buffers:
-    """The buffers from one on, as numbered items."""
+    """The buffers from `start` on, as `Items`."""
 
     stream: Stream
     start: int

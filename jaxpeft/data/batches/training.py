@@ -1,4 +1,4 @@
-"""Batches as a pure function of seed and step: the data position of a checkpoint is the step."""
+"""Batches as a pure function of seed and step: a checkpoint's data position is the step."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ from jaxpeft.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
 Position = dict[str, int]
-"""Where the next batch is: plain numbers, saved with each checkpoint."""
+"""Position of the next batch, saved with each checkpoint."""
 Own = tuple[int, ...] | None
-"""The rows of each micro-batch that a process makes; None for all of them."""
+"""The rows of each micro-batch that this process builds; None for all."""
 
 
 class Batches:
     """The training batches of a run.
 
-    Every epoch is another permutation; every sequence stands in it exactly once; only the last
-    batch of an epoch may have filler rows, of weight 0. The number of batches and their lengths are
-    the same in every epoch.
+    Every epoch is a different permutation with every sequence exactly once. Only the last batch of
+    an epoch may have filler rows, with weight 0. The number of batches and their lengths are the
+    same in every epoch.
 
     Args:
         encoded: the training split.
-        batch_size: sequences a step, over all micro-batches.
-        lengths: ascending lengths to pad to; chosen from the data where not given.
-        seed: of the order.
-        pad_id: the token to pad with.
-        shuffle: False keeps the order of the rows inside each length, in every epoch.
-        accumulation: micro-batches a step; more than one gives every array a leading axis of
+        batch_size: sequences per step, over all micro-batches.
+        lengths: ascending lengths to pad to; chosen from the data by default.
+        seed: the seed of the order.
+        pad_id: the padding token id.
+        shuffle: whether to shuffle; if not, rows of each length keep their order in every epoch.
+        accumulation: micro-batches per step; if more than one, every array has a leading axis of
             micro-batches.
-        drop_remainder: leave out the last batch of an epoch where it is not full.
-        workers: processes that make batches ahead of `feed`; 0 for a thread.
-        timeout: seconds that `feed` waits for them.
-        pad_to: the length of all batches, whatever rows are in them; None for that of their
-            longest.
+        drop_remainder: whether to drop the last batch of an epoch if it is not full.
+        workers: number of processes that prefetch batches for `feed`; 0 for a thread.
+        timeout: seconds that `feed` waits for a batch of the workers.
+        pad_to: a fixed length of all batches; None to pad each batch to its bucket.
 
     Raises:
-        ConfigError: a number is out of range, or `lengths` do not hold the longest sequence.
+        ConfigError: a number is out of range, or the longest sequence does not fit `lengths`.
     """
 
     def __init__(
@@ -74,14 +73,12 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches an epoch has."""
+        """Number of batches per epoch."""
         return len(self._last[1].rows)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The lengths that batches really have, in every epoch: one program is compiled for
-        each.
-        """
+        """The lengths that occur in batches, in every epoch; one program is compiled for each."""
         return tuple(np.unique(self._lengths(self._last[1])).tolist())
 
     def _lengths(self, plan: EpochPlan) -> np.ndarray:
@@ -89,7 +86,7 @@ class Batches:
 
     @property
     def padding_share(self) -> float:
-        """The share of all places of an epoch that hold no token, the filler rows included."""
+        """The share of padding in the batches of an epoch, including filler rows."""
         plan = self._last[1]
         kept = plan.rows[plan.rows != FILLER]
         return padding_share(
@@ -106,22 +103,20 @@ class Batches:
         return plan.rows[i]
 
     def batch(self, step: int, own: Own = None) -> Batch:
-        """Return the arrays of a step; with accumulation each has a leading axis `[accumulation,
+        """Return the arrays of a step; with accumulation, each starts with the axes `[accumulation,
         batch / accumulation]`.
 
         Args:
-            step: its number.
-            own: which rows of each micro-batch to make; None for all of them.
+            step: the step number.
+            own: the rows of each micro-batch to build; None for all.
 
         Returns:
-            input_ids, attention_mask: int32 [batch, T]. token_type_ids: the same, where the
-                tokenizer makes them.
-            segment_ids: the same, where documents are packed: the number of the document, 0 for
-                padding.
+            input_ids, attention_mask: int32 [batch, T].
+            token_type_ids: int32 [batch, T], if the tokenizer has token types.
+            segment_ids: int32 [batch, T], with packing: the number of the document, 0 for padding.
             labels: int32 [batch] (single_label), float32 [batch] (regression), float32 [batch,
-                labels] (multi_label)
-            or int32 [batch, T] with -100 where there is no loss. weights: float32 [batch], 0 for
-            filler rows.
+                labels] (multi_label), or int32 [batch, T] with -100 for masked tokens.
+            weights: float32 [batch], 0 for filler rows.
 
         Raises:
             ConfigError: the step is negative.
@@ -133,11 +128,11 @@ class Batches:
         return _in_parts(collate(self._encoded, rows, int(self._lengths(plan)[i]), self._pad_id), k)
 
     def sample(self) -> Batch:
-        """Return a batch, for its shapes."""
+        """Return an example batch, for its shapes."""
         return self.batch(0)
 
     def describe_batch(self, position: Position) -> str:
-        """Name the sequences of the batch before a position, for a message."""
+        """Return the sequences of the batch before a position for messages."""
         rows = self.rows(position["step"] - 1)
         return (
             f"sequences {', '.join(map(str, rows[:4].tolist()))}{', ...' if len(rows) > 4 else ''}"
@@ -150,14 +145,14 @@ class Batches:
         waiting: Callable[[], None] = lambda: None,
         own: Own = None,
     ) -> Generator[tuple[Batch, Position]]:
-        """Yield the batches of a run from a position on, each with the position behind it.
+        """Yield the batches of a run from a position on, each with the position after it.
 
         Args:
-            position: `step` of the next batch; empty for the beginning.
-            steps: of the run.
-            waiting: called while a batch is waited for; may raise to stop.
-            own: which rows of each micro-batch to make; None for all. The processes of a run make a
-                batch together, the same one that a process by itself would make.
+            position: `step` of the next batch; empty for the start.
+            steps: number of steps of the run.
+            waiting: called while waiting for a batch; may raise to stop.
+            own: the rows of each micro-batch to build; None for all. Together, the processes of a
+                run build the same batch as a single process.
 
         Raises:
             WorkerError: a worker process has ended or hangs.
@@ -174,11 +169,11 @@ class Batches:
         if step < 0:
             raise ConfigError(f"step={step} must be 0 or more")
         epoch, i = divmod(step, self.steps_per_epoch)
-        known, plan = self._last
-        if known != epoch:
+        planned_epoch, plan = self._last
+        if planned_epoch != epoch:
             plan = self._make_plan(epoch)
-            # One assignment, so that a prefetching thread never sees the epoch of one plan with the
-            # rows of another.
+            # A single assignment, so that a prefetch thread never sees one plan's epoch with
+            # another's rows.
             self._last = (epoch, plan)
         return plan, i
 
@@ -189,7 +184,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Steps:
-    """The batches of the steps from one on, as numbered items."""
+    """The batches of the steps from `start` to `stop`, as `Items`."""
 
     batches: Batches
     start: int
@@ -211,53 +206,52 @@ def eval_batches(
     own: Own = None,
     pad_to: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield every sequence once, by length and then in order, each batch with the sequences it
-    holds.
+    """Yield batches with every sequence once, sorted by length and then in order.
 
     Args:
         encoded: the split to evaluate.
-        batch_size: sequences a batch.
-        lengths: ascending lengths to pad to; chosen from the data where not given.
-        pad_id: the token to pad with.
-        own: which rows of each batch to make; None for all.
-        pad_to: as of `Batches`.
+        batch_size: sequences per batch.
+        lengths: ascending lengths to pad to; chosen from the data by default.
+        pad_id: the padding token id.
+        own: the rows of each batch to build; None for all.
+        pad_to: a fixed length of all batches, as in `Batches`.
 
     Yields:
-        The arrays of `Batches.batch`, and int64 [batch], the index of each sequence, -1 for a
-        filler row, which only
-        the last batch has: `out[rows[rows >= 0]] = predictions[rows >= 0]` restores the original
-            order.
+        The arrays of `Batches.batch`, and int64 [batch], the index of each sequence, -1 for filler
+        rows (only in the last batch). `out[rows[rows >= 0]] = predictions[rows >= 0]` restores the
+        original order.
 
     Raises:
-        ConfigError: as `Batches` does.
+        ConfigError: an argument is invalid, as in `Batches`.
     """
-    every = Batches(encoded, batch_size, lengths, pad_id=pad_id, shuffle=False, pad_to=pad_to)
-    return ((every.batch(step, own), every.rows(step)) for step in range(every.steps_per_epoch))
+    batches = Batches(encoded, batch_size, lengths, pad_id=pad_id, shuffle=False, pad_to=pad_to)
+    return (
+        (batches.batch(step, own), batches.rows(step)) for step in range(batches.steps_per_epoch)
+    )
 
 
 def collate(encoded: Encoded, rows: np.ndarray, length: int, pad_id: int) -> Batch:
-    """Pad sequences on the right.
+    """Build a batch with padding on the right.
 
-    A filler row has one place that counts as text, since attention over none at all is not a
-    number.
+    A filler row has one unmasked position, since attention over an empty row is NaN.
 
     Args:
-        encoded: where the sequences are.
-        rows: int64 [batch], -1 for a filler row.
-        length: T.
-        pad_id: the token to pad with.
+        encoded: the sequences.
+        rows: int64 [batch], the sequence of each row, -1 for a filler row.
+        length: the padded length T.
+        pad_id: the padding token id.
 
     Returns:
         The arrays of `Batches.batch`, without accumulation.
     """
     real = rows != FILLER
-    place = np.arange(length)
+    position = np.arange(length)
     size = np.where(real, encoded.lengths[rows], 0)[:, None]
-    inside = place < size
-    at = np.where(inside, encoded.offsets[:-1][rows][:, None] + place, 0)
+    inside = position < size
+    at = np.where(inside, encoded.offsets[:-1][rows][:, None] + position, 0)
     batch = {
         "input_ids": np.where(inside, encoded.tokens[at], np.int32(pad_id)).astype(np.int32),
-        "attention_mask": (place < np.maximum(size, 1)).astype(np.int32),
+        "attention_mask": (position < np.maximum(size, 1)).astype(np.int32),
         "labels": (
             np.where(inside, encoded.labels[at], np.int32(IGNORED))
             if encoded.per_token
@@ -288,23 +282,22 @@ def batch_like(
     packed: bool = False,
     types: bool = False,
 ) -> Batch:
-    """Return a batch for its shapes and dtypes alone, where there are no rows: all rows are views
-    of one.
+    """Return a dummy batch for its shapes and dtypes; all rows are views of one.
 
     Args:
-        problem: of a sequence classification; None where a label belongs to a token.
-        num_labels: classes of a sequence classification.
-        batch_size: sequences a step.
-        length: of a row.
-        accumulation: micro-batches a step.
-        packed: whether several documents are in one row.
-        types: whether the tokenizer makes token types.
+        problem: the problem type of a sequence classification; None if labels are per token.
+        num_labels: number of classes of a sequence classification.
+        batch_size: sequences per step.
+        length: length of a row.
+        accumulation: micro-batches per step.
+        packed: whether rows are packed.
+        types: whether the tokenizer has token types.
 
     Returns:
         The arrays of `Batches.batch`.
     """
     token = np.zeros(1, np.int32)
-    own = (
+    label = (
         token
         if problem is None
         else label_array([[]] if problem == "multi_label" else [0], problem, num_labels)
@@ -314,7 +307,7 @@ def batch_like(
         problem,
         token,
         np.arange(2),
-        own,
+        label,
         token if types else None,
         token,
         (),
@@ -334,7 +327,7 @@ def _default_lengths(encoded: Encoded) -> tuple[int, ...]:
 
 
 def _check(n: int, batch_size: int, seed: int, pad_id: int, accumulation: int, drop: bool) -> None:
-    low = {
+    minimums = {
         "batch_size": (batch_size, 1),
         "seed": (seed, 0),
         "pad_id": (pad_id, 0),
@@ -342,20 +335,20 @@ def _check(n: int, batch_size: int, seed: int, pad_id: int, accumulation: int, d
     }
     problems = [
         f"{name}={value} must be {least} or more"
-        for name, (value, least) in low.items()
+        for name, (value, least) in minimums.items()
         if value < least
     ]
     if accumulation > 0 and batch_size % accumulation:
         below = batch_size // accumulation * accumulation
         near = " or ".join(str(b) for b in (below, below + accumulation) if b)
         problems.append(
-            f"batch_size={batch_size} is not divisible by accumulation={accumulation}; give {near}"
+            f"batch_size={batch_size} is not divisible by accumulation={accumulation}; use {near}"
         )
     if n == 0:
-        problems.append("there is no sequence to make batches of")
+        problems.append("there are no sequences to build batches from")
     elif drop and n < batch_size:
         problems.append(
-            f"drop_remainder=True leaves no batch: {n} sequences, batch_size={batch_size}"
+            f"drop_remainder=True drops the only batch: {n} sequences, batch_size={batch_size}"
         )
     if problems:
         raise ConfigError(problems)

@@ -1,1 +1,1 @@
-"""Chats: messages, templates, and which of the text is learned."""
+"""Chats: messages, chat templates, and the loss mask."""

@@ -1,5 +1,6 @@
-"""Rows of which a part is to be learned: chats, instructions, prompts with completions, and
-preference pairs.
+"""Rows with a prompt and an answer: chats, instructions, prompt-completion and preference pairs.
+
+Only the answers contribute to the loss.
 """
 
 from __future__ import annotations
@@ -8,40 +9,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.data.chat.messages import Message, is_learned, read_messages, read_text, unfold
+from jaxpeft.data.chat.messages import Message, is_in_loss, read_messages, read_text, unfold
 from jaxpeft.data.problems import Record, RowError
 from jaxpeft.data.rows.columns import Columns
 
 
 @dataclass(frozen=True)
 class Dialog:
-    """A chat, written out by a template; the assistant's turns are learned.
+    """A chat to render with a template; the assistant's turns are in the loss.
 
     Attributes:
-        messages: one mapping a turn, with `role` and `content` and whatever else the template
+        messages: one mapping per turn, with `role`, `content` and any other key that the template
             reads.
-        tools: the tools that the chat may use, as the template wants them.
-        unlearned: the places of the assistant's turns that are not learned.
+        tools: the tools available to the chat, in the template's format.
+        masked: indices of assistant turns that are excluded from the loss.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
-    unlearned: frozenset[int] = frozenset()
+    masked: frozenset[int] = frozenset()
 
     @property
     def answers(self) -> list[int]:
-        """The places of the turns that are learned."""
+        """Indices of the turns in the loss."""
         assistant = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        return [i for i in assistant if i not in self.unlearned]
+        return [i for i in assistant if i not in self.masked]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A text that is written out as it is; the completion is learned.
+    """A text used without a template; only the completion is in the loss.
 
     Attributes:
-        prompt: the first part.
-        completion: the second part, joined to the first without anything between.
+        prompt: the context.
+        completion: the text that follows the prompt, with nothing in between.
     """
 
     prompt: str
@@ -53,8 +54,8 @@ class Preference:
     """Two answers to one prompt.
 
     Attributes:
-        chosen: the better one, with its prompt.
-        rejected: the worse one, with its prompt.
+        chosen: the better answer, with the prompt.
+        rejected: the worse answer, with the prompt.
     """
 
     chosen: Dialog | Completion
@@ -62,55 +63,55 @@ class Preference:
 
 
 def last_answer(dialog: Dialog | Completion) -> str:
-    """Return what the last answer that is learned says; empty where it only calls a tool."""
+    """Return the text of the last answer in the loss; empty if it only calls a tool."""
     if isinstance(dialog, Completion):
         return dialog.completion
     return str(dialog.messages[dialog.answers[-1]].get("content") or "")
 
 
 def read_completion(record: Record, columns: Columns) -> Dialog | Completion:
-    """Read a prompt and its completion: two texts, or two lists of messages, beside which tools and
-    a system text may stand.
+    """Parse a prompt and its completion: two texts or two lists of messages.
+
+    Lists of messages may come with tools and a system text.
 
     Raises:
-        RowError: a field is missing or wrong.
+        RowError: a field is missing or invalid.
     """
     prompt, completion = field(record, columns.prompt), field(record, columns.completion)
     return _join(prompt, completion, columns.prompt, columns.completion, _frame(record, columns))
 
 
 def read_instruction(record: Record, columns: Columns) -> Dialog:
-    """Read an instruction, its input if there is one, and the output, as alpaca's rows are, as a
-    chat.
+    """Parse an Alpaca row (instruction, optional input, output) into a chat.
 
-    The user's turn keeps `instruction` and `input` as well, for templates that part them. The turns
-    of a `history` stand before it, and are learned too.
+    The user turn also has `instruction` and `input`, for templates that render them separately.
+    The turns of a `history` come first, and are in the loss too.
 
     Raises:
-        RowError: a field is missing or wrong.
+        RowError: a field is missing or invalid.
     """
     instruction = read_column(read_text, record, columns.instruction)
-    given = record.get(columns.input) if columns.input else None
+    value = record.get(columns.input) if columns.input else None
     extra = (
-        read_column(read_text, record, columns.input) if given is not None and given != "" else ""
+        read_column(read_text, record, columns.input) if value is not None and value != "" else ""
     )
-    asked = f"{instruction}\n\n{extra}" if extra else instruction
-    user = {"role": "user", "content": asked, "instruction": instruction, "input": extra}
+    content = f"{instruction}\n\n{extra}" if extra else instruction
+    user = {"role": "user", "content": content, "instruction": instruction, "input": extra}
     history = _read_nested(_read_history, record.get(columns.history or ""), columns.history)
     answer = {"role": "assistant", "content": read_column(read_text, record, columns.output)}
     return _chat((*history, user, answer), _frame(record, columns))
 
 
 def read_dialog(record: Record, columns: Columns) -> Dialog:
-    """Read a list of messages, with `role` and `content`, or ShareGPT's `from` and `value`.
+    """Parse a list of messages, with `role` and `content`, or ShareGPT's `from` and `value`.
 
     Raises:
-        RowError: a field is missing or wrong.
+        RowError: a field is missing or invalid.
     """
     value, column = field(record, columns.messages), columns.messages
     if isinstance(value, str) and value.strip() and value.strip()[0] not in "[{":
         raise RowError(
-            f"field {column!r} is a text, not JSON",
+            f"field {column!r} is plain text, not JSON",
             "write it as a list of messages; if it is a prompt, set data.columns={'prompt':"
             f" {column!r}, 'completion': ...}}",
         )
@@ -120,31 +121,32 @@ def read_dialog(record: Record, columns: Columns) -> Dialog:
 
 
 def read_preference(record: Record, columns: Columns) -> Preference:
-    """Read a better and a worse answer: texts or messages, with the prompt in a column of its own
-    or in both.
+    """Parse a chosen and a rejected answer, as texts or messages.
+
+    The prompt has its own column, or is included in both answers.
 
     Raises:
-        RowError: a field is missing or wrong, or both answers are the same.
+        RowError: a field is missing or invalid, or both answers are the same.
     """
     prompt = field(record, columns.prompt) if columns.prompt else None
     answers = [field(record, column) for column in (columns.chosen, columns.rejected)]
     if answers[0] == answers[1]:
         raise RowError(
-            f"{columns.chosen!r} and {columns.rejected!r} are the same", "leave the row out"
+            f"{columns.chosen!r} and {columns.rejected!r} are the same", "remove the row"
         )
     pair, frame = (
         zip(answers, (columns.chosen, columns.rejected), strict=True),
         _frame(record, columns),
     )
-    if prompt is None or all(map(_holds_prompt, answers)):
-        return Preference(*(_read_whole(answer, column, frame) for answer, column in pair))
+    if prompt is None or all(map(_includes_prompt, answers)):
+        return Preference(*(_read_with_prompt(answer, column, frame) for answer, column in pair))
     return Preference(
         *(_join(prompt, answer, columns.prompt, column, frame) for answer, column in pair)
     )
 
 
-def _holds_prompt(answer: Any) -> bool:
-    """Return whether an answer is a whole chat: one that does not begin with the assistant."""
+def _includes_prompt(answer: Any) -> bool:
+    """Return whether an answer is a full chat: a list that does not start with the assistant."""
     return (
         isinstance(answer, list)
         and bool(answer)
@@ -154,9 +156,7 @@ def _holds_prompt(answer: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a row says of its chat beside the turns: the system text and the tools, each with its
-    column.
-    """
+    """System text and tools of a row, with the names of their columns for error messages."""
 
     system: str
     tools: tuple[Mapping[str, Any], ...]
@@ -179,7 +179,7 @@ def _read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     tools = [unfold(tool) for tool in listed] if isinstance(listed, list) else [listed]
     if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(
-            f"holds a {type(value).__name__}, not a list of objects",
+            f"contains a {type(value).__name__}, not a list of objects",
             "write it as a list of objects",
         )
     return tuple(tools)
@@ -190,7 +190,7 @@ def _read_history(value: Any) -> tuple[Message, ...]:
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in pairs
     ):
-        raise RowError("is no list of pairs", 'write it as [["question", "answer"], ...]')
+        raise RowError("is not a list of pairs", 'write it as [["question", "answer"], ...]')
     roles = ("user", "assistant")
     return tuple(
         {"role": role, "content": read_text(text)}
@@ -200,31 +200,31 @@ def _read_history(value: Any) -> tuple[Message, ...]:
 
 
 def _chat(messages: Sequence[Message], frame: _Frame, context: int = 0) -> Dialog:
-    """Join turns with what stands beside them; the first `context` turns are not learned."""
-    unlearned = {
+    """Combine turns with the system text and tools; mask the first `context` turns."""
+    masked = {
         i
         for i, message in enumerate(messages)
-        if message["role"] == "assistant" and (i < context or not is_learned(message, "assistant"))
+        if message["role"] == "assistant" and (i < context or not is_in_loss(message, "assistant"))
     }
     if not frame.system or (
         messages[0]["role"] == "system" and messages[0]["content"] == frame.system
     ):
-        return Dialog(tuple(messages), frame.tools, frozenset(unlearned))
+        return Dialog(tuple(messages), frame.tools, frozenset(masked))
     if messages[0]["role"] == "system":
-        raise RowError(f"has a system turn, and another in {frame.columns}", "keep one of them")
+        raise RowError(f"has a system turn and another one in {frame.columns}", "keep one")
     system = {"role": "system", "content": frame.system}
-    return Dialog((system, *messages), frame.tools, frozenset(i + 1 for i in unlearned))
+    return Dialog((system, *messages), frame.tools, frozenset(i + 1 for i in masked))
 
 
 def _require_answer(dialog: Dialog, column: str | None) -> Dialog:
     if dialog.answers:
         return dialog
     if any(message["role"] == "assistant" for message in dialog.messages):
-        raise RowError(f"{column!r} marks every answer as not learned", "leave the row out")
-    raise RowError(f"{column!r} has no turn of the assistant", "add one or leave the row out")
+        raise RowError(f"{column!r} excludes every answer from the loss", "remove the row")
+    raise RowError(f"{column!r} has no assistant turn", "add one or remove the row")
 
 
-def _read_whole(value: Any, column: str | None, frame: _Frame) -> Dialog | Completion:
+def _read_with_prompt(value: Any, column: str | None, frame: _Frame) -> Dialog | Completion:
     if isinstance(value, str):
         return _plain("", _read_nested(read_text, value, column), frame, None, column)
     return _chat(_read_nested(read_messages, value, column), frame)
@@ -247,8 +247,8 @@ def _join(
     after = _read_nested(read_messages, answer, answer_column)
     if any(message["role"] != "assistant" for message in after[:1]):
         raise RowError(
-            f"{answer_column!r} begins with a turn of {after[0]['role']}",
-            "begin it with the assistant's",
+            f"{answer_column!r} starts with a {after[0]['role']} turn",
+            "start it with an assistant turn",
         )
     return _require_answer(_chat((*before, *after), frame, len(before)), answer_column)
 
@@ -263,7 +263,7 @@ def _plain(
     if frame.columns:
         fields = {"instruction": prompt_column or "...", "output": completion_column}
         raise RowError(
-            f"has {frame.columns} beside a prompt that is a text, which no template writes out",
+            f"has {frame.columns} with a plain-text prompt, to which no chat template is applied",
             f"set data.columns={fields} for a chat, or write prompt and completion as lists of"
             " messages",
         )
@@ -274,16 +274,16 @@ def field(record: Record, column: str | None) -> Any:
     """Return the value of a column.
 
     Raises:
-        RowError: the row does not have it.
+        RowError: the row has no value in it.
     """
     value = record.get(column or "")
     if value is None:
-        raise RowError(f"field {column!r} is missing", "add it or leave the row out")
+        raise RowError(f"field {column!r} is missing", "add it or remove the row")
     return value
 
 
 def read_column(read: Any, record: Record, column: str | None) -> Any:
-    """Read a column; what is wrong with it is said with the column's name."""
+    """Parse the value of a column; errors name the column."""
     return _read_nested(read, field(record, column), column)
 
 

@@ -1,19 +1,19 @@
-"""The process in which chat templates are rendered: in jinja's immutable sandbox, with a limit of
-time and of memory.
+"""Process that renders chat templates in Jinja's immutable sandbox, with time and memory limits.
 
-A template comes with a model's tokenizer, from whoever made it, and is a program: it may loop for
-ever, ask for Python's internals or fill the memory. It gets no access to attributes that begin with
-an underscore and cannot change what it is given. What can't be stopped from inside, such as one
-formatting of a thousand million characters, ends with the process.
+A template comes with a model's tokenizer, from an untrusted author, and is a program: it may loop
+forever, ask for Python's internals or exhaust memory. It cannot access attributes that start with
+an underscore, and cannot modify its inputs. Whatever cannot be stopped from inside, such as a
+single formatting of a billion characters, is stopped by ending the process.
 
-Our own, since jinja's sandbox bounds neither time nor memory, and no maintained package runs it
-within such limits.
+This is custom code because Jinja's sandbox limits neither time nor memory, and no maintained
+package adds such limits.
 
-Run by path, with nothing of jaxpeft: `templates.Template` talks to it by lines of JSON. The first
-is `{"sources", "tokens"}`, answered by `{"error"}`; each further one is a list of `{"messages",
-"tools", "cuts"}`, answered by a line for each: `{"texts"}`, or `{"error", "fatal"}`, which is the
-last. Each of the texts is how many characters it shares with the one before it, the rest, and what
-failed: a long chat is written to many cuts, each a little further than the last.
+The file is run by path and imports nothing of jaxpeft. `templates.Template` exchanges lines of JSON
+with it. The first line is `{"sources", "tokens"}`, answered by `{"error"}`. Each further line is a
+list of `{"messages", "tools", "cuts"}`, answered by one line per item: `{"texts"}`, or `{"error",
+"fatal"}`, which ends the replies. Each text is sent as the number of characters it shares with the
+previous one, the rest, and an error or null: a long chat is rendered at many cuts, and each
+rendering is only a little longer than the previous one.
 """
 
 from __future__ import annotations
@@ -35,13 +35,11 @@ from jinja2.ext import loopcontrols as LoopControls  # noqa: N812
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 2
-AGAIN = 0.25
+REPEAT_SECONDS = 0.25
 LONGEST = 10_000_000
 MEMORY = 512 << 20
 DAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
-"""What a template that asks for the date is told: Llama's own default, since tokens must not depend
-on the day.
-"""
+"""The date that templates see: Llama's default, so that tokens do not depend on the day."""
 TOO_LONG = f"the chat template takes more than {SECONDS} s"
 TOO_MUCH = "the chat template takes too much memory, time or recursion"
 Reply = dict[str, Any]
@@ -51,12 +49,12 @@ class Renderer:
     """Compiled templates, by name.
 
     Args:
-        sources: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the
-            special tokens: a `default`, and perhaps another for chats with tools.
+        sources: Jinja sources that use `messages`, `add_generation_prompt`, `tools` and the names
+            of the special tokens: `default`, and optionally `tool_use` for chats with tools.
         tokens: the tokenizer's special tokens by name, such as `bos_token`.
 
     Raises:
-        TemplateError: it is no jinja.
+        TemplateError: a source is not valid Jinja.
     """
 
     def __init__(self, sources: Mapping[str, str], tokens: Mapping[str, str]) -> None:
@@ -69,17 +67,15 @@ class Renderer:
     def reply(
         self, messages: Sequence[Any], tools: Sequence[Any], cuts: Sequence[tuple[int, bool]]
     ) -> Reply:
-        """Write out the first so many messages of each cut, with or without what an answer begins
-        with.
-        """
+        """Render the leading messages of each cut, with or without the generation prompt."""
         try:
             with _time_limit():
                 return {"texts": list(self._texts(messages, tools, cuts))}
         except TimeoutError:
             return {"error": TOO_LONG, "fatal": True}
-        except (SecurityError, OverflowError) as error:  # of a range that is too long
+        except (SecurityError, OverflowError) as error:  # OverflowError: a range is too long
             return {
-                "error": f"the chat template does what a template may not: {error}",
+                "error": f"the chat template does something forbidden: {error}",
                 "fatal": True,
             }
         except (MemoryError, RecursionError):
@@ -101,7 +97,7 @@ class Renderer:
     def _render_cut(
         self, messages: Sequence[Any], tools: Sequence[Any], generate: bool
     ) -> tuple[str, str | None]:
-        """Return the text of some messages and None, or no text and what fails."""
+        """Return the text of the messages and None, or an empty text and the error."""
         try:
             return self._text(messages, tools, generate), None
         except (SecurityError, OverflowError, TimeoutError):
@@ -114,8 +110,8 @@ class Renderer:
             LookupError,
             ArithmeticError,
         ) as error:
-            # jinja looks for the line of a TimeoutError in the template, and breaks where it was
-            # raised between two lines
+            # Jinja looks up the template line of a TimeoutError, and fails if it was raised between
+            # two lines
             if isinstance(error.__context__, TimeoutError):
                 raise TimeoutError from None
             return "", f"the chat template fails: {error}"
@@ -141,27 +137,25 @@ class Renderer:
 
 @contextmanager
 def _time_limit() -> Generator[None]:
-    """Raise TimeoutError in the block after `SECONDS` of the processor's time, and end the process
-    a little later.
+    """Raise TimeoutError in the block after `SECONDS` of CPU time, and end the process a bit later.
 
-    It is raised again and again, since jinja goes on after any error in what it computes ahead.
+    The error is raised repeatedly, since Jinja's constant folding ignores errors.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS + 2)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS, AGAIN)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS, REPEAT_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _limit(what: int, most: int) -> None:
-    """Lower a limit of the process, on systems that have it."""
+def _limit(kind: int, maximum: int) -> None:
+    """Lower a resource limit of the process, on systems that support it."""
     with suppress(ValueError, OSError):
-        hard = resource.getrlimit(what)[1]
-        resource.setrlimit(
-            what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
-        )
+        hard = resource.getrlimit(kind)[1]
+        soft = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
+        resource.setrlimit(kind, (soft, hard))
 
 
 def _stop(number: int, frame: object) -> None:
@@ -169,35 +163,35 @@ def _stop(number: int, frame: object) -> None:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, without products that could fill the memory in one step."""
+    """The sandbox, without products and powers that could exhaust memory in one step."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Multiply numbers and short sequences."""
+        """Compute a product or power if its result is small enough."""
         sizes = [
             len(side) * n
             for side, n in ((left, right), (right, left))
-            if hasattr(side, "__len__") and _require_whole(n)
+            if hasattr(side, "__len__") and _is_integer(n)
         ]
         if max(sizes, default=0) > LONGEST or (
-            operator == "**" and _require_whole(right) and abs(right) > 1000
+            operator == "**" and _is_integer(right) and abs(right) > 1000
         ):
             raise SecurityError(f"a product of more than {LONGEST:,} items")
         return super().call_binop(context, operator, left, right)
 
 
-def _require_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int)
 
 
 class _Generation(Extension):
-    """Lets `{% generation %}` pass: the turns that are learned are found without it."""
+    """Ignores the tag `{% generation %}`: the loss mask does not need it."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
-        """Return the body as it is."""
+        """Return the body of the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -233,11 +227,7 @@ def _replies(lines: Iterator[str]) -> Iterator[Reply]:
     except (TimeoutError, MemoryError, RecursionError):
         yield {"error": TOO_MUCH}
         return
-    except (
-        SyntaxError,
-        ValueError,
-        OverflowError,
-    ) as error:  # of the Python that jinja makes of it
+    except (SyntaxError, ValueError, OverflowError) as error:  # in the Python code Jinja generates
         yield {"error": str(error)}
         return
     yield {"error": None}
@@ -250,7 +240,7 @@ def _replies(lines: Iterator[str]) -> Iterator[Reply]:
 
 
 def main() -> None:
-    """Answer the lines of standard input; ends where it ends, so also with whoever started it."""
+    """Answer each line of standard input until it ends, such as when the parent process does."""
     signal.signal(signal.SIGPROF, _stop)
     _limit(resource.RLIMIT_AS, MEMORY)
     _limit(resource.RLIMIT_FSIZE, 0)

@@ -1,14 +1,13 @@
-"""Dialogs written out by a chat template: where an answer begins and ends follows from what the
-template writes.
+"""Render dialogs with a chat template and find where each answer starts and ends.
 
-`P` is what the template writes of the turns before an answer, with a prompt to generate: what
-generation sees. `E` is what it writes of the turns up to the answer. The answer is what `E` has
-behind `P`; the rest is never learned. Answers share a row as long as the next one's `P` begins with
-the last one's `E`; where a template writes earlier turns otherwise once others follow (it drops
-their thoughts, or another mark ends them), the next answer begins a row of its own.
+`P` is the rendering of the turns before an answer, with the generation prompt: the context that
+generation sees. `E` is the rendering up to and including the answer. The answer is the part of `E`
+after `P`; everything else is masked. Answers share a row while the next answer's `P` starts with
+the previous one's `E`. If the template rewrites earlier turns once others follow (it drops their
+reasoning, or ends them with another marker), the next answer starts a new row.
 
-What is told apart in a text is told by a mark, a character that stands nowhere in it: the dialog is
-rendered once more with marks in its turns. So words of a user's turn in an answer are found,
+To find a turn's words in a rendering, the dialog is rendered once more with marks in its turns: a
+mark is a character that does not occur in the text. This detects a user's words inside an answer,
 whatever the template does.
 """
 
@@ -23,55 +22,57 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from jaxpeft.data.chat.dialogs import Dialog, Message
-from jaxpeft.data.chat.messages import THOUGHTS
+from jaxpeft.data.chat.messages import REASONING_KEYS
 from jaxpeft.data.chat.templates import MEND, Cut, RenderError, RenderRequest
 
 T = TypeVar("T")
 Writing = Generator[RenderRequest, "list[str | RenderError]", T]
-"""Asks for renderings, gets the text or the error of each cut, and returns what it makes of them.
+"""A generator that yields render requests, receives the text or error of each cut, and returns a
+result.
 """
-ASKED = ("content", "instruction", "input")
-ANOTHER = "name a template that does as data.chat_template"
+PROMPT_KEYS = ("content", "instruction", "input")
+ANOTHER_TEMPLATE = "name a template that does as data.chat_template"
 
 
 @dataclass(frozen=True)
 class Script:
-    """A dialog written out.
+    """A rendered dialog.
 
     Attributes:
-        text: the turns up to the last answer that is learned.
-        learned: `(start, end)` of each part that is learned, in characters, in order.
-        tails: what ends each learned part: behind its content, where that is known.
-        begun: whether the text holds the tokens that a text begins with: a template writes them
-            itself.
-        earlier: the rows of the answers before those of this one, where the template writes them
-            otherwise here.
-        unlearned: why each answer that is not learned cannot be.
-        notes: what else should be told.
+        text: the turns up to the last answer in the loss.
+        loss_spans: `(start, end)` of each answer in the loss, in characters, in order.
+        tails: for each span, the text that ends it: after the answer's content, if known.
+        has_bos: whether the text already has the tokens that start a text: templates write them.
+        earlier: rows with earlier answers, if the template renders those differently in this row.
+        excluded: for each answer that cannot be in the loss, the reason.
+        notes: other messages for the user.
     """
 
     text: str
-    learned: tuple[tuple[int, int], ...]
+    loss_spans: tuple[tuple[int, int], ...]
     tails: tuple[str, ...]
-    begun: bool
+    has_bos: bool
     earlier: tuple[Script, ...] = ()
-    unlearned: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
+    def learned(self) -> tuple[tuple[int, int], ...]:
+        """The loss spans, by their name before 0.3."""
+        return self.loss_spans
+
+    @property
     def cuts(self) -> list[int]:
-        """Where each learned part begins and ends; the end of a text of which nothing is
-        learned.
-        """
-        return [at for span in self.learned for at in span] or [len(self.text)]
+        """Start and end of each loss span; the end of the text if there are none."""
+        return [at for span in self.loss_spans for at in span] or [len(self.text)]
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer: its turn, what generation sees, and the text up to its end.
+    """An answer: its turn, the prompt that generation sees, and the text up to its end.
 
-    `tail` is what the template writes from the end of its content on where marks have told it; such
-    a text is none of the template's.
+    `tail` is the template's text after the answer's content if marks were needed to find it; `text`
+    is then composed here and not a rendering of the template.
     """
 
     turn: int
@@ -81,16 +82,16 @@ class _Answer:
 
 
 def write_dialog(dialog: Dialog) -> Writing[Script]:
-    """Write a dialog out up to its last answer, one row for all answers where no text is rewritten.
+    """Render a dialog up to its last answer, in one row unless the template rewrites earlier turns.
 
     Raises:
-        RenderError: the template cannot write it, no answer can be learned, or words of the user
-            would be.
+        RenderError: the template cannot render it, no answer can be in the loss, or the user's
+            words would be.
     """
-    dialog = dataclasses.replace(dialog, messages=(yield from _read_arguments(dialog)))
-    whole, answers, unlearned = yield from _find_answers(dialog)
-    if unlearned and not answers:
-        raise unlearned[0]
+    dialog = dataclasses.replace(dialog, messages=(yield from _parse_arguments(dialog)))
+    text, answers, errors = yield from _find_answers(dialog)
+    if errors and not answers:
+        raise errors[0]
     rows: list[list[_Answer]] = []
     for answer in answers:
         if rows and answer.prompt.startswith(rows[-1][-1].text):
@@ -100,20 +101,20 @@ def write_dialog(dialog: Dialog) -> Writing[Script]:
     scripts: list[Script] = []
     for row in rows:
         scripts.append((yield from _check(dialog, row)))
-    last = scripts.pop() if scripts else Script(whole, (), (), begun=True)
-    told = tuple(f"an answer is not learned: {error}" for error in unlearned)
-    return dataclasses.replace(last, earlier=tuple(scripts), unlearned=told)
+    last = scripts.pop() if scripts else Script(text, (), (), has_bos=True)
+    excluded = tuple(f"an answer is excluded from the loss: {error}" for error in errors)
+    return dataclasses.replace(last, earlier=tuple(scripts), excluded=excluded)
 
 
 def write_turns(dialog: Dialog) -> Writing[Script]:
-    """Write out the turns that an answer is generated from.
+    """Render the turns as the prompt for generation.
 
     Raises:
-        RenderError: the template cannot write them.
+        RenderError: the template cannot render them.
     """
-    messages = yield from _read_arguments(dialog)
+    messages = yield from _parse_arguments(dialog)
     text = yield from _render(messages, dialog.tools, (len(messages), True))
-    return Script(text, (), (), begun=True)
+    return Script(text, (), (), has_bos=True)
 
 
 def _render(
@@ -126,26 +127,26 @@ def _render(
 
 
 def _find_answers(dialog: Dialog) -> Writing[tuple[str, list[_Answer], list[RenderError]]]:
-    """Return the text of the whole dialog, its answers, and why others cannot be learned."""
+    """Return the text of the entire dialog, its answers, and the errors of unusable answers."""
     messages = dialog.messages
     around: list[Cut] = [cut for i in dialog.answers for cut in ((i, True), (i + 1, False))]
     cuts = list(dict.fromkeys([*around, (len(messages), False)]))
-    written = dict(zip(cuts, (yield RenderRequest(messages, dialog.tools, cuts)), strict=True))
-    whole = written[len(messages), False]
-    if isinstance(whole, RenderError):
-        raise whole
+    texts = dict(zip(cuts, (yield RenderRequest(messages, dialog.tools, cuts)), strict=True))
+    full_text = texts[len(messages), False]
+    if isinstance(full_text, RenderError):
+        raise full_text
     answers: list[_Answer] = []
-    unlearned: list[RenderError] = []
+    errors: list[RenderError] = []
     for i in dialog.answers:
         try:
             answers.append(
-                (yield from _find_answer(dialog, i, written[i, True], written[i + 1, False]))
+                (yield from _find_answer(dialog, i, texts[i, True], texts[i + 1, False]))
             )
         except RenderError as error:
             if error.fatal:
                 raise
-            unlearned.append(error)
-    return whole, answers, unlearned
+            errors.append(error)
+    return full_text, answers, errors
 
 
 def _find_answer(
@@ -157,141 +158,143 @@ def _find_answer(
         raise upto
     if upto.startswith(prompt):
         if len(upto) == len(prompt):
-            raise RenderError(f"the chat template writes nothing of turn {i + 1}", fix=MEND)
+            raise RenderError(f"the chat template writes nothing for turn {i + 1}", fix=MEND)
         return _Answer(i, prompt, upto)
-    return (yield from _text_behind_question(dialog, i, prompt, upto)) or (
-        yield from _open_answer(dialog, i, prompt, upto)
+    return (yield from _find_after_rewritten_turns(dialog, i, prompt, upto)) or (
+        yield from _find_opened_answer(dialog, i, prompt, upto)
     )
 
 
-def _text_behind_question(
+def _find_after_rewritten_turns(
     dialog: Dialog, i: int, prompt: str, upto: str
 ) -> Writing[_Answer | None]:
-    """Find an answer behind which the template writes earlier turns otherwise: Mistral's moves the
-    system text to the last turn.
+    """Find an answer whose presence changes earlier turns: Mistral moves the system text to the
+    last user turn.
 
-    From the last letter of the turn before on, both texts must begin alike: what generation sees,
-    and what the template writes once the answer follows. The answer is the rest of the latter. None
-    where they differ there too.
+    From the last letter of the previous turn on, the prompt must be a prefix of the rendering with
+    the answer. The answer is the rest of that rendering. Returns None if it is no prefix.
 
     Raises:
-        RenderError: the words of the turn before cannot be told, or the answer is not written.
+        RenderError: the previous turn's words cannot be located, or the answer is not rendered.
     """
-    said = {i - 1} if i and dialog.messages[i - 1]["role"] == "assistant" else set[int]()
-    before = yield from _find_marks(dialog, said, prompt, (i, True))
-    found = yield from _find_marks(dialog, {*said, i}, upto, (i + 1, False))
-    # the marks of an answer before come first among those of answers
-    asked, again = (
-        (before.said, found.said[: len(before.said)]) if said else (before.asked, found.asked)
+    previous = {i - 1} if i and dialog.messages[i - 1]["role"] == "assistant" else set[int]()
+    before = yield from _find_marks(dialog, previous, prompt, (i, True))
+    after = yield from _find_marks(dialog, {*previous, i}, upto, (i + 1, False))
+    # the previous answer's marks come first among those of answers
+    in_prompt, in_upto = (
+        (before.content, after.content[: len(before.content)])
+        if previous
+        else (before.other_turns, after.other_turns)
     )
-    if not asked or not again:
+    if not in_prompt or not in_upto:
         return None
-    header, written = prompt[asked[-1] :], upto[again[-1] :]
-    if len(written) <= len(header) or not written.startswith(header):
+    header, rendered = prompt[in_prompt[-1] :], upto[in_upto[-1] :]
+    if len(rendered) <= len(header) or not rendered.startswith(header):
         return None
-    start = again[-1] + len(header)
-    inside = _Places(*([at for at in places if at >= start] for places in found))
-    _missing_parts(dialog.messages[i], i, inside)
-    return _Answer(i, prompt, prompt + upto[start:], upto[max(inside.said, default=start) :])
+    start = in_upto[-1] + len(header)
+    inside = _MarkPositions(*([at for at in positions if at >= start] for positions in after))
+    _find_missing_parts(dialog.messages[i], i, inside)
+    return _Answer(i, prompt, prompt + upto[start:], upto[max(inside.content, default=start) :])
 
 
-def _open_answer(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Answer]:
-    """Find an answer whose thought the prompt opens, and which the template writes without (as R1's
-    does) or opens otherwise.
+def _find_opened_answer(dialog: Dialog, i: int, prompt: str, upto: str) -> Writing[_Answer]:
+    """Find an answer whose reasoning the prompt opens, but the template drops (as R1's does) or
+    opens differently.
 
-    What the template writes around a content is told by writing a mark as the content. What the
-    prompt has more in front of it is what generation begins the content with; the answer is the
+    A rendering with a mark as the content shows the template's text around it. Whatever the prompt
+    has beyond the text before the mark is the start of the generated content; the answer is the
     rest of the content.
     """
     rewritten = RenderError(
         f"the chat template writes the turns before turn {i + 1} differently once it follows",
         fix=MEND,
     )
-    said = dialog.messages[i].get("content")
-    (asked, answered), turns = _free(upto, 2), dialog.messages[:i]
-    probe = {"role": "assistant", "content": answered}
-    marked = [*(_mark(turn, ASKED, asked, _before_last) for turn in turns), probe]
+    content = dialog.messages[i].get("content")
+    (turn_mark, answer_mark), turns = _unused_characters(upto, 2), dialog.messages[:i]
+    probe = {"role": "assistant", "content": answer_mark}
+    marked = [*(_mark(turn, PROMPT_KEYS, turn_mark, _before_last) for turn in turns), probe]
     around = yield from _render(marked, dialog.tools, (i + 1, False))
-    before, found, tail = around.partition(answered)
-    before = before.replace(asked, "")
-    if not found or answered in tail or asked in tail or not prompt.startswith(before):
+    before, separator, tail = around.partition(answer_mark)
+    before = before.replace(turn_mark, "")
+    if not separator or answer_mark in tail or turn_mark in tail or not prompt.startswith(before):
         raise rewritten
-    if not isinstance(said, str) or dialog.messages[i].get("tool_calls"):
+    if not isinstance(content, str) or dialog.messages[i].get("tool_calls"):
         raise rewritten
     if not (upto.startswith(before) and upto.endswith(tail)):
         raise rewritten
-    written = upto[len(before) : len(upto) - len(tail)]
-    if not said.rstrip().endswith(written.strip()):
+    rendered = upto[len(before) : len(upto) - len(tail)]
+    if not content.rstrip().endswith(rendered.strip()):
         raise rewritten
     opened = prompt[len(before) :]
-    rest = _text_behind(opened, said.rstrip() + written[len(written.rstrip()) :])
+    rest = _text_after_opening(opened, content.rstrip() + rendered[len(rendered.rstrip()) :])
     if rest is None:
-        begin = opened.strip()
+        tag = opened.strip()
         raise RenderError(
-            f"generation begins turn {i + 1} with {opened!r}, and its content does not",
+            f"generation starts turn {i + 1} with {opened!r}, but its content does not",
             fix=(
-                f"write the thought into the content, as {begin + '...' + _closing_text(begin)!r},"
-                " or name a template whose prompt opens no thought as data.chat_template"
+                f"write the reasoning into the content, as {tag + '...' + _closing_tag(tag)!r},"
+                " or name a template whose prompt opens no reasoning as data.chat_template"
             ),
         )
     return _Answer(i, prompt, prompt + rest + tail, tail)
 
 
-def _text_behind(opened: str, said: str) -> str | None:
-    """Return what a content says behind what the prompt has opened; None where it says nothing of
-    it.
+def _text_after_opening(opened: str, content: str) -> str | None:
+    """Return the content after the tag that the prompt opens; None if the content has no such tag,
+    opening or closing.
     """
-    begin, body = opened.strip(), said.lstrip()
-    if body.startswith(begin):
-        rest, gap = body[len(begin) :], opened[len(opened.rstrip()) :]
+    tag, body = opened.strip(), content.lstrip()
+    if body.startswith(tag):
+        rest, gap = body[len(tag) :], opened[len(opened.rstrip()) :]
         return rest.removeprefix(gap) if rest.startswith(gap) else rest.lstrip()
-    return body if _closing_text(begin) in body else None
+    return body if _closing_tag(tag) in body else None
 
 
-def _closing_text(begin: str) -> str:
-    return begin.replace("<", "</", 1)
+def _closing_tag(tag: str) -> str:
+    return tag.replace("<", "</", 1)
 
 
 def _check(dialog: Dialog, row: Sequence[_Answer]) -> Writing[Script]:
-    """Make a row of answers, once marks have shown that it learns the answers, and no word of
-    another turn.
+    """Build the row of some answers after checking that its loss mask covers them and nothing else.
 
     Raises:
-        RenderError: it would learn other words, or an answer is not written.
+        RenderError: the loss mask would cover another turn's words, or an answer is not rendered.
     """
     last = row[-1]
     spans = tuple((len(answer.prompt), len(answer.text)) for answer in row)
-    # a text that is none of the template's has been made of one, the prompt, and of the answer's
-    # own words
+    # a text with a tail is not a rendering: it was composed of the prompt and the answer's own
+    # words, so check the prompt
     text, cut = (
         (last.text, (last.turn + 1, False))
         if last.tail is None
         else (last.prompt, (last.turn, True))
     )
-    found = yield from _find_marks(dialog, {answer.turn for answer in row}, text, cut)
+    marks = yield from _find_marks(dialog, {answer.turn for answer in row}, text, cut)
     tails, notes = list[str](), list[str]()
     for answer, (start, end) in zip(row, spans, strict=True):
-        inside = _Places(*([at for at in places if start <= at < end] for places in found))
-        if inside.asked:
+        inside = _MarkPositions(
+            *([at for at in positions if start <= at < end] for positions in marks)
+        )
+        if inside.other_turns:
             raise RenderError(
-                f"the chat template writes words of another turn into turn {answer.turn + 1}, where"
-                " they would be learned",
+                f"the chat template writes words of another turn into turn {answer.turn + 1}, which"
+                " would add them to the loss",
                 fix=MEND,
             )
         if answer.tail is None:
-            notes += _missing_parts(dialog.messages[answer.turn], answer.turn, inside)
+            notes += _find_missing_parts(dialog.messages[answer.turn], answer.turn, inside)
             yield from _check_null(dialog, answer)
-        tails.append(answer.tail or answer.text[max(inside.said, default=start) : end])
-    if dialog.tools and not found.tools:
+        tails.append(answer.tail or answer.text[max(inside.content, default=start) : end])
+    if dialog.tools and not marks.tools:
         notes.append("the chat template does not write the tools")
-    return Script(last.text, spans, tuple(tails), begun=True, notes=tuple(notes))
+    return Script(last.text, spans, tuple(tails), has_bos=True, notes=tuple(notes))
 
 
 def _check_null(dialog: Dialog, answer: _Answer) -> Writing[None]:
-    """Check that no word is written for a content that is null.
+    """Check that null content is not rendered as the word 'None'.
 
     Raises:
-        RenderError: it is, as jinja does where a template does not ask.
+        RenderError: it is: Jinja does so if the template does not test for null.
     """
     i, message = answer.turn, dialog.messages[answer.turn]
     if message.get("content", "") is not None or "None" not in answer.text[len(answer.prompt) :]:
@@ -304,78 +307,86 @@ def _check_null(dialog: Dialog, answer: _Answer) -> Writing[None]:
         )
 
 
-class _Places(NamedTuple):
-    """Where marks stand in a text: those of other turns, of the content, calls and thoughts of
-    answers, and of tools.
+class _MarkPositions(NamedTuple):
+    """Positions of the marks in a text: in other turns; in the content, tool calls and reasoning of
+    answers; and in the tools.
     """
 
-    asked: list[int]
-    said: list[int]
-    called: list[int]
-    thought: list[int]
+    other_turns: list[int]
+    content: list[int]
+    calls: list[int]
+    reasoning: list[int]
     tools: list[int]
 
 
-def _find_marks(dialog: Dialog, answers: Collection[int], text: str, cut: Cut) -> Writing[_Places]:
-    """Render the turns of a cut with marks, and tell where these stand in the text without them.
+def _find_marks(
+    dialog: Dialog, answers: Collection[int], text: str, cut: Cut
+) -> Writing[_MarkPositions]:
+    """Render the turns of a cut with marks, and return the positions of the marks in `text`.
 
     Raises:
-        RenderError: with marks, another text is written.
+        RenderError: the template renders a different text with marks.
     """
-    marks = _free(text, len(_Places._fields))
-    asked, said, called, thought, listed = marks
-    # a name may be one that the template knows, and a flag may end a turn: then fewer marks, at
-    # other places
-    for place, name in ((_before_last, _text_before), (_text_before, _nowhere)):
+    marks = _unused_characters(text, len(_MarkPositions._fields))
+    turn_mark, content_mark, call_mark, reasoning_mark, tool_mark = marks
+    # the template may look for a tool's name, or for a flag at the end of a turn: then retry with
+    # fewer marks in other positions
+    for place, name in ((_before_last, _before_first), (_before_first, _unmarked)):
         messages: list[Message] = []
         for i, message in enumerate(dialog.messages[: cut[0]]):
             if i in answers:
-                changed = _mark(_mark(message, ("content",), said, place), THOUGHTS, thought, place)
-                calls = [_mark_name(call, called, name) for call in message.get("tool_calls") or ()]
-                messages.append({**changed, "tool_calls": calls} if calls else changed)
+                marked = _mark(message, ("content",), content_mark, place)
+                marked = _mark(marked, REASONING_KEYS, reasoning_mark, place)
+                calls = [
+                    _mark_name(call, call_mark, name) for call in message.get("tool_calls") or ()
+                ]
+                messages.append({**marked, "tool_calls": calls} if calls else marked)
             else:
                 messages.append(
                     message
                     if message["role"] == "assistant"
-                    else _mark(message, ASKED, asked, place)
+                    else _mark(message, PROMPT_KEYS, turn_mark, place)
                 )
-        tools = [_mark_name(tool, listed, name) for tool in dialog.tools]
-        plain, found = _unmark((yield from _render(messages, tools, cut)), marks)
+        tools = [_mark_name(tool, tool_mark, name) for tool in dialog.tools]
+        plain, positions = _unmark((yield from _render(messages, tools, cut)), marks)
         if plain == text:
             return (
-                _Places(*found)
-                if name is not _nowhere
-                else _Places(*found)._replace(called=[*range(len(text))], tools=[0])
+                _MarkPositions(*positions)
+                if name is not _unmarked
+                else _MarkPositions(*positions)._replace(calls=[*range(len(text))], tools=[0])
             )
     raise RenderError(
-        "the chat template writes other turns differently where one has another letter: it is"
-        " unknown whose words would be learned",
+        "the chat template renders other turns differently if one letter changes: whose words would"
+        " be in the loss is unknown",
         fix=MEND,
     )
 
 
-def _missing_parts(message: Message, i: int, inside: _Places) -> list[str]:
-    """Tell what the template leaves out of an answer.
+def _find_missing_parts(message: Message, i: int, inside: _MarkPositions) -> list[str]:
+    """Return notes on the parts of an answer that the template omits.
 
     Raises:
-        RenderError: its content, or its calls of tools.
+        RenderError: the template omits the content or the tool calls.
     """
-    if message.get("tool_calls") and not inside.called:
+    if message.get("tool_calls") and not inside.calls:
         raise RenderError(
-            f"the chat template does not write the tool calls of turn {i + 1}", fix=ANOTHER
+            f"the chat template does not write the tool calls of turn {i + 1}", fix=ANOTHER_TEMPLATE
         )
     notes: list[str] = []
-    if _last(message.get("content") or "") >= 0 and not inside.said:
+    if _last_letter(message.get("content") or "") >= 0 and not inside.content:
         if not message.get("tool_calls"):
             raise RenderError(
-                f"the chat template does not write the content of turn {i + 1}", fix=ANOTHER
+                f"the chat template does not write the content of turn {i + 1}",
+                fix=ANOTHER_TEMPLATE,
             )
-        notes.append("the chat template does not write the content beside a call")
-    thoughts = [
-        key for key in THOUGHTS if isinstance(message.get(key), str) and _last(message[key]) >= 0
+        notes.append("the chat template does not write the content of turns with tool calls")
+    keys = [
+        key
+        for key in REASONING_KEYS
+        if isinstance(message.get(key), str) and _last_letter(message[key]) >= 0
     ]
     return notes + [
-        f"the chat template does not write {key!r}" for key in thoughts[:1] if not inside.thought
+        f"the chat template does not write {key!r}" for key in keys[:1] if not inside.reasoning
     ]
 
 
@@ -383,7 +394,7 @@ PlaceMark = Callable[[str, str], str]
 
 
 def _mark_name(call: Mapping[str, Any], mark: str, place: PlaceMark) -> Mapping[str, Any]:
-    """Mark the name of a tool, or of a call of one."""
+    """Mark the name in a tool or a tool call."""
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _mark(call["function"], ("name",), mark, place)}
     return _mark(call, ("name",), mark, place)
@@ -398,10 +409,8 @@ def _mark(
     }
 
 
-def _last(text: str) -> int:
-    """Return the place of the last letter that is in no tag at the end of a text; -1 where there is
-    none.
-    """
+def _last_letter(text: str) -> int:
+    """Return the position of the last letter before any tags at the end of a text, or -1."""
     end = len(text.rstrip())
     while end and text[end - 1] == ">" and (at := text.rfind("<", 0, end)) >= 0:
         end = len(text[:at].rstrip())
@@ -409,61 +418,63 @@ def _last(text: str) -> int:
 
 
 def _before_last(text: str, mark: str) -> str:
-    at = _last(text)
+    at = _last_letter(text)
     return f"{text[:at]}{mark}{text[at:]}" if at >= 0 else text
 
 
-def _text_before(text: str, mark: str) -> str:
+def _before_first(text: str, mark: str) -> str:
     at = len(text) - len(text.lstrip())
     return f"{text[:at]}{mark}{text[at:]}" if text.strip() else text
 
 
-def _nowhere(text: str, mark: str) -> str:
+def _unmarked(text: str, mark: str) -> str:
     return text
 
 
-def _free(text: str, n: int) -> list[str]:
-    """Return characters for private use that a text does not hold."""
+def _unused_characters(text: str, n: int) -> list[str]:
+    """Return `n` private-use characters that do not occur in a text."""
     return list(
         itertools.islice((mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text), n)
     )
 
 
 def _unmark(text: str, marks: Sequence[str]) -> tuple[str, list[list[int]]]:
-    """Return a text without marks, and the places where each stood."""
-    found: dict[str, list[int]] = {mark: [] for mark in marks}
+    """Return a text without marks, and the positions of each mark in it."""
+    positions: dict[str, list[int]] = {mark: [] for mark in marks}
     parts: list[str] = []
     length = 0
     for part in re.split(f"([{''.join(marks)}])", text):
-        if part in found:
-            found[part].append(length)
+        if part in positions:
+            positions[part].append(length)
         else:
             parts.append(part)
             length += len(part)
-    return "".join(parts), list(found.values())
+    return "".join(parts), list(positions.values())
 
 
-def _read_arguments(dialog: Dialog) -> Writing[tuple[Message, ...]]:
-    """Return the turns with the arguments of calls as the template takes them.
+def _parse_arguments(dialog: Dialog) -> Writing[tuple[Message, ...]]:
+    """Return the turns with tool-call arguments in the form that the template expects.
 
-    Arguments that are JSON stay a text where the template writes a text as it is, and are parsed
-    where it would write it as JSON once more: what it does with a quotation mark tells.
+    JSON strings are kept if the template writes strings unchanged, and parsed if it would encode
+    them as JSON again; a quotation mark in a test rendering shows which.
     """
     turns = [
         i
         for i, message in enumerate(dialog.messages)
-        if any(map(_has_text, message.get("tool_calls") or ()))
+        if any(map(_has_string_arguments, message.get("tool_calls") or ()))
     ]
     if not turns:
         return dialog.messages
-    before, behind = _free(json.dumps(dialog.messages, ensure_ascii=False, default=str), 2)
-    probe = f'{before}"{behind}'
-    written = yield RenderRequest(
+    before, after = _unused_characters(
+        json.dumps(dialog.messages, ensure_ascii=False, default=str), 2
+    )
+    probe = f'{before}"{after}'
+    texts = yield RenderRequest(
         [_with_arguments(message, lambda _: probe) for message in dialog.messages],
         dialog.tools,
         [(i + 1, False) for i in turns],
     )
-    if any(isinstance(text, str) and probe in text for text in written):
+    if any(isinstance(text, str) and probe in text for text in texts):
         return dialog.messages
     return tuple(
         _with_arguments(message, lambda text: json.loads(text or "{}"))
@@ -471,13 +482,13 @@ def _read_arguments(dialog: Dialog) -> Writing[tuple[Message, ...]]:
     )
 
 
-def _has_text(call: Mapping[str, Any]) -> bool:
+def _has_string_arguments(call: Mapping[str, Any]) -> bool:
     return isinstance((call.get("function") or call).get("arguments"), str)
 
 
 def _with_arguments(message: Message, change: Callable[[str], Any]) -> Message:
     def changed(call: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not _has_text(call):
+        if not _has_string_arguments(call):
             return call
         inner = call.get("function") or call
         inner = {**inner, "arguments": change(inner["arguments"])}

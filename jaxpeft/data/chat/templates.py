@@ -1,6 +1,4 @@
-"""Chat templates: which one is taken, and rendering with it in a process of its own (see
-`sandbox`).
-"""
+"""Chat templates: choose one, and render with it in a separate process (see `sandbox`)."""
 
 from __future__ import annotations
 
@@ -22,10 +20,10 @@ from jaxpeft.data.chat import sandbox
 from jaxpeft.errors import ConfigError
 
 SECONDS = 10.0
-"""How long a reply may take; its process allows itself less of the processor's time."""
+"""Timeout of a reply, in wall-clock time; the process itself has a lower limit of CPU time."""
 SECONDS_TO_START = 60.0
 LARGEST = 16 * sandbox.LONGEST
-"""Bytes of a reply."""
+"""Maximum size of a reply in bytes."""
 _log = logging.getLogger(__name__)
 BUILT_IN: Mapping[str, str] = {
     "chatml": (
@@ -44,22 +42,19 @@ BUILT_IN: Mapping[str, str] = {
         "{% endif %}{% endfor %}"
     ),
 }
-"""Templates for tokenizers that have none."""
+"""Templates for tokenizers without one."""
 MEND = "fix the template, or name another as data.chat_template"
 Cut = tuple[int, bool]
-"""The first so many messages, and whether what an answer of the assistant begins with stands behind
-them.
-"""
+"""Number of leading messages to render, and whether to add the generation prompt."""
 
 
 class RenderError(Exception):
-    """Why a template cannot be rendered for some messages: kept inside `jaxpeft.data`.
+    """A template cannot be rendered for some messages. Internal to `jaxpeft.data`.
 
     Args:
-        reason: what to say.
-        fatal: whether the template is at fault, whatever the messages: no further ones were
-            rendered.
-        fix: what to do about it; None for what is said of templates that fail.
+        reason: the error message.
+        fatal: whether the template fails for any messages; rendering stops then.
+        fix: how to fix it; by default, to fix or replace the template.
     """
 
     def __init__(self, reason: str, fatal: bool = False, fix: str | None = None) -> None:
@@ -70,7 +65,7 @@ class RenderError(Exception):
 
 @dataclass(frozen=True)
 class RenderRequest:
-    """A chat to write out, as far as each of the cuts."""
+    """A chat to render up to each of the cuts."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]]
@@ -78,18 +73,18 @@ class RenderRequest:
 
 
 class Template:
-    """A chat template, compiled and rendered in a process of its own.
+    """A chat template that is compiled and rendered in a separate process.
 
-    The process is started at once, and again after a chat that it has not survived.
+    The process starts immediately, and restarts after a chat that ended it.
 
     Args:
-        source: jinja, with `messages`, `add_generation_prompt`, `tools` and the names of the
-            special tokens; or several, by name: `tool_use` is for chats with tools, `default` for
-            the others.
+        source: Jinja source that uses `messages`, `add_generation_prompt`, `tools` and the names of
+            the special tokens; or several sources by name: `tool_use` for chats with tools,
+            `default` for all other chats.
         tokens: the tokenizer's special tokens by name, such as `bos_token`.
 
     Raises:
-        ConfigError: it is no jinja.
+        ConfigError: the source is not valid Jinja.
     """
 
     def __init__(self, source: str | Mapping[str, str], tokens: Mapping[str, str]) -> None:
@@ -101,11 +96,10 @@ class Template:
     def render_all(
         self, requests: Sequence[RenderRequest]
     ) -> list[list[str | RenderError] | RenderError]:
-        """Return for each chat what is written at each cut, or why that cannot be; a fatal error is
-        the last.
+        """Return the text or error of each cut of each chat; stop after a fatal error.
 
         Raises:
-            ConfigError: it is no jinja.
+            ConfigError: the source is not valid Jinja.
         """
         with self._lock:
             if self._process.poll() is not None:
@@ -114,19 +108,17 @@ class Template:
                 self._process,
                 [{"messages": r.messages, "tools": r.tools, "cuts": r.cuts} for r in requests],
             )
-            made: list[list[str | RenderError] | RenderError] = []
+            results: list[list[str | RenderError] | RenderError] = []
             fatal = False
             try:
-                while not fatal and len(made) < len(requests):
+                while not fatal and len(results) < len(requests):
                     reply = self._receive(SECONDS) or {"error": sandbox.TOO_MUCH, "fatal": True}
                     fatal = bool(reply.get("fatal"))
-                    made.append(RenderError(reply["error"], fatal) if fatal else _texts(reply))
+                    results.append(RenderError(reply["error"], fatal) if fatal else _texts(reply))
             finally:
-                if not fatal and len(made) < len(requests):
-                    _end(
-                        self._process
-                    )  # replies that nobody has read must not be taken for those of the next
-            return made
+                if not fatal and len(results) < len(requests):
+                    _end(self._process)  # unread replies would be mistaken for the next call's
+            return results
 
     def render(
         self,
@@ -135,19 +127,19 @@ class Template:
         generate: bool,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """Write messages out.
+        """Render messages.
 
         Args:
             messages: the turns.
-            generate: whether to end with what an answer of the assistant begins with.
-            tools: for templates that list them.
+            generate: whether to add the generation prompt.
+            tools: tools, for templates that list them.
 
         Raises:
-            RenderError: the template refuses the messages, breaks, does what it may not, or takes
-                too long.
+            RenderError: the template rejects the messages, fails, does something forbidden, or
+                takes too long.
         """
-        (made,) = self.render_all([RenderRequest(messages, tools, [(len(messages), generate)])])
-        text = made if isinstance(made, RenderError) else made[0]
+        (result,) = self.render_all([RenderRequest(messages, tools, [(len(messages), generate)])])
+        text = result if isinstance(result, RenderError) else result[0]
         if isinstance(text, RenderError):
             raise text
         return text
@@ -172,8 +164,10 @@ class Template:
             )
 
     def _receive(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next reply; None where the process has ended, or must: it takes too long, or
-        says too much.
+        """Return the next reply.
+
+        Returns None if the process has ended, or was ended here because the reply was too slow or
+        too large.
         """
         pipe, until = cast(IO[bytes], self._process.stdout), time.monotonic() + seconds
         parts = [self._received]
@@ -196,7 +190,7 @@ def _send(process: subprocess.Popen[bytes], values: Any) -> None:
         while left:
             left = left[cast(IO[bytes], process.stdin).write(left) :]
     except BrokenPipeError:
-        return  # it has ended: there will be no answer
+        return  # the process has ended: `_receive` returns None
 
 
 def _texts(reply: Mapping[str, Any]) -> list[str | RenderError]:
@@ -217,50 +211,47 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def get_template(
     sources: tuple[tuple[str, str], ...], tokens: tuple[tuple[str, str], ...]
 ) -> Template:
-    """Return the template of sources and special tokens, as long as it is in use: each has a
-    process.
+    """Return a cached template with these sources and special tokens, since each has a process.
 
     Raises:
-        ConfigError: it is no jinja.
+        ConfigError: the source is not valid Jinja.
     """
     return Template(dict(sources), dict(tokens))
 
 
-def template_source(own: Any, given: str | None, kind: str) -> str | Mapping[str, str]:
-    """Return the template to write chats with, as a tokenizer's `chat_template` holds it: one, or
-    several by name.
+def template_source(own: Any, choice: str | None, kind: str) -> str | Mapping[str, str]:
+    """Return the chat template to use, in the form of a tokenizer's `chat_template`.
 
     Args:
-        own: the tokenizer's: a template, several by name, or None.
-        given: the name of one of the tokenizer's templates or of a built-in one, or a file of
-            jinja; taken before the tokenizer's.
-        kind: the format of the rows; instructions take alpaca's template where there is no other.
+        own: the tokenizer's template, a mapping of named templates, or None.
+        choice: the name of a template of the tokenizer or of a built-in one, or the path of a Jinja
+            file; None for the tokenizer's default.
+        kind: the format of the rows; instructions fall back to the built-in `alpaca`.
 
     Raises:
-        ConfigError: there is no template, or no such file.
+        ConfigError: no template is available, or the file cannot be read.
     """
     named: Mapping[str, str] = own if isinstance(own, Mapping) else {}
-    if given is not None:
+    if choice is not None:
         known = {**BUILT_IN, **named}
-        return known[given] if given in known else _read_file(given, [*named, *BUILT_IN])
+        return known[choice] if choice in known else _read_file(choice, [*named, *BUILT_IN])
     if isinstance(own, str):
         return own
     if "default" in named:
         return {name: source for name, source in named.items() if name in ("default", "tool_use")}
     if named:
         raise ConfigError(
-            "data.chat_template: the tokenizer has several, none of them the default; set it to"
+            "data.chat_template: the tokenizer has several templates but no default; set it to"
             f" {_join_names(named)}"
         )
     if kind == "instruction":
         _log.info(
-            "the tokenizer has no chat template: instructions are written with the built-in"
-            " 'alpaca'"
+            "the tokenizer has no chat template: instructions use the built-in template 'alpaca'"
         )
         return BUILT_IN["alpaca"]
     raise ConfigError(
-        f"data.chat_template: the tokenizer has none; set it to {_join_names(BUILT_IN)}, or to a"
-        " file of jinja"
+        f"data.chat_template: the tokenizer has no template; set it to {_join_names(BUILT_IN)}, or"
+        " to a Jinja file"
     )
 
 
@@ -268,12 +259,12 @@ def _join_names(names: Iterable[str]) -> str:
     return " or ".join(names)
 
 
-def _read_file(given: str, names: Sequence[str]) -> str:
+def _read_file(path: str, names: Sequence[str]) -> str:
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(
-            f"data.chat_template: {given!r} is not one of {', '.join(names)}, and no file that can"
-            f" be read ({reason})"
+            f"data.chat_template: {path!r} is not one of {', '.join(names)}, and not a readable"
+            f" file ({reason})"
         ) from None

@@ -1,6 +1,4 @@
-"""What is doubtful of the labels that rows hold: refused, or warned of, with the option that says
-what is meant.
-"""
+"""Checks for ambiguous labels: refuse them or warn, and name the option that resolves them."""
 
 from __future__ import annotations
 
@@ -23,35 +21,35 @@ _WHOLE = re.compile(r"(-?)0*([0-9]+)(?:\.0+)?")
 _BETWEEN = re.compile(r"(?<=[^\W_])[\s_-]+(?=[^\W_])")
 _TRUTHS = {"false": "0", "no": "0", "true": "1", "yes": "1"}
 _NONE = frozenset({"n/a", "na", "nan", "null", "unlabeled", "unlabelled"})
-_MANY = 20
+_MANY_CLASSES = 20
 
 
 def canonical_number(name: str) -> str:
-    """Return `1.0` and `01` as `1`, other names as they are."""
+    """Return `1.0` and `01` as `1`, and other names unchanged."""
     match = _WHOLE.fullmatch(name)
     return match[1] + match[2] if match else name
 
 
 def plain_text(name: str) -> str:
-    """Return a name without how it is written: case, spaces, what joins its words, zeros before a
-    number, the form of characters.
+    """Return a name normalized for comparison: case, spaces, word separators, leading zeros and
+    Unicode form.
     """
     composed = unicodedata.normalize("NFKC", name)
-    seen = "".join(one for one in composed if unicodedata.category(one) != "Cf")
+    visible = "".join(one for one in composed if unicodedata.category(one) != "Cf")
     return unicodedata.normalize(
-        "NFKC", _BETWEEN.sub(" ", canonical_number(seen.strip())).casefold()
+        "NFKC", _BETWEEN.sub(" ", canonical_number(visible.strip())).casefold()
     )
 
 
 @dataclass(frozen=True)
-class Found:
-    """The labels that rows hold.
+class LabelCounts:
+    """The labels in some rows.
 
     Attributes:
-        name: of the rows.
-        column: with the labels.
-        counts: how often each label is there.
-        first: where each is first.
+        name: the name of the rows.
+        column: the label column.
+        counts: the number of times that each label occurs.
+        first: the location of each label's first occurrence.
     """
 
     name: str
@@ -60,28 +58,29 @@ class Found:
     first: Mapping[str, str]
 
     @staticmethod
-    def read(rows: Rows, column: str, names: Sequence[Sequence[str]]) -> Found:
+    def read(rows: Rows, column: str, names: Sequence[Sequence[str]]) -> LabelCounts:
         """Count labels.
 
         Args:
-            rows: which hold them.
-            column: in which they are.
-            names: of each row.
+            rows: the rows.
+            column: the label column.
+            names: the label names of each row.
         """
         counts = Counter(name for of_row in names for name in of_row)
         first: dict[str, int] = {}
         for i, of_row in enumerate(names):
             for name in of_row:
                 first.setdefault(name, i)
-        return Found(rows.name, column, counts, {name: rows.where(i) for name, i in first.items()})
+        where = {name: rows.where(i) for name, i in first.items()}
+        return LabelCounts(rows.name, column, counts, where)
 
     def count_of(self, name: str) -> str:
-        """Return a label with how often it is there, and where first."""
+        """Return a label with its number of occurrences and the first location."""
         times = "once, in" if self.counts[name] == 1 else f"{self.counts[name]} times, first in"
         return f"{excerpt(ascii(name))} ({times} {self.first[name]})"
 
     def refuse_alike(self) -> None:
-        """Refuse labels that one would not tell apart, and the same truth written in two ways."""
+        """Refuse labels that look the same, and different spellings of true or false."""
         groups: dict[str, list[str]] = {}
         for name in self.counts:
             groups.setdefault(_TRUTHS.get(plain_text(name), plain_text(name)), []).append(name)
@@ -89,14 +88,14 @@ class Found:
             " and ".join(map(self.count_of, names)) for names in groups.values() if len(names) > 1
         ]:
             raise DataError(
-                f"{self.name}: column {self.column!r} has labels that differ only in how they are"
-                f" written: {'; '.join(alike[:5])}; write them alike, or name each in data.labels"
-                " if they are different classes"
+                f"{self.name}: column {self.column!r} has labels that differ only in spelling:"
+                f" {'; '.join(alike[:5])}; use one spelling, or name each in data.labels if they"
+                " are different classes"
             )
 
-    def refuse_lists(self, sure: bool) -> None:
-        """Refuse strings that look like several labels, unless they are surely one each."""
-        for separator in () if sure else _SEPARATORS:
+    def refuse_lists(self, is_single: bool) -> None:
+        """Refuse strings that look like several labels, unless each is known to be one."""
+        for separator in () if is_single else _SEPARATORS:
             parts = {
                 name: [part.strip() for part in name.split(separator)]
                 for name in self.counts
@@ -104,7 +103,7 @@ class Found:
             }
             several = {name: of for name, of in parts.items() if len(of) > 1 and all(of)}
             doubtful = [name for name, of in several.items() if all(map(DIGITS.fullmatch, of))]
-            if separator != " ":  # which stands inside of names
+            if separator != " ":  # spaces are common inside names
                 doubtful += [name for name, of in several.items() if set(of) <= self.counts.keys()]
                 shared = len({part for of in several.values() for part in of}) <= len(several)
                 doubtful += several if shared and len(several) > 1 else []
@@ -113,31 +112,29 @@ class Found:
         bracketed = [
             name for name in self.counts if re.fullmatch(r"\s*[\[{(].*[\]})]\s*", name, re.DOTALL)
         ]
-        if bracketed and not sure:
+        if bracketed and not is_single:
             raise DataError(self._several(bracketed[0], ","))
 
     def _several(self, name: str, separator: str) -> str:
-        bare = "written without brackets and quotes, " if re.match(r"\s*[\[{(]", name) else ""
+        bare = "remove brackets and quotes and " if re.match(r"\s*[\[{(]", name) else ""
         point = "; write decimal numbers with a point" if separator == "," else ""
         return (
-            f"{self.name}: column {self.column!r} holds {self.count_of(name)}, which looks like"
-            f" several labels; {bare}they are told apart by data.label_separator={separator!r}; if"
-            f" it is one label, set data.problem='single_label'{point}"
+            f"{self.name}: column {self.column!r} contains {self.count_of(name)}, which looks like"
+            f" several labels; if so, {bare}set data.label_separator={separator!r}; if it is one"
+            f" label, set data.problem='single_label'{point}"
         )
 
     def refuse_wordless(self) -> None:
-        """Refuse a class without a letter or digit among words: it mostly means that there is no
-        label.
-        """
+        """Refuse a class without letters or digits among words: it usually means no label."""
         wordless = [name for name in self.counts if not any(map(str.isalnum, name))]
         if wordless and any(any(map(str.isalpha, name)) for name in self.counts):
-            raise DataError(self._unlabeled(wordless[0], "beside words mostly stands for no label"))
+            raise DataError(self._unlabeled(wordless[0], "among words usually means no label"))
         for name in self.counts:
             if name.strip().lower() in _NONE:
-                _log.warning("%s", self._unlabeled(name, "is taken for a class"))
+                _log.warning("%s", self._unlabeled(name, "is used as a class"))
 
     def warn_of_values(self, rows: int) -> None:
-        """Warn of classes that are rather numbers or texts."""
+        """Warn if the classes look like numbers or texts."""
         decimal = [
             name
             for name in self.counts
@@ -146,17 +143,17 @@ class Found:
         other = [name for name in self.counts if number(name) is None]
         if decimal and other:
             _log.warning(
-                "%s: column %r: %s is a decimal number, %s is none, so that all are names of"
-                " classes; set data.problem='regression' if they are numbers",
+                "%s: column %r: %s is a decimal number but %s is not, so all are used as class"
+                " names; set data.problem='regression' if they are numbers",
                 self.name,
                 self.column,
                 self.count_of(decimal[0]),
                 self.count_of(other[0]),
             )
-        elif len(self.counts) > max(_MANY, rows // 2):
+        elif len(self.counts) > max(_MANY_CLASSES, rows // 2):
             _log.warning(
-                "%s: column %r has %d different labels in %d rows, such as %s; name another column"
-                " in data.columns if they are no classes",
+                "%s: column %r has %d different labels in %d rows, such as %s; if they are not"
+                " classes, set the label column in data.columns",
                 self.name,
                 self.column,
                 len(self.counts),
@@ -165,9 +162,7 @@ class Found:
             )
 
     def refuse_negative(self) -> None:
-        """Refuse -1 among classes that are counted from 0: it mostly means that there is no
-        label.
-        """
+        """Refuse -1 among classes numbered from 0: it usually means no label."""
         others = set(self.counts) - {"-1"}
         if (
             "-1" not in self.counts
@@ -177,15 +172,15 @@ class Found:
         ):
             return
         if others in ({"0"}, {"0", "1"}):
-            _log.warning("%s", self._unlabeled("-1", "is taken for a class"))
+            _log.warning("%s", self._unlabeled("-1", "is used as a class"))
         else:
             raise DataError(
-                self._unlabeled("-1", "beside classes counted from 0 mostly stands for no label")
+                self._unlabeled("-1", "among classes numbered from 0 usually means no label")
             )
 
-    def _unlabeled(self, name: str, said: str) -> str:
+    def _unlabeled(self, name: str, fault: str) -> str:
         return (
-            f"{self.name}: column {self.column!r}: {self.count_of(name)} {said}; if it means none,"
-            f" set data.unlabeled=({excerpt(name)!r},), if it is a class, name all classes in"
-            " data.labels"
+            f"{self.name}: column {self.column!r}: {self.count_of(name)} {fault}; if it means no"
+            f" label, set data.unlabeled=({excerpt(name)!r},); if it is a class, name all classes"
+            " in data.labels"
         )

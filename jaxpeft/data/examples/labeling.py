@@ -1,4 +1,4 @@
-"""Which classes a run has, and which of them a cell means."""
+"""Find the classes of a run, and map cells to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.config.schema import DataConfig
-from jaxpeft.data.examples.label_checks import DIGITS, Found, canonical_number, plain_text
+from jaxpeft.data.examples.label_checks import DIGITS, LabelCounts, canonical_number, plain_text
 from jaxpeft.data.examples.labels import (
     NO_LABEL,
     ProblemType,
@@ -34,16 +34,16 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Labeling:
-    """How the label column of a run is read: the same for all of its splits.
+    """How the label column of a run maps to ids, in all splits.
 
     Attributes:
-        names: the name of each id; empty where the training rows are to tell them.
-        origin: who named them in this order, `data.labels` or the `config.json` of a base whose
-            head is kept: whole numbers in the rows are then ids. Empty where the rows told them.
-        problem: what that `config.json` says of the problem.
-        separator: what stands between several labels of one string.
-        unlabeled: values that stand for no label, beside -100.
-        vectors: whether a row of several labels holds 0 or 1 for each name, in their order.
+        names: label names by id; empty if they are still to be taken from the training rows.
+        origin: source of the names: `data.labels`, or the `config.json` of a base whose head is
+            kept; integers in the rows are then ids. Empty if the names come from the rows.
+        problem: the problem type in that `config.json`.
+        separator: the separator between the labels in a string.
+        unlabeled: values that mean no label, in addition to -100.
+        vectors: whether the cells of multi-label rows are lists of 0 and 1, one per name.
     """
 
     names: tuple[str, ...] = ()
@@ -55,11 +55,11 @@ class Labeling:
 
     @property
     def identity(self) -> list[Any]:
-        """What ids are made from, wherever the files that said so lie."""
+        """Everything that determines the ids; independent of file paths."""
         return [self.names, bool(self.origin), self.separator, self.unlabeled, self.vectors]
 
     def cell(self, value: Any) -> Any:
-        """Return a cell with a string of several labels as their list."""
+        """Split a cell with several labels in a string into a list."""
         if not self.separator or isinstance(value, list) or value is None:
             return value
         return (
@@ -69,9 +69,7 @@ class Labeling:
         )
 
     def problem_of(self, values: Sequence[Any]) -> ProblemType:
-        """Return the problem of labels: what the base says where they can be meant so, else what
-        they look like.
-        """
+        """Return the problem type of labels: the base's if they fit it, else guessed from them."""
         guessed = "multi_label" if self.separator else guess_problem(values)
         if (
             self.problem == "regression"
@@ -88,51 +86,53 @@ class Labeling:
         )
 
     def id_of(self, name: str) -> int | None:
-        """Return the id of a label: by its name, or by its number where somebody said the order;
-        None where there is none.
-        """
+        """Return the id of a label by name, or by number if the order is known; else None."""
         if name in self.names:
             return self.names.index(name)
-        given = canonical_number(name)
+        digits = canonical_number(name)
         if len(self.names) == 2:
-            given = {"false": "0", "true": "1"}.get(given, given)
-        if not self.origin or not DIGITS.fullmatch(given) or any(map(DIGITS.fullmatch, self.names)):
+            digits = {"false": "0", "true": "1"}.get(digits, digits)
+        if (
+            not self.origin
+            or not DIGITS.fullmatch(digits)
+            or any(map(DIGITS.fullmatch, self.names))
+        ):
             return None
-        return int(given) if int(given) < len(self.names) else None
+        return int(digits) if int(digits) < len(self.names) else None
 
     def reader(self, problem: ProblemType | None) -> Callable[[Any], Any]:
-        """Return a function from a cell to its id, its ids, or the id of each tag (`problem` None,
-        -100 where nothing is learned).
+        """Return a function that maps a cell to its id, its ids, or its tags' ids.
 
-        The function raises `RowError` where the cell is no label, or not one of these.
+        Tags (`problem` None) that are masked have the id -100. The function raises `RowError` if
+        the cell is not a label or is an unknown one.
         """
         ids = {name: self.id_of(name) for name in self.names}
 
-        def known(name: str) -> int:
-            found = ids[name] if name in ids else ids.setdefault(name, self.id_of(name))
-            if found is None:
-                raise self._unknown(name)
-            return found
+        def lookup(name: str) -> int:
+            label_id = ids[name] if name in ids else ids.setdefault(name, self.id_of(name))
+            if label_id is None:
+                raise self._unlookup(name)
+            return label_id
 
         if problem is None:
             return lambda value: [
-                IGNORED if name == NO_LABEL else known(name)
+                IGNORED if name == NO_LABEL else lookup(name)
                 for name in self.names_of(value, problem)
             ]
         if problem == "single_label":
-            return lambda value: known(*self.names_of(value, problem))
+            return lambda value: lookup(*self.names_of(value, problem))
         return (
             self._vector
             if self.vectors
-            else lambda value: [known(name) for name in self.names_of(value, problem)]
+            else lambda value: [lookup(name) for name in self.names_of(value, problem)]
         )
 
     def names_of(self, value: Any, problem: ProblemType | None) -> list[str]:
-        """Return the names that a cell holds; of tags (`problem` None) those of all words, -100
-        where nothing is learned.
+        """Return the label names in a cell; for tags (`problem` None), one per word, -100 if
+        masked.
 
         Raises:
-            RowError: it is no label, no list of labels, or stands for none.
+            RowError: the cell is not a label or list of labels, or means no label.
         """
         if problem is None:
             return tag_list(value, self.unlabeled)
@@ -140,14 +140,14 @@ class Labeling:
             return label_list(self.cell(value))
         name = label_name(value)
         if name == NO_LABEL:
-            raise RowError(f"holds {NO_LABEL}, which stands for no label", "leave the row out")
+            raise RowError(f"contains {NO_LABEL}, which means no label", "remove the row")
         return [name]
 
-    def seen(self, values: Sequence[Any]) -> Labeling:
-        """Return the same, where all cells are vectors of 0 and 1 with these read by position.
+    def with_vectors(self, values: Sequence[Any]) -> Labeling:
+        """Return this labeling, with `vectors` set if all cells are lists of 0 and 1.
 
         Raises:
-            RowError: the vectors have not as many numbers as there are labels.
+            RowError: the length of the lists is not the number of labels.
         """
         cells = [self.cell(value) for value in values if value is not None]
         size = len(cells[0]) if cells and isinstance(cells[0], list) else 0
@@ -155,13 +155,14 @@ class Labeling:
             return self
         if len(self.names) not in (0, size):
             raise RowError(
-                f"holds lists of {size} numbers 0 or 1, and {self.origin} has {len(self.names)}"
+                f"contains lists of {size} numbers 0 or 1, but {self.origin} has {len(self.names)}"
                 " labels",
-                f"give one number for each label, or name the {size} labels in data.labels",
+                f"give one number per label, or name the {size} labels in data.labels",
             )
         if not self.names:
             _log.info(
-                "labels are lists of %d numbers 0 or 1: read by position; data.labels names them",
+                "labels are lists of %d numbers 0 or 1, one per class; name the classes in"
+                " data.labels",
                 size,
             )
         return dataclasses.replace(self, vectors=True, names=self.names or _numbered_names(size))
@@ -170,35 +171,35 @@ class Labeling:
         cells = self.cell(value)
         if not _is_vector(cells, len(self.names)):
             raise RowError(
-                f"is not a list of {len(self.names)} numbers 0 or 1, as the others are",
-                "give one for each label, in order",
+                f"is not a list of {len(self.names)} numbers 0 or 1, as in other rows",
+                "give one number per label, in order",
             )
         return [i for i, one in enumerate(cells) if int(one)]
 
-    def _unknown(self, name: str) -> RowError:
+    def _unlookup(self, name: str) -> RowError:
         where = f" of {self.origin}" if self.origin else ""
-        counted = (
-            ", which are counted from 0"
+        numbering = (
+            ", which are numbered from 0"
             if self.origin and DIGITS.fullmatch(canonical_number(name))
             else ""
         )
         hint = nearest(name, self.names).removeprefix("; ")
         return RowError(
-            f"holds {excerpt(name)!r}, which is not one of the {len(self.names)} labels"
-            f" known{where}{counted}",
-            hint or "correct it or leave it out",
+            f"contains {excerpt(name)!r}, which is not one of the {len(self.names)} known"
+            f" labels{where}{numbering}",
+            hint or "correct it or remove it",
         )
 
 
 def labeling_of(options: DataConfig, head: BaseHead | None) -> Labeling:
-    """Return what a config and the base's head say of the labels, before any row is read.
+    """Return the labeling that a config and the base's head define, before any row is read.
 
     Args:
         options: the data options.
-        head: of the base, None where it has none.
+        head: the head of the base, or None.
 
     Raises:
-        ConfigError: `data.labels` names the classes of the head in another order.
+        ConfigError: `data.labels` has the classes of the head in another order.
     """
     own = Labeling(
         options.labels,
@@ -218,13 +219,14 @@ def labeling_of(options: DataConfig, head: BaseHead | None) -> Labeling:
     ours, theirs = list(map(plain_text, own.names)), list(map(plain_text, head.names))
     if ours != theirs and sorted(ours) == sorted(theirs):
         raise ConfigError(
-            f"data.labels: {', '.join(own.names)}, but the base's head, which is kept, has its"
-            f" classes in the order {', '.join(head.names)} ({head.file}); write them in that"
-            " order, or leave data.labels out"
+            f"data.labels: {', '.join(own.names)}, but the base's head, which is kept, has the"
+            f" class order {', '.join(head.names)} ({head.file}); use that order, or remove"
+            " data.labels"
         )
     if ours != theirs and head.names:
         _log.warning(
-            "data.labels: the base's head is kept, and starts as that of the classes %s (%s)",
+            "data.labels: the base's head is kept; its weights were trained for the classes %s"
+            " (%s)",
             ", ".join(head.names),
             head.file,
         )
@@ -232,30 +234,35 @@ def labeling_of(options: DataConfig, head: BaseHead | None) -> Labeling:
 
 
 def find_labels(
-    labeling: Labeling, rows: Rows, column: str, problem: ProblemType | None, *, sure: bool = False
+    labeling: Labeling,
+    rows: Rows,
+    column: str,
+    problem: ProblemType | None,
+    *,
+    is_set: bool = False,
 ) -> Labeling:
-    """Return how the labels of a run are read, told from its training rows.
+    """Return the labeling of a run with the label names of its training rows.
 
     Args:
-        labeling: what is known.
+        labeling: the labeling from the config and the base.
         rows: the training rows.
-        column: with the labels; cells that are no labels are passed over.
-        problem: of a classification, not a regression; None for tags.
-        sure: whether the user said that it is this problem.
+        column: the label column; cells that are not labels are ignored.
+        problem: the problem type of a classification, not regression; None for tags.
+        is_set: whether the user set the problem type.
 
     Raises:
-        DataError: labels that one would not tell apart, that stand for none or for several, or that
-            the base does not have.
+        DataError: labels look the same, seem to mean none or several, or are not in the base's
+            head.
     """
     if labeling.vectors or (labeling.names and labeling.origin == BY_USER):
         return labeling
-    found = Found.read(
+    found = LabelCounts.read(
         rows, column, [_names(record.get(column), problem, labeling) for record in rows.records]
     )
     if labeling.names and _has_all(labeling, found):
         return labeling
     if problem is not None:
-        found.refuse_lists(sure or problem == "multi_label")
+        found.refuse_lists(is_set or problem == "multi_label")
         found.refuse_wordless()
         found.warn_of_values(len(rows))
     found.refuse_alike()
@@ -268,36 +275,36 @@ def find_labels(
 def select_labeled(
     rows: Rows, column: str, unlabeled: Sequence[str], problem: ProblemType | None = None
 ) -> Rows:
-    """Return the rows that have a label; how many have none is logged.
+    """Return the rows that have a label, and log the number of dropped rows.
 
     Args:
-        rows: of a classification.
-        column: with the labels.
-        unlabeled: values that stand for none; but for regression, -100 does as well.
-        problem: of the classification, None to tell it from the rows.
+        rows: the rows of a classification.
+        column: the label column.
+        unlabeled: values that mean no label; except for regression, so does -100.
+        problem: the problem type; None to guess it from the rows.
 
     Raises:
-        DataError: none has one.
+        DataError: no row has a label.
     """
     values = [record.get(column) for record in rows.records]
-    number = (problem or guess_problem(values)) == "regression"
-    none = tuple(unlabeled) if number else (*unlabeled, NO_LABEL)
-    kept = [i for i, value in enumerate(values) if has_label(value, none)]
-    if len(kept) == len(rows):
+    is_regression = (problem or guess_problem(values)) == "regression"
+    no_label = tuple(unlabeled) if is_regression else (*unlabeled, NO_LABEL)
+    labeled = [i for i, value in enumerate(values) if has_label(value, no_label)]
+    if len(labeled) == len(rows):
         return rows
-    first = rows.where(next(i for i, value in enumerate(values) if not has_label(value, none)))
-    said = (
-        f"column {column!r}: {len(rows) - len(kept)} of {len(rows)} rows have no label, the first"
-        f" is {first}"
+    first = rows.where(next(i for i, value in enumerate(values) if not has_label(value, no_label)))
+    text = (
+        f"column {column!r}: {len(rows) - len(labeled)} of {len(rows)} rows have no label, the"
+        f" first is {first}"
     )
-    if not kept:
-        raise DataError(f"{rows.name}: {said}; give rows that have one")
-    _log.warning("%s: %s; they are left out", rows.name, said)
-    return rows.take(kept)
+    if not labeled:
+        raise DataError(f"{rows.name}: {text}; add labeled rows")
+    _log.warning("%s: %s; dropping them", rows.name, text)
+    return rows.take(labeled)
 
 
 def _names(value: Any, problem: ProblemType | None, labeling: Labeling) -> list[str]:
-    """Return the names of a cell, none where it is broken: that is told when it is read."""
+    """Return the names in a cell; an empty list if it is invalid, which is reported later."""
     try:
         return [name for name in labeling.names_of(value, problem) if name != NO_LABEL]
     except RowError:
@@ -321,9 +328,10 @@ def _list_names(names: Sequence[str]) -> str:
     return ", ".join(map(excerpt, names[:_SHOWN])) + more
 
 
-def _has_all(labeling: Labeling, found: Found) -> bool:
-    """Return whether a base's head has all labels of the rows; one that only counts its classes has
-    those up to its last.
+def _has_all(labeling: Labeling, found: LabelCounts) -> bool:
+    """Return whether a base's head has all labels of the rows.
+
+    For a head with numbers as names, the rows must also have its last class.
     """
     size = len(labeling.names)
     if any(labeling.id_of(name) is None for name in found.counts):
@@ -333,25 +341,27 @@ def _has_all(labeling: Labeling, found: Found) -> bool:
     if found.counts and not found.counts.keys() & set(labeling.names):
         order = ", ".join(f"{i} {name}" for i, name in enumerate(labeling.names))
         _log.warning(
-            "%s: labels are numbers, taken as the ids of %s: %s", found.name, labeling.origin, order
+            "%s: labels are numbers; using them as ids of %s: %s",
+            found.name,
+            labeling.origin,
+            order,
         )
     return True
 
 
-def _refuse_for_head(labeling: Labeling, found: Found) -> None:
-    """Refuse labels that a base's head, which is kept, does not have; those of another task make a
-    head of their own.
+def _refuse_for_head(labeling: Labeling, found: LabelCounts) -> None:
+    """Refuse labels that conflict with the base's head; labels of another task get a new head.
 
     Raises:
-        DataError: some labels are the head's and some are not, or the head has as many of other
-            names.
+        DataError: only some labels are in the head, or the head has the same number of labels with
+            other names.
     """
     size, names = len(labeling.names), sort_names(found.counts)
     if labeling.names == _numbered_names(size):
         if len(names) == size:
             _log.warning(
-                "%s: the head of the base is kept, and %s does not name its classes: they are taken"
-                " in the order %s; say another in data.labels",
+                "%s: the head of the base is kept, but %s does not name its classes: assuming the"
+                " order %s; set another order in data.labels",
                 found.name,
                 labeling.origin,
                 ", ".join(names),
@@ -363,8 +373,8 @@ def _refuse_for_head(labeling: Labeling, found: Found) -> None:
     missing = next(name for name in names if labeling.id_of(name) is None)
     hint = nearest(missing, labeling.names)
     raise DataError(
-        f"{found.name}: column {found.column!r} has the labels {_list_names(names)}, and the head"
+        f"{found.name}: column {found.column!r} has the labels {_list_names(names)}, but the head"
         f" of the base, which is kept, has {_list_names(labeling.names)} ({labeling.origin}):"
-        f" {excerpt(missing)!r} is none of them{hint}; write its names or their numbers, or name"
-        " your own classes, in the order of the head's where they are the same, in data.labels"
+        f" {excerpt(missing)!r} is not one of them{hint}; use its names or their numbers, or name"
+        " your own classes in data.labels, in the head's order if they are the same"
     )

@@ -1,4 +1,4 @@
-"""Labels: from what a cell holds to names, numbers and multi-hot rows."""
+"""Convert cells to label names, numbers and multi-hot arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxpeft.data.problems import RowError
 
 ProblemType = Literal["single_label", "multi_label", "regression"]
 NO_LABEL = "-100"
-"""Stands for no label in the rows of `datasets`, as -100 does in a batch."""
+"""Means no label in rows of `datasets`, like -100 in a batch."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 _INTEGER = re.compile(r"-?[0-9]+")
@@ -24,19 +24,19 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNOR
 
 
 def label_name(value: Any) -> str:
-    """Return the name of one label: a string, a whole number or a truth value, written as a string.
+    """Return the name of one label, a string, an integer or a boolean, as a string.
 
     Raises:
-        RowError: it is something else, or there is none.
+        RowError: the cell is empty or has another type.
     """
-    _refuse_missing(value, "a string or a whole number")
+    _refuse_missing(value, "a string or an integer")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     if isinstance(value, str):
         return value
-    raise _wrong(value, "a string or a whole number")
+    raise _type_error(value, "a string or an integer")
 
 
 def is_missing(value: Any) -> bool:
@@ -49,11 +49,11 @@ def is_missing(value: Any) -> bool:
 
 
 def has_label(value: Any, unlabeled: Collection[str]) -> bool:
-    """Return whether a cell holds something else than what stands for no label.
+    """Return whether a cell has a label.
 
     Args:
-        value: of the cell.
-        unlabeled: what stands for none, written as strings; an empty one for empty cells.
+        value: the value of the cell.
+        unlabeled: values that mean no label, as strings; an empty string for empty cells.
     """
     if is_missing(value):
         return "" not in unlabeled
@@ -65,87 +65,85 @@ def has_label(value: Any, unlabeled: Collection[str]) -> bool:
 
 
 def label_list(value: Any) -> list[str]:
-    """Return the names of a list of labels, each there once.
+    """Return the names in a list of distinct labels.
 
     Raises:
-        RowError: it is not a list of labels.
+        RowError: the value is not such a list.
     """
     if not isinstance(value, list):
         raise RowError(
-            f"holds a {type(value).__name__}, not a list of labels",
-            "write it as a list, or set data.label_separator to what stands between the labels of a"
-            " string",
+            f"contains a {type(value).__name__}, not a list of labels",
+            "write it as a list, or set data.label_separator to the separator in the string",
         )
     names = [label_name(item) for item in value]
-    none = (NO_LABEL, "-1")
-    if wrong := [name for name in names if name in none or names.count(name) > 1]:
-        said = ", which stands for no label" if wrong[0] in none else " more than once"
+    no_label = (NO_LABEL, "-1")
+    if invalid := [name for name in names if name in no_label or names.count(name) > 1]:
+        fault = ", which means no label" if invalid[0] in no_label else " more than once"
         raise RowError(
-            f"holds the label {wrong[0]!r}{said}",
-            "write a list of labels, or in every row as many numbers 0 or 1 as there are labels",
+            f"contains the label {invalid[0]!r}{fault}",
+            "write a list of labels, or in every row one number 0 or 1 per label",
         )
     return names
 
 
 def tag_list(value: Any, unlabeled: Collection[str] = ()) -> list[str]:
-    """Return the names of the tags of a row, `NO_LABEL` where a word is not learned.
+    """Return the tag names of a row; `NO_LABEL` for words excluded from the loss.
 
     Raises:
-        RowError: it is not a list of labels.
+        RowError: the value is not a list of labels.
     """
     if not isinstance(value, list):
-        raise _wrong(value, "a list of labels")
+        raise _type_error(value, "a list of labels")
     return [
         label_name(item) if has_label(item, (*unlabeled, NO_LABEL)) else NO_LABEL for item in value
     ]
 
 
 def label_float(value: Any) -> float:
-    """Return a regression target, from a number or a string that holds one.
+    """Return a regression target from a number, or from a number in a string.
 
     Raises:
-        RowError: it is not a finite number, or float32 holds none as large.
+        RowError: the value is not a finite number, or exceeds float32.
     """
     _refuse_missing(value, "a finite number")
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _wrong(value, "a number")
+        raise _type_error(value, "a number")
     try:
         number = float(value)
     except (ValueError, OverflowError):
-        raise _wrong(value, "a number") from None
+        raise _type_error(value, "a number") from None
     if not math.isfinite(number):
         raise RowError(
-            f"holds {value!r}, which is not finite", "give a finite number or leave the row out"
+            f"contains {value!r}, which is not finite", "use a finite number or remove the row"
         )
     if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
-        raise RowError(f"holds {value!r}, not a number", "write it in digits, with a point")
+        raise RowError(
+            f"contains {value!r}, not a number", "write it in digits, with a decimal point"
+        )
     if abs(number) > _LARGEST:
         raise RowError(
-            f"holds {value!r}, beyond what float32 holds",
+            f"contains {value!r}, which exceeds the range of float32",
             "scale the targets, such as by their logarithm",
         )
     return number
 
 
 def guess_problem(values: Iterable[Any]) -> ProblemType:
-    """Tell the problem from the labels of the training split: lists, numbers that are not all
-    whole, or anything else.
+    """Guess the problem type from the labels of the training split.
 
-    Numbers count as numbers also where a CSV file gives them as strings; whole ones, `1.0` too, are
-    the names of classes.
+    Lists are `multi_label`. Numbers that are not all integers are `regression`, also as strings, as
+    in CSV files. Anything else is `single_label`; integers (and `1.0`) are class names.
     """
-    given = [value for value in values if not is_missing(value)]
-    if {type(value) for value in given} == {list}:
+    cells = [value for value in values if not is_missing(value)]
+    if {type(value) for value in cells} == {list}:
         return "multi_label"
-    numbers = [number(value) for value in given]
-    whole = all(number is not None and number.is_integer() for number in numbers)
-    return "regression" if given and None not in numbers and not whole else "single_label"
+    numbers = [number(value) for value in cells]
+    all_integers = all(number is not None and number.is_integer() for number in numbers)
+    return "regression" if cells and None not in numbers and not all_integers else "single_label"
 
 
 def number(value: Any) -> float | None:
-    """Return a cell as a number, None where it is none; strings such as `1_0` or `1e3` only look
-    like one.
-    """
+    """Return a cell as a finite number, or None; `1_0` and `1e3` as strings are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and not _WRITTEN.fullmatch(value):
@@ -158,7 +156,7 @@ def number(value: Any) -> float | None:
 
 
 def sort_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Sort the distinct names: by value where all are whole numbers, else by code point."""
+    """Sort the distinct names, by value if all are integers, else by code point."""
     distinct = set(names)
     if all(_INTEGER.fullmatch(name) for name in distinct):
         return tuple(sorted(distinct, key=lambda name: (int(name), name)))
@@ -173,7 +171,7 @@ def multi_hot(ids: Sequence[Sequence[int]], size: int) -> np.ndarray:
     return hot
 
 
-LEAVE_OUT = "correct it, or leave such rows out with data.unlabeled=('',)"
+DROP_UNLABELED = "correct it, or drop such rows with data.unlabeled=('',)"
 
 
 def _refuse_missing(value: Any, wanted: str) -> None:
@@ -181,22 +179,24 @@ def _refuse_missing(value: Any, wanted: str) -> None:
         kind = (
             "nothing" if value is None else "an empty string" if isinstance(value, str) else "NaN"
         )
-        raise RowError(f"holds {kind}, not {wanted}", LEAVE_OUT)
+        raise RowError(f"contains {kind}, not {wanted}", DROP_UNLABELED)
 
 
-def _wrong(value: Any, wanted: str) -> RowError:
+def _type_error(value: Any, wanted: str) -> RowError:
     kind = "an empty string" if value == "" else f"a {type(value).__name__}"
-    return RowError(f"holds {kind}, not {wanted}", "correct it or leave the row out")
+    return RowError(f"contains {kind}, not {wanted}", "correct it or remove the row")
 
 
 def label_array(ids: Sequence[Any], problem: ProblemType, size: int) -> np.ndarray:
-    """Return the labels of rows, `[n]` int32 ids, `[n]` float32 of a regression, or `[n, size]`
-    float32 of several a row.
+    """Return the labels of rows as an array.
 
     Args:
-        ids: of each row its id, its number, or its ids.
-        problem: kind of classification.
-        size: number of classes.
+        ids: the id, the number or the ids of each row.
+        problem: the problem type.
+        size: the number of classes.
+
+    Returns:
+        single_label: int32 `[n]`; regression: float32 `[n]`; multi_label: float32 `[n, size]`.
     """
     if problem == "multi_label":
         return multi_hot(ids, size)

@@ -1,4 +1,4 @@
-"""Rows to examples: checked texts or words, and labels as numbers."""
+"""Convert rows to examples: validated texts or words, and labels as numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxpeft.data.chat.dialogs import (
     read_text,
 )
 from jaxpeft.data.examples.labeling import BY_USER, Labeling, find_labels
-from jaxpeft.data.examples.labels import LEAVE_OUT, ProblemType, label_array, label_float
+from jaxpeft.data.examples.labels import DROP_UNLABELED, ProblemType, label_array, label_float
 from jaxpeft.data.problems import Problems, Record, RowError, excerpt
 from jaxpeft.data.rows.columns import Columns, Kind, find_columns
 from jaxpeft.data.rows.read import Rows
@@ -38,24 +38,24 @@ _DIALOGS: Mapping[str, Callable[[Record, Columns], Text]] = {
     "preference": read_preference,
 }
 CHATS = frozenset({"prompt_completion", "instruction", "messages"})
-"""Formats with answers, which can be trained on together."""
+"""Formats with answers; they can be mixed in one training set."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples of one kind.
+    """Examples of one format.
 
     Attributes:
         kind: the format of the rows.
-        problem: of a classification, else None.
-        texts: one an example: a string, a list of words of a token classification, a dialog or a
-            preference pair.
-        pairs: the second text of each example, None where there is none.
-        labels: single_label int32 [n]; multi_label float32 [n, labels]; regression float32 [n];
-            token classification one int32 [words] an example; None for text.
-        labeling: the name of each label id, from the training split, and how labels are read.
+        problem: the problem type of a classification, else None.
+        texts: one entry per example: a string, a list of words (token classification), a dialog or
+            a preference pair.
+        pairs: the second text of each example; None for single texts.
+        labels: single_label: int32 [n]; multi_label: float32 [n, labels]; regression: float32 [n];
+            token classification: one int32 [words] per example; text: None.
+        labeling: label names by id, from the training split, and how cells map to them.
         columns: the columns that were used.
-        rows: where they come from.
+        rows: the source rows.
     """
 
     kind: Kind
@@ -77,20 +77,20 @@ class Examples:
 
     @property
     def num_labels(self) -> int:
-        """How many outputs the head needs: 1 for regression, 0 for text."""
+        """Number of outputs that the head needs: 1 for regression, 0 for text."""
         return 1 if self.problem == "regression" else len(self.label_names)
 
     @property
     def sha256(self) -> str:
-        """The hash of everything that the examples are made from."""
-        made = [
+        """Hash of everything that determines the examples."""
+        parts = [
             self.rows.sha256,
             self.kind,
             self.problem,
             self.columns.named_fields(),
             self.labeling.identity,
         ]
-        return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def make_examples(
@@ -102,28 +102,26 @@ def make_examples(
     labels: Labeling | Sequence[str] = (),
     like: Examples | None = None,
 ) -> Examples:
-    """Make examples of rows.
+    """Convert rows to examples.
 
     Args:
         rows: the rows of one split.
         kind: the format of the rows.
-        problem: of a classification; found from the labels where not given (lists: multi_label,
-            numbers with a point: regression, else single_label; numbers that a CSV holds are
-            strings, hence single_label).
-        columns: the columns to use; those not given are found by their usual names.
-        labels: the names of the classes, in their order, or more that is known of them; the names
-            are those of the rows, sorted, where not given.
-        like: the training split's examples, where these are of another split: its problem, columns
-            and labels are used, and a label that it does not have is refused.
+        problem: the problem type of a classification. By default it is inferred from the labels:
+            lists are multi_label, decimal numbers regression, anything else single_label.
+        columns: the columns to use; unset ones are found by their usual names.
+        labels: the class names in order, or a `Labeling`; by default the sorted names in the rows.
+        like: the training examples, if `rows` is another split: its problem, columns and labels are
+            used, and unknown labels are refused.
 
     Raises:
-        ConfigError: `kind` or `problem` is not one of those above.
+        ConfigError: `kind` or `problem` is unknown.
         DataError: columns are missing or ambiguous, or rows have missing, mistyped, empty or
             unknown fields.
     """
     _check_names(kind, problem)
-    asked = columns or (like.columns if like is not None else Columns())
-    found = find_columns(rows.columns(), asked, kind, rows.name)
+    requested = columns or (like.columns if like is not None else Columns())
+    found = find_columns(rows.columns(), requested, kind, rows.name)
     problems = Problems()
     if kind in _DIALOGS:
         dialogs = _dialogs(rows, found, _DIALOGS[kind], problems)
@@ -140,12 +138,10 @@ def make_examples(
     labeling = _labeling(labels, like)
     if kind == "classification":
         problem = problem or (like.problem if like is not None else None)
-        sure, problem = (
-            problem is not None,
-            problem or labeling.problem_of(_cells(rows, found.label)),
-        )
+        is_set = problem is not None
+        problem = problem or labeling.problem_of(_cells(rows, found.label))
         ids, labeling = _labels(
-            rows, found.label, problem, labeling, problems, known=like is not None, sure=sure
+            rows, found.label, problem, labeling, problems, known=like is not None, is_set=is_set
         )
     else:
         ids, labeling = _labels(rows, found.label, None, labeling, problems, known=like is not None)
@@ -164,50 +160,49 @@ def make_examples(
 
 
 def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:
-    r"""Cut each text at the first separator into `prompt` and `completion`.
+    r"""Split each text at the first separator into `prompt` and `completion`.
 
     Args:
-        rows: rows of text.
-        separator: such as `"\nA: "`.
-        columns: the text column, if it is named.
+        rows: rows with a text column.
+        separator: the text to split at, such as `"\nA: "`.
+        columns: names the text column; unset to find it.
 
     Raises:
-        DataError: a text does not hold the separator.
+        DataError: a text does not contain the separator.
     """
     column = find_columns(rows.columns(), columns, "text", rows.name).text or ""
     problems, records = Problems(), list[Record]()
     for i, record in enumerate(rows.records):
-        prompt, there, completion = str(record.get(column) or "").partition(separator)
-        if not there:
-            fault = f"field {column!r} does not hold data.separator {separator!r}"
-            problems.add(rows.where(i), fault, _show(record), "correct the row, or the separator")
+        prompt, match, completion = str(record.get(column) or "").partition(separator)
+        if not match:
+            fault = f"field {column!r} does not contain data.separator {separator!r}"
+            problems.add(rows.where(i), fault, _show(record), "correct the row or the separator")
         records.append({"prompt": prompt, "completion": completion})
     problems.raise_if_any()
     return rows.derive(column, separator, records=records)
 
 
 def join(parts: Sequence[Examples]) -> Examples:
-    """Put examples of several sources behind one another; different formats of dialogs become
-    chats.
+    """Concatenate the examples of several sources; mixed dialog formats become `messages`.
 
     Args:
-        parts: at least one; of one problem and one label list.
+        parts: one or more, with the same problem and labels.
 
     Raises:
-        DataError: their formats cannot be trained on together, or only some have a second text.
+        DataError: the formats cannot be mixed, or only some sources have a second text.
     """
     if len(parts) == 1:
         return parts[0]
     kinds = {part.kind for part in parts}
-    told = ", ".join(f"{part.rows.name} ({part.kind})" for part in parts)
+    names = ", ".join(f"{part.rows.name} ({part.kind})" for part in parts)
     if len(kinds) > 1 and not kinds <= CHATS:
         raise DataError(
-            f"{told}: these formats cannot be trained on together; leave one out, or set"
+            f"{names}: these formats cannot be mixed in training; remove one source, or set"
             " data.format"
         )
     if len({part.pairs is None for part in parts}) > 1:
         raise DataError(
-            f"{told}: some have a second text, others none; name the columns, or leave one out"
+            f"{names}: only some sources have a second text; name the columns, or remove a source"
         )
     first, labels = parts[0], [part.labels for part in parts]
     joined: Any = labels[0]
@@ -225,7 +220,7 @@ def join(parts: Sequence[Examples]) -> Examples:
         ),
         labels=joined,
         columns=first.columns if len({part.columns for part in parts}) == 1 else Columns(),
-        rows=rows.derive(*(part.sha256 for part in parts)),  # each may have columns of its own
+        rows=rows.derive(*(part.sha256 for part in parts)),  # sources may use different columns
     )
 
 
@@ -251,9 +246,9 @@ def _column(
     column: str | None,
     read: Callable[[Any], T],
     problems: Problems,
-    fix: str = "add it or leave the row out",
+    fix: str = "add it or remove the row",
 ) -> list[T]:
-    """Read a field of every row; a row whose field is wrong is reported and left out."""
+    """Parse a field of every row; add rows with an invalid field to `problems` and skip them."""
     values = list[T]()
     for i, record in enumerate(rows.records):
         try:
@@ -284,7 +279,8 @@ def _show(record: dict[str, Any]) -> str:
 def _words(value: Any) -> list[str]:
     if not isinstance(value, list) or not value:
         raise RowError(
-            "holds no list of words", 'write it as ["word", ...], such as in JSONL or parquet'
+            "does not contain a list of words",
+            'write it as ["word", ...], such as in JSONL or parquet',
         )
     return [read_text(word) for word in value]
 
@@ -311,29 +307,31 @@ def _labels(
     problems: Problems,
     *,
     known: bool,
-    sure: bool = False,
+    is_set: bool = False,
 ) -> tuple[list[Any], Labeling]:
-    """Return the ids or the float of every row, and how they were read; of tags (`problem` None)
-    the ids of every word.
+    """Return the ids or float of every row, and the labeling; for tags (`problem` None), the ids of
+    every word.
     """
     if problem == "regression":
-        return _column(rows, column, label_float, problems, LEAVE_OUT), dataclasses.replace(
+        return _column(rows, column, label_float, problems, DROP_UNLABELED), dataclasses.replace(
             labeling, names=()
         )
     if not known and problem == "multi_label":
         try:
-            labeling = labeling.seen(_cells(rows, column))
+            labeling = labeling.with_vectors(_cells(rows, column))
         except RowError as fault:
             raise DataError(f"{rows.name}: column {column!r} {fault.fault}; {fault.fix}") from None
     if not known and not labeling.names:
-        # what is no label at all is told before what labels there are
-        _column(rows, column, lambda value: labeling.names_of(value, problem), problems, LEAVE_OUT)
+        # report cells that are not labels at all before checking the set of labels
+        _column(
+            rows, column, lambda value: labeling.names_of(value, problem), problems, DROP_UNLABELED
+        )
         if problems.total:
             return [], labeling
     if not known:
-        labeling = find_labels(labeling, rows, column or "", problem, sure=sure)
+        labeling = find_labels(labeling, rows, column or "", problem, is_set=is_set)
         _check_enough(rows, column, labeling.names, problem)
-    return _column(rows, column, labeling.reader(problem), problems, LEAVE_OUT), labeling
+    return _column(rows, column, labeling.reader(problem), problems, DROP_UNLABELED), labeling
 
 
 def _check_enough(
@@ -343,8 +341,8 @@ def _check_enough(
     if len(names) < least:
         shown = ", ".join(names) or "none"
         raise DataError(
-            f"{rows.name}: column {column!r} has the labels {shown}; a classifier needs {least} or"
-            " more"
+            f"{rows.name}: column {column!r} has the labels {shown}; a classifier needs at least"
+            f" {least}"
         )
 
 

@@ -1,6 +1,4 @@
-"""From the data options of a config to the examples of three splits: sources read, drawn, held out
-and mixed.
-"""
+"""Load the examples of the three splits from a config: read, sample, hold out and mix sources."""
 
 from __future__ import annotations
 
@@ -33,67 +31,69 @@ _KINDS: Mapping[str, Kind] = {
 def read_examples(
     config: Config, source: Source | None = None
 ) -> tuple[Examples, Examples, Examples]:
-    """Read the rows of the three splits; the validation split stands for a test split that is not
-    given.
+    """Load the training, validation and test examples; validation replaces a missing test split.
 
     Args:
-        config: of the run.
-        source: the base, whose head may name the classes; None where its files are not at hand.
+        config: the config of the run.
+        source: the base, whose head may name the classes; None if its files are unavailable.
 
     Raises:
         ConfigError: an option does not fit the rows.
         DataError: rows cannot be used.
     """
     options = config.data
-    told = [
-        recognize(config, read_source(path, "train", config), tell=True) for path in options.sources
+    recognized = [
+        recognize(config, read_source(path, "train", config), log=True) for path in options.sources
     ]
-    sources = [rows for rows, _ in told]
-    kinds: list[Kind] = [kind for _, kind in told]
-    # labels are those of all rows: which of them are drawn to be trained on or held out must not
-    # change the classes
-    whole = None
+    sources = [rows for rows, _ in recognized]
+    kinds: list[Kind] = [kind for _, kind in recognized]
+    # take labels from all rows: sampling and holding out rows must not change the classes
+    all_examples = None
     if kinds[0] not in GENERATIVE:
         labeling = labeling_of(config.data, _head(config, source))
-        whole = _examples(
+        all_examples = _examples(
             _join_sources(sources, kinds[0], config), kinds[0], config, labeling=labeling
         )
-    sources = [_draw(rows, config) for rows in sources]
-    held: list[Rows] = []
+    sources = [_sample(rows, config) for rows in sources]
+    held_out: list[Rows] = []
     if not options.validation:
         pairs = [_hold_out(rows, kind, config) for rows, kind in zip(sources, kinds, strict=True)]
-        sources, held = [kept for kept, _ in pairs], [out for _, out in pairs]
+        sources, held_out = [kept for kept, _ in pairs], [out for _, out in pairs]
     sources = mix(sources, options.weights, config.train.seed)
     train = join(
-        [_examples(rows, kind, config, whole) for rows, kind in zip(sources, kinds, strict=True)]
+        [
+            _examples(rows, kind, config, all_examples)
+            for rows, kind in zip(sources, kinds, strict=True)
+        ]
     )
-    if not held:
-        return train, *read_held(config, whole or train)
+    if not held_out:
+        return train, *read_held(config, all_examples or train)
     validation = join(
-        [_examples(rows, kind, config, whole) for rows, kind in zip(held, kinds, strict=True)]
+        [
+            _examples(rows, kind, config, all_examples)
+            for rows, kind in zip(held_out, kinds, strict=True)
+        ]
     )
-    return train, validation, _test(config, whole or train, validation)
+    return train, validation, _test(config, all_examples or train, validation)
 
 
 def _join_sources(sources: Sequence[Rows], kind: Kind, config: Config) -> Rows:
-    """Put the rows of all sources behind one another; where their columns have other names, under
-    the names of the fields.
-    """
-    found = [
+    """Concatenate the rows of all sources; rename columns to field names if the sources differ."""
+    columns = [
         find_columns(rows.columns(), columns_of(config, kind), kind, rows.name).named_fields()
         for rows in sources
     ]
-    if all(of == found[0] for of in found):
+    if all(named == columns[0] for named in columns):
         return Rows.join(sources, _name(sources))
     renamed = [
         rows.derive(
             "fields",
             records=[
-                {field: record.get(column) for field, column in of.items()}
+                {field: record.get(column) for field, column in named.items()}
                 for record in rows.records
             ],
         )
-        for rows, of in zip(sources, found, strict=True)
+        for rows, named in zip(sources, columns, strict=True)
     ]
     return Rows.join(renamed, _name(sources))
 
@@ -105,129 +105,128 @@ def _head(config: Config, source: Source | None) -> BaseHead | None:
 def read_held(
     config: Config, like: Examples | None, source: Source | None = None
 ) -> tuple[Examples, Examples]:
-    """Read the validation and the test rows; the first stand for a test split that is not given.
+    """Load the validation and test examples; validation replaces a missing test split.
 
     Args:
-        config: of the run, with validation rows.
-        like: the training examples; None where the validation rows are to tell the labels.
+        config: the config of the run, with `data.validation` set.
+        like: the training examples; None to take the labels from the validation rows.
         source: the base, as in `read_examples`.
 
     Raises:
         DataError: rows cannot be used.
     """
     labeling = labeling_of(config.data, _head(config, source)) if like is None else None
-    validation = _other(config.data.validation, "validation", config, like, labeling)
+    validation = _read_split(config.data.validation, "validation", config, like, labeling)
     like = validation if like is None else like
     return validation, _test(config, like, validation)
 
 
 def _test(config: Config, like: Examples | None, validation: Examples) -> Examples:
-    """Read the test rows: those that are named, or in the folder of the training rows or beside it,
-    else the validation rows.
+    """Load the test examples: from `data.test`, from the folder of the training rows or the folder
+    next to it, else the validation examples.
     """
     options = config.data
     if options.test:
-        return _other(options.test, "test", config, like)
+        return _read_split(options.test, "test", config, like)
     folder = Path(options.sources[0]).expanduser()
-    beside = (
+    siblings = (
         {split: sibling_split(folder, split) for split in ("validation", "test")}
         if folder.is_dir()
         else {}
     )
-    if (path := beside.get("validation")) and not options.validation:
+    if (path := siblings.get("validation")) and not options.validation:
         _log.info(
-            "%s: has validation rows, which are not used; data.validation=%s takes them", path, path
+            "%s: ignoring its validation rows; set data.validation=%s to use them", path, path
         )
-    path = beside.get("test")
+    path = siblings.get("test")
     if path is None or len(options.sources) > 1:
         return validation
-    _log.info("%s: its test rows are taken for the final figures", path)
+    _log.info("%s: using its test rows for the final figures", path)
     try:
-        return _other(str(path), "test", config, like)
+        return _read_split(str(path), "test", config, like)
     except DataError as error:
-        why = (
-            f"{path}: its test rows are taken since data.test is not set; name others there, or a"
+        hint = (
+            f"{path}: its test rows are used because data.test is not set; set data.test, or name a"
             " file in data.train"
         )
-        raise DataError([*error.problems, why]) from error
+        raise DataError([*error.problems, hint]) from error
 
 
 def mix(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> list[Rows]:
-    """Take rows of each source in the proportion of the weights: as many as there can be without
-    one taken twice.
+    """Sample rows from each source in proportion to the weights, as many as possible without
+    repeating one.
 
     Args:
-        sources: rows of each source.
-        weights: share of each source; empty to take all rows.
-        seed: of the draw.
+        sources: the rows of each source.
+        weights: the share of each source; empty to take all rows.
+        seed: the sampling seed.
 
     Raises:
-        ConfigError: so few rows of a source are asked for that it would have none.
+        ConfigError: a weight is so small that its source would have no rows.
     """
     if not weights:
         return list(sources)
     scale = min(len(rows) / weight for rows, weight in zip(sources, weights, strict=True))
-    taken: list[Rows] = []
+    samples: list[Rows] = []
     for i, (rows, weight) in enumerate(zip(sources, weights, strict=True)):
         count = min(len(rows), round(scale * weight))
         if count == 0:
             raise ConfigError(
-                f"data.weights: {weight} leaves no row of {rows.name}; raise it, or leave the"
-                " source out"
+                f"data.weights: {weight} selects no row of {rows.name}; increase it, or remove the"
+                " source"
             )
-        taken.append(
+        samples.append(
             rows
             if count == len(rows)
             else rows.take(sorted(order(len(rows), seed, i)[:count].tolist()))
         )
         _log.info("%s: %d of %d rows", rows.name, count, len(rows))
-    return taken
+    return samples
 
 
-def recognize(config: Config, rows: Rows, *, tell: bool = False) -> tuple[Rows, Kind]:
-    """Return rows with their format; texts that hold the separator become prompts with completions.
+def recognize(config: Config, rows: Rows, *, log: bool = False) -> tuple[Rows, Kind]:
+    """Detect the format of rows, and split texts at `data.separator` into prompt and completion.
 
     Args:
-        config: of the run.
-        rows: of one source.
-        tell: whether to log which columns are not read.
+        config: the config of the run.
+        rows: the rows of one source.
+        log: whether to log the unused columns.
 
     Raises:
-        ConfigError: a format is named where the task has only one.
+        ConfigError: `data.format` is set for a task that has only one format.
         DataError: the columns fit no format, or several.
     """
     kind = kind_of(config, rows)
-    if tell:
+    if log:
         report_unread(config, rows, kind)
     return cut_texts(config, rows, kind)
 
 
 def report_unread(config: Config, rows: Rows, kind: Kind) -> None:
-    """Log, in one line, which columns of a source are not read; a warning where one may be
-    missed.
-    """
+    """Log the unused columns of a source in one line; as a warning if one may be needed."""
     found = find_columns(rows.columns(), columns_of(config, kind), kind, rows.name)
-    told, missed = find_unread(filled_columns(rows), found, kind)
-    if told:
-        _log.log(logging.WARNING if missed else logging.INFO, "%s: %s", rows.name, told)
+    text, may_be_needed = find_unread(filled_columns(rows), found, kind)
+    if text:
+        _log.log(logging.WARNING if may_be_needed else logging.INFO, "%s: %s", rows.name, text)
 
 
 def cut_texts(
     config: Config, rows: Rows, kind: Kind, columns: Columns | None = None
 ) -> tuple[Rows, Kind]:
-    """Return rows of a format with their format; texts that hold the separator become prompts with
-    completions.
-
-    Rows of a classification that have no label are left out.
+    """Split texts at `data.separator` into prompt and completion, and drop unlabeled rows of a
+    classification.
 
     Args:
-        config: of the run.
-        rows: of one source.
-        kind: their format.
-        columns: to use, None for those that the config names.
+        config: the config of the run.
+        rows: the rows of one source.
+        kind: the format of the rows.
+        columns: the columns to use; None for those in the config.
+
+    Returns:
+        The rows and their format.
 
     Raises:
-        DataError: a text does not hold the separator, or no row has a label.
+        DataError: a text does not contain the separator, or no row has a label.
     """
     if kind == "classification":
         found = find_columns(rows.columns(), columns or columns_of(config, kind), kind, rows.name)
@@ -240,36 +239,38 @@ def cut_texts(
 
 
 def columns_of(config: Config, kind: Kind) -> Columns:
-    """Return the columns that the config names; of texts that were cut, the text has none any
-    more.
-    """
+    """Return the columns in the config, without the text column if texts were split."""
     named = config.data.columns
-    cuts = kind == "prompt_completion" and config.data.separator
+    split = kind == "prompt_completion" and config.data.separator
     return Columns(
-        **{field: column for field, column in named.items() if not (cuts and field == "text")}
+        **{field: column for field, column in named.items() if not (split and field == "text")}
     )
 
 
 def kind_of(config: Config, rows: Rows) -> Kind:
-    """Return the format of rows, told from their columns where the config does not name it.
+    """Return the format of rows: `data.format`, or inferred from the columns.
 
     Raises:
-        ConfigError: a format is named where the task has only one.
-        DataError: the columns fit no format, or several, or say more than would be learned.
+        ConfigError: `data.format` is set for a task that has only one format.
+        DataError: the columns fit no format, or several, or an unused one may be needed.
     """
-    task, given = config.model.task, config.data.format
+    task, kind = config.model.task, config.data.format
     if task in _KINDS:
-        if given != "auto":
+        if kind != "auto":
             raise ConfigError(
-                f"data.format: {given!r} is for task 'causal_lm', task is {task!r}; set it to"
-                " 'auto'"
+                f"data.format: {kind!r} is for task 'causal_lm', but the task is {task!r}; set it"
+                " to 'auto'"
             )
         return _KINDS[task]
-    kind = given
     if kind == "auto":
-        present, held, asked = rows.columns(), filled_columns(rows), Columns(**config.data.columns)
-        kind = find_format(present, asked, rows.name, plain_texts(rows, held))
-        refuse_partial(held, asked, find_columns(present, asked, kind, rows.name), kind, rows.name)
+        names, filled, requested = (
+            rows.columns(),
+            filled_columns(rows),
+            Columns(**config.data.columns),
+        )
+        kind = find_format(names, requested, rows.name, plain_texts(rows, filled))
+        found = find_columns(names, requested, kind, rows.name)
+        refuse_partial(filled, requested, found, kind, rows.name)
     _log.info("%s: rows of format %s", rows.name, kind)
     return kind
 
@@ -278,7 +279,7 @@ def read_source(path: str, split: str, config: Config) -> Rows:
     """Read the rows of a file, a folder or a hub id.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the source cannot be read.
     """
     layout = layout_of(config)
     if is_hub_id(path):
@@ -293,12 +294,12 @@ def read_source(path: str, split: str, config: Config) -> Rows:
 
 
 def layout_of(config: Config) -> FileOptions:
-    """Return what the config says of data files."""
+    """Return the file options in the config."""
     data = config.data
     columns = tuple(data.columns.values())
-    most = round(data.most_gib * GIB)
+    max_bytes = round(data.most_gib * GIB)
     return FileOptions(
-        data.encoding, data.delimiter, data.quoting, data.header, data.field, columns, most
+        data.encoding, data.delimiter, data.quoting, data.header, data.field, columns, max_bytes
     )
 
 
@@ -323,21 +324,24 @@ def _examples(
     )
 
 
-def _other(
+def _read_split(
     path: str, split: str, config: Config, like: Examples | None, labeling: Labeling | None = None
 ) -> Examples:
-    """Read another split; its columns are those of the training rows, or found as theirs were."""
+    """Load another split, with the columns of the training rows if it has them."""
     rows = read_source(path, split, config)
     if config.data.separator:
         return _examples(*recognize(config, rows), config)
     if like is None:
         return _examples(*cut_texts(config, rows, kind_of(config, rows)), config, labeling=labeling)
-    columns = set(like.columns.named_fields().values())
-    same = bool(columns) and columns <= set(rows.columns())
+    names = set(like.columns.named_fields().values())
+    same = bool(names) and names <= set(rows.columns())
     if like.kind not in GENERATIVE:
-        own = like.columns if same else columns_of(config, like.kind)
+        columns = like.columns if same else columns_of(config, like.kind)
         return make_examples(
-            cut_texts(config, rows, like.kind, own)[0], kind=like.kind, columns=own, like=like
+            cut_texts(config, rows, like.kind, columns)[0],
+            kind=like.kind,
+            columns=columns,
+            like=like,
         )
     if same:
         return make_examples(rows, kind=like.kind, like=like)
@@ -351,11 +355,11 @@ def _hold_out(rows: Rows, kind: Kind, config: Config) -> tuple[Rows, Rows]:
     return hold_out(rows, share, seed)
 
 
-def _draw(rows: Rows, config: Config) -> Rows:
-    most = config.data.max_rows
-    if most is None or most >= len(rows):
+def _sample(rows: Rows, config: Config) -> Rows:
+    max_rows = config.data.max_rows
+    if max_rows is None or max_rows >= len(rows):
         return rows
-    return rows.take(sorted(order(len(rows), config.train.seed)[:most].tolist()))
+    return rows.take(sorted(order(len(rows), config.train.seed)[:max_rows].tolist()))
 
 
 def _name(sources: Sequence[Rows]) -> str:

@@ -1,1 +1,1 @@
-"""Files to rows: which files, their formats, and what their columns hold."""
+"""Read rows from files: find the files, parse their formats, and detect column roles."""

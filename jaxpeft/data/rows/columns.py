@@ -1,6 +1,4 @@
-"""Which columns hold what: named by the user, or found by their usual names; and with them the
-format of the rows.
-"""
+"""Find the column of each field, by the user's names or the usual ones, and the format of rows."""
 
 from __future__ import annotations
 
@@ -77,7 +75,7 @@ REQUIRED: Mapping[str, Sequence[Mapping[str, str]]] = {
     "messages": [{"messages": name} for name in MESSAGES],
     "preference": [{"chosen": "chosen", "rejected": "rejected"}],
 }
-"""For each format of a language model's rows, the usual columns of the fields that it must have."""
+"""Usual columns of the required fields, for each format of a language model's rows."""
 _CHAT = {"system": SYSTEMS, "tools": TOOLS}
 OPTIONAL: Mapping[str, Mapping[str, Sequence[str]]] = {
     "prompt_completion": _CHAT,
@@ -85,14 +83,12 @@ OPTIONAL: Mapping[str, Mapping[str, Sequence[str]]] = {
     "messages": _CHAT,
     "preference": {"prompt": PROMPTS, **_CHAT},
 }
-"""Fields that a format may have."""
+"""Usual columns of the optional fields of each format."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names; None where they are to be found, or, for `text_pair` beside a given `text`,
-    where there is none.
-    """
+    """Column names; None to find a column, or for `text_pair` with a set `text`, for no column."""
 
     text: str | None = None
     text_pair: str | None = None
@@ -122,152 +118,146 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Columns))
 USUAL = frozenset({*TEXTS, *DOCUMENTS, *WORDS, *LABELS, *TAGS, *MESSAGES, *FIELDS}) | {
     name for pair in (*PAIRS, *COMPLETIONS) for name in pair
 }
-"""All names of columns that are looked for."""
+"""All usual column names."""
 _TABLE = re.compile(r"\.(csv|tsv)\b")
 
 
 def find_format(
-    present: Sequence[str], asked: Columns, name: str, texts: Sequence[str] = ()
+    present: Sequence[str], requested: Columns, name: str, texts: Sequence[str] = ()
 ) -> Kind:
-    """Tell the format of a language model's rows by their columns.
+    """Infer the format of a language model's rows from their columns.
 
     Args:
         present: the columns of the rows.
-        asked: the columns that the user named.
-        name: what to call the rows in messages.
-        texts: the columns that hold plain texts, and so no chats.
+        requested: the columns that the user named.
+        name: the name of the rows in messages.
+        texts: the columns with plain texts, which cannot be chats.
 
     Raises:
         DataError: the columns fit no format, or several.
     """
-    _raise_if_absent(present, asked, name)
-    fitting: list[Kind] = [kind for kind in GENERATIVE if _alternatives(present, asked, kind)]
-    if asked.messages is None and any(
-        of["messages"] in texts for of in _alternatives(present, asked, "messages")
+    _raise_if_absent(present, requested, name)
+    fitting: list[Kind] = [kind for kind in GENERATIVE if _alternatives(present, requested, kind)]
+    if requested.messages is None and any(
+        fields["messages"] in texts for fields in _alternatives(present, requested, "messages")
     ):
         fitting.remove("messages")
     if "preference" in fitting:
         return "preference"
     if "instruction" in fitting and "prompt_completion" in fitting:
-        fitting.remove(
-            "prompt_completion"
-        )  # alpaca's `input` and `output` are fields of the instruction
+        fitting.remove("prompt_completion")  # Alpaca rows also have `input` and `output`
     if len(fitting) == 1:
         return fitting[0]
-    said = f"could be {' or '.join(fitting)}" if fitting else f"is none of {', '.join(GENERATIVE)}"
-    unnamed = _header_hint(present, asked, name)
+    fault = (
+        f"could be {' or '.join(fitting)}" if fitting else f"is not one of {', '.join(GENERATIVE)}"
+    )
+    hint = _header_hint(present, requested, name)
     fix = (
         "set data.format to one of them"
         if fitting
-        else f"set data.format, or data.columns such as {_likely(texts or present)}"
+        else f"set data.format, or data.columns such as {_suggest_columns(texts or present)}"
     )
     raise DataError(
-        f"{name}: the format {said}; {fix}. Columns present:"
-        f" {', '.join(present)}{unnamed and '; ' + unnamed}"
+        f"{name}: the format {fault}; {fix}. Columns present:"
+        f" {', '.join(present)}{hint and '; ' + hint}"
     )
 
 
-def _header_hint(present: Sequence[str], asked: Columns, name: str) -> str:
-    """Return what to do where the first line of a table is a row, empty where it surely names the
-    columns.
-    """
+def _header_hint(present: Sequence[str], requested: Columns, name: str) -> str:
+    """Return the hint that the first line of a table may be a row, or an empty string."""
     if (
-        asked.named_fields()
+        requested.named_fields()
         or _columns_present(sorted(USUAL), present)
         or all(map(str.isdigit, present))
         or not _TABLE.search(name)
     ):
         return ""
-    return (
-        "if the first line is a row, set data.header to False and name the columns by their number"
-    )
+    return "if the first line is a row, set data.header to False and name the columns by number"
 
 
-def _likely(texts: Sequence[str]) -> str:
-    """Return what to name a prompt and its completion, told from the words of the names."""
-    found = {role(column): column for column in reversed(texts)}
-    asked, answer = (
-        found.get("the prompt") or found.get("a part of the question"),
-        found.get("the answer"),
-    )
-    if not asked or not answer:
+def _suggest_columns(texts: Sequence[str]) -> str:
+    """Return a suggestion for `data.columns` with a prompt and a completion."""
+    by_role = {role(column): column for column in reversed(texts)}
+    prompt = by_role.get("the prompt") or by_role.get("a part of the question")
+    answer = by_role.get("the answer")
+    if not prompt or not answer:
         return "{'prompt': ..., 'completion': ...}"
     first, last = (
-        ("instruction", "output") if "a system turn" in found else ("prompt", "completion")
+        ("instruction", "output") if "a system turn" in by_role else ("prompt", "completion")
     )
-    return str({first: asked, last: answer})
+    return str({first: prompt, last: answer})
 
 
-def find_columns(present: Sequence[str], asked: Columns, kind: str, name: str) -> Columns:
-    """Return the columns to use, all the names of `present`.
+def find_columns(present: Sequence[str], requested: Columns, kind: str, name: str) -> Columns:
+    """Return the columns to use, all of them in `present`.
 
     Args:
         present: the columns of the rows.
-        asked: the columns that the user named.
+        requested: the columns that the user named.
         kind: one of `Kind`.
-        name: what to call the rows in messages.
+        name: the name of the rows in messages.
 
     Raises:
-        DataError: a named column is absent, or none or several could be meant; lists the columns
-            present.
+        DataError: a named column is missing, or a field has no column or several candidates.
     """
     if kind in GENERATIVE:
-        return _find_fields(present, asked, kind, name)
+        return _find_fields(present, requested, kind, name)
     _refuse_foreign(
-        asked,
+        requested,
         {"text", "label"} | ({"text_pair"} if kind == "classification" else set()),
         kind,
         name,
     )
-    problems = _absent(present, asked, name)
-    text, pair = _find_texts(present, asked, kind, name, problems)
-    label = asked.label
+    problems = _absent(present, requested, name)
+    text, pair = _find_texts(present, requested, kind, name, problems)
+    label = requested.label
     if label is None:
         usual = TAGS if kind == "token_classification" else LABELS
         label = _find("label", usual, present, name, problems, (text, pair))
-    if problems and (unnamed := _header_hint(present, asked, name)):
-        problems.append(f"{name}: {unnamed}")
+    if problems and (hint := _header_hint(present, requested, name)):
+        problems.append(f"{name}: {hint}")
     if problems:
         raise DataError(problems)
     return Columns(text, pair, label)
 
 
-def _find_fields(present: Sequence[str], asked: Columns, kind: str, name: str) -> Columns:
-    _raise_if_absent(present, asked, name)
-    found = _alternatives(present, asked, kind)
+def _find_fields(present: Sequence[str], requested: Columns, kind: str, name: str) -> Columns:
+    _raise_if_absent(present, requested, name)
+    found = _alternatives(present, requested, kind)
     if len(found) == 1:
         return Columns(**found[0])
-    _refuse_foreign(asked, {*REQUIRED[kind][0], *OPTIONAL.get(kind, ())}, kind, name)
+    _refuse_foreign(requested, {*REQUIRED[kind][0], *OPTIONAL.get(kind, ())}, kind, name)
     usual = [" with ".join(columns.values()) for columns in found or REQUIRED[kind]]
-    said = (
+    fault = (
         f"could be {' or '.join(usual)}"
         if found
-        else f"is none of the usual names ({', '.join(usual)})"
+        else f"has none of the usual names ({', '.join(usual)})"
     )
-    needed = " and ".join(REQUIRED[kind][0])
+    fields = " and ".join(REQUIRED[kind][0])
     raise DataError(
-        f"{name}: the {needed} column {said}; name it. Columns present: {', '.join(present)}"
+        f"{name}: the {fields} column {fault}; set it in data.columns. Columns present:"
+        f" {', '.join(present)}"
     )
 
 
-def _refuse_foreign(asked: Columns, fields: set[str], kind: str, name: str) -> None:
-    if foreign := [field for field in asked.named_fields() if field not in fields]:
+def _refuse_foreign(requested: Columns, fields: set[str], kind: str, name: str) -> None:
+    if foreign := [field for field in requested.named_fields() if field not in fields]:
         raise DataError(
-            f"{name}: data.columns names {', '.join(foreign)}, which rows of format {kind} do not"
+            f"{name}: data.columns sets {', '.join(foreign)}, which rows of format {kind} do not"
             " have; remove it"
         )
 
 
-def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dict[str, str]]:
-    """List the ways in which the columns are rows of a format."""
-    given, optional = asked.named_fields(), OPTIONAL.get(kind, {})
-    if not given.keys() <= {*REQUIRED[kind][0], *optional}:
+def _alternatives(present: Sequence[str], requested: Columns, kind: str) -> list[dict[str, str]]:
+    """List all mappings from the fields of a format to the columns."""
+    named, optional = requested.named_fields(), OPTIONAL.get(kind, {})
+    if not named.keys() <= {*REQUIRED[kind][0], *optional}:
         return []
     found: list[dict[str, str]] = []
-    for known in _names(present):
+    for columns in _names(present):
         for usual in [] if found else REQUIRED[kind]:
             wanted = {
-                field: given.get(field) or known.get(column) for field, column in usual.items()
+                field: named.get(field) or columns.get(column) for field, column in usual.items()
             }
             fields = {
                 field: column
@@ -278,16 +268,14 @@ def _alternatives(present: Sequence[str], asked: Columns, kind: str) -> list[dic
                 found.append(fields)
     for fields in found:
         for field, names in optional.items():
-            there = [given[field]] if field in given else _columns_present(names, present)
-            if there and there[0] not in fields.values():
-                fields[field] = there[0]
+            candidates = [named[field]] if field in named else _columns_present(names, present)
+            if candidates and candidates[0] not in fields.values():
+                fields[field] = candidates[0]
     return found
 
 
 def _names(present: Sequence[str]) -> Iterator[Mapping[str, str]]:
-    """Yield the columns by their names as they are, then by what they are but for case and outer
-    spaces, where that is one.
-    """
+    """Yield the columns by exact name, then by name without case and outer spaces, if unique."""
     yield {name: name for name in present}
     folded = [name.strip().lower() for name in present]
     yield {
@@ -296,52 +284,50 @@ def _names(present: Sequence[str]) -> Iterator[Mapping[str, str]]:
 
 
 def _columns_present(usual: Sequence[str], present: Sequence[str]) -> list[str]:
-    """List the columns of usual names: those so written, else those that are but for case and outer
-    spaces.
-    """
-    return next(
-        filter(
-            None, ([known[name] for name in usual if name in known] for known in _names(present))
-        ),
-        [],
-    )
+    """List the columns with usual names: exact, else without case and outer spaces."""
+    matches = ([columns[name] for name in usual if name in columns] for columns in _names(present))
+    return next(filter(None, matches), [])
 
 
-def _absent(present: Sequence[str], asked: Columns, name: str) -> list[str]:
+def _absent(present: Sequence[str], requested: Columns, name: str) -> list[str]:
     return [
         f"{name}: no column {column!r} (for {field}){nearest(column, present)} Columns present:"
         f" {', '.join(present)}"
-        for field, column in asked.named_fields().items()
+        for field, column in requested.named_fields().items()
         if column not in present
     ]
 
 
-def _raise_if_absent(present: Sequence[str], asked: Columns, name: str) -> None:
-    if problems := _absent(present, asked, name):
+def _raise_if_absent(present: Sequence[str], requested: Columns, name: str) -> None:
+    if problems := _absent(present, requested, name):
         raise DataError(problems)
 
 
 def _find_texts(
-    present: Sequence[str], asked: Columns, kind: str, name: str, problems: list[str]
+    present: Sequence[str], requested: Columns, kind: str, name: str, problems: list[str]
 ) -> tuple[str | None, str | None]:
-    if asked.text is not None:
-        return asked.text, asked.text_pair
+    if requested.text is not None:
+        return requested.text, requested.text_pair
     if kind == "classification":
-        there = (
-            [(known[a], known[b]) for a, b in PAIRS if {a, b} <= known.keys()]
-            for known in _names(present)
+        matches = (
+            [(columns[a], columns[b]) for a, b in PAIRS if {a, b} <= columns.keys()]
+            for columns in _names(present)
         )
         pairs = [
-            pair for pair in next(filter(None, there), []) if asked.text_pair in (None, pair[1])
+            pair
+            for pair in next(filter(None, matches), [])
+            if requested.text_pair in (None, pair[1])
         ]
         if len(pairs) == 1:
             return pairs[0]
         if len(pairs) > 1:
-            fix = f"name the columns text and text_pair. Columns present: {', '.join(present)}"
+            fix = f"set text and text_pair in data.columns. Columns present: {', '.join(present)}"
             problems.append(f"{name}: the texts could be {' or '.join(map(str, pairs))}; {fix}")
             return None, None
     usual = {"classification": TEXTS, "token_classification": WORDS}[kind]
-    return _find("text", usual, present, name, problems, (asked.text_pair,)), asked.text_pair
+    return _find(
+        "text", usual, present, name, problems, (requested.text_pair,)
+    ), requested.text_pair
 
 
 def _find(
@@ -350,18 +336,19 @@ def _find(
     present: Sequence[str],
     name: str,
     problems: list[str],
-    taken: Sequence[str | None],
+    used: Sequence[str | None],
 ) -> str | None:
-    usual = [column for column in usual if column not in taken]
-    found = _columns_present(usual, [column for column in present if column not in taken])
+    usual = [column for column in usual if column not in used]
+    found = _columns_present(usual, [column for column in present if column not in used])
     if len(found) == 1:
         return found[0]
-    said = (
+    fault = (
         f"could be {' or '.join(found)}"
         if found
-        else f"is none of the usual names ({', '.join(usual)})"
+        else f"has none of the usual names ({', '.join(usual)})"
     )
     problems.append(
-        f"{name}: the {field} column {said}; name it. Columns present: {', '.join(present)}"
+        f"{name}: the {field} column {fault}; set it in data.columns. Columns present:"
+        f" {', '.join(present)}"
     )
     return None

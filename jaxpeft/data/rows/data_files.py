@@ -1,4 +1,4 @@
-"""Data files as they lie on disk: which they are, and their bytes, unpacked and bounded."""
+"""Open data files, and read their bytes unpacked and up to a maximum size."""
 
 from __future__ import annotations
 
@@ -23,58 +23,56 @@ _KINDS = {
 
 
 def ending_of(path: str | Path) -> str:
-    """Return the ending that tells the format, in small letters: `.csv` of `x.CSV` and of
-    `x.csv.gz`.
-    """
+    """Return the extension of the format in lower case: `.csv` for `x.CSV` and `x.csv.gz`."""
     path = Path(path)
     return Path(path.stem).suffix.lower() if is_packed(path) else path.suffix.lower()
 
 
 def is_packed(path: str | Path) -> bool:
-    """Return whether a file is packed by gzip, by its name."""
+    """Return whether a file name ends in .gz."""
     return Path(path).suffix.lower() == GZIP
 
 
 def check_file(path: Path, name: str) -> int:
-    """Return the size of a file in bytes, as it lies there.
+    """Return the size of a file on disk in bytes.
 
     Args:
-        path: of the file.
-        name: what to call it in messages.
+        path: the path of the file.
+        name: the name of the file in messages.
 
     Raises:
-        DataError: there is none, or it is not a regular file: a pipe may never begin, and a device
+        DataError: the file does not exist, or is not a regular file: reading a pipe or a device may
             never end.
     """
     if not path.exists():
         raise DataError(missing_file(path, name))
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise DataError(unreadable_file(name, error)) from None
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
         raise DataError(
-            f"{name}: {kind}, not a regular file; write its rows to a file, and name that"
+            f"{name}: {kind}, not a regular file; write its rows to a file, and use that"
         )
-    return found.st_size
+    return status.st_size
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """Open a file, unpacked."""
+    """Open a file for reading; .gz files are unpacked."""
     return cast(IO[bytes], gzip.open(path, "rb")) if is_packed(path) else path.open("rb")
 
 
 def read_bytes(path: Path, name: str, allowed: Allowance) -> bytes:
-    """Read a file, unpacked.
+    """Read a file; .gz files are unpacked.
 
     Args:
-        path: of the file.
-        name: what to call it in messages.
+        path: the path of the file.
+        name: the name of the file in messages.
         allowed: counts the bytes.
 
     Raises:
-        DataError: it cannot be read, or holds more than is allowed.
+        DataError: the file cannot be read, or is too large.
     """
     size = check_file(path, name)
     if not is_packed(path):
@@ -95,12 +93,12 @@ def read_bytes(path: Path, name: str, allowed: Allowance) -> bytes:
 
 
 def gzip_fault(name: str, error: Exception) -> str:
-    """Return what to say of a file that gzip cannot unpack."""
-    return f"{name}: not whole as a gzip file ({error}); write or download it again"
+    """Return the error message for a file that gzip cannot unpack."""
+    return f"{name}: not an intact gzip file ({error}); write or download it again"
 
 
 def missing_file(path: Path, name: str) -> str:
-    """Return what to say where there is no such file, with the nearest name."""
+    """Return the error message for a missing file, with the nearest name as a hint."""
     folder = path.parent
     if not folder.is_dir():
         return f"{name}: no such file, and no folder {str(folder)!r}; check the path"
@@ -110,5 +108,5 @@ def missing_file(path: Path, name: str) -> str:
 
 
 def unreadable_file(name: str, error: OSError) -> str:
-    """Return what to say of a file that cannot be read."""
+    """Return the error message for a file that cannot be read."""
     return f"{name}: cannot be read ({error.strerror or error}); check the path and its permissions"

@@ -1,6 +1,4 @@
-"""How a table is written: its delimiter, whether quotes hold its fields together, and whether its
-first line is a header.
-"""
+"""Detect the dialect of a table: its delimiter, whether quotes enclose fields, and its header."""
 
 from __future__ import annotations
 
@@ -18,91 +16,91 @@ from jaxpeft.errors import DataError
 
 Fields = list[str] | RowError
 DELIMITERS = (",", "\t", ";", "|")
-_SAMPLE, _LOOKED_AT, _HEAD = 200, 1000, 1 << 20
+_DELIMITER_ROWS, _HEADER_ROWS, _HEAD = 200, 1000, 1 << 20
 _LONG, _MANY_WORDS = 60, 8
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 _SEP = re.compile(r"sep=(.)\r?\n")
 _OPENS = re.compile(r'(?:^|[\t\r\n])"')
 _BROKEN = (
-    "close the quotes, and double a quote that stands inside them, or set data.quoting='none' where"
-    " quotes are characters like others; a very long text belongs in JSONL"
+    "close the quotes and double quotes inside a field, or set data.quoting='none' if quotes are"
+    " ordinary characters; store very long texts in JSONL"
 )
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a table is written.
+    """The format of a table.
 
     Attributes:
-        delimiter: between fields.
-        quoted: whether quotes hold fields together, as in RFC 4180.
+        delimiter: the separator between fields.
+        quoted: whether quotes enclose fields, as in RFC 4180.
         header: whether the first line names the columns.
-        before: lines before the table: Excel's `sep=;`.
-        open: whether fields that begin with a quote have yet to be met, so that nothing is known of
-            what they mean.
+        skipped: number of lines before the table: 1 for Excel's `sep=;`.
+        undecided: whether the meaning of quotes is unknown, because no field so far starts with
+            one.
     """
 
     delimiter: str
     quoted: bool
     header: bool = True
-    before: int = 0
-    open: bool = False
+    skipped: int = 0
+    undecided: bool = False
 
     def __str__(self) -> str:
-        """Say it in a few words."""
-        quotes = "fields may be in quotes" if self.quoted else "quotes are characters like others"
-        first = "the first line is the header" if self.header else "no header, columns by number"
+        """Describe the dialect for the log."""
+        quotes = "fields may be quoted" if self.quoted else "quotes are ordinary characters"
+        first = "the first line is the header" if self.header else "no header, numbered columns"
         return f"delimiter {self.delimiter!r}, {quotes}, {first}"
 
 
 def dialect_of(
-    text: str, name: str, own: str, layout: FileOptions, *, whole: bool = True
+    text: str, name: str, default: str, layout: FileOptions, *, is_complete: bool = True
 ) -> Dialect:
-    """Tell how a table is written.
+    """Detect the dialect of a table.
 
     Args:
-        text: all of it, or its first lines, whole ones.
-        name: of the file.
-        own: the delimiter that the file's ending stands for.
-        layout: what the user says.
-        whole: whether it is all of it.
+        text: the contents, or the first lines.
+        name: the name of the file in messages.
+        default: the delimiter for the file extension.
+        layout: the user's file options.
+        is_complete: whether `text` is the complete file.
 
     Raises:
-        DataError: it may be read in two ways, or its first line looks like data.
+        DataError: the table is ambiguous, or its first line looks like data.
     """
     marked = _SEP.match(text)
-    before, body = (1, text[marked.end() :]) if marked else (0, text)
+    skipped, body = (1, text[marked.end() :]) if marked else (0, text)
     delimiter = (
         layout.delimiter
         if layout.delimiter != "auto"
         else marked[1]
         if marked
-        else _delimiter(body, own, layout)
+        else _delimiter(body, default, layout)
     )
-    quoted, unknown = layout.quoting != "none", False
+    quoted, undecided = layout.quoting != "none", False
     if layout.quoting == "auto" and delimiter == "\t":
-        unknown = not whole and not _OPENS.search(body)
-        quoted = not unknown and _has_quoting(body, name, before, whole)
+        undecided = not is_complete and not _OPENS.search(body)
+        quoted = not undecided and _has_quoting(body, name, skipped, is_complete)
     header = layout.header
     if header is None:
-        rows = [row for _, row in _first_rows(body, delimiter, quoted, _LOOKED_AT)]
-        _check_header(rows, name, before, delimiter, layout)
+        rows = [row for _, row in _first_rows(body, delimiter, quoted, _HEADER_ROWS)]
+        _check_header(rows, name, skipped, delimiter, layout)
         header = True
-    return Dialect(delimiter, quoted, header, before, unknown)
+    return Dialect(delimiter, quoted, header, skipped, undecided)
 
 
 def fields_of(text: Iterable[str], delimiter: str, quoted: bool) -> Iterator[tuple[int, Fields]]:
-    """Yield the line at which each row begins, and its fields or what is wrong with it.
+    """Yield the 1-based first line of each row, and its fields or its error.
 
     Args:
-        text: lines.
-        delimiter: between fields.
-        quoted: whether quotes hold fields together.
+        text: the lines.
+        delimiter: the separator between fields.
+        quoted: whether quotes enclose fields.
     """
     if not quoted:
         for number, line in enumerate(text, 1):
-            bare = line.rstrip("\r\n")
-            yield number, bare.split(delimiter) if bare else []
+            text_line = line.rstrip("\r\n")
+            yield number, text_line.split(delimiter) if text_line else []
         return
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     while True:
@@ -116,90 +114,87 @@ def fields_of(text: Iterable[str], delimiter: str, quoted: bool) -> Iterator[tup
 
 
 def is_usual(name: str, layout: FileOptions) -> bool:
-    """Return whether a field of a first line is the name of a column that is looked for."""
+    """Return whether a field in the first line is a usual or requested column name."""
     return name.strip().lower() in USUAL or name in layout.columns
 
 
-def _delimiter(text: str, own: str, layout: FileOptions) -> str:
-    """Return the delimiter that parts the first lines best; the ending's own unless another does
-    better.
-    """
+def _delimiter(text: str, default: str, layout: FileOptions) -> str:
+    """Return the delimiter that splits the first lines best, or the default in a tie."""
 
     def fitness(delimiter: str) -> tuple[bool, bool, bool]:
-        found = [_first_rows(text, delimiter, quoted, _SAMPLE) for quoted in (True, False)]
-        sound = any(not _faults(rows) for rows in found)
-        first = next((row for rows in found for _, row in rows[:1] if isinstance(row, list)), [])
+        parses = [_first_rows(text, delimiter, quoted, _DELIMITER_ROWS) for quoted in (True, False)]
+        is_regular = any(not _faults(rows) for rows in parses)
+        first = next((row for rows in parses for _, row in rows[:1] if isinstance(row, list)), [])
         if len(first) < 2:
-            return False, False, delimiter == own
-        named = any(is_usual(field, layout) for field in first)
-        return named or sound, named and sound, delimiter == own
+            return False, False, delimiter == default
+        is_named = any(is_usual(field, layout) for field in first)
+        return is_named or is_regular, is_named and is_regular, delimiter == default
 
-    return max(DELIMITERS if own in DELIMITERS else (own, *DELIMITERS), key=fitness)
+    return max(DELIMITERS if default in DELIMITERS else (default, *DELIMITERS), key=fitness)
 
 
-def _first_rows(text: str, delimiter: str, quoted: bool, most: int) -> list[tuple[int, Fields]]:
-    """Return the first rows with their lines, without the one that the end of what is looked at may
-    cut.
-    """
+def _first_rows(text: str, delimiter: str, quoted: bool, count: int) -> list[tuple[int, Fields]]:
+    """Return the first rows with their lines, without a last one that may be cut off."""
     head = io.StringIO(text[:_HEAD], newline="")
-    rows = list(islice(fields_of(head, delimiter, quoted), most))
-    return rows[:-1] if len(text) > _HEAD and len(rows) < most else rows
+    rows = list(islice(fields_of(head, delimiter, quoted), count))
+    return rows[:-1] if len(text) > _HEAD and len(rows) < count else rows
 
 
 def _faults(rows: Sequence[tuple[int, Fields]]) -> list[int]:
-    """List the lines of rows that are broken or have not as many fields as the first; blank ones
-    are told elsewhere.
+    """Return the lines of rows that are broken or differ from the first in the number of fields.
+
+    Blank rows are reported elsewhere.
     """
     width = len(rows[0][1]) if rows and isinstance(rows[0][1], list) else -1
     return [line for line, row in rows if not isinstance(row, list) or len(row) not in (0, width)]
 
 
-def _has_quoting(text: str, name: str, before: int, whole: bool) -> bool:
-    """Return whether quotes hold the fields of a table with tabs together, as Excel and pandas
-    write them, or are characters.
+def _has_quoting(text: str, name: str, skipped: int, is_complete: bool) -> bool:
+    """Return whether quotes in a tab-separated table enclose fields, as in files of Excel and
+    pandas, or are ordinary characters.
 
-    Where both ways give rows of as many fields, it is the first if each quote is one that such
-    programs write.
+    If both readings give regular rows, quotes enclose fields if all of them could have been written
+    by such a program.
 
     Raises:
-        DataError: nothing tells which.
+        DataError: the table is ambiguous.
     """
     if not _OPENS.search(text):
         return False
-    held, bare = (
+    quoted_rows, plain_rows = (
         list(fields_of(io.StringIO(text, newline=""), "\t", quoted)) for quoted in (True, False)
     )
-    if not whole:
-        held = held[:-1]  # its end may be further on
-    faults_held, faults_bare = (_faults(rows) for rows in (held, bare))
-    if bool(faults_held) != bool(faults_bare):
-        return not faults_held
-    if faults_held:
+    if not is_complete:
+        quoted_rows = quoted_rows[:-1]  # the last row may be incomplete
+    quoted_faults, plain_faults = (_faults(rows) for rows in (quoted_rows, plain_rows))
+    if bool(quoted_faults) != bool(plain_faults):
+        return not quoted_faults
+    if quoted_faults:
         raise DataError(
-            f"{name}:{faults_bare[0] + before}:1: some lines have not as many fields as the first:"
-            " with quotes as characters of the texts this one, with quotes around fields line"
-            f" {faults_held[0] + before}; write all rows in one way, and set data.quoting to 'none'"
-            " or 'quoted'"
+            f"{name}:{plain_faults[0] + skipped}:1: the number of fields differs from the first"
+            " line: here if quotes are ordinary characters, in line"
+            f" {quoted_faults[0] + skipped} if quotes enclose fields; write all rows in one way,"
+            " and set data.quoting to 'none' or 'quoted'"
         )
-    if len(held) == len(bare) and _quotes_are_consistent(
-        text, [row for _, row in bare if isinstance(row, list)]
+    if len(quoted_rows) == len(plain_rows) and _quotes_are_consistent(
+        text, [row for _, row in plain_rows if isinstance(row, list)]
     ):
         return True
     line, row = next(
         (line, row)
-        for line, row in bare
+        for line, row in plain_rows
         if isinstance(row, list) and any(f.startswith('"') for f in row)
     )
     raise DataError(
-        f"{name}:{line + before}:1: a field begins with a quote: {excerpt(chr(9).join(row))!r}; set"
-        " data.quoting='none' if quotes are characters of the texts, or 'quoted' if they stand"
-        " around fields, as Excel and pandas write them"
+        f"{name}:{line + skipped}:1: a field starts with a quote: {excerpt(chr(9).join(row))!r};"
+        " set data.quoting='none' if quotes are ordinary characters, or 'quoted' if they enclose"
+        " fields, as in files of Excel and pandas"
     )
 
 
 def _quotes_are_consistent(text: str, rows: Sequence[list[str]]) -> bool:
-    """Return whether all quoted fields hold doubled quotes, or columns are quoted from the header
-    on or not at all.
+    """Return whether all quoted fields contain doubled quotes, or each column is quoted in every
+    row or in none.
     """
     quoted = [field for row in rows for field in row if field.startswith('"')]
     if all('""' in field[1:-1] for field in quoted):
@@ -211,12 +206,12 @@ def _quotes_are_consistent(text: str, rows: Sequence[list[str]]) -> bool:
 
 
 def _check_header(
-    rows: Sequence[Fields], name: str, before: int, delimiter: str, layout: FileOptions
+    rows: Sequence[Fields], name: str, skipped: int, delimiter: str, layout: FileOptions
 ) -> None:
     """Refuse a first line that looks like data.
 
     Raises:
-        DataError: it does.
+        DataError: the first line looks like data.
     """
     first = rows[0] if rows else []
     if not isinstance(first, list) or not first or set(first) & set(layout.columns):
@@ -225,22 +220,22 @@ def _check_header(
     if len(usual) > 1:
         return
     if [field for field in first if field] == [str(i) for i in range(sum(map(bool, first)))]:
-        return  # as pandas numbers columns without names
+        return  # pandas numbers unnamed columns this way
     others = [row for row in rows[1:] if isinstance(row, list) and row != first]
     for i, field in enumerate(first):
         why = ""
         if usual and field not in usual:
-            continue  # one usual name is enough, unless it is a value of its column
+            continue  # one usual name is enough, unless it also occurs as a value
         if _NUMBER.fullmatch(field.strip()):
             why = f"{field.strip()!r} is a number"
         elif field.strip() and any(len(row) > i and row[i] == field for row in others):
-            why = f"{excerpt(field)!r} stands below, too"
+            why = f"{excerpt(field)!r} is also a value below"
         elif len(field) > _LONG or len(field.split()) > _MANY_WORDS:
             why = f"{excerpt(field)!r} is long"
         if why:
             raise DataError(
-                f"{name}:{1 + before}:1: the first line looks like data, not like a header ({why}):"
+                f"{name}:{1 + skipped}:1: the first line looks like data, not a header ({why}):"
                 f" {excerpt(delimiter.join(first))!r}; if it is a row, set data.header to False and"
-                " name the columns by their number, such as data.columns.text=1 and"
+                " name the columns by number, such as data.columns.text=1 and"
                 " data.columns.label=2; if it is the header, set data.header to True"
             )

@@ -1,6 +1,4 @@
-"""How data files are written: what the user has said of it, what a file was found to be, and how
-much of it may be read.
-"""
+"""Options for reading data files, the result of parsing one, and the limit on their size."""
 
 from __future__ import annotations
 
@@ -17,19 +15,20 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class FileOptions:
-    """What is told of files, and not to be found in them.
+    """The user's options for data files.
 
     Attributes:
-        encoding: of text files, by Python's name; `auto` for UTF-8 or what a byte order mark says.
-        delimiter: between the fields of a table; `auto` to find it in the first lines.
-        quoting: `quoted` as in RFC 4180, `none` where a quote is a character like any other; `auto`
-            for the first, of fields between tabs what the whole file shows.
+        encoding: Python's name of the encoding of text files; `auto` for UTF-8, or the encoding of
+            the byte order mark.
+        delimiter: the separator between the fields of a table; `auto` to detect it.
+        quoting: `quoted` as in RFC 4180; `none` if quotes are ordinary characters; `auto` for
+            `quoted`, or for tab-separated files to detect it.
         header: whether the first line of a table names its columns; None to refuse one that looks
             like data.
-        field: where the rows of a JSON file are, such as `data` or `result.rows`; empty to find
+        field: the path of the rows in a JSON file, such as `data` or `result.rows`; empty to find
             them.
-        columns: the columns that are asked for: those with a dot may be values of nested objects.
-        most: bytes that the files of a source may hold once they are unpacked.
+        columns: the requested columns; a name with a dot may be the path of a nested value.
+        most: maximum size of the files of a source in bytes, unpacked.
     """
 
     encoding: str = "auto"
@@ -42,7 +41,7 @@ class FileOptions:
 
 
 AS_FOUND = FileOptions()
-"""Nothing is told: all is found."""
+"""Defaults: everything is detected."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ class Parsed:
     """The rows of one file.
 
     Attributes:
-        records: one dict a row.
-        lines: the 1-based line at which each begins; empty where the format has none.
-        note: how the file was read, in a few words; empty where there is nothing to say.
+        records: one dict per row.
+        lines: the 1-based first line of each row; empty if the format has no lines.
+        note: short description of how the file was read, or empty.
     """
 
     records: list[Record]
@@ -61,10 +60,10 @@ class Parsed:
 
 
 class Allowance:
-    """Counts the bytes that are read of a source, and refuses more than may be.
+    """Counts the bytes read from a source, and refuses more than the maximum.
 
     Args:
-        most: bytes in all.
+        most: the maximum in bytes.
     """
 
     def __init__(self, most: int) -> None:
@@ -74,14 +73,14 @@ class Allowance:
         """Count bytes of a file.
 
         Raises:
-            DataError: they are more than are left.
+            DataError: the maximum is exceeded.
         """
         self.left -= size
         if self.left < 0:
             raise DataError(
-                f"{name}: with it the rows of this source hold more than {self.most / GIB:.3g} GiB,"
-                " unpacked; set data.streaming to read training rows piece by piece, or raise"
-                " data.most_gib if the memory allows"
+                f"{name}: this source is larger than {self.most / GIB:.3g} GiB unpacked; set"
+                " data.streaming to stream the training rows, or increase data.most_gib if memory"
+                " allows"
             )
 
 
@@ -89,11 +88,11 @@ Take = Callable[[int, str], None]
 
 
 def flatten_nested(records: list[Record], columns: tuple[str, ...]) -> list[Record]:
-    """Return the records with the values of nested objects as columns of their dotted names.
+    """Return the records with nested values added as columns named by their dotted paths.
 
     Args:
-        records: rows.
-        columns: the names that are asked for; a part that is a number picks an item of a list.
+        records: the rows.
+        columns: the requested paths; a number in a path selects an item of a list.
     """
     paths = {name: name.split(".") for name in columns if "." in name}
     if not paths:

@@ -1,6 +1,4 @@
-"""Folders of data files: which files belong to a split, and what the names of sub-folders say of
-them.
-"""
+"""Folders of data files: find the files of a split, and take labels from subfolder names."""
 
 from __future__ import annotations
 
@@ -31,12 +29,12 @@ _TEXT = ".txt"
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a split of a folder.
+    """The files of a split in a folder.
 
     Attributes:
-        paths: the files, by name.
-        labels: the label of each, where sub-folders are labels; else empty.
-        note: what was left out, and how the folder was read; empty where there is nothing to say.
+        paths: the files, sorted by name.
+        labels: the label of each file if subfolders are labels, else empty.
+        note: short description of how the folder was read and which files were skipped, or empty.
     """
 
     paths: list[Path]
@@ -45,71 +43,71 @@ class Files:
 
 
 def files_of(folder: Path, split: str) -> Files:
-    """List the data files of a folder, in the order of their names: those of its split where files
-    are named by split.
+    """List the data files in a folder, sorted by name; only those of the split if files are named
+    after splits.
 
-    A file belongs to a split that its name, or that of a folder above it, begins with:
+    A file belongs to a split if its name, or that of a folder above it, starts with the split:
     `train.jsonl`, `data/train-00000-of-00002.parquet`, `test/part1.csv`; `val`, `valid` and `dev`
-    are names of `validation`. Text files in two or more sub-folders are labeled by them:
+    mean `validation`. Text files in two or more subfolders are labeled by them:
     `train/pos/0_9.txt`, `spam/1.txt`.
 
     Args:
-        folder: with data files, or folders of them.
+        folder: the folder; files may be in subfolders.
         split: `train`, `validation` or `test`.
 
     Raises:
-        DataError: it has no data files, or none of that split though others are named by split.
+        DataError: the folder has no data files, or files named after splits but none of this one.
     """
-    there = [
+    all_files = [
         path
         for path in folder.rglob("*")
         if not _is_hidden(path.relative_to(folder)) and path.is_file()
     ]
-    files = sorted(path for path in _drop_notes(there) if ending_of(path) in PARSERS)
-    bare = not files and any(len(path.relative_to(folder).parts) > 1 for path in there)
-    if bare:  # as 20 Newsgroups, whose files are called by a number
-        files = sorted(path for path in there if not path.suffix)
+    files = sorted(path for path in _drop_metadata(all_files) if ending_of(path) in PARSERS)
+    no_extension = not files and any(len(path.relative_to(folder).parts) > 1 for path in all_files)
+    if no_extension:  # as in 20 Newsgroups, whose file names are numbers
+        files = sorted(path for path in all_files if not path.suffix)
     splits = [split_of(path.relative_to(folder)) for path in files]
     chosen = [
         path for path, named in zip(files, splits, strict=True) if named == split or not any(splits)
     ]
     labeled = _label_by_folder(folder, chosen)
-    if not files or (bare and not labeled):
+    if not files or (no_extension and not labeled):
         raise DataError(
-            f"{folder}: a folder without data files; give one with files of {', '.join(PARSERS)}"
+            f"{folder}: the folder has no data files; supported are {', '.join(PARSERS)}"
         )
     if not chosen:
         known = ", ".join(sorted({named for named in splits if named}))
         texts = (path.parent.name for path in files if ending_of(path) in (_TEXT, ""))
         label = next(filter(_split_by_name, texts), "")
-        bare = (
-            f", or call the folder {label!r} otherwise, such as 'label_{label}', if it is a label"
+        rename = (
+            f", or if the folder {label!r} is a label, rename it, such as to 'label_{label}'"
             if label
             else ""
         )
         raise DataError(
-            f"{folder}: no data file is named for the split {split!r} (there are: {known}); name"
-            f" one file{bare}"
+            f"{folder}: no data file is named after the split {split!r} (splits found: {known});"
+            f" give the path of a file{rename}"
         )
     return labeled or Files(chosen)
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that a relative path is named for, None where it is for none."""
+    """Return the split that a relative path is named after, or None."""
     return next(filter(None, map(_split_by_name, path.parts)), None)
 
 
 def sibling_split(folder: Path, split: str) -> Path | None:
-    """Return the folder that holds another split than `train`, None where there is none.
+    """Return the folder with the files of another split than `train`, or None.
 
     Args:
-        folder: of the training rows: it holds all splits, or is named for its own and lies beside
-            the others.
+        folder: the folder of the training rows: it contains all splits, or is named `train` and is
+            next to the folders of the other splits.
         split: `validation` or `test`.
     """
     if _split_by_name(folder.resolve().name) == "train":
-        beside = (path for path in sorted(folder.resolve().parent.iterdir()) if path.is_dir())
-        return next((path for path in beside if _split_by_name(path.name) == split), None)
+        siblings = (path for path in sorted(folder.resolve().parent.iterdir()) if path.is_dir())
+        return next((path for path in siblings if _split_by_name(path.name) == split), None)
     parts = (
         path.relative_to(folder)
         for path in folder.rglob("*")
@@ -129,67 +127,62 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _label_by_folder(folder: Path, files: Sequence[Path]) -> Files | None:
-    """Return text files with the names of their sub-folders as labels, None where there are not two
-    such folders.
-    """
+    """Return text files labeled by their subfolders, or None if there are fewer than two."""
     if any(ending_of(path) not in (_TEXT, "") for path in files):
         return None
-    below = _files_below(folder, files)
-    _refuse_two_levels(folder, below)
-    inside = {path: parts[0] if parts else None for path, parts in below.items()}
-    names = {label for label in inside.values() if label}
-    known = {label for label in names if label.lower() not in UNLABELED}
-    if len(known) < 2:
+    subfolders = _subfolders_of(folder, files)
+    _refuse_two_levels(folder, subfolders)
+    label_of = {path: parts[0] if parts else None for path, parts in subfolders.items()}
+    names = {label for label in label_of.values() if label}
+    labels = {label for label in names if label.lower() not in UNLABELED}
+    if len(labels) < 2:
         return None
-    kept = [path for path in files if inside[path] in known]
-    others = Counter(label or "no sub-folder" for label in inside.values() if label not in known)
-    left = [f"{count} of {name}" for name, count in sorted(others.items())]
-    note = f"labels are the sub-folders {', '.join(sorted(known))}"
-    if left:
-        note += f"; left out, as unlabeled: {', '.join(left)}"
-    return Files(kept, tuple(inside[path] or "" for path in kept), note)
+    labeled = [path for path in files if label_of[path] in labels]
+    others = Counter(label or "no subfolder" for label in label_of.values() if label not in labels)
+    skipped = [f"{count} in {name}" for name, count in sorted(others.items())]
+    note = f"labels are the subfolders {', '.join(sorted(labels))}"
+    if skipped:
+        note += f"; skipped unlabeled files: {', '.join(skipped)}"
+    return Files(labeled, tuple(label_of[path] or "" for path in labeled), note)
 
 
-def _files_below(folder: Path, files: Sequence[Path]) -> dict[Path, list[str]]:
-    """Return the sub-folders that each file is in, below the folders that all of those in
-    sub-folders share.
-    """
-    inside = {
+def _subfolders_of(folder: Path, files: Sequence[Path]) -> dict[Path, list[str]]:
+    """Return the subfolders of each file, without those of splits and common parents."""
+    subfolders = {
         path: [part for part in path.relative_to(folder).parts[:-1] if not _split_by_name(part)]
         for path in files
     }
-    while len({parts[0] for parts in inside.values() if parts}) == 1:
-        inside = {path: parts[1:] for path, parts in inside.items()}
-    return inside
+    while len({parts[0] for parts in subfolders.values() if parts}) == 1:
+        subfolders = {path: parts[1:] for path, parts in subfolders.items()}
+    return subfolders
 
 
-def _refuse_two_levels(folder: Path, below: Mapping[Path, Sequence[str]]) -> None:
-    """Refuse sub-folders that hold two or more folders of the same names: either could be the
-    labels.
+def _refuse_two_levels(folder: Path, subfolders: Mapping[Path, Sequence[str]]) -> None:
+    """Refuse subfolders that contain two or more folders of the same names: either level could be
+    the labels.
 
     Raises:
-        DataError: names both.
+        DataError: both levels could be labels.
     """
-    above: dict[str, set[str]] = {}
-    for parts in below.values():
+    parents: dict[str, set[str]] = {}
+    for parts in subfolders.values():
         if len(parts) > 1:
-            above.setdefault(parts[1], set()).add(parts[0])
-    shared = sorted(name for name, outer in above.items() if len(outer) > 1)
+            parents.setdefault(parts[1], set()).add(parts[0])
+    shared = sorted(name for name, outer in parents.items() if len(outer) > 1)
     if len(shared) > 1:
-        outer = sorted(set.union(*(above[name] for name in shared)))
+        outer = sorted(set.union(*(parents[name] for name in shared)))
         inner = next(
-            path.parents[len(parts) - 1] for path, parts in below.items() if len(parts) > 1
+            path.parents[len(parts) - 1] for path, parts in subfolders.items() if len(parts) > 1
         )
         raise DataError(
-            f"{folder}: the labels could be the sub-folders {', '.join(outer)} or, inside of them,"
-            f" {', '.join(shared)}; keep one level of folders, or give one of them, such as {inner}"
+            f"{folder}: the labels could be the subfolders {', '.join(outer)}, or"
+            f" {', '.join(shared)} inside them; keep one level of folders, or use one of them, such"
+            f" as {inner}"
         )
 
 
-def _drop_notes(files: Sequence[Path]) -> list[Path]:
-    """Leave out what `datasets` writes beside the rows that it saves: figures, states, and rows
-    that it made of them later.
-    """
+def _drop_metadata(files: Sequence[Path]) -> list[Path]:
+    """Drop the metadata that `datasets` saves with the rows, and the cache files of later calls."""
     states = {path.parent: path for path in files if path.name == "state.json"}
     saved = {folder: _files_of_saved(path) for folder, path in states.items()}
     return [
@@ -202,24 +195,23 @@ def _drop_notes(files: Sequence[Path]) -> list[Path]:
 
 
 def _files_of_saved(state: Path) -> set[str]:
-    """Return the names of the files of a data set that `datasets` has saved.
+    """Return the names of the files of a dataset saved by `datasets`.
 
     Raises:
-        DataError: its state cannot be read, or says that rows are taken in another order than they
-            lie there.
+        DataError: the state cannot be read, or has an indices mapping.
     """
     try:
-        known = json.loads(state.read_text(encoding="utf-8"))
-        names = {str(file["filename"]) for file in known["_data_files"]}
-        moved = known.get("_indices_data_files")
+        content = json.loads(state.read_text(encoding="utf-8"))
+        names = {str(file["filename"]) for file in content["_data_files"]}
+        indices = content.get("_indices_data_files")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{state}: not written by `save_to_disk` ({type(error).__name__}); save the data set"
+            f"{state}: not written by `save_to_disk` ({type(error).__name__}); save the dataset"
             " again"
         ) from None
-    if moved:
+    if indices:
         raise DataError(
-            f"{state}: its rows are in another order than they lie there; call `flatten_indices`,"
-            " and save it again"
+            f"{state}: the dataset was saved with an indices mapping; call `flatten_indices` and"
+            " save it again"
         )
     return names

@@ -1,4 +1,4 @@
-"""Holding out a share of the training rows for validation."""
+"""Hold out a share of the training rows for validation."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from jaxpeft.errors import DataError
 
 
 def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    """Split rows in two, the second drawn by the seed.
+    """Split rows randomly into training and held-out rows.
 
     Args:
         rows: the training rows.
-        share: of the rows to hold out, at least one row.
-        seed: of the draw.
+        share: the share of the rows to hold out, at least one row.
+        seed: the random seed.
 
     Returns:
         `(training, held out)`, both in the order of the file.
 
     Raises:
-        DataError: no row would be left to train on.
+        DataError: no row would remain for training.
     """
-    held = max(1, round(share * len(rows)))
-    if held >= len(rows):
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
         raise DataError(
             f"{rows.name}: {len(rows)} rows are too few to hold out {share:.0%} for validation"
         )
-    drawn = order(len(rows), seed)
-    return rows.take(sorted(drawn[held:].tolist())), rows.take(sorted(drawn[:held].tolist()))
+    shuffled = order(len(rows), seed)
+    return rows.take(sorted(shuffled[count:].tolist())), rows.take(
+        sorted(shuffled[:count].tolist())
+    )
 
 
 def hold_out_text(rows: Rows, share: float, seed: int, columns: Columns) -> tuple[Rows, Rows]:
-    """The same for documents; where they are too few to give some away, the end of each is held
-    out.
+    """Hold out documents; if there are too few, hold out the end of each.
 
     Args:
         rows: the training documents.
-        share: of the documents, or of each document's characters, to hold out; a cut is made at the
-            end of a line.
-        seed: of the draw.
-        columns: the text column, if it is named.
+        share: the share of the documents to hold out, or of the characters of each; documents are
+            cut at the end of a line.
+        seed: the random seed.
+        columns: names the text column; unset to find it.
 
     Raises:
-        DataError: no column holds the text, or a document is too short to cut.
+        DataError: there is no text column, or a document is too short to cut.
     """
     if len(rows) >= math.ceil(1 / share):
         return hold_out(rows, share, seed)
@@ -61,9 +62,9 @@ def hold_out_text(rows: Rows, share: float, seed: int, columns: Columns) -> tupl
         raise DataError(
             [f"{where}: too short to hold out {share:.0%} of it for validation" for where in short]
         )
-    train, held = zip(*parts, strict=True)
+    train, held_out = zip(*parts, strict=True)
     return _with_texts(rows, column, train, "first part"), _with_texts(
-        rows, column, held, "last part"
+        rows, column, held_out, "last part"
     )
 
 

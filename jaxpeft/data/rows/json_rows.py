@@ -1,6 +1,4 @@
-"""Where the rows of a JSON value are: in a list, under a key, as the values of an object, or column
-by column.
-"""
+"""Find the rows in a JSON value: a list, under a key, the values of an object, or by column."""
 
 from __future__ import annotations
 
@@ -11,19 +9,19 @@ from jaxpeft.data.problems import EXCERPT
 from jaxpeft.data.rows.columns import USUAL
 from jaxpeft.errors import DataError, nearest
 
-_FIX = "write a list of objects, or name the file .jsonl if it holds one object a line"
+_FIX = "write a list of objects, or name the file .jsonl if it contains one object per line"
 
 
 def rows_in(value: Any, field: str, name: str) -> tuple[list[Any], str]:
-    """Return the rows of a JSON value, which are yet to be objects, and where they were found.
+    """Return the rows in a JSON value, not yet checked to be objects, and where they were found.
 
     Args:
-        value: as it was parsed.
-        field: the dotted name of what holds the rows; empty to look.
-        name: of the file.
+        value: the parsed value.
+        field: the dotted path of the rows; empty to find them.
+        name: the name of the file in messages.
 
     Raises:
-        DataError: there are none, or several lists could be meant.
+        DataError: there are no rows, or several candidates.
     """
     value, at = (_value_at(value, field, name), f"rows under {field!r}") if field else (value, "")
     if isinstance(value, list):
@@ -42,15 +40,15 @@ def _of_object(value: dict[str, Any], at: str, name: str) -> tuple[list[Any], st
         return split, f"{at} under 'data', named by 'columns'".strip()
     rows = list(value.values())
     if len(rows) > 1 and all(_is_row(row) for row in rows):
-        return rows, "each value of the object is a row, its key is left out"
-    inside = list(_lists(value))
-    if len(inside) == 1:
-        return inside[0][1], f"rows under {inside[0][0]!r}"
-    if len(inside) > 1:
-        known = ", ".join(key for key, _ in inside)
-        likely = max(inside, key=lambda found: (_are_usual(found[1]), len(found[1])))[0]
+        return rows, "each value of the object is a row, the keys are dropped"
+    lists = list(_lists(value))
+    if len(lists) == 1:
+        return lists[0][1], f"rows under {lists[0][0]!r}"
+    if len(lists) > 1:
+        keys = ", ".join(key for key, _ in lists)
+        likely = max(lists, key=lambda found: (_are_usual(found[1]), len(found[1])))[0]
         raise DataError(
-            f"{name}: rows could be under {known}; say which by data.field, such as"
+            f"{name}: rows could be under {keys}; choose one with data.field, such as"
             f" data.field={likely!r}"
         )
     raise DataError(f"{name}:1:1: not a JSON list: {_describe(value)!r}; {_FIX}")
@@ -61,8 +59,8 @@ def _are_usual(rows: Sequence[Any]) -> bool:
 
 
 def _split(value: dict[str, Any]) -> list[Any] | None:
-    """Return the rows of an object that holds the names of its columns beside the values of each
-    row, as pandas writes them.
+    """Return the rows of an object with `columns` and `data`, the `split` orientation of pandas; or
+    None.
     """
     columns, data = value.get("columns"), value.get("data")
     if not isinstance(columns, list) or not isinstance(data, list) or not data:
@@ -89,19 +87,19 @@ def _describe(value: dict[str, Any]) -> str:
 
 
 def _columns(value: dict[str, Any]) -> list[Any] | None:
-    """Return the rows of an object that maps each column to its values, a list or, as pandas writes
-    them, an object.
+    """Return the rows of an object that maps columns to values, as lists or, in pandas' format, as
+    objects; or None.
     """
     if not any(key.strip().lower() in USUAL for key in value):
         return None
     keys = [_keys(column) for column in value.values()]
-    if any(of is None or of != keys[0] for of in keys) or not keys[0]:
+    if any(one is None or one != keys[0] for one in keys) or not keys[0]:
         return None
     columns = [
         list(column.values()) if isinstance(column, dict) else column for column in value.values()
     ]
     if any(isinstance(item, dict) for column in columns for item in column[:1]) and len(value) == 1:
-        return None  # `{"text": [{...}]}` holds rows
+        return None  # `{"text": [{...}]}` is a list of rows, not a column
     return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
@@ -112,7 +110,7 @@ def _keys(column: Any) -> list[str] | range | None:
 
 
 def _lists(value: dict[str, Any]) -> Iterable[tuple[str, list[Any]]]:
-    """Yield the dotted names of lists of objects, those of one object inside another too."""
+    """Yield the lists of objects, also nested ones, with their dotted paths."""
     for key, inner in value.items():
         if (
             isinstance(inner, list)
@@ -131,9 +129,9 @@ def _value_at(value: Any, field: str, name: str) -> Any:
         if not isinstance(value, dict) or part not in value:
             keys = list(cast(dict[str, Any], value)) if isinstance(value, dict) else []
             below = f" under {'.'.join(field.split('.')[:i])!r}" if i else ""
-            there = f"; there are {', '.join(keys)[:EXCERPT]}" if keys else ""
+            known = f"; the keys are {', '.join(keys)[:EXCERPT]}" if keys else ""
             raise DataError(
-                f"{name}: data.field {field!r}: no {part!r}{below}{nearest(part, keys) or there}"
+                f"{name}: data.field {field!r}: no {part!r}{below}{nearest(part, keys) or known}"
             )
         value = cast(dict[str, Any], value)[part]
     return value

@@ -1,4 +1,4 @@
-"""Parquet and Arrow: bytes to records, batch by batch, and class labels by their names."""
+"""Parse Parquet and Arrow files batch by batch, with class labels converted to names."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from jaxpeft.data.problems import Record
 from jaxpeft.data.rows.file_options import Parsed, Take
 from jaxpeft.errors import DataError
 
-_BATCH_BYTES, _FEWEST, _MOST = 1 << 26, 16, 1024
+_BATCH_BYTES, _MIN_ROWS, _MAX_ROWS = 1 << 26, 16, 1024
 _FEATURES = b"huggingface"
 
 
 def parse_parquet(data: bytes, name: str, take: Take) -> Parsed:
-    """Read a parquet file.
+    """Parse a Parquet file.
 
     Args:
-        data: the file.
-        name: of the file.
-        take: is told how many bytes are unpacked, before any row is made of them.
+        data: the contents.
+        name: the name of the file in messages.
+        take: called with the number of unpacked bytes before they are converted to rows.
 
     Raises:
-        DataError: it is not one, or holds more than is allowed.
+        DataError: the file is invalid or too large.
     """
     with _fault(name, "a parquet file"):
         _measure(
@@ -36,47 +36,48 @@ def parse_parquet(data: bytes, name: str, take: Take) -> Parsed:
 
 
 def parse_arrow(data: bytes, name: str, take: Take) -> Parsed:
-    """Read an Arrow file or stream: the arguments are those of `parse_parquet`."""
+    """Parse an Arrow file or stream; see `parse_parquet` for the arguments."""
     with _fault(name, "an Arrow file"):
         _measure(_arrow_batches(_buffer(data)), name, take)
     return _parse(arrow_records(_buffer(data), name))
 
 
 def parquet_records(source: Any, name: str) -> Iterator[list[Record]]:
-    """Yield the records of a parquet file, some at a time.
+    """Yield batches of the records in a Parquet file.
 
     Args:
-        source: a path, or what pyarrow reads as a file.
-        name: of the file.
+        source: a path, or a file object for pyarrow.
+        name: the name of the file in messages.
 
     Raises:
-        DataError: it is not one.
+        DataError: the file is invalid.
     """
     with _fault(name, "a parquet file"):
         yield from map(_records, _parquet_batches(source))
 
 
 def arrow_records(source: Any, name: str) -> Iterator[list[Record]]:
-    """Yield the records of an Arrow file or stream, as `parquet_records` does."""
+    """Yield batches of the records in an Arrow file or stream; see `parquet_records`."""
     with _fault(name, "an Arrow file"):
         for batch in _arrow_batches(source):
             yield from (
-                _records(batch.slice(start, _MOST)) for start in range(0, batch.num_rows, _MOST)
+                _records(batch.slice(start, _MAX_ROWS))
+                for start in range(0, batch.num_rows, _MAX_ROWS)
             )
 
 
 def _measure(batches: Iterator[Any], name: str, take: Take) -> None:
-    """Count what the batches hold, keeping none: a value that stands in the file once may be meant
-    a million times.
+    """Count the bytes of all batches without keeping them: dictionary encoding can repeat a stored
+    value a million times.
     """
     for batch in batches:
         take(batch.nbytes, name)
 
 
 def _parquet_batches(
-    source: Any, claims: Callable[[int], Any] = lambda size: None
+    source: Any, on_size: Callable[[int], Any] = lambda size: None
 ) -> Iterator[Any]:
-    """Yield the batches of a parquet file, after how many bytes it says that its columns are."""
+    """Yield the batches of a Parquet file, after calling `on_size` with its declared size."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(source) as file:
@@ -86,9 +87,9 @@ def _parquet_batches(
             for group in groups
             for j in range(group.num_columns)
         ]
-        claims(sum(chunks))
-        # no value is larger than its column, so few of them are unpacked at once
-        rows = min(_MOST, max(_FEWEST, _BATCH_BYTES // max(1, *chunks, 1)))
+        on_size(sum(chunks))
+        # a value may be as large as its column chunk, so limit the rows that are unpacked at once
+        rows = min(_MAX_ROWS, max(_MIN_ROWS, _BATCH_BYTES // max(1, *chunks, 1)))
         yield from file.iter_batches(batch_size=rows)
 
 
@@ -96,20 +97,18 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
     import pyarrow as pa
 
     with source if hasattr(source, "read") else pa.memory_map(str(source)) as file:
-        stream = file.read(6) != b"ARROW1"
+        is_stream = file.read(6) != b"ARROW1"
         file.seek(0)
-        if stream:  # as `datasets` writes them
+        if is_stream:  # as written by `datasets`
             yield from pa.ipc.open_stream(file)
             return
-        whole = pa.ipc.open_file(file)
-        yield from (whole.get_batch(i) for i in range(whole.num_record_batches))
+        reader = pa.ipc.open_file(file)
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
 
 
 @contextmanager
 def _fault(name: str, what: str) -> Generator[None]:
-    """Say of what pyarrow cannot read that it is not what its name says, in its words without the
-    name of its buffer.
-    """
+    """Convert pyarrow's errors to a DataError, without the name of the buffer."""
     import pyarrow as pa
 
     try:
@@ -120,12 +119,11 @@ def _fault(name: str, what: str) -> Generator[None]:
 
 
 def with_label_names(record: Record, features: Any) -> Record:
-    """Return a record with the numbers of class labels replaced by their names; -1, a hidden label,
-    by None.
+    """Return a record with class label ids replaced by their names, and -1 (hidden) by None.
 
     Args:
         record: one row.
-        features: those of `datasets`, by column; None where there are none.
+        features: the features of `datasets` by column, or None.
     """
     return (
         {key: _label_names(value, features.get(key)) for key, value in record.items()}
@@ -153,7 +151,7 @@ def _records(batch: Any) -> list[Record]:
 
 
 def _decode_floats(record: Record) -> Record:
-    """Return a record with its decimal numbers as those that JSON has."""
+    """Return a record with Decimal values converted to float."""
     return {
         key: float(value) if isinstance(value, Decimal) else value for key, value in record.items()
     }

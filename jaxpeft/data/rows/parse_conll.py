@@ -1,6 +1,4 @@
-"""Column files of tagged words: one word a line with its tags, and a blank line behind each
-sentence.
-"""
+"""Parse CoNLL files: one word per line with its tags, and a blank line after each sentence."""
 
 from __future__ import annotations
 
@@ -11,29 +9,30 @@ from jaxpeft.data.rows.file_options import FileOptions, Parsed
 from jaxpeft.data.rows.utf8 import decode
 
 _DOCUMENT = "-DOCSTART-"
-_COMMENT = re.compile(r"#\s?(id\b|\S+ ?=)")  # `#` alone is a word
+_COMMENT = re.compile(r"#\s?(id\b|\S+ ?=)")  # a lone `#` is a word
 
 
 def parse_conll(body: bytes, name: str, _: FileOptions) -> Parsed:
-    """Read a CoNLL file: `tokens` is its first column, `tags` the last; the columns are there by
-    number, too, from 1.
+    """Parse a CoNLL file: `tokens` is the first column, `tags` the last.
 
-    Before a sentence, -DOCSTART- and comments such as `# sent_id = 1` are no words.
+    With more than two columns, all of them are also available by number, from 1. Before a sentence,
+    -DOCSTART- and comments such as `# sent_id = 1` are skipped.
 
     Args:
-        body: the file in UTF-8.
-        name: of the file.
+        body: the contents in UTF-8.
+        name: the name of the file in messages.
 
     Raises:
-        DataError: it is not UTF-8, or a line has no tag, or more or fewer columns than the first.
+        DataError: the file is not UTF-8, or a line has no tag or another number of columns than the
+            first.
     """
     problems, width = Problems(), 0
     sentences: list[list[list[str]]] = []
     lines: list[int] = []
-    fresh = True
+    at_start = True
     for number, line in enumerate(decode(body, name).split("\n"), 1):
-        if not line.strip() or line.startswith(_DOCUMENT) or (fresh and _COMMENT.match(line)):
-            fresh = True
+        if not line.strip() or line.startswith(_DOCUMENT) or (at_start and _COMMENT.match(line)):
+            at_start = True
             continue
         fields = _fields(line)
         width = width or len(fields)
@@ -42,22 +41,22 @@ def parse_conll(body: bytes, name: str, _: FileOptions) -> Parsed:
         except RowError as fault:
             problems.add(f"{name}:{number}:1", fault.fault, excerpt(line), fault.fix)
             continue
-        if fresh:
+        if at_start:
             sentences.append([])
             lines.append(number)
-        fresh = False
+        at_start = False
         sentences[-1].append(fields)
     problems.raise_if_any()
     return Parsed(
         [_record(words, width) for words in sentences],
         tuple(lines),
-        f"{width} columns, a word a line",
+        f"{width} columns, one word per line",
     )
 
 
 def _fields(line: str) -> list[str]:
-    bare = line.strip(" \r\t")
-    return bare.split("\t") if "\t" in bare else re.split(" +", bare)
+    line = line.strip(" \r\t")
+    return line.split("\t") if "\t" in line else re.split(" +", line)
 
 
 def _check(fields: list[str], width: int) -> None:
@@ -65,8 +64,8 @@ def _check(fields: list[str], width: int) -> None:
         raise RowError("a word without a tag", "write the word, a tab or a space, and its tag")
     if len(fields) != width:
         raise RowError(
-            f"{len(fields)} columns where the first word has {width}",
-            "give each word as many columns",
+            f"{len(fields)} columns, but the first word has {width}",
+            "give each word the same number of columns",
         )
 
 

@@ -1,7 +1,7 @@
-"""CSV and TSV: text to records, with every problem of a file in one error.
+"""Parse CSV and TSV files; one error reports all problems of a file.
 
-The fields are read by `csv`; positions are our own, since it knows the line that a row ends on
-alone, and stops at the first problem, as Arrow does.
+Fields are parsed by `csv`. Positions are computed here, because `csv` only knows the line on which
+a row ends, and stops at the first problem (as does Arrow).
 """
 
 from __future__ import annotations
@@ -17,54 +17,51 @@ from jaxpeft.errors import DataError
 
 
 def parse_delimited(body: bytes, name: str, layout: FileOptions, delimiter: str) -> Parsed:
-    """Read a header and rows of as many fields; every value is a string.
+    """Parse a header and rows with the same number of fields; all values are strings.
 
     Args:
-        body: the file in UTF-8.
-        name: of the file.
-        layout: what the user says of it.
-        delimiter: that the file's ending stands for.
+        body: the contents in UTF-8.
+        name: the name of the file in messages.
+        layout: the user's file options.
+        delimiter: the delimiter for the file extension.
 
     Raises:
-        DataError: the file is not UTF-8, its header or some row is broken, or it may be read in two
-            ways.
+        DataError: the file is not UTF-8, has a broken header or row, or is ambiguous.
     """
     text = decode(body, name).rstrip("\r\n")
     dialect = dialect_of(text, name, delimiter, layout)
     rows = rows_of(io.StringIO(text, newline=""), dialect)
     header, start = header_of(rows[0] if rows else (1, []), name, dialect)
-    found = rows[start:]
+    body_rows = rows[start:]
     return Parsed(
-        parse_fields(found, header, name, dialect),
-        tuple(number for number, _ in found),
+        parse_fields(body_rows, header, name, dialect),
+        tuple(number for number, _ in body_rows),
         str(dialect),
     )
 
 
 def rows_of(text: io.StringIO, dialect: Dialect) -> list[tuple[int, Fields]]:
-    """Return the 1-based line at which each row begins, and its fields; the header is the first,
-    where there is one.
-    """
-    for _ in range(dialect.before):
+    """Return the 1-based first line and the fields of each row, including the header."""
+    for _ in range(dialect.skipped):
         text.readline()
     return [
-        (n + dialect.before, row) for n, row in fields_of(text, dialect.delimiter, dialect.quoted)
+        (n + dialect.skipped, row) for n, row in fields_of(text, dialect.delimiter, dialect.quoted)
     ]
 
 
 def parse_fields(
     rows: Sequence[tuple[int, Fields]], header: list[str], name: str, dialect: Dialect
 ) -> list[Record]:
-    """Give the fields of rows their names.
+    """Convert rows of fields to records.
 
     Args:
-        rows: `(line, fields)`, as `fields_of` yields them.
-        header: the names.
-        name: of the file.
-        dialect: of the file.
+        rows: `(line, fields)` pairs of `fields_of`.
+        header: the column names.
+        name: the name of the file in messages.
+        dialect: the dialect of the file.
 
     Raises:
-        DataError: some row is broken, is the header again, or has more or fewer fields.
+        DataError: a row is broken, repeats the header, or has the wrong number of fields.
     """
     problems, records = Problems(), list[Record]()
     for number, row in rows:
@@ -78,24 +75,24 @@ def parse_fields(
 
 
 def header_of(first: tuple[int, Fields], name: str, dialect: Dialect) -> tuple[list[str], int]:
-    """Return the names of the columns, and how many rows they take.
+    """Return the column names, and the number of header rows.
 
-    A column without a name, such as pandas' index, is called as pandas calls it, `Unnamed: 0` for
-    the first; columns without a header are numbered from 1.
+    A column without a name, such as pandas' index, is named as pandas does: `Unnamed: 0` if it is
+    the first. Without a header, columns are numbered from 1.
 
     Args:
-        first: the line of the first row, and its fields.
-        name: of the file.
-        dialect: of the file.
+        first: the line and the fields of the first row.
+        name: the name of the file in messages.
+        dialect: the dialect of the file.
 
     Raises:
-        DataError: no name is there, or one stands twice.
+        DataError: the header is blank, or has a name twice.
     """
     number, row = first
     if isinstance(row, RowError):
         raise DataError(f"{name}:{number}:1: {row.fault}; {row.fix}")
     if not any(field.strip() for field in row):
-        raise DataError(f"{name}:{number}:1: the first line is blank; begin with the header")
+        raise DataError(f"{name}:{number}:1: the first line is blank; start with the header")
     if not dialect.header:
         return [str(i) for i in range(1, len(row) + 1)], 0
     names = [field if field.strip() else f"Unnamed: {i}" for i, field in enumerate(row)]
@@ -115,24 +112,21 @@ def _record(row: Fields, header: list[str], dialect: Dialect) -> Record:
         raise RowError("blank line", "remove it")
     if len(row) != len(header):
         names = ", ".join(header)
-        fix = "quote a field that holds the delimiter"
+        fix = "quote fields that contain the delimiter"
         if not dialect.quoted:
-            fix = (
-                "write one line a row, or set data.quoting='quoted' where quotes hold fields"
-                " together"
-            )
-        said = (
-            f"{len(row)} fields where the {'header names' if dialect.header else 'first row has'}"
+            fix = "write one line per row, or set data.quoting='quoted' if quotes enclose fields"
+        fault = (
+            f"{len(row)} fields, but the {'header' if dialect.header else 'first row'} has"
             f" {len(header)} ({names})"
         )
-        raise RowError(said, f"{fix}; a file that ends here may be cut off")
+        raise RowError(fault, f"{fix}; if the file ends here, it may be truncated")
     if dialect.header and row == header:
         fix = "remove it; if the first line is a row too, set data.header to False"
-        raise RowError("the header again", fix)
-    if dialect.open and any(field.startswith('"') for field in row):
+        raise RowError("the header is repeated", fix)
+    if dialect.undecided and any(field.startswith('"') for field in row):
         fix = (
-            "set data.quoting to 'none' if quotes are characters of the texts, or to 'quoted' if"
-            " they stand around fields"
+            "set data.quoting to 'none' if quotes are ordinary characters, or to 'quoted' if they"
+            " enclose fields"
         )
-        raise RowError("a field begins with a quote, where none before it did", fix)
+        raise RowError("a field starts with a quote for the first time", fix)
     return dict(zip(header, row, strict=True))

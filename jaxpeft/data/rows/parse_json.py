@@ -1,7 +1,7 @@
-"""JSON and JSON lines: bytes to records, with every problem of a file in one error.
+"""Parse JSON and JSON Lines files; one error reports all problems of a file.
 
-The values are read by `json`; positions are our own, since it does not say where a row begins, and
-stops at the first problem, as Arrow does.
+Values are parsed by `json`. Positions are computed here, because `json` does not report where a row
+starts, and stops at the first problem (as does Arrow).
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from jaxpeft.data.rows.json_rows import rows_in
 from jaxpeft.data.rows.utf8 import decode, decode_line
 from jaxpeft.errors import DataError
 
-# A string is matched first so that a NaN inside one is not taken for a literal.
+# Strings are matched first, so that a NaN inside a string is not matched as a literal.
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _LINES = re.compile(rb"\s*\{[^\n]*\}[ \t\r]*\n\s*\{")
-_DEEPEST, _LONGEST = 100, 1000
-_CUT_OFF = "the file does not end in a newline, so it looks cut off: write or download it again"
+_MAX_DEPTH, _MAX_DIGITS = 100, 1000
+_TRUNCATED = "the file does not end in a newline and may be truncated: write or download it again"
 
 
 def parse_jsonl(body: bytes, name: str, _: FileOptions) -> Parsed:
-    """Read one JSON object a line.
+    """Parse one JSON object per line.
 
     Args:
-        body: the file in UTF-8.
-        name: of the file.
+        body: the contents in UTF-8.
+        name: the name of the file in messages.
 
     Raises:
-        DataError: some line is not a JSON object in UTF-8.
+        DataError: a line is not a JSON object in UTF-8.
     """
     lines = list(enumerate(body.rstrip().split(b"\n"), 1))
     cut = len(lines) if not body.endswith(b"\n") else None
@@ -45,52 +45,52 @@ def parse_jsonl(body: bytes, name: str, _: FileOptions) -> Parsed:
 def parse_lines(
     lines: Sequence[tuple[int, bytes]], name: str, cut: int | None = None
 ) -> list[Record]:
-    """Read lines of one JSON object each.
+    """Parse lines with one JSON object each.
 
     Args:
-        lines: `(1-based number, bytes)`.
-        name: of the file.
-        cut: the number of a last line without a newline, which may be cut off.
+        lines: `(1-based number, bytes)` pairs.
+        name: the name of the file in messages.
+        cut: the number of the last line if it has no newline, and so may be truncated.
 
     Raises:
-        DataError: some line is not a JSON object in UTF-8.
+        DataError: a line is not a JSON object in UTF-8.
     """
     problems, records = Problems(), list[Record]()
     for number, raw in lines:
         try:
             records.append(_json_row(raw))
         except RowError as fault:
-            off = number == cut and fault.fault.startswith("not JSON")
+            is_truncated = number == cut and fault.fault.startswith("not JSON")
             where = f"{name}:{number}:{fault.column}"
             text = excerpt(raw.decode("utf-8", "replace"), fault.column)
-            problems.add(where, fault.fault, text, _CUT_OFF if off else fault.fix)
+            problems.add(where, fault.fault, text, _TRUNCATED if is_truncated else fault.fix)
     problems.raise_if_any()
     return records
 
 
 def parse_json(body: bytes, name: str, layout: FileOptions) -> Parsed:
-    """Read one JSON value that holds rows, or one object a line.
+    """Parse one JSON value that contains rows, or one object per line.
 
     Args:
-        body: the file in UTF-8.
-        name: of the file.
-        layout: what the user says of it: where the rows are.
+        body: the contents in UTF-8.
+        name: the name of the file in messages.
+        layout: the user's file options, with the location of the rows.
 
     Raises:
-        DataError: the file is not JSON in UTF-8, or where its rows are cannot be told.
+        DataError: the file is not JSON in UTF-8, or its rows cannot be located.
     """
     if _LINES.match(body) and not layout.field:
         with suppress(DataError):
-            return replace(parse_jsonl(body, name, layout), note="one object a line")
+            return replace(parse_jsonl(body, name, layout), note="one object per line")
     text = decode(body, name)
     try:
         rows, note = rows_in(_load(text), layout.field, name)
     except RowError as fault:
         before = text[: fault.column - 1]
         line, column = before.count("\n") + 1, fault.column - before.rfind("\n") - 1
-        whole = text.split("\n")[line - 1]
+        full_line = text.split("\n")[line - 1]
         raise DataError(
-            f"{name}:{line}:{column}: {fault.fault}: {excerpt(whole, column)!r}; {fault.fix}"
+            f"{name}:{line}:{column}: {fault.fault}: {excerpt(full_line, column)!r}; {fault.fix}"
         ) from None
     return Parsed(_records(rows, name), note=note)
 
@@ -99,28 +99,28 @@ def _json_row(raw: bytes) -> Record:
     text = decode_line(raw)
     if not text.strip():
         raise RowError("blank line", "remove it")
-    whole = "name the file .json if all of it is one value"
+    rename = "name the file .json if it contains a single value"
     try:
         row = _load(text)
     except RowError as fault:
         if text.strip() not in ("[", "{"):
             raise
-        raise RowError(fault.fault, whole, fault.column) from None
+        raise RowError(fault.fault, rename, fault.column) from None
     if not isinstance(row, dict):
-        fix = f'write {{"column": value, ...}}, or {whole}'
-        raise RowError(f"a row must be a JSON object, this is a {type(row).__name__}", fix)
+        fix = f'write {{"column": value, ...}}, or {rename}'
+        raise RowError(f"a row must be a JSON object, not a {type(row).__name__}", fix)
     return row
 
 
 def _load(text: str) -> Any:
-    """Parse JSON; the column of a fault counts from the beginning of `text`, over lines."""
+    """Parse JSON; the column of an error counts from the start of `text`, across lines."""
     _check_depth(text)
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         lines = error.msg == "Extra data"
         fix = (
-            "name the file .jsonl if each line is an object of its own"
+            "name the file .jsonl if each line is a separate object"
             if lines
             else "write valid JSON"
         )
@@ -134,32 +134,32 @@ def _load(text: str) -> Any:
 
 
 def _check_depth(text: str) -> None:
-    """Refuse values that are nested so deeply that Python would fail on them, here or later."""
-    if text.count("[") + text.count("{") <= _DEEPEST:
+    """Refuse values that are nested too deeply for Python's recursion limit."""
+    if text.count("[") + text.count("{") <= _MAX_DEPTH:
         return
     depth = 0
     for match in _BRACKET.finditer(text):
         bracket = match[0]
         depth += (bracket in "[{") - (bracket in "]}")
-        if depth > _DEEPEST:
-            fault = f"not JSON that can be read (nested too deeply, over {_DEEPEST} levels)"
+        if depth > _MAX_DEPTH:
+            fault = f"not supported JSON (nested too deeply, over {_MAX_DEPTH} levels)"
             raise RowError(fault, "flatten it", match.start() + 1)
 
 
 class _LongNumberError(Exception):
-    """A whole number of more digits than are read.
+    """An integer with too many digits.
 
     Args:
-        digits: of it.
+        digits: the digits.
     """
 
     def __init__(self, digits: str) -> None:
-        super().__init__(f"a whole number of {len(digits.removeprefix('-'))} digits")
+        super().__init__(f"an integer with {len(digits.removeprefix('-'))} digits")
         self.digits = digits
 
 
 def _parse_integer(digits: str) -> int:
-    if len(digits) > _LONGEST:
+    if len(digits) > _MAX_DIGITS:
         raise _LongNumberError(digits)
     return int(digits)
 
@@ -176,8 +176,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
     record = dict(pairs)
     if len(record) != len(pairs):
         keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise RowError(f"an object has the key {twice[0]!r} twice", "keep one of them")
+        duplicates = sorted({key for key in keys if keys.count(key) > 1})
+        raise RowError(f"an object has the key {duplicates[0]!r} twice", "keep one of them")
     return record
 
 
@@ -190,7 +190,7 @@ def _records(rows: list[Any], name: str) -> list[Record]:
     problems = Problems()
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            fault = f"a row must be a JSON object, this is a {type(row).__name__}"
+            fault = f"a row must be a JSON object, not a {type(row).__name__}"
             problems.add(
                 f"{name}: row {i}", fault, excerpt(str(row)), 'write {"column": value, ...}'
             )

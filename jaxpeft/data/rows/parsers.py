@@ -1,4 +1,4 @@
-"""The file formats, by the ending of the file's name."""
+"""File formats by file extension."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxpeft.data.rows.utf8 import UTF8, as_utf8, body_of, check_pointer, decode
 
 
 def parse_text(body: bytes, name: str, _: FileOptions) -> Parsed:
-    """Read a plain text file as one row with the column `text`.
+    """Parse a plain text file into one row with the column `text`.
 
     Args:
-        body: the file in UTF-8.
-        name: of the file.
+        body: the contents in UTF-8.
+        name: the name of the file in messages.
 
     Raises:
         DataError: the file is not UTF-8.
@@ -29,12 +29,12 @@ def parse_text(body: bytes, name: str, _: FileOptions) -> Parsed:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """A format of text, parsed from UTF-8."""
+    """A text format, parsed from UTF-8."""
 
     parser: Callable[[bytes, str, FileOptions], Parsed]
 
     def __call__(self, data: bytes, name: str, layout: FileOptions, _: Take) -> Parsed:
-        """Parse a file in whatever encoding it is, which is noted where it is not UTF-8."""
+        """Parse a file in any encoding; `note` names it unless it is UTF-8."""
         body, encoding = as_utf8(data, name, layout.encoding)
         parsed = self.parser(body, name, layout)
         note = ", ".join(
@@ -48,7 +48,7 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class Binary:
-    """A format that says itself what is in it; what it unpacks is counted."""
+    """A self-describing binary format; its unpacked bytes are counted with `take`."""
 
     parser: Callable[[bytes, str, Take], Parsed]
 
@@ -74,23 +74,23 @@ PARSERS: dict[str, Parser] = {
     ".iob2": TextFormat(parse_conll),
     ".txt": TextFormat(parse_text),
 }
-OTHERS = {
+UNSUPPORTED_FIXES = {
     ".gz": "name it by what is inside, such as rows.csv.gz",
     **dict.fromkeys(
         (".zip", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"),
-        "unpack it first; of packed files .gz alone is read",
+        "unpack it first; the only supported compression is .gz",
     ),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV (UTF-8)"),
     **dict.fromkeys(
-        (".pkl", ".pickle", ".pt", ".pth"), "it may hold code; write its rows as JSONL"
+        (".pkl", ".pickle", ".pt", ".pth"), "it may contain code; write its rows as JSONL"
     ),
 }
 
 
-def other(ending: str) -> str:
-    """Return what to do about a file of another ending."""
-    known = (
-        f"name it by what it holds, or convert it to one of {', '.join(PARSERS)}, also packed"
-        " as .gz"
+def fix_for_unsupported(extension: str) -> str:
+    """Return the fix for a file with an unsupported extension."""
+    default = (
+        f"rename it to match its format, or convert it to one of {', '.join(PARSERS)}, optionally"
+        " compressed as .gz"
     )
-    return OTHERS.get(ending, known)
+    return UNSUPPORTED_FIXES.get(extension, default)

@@ -1,4 +1,4 @@
-"""Rows from a file, from the package, or from the Hugging Face hub."""
+"""Read rows from files, the package, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxpeft.data.rows.data_files import check_file, ending_of, read_bytes
 from jaxpeft.data.rows.file_options import AS_FOUND, Allowance, FileOptions, flatten_nested
 from jaxpeft.data.rows.folders import files_of
 from jaxpeft.data.rows.parse_arrow import with_label_names
-from jaxpeft.data.rows.parsers import PARSERS, other
+from jaxpeft.data.rows.parsers import PARSERS, fix_for_unsupported
 from jaxpeft.errors import DataError, nearest
 from jaxpeft.logs import log_time
 
@@ -29,18 +29,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they were read.
+    """Rows read from a source.
 
     Attributes:
-        records: one dict a row, from column to value.
-        name: what to call them in messages: the path or hub id.
-        sha256: of the file's bytes, or of the hub's rows written as JSON.
-        lines: the 1-based line at which each row begins; empty where the format has no lines.
-        places: `(file, 1-based number in it)` of each row; empty where they are all those of
+        records: one dict per row, from column to value.
+        name: the name in messages: the path or hub id.
+        sha256: the hash of the file's bytes, or of the hub's rows as JSON.
+        lines: the 1-based first line of each row; empty if the format has no lines.
+        places: `(file, 1-based number)` of each row; empty if these are all rows of the file
             `name`, in order.
-        origin: the hash of all that was read, where these rows are drawn or made from it; empty
-            where it is `sha256`.
-        notes: how files were read, where there is something to say.
+        origin: the hash of the complete source if these rows were derived from it; empty if it is
+            `sha256`.
+        notes: short descriptions of how files were read.
     """
 
     records: list[Record]
@@ -56,31 +56,27 @@ class Rows:
 
     @property
     def source(self) -> str:
-        """The hash of all that was read: the same whichever rows of it these are."""
+        """Hash of the complete source, whichever of its rows these are."""
         return self.origin or self.sha256
 
     def derive(self, *made_by: str, **changes: Any) -> Rows:
-        """Return rows that were made from these.
+        """Return rows derived from these, with a new hash.
 
         Args:
-            made_by: what made them: other words give another hash.
-            changes: attributes that are other ones now.
+            made_by: strings that identify the derivation; they determine the hash.
+            changes: attributes to replace.
         """
         digest = hashlib.sha256(json.dumps([self.sha256, *made_by]).encode()).hexdigest()
         return dataclasses.replace(self, sha256=digest, origin=self.source, **changes)
 
     def where(self, row: int) -> str:
-        """Return the place of row `row` (from 0) for a message: `file:line:1 (row N)`, N counted
-        from 1.
-        """
+        """Return the location of a row (from 0) in messages, `file:line:1 (row N)` (N from 1)."""
         name, number = self.places[row] if self.places else (self.name, row + 1)
         line = f":{self.lines[row]}:1" if self.lines and self.lines[row] else ""
         return f"{name}{line} (row {number})"
 
     def take(self, chosen: Sequence[int]) -> Rows:
-        """Return some of the rows, by number from 0; they count as other content, so their hash is
-        another.
-        """
+        """Return some of the rows by index from 0, with a new hash."""
         lines = tuple(self.lines[i] for i in chosen) if self.lines else ()
         places = tuple(self._place(i) for i in chosen)
         return self.derive(
@@ -92,11 +88,11 @@ class Rows:
 
     @staticmethod
     def join(parts: Sequence[Rows], name: str) -> Rows:
-        """Put rows behind one another; each keeps its place.
+        """Concatenate rows; each keeps its location.
 
         Args:
-            parts: at least one.
-            name: what to call all of them in messages.
+            parts: one or more.
+            name: the name of the result in messages.
         """
         if len(parts) == 1:
             return dataclasses.replace(parts[0], name=name, places=_locations(parts))
@@ -115,7 +111,7 @@ class Rows:
         )
 
     def columns(self) -> list[str]:
-        """Return the columns that any row has, in the order of first appearance."""
+        """Return the columns of all rows, in order of first appearance."""
         return list(dict.fromkeys(key for record in self.records for key in record))
 
 
@@ -135,20 +131,21 @@ def read_rows(
     revision: str | None = None,
     layout: FileOptions = AS_FOUND,
 ) -> Rows:
-    """Read the rows of one file, of a folder of files or of one split of a hub data set.
+    """Read the rows of a file, a folder of files, or a split of a hub dataset.
 
     Args:
-        path: a file of a format that `parse` knows, plain or packed as .gz; a folder of them (see
-            `files_of`); `package:NAME/SPLIT` for a data set inside jaxpeft; or a hub id, `name` or
-            `org/name`, loaded with `datasets`. What exists as a file is never looked up on the hub.
-        split: the split of a hub data set or of a folder whose files are named by split, `train`
-            where not given.
-        config: the hub data set's configuration, such as `mrpc` of `nyu-mll/glue`.
-        revision: the hub data set's commit, tag or branch.
-        layout: what is told of files.
+        path: a file with an extension in `PARSERS`, plain or compressed as .gz; a folder of such
+            files (see `files_of`); `package:NAME/SPLIT` for a dataset included in jaxpeft; or a hub
+            id, `name` or `org/name`, loaded with `datasets`. Existing paths are never looked up on
+            the hub.
+        split: the split of a hub dataset, or of a folder whose files are named after splits;
+            `train` by default.
+        config: the configuration of a hub dataset, such as `mrpc` of `nyu-mll/glue`.
+        revision: the commit, tag or branch of a hub dataset.
+        layout: the user's file options.
 
     Raises:
-        DataError: there is no such file or data set, or its rows cannot be read; lists the first 20
+        DataError: the file or dataset does not exist, or rows cannot be read; lists the first 20
             problems.
     """
     text, local = str(path), Path(path).expanduser()
@@ -157,9 +154,9 @@ def read_rows(
         return _read_hub(text, split or "train", config, revision, layout)
     folder = local.is_dir() and not packaged
     named = {"split": None if folder else split, "config": config, "revision": revision}
-    if given := [k for k, v in named.items() if v is not None]:
+    if hub_only := [k for k, v in named.items() if v is not None]:
         raise DataError(
-            f"{text}: {', '.join(given)} is for hub ids, this is a"
+            f"{text}: {', '.join(hub_only)} is for hub ids, but this is a"
             f" {'folder' if folder else 'file'}; remove it"
         )
     if packaged:
@@ -175,8 +172,8 @@ def read_rows(
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """Return whether `read_rows` would look for a path on the hub: it reads as an id, and is no
-    file here.
+    """Return whether `read_rows` treats a path as a hub id: it looks like one and does not exist
+    locally.
     """
     if str(path).startswith("package:") or Path(path).expanduser().exists():
         return False
@@ -204,18 +201,18 @@ def _read_file(
     path: Path, name: str, layout: FileOptions, allowed: Allowance | None = None
 ) -> Rows:
     check_file(path, name)
-    ending = ending_of(path) or (".txt" if allowed else "")
-    if ending not in PARSERS:
+    extension = ending_of(path) or (".txt" if allowed else "")
+    if extension not in PARSERS:
         raise DataError(
-            f"{name}: files of the ending {path.suffix!r} are not read;"
-            f" {other(path.suffix.lower())}"
+            f"{name}: the extension {path.suffix!r} is not supported;"
+            f" {fix_for_unsupported(path.suffix.lower())}"
         )
     allowed = allowed or Allowance(layout.most)
-    return _rows(read_bytes(path, name, allowed), ending, name, layout, allowed)
+    return _rows(read_bytes(path, name, allowed), extension, name, layout, allowed)
 
 
-def _rows(data: bytes, ending: str, name: str, layout: FileOptions, allowed: Allowance) -> Rows:
-    parsed = PARSERS[ending](data, name, layout, allowed.take)
+def _rows(data: bytes, extension: str, name: str, layout: FileOptions, allowed: Allowance) -> Rows:
+    parsed = PARSERS[extension](data, name, layout, allowed.take)
     if not parsed.records:
         raise DataError(f"{name}:1:1: the file has no rows; give a file with at least one row")
     notes = (f"{name}: {parsed.note}",) if parsed.note else ()
@@ -237,8 +234,8 @@ def _read_package(text: str) -> Rows:
         )
         known = sorted(f"package:{match[1]}/{s}" for s in splits if "." not in s and "_" not in s)
         raise DataError(
-            f"{text}: no such data set in jaxpeft;"
-            f" {'there are ' + ', '.join(known) if known else 'check it'}"
+            f"{text}: no such dataset in jaxpeft;"
+            f" {'choose from ' + ', '.join(known) if known else 'check the name'}"
         )
     return _rows(file.read_bytes(), ".jsonl", text, AS_FOUND, Allowance(AS_FOUND.most))
 
@@ -246,10 +243,10 @@ def _read_package(text: str) -> Rows:
 def load_hub(
     hub_id: str, split: str, config: str | None, revision: str | None, *, streaming: bool = False
 ) -> Any:
-    """Open one split of a hub data set.
+    """Load one split of a hub dataset.
 
     Raises:
-        DataError: there is none.
+        DataError: the dataset cannot be loaded.
     """
     import datasets
     from datasets.exceptions import DatasetsError
@@ -263,13 +260,13 @@ def load_hub(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         near = nearest(Path(hub_id).name, [p.name for p in Path.cwd().iterdir()])
         raise DataError(
-            f"{hub_name(hub_id, split, config)}: neither a file here nor loaded from the hub"
-            f" ({reason}){near or '; check it'}"
+            f"{hub_name(hub_id, split, config)}: not a local file, and cannot be loaded from the"
+            f" hub ({reason}){near or '; check the name'}"
         ) from None
 
 
 def hub_name(hub_id: str, split: str, config: str | None) -> str:
-    """Name one split of a hub data set, for messages."""
+    """Return the name of a split of a hub dataset for messages."""
     return f"{hub_id}[{':'.join(filter(None, (config, split)))}]"
 
 

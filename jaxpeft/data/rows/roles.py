@@ -1,19 +1,19 @@
-"""What a column may be meant for, told from its name and from what it holds."""
+"""Guess the role of a column from its name and the type of its values."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 
-AN_OPTION, HOW_GOOD, A_WEIGHT = (
+AN_OPTION, A_RATING, A_WEIGHT = (
     "an option to choose from",
-    "how good the answer is",
+    "a rating of the answer",
     "a weight of the row",
 )
 _MEMBER = re.compile(r"(.*?)[ _.-]?([A-Za-z]|[0-9]+)\)?")
-_BEGINNINGS = ({"a", "b"}, {"0", "1"}, {"1", "2"})
+_SERIES_STARTS = ({"a", "b"}, {"0", "1"}, {"1", "2"})
 _WORD = re.compile(r"[^\W_]+")
-_HUMP = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # of a name written asCamel
+_HUMP = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # a word of a camelCase name
 ROLES: Mapping[str, frozenset[str]] = {
     role: frozenset(words.split())
     for role, words in {
@@ -24,8 +24,8 @@ ROLES: Mapping[str, frozenset[str]] = {
             " number len length type kind domain difficulty level model task config dataset name"
             " user annotator worker"
         ),
-        "an image or a sound": "image images img pixel pixels audio audios video videos speech",
-        "a thought before the answer": (
+        "an image or audio": "image images img pixel pixels audio audios video videos speech",
+        "the reasoning before the answer": (
             "reasoning rationale rationales explanation explanations thought thoughts thinking"
             " think cot scratchpad justification"
         ),
@@ -49,7 +49,7 @@ ROLES: Mapping[str, frozenset[str]] = {
         ),
         "the prompt": "prompt prompts",
         A_WEIGHT: "weight weights",
-        HOW_GOOD: (
+        A_RATING: (
             "label labels score scores rating ratings reward rewards rank ranking quality correct"
             " correctness accepted desirable helpfulness preference preferred winner vote votes"
             " upvotes feedback"
@@ -63,46 +63,44 @@ ROLES: Mapping[str, frozenset[str]] = {
         ),
     }.items()
 }
-"""What a column may be meant for, told from a word of its name; the first that fits. Nothing is
-missed without those of "".
+"""Words of column names for each role; the first matching role counts. Columns with the role "" are
+never needed.
 """
 
 
-def role(column: str, held: type = str) -> str | None:
-    """Return what a column may be meant for: empty where nothing is missed without it, None where
-    its name does not say.
+def role(column: str, value_type: type = str) -> str | None:
+    """Return the likely role of a column: "" if it is never needed, None if unknown.
 
     Args:
-        column: its name.
-        held: the type of its values. Numbers and truths are how good something is, a weight, or
-            what all words of the name say.
+        column: the column name.
+        value_type: the type of its values. Numbers and booleans can only be a rating, a weight, or
+            a role that matches all words of the name.
     """
     words = {word.lower() for word in [*_WORD.findall(column), *_HUMP.findall(column)]}
     if not words:
         return ""
-    fitting = [role for role, known in ROLES.items() if words & known]
-    if held in (bool, int, float):
+    fitting = [role for role, role_words in ROLES.items() if words & role_words]
+    if value_type in (bool, int, float):
         fitting = [
-            role for role in fitting if role in ("", HOW_GOOD, A_WEIGHT) or words <= ROLES[role]
+            role for role in fitting if role in ("", A_RATING, A_WEIGHT) or words <= ROLES[role]
         ]
     return next(iter(fitting), None)
 
 
-def roles(present: Mapping[str, type], asked: Iterable[str]) -> dict[str, str | None]:
-    """Return the role of columns; of those that say nothing by themselves, `A`, `B` and so on are
-    options.
+def roles(present: Mapping[str, type], columns: Iterable[str]) -> dict[str, str | None]:
+    """Return the likely roles of columns; otherwise unknown series such as `A`, `B` are options.
 
     Args:
-        present: the columns that hold something, each with the type of a value.
-        asked: the columns to tell of.
+        present: the non-empty columns, each with the type of a value.
+        columns: the columns to look up.
     """
-    found = {column: role(column, present[column]) for column in asked}
+    found = {column: role(column, present[column]) for column in columns}
     series: dict[str, dict[str, str]] = {}
-    for column, meant in found.items():
-        match = _MEMBER.fullmatch(column) if meant is None else None
+    for column, likely in found.items():
+        match = _MEMBER.fullmatch(column) if likely is None else None
         if match and (match[1] or match[2].isalpha()):
             series.setdefault(match[1].lower(), {})[match[2].lower()] = column
     for members in series.values():
-        if any(begins <= members.keys() for begins in _BEGINNINGS):
+        if any(start <= members.keys() for start in _SERIES_STARTS):
             found |= dict.fromkeys(members.values(), AN_OPTION)
     return found

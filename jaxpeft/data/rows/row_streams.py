@@ -1,4 +1,4 @@
-"""Rows of files that are too large to hold: read in order, some at a time, from any row on."""
+"""Stream rows from sources too large for memory, in order and from any start row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from jaxpeft.errors import DataError
 _EDGE = 1 << 20
 _HEAD = 1 << 10
 Raw = tuple[int, Any]
-"""The 1-based line of a row, 0 where there are no lines, and the row before it is parsed."""
+"""The 1-based line of a row (0 if the format has no lines), and the unparsed row."""
 
 
 class _Reader(Protocol):
@@ -46,15 +46,15 @@ class _Reader(Protocol):
     note: str
 
     def raw(self) -> Iterator[Raw]:
-        """Yield the rows from the first on, unparsed, so that those before a start cost little."""
+        """Yield all rows unparsed, so that skipping rows is cheap."""
         ...
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
-        """Parse some of them."""
+        """Parse some rows."""
         ...
 
     def identity(self) -> str:
-        """Tell this content from another."""
+        """Return a string that identifies the content."""
         ...
 
 
@@ -63,13 +63,13 @@ class RowStream:
 
     Args:
         path: a JSONL, CSV, TSV, parquet or Arrow file, a folder of them, or a hub id.
-        split: of a folder whose files are named by split, or of a hub id.
-        config: the hub data set's configuration.
-        revision: the hub data set's commit, tag or branch.
-        layout: what is told of files.
+        split: the split of a folder whose files are named after splits, or of a hub dataset.
+        config: the configuration of a hub dataset.
+        revision: the commit, tag or branch of a hub dataset.
+        layout: the user's file options.
 
     Raises:
-        DataError: there is no such file, or it cannot be streamed.
+        DataError: the file does not exist or cannot be streamed.
     """
 
     def __init__(
@@ -93,28 +93,27 @@ class RowStream:
         self._identity = ""
 
     def rows(self, start: int, count: int) -> Rows:
-        """Return `count` rows from row `start` on, fewer where they end; goes on from the last call
-        where it can.
+        """Return up to `count` rows from row `start`; continues after the last call if possible.
 
         Raises:
             DataError: a row cannot be read.
         """
         if start < self._at or self._at == 0:
             self._at, self._rest = 0, self._all()
-        at, self._at = self._at, 0  # what fails on the way begins anew
+        at, self._at = self._at, 0  # restart from the first row after an error
         for _ in islice(self._rest, start - at):
             pass
-        taken = list(islice(self._rest, count))
+        chunk = list(islice(self._rest, count))
         records: list[Record] = []
-        for reader, group in groupby(taken, itemgetter(0)):
+        for reader, group in groupby(chunk, itemgetter(0)):
             records += reader.parse([raw for _, _, raw in group])
-        self._at = start + len(taken)
-        places = tuple((of.name, number) for of, number, _ in taken)
-        lines = tuple(line for _, _, (line, _) in taken)
-        made = f"{self.identity()} {start} {len(taken)}"
+        self._at = start + len(chunk)
+        places = tuple((reader.name, number) for reader, number, _ in chunk)
+        lines = tuple(line for _, _, (line, _) in chunk)
+        digest = f"{self.identity()} {start} {len(chunk)}"
         notes = tuple(f"{reader.name}: {reader.note}" for reader in self._readers if reader.note)
         return Rows(
-            flatten_nested(records, self._columns), self.name, made, lines, places, notes=notes
+            flatten_nested(records, self._columns), self.name, digest, lines, places, notes=notes
         )
 
     def _all(self) -> Iterator[tuple[_Reader, int, Raw]]:
@@ -124,16 +123,14 @@ class RowStream:
         )
 
     def identity(self) -> str:
-        """Return the SHA-256 of what tells this source from another without reading all of it;
-        looked up once.
-        """
+        """Return a cached hash that identifies the source without reading all of it."""
         if not self._identity:
-            told = " ".join(reader.identity() for reader in self._readers)
-            self._identity = hashlib.sha256(told.encode()).hexdigest()
+            text = " ".join(reader.identity() for reader in self._readers)
+            self._identity = hashlib.sha256(text.encode()).hexdigest()
         return self._identity
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind: another process opens them itself."""
+        """Drop open files, so that another process opens its own."""
         return self.__dict__ | {"_at": 0, "_rest": iter(())}
 
 
@@ -142,7 +139,7 @@ class _File:
         self.path, self.name, self.layout, self.note = path, str(path), layout, ""
 
     def raw(self) -> Iterator[Raw]:
-        """Yield the rows, but not the blank ones that a file may end with."""
+        """Yield the rows without trailing blank ones."""
         blank: list[Raw] = []
         try:
             for number, row in self._raw():
@@ -156,13 +153,11 @@ class _File:
             raise DataError(unreadable_file(self.name, error)) from None
 
     def _raw(self) -> Iterator[Raw]:
-        """Yield every row; a blank one is false, or white space."""
+        """Yield every row; a blank one is falsy or whitespace."""
         raise NotImplementedError
 
     def identity(self) -> str:
-        """Return the hash of the size, the first and the last MiB: a change in between is not
-        seen.
-        """
+        """Return the hash of the size, the first and the last MiB; other changes go unnoticed."""
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             edges = file.read(_EDGE)
@@ -194,7 +189,7 @@ class _TextFile(_File):
 
 class _Jsonl(_TextFile):
     def _raw(self) -> Iterator[Raw]:
-        if self.encoding == UTF8:  # a line that is not UTF-8 is told when it is parsed
+        if self.encoding == UTF8:  # `parse` reports lines that are not UTF-8
             with open_file(self.path) as file:
                 for number, line in enumerate(file, 1):
                     yield (
@@ -222,16 +217,16 @@ class _Delimited(_TextFile):
         with self._text() as text:
             head = text.read(_EDGE)
             head += text.readline() if head else ""
-            whole = not text.read(1)
-        found = dialect_of(
-            head.rstrip("\r\n") if whole else head,
+            is_complete = not text.read(1)
+        dialect = dialect_of(
+            head.rstrip("\r\n") if is_complete else head,
             self.name,
             self._delimiter,
             self.layout,
-            whole=whole,
+            is_complete=is_complete,
         )
-        self.note = f"{found}, encoding {self.encoding}"
-        return found
+        self.note = f"{dialect}, encoding {self.encoding}"
+        return dialect
 
     @cached_property
     def _header(self) -> tuple[list[str], int]:
@@ -240,10 +235,10 @@ class _Delimited(_TextFile):
     def _fields(self) -> Iterator[tuple[int, Fields]]:
         dialect = self._dialect
         with self._text() as text:
-            for _ in range(dialect.before):
+            for _ in range(dialect.skipped):
                 text.readline()
             for number, row in fields_of(text, dialect.delimiter, dialect.quoted):
-                yield number + dialect.before, row
+                yield number + dialect.skipped, row
 
     def _raw(self) -> Iterator[Raw]:
         with open_file(self.path) as file:
@@ -256,7 +251,7 @@ class _Delimited(_TextFile):
 
 
 class _Table(_File):
-    """A file that says itself what is in it."""
+    """A self-describing binary file."""
 
     def __init__(
         self, path: Path, layout: FileOptions, read: Callable[..., Iterator[list[Record]]]
@@ -286,15 +281,15 @@ class _Hub:
             yield from ((0, with_label_names(record, data.features)) for record in data)
         except OSError as error:
             raise DataError(
-                f"{self.name}: could not be read to its end ({error}); check the network, then run"
-                " it again"
+                f"{self.name}: reading stopped before the end ({error}); check the network and run"
+                " again"
             ) from error
 
     def parse(self, raws: Sequence[Raw]) -> list[Record]:
         return [record for _, record in raws]
 
     def identity(self) -> str:
-        """Return the split and the commit that the revision stands for now."""
+        """Return the split and the commit to which the revision currently points."""
         if not self._hash:
             from huggingface_hub import HfApi
             from huggingface_hub.errors import HfHubHTTPError
@@ -322,7 +317,7 @@ def _reader(path: Path, layout: FileOptions) -> _Reader:
     }
     if ending_of(path) not in makers:
         raise DataError(
-            f"{path}: files of the ending {path.suffix!r} cannot be streamed; convert it to .jsonl,"
-            " one row a line"
+            f"{path}: files with the extension {path.suffix!r} cannot be streamed; convert it to"
+            " .jsonl, one row per line"
         )
     return makers[ending_of(path)](path, layout)

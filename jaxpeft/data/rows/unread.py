@@ -1,6 +1,4 @@
-"""Columns that nothing reads: what they may have been meant for, and rows that say more than would
-be learned.
-"""
+"""Unused columns: guess their roles, and refuse rows whose unused columns may be needed."""
 
 from __future__ import annotations
 
@@ -11,11 +9,11 @@ from jaxpeft.data.rows.read import Rows
 from jaxpeft.data.rows.roles import AN_OPTION, ROLES, roles
 from jaxpeft.errors import DataError
 
-_MEANT: Mapping[str, frozenset[str]] = {
+_NEEDED_ROLES: Mapping[str, frozenset[str]] = {
     "text": frozenset(
         {
-            "an image or a sound",
-            "a thought before the answer",
+            "an image or audio",
+            "the reasoning before the answer",
             "the answer",
             "a part of the question",
             "the prompt",
@@ -30,57 +28,55 @@ _MEANT: Mapping[str, frozenset[str]] = {
             "a second text",
             "the prompt",
         }
-    ),  # a prompt there is the instruction, written out
+    ),  # in these rows, a prompt is the rendered instruction
     "messages": frozenset(
         {
-            "an image or a sound",
+            "an image or audio",
             "earlier turns",
             "tools",
             "a weight of the row",
-            "how good the answer is",
+            "a rating of the answer",
         }
     ),
 }
-"""The columns that rows of a format are not learned without, unless that is said to be meant."""
+"""Roles of columns that rows of a format may not leave unused, unless `data.format` is set."""
 
-_CLASSIFIED = {
+_CLASSIFICATION_ROLES = {
     AN_OPTION: "a second text",
     "the answer": "the label",
-    "how good the answer is": "the label",
+    "a rating of the answer": "the label",
     "a part of the question": "a second text",
     "the prompt": "a second text",
     "earlier turns": "a second text",
 }
-_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
-    "text": {"how good the answer is": "a class or a score"},
-    "classification": _CLASSIFIED,
-    "token_classification": _CLASSIFIED,
+_ROLE_NAMES: Mapping[str, Mapping[str, str]] = {
+    "text": {"a rating of the answer": "a class or a score"},
+    "classification": _CLASSIFICATION_ROLES,
+    "token_classification": _CLASSIFICATION_ROLES,
 }
-"""What roles are in rows without answers."""
+"""Names of roles in messages about rows without answers."""
 
 
 def filled_columns(rows: Rows) -> dict[str, type]:
-    """Return the columns in which some row holds something, each with the type of a value: of one
-    that is no text, if any.
-    """
-    held: dict[str, type] = {}
+    """Return the non-empty columns with the type of a value, not `str` if there is another type."""
+    types: dict[str, type] = {}
     for record in rows.records:
         for name, value in record.items():
-            if value not in (None, "", [], {}) and held.get(name, str) is str:
-                held[name] = type(value)
-    return {name: held[name] for name in rows.columns() if name in held}
+            if value not in (None, "", [], {}) and types.get(name, str) is str:
+                types[name] = type(value)
+    return {name: types[name] for name in rows.columns() if name in types}
 
 
-def plain_texts(rows: Rows, held: Mapping[str, type]) -> list[str]:
-    """Return the columns that hold texts alone, none of which looks like JSON.
+def plain_texts(rows: Rows, filled: Mapping[str, type]) -> list[str]:
+    """Return the columns that contain only texts, none of which looks like JSON.
 
     Args:
-        rows: of one source.
-        held: the type of what each column holds.
+        rows: the rows of one source.
+        filled: the non-empty columns, each with the type of a value.
     """
     return [
         column
-        for column, kind in held.items()
+        for column, kind in filled.items()
         if kind is str
         and not any(
             (record.get(column) or "").lstrip()[:1] in ("[", "{") for record in rows.records
@@ -89,94 +85,90 @@ def plain_texts(rows: Rows, held: Mapping[str, type]) -> list[str]:
 
 
 def refuse_partial(
-    present: Mapping[str, type], asked: Columns, columns: Columns, kind: Kind, name: str
+    present: Mapping[str, type], requested: Columns, columns: Columns, kind: Kind, name: str
 ) -> None:
-    """Refuse rows of which the likely answer, or what it depends on, would not be read.
+    """Refuse rows if the likely answer, or something it depends on, is in an unused column.
 
     Args:
-        present: the columns that hold something, each with the type of a value.
-        asked: the columns that the user named; a field named that the format must have says what is
-            meant.
-        columns: the columns that would be read.
-        kind: the format that was told from the columns.
-        name: what to call the rows in messages.
+        present: the non-empty columns, each with the type of a value.
+        requested: the columns that the user named; naming a required field disables the check.
+        columns: the columns that would be used.
+        kind: the format of the rows.
+        name: the name of the rows in messages.
 
     Raises:
-        DataError: names the columns, and the options that say what is meant.
+        DataError: an unused column may be needed; the error names the options that resolve it.
     """
-    if asked.named_fields().keys() & REQUIRED.get(kind, ({},))[0].keys():
+    if requested.named_fields().keys() & REQUIRED.get(kind, ({},))[0].keys():
         return
     found = roles(present, _unread_columns(present, columns))
-    missed = {column: role for column, role in found.items() if role in _MEANT.get(kind, ())}
-    if missed:
-        read = ", ".join(map(repr, columns.named_fields().values()))
+    needed = {column: role for column, role in found.items() if role in _NEEDED_ROLES.get(kind, ())}
+    if needed:
+        used = ", ".join(map(repr, columns.named_fields().values()))
         raise DataError(
-            f"{name}: rows of format {kind} would be learned from {read} alone, without"
-            f" {_describe(missed, kind)}; {_fix(present, columns, missed)}if that is meant, set"
+            f"{name}: rows of format {kind} would use only {used}, without"
+            f" {_describe(needed, kind)}; {_fix(present, columns, needed)}if this is intended, set"
             f" data.format={kind!r}. Columns present: {', '.join(present)}"
         )
 
 
 def find_unread(present: Mapping[str, type], columns: Columns, kind: str) -> tuple[str, bool]:
-    """Return one line that names the columns that nothing reads, empty where all are read; and
-    whether one may be missed.
+    """Return one line on the unused columns, empty if all are used; and whether one may be needed.
 
     Args:
-        present: the columns that hold something, each with the type of a value.
-        columns: the columns that are read.
+        present: the non-empty columns, each with the type of a value.
+        columns: the columns that are used.
         kind: the format of the rows.
     """
     found = roles(present, _unread_columns(present, columns))
     if not found:
         return "", False
-    read = ", ".join(f"{column!r} ({field})" for field, column in columns.named_fields().items())
-    return f"read: {read}; not read: {_describe(found, kind)}", any(
+    used = ", ".join(f"{column!r} ({field})" for field, column in columns.named_fields().items())
+    return f"columns used: {used}; unused: {_describe(found, kind)}", any(
         role != "" for role in found.values()
     )
 
 
 def _unread_columns(present: Collection[str], columns: Columns) -> list[str]:
-    """Return the columns that are not read, neither whole nor a value in them (`answers.text`)."""
-    read = columns.named_fields().values()
-    parts = {
+    """Return the columns of which neither the value nor a nested one (`answers.text`) is used."""
+    used = columns.named_fields().values()
+    parents = {
         ".".join(parts[:i])
-        for parts in (column.split(".") for column in read)
+        for parts in (column.split(".") for column in used)
         for i in range(1, len(parts))
     }
-    return [column for column in present if column not in read and column not in parts]
+    return [column for column in present if column not in used and column not in parents]
 
 
 def _describe(found: Mapping[str, str | None], kind: str) -> str:
-    def one(column: str, role: str) -> str:
-        meant = _ELSEWHERE.get(kind, {}).get(role, role)
-        return f"{column!r} (perhaps {meant})" if meant else repr(column)
+    def describe(column: str, role: str) -> str:
+        role = _ROLE_NAMES.get(kind, {}).get(role, role)
+        return f"{column!r} (perhaps {role})" if role else repr(column)
 
-    return ", ".join(one(column, role or "") for column, role in found.items())
+    return ", ".join(describe(column, role or "") for column, role in found.items())
 
 
-def _fix(present: Mapping[str, type], columns: Columns, missed: Mapping[str, str | None]) -> str:
-    """Return the columns to name instead, where they are plain to see."""
-    first = {role: column for column, role in reversed(list(missed.items()))}
-    asked, answer = (
-        first.get("the prompt") or first.get("a part of the question"),
-        first.get("the answer"),
-    )
+def _fix(present: Mapping[str, type], columns: Columns, needed: Mapping[str, str | None]) -> str:
+    """Return the fix for needed columns, such as a value for `data.columns`, or an empty string."""
+    first = {role: column for column, role in reversed(list(needed.items()))}
+    prompt = first.get("the prompt") or first.get("a part of the question")
+    answer = first.get("the answer")
     parts = [
-        column for column, role in missed.items() if role in (AN_OPTION, "a part of the question")
+        column for column, role in needed.items() if role in (AN_OPTION, "a part of the question")
     ]
     if columns.text is None and len(parts) > 1:
         return (
             "write all parts of the question into the text of"
             f" {next(iter(columns.named_fields().values()))!r}; "
         )
-    if columns.text and (answer or asked):
-        named = {"prompt": asked or columns.text, "completion": answer or columns.text}
-    elif columns.prompt and columns.completion and asked:
-        named = {"instruction": columns.prompt, "input": asked, "output": columns.completion}
-    elif "how good the answer is" in first:
-        return "leave out the rows whose answers are not to be learned, and this column; "
+    if columns.text and (answer or prompt):
+        named = {"prompt": prompt or columns.text, "completion": answer or columns.text}
+    elif columns.prompt and columns.completion and prompt:
+        named = {"instruction": columns.prompt, "input": prompt, "output": columns.completion}
+    elif "a rating of the answer" in first:
+        return "remove this column and the rows with bad answers; "
     else:
         return ""
     others = [column for column in named.values() if present.get(column, str) is not str]
-    before = f"write {' and '.join(map(repr, others))} as texts, and " if others else ""
-    return f"{before}set data.columns, such as {named}; "
+    convert = f"write {' and '.join(map(repr, others))} as texts, and " if others else ""
+    return f"{convert}set data.columns, such as {named}; "

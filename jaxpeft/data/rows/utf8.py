@@ -1,4 +1,4 @@
-"""Bytes of a data file to text: in which encoding they are, and every line that is not in it."""
+"""Detect the encoding of data files, decode them, and report invalid lines."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _HEAD = 1 << 10
 _ODD, _EVEN = slice(1, _HEAD, 2), slice(0, _HEAD, 2)
 
 
-def encoding_of(head: bytes, name: str, given: str = "auto") -> str:
-    """Return the encoding of a text file, by Python's name.
+def encoding_of(head: bytes, name: str, option: str = "auto") -> str:
+    """Return Python's name of the encoding of a text file.
 
-    Only what cannot be mistaken is told from the bytes: a byte order mark, or the zeros of UTF-16.
+    Only unambiguous signs are used: a byte order mark, or the zero bytes of UTF-16.
 
     Args:
-        head: its first bytes, or all of them.
-        name: of the file.
-        given: what the user says; `auto` to look.
+        head: the first bytes, or all of them.
+        name: the name of the file in messages.
+        option: the user's choice; `auto` to detect the encoding.
 
     Raises:
-        DataError: it is a Git LFS pointer.
+        DataError: the file is a Git LFS pointer.
     """
     check_pointer(head, name)
-    if given != "auto":
-        return UTF8 if codecs.lookup(given).name in ("utf-8", "utf-8-sig", "ascii") else given
+    if option != "auto":
+        return UTF8 if codecs.lookup(option).name in ("utf-8", "utf-8-sig", "ascii") else option
     marked = next((encoding for mark, encoding in _MARKS if head.startswith(mark)), None)
     if marked is not None:
         return marked
@@ -46,10 +46,10 @@ def encoding_of(head: bytes, name: str, given: str = "auto") -> str:
 
 
 def check_pointer(head: bytes, name: str) -> None:
-    """Refuse what Git LFS leaves in place of a file.
+    """Refuse a Git LFS pointer.
 
     Raises:
-        DataError: it is such a pointer.
+        DataError: the file is a Git LFS pointer.
     """
     if head.startswith(_LFS):
         raise DataError(
@@ -57,20 +57,18 @@ def check_pointer(head: bytes, name: str) -> None:
         )
 
 
-def as_utf8(data: bytes, name: str, given: str = "auto") -> tuple[bytes, str]:
-    """Return the bytes of a text file in UTF-8 without a byte order mark, and the encoding that
-    they were in.
+def as_utf8(data: bytes, name: str, option: str = "auto") -> tuple[bytes, str]:
+    """Convert a text file to UTF-8 without a byte order mark; return it with the old encoding.
 
     Args:
-        data: all of the file; where it is in UTF-8 already, it is not looked at.
-        name: of the file.
-        given: the encoding; `auto` to look.
+        data: the contents; UTF-8 is not validated.
+        name: the name of the file in messages.
+        option: the encoding; `auto` to detect it.
 
     Raises:
-        DataError: nothing but white space is left, it is a Git LFS pointer, or it is not in this
-            encoding.
+        DataError: the file is blank, a Git LFS pointer, or not in this encoding.
     """
-    encoding = encoding_of(data, name, given)
+    encoding = encoding_of(data, name, option)
     if encoding != UTF8:
         try:
             data = data.decode(encoding).removeprefix("\ufeff").encode()
@@ -80,12 +78,12 @@ def as_utf8(data: bytes, name: str, given: str = "auto") -> tuple[bytes, str]:
 
 
 def encoding_fault(encoding: str, pieces: Iterable[bytes], name: str) -> str:
-    """Return where a file begins not to be in the encoding that was given or marked.
+    """Return the error message for a file in another encoding, with the first invalid position.
 
     Args:
-        encoding: Python's name of it.
-        pieces: the file, piece by piece.
-        name: of the file.
+        encoding: Python's name of the expected encoding.
+        pieces: the contents in pieces.
+        name: the name of the file in messages.
     """
     line = column = 1
     for text in codecs.iterdecode(pieces, encoding, "replace"):
@@ -94,14 +92,14 @@ def encoding_fault(encoding: str, pieces: Iterable[bytes], name: str) -> str:
         column = len(head) - head.rfind("\n") if "\n" in head else column + len(head)
         if found:
             break
-    return f"{name}:{line}:{column}: not {encoding}; set data.encoding to the one it was written in"
+    return f"{name}:{line}:{column}: not {encoding}; set data.encoding to the file's encoding"
 
 
 def body_of(data: bytes, name: str) -> bytes:
-    """Return the bytes without UTF-8's byte order mark.
+    """Return the bytes without the byte order mark of UTF-8.
 
     Raises:
-        DataError: nothing but white space is left.
+        DataError: the file is blank.
     """
     body = data.removeprefix(codecs.BOM_UTF8)
     if not body.strip():
@@ -113,7 +111,7 @@ def decode_line(raw: bytes) -> str:
     """Decode one line.
 
     Raises:
-        RowError: it is not UTF-8.
+        RowError: the line is not UTF-8.
     """
     try:
         return raw.decode(UTF8)
@@ -125,34 +123,32 @@ def decode_line(raw: bytes) -> str:
 
 
 def _fix(raw: bytes, column: int) -> str:
-    """Return how to have a line read that is not UTF-8: no encoding of one byte a character can be
-    told from another.
-    """
+    """Return the fix for a line that is not UTF-8; single-byte encodings cannot be detected."""
     try:
         read = excerpt(raw.decode("cp1252").strip(), column)
     except UnicodeDecodeError:
-        return "set data.encoding to the one it was written in"
+        return "set data.encoding to the file's encoding"
     return (
-        "set data.encoding to the one it was written in: 'cp1252', as of Excel on Windows, reads"
-        f" {read!r}"
+        "set data.encoding to the file's encoding: with 'cp1252', as of Excel on Windows, the line"
+        f" is {read!r}"
     )
 
 
 def first_fault(lines: Iterable[bytes], name: str) -> str:
-    """Return where the first line is that is not UTF-8."""
+    """Return the error message for the first line that is not UTF-8."""
     for number, raw in enumerate(lines, 1):
         try:
             decode_line(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
         except RowError as fault:
             return f"{name}:{number}:{fault.column}: {fault.fault}; {fault.fix}"
-    return f"{name}: not UTF-8; set data.encoding to the one it was written in"
+    return f"{name}: not UTF-8; set data.encoding to the file's encoding"
 
 
 def decode(body: bytes, name: str) -> str:
-    """Decode a whole file.
+    """Decode a complete file.
 
     Raises:
-        DataError: some lines are not UTF-8; lists them.
+        DataError: lines are not UTF-8; the error lists them.
     """
     problems, lines = Problems(), list[str]()
     for number, raw in enumerate(body.split(b"\n"), 1):

@@ -1,4 +1,4 @@
-"""Examples to tokens: tokenized, cached, padded and packed."""
+"""Tokenize, cache, pack and pad examples."""
 
 from jaxpeft.data.tokens.tokenize import prefix, special_tokens
 

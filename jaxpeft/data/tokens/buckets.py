@@ -1,4 +1,4 @@
-"""The few fixed lengths that sequences are padded to, so that few programs are compiled."""
+"""Choose the few fixed lengths that sequences are padded to, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ _STEPS = (8, 16, 24, 32, 40, 48, 56, 64)
 def choose_lengths(
     lengths: np.ndarray, max_length: int, most: int = 4, worth: float = 0.0
 ) -> tuple[int, ...]:
-    """Choose the lengths that pad the least, out of 8, 16, 24, ..., 64, 96, 128, 192, 256 and so
-    on.
+    """Choose the lengths with the least padding out of 8, 16, 24, ..., 64, 96, 128, 192, 256, ...
 
     Args:
         lengths: the length of each sequence, int [n].
-        max_length: the longest that a sequence may be; chosen itself where no step holds the
-            longest sequence.
-        most: how many to choose at most.
-        worth: places that each further length must spare, as it costs a program more.
+        max_length: the maximum length of a sequence; chosen if no step fits the longest sequence.
+        most: the maximum number of lengths.
+        worth: number of padding tokens that each further length must save, since it compiles one
+            more program.
 
     Raises:
-        DataError: there is no sequence, or one is longer than `max_length`.
+        DataError: there are no sequences, or one is longer than `max_length`.
     """
     longest = int(lengths.max(initial=0))
     if not 0 < longest <= max_length:
@@ -38,8 +37,8 @@ def choose_lengths(
     top = min((step for step in _steps(max_length) if step >= longest), default=max_length)
     within = {step: int((lengths <= step).sum()) for step in (*steps, top)}
     choices = (c for n in range(most) for c in itertools.combinations(steps, min(n, len(steps))))
-    # Fewer lengths come first, and min keeps the first of equals: a length that saves nothing is
-    # never chosen.
+    # Choices with fewer lengths come first, and min returns the first of equals, so a length that
+    # saves nothing is never chosen.
     return min(
         ((*choice, top) for choice in choices),
         key=lambda chosen: _slots(within, chosen) + worth * len(chosen),
@@ -47,14 +46,12 @@ def choose_lengths(
 
 
 def padding_share(lengths: np.ndarray, slots: int) -> float:
-    """Return the share of `slots` places that hold no token of the sequences with these `lengths`,
-    int [n].
-    """
+    """Return the share of padding if sequences of `lengths`, int [n], fill `slots` positions."""
     return 1 - int(lengths.sum()) / slots if slots else 0.0
 
 
 def assign(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
-    """Return the index of the smallest bucket that holds each sequence.
+    """Return the index of the smallest bucket that fits each sequence.
 
     Args:
         lengths: int [n].
@@ -64,14 +61,15 @@ def assign(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
         int64 [n].
 
     Raises:
-        ConfigError: the buckets do not ascend or do not hold the longest sequence.
+        ConfigError: the buckets do not ascend, or the longest sequence does not fit.
     """
     if not buckets or any(a >= b for a, b in itertools.pairwise([0, *buckets])):
         raise ConfigError(f"lengths={tuple(buckets)} must be positive and ascend")
     longest = int(lengths.max(initial=0))
     if longest > buckets[-1]:
         raise ConfigError(
-            f"lengths={tuple(buckets)} hold no sequence of {longest} tokens; add {longest} or more"
+            f"lengths={tuple(buckets)} are too short for a sequence of {longest} tokens; add"
+            f" {longest} or more"
         )
     return np.searchsorted(np.asarray(buckets), lengths)
 
@@ -82,5 +80,5 @@ def _steps(max_length: int) -> list[int]:
 
 
 def _slots(within: dict[int, int], chosen: Sequence[int]) -> int:
-    """Count the places of all sequences, of which `within[step]` have at most `step` tokens."""
+    """Return the total padded length, if `within[step]` sequences have at most `step` tokens."""
     return sum(b * (within[b] - within.get(a, 0)) for a, b in itertools.pairwise((0, *chosen)))

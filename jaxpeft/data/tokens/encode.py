@@ -1,4 +1,4 @@
-"""Examples to tokens, cached on disk under a hash of everything that they depend on."""
+"""Tokenize examples, cached on disk by a hash of everything that determines the tokens."""
 
 from __future__ import annotations
 
@@ -58,36 +58,35 @@ def encode(
     cache_dir: str | Path | None = None,
     use_cache: bool = True,
 ) -> Encoded:
-    """Tokenize examples, or take them from the cache.
+    """Tokenize examples, or load the tokens from the cache.
 
-    Classification: one sequence a row, cut to `max_length`. Token classification: the same, the tag
-    of a word on its first sub-token and -100 on the rest. Text: every document split into
-    consecutive sequences, nothing lost. Dialogs: one sequence a row, cut to `max_length`, or
-    several where the template writes earlier turns otherwise once others follow; only what the
-    assistant says is learned, and a row of which nothing that is learned is left is dropped.
+    Classification: one sequence per row, truncated to `max_length`. Token classification: the same,
+    with a word's tag on its first subtoken and -100 on the rest. Text: every document is split into
+    consecutive sequences, without truncation. Dialogs: one sequence per row, truncated to
+    `max_length`, or several if the template rewrites earlier turns once others follow; only the
+    assistant's answers are in the loss, and rows without a token in the loss are dropped.
 
     Args:
         examples: the examples of one split.
         tokenizer: a fast tokenizer of `transformers`.
-        max_length: the most tokens of a sequence.
-        vocab_size: of the model; every token must be below it.
-        add_bos: for text, begin each document with BOS; where the tokenizer does so itself, it is
-            not doubled. For prompts with completions, keep the BOS that the tokenizer begins a text
-            with.
-        add_eos: end each document, or each answer that the template has not ended, with EOS; never
-            doubled.
-        chat_template: name of one of the tokenizer's templates or of a built-in one, or a file of
-            jinja; None for the tokenizer's.
-        separator: stands between a prompt and its completion.
-        most_dropped: the share of rows that may be dropped, never all; None to let any be dropped.
-        progress: called with the rows done and the rows in all, after every thousand.
-        cache_dir: where the cache is; where `JAXPEFT_CACHE` says, or in `~/.cache/jaxpeft`, where
-            not given.
-        use_cache: False neither reads nor writes it.
+        max_length: the maximum length of a sequence.
+        vocab_size: the vocabulary size of the model; every token id must be below it.
+        add_bos: for text, start each document with BOS, unless the tokenizer does. For prompts with
+            completions, keep the BOS that the tokenizer adds.
+        add_eos: end each document, and each answer that the template does not end, with EOS, unless
+            it already has one.
+        chat_template: the name of a template of the tokenizer or of a built-in one, or the path of
+            a Jinja file; None for the tokenizer's default.
+        separator: text between a prompt and its completion.
+        most_dropped: the maximum share of dropped rows, never all; None for no check.
+        progress: called with the numbers of finished and of all rows, after every thousand.
+        cache_dir: the cache directory; by default `JAXPEFT_CACHE`, or `~/.cache/jaxpeft`.
+        use_cache: whether to read and write the cache.
 
     Raises:
         ConfigError: an option does not fit the tokenizer.
-        DataError: a row gives no token, or a token is not below `vocab_size`.
+        DataError: a row has no tokens, a token id is not below `vocab_size`, or too many rows are
+            dropped.
     """
     options = make_options(
         examples, tokenizer, max_length, add_bos, add_eos, chat_template, separator
@@ -122,7 +121,7 @@ def make_options(
     chat_template: str | None,
     separator: str,
 ) -> TokenizeOptions:
-    """Return what changes the tokens; the chat template where there are chats."""
+    """Return the options that determine the tokens, with the chat template if there are chats."""
     chat = any(isinstance(text, Dialog) for text in examples.texts)
     source = (
         template_source(tokenizer.chat_template, chat_template, examples.kind) if chat else None
@@ -133,8 +132,8 @@ def make_options(
 
 
 def _joins_words(tokenizer: Any) -> bool:
-    """Return whether a space belongs to the word behind it, and is not put there by the tokenizer
-    (GPT-2, RoBERTa, Llama 3).
+    """Return whether a space is part of the next word's token, and the tokenizer adds no leading
+    space (GPT-2, RoBERTa, Llama 3).
     """
     before = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     parts = before.get("pretokenizers", [before])
@@ -144,17 +143,16 @@ def _joins_words(tokenizer: Any) -> bool:
 
 
 def fingerprint(examples: Examples, tokenizer: Any, options: TokenizeOptions) -> str:
-    """Return the SHA-256 of what the tokens depend on: this format, the tokenizer, its template,
-    options, data.
+    """Return the hash of everything that determines the tokens: this cache format, the tokenizer,
+    the options with the template, and the data.
     """
     return _hash([FORMAT, tokenizer_hash(tokenizer), dataclasses.asdict(options), examples.sha256])
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of what a tokenizer does."""
+    """Return the hash of a tokenizer's behavior."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # A call with truncation leaves these two set on the tokenizer, so the second run would miss the
-    # cache of the first.
+    # A call with truncation changes these two, so a second run would miss the cache of the first.
     state.pop("truncation", None)
     state.pop("padding", None)
     settings = [tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.model_input_names]
@@ -168,10 +166,9 @@ def _hash(parts: Any) -> str:
 
 
 def pad_id(tokenizer: Any, vocab_size: int) -> int:
-    """Return the id to pad with: the tokenizer's own where it has one that the model knows, else 0.
+    """Return the padding id: the tokenizer's if it is in the model's vocabulary, else 0.
 
-    Padding is told from text by position, never by id, so a pad token that is also EOS does no
-    harm.
+    Padding is identified by position, never by id, so the pad token may also be EOS.
     """
     own = tokenizer.pad_token_id
     return own if own is not None and 0 <= own < vocab_size else 0
@@ -181,12 +178,12 @@ def _check_options(examples: Examples, tokenizer: Any, options: TokenizeOptions)
     name, problems = _name(tokenizer), list[str]()
     if examples.kind == "preference":
         problems.append(
-            f"{examples.rows.name}: {len(examples)} preference pairs, all of them whole; no method"
-            " trains on pairs yet: give rows of another format"
+            f"{examples.rows.name}: {len(examples)} valid preference pairs, but no method trains on"
+            " pairs yet; use rows of another format"
         )
     if not getattr(tokenizer, "is_fast", False):
         problems.append(
-            f"tokenizer {name}: not a fast tokenizer; give one that has a tokenizer.json"
+            f"tokenizer {name}: not a fast tokenizer; use one that has a tokenizer.json"
         )
     for end in ("bos", "eos"):
         if getattr(options, f"add_{end}"):
@@ -203,7 +200,7 @@ def _check_options(examples: Examples, tokenizer: Any, options: TokenizeOptions)
     )
     if options.max_length < least:
         problems.append(
-            f"max_length={options.max_length} leaves no room for text; give at least {least}"
+            f"max_length={options.max_length} leaves no room for text; set at least {least}"
         )
     if problems:
         raise ConfigError(problems)
@@ -211,15 +208,13 @@ def _check_options(examples: Examples, tokenizer: Any, options: TokenizeOptions)
 
 @contextmanager
 def _without_gc() -> Generator[None]:
-    """Keep Python from looking for cycles, again and again, among millions of numbers that have
-    none.
-    """
-    was = gc.isenabled()
+    """Disable garbage collection, which would repeatedly scan lists of millions of numbers."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
@@ -258,16 +253,15 @@ def _batches(
     total = len(examples)
     stops = [min(start + BATCH, total) for start in range(0, total, BATCH)]
 
-    def made(stop: int) -> TokenizedRows:
+    def batch_until(stop: int) -> TokenizedRows:
         return tokenize(examples, tokenizer, stop - (stop - 1) % BATCH - 1, stop, options)
 
     def in_order() -> Iterator[TokenizedRows]:
-        # The tokenizer works without Python's lock: what Python does with one batch goes on beside
-        # the next one's tokens. The first is made alone, since a tokenizer may be set up in it, and
-        # not while another thread
-        # uses it.
-        yield from map(made, stops[:1])
-        yield from pool.map(made, stops[1:])
+        # The tokenizer releases the GIL, so Python's work on one batch overlaps with tokenizing the
+        # next. The first batch runs alone: it may change the tokenizer's settings, which no other
+        # thread may be using.
+        yield from map(batch_until, stops[:1])
+        yield from pool.map(batch_until, stops[1:])
 
     pool = ThreadPoolExecutor(2, thread_name_prefix="tokens")
     try:
@@ -305,9 +299,9 @@ def _from_arrays(
 def _check_lengths(examples: Examples, tokenizer: Any, empty: np.ndarray) -> None:
     problems = Problems()
     for row in empty.tolist():
-        fault = f"the tokenizer {_name(tokenizer)} makes no token of it"
+        fault = f"the tokenizer {_name(tokenizer)} returns no tokens"
         problems.add(
-            examples.rows.where(row), fault, excerpt(str(examples.texts[row])), "leave the row out"
+            examples.rows.where(row), fault, excerpt(str(examples.texts[row])), "remove the row"
         )
     problems.raise_if_any()
 
@@ -316,17 +310,18 @@ def _check_dropped(examples: Examples, encoded: Encoded, most: float) -> None:
     dropped, rows, length = encoded.counts["dropped"], encoded.counts["rows"], encoded.max_length
     if dropped <= most * rows and dropped < rows:
         return
-    kept = set(encoded.source.tolist())
-    first = next(row for row in range(rows) if row not in kept)
-    told, fix = (
+    remaining = set(encoded.source.tolist())
+    first = next(row for row in range(rows) if row not in remaining)
+    limit, fix = (
         f"at most {most:.1%} may be dropped",
-        "raise data.max_length, shorten the prompts, or raise data.most_dropped",
+        "increase data.max_length, shorten the prompts, or increase data.most_dropped",
     )
     if dropped == rows:
-        told, fix = "none is left", "raise data.max_length, or shorten the prompts"
+        limit, fix = "no rows remain", "increase data.max_length, or shorten the prompts"
     raise DataError(
-        f"{examples.rows.name}: {dropped} of {rows} rows ({dropped / rows:.1%}) have no learned"
-        f" token among their first {length}, as {examples.rows.where(first)}; {told}: {fix}"
+        f"{examples.rows.name}: {dropped} of {rows} rows ({dropped / rows:.1%}) have no token in"
+        f" the loss among their first {length}, such as {examples.rows.where(first)}; {limit}:"
+        f" {fix}"
     )
 
 
@@ -336,7 +331,7 @@ def _check_vocabulary(encoded: Encoded, tokenizer: Any, vocab_size: int) -> None
         word = tokenizer.convert_ids_to_tokens(highest)
         raise DataError(
             f"tokenizer {_name(tokenizer)}: its vocabulary has {len(tokenizer)} tokens, the model's"
-            f" {vocab_size}, and the data holds token {highest} ({word!r}); use the model's own"
+            f" {vocab_size}, and the data contains token {highest} ({word!r}); use the model's own"
             " tokenizer"
         )
 

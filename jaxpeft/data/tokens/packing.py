@@ -1,4 +1,4 @@
-"""Several documents in one row, none of which sees another: few places are left to padding."""
+"""Packing: several documents in one row, which do not attend to each other, to reduce padding."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ Piece = tuple[int, int, int]
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Put each item, the longest first, into the first bin that has room for it (first-fit
-    decreasing).
+    """Assign items to bins by first-fit decreasing.
 
-    A tree over the bins holds the most room below each node, so an item finds its bin in `O(log
-    n)`. It takes at most 11/9 of the fewest bins possible, plus 6/9 (Dósa 2007).
+    A tree over the bins stores the most free room below each node, so the bin of an item is found
+    in `O(log n)`. The number of bins is at most 11/9 of the optimum plus 6/9 (Dósa 2007).
 
     Args:
-        lengths: of the items, int [n], each from 1 to `capacity`.
-        capacity: of a bin.
+        lengths: the lengths of the items, int [n], each from 1 to `capacity`.
+        capacity: the capacity of a bin.
 
     Returns:
         The items of each bin, ascending.
@@ -51,23 +50,24 @@ def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def pour(bins: Sequence[Sequence[int]], lengths: np.ndarray, capacity: int) -> list[list[Piece]]:
-    """Cut the sequences of the emptiest bins, to fill the rooms of the others with them.
+    """Cut the sequences of the emptiest bins to fill the free room in other bins.
 
-    Texts of two thirds of a row leave a third of each row empty, however they are packed. A text
-    that is longer than a row is cut anyway; here a few others are, too. None is cut to less than 64
-    tokens.
+    Without cuts, texts of two thirds of a row would leave a third of each row empty. Texts longer
+    than a row are cut anyway; this cuts a few others. No piece is shorter than 64 tokens because of
+    a cut.
 
     Args:
-        bins: the sequences of each bin, as `first_fit` gives them.
-        lengths: of the sequences, int [n].
-        capacity: of a bin.
+        bins: the sequences of each bin, from `first_fit`.
+        lengths: the lengths of the sequences, int [n].
+        capacity: the capacity of a bin.
 
     Returns:
-        The pieces of each bin, each `(sequence, start, stop)`; every token stands in exactly one.
+        The pieces of each bin as `(sequence, start, stop)`; every token is in exactly one piece.
     """
     pieces = [[(i, 0, int(lengths[i])) for i in items] for items in bins]
     rooms = [
-        (sum(stop for _, _, stop in of) - capacity, number) for number, of in enumerate(pieces)
+        (sum(stop for _, _, stop in in_bin) - capacity, number)
+        for number, in_bin in enumerate(pieces)
     ]
     heapq.heapify(rooms)
     while len(rooms) > 1:
@@ -78,14 +78,14 @@ def pour(bins: Sequence[Sequence[int]], lengths: np.ndarray, capacity: int) -> l
         pieces[emptiest] = []
         for number, piece in moved:
             pieces[number].append(piece)
-    return [sorted(of) for of in pieces if of]
+    return [sorted(in_bin) for in_bin in pieces if in_bin]
 
 
 def _spread(
     pieces: Sequence[Piece], rooms: list[tuple[int, int]]
 ) -> list[tuple[int, Piece]] | None:
-    """Cut pieces into the largest rooms, a heap of `(-room, bin)`; return None where they do not
-    fit.
+    """Distribute pieces over the bins with most room, a heap of `(-room, bin)`; return None if they
+    do not fit.
     """
     out: list[tuple[int, Piece]] = []
     for sequence, first, stop in pieces:
@@ -104,24 +104,24 @@ def _spread(
 def pack(encoded: Encoded, capacity: int) -> Encoded:
     """Pack documents into rows.
 
-    A document's first token has no label any more: it would be predicted from another document.
-    Texts, of which long ones are split anyway, are cut where that fills rows; a dialog stays whole.
+    The first token of each document is masked: it would be predicted from another document. Texts
+    may be cut to fill rows, since long ones are split anyway; dialogs are not cut.
 
     Args:
-        encoded: sequences with a label a token, none longer than `capacity`.
-        capacity: tokens of a row.
+        encoded: sequences with token labels, none longer than `capacity`.
+        capacity: number of tokens per row.
 
     Returns:
         Rows of one or more documents, with `segments`; the documents of a row keep their order.
     """
     bins = first_fit(encoded.lengths, capacity)
-    whole = [[(i, 0, int(encoded.lengths[i])) for i in items] for items in bins]
-    rows = pour(bins, encoded.lengths, capacity) if encoded.kind == "text" else whole
+    uncut = [[(i, 0, int(encoded.lengths[i])) for i in items] for items in bins]
+    rows = pour(bins, encoded.lengths, capacity) if encoded.kind == "text" else uncut
     pieces = np.array([piece for row in rows for piece in row], np.int64).reshape(-1, 3)
     order, sizes = pieces[:, 0], pieces[:, 2] - pieces[:, 1]
     ends = np.cumsum(sizes)
     starts = ends - sizes
-    # where in the old arrays each token of the new ones stands
+    # index in the old arrays of each token in the new ones
     take = np.arange(len(encoded.tokens)) + np.repeat(
         encoded.offsets[:-1][order] + pieces[:, 1] - starts, sizes
     )
@@ -146,5 +146,5 @@ def pack(encoded: Encoded, capacity: int) -> Encoded:
 
 
 def fill(packed: Encoded, capacity: int) -> float:
-    """Return the share of all places of the rows that hold a token."""
+    """Return the share of token positions in the rows that are not padding."""
     return len(packed.tokens) / (len(packed) * capacity)

@@ -1,6 +1,4 @@
-"""How the rows of a run become tokens: the same for those that are held and those that are
-streamed.
-"""
+"""Tokenize the rows of a run, loaded or streamed, and choose the lengths to pad to."""
 
 from __future__ import annotations
 
@@ -25,13 +23,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Makes token sequences of examples, packed if the config asks for it.
+    """Tokenizes examples, and packs them if `data.packing` is set.
 
     Attributes:
-        options: of the data.
-        tokenizer: of the model.
-        vocab: size of the model's vocabulary.
-        use_cache: whether the tokens are kept on disk.
+        options: the data options.
+        tokenizer: the tokenizer of the model.
+        vocab: the vocabulary size of the model.
+        use_cache: whether to cache the tokens on disk.
     """
 
     options: DataConfig
@@ -41,18 +39,18 @@ class RowEncoder:
 
     @property
     def pad_id(self) -> int:
-        """The token to pad with."""
+        """The padding token id."""
         return pad_id(self.tokenizer, self.vocab)
 
     def __call__(
-        self, examples: Examples, progress: OnProgress | None = None, *, judged: bool = True
+        self, examples: Examples, progress: OnProgress | None = None, *, check_dropped: bool = True
     ) -> Encoded:
         """Tokenize examples.
 
         Args:
-            examples: of one split.
-            progress: called with the rows done and the rows in all.
-            judged: whether too many dropped rows are refused.
+            examples: the examples of one split.
+            progress: called with the numbers of finished and of all rows.
+            check_dropped: whether to refuse too many dropped rows.
 
         Raises:
             ConfigError: an option does not fit the tokenizer.
@@ -63,19 +61,17 @@ class RowEncoder:
             examples,
             self.tokenizer,
             vocab_size=self.vocab,
-            most_dropped=options.most_dropped if judged else None,
+            most_dropped=options.most_dropped if check_dropped else None,
             progress=progress,
             use_cache=self.use_cache,
-            **self._of(examples),
+            **self._arguments(examples),
         )
         if not options.packing:
             return encoded
         return pack(encoded, options.max_length)
 
     def identity(self, examples: Examples) -> dict[str, str]:
-        """Return the hashes of the tokenizer and of the chat template that examples are written
-        with.
-        """
+        """Return the hashes of the tokenizer and of the chat template of the examples."""
         template = json.dumps(self.chat_template(examples) or "", sort_keys=True)
         return {
             "tokenizer": tokenizer_hash(self.tokenizer),
@@ -83,24 +79,24 @@ class RowEncoder:
         }
 
     def chat_template(self, examples: Examples) -> str | Mapping[str, str] | None:
-        """Return the template that chats are written with, in the form of a tokenizer's
-        `chat_template`; None without chats.
+        """Return the chat template in use, in the form of a tokenizer's `chat_template`.
 
-        Several by name are those that are used: `default`, and `tool_use` for chats with tools.
+        Named templates are `default`, and `tool_use` for chats with tools. Returns None if there
+        are no chats.
         """
-        made = make_options(examples, self.tokenizer, **self._of(examples)).template
-        return made["default"] if made and len(made) == 1 else made
+        template = make_options(examples, self.tokenizer, **self._arguments(examples)).template
+        return template["default"] if template and len(template) == 1 else template
 
     def prompt(self, examples: Examples, row: int) -> list[int]:
-        """Return the tokens that the answer of a row is generated from."""
+        """Return the prompt tokens for generating the answer of a row."""
         return prompt_ids(
             examples,
             row,
             self.tokenizer,
-            make_options(examples, self.tokenizer, **self._of(examples)),
+            make_options(examples, self.tokenizer, **self._arguments(examples)),
         )
 
-    def _of(self, examples: Examples) -> dict[str, Any]:
+    def _arguments(self, examples: Examples) -> dict[str, Any]:
         text, options, tokenizer = examples.kind in GENERATIVE, self.options, self.tokenizer
         return {
             "max_length": options.max_length,
@@ -112,17 +108,17 @@ class RowEncoder:
 
 
 _PROGRAM = 1 << 14
-"""Places that take about as long to train on as a program takes to compile, of a small model on a
-CPU; of others it is many more.
+"""Number of token positions that take as long to train on as compiling a program, for a small model
+on a CPU; many more elsewhere.
 """
 
 
 def padded_lengths(config: Config, train: Encoded) -> tuple[int, ...]:
-    """Return the lengths that training rows are sorted into batches by, and padded to unless all
-    have one length (`one_length`).
+    """Return the bucket lengths of training rows, which are padded to them unless `one_length` is
+    set.
 
-    A short run has fewer of them: each must spare more places over the whole run than its program
-    costs.
+    A short run has fewer lengths: each must save more padding over the run than it costs to
+    compile.
     """
     if config.data.packing or (config.data.streaming and not config.data.lengths):
         return (config.data.max_length,)
@@ -135,10 +131,8 @@ def padded_lengths(config: Config, train: Encoded) -> tuple[int, ...]:
 
 
 def evaluated_lengths(config: Config, train: Encoded, split: Encoded) -> tuple[int, ...]:
-    """Return the lengths for a split that is not trained on: those of the training rows, whose
-    programs serve all splits.
-
-    One more stands behind them where a row of the split is longer.
+    """Return the lengths for an evaluation split: those of the training rows, plus one if the split
+    has longer rows.
     """
     trained = padded_lengths(config, train)
     longer = split.lengths[split.lengths > trained[-1]]
@@ -150,34 +144,28 @@ def evaluated_lengths(config: Config, train: Encoded, split: Encoded) -> tuple[i
 
 
 def one_length(config: Config) -> int | None:
-    """Return the length of all batches where positions are spread over devices, which is known to
-    divide; None elsewhere.
+    """Return the single length of all batches if positions are sharded over devices, else None.
 
-    Which rows make a batch does not depend on it: a run has the same batches on any mesh.
+    The rows of a batch do not depend on it: a run has the same batches on any mesh.
     """
     return config.data.max_length if config.mesh.long_rows and not config.data.lengths else None
 
 
 def describe(encoded: Encoded) -> str:
-    """Return in one line what became of the rows."""
+    """Return a one-line summary of the tokenized rows."""
     counts = encoded.counts
     parts = [f"{counts['rows']} rows", f"{counts['tokens']} tokens"]
     if encoded.kind in GENERATIVE:
-        parts.append(f"{counts['learned'] / max(1, counts['tokens']):.0%} of them learned")
-    parts += (
-        [f"{counts['truncated']} cut at {encoded.max_length} tokens"] if counts["truncated"] else []
-    )
-    parts += (
-        [f"{counts['unlearned']} answers that cannot be learned"] if counts["unlearned"] else []
-    )
-    parts += (
-        [f"{counts['dropped']} rows dropped: nothing learned is left of them"]
-        if counts["dropped"]
-        else []
-    )
+        parts.append(f"{counts['learned'] / max(1, counts['tokens']):.0%} of them in the loss")
+    if counts["truncated"]:
+        parts.append(f"{counts['truncated']} truncated to {encoded.max_length} tokens")
+    if counts["unlearned"]:
+        parts.append(f"{counts['unlearned']} answers excluded from the loss")
+    if counts["dropped"]:
+        parts.append(f"{counts['dropped']} rows dropped: no token in the loss")
     line = f"{', '.join(parts)} ({'from the cache' if encoded.cache == 'hit' else 'tokenized'})"
     if encoded.segments is not None:
         full = fill(encoded, encoded.max_length)
         line += f"; packed into {len(encoded)} rows of {encoded.max_length} tokens, {full:.1%} full"
-        line += f", by cutting texts in {counts['cut']} places" if counts["cut"] else ""
+        line += f", with {counts['cut']} cuts in texts" if counts["cut"] else ""
     return line

@@ -1,4 +1,4 @@
-"""Encoded examples: ragged arrays, and their cache file."""
+"""Encoded examples as ragged arrays, and their cache file."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class Encoded:
 
     Attributes:
         kind: the format of the rows.
-        problem: `single_label`, `multi_label` or `regression` of a classification, else None.
+        problem: `single_label`, `multi_label` or `regression` for a classification, else None.
         tokens: int32 [tokens].
         offsets: int64 [sequences + 1].
-        labels: a sequence: int32 [sequences], float32 [sequences] or float32 [sequences, labels]; a
-            token (where `per_token`): int32 [tokens], -100 where there is no loss. The label of a
-            token of text is the token itself.
-        type_ids: int32 [tokens], None where the tokenizer makes none.
-        source: int32 [sequences], the row that each sequence comes from; a long document of text
-            has several, and so may a chat. Of a packed sequence, the row of its first document.
+        labels: per sequence: int32 [sequences], float32 [sequences] or float32 [sequences, labels];
+            per token (see `per_token`): int32 [tokens], -100 if masked. In text, the label of a
+            token is the token itself.
+        type_ids: int32 [tokens]; None if the tokenizer has no token types.
+        source: int32 [sequences], the row of each sequence; a long document has several sequences,
+            and a chat may have several. For a packed sequence, the row of its first document.
         label_names: the name of each label id.
-        counts: `rows`, `truncated` and `dropped` (rows), `sequences`, `tokens`, `learned` (tokens),
-            `unlearned` (answers).
-        max_length: the most tokens that a sequence may have.
-        fingerprint: the hash of tokenizer, options and data, the key of the cache.
-        segments: int32 [tokens], the document of a packed sequence that a token belongs to, from 1;
-            None where nothing is packed.
-        cache: whether the cache held it.
+        counts: number of `rows`, of `truncated` and `dropped` rows, of `sequences`, of `tokens`, of
+            tokens in the loss (`learned`), and of answers that cannot be in it (`unlearned`).
+        max_length: the maximum length of a sequence.
+        fingerprint: the hash of tokenizer, options and data, the cache key.
+        segments: int32 [tokens], the number of each token's document in a packed sequence, from 1;
+            None without packing.
+        cache: whether the tokens came from the cache.
     """
 
     kind: str
@@ -70,27 +70,27 @@ class Encoded:
 
     @property
     def per_token(self) -> bool:
-        """Whether a label belongs to a token, not to a sequence."""
+        """Whether labels are per token, not per sequence."""
         return self.kind != "classification"
 
 
 def cache_folder(folder: str | Path | None) -> Path | None:
-    """Return the folder of the cache, None for none: in `folder`, else in that of
-    `jaxpeft.cache`.
+    """Return the directory of cached tokens, in `folder` or the default one of `jaxpeft.cache`;
+    None if caching is off.
     """
-    found = Path(folder).expanduser() if folder else cache.folder()
-    return None if found is None else found / "encoded"
+    root = Path(folder).expanduser() if folder else cache.folder()
+    return None if root is None else root / "encoded"
 
 
 def load_arrays(path: Path) -> Arrays | None:
-    """Read a cache file; return None, and logs why, where it is damaged.
+    """Load a cache file; log a warning and return None if it is damaged.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     data = path.read_bytes()
     body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
-    # Checked before anything is parsed: a damaged zip fails in more ways than one can name.
+    # Check before parsing, because a damaged zip file can raise many different errors.
     if hashlib.sha256(body).digest() != checksum:
         _LOG.warning(
             "%s: the cached tokens are damaged (the checksum does not match); encoding again", path
@@ -101,15 +101,13 @@ def load_arrays(path: Path) -> Arrays | None:
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write an npz file with its SHA-256 behind it, whole or not at all; a failure is only
-    logged.
-    """
+    """Write an npz file followed by its SHA-256, atomically; failures are only logged."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replace_when_done(path, unique=True) as temporary:
-            temporary.touch(mode=0o600)  # rows may be nobody else's affair
+            temporary.touch(mode=0o600)  # rows may be private
             with temporary.open("wb") as file:
                 file.write(buffer.getbuffer())
                 file.write(hashlib.sha256(buffer.getbuffer()).digest())
@@ -120,9 +118,7 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def to_arrays(encoded: Encoded) -> Arrays:
-    """Return what the cache stores: the arrays, and the counts, int64 [7], in the order of their
-    names.
-    """
+    """Return the arrays to cache, with the counts as int64 [7], sorted by name."""
     counts = np.array([encoded.counts[name] for name in sorted(encoded.counts)], np.int64)
     arrays = {
         "tokens": encoded.tokens,

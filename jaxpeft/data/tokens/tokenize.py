@@ -1,4 +1,4 @@
-"""Texts to token ids with a fast tokenizer, one batch of rows at a time."""
+"""Tokenize examples with a fast tokenizer, one batch of rows at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jaxpeft.data.problems import Problems, excerpt
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """What changes the tokens, beside the tokenizer: see `encode`.
+    """Everything that determines the tokens, in addition to the tokenizer: see `encode`.
 
-    `spaced` puts a space before each word: words given one by one lose it where it is part of a
-    word's first token.
+    `spaced` adds a space before each word of pre-split input, for tokenizers in which the space is
+    part of a word's first token.
     """
 
     max_length: int
@@ -37,14 +37,14 @@ class TokenizedRows:
     """The token sequences of some rows.
 
     Attributes:
-        ids: the tokens of each sequence.
-        types: their token types, empty where the tokenizer makes none.
-        labels: their labels, empty where a label belongs to an example.
+        ids: the token ids of each sequence.
+        types: the token types of each sequence; empty if the tokenizer has none.
+        labels: the token labels of each sequence; empty if labels are per example.
         source: the row of each sequence.
-        truncated: how many rows lost tokens.
-        dropped: the rows that are left out, since no token of theirs is learned.
-        unlearned: how many answers cannot be learned.
-        notes: what should be told of the answers, and of how many.
+        truncated: number of truncated rows.
+        dropped: the rows that are dropped because none of their tokens is in the loss.
+        unlearned: number of answers that cannot be in the loss.
+        notes: warnings about answers, with the number of answers.
     """
 
     ids: list[list[int]]
@@ -70,8 +70,12 @@ def _sentences(
 ) -> TokenizedRows:
     texts = examples.texts[rows.start : rows.stop]
     pairs = examples.pairs[rows.start : rows.stop] if examples.pairs else None
-    made = tokenizer(texts, pairs, truncation=True, max_length=options.max_length, verbose=False)
-    return TokenizedRows(made["input_ids"], _types(made), [], list(rows), _truncate(made))
+    encoding = tokenizer(
+        texts, pairs, truncation=True, max_length=options.max_length, verbose=False
+    )
+    return TokenizedRows(
+        encoding["input_ids"], _types(encoding), [], list(rows), _count_truncated(encoding)
+    )
 
 
 def _words(
@@ -80,7 +84,7 @@ def _words(
     texts = examples.texts[rows.start : rows.stop]
     if options.spaced:
         texts = [[word if word[:1].isspace() else f" {word}" for word in words] for words in texts]
-    made = tokenizer(
+    encoding = tokenizer(
         texts,
         is_split_into_words=True,
         truncation=True,
@@ -88,19 +92,22 @@ def _words(
         verbose=False,
     )
     tags: Any = examples.labels
-    labels = [_first_subtokens(made.word_ids(i), tags[row]) for i, row in enumerate(rows)]
-    return TokenizedRows(made["input_ids"], _types(made), labels, list(rows), _truncate(made))
+    labels = [_label_first_subtokens(encoding.word_ids(i), tags[row]) for i, row in enumerate(rows)]
+    return TokenizedRows(
+        encoding["input_ids"], _types(encoding), labels, list(rows), _count_truncated(encoding)
+    )
 
 
 def _documents(
     examples: Examples, tokenizer: Any, rows: range, options: TokenizeOptions
 ) -> TokenizedRows:
-    made = tokenizer(examples.texts[rows.start : rows.stop], truncation=False, verbose=False)
+    encoding = tokenizer(examples.texts[rows.start : rows.stop], truncation=False, verbose=False)
     batch = TokenizedRows([], [], [], [])
-    for row, ids in zip(rows, made["input_ids"], strict=True):
-        whole = _with_ends(ids, tokenizer, options)
+    for row, ids in zip(rows, encoding["input_ids"], strict=True):
+        document = _with_ends(ids, tokenizer, options)
         chunks = [
-            whole[i : i + options.max_length] for i in range(0, len(whole), options.max_length)
+            document[i : i + options.max_length]
+            for i in range(0, len(document), options.max_length)
         ] or [[]]
         batch.ids += chunks
         batch.source += [row] * len(chunks)
@@ -115,52 +122,53 @@ def _dialogs(
     scripts = _scripts(examples, tokenizer, rows, options)
     batch = TokenizedRows([], [], [], [])
     for script in scripts:
-        batch.unlearned += len(script.unlearned)
+        batch.unlearned += len(script.excluded)
         parts = (*script.earlier, script)
-        batch.notes.update(note for part in parts for note in (*part.unlearned, *part.notes))
-    most = options.max_length
-    for row, made in zip(
+        batch.notes.update(note for part in parts for note in (*part.excluded, *part.notes))
+    max_length = options.max_length
+    for row, labeled in zip(
         rows,
         label(scripts, tokenizer, begin=begin, end=eos if options.add_eos else None),
         strict=True,
     ):
-        parts = (*made.earlier, made)
-        batch.truncated += any(len(part.ids) > most for part in parts)
-        kept = [part for part in parts if any(token != IGNORED for token in part.labels[1:most])]
-        if not kept:
+        parts = (*labeled.earlier, labeled)
+        batch.truncated += any(len(part.ids) > max_length for part in parts)
+        trainable = [
+            part for part in parts if any(token != IGNORED for token in part.labels[1:max_length])
+        ]
+        if not trainable:
             batch.dropped.append(row)
-        for part in kept:
-            batch.ids.append(part.ids[:most])
-            batch.labels.append(part.labels[:most])
+        for part in trainable:
+            batch.ids.append(part.ids[:max_length])
+            batch.labels.append(part.labels[:max_length])
             batch.source.append(row)
     return batch
 
 
 def prompt_ids(examples: Examples, row: int, tokenizer: Any, options: TokenizeOptions) -> list[int]:
-    """Return the tokens that the last answer of a dialog is generated from: those that training has
-    before it.
+    """Return the prompt tokens of the last answer in a dialog, the same as in training.
 
     Args:
-        examples: of dialogs.
-        row: which, from 0.
+        examples: examples with dialogs.
+        row: the index of the row, from 0.
         tokenizer: a fast tokenizer of `transformers`.
-        options: as `encode` makes them.
+        options: the options, from `make_options`.
     """
     dialog: Any = examples.texts[row]
     if isinstance(dialog, Dialog):
         dialog = replace(dialog, messages=dialog.messages[: dialog.answers[-1]])
-    (made,) = label(
+    (labeled,) = label(
         [write_prompt(dialog, _template(options, tokenizer), options.separator)],
         tokenizer,
         begin=_begin_token(tokenizer, options),
         end=None,
     )
-    return made.ids
+    return labeled.ids
 
 
 def _begin_token(tokenizer: Any, options: TokenizeOptions) -> list[int]:
-    own = prefix(tokenizer)
-    return own if options.add_bos else [token for token in own if token != tokenizer.bos_token_id]
+    ids = prefix(tokenizer)
+    return ids if options.add_bos else [token for token in ids if token != tokenizer.bos_token_id]
 
 
 def _template(options: TokenizeOptions, tokenizer: Any) -> Template | None:
@@ -174,25 +182,25 @@ def _scripts(
 ) -> list[Script]:
     problems, scripts = Problems(), list[Script]()
     dialogs: Any = examples.texts[rows.start : rows.stop]
-    for made, row in zip(
+    for result, row in zip(
         write_all(dialogs, _template(options, tokenizer), options.separator), rows, strict=False
     ):
-        if isinstance(made, Script):
-            scripts.append(made)
+        if isinstance(result, Script):
+            scripts.append(result)
             continue
         text = excerpt(str(examples.rows.records[row]))
-        problems.add(examples.rows.where(row), str(made), text, made.fix)
+        problems.add(examples.rows.where(row), str(result), text, result.fix)
     problems.raise_if_any()
     return scripts
 
 
 def prefix(tokenizer: Any) -> list[int]:
-    """Return the tokens that a tokenizer puts before a text by itself, such as BOS."""
-    whole, alone = (
+    """Return the special tokens that a tokenizer adds before a text, such as BOS."""
+    full, plain = (
         tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
     )
-    at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
-    return whole[:at]
+    at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+    return full[:at]
 
 
 def special_tokens(tokenizer: Any) -> dict[str, str]:
@@ -205,18 +213,18 @@ def special_tokens(tokenizer: Any) -> dict[str, str]:
 
 
 def _with_ends(ids: Sequence[int], tokenizer: Any, options: TokenizeOptions) -> list[int]:
-    """Add BOS and EOS where asked for and not there, and never leaves two BOS at the beginning."""
-    whole, bos, eos = list(ids), tokenizer.bos_token_id, tokenizer.eos_token_id
-    while len(whole) > 1 and bos is not None and whole[0] == whole[1] == bos:
-        del whole[0]
-    if options.add_bos and bos is not None and whole[:1] != [bos]:
-        whole.insert(0, bos)
-    if options.add_eos and eos is not None and whole[-1:] != [eos]:
-        whole.append(eos)
-    return whole
+    """Add missing BOS and EOS according to the options, and remove duplicates of BOS."""
+    tokens, bos, eos = list(ids), tokenizer.bos_token_id, tokenizer.eos_token_id
+    while len(tokens) > 1 and bos is not None and tokens[0] == tokens[1] == bos:
+        del tokens[0]
+    if options.add_bos and bos is not None and tokens[:1] != [bos]:
+        tokens.insert(0, bos)
+    if options.add_eos and eos is not None and tokens[-1:] != [eos]:
+        tokens.append(eos)
+    return tokens
 
 
-def _first_subtokens(word_ids: Sequence[int | None], tags: np.ndarray) -> list[int]:
+def _label_first_subtokens(word_ids: Sequence[int | None], tags: np.ndarray) -> list[int]:
     before = (None, *word_ids[:-1])
     return [
         IGNORED if word is None or word == previous else int(tags[word])
@@ -224,9 +232,9 @@ def _first_subtokens(word_ids: Sequence[int | None], tags: np.ndarray) -> list[i
     ]
 
 
-def _types(made: Any) -> list[list[int]]:
-    return made.get("token_type_ids", [])
+def _types(encoding: Any) -> list[list[int]]:
+    return encoding.get("token_type_ids", [])
 
 
-def _truncate(made: Any) -> int:
-    return sum(bool(encoding.overflowing) for encoding in made.encodings)
+def _count_truncated(encoding: Any) -> int:
+    return sum(bool(one.overflowing) for one in encoding.encodings)

@@ -23,15 +23,14 @@ from tests.conftest import ROOT
 from tests.data.sources import Fails
 
 ENDED = (
-    "^data.workers: a worker process ended with exit code 9; set data.workers=0 to see what"
-    " happens$"
+    "^data.workers: a worker process ended with exit code 9; set data.workers=0 to see the cause$"
 )
 KILLED = (
-    r"ended with exit code -9 \(killed, as a system does that is out of memory\); set"
+    r"ended with exit code -9 \(killed, possibly because the system is out of memory\); set"
     r" data.workers=0"
 )
 HANGS = (
-    "given nothing for 1 s; raise data.worker_timeout, lower data.buffer_rows, or set"
+    "from the worker processes for 1 s; increase data.worker_timeout, reduce data.buffer_rows, or set"
     " data.workers=0"
 )
 PROGRAM = """

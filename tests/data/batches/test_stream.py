@@ -273,7 +273,7 @@ def test_a_label_that_the_validation_rows_have_not_is_told_and_may_be_named(
     options = {"task": "sequence_classification", "train": str(train), "validation": str(held)}
     with pytest.raises(
         DataError,
-        match=r"labeled.jsonl:9:1 \(row 9\): field 'label' holds 'c', which is not one of the 2",
+        match=r"labeled.jsonl:9:1 \(row 9\): field 'label' contains 'c', which is not one of the 2",
     ):
         fed(make_stream(**options), 9)
     named = make_stream(**options, labels=("c", "b", "a"))
@@ -285,7 +285,7 @@ def test_a_share_of_no_row_in_a_buffer_is_refused(make_stream: MakeStream, tmp_p
     paths = tuple(str(write_texts(tmp_path / f"{name}.jsonl", 40)) for name in "ab")
     with pytest.raises(
         ConfigError,
-        match=r"data.weights: a share of 0.99% is no row of .*b.jsonl in a buffer of 12; raise",
+        match=r"data.weights: a share of 0.99% gives no row of .*b.jsonl in a buffer of 12; increase",
     ):
         make_stream(train=paths, weights=(100.0, 1.0), buffer_rows=12)
     assert make_stream(train=paths, weights=(100.0, 1.0), buffer_rows=52).first[0].rows.records
@@ -329,7 +329,7 @@ def test_a_long_row_among_the_few_at_the_end_is_dropped(
     assert len(fed(make_stream(train=path, validation=path, **options), 9)) == 9
     path = write(3)
     assert len(fed(make_stream(train=path, validation=path, **options), 9)) == 9
-    with pytest.raises(DataError, match=r"1 of 28 rows \(3.6%\) have no learned token"):
+    with pytest.raises(DataError, match=r"1 of 28 rows \(3.6%\) have no token in the loss"):
         make_stream(
             train=path,
             validation=str(write_texts(tmp_path / "v.jsonl", 9)),

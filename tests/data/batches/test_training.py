@@ -196,12 +196,14 @@ def test_bad_numbers_are_refused_at_once(data):
     ]
     with pytest.raises(ConfigError) as caught:
         Batches(data(10), 10, accumulation=4)
-    assert str(caught.value) == "batch_size=10 is not divisible by accumulation=4; give 8 or 12"
+    assert str(caught.value) == "batch_size=10 is not divisible by accumulation=4; use 8 or 12"
     with pytest.raises(
-        ConfigError, match="drop_remainder=True leaves no batch: 10 sequences, batch_size=16"
+        ConfigError, match="drop_remainder=True drops the only batch: 10 sequences, batch_size=16"
     ):
         Batches(data(10), 16, drop_remainder=True)
-    with pytest.raises(ConfigError, match=r"lengths=\(16, 32\) hold no sequence of \d+ tokens"):
+    with pytest.raises(
+        ConfigError, match=r"lengths=\(16, 32\) are too short for a sequence of \d+ tokens"
+    ):
         Batches(data(100), 8, (16, 32))
     with pytest.raises(ConfigError, match="step=-1 must be 0 or more"):
         Batches(data(10), 4).batch(-1)
@@ -211,7 +213,7 @@ def test_no_sequence_is_refused(data):
     empty = dataclasses.replace(
         data(1), tokens=np.zeros(0, np.int32), offsets=np.zeros(1, np.int64)
     )
-    with pytest.raises(ConfigError, match="there is no sequence to make batches of"):
+    with pytest.raises(ConfigError, match="there are no sequences to build batches from"):
         Batches(empty, 4)
 
 

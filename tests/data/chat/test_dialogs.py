@@ -56,7 +56,7 @@ def test_the_format_is_told_by_the_columns(present: str, asked: dict[str, str], 
         (
             "mr ref",
             {},
-            "the format is none of text, prompt_completion, instruction, messages, preference",
+            "the format is not one of text, prompt_completion, instruction, messages, preference",
         ),
         ("mr ref", {"prompt": "mrr"}, "no column 'mrr' (for prompt); did you mean 'mr'?"),
     ],
@@ -184,7 +184,7 @@ ANSWER = {"role": "assistant", "content": "3"}
         (
             "prompt_completion",
             {"prompt": [*PAST, TURNS[0]], "completion": TURNS[1:]},
-            Dialog((*PAST, *TURNS), unlearned=frozenset([1])),
+            Dialog((*PAST, *TURNS), masked=frozenset([1])),
         ),
         (
             "instruction",
@@ -262,9 +262,9 @@ def test_a_turn_of_no_weight_is_not_learned(
 @pytest.mark.parametrize(
     ("kind", "row", "text"),
     [
-        ("messages", {"messages": "hi"}, "field 'messages' is a text, not JSON"),
-        ("messages", {"messages": []}, "field 'messages' holds no list of messages"),
-        ("messages", {"messages": ["hi"]}, "holds a str as turn 1, not an object"),
+        ("messages", {"messages": "hi"}, "field 'messages' is plain text, not JSON"),
+        ("messages", {"messages": []}, "field 'messages' does not contain a list of messages"),
+        ("messages", {"messages": ["hi"]}, "contains a str as turn 1, not an object"),
         (
             "messages",
             {"messages": [{"role": "usr", "content": "hi"}]},
@@ -273,7 +273,7 @@ def test_a_turn_of_no_weight_is_not_learned(
         (
             "messages",
             {"messages": [{"role": "user", "content": "\ud83d"}]},
-            "holds half of a surrogate pair in turn 1",
+            "contains half of a surrogate pair in turn 1",
         ),
         ("messages", {"messages": [{"role": "usr", "content": "hi"}]}, "did you mean 'user'?"),
         (
@@ -285,34 +285,34 @@ def test_a_turn_of_no_weight_is_not_learned(
         (
             "messages",
             {"messages": [*TURNS, {"role": "user", "content": 3}]},
-            "holds a int as the content of turn 3",
+            "has a int as the content of turn 3",
         ),
         (
             "messages",
             {"messages": [TURNS[0], {"role": "assistant", "content": " "}]},
             "has an empty turn 2 (assistant)",
         ),
-        ("messages", {"messages": [TURNS[0]]}, "'messages' has no turn of the assistant"),
+        ("messages", {"messages": [TURNS[0]]}, "'messages' has no assistant turn"),
         (
             "messages",
             {"messages": [*TURNS, {"role": "system", "content": "x"}]},
-            "has its system turn at place 3",
+            "has its system turn at position 3",
         ),
         (
             "messages",
             {"messages": [{"role": "system", "content": "x"}] * 2 + TURNS},
             "has 2 system turns (1, 2)",
         ),
-        ("messages", {"messages": TURNS, "tools": "f"}, "field 'tools' is a text, not JSON"),
+        ("messages", {"messages": TURNS, "tools": "f"}, "field 'tools' is plain text, not JSON"),
         (
             "messages",
             {"messages": TURNS, "tools": [3]},
-            "field 'tools' holds a list, not a list of objects",
+            "field 'tools' contains a list, not a list of objects",
         ),
         (
             "messages",
             {"messages": TURNS, "tools": {"name": "f"}},
-            "field 'tools' holds a dict, not a list of objects",
+            "field 'tools' contains a dict, not a list of objects",
         ),
         (
             "messages",
@@ -322,7 +322,7 @@ def test_a_turn_of_no_weight_is_not_learned(
         (
             "messages",
             {"messages": [TURNS[0], {**TURNS[1], "masked": True}]},
-            "has 'masked' in turn 2, which is not read",
+            "has 'masked' in turn 2, which is not supported",
         ),
         (
             "messages",
@@ -332,12 +332,12 @@ def test_a_turn_of_no_weight_is_not_learned(
         (
             "messages",
             {"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"function": "f"}]}]},
-            "holds a call without a name in turn 2",
+            "contains a tool call without a name in turn 2",
         ),
         (
             "messages",
             {"messages": [TURNS[0], {**TURNS[1], "function_call": {"name": 3}}]},
-            "holds no call of a tool in turn 2",
+            "contains no valid tool call in turn 2",
         ),
         (
             "messages",
@@ -357,7 +357,7 @@ def test_a_turn_of_no_weight_is_not_learned(
         (
             "messages",
             {"messages": [{"from": "human", "value": "a", "content": "b"}, TURNS[1]]},
-            "a content and another value in turn 1",
+            "has content and a different value in turn 1",
         ),
         (
             "messages",
@@ -373,22 +373,22 @@ def test_a_turn_of_no_weight_is_not_learned(
         (
             "messages",
             {"messages": [{**TURNS[0], "train": True}, TURNS[1]]},
-            "asks to learn turn 1 (user) by its train",
+            "sets train in turn 1 (user)",
         ),
         (
             "messages",
             {"messages": [TURNS[0], {**TURNS[1], "weight": 1, "train": False}]},
-            "say different things",
+            "contradict each other",
         ),
         (
             "messages",
             {"messages": [TURNS[0], {**TURNS[1], "weight": 0}]},
-            "'messages' marks every answer as not learned",
+            "'messages' excludes every answer from the loss",
         ),
         (
             "messages",
             {"messages": [SYSTEM, *TURNS], "system": "be rude"},
-            "has a system turn, and another in 'system'",
+            "has a system turn and another one in 'system'",
         ),
         (
             "messages",
@@ -401,17 +401,17 @@ def test_a_turn_of_no_weight_is_not_learned(
                     },
                 ]
             },
-            "holds 'x' as the arguments of a call in turn 2",
+            "has 'x' as the arguments of a tool call in turn 2",
         ),
         (
             "prompt_completion",
             {"prompt": "hi", "completion": "x", "system": "y"},
-            "has 'system' beside a prompt that is a text",
+            "has 'system' with a plain-text prompt",
         ),
         (
             "instruction",
             {"instruction": "a", "output": "x", "history": ["b"]},
-            "field 'history' is no list of pairs",
+            "field 'history' is not a list of pairs",
         ),
         ("prompt_completion", {"prompt": "hi", "completion": ""}, "field 'completion' is empty"),
         (
@@ -422,12 +422,12 @@ def test_a_turn_of_no_weight_is_not_learned(
         (
             "prompt_completion",
             {"prompt": 3, "completion": "x"},
-            "field 'prompt' holds no list of messages",
+            "field 'prompt' does not contain a list of messages",
         ),
         (
             "prompt_completion",
             {"prompt": "hi", "completion": TURNS},
-            "'completion' begins with a turn of user",
+            "'completion' starts with a user turn",
         ),
         ("instruction", {"instruction": "", "output": "x"}, "field 'instruction' is empty"),
         (

@@ -46,7 +46,7 @@ def learned(source: str, messages: list[dict[str, Any]], tools: Any = ()) -> lis
     return [
         row.text[start:end]
         for row in written(source, messages, tools)
-        for start, end in row.learned
+        for start, end in row.loss_spans
     ]
 
 
@@ -163,7 +163,7 @@ def test_answers_share_a_row_until_a_text_is_rewritten(
     family: str, shape: str, rows: list[int]
 ) -> None:
     made = written(FAMILIES[family], SHAPES[shape], [TOOL] if shape.startswith("a tool") else [])
-    assert [len(row.learned) for row in made] == rows
+    assert [len(row.loss_spans) for row in made] == rows
 
 
 @pytest.mark.parametrize("family", ["hidden", "opened and hidden"])
@@ -195,19 +195,19 @@ def test_an_answer_that_generation_cannot_begin_is_not_learned_and_told() -> Non
     """
     turns = [user("Add 2."), said("2"), user("Add 3."), thought(5)]
     (row,) = written(FAMILIES["opened"], turns)
-    assert [row.text[a:b] for a, b in row.learned] == ["I add 5.\n</think>\n\nThe sum is 5.</s>"]
-    assert row.unlearned == (
+    assert [row.text[a:b] for a, b in row.loss_spans] == ["I add 5.\n</think>\n\nThe sum is 5.</s>"]
+    assert row.excluded == (
         (
-            r"an answer is not learned: generation begins turn 2 with '<think>\n', and its content"
+            r"an answer is excluded from the loss: generation starts turn 2 with '<think>\n', but its content"
             r" does not"
         ),
     )
-    with pytest.raises(RenderError, match="generation begins turn 2 with") as caught:
+    with pytest.raises(RenderError, match="generation starts turn 2 with") as caught:
         written(FAMILIES["opened"], turns[:2])
     assert (
         caught.value.fix
-        == "write the thought into the content, as '<think>...</think>', or name a template whose"
-        " prompt opens no thought as data.chat_template"
+        == "write the reasoning into the content, as '<think>...</think>', or name a template whose"
+        " prompt opens no reasoning as data.chat_template"
     )
 
 
@@ -284,7 +284,7 @@ def test_words_of_other_turns_are_never_learned(leak: str) -> None:
         (
             "{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}",
             said("5"),
-            "whose words would be learned",
+            "whose words would be in the loss",
         ),
     ],
 )
@@ -304,7 +304,7 @@ def test_what_a_template_leaves_out_of_an_answer_is_told() -> None:
     (row,) = written(
         FAMILIES["calls"], [user("Add."), call({"city": "Paris"}, "Let me look.")], [TOOL]
     )
-    assert row.notes == ("the chat template does not write the content beside a call",)
+    assert row.notes == ("the chat template does not write the content of turns with tool calls",)
     (row,) = written(
         FAMILIES["hidden"], [user("Add."), said("5", reasoning_content="I add.")], [TOOL]
     )
@@ -399,12 +399,12 @@ def test_a_second_answer_in_a_row_is_learned_behind_what_generation_sees() -> No
         said("It is 4."),
     ]
     first, last = written(FAMILIES["hidden"], turns)
-    answers = [first.text[start:end] for start, end in first.learned]
+    answers = [first.text[start:end] for start, end in first.loss_spans]
     assert answers == [
         f"<think>\n\n</think>\n\n{text}<|im_end|>\n" for text in ("The sum is 2.", "Or is it 3?")
     ]
     prompt = template_of(FAMILIES["hidden"]).render(turns[:2], generate=True)
-    assert first.text[: first.learned[1][0]] == prompt
-    assert [last.text[start:end] for start, end in last.learned] == [
+    assert first.text[: first.loss_spans[1][0]] == prompt
+    assert [last.text[start:end] for start, end in last.loss_spans] == [
         "<think>\n\n</think>\n\nIt is 4.<|im_end|>\n"
     ]

@@ -202,7 +202,7 @@ def test_answers_share_a_row_as_long_as_no_token_before_them_changes() -> None:
     )  # each answer's thought is dropped later on
     # the text is the same, but "\n\n" and "Paris" are one piece where both are there
     assert len(rows_of("headers", CHATS["two turns"], tokenizer)) == 2
-    assert len(write(Dialog(CHATS["two turns"]), template_of("headers", tokenizer)).learned) == 2
+    assert len(write(Dialog(CHATS["two turns"]), template_of("headers", tokenizer)).loss_spans) == 2
 
 
 def test_an_earlier_answer_is_learned_as_generation_writes_it() -> None:

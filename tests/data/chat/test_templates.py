@@ -62,10 +62,10 @@ def test_the_day_does_not_change_the_tokens() -> None:
 @pytest.mark.parametrize(
     ("source", "text", "fatal"),
     [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "may not", True),
-        ("{{ messages.append(1) }}", "may not", True),
-        ("{{ raise_exception.__globals__.items() }}", "may not", True),
-        ("{% for i in range(10**9) %}{% endfor %}", "may not: Range too big", True),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does something forbidden", True),
+        ("{{ messages.append(1) }}", "does something forbidden", True),
+        ("{{ raise_exception.__globals__.items() }}", "does something forbidden", True),
+        ("{% for i in range(10**9) %}{% endfor %}", "forbidden: Range too big", True),
         ("{{ 'a' * 10**10 }}", "more than 10,000,000 items", True),
         ("{{ 9 ** (9 ** 9) }}", "more than 10,000,000 items", True),
         (
@@ -289,20 +289,22 @@ def test_which_template_is_taken(tmp_path: Path) -> None:
     assert template_source(named, "chatml", "messages") == BUILT_IN["chatml"]
     assert template_source({"chatml": "own", "default": "x"}, "chatml", "messages") == "own"
     with pytest.raises(
-        ConfigError, match="has several, none of them the default; set it to rag or tool_use"
+        ConfigError, match="has several templates but no default; set it to rag or tool_use"
     ):
         template_source({"rag": "a", "tool_use": "b"}, None, "instruction")
     with pytest.raises(
         ConfigError,
-        match="'ragg' is not one of default, tool_use, rag, chatml, alpaca, and no file",
+        match="'ragg' is not one of default, tool_use, rag, chatml, alpaca, and not a readable file",
     ):
         template_source(named, "ragg", "messages")
     with pytest.raises(
-        ConfigError, match="the tokenizer has none; set it to chatml or alpaca, or to a file"
+        ConfigError,
+        match="the tokenizer has no template; set it to chatml or alpaca, or to a Jinja file",
     ):
         template_source(None, None, "messages")
     with pytest.raises(
-        ConfigError, match=r"'chatmll' is not one of chatml, alpaca, and no file .*No such file"
+        ConfigError,
+        match=r"'chatmll' is not one of chatml, alpaca, and not a readable file .*No such file",
     ):
         template_source(None, "chatmll", "messages")
 
@@ -332,5 +334,5 @@ def test_a_foreign_template_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         template_source(None, None, "instruction")
     assert caplog.messages == [
-        "the tokenizer has no chat template: instructions are written with the built-in 'alpaca'"
+        "the tokenizer has no chat template: instructions use the built-in template 'alpaca'"
     ]

@@ -57,7 +57,7 @@ def test_vectors_of_0_and_1_are_read_by_position(rows: list[Any], names: tuple[s
     assert examples.labels.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1]]
     other = read([0, 1, 1], like=examples)
     assert other.labels.tolist() == [[0, 1, 1]]
-    assert "is not a list of 3 numbers 0 or 1, as the others are" in refusal([0, 2], like=examples)
+    assert "is not a list of 3 numbers 0 or 1, as in other rows" in refusal([0, 2], like=examples)
 
 
 def test_two_classes_as_vectors_and_as_ids_are_told_apart() -> None:
@@ -75,13 +75,13 @@ def test_two_classes_as_vectors_and_as_ids_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([[0, 0, 1], [1, 0]], "field 'label' holds the label '0' more than once"),
-        ([[3, -1], [2, 3]], "field 'label' holds the label '-1', which stands for no label"),
+        ([[0, 0, 1], [1, 0]], "field 'label' contains the label '0' more than once"),
+        ([[3, -1], [2, 3]], "field 'label' contains the label '-1', which means no label"),
         (
             [[1, 0, -100], [0, 1, 0]],
-            "field 'label' holds the label '-100', which stands for no label",
+            "field 'label' contains the label '-100', which means no label",
         ),
-        ([[0.2, 0.8], [1.0, 0.0]], "field 'label' holds a float, not a string or a whole number"),
+        ([[0.2, 0.8], [1.0, 0.0]], "field 'label' contains a float, not a string or an integer"),
     ],
 )
 def test_lists_that_are_neither_vectors_nor_labels_are_refused(rows: list[Any], said: str) -> None:
@@ -98,8 +98,8 @@ def test_vectors_of_another_length_than_the_labels_are_no_ids(
     origin = "data.labels" if isinstance(labeling, tuple) else "m/config.json"
     size = len(rows[0])
     assert (
-        f"column 'label' holds lists of {size} numbers 0 or 1, and {origin} has 3 labels; give one"
-        f" number for each label, or name the {size} labels in data.labels"
+        f"column 'label' contains lists of {size} numbers 0 or 1, but {origin} has 3 labels; give one"
+        f" number per label, or name the {size} labels in data.labels"
         in refusal(*rows, labeling=labeling)
     )
     own = tuple("abcd"[:size])
@@ -118,7 +118,7 @@ def test_tags_of_minus_100_are_not_learned() -> None:
         [[1, 0, -100], [-100, 1]],
     )
     with pytest.raises(
-        DataError, match=r"'-1' .*beside classes counted from 0 mostly stands for no label"
+        DataError, match=r"'-1' .*among classes numbered from 0 usually means no label"
     ):
         tags([0, 1, 2, -1])
 
@@ -150,7 +150,7 @@ def test_rows_without_a_label_are_left_out_and_told(
 
 def test_rows_of_which_none_has_a_label_are_refused() -> None:
     with pytest.raises(
-        DataError, match=r"2 of 2 rows have no label, the first is .*give rows that have one"
+        DataError, match=r"2 of 2 rows have no label, the first is .*add labeled rows"
     ):
         select_labeled(texts(-100, -100), "label", ())
 
@@ -161,22 +161,22 @@ def test_rows_of_which_none_has_a_label_are_refused() -> None:
         (
             ["entailment", "neutral", "-"],
             (
-                "'-' (once, in rows.jsonl:3:1 (row 3)) beside words mostly stands for no label; if"
-                " it means none, set data.unlabeled=('-',), if it is a class, name all classes in"
+                "'-' (once, in rows.jsonl:3:1 (row 3)) among words usually means no label; if"
+                " it means no label, set data.unlabeled=('-',); if it is a class, name all classes in"
                 " data.labels"
             ),
         ),
         (
             ["yes", "no", "?"],
-            "'?' (once, in rows.jsonl:3:1 (row 3)) beside words mostly stands for no label",
+            "'?' (once, in rows.jsonl:3:1 (row 3)) among words usually means no label",
         ),
         (
             [0, 1, 2, -1, -1],
-            "'-1' (2 times, first in rows.jsonl:4:1 (row 4)) beside classes counted from 0",
+            "'-1' (2 times, first in rows.jsonl:4:1 (row 4)) among classes numbered from 0",
         ),
         (
             ["pos", "neg", "pos ", "Pos"],
-            "labels that differ only in how they are written: 'pos' (once, in rows.jsonl:1",
+            "labels that differ only in spelling: 'pos' (once, in rows.jsonl:1",
         ),
         (
             ["cafe\u0301", "x", "caf\u00e9"],
@@ -198,19 +198,19 @@ def test_rows_of_which_none_has_a_label_are_refused() -> None:
         (
             ["4", "4,27", "3"],
             (
-                "holds '4,27' (once, in rows.jsonl:2:1 (row 2)), which looks like several labels;"
-                " they are told apart by data.label_separator=','; if it is one label, set"
+                "contains '4,27' (once, in rows.jsonl:2:1 (row 2)), which looks like several labels;"
+                " if so, set data.label_separator=','; if it is one label, set"
                 " data.problem='single_label'; write decimal numbers with a point"
             ),
         ),
-        (["joy", "fear", "joy|fear"], "apart by data.label_separator='|'"),
-        (["joy;fear", "fear;rage", "rage;joy"], "apart by data.label_separator=';'"),
-        (["3 4", "5"], "apart by data.label_separator=' '"),
+        (["joy", "fear", "joy|fear"], "if so, set data.label_separator='|'"),
+        (["joy;fear", "fear;rage", "rage;joy"], "if so, set data.label_separator=';'"),
+        (["3 4", "5"], "if so, set data.label_separator=' '"),
         (
             ["['a', 'b']", "['a']"],
             (
-                "looks like several labels; written without brackets and quotes, they are told"
-                " apart by"
+                "looks like several labels; if so, remove brackets and quotes and set"
+                " data.label_separator"
             ),
         ),
     ],
@@ -267,8 +267,8 @@ def test_given_names_may_be_written_as_numbers(values: list[Any]) -> None:
 
 def test_numbers_are_no_ids_of_names_that_the_rows_told() -> None:
     train = read("neg", "pos")
-    assert "holds '0', which is not one of the 2 labels known" in refusal(0, like=train)
-    assert "not one of the 2 labels known of data.labels, which are counted from 0" in refusal(
+    assert "contains '0', which is not one of the 2 known labels" in refusal(0, like=train)
+    assert "not one of the 2 known labels of data.labels, which are numbered from 0" in refusal(
         1, 2, labeling=("neg", "pos")
     )
     assert read(5, 7, labeling=("7", "5")).labels.tolist() == [1, 0]
@@ -276,7 +276,7 @@ def test_numbers_are_no_ids_of_names_that_the_rows_told() -> None:
 
 @pytest.mark.parametrize("value", [1e39, "-1e39", 1e300, 10**39])
 def test_targets_beyond_float32_are_refused(value: Any) -> None:
-    assert f"holds {value!r}, beyond what float32 holds" in refusal(
+    assert f"contains {value!r}, which exceeds the range of float32" in refusal(
         1.5, value, problem="regression"
     )
     assert np.isfinite(read(1.5, 3.4028234e38, -3e38).labels).all()
@@ -287,8 +287,8 @@ def test_targets_beyond_float32_are_refused(value: Any) -> None:
 )
 def test_rows_without_a_target_can_be_left_out(value: Any, held: str) -> None:
     said = refusal("1.5", value, problem="regression")
-    assert f"holds {held}, not a finite number" in said
-    assert "leave such rows out with data.unlabeled=('',)" in said
+    assert f"contains {held}, not a finite number" in said
+    assert "drop such rows with data.unlabeled=('',)" in said
     rows = texts("1.5", value)
     assert len(select_labeled(rows, "label", ("",), "regression")) == 1
 
@@ -309,13 +309,13 @@ def test_a_kept_head_says_the_classes_and_their_order() -> None:
         )
     said = refusal("entailment", "contradition", labeling=labeling)
     assert (
-        "has the labels contradition, entailment, and the head of the base, which is kept, has"
-        " entailment, neutral, contradiction (m/config.json): 'contradition' is none of them; did"
+        "has the labels contradition, entailment, but the head of the base, which is kept, has"
+        " entailment, neutral, contradiction (m/config.json): 'contradition' is not one of them; did"
         " you mean 'contradiction'" in said
     )
-    assert "'3' is none of them" in refusal(0, 1, 3, labeling=labeling)
-    assert "'a' is none of them" in refusal("a", "b", "c", labeling=labeling)
-    assert "'Neutral' is none of them; did you mean 'neutral'" in refusal(
+    assert "'3' is not one of them" in refusal(0, 1, 3, labeling=labeling)
+    assert "'a' is not one of them" in refusal("a", "b", "c", labeling=labeling)
+    assert "'Neutral' is not one of them; did you mean 'neutral'" in refusal(
         "entailment", "Neutral", labeling=labeling
     )
     assert "set data.unlabeled=('-',)" in refusal(*HEAD.names, "-", labeling=labeling)
@@ -330,14 +330,14 @@ def test_rows_of_another_task_make_a_head_of_their_own(values: list[Any]) -> Non
 def test_numbers_that_are_taken_as_ids_of_a_head_are_told(caplog: pytest.LogCaptureFixture) -> None:
     read(2, 0, labeling=labeling_of(DataConfig(train="F"), HEAD))
     assert (
-        "labels are numbers, taken as the ids of m/config.json: 0 entailment, 1 neutral, 2"
+        "labels are numbers; using them as ids of m/config.json: 0 entailment, 1 neutral, 2"
         " contradiction" in caplog.text
     )
 
 
 def test_cells_without_a_label_are_not_told_as_ids(caplog: pytest.LogCaptureFixture) -> None:
     several = labeling_of(DataConfig(train="F"), BaseHead(HEAD.names, 3, "multi_label", "c"))
-    assert "holds a str, not a list of labels" in refusal("a", "b", labeling=several)
+    assert "contains a str, not a list of labels" in refusal("a", "b", labeling=several)
     assert not caplog.records
 
 
@@ -347,10 +347,7 @@ def test_a_head_that_only_counts_its_classes_has_no_names(caplog: pytest.LogCapt
     assert read(0, 1, labeling=labeling).label_names == ("0", "1")
     assert not caplog.records
     assert read("b", "a", "c", labeling=labeling).label_names == ("a", "b", "c")
-    assert (
-        "m/config.json does not name its classes: they are taken in the order a, b, c"
-        in caplog.text
-    )
+    assert "m/config.json does not name its classes: assuming the order a, b, c" in caplog.text
 
 
 def test_own_names_must_stand_in_the_order_of_the_head(caplog: pytest.LogCaptureFixture) -> None:
@@ -360,13 +357,16 @@ def test_own_names_must_stand_in_the_order_of_the_head(caplog: pytest.LogCapture
     assert read("Neutral", 0, labeling=same).labels.tolist() == [1, 0]
     with pytest.raises(
         ConfigError,
-        match=r"in the order entailment, neutral, contradiction .*leave data.labels out",
+        match=r"the class order entailment, neutral, contradiction .*remove data.labels",
     ):
         labeling_of(DataConfig(train="F", labels=("contradiction", "entailment", "neutral")), HEAD)
     assert labeling_of(DataConfig(train="F", labels=("a", "b")), HEAD).names == ("a", "b")
     assert not caplog.records
     assert labeling_of(DataConfig(train="F", labels=("a", "b", "c")), HEAD).names == ("a", "b", "c")
-    assert "the base's head is kept, and starts as that of the classes entailment" in caplog.text
+    assert (
+        "the base's head is kept; its weights were trained for the classes entailment"
+        in caplog.text
+    )
 
 
 def test_a_kept_head_says_the_problem() -> None:
@@ -389,7 +389,7 @@ def test_a_kept_head_says_the_problem() -> None:
         (
             ["4.88", "n/a", "3.0"],
             (
-                "'4.88' (once, in rows.jsonl:1:1 (row 1)) is a decimal number, 'n/a' (once, in"
+                "'4.88' (once, in rows.jsonl:1:1 (row 1)) is a decimal number but 'n/a' (once, in"
                 " rows.jsonl:2:1 (row 2))"
             ),
         ),
@@ -400,11 +400,11 @@ def test_a_kept_head_says_the_problem() -> None:
         (
             [-1, 0, 1],
             (
-                "'-1' (once, in rows.jsonl:1:1 (row 1)) is taken for a class; if it means none, set"
+                "'-1' (once, in rows.jsonl:1:1 (row 1)) is used as a class; if it means no label, set"
                 " data.unlabeled=('-1',)"
             ),
         ),
-        (["nan", "x"], "'nan' (once, in rows.jsonl:1:1 (row 1)) is taken for a class"),
+        (["nan", "x"], "'nan' (once, in rows.jsonl:1:1 (row 1)) is used as a class"),
     ],
 )
 def test_classes_that_may_be_none_are_told(

@@ -90,7 +90,7 @@ def test_columns_of_fields_that_a_format_has_not_are_refused(rows_of, kind, fiel
     rows = rows_of({"text": "a", "tokens": ["a"], "label": "x"})
     with pytest.raises(
         DataError,
-        match=f"data.columns names {field}, which rows of format {kind} do not have; remove it",
+        match=f"data.columns sets {field}, which rows of format {kind} do not have; remove it",
     ):
         make_examples(rows, kind=kind, columns=Columns(**{field: "text"}))
 
@@ -99,8 +99,8 @@ def test_an_unknown_label_is_refused_with_its_row_and_the_nearest(classified, re
     train = classified(("a", "billing"), ("b", "refund"))
     said = refusal({"text": "d", "label": "billing"}, {"text": "e", "label": "biling"}, like=train)
     where = (
-        "rows.jsonl:2:1 (row 2): field 'label' holds 'biling', which is not one of the 2 labels"
-        " known"
+        "rows.jsonl:2:1 (row 2): field 'label' contains 'biling', which is not one of the 2 known"
+        " labels"
     )
     assert said == [f"""{where}: '{{"text": "e", "label": "biling"}}'; did you mean 'billing'?"""]
 
@@ -120,7 +120,7 @@ def test_lists_of_labels_are_multi_hot(rows_of, refusal):
     )
     assert other.labels.tolist() == [[0, 1, 1]]
     assert (
-        "holds 'q', which is not one"
+        "contains 'q', which is not one"
         in refusal({"text": "a", "labels": ["x", "q"]}, like=examples)[0]
     )
 
@@ -140,15 +140,15 @@ def test_numbers_with_a_point_are_regression(rows_of):
 @pytest.mark.parametrize("value", [float("-inf"), float("inf"), "nan", "1e999"])
 def test_a_regression_target_must_be_finite(refusal, value):
     (said,) = refusal({"text": "a", "score": value}, problem="regression")
-    assert f"field 'score' holds {value!r}, which is not finite" in said
+    assert f"field 'score' contains {value!r}, which is not finite" in said
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("high", "holds a str, not a number"),
-        (True, "holds a bool, not a number"),
-        ([1.0], "holds a list, not a number"),
+        ("high", "contains a str, not a number"),
+        (True, "contains a bool, not a number"),
+        ([1.0], "contains a list, not a number"),
     ],
 )
 def test_a_regression_target_must_be_a_number(refusal, value, said):
@@ -177,27 +177,27 @@ def test_every_bad_row_is_reported(refusal):
     )
     assert [line.split(": ")[1] for line in said] == [
         "field 'text' is missing",
-        "field 'text' holds a int, not a string",
+        "field 'text' contains a int, not a string",
         "field 'text' is empty",
-        "field 'text' holds half of a surrogate pair",
+        "field 'text' contains half of a surrogate pair",
         "field 'label' is missing",
-        "field 'label' holds a float, not a string or a whole number",
+        "field 'label' contains a float, not a string or an integer",
     ]
     assert (
         said[0]
-        == "rows.jsonl:2:1 (row 2): field 'text' is missing: '{\"label\": \"y\"}'; add it or leave"
-        " the row out"
+        == "rows.jsonl:2:1 (row 2): field 'text' is missing: '{\"label\": \"y\"}'; add it or remove"
+        " the row"
     )
 
 
 def test_an_empty_label_is_refused(refusal):
     said = refusal({"text": "a", "label": ""}, {"text": "b", "label": "x"})
-    assert "field 'label' holds an empty string, not a string or a whole number" in said[0]
+    assert "field 'label' contains an empty string, not a string or an integer" in said[0]
 
 
 def test_one_label_is_not_a_classification(refusal):
     assert refusal({"text": "a", "label": "x"}) == [
-        "rows.jsonl: column 'label' has the labels x; a classifier needs 2 or more"
+        "rows.jsonl: column 'label' has the labels x; a classifier needs at least 2"
     ]
 
 
@@ -220,11 +220,11 @@ def test_words_and_tags(rows_of):
         ({"tokens": ["a", "b"], "tags": ["O"]}, "rows.jsonl:2:1 (row 2): 2 words but 1 tags: "),
         (
             {"tokens": "a b", "tags": ["O"]},
-            "rows.jsonl:2:1 (row 2): field 'tokens' holds no list of words: ",
+            "rows.jsonl:2:1 (row 2): field 'tokens' does not contain a list of words: ",
         ),
         (
             {"tokens": [], "tags": []},
-            "rows.jsonl:2:1 (row 2): field 'tokens' holds no list of words: ",
+            "rows.jsonl:2:1 (row 2): field 'tokens' does not contain a list of words: ",
         ),
         (
             {"tokens": ["a", ""], "tags": ["O", "O"]},
@@ -232,7 +232,7 @@ def test_words_and_tags(rows_of):
         ),
         (
             {"tokens": ["a"], "tags": "O"},
-            "rows.jsonl:2:1 (row 2): field 'tags' holds a str, not a list of labels: ",
+            "rows.jsonl:2:1 (row 2): field 'tags' contains a str, not a list of labels: ",
         ),
     ],
 )

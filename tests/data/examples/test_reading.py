@@ -64,7 +64,7 @@ def test_test_rows_in_the_folder_or_beside_it_are_taken_and_told(
         ["word8", "word8", "word9", "word9"],
     )
     assert train.label_names == test.label_names == ("neg", "pos")
-    assert ": its test rows are taken for the final figures" in caplog.text
+    assert ": using its test rows for the final figures" in caplog.text
     named = make_config(
         data__train=str(tmp_path / given), data__test=str(tmp_path / "aclImdb" / "train")
     )
@@ -81,7 +81,7 @@ def test_test_rows_that_are_found_and_have_no_labels_are_refused_with_a_way_out(
     with pytest.raises(DataError) as caught:
         read_examples(make_config(data__train=str(tmp_path)))
     assert str(caught.value).endswith(
-        f"\n{tmp_path}: its test rows are taken since data.test is not set; name others there, or a"
+        f"\n{tmp_path}: its test rows are used because data.test is not set; set data.test, or name a"
         " file in data.train"
     )
     _, validation, test = read_examples(make_config(data__train=train))
@@ -100,8 +100,7 @@ def test_validation_rows_that_are_not_used_are_told(
         _, validation, test = read_examples(make_config(data__train=str(tmp_path)))
     assert test is validation
     assert (
-        f"has validation rows, which are not used; data.validation={tmp_path} takes them"
-        in caplog.text
+        f"ignoring its validation rows; set data.validation={tmp_path} to use them" in caplog.text
     )
 
 
@@ -167,7 +166,7 @@ def test_columns_that_nothing_reads_are_told_once(
     file = write(tmp_path / "a.jsonl", rows)
     read_examples(make_config(data__train=file, data__validation=file, data__test=file))
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    wanted = "read: 'text' (text), 'label' (label); not read: 'title' (perhaps a second text), 'id'"
+    wanted = "columns used: 'text' (text), 'label' (label); unused: 'title' (perhaps a second text), 'id'"
     assert told == [f"{file}: {wanted}"]
 
 

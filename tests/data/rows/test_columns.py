@@ -36,7 +36,7 @@ def test_outer_spaces_and_case_of_a_header_do_not_matter():
         "system": "System",
     }
     assert find_format([" Prompt ", "COMPLETION"], Columns(), "F") == "prompt_completion"
-    with pytest.raises(DataError, match="the text column is none of the usual names"):
+    with pytest.raises(DataError, match="the text column has none of the usual names"):
         find_columns(["Text", "TEXT", "label"], Columns(), "classification", "F")
 
 
@@ -86,7 +86,7 @@ def test_a_first_line_that_may_be_a_row_is_told(present, name, told):
 def test_columns_of_plain_texts_are_no_chats(present, texts, said):
     with pytest.raises(DataError) as caught:
         find_format(present.split(), Columns(), "F", texts.split())
-    assert "the format is none of" in str(caught.value)
+    assert "the format is not one of" in str(caught.value)
     assert said in str(caught.value)
 
 
@@ -112,8 +112,8 @@ def test_given_columns_are_used():
             "text",
             [
                 (
-                    "F: the text column is none of the usual names (text, content, document, story,"
-                    " body); name it. Columns present: mr, ref"
+                    "F: the text column has none of the usual names (text, content, document, story,"
+                    " body); set it in data.columns. Columns present: mr, ref"
                 )
             ],
         ),
@@ -123,7 +123,7 @@ def test_given_columns_are_used():
             "text",
             [
                 (
-                    "F: the text column could be text or content; name it. Columns present: text,"
+                    "F: the text column could be text or content; set it in data.columns. Columns present: text,"
                     " content"
                 )
             ],
@@ -145,7 +145,7 @@ def test_given_columns_are_used():
             "token_classification",
             [
                 (
-                    "F: the label column could be ner_tags or pos_tags; name it. Columns present:"
+                    "F: the label column could be ner_tags or pos_tags; set it in data.columns. Columns present:"
                     " tokens, ner_tags, pos_tags"
                 )
             ],
@@ -156,8 +156,8 @@ def test_given_columns_are_used():
             "classification",
             [
                 (
-                    "F: the texts could be ('text', 'text_pair') or ('premise', 'hypothesis'); name the"
-                    " columns text and text_pair. Columns present: text, text_pair, premise,"
+                    "F: the texts could be ('text', 'text_pair') or ('premise', 'hypothesis'); set text"
+                    " and text_pair in data.columns. Columns present: text, text_pair, premise,"
                     " hypothesis, label"
                 )
             ],

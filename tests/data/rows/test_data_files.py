@@ -35,7 +35,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path, 
     assert (
         refusal(tmp_path / "x.jsonl", read)
         == f"{tmp_path}/x.jsonl: a named pipe, not a regular file; write its rows to a file, and"
-        " name that"
+        " use that"
     )
     (tmp_path / "y.csv").symlink_to("/dev/zero")
     assert "y.csv: a device, not a regular file" in refusal(tmp_path / "y.csv", read)
@@ -59,8 +59,8 @@ def test_a_gzip_file_is_read_as_what_is_inside(write: Any, name: str, content: s
 @pytest.mark.parametrize("read", [read_rows, stream])
 def test_a_gzip_file_that_is_broken_is_refused(write: Any, read: Any) -> None:
     packed = gzip.compress(b"text,label\n" + b"a,x\n" * 1000)
-    assert "not whole as a gzip file (" in refusal(write("x.csv.gz", packed[:-20]), read)
-    assert "not whole as a gzip file (Not a gzipped file" in refusal(
+    assert "not an intact gzip file (" in refusal(write("x.csv.gz", packed[:-20]), read)
+    assert "not an intact gzip file (Not a gzipped file" in refusal(
         write("x.csv.gz", "text\na\n"), read
     )
 
@@ -68,16 +68,16 @@ def test_a_gzip_file_that_is_broken_is_refused(write: Any, read: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "fix"),
     [
-        ("x.zip", "unpack it first; of packed files .gz alone is read"),
+        ("x.zip", "unpack it first; the only supported compression is .gz"),
         ("x.tar.gz", "name it by what is inside, such as rows.csv.gz"),
         ("x.gz", "name it by what is inside, such as rows.csv.gz"),
         ("x.xlsx", "save it as CSV (UTF-8)"),
-        ("x.dat", "name it by what it holds, or convert it to one of .jsonl, "),
+        ("x.dat", "rename it to match its format, or convert it to one of .jsonl, "),
     ],
 )
 def test_other_endings_are_refused_with_a_way_out(write: Any, name: str, fix: str) -> None:
     said = refusal(write(name, "x"))
-    assert f"files of the ending '.{name.rpartition('.')[2]}' are not read; {fix}" in said
+    assert f"the extension '.{name.rpartition('.')[2]}' is not supported; {fix}" in said
 
 
 def parquet_of_one_value(path: Path, dictionary: bool) -> None:
@@ -116,12 +116,10 @@ def test_what_unpacks_to_more_than_is_allowed_is_refused_before_it_is_held(
         path.write_bytes(gzip.compress(row * 20_000) if path.suffix == ".gz" else row * 20_000)
     with pytest.raises(DataError) as caught:
         read_rows(path, layout=FileOptions(most=10 * MIB))
-    assert ": with it the rows of this source hold more than 0.00977 GiB, unpacked; " in str(
-        caught.value
-    )
+    assert ": this source is larger than 0.00977 GiB unpacked; " in str(caught.value)
     assert (
-        "set data.streaming to read training rows piece by piece, or raise data.most_gib if the"
-        " memory allows" in str(caught.value)
+        "set data.streaming to stream the training rows, or increase data.most_gib if memory"
+        " allows" in str(caught.value)
     )
     assert len(read_rows(path, layout=FileOptions(most=42 * MIB))) == 20_000
     assert len(stream(path)) == 9

@@ -69,10 +69,10 @@ def test_a_single_column_has_no_delimiter(write: Any) -> None:
         "a; b",
         "c; d",
     ]
-    assert ":2:1: 2 fields where the header names 1 (text)" in refusal(
+    assert ":2:1: 2 fields, but the header has 1 (text)" in refusal(
         write("x.csv", "text\na, b\nc\n")
     )
-    assert ":3:1: 3 fields where the header names 2 (text, label)" in refusal(
+    assert ":3:1: 3 fields, but the header has 2 (text, label)" in refusal(
         write("x.csv", "text;label\na;x\nb;c;y\n")
     )
 
@@ -84,7 +84,7 @@ def test_a_quote_in_a_tsv_joins_no_rows(write: Any) -> None:
     rows = read(write("x.tsv", BARE))
     assert [r["text"] for r in rows.records] == ['"Good" he said', '"Hi', 'say "hi"', 'end"']
     assert rows.lines == (2, 3, 4, 5)
-    assert "quotes are characters like others" in rows.notes[0]
+    assert "quotes are ordinary characters" in rows.notes[0]
 
 
 WRITTEN = [("a\tb", "pos"), ('say "hi"', "neg"), ("two\nlines", "pos"), ("plain", "neg")]
@@ -97,7 +97,7 @@ def test_a_tsv_that_a_program_has_quoted_is_read_as_it_was_written(
     rows = read(write("x.tsv", table("\t", WRITTEN, quoting=quoting)))
     assert [tuple(record.values()) for record in rows.records] == WRITTEN
     assert rows.lines == (2, 3, 4, 6)
-    assert "fields may be in quotes" in rows.notes[0]
+    assert "fields may be quoted" in rows.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,8 @@ def test_quotes_that_may_mean_either_are_refused_and_an_option_says_which(
     write: Any, content: str, line: int
 ) -> None:
     path = write("x.tsv", content)
-    assert refusal(path).startswith(f":{line}:1: a field begins with a quote: ")
-    assert "set data.quoting='none' if quotes are characters of the texts, or 'quoted'" in refusal(
-        path
-    )
+    assert refusal(path).startswith(f":{line}:1: a field starts with a quote: ")
+    assert "set data.quoting='none' if quotes are ordinary characters, or 'quoted'" in refusal(path)
     assert len(read(path, quoting="none")) == content.count("\n") - 1
     assert any('"' in record["text"] for record in read(path, quoting="none").records)
     assert not any('"' in record["text"] for record in read(path, quoting="quoted").records)
@@ -135,23 +133,21 @@ def test_a_tsv_that_mixes_both_ways_is_refused_with_the_line(write: Any) -> None
     said = refusal(write("x.tsv", 'text\tlabel\n"a\tb"\tpos\n"Good" he said\tneg\nc\tpos\n'))
     assert (
         said
-        == ":2:1: some lines have not as many fields as the first: with quotes as characters of the"
-        " texts this one, with quotes around fields line 3; write all rows in one way, and set"
+        == ":2:1: the number of fields differs from the first line: here if quotes are ordinary"
+        " characters, in line 3 if quotes enclose fields; write all rows in one way, and set"
         " data.quoting to 'none' or 'quoted'"
     )
 
 
 def test_a_csv_without_quoting_is_read_where_that_is_said(write: Any) -> None:
     path = write("x.csv", 'text,label\n"Good" he said,x\nfine,y\n')
-    assert "or set data.quoting='none' where quotes are characters" in refusal(path)
+    assert "or set data.quoting='none' if quotes are ordinary characters" in refusal(path)
     assert read(path, quoting="none").records[0] == {"text": '"Good" he said', "label": "x"}
 
 
 def test_a_quote_far_on_in_a_streamed_tsv_is_refused_not_guessed(write: Any) -> None:
     path = write("x.tsv", "text\tlabel\n" + "plain\tx\n" * 140_000 + '"a ""b"""\ty\n')
-    with pytest.raises(
-        DataError, match="140002:1: a field begins with a quote, where none before it did"
-    ):
+    with pytest.raises(DataError, match="140002:1: a field starts with a quote for the first time"):
         RowStream(path, "train").rows(139_990, 99)
     assert read_rows(path).records[-1]["text"] == 'a "b"'
 
@@ -163,11 +159,14 @@ def test_a_quote_far_on_in_a_streamed_tsv_is_refused_not_guessed(write: Any) -> 
     ("content", "why"),
     [
         ("a fine film\t1\na bad film\t0\n", "'1' is a number"),
-        ("good\tpos\nbad\tneg\nso so\tpos\n", "'pos' stands below, too"),
+        ("good\tpos\nbad\tneg\nso so\tpos\n", "'pos' is also a value below"),
         ("one two three four five six seven eight nine\tpos\nbad\tneg\n", "is long"),
         ("gj04\t1\t\tour friends\ngj05\t0\t*\tone more\n", "'1' is a number"),
         ("4.25\ta plane\tan airplane\n", "'4.25' is a number"),
-        ("question\twhat is it\nanswer\tso it is\nquestion\twhy\n", "'question' stands below, too"),
+        (
+            "question\twhat is it\nanswer\tso it is\nquestion\twhy\n",
+            "'question' is also a value below",
+        ),
     ],
 )
 def test_a_first_line_that_looks_like_data_is_refused_and_read_where_that_is_said(
@@ -175,10 +174,10 @@ def test_a_first_line_that_looks_like_data_is_refused_and_read_where_that_is_sai
 ) -> None:
     path = write("x.tsv", content)
     said = refusal(path)
-    assert said.startswith(":1:1: the first line looks like data, not like a header (")
+    assert said.startswith(":1:1: the first line looks like data, not a header (")
     assert why in said
     assert (
-        "set data.header to False and name the columns by their number, such as data.columns.text=1"
+        "set data.header to False and name the columns by number, such as data.columns.text=1"
         in said
     )
     rows = read(path, header=False)
@@ -189,7 +188,7 @@ def test_a_first_line_that_looks_like_data_is_refused_and_read_where_that_is_sai
         str(i + 1) for i in range(content.splitlines()[0].count("\t") + 1)
     ]
     assert rows.lines[0] == 1
-    assert "no header, columns by number" in rows.notes[0]
+    assert "no header, numbered columns" in rows.notes[0]
     if len(content.splitlines()) > 1:
         assert len(read(path, header=True)) == len(rows) - 1
 
@@ -225,6 +224,6 @@ def test_the_header_again_is_no_row(write: Any) -> None:
     said = refusal(write("x.csv", "text,label\na,x\ntext,label\nb,y\n"))
     assert (
         said
-        == ":3:1: the header again: 'text,label'; remove it; if the first line is a row too, set"
+        == ":3:1: the header is repeated: 'text,label'; remove it; if the first line is a row too, set"
         " data.header to False"
     )

@@ -56,8 +56,8 @@ def test_imdb_as_it_is_published(tmp_path: Path) -> None:
     assert labels(tmp_path)[0] == ("aclImdb/train/neg/0_3.txt", "neg")
     assert read_rows(folder).notes == (
         (
-            f"{folder}: labels are the sub-folders neg, pos; left out, as unlabeled: 2 of no"
-            " sub-folder, 1 of unsup"
+            f"{folder}: labels are the subfolders neg, pos; skipped unlabeled files: 2 in no"
+            " subfolder, 1 in unsup"
         ),
     )
     before = read_rows(folder)
@@ -167,7 +167,7 @@ def test_a_state_that_cannot_be_trusted_is_refused(saved: Any) -> None:
         json.dumps(state | {"_indices_data_files": [{"filename": "x.arrow"}]})
     )
     with pytest.raises(
-        DataError, match=r"state\.json: its rows are in another order than they lie there; call"
+        DataError, match=r"state\.json: the dataset was saved with an indices mapping; call"
     ):
         read_rows(folder)
     (folder / "state.json").write_text("[" * 10_000)
@@ -227,8 +227,8 @@ def test_two_levels_of_folders_that_could_be_labels_are_refused(
         read_rows(tmp_path)
     assert (
         str(caught.value)
-        == f"{tmp_path}: the labels could be the sub-folders {outer} or, inside of them, {inner};"
-        f" keep one level of folders, or give one of them, such as {tmp_path / one}"
+        == f"{tmp_path}: the labels could be the subfolders {outer}, or {inner} inside them;"
+        f" keep one level of folders, or use one of them, such as {tmp_path / one}"
     )
     assert {label for _, label in labels(tmp_path / one)} == set(inner.split(", "))
 
@@ -241,7 +241,7 @@ def test_parts_inside_of_labels_are_no_labels(tmp_path: Path) -> None:
 def test_a_label_that_is_called_as_a_split_is_told(tmp_path: Path) -> None:
     make(tmp_path, "dev/1.txt", "ops/1.txt")
     with pytest.raises(
-        DataError, match="or call the folder 'dev' otherwise, such as 'label_dev', if it is a label"
+        DataError, match="or if the folder 'dev' is a label, rename it, such as to 'label_dev'"
     ):
         read_rows(tmp_path)
     (tmp_path / "dev").rename(tmp_path / "label_dev")

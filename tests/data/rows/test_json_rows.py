@@ -20,7 +20,7 @@ ROWS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
         ({"data": ROWS}, "rows under 'data'"),
         ({"version": "1.1", "note": {"by": "me"}, "data": ROWS}, "rows under 'data'"),
         ({"result": {"rows": ROWS, "n": 2}}, "rows under 'result.rows'"),
-        ({"17": ROWS[0], "18": ROWS[1]}, "each value of the object is a row, its key is left out"),
+        ({"17": ROWS[0], "18": ROWS[1]}, "each value of the object is a row, the keys are dropped"),
         ({"text": ["a", "b"], "label": ["x", "y"]}, "column by column"),
         (
             {"columns": ["text", "label"], "index": [0, 1], "data": [["a", "x"], ["b", "y"]]},
@@ -47,7 +47,7 @@ def test_where_several_could_be_meant_an_option_says_which(write: Any) -> None:
         read_rows(path)
     assert (
         str(caught.value)
-        == f"{path}: rows could be under train, test, other.deep; say which by data.field, such as"
+        == f"{path}: rows could be under train, test, other.deep; choose one with data.field, such as"
         " data.field='train'"
     )
     assert read_rows(path, layout=FileOptions(field="test")).records == ROWS[:1]
@@ -83,7 +83,7 @@ def test_names_of_columns_beside_rows_of_another_length_are_no_table(write: Any)
 @pytest.mark.parametrize(("value", "indent"), [(ROWS, None), (ROWS, 1), ({"data": ROWS}, 2)])
 def test_one_value_in_a_file_of_lines_is_told(write: Any, value: Any, indent: int | None) -> None:
     path = write("x.jsonl", json.dumps(value, indent=indent) + "\n")
-    with pytest.raises(DataError, match=r"name the file \.json if all of it is one value"):
+    with pytest.raises(DataError, match=r"name the file \.json if it contains a single value"):
         read_rows(path)
     assert read_rows(write("x.json", json.dumps(value, indent=indent))).records == ROWS
 
@@ -104,17 +104,17 @@ def test_values_inside_of_objects_are_columns_by_their_dotted_names(write: Any) 
 @pytest.mark.parametrize(
     ("inside", "column", "said"),
     [
-        ("9" * 5000, 11, "a whole number of 5000 digits"),
-        ("-" + "9" * 5000, 11, "a whole number of 5000 digits"),
+        ("9" * 5000, 11, "an integer with 5000 digits"),
+        ("-" + "9" * 5000, 11, "an integer with 5000 digits"),
         (
             "[" * 1000 + "]" * 1000,
             10 + 100,
-            "not JSON that can be read (nested too deeply, over 100 levels)",
+            "not supported JSON (nested too deeply, over 100 levels)",
         ),
         (
             '{"a":' * 1000 + "1" + "}" * 1000,
             11 + 5 * 99,
-            "not JSON that can be read (nested too deeply",
+            "not supported JSON (nested too deeply",
         ),
     ],
 )

@@ -35,7 +35,7 @@ def test_other_columns_are_there_by_number(write: Any) -> None:
     rows = read_rows(write("x.conll", "EU NNP B-NP B-ORG\nrejects VBZ B-VP O\n"))
     assert rows.records[0]["tags"] == ["B-ORG", "O"]
     assert rows.records[0]["2"] == ["NNP", "VBZ"]
-    assert rows.notes == (f"{rows.name}: 4 columns, a word a line, encoding utf-8",)
+    assert rows.notes == (f"{rows.name}: 4 columns, one word per line, encoding utf-8",)
 
 
 def test_a_number_sign_is_a_word(write: Any) -> None:
@@ -53,7 +53,7 @@ def test_each_line_without_its_columns_is_told(write: Any) -> None:
             " its tag"
         ),
         (
-            f"{path}:4:1: 3 columns where the first word has 2: 'Peter X B-PER'; give each word as"
-            " many columns"
+            f"{path}:4:1: 3 columns, but the first word has 2: 'Peter X B-PER'; give each word"
+            " the same number of columns"
         ),
     ]

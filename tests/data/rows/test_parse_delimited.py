@@ -45,15 +45,15 @@ def test_tsv_is_read(write):
             "F:1:6: the header names 'text' twice: 'text,text'; rename one of them",
         ),
         ('"text,label\na,b\n', "F:1:1: broken quoting (unexpected end of data); close the quotes"),
-        ("\ntext,label\n", "F:1:1: the first line is blank; begin with the header"),
-        (",\na,b\n", "F:1:1: the first line is blank; begin with the header"),
+        ("\ntext,label\n", "F:1:1: the first line is blank; start with the header"),
+        (",\na,b\n", "F:1:1: the first line is blank; start with the header"),
         (
             "text,label\na,b,c\n",
-            "F:2:1: 3 fields where the header names 2 (text, label): 'a,b,c'; quote a field",
+            "F:2:1: 3 fields, but the header has 2 (text, label): 'a,b,c'; quote fields",
         ),
         (
             "text,label\na,b\nc",
-            "F:3:1: 1 fields where the header names 2 (text, label): 'c'; quote a field",
+            "F:3:1: 1 fields, but the header has 2 (text, label): 'c'; quote fields",
         ),
         ("text,label\n\na,b\n", "F:2:1: blank line; remove it"),
         (

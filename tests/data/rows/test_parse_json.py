@@ -50,7 +50,7 @@ def test_jsonl_is_read(write, content):
             b'{"text": "a" "label": 1}\n',
             'F:2:14: not JSON (Expecting \',\' delimiter): \'{"text": "a" "label": 1}\'; write',
         ),
-        (b"[1, 2]\n", "F:2:1: a row must be a JSON object, this is a list: '[1, 2]'; write {"),
+        (b"[1, 2]\n", "F:2:1: a row must be a JSON object, not a list: '[1, 2]'; write {"),
         (b'{"text": "a", "text": "b"}\n', "F:2:1: an object has the key 'text' twice"),
         (
             b'{"text": "a", "lab',
@@ -61,7 +61,7 @@ def test_jsonl_is_read(write, content):
         ),
         (
             b"[" * 100_000 + b"\n",
-            "F:2:101: not JSON that can be read (nested too deeply, over 100 levels)",
+            "F:2:101: not supported JSON (nested too deeply, over 100 levels)",
         ),
     ],
 )
@@ -126,7 +126,7 @@ def test_json_is_read(write):
                 " .jsonl"
             ),
         ),
-        ('[{"a": 1}, 7]', "F: row 2: a row must be a JSON object, this is a int: '7'; write"),
+        ('[{"a": 1}, 7]', "F: row 2: a row must be a JSON object, not a int: '7'; write"),
         (b'[{"a":\n "\xff"}]', "F:2:3: not UTF-8 (byte 0xff)"),
         ("[]", "F:1:1: the file has no rows"),
     ],

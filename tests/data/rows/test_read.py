@@ -131,18 +131,18 @@ def test_a_folder_without_the_split_or_without_files_is_refused(tmp_path):
         (tmp_path / name).write_text("a\n1\n")
     assert (
         refusal(tmp_path)
-        == f"{tmp_path}: no data file is named for the split 'train' (there are: test, validation);"
-        " name one file"
+        == f"{tmp_path}: no data file is named after the split 'train' (splits found: test, validation);"
+        " give the path of a file"
     )
     assert (
         refusal(tmp_path, split="test", revision="v1", config="x")
-        == f"{tmp_path}: config, revision is for hub ids, this is a folder; remove it"
+        == f"{tmp_path}: config, revision is for hub ids, but this is a folder; remove it"
     )
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "dataset_info.json").write_text("{}")
     (tmp_path / "only" / "README.md").write_text("# Data")
     assert refusal(tmp_path / "only").startswith(
-        f"{tmp_path}/only: a folder without data files; give one with files of"
+        f"{tmp_path}/only: the folder has no data files; supported are"
     )
 
 
@@ -220,14 +220,14 @@ def test_a_missing_file_names_the_nearest(tmp_path, write):
 def test_what_is_not_a_data_file_is_refused(tmp_path, write):
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty").startswith(
-        f"{tmp_path}/empty: a folder without data files; give one with files of"
+        f"{tmp_path}/empty: the folder has no data files; supported are"
     )
     assert (
-        "files of the ending '.pkl' are not read; it may hold code; write its rows as JSONL"
+        "the extension '.pkl' is not supported; it may contain code; write its rows as JSONL"
         in refusal(write("x.pkl", "x"))
     )
     assert refusal(write("x.csv", "a\n1\n"), split="train", revision="v1").endswith(
-        "x.csv: split, revision is for hub ids, this is a file; remove it"
+        "x.csv: split, revision is for hub ids, but this is a file; remove it"
     )
 
 
@@ -247,7 +247,7 @@ def test_package_data_is_read_and_a_missing_split_names_the_others(tmp_path, mon
     assert read_rows("package:tickets/train").records == [{"text": "a"}]
     assert (
         refusal("package:tickets/tset")
-        == "package:tickets/tset: no such data set in jaxpeft; there are package:tickets/train"
+        == "package:tickets/tset: no such dataset in jaxpeft; choose from package:tickets/train"
     )
 
 
@@ -309,7 +309,7 @@ def test_a_hub_id_that_cannot_be_loaded_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     said = (
-        "tickets[train]: neither a file here nor loaded from the hub (no network); did you mean"
+        "tickets[train]: not a local file, and cannot be loaded from the hub (no network); did you mean"
         " 'tickets.csv'?"
     )
     assert refusal("tickets") == said

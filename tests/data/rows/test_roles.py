@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxpeft.data.rows.roles import AN_OPTION, HOW_GOOD, role, roles
+from jaxpeft.data.rows.roles import A_RATING, AN_OPTION, role, roles
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,8 @@ from jaxpeft.data.rows.roles import AN_OPTION, HOW_GOOD, role, roles
         ("answerKey", "the answer"),
         ("test_list", "tests of the answer"),
         ("canonical_solution", "the answer"),
-        ("is_correct", "how good the answer is"),
-        ("Complex_CoT", "a thought before the answer"),
+        ("is_correct", "a rating of the answer"),
+        ("Complex_CoT", "the reasoning before the answer"),
         ("color", None),
         ("2", None),
     ],
@@ -33,7 +33,7 @@ def test_the_words_of_a_name_say_what_a_column_is_meant_for(column: str, meant: 
     ("column", "held", "meant"),
     [
         ("review_result", bool, None),
-        ("score_chosen", float, HOW_GOOD),
+        ("score_chosen", float, A_RATING),
         ("skip_prompt_formatting", bool, None),
         ("answer", bool, "the answer"),
         ("Answer", int, "the answer"),

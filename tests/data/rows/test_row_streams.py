@@ -242,8 +242,8 @@ def test_other_files_are_refused_with_what_to_do(write: Any, ending: str) -> Non
     path = write(f"x{ending}", "[]")
     assert (
         refusal(path)
-        == f"{path}: files of the ending {ending!r} cannot be streamed; convert it to .jsonl, one"
-        " row a line"
+        == f"{path}: files with the extension {ending!r} cannot be streamed; convert it to .jsonl, one"
+        " row per line"
     )
 
 
@@ -330,12 +330,12 @@ def test_a_hub_that_fails_is_told(make: Make, monkeypatch: pytest.MonkeyPatch) -
     )
     with pytest.raises(
         DataError,
-        match=r"^org/name\[train\]: could not be read to its end \(no route\); check the network",
+        match=r"^org/name\[train\]: reading stopped before the end \(no route\); check the network",
     ):
         RowStream("org/name", "train").rows(0, 9)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
         DataError,
-        match=r"^org/name\[train\]: neither a file here nor loaded from the hub \(no route\)",
+        match=r"^org/name\[train\]: not a local file, and cannot be loaded from the hub \(no route\)",
     ):
         RowStream("org/name", "train").rows(0, 9)

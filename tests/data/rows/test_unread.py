@@ -28,9 +28,9 @@ def judged(present: str, held: dict[str, type] | None = None, **asked: str) -> N
         (
             "task_id text code test_list",
             (
-                "rows of format text would be learned from 'text' alone, without 'code' (perhaps"
+                "rows of format text would use only 'text', without 'code' (perhaps"
                 " the answer); set data.columns, such as {'prompt': 'text', 'completion': 'code'};"
-                " if that is meant, set data.format='text'"
+                " if this is intended, set data.format='text'"
             ),
         ),
         (
@@ -41,15 +41,18 @@ def judged(present: str, held: dict[str, type] | None = None, **asked: str) -> N
         (
             "prompt completion label",
             (
-                "from 'prompt', 'completion' alone, without 'label' (perhaps how good the answer"
-                " is); leave out the rows whose answers are not to be learned, and this column; if"
-                " that is meant, set data.format='prompt_completion'"
+                "would use only 'prompt', 'completion', without 'label' (perhaps a rating of the"
+                " answer); remove this column and the rows with bad answers; if"
+                " this is intended, set data.format='prompt_completion'"
             ),
         ),
-        ("prompt response rating", "without 'rating' (perhaps how good the answer is)"),
-        ("messages label", "without 'label' (perhaps how good the answer is)"),
-        ("instruction output label", "without 'label' (perhaps how good the answer is)"),
-        ("question reasoning answer", "without 'reasoning' (perhaps a thought before the answer)"),
+        ("prompt response rating", "without 'rating' (perhaps a rating of the answer)"),
+        ("messages label", "without 'label' (perhaps a rating of the answer)"),
+        ("instruction output label", "without 'label' (perhaps a rating of the answer)"),
+        (
+            "question reasoning answer",
+            "without 'reasoning' (perhaps the reasoning before the answer)",
+        ),
         (
             "question choices answer answerKey",
             "without 'choices' (perhaps a part of the question), 'answerKey' (perhaps the answer)",
@@ -63,7 +66,7 @@ def judged(present: str, held: dict[str, type] | None = None, **asked: str) -> N
             (
                 "without 'A' (perhaps an option to choose from), 'B' (perhaps an option to choose"
                 " from), 'C' (perhaps an option to choose from), 'D' (perhaps an option to choose"
-                " from); write all parts of the question into the text of 'question'; if that"
+                " from); write all parts of the question into the text of 'question'; if this"
             ),
         ),
         (
@@ -84,7 +87,7 @@ def judged(present: str, held: dict[str, type] | None = None, **asked: str) -> N
             "such as {'instruction': 'question', 'input': 'hint', 'output': 'answer'}",
         ),
         ("prompt completion weight", "without 'weight' (perhaps a weight of the row)"),
-        ("messages images", "without 'images' (perhaps an image or a sound)"),
+        ("messages images", "without 'images' (perhaps an image or audio)"),
     ],
 )
 def test_rows_that_say_more_than_would_be_learned_are_refused(present: str, said: str) -> None:
@@ -162,32 +165,32 @@ def test_what_is_meant_and_what_is_not_missed_is_not_refused(
         (
             "id text label",
             "classification",
-            "read: 'text' (text), 'label' (label); not read: 'id'",
+            "columns used: 'text' (text), 'label' (label); unused: 'id'",
             False,
         ),
         (
             "question context label",
             "classification",
-            "read: 'question' (text), 'label' (label); not read: 'context' (perhaps a second text)",
+            "columns used: 'question' (text), 'label' (label); unused: 'context' (perhaps a second text)",
             True,
         ),
         (
             "text category",
             "text",
-            "read: 'text' (text); not read: 'category' (perhaps a class)",
+            "columns used: 'text' (text); unused: 'category' (perhaps a class)",
             True,
         ),
         (
             "text label foo",
             "classification",
-            "read: 'text' (text), 'label' (label); not read: 'foo'",
+            "columns used: 'text' (text), 'label' (label); unused: 'foo'",
             True,
         ),
         (
             "text title label",
             "text",
             (
-                "read: 'text' (text); not read: 'title' (perhaps a second text), "
+                "columns used: 'text' (text); unused: 'title' (perhaps a second text), "
                 "'label' (perhaps a class or a score)"
             ),
             True,
@@ -195,7 +198,7 @@ def test_what_is_meant_and_what_is_not_missed_is_not_refused(
         (
             "messages answer",
             "messages",
-            "read: 'messages' (messages); not read: 'answer' (perhaps the answer)",
+            "columns used: 'messages' (messages); unused: 'answer' (perhaps the answer)",
             True,
         ),
     ],
@@ -219,7 +222,7 @@ def test_a_column_of_which_a_value_is_read_is_read() -> None:
         find_columns(present, asked, "prompt_completion", "F"),
         "prompt_completion",
     )
-    assert (line.partition("; ")[2], missed) == ("not read: 'id'", False)
+    assert (line.partition("; ")[2], missed) == ("unused: 'id'", False)
 
 
 def test_texts_that_look_like_json_are_not_plain() -> None:

@@ -44,7 +44,7 @@ def test_one_byte_a_character_is_not_guessed_but_shown_as_excel_would_have_writt
     with pytest.raises(DataError, match="not UTF-8 \\(byte 0x93\\)") as caught:
         read_rows(path)
     assert (
-        "set data.encoding to the one it was written in: 'cp1252', as of Excel on Windows, reads"
+        "set data.encoding to the file's encoding: with 'cp1252', as of Excel on Windows, the line is"
         in str(caught.value)
     )
     assert TEXT in str(caught.value)
@@ -83,7 +83,4 @@ def test_a_byte_that_the_encoding_does_not_have_is_told_with_its_place(
     path = write("x.csv", b"text,label\na,x\nb\x81c,y\n")
     with pytest.raises(DataError) as caught:
         read(path, layout=FileOptions(encoding="cp1252"))
-    assert (
-        str(caught.value)
-        == f"{path}:3:2: not cp1252; set data.encoding to the one it was written in"
-    )
+    assert str(caught.value) == f"{path}:3:2: not cp1252; set data.encoding to the file's encoding"

@@ -65,7 +65,10 @@ def test_bad_lengths_are_refused():
             assign(np.array([1]), lengths)
     with pytest.raises(ConfigError) as caught:
         assign(np.array([33]), (16, 32))
-    assert str(caught.value) == "lengths=(16, 32) hold no sequence of 33 tokens; add 33 or more"
+    assert (
+        str(caught.value)
+        == "lengths=(16, 32) are too short for a sequence of 33 tokens; add 33 or more"
+    )
 
 
 def test_padding_share():

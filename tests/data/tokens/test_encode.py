@@ -135,7 +135,7 @@ def test_a_token_beyond_the_model_s_vocabulary_is_refused(documents, plain):
     assert (
         str(caught.value)
         == "tokenizer 'TokenizersBackend': its vocabulary has 42 tokens, the model's 41, and the"
-        " data holds token 41 ('9'); use the model's own tokenizer"
+        " data contains token 41 ('9'); use the model's own tokenizer"
     )
 
 
@@ -148,8 +148,8 @@ def test_a_row_without_a_token_is_refused(documents, plain):
         encode(documents("a", "?"), plain, **OFF)
     assert (
         str(caught.value)
-        == "rows.jsonl:2:1 (row 2): the tokenizer 'TokenizersBackend' makes no token of it: '?';"
-        " leave the row out"
+        == "rows.jsonl:2:1 (row 2): the tokenizer 'TokenizersBackend' returns no tokens: '?';"
+        " remove the row"
     )
 
 
@@ -159,20 +159,20 @@ def test_options_that_do_not_fit_are_refused_at_once(classified, documents, bert
     assert str(caught.value).splitlines() == [
         "add_bos=True, but the tokenizer 'TokenizersBackend' has no bos_token; remove it",
         "add_eos=True, but the tokenizer 'TokenizersBackend' has no eos_token; remove it",
-        "max_length=1 leaves no room for text; give at least 2",
+        "max_length=1 leaves no room for text; set at least 2",
     ]
     with pytest.raises(ConfigError) as caught:
         encode(classified(("a", "x"), ("b", "y")), bert, max_length=2, vocab_size=42, add_eos=True)
     assert str(caught.value).splitlines() == [
         "add_eos=True is for text, not for classification; remove it",
-        "max_length=2 leaves no room for text; give at least 3",
+        "max_length=2 leaves no room for text; set at least 3",
     ]
 
 
 def test_a_slow_tokenizer_is_refused(documents, plain, monkeypatch):
     monkeypatch.setattr(type(plain), "is_fast", False)
     with pytest.raises(
-        ConfigError, match=r"not a fast tokenizer; give one that has a tokenizer.json"
+        ConfigError, match=r"not a fast tokenizer; use one that has a tokenizer.json"
     ):
         encode(documents("a"), plain, **OFF)
 
@@ -213,10 +213,12 @@ def test_no_row_that_is_left_is_refused_whatever_may_be_dropped(rows_of, plain):
     rows = rows_of(*({"prompt": "a b c d e f g h i", "completion": " j"} for _ in range(3)))
     with pytest.raises(DataError) as caught:
         encode(make_examples(rows, kind="prompt_completion"), plain, most_dropped=1.0, **OFF)
-    assert "3 of 3 rows (100.0%) have no learned token among their first 8, as " in str(
+    assert "3 of 3 rows (100.0%) have no token in the loss among their first 8, such as " in str(
         caught.value
     )
-    assert str(caught.value).endswith("none is left: raise data.max_length, or shorten the prompts")
+    assert str(caught.value).endswith(
+        "no rows remain: increase data.max_length, or shorten the prompts"
+    )
 
 
 def chats_of(rows_of, *chats):
@@ -263,14 +265,14 @@ def test_what_is_not_learned_of_answers_is_counted_and_told(rows_of, caplog):
     assert (made.counts["unlearned"], made.counts["sequences"]) == (2, 2)
     assert caplog.messages == [
         (
-            r"rows.jsonl: an answer is not learned: generation begins turn 2 with '<think>\n', and its"
+            r"rows.jsonl: an answer is excluded from the loss: generation starts turn 2 with '<think>\n', but its"
             r" content does not, in 2 rows"
         )
     ]
     with pytest.raises(
         DataError,
         match=(
-            r"rows.jsonl:2:1 \(row 2\): generation begins turn 2 .*; write the thought into the"
+            r"rows.jsonl:2:1 \(row 2\): generation starts turn 2 .*; write the reasoning into the"
             r" content"
         ),
     ):

@@ -64,7 +64,7 @@ def test_the_vocabulary_is_checked_on_a_hit_too(run):
     from jaxpeft.errors import DataError
 
     run()
-    with pytest.raises(DataError, match="the model's 5, and the data holds token"):
+    with pytest.raises(DataError, match="the model's 5, and the data contains token"):
         run(vocab_size=5)
 
 
