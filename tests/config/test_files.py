@@ -165,7 +165,7 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ),
         (
             [("train.epochs", "None"), ("train.steps", "10"), ("optimizer.warmup_steps", "100")],
-            "100 steps of warm-up leave none of the run's 10 steps",
+            "100 warm-up steps must be fewer than the run's 10 steps",
         ),
         ([("data.packing", "true")], "data.packing: is for task 'causal_lm'"),
         ([("data.columns", "{'txt': 'a'}")], "columns: 'txt' is not a field; did you mean 'text'"),

@@ -252,7 +252,7 @@ OPTIONS = {
         "config.train.steps: 8 and epochs 3.0 exclude each other; set one of them to None"
     ),
     "--config.optimizer.warmup_steps=9": (
-        "optimizer.warmup_steps: 9 steps of warm-up leave none of the run's 8 steps"
+        "optimizer.warmup_steps: 9 warm-up steps must be fewer than the run's 8 steps"
     ),
     "--config.model.task=classify": "config.model.task: must be one of 'causal_lm', ",
 }
