@@ -50,7 +50,7 @@ def config(make_config: MakeConfig) -> Config:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PROGRAM", ("-c", PRETENDED))
-    monkeypatch.setattr(runs, "_EVERY", 0.02)
+    monkeypatch.setattr(runs, "_POLL", 0.02)
     monkeypatch.setattr(comparison_table, "draw", lambda path, made: path.write_bytes(b""))
 
 
@@ -87,7 +87,7 @@ def test_every_candidate_runs_with_every_seed_and_its_own_rates_and_none_twice(
     [
         (FAILS, "it is broken\nin two places"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
-        ("sys.exit(7)", "ended with exit code 7"),
+        ("sys.exit(7)", "exited with code 7"),
     ],
 )
 def test_a_run_that_fails_is_told_and_the_others_go_on(
@@ -248,7 +248,7 @@ def test_rows_that_no_run_could_read_are_refused_before_the_first(
 def test_two_comparisons_at_once_in_one_folder_are_refused(config: Config, tmp_path: Path) -> None:
     from jaxpeft.processes.lock import lock_folder
 
-    with lock_folder(tmp_path), pytest.raises(ConfigError, match="another run is active there"):
+    with lock_folder(tmp_path), pytest.raises(ConfigError, match="another run uses it"):
         run(config, tmp_path)
 
 
@@ -395,7 +395,7 @@ def test_the_table_has_means_spreads_and_shares(make_config: MakeConfig, tmp_pat
             " ± 0.0000 |"
         ),
     ]
-    assert "of b/c.jsonl, the share of sentences" in "\n".join(table)
+    assert "nearest-class-mean accuracy on b/c.jsonl" in "\n".join(table)
     values = json.loads((tmp_path / "comparison.json").read_text())
     assert values["candidates"]["lora"]["figure"] == {
         "mean": 0.8,

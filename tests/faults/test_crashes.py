@@ -261,7 +261,7 @@ def test_case_16_a_second_run_in_the_folder_is_refused(job: Job, marks: Marks) -
         before = files(job.workdir)
         done = job()
         marks.exit(done, 2)
-        marks.message(done, f"--workdir {job.workdir}: another run is active there (")
+        marks.message(done, f"--workdir {job.workdir}: another run uses it (")
         marks.early(done)
         marks.kept(before, files(job.workdir))
 
