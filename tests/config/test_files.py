@@ -138,7 +138,7 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ),
         (
             [("train.batch_size", "10"), ("train.accumulation", "4")],
-            "4 does not divide batch_size 10; it could be 1, 2, 5",
+            "4 does not divide batch_size 10; set it to 1, 2, 5",
         ),
         ([("train.epochs", "None")], "neither epochs nor steps is set"),
         ([("method.rank", "[8]")], "config.method.rank: must be an integer"),

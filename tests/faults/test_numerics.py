@@ -167,19 +167,19 @@ def _scaled(loss: losses.Loss, by: float) -> losses.Loss:
         ),
         (
             "--config.mesh.data=16 --config.train.batch_size=16",
-            "mesh.data: 16 devices, there are 8 (cpu); set it to 8 or less",
+            "mesh.data: needs 16 devices, there are 8 (cpu); set it to 8 or less",
         ),
         (
             "--config.mesh.data=-1 --config.train.batch_size=12",
-            "train.batch_size: 12 is not divisible by 8 devices = 8; it could be 8 or 16",
+            "train.batch_size: 12 is not divisible by 8 devices = 8; set it to 8 or 16",
         ),
         (
             "--config.mesh.strategy=tensor --config.mesh.tensor=8 --config.mesh.data=1",
-            "mesh.tensor: 8 does not divide the 4 heads of the model; it could be 2 or 4",
+            "mesh.tensor: 8 does not divide the model's 4 heads; set it to 2 or 4",
         ),
         (
             "--config.train.accumulation=3",
-            "train.accumulation: 3 does not divide batch_size 8; it could be 1, 2, 4, 8",
+            "train.accumulation: 3 does not divide batch_size 8; set it to 1, 2, 4, 8",
         ),
     ],
 )

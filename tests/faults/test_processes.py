@@ -221,8 +221,8 @@ def test_case_7_a_process_by_itself_that_was_joined_stops_by_the_same_notice(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--config.train.seed=7",), "train.seed: 7 here, 0 there"),
-        (("--config.train.batch_size=16",), "train.batch_size: 16 here, 8 there"),
+        (("--config.train.seed=7",), "train.seed: 7 here, 0 in process 0"),
+        (("--config.train.batch_size=16",), "train.batch_size: 16 here, 8 in process 0"),
     ],
 )
 @pytest.mark.slow

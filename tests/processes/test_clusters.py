@@ -232,7 +232,7 @@ def test_flags_go_before_the_environment() -> None:
         (
             BY_HAND | {"JAXPEFT_PROCESS": "4"},
             None,
-            r"JAXPEFT_PROCESS: must be from 0 to 3 of 4 processes, is 4",
+            r"JAXPEFT_PROCESS: must be from 0 to 3 for 4 processes, is 4",
         ),
         (
             BY_HAND | {"JAXPEFT_PROCESSES": "four"},
@@ -276,7 +276,7 @@ def test_flags_go_before_the_environment() -> None:
         (
             SLURM | {"SLURM_PROCID": "24"},
             None,
-            r"SLURM_PROCID: must be from 0 to 23 of 24 processes, is 24",
+            r"SLURM_PROCID: must be from 0 to 23 for 24 processes, is 24",
         ),
         (
             SLURM | {"JAX_COORDINATOR_PORT": "x"},
@@ -286,7 +286,7 @@ def test_flags_go_before_the_environment() -> None:
         (
             SKYPILOT | {"SKYPILOT_NODE_RANK": "2"},
             None,
-            r"SKYPILOT_NODE_RANK: must be from 0 to 1 of 2 processes, is 2",
+            r"SKYPILOT_NODE_RANK: must be from 0 to 1 for 2 processes, is 2",
         ),
         (
             SLURM | {"SLURM_STEP_TASKS_PER_NODE": "many"},
@@ -296,7 +296,7 @@ def test_flags_go_before_the_environment() -> None:
         (
             SLURM | {"JAX_LOCAL_DEVICE_IDS": "all"},
             None,
-            r"JAX_LOCAL_DEVICE_IDS: .* for all of them set JAXPEFT_LOCAL_DEVICES=all",
+            r"JAX_LOCAL_DEVICE_IDS: .* set JAXPEFT_LOCAL_DEVICES=all for all",
         ),
         (
             without(SKYPILOT, "SKYPILOT_NODE_RANK"),
@@ -311,7 +311,7 @@ def test_flags_go_before_the_environment() -> None:
         (
             MPI | {"OMPI_COMM_WORLD_RANK": "4"},
             None,
-            r"OMPI_COMM_WORLD_RANK: must be from 0 to 3 of 4 processes, is 4",
+            r"OMPI_COMM_WORLD_RANK: must be from 0 to 3 for 4 processes, is 4",
         ),
         (
             without(MPI, "OMPI_COMM_WORLD_RANK"),
@@ -322,7 +322,7 @@ def test_flags_go_before_the_environment() -> None:
             without(MPI, "OMPI_MCA_orte_hnp_uri"),
             None,
             (
-                r"JAX finds their coordinator by OMPI_MCA_orte_hnp_uri, .* before version 5; set"
+                r"JAX finds their coordinator by OMPI_MCA_orte_hnp_uri, .* before version 5 sets; set"
                 r" --coordinator/"
             ),
         ),
@@ -353,7 +353,7 @@ def test_flags_go_before_the_environment() -> None:
         (
             SKYPILOT | {"SKYPILOT_NODE_IPS": " ", "SKYPILOT_NUM_NODES": "0"},
             None,
-            r"SKYPILOT_NODE_IPS: 0 addresses",
+            r"SKYPILOT_NODE_IPS: has 0 addresses",
         ),
         (
             {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"},

@@ -121,8 +121,8 @@ def test_values_that_differ_are_refused_by_name(run: Run) -> None:
         second
     ) and "has a different config than process 0; start all processes" in str(second)
     assert str(second).splitlines()[1:] == [
-        "  train.seed: 1 here, 0 there",
-        "  only: None here, 1 there",
+        "  train.seed: 1 here, 0 in process 0",
+        "  only: None here, 1 in process 0",
     ]
     assert isinstance(first, PeersError)
 
@@ -187,13 +187,13 @@ def test_a_tpu_that_knows_no_other_hosts_is_one_process(
     assert distributed.start(None, Waits()) is ALONE
     assert caplog.messages == [
         (
-            "this TPU VM reports no other hosts (coordinator_address should be defined.): a single"
-            " process"
+            "this TPU VM reports no other hosts (coordinator_address should be defined.); running"
+            " a single process"
         )
     ]
     with pytest.raises(
         PeersError,
-        match=r"process 1 of 4: could not join the others \(coordinator_address .*found by TPU\)",
+        match=r"process 1 of 4: could not connect to the others \(coordinator_address .*found by TPU\)",
     ):
         distributed.start(Place("TPU", None, 4, 1), Waits())
 
