@@ -68,7 +68,7 @@ def parse_json(text: str | bytes, where: str, *, once: bool = False) -> dict[str
             f"{where}: contains an integer of {error} digits, which is too large"
         ) from error
     except _TwiceError as error:
-        raise WeightsError(f"{where}: contains the key {error} twice") from error
+        raise WeightsError(f"{where}: has the key {error} twice") from error
     except RecursionError:
         deep, value = True, None
     if deep:

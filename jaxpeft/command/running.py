@@ -66,7 +66,7 @@ def load_config(
         ConfigError: no config is given, or it is invalid.
     """
     if arguments.config is None:
-        raise ConfigError(f"--config: is missing; try --config {example}")
+        raise ConfigError(f"--config: is not given; try --config {example}")
     return configs.load(arguments.config, overrides)
 
 

@@ -88,7 +88,7 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     """
     section = values.get("method", {})
     if not isinstance(section, Mapping):
-        return None, [f"config.method: must be a section of options, is {show(section)}"]
+        return None, [f"config.method: must be a section with options, is {show(section)}"]
     rest = {key: value for key, value in values.items() if key != "method"}
     method, problems = methods.read(typing.cast(Mapping[str, Any], section), "config.method")
     if method and "compare" in rest:

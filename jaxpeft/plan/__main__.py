@@ -84,7 +84,7 @@ def job_of(arguments: PlanArguments, overrides: Overrides = ()) -> PlanJob:
         problems += error.problems
     try:
         if arguments.topology is None:
-            raise ConfigError(f"--topology: is missing; give {topologies.EXAMPLES}")
+            raise ConfigError(f"--topology: is not given; try {topologies.EXAMPLES}")
         where = topologies.read(arguments.topology, arguments.slices)
     except ConfigError as error:
         problems += error.problems

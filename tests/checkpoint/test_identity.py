@@ -83,7 +83,7 @@ def test_an_unknown_field_cannot_be_allowed() -> None:
 
 def test_a_field_that_came_or_went_is_told() -> None:
     assert differences({"a": 1}, {"b": 2}) == (
-        ["a: was 1, is not there", "b: was not there, is 2"],
+        ["a: was 1, is missing", "b: was missing, is 2"],
         [],
     )
 

@@ -140,7 +140,7 @@ def test_it_is_checked_without_jax(config_file: Path) -> None:
     assert done.returncode == 2
     assert "LOADED []" in done.stdout
     assert "2 problems" in done.stderr
-    assert "config.compare.seeds: 0 stands there 2 times" in done.stderr
+    assert "config.compare.seeds: lists 0 2 times" in done.stderr
 
 
 def test_each_verb_refuses_the_others_config(

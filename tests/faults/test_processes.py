@@ -147,8 +147,8 @@ def test_case_9_a_host_that_never_sees_the_newest_step_is_refused(
         marks.exit(done, 1)
         marks.in_time(done)
     said = (
-        f"[process 1] jaxpeft: {team.job.checkpoints}/8: is the newest saved step for process 0,"
-        " and process 1 does not see it"
+        f"[process 1] jaxpeft: {team.job.checkpoints}/8: is the newest checkpoint of process 0,"
+        " but process 1 does not see it"
     )
     marks.message(ended[1], said)
     marks.message(ended[0], "process 1 on ", "failed, all processes exit: ")

@@ -31,7 +31,9 @@ needs_libtpu = pytest.mark.skipif(
         ([], "2 problems:\n--config: is not given"),
         (
             ["--config", "FILE"],
-            ("--topology: is missing; give v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"),
+            (
+                "--topology: is not given; try v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"
+            ),
         ),
         (["--config", "FILE", "--topology", "v5:2"], "--topology: 'v5' is not a known chip"),
         (

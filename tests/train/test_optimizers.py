@@ -176,7 +176,10 @@ def test_any_method_that_trains_the_head_alone_gets_its_rate() -> None:
         == given.optimizer
     )
     found = Config(method=Probe(), model=ModelConfig(path="somewhere")).problems()
-    assert "method.name: 'probe' trains a classification head, task is 'causal_lm'" in found
+    assert (
+        "method.name: 'probe' trains only a classification head, but the task is 'causal_lm'"
+        in found
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
