@@ -118,22 +118,22 @@ def _unwritable(flag: str, path: str | None) -> str | None:
 
 
 def _strategies(
-    asked: tuple[str, ...] | None, config: Config | None, problems: list[str]
+    requested: tuple[str, ...] | None, config: Config | None, problems: list[str]
 ) -> tuple[str, ...]:
-    if asked is None:
+    if requested is None:
         own = config is not None and (config.mesh.strategy is not None or config.mesh.rules)
         return () if own else tuple(STRATEGIES)
-    if not asked:
+    if not requested:
         problems.append(
             f"--strategies: is empty; omit it, or give some of all, {', '.join(STRATEGIES)}"
         )
-    for name in asked:
+    for name in requested:
         if name != "all" and name not in STRATEGIES:
             problems.append(
                 f"--strategies: unknown strategy {name!r}{nearest(name, STRATEGIES)} (known: all,"
                 f" {', '.join(STRATEGIES)})"
             )
-    return tuple(STRATEGIES) if "all" in asked else tuple(dict.fromkeys(asked))
+    return tuple(STRATEGIES) if "all" in requested else tuple(dict.fromkeys(requested))
 
 
 ARGUMENTS = PlanArguments

@@ -147,14 +147,14 @@ def prepare(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]]
         ConfigError: the config does not fit the devices.
     """
     mesh = make_mesh(config, setting.devices, heads_of(setting.described))
-    asked = config.model.remat
+    policy = config.model.remat
     attention = _attention(setting, config, mesh)
     if setting.topology.simulated and KERNELS[attention].platform:  # unavailable here
         attention = "xla"
     run, notes = stack_where_possible(
-        setting, config, attention, "full" if asked == "auto" else asked
+        setting, config, attention, "full" if policy == "auto" else policy
     )
-    if asked == "auto":
+    if policy == "auto":
         run = _with_remat(setting, run, mesh)
     found = layout(mesh, sharding_rules(config.mesh), run.base)
     return mesh, run.with_model(fetching.fetch_kernels(run.model, found)), notes

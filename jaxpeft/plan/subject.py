@@ -158,8 +158,8 @@ def subject(
         ConfigError: the model is not supported, or the options are incompatible.
         TargetError: the method's targets match no module of the model.
     """
-    asked = model_request(config.model, _labels(config), scan_layers=scan, attention=attention)
-    outlined = outline_of(dataclasses.replace(asked, remat=remat), DescribedCheckpoint(described))
+    request = model_request(config.model, _labels(config), scan_layers=scan, attention=attention)
+    outlined = outline_of(dataclasses.replace(request, remat=remat), DescribedCheckpoint(described))
     params = abstract_rewrite(config.method, outlined.leaves)
     trainable, frozen = tree.partition(params, trainable_mask(config.method, params))
     optimizer = optimizers.build(

@@ -230,9 +230,9 @@ def batch_shardings(
     """
     shape = batch["input_ids"].shape
     positions = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS, SEQUENCE))
-    spread = shape[-1] % mesh.shape[SEQUENCE] == 0
+    shards_positions = shape[-1] % mesh.shape[SEQUENCE] == 0
     return {
-        name: positions if spread and has_positions(array, shape) else by_rows(mesh, axis)
+        name: positions if shards_positions and has_positions(array, shape) else by_rows(mesh, axis)
         for name, array in batch.items()
     }
 

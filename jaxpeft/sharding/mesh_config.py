@@ -66,19 +66,19 @@ class MeshConfig:
 
     def problems(self) -> list[str]:
         """List problems across options."""
-        given = {axis: size for axis in AXES if (size := getattr(self, axis)) is not None}
+        sizes = {axis: size for axis in AXES if (size := getattr(self, axis)) is not None}
         found = [
-            f"{axis}: must be -1 or at least 1, is 0" for axis, size in given.items() if size == 0
+            f"{axis}: must be -1 or at least 1, is 0" for axis, size in sizes.items() if size == 0
         ]
         found += ["slices: must be -1 or at least 1, is 0"] if self.slices == 0 else []
-        rest = [axis for axis, size in given.items() if size == -1]
+        rest = [axis for axis, size in sizes.items() if size == -1]
         if len(rest) > 1:
             found.append(
                 f"{rest[1]}: {' and '.join(rest)} are both -1, but only one axis can take the rest;"
                 " give the other a size"
             )
         uses = STRATEGIES[self.strategy].axes if self.strategy else ("data",)
-        for axis, size in given.items():
+        for axis, size in sizes.items():
             if size not in (0, 1) and axis not in uses and axis not in self._named:
                 using = [name for name, one in STRATEGIES.items() if axis in one.axes]
                 fix = (

@@ -127,10 +127,10 @@ def strategy_rules(strategy: str | None) -> tuple[Rule, ...]:
     uses = STRATEGIES[strategy].axes if strategy else ()
     if not {TENSOR, FSDP} & set(uses):
         return (Rule(".*"),)
-    kept = (
+    used = (
         tuple(tuple(axis for axis in axes if axis in uses) for axes in rule.axes) for rule in TABLE
     )
-    return tuple(Rule(rule.pattern, axes) for rule, axes in zip(TABLE, kept, strict=True))
+    return tuple(Rule(rule.pattern, axes) for rule, axes in zip(TABLE, used, strict=True))
 
 
 def _axes(text: str) -> tuple[str, ...]:

@@ -93,14 +93,14 @@ def sizes(
             f" {_or(nearest(near, mesh.slices))}"
         )
     requested = _requested(mesh, devices, groups, heads)
-    given = {axis: size for axis, size in requested.items() if size != -1}
-    used = math.prod(given.values())
+    explicit = {axis: size for axis, size in requested.items() if size != -1}
+    used = math.prod(explicit.values())
     rest = next((axis for axis, size in requested.items() if size == -1), None)
     if used > devices:
-        raise ConfigError(_too_many(given, devices))
+        raise ConfigError(_too_many(explicit, devices))
     if rest is not None:
         if devices % used:
-            raise ConfigError(_no_rest(rest, given, devices))
+            raise ConfigError(_no_rest(rest, explicit, devices))
         requested[rest] = devices // used
     if heads is not None and heads.queries % requested[TENSOR]:
         fits = [n for n in divisors(devices) if heads.queries % n == 0]
@@ -136,31 +136,35 @@ def _requested(mesh: MeshConfig, devices: int, groups: int, heads: Heads | None)
     """Return the size of each axis, with -1 for at most one axis that takes the rest; if `devices`
     is 0, sizes that depend on it are 0.
     """
-    given = {axis: size for axis in AXES if (size := getattr(mesh, axis)) is not None}
-    found = {axis: given.get(axis, 1) for axis in AXES}
+    explicit = {axis: size for axis in AXES if (size := getattr(mesh, axis)) is not None}
+    found = {axis: explicit.get(axis, 1) for axis in AXES}
     if mesh.strategy is None:
-        if groups > 1 and DATA not in given and -1 not in given.values():
+        if groups > 1 and DATA not in explicit and -1 not in explicit.values():
             found[DATA] = -1  # the mesh must contain the devices of every process
         return found
-    left = devices // math.prod(size for size in given.values() if size > 0)
-    if mesh.strategy == "fsdp_tensor" and TENSOR not in given:
+    remaining = devices // math.prod(size for size in explicit.values() if size > 0)
+    if mesh.strategy == "fsdp_tensor" and TENSOR not in explicit:
         found[TENSOR] = (
-            _tensor(left, MOST_TENSOR, None if heads is None else heads.keys) if left else 0
+            _tensor(remaining, MOST_TENSOR, None if heads is None else heads.keys)
+            if remaining
+            else 0
         )
     if (
         mesh.strategy == "tensor"
         and heads is not None
-        and TENSOR not in given
-        and DATA not in given
+        and TENSOR not in explicit
+        and DATA not in explicit
     ):
-        found[TENSOR] = given[TENSOR] = _tensor(left, left, heads.queries) if left else 0
+        found[TENSOR] = explicit[TENSOR] = (
+            _tensor(remaining, remaining, heads.queries) if remaining else 0
+        )
     across = groups if mesh.slices == 1 else mesh.slices
-    if mesh.strategy == "hybrid_fsdp" and DATA not in given and given.get(FSDP, -1) == -1:
+    if mesh.strategy == "hybrid_fsdp" and DATA not in explicit and explicit.get(FSDP, -1) == -1:
         found[DATA] = (groups if across == -1 else across) if devices else 0
-        given[DATA] = found[DATA]
+        explicit[DATA] = found[DATA]
     if -1 not in found.values():
         own = STRATEGIES[mesh.strategy].own
-        axis = own if own not in given else DATA if DATA not in given else None
+        axis = own if own not in explicit else DATA if DATA not in explicit else None
         if axis is not None:
             found[axis] = -1
     return found
@@ -171,9 +175,9 @@ def _tensor(devices: int, most: int, heads: int | None) -> int:
     return max(n for n in divisors(devices) if n <= most and (heads is None or heads % n == 0))
 
 
-def _too_many(given: Mapping[str, int], devices: int) -> str:
+def _too_many(explicit: Mapping[str, int], devices: int) -> str:
     """Return a message that the sizes need more devices than exist, with a fix."""
-    large = {axis: size for axis, size in given.items() if size > 1}
+    large = {axis: size for axis, size in explicit.items() if size > 1}
     axis = max(large, key=large.__getitem__)
     if len(large) == 1:
         return (
@@ -191,9 +195,9 @@ def _too_many(given: Mapping[str, int], devices: int) -> str:
     return f"mesh: {product} needs {total} devices, there are {devices}; {fix}"
 
 
-def _no_rest(rest: str, given: Mapping[str, int], devices: int) -> str:
+def _no_rest(rest: str, explicit: Mapping[str, int], devices: int) -> str:
     """Return a message that the rest of the devices is no integer, with the nearest valid sizes."""
-    large = {axis: size for axis, size in given.items() if size > 1}
+    large = {axis: size for axis, size in explicit.items() if size > 1}
     product = " x ".join(f"{axis} {size}" for axis, size in large.items())
     used = math.prod(large.values())
     axis = max(large, key=large.__getitem__)

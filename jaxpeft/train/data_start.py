@@ -68,14 +68,14 @@ class Start:
                 "the model was not loaded from files, so its original kernels cannot be read"
             )
         options = self.model.options
-        asked = ModelRequest(
+        request = ModelRequest(
             cast(Task, options.task),
             options.num_labels,
             jnp.float32,
             scan_layers=options.scan_layers,
             pooling=options.pooling,
         )
-        found = outline(source.folder, asked)
+        found = outline(source.folder, request)
         if found.plan.held:
             raise ConfigError(
                 f"{source.folder}: contains a quantized model, not its original kernels"

@@ -180,8 +180,8 @@ def through_head(
         (own, dclosed), dx = jax.lax.scan(step, zero, (x, *chunks[1:]))
         return own, (dx, dclosed)
 
-    def backward(kept: Any, by: Array) -> Any:
-        return jax.tree.map(lambda leaf: leaf * by.astype(leaf.dtype), kept)
+    def backward(residuals: Any, by: Array) -> Any:
+        return jax.tree.map(lambda leaf: leaf * by.astype(leaf.dtype), residuals)
 
     total.defvjp(forward, backward)
     return total(chunks[0], closed), jnp.sum(_weighted_labels(labels, weights)[1])

@@ -167,7 +167,7 @@ class Before:
             return
         with log_time("evaluating before training") as note:
             self.figures = self._evaluator(trainable, frozen, setup.data.test)
-            note(_describe_figures(self.figures))
+            note(_format_metrics(self.figures))
         if setup.peers.first:
             atomic.write_text(record, json.dumps({"run": run, "figures": self.figures}) + "\n")
 
@@ -208,7 +208,7 @@ def fit(
             settings=decided.settings,
             tokenizer=decided.tokenizer,
         )
-    _log.info("%s on the %s rows: %s", method.name, result.split, _describe_figures(result.test))
+    _log.info("%s on the %s rows: %s", method.name, result.split, _format_metrics(result.test))
     return result
 
 
@@ -253,7 +253,7 @@ def _show_answers(setup: Setup, answers: Mapping[str, list[str]]) -> None:
         )
 
 
-def _describe_figures(figures: Mapping[str, float]) -> str:
+def _format_metrics(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 

@@ -117,12 +117,12 @@ def evaluate(run: Run, state: LoopState) -> LoopState:
     figures = run.evaluator(trainable, run.frozen, run.setup.data.validation)
     run.metrics.write(state.step, {f"validation/{name}": value for name, value in figures.items()})
     metric, patience = metric_of(run.setup), run.setup.config.evaluation.patience
-    won = better(metric, figures[metric], before.best)
-    worse = 0 if won else before.worse + 1
+    improved = better(metric, figures[metric], before.best)
+    worse = 0 if improved else before.worse + 1
     progress = EvaluationProgress(
         evaluated=state.step,
-        best_step=state.step if won else before.best_step,
-        best=figures[metric] if won else before.best,
+        best_step=state.step if improved else before.best_step,
+        best=figures[metric] if improved else before.best,
         worse=worse,
         stopped_early=patience is not None and worse >= patience,
         seconds=before.seconds,
@@ -133,14 +133,14 @@ def evaluate(run: Run, state: LoopState) -> LoopState:
         run.method.name,
         state.step,
         shown,
-        "  (best so far)" if won else "",
+        "  (best so far)" if improved else "",
     )
     if progress.stopped_early:
         _log.info("stopping early: no better %s in %d evaluations", metric, worse)
     state = dataclasses.replace(state, progress=progress)
     return (
         dataclasses.replace(state, best=_copy(trainable, state.best), best_figures=figures)
-        if won
+        if improved
         else state
     )
 

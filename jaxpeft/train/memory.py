@@ -83,8 +83,8 @@ def estimate(
     )
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     # exclude a language model's head: its loss is computed in chunks
-    asked: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
-    jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **asked))(
+    extra: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
+    jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **extra))(
         abstract_params(one), ids
     )
     size, hidden, tensor = (

@@ -37,12 +37,14 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
             f"optimizer.warmup_steps: {warmup} warm-up steps must be fewer than the run's {steps}"
             " steps"
         )
-    left, end = steps - warmup, peak * config.final_ratio
+    remaining, end = steps - warmup, peak * config.final_ratio
     decays: dict[str, Callable[[], optax.Schedule]] = {
-        "linear": lambda: optax.linear_schedule(peak, end, left),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, left, config.final_ratio),
+        "linear": lambda: optax.linear_schedule(peak, end, remaining),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, remaining, config.final_ratio),
         "constant": lambda: optax.constant_schedule(peak),
-        "wsd": lambda: _stable_decay(peak, end, left, max(1, round(config.decay_ratio * steps))),
+        "wsd": lambda: _stable_decay(
+            peak, end, remaining, max(1, round(config.decay_ratio * steps))
+        ),
     }
     after = decays[config.schedule]()
     if not warmup:
@@ -53,10 +55,11 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
     )
 
 
-def _stable_decay(peak: float, end: float, left: int, decay: int) -> optax.Schedule:
-    stable = max(0, left - decay)
+def _stable_decay(peak: float, end: float, remaining: int, decay: int) -> optax.Schedule:
+    stable = max(0, remaining - decay)
     return optax.join_schedules(
-        [optax.constant_schedule(peak), optax.linear_schedule(peak, end, left - stable)], [stable]
+        [optax.constant_schedule(peak), optax.linear_schedule(peak, end, remaining - stable)],
+        [stable],
     )
 
 

@@ -49,7 +49,7 @@ class Outputs:
         rngs = None if self.key is None else {"dropout": jax.random.fold_in(self.key, chunk)}
         return run(self.model, self.params, x, rngs=rngs, method="head")
 
-    def _run(self, asked: Mapping[str, Any]) -> jax.Array:
+    def _run(self, options: Mapping[str, Any]) -> jax.Array:
         batch, extra = (
             self.batch,
             {name: self.batch[name] for name in _INPUTS if name in self.batch},
@@ -62,5 +62,5 @@ class Outputs:
             batch["attention_mask"],
             rngs=rngs,
             **extra,
-            **asked,
+            **options,
         )

@@ -89,13 +89,18 @@ class StepProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         elif self._kind == "plain":
-            left = (
+            remaining = (
                 (time.perf_counter() - self._started)
                 / max(1, step - self._first)
                 * (self._total - step)
             )
             _log.info(
-                "%s step %d/%d  %s  %s left", self._name, step, self._total, figures, _clock(left)
+                "%s step %d/%d  %s  %s left",
+                self._name,
+                step,
+                self._total,
+                figures,
+                _clock(remaining),
             )
 
     def close(self) -> None:

@@ -60,8 +60,8 @@ class JsonLines:
                 aside.name,
             )
         # the final metrics are written again at the end
-        kept = [line for line in lines if line["step"] <= resume_at and not _is_final(line)]
-        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        earlier = [line for line in lines if line["step"] <= resume_at and not _is_final(line)]
+        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in earlier))
         self._file = path.open("a")
 
     def write(self, step: int, figures: Figures) -> None:

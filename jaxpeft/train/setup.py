@@ -221,14 +221,15 @@ def _fingerprint(source: sources.Source, peers: Peers) -> tuple[str, dict[str, s
 
 
 def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...]:
-    rows, asked = min(config.evaluation.samples, len(splits.asked)), splits.asked
-    if rows and asked.kind not in CHATS:
+    rows, examples = min(config.evaluation.samples, len(splits.asked)), splits.asked
+    if rows and examples.kind not in CHATS:
         raise ConfigError(
-            f"evaluation.samples: rows of {asked.rows.name} have format {asked.kind}, which has no"
-            " answers; set it to 0"
+            f"evaluation.samples: rows of {examples.rows.name} have format {examples.kind}, which"
+            " has no answers; set it to 0"
         )
     return tuple(
-        (splits.encoding.prompt(asked, row), last_answer(asked.texts[row])) for row in range(rows)
+        (splits.encoding.prompt(examples, row), last_answer(examples.texts[row]))
+        for row in range(rows)
     )
 
 

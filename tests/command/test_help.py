@@ -74,7 +74,7 @@ def test_a_section_may_stand_behind_an_equals_sign(
     asked: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert package.main(["plan", asked]) == 0
-    assert capsys.readouterr().out.startswith("config.data: Which rows")
+    assert capsys.readouterr().out.startswith("config.data: The rows and their tokenization.")
 
 
 def test_a_section_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,7 +179,7 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ),
         (
             [("data.encoding", "a" * 10**6)],
-            f"data.encoding: '{'a' * 79}... (1,000,002 characters) is none that Python",
+            f"data.encoding: '{'a' * 79}... (1,000,002 characters) is not an encoding",
         ),
         (
             [("data.delimiter", "a" * 10**6)],
