@@ -89,7 +89,7 @@ def _token_ids(model: Pretrained, value: Any) -> Any:
     ids = _array("input_ids", value)
     if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise DataError(
-            f"input_ids: must be a non-empty integer array [batch, length], is {ids.dtype}"
+            f"input_ids: must be integers [batch, length] and not empty, are {ids.dtype}"
             f" {list(ids.shape)}"
         )
     vocab = getattr(model.config, "vocab_size", None)

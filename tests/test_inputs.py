@@ -112,7 +112,7 @@ def test_the_number_of_an_adapter_is_one_of_the_bank() -> None:
     for wrong, says in (
         (2, "adapter: 2 is outside the stack of 2"),
         (-1, "-1 is outside"),
-        (0.5, "must be the number"),
+        (0.5, "must be the index"),
         ([0, 3], "3 is"),
     ):
         with pytest.raises(DataError, match=says):
