@@ -161,8 +161,8 @@ def _scaled(loss: losses.Loss, by: float) -> losses.Loss:
         (
             "--config.mesh.data=3",
             (
-                "train.batch_size: 8 is not divisible by mesh.data 3 x accumulation 1 = 3; it could"
-                " be 6 or 9"
+                "train.batch_size: 8 is not divisible by mesh.data 3 x accumulation 1 = 3; set it"
+                " to 6 or 9"
             ),
         ),
         (
@@ -206,7 +206,7 @@ def test_case_37_a_step_that_may_not_fit_is_said_before_it_is_compiled(
     marks.message(
         done,
         "a step may not fit in memory: estimated 0.0 GB of 0.0 GB (",
-        "the base 0.0",
+        "base 0.0",
         "lower train.batch_size or data.max_length",
     )
     assert done.stderr.index("a step may not fit") < done.stderr.index("compiling the")
