@@ -177,8 +177,8 @@ def test_any_method_that_trains_the_head_alone_gets_its_rate() -> None:
     )
     found = Config(method=Probe(), model=ModelConfig(path="somewhere")).problems()
     assert (
-        "method.name: 'probe' trains only a classification head, but the task is 'causal_lm'"
-        in found
+        "method.name: 'probe' trains only a classification head, but the task is"
+        " 'causal_lm'; use another method" in found
     )
 
 
