@@ -98,20 +98,20 @@ _RENAMED = {
     "dequantise": "dequantize",
     "merge_quantised": "merge_quantized",
 }
-"""Public names of versions before 0.2, which still work."""
+"""Deprecated public names of versions before 0.2."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use: `jaxpeft.train` checks a config before JAX is
+    """Import a public name on first use, so that `jaxpeft.train` can check a config before JAX is
     imported.
 
     Raises:
-        AttributeError: there is no such name. Python asks for a submodule here too, before it
-            imports it, so what cannot be the name of a class imports nothing.
+        AttributeError: no such name exists. Python also calls this for submodules before importing
+            them, so names that cannot be a class import nothing.
     """
     if name in _RENAMED:
         warnings.warn(
-            f"jaxpeft.{name} is called jaxpeft.{_RENAMED[name]} now",
+            f"jaxpeft.{name} is deprecated; use jaxpeft.{_RENAMED[name]}",
             DeprecationWarning,
             stacklevel=2,
         )
@@ -130,7 +130,7 @@ def __dir__() -> list[str]:
 
 
 def _methods() -> dict[str, Any]:
-    """Return the classes of the methods by their names, which the table of methods alone knows."""
+    """Return the method classes by name, from the registry of methods."""
     return {
         cls.__name__: cls for cls in importlib.import_module("jaxpeft.methods").METHODS.values()
     }

@@ -11,10 +11,10 @@ from jaxpeft.errors import nearest, shorten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that is named first, or list the commands; return the exit code.
+    """Run the command given as the first argument, or list the commands; return the exit code.
 
     Args:
-        argv: the arguments, without the program's name; those of the process by default.
+        argv: arguments, without the program name; by default those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in HELP:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _listing() -> str:
-    """Return every command with the first sentence of its help."""
+    """Return all commands with the first line of their help."""
     lines = [f"  {name:9}{str(command_line(name).__doc__).splitlines()[0]}" for name in VERBS]
     return "\n".join(
         [
@@ -39,7 +39,7 @@ def _listing() -> str:
             "",
             *lines,
             "",
-            "jaxpeft COMMAND --help says more.",
+            "Run `jaxpeft COMMAND --help` for details.",
             "",
         ]
     )

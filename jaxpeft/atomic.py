@@ -1,6 +1,4 @@
-"""Files and folders that are there whole or not at all: written under another name beside their
-place, then renamed.
-"""
+"""Atomic writes of files and folders: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -14,13 +12,13 @@ from pathlib import Path
 
 @contextmanager
 def replace_when_done(path: Path, *, unique: bool = False) -> Generator[Path]:
-    """Yield where to write a file or a folder, which gets its name at the end; after a failure
-    nothing is left.
+    """Yield a temporary path for a file or folder, renamed to `path` on success and deleted on
+    failure.
 
     Args:
-        path: its place.
-        unique: whether other processes may write it at the same time; else what one that was killed
-            has left is written over.
+        path: final path.
+        unique: use a unique temporary name, because other processes may write the same path;
+            otherwise leftovers of a killed process are overwritten.
     """
     temporary = path.with_name(
         f".{path.name}.{secrets.token_hex(4)}.tmp" if unique else f".{path.name}.tmp"
@@ -36,12 +34,12 @@ def replace_when_done(path: Path, *, unique: bool = False) -> Generator[Path]:
 
 
 def write_text(path: Path, text: str, *, sync: bool = False) -> None:
-    """Write a text file.
+    """Write a text file atomically.
 
     Args:
-        path: its place.
-        text: its content.
-        sync: whether it must be on the disk before it gets its name.
+        path: path of the file.
+        text: contents.
+        sync: whether to fsync before renaming.
     """
     with replace_when_done(path) as temporary, temporary.open("w") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""Where what is made once and read again lies on this machine."""
+"""The cache directory of this machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ OFF = "off"
 
 
 def folder() -> Path | None:
-    """Return the folder of all caches, None where there is to be none.
+    """Return the cache directory, or None if caching is off.
 
-    It is that of the environment's `JAXPEFT_CACHE`, `off` for none; else `jaxpeft` in
+    It is `JAXPEFT_CACHE` from the environment (`off` for no caching), else `jaxpeft` in
     `XDG_CACHE_HOME`, else `~/.cache/jaxpeft`.
     """
-    named = os.environ.get(VARIABLE)
-    if named == OFF:
+    value = os.environ.get(VARIABLE)
+    if value == OFF:
         return None
-    if named:
-        return Path(named).expanduser()
+    if value:
+        return Path(value).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxpeft"

@@ -1,4 +1,4 @@
-"""What a chip can do: memory, operations, bandwidths, each with where the figure comes from."""
+"""Properties of chips: memory, FLOP/s and bandwidths, with their sources."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """The figures of one chip.
+    """Properties of one chip.
 
     Attributes:
-        name: in `--topology`.
+        name: name in `--topology`.
         platform: `tpu`, `cuda` or `cpu`.
-        kind: a part of JAX's `device_kind`.
-        memory: bytes that a program may take: of a TPU what its compiler allows (it says so where a
-            program does not fit), of a GPU what JAX reserves.
-        flops: dense bfloat16 FLOP/s; None where they are not known, and so below.
-        bandwidth: bytes/s of its memory.
-        link: bytes/s one way of one link to a neighbor.
-        links: how many links. A TPU has two along each axis of its torus; a GPU's go into one
-            switch.
-        wraps: an axis of a slice of a multiple of so many chips is a ring, others are lines, all
-            axes where one of three is; 0 for a switch.
-        largest: how long the axes of its torus can be, ascending; empty for a switch.
-        outside: bytes/s one way, a chip, of the network between slices or hosts.
-        host: how many chips a switch joins, 0 for a torus.
-        sources: where the figures come from.
+        kind: substring of JAX's `device_kind`.
+        memory: bytes available to a program: on a TPU the limit of its compiler (from its
+            out-of-memory message), on a GPU the capacity, of which JAX reserves a share.
+        flops: dense bfloat16 FLOP/s; None if unknown, like the following.
+        bandwidth: memory bandwidth in bytes/s.
+        link: one-way bytes/s of one link to a neighbor.
+        links: number of links. A TPU has two along each torus axis; all of a GPU's links connect to
+            one switch.
+        wraps: an axis of a slice is a ring if its length is a multiple of this number, otherwise a
+            line; in a 3D slice all axes must be rings. 0 for a switch.
+        largest: maximum lengths of the torus axes, ascending; empty for a switch.
+        outside: one-way bytes/s per chip of the network between slices or hosts.
+        host: number of chips connected by a switch, 0 for a torus.
+        sources: sources of the values.
     """
 
     name: str
@@ -164,11 +164,11 @@ CHIPS: Mapping[str, Chip] = {
             "cpu",
             "cpu",
             "cpu",
-            sources=("nothing is known of a CPU's figures: give its memory with --hbm",),
+            sources=("properties of CPUs are unknown: give the memory with --hbm",),
         ),
     )
 }
-"""Every chip that can be planned for, by its name in `--topology`."""
+"""Chips that plans support, by name in `--topology`."""
 _SHEET = "the vendor's data sheet"
 _OTHERS = tuple(
     Chip(name, platform, kind, flops=flops, sources=(_SHEET,))
@@ -181,34 +181,33 @@ _OTHERS = tuple(
         ("l40s", "cuda", "L40S", 362e12),
     )
 )
-"""Chips of which no more is said than their FLOP/s."""
+"""Chips with only their FLOP/s."""
 _KINDS: Mapping[str, Chip] = {
     **{chip.kind: chip for chip in (*CHIPS.values(), *_OTHERS)},
     "TPU v5e": CHIPS["v5e"],
     "TPU v5p": CHIPS["v5p"],
     "TPU v6e": CHIPS["v6e"],
 }
-"""Every chip by a part of JAX's `device_kind`; of some there are two."""
+"""Chips by substring of JAX's `device_kind`; some have two."""
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip that JAX names so, None for one that is not known."""
+    """Return the chip with JAX's `device_kind`, or None if unknown."""
     known = [kind for kind in _KINDS if kind in device_kind]
-    # the longest: a "TPU v5 lite" is no "TPU v5"
+    # the longest match: a "TPU v5 lite" is not a "TPU v5"
     return _KINDS[max(known, key=len)] if known else None
 
 
-def usable(chip: Chip, given: float | None) -> float | None:
-    """Return the bytes of a chip that a step may take, None where nothing tells.
+def usable(chip: Chip, limit_gib: float | None) -> float | None:
+    """Return the bytes of a chip's memory that a step may use, or None if unknown.
 
     Args:
-        chip: which.
-        given: GiB that the caller allows; None for what the chip has.
+        chip: the chip.
+        limit_gib: limit of the caller in GiB; None for the chip's memory.
     """
-    if given is not None:  # more than a TPU's compiler allows it will not take
-        return (
-            min(given * GIB, chip.memory) if chip.platform == "tpu" and chip.memory else given * GIB
-        )
+    if limit_gib is not None:  # a TPU's compiler does not use more than its own limit
+        limit = limit_gib * GIB
+        return min(limit, chip.memory) if chip.platform == "tpu" and chip.memory else limit
     if chip.memory is None or chip.platform != "cuda":
         return chip.memory
     return chip.memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))

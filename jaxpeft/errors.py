@@ -1,6 +1,4 @@
-"""The errors that jaxpeft raises at its users: each lists every problem found, one a line, with the
-fix.
-"""
+"""Errors of jaxpeft: each lists all problems found, one per line, with the fix."""
 
 from __future__ import annotations
 
@@ -8,15 +6,14 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 _LONGEST_NAME = 200
-"""Of longer texts nobody meant a name."""
+"""Longer text is not a mistyped name."""
 
 
 class JaxpeftError(Exception):
-    """A refusal with one or more problems.
+    """An error with one or more problems.
 
     Args:
-        problems: one string a problem, each naming the field, the value, the file and the fix; one
-            string is one problem.
+        problems: one or several strings, each naming the field, the value, the file and the fix.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -27,27 +24,27 @@ class JaxpeftError(Exception):
 
 
 class ConfigError(JaxpeftError, ValueError):
-    """A config, a model's config or a method's hyperparameters cannot be used."""
+    """A config, a model's config or a method's hyperparameters are invalid."""
 
 
 class DataError(JaxpeftError, ValueError):
-    """Data rows cannot be used."""
+    """Data rows are invalid."""
 
 
 class WorkerError(JaxpeftError, RuntimeError):
-    """A process that makes batches has ended, or hangs."""
+    """A data worker process has exited or hangs."""
 
 
 class WeightsError(JaxpeftError, ValueError):
-    """A weight file cannot be used, or does not fit the model."""
+    """A weight file is invalid, or does not fit the model."""
 
 
 class AdapterError(JaxpeftError, ValueError):
-    """An adapter folder cannot be used, or does not fit the base."""
+    """An adapter folder is invalid, or does not fit the base."""
 
 
 class TargetError(JaxpeftError, ValueError):
-    """A method's targets do not name sites of the model."""
+    """A method's targets do not match modules of the model."""
 
 
 class CheckpointError(JaxpeftError, RuntimeError):
@@ -55,45 +52,45 @@ class CheckpointError(JaxpeftError, RuntimeError):
 
 
 class DamagedError(CheckpointError, ValueError):
-    """Steps were saved, and none of them is good: starting again meets the same."""
+    """All checkpoints are damaged, so that running again fails in the same way."""
 
 
 class PeersError(JaxpeftError, RuntimeError):
-    """The processes of a run have not found each other, or have lost one."""
+    """The processes of a run could not connect, or one was lost."""
 
 
 class ExportError(JaxpeftError, RuntimeError):
-    """What was written does not compute what it was made from."""
+    """An exported program does not reproduce the model's outputs."""
 
 
 class TrainingError(JaxpeftError, RuntimeError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 def show(value: object, most: int = 80) -> str:
-    """Return a value as a message shows it: as Python writes it, and cut where that is long.
+    """Return the repr of a value for a message, truncated if it is long.
 
     Args:
-        value: what the user gave.
-        most: how many characters are shown.
+        value: value given by the user.
+        most: maximum number of characters.
     """
     try:
         text = repr(value)
     except (
         ValueError,
         RecursionError,
-    ):  # a whole number of thousands of digits; lists in lists in lists
+    ):  # an integer with thousands of digits, or deeply nested lists
         return f"{type(value).__name__} that is too large to be shown"
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """Return a hint such as `; did you mean 'rank'?`, or an empty string where nothing is near.
+    """Return a hint such as `; did you mean 'rank'?`, or an empty string if no name is similar.
 
     Args:
-        name: what was written.
-        known: what could have been meant.
-        n: how many names to offer at most.
+        name: name given by the user.
+        known: valid names.
+        n: maximum number of suggestions.
     """
     near = (
         difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
@@ -104,12 +101,12 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
 
 
 def shorten(text: str, most: int = 80) -> str:
-    """Return a text for a message: in quotes where it has what cannot be printed, and cut where it
-    is long.
+    """Return text for a message: quoted if it has unprintable characters, and truncated if it is
+    long.
 
     Args:
-        text: a name, a path or what an error says.
-        most: how many characters are shown.
+        text: a name, a path or an error message.
+        most: maximum number of characters.
     """
     plain = text if text and text.isprintable() else repr(text)
     return plain if len(plain) <= most else f"{plain[:most]}... ({len(text):,} characters)"

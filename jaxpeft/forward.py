@@ -1,4 +1,4 @@
-"""Running a model on a parameter tree, adapters included: `apply`."""
+"""Run a model on a parameter tree, including adapters: `apply`."""
 
 from __future__ import annotations
 
@@ -27,41 +27,40 @@ def apply(
     adapter: Any | None = None,
     **kw: Any,
 ) -> Any:
-    """Run a model with whatever adapter leaves its tree holds.
+    """Run a model with the adapters in its parameter tree.
 
     Args:
-        model: what `load` gave, or any Linen or NNX module.
-        params: its parameters, rewritten or not.
-        *args: of a model that `load` gave, `input_ids` and `attention_mask`, both `[batch,
-            length]`: integer token ids, and 1 for a token and 0 for padding; of another module
-            whatever it is called with.
-        rngs: `{"dropout": key}` makes this a training call; None computes without dropout.
-        adapter: for a tree whose adapter leaves are a bank (`jaxpeft.bank`): the number of the
-            adapter to compute with, or `[batch]`, one for each row.
+        model: a model from `load`, or any Linen or NNX module.
+        params: its parameters, with or without adapters.
+        *args: for a model from `load`, `input_ids` and `attention_mask`, both `[batch, length]`:
+            integer token ids, and 1 for a token or 0 for padding; for another module, its
+            arguments.
+        rngs: `{"dropout": key}` for a training call; None computes without dropout.
+        adapter: for an adapter stack (`jaxpeft.bank`), the index of the adapter to use, or
+            `[batch]`, one index per row.
         **kw: further inputs of the model, such as `token_type_ids`, `position_ids`, `segment_ids`;
-            `variables`, other collections of another module, such as `batch_stats`; `mutable`, the
-            names of collections to give beside the result; and, for another module, what else
-            `flax.linen.Module.apply` takes.
+            for another module, `variables`, other collections such as `batch_stats`, `mutable`,
+            the collections to return with the result, and other arguments of
+            `flax.linen.Module.apply`.
 
     Returns:
         Logits, float32: `[batch, length, vocab]` (causal_lm), `[batch, num_labels]`
-            (sequence_classification),
-        `[batch, length, num_labels]` (token_classification); or hidden states `[batch, length, d]`
-        (encoder).
+        (sequence_classification), `[batch, length, num_labels]` (token_classification); or hidden
+        states `[batch, length, d]` (encoder).
 
     Raises:
-        DataError: the shapes are not `[batch, length]`, token ids lie outside the vocabulary, which
-            an embedding look-up would not notice, or a mask holds anything but 0 and 1. Of traced
-            arrays shapes and dtypes alone are checked.
-        ConfigError: a leaf of the parameters is not the model's, or no array of floats; or a module
-            that holds adapter leaves is of a type that their method cannot adapt.
+        DataError: the shapes are not `[batch, length]`, token ids are outside the vocabulary (which
+            an embedding look-up would not notice), or a mask contains values other than 0 and 1.
+            Only shapes and dtypes of traced arrays are checked.
+        ConfigError: a leaf of the parameters does not belong to the model, or is not a float array;
+            or a module with adapter leaves has a type that their method cannot adapt.
     """
-    asked = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
+    options = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
     inputs.require_tree(model, params)
     if isinstance(model, Pretrained):
         args, kw = inputs.check_inputs(model, args, kw)
         inputs.require_adapter(params, adapter)
-    return run(model, params, *args, rngs=rngs, adapter=adapter, **asked, **kw)
+    return run(model, params, *args, rngs=rngs, adapter=adapter, **options, **kw)
 
 
 def run(
@@ -73,18 +72,18 @@ def run(
     method: str | None = None,
     **kw: Any,
 ) -> Any:
-    """Run a model as `apply` does, on inputs that are not looked at.
+    """Run a model like `apply`, without checking the inputs.
 
     Args:
-        model: as for `apply`.
-        params: likewise.
-        *args: likewise.
-        rngs: likewise.
-        adapter: likewise.
-        method: of a Linen module, in place of `__call__`.
-        **kw: likewise.
+        model: see `apply`.
+        params: see `apply`.
+        *args: see `apply`.
+        rngs: see `apply`.
+        adapter: see `apply`.
+        method: method of a Linen module to call instead of `__call__`.
+        **kw: see `apply`.
     """
-    asked = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
+    options = {"mutable": kw.pop("mutable")} if "mutable" in kw else {}
     rows = None if adapter is None else jnp.asarray(adapter, jnp.int32)
     hooks = Hooks(
         {**sites.MARKERS, **MARKERS},
@@ -97,7 +96,7 @@ def run(
     try:
         with nn.intercept_methods(interceptor(hooks)):
             return model.apply(
-                variables, *args, rngs=dict(rngs) if rngs else None, method=method, **asked, **kw
+                variables, *args, rngs=dict(rngs) if rngs else None, method=method, **options, **kw
             )
     except JaxpeftError:
         raise

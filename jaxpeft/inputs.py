@@ -1,7 +1,7 @@
-"""What a model is called with: refused where it cannot be right, by its name and place.
+"""Check the inputs and parameters of a model, with errors that name the array and position.
 
-Shapes and dtypes are checked always, numbers where they are at hand: of a traced array, or one that
-lies on other hosts as well, they are not.
+Shapes and dtypes are always checked; values only if they are available, which they are not for
+traced arrays and for arrays on several hosts.
 """
 
 from __future__ import annotations
@@ -27,39 +27,37 @@ from jaxpeft.methods import MARKERS, METHODS
 from jaxpeft.models.base import Pretrained, abstract_params
 
 FAILURES = (FlaxError, TypeError, ValueError, KeyError, AttributeError)
-"""What Flax and JAX raise where parameters are not a module's own."""
+"""Errors of Flax and JAX if parameters do not fit a module."""
 _TABLES = {
     "token_type_ids": "type_vocab_size",
     "position_ids": "max_position_embeddings",
     "segment_ids": None,
 }
-"""The further inputs of a model, and the field of its config that says how many rows the table has
-which they look up.
-"""
+"""Optional inputs of a model, and the config field with the size of their embedding table."""
 
 _FEW_BITS = frozenset(name for form in QUANTIZED.values() for name in form.leaves)
-"""The leaves of a module whose kernel is quantized."""
-_OF_ANOTHER = "; these are another model's parameters: give those that were loaded or made with it"
+"""Leaves of a module with a quantized kernel."""
+_OF_ANOTHER = "; these are another model's parameters: give the parameters of this model"
 
 
 def check_inputs(
     model: Pretrained, args: tuple[Any, ...], kw: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the inputs of a pretrained model as arrays.
+    """Return the checked inputs of a pretrained model as arrays.
 
     Args:
-        model: it.
+        model: the model.
         args: `input_ids` and `attention_mask`, both `[batch, length]`.
-        kw: further inputs by name; those two may be among them.
+        kw: inputs by name, possibly including those two.
 
     Raises:
-        DataError: naming the input, and the first value that is wrong.
+        DataError: names the input and the first invalid value.
     """
     named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kw
     if len(args) > 2 or "input_ids" not in named:
         raise DataError(
-            f"apply takes input_ids and an attention_mask, and others by name; {len(args)} were"
-            " given"
+            "apply: takes input_ids and attention_mask, and other inputs by name; got"
+            f" {len(args)} positional inputs"
         )
     ids = _token_ids(model, named.pop("input_ids"))
     mask = named.pop("attention_mask", None)
@@ -74,12 +72,12 @@ def _array(name: str, value: Any) -> Any:
         return np.asarray(value)
     except ValueError:
         raise DataError(
-            f"{name}: the rows differ in length; pad them, and give an attention_mask"
+            f"{name}: rows differ in length; pad them, and give an attention_mask"
         ) from None
 
 
 def _numbers(array: Any) -> np.ndarray[Any, Any] | None:
-    """Return the numbers of an array, None where they are not at hand."""
+    """Return the values of an array, or None if they are not available."""
     if isinstance(array, jax.core.Tracer) or (
         isinstance(array, jax.Array) and not array.is_fully_addressable
     ):
@@ -87,22 +85,20 @@ def _numbers(array: Any) -> np.ndarray[Any, Any] | None:
     return np.asarray(array)
 
 
-def _token_ids(model: Pretrained, given: Any) -> Any:
-    ids = _array("input_ids", given)
+def _token_ids(model: Pretrained, value: Any) -> Any:
+    ids = _array("input_ids", value)
     if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise DataError(
-            f"input_ids: must be integers [batch, length], none of them 0, are {ids.dtype}"
+            f"input_ids: must be integers [batch, length] and not empty, are {ids.dtype}"
             f" {list(ids.shape)}"
         )
     vocab = getattr(model.config, "vocab_size", None)
-    _require_within(
-        "input_ids", ids, vocab, f"the vocabulary of {vocab}; is this the model's own tokenizer?"
-    )
+    _require_within("input_ids", ids, vocab, f"the vocabulary of {vocab}; check the tokenizer")
     return jnp.asarray(ids, jnp.int32) if isinstance(ids, np.ndarray) else ids
 
 
-def _mask(given: Any, ids: Any) -> Any:
-    mask = _array("attention_mask", given)
+def _mask(value: Any, ids: Any) -> Any:
+    mask = _array("attention_mask", value)
     if mask.shape != ids.shape:
         raise DataError(
             f"attention_mask: has shape {list(mask.shape)}, input_ids has {list(ids.shape)}; they"
@@ -114,7 +110,7 @@ def _mask(given: Any, ids: Any) -> Any:
         or jnp.issubdtype(mask.dtype, jnp.floating)
     ):
         raise DataError(
-            f"attention_mask: must be numbers, 1 for a token and 0 for padding, is {mask.dtype}"
+            f"attention_mask: must be numeric, 1 for a token and 0 for padding, is {mask.dtype}"
         )
     numbers = _numbers(mask)
     if numbers is not None and not np.isin(numbers, (0, 1)).all():
@@ -127,13 +123,11 @@ def _mask(given: Any, ids: Any) -> Any:
 
 
 def _further(model: Pretrained, name: str, value: Any, ids: Any) -> Any:
-    """Return a further input: its shape and dtype are right, and a look-up in its table would find
-    something.
-    """
+    """Return an optional input after checking its shape, dtype and range."""
     if name not in _TABLES:
         raise DataError(
-            f"apply: {name!r} is no input of the model{nearest(name, _TABLES)} (known: input_ids,"
-            f" attention_mask, {', '.join(_TABLES)})"
+            f"apply: {name!r} is not an input of the model{nearest(name, _TABLES)} (known:"
+            f" input_ids, attention_mask, {', '.join(_TABLES)})"
         )
     if value is None:
         return None
@@ -145,7 +139,7 @@ def _further(model: Pretrained, name: str, value: Any, ids: Any) -> Any:
         )
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise DataError(f"{name}: must be integers, are {array.dtype}")
-    # rotary positions come from no table
+    # rotary positions have no table
     table = _TABLES[name] if hasattr(model.config, "type_vocab_size") else None
     size = getattr(model.config, table, None) if table else None
     _require_within(name, array, size, f"the model's table of {size or 'none'}")
@@ -153,9 +147,7 @@ def _further(model: Pretrained, name: str, value: Any, ids: Any) -> Any:
 
 
 def _require_within(name: str, array: Any, size: int | None, what: str) -> None:
-    """Refuse whole numbers that are negative, or not below a size: a look-up would take another row
-    in silence.
-    """
+    """Reject integers outside of [0, size), for which a look-up would silently use another row."""
     numbers = _numbers(array)
     if numbers is None or not numbers.size:
         return
@@ -165,15 +157,14 @@ def _require_within(name: str, array: Any, size: int | None, what: str) -> None:
 
 
 def require_tree(model: Any, params: Any) -> None:
-    """Refuse parameters that no model could compute with, or of which a pretrained one would leave
-    some out in silence.
+    """Reject parameters that a model cannot use, or that a pretrained model would silently ignore.
 
     Args:
         model: any module.
         params: its tree, rewritten or not; abstract leaves will do.
 
     Raises:
-        ConfigError: naming the first leaf.
+        ConfigError: names the first such leaf.
     """
     require_numbers(params)
     if not isinstance(model, Pretrained):
@@ -187,11 +178,8 @@ def require_tree(model: Any, params: Any) -> None:
                 and key.isdecimal()
                 and int(key) >= layers
             ):
-                raise ConfigError(
-                    f"{paths.text(path)}: the model has {layers} layers, and these are another"
-                    " model's parameters"
-                )
-    # how it is computed changes no leaf
+                raise ConfigError(f"{paths.text(path)}: the model has {layers} layers{_OF_ANOTHER}")
+    # these options do not affect the leaves
     options = dataclasses.replace(
         model.options, remat="none", attention="xla", offload=False, gathered=()
     )
@@ -201,93 +189,86 @@ def require_tree(model: Any, params: Any) -> None:
 
 
 def require_adapter(params: Mapping[str, Any], adapter: Any | None) -> None:
-    """Refuse a number of an adapter that a bank has not: another would be taken in silence.
+    """Reject an adapter index outside of the adapter stack, which would silently use another one.
 
     Args:
-        params: the tree of a pretrained model, a bank where there is a number.
-        adapter: what `apply` was given.
+        params: parameters of a pretrained model.
+        adapter: argument `adapter` of `apply`.
 
     Raises:
-        DataError: naming the number.
+        DataError: names the index.
     """
     numbers = None if adapter is None else _array("adapter", adapter)
     if numbers is None:
         return
     if not jnp.issubdtype(numbers.dtype, jnp.integer):
         raise DataError(
-            "adapter: must be the number of an adapter of the bank, or one a row, is"
+            "adapter: must be the index of an adapter in the stack, or one index per row, is"
             f" {show(adapter)}"
         )
     marked = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] in MARKERS)
     count = next(
         (leaf.shape[int(paths.layer_axis(path) is not None)] for path, leaf in marked), None
     )
-    _require_within("adapter", numbers, count, f"the bank of {count} adapters")
+    _require_within("adapter", numbers, count, f"the stack of {count} adapters")
 
 
 def find_misfit(
     model: Any, params: Mapping[str, Any], args: tuple[Any, ...], kw: Mapping[str, Any]
 ) -> str | None:
-    """Return which leaf of the base is not the model's first, after a call that failed; None where
-    all are, or none is known.
+    """Return the first leaf that does not fit the model, after a failed call; None if all fit or
+    the model's leaves are unknown.
 
     Args:
         model: a Linen module.
-        params: the tree that it was called with.
-        args: what it was called with.
-        kw: the same, by name.
+        params: parameters of the call.
+        args: positional arguments of the call.
+        kw: keyword arguments of the call.
     """
     key = jax.random.key(0)
     try:
-        made = jax.eval_shape(lambda: model.init({"params": key, "dropout": key}, *args, **kw))
+        shapes = jax.eval_shape(lambda: model.init({"params": key, "dropout": key}, *args, **kw))
     except FAILURES:
         return None
-    return _leaf_misfit(dict(paths.walk(made.get("params", {}))), params)
+    return _leaf_misfit(dict(paths.walk(shapes.get("params", {}))), params)
 
 
 @lru_cache(maxsize=8)
 def _own_leaves(model: Pretrained) -> Mapping[paths.Path, Any]:
-    """Return the leaves that a pretrained model makes, abstract, by their paths."""
+    """Return the abstract leaves of a pretrained model by path."""
     return dict(paths.walk(abstract_params(model)))
 
 
-def _leaf_misfit(wanted: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str | None:
-    """Return which leaf is not the model's first: of another shape, missing, or one that a call
-    would leave out in silence.
+def _leaf_misfit(expected: Mapping[paths.Path, Any], params: Mapping[str, Any]) -> str | None:
+    """Return the first leaf that does not fit the model: wrong shape, missing, or unused.
 
     Args:
-        wanted: the model's leaves, by their paths.
-        params: the tree that it is called with.
+        expected: leaves of the model by path.
+        params: parameters of the call.
     """
-    held = dict(paths.walk(params))
-    for path, leaf in wanted.items():
-        if path in held and held[path].shape != leaf.shape:
+    leaves = dict(paths.walk(params))
+    for path, leaf in expected.items():
+        if path in leaves and leaves[path].shape != leaf.shape:
             return (
-                f"{paths.text(path)}: has shape {list(held[path].shape)}, and the model has"
-                f" {list(leaf.shape)} there{_OF_ANOTHER}"
+                f"{paths.text(path)}: has shape {list(leaves[path].shape)}, must have"
+                f" {list(leaf.shape)}{_OF_ANOTHER}"
             )
-        if path not in held and not _is_stored_otherwise(params, path):
-            inner = "; give what lies under 'params'" if set(params) == {"params"} else _OF_ANOTHER
-            return (
-                f"{paths.text(path)}: is not there, and the model has {list(leaf.shape)}"
-                f" there{inner}"
-            )
-    modules = {path[:n] for path in wanted for n in range(len(path))}
+        if path not in leaves and not _is_quantized(params, path):
+            fix = "; give the value of 'params'" if set(params) == {"params"} else _OF_ANOTHER
+            return f"{paths.text(path)}: is missing, must have shape {list(leaf.shape)}{fix}"
+    modules = {path[:n] for path in expected for n in range(len(path))}
     site = {name for method in METHODS.values() for name in method.leaves.names}
     root = {name for method in METHODS.values() for name in method.leaves.root}
-    for path in [path for path in held if path not in wanted]:
+    for path in [path for path in leaves if path not in expected]:
         module, name = path[:-1], path[-1]
-        stored = name in _FEW_BITS and (*module, "kernel") in wanted
-        if not stored and not (module in modules and name in (site if module else root)):
-            return (
-                f"{paths.text(path)}: is no leaf of the model, which would compute without"
-                f" it{_OF_ANOTHER}"
-            )
+        quantized = name in _FEW_BITS and (*module, "kernel") in expected
+        if not quantized and not (module in modules and name in (site if module else root)):
+            return f"{paths.text(path)}: is not a leaf of the model{_OF_ANOTHER}"
     return None
 
 
-def _is_stored_otherwise(params: Mapping[str, Any], path: paths.Path) -> bool:
-    """Return whether a module holds its kernel quantized."""
+def _is_quantized(params: Mapping[str, Any], path: paths.Path) -> bool:
+    """Return whether the leaf is a kernel that is stored quantized."""
     try:
         return path[-1] == "kernel" and kernels.is_quantized(paths.get(params, path[:-1]))
     except (KeyError, TypeError):

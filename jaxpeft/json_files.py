@@ -1,6 +1,4 @@
-"""JSON files from outside: read by one reader, which refuses what no config holds before anything
-trips over it.
-"""
+"""Read untrusted JSON files, and reject contents that no valid config has."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from typing import Any, cast
 from jaxpeft.errors import WeightsError
 
 _DIGITS = 300
-"""Longer whole numbers are more than a float can be."""
+"""Integers with more digits exceed the range of a float."""
 _LEVELS = 100
 
 
@@ -20,12 +18,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        WeightsError: the file is missing, or holds something else; the message gives the line and
-            column.
+        WeightsError: the file is missing or invalid; gives the line and column.
     """
     if not path.is_file():
         raise WeightsError(
-            f"{path}: no such file; a model folder holds config.json and model.safetensors"
+            f"{path}: no such file; a model folder contains config.json and model.safetensors"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -39,16 +36,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str, *, once: bool = False) -> dict[str, Any]:
-    """Read a JSON object from its text.
+    """Parse a JSON object.
 
     Args:
-        text: the content.
-        where: what to call it in a message.
-        once: whether a key may stand once only in an object.
+        text: JSON text.
+        where: name of the source, for messages.
+        once: whether duplicate keys are errors.
 
     Raises:
-        WeightsError: it is not JSON or no object, is nested more than 100 levels deep, or holds a
-            whole number of more than 300 digits or half of a surrogate pair.
+        WeightsError: the text is not a JSON object, is nested more than 100 levels deep, or
+            contains an integer of more than 300 digits or an unpaired surrogate.
     """
     try:
         value: object = json.loads(
@@ -64,29 +61,31 @@ def parse_json(text: str | bytes, where: str, *, once: bool = False) -> dict[str
         raise WeightsError(f"{where}: not UTF-8 text at byte {error.start}") from error
     except UnicodeEncodeError as error:
         raise WeightsError(
-            f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+            f"{where}: contains an unpaired surrogate (\\ud800 to \\udfff), which is not valid text"
         ) from error
     except _NumberError as error:
         raise WeightsError(
-            f"{where}: holds a whole number of {error} digits; no setting is that large"
+            f"{where}: contains an integer of {error} digits, which is too large"
         ) from error
     except _TwiceError as error:
-        raise WeightsError(f"{where}: names {error} twice") from error
+        raise WeightsError(f"{where}: has the key {error} twice") from error
     except RecursionError:
         deep, value = True, None
     if deep:
         raise WeightsError(f"{where}: nested too deeply to be a config")
     if not isinstance(value, dict):
-        raise WeightsError(f"{where}: must hold a JSON object, holds a {type(value).__name__}")
+        raise WeightsError(
+            f"{where}: must contain a JSON object, contains a {type(value).__name__}"
+        )
     return cast(dict[str, Any], value)
 
 
 class _NumberError(Exception):
-    """A whole number is too long."""
+    """An integer is too long."""
 
 
 class _TwiceError(Exception):
-    """A key stands twice in one object."""
+    """An object contains a key twice."""
 
 
 def _whole_number(text: str) -> int:
@@ -105,7 +104,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _levels(value: object) -> Iterator[int]:
-    """Yield the level of every list and object."""
+    """Yield the nesting level of every list and object."""
     waiting: list[tuple[object, int]] = [(value, 1)]
     while waiting:
         one, level = waiting.pop()

@@ -1,8 +1,8 @@
-"""JAX, imported at first use.
+"""JAX, imported on first use.
 
-A config is checked, and refused, before JAX is imported: importing it costs about a second and, on
-a pod, takes the accelerator. Modules that must be importable for that check (the methods, for their
-hyperparameters) take JAX from here; everything else imports it as usual.
+A config is checked before JAX is imported, since the import takes about a second and, on a pod,
+claims the accelerator. Modules needed for that check (the methods, for their hyperparameters) use
+JAX from here; all others import it as usual.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ else:
     import importlib
 
     class _Lazy:
-        """Stands for the module `name`; any attribute access imports it."""
+        """Proxy of the module `name`, imported on attribute access."""
 
         def __init__(self, name: str) -> None:
             self._name = name

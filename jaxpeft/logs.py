@@ -1,6 +1,4 @@
-"""Where log lines go: to standard error, as it is when the line is written (a progress bar puts
-itself in its place).
-"""
+"""Logging to the current `sys.stderr`, which a progress bar may replace."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from contextlib import contextmanager
 
 
 class StderrHandler(logging.Handler):
-    """Writes each record as a line to the present `sys.stderr`."""
+    """Writes each record as a line to the current `sys.stderr`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -20,31 +18,30 @@ class StderrHandler(logging.Handler):
 
 
 class _Fallback(StderrHandler):
-    """Writes what no handler of the user's would."""
+    """Writes records that no user handler writes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, unless the user's own handlers do."""
+        """Write a record, unless a user handler exists."""
         if not logging.getLogger().handlers:
             super().emit(record)
 
 
 @contextmanager
 def log_time(what: str) -> Generator[Callable[[str], None]]:
-    """Log what is being done, and then how long it took; a step that fails says so itself.
+    """Log the start of an operation, and its duration on success.
 
-    Gives a function that takes what came of it, to be said with the time.
+    Yields:
+        A function that adds a note to the final log line.
     """
-    log, told = logging.getLogger("jaxpeft"), list[str]()
+    log, notes = logging.getLogger("jaxpeft"), list[str]()
     log.info("%s ...", what)
     started = time.perf_counter()
-    yield told.append
-    log.info("%s: %s", what, ", ".join([*told, f"{time.perf_counter() - started:.1f} s"]))
+    yield notes.append
+    log.info("%s: %s", what, ", ".join([*notes, f"{time.perf_counter() - started:.1f} s"]))
 
 
 def show() -> None:
-    """Let what is loaded be seen on standard error; a user who has set up logging, or a level, has
-    the say.
-    """
+    """Show jaxpeft's log on standard error, unless the user has configured logging or a level."""
     logger = logging.getLogger("jaxpeft")
     if logger.handlers or logger.level != logging.NOTSET or logging.getLogger().handlers:
         return

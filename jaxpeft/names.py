@@ -1,4 +1,4 @@
-"""Names that become folders: checked, so that nothing is written where nobody meant it to be."""
+"""Check names that become folders, so that nothing is written to unintended places."""
 
 from __future__ import annotations
 
@@ -11,41 +11,40 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def problem(name: str) -> str | None:
-    """Return why a name cannot be a folder's, None where it can."""
+    """Return why a name is invalid as a folder name, or None if it is valid."""
     if _NAME.fullmatch(name):
         return None
     return (
-        f"{shorten(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a"
-        " letter or a digit"
+        f"{shorten(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', and start with a"
+        " letter or digit"
     )
 
 
 def folder_named(root: Path, name: str) -> Path:
-    """Return the folder of a name below a root.
+    """Return the folder of a name inside a root folder.
 
     Args:
-        root: the folder that holds all of them.
-        name: 1 to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit.
+        root: parent folder.
+        name: 1 to 64 letters, digits, `.`, `_` and `-`, the first a letter or digit.
 
     Raises:
-        ConfigError: the name is another, or a link that leads out of the root stands there.
+        ConfigError: the name is invalid, or the folder is a link out of the root.
     """
     if why := problem(name):
         raise ConfigError(f"name {why}")
     folder = root / name
     if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
-            f"name {name}: {folder} is a link that leads out of {root}; give another name"
+            f"name {name}: {folder} is a link to a folder outside of {root}; give another name"
         )
     return folder
 
 
 def require_no_way_out(folder: Path) -> None:
-    """Refuse a folder that holds links to somewhere else: what is written there would land
-    elsewhere.
+    """Reject a folder with links to the outside, through which files would be written elsewhere.
 
     Raises:
-        ConfigError: naming each link.
+        ConfigError: names each link.
     """
     if not folder.is_dir():
         return
@@ -58,7 +57,7 @@ def require_no_way_out(folder: Path) -> None:
     if links:
         raise ConfigError(
             [
-                f"{path}: a link that leads out of the run's folder, to {path.resolve()}; remove it"
+                f"{path}: is a link out of the run's folder, to {path.resolve()}; remove it"
                 for path in links
             ]
         )

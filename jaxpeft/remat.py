@@ -1,5 +1,5 @@
-"""The policies of remat: what the backward pass of a layer finds again, and what it computes again.
-Without JAX, for configs.
+"""Remat policies: which activations of a layer are saved for the backward pass, and which are
+recomputed. Does not import JAX, so that configs can use it.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4 (arXiv:1604.06174).
 """
@@ -14,23 +14,22 @@ from jaxpeft.kernels.form import LOW_RANK
 
 Remat = Literal["none", "products", "attention", "full", "offload"]
 ATTENTION, PRODUCT, INPUT = "attention", "product", "input"
-"""What values are marked with (`checkpoint_name`): the result of attention, that of a linear
-module, and what a layer is given.
+"""Values of `checkpoint_name`: output of attention, output of a linear module, and input of a
+layer.
 """
-_ON_THE_WAY = 2
-"""Layers whose inputs are on the device where they wait in the host's memory."""
+_IN_TRANSFER = 2
+"""Layers whose inputs are on the device at once when inputs are offloaded to host memory."""
 
 
 @dataclass(frozen=True)
 class RematPolicy:
-    """One policy. The layers' inputs are kept under all of them.
+    """A remat policy; all policies save the layers' inputs.
 
     Attributes:
-        again: what the backward pass computes again.
-        kept: the marks of the values that are kept beside the layers' inputs.
-        offloaded: the marks of those that wait in the host's memory.
-        exact: whether no more than that is kept; else as much is, and what differentiation needs
-            beside it.
+        again: description of what is recomputed.
+        kept: checkpoint names of values saved in addition to the layers' inputs.
+        offloaded: checkpoint names of values offloaded to host memory.
+        exact: whether exactly these values are saved; otherwise more may be.
     """
 
     again: str
@@ -39,19 +38,19 @@ class RematPolicy:
     exact: bool = True
 
     def nbytes(self, layers: int, layer_input: int, marked: Mapping[str, int]) -> int:
-        """Return about how many bytes of a device wait for the backward pass.
+        """Estimate the bytes per device saved for the backward pass.
 
         Args:
-            layers: how many there are.
-            layer_input: bytes of what one is given.
-            marked: bytes of one layer's values, by their marks.
+            layers: number of layers.
+            layer_input: bytes of a layer's input.
+            marked: bytes of one layer's values, by checkpoint name.
         """
-        there = _ON_THE_WAY if self.offloaded else layers
-        return there * (layer_input + sum(marked.get(mark, 0) for mark in self.kept))
+        on_device = _IN_TRANSFER if self.offloaded else layers
+        return on_device * (layer_input + sum(marked.get(name, 0) for name in self.kept))
 
     @property
     def estimated(self) -> bool:
-        """Whether `nbytes` is near enough to choose the policy by it."""
+        """Whether `nbytes` is accurate enough to choose the policy by."""
         return self.exact and not self.offloaded
 
 
@@ -59,33 +58,31 @@ _PRODUCTS = (ATTENTION, PRODUCT, LOW_RANK)
 REMAT_POLICIES: Mapping[str, RematPolicy] = {
     "none": RematPolicy("nothing", _PRODUCTS, exact=False),
     "products": RematPolicy(
-        "norms and activations; kept are the results of linear modules and of attention", _PRODUCTS
+        "norms and activations; saves the outputs of linear modules and attention", _PRODUCTS
     ),
     "attention": RematPolicy(
-        "all but attention; kept are its results and the layers' inputs", (ATTENTION,)
+        "everything but attention; saves its outputs and the layers' inputs", (ATTENTION,)
     ),
-    "full": RematPolicy("everything; kept are the layers' inputs"),
+    "full": RematPolicy("everything; saves the layers' inputs"),
     "offload": RematPolicy(
-        "everything; the layers' inputs wait in the host's memory", offloaded=(INPUT,)
+        "everything; offloads the layers' inputs to host memory", offloaded=(INPUT,)
     ),
 }
-"""Every policy by its name, from the one that keeps most on the device."""
+"""Policies by name, from the most to the least memory on the device."""
 
 
 def fastest(nbytes: Callable[[str], float], budget: float) -> str:
-    """Return the policy that computes least again of those that fit, `full` where none does.
+    """Return the policy with the least recomputation that fits, or `full`.
 
     Args:
-        nbytes: what a step takes under a policy.
-        budget: bytes that it may take.
+        nbytes: returns the bytes of a step under a policy.
+        budget: bytes that a step may use.
     """
     known = (name for name, policy in REMAT_POLICIES.items() if policy.estimated)
     return next((name for name in known if nbytes(name) <= budget), "full")
 
 
 def stronger(remat: str) -> tuple[str, ...]:
-    """Return the policies that keep less on the device, from the nearest; none for one that uses
-    the host's memory.
-    """
+    """Return the policies that save less on the device, nearest first; empty for `offload`."""
     order = [name for name, policy in REMAT_POLICIES.items() if not policy.offloaded]
     return tuple(order[order.index(remat) + 1 :]) if remat in order else ()

@@ -199,7 +199,7 @@ def methods() -> set[str]:
 
 @pytest.mark.parametrize(("old", "new"), jaxpeft._RENAMED.items())
 def test_a_public_name_that_is_renamed_still_works_with_a_warning(old: str, new: str) -> None:
-    with pytest.warns(DeprecationWarning, match=f"jaxpeft.{old} is called jaxpeft.{new} now"):
+    with pytest.warns(DeprecationWarning, match=f"jaxpeft.{old} is deprecated; use jaxpeft.{new}"):
         found = getattr(jaxpeft, old)
     assert found is getattr(jaxpeft, new)
     assert old not in jaxpeft.__all__

@@ -45,10 +45,10 @@ def changed(tree: Any, path: str, to: Any) -> Any:
         (
             "attention_mask",
             [["1", "1", "1"]] * 2,
-            "attention_mask: must be numbers, 1 for a token and 0 for padding, is <U1",
+            "attention_mask: must be numeric, 1 for a token and 0 for padding, is <U1",
         ),
-        ("attention_mask", [[1j, 0, 0]] * 2, "attention_mask: must be numbers"),
-        ("attention_mask", [[1, 1], [1]], "attention_mask: the rows differ in length"),
+        ("attention_mask", [[1j, 0, 0]] * 2, "attention_mask: must be numeric"),
+        ("attention_mask", [[1, 1], [1]], "attention_mask: rows differ in length"),
         ("input_ids", [[1, -1]], "input_ids: -1 is outside the vocabulary of 99"),
         ("input_ids", [[1, 99]], "input_ids: 99 is outside the vocabulary of 99"),
         ("input_ids", [[1, 2**40]], "input_ids: 1099511627776 is outside the vocabulary of 99"),
@@ -64,7 +64,7 @@ def changed(tree: Any, path: str, to: Any) -> Any:
         (
             "position_id",
             [[0, 1, 2]],
-            "apply: 'position_id' is no input of the model; did you mean 'position_ids'",
+            "apply: 'position_id' is not an input of the model; did you mean 'position_ids'",
         ),
     ],
 )
@@ -110,9 +110,9 @@ def test_the_number_of_an_adapter_is_one_of_the_bank() -> None:
     )
     assert jaxpeft.apply(model, tree, IDS, adapter=[0, 1]).shape[0] == 2
     for wrong, says in (
-        (2, "adapter: 2 is outside the bank of 2"),
+        (2, "adapter: 2 is outside the stack of 2"),
         (-1, "-1 is outside"),
-        (0.5, "must be the number"),
+        (0.5, "must be the index"),
         ([0, 3], "3 is"),
     ):
         with pytest.raises(DataError, match=says):
@@ -125,7 +125,7 @@ def test_another_models_parameters_are_told_by_their_first_leaf() -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"^lm_head/kernel: is not there, and the model has .* there; these are another model's"
+            r"^lm_head/kernel: is missing, must have shape .*; these are another model's"
             r" parameters"
         ),
     ):
@@ -136,7 +136,7 @@ def test_another_models_parameters_are_told_by_their_first_leaf() -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"^model/layers/1/mlp/up_proj/kernel: has shape .*, and the model has .* there;"
+            r"^model/layers/1/mlp/up_proj/kernel: has shape .*, must have .*;"
             r" these are"
         ),
     ):
@@ -145,7 +145,7 @@ def test_another_models_parameters_are_told_by_their_first_leaf() -> None:
     with pytest.raises(ConfigError, match=r"^model/layers/1/mlp/up_proj/kernel: has shape"):
         jax.jit(lambda tree: jaxpeft.apply(model, tree, IDS))(rewritten)
     with pytest.raises(
-        ConfigError, match=r"^lm_head/kernel: is not there, .*; give what lies under 'params'"
+        ConfigError, match=r"^lm_head/kernel: is missing, .*; give the value of 'params'"
     ):
         jaxpeft.apply(model, {"params": params}, IDS)
 
@@ -180,7 +180,7 @@ def test_what_a_model_would_compute_without_is_refused(
             )
             continue
         with pytest.raises(
-            ConfigError, match=f"^{where}: is no leaf of the model, which would compute without it"
+            ConfigError, match=f"^{where}: is not a leaf of the model; these are another"
         ):
             jaxpeft.apply(model, more, IDS)
 
@@ -208,7 +208,7 @@ def test_a_deeper_models_layers_are_not_left_out_in_silence() -> None:
     with pytest.raises(ConfigError, match=rf"model/layers/{last}/.*: the model has {last} layers"):
         jaxpeft.apply(model, deeper, IDS)
     del deeper["model"]["layers"]["0"], deeper["model"]["layers"][last]
-    with pytest.raises(ConfigError, match=r"model/layers/0/.*: is not there"):
+    with pytest.raises(ConfigError, match=r"model/layers/0/.*: is missing"):
         jaxpeft.apply(model, deeper, IDS)
 
 
@@ -223,7 +223,7 @@ def test_a_module_of_somebody_else_is_told_likewise_and_its_own_errors_are_as_th
     x = jnp.ones((1, 3))
     params = Two().init(KEY, x)["params"]
     with pytest.raises(
-        ConfigError, match=r"^second/kernel: has shape \[5, 2\], and the model has \[4, 2\] there"
+        ConfigError, match=r"^second/kernel: has shape \[5, 2\], must have \[4, 2\]"
     ):
         jaxpeft.apply(Two(), changed(params, "second/kernel", lambda leaf: jnp.ones((5, 2))), x)
     with pytest.raises(ValueError, match=r"^of the module's own"):

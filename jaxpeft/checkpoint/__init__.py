@@ -1,1 +1,1 @@
-"""Checkpoints: what a run needs to go on, and the check that it is the same run."""
+"""Checkpoints: save and restore a run, and check that it is the same run."""

@@ -1,6 +1,4 @@
-"""What makes two runs the same run: config, base, data and tree. A changed field is refused, with
-both values.
-"""
+"""Compare the identities of two runs (config, base, data and tree), field by field."""
 
 from __future__ import annotations
 
@@ -26,10 +24,10 @@ CHANGEABLE = (
     "config.data.test",
     "config.train.compiled",
     "config.baselines",
-    "config.baseline_learning_rates.",  # of earlier versions, which trained other methods first
+    "config.baseline_learning_rates.",  # from earlier versions, which trained other methods first
 )
-"""Fields, and sections, that may differ between a run and its resumption: they do not touch what is
-computed. What lies at a path does: it is compared by its hash, wherever it lies.
+"""Fields and sections that may differ on resume, since they do not affect the computation. Files
+are compared by hash, so their paths may differ.
 """
 _CAUSES = {
     "data.tokens.": (
@@ -45,17 +43,15 @@ _CAUSES = {
     "method.": ("config.method.",),
     "steps": ("config.train.", "config.data."),
 }
-"""What differs only since something else does is no news."""
+"""Fields that change as a consequence of others, and are then not reported."""
 _EARLIER = (
-    " (an earlier version of jaxpeft wrote it, another way; give --allow-base if the base is the"
-    " same)"
+    " (an earlier version of jaxpeft computed it differently; pass --allow-base if the base is"
+    " unchanged)"
 )
 
 
 def tree_spec(tree: Any) -> dict[str, str]:
-    """Return `{path: "dtype[shape]"}` of a tree of arrays: Orbax would cast a leaf to another dtype
-    in silence.
-    """
+    """Return `{path: "dtype[shape]"}` of a tree, since Orbax would silently cast dtypes."""
     return {paths.text(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in paths.walk(tree)}
 
 
@@ -65,20 +61,19 @@ def differences(
     """List every field whose value differs, as `field: was ..., is ...`.
 
     Args:
-        saved: nested plain values, from the checkpoint.
-        now: the same of this run.
-        allowed: fields that may differ, by their name or how it begins, with or without `config.`.
+        saved: nested plain values from the checkpoint.
+        now: nested plain values of this run.
+        allowed: fields or sections that may differ, with or without `config.`.
 
     Returns:
-        `(those that may not differ, those that are allowed to)`. The leaves' shapes can never be
-        allowed to.
+        `(rejected differences, allowed differences)`. Shapes of leaves are always rejected.
 
     Raises:
-        ConfigError: a name in `allowed` is no field.
+        ConfigError: a name in `allowed` is not a field.
     """
     earlier = "config" not in saved.get(
         "base", {"config": {}}
-    )  # it was hashed with the weights, as it was spelled
+    )  # an earlier version hashed the config with the weights
     if earlier:
         now = {**now, "base": {"sha256": now["base"]["sha256"]}}
     old, new = _fields(saved), _fields(now)
@@ -89,11 +84,13 @@ def differences(
         if before != after and not any(
             key == field or (key.startswith(field) and field[-1] == ".") for field in CHANGEABLE
         ):
-            shown = ["not there" if value is absent else repr(value) for value in (before, after)]
+            shown = ["missing" if value is absent else repr(value) for value in (before, after)]
             changed[key] = f"{key}: was {shown[0]}, is {shown[1]}" + _EARLIER * (
                 earlier and key == "base.sha256"
             )
-    let = {key for key in old.keys() | new.keys() if any(_names(name, key) for name in allowed)}
+    permitted = {
+        key for key in old.keys() | new.keys() if any(_names(name, key) for name in allowed)
+    }
     unknown = [
         name for name in allowed if not any(_names(name, key) for key in old.keys() | new.keys())
     ]
@@ -105,9 +102,11 @@ def differences(
     refused: list[str] = []
     for key, row in changed.items():
         cause = next((found for kind, found in causes.items() if key.startswith(kind)), [])
-        if key not in let and (not cause or (key.startswith("tree.") and set(cause) <= let)):
+        if key not in permitted and (
+            not cause or (key.startswith("tree.") and set(cause) <= permitted)
+        ):
             refused.append(row)
-    return refused, [row for key, row in changed.items() if key in let]
+    return refused, [row for key, row in changed.items() if key in permitted]
 
 
 def _names(name: str, key: str) -> bool:
@@ -115,7 +114,7 @@ def _names(name: str, key: str) -> bool:
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values by their paths, tuples as JSON has them."""
+    """Return nested values by path, with tuples as lists."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in paths.flatten(values).items()

@@ -1,5 +1,5 @@
-"""Saving and restoring a run with Orbax: adapter, optimizer, step, key and data position; never the
-base.
+"""Save and restore a run with Orbax: adapter, optimizer state, step, random key and data position,
+but never the base.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ MOST_SHOWN = 3
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint holds `state`, once there was an evaluation `best`, and `fixed` (trees of arrays),
-    and a manifest with the plain values `meta` (the run's identity and its progress). The data
-    position is the step: batches are a function of seed and step. What is not good (see `manifest`)
-    is never used; where it is newer than the step that a run goes on from, it is put aside under
-    another name.
+    A checkpoint contains the array trees `state`, `best` (after the first evaluation) and `fixed`,
+    and a manifest with the plain values `meta` (identity, progress and data position of the run).
+    An invalid checkpoint (see `manifest`) is never used; if it is newer than the step that a run
+    resumes from, it is renamed.
 
-    Of several processes each writes its part of the arrays; process 0 alone writes manifests,
-    deletes, and says which step is the newest: what a host sees of a shared folder may be behind.
+    Each process writes its part of the arrays. Only process 0 writes manifests, deletes checkpoints
+    and determines the newest step, since other hosts may see an outdated shared folder.
 
     Args:
-        folder: of the run's checkpoints.
-        keep: how many of the newest to keep.
-        peers: the processes of the run.
+        folder: folder of the checkpoints.
+        keep: number of newest checkpoints to keep.
+        peers: processes of the run.
     """
 
     def __init__(self, folder: Path, keep: int, peers: Peers = ALONE) -> None:
@@ -48,8 +47,8 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        # Saved before training goes on: an adapter is small, and the manifest can follow at once.
-        # Deleted by us: an old step may go only once the new one is committed.
+        # Save synchronously: adapters are small, and the manifest can follow immediately.
+        # Delete old steps ourselves, only after the new one is committed.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, create=True, enable_async_checkpointing=False
         )
@@ -63,18 +62,17 @@ class Checkpoints:
         meta: Mapping[str, Any],
         fixed: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save a step: arrays, then the manifest, which commits it; then old steps are deleted.
+        """Save a step: the arrays, then the manifest, which commits it; then delete old steps.
 
         Args:
-            step: optimizer steps done.
+            step: number of optimizer steps done.
             state: tree of arrays.
-            best: tree of arrays, or None while there is none.
+            best: tree of arrays, or None.
             meta: plain JSON values.
-            fixed: arrays by name that do not change during the run and cannot be made again with
-                certainty.
+            fixed: arrays by name that do not change during the run but may not be reproducible.
 
         Raises:
-            CheckpointError: it could not be written; the steps saved before are as they were.
+            CheckpointError: writing failed; earlier checkpoints are unchanged.
         """
         target = self._folder / str(step)
         if self._peers.agree(f"whether step {step} is saved", (target / manifest.NAME).is_file):
@@ -92,29 +90,28 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{target}: could not be saved ({type(error).__name__}:"
-                f" {str(error).splitlines()[0][:200]}); make room or repair the disk, and run the"
-                " same command again: it resumes from the newest checkpoint"
+                f" {str(error).splitlines()[0][:200]}); free or repair the disk, and run the same"
+                " command again: it resumes from the newest checkpoint"
             ) from error
 
     def _delete_old(self) -> None:
         for step in self._steps()[self._keep :]:
-            # without its manifest first, so that a half-deleted step is none
+            # delete the manifest first, so that a half-deleted step is invalid
             (self._folder / str(step) / manifest.NAME).unlink(missing_ok=True)
             shutil.rmtree(self._folder / str(step))
 
     def _steps(self) -> list[int]:
-        """List the steps that there are folders of, the newest first."""
-        there = self._folder.iterdir() if self._folder.is_dir() else ()
-        names = [path.name for path in there if path.is_dir() and path.name.isdecimal()]
+        """List the steps that have a folder, newest first."""
+        entries = self._folder.iterdir() if self._folder.is_dir() else ()
+        names = [path.name for path in entries if path.is_dir() and path.name.isdecimal()]
         return sorted((int(name) for name in names if name == str(int(name))), reverse=True)
 
     def latest(self) -> int | None:
-        """Return the newest good step, None where none was ever saved; say which newer ones are not
-        good, and why.
+        """Return the newest valid step, or None if none was saved; warn about newer invalid ones.
 
         Raises:
-            DamagedError: steps were saved, and none of them is good.
-            CheckpointError: another process than the first does not see that step.
+            DamagedError: steps were saved, but none is valid.
+            CheckpointError: a process other than process 0 does not see that step.
         """
         step = self._peers.agree("the newest saved step", self._newest)
         if (
@@ -123,47 +120,46 @@ class Checkpoints:
             and not wait_until_seen(self._folder / str(step) / manifest.NAME)
         ):
             raise CheckpointError(
-                f"{self._folder / str(step)}: is the newest saved step for process 0, and process"
-                f" {self._peers.process} does not see it after {SEEN:.0f} s: its view of the folder"
-                " is stale, or another folder; start all of them again, or give one --workdir that"
-                " all hosts share"
+                f"{self._folder / str(step)}: is the newest checkpoint of process 0, but process"
+                f" {self._peers.process} does not see it after {SEEN:.0f} s; start all processes"
+                " again, or give a --workdir that all hosts share"
             )
         return step
 
     def _newest(self) -> int | None:
-        bad: list[tuple[int, str]] = []
+        invalid: list[tuple[int, str]] = []
         for step in self._steps():
             why = manifest.problem(self._folder / str(step), step)
             if why is None:
-                for other, reason in bad:
+                for other, reason in invalid:
                     _log.warning(
                         "%s: %s; resuming from step %d", self._folder / str(other), reason, step
                     )
                 if not manifest.is_numbered(self._folder / str(step)):
-                    told = (
-                        "was saved by an earlier version, which did not record its number: its name"
-                        " is trusted"
+                    _log.warning(
+                        "%s: was saved by an earlier version, which did not record the step; using"
+                        " the folder name as the step",
+                        self._folder / str(step),
                     )
-                    _log.warning("%s: %s", self._folder / str(step), told)
                 return step
-            bad.append((step, why))
-        if any(why != manifest.UNFINISHED for _, why in bad):
-            rows = [f"{self._folder / str(step)}: {why}" for step, why in bad]
+            invalid.append((step, why))
+        if any(why != manifest.UNFINISHED for _, why in invalid):
+            rows = [f"{self._folder / str(step)}: {why}" for step, why in invalid]
             fix = (
-                "no checkpoint is intact; restore one from a copy, or give another --workdir to"
+                "no checkpoint is intact; restore one from a backup, or give another --workdir to"
                 " start a new run"
             )
             raise DamagedError([*rows, fix])
-        for step, why in bad:
+        for step, why in invalid:
             _log.warning("%s: %s; starting from scratch", self._folder / str(step), why)
         return None
 
     def put_aside(self, after: int | None) -> None:
-        """Put the folders of steps beyond the one that is gone on from under another name, so that
-        they can be saved again.
+        """Rename the folders of steps after the one to resume from, so that these steps can be
+        saved again.
 
         Args:
-            after: that step, None for a new run.
+            after: step to resume from, None for a new run.
         """
         for step in self._steps() if self._peers.first else ():
             if after is None or step > after:
@@ -174,7 +170,7 @@ class Checkpoints:
         self._peers.wait("what was put aside")
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """Read the plain values of a good step."""
+        """Read the plain values of a valid step."""
         return self._peers.agree(
             f"what step {step} is of", lambda: manifest.read(self._folder / str(step))
         )
@@ -185,51 +181,52 @@ class Checkpoints:
         """Refuse to resume another run.
 
         Args:
-            step: the step to go on from.
-            identity: of this run.
-            allowed: fields that may differ; said in a warning where they do.
+            step: step to resume from.
+            identity: identity of this run.
+            allowed: fields that may differ, with a warning.
 
         Raises:
-            ConfigError: names every field that changed since the checkpoint, up to a few.
+            ConfigError: lists the fields that have changed since the checkpoint, up to a limit.
         """
-        rows, let = differences(self.read_meta(step)["identity"], identity, allowed)
+        rows, permitted = differences(self.read_meta(step)["identity"], identity, allowed)
         if rows:
             more = [f"and {len(rows) - MOST_SHOWN} more"] if len(rows) > MOST_SHOWN else []
             shown = "".join(f"\n  {row}" for row in [*rows[:MOST_SHOWN], *more])
             raise ConfigError(
-                f"{self._folder} holds step {step} of another run; undo these changes, allow one by"
-                f" --allow-change=FIELD, or give another --workdir to start a new run:{shown}"
+                f"{self._folder} contains step {step} of another run; undo these changes, allow"
+                " them with --allow-change=FIELD, or give another --workdir to start a new"
+                f" run:{shown}"
             )
-        for row in let if self._peers.first else ():
-            _log.warning("resuming from step %d with another %s", step, row)
+        for row in permitted if self._peers.first else ():
+            _log.warning("resuming from step %d with a changed %s", step, row)
 
     def restore(
         self, step: int, state: Any, best: Any, fixed: Mapping[str, Any] | None = None
     ) -> tuple[Any, Any | None, dict[str, Any]]:
-        """Restore the arrays of a step, onto the devices of the examples.
+        """Restore the arrays of a step, with the structure, dtypes and shardings of the arguments.
 
         Args:
-            step: which.
-            state: the tree of arrays to restore into, for structure, dtype and sharding.
-            best: the same for `best`.
-            fixed: the same for the arrays that do not change.
+            step: step to restore.
+            state: example of `state`.
+            best: example of `best`.
+            fixed: example of `fixed`.
 
         Returns:
             `(state, best or None, fixed)`.
 
         Raises:
-            CheckpointError: the files cannot be read, or hold other leaves.
+            CheckpointError: the files cannot be read, or contain other leaves.
         """
         has_best = self._peers.agree(
             "whether there is a best tree", (self._folder / str(step) / "best").is_dir
         )
-        wanted: dict[str, Any] = {"state": ocp.args.StandardRestore(_abstract(state))}
+        items: dict[str, Any] = {"state": ocp.args.StandardRestore(_abstract(state))}
         if has_best:
-            wanted["best"] = ocp.args.StandardRestore(_abstract(best))
+            items["best"] = ocp.args.StandardRestore(_abstract(best))
         if fixed:
-            wanted["fixed"] = ocp.args.StandardRestore(_abstract(dict(fixed)))
+            items["fixed"] = ocp.args.StandardRestore(_abstract(dict(fixed)))
         with self._reading(step):
-            restored: Any = self._manager.restore(step, args=ocp.args.Composite(**wanted))
+            restored: Any = self._manager.restore(step, args=ocp.args.Composite(**items))
         return (
             restored["state"],
             restored["best"] if has_best else None,
@@ -243,8 +240,8 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(
                 f"{self._folder / str(step)}: cannot be read ({type(error).__name__}:"
-                f" {str(error).splitlines()[0][:200]}); remove this folder to resume from the one"
-                " before it"
+                f" {str(error).splitlines()[0][:200]}); remove this folder to resume from the"
+                " previous checkpoint"
             ) from error
 
     def close(self) -> None:

@@ -1,9 +1,7 @@
-"""The manifest of a saved step: what it holds, file by file, with checksums; written last, so that
-it commits the step.
+"""Manifest of a checkpoint: a checksum for every file; written last, to commit the step.
 
-Orbax checks its index, not its arrays: a flipped bit in an array file is restored as it is. A step
-is good where its manifest is whole, says the number of that step, and every file that it names has
-the SHA-256 that it gives.
+Orbax does not checksum its arrays, so a flipped bit would be restored unnoticed. A checkpoint is
+valid if its manifest is intact and has the right step, and every listed file has its SHA-256.
 """
 
 from __future__ import annotations
@@ -19,18 +17,18 @@ from jaxpeft import atomic
 
 NAME = "manifest.json"
 FORMAT = 2
-"""1 had no number of the step."""
+"""Format 1 did not record the step."""
 _AT_ONCE = 8
-UNFINISHED = f"has no {NAME}: its saving was interrupted"
+UNFINISHED = f"has no {NAME}: saving was interrupted"
 
 
 def write(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
     """Commit the folder of a step.
 
     Args:
-        folder: of the step, with all its files.
-        step: its number.
-        meta: plain JSON values to keep with it.
+        folder: folder of the step, with all its files.
+        step: number of the step.
+        meta: plain JSON values to save with it.
     """
     files = _hashes(
         folder,
@@ -44,18 +42,16 @@ def write(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return the plain values that `write` was given.
+    """Return the plain values saved by `write`.
 
     Args:
-        folder: of a step that `problem` finds good.
+        folder: folder of a valid step.
     """
     return _body(folder)["meta"]
 
 
 def is_numbered(folder: Path) -> bool:
-    """Return whether the manifest of a good step says its number; that of an earlier version does
-    not.
-    """
+    """Return whether the manifest of a valid step records the step; earlier versions did not."""
     return "step" in _body(folder)
 
 
@@ -64,11 +60,11 @@ def _body(folder: Path) -> dict[str, Any]:
 
 
 def problem(folder: Path, step: int) -> str | None:
-    """Return what is wrong with the folder of a step, None where it is good.
+    """Return the problem with the folder of a step, or None if it is valid.
 
     Args:
-        folder: of the step.
-        step: the number that it is taken for.
+        folder: folder of the step.
+        step: expected step.
     """
     path = folder / NAME
     if not path.is_file():
@@ -83,9 +79,7 @@ def problem(folder: Path, step: int) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{NAME} is damaged: it cannot be read"
     if (saved := plain.get("step", step)) != step:
-        return (
-            f"holds step {saved}: its folder was renamed or copied; give it its name again, {saved}"
-        )
+        return f"contains step {saved}: the folder was renamed or copied; rename it to {saved}"
     for name in files:
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -96,7 +90,7 @@ def problem(folder: Path, step: int) -> str | None:
 
 
 def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
-    """Return the SHA-256 of each file, several at once: other processes of a run wait for it."""
+    """Return the SHA-256 of each file, computed in parallel, since other processes wait for it."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(names, pool.map(_sha256, (folder / name for name in names)), strict=True))
 

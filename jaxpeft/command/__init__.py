@@ -1,1 +1,1 @@
-"""What the commands share: their arguments, their help, and how they report errors."""
+"""Shared code of the commands: arguments, help and error reporting."""

@@ -1,4 +1,4 @@
-"""What `--help` prints: a command's own options, and those of its config."""
+"""Text of `--help`: options of a command and of its config."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ _MORE = "--help SECTION prints one section, such as --help method.lora"
 
 
 def requested_section(argv: Sequence[str]) -> str | None:
-    """Return the section that `--help` is asked for, empty for the whole; None where no help is
-    asked for.
-    """
+    """Return the section given to `--help`, empty for all sections; None without `--help`."""
     for word, following in itertools.pairwise([*argv, ""]):
         name, _, section = word.partition("=")
         if name in HELP:
@@ -31,24 +29,24 @@ def help_text(cls: type[Arguments], about: str, section: str) -> str:
     """Return a command's help.
 
     Args:
-        cls: its arguments.
-        about: what it does.
-        section: of the config, to print that alone; empty for all.
+        cls: class of its arguments.
+        about: introduction.
+        section: config section to print; empty for all.
 
     Raises:
-        ConfigError: there is no such section, or the command reads no config.
+        ConfigError: no such section exists, or the command reads no config.
     """
     configured = issubclass(cls, ConfigArguments)
     if section and not configured:
         raise ConfigError(
-            f"--help {section}: this command reads no config; its own options stand under --help"
+            f"--help {section}: this command reads no config; see --help for its options"
         )
     if section:
         return _lines(_section(reference.section(section)))
     own = [
         about.strip(),
         "",
-        "Options of this command:",
+        "Command options:",
         "",
         *_options(argument_docs(cls), flags=True),
     ]
@@ -56,14 +54,14 @@ def help_text(cls: type[Arguments], about: str, section: str) -> str:
 
 
 def _config() -> Iterator[str]:
-    yield "Options of the config, each set by --config.SECTION.OPTION=VALUE:"
+    yield "Config options, set by --config.SECTION.OPTION=VALUE:"
     yield _MORE
     yield ""
     for one in reference.sections():
         if not one.name.startswith("method."):
             yield from _section(one)
         if one.name == "method":
-            yield "  The options of each, with --help method.NAME:"
+            yield "  See --help method.NAME for the options of each:"
             methods = [found for found in reference.sections() if found.name.startswith("method.")]
             for method in methods:
                 yield from _wrap(f"  {method.name.removeprefix('method.'):18}{method.doc}", 20)

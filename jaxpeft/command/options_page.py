@@ -1,4 +1,4 @@
-"""Write the page of all options: `python -m jaxpeft.command.options_page > docs/options.md`."""
+"""Generate the options page: `python -m jaxpeft.command.options_page > docs/options.md`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxpeft.core.option_docs import OptionDoc
 
 _INTRODUCTION = """# Options
 
-Every option of a config, with its type, its default, its bounds and what it does; then the options
-of each command. `python -m jaxpeft.command.options_page` makes this page. `python -m jaxpeft.train
---help` prints the same, and `--help method.lora` one section.
+All config options with their types, defaults and bounds, followed by the options of each command.
+`python -m jaxpeft.command.options_page` generates this page. `python -m jaxpeft.train --help`
+prints the same; `--help method.lora` prints one section.
 
-An option is set in a config file or on the command line:
+Set an option in a config file or on the command line:
 
 | where | how |
 |---|---|
@@ -25,15 +25,15 @@ An option is set in a config file or on the command line:
 | `NAME.json` | `{"optimizer": {"learning_rate": 1e-4}}` |
 | the command line | `--config.optimizer.learning_rate=1e-4` |
 
-A YAML or JSON file holds what differs from the defaults. `python -m jaxpeft.train --schema >
-jaxpeft.schema.json` writes the JSON schema of both. With `# yaml-language-server:
+A YAML or JSON file contains the options that differ from the defaults. `python -m jaxpeft.train
+--schema > jaxpeft.schema.json` writes the JSON schema of both. With `# yaml-language-server:
 $schema=jaxpeft.schema.json` as the first line of a YAML file, or `"$schema": "jaxpeft.schema.json"`
 in a JSON file, an editor completes options and checks their values.
 """
 
 
 def page() -> str:
-    """Return the page."""
+    """Return the text of the page."""
     return "\n".join(_lines())
 
 
@@ -66,7 +66,7 @@ def _table(options: Iterable[OptionDoc], *, flags: bool = False) -> Iterator[str
 
 
 def _escape(text: str) -> str:
-    """Return a text for a cell of a table, where a bar ends the cell."""
+    """Escape text for a table cell."""
     return text.replace("|", "\\|")
 
 

@@ -1,6 +1,4 @@
-"""The arguments of a command: a frozen dataclass of options, as every section of a config is, read
-from the command line.
-"""
+"""Parse the command line into a frozen dataclass of options, like a section of a config."""
 
 from __future__ import annotations
 
@@ -24,63 +22,62 @@ HELP = ("--help", "-h", "-help")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What every command takes."""
+    """Arguments of every command."""
 
-    traceback: bool = option(False, "show Python's traceback of an error")
+    traceback: bool = option(False, "show the traceback of an error")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigArguments(Arguments):
-    """What every command takes that reads a config."""
+    """Arguments of every command that reads a config."""
 
     config: str | None = option(
         None,
-        "the config file: .py, .yaml or .json; --config.SECTION.OPTION=VALUE sets one of its"
-        " options",
+        "config file: .py, .yaml or .json; override an option by --config.SECTION.OPTION=VALUE",
     )
-    schema: bool = option(False, "print the JSON schema of YAML and JSON configs, and stop")
+    schema: bool = option(False, "print the JSON schema of YAML and JSON configs, and exit")
 
 
 def argument_docs(cls: type[Arguments]) -> tuple[OptionDoc, ...]:
-    """Return what help says of a command's arguments: those that every command has come last."""
+    """Return the documentation of a command's arguments; those shared by all commands come last."""
     shared = {field.name for field in dataclasses.fields(ConfigArguments)} - {"config"}
     return tuple(sorted(option_docs(cls), key=lambda one: one.name in shared))
 
 
 def flag(name: str) -> str:
-    """Return how the command line spells the name of an argument."""
+    """Return the command-line flag of an argument."""
     return f"--{name.replace('_', '-')}"
 
 
 def read_arguments(cls: type[A], argv: Sequence[str]) -> tuple[A, Overrides]:
-    """Read a command line.
+    """Parse a command line.
 
     Args:
-        cls: a frozen dataclass of options. A list is given by commas, or by repeating its flag.
-        argv: the arguments, without the program's name.
+        cls: frozen dataclass of options. Lists are separated by commas, or repeat their flag.
+        argv: arguments, without the program name.
 
     Returns:
-        The arguments, and the overrides of the config where `cls` has one.
+        The arguments, and config overrides if the command reads a config.
 
     Raises:
-        ConfigError: listing every unknown argument, missing or wrong value.
+        ConfigError: lists every unknown argument, and missing or wrong value.
     """
     overrides, rest = (
         split_overrides(argv) if issubclass(cls, ConfigArguments) else ((), list(argv))
     )
-    texts, left = _parser(cls).parse_known_args(rest)
-    problems = _unknown(left, cls)
+    texts, remaining = _parser(cls).parse_known_args(rest)
+    problems = _unknown(remaining, cls)
     values = {name: _value(text, hints_of(cls)[name]) for name, text in vars(texts).items()}
-    made, wrong = parse(cls, values, "")
+    arguments, wrong = parse(cls, values, "")
     problems += [_in_flags(problem) for problem in wrong]
-    if problems or made is None:
+    if problems or arguments is None:
         raise ConfigError(problems)
-    return made, overrides
+    return arguments, overrides
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[Overrides, list[str]]:
-    """Return the `--config.x.y=value` and `--config.x.y value` of a command line, and its other
-    arguments.
+    """Split a command line into config overrides (`--config.x.y=value`, `--config.x.y value`) and
+    other arguments.
     """
     overrides: list[tuple[str, str]] = []
     rest: list[str] = []
@@ -96,12 +93,10 @@ def split_overrides(argv: Sequence[str]) -> tuple[Overrides, list[str]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Splits a command line into flags and texts, and leaves types, bounds and messages to the
-    options.
-    """
+    """Splits a command line into flags and texts; the options check types and bounds."""
 
     def error(self, message: str) -> typing.NoReturn:
-        """Raise what argparse says as every other refusal."""
+        """Raise an argparse error as a ConfigError."""
         named = message.removeprefix("argument ")
         raise ConfigError(
             f"{named.split('/')[0].split(':')[0]}:{named.partition(':')[2]}; see --help"
@@ -132,14 +127,12 @@ def _value(text: str | list[str], hint: Any) -> Any:
     if isinstance(text, str):
         return (
             text if hint == str | None else read_value(text, hint)
-        )  # a folder may be called `none`
+        )  # a folder may be named `none`
     return tuple(part for one in text for part in one.split(",") if part)
 
 
 def _unknown(words: Sequence[str], cls: type[Any]) -> list[str]:
-    """Return what is wrong with the words that no flag has taken; what follows an unknown flag is
-    its value.
-    """
+    """Return the problems of unparsed words; a word after an unknown flag is its value."""
     known = [flag(field.name) for field in dataclasses.fields(cls)]
     found: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
@@ -152,8 +145,8 @@ def _unknown(words: Sequence[str], cls: type[Any]) -> list[str]:
 
 
 def _in_flags(problem: str) -> str:
-    """Return a problem of a field as one of its flag: `.slices: must be ...` as `--slices: must be
-    ...`.
+    """Convert a problem of a field to one of its flag: `.slices: must be ...` becomes `--slices:
+    must be ...`.
     """
     name, colon, why = problem.removeprefix(".").partition(":")
     return f"{flag(name)}{colon}{why}"

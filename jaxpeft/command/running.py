@@ -1,4 +1,4 @@
-"""Run a command: its help, its log lines, and errors as a person at a terminal reads them."""
+"""Run a command: help, logging and readable errors."""
 
 from __future__ import annotations
 
@@ -31,12 +31,11 @@ def run_command(
     """Run a command from its command line.
 
     Args:
-        cls: its arguments.
-        argv: the arguments, without the program's name.
-        about: what `--help` says first.
-        body: does the work, given the arguments and the overrides of the config; returns the exit
-            code.
-        level: of the log lines that are shown.
+        cls: class of its arguments.
+        argv: arguments, without the program name.
+        about: introduction of `--help`.
+        body: does the work, called with the arguments and config overrides; returns the exit code.
+        level: log level.
 
     Returns:
         The exit code.
@@ -44,40 +43,40 @@ def run_command(
     show_traceback = "--traceback" in argv
     set_up_logging(hushed=not show_traceback, level=level)
 
-    def whole() -> int:
+    def run() -> int:
         section = requested_section(argv)
         if section is not None:
             sys.stdout.write(help_text(cls, about or "", section))
             return 0
-        given, overrides = read_arguments(cls, argv)
-        if isinstance(given, ConfigArguments) and given.schema:
+        arguments, overrides = read_arguments(cls, argv)
+        if isinstance(arguments, ConfigArguments) and arguments.schema:
             sys.stdout.write(schema_text())
             return 0
-        return body(given, overrides)
+        return body(arguments, overrides)
 
-    return run_guarded(whole, show_traceback=show_traceback)
+    return run_guarded(run, show_traceback=show_traceback)
 
 
 def load_config(
-    given: ConfigArguments, overrides: Overrides, example: str = "configs/quickstart.py"
+    arguments: ConfigArguments, overrides: Overrides, example: str = "configs/quickstart.py"
 ) -> Config:
-    """Read and check the config that a command line names.
+    """Read and check the config of a command line.
 
     Raises:
-        ConfigError: none is named, or what is wrong with it.
+        ConfigError: no config is given, or it is invalid.
     """
-    if given.config is None:
+    if arguments.config is None:
         raise ConfigError(f"--config: is not given; try --config {example}")
-    return configs.load(given.config, overrides)
+    return configs.load(arguments.config, overrides)
 
 
 def set_up_logging(*, hushed: bool, level: int = logging.INFO) -> None:
-    """Show on standard error what jaxpeft logs.
+    """Log to standard error.
 
     Args:
-        hushed: whether to silence what the threads of a failed save say: the error itself is
+        hushed: whether to silence messages from the threads of a failed save, whose error is
             reported once.
-        level: of jaxpeft's own lines.
+        level: log level of jaxpeft.
     """
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[logs.StderrHandler()]
@@ -90,7 +89,7 @@ def set_up_logging(*, hushed: bool, level: int = logging.INFO) -> None:
     usual = sys.unraisablehook
 
     def unraisable(what: sys.UnraisableHookArgs) -> None:
-        # TensorStore's threads end after the loop that waited for them
+        # TensorStore's threads outlive the event loop that waited for them
         if str(what.exc_value) != "Event loop is closed":
             usual(what)
 

@@ -1,4 +1,4 @@
-"""The commands of the package: each is a folder whose `__main__` is its command line."""
+"""Commands of the package: each is a folder with a `__main__` module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ VERBS = ("train", "compare", "data", "plan", "export")
 
 
 def command_line(verb: str) -> ModuleType:
-    """Return the module of a command: its `main` runs it, `ARGUMENTS` is the class of its
-    arguments, and its docstring its help.
+    """Return the module of a command, with `main`, the arguments class `ARGUMENTS`, and the help as
+    docstring.
     """
     return importlib.import_module(f"jaxpeft.{verb}.__main__")

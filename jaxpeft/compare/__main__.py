@@ -1,11 +1,10 @@
 """Compare methods: `python -m jaxpeft.compare --config configs/NAME.py [--workdir DIR]`.
 
-Options of the config are set by name: `--config.train.steps=100`. Trains the candidates of
-`config.compare` with the same rows, steps and seeds, each run in a process of its own, and writes
-`comparison.md`, `comparison.json` and `comparison.png` (figure over trainable parameters) into the
-folder of the comparison. The same command resumes a comparison that was stopped, and repeats no run
-that has ended. Exit codes: 0 done, 1 a run has failed, 2 bad input, 143 stopped by SIGTERM, 130
-stopped by SIGINT.
+Override config options by name: `--config.train.steps=100`. Trains the candidates of
+`config.compare` on the same rows, steps and seeds, each run in its own process, and writes
+`comparison.md`, `comparison.json` and `comparison.png` (metric over trainable parameters) to the
+comparison's folder. The same command resumes a stopped comparison and skips finished runs. Exit
+codes: 0 done, 1 a run has failed, 2 bad input, 143 stopped by SIGTERM, 130 stopped by SIGINT.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ def _run(job: Job) -> int:
     place, _ = find_process(job.arguments)
     if place is not None and place.processes != 1:
         raise ConfigError(
-            "python -m jaxpeft.compare: trains in one process after the other, and this is one of"
-            f" several ({place.by}); start it once, or set JAXPEFT_DISTRIBUTED=off"
+            f"python -m jaxpeft.compare: was started as one of several processes ({place.by}), but"
+            " runs in a single process; start it once, or set JAXPEFT_DISTRIBUTED=off"
         )
     with StopRequest() as stop:
         try:
@@ -41,7 +40,7 @@ def _run(job: Job) -> int:
                 job.config, job.workdir, stop, job.allowed, traceback=job.arguments.traceback
             )
         except Stopped as stopped:
-            log.info("stopped on request; the same command resumes from there")
+            log.info("stopped on request; the same command resumes the comparison")
             return stopped.exit_code
     if failed:
         log.error("%s", runs.describe_failures(failed, job.workdir))

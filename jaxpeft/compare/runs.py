@@ -1,8 +1,8 @@
-"""A comparison: every candidate with every seed, one after the other, each in a process of its own.
+"""Run a comparison: every candidate with every seed, one at a time, each in its own process.
 
-Nothing here imports JAX: the device, and the peak of memory, are those of the run that is going on.
-A run that has ended leaves `result.json` and is not done again; one that was stopped goes on from
-its checkpoints.
+This module does not import JAX, so that only the current run uses the device and its peak memory is
+its own. A finished run writes `result.json` and is not repeated; a stopped one resumes from its
+checkpoints.
 """
 
 from __future__ import annotations
@@ -36,23 +36,22 @@ from jaxpeft.processes.signals import StopRequest
 RESULT = "result.json"
 LOG = "log.txt"
 PROGRAM = ("-m", "jaxpeft.compare.worker")
-"""What does one run, for this Python."""
-_LAST, _EVERY = 10_000, 0.1
-"""How many characters of what a run has said are searched for a reason, and how often, in seconds,
-it is looked at.
+"""Arguments for Python that start the worker of one run."""
+_TAIL, _POLL = 10_000, 0.1
+"""Number of characters at the end of a run's log to search for an error, and seconds between polls.
 """
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """One run of a comparison, equal to itself alone.
+    """One run of a comparison, compared by identity.
 
     Attributes:
-        name: of the candidate.
-        seed: of the run.
-        config: the candidate's, with the seed.
-        folder: where it leaves its files.
+        name: name of the candidate.
+        seed: seed of the run.
+        config: config of the candidate, with the seed.
+        folder: folder of the run.
     """
 
     name: str
@@ -72,26 +71,26 @@ def run(
     *,
     traceback: bool = False,
 ) -> dict[Planned, str]:
-    """Run what is left of a comparison, and write its table and plot.
+    """Run the remaining runs of a comparison, and write its table and plot.
 
-    Leaves in `workdir`: `comparison.md`, `comparison.json`, `comparison.png` and a folder
-    `NAME/seed-N` of each run.
+    Writes to `workdir`: `comparison.md`, `comparison.json`, `comparison.png` and a folder
+    `NAME/seed-N` per run.
 
     Args:
         config: a checked config with candidates.
-        workdir: the comparison's folder; what an earlier call left there is gone on from.
-        stop: a request to stop.
-        allowed: fields that may differ from those of the runs that are there already.
-        traceback: whether a run that fails shows Python's traceback.
+        workdir: folder of the comparison; resumes an earlier call in it.
+        stop: stop request.
+        allowed: config fields that may differ from those of existing runs.
+        traceback: whether failing runs show a traceback.
 
     Returns:
-        Why runs have failed; empty if none has.
+        The error of each failed run.
 
     Raises:
-        ConfigError: a run that is there already is another than the config's.
-        DataError: rows cannot be used.
-        WeightsError: there is no such model.
-        Stopped: on request, after the run that was going on has saved.
+        ConfigError: an existing run has a different config.
+        DataError: the rows are invalid.
+        WeightsError: the model was not found.
+        Stopped: on request, after the current run has saved.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with lock_folder(workdir):
@@ -101,16 +100,17 @@ def run(
             check_inputs(config)
         failed: dict[Planned, str] = {}
         began = time.perf_counter()
-        left = [one for one in runs if one not in results]
+        remaining = [one for one in runs if one not in results]
         _log.info(
-            "%d runs: %d candidates, %d seeds; %d of them are done",
+            "%d runs: %d candidates, %d seeds; %d done",
             len(runs),
             len(config.compare.candidates),
             len(config.compare.seeds),
             len(results),
         )
-        first, asked = _measured_before(config), {"allowed": list(allowed), "traceback": traceback}
-        processes = _start_ahead(left)
+        first = _measured_before(config)
+        options = {"allowed": list(allowed), "traceback": traceback}
+        processes = _start_ahead(remaining)
         try:
             for i, (one, process) in enumerate(processes):
                 stop.raise_if_requested()
@@ -118,10 +118,10 @@ def run(
                     "\n%s: run %d of %d%s",
                     one,
                     i + 1,
-                    len(left),
-                    _estimate_remaining(began, i, len(left)),
+                    len(remaining),
+                    _estimate_remaining(began, i, len(remaining)),
                 )
-                why = _complete(process, one, stop, {**asked, "before": one.name == first})
+                why = _complete(process, one, stop, {**options, "before": one.name == first})
                 result = read_result(one)
                 if result is not None:
                     results[one] = result
@@ -136,7 +136,7 @@ def run(
                     continue
                 stop.raise_if_requested()
                 failed[one] = why
-                _log.error("%s has failed: %s", one, why)
+                _log.error("%s failed: %s", one, why)
         finally:
             processes.close()
             if results:
@@ -144,16 +144,16 @@ def run(
                     one: [results[r] for r in runs if r.name == one and r in results]
                     for one in config.compare.titles
                 }
-                made = table.write(
+                summary = table.write(
                     config, by_name, {str(one): why for one, why in failed.items()}, workdir
                 )
-                _log.info("\n%s", table.closing_text(made, by_name, workdir))
+                _log.info("\n%s", table.closing_text(summary, by_name, workdir))
     return failed
 
 
 def _measured_before(config: Config) -> str:
-    """Return the candidate whose runs measure what is there before training: one that begins as the
-    base, or the first.
+    """Return the candidate whose runs also evaluate before training: the first whose new adapter
+    leaves the base's outputs unchanged, else the first.
     """
     plain = (
         candidate.title for candidate in config.compare.candidates if candidate.method.fresh_is_base
@@ -165,7 +165,7 @@ def plan_runs(config: Config, workdir: Path) -> list[Planned]:
     """List the runs of a comparison: all candidates with the first seed, then with the next.
 
     Raises:
-        ConfigError: a folder in the way leads elsewhere.
+        ConfigError: a folder is a link to another place.
     """
     return [
         Planned(
@@ -182,14 +182,14 @@ def plan_runs(config: Config, workdir: Path) -> list[Planned]:
 def read_finished(
     runs: Sequence[Planned], allowed: Sequence[str] = ()
 ) -> dict[Planned, dict[str, Any]]:
-    """Return the results that are there already.
+    """Return the results of finished runs.
 
     Args:
-        runs: of the comparison.
-        allowed: fields that may differ.
+        runs: runs of the comparison.
+        allowed: config fields that may differ.
 
     Raises:
-        ConfigError: a result is that of another config.
+        ConfigError: a result belongs to a different config.
     """
     found = {one: result for one in runs if (result := read_result(one)) is not None}
     problems: list[str] = []
@@ -208,17 +208,17 @@ def read_finished(
 
 
 def read_result(one: Planned) -> dict[str, Any] | None:
-    """Read what a run has left, None where it has not ended."""
+    """Read the result of a run, or None if it has not finished."""
     with suppress(FileNotFoundError, ValueError):
         return json.loads((one.folder / RESULT).read_text())
     return None
 
 
 def check_inputs(config: Config) -> None:
-    """Refuse, before any run, rows or a model that no run could use.
+    """Check the rows and the model before any run starts.
 
     Raises:
-        JaxpeftError: naming them.
+        JaxpeftError: they are invalid.
     """
     source = sources.resolve(config.model.path, config.model.revision)
     if not config.data.streaming:
@@ -227,10 +227,10 @@ def check_inputs(config: Config) -> None:
 
 
 def other_rows(config: Config) -> Examples | None:
-    """Read the rows that forgetting is measured on, None where there are none.
+    """Read the rows on which forgetting is measured; None if not configured.
 
     Raises:
-        DataError: they cannot be read, or are not labeled.
+        DataError: the rows cannot be read, or have no labels.
     """
     path = config.compare.forgetting
     if not path:
@@ -250,100 +250,96 @@ def _estimate_remaining(began: float, done: int, count: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Process:
-    """The process of a run, which imports what it needs and then waits to be told what to do.
+    """Worker process of a run, which imports its modules and then waits for its job.
 
     Attributes:
-        process: of this Python.
-        said: what it writes to standard error, from its start.
+        process: the Python process.
+        log: its standard error.
     """
 
     process: subprocess.Popen[str]
-    said: IO[str]
+    log: IO[str]
 
     def end(self) -> None:
-        """Close its standard input, which makes it save and end if it has not, and wait for
-        that.
-        """
+        """Close its standard input, which makes it save and exit, and wait for its exit."""
         with suppress(BrokenPipeError):
             cast(IO[str], self.process.stdin).close()
         self.process.wait()
-        self.said.close()
+        self.log.close()
 
 
 def _start_ahead(runs: Sequence[Planned]) -> Generator[tuple[Planned, _Process]]:
-    """Yield each run with its process; that of the next is started by then, so that it imports
-    while this one computes.
+    """Yield each run with its process; the next process is started early, so that it imports while
+    this run computes.
     """
-    there: list[_Process] = []
+    started: list[_Process] = []
     try:
         for i, one in enumerate(runs):
-            there += [_start(other) for other in runs[i + len(there) : i + 2]]
-            yield one, there[0]
-            there.pop(0).end()
+            started += [_start(other) for other in runs[i + len(started) : i + 2]]
+            yield one, started[0]
+            started.pop(0).end()
     finally:
-        for process in there:
+        for process in started:
             process.end()
 
 
 def _start(one: Planned) -> _Process:
     one.folder.mkdir(parents=True, exist_ok=True)
-    with (one.folder / LOG).open("a") as log:
-        said = (one.folder / LOG).open(errors="replace")
-        said.seek(0, os.SEEK_END)
-        # it writes to a file, which is there whatever becomes of us; and in a session of its own,
-        # as Ctrl-C is ours to pass on
+    with (one.folder / LOG).open("a") as stderr:
+        log = (one.folder / LOG).open(errors="replace")
+        log.seek(0, os.SEEK_END)
+        # it writes to a file, so that it can finish without this process, and has its own session,
+        # so that this process passes on Ctrl-C
         process = subprocess.Popen(  # noqa: S603 - this Python, and a module of jaxpeft
             [sys.executable, *PROGRAM],
             stdin=subprocess.PIPE,
-            stderr=log,
+            stderr=stderr,
             text=True,
             start_new_session=True,
         )
-    return _Process(process, said)
+    return _Process(process, log)
 
 
-def _complete(run: _Process, one: Planned, stop: StopRequest, asked: Mapping[str, Any]) -> str:
-    """Tell a process which run it does, and wait for its end; return why it has failed, if it has.
+def _complete(run: _Process, one: Planned, stop: StopRequest, options: Mapping[str, Any]) -> str:
+    """Send a run to its worker process and wait for its exit; return the reason if it failed.
 
     Args:
-        run: the process.
+        run: worker process.
         one: the run.
-        stop: a request to stop, which is passed on.
-        asked: more to tell it.
+        stop: stop request, passed on to the process.
+        options: more options of the job.
     """
-    told = {"config": as_dict(one.config), "folder": str(one.folder), **asked}
-    to = cast(IO[str], run.process.stdin)
+    job = {"config": as_dict(one.config), "folder": str(one.folder), **options}
+    stdin = cast(IO[str], run.process.stdin)
     with suppress(BrokenPipeError):
-        to.write(json.dumps(told) + "\n")
-        to.flush()
-    last = _follow(run.process, run.said, stop)
-    _, complains, why = last.rpartition("jaxpeft: ")
-    if complains:
+        stdin.write(json.dumps(job) + "\n")
+        stdin.flush()
+    tail = _follow(run.process, run.log, stop)
+    _, prefix, why = tail.rpartition("jaxpeft: ")
+    if prefix:
         return why.strip()
     code = run.process.returncode
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
-def _follow(process: subprocess.Popen[str], said: IO[str], stop: StopRequest) -> str:
-    """Wait for the end of a run, which a request to stop is passed on to; shows what it says, and
-    return the last of it.
-    """
-    last, asked, ended = "", False, False
-    while not ended:
-        ended = process.poll() is not None
-        text = said.read()
+def _follow(process: subprocess.Popen[str], log: IO[str], stop: StopRequest) -> str:
+    """Show the log of a process until it exits; pass on a stop request. Return the log's tail."""
+    tail, terminated, exited = "", False, False
+    while not exited:
+        exited = process.poll() is not None
+        text = log.read()
         sys.stderr.write(text)
-        last = (last + text)[-_LAST:]
-        if stop.requested and not asked and not ended:
+        tail = (tail + text)[-_TAIL:]
+        if stop.requested and not terminated and not exited:
             process.terminate()
-            asked = True
+            terminated = True
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=_EVERY)
-    return last
+            process.wait(timeout=_POLL)
+    return tail
 
 
 def describe_failures(failed: Mapping[Planned, str], workdir: Path) -> str:
-    """Return which runs have failed, and what to do."""
+    """Return a message that lists the failed runs and the fix."""
     rows = [f"  {one}: {why}" for one, why in failed.items()]
-    fix = f"the same command tries them again; what they said is in {workdir}/NAME/seed-N/{LOG}"
-    return "\n".join([f"{len(failed)} runs have failed:", *rows, fix])
+    fix = f"the same command tries them again; their logs are {workdir}/NAME/seed-N/{LOG}"
+    return "\n".join([f"{len(failed)} runs failed:", *rows, fix])

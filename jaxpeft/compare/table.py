@@ -1,5 +1,5 @@
-"""What a comparison has found, as a table (Markdown and JSON) and as a plot of the figure over
-trainable parameters.
+"""Results of a comparison as a table (Markdown and JSON) and a plot of metric over trainable
+parameters.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from jaxpeft.train import next_steps
 
 Result = Mapping[str, Any]
 _NOTES = (
-    "`±` is the standard deviation over seeds. Memory is the peak of the run's process on a CPU,"
-    " libraries and compilation included, and the device's own where it tells. Time is that of"
-    " training with its evaluations: their compilation counts, that of the step does not. The file"
-    " is the saved adapter; of `full` that is the whole model."
+    "`±` is the standard deviation over seeds. Memory is the device's peak if it reports one;"
+    " otherwise (on a CPU) it is that of the process, including libraries and compilation. Time"
+    " includes training, evaluations and their compilation, but not compiling the step. The file is"
+    " the saved adapter; for `full` it is the complete model."
 )
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over seeds.
+    """A metric over seeds.
 
     Attributes:
-        values: one a seed.
+        values: one value per seed.
     """
 
     values: tuple[float, ...]
@@ -42,11 +42,11 @@ class Spread:
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation, None of one value."""
+        """The sample standard deviation, None for a single value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def format(self, pattern: str = "{:.4f}") -> str:
-        """Write it as people do."""
+        """Format as `mean ± deviation`."""
         around = (
             ""
             if self.deviation is None
@@ -55,19 +55,19 @@ class Spread:
         return pattern.format(self.mean) + around
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return plain JSON values."""
         return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
 
 
 def summary(
     config: Config, results: Mapping[str, Sequence[Result]], failed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return what a comparison has found as plain values: what `comparison.json` holds.
+    """Return the contents of `comparison.json`.
 
     Args:
-        config: with the candidates.
-        results: what the runs of each candidate have left, by its name; some may be missing.
-        failed: why runs have failed, by what they are called.
+        config: config with the candidates.
+        results: results of each candidate's runs, by name; some may be missing.
+        failed: error of each failed run, by its description.
     """
     some = next(result for runs in results.values() for result in runs)
     metric, reference = some["metric"], config.compare.compared_with
@@ -78,13 +78,13 @@ def summary(
     }
     measured = some["forgetting"]
     began = [
-        told[metric] for runs in results.values() for run in runs if (told := run.get("before"))
+        before[metric] for runs in results.values() for run in runs if (before := run.get("before"))
     ]
-    before = Spread(tuple(began)) if began else None
+    start = Spread(tuple(began)) if began else None
     return {
         "metric": metric,
         "split": some.get("split", "test"),
-        "before": before.as_dict() if before else None,
+        "before": start.as_dict() if start else None,
         "reference": reference if reference in figures else None,
         "seeds": list(config.compare.seeds),
         "forgetting": (
@@ -113,12 +113,12 @@ def _candidate(
     reference: Spread | None,
 ) -> dict[str, Any]:
     (candidate,) = (one for one in config.compare.candidates if one.title == name)
-    made: dict[str, Any] = {"method": candidate.method.as_dict(), "runs": len(runs)}
+    described: dict[str, Any] = {"method": candidate.method.as_dict(), "runs": len(runs)}
     if not runs:
-        return made
+        return described
     first, figure = runs[0], figures[name]
     forgotten = tuple(run["forgetting"]["lost"] for run in runs if run["forgetting"])
-    return made | {
+    return described | {
         "figure": figure.as_dict(),
         "of_reference": (
             figure.mean / reference.mean if reference is not None and reference.mean else None
@@ -136,39 +136,40 @@ def _candidate(
 def write(
     config: Config, results: Mapping[str, Sequence[Result]], failed: Mapping[str, str], folder: Path
 ) -> Mapping[str, Any]:
-    """Write `comparison.json`, `comparison.md` and `comparison.png`; return `summary`, whose
-    arguments these are.
+    """Write `comparison.json`, `comparison.md` and `comparison.png`.
+
+    Takes the arguments of `summary` and returns its result.
     """
-    made = summary(config, results, failed)
-    (folder / "comparison.json").write_text(json.dumps(made, indent=2) + "\n")
-    (folder / "comparison.md").write_text(markdown(config, made))
-    draw(folder / "comparison.png", made)
-    return made
+    found = summary(config, results, failed)
+    (folder / "comparison.json").write_text(json.dumps(found, indent=2) + "\n")
+    (folder / "comparison.md").write_text(markdown(config, found))
+    draw(folder / "comparison.png", found)
+    return found
 
 
 def closing_text(
-    made: Mapping[str, Any], results: Mapping[str, Sequence[Result]], folder: Path
+    found: Mapping[str, Any], results: Mapping[str, Sequence[Result]], folder: Path
 ) -> str:
-    """Return what the end of a comparison prints: the figures, what is left, and how the best
-    adapter predicts.
+    """Return the text printed at the end: metrics, files, and code that predicts with the best
+    adapter.
 
     Args:
-        made: what `summary` gives.
-        results: what the runs of each candidate have left, by its name.
-        folder: of the comparison.
+        found: result of `summary`.
+        results: results of each candidate's runs, by name.
+        folder: folder of the comparison.
     """
-    rows = [next_steps.row("before training", _spread(made["before"]))] if made["before"] else []
-    done = {name: one for name, one in made["candidates"].items() if one["runs"]}
+    rows = [next_steps.row("before training", _spread(found["before"]))] if found["before"] else []
+    done = {name: one for name, one in found["candidates"].items() if one["runs"]}
     for name, one in done.items():
         rows.append(
             next_steps.row(
                 name, _spread(one["figure"]), one["trainable_share"], one["seconds"]["mean"]
             )
         )
-    lower = made["metric"] in LOWER_IS_BETTER
+    lower = found["metric"] in LOWER_IS_BETTER
     best = min(done, key=lambda name: done[name]["figure"]["mean"] * (1 if lower else -1))
     lines = [
-        f"{made['split']} {made['metric']}{' (lower is better)' * lower}",
+        f"{found['split']} {found['metric']}{' (lower is better)' * lower}",
         *rows,
         "",
         (
@@ -186,62 +187,62 @@ def _spread(plain: Mapping[str, Any]) -> str:
     return Spread(tuple(plain["values"])).format()
 
 
-def markdown(config: Config, made: Mapping[str, Any]) -> str:
-    """Return what `summary` gives as a page with a table."""
-    columns = _columns(made)
+def markdown(config: Config, found: Mapping[str, Any]) -> str:
+    """Return a Markdown page with the table of a `summary`."""
+    columns = _columns(found)
     lines = [
-        _introduction(config, made),
+        _introduction(config, found),
         *(
-            [f"Before training: {made['metric']} {_spread(made['before'])}."]
-            if made["before"]
+            [f"Before training: {found['metric']} {_spread(found['before'])}."]
+            if found["before"]
             else []
         ),
         "",
         f"| method | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
-        *(_row(name, one, made, len(columns)) for name, one in made["candidates"].items()),
+        *(_row(name, one, found, len(columns)) for name, one in found["candidates"].items()),
         "",
         _NOTES,
     ]
-    if made["forgetting"]:
-        lines += ["", _forgetting_note(made["forgetting"])]
-    if made["failed"]:
+    if found["forgetting"]:
+        lines += ["", _forgetting_note(found["forgetting"])]
+    if found["failed"]:
         lines += [
             "",
             "Failed:",
             "",
-            *(f"* {name}: {' '.join(why.split())}" for name, why in made["failed"].items()),
+            *(f"* {name}: {' '.join(why.split())}" for name, why in found["failed"].items()),
         ]
     return "\n".join(lines) + "\n"
 
 
-def _introduction(config: Config, made: Mapping[str, Any]) -> str:
-    train, seeds = config.train, made["seeds"]
-    rows = config.data.test or config.data.validation or "the rows held out"
+def _introduction(config: Config, found: Mapping[str, Any]) -> str:
+    train, seeds = config.train, found["seeds"]
+    rows = config.data.test or config.data.validation or "held-out rows"
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
-    said = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
-    where = f"{made['device']}, jax {made['jax']}"
+    listed = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+    where = f"{found['device']}, jax {found['jax']}"
     return (
-        f"{config.model.path} on {_short_path(rows)}, {length} of {train.batch_size} rows, {said};"
-        f" {where}."
+        f"{config.model.path} on {_short_path(rows)}, {length} of {train.batch_size} rows,"
+        f" {listed}; {where}."
     )
 
 
-def _columns(made: Mapping[str, Any]) -> list[str]:
-    lower = " (lower is better)" if made["metric"] in LOWER_IS_BETTER else ""
-    columns = [f"{made['metric']}{lower}", "trained", "of all", "peak memory", "time", "file"]
-    if made["reference"]:
-        columns.insert(1, f"of {made['reference']}")
-    return [*columns, "forgetting"] if made["forgetting"] else columns
+def _columns(found: Mapping[str, Any]) -> list[str]:
+    lower = " (lower is better)" if found["metric"] in LOWER_IS_BETTER else ""
+    columns = [f"{found['metric']}{lower}", "trained", "of all", "peak memory", "time", "file"]
+    if found["reference"]:
+        columns.insert(1, f"of {found['reference']}")
+    return [*columns, "forgetting"] if found["forgetting"] else columns
 
 
-def _row(name: str, one: Mapping[str, Any], made: Mapping[str, Any], columns: int) -> str:
-    wanted = len(made["seeds"])
-    title = name if one["runs"] == wanted else f"{name} ({one['runs']} of {wanted} runs)"
+def _row(name: str, one: Mapping[str, Any], found: Mapping[str, Any], columns: int) -> str:
+    total = len(found["seeds"])
+    title = name if one["runs"] == total else f"{name} ({one['runs']} of {total} runs)"
     if not one["runs"]:
         return f"| {title} |{' - |' * columns}"
     cells = [_spread(one["figure"])]
-    if made["reference"]:
+    if found["reference"]:
         cells.append("-" if one["of_reference"] is None else f"{one['of_reference']:.1%}")
     cells += [
         f"{one['trainable_parameters']:,}",
@@ -250,7 +251,7 @@ def _row(name: str, one: Mapping[str, Any], made: Mapping[str, Any], columns: in
         f"{one['seconds']['mean']:.0f} s",
         _bytes(one["adapter_bytes"]),
     ]
-    if made["forgetting"]:
+    if found["forgetting"]:
         lost = one["forgetting"]
         cells.append("-" if lost is None else Spread(tuple(lost["values"])).format("{:+.4f}"))
     return f"| {title} | {' | '.join(cells)} |"
@@ -260,18 +261,17 @@ def _forgetting_note(forgetting: Mapping[str, Any]) -> str:
     rows, before = _short_path(forgetting["rows"]), forgetting["before"]
     if forgetting["measure"] == "loss":
         return (
-            f"Forgetting: by how much the mean loss of a token of {rows} has grown; it is"
-            f" {before:.4f} of the base."
+            f"Forgetting: increase of the mean token loss on {rows}, which is {before:.4f} for the"
+            " base."
         )
     return (
-        f"Forgetting: of {rows}, the share of sentences whose own class has the nearest mean, the"
-        f" head left off, of the base ({before:.4f}) less that of the adapted model"
-        " (`jaxpeft/evaluation/forgetting.py`)."
+        f"Forgetting: decrease of the nearest-class-mean accuracy on {rows}, computed without the"
+        f" head, which is {before:.4f} for the base (`jaxpeft/evaluation/forgetting.py`)."
     )
 
 
 def _short_path(path: str) -> str:
-    """Name rows by the end of their path."""
+    """Return the last two components of a path."""
     return "/".join(path.rsplit("/", 2)[-2:])
 
 
@@ -279,13 +279,13 @@ def _bytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count / 1e3:.1f} kB"
 
 
-def draw(path: Path, made: Mapping[str, Any]) -> None:
-    """Draw the figure of each candidate over its trainable parameters as a PNG; bars are standard
+def draw(path: Path, found: Mapping[str, Any]) -> None:
+    """Plot each candidate's metric over its trainable parameters as a PNG; bars are standard
     deviations.
 
     Args:
-        path: of the PNG.
-        made: what `summary` gives.
+        path: path of the PNG.
+        found: result of `summary`.
     """
     import matplotlib as mpl
 
@@ -294,7 +294,7 @@ def draw(path: Path, made: Mapping[str, Any]) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     markers = "os^vD<>pPX*h"
-    for i, (name, one) in enumerate(made["candidates"].items()):
+    for i, (name, one) in enumerate(found["candidates"].items()):
         if one["runs"] and math.isfinite(one["figure"]["mean"]):
             axes.errorbar(
                 one["trainable_parameters"],
@@ -308,10 +308,10 @@ def draw(path: Path, made: Mapping[str, Any]) -> None:
                 color=f"C{i % 10}",
             )
     axes.set(
-        xscale="log", xlabel="trainable parameters", ylabel=f"{made['split']} {made['metric']}"
+        xscale="log", xlabel="trainable parameters", ylabel=f"{found['split']} {found['metric']}"
     )
     axes.set_title(
-        f"{made['metric']} over trainable parameters, mean of {len(made['seeds'])} seed(s)"
+        f"{found['metric']} over trainable parameters, mean of {len(found['seeds'])} seed(s)"
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")

@@ -1,8 +1,8 @@
-"""One run of a comparison, in a process of its own: `python -m jaxpeft.compare.worker`, which the
-comparison starts.
+"""Worker process of one run of a comparison: `python -m jaxpeft.compare.worker`, started by the
+comparison.
 
-It is told what to run by a line of JSON on standard input. When that is closed, the comparison has
-ended, be it killed, and so the run saves and stops.
+It reads its job as a line of JSON from standard input. When standard input closes, the comparison
+has exited or was killed, so the run saves and stops.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ def run(
 ) -> dict[str, Any]:
     """Train the method of a config, and measure it.
 
-    Leaves in `folder`: `config.json`, `metrics.jsonl`, `adapter/` and `result.json`; checkpoints
-    until that is written.
+    Writes to `folder`: `config.json`, `metrics.jsonl`, `adapter/` and `result.json`; checkpoints
+    are deleted once `result.json` is written.
 
     Args:
         config: a checked config.
-        folder: of the run; what is there already is gone on from.
-        stop: a request to stop.
-        allowed: fields that may differ from those of the run that is gone on from.
-        before: whether the figures before training are measured, too.
+        folder: folder of the run; resumes from checkpoints in it.
+        stop: stop request.
+        allowed: config fields that may differ from the checkpoint's.
+        before: whether to evaluate before training too.
 
     Returns:
-        What `result.json` holds.
+        The contents of `result.json`.
 
     Raises:
-        JaxpeftError: whatever cannot be used, named.
+        JaxpeftError: an input is invalid.
         Stopped: on request, after saving.
     """
     records.check(config.log)
@@ -110,7 +110,7 @@ def run(
             "config": as_dict(config),
         }
         atomic.write_text(folder / RESULT, json.dumps(measured, indent=2) + "\n")
-        # of a whole model they are many times the adapter, and nothing goes on from them any more
+        # large for a full fine-tune, and no longer needed
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return measured
 
@@ -118,12 +118,12 @@ def run(
 def _measure_forgetting(
     setup: Setup, result: RunResult, evaluator: Evaluator, stop: StopRequest
 ) -> Forgetting | None:
-    """Measure what the base could do of the config's other rows, and what the adapted one can."""
+    """Measure the base and the adapted model on the config's forgetting rows."""
     config = setup.config
     examples = other_rows(config)
     if examples is None:
         return None
-    with log_time(f"what is forgotten of {examples.rows.name}") as note:
+    with log_time(f"measuring forgetting on {examples.rows.name}") as note:
         encoding = RowEncoder(config.data, setup.data.tokenizer, setup.model.config.vocab_size)
         split = encoding(examples, check_dropped=False)
         if config.model.task == "causal_lm":
@@ -159,26 +159,26 @@ def _stop_when_requested(batches: Any, stop: StopRequest) -> Any:
 
 
 def main() -> int:
-    """Run what standard input says; return the exit code."""
+    """Run the job read from standard input; return the exit code."""
     line = sys.stdin.readline()
     if not line:
-        return 0  # the comparison has ended before this run was its turn
-    told = json.loads(line)
-    # a library imported above has set its own, and ours would be left out
+        return 0  # the comparison ended before this run's turn
+    request = json.loads(line)
+    # an imported library has added its own handler, which would prevent ours
     logging.getLogger().handlers.clear()
-    set_up_logging(hushed=not told["traceback"])
-    return run_guarded(lambda: _run(told), show_traceback=told["traceback"])
+    set_up_logging(hushed=not request["traceback"])
+    return run_guarded(lambda: _run(request), show_traceback=request["traceback"])
 
 
-def _run(told: Mapping[str, Any]) -> int:
-    config, problems = parse_config(told["config"])
+def _run(request: Mapping[str, Any]) -> int:
+    config, problems = parse_config(request["config"])
     if config is None:
         raise ConfigError(problems)
     with StopRequest() as stop:
         threading.Thread(target=_stop_with_the_comparison, daemon=True).start()
         cpu.keep_memory()
         try:
-            run(config, Path(told["folder"]), stop, told["allowed"], before=told["before"])
+            run(config, Path(request["folder"]), stop, request["allowed"], before=request["before"])
         except Stopped as stopped:
             return stopped.exit_code
     return 0

@@ -1,8 +1,7 @@
-"""Configs: the options of a run, how a config file and the command line set them, and how they are
-checked.
+"""Configs: the options of a run, config files, command-line overrides, and checks.
 
-A config file defines `get_config()`, which takes `defaults()`, changes what it wants and returns
-it. Nothing here imports JAX, so that a bad config is refused at once.
+A config file defines `get_config()`, which changes and returns `defaults()`. This package does not
+import JAX, so that a bad config is rejected immediately.
 """
 
 from jaxpeft.config.files import defaults as defaults

@@ -1,6 +1,4 @@
-"""The section of a config that makes it a comparison: methods that are trained on the same rows,
-for the same steps.
-"""
+"""Config section of a comparison: methods to train on the same rows for the same steps."""
 
 from __future__ import annotations
 
@@ -18,81 +16,79 @@ from jaxpeft.methods.lora import LoRA
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateConfig:
-    """One method of a comparison; what it does not set is that of the config."""
+    """One method of a comparison; unset options are taken from the config."""
 
-    name: str = option("", "name of its row and of its folder; empty for the method's")
+    name: str = option("", "name of its row and folder; empty for the method's name")
     method: Method = option(
         LoRA,
-        "the fine-tuning method: `name` and its hyperparameters; left out, that of the config",
+        "fine-tuning method: `name` and its hyperparameters; the config's by default",
         read=read,
     )
     learning_rate: float | None = option(
         None, "peak learning rate; None for optimizer.learning_rate", above=0
     )
     head_learning_rate: float | None = option(
-        None, "that of the head; None for the optimizer's", above=0
+        None, "peak learning rate of the head; None for optimizer.head_learning_rate", above=0
     )
 
     @property
     def title(self) -> str:
-        """What it is called."""
+        """Name of the candidate, by default its method's."""
         return self.name or self.method.name
 
     def problems(self) -> list[str]:
-        """List what is wrong across options."""
+        """List problems across options."""
         found: list[str] = []
         if why := names.problem(self.title):
             found.append(f"name: {why}")
         if self.name in METHODS and self.name != self.method.name:
             found.append(
-                f"name: {self.name!r} is a method, and this candidate's is {self.method.name!r};"
-                " set its method.name"
+                f"name: {self.name!r} is the name of a method, but this candidate's method is"
+                f" {self.method.name!r}; set method.name, or use another name"
             )
         if trains_head_alone(self.method) and self.learning_rate is not None:
             found.append(
-                f"learning_rate: {self.method.name!r} trains the head alone; set head_learning_rate"
+                f"learning_rate: {self.method.name!r} trains only the head; set head_learning_rate"
             )
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What `python -m jaxpeft.compare` compares."""
+    """Methods that `python -m jaxpeft.compare` compares."""
 
     candidates: tuple[CandidateConfig, ...] = option(
-        (), "the methods, each with its learning rates"
+        (), "methods to compare, each with its learning rates"
     )
     seeds: tuple[int, ...] = option(
-        (0, 1, 2), "train.seed of the runs of each candidate", at_least=0, below=2**32
+        (0, 1, 2), "values of train.seed, one run each per candidate", at_least=0, below=2**32
     )
     reference: str | None = option(
         None,
-        "candidate that the others' figures are given as a share of; None for the one whose method"
-        " is full",
+        "candidate relative to which the others' metrics are reported; None for the one with method"
+        " full",
     )
     forgetting: str = option(
         "",
-        "rows of something else, by which to tell what the base has forgotten; labeled, or texts of"
-        " a language model",
+        "rows of another task, on which forgetting is measured: labeled rows, or texts for a"
+        " language model",
     )
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """What the candidates are called."""
+        """Names of the candidates."""
         return tuple(candidate.title for candidate in self.candidates)
 
     @property
     def compared_with(self) -> str | None:
-        """The name of the candidate that the others are given as a share of, None where there is
-        none.
-        """
+        """Name of the reference candidate, or None."""
         full = (candidate.title for candidate in self.candidates if candidate.method.name == "full")
         return self.reference or next(full, None)
 
     def problems(self) -> list[str]:
-        """List what is wrong across options."""
+        """List problems across options."""
         found = [
-            f"candidates: {count} of them are called {title!r}; give each a name of its own"
+            f"candidates: {count} are named {title!r}; give each a different name"
             for title, count in Counter(self.titles).items()
             if count > 1
         ]
@@ -101,14 +97,14 @@ class CompareConfig:
         if not self.seeds:
             found.append("seeds: is empty; give at least one")
         found += [
-            f"seeds: {seed} stands there {n} times; give it once"
+            f"seeds: lists {seed} {n} times; list it once"
             for seed, n in Counter(self.seeds).items()
             if n > 1
         ]
         if self.reference is not None and self.reference not in self.titles:
             found.append(
                 f"reference: {show(self.reference)} is not a"
-                f" candidate{nearest(self.reference, self.titles)} (there are:"
+                f" candidate{nearest(self.reference, self.titles)} (known:"
                 f" {', '.join(self.titles)})"
             )
         return found

@@ -1,4 +1,4 @@
-"""Config files and command-line overrides: read, checked, and every problem reported at once."""
+"""Read config files and command-line overrides, check them, and report all problems at once."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from jaxpeft.methods import METHODS
 _log = logging.getLogger(__name__)
 _ESCAPE, _ESCAPES = re.compile(r"\\([ntr\\])"), {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _DEEPEST = 2
-"""Names in a dotted option: a section's and the option's own."""
+"""Maximum number of names in a dotted option: section and option."""
 
 
 def defaults(method: str = "lora") -> ml_collections.ConfigDict:
     """Return the default config, to be changed by a config file's `get_config()`.
 
     Args:
-        method: name of the fine-tuning method, whose options `config.method` then holds.
+        method: name of the fine-tuning method, which determines the options in `config.method`.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: the method is unknown.
     """
     if method not in METHODS:
         raise ConfigError(
@@ -44,8 +44,7 @@ def defaults(method: str = "lora") -> ml_collections.ConfigDict:
             f" {', '.join(METHODS)})"
         )
     plain = as_dict(dataclasses.replace(Config(), method=METHODS[method]()))
-    # a wrong type or name is not refused at its line, but with all other problems of the file at
-    # once
+    # wrong types and names are reported with all other problems of the file, not at their line
     return ml_collections.ConfigDict(plain, type_safe=False)
 
 
@@ -53,13 +52,13 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Read and check a config file.
 
     Args:
-        path: a Python file that defines `get_config()`, which is executed, so it must be one that
-            you trust; or a YAML or JSON file that holds the options that differ from the defaults.
+        path: a Python file that defines `get_config()`, which is executed, so it must be trusted;
+            or a YAML or JSON file with the options that differ from the defaults.
         overrides: `(dotted option, text)` pairs from the command line.
 
     Raises:
-        ConfigError: listing every unknown option, wrong type, value out of range and pair that
-            excludes each other.
+        ConfigError: lists every unknown option, wrong type, value out of range and incompatible
+            pair.
     """
     values = read_file(Path(path))
     problems = _name_as_ours(values)
@@ -72,20 +71,20 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
 
 
 def _name_as_ours(values: dict[str, Any]) -> list[str]:
-    """Give the options of the method their own names, so that the command line may change them;
-    return what is wrong with that.
+    """Replace aliases of the method's options by their names, so that the command line can override
+    them; return the problems.
     """
     method = values.get("method")
     if not isinstance(method, Mapping):
-        return []  # told with the file's other problems
+        return []  # reported with the file's other problems
     cls = METHODS.get(str(method.get("name", "lora")), Method)
     values["method"], problems = by_own_names(cls, method, "config.method")
     return problems
 
 
 def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
-    """Make a `Config` from plain values, as `as_dict` gives them; the method's section is read by
-    its name.
+    """Make a `Config` from plain values, as returned by `as_dict`; the method's name determines how
+    its section is read.
     """
     section = values.get("method", {})
     if not isinstance(section, Mapping):
@@ -99,9 +98,7 @@ def parse_config(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
 
 
 def _with_methods(compare: Any, method: Mapping[str, Any]) -> Any:
-    """Return the section of a comparison with the config's method for each candidate that sets
-    none.
-    """
+    """Return the section of a comparison, with the config's method in candidates that set none."""
     candidates = compare.get("candidates") if isinstance(compare, Mapping) else None
     if not isinstance(candidates, (list, tuple)):
         return compare
@@ -110,13 +107,12 @@ def _with_methods(compare: Any, method: Mapping[str, Any]) -> Any:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Read a config file's values as plain nested dicts: Python is executed, YAML and JSON are
-    read.
+    """Read a config file as nested plain dicts; Python files are executed.
 
     Raises:
-        ConfigError: the file is missing or of another kind; a Python file fails, or has no
-            `get_config()` that returns a ConfigDict; a YAML or JSON file cannot be read, names an
-            option twice, or holds no sections.
+        ConfigError: the file is missing or has another type; a Python file fails, or has no
+            `get_config()` that returns a ConfigDict; a YAML or JSON file cannot be read, sets an
+            option twice, or has no sections.
     """
     if why := _no_file(path):
         raise ConfigError(f"--config {shorten(str(path), 200)}: {why}")
@@ -126,12 +122,10 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a plain file's values laid over the defaults of its method, as a Python file's
-    `defaults()` are changed.
-    """
+    """Merge a plain file's values into the defaults of its method."""
     method = values.get("method")
     name = method.get("name", "lora") if isinstance(method, Mapping) else "lora"
-    # a name that is none is refused with the file's other problems
+    # an invalid name is reported with the file's other problems
     found = defaults(name if isinstance(name, str) and name in METHODS else "lora").to_dict()
     for key, value in values.items():
         is_section = isinstance(value, Mapping) and dataclasses.is_dataclass(
@@ -149,8 +143,8 @@ def _execute(path: Path) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        made: object = module.get_config()
-        config = made.to_dict() if isinstance(made, ml_collections.ConfigDict) else made
+        returned: object = module.get_config()
+        config = returned.to_dict() if isinstance(returned, ml_collections.ConfigDict) else returned
     except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{path}{_line_of(error, path)}: {type(error).__name__}:"
@@ -164,18 +158,18 @@ def _execute(path: Path) -> dict[str, Any]:
 
 
 def _no_file(path: Path) -> str | None:
-    """Return why a path is not that of a file, with those near it; None where it is one."""
+    """Return why a path is not a file, with similar files; None if it is one."""
     try:
         if path.is_file():
             return None
         if path.is_dir():
             return (
-                f"a folder; name one of its files: {', '.join(p.name for p in _configs_in(path))}"
+                f"a folder; give one of its files: {', '.join(p.name for p in _configs_in(path))}"
             )
-        there = [str(p) for p in _configs_in(path.parent)] if path.parent.is_dir() else []
-    except OSError as error:  # a name that is too long, or a folder that may not be read
+        files = [str(p) for p in _configs_in(path.parent)] if path.parent.is_dir() else []
+    except OSError as error:  # a name that is too long, or an unreadable folder
         return f"cannot be read ({error.strerror})"
-    near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.3)
+    near = difflib.get_close_matches(str(path), files, n=3, cutoff=0.3)
     return "no such file" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
@@ -205,11 +199,11 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
     if option == "method":
         return ["--config.method: is a section; set --config.method.name=NAME"]
     if not isinstance(method, dict):
-        return []  # told with the file's other problems
+        return []  # reported with the file's other problems
     if option == "method.name" and text != method.get("name"):
         dropped = ", ".join(key for key in method if key != "name")
         _log.info(
-            "--config.method.name=%s: the file's options of its own method do not apply (%s)",
+            "--config.method.name=%s: ignoring the file's options for its own method (%s)",
             text,
             dropped,
         )
@@ -222,10 +216,10 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
         node = node.get(section) if isinstance(node, dict) else None
     hint = _hint(option, values)
     if isinstance(node, dict) and hint is not None and key:
-        there = node.get(last) or {}
-        if not isinstance(there, Mapping):
-            return []  # likewise
-        node[last] = {**there, key: read_value(text, typing.get_args(hint)[1])}
+        mapping = node.get(last) or {}
+        if not isinstance(mapping, Mapping):
+            return []  # reported with the file's other problems
+        node[last] = {**mapping, key: read_value(text, typing.get_args(hint)[1])}
         return []
     if not isinstance(node, dict) or hint is None:
         return [f"--config.{shorten(option)}: {no_option(option, _all_options(values))}"]
@@ -238,16 +232,14 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
 
 
 def _own_name(option: str, values: Mapping[str, Any]) -> str:
-    """Return a dotted option by its own name, where it is given by another."""
+    """Return a dotted option with an alias replaced by the option's name."""
     section, _, last = option.rpartition(".")
     own = f"{section}.{ALIASES.get(last, last)}"
     return own if last in ALIASES and _hint(own, values) is not None else option
 
 
 def _split_key(option: str, values: Mapping[str, Any]) -> tuple[str, str]:
-    """Split `method.rank_pattern.q_proj` into the option, a mapping, and a key of it; the key is
-    empty elsewhere.
-    """
+    """Split `method.rank_pattern.q_proj` into mapping option and key; other options have no key."""
     parts = option.split(".")
     for n in range(1, min(len(parts), _DEEPEST + 1)):
         if typing.get_origin(_hint(".".join(parts[:n]), values)) is dict:
@@ -256,7 +248,7 @@ def _split_key(option: str, values: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _hint(option: str, values: Mapping[str, Any]) -> Any:
-    """Return the annotated type of a dotted option, or None where there is none."""
+    """Return the annotated type of a dotted option, or None if the option does not exist."""
     cls: Any = Config
     for key in option.split("."):
         hints = hints_of(cls) if dataclasses.is_dataclass(cls) else {}
@@ -271,7 +263,7 @@ def _hint(option: str, values: Mapping[str, Any]) -> Any:
 
 
 def _reader(option: str, values: Mapping[str, Any]) -> Reader | None:
-    """Return what reads the sections that an option holds, None where they are of one type."""
+    """Return the custom reader of an option, or None."""
     section, _, name = option.rpartition(".")
     cls = _hint(section, values) if section else Config
     fields = (
@@ -283,9 +275,7 @@ def _reader(option: str, values: Mapping[str, Any]) -> Reader | None:
 
 
 def _all_options(values: Mapping[str, Any]) -> list[str]:
-    """Return the dotted options that there are, those of the method that the values name among
-    them.
-    """
+    """Return all dotted options, including those of the configured method."""
     found: list[str] = []
     for field in dataclasses.fields(Config):
         hint = _hint(field.name, values)

@@ -1,4 +1,4 @@
-"""The JSON schema of a config, by which editors complete and check YAML and JSON configs."""
+"""JSON schema of configs, with which editors complete and check YAML and JSON configs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", typ
 
 
 def schema() -> dict[str, Any]:
-    """Return the schema of a config file's content: JSON Schema, draft 2020-12.
+    """Return the schema of a config file (JSON Schema, draft 2020-12).
 
-    It holds what can be said of each option alone; what does not go together across options,
-    loading the config says.
+    It checks each option by itself; incompatible options are only found when the config is loaded.
     """
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -61,9 +60,7 @@ def _section(cls: type[Any], more: Mapping[str, Any] | None = None) -> dict[str,
 
 
 def _method() -> dict[str, Any]:
-    """Return the schema of a method's section: its `name` says which options it has; without one it
-    is LoRA's.
-    """
+    """Return the schema of a method's section; its `name` (default lora) determines the options."""
     return {
         "type": "object",
         "description": "The fine-tuning method: `name` and its options.",

@@ -1,4 +1,4 @@
-"""How the text of the command line becomes the value of an option."""
+"""Parse command-line text as the value of an option."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ _NAMED = {"true": True, "false": False, "none": None}
 
 
 def read_value(text: str, hint: Any, read: Reader | None = None) -> Any:
-    """Return a value as the type of its option asks: `8`, `1e-3`, `true`, `None`, `q_proj,v_proj`,
-    or a string.
+    """Parse text by the type of its option: `8`, `1e-3`, `true`, `None`, `q_proj,v_proj`, or a
+    string.
 
-    Where no reading of the text is of that type, the value is the most literal one, which `convert`
-    refuses.
+    If the text does not fit the type, return its literal value, which `convert` rejects.
 
     Args:
-        text: as it was written.
-        hint: the annotated type of the option.
-        read: of the option, as `convert` takes it.
+        text: text from the command line.
+        hint: annotated type of the option.
+        read: custom reader of the option, passed to `convert`.
     """
     literal = _literal(text)
     names = (
@@ -30,10 +29,10 @@ def read_value(text: str, hint: Any, read: Reader | None = None) -> Any:
         if "," in text or not text
         else (text,)
     )
-    # names with commas between them are a list, also where one string would do: a target list, not
-    # an expression
+    # comma-separated names are a list, even if the option also accepts a string: a list of targets,
+    # not an expression
     listed = (names,) if re.fullmatch(r"[\w./:~-]+(,\s*[\w./:~-]+)+", text) else ()
-    # a list in brackets is one, also where an item of it is wrong: its pieces are no names
+    # text in brackets is one value, even if an item is invalid: do not split it into names
     split = () if literal is not text and text.lstrip()[:1] in ("(", "[", "{") else (names,)
     for candidate in (*listed, literal, text, (literal,), *split):
         if not convert(candidate, hint, "", read)[1]:
@@ -42,18 +41,15 @@ def read_value(text: str, hint: Any, read: Reader | None = None) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """Return the number, string, list or mapping that a text writes as Python does, or the text
-    itself.
-    """
+    """Return the value of a Python literal, or the text itself."""
     if text.lower() in _NAMED:
         return _NAMED[text.lower()]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
-            )  # of an escape in a string that Python does not know: it stays as it is
+            )  # about unknown escapes in strings, which stay as they are
             return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        # all that literal_eval raises; the last two are of a text that nests too deeply, not of a
-        # lack of memory
+        # all errors of literal_eval; the last two mean text that is nested too deeply
         return text

@@ -1,4 +1,4 @@
-"""Configs as YAML or JSON: numbers read as numbers, an option named twice refused."""
+"""Read YAML and JSON configs; options that are set twice are errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxpeft.json_files import parse_json
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a config file that holds plain values.
+    """Read a YAML or JSON config file.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML or JSON, names an option twice, or holds
-            no sections.
+        ConfigError: the file cannot be read, is not YAML or JSON, sets an option twice, or has no
+            sections.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -28,10 +28,11 @@ def read(path: Path) -> dict[str, Any]:
     values = READERS[path.suffix](text, path)
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{path}: must hold sections such as model and train, holds a {type(values).__name__}"
+            f"{path}: must contain sections such as model and train, contains a"
+            f" {type(values).__name__}"
         )
     found = {str(key): value for key, value in cast(Mapping[object, Any], values).items()}
-    found.pop("$schema", None)  # by which an editor finds the schema of a JSON file
+    found.pop("$schema", None)  # tells editors the schema of a JSON file
     return found
 
 
@@ -52,7 +53,7 @@ def _read_yaml(text: str, path: Path) -> object:
     except DuplicateKeyError as error:
         twice = str(error.problem).split('"')[1]
         raise ConfigError(
-            f"{path}{_place(error)}: names {twice!r} twice; leave one of them"
+            f"{path}{_place(error)}: sets {twice!r} twice; remove one of them"
         ) from error
     except MarkedYAMLError as error:
         raise ConfigError(
@@ -62,7 +63,7 @@ def _read_yaml(text: str, path: Path) -> object:
         raise ConfigError(
             f"{path}: not YAML ({shorten(' '.join(str(error).split()), 200)})"
         ) from error
-    except (RecursionError, ValueError) as error:  # lists in lists in lists; a date that is none
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an invalid date
         raise ConfigError(
             f"{path}: not a config ({shorten(str(error) or type(error).__name__, 200)})"
         ) from error
@@ -70,10 +71,10 @@ def _read_yaml(text: str, path: Path) -> object:
 
 
 def _place(error: Any) -> str:
-    """Return the line and column of an error of a YAML reader, counted from 1."""
+    """Return the 1-based line and column of a YAML error."""
     mark = error.problem_mark or error.context_mark
     return f":{mark.line + 1}:{mark.column + 1}" if mark else ""
 
 
 READERS = {".yaml": _read_yaml, ".yml": _read_yaml, ".json": _read_json}
-"""How a file is read, by its ending."""
+"""Reader of each file extension."""

@@ -1,4 +1,4 @@
-"""The options of a config by section, as help and documentation print them."""
+"""Options of a config by section, for help and documentation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxpeft.errors import ConfigError, nearest, shorten
 from jaxpeft.methods import METHODS
 
 NAME_OF_METHOD = OptionDoc(
-    "name", "str", "'lora'", "", "the fine-tuning method, one of `config.method.NAME`"
+    "name", "str", "'lora'", "", "fine-tuning method, one of `config.method.NAME`"
 )
 
 
@@ -25,10 +25,10 @@ class SectionDoc:
     """One section of a config.
 
     Attributes:
-        name: such as `model`; of a method's options `method.NAME`.
-        doc: what it is about.
-        paper: where a method comes from, empty elsewhere.
-        options: in their order.
+        name: name such as `model`, or `method.NAME` for the options of a method.
+        doc: description.
+        paper: source of a method, otherwise empty.
+        options: options in order.
     """
 
     name: str
@@ -38,25 +38,25 @@ class SectionDoc:
 
 
 def sections() -> tuple[SectionDoc, ...]:
-    """Return every section of a config, each method's options as one of their own."""
+    """Return every section of a config, with a section per method."""
     return tuple(_sections())
 
 
 def section(name: str) -> SectionDoc:
-    """Return a section by its name, with or without `config.` in front.
+    """Return a section by its name, with or without the prefix `config.`.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no such section exists.
     """
     known = {found.name: found for found in sections()}
-    asked = name.removeprefix("config.")
-    if asked not in known:
-        usual = ", ".join(one for one in known if "." not in one)
+    key = name.removeprefix("config.")
+    if key not in known:
+        main = ", ".join(one for one in known if "." not in one)
         raise ConfigError(
-            f"--help {shorten(name)}: no section of that name{nearest(asked, known)} (known:"
-            f" {usual}, and method.NAME)"
+            f"--help {shorten(name)}: no such section{nearest(key, known)} (known: {main}, and"
+            " method.NAME)"
         )
-    return known[asked]
+    return known[key]
 
 
 def _sections() -> Iterator[SectionDoc]:
@@ -74,7 +74,6 @@ def _sections() -> Iterator[SectionDoc]:
             )
     yield SectionDoc(
         "compare.candidates",
-        f"{first_line(CandidateConfig)} Its `method` is a section like `config.method`, which is"
-        " taken where it is left out.",
+        f"{first_line(CandidateConfig)} Its `method` is a section like `config.method`.",
         option_docs(CandidateConfig),
     )

@@ -1,3 +1,1 @@
-"""Knowing what a run needs before it runs: the step compiled ahead of time for devices that are not
-there, and read.
-"""
+"""Plan a run: compile its train step ahead of time for absent devices, and analyze the program."""

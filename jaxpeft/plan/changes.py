@@ -1,4 +1,4 @@
-"""What to change where a run does not fit: the nearest change that does, tried by compiling it."""
+"""Find the smallest config change that makes a run fit, by compiling candidates."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from jaxpeft.sharding.sizes import divisors, row_shards
 
 @dataclass(frozen=True)
 class Change:
-    """A config that differs in little.
+    """A config with a small change.
 
     Attributes:
-        text: what differs, as it stands on a command line.
-        config: it.
+        text: the change, as command-line options.
+        config: the changed config.
     """
 
     text: str
@@ -34,13 +34,13 @@ class Change:
 
 
 def changes(config: Config, remat: str, over: int) -> Iterator[Change]:
-    """Yield changes, the nearest first: those that leave the numbers of a run alone, then those
-    that do not, then both.
+    """Yield changes, smallest first: those that keep a run's numerics (remat, accumulation), then
+    quantization, then smaller batches.
 
     Args:
-        config: what does not fit.
-        remat: what it computes again.
-        over: devices that rows are spread over.
+        config: config that does not fit.
+        remat: its remat policy.
+        over: number of devices that rows are sharded over.
     """
     policies, parts = stronger(remat), _accumulations(config, over)
     same: list[dict[str, Any]] = [{"model__remat": policy} for policy in policies]
@@ -61,12 +61,11 @@ def changes(config: Config, remat: str, over: int) -> Iterator[Change]:
 
 
 def repairs(config: Config, over: int) -> Iterator[Change]:
-    """Yield changes to a batch that cannot be spread: fewer parts first, then the next size that
-    can be.
+    """Yield changes to a batch that cannot be sharded: less accumulation, then the next batch size.
 
     Args:
-        config: what is refused.
-        over: devices that rows are to be spread over.
+        config: rejected config.
+        over: number of devices to shard rows over.
     """
     size, parts = config.train.batch_size, config.train.accumulation
     for n in reversed(divisors(size)):
@@ -78,9 +77,7 @@ def repairs(config: Config, over: int) -> Iterator[Change]:
 
 
 def _accumulations(config: Config, over: int) -> list[int]:
-    """Return the numbers of parts above the config's that a batch can be computed in, each at least
-    twice the one before.
-    """
+    """Return possible accumulation steps above the config's, each at least twice the previous."""
     size, found = config.train.batch_size, [config.train.accumulation]
     for n in divisors(size):
         if size % (n * over) == 0 and n >= 2 * found[-1]:
@@ -92,7 +89,7 @@ def _accumulations(config: Config, over: int) -> list[int]:
 
 
 def _smaller(config: Config, over: int) -> list[int]:
-    """Return smaller batches that can be spread, each half of the one before."""
+    """Return smaller batch sizes that can be sharded, by repeated halving."""
     size, found = config.train.batch_size // 2, list[int]()
     while size >= over:
         if size % over == 0:
@@ -107,12 +104,12 @@ def _change(config: Config, what: dict[str, Any]) -> Change:
 
 
 def add_nearest(setting: Setting, found: Candidate, most: int) -> Row:
-    """Add the nearest change that fits to a row that does not, if one does.
+    """Return the row of a candidate; if it does not fit, with the nearest change that does.
 
     Args:
-        setting: what all candidates share.
-        found: what does not fit, or is refused.
-        most: how many changes are compiled at most.
+        setting: setting shared by all candidates.
+        found: examined candidate.
+        most: maximum number of changes to compile.
     """
     row, tried = found.row, list[str]()
     if row.fits is not False:
@@ -126,7 +123,7 @@ def add_nearest(setting: Setting, found: Candidate, most: int) -> Row:
 
 
 def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Change]:
-    """Return the changes that may fit by arithmetic, the nearest first; what cannot is added to
+    """Return the changes estimated to fit, nearest first; if none is, add the reason to
     `ruled_out`.
     """
     row = found.row
@@ -135,23 +132,23 @@ def _likely(setting: Setting, found: Candidate, ruled_out: list[str]) -> list[Ch
         over = _rows_over(setting, found.config)
         tried = [] if over is None else list(repairs(found.config, over))
     else:
-        # how much more the program takes than the estimate of it
-        beside = max(1, row.memory.total - found.placed.held)
-        scale = beside / max(1, found.kept.total(row.remat))
+        # ratio of the program's memory to its estimate
+        measured = max(1, row.memory.total - found.placed.held)
+        scale = measured / max(1, found.kept.total(row.remat))
         tried = list(changes(found.config, row.remat, row_shards(row.mesh)))
     sizes = [_predict(setting, change, scale) for change in tried]
     likely = [change for change, size in zip(tried, sizes, strict=True) if size <= room]
     least = min(sizes, default=math.inf)
     if not likely and least < math.inf:
         ruled_out.append(
-            f"batch, remat and quantization, which come to about {gib(least)} at least"
+            f"batch size, remat and quantization, which need at least about {gib(least)}"
         )
     return likely
 
 
 def _rows_over(setting: Setting, config: Config) -> int | None:
-    """Return how many devices rows are spread over where the batch is refused, which a size for any
-    mesh tells; None where more is.
+    """Return the number of devices that rows are sharded over if only the batch size is rejected,
+    else None.
     """
     any_size = setting.topology.size * config.train.accumulation
     try:
@@ -162,7 +159,7 @@ def _rows_over(setting: Setting, config: Config) -> int | None:
 
 
 def _predict(setting: Setting, change: Change, scale: float) -> float:
-    """Return about how many bytes a change would take, without compiling it."""
+    """Estimate the bytes of a change without compiling it."""
     try:
         mesh, run, _ = prepare(setting, change.config)
     except (ConfigError, TargetError):
@@ -174,16 +171,14 @@ def _predict(setting: Setting, change: Change, scale: float) -> float:
 
 
 def summary(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Name the strategy to take in its place, in the verdict of each row that does not fit where
-    another does as it is.
-    """
+    """Name the fastest fitting strategy in the verdict of each row that does not fit."""
     fitting = [row for row in rows if row.fits and row.memory is not None]
     if not fitting:
         return tuple(rows)
-    other = min(fitting, key=lambda row: row.roofline.seconds if row.roofline else math.inf)
+    best = min(fitting, key=lambda row: row.roofline.seconds if row.roofline else math.inf)
     return tuple(
         (
-            dataclasses.replace(row, verdict=f"{row.verdict}; {other.strategy} fits")
+            dataclasses.replace(row, verdict=f"{row.verdict}; {best.strategy} fits")
             if row.fits is False
             else row
         )

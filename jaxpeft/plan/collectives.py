@@ -1,6 +1,4 @@
-"""The collectives of a compiled program: which, how often, how many bytes, and along which axes of
-the mesh.
-"""
+"""Collectives of a compiled program: kinds, counts, bytes and mesh axes."""
 
 from __future__ import annotations
 
@@ -37,14 +35,13 @@ class Collective:
     """All collectives of one kind along the same axes.
 
     Attributes:
-        kind: such as `all-gather`.
-        axes: of the mesh, with `+` between them; `none` where devices talk to themselves alone.
-        count: how many of them a step runs, each iteration of a loop counted.
-        nbytes: of the whole arrays, of one device: what is gathered, reduced, or sent, over all of
-            them.
-        wire: bytes that one device sends, in a ring: `(n - 1) / n` of `nbytes`, twice that for an
+        kind: kind of collective, such as `all-gather`.
+        axes: mesh axes, joined by `+`; `none` for groups of one device.
+        count: number of runs per step, counting every loop iteration.
+        nbytes: total bytes of the complete arrays gathered, reduced or sent, per device.
+        wire: bytes that one device sends in a ring: `(n - 1) / n` of `nbytes`, twice that for an
             all-reduce.
-        group: how many devices take part in each.
+        group: number of devices per group.
     """
 
     kind: str
@@ -61,15 +58,14 @@ def collectives(
     """Find the collectives of a program.
 
     Args:
-        program: compiled for the devices of a mesh, in the mesh's order.
+        program: program compiled for the devices of a mesh, in mesh order.
         mesh: size of each axis, in order.
-        across: the axes that go over slices: what slices of a TPU tell each other is sent to their
-            hosts.
-        slices: how many there are.
+        across: axes across slices; communication between TPU slices is sent through the hosts.
+        slices: number of slices.
 
     Returns:
-        They, those with most bytes first. A collective that the compiler spreads over several
-        fusions counts once.
+        The collectives, most bytes first. One that the compiler splits over several fusions counts
+        once.
     """
     seen: set[tuple[str, str]] = set()
     sums: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -86,7 +82,7 @@ def collectives(
             if kind not in KINDS or not times or mark in seen:
                 continue
             seen.add(mark)
-            # a TPU's program has a reduce-scatter as an all-reduce of which a slice is kept
+            # a TPU program expresses a reduce-scatter as an all-reduce followed by a slice
             kind = (
                 "reduce-scatter"
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter")
@@ -98,7 +94,7 @@ def collectives(
             else:
                 groups = groups_of(one.text, int(np.prod(list(mesh.values()))))
                 axes, n = axes_of(groups, mesh), len(groups[0]) if groups else 1
-                if kind == "collective-permute":  # which names pairs of neighbors
+                if kind == "collective-permute":  # its groups are pairs of neighbors
                     n = math.prod(mesh.get(axis, 1) for axis in axes.split("+"))
             entry = sums[kind, axes, n]
             entry[0] += times
@@ -109,12 +105,12 @@ def collectives(
 
 
 def _payload(program: Program, computation: str, one: Instruction, kind: str) -> int:
-    """Return the bytes of the whole array: what an all-gather gives, what the others are given."""
-    given = sum(operand.nbytes for operand in program.operands(computation, one))
+    """Return the bytes of the complete array: the output of an all-gather, the input of others."""
+    inputs = sum(operand.nbytes for operand in program.operands(computation, one))
     if kind != "all-gather" or one.opcode == "send":
-        return given or one.nbytes
-    # the result of a start holds its operand as well
-    return one.nbytes - given if one.opcode.endswith("-start") else one.nbytes
+        return inputs or one.nbytes
+    # the result of a `-start` includes its operand
+    return one.nbytes - inputs if one.opcode.endswith("-start") else one.nbytes
 
 
 def _wire(kind: str, size: int, n: int) -> int:
@@ -124,12 +120,12 @@ def _wire(kind: str, size: int, n: int) -> int:
 
 
 def groups_of(text: str, devices: int) -> Groups:
-    """Read the groups of devices that a collective runs among.
+    """Parse the device groups of a collective.
 
     Args:
-        text: the attributes of the instruction. Groups are written out, or as an iota that is
-            reshaped and transposed, or as axes of a mesh; of a permute, as pairs.
-        devices: how many there are, where no group is named: all.
+        text: attributes of the instruction. Groups are listed, or an iota that is reshaped and
+            transposed, or axes of a mesh; those of a permute are pairs.
+        devices: number of devices in the single group, if no groups are given.
     """
     pairs = _PAIRS.search(text)
     if pairs:
@@ -160,9 +156,7 @@ def _iota(shape: str, dims: str, order: str | None) -> Groups:
 
 
 def _of_mesh(mesh: str, order: str | None, axes: str) -> Groups:
-    """Read groups as `mesh['a'=4,'b'=2] {'a'}`: those devices are together that differ along `a`
-    alone.
-    """
+    """Parse groups such as `mesh['a'=4,'b'=2] {'a'}`: devices of a group differ only along `a`."""
     names = re.findall(r"'([^']*)'=(\d+)", mesh)
     sizes = [int(n) for _, n in names]
     ids = np.arange(int(np.prod(sizes))) if order is None else _read_order(order)
@@ -175,7 +169,7 @@ def _of_mesh(mesh: str, order: str | None, axes: str) -> Groups:
 
 
 def _read_order(text: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Read the devices of a mesh: written out, or as an iota that is reshaped and transposed."""
+    """Parse the devices of a mesh: listed, or an iota that is reshaped and transposed."""
     shuffled = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if shuffled is None:
         return np.array(_ints(text))
@@ -188,8 +182,8 @@ def _read_order(text: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
 def _split(
     names: Sequence[tuple[str, str]], together: Sequence[tuple[str, str, str]]
 ) -> tuple[list[int], list[bool]]:
-    """Split axes of which a part alone is named, as `'a':(2)4`: 4 of the axis's devices behind the
-    first 2.
+    """Split axes of which only a part is used: `'a':(2)4` is a sub-axis of size 4 whose major
+    (outer) part has size 2.
     """
     sizes: list[int] = []
     on: list[bool] = []
@@ -210,7 +204,7 @@ def _rows(ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Groups:
 
 
 def axes_of(groups: Groups, mesh: Mapping[str, int]) -> str:
-    """Return the axes along which the members of groups differ, `none` where none do."""
+    """Return the axes along which members of groups differ, or `none`."""
     places = np.array(
         np.unravel_index(np.arange(int(np.prod(list(mesh.values())))), tuple(mesh.values()))
     )

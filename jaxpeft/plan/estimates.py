@@ -1,5 +1,5 @@
-"""What a step keeps beside its arguments, from one layer's program: to choose remat, and where no
-program of the chip's own is at hand.
+"""Estimate a step's memory beyond its arguments from one layer's program, to choose a remat policy
+and for chips without their own compiler here.
 """
 
 from __future__ import annotations
@@ -22,35 +22,33 @@ from jaxpeft.train import memory
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of one device.
+    """Estimated bytes per device.
 
     Attributes:
-        kept: activations that wait for the backward pass, by the policy of remat.
-        working: the layer at work, its gathered or decoded kernels, a chunk of logits, and the
-            gradients of the trained leaves.
+        kept: activations saved for the backward pass, by remat policy.
+        working: current layer, its gathered or dequantized kernels, a chunk of logits, and the
+            gradients of the trainable leaves.
     """
 
     kept: Mapping[str, int]
     working: int
 
     def total(self, remat: str) -> int:
-        """Return all of it under a policy."""
+        """Return the total under a remat policy."""
         return self.kept[remat] + self.working
 
     def fastest(self, room: float) -> str:
-        """Return the policy that computes least again of those that fit into `room` bytes, `full`
-        where none does.
-        """
+        """Return the policy with the least recomputation that fits into `room`, or `full`."""
         return fastest(self.total, room)
 
 
 def estimate_kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> Kept:
-    """Estimate what a step keeps.
+    """Estimate a step's memory beyond its arguments.
 
     Args:
-        subject: the run.
-        placed: its leaves, and where they lie.
-        mesh: the devices.
+        subject: run to plan.
+        placed: arguments of the step with their shardings.
+        mesh: device mesh.
     """
     over = row_shards(mesh.shape)
     rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
@@ -60,9 +58,7 @@ def estimate_kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> Kept:
 
 
 def _decoded_bytes(subject: Subject, mesh: Mesh) -> int:
-    """Return the bytes of what a quantized base is decoded to while it is used: its largest
-    kernel.
-    """
+    """Return the bytes of the largest dequantized kernel of a quantized base."""
     if subject.model.options.quant is None:
         return 0
     size, layers = (

@@ -1,4 +1,4 @@
-"""One way to run: a config under one strategy, compiled and read."""
+"""Examine one candidate: compile a config under one strategy and analyze the program."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from jaxpeft.train.step import jit_train_step, make_train_step
 
 @dataclass(frozen=True)
 class Setting:
-    """What all candidates of a plan share.
+    """Setting shared by all candidates of a plan.
 
     Attributes:
-        described: the content of the model's `config.json`.
-        topology: which devices.
-        devices: they themselves, to compile for.
-        limit: bytes of one that a step may take; None where nothing tells.
-        scan: whether layers are scanned, where they can be.
+        described: contents of the model's `config.json`.
+        topology: topology of the devices.
+        devices: devices to compile for.
+        limit: bytes per device that a step may use; None if unknown.
+        scan: whether to scan layers, if possible.
     """
 
     described: Mapping[str, Any]
@@ -56,9 +56,7 @@ class Setting:
 
     @property
     def room(self) -> float | None:
-        """What a step is planned into: of a GPU less than its limit, for the allocator needs room
-        between its pieces.
-        """
+        """Bytes a step is planned for: less than the limit on a GPU, to allow for fragmentation."""
         if self.limit is None or self.topology.chip.platform != "cuda":
             return self.limit
         return USABLE * self.limit
@@ -66,13 +64,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config that has been compiled.
+    """An examined config.
 
     Attributes:
-        config: it.
-        row: what was found.
-        placed: the arguments of the step; None where it is refused.
-        kept: what it was estimated to keep; None where it is refused.
+        config: the config.
+        row: result, as a row of the report.
+        placed: arguments of the step; None if the config is rejected.
+        kept: estimated memory beyond the arguments; None if the config is rejected.
     """
 
     config: Config
@@ -82,12 +80,12 @@ class Candidate:
 
 
 def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
-    """Compile a config under its strategy, and reads the program.
+    """Compile a config under its strategy, and analyze the program.
 
     Args:
-        setting: what all candidates share.
-        config: checked, with the strategy.
-        change: what differs from the config that was given.
+        setting: setting shared by all candidates.
+        config: checked config, with the strategy.
+        change: change from the requested config, as text.
     """
     try:
         mesh, run, notes = prepare(setting, config)
@@ -128,11 +126,11 @@ def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
 
 
 def predict_bytes(setting: Setting, config: Config) -> int:
-    """Return the bytes of one device that a step takes by arithmetic alone: arguments, activations,
-    and the layer at work.
+    """Estimate the bytes of a step per device without compiling: arguments, activations and the
+    current layer.
 
     Raises:
-        ConfigError: the config does not go with the devices.
+        ConfigError: the config does not fit the devices.
     """
     mesh, run, _ = prepare(setting, config)
     placed = step_arguments(run, mesh)
@@ -140,23 +138,23 @@ def predict_bytes(setting: Setting, config: Config) -> int:
 
 
 def prepare(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]]:
-    """Make the mesh and the shapes of a run, with remat chosen.
+    """Make the mesh and the abstract run, with a remat policy chosen.
 
     Returns:
-        `(mesh, run, what is to be said)`.
+        `(mesh, run, notes)`.
 
     Raises:
-        ConfigError: they do not go together.
+        ConfigError: the config does not fit the devices.
     """
     mesh = make_mesh(config, setting.devices, heads_of(setting.described))
-    asked = config.model.remat
+    policy = config.model.remat
     attention = _attention(setting, config, mesh)
-    if setting.topology.simulated and KERNELS[attention].platform:  # which is not at hand
+    if setting.topology.simulated and KERNELS[attention].platform:  # unavailable here
         attention = "xla"
     run, notes = stack_where_possible(
-        setting, config, attention, "full" if asked == "auto" else asked
+        setting, config, attention, "full" if policy == "auto" else policy
     )
-    if asked == "auto":
+    if policy == "auto":
         run = _with_remat(setting, run, mesh)
     found = layout(mesh, sharding_rules(config.mesh), run.base)
     return mesh, run.with_model(fetching.fetch_kernels(run.model, found)), notes
@@ -165,11 +163,11 @@ def prepare(setting: Setting, config: Config) -> tuple[Mesh, Subject, list[str]]
 def stack_where_possible(
     setting: Setting, config: Config, attention: str, remat: str
 ) -> tuple[Subject, list[str]]:
-    """Make the shapes of a run, with layers scanned where they can be: `(run, what is to be said)`.
+    """Make the abstract run, with scanned layers if possible; return `(run, notes)`.
 
     Raises:
-        ConfigError: the options do not go together, or the model is not supported.
-        TargetError: the method's targets are none of the model's.
+        ConfigError: the options are incompatible, or the model is not supported.
+        TargetError: the method's targets match no module of the model.
     """
     try:
         return subject(config, setting.described, attention, remat, scan=setting.scan), []
@@ -181,9 +179,7 @@ def stack_where_possible(
 
 
 def _with_remat(setting: Setting, run: Subject, mesh: Mesh) -> Subject:
-    """Choose what the backward pass computes again, as a run does: as little as memory allows, on a
-    CPU nothing.
-    """
+    """Choose the remat policy as a run does: the least recomputation that fits, none on a CPU."""
     room = setting.room
     chosen = "none"
     if room is not None:
@@ -199,7 +195,7 @@ def _attention(setting: Setting, config: Config, mesh: Mesh) -> str:
 
 
 def step_of(run: Subject, placed: StepArguments, mesh: Mesh) -> Any:
-    """Make the run's own step, jitted as the loop does."""
+    """Make the run's train step, jitted as the training loop does."""
     config = run.config
     step = make_train_step(
         run.model,
@@ -214,14 +210,14 @@ def step_of(run: Subject, placed: StepArguments, mesh: Mesh) -> Any:
 def _memory(
     setting: Setting, run: Subject, placed: StepArguments, kept: estimates.Kept, compiled: Compiled
 ) -> Memory:
-    """Split the memory of a step: arguments by arithmetic, activations by estimate, the rest is
-    what the compiler says beside.
+    """Split the memory of a step: computed arguments, estimated activations, and the rest of the
+    compiler's total.
     """
     activations = kept.kept[run.model.options.remat]
     known = placed.base + placed.adapters + placed.optimizer
     if (
         setting.topology.chip.platform == "cuda"
-    ):  # the program is a CPU's: what it keeps says nothing
+    ):  # the program was compiled for a CPU, so its memory is not that of the GPU
         total = placed.held + kept.total(run.model.options.remat)
     else:
         total = compiled.total
@@ -240,9 +236,9 @@ def _memory(
 
 def _verdict(memory: Memory, room: float | None, fits: bool | None) -> str:
     if room is None or fits is None:
-        return "no limit is known; give --hbm"
+        return "memory limit is unknown; give --hbm"
     if fits:
-        return f"fits, {gib(room - memory.total)} to spare"
+        return f"fits, with {gib(room - memory.total)} to spare"
     return f"does not fit, by {gib(max(0.0, memory.total - room))}"
 
 
@@ -254,11 +250,11 @@ def _copied_notes(setting: Setting, run: Subject) -> list[str]:
         and setting.topology.chip.platform == "cuda"
     ):
         return []
-    measured = "measured for 8 B in NF4 with remat of full: 17.1 GiB in place of 10.0"
+    measured = "measured for an 8B model in NF4 with remat full: 17.1 GiB instead of 10.0"
     return [
         (
-            "the memory is that of unrolled layers, which a run chooses: XLA copies the codes of"
-            f" stacked ones ({measured})"
+            "memory is given for unrolled layers, which a run uses: XLA copies quantized kernels"
+            f" of stacked layers ({measured})"
         )
     ]
 
@@ -269,7 +265,7 @@ def _dropped_notes(placed: StepArguments) -> list[str]:
     more = f" and {len(placed.dropped) - 2} more" if len(placed.dropped) > 2 else ""
     return [
         (
-            "not sharded where an axis does not divide a dimension:"
+            "not sharded, because an axis does not divide a dimension:"
             f" {'; '.join(placed.dropped[:2])}{more}"
         )
     ]
@@ -299,7 +295,7 @@ def _row(
 
 
 def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compiled) -> Row:
-    """Read the program's work and collectives, and how long they take at least."""
+    """Add the program's work, collectives and roofline to a row."""
     model_flops = run.tokens * flops.per_token(run.state.trainable, run.frozen)
     row = dataclasses.replace(row, model_flops=model_flops)
     if compiled.text is None:
@@ -311,7 +307,7 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
     if done.kernels:
         notes = (
             *notes,
-            f"FLOPs without those of {done.kernels} calls of kernels, which do not report them",
+            f"FLOPs exclude {done.kernels} kernel calls, which do not report theirs",
         )
     own_program = not setting.topology.simulated
     roof = roofline(
@@ -330,7 +326,7 @@ def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compil
 
 
 def _slices(mesh: Mesh) -> tuple[str, int]:
-    """Return the axes of a mesh that go over slices, and how many slices there are."""
+    """Return the mesh axes that cross slices, and the number of slices."""
     of = np.vectorize(lambda device: getattr(device, "slice_index", 0) or 0, otypes=[int])(
         mesh.devices
     )

@@ -1,12 +1,11 @@
-"""The text of a compiled program, read: its computations, their instructions, and how often each
-runs.
+"""Parse the HLO text of a compiled program: computations, instructions, and how often each runs.
 
-The format is XLA's HLO text. An instruction is `%name = shape opcode(%operand, ...),
-attribute=value, ...`; a computation is a name and instructions between braces. A loop of a scan
-counts up to a constant: its condition compares with it, or a field names it.
+An instruction is `%name = shape opcode(%operand, ...), attribute=value, ...`; a computation is a
+name and instructions in braces. The loop of a scan counts up to a constant, which its condition
+compares with or an attribute names.
 
-Our own, since XLA's parser is not part of JAX's public API, and `Compiled.cost_analysis` counts a
-loop's body once and names no collective.
+This parser exists because XLA's is not part of JAX's public API, and `Compiled.cost_analysis`
+counts a loop's body once and does not list collectives.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ _TRIPS = re.compile(r"known_trip_count[\"']?:?=?\s*\{[\"']?n[\"']?\s*:\s*[\"']?(
 
 @dataclass(frozen=True)
 class Array:
-    """An array, or one of a tuple's.
+    """An array, or an element of a tuple.
 
     Attributes:
-        dtype: as HLO writes it, such as `bf16`.
-        dims: its shape, of one device.
-        space: memory space: 0 is the device's memory, others are inside the chip or in the host.
+        dtype: HLO dtype, such as `bf16`.
+        dims: shape per device.
+        space: memory space: 0 is device memory, others are on-chip or host memory.
     """
 
     dtype: str
@@ -61,7 +60,7 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        """Bytes without padding; of dtypes that are not known, 8 bits an element."""
+        """Bytes without padding; elements of unknown dtypes count as 8 bits."""
         return -(-self.size * _BITS.get(self.dtype, 8) // 8)
 
 
@@ -70,13 +69,13 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        name: its name, unique in its computation.
-        opcode: such as `dot`.
-        arrays: its result's.
+        name: name, unique in its computation.
+        opcode: opcode, such as `dot`.
+        arrays: arrays of the result.
         operands: names of instructions of the same computation.
-        text: everything behind the operands: attributes, metadata.
-        inside: what stands between the parentheses.
-        root: whether it is its computation's result.
+        text: text after the operands: attributes and metadata.
+        inside: text between the parentheses.
+        root: whether it is the result of its computation.
     """
 
     name: str
@@ -94,7 +93,7 @@ class Instruction:
 
     @cached_property
     def called(self) -> Mapping[str, tuple[str, ...]]:
-        """Name of the computations that it calls, by the attribute that names them."""
+        """Names of the called computations, by attribute."""
         return {key: tuple(_NAME.findall(value)) for key, value in _CALLED.findall(self.text)}
 
 
@@ -103,8 +102,8 @@ class Program:
     """A compiled program.
 
     Attributes:
-        computations: instructions by name, in order, by the name of the computation.
-        entry: name of the computation that it begins with.
+        computations: instructions by name, in order, by name of computation.
+        entry: name of the entry computation.
     """
 
     computations: Mapping[str, Mapping[str, Instruction]]
@@ -112,9 +111,7 @@ class Program:
 
     @cached_property
     def runs(self) -> Mapping[str, int]:
-        """How often each computation runs that is reached from the entry, those inside fusions
-        too.
-        """
+        """Number of runs of each computation reachable from the entry, including in fusions."""
         order: list[str] = []
         self._visit(self.entry, order, set())
         counts = dict.fromkeys(order, 0)
@@ -127,7 +124,7 @@ class Program:
         return counts
 
     def _callees(self, one: Instruction) -> list[str]:
-        # what a reduction applies to pairs of numbers is no program of its own
+        # skip the scalar computation of a reduction
         kinds = ("calls", "body", "branch_computations", "called_computations", "to_apply")
         names = [
             n
@@ -138,7 +135,7 @@ class Program:
         return [name for name in names if name in self.computations]
 
     def _visit(self, name: str, order: list[str], seen: set[str]) -> None:
-        """Put a computation behind all that it calls."""
+        """Append a computation after all those it calls."""
         seen.add(name)
         for one in self.computations[name].values():
             for callee in self._callees(one):
@@ -147,7 +144,7 @@ class Program:
         order.append(name)
 
     def trips(self, loop: Instruction) -> int:
-        """Return how often the body of a `while` runs, 1 where nothing tells."""
+        """Return the trip count of a `while`, or 1 if unknown."""
         known = _TRIPS.search(loop.text)
         if known:
             return int(known.group(1))
@@ -156,9 +153,7 @@ class Program:
         return -(-limit // self._step(loop))
 
     def _step(self, loop: Instruction) -> int:
-        """Return what a loop adds to its counter in each iteration, 1 where nothing tells: the
-        compiler may unroll it by two.
-        """
+        """Return a loop's counter increment, or 1 if unknown; the compiler may unroll by two."""
         condition = self.computations.get(next(iter(loop.called.get("condition", ())), ""), {})
         body = self.computations.get(next(iter(loop.called.get("body", ())), ""), {})
         places = [
@@ -178,7 +173,7 @@ class Program:
         return max((int(n) for n in numbers if n.strip().isdigit()), default=1) or 1
 
     def _constants(self, name: str, depth: int) -> list[str]:
-        """Return the whole numbers of a condition, those in its fusions too."""
+        """Return the integer constants of a condition, including those in fusions."""
         found: list[str] = []
         for one in self.computations.get(name, {}).values():
             if one.opcode == "constant" and re.fullmatch(r"\d+", one.inside.strip()):
@@ -188,16 +183,16 @@ class Program:
         return found
 
     def operands(self, computation: str, one: Instruction) -> list[Instruction]:
-        """Return the instructions that make the operands of one."""
-        there = self.computations[computation]
-        return [there[name] for name in one.operands if name in there]
+        """Return the instructions that produce an instruction's operands."""
+        instructions = self.computations[computation]
+        return [instructions[name] for name in one.operands if name in instructions]
 
 
 def parse(text: str) -> Program:
-    """Read the text of a compiled module.
+    """Parse the text of a compiled module.
 
     Args:
-        text: what `compiled.as_text()` gives.
+        text: result of `compiled.as_text()`.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     current: dict[str, Instruction] | None = None
@@ -208,9 +203,7 @@ def parse(text: str) -> Program:
             if header and "=" not in raw.split("(")[0]:
                 current = computations.setdefault(header.group(2), {})
                 entry = header.group(2) if header.group(1) else entry
-        elif (
-            raw.rstrip() == "}"
-        ):  # what a kernel says of itself may go over lines, and end in more of them
+        elif raw.rstrip() == "}":  # a kernel's metadata may span lines, and contain further braces
             current = None
         else:
             one = _instruction(raw)
@@ -242,7 +235,7 @@ def _instruction(raw: str) -> Instruction | None:
 
 
 def _shape(text: str) -> tuple[str, str]:
-    """Split an instruction behind its shape, which may be a tuple."""
+    """Split an instruction after its shape, which may be a tuple."""
     if text.startswith("("):
         end = _closing_index(text[1:]) + 2
         return text[:end], text[end:].lstrip()
@@ -251,7 +244,7 @@ def _shape(text: str) -> tuple[str, str]:
 
 
 def _closing_index(text: str) -> int:
-    """Return where the parenthesis closes that has been opened before `text`."""
+    """Return the index of the parenthesis that closes one opened before `text`."""
     depth = 1
     for found in re.finditer(r"[()]", text):
         depth += 1 if found.group() == "(" else -1
@@ -261,7 +254,7 @@ def _closing_index(text: str) -> int:
 
 
 def arrays(shape: str) -> tuple[Array, ...]:
-    """Read the arrays of a shape, such as `(bf16[8,4]{1,0:S(1)}, s32[])`."""
+    """Parse the arrays of a shape, such as `(bf16[8,4]{1,0:S(1)}, s32[])`."""
     found: list[Array] = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         space = _SPACE.search(layout)

@@ -1,4 +1,4 @@
-"""The picture of a plan: what each strategy takes of a device's memory."""
+"""Plot a plan: device memory by strategy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _PARTS = ("base", "adapters", "optimizer", "activations", "temporaries")
 
 
 def draw(path: Path, plan: Plan) -> None:
-    """Draw the memory of one device over the strategies as a PNG.
+    """Plot the memory per device by strategy as a PNG.
 
     Args:
-        path: of the PNG.
-        plan: what to draw; strategies that are refused are left out.
+        path: path of the PNG.
+        plan: plan to plot; rejected strategies are omitted.
     """
     import matplotlib as mpl
 

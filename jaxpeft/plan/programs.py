@@ -1,6 +1,4 @@
-"""The step of a run, compiled for devices that need not be there: what it takes of their memory,
-and its text.
-"""
+"""Compile a run's step for devices that may be absent; return its memory and HLO text."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ import jax
 from jaxpeft.chips import GIB
 from jaxpeft.plan.topology import Topology
 
-# called temporaries, and the arguments and results are in it
+# called temporaries, but includes arguments and results
 _REQUIRED = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -25,15 +23,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled step, in bytes of one device.
+    """A compiled step, with bytes per device.
 
     Attributes:
-        fits: whether the compiler has made a program: it makes none that does not fit.
-        total: what it takes, where it does not fit too: arguments, temporaries, results that take
-            no place of an argument's, the code.
-        text: its HLO; None where the compiler has not written it out.
-        problem: why not; empty where it has.
-        seconds: that tracing and compiling took.
+        fits: whether the compiler produced a program; it does not if the program does not fit.
+        total: memory, also if it does not fit: arguments, temporaries, results that do not alias an
+            argument, and code.
+        text: HLO text; None if the compiler did not write it.
+        problem: why there is no text; empty if there is.
+        seconds: time of tracing and compiling.
     """
 
     fits: bool
@@ -49,12 +47,11 @@ def compile_step(
     """Compile a step.
 
     Args:
-        step: a jitted function.
-        arguments: abstract, with their shardings.
-        topology: the devices that they lie on.
-        limit: bytes that it may take; None for what the chip has.
-        held: bytes of the arguments on one device, which a program that does not fit takes at
-            least.
+        step: jitted function.
+        arguments: abstract arguments with shardings.
+        topology: topology of their devices.
+        limit: bytes the program may use; None for the chip's memory.
+        held: bytes of the arguments per device, a lower bound if the program does not fit.
     """
     began = time.perf_counter()
     lowered = step.lower(*arguments)
@@ -67,22 +64,21 @@ def compile_step(
             total = max(_search(_USED, str(error)), _search(_REQUIRED, str(error)), held)
             text, problem = (
                 read_written(Path(folder)),
-                "the compiler does not write out a program that does not fit",
+                "the compiler wrote no HLO for this program, because it does not fit",
             )
             return Compiled(
                 False, total, text, "" if text else problem, time.perf_counter() - began
             )
-        took = compiled.memory_analysis()
-        total = took.argument_size_in_bytes + took.output_size_in_bytes - took.alias_size_in_bytes
-        total += took.temp_size_in_bytes + took.generated_code_size_in_bytes
+        sizes = compiled.memory_analysis()
+        total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+        total -= sizes.alias_size_in_bytes
+        total += sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
         text, problem = _text(compiled, Path(folder))
     return Compiled(True, total, text, problem, time.perf_counter() - began)
 
 
 def _options(topology: Topology, limit: float | None, folder: str) -> Mapping[str, Any]:
-    """Tell the compiler of TPU programs where to write them, and of a limit below the chip's
-    memory, which it heeds as it does that.
-    """
+    """Return the TPU compiler's options: where to dump HLO, and a memory limit below the chip's."""
     if topology.chip.platform != "tpu":
         return {}
     options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -97,12 +93,12 @@ def _search(pattern: re.Pattern[str], text: str) -> int:
 
 
 def _text(compiled: Any, folder: Path) -> tuple[str | None, str]:
-    """Return the text of a program, or why there is none."""
+    """Return the text of a program, or None and the reason."""
     try:
         return compiled.as_text(), ""
     except (
         jax.errors.JaxRuntimeError
-    ) as error:  # a jaxlib that is older than libtpu does not understand some large programs
+    ) as error:  # a jaxlib older than libtpu cannot read some large programs
         text = read_written(folder)
         why = " ".join(str(error).split())[:200]
         return (
@@ -110,19 +106,17 @@ def _text(compiled: Any, folder: Path) -> tuple[str | None, str]:
             (
                 ""
                 if text
-                else f"this program cannot be read ({why}): collectives and FLOPs are not known"
+                else f"the program cannot be read ({why}): collectives and FLOPs are unknown"
             ),
         )
 
 
 def read_written(folder: Path) -> str | None:
-    """Return the text of a program that the compiler has written to a folder, as it is after its
-    optimizations; None where it has not.
-    """
+    """Return the optimized HLO text that the compiler has dumped to a folder, or None."""
     files = sorted(folder.glob("*.after_optimizations.txt"), key=lambda file: file.stat().st_size)
     return files[-1].read_text() if files else None
 
 
 def gib(nbytes: float) -> str:
-    """Write bytes as GiB."""
+    """Format bytes as GiB."""
     return f"{nbytes / GIB:.2f} GiB"

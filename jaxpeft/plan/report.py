@@ -12,23 +12,22 @@ from jaxpeft.plan.collectives import Collective
 from jaxpeft.plan.roofline import Roofline
 
 VERSION = 1
-"""Of the JSON; a field that is renamed or means something else makes it the next."""
+"""Version of the JSON; increased when a field is renamed or changes its meaning."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """Bytes per device.
 
     Attributes:
-        base: the leaves of the base, as they lie on it.
-        adapters: the leaves that the method adds.
-        optimizer: its state.
-        activations: what the forward pass keeps for the backward pass, estimated from one layer's
+        base: leaves of the base, as stored.
+        adapters: adapter leaves.
+        optimizer: optimizer state.
+        activations: activations saved for the backward pass, estimated from one layer's program.
+        temporaries: everything else: current layer, gathered kernels, gradients, batch, padding,
             program.
-        temporaries: all else: the layer at work, gathered kernels, gradients, the batch, padding,
-            the program.
-        total: of all.
-        limit: that a step may take; None where nothing tells.
+        total: total bytes.
+        limit: bytes a step may use; None if unknown.
     """
 
     base: int
@@ -42,32 +41,30 @@ class Memory:
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of a run under one strategy.
+    """Plan of a run under one strategy.
 
     Attributes:
-        strategy: its name.
-        change: what differs from the config, such as `train.accumulation 2`; empty for nothing.
-        mesh: sizes of the axes.
-        batch_size: rows of an optimizer step.
-        accumulation: parts that they are computed in.
-        remat: what the backward pass computes again.
-        quant: number format of the base.
-        attention: the kernel that computes attention.
-        fits: whether it runs; None where no limit is known.
-        verdict: that in words.
-        memory: None where the strategy is refused.
-        collectives: None where no program could be read.
-        flops: of one device and step, with what is computed again; None where no program could be
+        strategy: name of the strategy.
+        change: change from the config, such as `train.accumulation 2`; empty if unchanged.
+        mesh: size of each mesh axis.
+        batch_size: rows per optimizer step.
+        accumulation: number of micro-batches.
+        remat: remat policy.
+        quant: quantization format of the base.
+        attention: attention kernel.
+        fits: whether it fits; None if the limit is unknown.
+        verdict: `fits` in words.
+        memory: memory per device; None if the strategy is rejected.
+        collectives: collectives; None if the program could not be read.
+        flops: FLOPs per device and step, including recomputation; None if the program could not be
             read.
-        model_flops: of all devices together, without that.
-        traffic: bytes between one device and its memory.
-        roofline: None where chip or program are not known.
-        seconds: that compiling took.
-        notes: what else is to be said.
-        nearest: the nearest change that fits, compiled; None where nothing is to be changed, or
-            nothing tried fits.
-        tried: changes that were compiled, or ruled out by the bytes of their arguments, and do not
-            fit.
+        model_flops: model FLOPs of all devices, without recomputation.
+        traffic: bytes read from and written to one device's memory.
+        roofline: roofline; None if chip or program are unknown.
+        seconds: compile time.
+        notes: further notes.
+        nearest: nearest change that fits; None if no change is needed or none fits.
+        tried: changes that do not fit, compiled or estimated.
     """
 
     strategy: str
@@ -99,19 +96,19 @@ class Plan:
     Attributes:
         config: path of the config file.
         model: sizes of the model.
-        method: the fine-tuning method.
-        parameters: of the base.
-        trained: parameters that are trained.
-        topology: name of the devices.
-        devices: how many.
-        chip: their figures.
-        length: tokens a row.
-        layers: `scanned` or `unrolled`: how the layers were compiled.
-        programs: what the programs were compiled for, in words.
-        seconds: that the whole plan took.
-        cpu_seconds: of all cores together.
-        versions: of jax and, for TPUs, libtpu.
-        rows: one a strategy.
+        method: fine-tuning method.
+        parameters: number of base parameters.
+        trained: number of trainable parameters.
+        topology: name of the topology.
+        devices: number of devices.
+        chip: properties of the chip.
+        length: tokens per row.
+        layers: `scanned` or `unrolled`, as compiled.
+        programs: description of the compilation target.
+        seconds: wall-clock time of the plan.
+        cpu_seconds: CPU time of the plan.
+        versions: versions of jax and, for TPUs, libtpu.
+        rows: one row per strategy.
     """
 
     config: str
@@ -132,9 +129,7 @@ class Plan:
 
     @property
     def best(self) -> Row | None:
-        """The row that fits and takes the least time; of rows without a time the one that takes
-        least memory.
-        """
+        """The fitting row with the least time or, if no times are known, the least memory."""
         fitting = [row for row in self.rows if row.fits is not False and row.memory is not None]
         timed = [row for row in fitting if row.roofline is not None]
         if timed:
@@ -149,7 +144,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def as_table(plan: Plan) -> str:
-    """Write a plan for a terminal."""
+    """Format a plan for a terminal."""
     head = (
         f"{plan.method} on {plan.parameters / 1e9:.2f} B parameters ({plan.trained / 1e6:.1f} M"
         f" trained), rows of {plan.length} tokens, on {plan.topology} ({plan.devices}"
@@ -177,13 +172,13 @@ def as_table(plan: Plan) -> str:
     parts = [
         head,
         _align([columns, *(_cells(row) for row in _with_nearest(plan.rows))]),
-        _talk(plan.rows),
+        _details(plan.rows),
     ]
     best = plan.best
-    parts.append(f"best: {best.strategy}" if best else "best: none of these fits")
+    parts.append(f"best: {best.strategy}" if best else "best: none (no strategy fits)")
     parts.append(
-        f"memory in GiB of one device; {plan.seconds:.0f} s in all, {plan.cpu_seconds:.0f} s of a"
-        " core"
+        f"memory in GiB per device; planned in {plan.seconds:.0f} s ({plan.cpu_seconds:.0f} s of"
+        " CPU time)"
     )
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -235,7 +230,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _short(row: Row) -> str:
-    """Return in a few words whether a row fits."""
+    """Return a short verdict of a row."""
     memory = row.memory
     if row.fits is None or memory is None or memory.limit is None:
         return "no limit"
@@ -243,8 +238,8 @@ def _short(row: Row) -> str:
     return "fits" if row.fits else f"{over:.2f} over" if over > 0 else "too full"
 
 
-def _talk(rows: Sequence[Row]) -> str:
-    """Write the collectives of each row, and its notes."""
+def _details(rows: Sequence[Row]) -> str:
+    """Format the collectives and notes of each row."""
     lines: list[str] = []
     for row in _with_nearest(rows):
         name = f"{row.strategy}, {row.change}" if row.change else row.strategy
@@ -255,14 +250,14 @@ def _talk(rows: Sequence[Row]) -> str:
                 f" {one.nbytes / GIB:.3f} GiB, {one.wire / GIB:.3f} GiB sent"
             )
         if row.collectives is not None and len(row.collectives) > 8:
-            lines.append(f"{name}: {len(row.collectives) - 8} more kinds, smaller; --json has them")
+            lines.append(f"{name}: {len(row.collectives) - 8} smaller kinds omitted; see --json")
         lines += [f"{name}: {note}" for note in row.notes]
-        lines += [f"{name}: tried, and does not fit: {what}" for what in row.tried]
+        lines += [f"{name}: tried, does not fit: {what}" for what in row.tried]
     return "\n".join(lines)
 
 
 def _align(lines: Sequence[Sequence[str]]) -> str:
-    """Pad columns to their widest cell: words on the left, numbers on the right."""
+    """Align columns: words to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     left = (0, 1, 2, 3, 13, len(widths) - 1)
     return "\n".join(

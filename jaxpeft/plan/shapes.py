@@ -1,4 +1,4 @@
-"""Models by their shapes alone, for plans without any file: what stands in their `config.json`."""
+"""Built-in `config.json` contents of known models, for plans without files."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama3_70b": _llama(8192, 28672, 80, 64),
     "llama3_405b": _llama(16384, 53248, 126, 128),
 }
-"""Llama 3 by the names in `--model-config`: Grattafiori et al. 2024, table 3 (arXiv:2407.21783),
+"""Llama 3 shapes by name in `--model-config`: Grattafiori et al. 2024, table 3 (arXiv:2407.21783),
 and Llama-3.2-1B.
 """

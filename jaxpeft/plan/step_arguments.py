@@ -1,4 +1,4 @@
-"""Where the leaves of a planned run lie, and what one device holds of them."""
+"""Shardings of a planned step's arguments, and their bytes per device."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class StepArguments:
     """The arguments of a step, with their shardings.
 
     Attributes:
-        state: what it changes.
-        frozen: the rest of the tree.
-        batch: of an optimizer step.
-        base: bytes of the base's leaves on one device, and so below.
-        adapters: of the leaves that the method adds.
-        optimizer: of its state.
-        inputs: of the batch.
-        gradients: of the trained leaves' gradients.
-        dropped: axes that do not divide a dimension and were left out.
+        state: train state.
+        frozen: frozen part of the tree.
+        batch: batch of an optimizer step.
+        base: bytes of the base per device, like the following.
+        adapters: bytes of the adapter leaves.
+        optimizer: bytes of the optimizer state.
+        inputs: bytes of the batch.
+        gradients: bytes of the gradients.
+        dropped: descriptions of axes that do not divide a dimension and are not used.
     """
 
     state: TrainState
@@ -45,19 +45,19 @@ class StepArguments:
 
     @property
     def held(self) -> int:
-        """Bytes of all arguments on one device."""
+        """Bytes of all arguments per device."""
         return self.base + self.adapters + self.optimizer + self.inputs
 
 
 def step_arguments(subject: Subject, mesh: Mesh) -> StepArguments:
-    """Return where everything lies.
+    """Return the step's arguments with their shardings.
 
     Args:
-        subject: the run.
-        mesh: its devices.
+        subject: run to plan.
+        mesh: device mesh.
 
     Raises:
-        ConfigError: no rule covers a leaf, or one of the user's own does not go with its shape.
+        ConfigError: no rule matches a leaf, or a user-defined rule does not fit its shape.
     """
     config = subject.config
     params = tree.combine(subject.state.trainable, subject.frozen)
@@ -87,9 +87,7 @@ def step_arguments(subject: Subject, mesh: Mesh) -> StepArguments:
 
 
 def local_bytes(leaf: Any) -> int:
-    """Return the bytes of an abstract array that one device holds, none where it waits in the
-    host's memory.
-    """
+    """Return the bytes of an abstract array per device; 0 if it is offloaded to host memory."""
     if leaf.sharding.memory_kind in ("pinned_host", "unpinned_host"):
         return 0
     size = 1

@@ -1,4 +1,4 @@
-"""A whole plan: every strategy compiled, one after the other, with what would make it fit."""
+"""Make a plan: compile every strategy, and find changes for those that do not fit."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be planned.
+    """Request for a plan.
 
     Attributes:
-        path: of the config file.
-        config: it, checked.
-        topology: for which devices.
-        strategies: under which; empty for that of the config.
-        hbm: GiB of a device that a step may take; None for what the chip has.
-        model_config: a `config.json`, or the name of a shape; None for that of the config's model.
-        scan: whether layers are scanned.
-        tries: how many changes are compiled at most for a strategy that does not fit.
+        path: path of the config file.
+        config: checked config.
+        topology: devices to plan for.
+        strategies: strategies to plan for; empty for the config's.
+        hbm: GiB per device that a step may use; None for the chip's memory.
+        model_config: a `config.json`, or the name of a shape; None for the config's model.
+        scan: whether to scan layers.
+        tries: maximum number of changes to compile for a strategy that does not fit.
     """
 
     path: str
@@ -49,10 +49,10 @@ class PlanRequest:
 
 
 def plan_strategies(request: PlanRequest) -> Plan:
-    """Make a plan. The environment must be prepared (`topology.prepare`).
+    """Make a plan; call `topology.prepare` first.
 
     Raises:
-        JaxpeftError: whatever cannot be used, named.
+        JaxpeftError: an input is invalid.
     """
     began, cpu_began = time.perf_counter(), time.process_time()
     config = request.config
@@ -60,7 +60,7 @@ def plan_strategies(request: PlanRequest) -> Plan:
     limit = chips.usable(request.topology.chip, request.hbm)
     if request.hbm is not None and limit is not None and limit < request.hbm * chips.GIB:
         _log.warning(
-            "--hbm %g: programs of a %s may take %.2f GiB",
+            "--hbm %g: programs on a %s can use at most %.2f GiB",
             request.hbm,
             request.topology.chip.name,
             limit / chips.GIB,
@@ -111,8 +111,8 @@ def _programs(where: Topology) -> str:
     if where.chip.platform == "cpu":
         return f"compiled for {where.size} simulated CPU devices"
     return (
-        "no GPU is asked: memory by arithmetic, FLOPs and collectives of programs compiled for"
-        f" {where.size} simulated CPU devices, whose attention writes its scores out"
+        "no GPU is used: memory is estimated; FLOPs and collectives are those of programs compiled"
+        f" for {where.size} simulated CPU devices, whose attention materializes its scores"
     )
 
 

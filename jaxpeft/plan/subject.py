@@ -1,5 +1,5 @@
-"""What is planned: model, adapter, optimizer and batch of a run as shapes, from its config and a
-`config.json`; no weight is read.
+"""Abstract run for a plan: shapes of model, adapter, optimizer and batch, from a config and a
+`config.json`, without reading weights.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from jaxpeft.train.losses import Loss
 from jaxpeft.train.step import TrainState, init_state
 
 _STEPS = 1000
-"""Of a run whose length depends on its rows: the schedule's shape changes no program."""
+"""Steps of a run whose length depends on its rows; the number does not affect the program."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A run of which everything is known but the numbers.
+    """An abstract run, with shapes and dtypes instead of arrays.
 
     Attributes:
-        config: its options.
-        outline: of its model.
-        state: what a step changes.
-        frozen: the rest of the tree.
-        loss: of the task.
-        optimizer: the run's own.
-        batch: of an optimizer step, with an axis of parts in front where it is computed in several.
+        config: config of the run.
+        outline: outline of its model.
+        state: train state.
+        frozen: frozen part of the tree.
+        loss: training loss.
+        optimizer: optimizer of the run.
+        batch: batch of an optimizer step, with a leading micro-batch axis if accumulated.
     """
 
     config: Config
@@ -64,50 +64,50 @@ class Subject:
 
     @property
     def base(self) -> Tree:
-        """Shape and dtype of every leaf of the base, as it is stored."""
+        """Shape and dtype of every leaf of the base, as stored."""
         return self.outline.leaves
 
     def with_model(self, model: Pretrained) -> Subject:
-        """Return the same run of a model with other options."""
+        """Return the same run with another model."""
         return dataclasses.replace(self, outline=dataclasses.replace(self.outline, model=model))
 
     @property
     def rows(self) -> int:
-        """Rows that are computed at once, over all devices."""
+        """Rows computed at once on all devices."""
         return self.config.train.batch_size // self.config.train.accumulation
 
     @property
     def length(self) -> int:
-        """Tokens a row."""
+        """Tokens per row."""
         return self.config.data.max_length
 
     @property
     def tokens(self) -> int:
-        """Tokens of an optimizer step."""
+        """Tokens per optimizer step."""
         return self.config.train.batch_size * self.length
 
 
-def model_config(path: str, revision: str | None, given: str | None) -> dict[str, Any]:
-    """Read the `config.json` of a model, and nothing else of it.
+def model_config(path: str, revision: str | None, named: str | None) -> dict[str, Any]:
+    """Read only the `config.json` of a model.
 
     Args:
-        path: as `config.model.path`.
-        revision: of a hub id.
-        given: a file, a folder that holds `config.json`, or a name in `SHAPES`; None for that of
+        path: `config.model.path`.
+        revision: revision of a Hub id.
+        named: a file, a folder with a `config.json`, or a name in `SHAPES`; None for the one of
             `path`.
 
     Raises:
-        ConfigError: there is no such file or shape.
-        WeightsError: it cannot be read.
+        ConfigError: no such file or shape exists.
+        WeightsError: the file cannot be read.
     """
-    if given is not None and given in SHAPES:
-        return dict(SHAPES[given])
-    if given is not None:
-        file = Path(given) / "config.json" if Path(given).is_dir() else Path(given)
+    if named is not None and named in SHAPES:
+        return dict(SHAPES[named])
+    if named is not None:
+        file = Path(named) / "config.json" if Path(named).is_dir() else Path(named)
         if not file.is_file():
             raise ConfigError(
-                f"--model-config: {given!r} is neither a file nor a known"
-                f" shape{nearest(given, SHAPES)} (known: {', '.join(SHAPES)})"
+                f"--model-config: {named!r} is neither a file nor a known"
+                f" shape{nearest(named, SHAPES)} (known: {', '.join(SHAPES)})"
             )
         return read_json(file)
     folder = Path(path).expanduser()
@@ -137,7 +137,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     ) as error:
         raise ConfigError(
             f"config.model.path: {name!r}: its config.json is not available"
-            f" ({type(error).__name__}); name it with --model-config, a file or one of"
+            f" ({type(error).__name__}); give it with --model-config, as a file or one of"
             f" {', '.join(SHAPES)}"
         ) from error
 
@@ -145,21 +145,21 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def subject(
     config: Config, described: Mapping[str, Any], attention: str, remat: str, *, scan: bool
 ) -> Subject:
-    """Make the shapes of a run.
+    """Make an abstract run.
 
     Args:
         config: a checked config.
-        described: the content of the model's `config.json`.
-        attention: the kernel that computes attention.
-        remat: what the backward pass computes again.
+        described: contents of the model's `config.json`.
+        attention: attention kernel.
+        remat: remat policy.
         scan: whether the layers are scanned.
 
     Raises:
-        ConfigError: the model is not supported, or what is asked of it does not go together.
-        TargetError: the method's targets are none of the model's.
+        ConfigError: the model is not supported, or the options are incompatible.
+        TargetError: the method's targets match no module of the model.
     """
-    asked = model_request(config.model, _labels(config), scan_layers=scan, attention=attention)
-    outlined = outline_of(dataclasses.replace(asked, remat=remat), DescribedCheckpoint(described))
+    request = model_request(config.model, _labels(config), scan_layers=scan, attention=attention)
+    outlined = outline_of(dataclasses.replace(request, remat=remat), DescribedCheckpoint(described))
     params = abstract_rewrite(config.method, outlined.leaves)
     trainable, frozen = tree.partition(params, trainable_mask(config.method, params))
     optimizer = optimizers.build(
@@ -180,7 +180,7 @@ def subject(
 
 
 def with_changes(config: Config, **changes: Any) -> Config:
-    """Return a config with some options of its sections changed, each named `section__option`."""
+    """Return a config with changed options, each named `section__option`."""
     out = config
     for key, value in changes.items():
         section, _, option = key.partition("__")
@@ -191,17 +191,15 @@ def with_changes(config: Config, **changes: Any) -> Config:
 
 
 def _labels(config: Config) -> int | None:
-    """Return the classes of a head that the config names, None for those of `config.json`; no row
-    is read.
-    """
+    """Return the number of classes from the config alone; None to use `config.json`."""
     if config.model.task == "causal_lm":
         return None
     return 1 if config.data.problem == "regression" else len(config.data.labels) or None
 
 
 def _problem(config: Config) -> ProblemType | None:
-    """Return the kind of a sequence classification, as far as the config alone says it; None of
-    another task.
+    """Return the problem type of a sequence classification from the config alone; None for other
+    tasks.
     """
     if config.model.task != "sequence_classification":
         return None
@@ -213,7 +211,7 @@ def _problem(config: Config) -> ProblemType | None:
 def _batch(
     config: Config, problem: ProblemType | None, labels: int | None, described: Mapping[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the arrays of a batch."""
+    """Return the abstract arrays of a batch."""
     train, data = config.train, config.data
     arrays = batch_like(
         problem,
@@ -228,7 +226,7 @@ def _batch(
 
 
 def described_in_json(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a report says of a model: those of its sizes that its `config.json` names."""
+    """Return the model sizes in a `config.json`, for a report."""
     keys = (
         "model_type",
         "hidden_size",

@@ -1,6 +1,4 @@
-"""The devices that a plan is for: read from `v5e:4x4`, and given by XLA as devices that programs
-are compiled for.
-"""
+"""Topologies of a plan: parse text such as `v5e:4x4`, and make the devices to compile for."""
 
 from __future__ import annotations
 
@@ -17,18 +15,18 @@ from jaxpeft.chips import CHIPS, Chip
 from jaxpeft.errors import ConfigError, nearest, show
 
 MOST, MOST_SIMULATED = 2**17, 2**12
-"""Devices of a plan: of TPUs, and of those that this machine has to simulate."""
+"""Maximum number of devices of a plan: TPUs, and simulated devices."""
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Which devices.
+    """A set of devices.
 
     Attributes:
-        chip: of which kind.
-        shape: of the torus of one slice; one number of GPUs and CPUs.
-        slices: how many of them.
+        chip: kind of chip.
+        shape: torus shape of one slice; a single number for GPUs and CPUs.
+        slices: number of slices.
     """
 
     chip: Chip
@@ -37,7 +35,7 @@ class Topology:
 
     @property
     def slice_size(self) -> int:
-        """Number of devices of one slice."""
+        """Number of devices per slice."""
         return math.prod(self.shape)
 
     @property
@@ -47,31 +45,31 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """What it is called in `--topology`, with the slices in front."""
+        """Name as in `--topology`, prefixed with the number of slices."""
         one = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         return one if self.slices == 1 else f"{self.slices} x {one}"
 
     @property
     def simulated(self) -> bool:
-        """Whether programs are compiled for simulated CPU devices in place of these."""
+        """Whether programs are compiled for simulated CPU devices instead of these."""
         return self.chip.platform != "tpu"
 
 
 def read(text: str, slices: int = 1) -> Topology:
-    """Read a topology.
+    """Parse a topology.
 
     Args:
         text: `CHIP:SHAPE`.
-        slices: how many of them there are.
+        slices: number of slices.
 
     Raises:
-        ConfigError: there is no such chip, or it comes in no such shape.
+        ConfigError: the chip is unknown, or does not exist in this shape.
     """
     name, _, shape = text.strip().lower().partition(":")
     if name not in CHIPS:
         raise ConfigError(
             f"--topology: {show(name)} is not a known chip{nearest(name, CHIPS)} (known:"
-            f" {', '.join(CHIPS)}); write {EXAMPLES}"
+            f" {', '.join(CHIPS)}); give {EXAMPLES}"
         )
     axes = len(CHIPS[name].largest) or 1
     if (
@@ -81,14 +79,14 @@ def read(text: str, slices: int = 1) -> Topology:
     ):
         example = "x".join(["4"] * axes)
         raise ConfigError(
-            f"--topology: {show(text)} is not of a shape that {name} comes in; write"
+            f"--topology: {show(text)} is not a valid shape of {name}; give a shape such as"
             f" {name}:{example}"
         )
     most = CHIPS[name].largest
     if most and any(size > limit for size, limit in zip(sorted(sizes), most, strict=True)):
         raise ConfigError(
-            f"--topology: {text!r} is larger than a pod of {name}, {'x'.join(map(str, most))}; more"
-            " of them are joined by --slices"
+            f"--topology: {text!r} is larger than a {name} pod, {'x'.join(map(str, most))}; use"
+            " --slices for several"
         )
     if slices < 1:
         raise ConfigError(f"--slices: must be at least 1, is {slices}")
@@ -96,7 +94,7 @@ def read(text: str, slices: int = 1) -> Topology:
     limit = MOST_SIMULATED if found.simulated else MOST
     if found.size > limit:
         raise ConfigError(
-            f"--topology: {found.name} has {found.size} devices; a plan is for at most {limit}"
+            f"--topology: {found.name} has {found.size} devices; the maximum is {limit}"
         )
     return found
 
@@ -106,8 +104,8 @@ def _sizes(shape: str) -> tuple[int, ...]:
 
 
 def environment(topology: Topology) -> Mapping[str, str]:
-    """Return what the environment must say before JAX is imported: no accelerator is looked for,
-    nor metadata of one.
+    """Return environment variables to set before JAX is imported, so that it does not look for
+    accelerators or their metadata.
     """
     if topology.chip.platform != "tpu":
         return {"JAX_PLATFORMS": "cpu"}
@@ -115,7 +113,7 @@ def environment(topology: Topology) -> Mapping[str, str]:
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        # a compilation takes no device: several may go on at once
+        # compiling uses no device, so several processes may do it at once
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_ACCELERATOR_TYPE": f"{topology.chip.name}-{math.prod(topology.shape)}",
         "TPU_MIN_LOG_LEVEL": "3",
@@ -124,15 +122,15 @@ def environment(topology: Topology) -> Mapping[str, str]:
 
 
 def prepare(topology: Topology, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set the environment of this process, which has not imported JAX yet.
+    """Set the environment of this process before it imports JAX.
 
     Raises:
-        ConfigError: the compiler of TPU programs is not installed.
+        ConfigError: the TPU compiler is not installed.
     """
     if topology.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            f"--topology: {topology.name} needs the compiler of TPU programs, libtpu, which is not"
-            " installed: pip install 'jaxpeft[plan]'"
+            f"--topology: {topology.name} requires the TPU compiler libtpu, which is not installed;"
+            " run `pip install 'jaxpeft[plan]'`"
         )
     environ.update(environment(topology))
 
@@ -141,21 +139,21 @@ def devices(topology: Topology) -> list[Any]:
     """Return the devices to compile for.
 
     Raises:
-        ConfigError: there is no such topology.
+        ConfigError: the topology does not exist.
     """
     import jax
     from jax.experimental import topologies
 
     if topology.simulated:
-        with suppress(RuntimeError):  # a process that has its devices already
+        with suppress(RuntimeError):  # JAX is already initialized
             jax.config.update("jax_num_cpu_devices", topology.size)
-        there = jax.devices("cpu")
-        if len(there) < topology.size:
+        simulated = jax.devices("cpu")
+        if len(simulated) < topology.size:
             raise ConfigError(
-                f"--topology: {topology.name} needs {topology.size} simulated devices, and this"
-                f" process has {len(there)} already"
+                f"--topology: {topology.name} needs {topology.size} simulated devices, but JAX is"
+                f" already initialized with {len(simulated)}"
             )
-        return there[: topology.size]
+        return simulated[: topology.size]
     more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     try:
@@ -164,5 +162,6 @@ def devices(topology: Topology) -> list[Any]:
         )
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
-            f"--topology: {name}: libtpu knows no such slice ({' '.join(str(error).split())})"
+            f"--topology: {name}: libtpu does not support this slice"
+            f" ({' '.join(str(error).split())})"
         ) from error

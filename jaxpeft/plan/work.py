@@ -1,7 +1,6 @@
-"""The work of a compiled program: floating-point operations, and bytes that its instructions read
-from memory and write to it.
+"""Work of a compiled program: FLOPs, and bytes that its instructions read and write.
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs.
+Unlike XLA's cost analysis, which counts a loop's body once, this counts every iteration.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-"""Of splash attention, the products of a head's queries or weights with keys, values or their
-gradients, by the kernel's name.
-"""
+"""Number of matrix products in each splash attention kernel, by name."""
 _ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*?"flops":\s*"?(\d+)')
 _FREE = frozenset(
     {
@@ -46,17 +43,17 @@ _FREE = frozenset(
         "collective-permute-done",
     }
 )
-"""Opcodes that move no bytes of their own."""
+"""Opcodes without memory traffic."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one device does in one run of a program.
+    """Work of one device in one run of a program.
 
     Attributes:
-        flops: of products: multiplications and additions.
-        traffic: bytes read from the device's memory and written to it, each instruction by itself.
-        kernels: how many times kernels are called of whose FLOPs nothing is said.
+        flops: multiplications and additions of products.
+        traffic: bytes read from and written to device memory, summed over instructions.
+        kernels: number of calls of kernels that do not report FLOPs.
     """
 
     flops: float
@@ -65,11 +62,11 @@ class Work:
 
 
 def work(program: Program, *, causal: bool = True) -> Work:
-    """Add up the work of a program.
+    """Return the total work of a program.
 
     Args:
-        program: compiled.
-        causal: whether attention kernels compute half of the pairs of positions.
+        program: compiled program.
+        causal: whether attention kernels compute only half of the position pairs.
     """
     flops, kernels, traffic = 0.0, 0, 0
     outer = _outer(program)
@@ -86,15 +83,15 @@ def work(program: Program, *, causal: bool = True) -> Work:
 
 
 def _kernel(program: Program, computation: str, one: Instruction, causal: bool) -> float | None:
-    """Return the FLOPs of a call of a kernel, None where nothing tells: what it says itself, or
-    those of splash attention.
-    """
-    said = _ESTIMATE.search(one.text)
-    if said is not None:
-        return float(said.group(1))
+    """Return the FLOPs of a kernel call, reported or computed for splash attention, or None."""
+    reported = _ESTIMATE.search(one.text)
+    if reported is not None:
+        return float(reported.group(1))
     products = next((n for name, n in _PRODUCTS.items() if one.name.startswith(name)), None)
-    made = (array for operand in program.operands(computation, one) for array in operand.arrays)
-    queries = next((a for a in made if len(a.dims) > 2 and a.dtype in ("bf16", "f16", "f32")), None)
+    inputs = (array for operand in program.operands(computation, one) for array in operand.arrays)
+    queries = next(
+        (a for a in inputs if len(a.dims) > 2 and a.dtype in ("bf16", "f16", "f32")), None
+    )
     if products is None or queries is None:
         return None
     length = queries.dims[-2]
@@ -102,9 +99,7 @@ def _kernel(program: Program, computation: str, one: Instruction, causal: bool) 
 
 
 def _outer(program: Program) -> set[str]:
-    """Return the computations whose instructions run one by one: those that are no part of a
-    fusion.
-    """
+    """Return the computations outside fusions, whose instructions run one by one."""
     found, waiting = {program.entry}, [program.entry]
     while waiting:
         for one in program.computations[waiting.pop()].values():
@@ -135,8 +130,8 @@ def _product(program: Program, computation: str, one: Instruction) -> float:
 
 
 def _convolution(one: Instruction, left: Array, right: Array) -> float:
-    """Count the products of a convolution that are none with padding: a TPU writes products of
-    matrices as such.
+    """Count the FLOPs of a convolution, excluding padding; TPU programs write matrix products as
+    convolutions.
     """
     labels = _LABELS.search(one.text)
     if labels is None:
@@ -159,9 +154,7 @@ def _convolution(one: Instruction, left: Array, right: Array) -> float:
 
 
 def _window(text: str) -> tuple[Sequence[int], ...]:
-    """Return stride, padding before, and dilation of both operands, one of each a spatial
-    dimension.
-    """
+    """Return stride, low padding and both dilations, each per spatial dimension."""
     found = _WINDOW.search(text)
     fields = dict(part.split("=", 1) for part in found.group(1).split()) if found else {}
     many = len(fields.get("size", "").split("x"))
@@ -181,15 +174,16 @@ def _window(text: str) -> tuple[Sequence[int], ...]:
 
 
 def _valid(
-    given: int, kernel: int, result: int, stride: int, pad: int, spread: int, apart: int
+    size: int, kernel: int, result: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
-    """Count the pairs of places of result and kernel that meet a number of the input."""
-    place = np.arange(result)[:, None] * stride - pad + np.arange(kernel)[None, :] * apart
-    return int(((place >= 0) & (place < (given - 1) * spread + 1) & (place % spread == 0)).sum())
+    """Count the pairs of result and kernel positions that read an element of the input."""
+    place = np.arange(result)[:, None] * stride - pad + np.arange(kernel)[None, :] * rhs_dilate
+    inside = (place >= 0) & (place < (size - 1) * lhs_dilate + 1)
+    return int((inside & (place % lhs_dilate == 0)).sum())
 
 
 def _moved_bytes(program: Program, computation: str, one: Instruction) -> int:
-    """Return the bytes of the device's memory that an instruction reads and write."""
+    """Return the bytes of device memory that an instruction reads and writes."""
     if one.opcode in _FREE:
         return 0
     operands = program.operands(computation, one)
@@ -203,31 +197,31 @@ def _moved_bytes(program: Program, computation: str, one: Instruction) -> int:
         return 2 * _device_bytes(one.arrays)
     if one.opcode == "dynamic-update-slice":
         return 2 * _device_bytes(operands[1].arrays) if len(operands) > 1 else 0
-    # the result of a start names its operand too
-    made = one.arrays[:1] if one.opcode.endswith("-start") else one.arrays
-    return _device_bytes(made) + sum(_device_bytes(operand.arrays) for operand in operands)
+    # the result of a `-start` includes its operand
+    results = one.arrays[:1] if one.opcode.endswith("-start") else one.arrays
+    return _device_bytes(results) + sum(_device_bytes(operand.arrays) for operand in operands)
 
 
 def _device_bytes(arrays: Sequence[Array]) -> int:
-    """Return the bytes of those arrays that are in the device's memory."""
+    """Return the bytes of the arrays that are in device memory."""
     return sum(array.nbytes for array in arrays if array.space == 0)
 
 
 def _read(program: Program, fusion: str, i: int, operand: Instruction) -> int:
-    """Return the bytes that a fusion reads of an operand, of which it may take a slice alone."""
-    whole = _device_bytes(operand.arrays)
-    if not whole or not fusion:
-        return whole
-    there = program.computations[fusion]
+    """Return the bytes that a fusion reads of an operand, which may be only a slice."""
+    total = _device_bytes(operand.arrays)
+    if not total or not fusion:
+        return total
+    instructions = program.computations[fusion]
     names = [
         one.name
-        for one in there.values()
+        for one in instructions.values()
         if one.opcode == "parameter" and one.inside.strip() == str(i)
     ]
-    return min(whole, _used_bytes(program, fusion, names[0], whole)) if names else whole
+    return min(total, _used_bytes(program, fusion, names[0], total)) if names else total
 
 
-def _used_bytes(program: Program, fusion: str, name: str, whole: int) -> int:
+def _used_bytes(program: Program, fusion: str, name: str, total: int) -> int:
     used = 0
     for one in program.computations[fusion].values():
         if name not in one.operands:
@@ -237,28 +231,32 @@ def _used_bytes(program: Program, fusion: str, name: str, whole: int) -> int:
         elif one.opcode == "dynamic-update-slice" and one.operands[0] == name:
             continue  # written in place
         elif one.opcode == "bitcast":
-            used += _used_bytes(program, fusion, one.name, whole)
+            used += _used_bytes(program, fusion, one.name, total)
         elif one.opcode == "fusion":
             inner = one.called["calls"][0]
-            there = program.computations[inner].values()
             index = str(one.operands.index(name))
             own = next(
-                (p.name for p in there if p.opcode == "parameter" and p.inside.strip() == index), ""
+                (
+                    inst.name
+                    for inst in program.computations[inner].values()
+                    if inst.opcode == "parameter" and inst.inside.strip() == index
+                ),
+                "",
             )
-            used += _used_bytes(program, inner, own, whole)
+            used += _used_bytes(program, inner, own, total)
         else:
-            return whole
+            return total
     return used
 
 
 def _written_bytes(program: Program, fusion: str, one: Instruction) -> int:
-    """Return the bytes that a fusion writes, of which some may be slices of what is there."""
-    there = program.computations.get(fusion, {})
-    root = next((inner for inner in there.values() if inner.root), None)
+    """Return the bytes that a fusion writes; it may update slices in place."""
+    instructions = program.computations.get(fusion, {})
+    root = next((inner for inner in instructions.values() if inner.root), None)
     if root is None:
         return _device_bytes(one.arrays)
     results = (
-        [there[name] for name in root.operands if name in there]
+        [instructions[name] for name in root.operands if name in instructions]
         if root.opcode == "tuple"
         else [root]
     )
@@ -266,9 +264,9 @@ def _written_bytes(program: Program, fusion: str, one: Instruction) -> int:
         return _device_bytes(one.arrays)
     written = 0
     for array, result in zip(one.arrays, results, strict=True):
-        while result.opcode == "bitcast" and result.operands[0] in there:
-            result = there[result.operands[0]]  # noqa: PLW2901 - what the bitcast is of
+        while result.opcode == "bitcast" and result.operands[0] in instructions:
+            result = instructions[result.operands[0]]  # noqa: PLW2901 - look through the bitcast
         if array.space == 0:
-            sliced = result.opcode == "dynamic-update-slice" and result.operands[1] in there
-            written += there[result.operands[1]].nbytes if sliced else array.nbytes
+            sliced = result.opcode == "dynamic-update-slice" and result.operands[1] in instructions
+            written += instructions[result.operands[1]].nbytes if sliced else array.nbytes
     return written

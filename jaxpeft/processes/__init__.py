@@ -1,3 +1,1 @@
-"""The processes of a run: which there are, how they join, agree and stop, and the arrays that they
-share.
-"""
+"""Multi-process runs: discovery, initialization, coordination, stopping, and global arrays."""

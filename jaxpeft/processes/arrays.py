@@ -1,6 +1,4 @@
-"""The rows of a batch among several processes: each makes those of its own devices, and all
-together are one array.
-"""
+"""Global arrays of several processes: each process provides the rows of its own devices."""
 
 from __future__ import annotations
 
@@ -22,31 +20,31 @@ RowNumbers = tuple[int, ...]
 
 
 def check_processes(mesh: Mesh) -> None:
-    """Refuse a mesh that leaves out the devices of a process, which would then wait for nothing.
+    """Reject a mesh without the devices of some process, which would be idle.
 
     Raises:
-        ConfigError: naming the processes.
+        ConfigError: names the processes.
     """
     used = {device.process_index for device in mesh.devices.flat}
     idle = sorted(set(range(jax.process_count())) - used)
     if idle:
         raise ConfigError(
-            f"mesh: its {mesh.devices.size} devices are those of process"
-            f" {', '.join(map(str, sorted(used)))}, and process {', '.join(map(str, idle))} has"
-            f" none; set mesh.data to -1 for all {jax.device_count()} devices, or start fewer"
-            " processes"
+            f"mesh: uses {mesh.devices.size} devices of process"
+            f" {', '.join(map(str, sorted(used)))}, but none of process"
+            f" {', '.join(map(str, idle))}; set mesh.data to -1 for all {jax.device_count()}"
+            " devices, or start fewer processes"
         )
 
 
 def own_rows(mesh: Mesh, rows: int) -> RowNumbers | None:
-    """Return the rows that this process makes, of a batch or of each micro-batch.
+    """Return the rows of a batch, or of each micro-batch, that this process provides.
 
     Args:
-        mesh: the devices.
-        rows: how many there are in all.
+        mesh: device mesh.
+        rows: total number of rows.
 
     Returns:
-        Their numbers, ascending; None for all, which one process makes.
+        Ascending row indices; None for all rows, in a single-process run.
     """
     return None if jax.process_count() == 1 else _rows_here(mesh, rows)
 
@@ -54,13 +52,12 @@ def own_rows(mesh: Mesh, rows: int) -> RowNumbers | None:
 def put_batch(
     mesh: Mesh, batch: Mapping[str, np.ndarray[Any, Any]], axis: int = 0
 ) -> dict[str, jax.Array]:
-    """Put a batch onto the devices.
+    """Put a batch on the devices.
 
     Args:
-        mesh: the devices.
-        batch: arrays with an axis of rows; of several processes each has the rows of its own
-            devices.
-        axis: which axis that is: 1 behind an axis of micro-batches.
+        mesh: device mesh.
+        batch: arrays with an axis of rows, only those of this process's devices.
+        axis: axis of the rows; 1 if there is a leading micro-batch axis.
     """
     where = batch_shardings(mesh, batch, axis)
     if jax.process_count() > 1:
@@ -71,29 +68,29 @@ def put_batch(
 def _join(
     batch: Mapping[str, np.ndarray[Any, Any]], shardings: Mapping[str, NamedSharding], axis: int
 ) -> dict[str, jax.Array]:
-    """Make the arrays of a batch of which each process has its own rows.
+    """Make the global arrays of a batch from this process's rows.
 
     Args:
-        batch: arrays with the rows of `own_rows` along an axis, all of the others'.
-        shardings: of each array.
-        axis: of the rows.
+        batch: arrays with the rows of `own_rows`; complete along the other axes.
+        shardings: sharding of each array.
+        axis: axis of the rows.
     """
-    made: dict[str, jax.Array] = {}
+    arrays: dict[str, jax.Array] = {}
     for name, array in batch.items():
         mesh = shardings[name].mesh
         parts = math.prod(mesh.shape[of] for of in _row_axes(mesh))
         rows = array.shape[axis] * parts // len(_rows_here(mesh, parts))
         shape = (*array.shape[:axis], rows, *array.shape[axis + 1 :])
-        made[name] = jax.make_array_from_process_local_data(shardings[name], array, shape)
-    return made
+        arrays[name] = jax.make_array_from_process_local_data(shardings[name], array, shape)
+    return arrays
 
 
 def put(tree: Any, where: Any) -> Any:
-    """Put a tree where it lies on a mesh, whose devices may be those of several processes.
+    """Put a tree on the devices of a mesh, possibly of several processes.
 
     Args:
-        tree: of arrays; those of one process alone are the same in each.
-        where: the sharding of each leaf.
+        tree: tree of arrays; process-local arrays are equal in all processes.
+        where: sharding of each leaf.
     """
     return (
         jax.device_put(tree, where) if jax.process_count() == 1 else jax.tree.map(_put, tree, where)
@@ -107,21 +104,21 @@ def _put(leaf: Any, where: NamedSharding) -> jax.Array:
             and leaf.sharding.memory_kind == where.memory_kind
         )
         return leaf if same else jax.jit(lambda x: x, out_shardings=where)(leaf)
-    # by way of the host: jax 0.10's device_put makes arrays of a process with one device that
-    # cannot be read (shards counted twice)
+    # via the host: with one device per process, jax 0.10's device_put makes unreadable arrays
+    # (it counts shards twice)
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def fetch_to_host(params: Tree, *, keep: bool) -> Tree:
-    """Return a tree whose leaves are whole in this process's memory; of one process they are
-    anyway, and stay where they are.
+    """Gather a tree's leaves to this process's host memory; a no-op in a single-process run.
 
-    One leaf after the other is gathered, so that no device holds the whole tree.
+    Leaves are gathered one by one, so that no device holds the complete tree. All processes must
+    call it.
 
     Args:
-        params: the tree, the same in every process.
-        keep: whether this process wants it; all must ask.
+        params: the tree, equal in every process.
+        keep: whether this process keeps the result.
     """
     if jax.process_count() == 1:
         return params
@@ -133,8 +130,8 @@ def _fetch(leaf: Any, *, keep: bool) -> Any:
         return leaf
     if not leaf.is_fully_replicated:
         mesh: Any = leaf.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
-        whole = NamedSharding(mesh, PartitionSpec())
-        leaf = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=whole)(leaf))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        leaf = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=replicated)(leaf))
     return np.asarray(leaf.addressable_data(0)) if keep else None
 
 

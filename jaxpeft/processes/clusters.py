@@ -1,15 +1,12 @@
-"""Where the processes of a run find each other, told from flags and the environment alone; no JAX
-is imported here.
+"""Find the coordinator and index of a process from flags and environment, without importing JAX.
 
-Asked in this order: flags, `JAXPEFT_` and `JAX_` variables, then what a TPU, Open MPI, SLURM,
-SkyPilot or Kubernetes sets. What is given by hand stands in for what the cluster says of the same
-thing.
+Sources, in order: flags, `JAXPEFT_` and `JAX_` variables, then the variables of TPU, Open MPI,
+SLURM, SkyPilot or Kubernetes. Explicit settings override those of the cluster.
 
-What is half set or contradicts itself is refused here, with the variable's name. Then
-`jax.distributed` finds the coordinator, and whatever else is left open, of TPUs, Open MPI and
-Kubernetes. SLURM is read here, since JAX gives a task that is alone on its node one of the node's
-GPUs, and of the hosts `gpu[01-04]-ib` takes `gpu01`, not `gpu01-ib`; SkyPilot, since JAX does not
-know it.
+Incomplete or contradictory settings are errors that name the variable. For TPUs, Open MPI and
+Kubernetes, `jax.distributed` finds the coordinator and any other missing setting. SLURM is handled
+here, since JAX gives the only task on a node just one of its GPUs, and shortens `gpu[01-04]-ib` to
+`gpu01` instead of `gpu01-ib`. SkyPilot is handled here, since JAX does not support it.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ NAMES = {
     "processes": ("--processes", "JAXPEFT_PROCESSES", "JAX_NUM_PROCESSES"),
     "process": ("--process", "JAXPEFT_PROCESS", "JAX_PROCESS_ID"),
 }
-"""What each may be called, the strongest first."""
+"""Flag and variables of each setting, highest priority first."""
 _VARIABLES: Mapping[str, Mapping[str, str]] = {
     "TPU": {"process": "TPU_WORKER_ID"},
     "Open MPI": {"processes": "OMPI_COMM_WORLD_SIZE", "process": "OMPI_COMM_WORLD_RANK"},
@@ -42,7 +39,7 @@ _VARIABLES: Mapping[str, Mapping[str, str]] = {
         "process": "SKYPILOT_NODE_RANK",
     },
 }
-"""What a cluster calls them, to be named where it is wrong."""
+"""Variables of each cluster, for error messages."""
 _WAITS = {
     "heartbeat": "JAXPEFT_HEARTBEAT_TIMEOUT",
     "start": "JAXPEFT_START_TIMEOUT",
@@ -55,7 +52,7 @@ _SLURM_PORTS = 61440, 4096
 
 @dataclass(frozen=True)
 class Flags:
-    """What the command line says; None where it says nothing."""
+    """Command-line flags; None if not given."""
 
     coordinator: str | None = None
     processes: int | None = None
@@ -65,12 +62,12 @@ class Flags:
 
 @dataclass(frozen=True)
 class Waits:
-    """How long is waited, in seconds.
+    """Timeouts in seconds.
 
     Attributes:
-        heartbeat: for a sign of life of a process, before it counts as dead.
-        start: for all processes to be there.
-        barrier: for all processes to come to the same place.
+        heartbeat: time without a heartbeat after which a process counts as dead.
+        start: time for all processes to connect.
+        barrier: time for all processes to reach a barrier.
     """
 
     heartbeat: int = 100
@@ -80,14 +77,14 @@ class Waits:
 
 @dataclass(frozen=True)
 class Place:
-    """Which process of how many this is.
+    """Index of this process in a run, and how to reach the coordinator.
 
     Attributes:
-        by: who says so.
-        coordinator: `host:port` of process 0; None where JAX finds it.
-        processes: how many there are; None where JAX finds that.
-        process: the number of this one; None where JAX finds that.
-        devices: the numbers of the GPUs that this process uses; None for all that it sees.
+        by: source of the settings.
+        coordinator: `host:port` of process 0; None if JAX finds it.
+        processes: number of processes; None if JAX finds it.
+        process: index of this process; None if JAX finds it.
+        devices: indices of the GPUs that this process uses; None for all visible ones.
     """
 
     by: str
@@ -98,66 +95,68 @@ class Place:
 
     @property
     def found_by_jax(self) -> bool:
-        """Whether JAX is to ask the cluster."""
+        """Whether JAX must query the cluster."""
         return self.coordinator is None and self.processes != 1
 
 
 def find(environment: Environment, flags: Flags | None = None) -> Place | None:
-    """Return which process of how many this is.
+    """Return the place of this process in its run.
 
     Args:
-        environment: the variables.
-        flags: of the command line.
+        environment: environment variables.
+        flags: command-line flags.
 
     Returns:
-        The place; None for a process by itself.
+        The place; None for a single-process run.
 
     Raises:
-        ConfigError: naming what is half set, out of range or contradicts itself.
+        ConfigError: a setting is missing, out of range or contradictory.
     """
-    given, names = _explicit_settings(environment, flags or Flags())
+    explicit, names = _explicit_settings(environment, flags or Flags())
     switch = environment.get(SWITCH) or "auto"
     if switch not in ("auto", "off"):
         raise ConfigError(f"{SWITCH}: must be auto or off, is {switch!r}")
     if switch == "off" and not any(name.startswith("--") for name in names.values()):
         return _single_process(environment)
-    there = (
-        None if switch == "off" or given.keys() == NAMES.keys() else _cluster(environment, given)
+    cluster = (
+        None
+        if switch == "off" or explicit.keys() == NAMES.keys()
+        else _cluster(environment, explicit)
     )
-    if not given and there is None:
+    if not explicit and cluster is None:
         return _single_process(environment)
-    place = _combine(given, names, there)
+    place = _combine(explicit, names, cluster)
     return replace(place, devices=_devices(environment, place))
 
 
 def _single_process(environment: Environment) -> Place | None:
-    """Return the place of a process by itself: None, but where it may not use all GPUs."""
+    """Return the place of a single-process run: None, unless it is limited to some GPUs."""
     place = Place(DEVICES, processes=1, process=0)
     devices = _devices(environment, place)
     return None if devices is None else replace(place, devices=devices)
 
 
 def waits(environment: Environment, flags: Flags | None = None) -> Waits:
-    """Return how long is waited for other processes.
+    """Return the timeouts.
 
     Raises:
-        ConfigError: a number is none.
+        ConfigError: a value is not a positive integer.
     """
-    given = {name: (variable, environment.get(variable)) for name, variable in _WAITS.items()}
+    settings = {name: (variable, environment.get(variable)) for name, variable in _WAITS.items()}
     if flags is not None and flags.heartbeat is not None:
-        given["heartbeat"] = ("--heartbeat_timeout", str(flags.heartbeat))
-    found = {name: _number(*one) for name, one in given.items() if one[1]}
+        settings["heartbeat"] = ("--heartbeat_timeout", str(flags.heartbeat))
+    found = {name: _number(*one) for name, one in settings.items() if one[1]}
     for name, seconds in found.items():
         if seconds < 1:
-            raise ConfigError(f"{given[name][0]}: must be at least 1 second, is {seconds}")
+            raise ConfigError(f"{settings[name][0]}: must be at least 1 second, is {seconds}")
     return Waits(**found)
 
 
 def _explicit_settings(
     environment: Environment, flags: Flags
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return what is said by hand, and under which name."""
-    given: dict[str, str] = {}
+    """Return the explicit settings, and the flag or variable of each."""
+    explicit: dict[str, str] = {}
     names: dict[str, str] = {}
     for field, (flag, *variables) in NAMES.items():
         own = getattr(flags, field)
@@ -167,32 +166,35 @@ def _explicit_settings(
         ]
         for name, value in values:
             if value:
-                given[field], names[field] = value, name
+                explicit[field], names[field] = value, name
                 break
-    return given, names
+    return explicit, names
 
 
-def _combine(given: Mapping[str, str], names: Mapping[str, str], there: Place | None) -> Place:
-    """Put together what is said by hand and what a cluster says."""
-    coordinator = given.get("coordinator")
-    processes = _number(names["processes"], given["processes"]) if "processes" in given else None
-    process = _number(names["process"], given["process"]) if "process" in given else None
-    by = " and ".join(dict.fromkeys([*names.values(), *((there.by,) if there else ())]))
+def _combine(explicit: Mapping[str, str], names: Mapping[str, str], cluster: Place | None) -> Place:
+    """Combine explicit settings with those of a cluster."""
+    coordinator = explicit.get("coordinator")
+    numbers = {
+        field: _number(names[field], explicit[field])
+        for field in ("processes", "process")
+        if field in explicit
+    }
+    by = " and ".join(dict.fromkeys([*names.values(), *((cluster.by,) if cluster else ())]))
     place = Place(
         by,
-        coordinator or (there and there.coordinator),
-        processes if processes is not None else (there and there.processes),
-        process if process is not None else (there and there.process),
+        coordinator or (cluster and cluster.coordinator),
+        numbers.get("processes", cluster.processes if cluster else None),
+        numbers.get("process", cluster.process if cluster else None),
     )
     if place.processes == 1:
         place = replace(place, coordinator=None, process=place.process or 0)
     missing = [field for field in NAMES if getattr(place, field) is None]
-    if missing and place.processes != 1 and not (there and there.found_by_jax and not given):
+    if missing and place.processes != 1 and not (cluster and cluster.found_by_jax and not explicit):
         lacks = ", ".join("/".join(NAMES[field]) for field in missing)
         raise ConfigError(
             f"{', '.join(names.values())}: given without {lacks}; give all three, {_ALONE}"
         )
-    _check(place, {**(_VARIABLES.get(there.by, {}) if there else {}), **names})
+    _check(place, {**(_VARIABLES.get(cluster.by, {}) if cluster else {}), **names})
     return place
 
 
@@ -205,28 +207,32 @@ def _check(place: Place, names: Mapping[str, str]) -> None:
     if place.coordinator is not None and (at is None or not 0 < int(at[2]) < 2**16):
         raise ConfigError(
             f"{names.get('coordinator', place.by)}: must be host:port, is {place.coordinator!r};"
-            " add the port on which process 0 can be reached, such as host:8476, at most 65535"
+            " give the port of process 0 (at most 65535), such as host:8476"
         )
     n, i = place.processes, place.process
     if n is not None and n < 1:
         raise ConfigError(f"{names.get('processes', place.by)}: must be at least 1, is {n}")
     if n is not None and i is not None and not 0 <= i < n:
         raise ConfigError(
-            f"{names.get('process', place.by)}: must be from 0 to {n - 1} of {n} processes, is {i}"
+            f"{names.get('process', place.by)}: must be from 0 to {n - 1} for {n} processes, is {i}"
         )
 
 
-def _cluster(environment: Environment, given: Mapping[str, str]) -> Place | None:
-    if (place := _tpu(environment) or _open_mpi(environment, "coordinator" in given)) is not None:
+def _cluster(environment: Environment, explicit: Mapping[str, str]) -> Place | None:
+    place = (
+        _tpu(environment)
+        or _open_mpi(environment, "coordinator" in explicit)
+        or _slurm(environment)
+        or _skypilot(environment)
+    )
+    if place is not None:
         return place
-    if (place := _slurm(environment) or _skypilot(environment)) is not None:
-        return place
-    return _kubernetes(environment, {"coordinator", "processes"} <= given.keys())
+    return _kubernetes(environment, {"coordinator", "processes"} <= explicit.keys())
 
 
 def _tpu(environment: Environment) -> Place | None:
-    """A TPU of several hosts on GKE, whose variables JAX reads; on a TPU VM it asks the machine
-    itself (`on_tpu_vm`).
+    """Return the place on a multi-host TPU on GKE, whose variables JAX reads; for TPU VMs see
+    `find_tpu_vm`.
     """
     platforms = environment.get("JAX_PLATFORMS") or "tpu"
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
@@ -249,24 +255,23 @@ def _tpu(environment: Environment) -> Place | None:
 
 
 def find_tpu_vm(environment: Environment) -> Place | None:
-    """Tell a TPU VM, once JAX is imported: JAX writes into the environment that it has found
-    one.
-    """
-    there = environment.get("TPU_ML_PLATFORM") == "JAX" and not environment.get(
+    """Return the place on a TPU VM, which JAX marks in the environment when it is imported."""
+    on_tpu_vm = environment.get("TPU_ML_PLATFORM") == "JAX" and not environment.get(
         "TPU_SKIP_MDS_QUERY"
     )
-    named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu")
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    uses_tpu = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu")
     return (
         Place("TPU VM")
-        if there and wanted and not named and environment.get(SWITCH) != "off"
+        if on_tpu_vm and uses_tpu and not hosts and environment.get(SWITCH) != "off"
         else None
     )
 
 
-def _open_mpi(environment: Environment, by_hand: bool) -> Place | None:
-    """Return the place of a process that `mpirun` started; asked before SLURM, in whose steps
-    `mpirun` starts its daemons.
+def _open_mpi(environment: Environment, explicit: bool) -> Place | None:
+    """Return the place of a process started by `mpirun`.
+
+    Checked before SLURM, since `mpirun` starts its daemons as SLURM steps.
     """
     started = "OMPI_COMM_WORLD_SIZE"
     n = _number(started, environment.get(started) or "1")
@@ -277,10 +282,10 @@ def _open_mpi(environment: Environment, by_hand: bool) -> Place | None:
         ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"],
         f"mpirun started {n} processes",
     )
-    if not by_hand and not environment.get("OMPI_MCA_orte_hnp_uri"):
+    if not explicit and not environment.get("OMPI_MCA_orte_hnp_uri"):
         raise ConfigError(
-            f"{started}: mpirun started {n} processes, and JAX finds their coordinator by"
-            " OMPI_MCA_orte_hnp_uri, which Open MPI sets before version 5; set"
+            f"{started}: mpirun started {n} processes, but JAX finds their coordinator by"
+            " OMPI_MCA_orte_hnp_uri, which only Open MPI before version 5 sets; set"
             f" {'/'.join(NAMES['coordinator'])} to host:port of process 0, {_ALONE}"
         )
     return Place(
@@ -300,16 +305,16 @@ def _slurm(environment: Environment) -> Place | None:
         ):
             if _number(name, count or "1") > 1:
                 raise ConfigError(
-                    f"{name}: the job has {count} {what}, and this process was not started as a"
-                    f" task of it; write `srun python -m jaxpeft.train ...`, {_ALONE}"
+                    f"{name}: the job has {count} {what}, but this process is not one of its"
+                    f" tasks; start it by `srun python -m jaxpeft.train ...`, {_ALONE}"
                 )
         return None
     _require(environment, ["SLURM_PROCID", "SLURM_LOCALID"], "this is a step of a SLURM job")
     n = _number("SLURM_NTASKS", tasks or "1")
     first = _first_host(environment["SLURM_STEP_NODELIST"])
-    base, many = _SLURM_PORTS
-    usual = base + _number("SLURM_JOB_ID", environment["SLURM_JOB_ID"]) % many
-    port = environment.get("JAX_COORDINATOR_PORT") or str(usual)
+    base, count = _SLURM_PORTS
+    default = base + _number("SLURM_JOB_ID", environment["SLURM_JOB_ID"]) % count
+    port = environment.get("JAX_COORDINATOR_PORT") or str(default)
     return Place(
         "SLURM", f"{first}:{port}", n, _number("SLURM_PROCID", environment["SLURM_PROCID"])
     )
@@ -320,20 +325,18 @@ _HOST = rf"(?:[^,\[\]\s]|{_RANGES})+"
 
 
 def _first_host(nodes: str) -> str:
-    """Return the first of a list of hosts such as `a1,b2` or `gpu[01-04,07]-ib,cpu3`."""
+    """Return the first host of a list such as `a1,b2` or `gpu[01-04,07]-ib,cpu3`."""
     found = re.fullmatch(rf"({_HOST})(?:,{_HOST})*", nodes)
     if found is None:
         raise ConfigError(
-            f"SLURM_STEP_NODELIST: is no list of hosts such as a1,b2 or gpu[01-04,07]: {nodes!r};"
-            f" {_ALONE[3:]}"
+            f"SLURM_STEP_NODELIST: must be a list of hosts such as a1,b2 or gpu[01-04,07], is"
+            f" {nodes!r}; {_ALONE[3:]}"
         )
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[1])
 
 
 def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
-    """Return the GPUs of this task: as many for each task of the node, all of them for a task that
-    is alone there.
-    """
+    """Return this task's equal share of the node's GPUs; None if it is the node's only task."""
     tasks = _tasks_here(environment)
     gpus = _gpus_here(environment)
     each = environment.get("SLURM_GPUS_PER_TASK")
@@ -341,36 +344,36 @@ def _slurm_devices(environment: Environment) -> tuple[int, ...] | None:
         return None
     if each:
         raise ConfigError(
-            f"SLURM_GPUS_PER_TASK: {each}: a task then sees no GPU but its own, and NCCL cannot go"
-            " directly from one to another; ask for --gres=gpu:N and --ntasks-per-node=N instead"
-            " of --gpus-per-task"
+            f"SLURM_GPUS_PER_TASK: {each}: tasks then only see their own GPUs, so NCCL cannot use"
+            " direct GPU-to-GPU transfers; use --gres=gpu:N and --ntasks-per-node=N instead of"
+            " --gpus-per-task"
         )
     if gpus % tasks:
         raise ConfigError(
-            f"SLURM: {tasks} tasks a node do not share its {gpus} GPUs evenly; set"
-            f" --ntasks-per-node to {gpus}, or to 1 for one process that uses them all, or name"
-            f" each task's GPUs by {DEVICES}"
+            f"SLURM: {tasks} tasks per node do not divide its {gpus} GPUs evenly; set"
+            f" --ntasks-per-node to {gpus}, or to 1 for one process with all GPUs, or set the GPUs"
+            f" of each task by {DEVICES}"
         )
     share, at = gpus // tasks, _number("SLURM_LOCALID", environment["SLURM_LOCALID"])
     if not 0 <= at < tasks:
         raise ConfigError(
-            f"SLURM_LOCALID: must be from 0 to {tasks - 1} of {tasks} tasks of the node, is {at}"
+            f"SLURM_LOCALID: must be from 0 to {tasks - 1} for {tasks} tasks on the node, is {at}"
         )
     first = share * at
     return tuple(range(first, first + share))
 
 
 def _tasks_here(environment: Environment) -> int:
-    """Return the tasks of this node, of a list such as `4(x2),1`."""
+    """Return the number of tasks on this node, from a list such as `4(x2),1`."""
     counts: list[int] = []
-    told = (
+    text = (
         environment.get("SLURM_STEP_TASKS_PER_NODE")
         or environment.get("SLURM_TASKS_PER_NODE")
         or ""
     )
-    for part in filter(None, told.split(",")):
+    for part in filter(None, text.split(",")):
         if not (found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)):
-            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE: cannot be read: {told!r}")
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE: cannot parse {text!r}")
         counts += [int(found[1])] * int(found[2] or 1)
     node = _number("SLURM_NODEID", environment.get("SLURM_NODEID") or "0")
     if node < len(counts):
@@ -379,10 +382,10 @@ def _tasks_here(environment: Environment) -> int:
 
 
 def _gpus_here(environment: Environment) -> int:
-    """Return how many GPUs a task sees, 0 where nobody says."""
+    """Return the number of GPUs that a task sees, 0 if unknown."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if value := environment.get(name):
-            # none is written as NoDevFiles or -1
+            # NoDevFiles or -1 means no GPUs
             return len(
                 [
                     part
@@ -402,7 +405,7 @@ def _skypilot(environment: Environment) -> Place | None:
     n = _number("SKYPILOT_NUM_NODES", environment["SKYPILOT_NUM_NODES"])
     if len(addresses) != n or not addresses:
         raise ConfigError(
-            f"SKYPILOT_NODE_IPS: {len(addresses)} addresses, and SKYPILOT_NUM_NODES is {n};"
+            f"SKYPILOT_NODE_IPS: has {len(addresses)} addresses, but SKYPILOT_NUM_NODES is {n};"
             f" {_ALONE[3:]}"
         )
     port = environment.get("JAX_COORDINATOR_PORT") or _PORT
@@ -411,15 +414,15 @@ def _skypilot(environment: Environment) -> Place | None:
     return Place("SkyPilot", f"{first}:{port}", n, rank)
 
 
-def _kubernetes(environment: Environment, by_hand: bool) -> Place | None:
-    """A pod of an indexed job, of which JAX asks the cluster; given the rest by hand, only its
-    number is taken.
+def _kubernetes(environment: Environment, explicit: bool) -> Place | None:
+    """Return the place of a pod of an indexed job; JAX queries the cluster unless the other
+    settings are explicit.
     """
     index = environment.get("JOB_COMPLETION_INDEX")
     if not environment.get("KUBERNETES_SERVICE_HOST") or not index:
         return None
     number = _number("JOB_COMPLETION_INDEX", index)
-    return Place("JOB_COMPLETION_INDEX" if by_hand else "Kubernetes", process=number)
+    return Place("JOB_COMPLETION_INDEX" if explicit else "Kubernetes", process=number)
 
 
 def _devices(environment: Environment, place: Place) -> tuple[int, ...] | None:
@@ -431,14 +434,14 @@ def _devices(environment: Environment, place: Place) -> tuple[int, ...] | None:
             return None
         if not re.fullmatch(r"\d+(,\d+)*", text):
             raise ConfigError(
-                f"{name}: must be numbers of GPUs such as 0,1, is {text!r}; for all of them set"
-                f" {DEVICES}=all"
+                f"{name}: must be GPU indices such as 0,1, is {text!r}; set {DEVICES}=all for all"
+                " GPUs"
             )
         numbers = tuple(int(part) for part in text.split(","))
         if len(set(numbers)) < len(numbers):
-            raise ConfigError(f"{name}: names a GPU twice: {text!r}")
+            raise ConfigError(f"{name}: lists a GPU twice: {text!r}")
         return numbers
-    if place.by.endswith("Open MPI"):  # as JAX does: one each
+    if place.by.endswith("Open MPI"):  # one GPU per process, as in JAX
         return (_number("OMPI_COMM_WORLD_LOCAL_RANK", environment["OMPI_COMM_WORLD_LOCAL_RANK"]),)
     return _slurm_devices(environment) if place.by.endswith("SLURM") else None
 
@@ -446,11 +449,11 @@ def _devices(environment: Environment, place: Place) -> tuple[int, ...] | None:
 def _require(environment: Environment, names: list[str], why: str) -> None:
     missing = [name for name in names if not environment.get(name)]
     if missing:
-        raise ConfigError(f"{', '.join(missing)}: not set, though {why}; set it, {_ALONE}")
+        raise ConfigError(f"{', '.join(missing)}: is not set, but {why}; set it, {_ALONE}")
 
 
 def _number(name: str, value: str | int | None) -> int:
     try:
         return int(value or 0)
     except ValueError:
-        raise ConfigError(f"{name}: must be a whole number, is {value!r}") from None
+        raise ConfigError(f"{name}: must be an integer, is {value!r}") from None

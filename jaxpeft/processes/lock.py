@@ -1,4 +1,4 @@
-"""One run per folder: two at once would overwrite each other's files."""
+"""Lock a run's folder, so that no two runs overwrite each other's files."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ FILE = ".lock"
 
 @contextmanager
 def lock_folder(folder: Path) -> Generator[None]:
-    """Keep every other run out of a folder; the system frees it with the process, however that
-    ends.
+    """Lock a folder; the system releases the lock when the process ends, however it ends.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
 
     Raises:
-        ConfigError: another run uses it; the message names its host and process.
+        ConfigError: another run uses the folder; names its host and process.
     """
     path = folder / FILE
-    # no soft lock where the filesystem has no flock: that one outlives a killed process
+    # no soft lock on filesystems without flock, since it would outlive a killed process
     lock = FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=_write_owner)
     try:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"--workdir {folder}: another run is active there ({_read_owner(path)}); wait for it,"
-            " or give another folder"
+            f"--workdir {folder}: another run uses it ({_read_owner(path)}); wait for it, or give"
+            " another folder"
         ) from None
     try:
         yield
@@ -54,5 +53,5 @@ def _write_owner(file: int) -> None:
 def _read_owner(path: Path) -> str:
     try:
         return path.read_text(errors="replace")[:200].strip() or "another process"
-    except FileNotFoundError:  # it has just ended
+    except FileNotFoundError:  # it has just finished
         return "another process"

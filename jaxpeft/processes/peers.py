@@ -1,7 +1,6 @@
-"""The processes of a run, of which this is one: what they wait for, agree on and compare, by JAX's
-coordination service.
+"""Barriers, broadcasts and comparisons between processes, by JAX's coordination service.
 
-Nothing here computes on a device: a value or a barrier costs one call to the coordinator, well
+No computation on devices is involved: a value or barrier costs one call to the coordinator, well
 under a millisecond.
 """
 
@@ -24,21 +23,21 @@ from jaxpeft.errors import ConfigError, PeersError
 
 T = TypeVar("T")
 SEEN = 30.0
-"""Seconds that a host's view of a shared folder may be behind."""
+"""Maximum delay, in seconds, until a host sees a file on a shared filesystem."""
 _POLL = 0.2
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes of a run. All of them call the same methods in the same order.
+    """The processes of a run; all must call the same methods in the same order.
 
     Attributes:
-        process: the number of this one.
-        processes: how many there are.
-        timeout: seconds that the others are waited for.
-        client: of JAX's coordination service; None for a process by itself.
-        numbers: of the calls.
+        process: index of this process.
+        processes: number of processes.
+        timeout: seconds to wait for the others.
+        client: client of JAX's coordination service; None in a single-process run.
+        numbers: counter of the calls.
     """
 
     process: int = 0
@@ -54,17 +53,17 @@ class Peers:
 
     @property
     def many(self) -> bool:
-        """Whether there are others."""
+        """Whether there are several processes."""
         return self.processes > 1
 
     def wait(self, what: str) -> None:
-        """Wait until all processes are here.
+        """Wait until all processes have called this (a barrier).
 
         Args:
-            what: they come to, for a message.
+            what: name of the barrier, for messages.
 
         Raises:
-            PeersError: one has not come in time.
+            PeersError: a process did not arrive in time.
         """
         if not self.many:
             return
@@ -74,14 +73,14 @@ class Peers:
             raise self._lost(what, error) from None
 
     def agree(self, what: str, make: Callable[[], T]) -> T:
-        """Return what process 0 makes, to all processes.
+        """Broadcast a value from process 0 to all processes.
 
         Args:
-            what: it is, for a message.
-            make: gives a plain JSON value; called in process 0 alone.
+            what: name of the value, for messages.
+            make: returns a plain JSON value; called in process 0 only.
 
         Raises:
-            PeersError: process 0 has not made it in time.
+            PeersError: process 0 did not provide it in time.
         """
         if not self.many:
             return make()
@@ -96,14 +95,14 @@ class Peers:
             raise self._lost(what, error) from None
 
     def all_gather(self, what: str, value: T) -> list[T]:
-        """Return what each process has, to all of them, in their order.
+        """Gather the values of all processes, in order.
 
         Args:
-            what: it is, for a message.
-            value: of this process, a plain JSON value.
+            what: name of the value, for messages.
+            value: value of this process, a plain JSON value.
 
         Raises:
-            PeersError: one has not come in time.
+            PeersError: a process did not provide it in time.
         """
         if not self.many:
             return [value]
@@ -119,40 +118,40 @@ class Peers:
         return [json.loads(text) for text in found]
 
     def same(self, what: str, values: Mapping[str, Any]) -> None:
-        """Refuse values that differ from those of process 0.
+        """Check that values equal those of process 0.
 
         Args:
-            what: they are.
+            what: name of the values, for messages.
             values: nested plain JSON values.
 
         Raises:
-            ConfigError: naming each that differs, up to a few.
+            ConfigError: lists values that differ, up to a limit.
         """
         if not self.many:
             return
-        plain = json.loads(json.dumps(values))  # as the others get it, tuples as lists
+        plain = json.loads(json.dumps(values))  # tuples become lists, as in the other processes
         theirs, mine = paths.flatten(self.agree(what, lambda: plain)), paths.flatten(plain)
         names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
         if names:
             rows = [
-                f"\n  {name}: {mine.get(name)!r} here, {theirs.get(name)!r} there"
+                f"\n  {name}: {mine.get(name)!r} here, {theirs.get(name)!r} in process 0"
                 for name in names[:_SHOWN]
             ]
             rows += [f"\n  and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
             raise ConfigError(
-                f"process {self.process} on {platform.node()} has another {what} than process 0;"
-                f" start all of them with the same command, files and versions:{''.join(rows)}"
+                f"process {self.process} on {platform.node()} has a different {what} than process"
+                f" 0; start all processes with the same command, files and versions:{''.join(rows)}"
             )
         self.wait(f"the same {what}")
 
     def require_shared(self, folder: Path) -> None:
-        """Refuse a folder that is not one and the same for all processes.
+        """Check that a folder is shared by all processes.
 
         Args:
-            folder: that process 0 can write.
+            folder: folder that process 0 can write.
 
         Raises:
-            ConfigError: what process 0 writes there is not seen here.
+            ConfigError: a file written by process 0 is not visible here.
         """
         if not self.many:
             return
@@ -162,9 +161,9 @@ class Peers:
         self.wait("a mark in the folder of the run")
         if not wait_until_seen(mark):
             raise ConfigError(
-                f"--workdir {folder}: is not the same folder for process {self.process} on"
-                f" {platform.node()} as for process 0: a file written there is not seen after"
-                f" {SEEN:.0f} s; give a folder that all hosts share"
+                f"--workdir {folder}: is not shared: process {self.process} on {platform.node()}"
+                f" does not see a file of process 0 after {SEEN:.0f} s; give a folder that all"
+                " hosts share"
             )
         self.wait("a check of the folder of the run")
         if self.first:
@@ -176,7 +175,7 @@ class Peers:
     def _lost(self, what: str, error: Exception) -> PeersError:
         late = "DEADLINE_EXCEEDED" in str(error)
         why = (
-            f"not all of them arrived within {self.timeout} s (JAXPEFT_BARRIER_TIMEOUT)"
+            f"not all arrived within {self.timeout} s (JAXPEFT_BARRIER_TIMEOUT)"
             if late
             else _short(error)
         )
@@ -186,16 +185,14 @@ class Peers:
             if late and _find_missing(error)
             else ""
         )
-        return PeersError(f"{who}: {why}{named}; look at their logs, and start all of them again")
+        return PeersError(f"{who}: {why}{named}; check their logs, and start all processes again")
 
 
 ALONE = Peers()
 
 
 def wait_until_seen(path: Path) -> bool:
-    """Return whether a file that another host has written is seen here, after a while if need
-    be.
-    """
+    """Wait until a file that another host has written is visible; return whether it is."""
     end = time.monotonic() + SEEN
     while not path.exists():
         if time.monotonic() > end:
@@ -205,9 +202,7 @@ def wait_until_seen(path: Path) -> bool:
 
 
 def _find_missing(error: Exception) -> list[str]:
-    """Return the processes that a barrier has waited for in vain: they stand alone on lines of what
-    JAX says.
-    """
+    """Return the processes missing at a barrier, which JAX's message lists one per line."""
     return [line.strip() for line in str(error).splitlines() if line.strip().isdecimal()]
 
 

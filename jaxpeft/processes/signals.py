@@ -1,5 +1,5 @@
-"""Stopping on request: SIGTERM and SIGINT set a flag, and the loop saves at the next step; of
-several processes, all at the same.
+"""Stop on request: SIGTERM and SIGINT set a flag, and the training loop saves at the next step (the
+same step in all processes).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from types import FrameType
 from typing import Any
 
 _REPEATED = 1.0
-"""Signals of one kind that come within so many seconds are one request: `timeout` and job managers
-send theirs to a process and to its group, which it is in.
+"""Equal signals within this many seconds are one request: `timeout` and job managers signal both a
+process and its group.
 """
 
 
@@ -26,7 +26,7 @@ _JUST_OVER = 0.5
 
 
 def exit_code(signum: int) -> int:
-    """Return what a command ends with that a signal has stopped."""
+    """Return the exit code of a command stopped by a signal."""
     return 128 + signum
 
 
@@ -34,14 +34,14 @@ def exit_code(signum: int) -> int:
 def listen_while_waiting(
     seconds: float, late: Callable[[], None], stop: Callable[[int], None]
 ) -> Generator[None]:
-    """Let a thread hear signals while this one waits in code that is not Python's, which no handler
-    interrupts.
+    """Handle signals in a thread while this thread waits in native code, where Python's handlers do
+    not run.
 
     Args:
-        seconds: that the waiting may take.
-        late: is called when it has taken longer.
-        stop: is called with the number of a SIGTERM or SIGINT; one that comes as the waiting ends
-            is left to the handlers.
+        seconds: timeout of the wait.
+        late: called on timeout.
+        stop: called with the number of a SIGTERM or SIGINT; a signal at the end of the wait is left
+            to the normal handlers.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -75,14 +75,14 @@ def listen_while_waiting(
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """The run was asked to stop, and has saved what it did.
+    """The run was stopped on request, after saving.
 
     Args:
-        signum: the signal.
+        signum: signal that requested the stop.
 
     Attributes:
-        exit_code: what the command ends with.
-        saved: whether a step was saved for it, and said.
+        exit_code: exit code of the command.
+        saved: whether a step was saved and logged.
     """
 
     def __init__(self, signum: int) -> None:
@@ -92,11 +92,11 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT are noted; a second one of the same kind, a second or
-    more later, acts as usual.
+    """Context in which SIGTERM and SIGINT request a stop; a repeated signal, at least a second
+    later, acts as usual.
 
-    Among several processes SIGTERM is JAX's to notice (`agree`): whichever gets it, all stop at the
-    same call of `raise_if_requested`, which they make equally often.
+    In a multi-process run JAX handles SIGTERM (see `agree`): whichever process gets it, all stop at
+    the same call of `raise_if_requested`, which all must call equally often.
     """
 
     def __init__(self) -> None:
@@ -121,22 +121,21 @@ class StopRequest:
         first = self._noted.setdefault(signum, now)
         if first == now or now - first < _REPEATED:
             if self._reached is not None and self._signum is None:
-                os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the others
+                os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on to the others
             self._signum = signum
             return
         signal.signal(signum, self._before[signum])
         os.kill(os.getpid(), signum)
 
     def agree(self, reached: Callable[[int], bool]) -> None:
-        """Let all processes of a run stop at the same call, once JAX has its own handler of
-        SIGTERM.
+        """Make all processes stop at the same call, after JAX has installed its SIGTERM handler.
 
         Args:
-            reached: says whether a numbered call is the one; it costs a look at a variable, and
-                hears of a signal of another process within about a second.
+            reached: returns whether to stop at a numbered call; it is cheap, and sees a signal of
+                another process within about a second.
         """
         self._reached = reached
-        if self._signum is not None:  # it came while the processes were joining
+        if self._signum is not None:  # it arrived while the processes were connecting
             os.kill(os.getpid(), signal.SIGTERM)
 
     @property
@@ -145,10 +144,10 @@ class StopRequest:
         return self._signum is not None
 
     def raise_if_requested(self) -> None:
-        """Raise `Stopped` if the run should stop; called where all processes come by equally often.
+        """Raise `Stopped` if the run should stop; all processes must call it equally often.
 
         Raises:
-            Stopped: with the exit code that the signal stands for.
+            Stopped: with the exit code of the signal.
         """
         if self._reached is not None:
             self._calls += 1
@@ -158,8 +157,8 @@ class StopRequest:
             raise Stopped(self._signum)
 
     def raise_while_waiting(self) -> None:
-        """Raise `Stopped` while something is waited for; not among several processes, of which the
-        others may not wait.
+        """Raise `Stopped` during a wait, in a single-process run only, since other processes may
+        not be waiting.
 
         Raises:
             Stopped: as above.

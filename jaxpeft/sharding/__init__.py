@@ -1,1 +1,1 @@
-"""Where arrays are: the mesh of devices, and how a batch and a tree lie on it."""
+"""Sharding: the device mesh, and the shardings of batches and trees."""

@@ -1,9 +1,9 @@
-"""The spec of every leaf of a tree: by the rules, and beside a kernel derived from the kernel's.
+"""Shardings of a tree: from the rules, or derived from a kernel's for adapter and quantized leaves.
 
-Which dimensions of an adapter leaf, or of one that holds a quantized kernel, run along the kernel's
-inputs or outputs is found without knowing any method or format: the leaves are made abstractly once
-more for a site with twice as many inputs, and for one with twice as many outputs. A dimension that
-doubles with one of them alone runs along it.
+Whether a dimension of an adapter leaf, or of a leaf of a quantized kernel, runs along the kernel's
+inputs or outputs is found without knowing the method or format: the leaves are traced abstractly
+for a site with twice as many inputs, and for one with twice as many outputs. A dimension that
+doubles with exactly one of them runs along it.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from jaxpeft.sharding.sizes import AXES, FSDP
 
 _log = logging.getLogger(__name__)
 HOST = "pinned_host"
-"""The kind of memory that offloaded kernels lie in."""
+"""Memory kind of offloaded kernels."""
 _STORED = frozenset(name for form in QUANTIZED.values() for name in form.leaves)
 Sides = Mapping[str, tuple[int | None, ...]]
-"""By the name of a leaf, the side of the kernel that each of its dimensions runs along: 0 the
-inputs, 1 the outputs, None neither.
+"""By leaf name, the side of the kernel that each dimension runs along: 0 inputs, 1 outputs, None
+neither.
 """
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the leaves of a tree lie.
+    """Shardings of a tree's leaves.
 
     Attributes:
-        shardings: of each leaf, in a tree of the same structure.
-        dropped: axes that do not divide a dimension and were left out, one a line.
+        shardings: sharding of each leaf, in a tree of the same structure.
+        dropped: descriptions of axes that do not divide a dimension and are not used.
     """
 
     shardings: Tree
@@ -59,46 +59,43 @@ class Layout:
 def shardings(
     mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None
 ) -> Tree:
-    """Return the sharding of each leaf: the arguments are those of `layout`."""
+    """Return the sharding of each leaf; takes the arguments of `layout`."""
     return layout(mesh, rules, params, method).shardings
 
 
 def log_dropped(found: Layout, most: int = 4) -> None:
-    """Log what was left out, one line for all layers that are alike."""
+    """Log the unused axes, one line for all equal layers."""
     alike = list(dict.fromkeys(re.sub(r"/\d+/", "/*/", why) for why in found.dropped))
     more = [f"and {len(alike) - most} more"] if len(alike) > most else []
     if alike:
         _log.warning(
-            "not sharded, as an axis does not divide a dimension:\n  %s",
+            "not sharded, because an axis does not divide a dimension:\n  %s",
             "\n  ".join([*alike[:most], *more]),
         )
 
 
 def by_path(tree: Mapping[str, Any]) -> Callable[[Path], NamedSharding]:
-    """Return the shardings of a tree as a function of the path, for what reads one leaf after the
-    other.
-    """
+    """Return the shardings of a tree as a function of the path."""
     return partial(paths.get, tree)
 
 
 def layout(
     mesh: Mesh, rules: Rules, params: Mapping[str, Any], method: Method | None = None
 ) -> Layout:
-    """Find where each leaf of a tree lies.
+    """Return the layout of a tree.
 
     Args:
-        mesh: the devices.
-        rules: of the run.
-        params: the tree, rewritten by `method` or not, its kernels quantized or not; abstract
-            leaves will do.
-        method: whose adapter leaves are in it, None where there are none.
+        mesh: device mesh.
+        rules: sharding rules.
+        params: tree with or without adapters, quantized or not; leaves may be abstract.
+        method: method of the adapter leaves; None if there are none.
 
     Raises:
-        ConfigError: no rule covers a leaf, or one of the user's own does not go with its shape.
+        ConfigError: no rule matches a leaf, or a user-defined rule does not fit its shape.
     """
     rules.require_fast(paths.text(path) for path, _ in paths.walk(params))
-    spreads = any(axes for rule in rules.rules for axes in rule.axes)
-    beside = dict(_derived_rules(rules, params, method)) if spreads else {}
+    shards = any(axes for rule in rules.rules for axes in rule.axes)
+    derived = dict(_derived_rules(rules, params, method)) if shards else {}
     mask = (
         dict(paths.walk(trainable_mask(method, params)))
         if method is not None and rules.offload
@@ -107,20 +104,20 @@ def layout(
     items: list[tuple[Path, NamedSharding]] = []
     dropped: list[str] = []
     for path, leaf in paths.walk(params):
-        rule = rules.own(paths.text(path)) or beside.get(path) or rules.find(paths.text(path))
-        spec, left = fit(mesh, rule, path, leaf.shape)
-        dropped += left
+        rule = rules.own(paths.text(path)) or derived.get(path) or rules.find(paths.text(path))
+        spec, unused = fit(mesh, rule, path, leaf.shape)
+        dropped += unused
         kind = HOST if rules.offload and not mask.get(path) and _is_offloaded(path, leaf) else None
         items.append((path, NamedSharding(mesh, spec, memory_kind=kind)))
     return Layout(paths.build(items), tuple(dropped))
 
 
 def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
-    """List the leaves of quantized kernels of layers that lie along `fsdp`, by their paths within a
-    layer, with their specs without it.
+    """List the quantized leaves of layers sharded along `fsdp`: paths within a layer, and specs
+    without `fsdp`.
 
     Args:
-        found: where the leaves of a base lie, as they are stored.
+        found: layout of a base's leaves, as stored.
     """
     gathered: dict[Path, PartitionSpec] = {}
     differ: set[Path] = set()
@@ -129,14 +126,14 @@ def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
         if at is None or path[-1] not in _STORED or FSDP not in jax.tree.leaves(tuple(where.spec)):
             continue
         stacked = paths.layer_axis(path) is not None
-        kept = [
+        others = [
             tuple(axis for axis in _axes(entry) if axis != FSDP)
             for entry in tuple(where.spec)[stacked:]
         ]
-        within, spec = path[at + 1 + (not stacked) :], _spec(kept)
+        within, spec = path[at + 1 + (not stacked) :], _spec(others)
         if (
             gathered.setdefault(within, spec) != spec
-        ):  # rules of one's own that differ by layer: left to the partitioner
+        ):  # user-defined rules that differ by layer: leave these to the partitioner
             differ.add(within)
     return tuple((path, spec) for path, spec in gathered.items() if path not in differ)
 
@@ -146,15 +143,15 @@ def _axes(entry: Any) -> tuple[str, ...]:
 
 
 def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
-    """Refuse a rule of the user's that matches no leaf, as a misspelt one does.
+    """Reject user-defined rules that match no leaf, such as misspelled ones.
 
     Args:
-        rules: of the run.
-        *trees: of all methods of the run, with their adapter leaves; the kernel of a quantized site
-            is one of its leaves.
+        rules: sharding rules.
+        *trees: trees of all methods of the run, with adapter leaves; the kernel of a quantized site
+            counts as a leaf.
 
     Raises:
-        ConfigError: naming the rules, and leaves that there are.
+        ConfigError: names the rules, and similar leaves.
     """
     names = {paths.text(path) for params in trees for path, _ in paths.walk(params)}
     names |= {
@@ -177,9 +174,7 @@ def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
 
 
 def _is_offloaded(path: Path, leaf: Any) -> bool:
-    """Return whether a frozen leaf is one of those that wait in the host's memory: the matrices of
-    a layer's kernels.
-    """
+    """Return whether a frozen leaf is offloaded to host memory: kernel matrices of layers are."""
     axes = leaf.ndim - (paths.layer_axis(path) is not None)
     return (
         paths.layers_at(path) is not None
@@ -191,28 +186,28 @@ def _is_offloaded(path: Path, leaf: Any) -> bool:
 def fit(
     mesh: Mesh, rule: Rule, path: Path, shape: tuple[int, ...]
 ) -> tuple[PartitionSpec, list[str]]:
-    """Bring a rule to the shape of a leaf.
+    """Fit a rule to the shape of a leaf.
 
-    An axis that does not divide its dimension is left out, but for `fsdp`, which is there for
-    storage alone: another of the dimensions that the rule speaks of will do.
+    An axis that does not divide its dimension is not used, except `fsdp`, which only shards storage
+    and can move to another dimension of the rule.
 
     Args:
-        mesh: the devices.
-        rule: of the leaf.
-        path: what to call it.
-        shape: of the leaf, with its layer axes.
+        mesh: device mesh.
+        rule: rule of the leaf.
+        path: path of the leaf, for messages.
+        shape: shape of the leaf, with its layer axes.
 
     Returns:
-        `(spec, what was left out)`.
+        `(spec, descriptions of unused axes)`.
 
     Raises:
-        ConfigError: the rule is the user's own, and does not go with the shape.
+        ConfigError: the rule is user-defined, and does not fit the shape.
     """
     first = len(shape) - len(rule.axes)
     if first < 0:
         raise ConfigError(
-            f"mesh.rules: {rule.pattern!r} speaks of {len(rule.axes)} dimensions, and"
-            f" {paths.text(path)} has {list(shape)}"
+            f"mesh.rules: {rule.pattern!r} has axes for {len(rule.axes)} dimensions, but"
+            f" {paths.text(path)} has shape {list(shape)}"
         )
     held: list[list[str]] = [[] for _ in shape]
     dropped: list[str] = []
@@ -237,7 +232,7 @@ def fit(
 
 
 def _spec(held: Sequence[Sequence[str]]) -> PartitionSpec:
-    """Return the spec of a leaf from the axes that each of its dimensions lies along."""
+    """Return the spec of a leaf from the axes of each dimension."""
     spec = [None if not axes else axes[0] if len(axes) == 1 else tuple(axes) for axes in held]
     while spec and spec[-1] is None:
         spec.pop()
@@ -255,15 +250,13 @@ def _undivided_problem(
     return f"{paths.text(path)} {list(shape)}: {product} does not divide {shape[i]}"
 
 
-# --------------------------------------------------------------------------- leaves beside a kernel
+# ----------------------------------------------------------------------------------- derived leaves
 
 
 def _derived_rules(
     rules: Rules, params: Mapping[str, Any], method: Method | None
 ) -> Iterator[tuple[Path, Rule]]:
-    """Yield the rules of the leaves that derive theirs from a kernel's, and of adapter leaves at
-    the root.
-    """
+    """Yield rules of leaves that are derived from a kernel's, and of adapter leaves at the root."""
     parts = () if method is None else method.parts()
     known: dict[Any, Sides] = {}
     for site in targets.find_sites(params, targets.KINDS):
@@ -280,8 +273,8 @@ def _derived_rules(
         )
         if form is not None:
             sides = _sides(partial(_store_abstract, form), site, known)
-            # the codes are as large as the kernel, and must be spread as it; a scale that an axis
-            # does not divide may be whole
+            # the codes are as large as the kernel, so they must be sharded; a scale that an axis
+            # does not divide may be replicated
             yield from (
                 (
                     (*site.path, key),
@@ -302,21 +295,22 @@ def _derived_rules(
 
 _KERNELS = {"linear": "kernel", "embedding": "embedding"}
 _FEW = tuple(axis for axis in AXES if axis != FSDP)
-"""The axes that derived leaves take: of a quantized kernel all, of an adapter not `fsdp`: small
-leaves are faster whole.
+"""Axes of adapter leaves: not `fsdp`, since small leaves are faster replicated. Leaves of quantized
+kernels use all axes.
 """
 
 
 def _derive(
     base: Rule, sides: tuple[int | None, ...], allowed: tuple[str, ...], *, own: bool = False
 ) -> Rule:
-    """Return the rule of a leaf from that of the kernel beside it; no axis is taken twice.
+    """Derive the rule of a leaf from that of its kernel; no axis is used twice.
 
     Args:
-        base: of the kernel; axes before the last two are of its layers, and those of the leaf.
-        sides: which side of the kernel each dimension of the leaf runs along.
-        allowed: the axes that it takes.
-        own: whether what does not divide is an error, as for the kernel.
+        base: rule of the kernel; axes before the last two belong to layer dimensions, which the
+            leaf shares.
+        sides: side of the kernel that each dimension of the leaf runs along.
+        allowed: axes that the leaf may use.
+        own: whether an axis that does not divide a dimension is an error, as for the kernel.
     """
     kernel: Axes = (*((),) * (2 - len(base.axes)), *base.axes)[-2:]
     found: list[tuple[str, ...]] = [
@@ -335,12 +329,12 @@ def _derive(
 
 
 def _sides(make: partial[dict[str, jax.Array]], site: Site, known: dict[Any, Sides]) -> Sides:
-    """Find which side of a kernel each dimension of the leaves runs along.
+    """Find the side of a kernel that each dimension of the leaves runs along.
 
     Args:
-        make: the leaves of a site of one layer.
-        site: where.
-        known: what was found for sites of the same shape already.
+        make: makes the leaves of a site of one layer.
+        site: the site.
+        known: cache of results by shape of the site.
     """
     one = site.one(0)
     key = make.func, repr(make.args), site.shape, site.kind, site.path[-2:]
@@ -368,16 +362,16 @@ def _shapes(make: Callable[[Site], dict[str, jax.Array]], site: Site) -> dict[st
 
 
 def _side(n: int, wide: tuple[int, ...], tall: tuple[int, ...], i: int, ndim: int) -> int | None:
-    """Return the side that a dimension of `n` runs along, from the shapes with twice the inputs and
-    twice the outputs.
+    """Return the side that a dimension of size `n` runs along, from the shapes for twice the inputs
+    and twice the outputs.
     """
     doubles = [len(shape) == ndim and shape[i] == 2 * n for shape in (wide, tall)]
     return doubles.index(True) if sum(doubles) == 1 else None
 
 
 def _store_abstract(form: Quantized, site: Site) -> dict[str, jax.Array]:
-    """Make the leaves of a quantized kernel; where inputs share a scale each has its own here,
-    which tells its side best.
+    """Make the leaves of a quantized kernel, with a separate scale per input, so that the side of
+    scales is detected.
     """
     kernel = jnp.zeros(site.shape, jnp.float32)
     return form.store(kernel, group=1) if form.grouped else form.store(kernel)
@@ -388,30 +382,29 @@ def _init_abstract(method: Method, site: Site) -> dict[str, jax.Array]:
     return method.init(site, lambda: jnp.zeros(site.shape, jnp.float32), jax.random.key(0))
 
 
-# ----------------------------------------------------------------------------------- training state
+# -------------------------------------------------------------------------------------- train state
 
 
 def state_shardings(
     mesh: Mesh, state: Any, trainable: Mapping[str, Any], where: Mapping[str, Any]
 ) -> Any:
-    """Return the sharding of each array of a training state: of what belongs to a trained leaf that
-    leaf's, of the rest none.
+    """Return the sharding of each array of a train state: arrays of a trainable leaf, such as its
+    moments, are sharded like the leaf; others are replicated.
 
     Args:
-        mesh: the devices.
-        state: a pytree of arrays, abstract ones too, in which trees of the structure of `trainable`
-            stand, as moments do.
-        trainable: the trained leaves.
-        where: their shardings.
+        mesh: device mesh.
+        state: pytree of arrays, possibly abstract, that contains trees structured like `trainable`.
+        trainable: trainable leaves.
+        where: shardings of the trainable leaves.
     """
     shapes = {path: leaf.shape for path, leaf in paths.walk(trainable)}
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def of(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(str(getattr(key, "key", "")) for key in keys)
         for start in range(len(names)):
             if shapes.get(names[start:]) == leaf.shape:
                 return paths.get(where, names[start:])
-        return whole
+        return replicated
 
     return jax.tree_util.tree_map_with_path(of, state)

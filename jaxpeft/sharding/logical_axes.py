@@ -1,7 +1,7 @@
-"""Where activations lie: the models name their dimensions, and a program that is traced for a mesh
-says what the names stand for.
+"""Sharding of activations: models name the dimensions, and `on_mesh` maps the names to mesh axes
+while it traces a program.
 
-The models know no mesh: outside of `on_mesh` the names mean nothing, and nothing is done.
+Models do not know the mesh: outside of `on_mesh` the names have no effect.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ NAMES: tuple[tuple[str, Any], ...] = (
     (MLP, TENSOR),
     (VOCAB, TENSOR),
 )
-"""The axes that each name stands for."""
+"""Mesh axes of each dimension name."""
 
 
 def mesh_under(params: Any) -> Mesh | None:
-    """Return the mesh that the leaves of a tree lie on, None where they are on none."""
+    """Return the mesh of a tree's leaves, or None."""
     found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
     return next(
         (
@@ -55,11 +55,11 @@ def mesh_under(params: Any) -> Mesh | None:
 
 
 def on_mesh(mesh: Mesh | None, fn: F) -> F:
-    """Return a function that is traced for a mesh; one device leaves it as it is, and so does None.
+    """Wrap a function so that it is traced for a mesh; return it unchanged for one device or None.
 
     Args:
-        mesh: the devices.
-        fn: to be compiled, with its arguments on them.
+        mesh: device mesh.
+        fn: function to compile, whose arguments are on the mesh.
     """
     if mesh is None or mesh.size == 1:
         return fn
@@ -73,15 +73,13 @@ def on_mesh(mesh: Mesh | None, fn: F) -> F:
 
 
 def mesh_of() -> AbstractMesh | None:
-    """Return the mesh that is traced for, None where there is none."""
+    """Return the mesh of the current trace, or None."""
     found = jax.sharding.get_abstract_mesh()
     return None if found.empty or not nn.get_logical_axis_rules() else found
 
 
 def size_of(*axes: str) -> int:
-    """Return how many devices of the mesh that is traced for are along some axes, 1 without a
-    mesh.
-    """
+    """Return the number of devices along axes of the current trace's mesh, 1 without a mesh."""
     mesh = mesh_of()
     count = 1
     for axis in axes if mesh is not None else ():
@@ -90,11 +88,11 @@ def size_of(*axes: str) -> int:
 
 
 def spec_of(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
-    """Return the spec of an activation; an axis that does not divide its dimension is left out.
+    """Return the spec of an activation; an axis that does not divide its dimension is not used.
 
     Args:
-        shape: of the activation.
-        *names: of its dimensions, None for one that lies along no axis.
+        shape: shape of the activation.
+        *names: names of its dimensions, None for an unsharded one.
     """
     axes = spmd.logical_to_mesh_axes(names) or ()
     fits = (
@@ -109,11 +107,11 @@ def spec_of(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Return where an activation lies, where a mesh is traced for.
+    """Constrain the sharding of an activation, if the current trace has a mesh.
 
     Args:
         x: the activation.
-        *names: of its dimensions, None for one that lies along no axis.
+        *names: names of its dimensions, None for an unsharded one.
     """
     if mesh_of() is None:
         return x

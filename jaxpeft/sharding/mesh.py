@@ -1,6 +1,4 @@
-"""The mesh of a run: five named axes over its devices, and where batches and trees that every
-device holds lie.
-"""
+"""The device mesh of a run, with five named axes, and shardings of batches."""
 
 from __future__ import annotations
 
@@ -39,17 +37,15 @@ _log = logging.getLogger(__name__)
 def make_mesh(
     config: Config, devices: Sequence[Any] | None = None, heads: Heads | None = None
 ) -> Mesh:
-    """Make the mesh of a run, with which its batches must go: the arguments are those of
-    `create_device_mesh`, but the config.
+    """Make the mesh of a run, and check that its batches can be sharded on it.
 
     Args:
         config: a checked config.
-        devices: to make it of, those of a topology that is only described too; None for those that
-            there are.
-        heads: of the model (`heads_of`), which `tensor` divides; None where they are not known.
+        devices: devices of the mesh, possibly of an abstract topology; None for all JAX devices.
+        heads: heads of the model (`heads_of`), which `tensor` divides; None if unknown.
 
     Raises:
-        ConfigError: there are not as many devices, or a batch cannot be spread over them evenly.
+        ConfigError: there are too few devices, or a batch cannot be sharded evenly.
     """
     mesh = create_device_mesh(config.mesh, devices, heads)
     problems = batch_problems(config, mesh.shape, f"{row_shards(mesh.shape)} devices")
@@ -61,28 +57,27 @@ def make_mesh(
 def create_device_mesh(
     options: MeshConfig, devices: Sequence[Any] | None = None, heads: Heads | None = None
 ) -> Mesh:
-    """Make the mesh of a strategy: five named axes, those that are not used of size 1.
+    """Make the mesh of a strategy, with five named axes; unused axes have size 1.
 
     Args:
-        options: the strategy, and sizes of axes.
-        devices: to make it of, those of a topology that is only described too; None for those that
-            there are.
-        heads: of the model (`heads_of`), which `tensor` divides; None where they are not known.
+        options: strategy and axis sizes.
+        devices: devices of the mesh, possibly of an abstract topology; None for all JAX devices.
+        heads: heads of the model (`heads_of`), which `tensor` divides; None if unknown.
 
     Raises:
-        ConfigError: there are not as many devices.
+        ConfigError: there are too few devices.
     """
-    there = list(jax.devices() if devices is None else devices)
-    groups = _groups(there)
-    along = _sizes(options, there, len(groups), heads)
-    many, chosen = math.prod(along.values()), options.strategy
+    available = list(jax.devices() if devices is None else devices)
+    groups = _groups(available)
+    along = _sizes(options, available, len(groups), heads)
+    count, chosen = math.prod(along.values()), options.strategy
     slices = _slices(options, len(groups), along[DATA])
-    _check_slices(options, along, len(there), slices)
-    mesh = Mesh(_arrange(options, along, there[:many], slices), AXES)
+    _check_slices(options, along, len(available), slices)
+    mesh = Mesh(_arrange(options, along, available[:count], slices), AXES)
     if heads is not None and heads.keys % along[TENSOR]:
         _log.warning(
-            "mesh.tensor: %d does not divide the %d heads of keys and values, of which each device"
-            " computes all",
+            "mesh.tensor: %d does not divide the %d key/value heads, so each device computes all of"
+            " them",
             along[TENSOR],
             heads.keys,
         )
@@ -90,20 +85,18 @@ def create_device_mesh(
         shape = (
             " x ".join(f"{axis} {size}" for axis, size in along.items() if size > 1) or "one device"
         )
-        _log.info("mesh of %s: %s (%s)", chosen, shape, STRATEGIES[chosen].about)
+        _log.info("mesh for strategy %s: %s (%s)", chosen, shape, STRATEGIES[chosen].about)
     return mesh
 
 
 def evaluation_rows(config: Config, mesh: Mesh) -> int:
-    """Return the rows of a batch of an evaluation: `evaluation.batch_size`, or the next number that
-    the devices share evenly.
-    """
+    """Return `evaluation.batch_size`, rounded up to a multiple of the devices."""
     over = row_shards(mesh.shape)
     return -(-config.evaluation.batch_size // over) * over
 
 
 def heads_of(config: Mapping[str, Any]) -> Heads | None:
-    """Return the heads that the `config.json` of a model names, None where it names none."""
+    """Return the number of heads in a model's `config.json`, or None."""
     queries = next(
         (
             config[name]
@@ -117,76 +110,74 @@ def heads_of(config: Mapping[str, Any]) -> Heads | None:
 
 
 def _sizes(
-    options: MeshConfig, there: Sequence[Any], groups: int, heads: Heads | None
+    options: MeshConfig, devices: Sequence[Any], groups: int, heads: Heads | None
 ) -> dict[str, int]:
     try:
-        return sizes(options, len(there), groups, heads)
+        return sizes(options, len(devices), groups, heads)
     except ConfigError as error:
-        kind = f"there are {len(there)} ({there[0].device_kind})"
+        kind = f"there are {len(devices)} ({devices[0].device_kind})"
         raise ConfigError(
-            [why.replace(f"there are {len(there)}", kind) for why in error.problems]
+            [why.replace(f"there are {len(devices)}", kind) for why in error.problems]
         ) from None
 
 
 def _groups(devices: Sequence[Any]) -> list[int]:
-    """List the groups of devices that a slower network joins: slices of a TPU, else processes,
-    which is hosts.
-    """
+    """List the groups of devices connected by a slower network: TPU slices, else processes."""
     by_slice = sorted({getattr(device, "slice_index", 0) or 0 for device in devices})
     return by_slice if len(by_slice) > 1 else sorted({device.process_index for device in devices})
 
 
 def _slices(options: MeshConfig, groups: int, data: int) -> int:
-    """Return how many slices a mesh goes over.
+    """Return the number of slices of a mesh.
 
     Raises:
-        ConfigError: the devices are in another number of groups.
+        ConfigError: the devices have another number of groups.
     """
-    wanted = groups if options.slices == -1 else options.slices
+    count = groups if options.slices == -1 else options.slices
     if (
         options.strategy == "hybrid_fsdp"
         and options.slices == 1
         and options.across == DATA
         and groups > 1
     ):
-        wanted = groups if data % groups == 0 else 1
-    if wanted > 1 and groups not in (1, wanted):
+        count = groups if data % groups == 0 else 1
+    if count > 1 and groups not in (1, count):
         raise ConfigError(
-            f"mesh.slices: {wanted}, and the devices are in {groups} groups; set it to {groups}, or"
-            " to -1"
+            f"mesh.slices: is {count}, but the devices are in {groups} groups; set it to {groups},"
+            " or to -1"
         )
-    return wanted
+    return count
 
 
 def _check_slices(options: MeshConfig, along: Mapping[str, int], devices: int, slices: int) -> None:
-    """Refuse an axis that does not go over the slices evenly.
+    """Reject an axis size that is not divisible by the number of slices.
 
     Raises:
-        ConfigError: with what would.
+        ConfigError: suggests valid sizes.
     """
     axis, other = options.across, FSDP if options.across == DATA else DATA
     if along[axis] % slices == 0:
         return
 
-    def goes(across: str, **changed: Any) -> bool:
+    def divides(across: str, **changed: Any) -> bool:
         try:
             return sizes(dataclasses.replace(options, **changed), devices)[across] % slices == 0
         except ConfigError:
             return False
 
-    fits = [n for n in range(slices, devices + 1, slices) if goes(axis, **{axis: n})]
+    fits = [n for n in range(slices, devices + 1, slices) if divides(axis, **{axis: n})]
     near = sorted(fits, key=lambda n: (abs(n - along[axis]), n))[:2]
-    fixes = [f"it could be {' or '.join(map(str, sorted(near)))}"] if near else []
+    fixes = [f"set it to {' or '.join(map(str, sorted(near)))}"] if near else []
     if options.strategy != "hybrid_fsdp" and along[other] % slices == 0:
         fixes.append(f"set mesh.across to {other}")
     fix = ", or ".join(fixes) or f"set mesh.slices to a divisor of {along[axis]}"
-    raise ConfigError(f"mesh.{axis}: {along[axis]} does not go over {slices} slices evenly; {fix}")
+    raise ConfigError(f"mesh.{axis}: {along[axis]} is not divisible by {slices} slices; {fix}")
 
 
 def _arrange(
     options: MeshConfig, along: Mapping[str, int], devices: Sequence[Any], slices: int
 ) -> np.ndarray[Any, Any]:
-    """Return the devices as an array of the mesh's shape, neighbors along the last axes."""
+    """Return the devices as an array of the mesh's shape, with neighbors along the last axes."""
     shape = tuple(along.values())
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -195,7 +186,7 @@ def _arrange(
     inner = tuple(size // slices if name == axis else size for name, size in along.items())
     if (
         len(_groups(devices)) == 1
-    ):  # nothing tells them apart, as on simulated devices: neighbors are a group
+    ):  # simulated devices have no groups: treat consecutive devices as a slice
         return _by_order(devices, inner, AXES.index(axis), slices)
     by_process = len({getattr(device, "slice_index", 0) or 0 for device in devices}) == 1
     return mesh_utils.create_hybrid_device_mesh(
@@ -217,12 +208,12 @@ def _by_order(
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of an array that each device holds."""
+    """Return the sharding of an array that is replicated on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh, axis: int) -> NamedSharding:
-    """Return the sharding of an array whose axis of rows is spread over the devices."""
+    """Return the sharding of an array whose rows are sharded over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 
@@ -233,23 +224,23 @@ def batch_shardings(
     `sequence`.
 
     Args:
-        mesh: the devices.
-        batch: arrays, abstract ones too.
-        axis: which axis is that of rows: 1 behind an axis of micro-batches.
+        mesh: device mesh.
+        batch: arrays, possibly abstract.
+        axis: axis of the rows; 1 if there is a leading micro-batch axis.
     """
     shape = batch["input_ids"].shape
     positions = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS, SEQUENCE))
-    spread = shape[-1] % mesh.shape[SEQUENCE] == 0
+    shards_positions = shape[-1] % mesh.shape[SEQUENCE] == 0
     return {
-        name: positions if spread and has_positions(array, shape) else by_rows(mesh, axis)
+        name: positions if shards_positions and has_positions(array, shape) else by_rows(mesh, axis)
         for name, array in batch.items()
     }
 
 
 def has_positions(array: Any, ids: tuple[int, ...]) -> bool:
-    """Return whether an array of a batch has an axis of positions: whole numbers of the shape of
-    its `input_ids`.
+    """Return whether an array of a batch has a position axis: an integer array shaped like
+    `input_ids`.
 
-    The labels of a row with several may be as many as its positions; they are floating.
+    Multi-label targets may have the same shape, but are floating.
     """
     return array.shape == ids and np.issubdtype(array.dtype, np.integer)

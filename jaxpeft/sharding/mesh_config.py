@@ -1,4 +1,4 @@
-"""The options of the mesh, and which batches go with it."""
+"""Options of the mesh, and checks of batch sizes against it."""
 
 from __future__ import annotations
 
@@ -17,78 +17,76 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How a run is spread over devices: the axes of the mesh, and what lies along them
-    (docs/sharding.md).
-    """
+    """How a run is sharded over devices: axes of the mesh, and rules (docs/sharding.md)."""
 
     strategy: (
         Literal["replicated", "fsdp", "tensor", "fsdp_tensor", "sequence", "hybrid_fsdp"] | None
     ) = option(
         None,
-        "what is spread, and how; its own axis takes all devices; None for the whole tree on each"
-        " of `data` devices",
+        "sharding strategy, whose main axis uses all devices; None replicates the tree on `data`"
+        " devices",
     )
     data: int | None = option(
         None,
-        "devices that the rows of a batch are spread over; -1 for the rest; None for what the"
-        " strategy says; without one 1, of several processes all",
+        "devices that rows are sharded over; -1 for the rest; None for the strategy's default"
+        " (without a strategy 1, or all in a multi-process run)",
         at_least=-1,
     )
     fsdp: int | None = option(
         None,
-        "devices that rows and kernels are spread over, kernels gathered in use; -1 for the rest",
+        "devices that rows and kernels are sharded over, with kernels gathered for use; -1 for the"
+        " rest",
         at_least=-1,
     )
     tensor: int | None = option(
         None,
-        "devices that heads and the feed-forward's width are spread over; -1 for the rest",
+        "devices that attention heads and feed-forward width are sharded over; -1 for the rest",
         at_least=-1,
     )
     sequence: int | None = option(
-        None, "devices that the positions of a row are spread over; -1 for the rest", at_least=-1
+        None, "devices that positions of a row are sharded over; -1 for the rest", at_least=-1
     )
     expert: int | None = option(
-        None, "devices along an axis for rules of your own; -1 for the rest", at_least=-1
+        None, "devices of an axis for user-defined rules; -1 for the rest", at_least=-1
     )
     slices: int = option(
         1,
-        "groups of devices that a slower network joins (TPU slices, hosts); -1 for as many as the"
-        " devices say",
+        "groups of devices connected by a slower network (TPU slices, hosts); -1 to detect them",
         at_least=-1,
     )
-    across: Literal["data", "fsdp"] = option("data", "the axis that goes over slices")
+    across: Literal["data", "fsdp"] = option("data", "axis that crosses slices")
     rules: tuple[tuple[str, ...], ...] = option(
         (),
-        "your own rules, before the strategy's: an expression of a leaf's whole path, then the axes"
-        " of each of its last dimensions: '' for none, 'tensor+fsdp' for both",
+        "user-defined rules, before the strategy's: a regular expression for a leaf's full path,"
+        " then the axes of each of its last dimensions ('' for none, 'tensor+fsdp' for both)",
     )
     offload: bool = option(
-        False, "the frozen kernels of the layers in host memory, fetched a layer at a time"
+        False, "store the frozen kernels of layers in host memory, and fetch them layer by layer"
     )
 
     def problems(self) -> list[str]:
-        """List what is wrong across options."""
-        given = {axis: size for axis in AXES if (size := getattr(self, axis)) is not None}
+        """List problems across options."""
+        sizes = {axis: size for axis in AXES if (size := getattr(self, axis)) is not None}
         found = [
-            f"{axis}: must be -1 or at least 1, is 0" for axis, size in given.items() if size == 0
+            f"{axis}: must be -1 or at least 1, is 0" for axis, size in sizes.items() if size == 0
         ]
         found += ["slices: must be -1 or at least 1, is 0"] if self.slices == 0 else []
-        rest = [axis for axis, size in given.items() if size == -1]
+        rest = [axis for axis, size in sizes.items() if size == -1]
         if len(rest) > 1:
             found.append(
-                f"{rest[1]}: {' and '.join(rest)} are both -1, and one axis can take the rest; give"
-                " the other a size"
+                f"{rest[1]}: {' and '.join(rest)} are both -1, but only one axis can take the rest;"
+                " give the other a size"
             )
         uses = STRATEGIES[self.strategy].axes if self.strategy else ("data",)
-        for axis, size in given.items():
+        for axis, size in sizes.items():
             if size not in (0, 1) and axis not in uses and axis not in self._named:
-                those = [name for name, one in STRATEGIES.items() if axis in one.axes]
+                using = [name for name, one in STRATEGIES.items() if axis in one.axes]
                 fix = (
-                    f"set mesh.strategy to {' or '.join(those)}"
-                    if those
-                    else "give mesh.rules that do, or leave it out"
+                    f"set mesh.strategy to {' or '.join(using)}"
+                    if using
+                    else "use it in mesh.rules, or remove it"
                 )
-                found.append(f"{axis}: nothing of strategy {self.strategy} lies along it; {fix}")
+                found.append(f"{axis}: is not used by strategy {self.strategy}; {fix}")
         size = getattr(self, self.across)
         if self.slices > 1 and size is not None and size > 0 and size % self.slices:
             near = " or ".join(
@@ -100,19 +98,18 @@ class MeshConfig:
                 if n
             )
             found.append(
-                f"{self.across}: {size} does not go over {self.slices} slices evenly; it could be"
-                f" {near}"
+                f"{self.across}: {size} is not divisible by {self.slices} slices; set it to {near}"
             )
         if self.strategy == "hybrid_fsdp" and self.across == "fsdp":
             found.append(
-                "across: hybrid_fsdp goes over slices by data; for fsdp over slices set"
-                " mesh.strategy to fsdp"
+                "across: hybrid_fsdp crosses slices along data; to shard along fsdp across slices,"
+                " set mesh.strategy to fsdp"
             )
         return found + self._rule_problems()
 
     @property
     def _named(self) -> set[str]:
-        """The axes that the rules name."""
+        """The axes in the rules."""
         return {axis for rule in self.rules for axes in rule[1:] for axis in axes.split("+")}
 
     def _rule_problems(self) -> list[str]:
@@ -121,34 +118,32 @@ class MeshConfig:
             why = (
                 find_expression_fault(rule[0])
                 if rule
-                else "is empty; begin it with an expression of a path"
+                else "is empty; start it with a regular expression for a path"
             )
             found += [f"rules[{i}]: {why}"] if why else []
             named = [axis for axes in rule[1:] for axis in axes.split("+") if axes]
             for axis in named:
                 if axis not in AXES:
                     found.append(
-                        f"rules[{i}]: {axis!r} is no axis{nearest(axis, AXES)} (known:"
+                        f"rules[{i}]: {axis!r} is not an axis{nearest(axis, AXES)} (known:"
                         f" {', '.join(AXES)})"
                     )
             if len(set(named)) < len(named):
                 found.append(
-                    f"rules[{i}]: an axis stands there twice, in {', '.join(map(repr, rule[1:]))};"
-                    " a leaf has it once"
+                    f"rules[{i}]: uses an axis twice, in {', '.join(map(repr, rule[1:]))}; use each"
+                    " axis once per leaf"
                 )
         return found
 
     @property
     def long_rows(self) -> bool:
-        """Whether the positions of a row are spread: batches are then of lengths that are known to
-        divide.
-        """
+        """Whether positions are sharded, so that batches need lengths known to be divisible."""
         return self.strategy == "sequence" or self.sequence not in (None, 1)
 
 
 def known_rows(mesh: MeshConfig) -> tuple[dict[str, int], str]:
-    """Return the sizes of the axes as far as they are known without the devices, 1 elsewhere, and
-    what to call those of the rows.
+    """Return the axis sizes known without the devices, with 1 for unknown ones, and a description
+    of the row axes.
     """
     known = known_sizes(mesh) or {axis: max(1, getattr(mesh, axis) or 1) for axis in AXES}
     return known, " x ".join(
@@ -157,12 +152,12 @@ def known_rows(mesh: MeshConfig) -> tuple[dict[str, int], str]:
 
 
 def batch_problems(config: Config, sizes: Mapping[str, int], named: str) -> list[str]:
-    """List batches that cannot be spread over a mesh evenly, as `section.field: why`.
+    """List batches that cannot be sharded evenly over a mesh, as `section.field: why`.
 
     Args:
-        config: the options.
-        sizes: of the mesh's axes.
-        named: what to call the devices that rows are spread over.
+        config: config of the run.
+        sizes: size of each mesh axis.
+        named: description of the devices that rows are sharded over.
     """
     found: list[str] = []
     over, parts = row_shards(sizes), config.train.accumulation
@@ -173,7 +168,7 @@ def batch_problems(config: Config, sizes: Mapping[str, int], named: str) -> list
             f"{named} x accumulation {parts}" if parts > 1 or named.startswith("mesh") else named
         )
         found.append(
-            f"train.batch_size: {size} is not divisible by {product} = {by}; it could be {near}"
+            f"train.batch_size: {size} is not divisible by {product} = {by}; set it to {near}"
         )
     length, positions = config.data.max_length, sizes["sequence"]
     for field, n in (
@@ -185,7 +180,6 @@ def batch_problems(config: Config, sizes: Mapping[str, int], named: str) -> list
                 str(m) for m in (n // positions * positions, (n // positions + 1) * positions) if m
             )
             found.append(
-                f"data.{field}: {n} is not divisible by mesh.sequence {positions}; it could be"
-                f" {near}"
+                f"data.{field}: {n} is not divisible by mesh.sequence {positions}; set it to {near}"
             )
     return found

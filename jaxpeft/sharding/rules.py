@@ -1,12 +1,11 @@
-"""Rules: which axes of the mesh the dimensions of a leaf lie along, by its path. The first that
-matches holds.
+"""Sharding rules: map the path of a leaf to mesh axes of its dimensions; the first match applies.
 
-A rule says the axes of a leaf's last dimensions; those before them, which count layers, lie along
-none. Of a kernel `[in, out]` `tensor` takes the outputs where every device can go on with its own
-(queries, keys, values, the width of the feed-forward), and the inputs where their results are added
-up: Shoeybi et al. 2019, "Megatron-LM", section 3 (arXiv:1909.08053). `fsdp` takes the outputs: they
-are the rows of a tensor in a file, so that a process reads one range of it. Zhao et al. 2023,
-"PyTorch FSDP" (arXiv:2304.11277).
+A rule gives the axes of a leaf's last dimensions; leading layer dimensions are not sharded. For a
+kernel `[in, out]`, `tensor` shards the outputs if each device can continue with its part (queries,
+keys, values, feed-forward width), or the inputs if the results are summed: Shoeybi et al. 2019,
+"Megatron-LM", section 3 (arXiv:1909.08053). `fsdp` shards the outputs, which are the rows of the
+tensor in a file, so that a process reads a contiguous range: Zhao et al. 2023, "PyTorch FSDP"
+(arXiv:2304.11277).
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import FSDP, STRATEGIES, TENSOR
 
 Axes = tuple[tuple[str, ...], ...]
-"""Of each of a leaf's last dimensions the axes that it lies along, the first of them outermost."""
+"""Mesh axes of each of a leaf's last dimensions, outermost axis first."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Where leaves lie.
+    """Sharding of leaves.
 
     Attributes:
-        pattern: an expression that their whole paths match, such as
+        pattern: regular expression that matches full paths, such as
             `model/layers/self_attn/q_proj/kernel`.
-        axes: of their last dimensions.
-        own: whether it is the user's: what does not divide is then an error, not left out.
+        axes: axes of the last dimensions.
+        own: whether it is user-defined; an axis that does not divide a dimension is then an error.
     """
 
     pattern: str
@@ -45,38 +44,38 @@ class Rules:
     """The rules of a run.
 
     Attributes:
-        rules: in their order.
-        offload: whether the frozen kernels of layers lie in the host's memory.
+        rules: rules in order of priority.
+        offload: whether frozen kernels of layers are stored in host memory.
     """
 
     rules: tuple[Rule, ...]
     offload: bool = False
 
     def find(self, path: str) -> Rule:
-        """Return the first rule that a path matches.
+        """Return the first rule that matches a path.
 
         Raises:
-            ConfigError: none does.
+            ConfigError: no rule matches.
         """
         for rule in self.rules:
             if full_match(rule.pattern, path):
                 return rule
         raise ConfigError(
-            f"{path}: no rule says how to shard it; add one to mesh.rules, such as"
+            f"{path}: no sharding rule matches; add one to mesh.rules, such as"
             f" ({re.escape(path)!r},) to replicate it"
         )
 
     def own(self, path: str) -> Rule | None:
-        """Return the first of the user's rules that a path matches, None where none does."""
+        """Return the first user-defined rule that matches a path, or None."""
         return next(
             (rule for rule in self.rules if rule.own and full_match(rule.pattern, path)), None
         )
 
     def require_fast(self, paths: Iterable[str]) -> None:
-        """Refuse a rule of the user's that takes too long on one of the paths.
+        """Reject a user-defined rule whose regular expression is too slow on one of the paths.
 
         Raises:
-            ConfigError: naming the expression.
+            ConfigError: names the expression.
         """
         try:
             require_fast(
@@ -99,8 +98,8 @@ TABLE: tuple[Rule, ...] = (
     *(Rule(f"{module}/kernel", ((), _BOTH)) for module in _COLUMNS),
     *(Rule(f"{module}/bias", ((TENSOR,),)) for module in _COLUMNS),
     *(Rule(f"{module}/kernel", ((TENSOR,), (FSDP,))) for module in _ROWS),
-    # along the width: over the vocabulary XLA makes every device look up the rows of all, and adds
-    # them up (v5e:4x4: 512 MiB, here none)
+    # shard the width: if the vocabulary is sharded, XLA makes every device look up all rows and
+    # all-reduces them (512 MiB on v5e:4x4, here none)
     Rule(r"(.*/)?(embed_tokens|word_embeddings)/embedding", ((TENSOR,), (FSDP,))),
     Rule(r"(.*/)?lm_head/kernel", ((), _BOTH)),
     Rule(r"(.*/)?pooler/dense/kernel", ((), (FSDP,))),
@@ -108,14 +107,14 @@ TABLE: tuple[Rule, ...] = (
     Rule(r"(classifier|score|pre_classifier)/.*"),
     Rule(r"(.*/)?(scale|bias)"),
 )
-"""Every leaf of every family; each strategy keeps of it the axes that it uses."""
+"""Rules for the leaves of all model families; a strategy keeps only the axes that it uses."""
 
 
 def sharding_rules(mesh: MeshConfig) -> Rules:
-    """Return the rules of a run: the user's own, then those of its strategy.
+    """Return the rules of a run: user-defined ones, then those of the strategy.
 
     Args:
-        mesh: its options.
+        mesh: mesh options.
     """
     own = tuple(
         Rule(rule[0], tuple(_axes(axes) for axes in rule[1:]), own=True) for rule in mesh.rules
@@ -124,14 +123,14 @@ def sharding_rules(mesh: MeshConfig) -> Rules:
 
 
 def strategy_rules(strategy: str | None) -> tuple[Rule, ...]:
-    """Return the rules of a named strategy; None for the whole tree on each device."""
+    """Return the rules of a strategy; None replicates the tree."""
     uses = STRATEGIES[strategy].axes if strategy else ()
     if not {TENSOR, FSDP} & set(uses):
         return (Rule(".*"),)
-    kept = (
+    used = (
         tuple(tuple(axis for axis in axes if axis in uses) for axes in rule.axes) for rule in TABLE
     )
-    return tuple(Rule(rule.pattern, axes) for rule, axes in zip(TABLE, kept, strict=True))
+    return tuple(Rule(rule.pattern, axes) for rule, axes in zip(TABLE, used, strict=True))
 
 
 def _axes(text: str) -> tuple[str, ...]:

@@ -1,6 +1,4 @@
-"""How many devices each axis of the mesh has: arithmetic alone, so that a config is checked before
-JAX is imported.
-"""
+"""Sizes of the mesh axes, computed without JAX, so that a config is checked before importing it."""
 
 from __future__ import annotations
 
@@ -16,22 +14,19 @@ if TYPE_CHECKING:
 
 DATA, FSDP, EXPERT, SEQUENCE, TENSOR = "data", "fsdp", "expert", "sequence", "tensor"
 AXES = (DATA, FSDP, EXPERT, SEQUENCE, TENSOR)
-"""Every mesh has all of them, in this order: what talks most is last, between neighbors."""
+"""Axes of every mesh; those with most communication are last, so that they connect neighbors."""
 ROWS = (DATA, FSDP)
-"""The axes that the rows of a batch are spread over."""
+"""Axes that the rows of a batch are sharded over."""
 MOST_TENSOR = 8
-"""Beyond so many devices what tensor parallelism sends outweighs what it saves, unless it is asked
-for.
-"""
+"""Maximum automatic `tensor` size; beyond it, communication outweighs the savings."""
 
 
 class Heads(NamedTuple):
     """The heads of a model's attention.
 
     Attributes:
-        queries: how many of queries, which `tensor` must divide.
-        keys: how many of keys and values; where `tensor` does not divide them, each device computes
-            with all of them.
+        queries: number of query heads, which `tensor` must divide.
+        keys: number of key/value heads; if `tensor` does not divide it, each device computes all.
     """
 
     queries: int
@@ -40,12 +35,12 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class Strategy:
-    """A named way to spread a run.
+    """A sharding strategy.
 
     Attributes:
-        own: the axis that takes all devices where no size is given; empty for one device.
-        axes: those that it uses.
-        about: what lies where, in one line.
+        own: main axis, which uses all devices if no size is given.
+        axes: axes that it uses.
+        about: one-line description.
     """
 
     own: str
@@ -54,25 +49,23 @@ class Strategy:
 
 
 STRATEGIES: Mapping[str, Strategy] = {
-    "replicated": Strategy(DATA, (DATA,), "the whole tree on each device, rows spread"),
-    "fsdp": Strategy(
-        FSDP, (DATA, FSDP), "each kernel spread, and gathered when it is used; rows spread"
-    ),
-    "tensor": Strategy(TENSOR, (DATA, TENSOR), "heads and the feed-forward's width spread"),
+    "replicated": Strategy(DATA, (DATA,), "tree replicated, rows sharded"),
+    "fsdp": Strategy(FSDP, (DATA, FSDP), "kernels sharded and gathered for use, rows sharded"),
+    "tensor": Strategy(TENSOR, (DATA, TENSOR), "attention heads and feed-forward width sharded"),
     "fsdp_tensor": Strategy(
-        FSDP, (DATA, FSDP, TENSOR), "both: tensor between neighbors, fsdp over the rest"
+        FSDP, (DATA, FSDP, TENSOR), "tensor between neighbors, fsdp over the rest"
     ),
     "sequence": Strategy(
-        SEQUENCE, (DATA, FSDP, SEQUENCE, TENSOR), "positions of a row spread, for long rows"
+        SEQUENCE, (DATA, FSDP, SEQUENCE, TENSOR), "positions of a row sharded, for long rows"
     ),
     "hybrid_fsdp": Strategy(
-        FSDP, (DATA, FSDP, TENSOR), "fsdp within a host or slice, whole copies across them"
+        FSDP, (DATA, FSDP, TENSOR), "fsdp within a host or slice, replicated across them"
     ),
 }
 
 
 def row_shards(sizes: Mapping[str, int]) -> int:
-    """Return over how many devices the rows of a batch are spread, from the size of each axis."""
+    """Return the number of devices that rows are sharded over, from the axis sizes."""
     return math.prod(sizes[axis] for axis in ROWS)
 
 
@@ -82,52 +75,50 @@ def sizes(
     """Return the size of each axis.
 
     Args:
-        mesh: the options.
-        devices: how many there are.
-        groups: how many groups a slower network joins, as the devices say.
-        heads: of the model, which `tensor` divides; None where not known.
+        mesh: mesh options.
+        devices: number of devices.
+        groups: number of device groups connected by a slower network.
+        heads: heads of the model, which `tensor` divides; None if unknown.
 
     Returns:
-        The sizes by axis, in the order of the mesh; their product is at most `devices`.
+        Sizes by axis, in mesh order; their product is at most `devices`.
 
     Raises:
-        ConfigError: they do not go with so many devices.
+        ConfigError: the sizes do not fit the number of devices.
     """
     if mesh.slices > 1 and devices % mesh.slices:
         near = [n for n in divisors(devices) if abs(n - mesh.slices) <= mesh.slices]
         raise ConfigError(
-            f"mesh.slices: {mesh.slices} groups, and {devices} devices are no multiple of that; it"
-            f" could be {_or(nearest(near, mesh.slices))}"
+            f"mesh.slices: {mesh.slices} does not divide {devices} devices; set it to"
+            f" {_or(nearest(near, mesh.slices))}"
         )
-    wanted = _requested(mesh, devices, groups, heads)
-    given = {axis: size for axis, size in wanted.items() if size != -1}
-    used = math.prod(given.values())
-    rest = next((axis for axis, size in wanted.items() if size == -1), None)
+    requested = _requested(mesh, devices, groups, heads)
+    explicit = {axis: size for axis, size in requested.items() if size != -1}
+    used = math.prod(explicit.values())
+    rest = next((axis for axis, size in requested.items() if size == -1), None)
     if used > devices:
-        raise ConfigError(_too_many(given, devices))
+        raise ConfigError(_too_many(explicit, devices))
     if rest is not None:
         if devices % used:
-            raise ConfigError(_no_rest(rest, given, devices))
-        wanted[rest] = devices // used
-    if heads is not None and heads.queries % wanted[TENSOR]:
+            raise ConfigError(_no_rest(rest, explicit, devices))
+        requested[rest] = devices // used
+    if heads is not None and heads.queries % requested[TENSOR]:
         fits = [n for n in divisors(devices) if heads.queries % n == 0]
         raise ConfigError(
-            f"mesh.tensor: {wanted[TENSOR]} does not divide the {heads.queries} heads of the model;"
-            f" it could be {_or(nearest(fits, wanted[TENSOR]))}"
+            f"mesh.tensor: {requested[TENSOR]} does not divide the model's {heads.queries} heads;"
+            f" set it to {_or(nearest(fits, requested[TENSOR]))}"
         )
-    return {axis: wanted[axis] for axis in AXES}
+    return {axis: requested[axis] for axis in AXES}
 
 
 def divisors(n: int) -> list[int]:
-    """Return the whole numbers that divide one of at least 1, ascending; it takes as many steps as
-    its root is large.
-    """
+    """Return the divisors of `n` (at least 1) in ascending order, in O(sqrt(n))."""
     small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
     return sorted({*small, *(n // i for i in small)})
 
 
 def nearest(fits: Sequence[int], wanted: int, most: int = 2) -> list[int]:
-    """Return those numbers that are nearest to the wanted one, ascending."""
+    """Return the numbers nearest to `wanted`, ascending."""
     return sorted(sorted(fits, key=lambda n: (abs(n - wanted), n))[:most])
 
 
@@ -136,86 +127,85 @@ def _or(values: list[int]) -> str:
 
 
 def known_sizes(mesh: MeshConfig) -> dict[str, int] | None:
-    """Return the sizes where they do not depend on the devices, None where they do."""
-    wanted = _requested(mesh, 0, 1, None)
-    return None if -1 in wanted.values() or 0 in wanted.values() else wanted
+    """Return the sizes if they do not depend on the devices, else None."""
+    requested = _requested(mesh, 0, 1, None)
+    return None if -1 in requested.values() or 0 in requested.values() else requested
 
 
 def _requested(mesh: MeshConfig, devices: int, groups: int, heads: Heads | None) -> dict[str, int]:
-    """Return the size of each axis, -1 of at most one that takes the rest; with 0 devices 0 for
-    what depends on them.
+    """Return the size of each axis, with -1 for at most one axis that takes the rest; if `devices`
+    is 0, sizes that depend on it are 0.
     """
-    given = {axis: size for axis in AXES if (size := getattr(mesh, axis)) is not None}
-    found = {axis: given.get(axis, 1) for axis in AXES}
+    explicit = {axis: size for axis in AXES if (size := getattr(mesh, axis)) is not None}
+    found = {axis: explicit.get(axis, 1) for axis in AXES}
     if mesh.strategy is None:
-        if groups > 1 and DATA not in given and -1 not in given.values():
-            found[DATA] = -1  # each process has devices, and all of them must be in the mesh
+        if groups > 1 and DATA not in explicit and -1 not in explicit.values():
+            found[DATA] = -1  # the mesh must contain the devices of every process
         return found
-    left = devices // math.prod(size for size in given.values() if size > 0)
-    if mesh.strategy == "fsdp_tensor" and TENSOR not in given:
+    remaining = devices // math.prod(size for size in explicit.values() if size > 0)
+    if mesh.strategy == "fsdp_tensor" and TENSOR not in explicit:
         found[TENSOR] = (
-            _tensor(left, MOST_TENSOR, None if heads is None else heads.keys) if left else 0
+            _tensor(remaining, MOST_TENSOR, None if heads is None else heads.keys)
+            if remaining
+            else 0
         )
     if (
         mesh.strategy == "tensor"
         and heads is not None
-        and TENSOR not in given
-        and DATA not in given
+        and TENSOR not in explicit
+        and DATA not in explicit
     ):
-        found[TENSOR] = given[TENSOR] = _tensor(left, left, heads.queries) if left else 0
+        found[TENSOR] = explicit[TENSOR] = (
+            _tensor(remaining, remaining, heads.queries) if remaining else 0
+        )
     across = groups if mesh.slices == 1 else mesh.slices
-    if mesh.strategy == "hybrid_fsdp" and DATA not in given and given.get(FSDP, -1) == -1:
+    if mesh.strategy == "hybrid_fsdp" and DATA not in explicit and explicit.get(FSDP, -1) == -1:
         found[DATA] = (groups if across == -1 else across) if devices else 0
-        given[DATA] = found[DATA]
+        explicit[DATA] = found[DATA]
     if -1 not in found.values():
         own = STRATEGIES[mesh.strategy].own
-        axis = own if own not in given else DATA if DATA not in given else None
+        axis = own if own not in explicit else DATA if DATA not in explicit else None
         if axis is not None:
             found[axis] = -1
     return found
 
 
 def _tensor(devices: int, most: int, heads: int | None) -> int:
-    """Return the largest size of `tensor` that divides the devices and the heads, and is no more
-    than `most`.
-    """
+    """Return the largest `tensor` size up to `most` that divides the devices and the heads."""
     return max(n for n in divisors(devices) if n <= most and (heads is None or heads % n == 0))
 
 
-def _too_many(given: Mapping[str, int], devices: int) -> str:
-    """Say that the sizes need more devices than there are, and what the largest of them could
-    be.
-    """
-    large = {axis: size for axis, size in given.items() if size > 1}
+def _too_many(explicit: Mapping[str, int], devices: int) -> str:
+    """Return a message that the sizes need more devices than exist, with a fix."""
+    large = {axis: size for axis, size in explicit.items() if size > 1}
     axis = max(large, key=large.__getitem__)
     if len(large) == 1:
         return (
-            f"mesh.{axis}: {large[axis]} devices, there are {devices}; set it to {devices} or less,"
-            " or to -1"
+            f"mesh.{axis}: needs {large[axis]} devices, there are {devices}; set it to {devices} or"
+            " less, or to -1"
         )
     product = " x ".join(f"{name} {size}" for name, size in large.items())
     others = math.prod(large.values()) // large[axis]
     fix = (
-        f"mesh.{axis} could be {devices // others} or less"
+        f"set mesh.{axis} to {devices // others} or less"
         if others <= devices
         else "make them smaller"
     )
-    return f"mesh: {product} = {math.prod(large.values())} devices, there are {devices}; {fix}"
+    total = math.prod(large.values())
+    return f"mesh: {product} needs {total} devices, there are {devices}; {fix}"
 
 
-def _no_rest(rest: str, given: Mapping[str, int], devices: int) -> str:
-    """Say that nothing whole is left for the axis that takes the rest, and the nearest sizes of
-    another that leave it.
-    """
-    large = {axis: size for axis, size in given.items() if size > 1}
+def _no_rest(rest: str, explicit: Mapping[str, int], devices: int) -> str:
+    """Return a message that the rest of the devices is no integer, with the nearest valid sizes."""
+    large = {axis: size for axis, size in explicit.items() if size > 1}
     product = " x ".join(f"{axis} {size}" for axis, size in large.items())
     used = math.prod(large.values())
     axis = max(large, key=large.__getitem__)
     others = used // large[axis]
     fits = divisors(devices // others) if devices % others == 0 else []
     near = nearest(fits, large[axis])
-    fix = f"mesh.{axis} could be {_or(near)}" if near else "choose divisors of the devices"
+    fix = f"set mesh.{axis} to {_or(near)}" if near else "choose divisors of the devices"
     return (
-        f"mesh.{rest}: takes the rest, and {devices} devices / ({product} = {used}) is no whole"
-        f" number; {fix}"
+        f"mesh.{rest}: takes the rest, but {devices} devices are not divisible by {product} ="
+        f" {used}; {fix}"
     )

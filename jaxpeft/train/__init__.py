@@ -1,3 +1,3 @@
-"""Training: losses, the optimizer, the step, the loop and its reports. Nothing here knows a method
-by name.
+"""Training: losses, optimizer, train step, training loop and logging. No code here names a
+method.
 """

@@ -1,10 +1,9 @@
 """Fine-tune a model: `python -m jaxpeft.train --config configs/NAME.py [--workdir DIR]`.
 
-Options of the config are set by name: `--config.method.rank=16`. The same command resumes a run
-that was stopped. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM and saved, 130 stopped by
-SIGINT and saved, 1 any other failure. Several processes find each other by flags or by the
-environment (docs/distributed.md); where one is lost, the others end with another exit code than
-these.
+Override config options by name: `--config.method.rank=16`. The same command resumes a stopped run.
+Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM and saved, 130 stopped by SIGINT and saved,
+1 any other failure. Multi-process runs are set up by flags or environment variables
+(docs/distributed.md); if one process is lost, the others exit with a different code.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(job: Job) -> int:
-    """Import JAX, now that the config is good, join the other processes, and run."""
+    """Import JAX after the config is checked, connect to the other processes, and run."""
     from jaxpeft.processes.signals import NOTHING_NEW, Stopped, StopRequest
 
     place, waits = find_process(job.arguments)

@@ -1,5 +1,5 @@
-"""The command line of what trains: its arguments, the config that it names, and running a command
-with them. No JAX is imported.
+"""The command line of the training commands: arguments, config and entry point. Does not import
+JAX.
 """
 
 from __future__ import annotations
@@ -25,30 +25,28 @@ from jaxpeft.processes import clusters
 class RunArguments(ConfigArguments):
     """The arguments of a command that trains."""
 
-    workdir: str | None = option(None, "folder of the run; runs/NAME_OF_THE_CONFIG by default")
+    workdir: str | None = option(None, "folder of the run; default runs/NAME_OF_THE_CONFIG")
     name: str | None = option(
-        None, "name of the run, in place of --workdir: its folder is runs/NAME"
+        None, "name of the run, instead of --workdir; the folder is runs/NAME"
     )
-    allow_change: tuple[str, ...] = option(
-        (), "resume although this field of the config has changed"
-    )
-    allow_base: bool = option(False, "resume although the base has changed")
-    coordinator: str | None = option(None, "host:port of process 0, of a run of several processes")
-    processes: int | None = option(None, "how many processes the run has")
-    process: int | None = option(None, "which of them this is, from 0")
+    allow_change: tuple[str, ...] = option((), "resume even if this config field has changed")
+    allow_base: bool = option(False, "resume even if the base has changed")
+    coordinator: str | None = option(None, "host:port of process 0 in a multi-process run")
+    processes: int | None = option(None, "number of processes in the run")
+    process: int | None = option(None, "index of this process, from 0")
     heartbeat_timeout: int | None = option(
-        None, "seconds without a heartbeat of a process until all end; 100 by default"
+        None, "seconds without a heartbeat from a process before all exit; default 100"
     )
-    validate: bool = option(False, "check the config and stop")
+    validate: bool = option(False, "check the config and exit")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a command line asks for.
+    """A parsed command line.
 
     Attributes:
-        arguments: of the command.
-        config: checked, the overrides applied.
+        arguments: command-line arguments.
+        config: checked config with overrides applied.
         workdir: folder of the run.
     """
 
@@ -58,53 +56,54 @@ class Job:
 
     @property
     def allowed(self) -> list[str]:
-        """Fields that may have changed since the run began."""
+        """Config fields that may differ from the checkpoint's."""
         return [*self.arguments.allow_change, *(["base"] if self.arguments.allow_base else [])]
 
 
-def job_of(given: RunArguments, overrides: Overrides = (), *, compares: bool = False) -> Job:
-    """Read the config that a command line names, without importing JAX.
+def job_of(arguments: RunArguments, overrides: Overrides = (), *, compares: bool = False) -> Job:
+    """Read the config named on the command line, without importing JAX.
 
     Args:
-        given: the arguments.
-        overrides: of the config.
-        compares: whether the config must be that of a comparison; if not, its method is trained
-            alone, and must be a candidate where there are any.
+        arguments: command-line arguments.
+        overrides: config overrides.
+        compares: whether the config must be a comparison. Otherwise only its method is trained,
+            which must be one of the candidates, if there are any.
 
     Raises:
-        ConfigError: listing every problem.
+        ConfigError: lists every problem.
     """
     problems: list[str] = []
-    config, workdir = None, Path("runs") / Path(given.config or "").stem
+    config, workdir = None, Path("runs") / Path(arguments.config or "").stem
     try:
-        config = load_config(given, overrides)
+        config = load_config(arguments, overrides)
     except ConfigError as error:
         problems += error.problems
-    if given.config is not None:
+    if arguments.config is not None:
         try:
-            workdir = _workdir(given, workdir)
+            workdir = _workdir(arguments, workdir)
         except ConfigError as error:
             problems += error.problems
     if config is not None:
         count = len(config.compare.candidates)
         if bool(count) != compares and not config.compares_method:
-            problems.append(_OTHER_VERB[compares].format(count=count, path=given.config))
+            problems.append(_OTHER_VERB[compares].format(count=count, path=arguments.config))
         if compares and config.log.wandb is not None:
             problems.append(
-                "config.log.wandb: the runs of a comparison would all have one name there;"
+                "config.log.wandb: all runs of a comparison would have the same name there;"
                 " remove it"
             )
         if count and not compares:
             config = replace(config, compare=replace(config.compare, candidates=()))
     if problems or config is None:
         raise ConfigError(problems)
-    return Job(given, config, workdir)
+    return Job(arguments, config, workdir)
 
 
 _OTHER_VERB = {
     False: (
-        "config.compare.candidates: {count} methods to compare; run `python -m jaxpeft.compare"
-        " --config {path}`, or set --config.compare.candidates=() to train config.method alone"
+        "config.compare.candidates: lists {count} methods to compare; run `python -m"
+        " jaxpeft.compare --config {path}`, or set --config.compare.candidates=() to train only"
+        " config.method"
     ),
     True: (
         "config.compare.candidates: is empty; list the methods to compare, or run `python -m"
@@ -113,30 +112,30 @@ _OTHER_VERB = {
 }
 
 
-def _workdir(given: RunArguments, default: Path) -> Path:
+def _workdir(arguments: RunArguments, default: Path) -> Path:
     """Return the folder of the run.
 
     Raises:
-        ConfigError: it cannot be written, or made, or the name is none.
+        ConfigError: the folder cannot be created or written, or the name is invalid.
     """
-    if given.name is not None and given.workdir is not None:
-        raise ConfigError("--name: goes without --workdir; give one of them")
-    workdir = Path(given.workdir or default)
-    if given.name is not None:
-        workdir = names.folder_named(default.parent, given.name)
-    if given.validate:
+    if arguments.name is not None and arguments.workdir is not None:
+        raise ConfigError("--name: cannot be combined with --workdir; give only one of them")
+    workdir = Path(arguments.workdir or default)
+    if arguments.name is not None:
+        workdir = names.folder_named(default.parent, arguments.name)
+    if arguments.validate:
         return workdir
     try:
         with suppress(FileNotFoundError):
             workdir.stat()
-        there = next(
+        existing = next(
             (folder for folder in (workdir, *workdir.absolute().parents) if folder.exists()),
             workdir,
         )
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             names.require_no_way_out(workdir)
             return workdir
-    except (OSError, ValueError) as error:  # a ValueError of a path with a NUL
+    except (OSError, ValueError) as error:  # a path with a NUL byte raises ValueError
         if isinstance(error, ConfigError):
             raise
         why = getattr(error, "strerror", None) or error
@@ -149,33 +148,32 @@ def _workdir(given: RunArguments, default: Path) -> Path:
 def run_job(
     argv: list[str], about: str | None, run: Callable[[Job], int], *, compares: bool = False
 ) -> int:
-    """Run a command that trains; return the exit code.
+    """Run a training command; return the exit code.
 
     Args:
-        argv: the arguments, without the program's name.
-        about: what `--help` says first.
-        run: does the work.
-        compares: whether the config must be that of a comparison.
+        argv: arguments, without the program name.
+        about: introduction of `--help`.
+        run: function that does the work.
+        compares: whether the config must be a comparison.
     """
 
-    def body(given: RunArguments, overrides: Overrides) -> int:
-        job = job_of(given, overrides, compares=compares)
-        if given.validate:
-            logging.getLogger("jaxpeft").info("%s is valid", given.config)
+    def body(arguments: RunArguments, overrides: Overrides) -> int:
+        job = job_of(arguments, overrides, compares=compares)
+        if arguments.validate:
+            logging.getLogger("jaxpeft").info("%s is valid", arguments.config)
             return 0
         return run(job)
 
     return run_command(RunArguments, argv, about, body)
 
 
-def find_process(given: RunArguments) -> tuple[clusters.Place | None, clusters.Waits]:
-    """Tell from arguments and environment which process of how many this is, and how long it waits
-    for the others.
+def find_process(arguments: RunArguments) -> tuple[clusters.Place | None, clusters.Waits]:
+    """Return the index and number of processes, and timeouts, from arguments and environment.
 
     Raises:
-        ConfigError: they are half set, or contradict each other.
+        ConfigError: the settings are incomplete or contradict each other.
     """
     flags = clusters.Flags(
-        given.coordinator, given.processes, given.process, given.heartbeat_timeout
+        arguments.coordinator, arguments.processes, arguments.process, arguments.heartbeat_timeout
     )
     return clusters.find(os.environ, flags), clusters.waits(os.environ, flags)

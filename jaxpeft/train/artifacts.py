@@ -1,5 +1,5 @@
-"""What a run decides that goes with its adapter: the settings, and the tokenizer with the chat
-template that was trained with.
+"""Settings and tokenizer that are saved with a run's adapter; the tokenizer has the chat template
+used in training.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _PROBLEM_TYPES = {
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
-_LOOKED_AT = 100
-"""How many rows are looked at for the token that ends an answer."""
+_INSPECTED_ROWS = 100
+"""Number of rows inspected to find the token that ends an answer."""
 
 
 @dataclass(frozen=True)
 class Decided:
-    """What goes with the adapter of a run.
+    """Artifacts that accompany a run's adapter.
 
     Attributes:
-        settings: beyond what the model says itself.
-        tokenizer: as it is to be saved.
-        kind: the format of the rows.
+        settings: settings that the model's config does not contain.
+        tokenizer: tokenizer to save.
+        kind: format of the rows.
         pairs: whether a row has two texts.
-        chats: whether rows are written by a chat template.
+        chats: whether rows are formatted with a chat template.
     """
 
     settings: Settings
@@ -44,7 +44,7 @@ class Decided:
 
 
 def decide(config: Config, splits: Splits) -> Decided:
-    """Return what goes with the adapter of a run."""
+    """Return the artifacts that accompany a run's adapter."""
     examples = splits.examples
     settings = Settings(
         labels=examples.label_names,
@@ -61,34 +61,28 @@ def decide(config: Config, splits: Splits) -> Decided:
 
 
 def answer_ends(tokenizer: Any) -> set[int]:
-    """Return the special tokens, of which the ends of a chat's turns are some: `<|im_end|>`,
-    `<end_of_turn>`.
-    """
-    marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return marks | set(tokenizer.all_special_ids)
+    """Return the ids of special tokens, which include end-of-turn tokens such as `<|im_end|>`."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | set(tokenizer.all_special_ids)
 
 
 def _end_of_answers(rows: Encoded, tokenizer: Any) -> int | None:
-    """Return the special token that most answers end with, a line's end behind it or not; None
-    where they end with none.
-    """
+    """Return the special token that ends most answers (a newline may follow it), or None."""
     ends, found = answer_ends(tokenizer), Counter[int]()
-    for start, stop in zip(rows.offsets[:_LOOKED_AT], rows.offsets[1:], strict=False):
-        learned = rows.tokens[start:stop][rows.labels[start:stop] >= 0][-2:].tolist()
-        found.update([token for token in learned if token in ends][-1:])
+    for start, stop in zip(rows.offsets[:_INSPECTED_ROWS], rows.offsets[1:], strict=False):
+        last = rows.tokens[start:stop][rows.labels[start:stop] >= 0][-2:].tolist()
+        found.update([token for token in last if token in ends][-1:])
     return found.most_common(1)[0][0] if found else None
 
 
 def _with_template(tokenizer: Any, used: Any) -> Any:
-    """Return a tokenizer that writes chats by the templates that were trained with; others that it
-    has stay.
-    """
+    """Return a tokenizer with the chat templates used in training; keep its other templates."""
     if used is None:
         return tokenizer
-    own, made = tokenizer.chat_template, copy.deepcopy(tokenizer)
+    own, copied = tokenizer.chat_template, copy.deepcopy(tokenizer)
     several = isinstance(used, dict) or isinstance(own, dict)
-    made.chat_template = _by_name(own) | _by_name(used) if several else used
-    return made
+    copied.chat_template = _by_name(own) | _by_name(used) if several else used
+    return copied
 
 
 def _by_name(template: Any) -> dict[str, str]:

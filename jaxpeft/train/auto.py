@@ -1,5 +1,5 @@
-"""What a run's model leaves open, chosen: layers scanned or unrolled, the kernel of attention,
-remat; and what does not go together refused.
+"""Choose the model options that a config leaves open (scanned or unrolled layers, attention kernel,
+remat), and reject incompatible ones.
 """
 
 from __future__ import annotations
@@ -30,29 +30,30 @@ from jaxpeft.train.optimizers import schedule
 
 _log = logging.getLogger(__name__)
 _MANY_LAYERS, _FEW_STEPS = 12, 200
-"""Of more layers and fewer steps than these, unrolled layers take longer to compile than they save.
+"""With more layers and fewer steps than these, unrolled layers cost more compile time than they
+save.
 """
 
 
 def choose_outline(
     config: Config, splits: Splits, length: int, steps: int, mesh: Mesh, peers: Peers
 ) -> Outline:
-    """Return the outline of a run's model, checked, with all chosen that the config leaves open.
+    """Return the checked outline of a run's model, with every open option chosen.
 
     Args:
-        config: the options.
-        splits: the rows.
-        length: tokens of the longest row.
-        steps: of the run.
-        mesh: the devices.
-        peers: the processes of the run.
+        config: config of the run.
+        splits: rows of the run.
+        length: number of tokens of the longest row.
+        steps: number of steps of the run.
+        mesh: device mesh.
+        peers: processes of the run.
 
     Raises:
-        ConfigError: naming what the model, its sites or the length of the run do not allow.
+        ConfigError: the model, its sites or the number of steps do not allow the config.
     """
     outlined = _choose_layers(config, splits, steps, length, mesh)
     trained = _check(config, outlined, length, steps, mesh)
-    # what is computed again must be the same everywhere, so one device speaks for all
+    # all processes must choose the same remat policy, so one device's memory decides
     budget = peers.agree(
         "memory of a device",
         lambda: memory.budget_of(mesh.local_devices[0], config.model.memory_gb),
@@ -61,15 +62,15 @@ def choose_outline(
 
 
 def _choose_layers(config: Config, splits: Splits, steps: int, length: int, mesh: Mesh) -> Outline:
-    """Outline the model, with its layers scanned or unrolled as the config says or as suits the
-    length of the run.
+    """Outline the model; unless the config decides, the number of steps decides whether layers are
+    scanned or unrolled.
     """
     attention = kernel_of(
         config.model.attention, platform(mesh.devices.flat[0]), mesh.shape[SEQUENCE]
     )
     found = _outline(config, splits, bool(config.model.scan_layers), attention)
     few = found.model.config.num_hidden_layers <= _MANY_LAYERS or steps >= _FEW_STEPS
-    # which XLA copies out of a stack
+    # XLA would copy quantized kernels out of a stack
     codes = config.model.quant != "none" and platform(mesh.devices.flat[0]) == "cuda"
     if config.model.scan_layers is not None or few or codes:
         return found
@@ -90,9 +91,7 @@ def _outline(config: Config, splits: Splits, scan_layers: bool, attention: str) 
 def _with_remat(
     config: Config, outlined: Outline, trained: int, length: int, mesh: Mesh, budget: float | None
 ) -> Outline:
-    """Choose what the backward pass computes again, where the config leaves it open; warns of a
-    step that may not fit a known memory.
-    """
+    """Choose the remat policy if the config leaves it open; warn if a step may not fit."""
     if budget is None:
         return outlined
     rows = config.train.batch_size // (config.train.accumulation * row_shards(mesh.shape))
@@ -102,13 +101,14 @@ def _with_remat(
     if not REMAT_POLICIES[remat].estimated:
         return outlined
     _log.info(
-        "remat %s: %.1f GB estimated of %.1f GB", remat, needs.total(remat) / 1e9, budget / 1e9
+        "remat %s: estimated %.1f GB of %.1f GB", remat, needs.total(remat) / 1e9, budget / 1e9
     )
     if needs.total(remat) > budget:
         largest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.largest(remat))
         _log.warning(
-            "a step may not fit: %.1f GB estimated of %.1f GB (%s); lower train.batch_size or"
-            " data.max_length, raise train.accumulation, or set model.quant or mesh.strategy",
+            "a step may not fit in memory: estimated %.1f GB of %.1f GB (%s); lower"
+            " train.batch_size or data.max_length, raise train.accumulation, or set model.quant or"
+            " mesh.strategy",
             needs.total(remat) / 1e9,
             budget / 1e9,
             largest,
@@ -122,20 +122,20 @@ def _with_remat(
 
 
 def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mesh) -> int:
-    """Refuse, before weights are read, what the model, its sites or the length of the run do not
+    """Reject, before weights are read, what the model, its sites or the number of steps do not
     allow.
 
     Returns:
-        How many trained parameters a device holds.
+        Number of trainable parameters per device.
     """
     method, rules = config.method, sharding_rules(config.mesh)
     most = getattr(outlined.model.config, "max_position_embeddings", None)
     virtual = training_hooks.virtual_positions(method)
     if most is not None and length + virtual > most:
-        behind = f" behind {virtual} virtual ones" if virtual else ""
+        added = f" and {virtual} virtual ones" if virtual else ""
         raise ConfigError(
-            f"data.max_length: rows of {length} tokens{behind}, the model has {most} positions; set"
-            f" it to {most - virtual} or less"
+            f"data.max_length: rows have {length} tokens{added}, but the model has {most}"
+            f" positions; set it to {most - virtual} or less"
         )
     schedule(config.optimizer, config.optimizer.learning_rate, steps)
     params = abstract_rewrite(method, outlined.abstract)
@@ -147,7 +147,7 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
     held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
     training_hooks.wrap_optimizer(
         method, optax.identity(), steps
-    )  # which refuses a schedule that does not fit the run
-    if not config.compare.candidates:  # whose rules may be those of another
+    )  # rejects a schedule that does not fit the run
+    if not config.compare.candidates:  # a rule may apply to another candidate
         require_used(rules, outlined.leaves, params)
     return sum(jax.tree.leaves(held))

@@ -1,7 +1,7 @@
-"""`base.json` in a run's folder: the SHA-256 of every tensor of the base that the run began with.
+"""`base.json` in a run's folder: the SHA-256 of every tensor of the base at the start of the run.
 
-The identity of a run says that the base is another; this says which of its tensors, and sees the
-head of a base as well.
+A run's identity shows that the base has changed; this file shows which tensors, including those of
+the base's head.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ from jaxpeft.json_files import read_json
 NAME = "base.json"
 _SHOWN = 3
 _FIX = (
-    "fetch the base again, or where the change is meant, allow it by --allow-base, or give another"
-    " --workdir"
+    "download the base again, or, if the change is intended, pass --allow-base or another --workdir"
 )
 
 
 def find_changes(folder: Path, tensors: Mapping[str, str]) -> list[str]:
-    """List what is wrong with the base of a run that is gone on from; empty where nothing is, or
-    nothing was recorded.
+    """List the problems with the base of a resumed run; empty if nothing was recorded.
 
     Args:
-        folder: of the run.
-        tensors: the SHA-256 of each tensor of the base, by its name.
+        folder: folder of the run.
+        tensors: SHA-256 of each tensor of the base, by name.
     """
     file = folder / NAME
     if not file.is_file():
@@ -39,19 +37,19 @@ def find_changes(folder: Path, tensors: Mapping[str, str]) -> list[str]:
         recorded: Any = read_json(file).get("sha256")
     except WeightsError as error:
         return [
-            f"{problem}; remove it, and the base's tensors are not compared one by one"
+            f"{problem}; remove it to skip the check of each base tensor"
             for problem in error.problems
         ]
     if not digests.is_record(recorded):
         return [
             (
-                f"{file}: must hold the SHA-256 of every tensor by its name; remove it, and they"
-                " are not compared one by one"
+                f"{file}: must contain the SHA-256 of every tensor by name; remove it to skip the"
+                " check of each base tensor"
             )
         ]
-    # a name that is not there is no damage: the same weights may be written under other names
-    there = {name: recorded[name] for name in recorded if name in tensors}
-    wrong = [name for name in sorted(there) if there[name] != tensors[name]]
+    # a missing name is no error: the same weights may be saved under other names
+    shared = {name: recorded[name] for name in recorded if name in tensors}
+    wrong = [name for name in sorted(shared) if shared[name] != tensors[name]]
     more = (
         [f"... and {len(wrong) - _SHOWN} more of {len(tensors)} tensors"]
         if len(wrong) > _SHOWN
@@ -59,7 +57,7 @@ def find_changes(folder: Path, tensors: Mapping[str, str]) -> list[str]:
     )
     return [
         *(
-            f"base: {name} is not the tensor that the run began with ({file}); {_FIX}"
+            f"base: tensor {name} has changed since the run started ({file}); {_FIX}"
             for name in wrong[:_SHOWN]
         ),
         *more,
@@ -67,19 +65,19 @@ def find_changes(folder: Path, tensors: Mapping[str, str]) -> list[str]:
 
 
 def require_same(problems: Sequence[str], allowed: Sequence[str]) -> None:
-    """Refuse a base of which tensors have changed.
+    """Reject a base with changed tensors.
 
     Args:
-        problems: what `changed` lists.
+        problems: result of `find_changes`.
         allowed: fields that may differ.
 
     Raises:
-        ConfigError: naming the tensors.
+        ConfigError: names the tensors.
     """
     if problems and not any(name in ("base", "base.sha256") for name in allowed):
         raise ConfigError(problems)
 
 
 def write(folder: Path, tensors: Mapping[str, str]) -> None:
-    """Write the record of the base, whole or not at all."""
+    """Write the record of the base atomically."""
     atomic.write_text(folder / NAME, json.dumps({"sha256": dict(tensors)}, indent=1) + "\n")

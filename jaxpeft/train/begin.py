@@ -1,5 +1,5 @@
-"""How a run begins: the base rewritten and split, with the start that a method takes from data, or
-as a checkpoint has it.
+"""Start or resume a run: inject adapters into the base, partition the tree, and apply a method's
+data-dependent initialization or restore a checkpoint.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ def begin(
     allowed: Sequence[str] = (),
     look: Look | None = None,
 ) -> tuple[Run, LoopState]:
-    """Return the description of a run and its state before the next step: that of the newest
-    checkpoint if there is one.
+    """Return a run and its state before the next step, restored from the newest checkpoint if one
+    exists.
 
     Args:
-        setup: the prepared run.
-        method: what to train.
-        options: the optimizer's.
-        folder: where checkpoints and figures go.
-        stop: asked before each step.
-        evaluator: of the setup.
-        allowed: fields that may differ from those of the checkpoint that is gone on from.
-        look: is shown the two parts of the tree before any training.
+        setup: prepared run.
+        method: method to train.
+        options: optimizer options.
+        folder: folder for checkpoints and metrics.
+        stop: stop request, checked before each step.
+        evaluator: evaluator of the setup.
+        allowed: fields that may differ from the checkpoint's.
+        look: called with both parts of the tree before any training.
 
     Raises:
-        ConfigError: the checkpoints are another run's.
+        ConfigError: the checkpoints belong to another run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
@@ -117,9 +117,7 @@ def begin(
 def _restore(
     checkpoints: Checkpoints, step: int, state: LoopState, method: Method, frozen: Tree
 ) -> tuple[LoopState, Tree]:
-    """Return the state of a checkpoint, and the frozen part of the tree with the leaves that it
-    holds.
-    """
+    """Return the state of a checkpoint, and the frozen tree with the leaves that it saves."""
     train, best, fixed = checkpoints.restore(
         step, state.train, state.train.trainable, fixed_leaves(method, frozen)
     )
@@ -133,8 +131,8 @@ def _restore(
 
 
 def _open_records(setup: Setup, folder: Path, step: int, about: str) -> list[records.Writer]:
-    """Write down what the run is, in the first process, and say what it trains; return where
-    figures are written from a step on.
+    """Record the run in process 0 and log what it trains; return the metric writers, resuming at
+    `step`.
     """
     if setup.peers.first:
         (folder / "config.json").write_text(
@@ -148,14 +146,14 @@ def _open_records(setup: Setup, folder: Path, step: int, about: str) -> list[rec
 def _newest(checkpoints: Checkpoints) -> str:
     latest = checkpoints.latest()
     return (
-        "no step is saved yet"
+        "no checkpoint has been saved"
         if latest is None
         else f"the newest checkpoint is step {latest}, and is finite"
     )
 
 
 def identity_of(setup: Setup, method: Method, trainable: Tree) -> dict[str, Any]:
-    """Return what makes a run this run."""
+    """Return the identity of a run, by which checkpoints are matched to it."""
     return dict(setup.provenance.identity) | {
         "method": method.as_dict(),
         "tree": tree_spec(trainable),
@@ -164,17 +162,17 @@ def identity_of(setup: Setup, method: Method, trainable: Tree) -> dict[str, Any]
 
 
 def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequence[str]) -> None:
-    """Refuse, before anything is computed, to go on from another run's checkpoints.
+    """Refuse, before any computation, to resume from another run's checkpoints.
 
     Args:
-        setup: the prepared run.
-        method: that will be trained.
-        folder: of the run.
+        setup: prepared run.
+        method: method to train.
+        folder: folder of the run.
         allowed: fields that may differ.
 
     Raises:
-        ConfigError: the checkpoints are another run's, or tensors of the base have changed since.
-        CheckpointError: none of them is good.
+        ConfigError: the checkpoints belong to another run, or tensors of the base have changed.
+        CheckpointError: no checkpoint is valid.
     """
     checkpoints = Checkpoints(folder / "checkpoints", setup.config.checkpoint.keep, setup.peers)
     latest = checkpoints.latest()
@@ -187,10 +185,10 @@ def check_resumable(setup: Setup, method: Method, folder: Path, allowed: Sequenc
 
 
 def _place(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    """Split a rewritten tree into `(trainable, frozen)`, each leaf where the rules say.
+    """Partition a rewritten tree into `(trainable, frozen)`, each leaf sharded by the rules.
 
-    The trainable leaves are copies: the step is given them for good (they are donated), the base
-    stays as it was.
+    The trainable leaves are copied, because the train step donates them and the base must stay
+    valid.
     """
     where = shardings(setup.mesh, setup.rules, params, method)
     mask = trainable_mask(method, params)
@@ -203,7 +201,7 @@ def _place(setup: Setup, method: Method, params: Mapping[str, Any]) -> tuple[Tre
 
 
 def rewrite_base(setup: Setup, method: Method) -> tuple[Tree, Tree]:
-    """Rewrite the base and splits it, where its leaves are, or abstractly."""
+    """Inject adapters into the base and partition it, without moving leaves; works abstractly."""
     params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
     return tree.partition(params, trainable_mask(method, params))
 
@@ -211,17 +209,15 @@ def rewrite_base(setup: Setup, method: Method) -> tuple[Tree, Tree]:
 def initialize(
     setup: Setup, method: Method, meta: Mapping[str, Any] | None, look: Look | None = None
 ) -> tuple[Method, Tree, Tree]:
-    """Return what a run trains: `(method, trainable, frozen)`, with the start that the method takes
-    from the data.
+    """Return `(method, trainable, frozen)` after the method's data-dependent initialization.
 
-    The base is rewritten once: a fresh adapter may take decompositions of every kernel.
+    The base is rewritten only once, since a new adapter may need a decomposition of every kernel.
 
     Args:
-        setup: the prepared run.
-        method: as the config has it.
-        meta: of the checkpoint that is gone on from: the method as it was started; None for a new
-            run.
-        look: is shown `(trainable, frozen)` with the fresh adapter, before a start from the data.
+        setup: prepared run.
+        method: method from the config.
+        meta: metadata of the checkpoint to resume from, with its method; None for a new run.
+        look: called with `(trainable, frozen)` of the new adapter, before initialization from data.
     """
     if meta is not None:
         method = method_of(meta, method)
@@ -240,18 +236,17 @@ def initialize(
 
 
 def method_of(meta: Mapping[str, Any], configured: Method) -> Method:
-    """Return the method of a checkpoint as it was started.
+    """Return the method recorded in a checkpoint.
 
     Args:
-        meta: of the checkpoint.
-        configured: the method of the config: what was trained where the checkpoint is of a version
-            that records none.
+        meta: metadata of the checkpoint.
+        configured: method of the config, used if the checkpoint (of an older version) records none.
     """
     return from_dict(meta["method"]) if "method" in meta else configured
 
 
 def _first_batches(setup: Setup) -> Generator[Mapping[str, Any]]:
-    """Yield the training batches from the first on, their parts one after the other."""
+    """Yield the training batches from the first; micro-batches one by one."""
     with closing(setup.data.batches.feed({}, setup.steps, lambda: None)) as feed:
         for batch, _ in feed:
             if setup.config.train.accumulation == 1:
@@ -262,11 +257,11 @@ def _first_batches(setup: Setup) -> Generator[Mapping[str, Any]]:
 
 
 def fixed_leaves(method: Method, frozen: Tree) -> dict[str, jax.Array]:
-    """Return the adapter leaves that are not trained, by path: what a checkpoint must hold beside
-    the trained ones.
+    """Return the frozen adapter leaves by path, which a checkpoint must save with the trainable
+    ones.
 
-    They were made from the base, from data, or from a key, which another machine may do otherwise.
-    Scalars follow from the method's options.
+    They were initialized from the base, data or a random key; another machine may compute different
+    values. Scalars are excluded, since the method's options determine them.
     """
     own = adapter_names(method)
     return {

@@ -1,6 +1,4 @@
-"""How programs are compiled: XLA's options for a device, and where compiled programs are kept for
-the next run.
-"""
+"""Compile programs: XLA options by device, and the persistent compilation cache."""
 
 from __future__ import annotations
 
@@ -15,10 +13,9 @@ from jaxpeft import cache
 from jaxpeft.models.attention import platform
 
 _OPTIONS: Mapping[str, Mapping[str, bool]] = {
-    # cuBLAS adds a product to what is there already; Triton's products, which XLA takes for all of
-    # them, write it apart, and the sum is another pass: 504 ms a step in place of 517, and 7 GiB
-    # less (Llama-3.1-8B, LoRA, 4 x 2048
-    # tokens, H100)
+    # cuBLAS accumulates a product into its output. Triton GEMMs, XLA's default, write it to a
+    # separate buffer that another pass adds. With cuBLAS: 504 ms a step instead of 517, and 7 GiB
+    # less (Llama-3.1-8B, LoRA, 4 x 2048 tokens, H100)
     "cuda": {"xla_gpu_enable_triton_gemm": False},
 }
 
@@ -27,17 +24,18 @@ _FOLDER = "jax_compilation_cache_dir"
 
 
 def options(device: Any) -> dict[str, bool]:
-    """Return XLA's options for programs of a device: `compiler_options` of `jax.jit`."""
+    """Return the XLA options for a device, as `compiler_options` of `jax.jit`."""
     return dict(_OPTIONS.get(platform(device), {}))
 
 
 def compile_each(lowered: Sequence[Any], device: Any) -> list[Any]:
-    """Compile programs, of a CPU several at once: XLA compiles one on one core. Those of others may
-    try kernels on the device, in turn.
+    """Compile programs, in parallel for a CPU, since XLA compiles a program on one core.
+
+    Other programs are compiled one by one, since compiling may autotune kernels on the device.
 
     Args:
-        lowered: what `jax.jit(...).lower` gives.
-        device: that they are for.
+        lowered: results of `jax.jit(...).lower`.
+        device: device to compile for.
 
     Returns:
         The compiled programs, in the same order.
@@ -48,30 +46,30 @@ def compile_each(lowered: Sequence[Any], device: Any) -> list[Any]:
 
 
 def cache_folder() -> str | None:
-    """Return the folder where compiled programs are kept, None for nowhere."""
+    """Return the folder of the compilation cache, or None if it is off."""
     return getattr(jax.config, _FOLDER)
 
 
 def keep_programs(where: str) -> str | None:
-    """Keep compiled programs on disk, so that the next run of the same shapes need not compile
-    them.
+    """Turn on JAX's persistent compilation cache, so that later runs with the same shapes skip
+    compilation.
 
-    Hosts of different CPUs may share a folder: JAX finds a program by its device, of a CPU by its
-    instruction set, which XLA compares again as it loads one. What cannot be read or used is
-    compiled anew.
+    Hosts with different CPUs may share a folder: JAX keys programs by device, and CPU programs by
+    instruction set, which XLA checks again on loading. Unreadable or unusable programs are compiled
+    again.
 
     Args:
-        where: a folder; `auto` for one of the user's; `off` for nowhere. A folder that JAX is told
-            of already, by `JAX_COMPILATION_CACHE_DIR`, stays.
+        where: a folder, `auto` for the user's cache directory, or `off`. A folder already set by
+            `JAX_COMPILATION_CACHE_DIR` takes precedence.
 
     Returns:
-        The folder, None where nothing is kept.
+        The folder, or None if programs are not cached.
     """
     if where == "off":
         return None
-    told = cache_folder()
-    if told:
-        return told
+    configured = cache_folder()
+    if configured:
+        return configured
     own = cache.folder()
     if where == "auto" and own is None:
         return None

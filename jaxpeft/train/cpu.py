@@ -1,4 +1,4 @@
-"""How a process computes on a CPU: its memory is kept from one step to the next."""
+"""CPU settings of a process: reuse memory from one step to the next."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import sys
 
 import jax
 
-# of glibc's malloc.h
+# from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_memory() -> None:
-    """Keep what a step frees for the next one, where the default device is a CPU.
+    """Reuse the memory that a step frees for the next step, if the default device is a CPU.
 
-    XLA asks for all temporary memory of a step at once, from a thread of its own, and glibc maps
-    such a block anew each time: the kernel fills hundreds of megabytes with zeros in every step, a
-    third of the step of a small BERT. So programs run in the thread that calls them, whose heap may
-    grow to any size, and that heap is neither trimmed nor passed by. The process then holds its
-    largest step to its end. It is for commands, before the first use of a device; other C libraries
-    are left as they are.
+    XLA allocates all temporary memory of a step at once, in its own thread, and glibc maps such a
+    block anew each time. The kernel then zeroes hundreds of megabytes in every step, which takes a
+    third of the step of a small BERT. This function therefore runs programs in the calling thread,
+    whose heap may grow to any size, and turns off heap trimming and mmap. The process then keeps
+    the memory of its largest step until it exits. Call it only in commands, before the first use of
+    a device. It does nothing with other C libraries.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if sys.platform != "linux" or jax.default_backend() != "cpu":

@@ -1,6 +1,4 @@
-"""What a method may look at to give its adapter a start: the model, the tokenizer, and the first
-training batches.
-"""
+"""Inputs for data-dependent adapter initialization: model, tokenizer and first training batches."""
 
 from __future__ import annotations
 
@@ -32,15 +30,15 @@ from jaxpeft.transforms.rewrite import rewrite
 
 @dataclass(frozen=True)
 class Start:
-    """What a method's `start` is given.
+    """Argument of a method's `start`.
 
     Attributes:
-        model: the Linen module.
-        base: its parameters, not rewritten.
-        key: that the tree was rewritten with.
-        tokenizer: of the model, None where there is none.
-        batches: the first training batches, each a dict of arrays with `input_ids` and
-            `attention_mask` `[rows, length]`; iterated anew each time.
+        model: Linen module.
+        base: parameters of the model, without adapters.
+        key: random key used to inject the adapters.
+        tokenizer: tokenizer of the model, or None.
+        batches: returns the training batches from the first, each a dict of arrays with
+            `input_ids` and `attention_mask` `[rows, length]`; each call starts over.
     """
 
     model: Pretrained
@@ -54,34 +52,33 @@ class Start:
         return apply(self.model, params, *inputs, **kw)
 
     def rewrite(self, method: Method) -> Tree:
-        """Rewrite the base with another method, from the same key."""
+        """Rewrite the base with another method, using the same key."""
         return rewrite(method, self.base, self.key)
 
     def original_kernels(self) -> Callable[[Site, int], jax.Array]:
-        """Return what reads the kernel of a layer of a site as the model's files have it, float32
-        `[in, out]`.
+        """Return a function `(site, layer) -> kernel` that reads the unquantized kernel from the
+        model's files, float32 `[in, out]`.
 
         Raises:
-            ConfigError: the model was not loaded from files, or they hold it quantized.
+            ConfigError: the model was not loaded from files, or the files are quantized.
         """
         source = self.model.source
         if source is None:
             raise ConfigError(
-                "the model was made, not loaded: there are no files to read its kernels from"
+                "the model was not loaded from files, so its original kernels cannot be read"
             )
         options = self.model.options
-        asked = ModelRequest(
+        request = ModelRequest(
             cast(Task, options.task),
             options.num_labels,
             jnp.float32,
             scan_layers=options.scan_layers,
             pooling=options.pooling,
         )
-        found = outline(source.folder, asked)
+        found = outline(source.folder, request)
         if found.plan.held:
             raise ConfigError(
-                f"{source.folder}: holds the model quantized, and not the kernels that it was made"
-                " from"
+                f"{source.folder}: contains a quantized model, not its original kernels"
             )
 
         def read(site: Site, i: int) -> jax.Array:
@@ -98,29 +95,33 @@ class Start:
         update: Callable[[Any, Mapping[str, jax.Array]], Any],
         most: int,
     ) -> Any:
-        """Fold a function over what the sites are called with, batch by batch, compiled.
+        """Fold a function over the inputs of the sites, batch by batch, compiled.
 
         Args:
-            params: the rewritten tree.
-            marker: name of the leaf that tells a site.
-            update: `(state or None, inputs) -> state`; the inputs are `[tokens, in]` float32 by the
-                site's Hugging Face name, rows of zeros for padding.
-            most: how many batches are looked at.
+            params: rewritten tree.
+            marker: name of the leaf that marks a site.
+            update: `(state or None, inputs) -> state`; inputs are `[tokens, in]` float32 by the
+                site's Hugging Face name, with rows of zeros for padding.
+            most: maximum number of batches.
 
         Returns:
-            The last state; None where there was no batch.
+            The last state; None if there were no batches.
         """
-        # nothing is computed again: there is no backward pass, and what is found must come out
+        # without remat: there is no backward pass, and the captured inputs must be returned
         model = self.model.clone(
             options=dataclasses.replace(self.model.options, scan_layers=False, remat="none")
         )
 
-        def seen(params: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        def site_inputs(
+            params: Mapping[str, Any], batch: Mapping[str, Any]
+        ) -> dict[str, jax.Array]:
             found: dict[str, jax.Array] = {}
             real = batch["attention_mask"].astype(bool).reshape(-1, 1)
 
-            def look(fn: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-                # what is called together is not called by itself
+            def capture(
+                fn: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+            ) -> Any:
+                # modules that are called together are not called one by one
                 others = args[1:] if context.method_name == TOGETHER else ()
                 for module in (
                     (context.module, *others)
@@ -133,19 +134,21 @@ class Start:
                         found[name] = jnp.where(real, x, 0.0) if len(x) == len(real) else x
                 return fn(*args, **kwargs)
 
-            with nn.intercept_methods(look):
+            with nn.intercept_methods(capture):
                 _ = Outputs(model, unstack_layers(params), batch, None).logits
             return found
 
         mesh = mesh_under(params)
-        first = jax.jit(on_mesh(mesh, lambda params, batch: update(None, seen(params, batch))))
+        first = jax.jit(
+            on_mesh(mesh, lambda params, batch: update(None, site_inputs(params, batch)))
+        )
         later = jax.jit(
-            on_mesh(mesh, lambda state, params, batch: update(state, seen(params, batch)))
+            on_mesh(mesh, lambda state, params, batch: update(state, site_inputs(params, batch)))
         )
         state: Any = None
         for i, batch in enumerate(self.batches()):
             if i == most:
                 break
-            given = {name: jnp.asarray(value) for name, value in batch.items()}
-            state = first(params, given) if state is None else later(state, params, given)
+            arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+            state = first(params, arrays) if state is None else later(state, params, arrays)
         return state

@@ -1,4 +1,4 @@
-"""Evaluating a tree on the rows of a split."""
+"""Evaluate parameters on the rows of a split."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _DEFAULT_METRIC = {"lm": "loss", "regression": "pearson", "multi_label": "f1_mic
 
 
 class Evaluator:
-    """Evaluates, with one compiled program for each method and padded length.
+    """Evaluates with one compiled program per method and padded length.
 
     Args:
-        setup: the prepared run.
+        setup: prepared run.
         on_batch: called before each batch; may raise to stop.
     """
 
     def __init__(self, setup: Setup, on_batch: Callable[[], None] = lambda: None) -> None:
         self._setup, self._on_batch = setup, on_batch
         how = compiling.options(setup.mesh.devices.flat[0])
-        # on each device, so that each process has the figures of all rows
+        # replicated, so that every process has the outputs of all rows
         self._run = jax.jit(
             on_mesh(setup.mesh, self._forward),
             out_shardings=replicated_sharding(setup.mesh),
@@ -51,18 +51,18 @@ class Evaluator:
         outputs = Outputs(self._setup.model, combine(trainable, frozen), batch, None)
         total, weight = self._setup.plain_loss(outputs, batch)
         # the logits of a language model are large, and not needed
-        made, given = (
+        logits, labels = (
             (None, None) if self._setup.data.problem == "lm" else (outputs.logits, batch["labels"])
         )
-        return total, weight, made, given
+        return total, weight, logits, labels
 
     def __call__(self, trainable: Tree, frozen: Tree, split: Encoded) -> dict[str, float]:
-        """Return the figures of a split: `loss`, and those of its kind of problem.
+        """Return the metrics of a split: `loss` and those of the problem type.
 
         Args:
-            trainable: the trained part of the tree.
-            frozen: the rest.
-            split: the rows.
+            trainable: trainable part of the tree.
+            frozen: frozen part of the tree.
+            split: rows to evaluate.
         """
         setup = self._setup
         lengths = evaluated_lengths(setup.config, setup.data.train, split)
@@ -74,18 +74,18 @@ class Evaluator:
             split, self._rows, lengths, setup.data.pad_id, self._own, one_length(setup.config)
         ):
             self._on_batch()
-            batch_total, batch_weight, out, given = self._run(
+            batch_total, batch_weight, out, expected = self._run(
                 trainable, frozen, put_batch(setup.mesh, batch)
             )
             total, weight = total + float(batch_total), weight + float(batch_weight)
             if out is not None:
-                kept = rows >= 0
-                out, given = np.asarray(out)[kept], np.asarray(given)[kept]
-                if setup.data.problem == "token":  # positions, since batches differ in length
-                    sequences.append(np.repeat(rows[kept], given.shape[1]))
-                    out, given = out.reshape(-1, out.shape[-1]), given.reshape(-1)
+                real = rows >= 0
+                out, expected = np.asarray(out)[real], np.asarray(expected)[real]
+                if setup.data.problem == "token":  # flat positions, since batches differ in length
+                    sequences.append(np.repeat(rows[real], expected.shape[1]))
+                    out, expected = out.reshape(-1, out.shape[-1]), expected.reshape(-1)
                 logits.append(out)
-                labels.append(given)
+                labels.append(expected)
         if setup.data.problem == "lm":
             return lm_metrics(total, weight)
         figures = classification_metrics(
@@ -99,7 +99,7 @@ class Evaluator:
 
 
 def metric_of(setup: Setup) -> str:
-    """Return the figure to choose the best step by."""
+    """Return the metric that selects the best step."""
     return (
         setup.config.evaluation.metric
         or _DEFAULT_METRIC.get(setup.data.problem)
@@ -112,12 +112,12 @@ def _metric_of_labels(setup: Setup) -> str:
         return "accuracy"
     if has_entities(setup.data.labels):
         return "f1"
-    # to call every token O must not be the best answer
+    # predicting O everywhere must not be the best answer
     return "tag_f1" if OUTSIDE in setup.data.labels else "tag_f1_macro"
 
 
 def better(metric: str, value: float, than: float | None) -> bool:
-    """Return whether a figure beats the best so far."""
+    """Return whether a value is better than the best so far."""
     if math.isnan(value):
         return False
     return than is None or (value < than if metric in LOWER_IS_BETTER else value > than)

@@ -1,4 +1,4 @@
-"""Counting the work of a step, and what the device could do: model FLOP/s utilization."""
+"""Count model FLOPs and peak device FLOP/s, for model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jaxpeft.core import paths
 def per_token(trainable: Any, frozen: Any) -> float:
     """Return the model FLOPs of training on one token.
 
-    A frozen parameter of a matrix costs 4: 2 forward, and 2 backward for the gradient of its input;
-    its own gradient is never computed. A trainable one costs 6. An embedding is a look-up and costs
-    nothing; attention is left out.
+    A frozen matrix parameter costs 4 FLOPs: 2 forward, and 2 backward for the gradient of the
+    input; its own gradient is never computed. A trainable one costs 6. An embedding is a look-up
+    and costs nothing. Attention is not counted.
 
     Args:
-        trainable: the trained part of the tree.
-        frozen: the rest.
+        trainable: trainable part of the tree.
+        frozen: frozen part of the tree.
     """
     return 6.0 * _matrix_parameters(trainable) + 4.0 * _matrix_parameters(frozen)
 
@@ -34,6 +34,6 @@ def _matrix_parameters(tree: Any) -> int:
 
 
 def peak(devices: Sequence[Any]) -> float | None:
-    """Return the FLOP/s that the devices could do, or None where it is not known (a CPU)."""
+    """Return the peak FLOP/s of the devices, or None if unknown (a CPU)."""
     chip = chip_of(devices[0].device_kind)
     return None if chip is None or chip.flops is None else chip.flops * len(devices)

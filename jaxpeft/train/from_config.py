@@ -1,6 +1,4 @@
-"""What a run's config says of its model, its loss and its tree: a run and a plan of it both read it
-here.
-"""
+"""Build the model request, loss and abstract tree from a config, for runs and plans."""
 
 from __future__ import annotations
 
@@ -24,13 +22,14 @@ from jaxpeft.transforms.rewrite import rewrite
 def model_request(
     config: ModelConfig, num_labels: int | None, *, scan_layers: bool, attention: str
 ) -> ModelRequest:
-    """Return what a run asks of its model.
+    """Return the model request of a run.
 
     Args:
-        config: of the model.
-        num_labels: of a classification head; None for those of the model's `config.json`.
-        scan_layers: whether the layers are stacked, where the config leaves it open.
-        attention: the kernel that computes attention.
+        config: model config.
+        num_labels: number of labels of a classification head; None to use the model's
+            `config.json`.
+        scan_layers: whether layers are stacked.
+        attention: attention kernel.
     """
     quant = None
     if config.quant != "none":
@@ -55,10 +54,10 @@ def _dtype(name: str) -> Any:
 
 
 def training_loss(config: Config, problem: str | None) -> Loss:
-    """Return the loss that a run minimizes.
+    """Return the training loss of a run.
 
     Args:
-        config: of the run.
+        config: config of the run.
         problem: `single_label`, `multi_label` or `regression` for sequence classification.
     """
     return loss_for(
@@ -67,14 +66,14 @@ def training_loss(config: Config, problem: str | None) -> Loss:
 
 
 def abstract_rewrite(method: Method, base: Mapping[str, Any]) -> Any:
-    """Return shape and dtype of every leaf of the rewritten tree.
+    """Return the shape and dtype of every leaf of the rewritten tree.
 
     Args:
-        method: that rewrites.
-        base: abstract leaves will do.
+        method: method that injects adapters.
+        base: base parameters; leaves may be abstract.
 
     Raises:
-        TargetError: the method's targets are none of the model's, named as in the config.
+        TargetError: the method's targets match no module of the model.
     """
     try:
         return jax.eval_shape(

@@ -1,16 +1,16 @@
-r"""The cross-entropy of a language model, in chunks of positions: the logits of all positions never
-exist at once.
+r"""Cross-entropy of a language model, computed in chunks of positions, so that the full logits
+never exist at once.
 
-Of the logits `z` of a position with label `y`, `lse = log sum exp z`, smoothing `e` and a weight
-`c` of `lse^2`:
+For logits `z` of a position with label `y`, `lse = log sum exp z`, label smoothing `e` and z-loss
+weight `c`:
 
     loss = lse - (1 - e) z_y - e mean(z) + c lse^2
     dz   = (1 + 2 c lse) softmax(z) - (1 - e) onehot(y) - e / classes
 
 The loss is the end of the forward pass, so a chunk's `dz` is known, up to a factor, as soon as its
-logits are: they go back through the head at once, and nothing of them is kept. Hsu et al. 2024,
-"Liger Kernel", section 3.2 (arXiv:2410.10989); label smoothing is Szegedy et al. 2015, section 7
-(arXiv:1512.00567), the z-loss Chowdhery et al. 2022, section 5 (arXiv:2204.02311).
+logits are. It is backpropagated through the head immediately, and the logits are freed. Source: Hsu
+et al. 2024, "Liger Kernel", section 3.2 (arXiv:2410.10989); label smoothing is Szegedy et al. 2015,
+section 7 (arXiv:1512.00567), the z-loss Chowdhery et al. 2022, section 5 (arXiv:2204.02311).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxpeft.sharding.sizes import ROWS, SEQUENCE, TENSOR
 Array = jax.Array
 IGNORE = -100
 MOST_LOGITS = 1 << 27
-"""Of a chunk: 256 MiB in bfloat16, and as much for their gradient."""
+"""Logits per chunk: 256 MiB in bfloat16, and the same for their gradient."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class CrossEntropy:
     """A cross-entropy.
 
     Attributes:
-        smoothing: share of the label that is spread over all classes, in [0, 1).
-        z_loss: weight of the squared log of the normalizer.
-        softcap: logits are `cap tanh(z / cap)`, where the model's head does not do so itself; None
-            for not.
+        smoothing: label smoothing, in [0, 1).
+        z_loss: weight of the squared log normalizer.
+        softcap: caps logits by `cap tanh(z / cap)`, if the model's head does not do so itself; None
+            for no cap.
     """
 
     smoothing: float = 0.0
@@ -47,13 +47,16 @@ class CrossEntropy:
     softcap: float | None = None
 
     def cap(self, logits: Array) -> Array:
-        """Return the logits to compute with, float32."""
+        """Return the capped logits in float32."""
         z = logits.astype(jnp.float32)
         return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
 
     def losses(self, z: Array, labels: Array) -> Array:
-        """Return the loss of each position `[...]` from logits `[..., classes]`, capped, and labels
-        `[...]` in range.
+        """Return the loss `[...]` per position.
+
+        Args:
+            z: capped logits, `[..., classes]`.
+            labels: `[...]`, all in range.
         """
         lse = jax.nn.logsumexp(z, axis=-1)
         picked = jnp.take_along_axis(z, labels[..., None], axis=-1)[..., 0]
@@ -63,7 +66,7 @@ class CrossEntropy:
         return out + self.z_loss * jnp.square(lse) if self.z_loss else out
 
     def sums(self, logits: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
-        """Sum over the positions that have a label.
+        """Sum the loss over the positions with a label.
 
         Args:
             logits: `[..., classes]`, floating.
@@ -71,16 +74,16 @@ class CrossEntropy:
             weights: broadcast to `labels`, float32.
 
         Returns:
-            `(sum of weight * loss, sum of weight)`, float32 scalars; `(0, 0)` where no position has
-            a label.
+            `(sum of weight * loss, sum of weight)`, float32 scalars; `(0, 0)` if no position has a
+            label.
         """
         safe, counted = _weighted_labels(labels, weights)
         losses = self.losses(self.cap(logits), safe)
-        # chosen, not multiplied: 0 * NaN is NaN
+        # select, do not multiply: 0 * NaN is NaN
         return jnp.sum(jnp.where(counted > 0, losses * counted, 0.0)), jnp.sum(counted)
 
     def gradient(self, logits: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
-        """Return the sum that `sums` gives, and its gradient by the logits, float32."""
+        """Return the loss sum of `sums` and its gradient with respect to the logits, float32."""
         safe, counted = _weighted_labels(labels, weights)
         z = self.cap(logits)
         lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
@@ -98,7 +101,7 @@ class CrossEntropy:
 def _weighted_labels(labels: Array, weights: Array) -> tuple[Array, Array]:
     """Return labels in range, and the weight of each position."""
     labeled = labels != IGNORE
-    # the label is replaced before the look-up: a gather out of range gives NaN, and 0 * NaN is NaN
+    # replace the label before the gather: an out-of-range gather gives NaN, and 0 * NaN is NaN
     return jnp.where(labeled, labels, 0), jnp.where(
         labeled, jnp.broadcast_to(weights, labels.shape), 0.0
     )
@@ -112,16 +115,16 @@ def through_head(
     weights: Array,
     most_logits: int = MOST_LOGITS,
 ) -> tuple[Array, Array]:
-    """Sum the cross-entropy of what a head makes of hidden states.
+    """Sum the cross-entropy of a head's logits, from hidden states.
 
     Args:
-        entropy: which.
-        head: `(x [batch, n, d], number of the chunk) -> logits [batch, n, classes]`; what it closes
-            over is differentiated as well.
-        x: `[batch, length, d]`.
-        labels: `[batch, length]` int32, of each position itself, -100 for no label.
+        entropy: cross-entropy to compute.
+        head: `(x [batch, n, d], chunk index) -> logits [batch, n, classes]`; arrays that it closes
+            over are differentiated too.
+        x: hidden states, `[batch, length, d]`.
+        labels: `[batch, length]` int32, not shifted, -100 for no label.
         weights: broadcast to `labels`, float32.
-        most_logits: of a chunk; a chunk has at least one position of each row.
+        most_logits: maximum logits per chunk; a chunk has at least one position of each row.
 
     Returns:
         `(sum of weight * loss, sum of weight)`, float32 scalars.
@@ -131,9 +134,7 @@ def through_head(
     count, size, devices = _chunks(length, batch * classes, most_logits)
 
     def split(array: Array, fill: Any) -> Array:
-        """Return the chunks; where positions are spread, each of them has as many of every device's
-        positions.
-        """
+        """Split into chunks, each with equally many positions from every sequence shard."""
         wide, rest = (
             [(0, 0), (0, count * size - length), *((0, 0),) * (array.ndim - 2)],
             array.shape[2:],
@@ -179,26 +180,25 @@ def through_head(
         (own, dclosed), dx = jax.lax.scan(step, zero, (x, *chunks[1:]))
         return own, (dx, dclosed)
 
-    def backward(kept: Any, by: Array) -> Any:
-        return jax.tree.map(lambda leaf: leaf * by.astype(leaf.dtype), kept)
+    def backward(residuals: Any, by: Array) -> Any:
+        return jax.tree.map(lambda leaf: leaf * by.astype(leaf.dtype), residuals)
 
     total.defvjp(forward, backward)
     return total(chunks[0], closed), jnp.sum(_weighted_labels(labels, weights)[1])
 
 
 def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
-    """Return how many chunks there are, the positions of each, and the devices that positions are
-    spread over.
+    """Return the number of chunks, the positions per chunk, and the number of sequence shards.
 
     Args:
-        length: positions of a row.
-        logits: of one position of each row.
-        most: logits of a chunk, on each device.
+        length: positions per row.
+        logits: number of logits of one position of all rows.
+        most: maximum logits per chunk and device.
     """
     devices = size_of(SEQUENCE) if length % size_of(SEQUENCE) == 0 else 1
     size = min(length, max(1, most * size_of(*ROWS, SEQUENCE, TENSOR) // logits))
     count = -(-length // size)
-    if devices > 1:  # as many positions of each device in each chunk
+    if devices > 1:  # each chunk has equally many positions from each device
         count = next(
             n
             for n in range(min(count, length // devices), length + 1)
@@ -208,7 +208,7 @@ def _chunks(length: int, logits: int, most: int) -> tuple[int, int, int]:
 
 
 def _map(run: Callable[[Any], Array], items: Any) -> Array:
-    """Map over the leading axis, without a loop where it is 1."""
+    """Map over the leading axis, without a loop if its size is 1."""
     if len(items[0]) == 1:
         return run(jax.tree.map(lambda part: part[0], items))
     return jax.lax.map(run, items)

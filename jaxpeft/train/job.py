@@ -1,4 +1,4 @@
-"""The main job: a method trained, the final table, and the files that are left behind."""
+"""The training job: train a method, print the final table and write the output files."""
 
 from __future__ import annotations
 
@@ -47,19 +47,18 @@ def run(
 ) -> RunResult:
     """Run a config from end to end.
 
-    Leaves in `workdir`: `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`,
+    Writes to `workdir`: `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`,
     `tensorboard/`, `checkpoints/` and `adapter/`.
 
     Args:
         config: a checked config.
-        workdir: the run's folder; what an earlier run of the same command left there is gone on
-            from.
-        stop: a request to stop that is entered already; None to listen from here to the end.
-        allowed: fields that may differ from those of the run that is gone on from.
-        peers: the processes of the run, of which the first writes what is left behind.
+        workdir: folder of the run; resumes from checkpoints of the same run in it.
+        stop: a stop request that is already entered; None to listen for signals during this call.
+        allowed: config fields that may differ from the checkpoint's.
+        peers: processes of the run; process 0 writes the files.
 
     Raises:
-        JaxpeftError: whatever cannot be used, named.
+        JaxpeftError: an input is invalid.
         Stopped: on SIGTERM or SIGINT, after saving.
     """
     if stop is None:
@@ -88,11 +87,11 @@ def run(
 
 
 _OF_A_HOST = ("model.path", "data.train", "data.validation", "data.test")
-"""Where files lie may differ between hosts: what lies there is compared by its hash."""
+"""Paths may differ between hosts: their contents are compared by hash."""
 
 
 def options_in_common(config: Config) -> dict[str, Any]:
-    """Return the options that all processes must have in common."""
+    """Return the options that must be equal in all processes."""
     values = as_dict(config)
     del values["log"]
     for section, option in (name.split(".") for name in _OF_A_HOST):
@@ -101,15 +100,15 @@ def options_in_common(config: Config) -> dict[str, Any]:
 
 
 def quiet(config: Config) -> Config:
-    """Return the config of a process that leaves logs and plots to the first."""
+    """Return the config of a process that leaves logs and plots to process 0."""
     return replace(
         config, log=replace(config.log, progress="off", tensorboard=False, wandb=None, plot=False)
     )
 
 
 def log_setup(setup: Setup) -> None:
-    """Return what is trained on, and where."""
-    batches, there, used = setup.data.batches, jax.devices(), devices_of(setup.params)
+    """Log the data, devices and computation of a run."""
+    batches, devices, used = setup.data.batches, jax.devices(), devices_of(setup.params)
     rows = (
         f"{setup.data.problem}, {len(setup.data.labels)} classes"
         if setup.data.labels
@@ -123,36 +122,33 @@ def log_setup(setup: Setup) -> None:
         " or ".join(map(str, batches.lengths)),
         100 * batches.padding_share,
         len(used),
-        len(there),
-        there[0].device_kind,
+        len(devices),
+        devices[0].device_kind,
         jax.__version__,
     )
     _log.info("%s", _describe_computation(setup))
 
 
 def _describe_computation(setup: Setup) -> str:
-    """Return how the model is computed: its layers, remat, attention, and where compiled programs
-    are kept.
-    """
+    """Describe how the model is computed: layers, remat, attention and compilation cache."""
     options = setup.model.options
     lacks = attention.lacks(options, setup.model.config)
     kernel = options.attention if not lacks else f"xla ({options.attention}: {lacks})"
     layers = "scanned" if options.scan_layers else "unrolled"
-    kept = compiling.cache_folder()
+    folder = compiling.cache_folder()
     return (
         f"layers {layers}, remat {options.remat}, attention {kernel}, compiled programs"
-        f" {f'in {kept}' if kept else 'not kept'}"
+        f" {f'in {folder}' if folder else 'not cached'}"
     )
 
 
 class Before:
-    """The figures before any training, with the fresh adapter: evaluated once for a run, however
-    often it goes on.
+    """Metrics of the new adapter before training, evaluated once per run, even if it is resumed.
 
     Args:
-        setup: the prepared run.
-        evaluator: of the setup.
-        record: the file that keeps them, with the hash of the run that they are of.
+        setup: prepared run.
+        evaluator: evaluator of the setup.
+        record: file that stores the metrics with the hash of the run.
     """
 
     def __init__(self, setup: Setup, evaluator: Evaluator, record: Path) -> None:
@@ -160,7 +156,7 @@ class Before:
         self.figures: dict[str, float] = {}
 
     def __call__(self, trainable: Tree, frozen: Tree) -> None:
-        """Evaluate the two parts of the tree, if the record does not hold the figures."""
+        """Evaluate both parts of the tree, unless the record contains the metrics."""
         setup, record = self._setup, self._record
         run = hashlib.sha256(
             json.dumps(setup.provenance.identity, sort_keys=True).encode()
@@ -171,13 +167,13 @@ class Before:
             return
         with log_time("evaluating before training") as note:
             self.figures = self._evaluator(trainable, frozen, setup.data.test)
-            note(_describe_figures(self.figures))
+            note(_format_metrics(self.figures))
         if setup.peers.first:
             atomic.write_text(record, json.dumps({"run": run, "figures": self.figures}) + "\n")
 
 
 def _recorded_figures(record: Path, run: str) -> dict[str, float] | None:
-    """Return the figures in a record of this run, None where there is none that can be read."""
+    """Return the recorded metrics of this run, or None if there is no readable record."""
     try:
         found = json.loads(record.read_text())
         return (
@@ -199,9 +195,7 @@ def fit(
     allowed: Sequence[str],
     look: Look | None = None,
 ) -> RunResult:
-    """Train a method on a prepared setup, and save the adapter beside its checkpoints: the
-    arguments are those of `begin`.
-    """
+    """Train a method on a prepared setup and save its adapter; takes the arguments of `begin`."""
     result = loop.fit(*begin(setup, method, options, folder, stop, evaluator, allowed, look))
     saved = _gather_saved(setup, result)
     if saved is not None:
@@ -214,13 +208,13 @@ def fit(
             settings=decided.settings,
             tokenizer=decided.tokenizer,
         )
-    _log.info("%s on the %s rows: %s", method.name, result.split, _describe_figures(result.test))
+    _log.info("%s on the %s rows: %s", method.name, result.split, _format_metrics(result.test))
     return result
 
 
 def _gather_saved(setup: Setup, result: RunResult) -> Tree | None:
-    """Return the tree with what is saved of it whole in the first process, None in others; the rest
-    of the base stays where it is.
+    """Return the tree with its saved leaves fetched to the host in process 0; None in other
+    processes.
     """
     fixed = fetch_to_host(fixed_leaves(result.method, result.frozen), keep=setup.peers.first)
     trainable = fetch_to_host(result.trainable, keep=setup.peers.first)
@@ -233,32 +227,33 @@ def _gather_saved(setup: Setup, result: RunResult) -> Tree | None:
 
 
 def _answers(setup: Setup, params: Tree) -> list[str]:
-    """Answer the sample rows by the likeliest tokens."""
+    """Answer the sample rows by greedy decoding."""
     if not setup.data.samples:
         return []
     prompts, most = (
         [prompt for prompt, _ in setup.data.samples],
         setup.config.evaluation.sample_tokens,
     )
-    made = greedy(setup.model, params, prompts, most=most, ends=answer_ends(setup.data.tokenizer))
-    return [setup.data.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+    ends = answer_ends(setup.data.tokenizer)
+    answers = greedy(setup.model, params, prompts, most=most, ends=ends)
+    return [setup.data.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 
 def _show_answers(setup: Setup, answers: Mapping[str, list[str]]) -> None:
-    for i, (prompt, wanted) in enumerate(setup.data.samples):
-        told = [
-            ("asked", setup.data.tokenizer.decode(prompt, skip_special_tokens=True)),
-            ("wanted", wanted),
+    for i, (prompt, expected) in enumerate(setup.data.samples):
+        texts = [
+            ("prompt", setup.data.tokenizer.decode(prompt, skip_special_tokens=True)),
+            ("expected", expected),
         ]
-        told += [(name, of[i]) for name, of in answers.items()]
+        texts += [(name, of[i]) for name, of in answers.items()]
         _log.info(
             "\nsample %d\n%s",
             i + 1,
-            "\n".join(f"  {name}: {text.strip()!r}" for name, text in told),
+            "\n".join(f"  {name}: {text.strip()!r}" for name, text in texts),
         )
 
 
-def _describe_figures(figures: Mapping[str, float]) -> str:
+def _format_metrics(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
@@ -268,10 +263,10 @@ def _finish(setup: Setup, before: Mapping[str, float], result: RunResult, workdi
     (workdir / "summary.json").write_text(
         json.dumps(_summary(setup, before, result, workdir), indent=2) + "\n"
     )
-    left = ["adapter/", "metrics.jsonl", "summary.json"]
+    written = ["adapter/", "metrics.jsonl", "summary.json"]
     if config.log.plot:
         plot.draw(workdir / "curves.png", name, workdir, metric)
-        left.append("curves.png")
+        written.append("curves.png")
     share = result.trainable_parameters / result.total_parameters
     rows = [
         next_steps.row("before training", f"{before[metric]:.4f}"),
@@ -283,7 +278,7 @@ def _finish(setup: Setup, before: Mapping[str, float], result: RunResult, workdi
         metric,
         "\n".join(rows),
         workdir,
-        ", ".join(left),
+        ", ".join(written),
     )
     _log.info("next, use the adapter:\n%s", next_steps.prediction(setup, workdir / "adapter"))
 
@@ -291,15 +286,15 @@ def _finish(setup: Setup, before: Mapping[str, float], result: RunResult, workdi
 def _summary(
     setup: Setup, before: Mapping[str, float], result: RunResult, workdir: Path
 ) -> dict[str, Any]:
-    """Return the figures of a run as plain values: what `summary.json` holds.
+    """Return the contents of `summary.json`.
 
     Args:
-        setup: of the run.
-        before: the figures before training.
-        result: of the run.
-        workdir: its folder, with `metrics.jsonl`.
+        setup: prepared run.
+        before: metrics before training.
+        result: result of the run.
+        workdir: folder of the run, with `metrics.jsonl`.
     """
-    told = {
+    figures = {
         "validation": records.validation_of(workdir / "metrics.jsonl", result.best_step),
         result.split: result.test,
         "steps": result.steps,
@@ -312,7 +307,7 @@ def _summary(
     return {
         "metric": metric_of(setup),
         "before": dict(before),
-        "methods": {setup.config.method.name: told},
+        "methods": {setup.config.method.name: figures},
         "labels": list(setup.data.labels),
         "problem": setup.data.problem,
         "config": as_dict(setup.config),

@@ -1,6 +1,4 @@
-"""The loop: steps, evaluations, checkpoints. It knows a method only as something that rewrites and
-masks.
-"""
+"""The training loop: steps, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -35,10 +33,10 @@ Feed = Generator[tuple[Mapping[str, Any], Position]]
 
 
 def fit(run: Run, state: LoopState) -> RunResult:
-    """Train to the end, and evaluate the best step.
+    """Train to the end and evaluate the best step.
 
     Raises:
-        Stopped: a signal asked to; the last finished step is saved.
+        Stopped: a signal requested a stop; the last finished step is saved.
         TrainingError: the loss is not finite.
     """
     try:
@@ -49,8 +47,8 @@ def fit(run: Run, state: LoopState) -> RunResult:
 
 
 def train(run: Run, state: LoopState) -> LoopState:
-    """Return the state at the end of the run, which is saved; where a signal asks to stop, that of
-    the last finished step is.
+    """Train and save; return the final state. If a signal requests a stop, save the last finished
+    step.
     """
     if is_finished(run, state):
         return state
@@ -73,7 +71,7 @@ def train(run: Run, state: LoopState) -> LoopState:
                 if evaluation_due(run, state) or saves or is_finished(run, state):
                     jax.block_until_ready(
                         state.train
-                    )  # steps that are only dispatched are no part of what follows
+                    )  # so that pending steps do not count as evaluation or saving time
                     with run.metrics.pause_clock():
                         if evaluation_due(run, state):
                             state = evaluate(run, state)
@@ -88,17 +86,17 @@ def train(run: Run, state: LoopState) -> LoopState:
 def train_step(
     run: Run, compiled: Mapping[int, Step], state: LoopState, batches: Feed, *, wait: bool
 ) -> LoopState:
-    """Do one step on the next batch.
+    """Run one step on the next batch.
 
     Args:
         run: the run.
-        compiled: the step for each padded length.
-        state: whose train state is given away.
-        batches: of the run, each with the position behind it.
-        wait: whether to wait until it is computed, as for the first.
+        compiled: compiled step by padded length.
+        state: loop state; its train state is donated.
+        batches: batches of the run, each with the data position after it.
+        wait: whether to wait for the result, as for the first step.
 
     Raises:
-        Stopped: a signal asked to, before the step.
+        Stopped: a signal requested a stop before the step.
     """
     run.stop.raise_if_requested()
     with log_time("the first batch and step") if wait else nullcontext():
@@ -113,18 +111,18 @@ def train_step(
 
 
 def evaluate(run: Run, state: LoopState) -> LoopState:
-    """Evaluate the validation rows, and keep the tree if it is the best so far."""
+    """Evaluate on the validation rows; copy the parameters if they are the best so far."""
     run.metrics.flush()
     trainable, before = state.train.trainable, state.progress
     figures = run.evaluator(trainable, run.frozen, run.setup.data.validation)
     run.metrics.write(state.step, {f"validation/{name}": value for name, value in figures.items()})
     metric, patience = metric_of(run.setup), run.setup.config.evaluation.patience
-    won = better(metric, figures[metric], before.best)
-    worse = 0 if won else before.worse + 1
+    improved = better(metric, figures[metric], before.best)
+    worse = 0 if improved else before.worse + 1
     progress = EvaluationProgress(
         evaluated=state.step,
-        best_step=state.step if won else before.best_step,
-        best=figures[metric] if won else before.best,
+        best_step=state.step if improved else before.best_step,
+        best=figures[metric] if improved else before.best,
         worse=worse,
         stopped_early=patience is not None and worse >= patience,
         seconds=before.seconds,
@@ -135,29 +133,27 @@ def evaluate(run: Run, state: LoopState) -> LoopState:
         run.method.name,
         state.step,
         shown,
-        "  (best so far)" if won else "",
+        "  (best so far)" if improved else "",
     )
     if progress.stopped_early:
         _log.info("stopping early: no better %s in %d evaluations", metric, worse)
     state = dataclasses.replace(state, progress=progress)
     return (
         dataclasses.replace(state, best=_copy(trainable, state.best), best_figures=figures)
-        if won
+        if improved
         else state
     )
 
 
 def _copy(trainable: Tree, before: Tree | None) -> Tree:
-    """Return a copy, for the step is given its state for good; what was the best before is freed,
-    whoever still names it.
-    """
+    """Copy the parameters, since the train step donates them; free the previous best copy."""
     for leaf in jax.tree.leaves(before):
         leaf.delete()
     return jax.tree.map(jnp.copy, trainable)
 
 
 def save(run: Run, state: LoopState) -> LoopState:
-    """Save a checkpoint; return the state with the time that was spent."""
+    """Save a checkpoint; return the state with the training time updated."""
     run.metrics.flush()
     progress = dataclasses.replace(state.progress, seconds=run.metrics.seconds)
     meta = {
@@ -173,9 +169,7 @@ def save(run: Run, state: LoopState) -> LoopState:
 
 
 def conclude(run: Run, state: LoopState) -> RunResult:
-    """Evaluate the best step on the test rows, where the validation rows that chose it are not all
-    there are.
-    """
+    """Evaluate the best step on the test rows, or on the validation rows if there are none."""
     setup, split = run.setup, run.setup.data.judged_by
     best = state.best if state.best is not None else state.train.trainable
     known = state.best_figures if split == "validation" else None
@@ -200,24 +194,24 @@ def _say_stopped(stopped: Stopped, saved: LoopState) -> None:
     _log.info("stopped on request; step %d is saved, the same command resumes from it", saved.step)
 
 
-# -------------------------------------------------------------------------------------- what is due
+# ---------------------------------------------------------------------------------------- schedules
 
 
 def is_finished(run: Run, state: LoopState) -> bool:
-    """Return whether nothing is left to be done, evaluations included."""
+    """Return whether all steps and evaluations are done."""
     return state.progress.stopped_early or (
         state.step >= run.setup.steps and not evaluation_due(run, state)
     )
 
 
 def evaluation_due(run: Run, state: LoopState) -> bool:
-    """Return whether the state is to be evaluated, and is not yet."""
+    """Return whether the state must be evaluated and has not been."""
     ends = ends_period(run, state.step, run.setup.config.evaluation.every_steps)
     return (state.step == run.setup.steps or ends) and state.progress.evaluated != state.step
 
 
 def ends_period(run: Run, step: int, period: int | None) -> bool:
-    """Return whether a step is the last of a period of so many steps, None for an epoch."""
+    """Return whether a step is a multiple of `period` steps; None means an epoch."""
     every = period or run.setup.data.batches.steps_per_epoch
     return every is not None and step > 0 and step % every == 0
 
@@ -226,7 +220,7 @@ def ends_period(run: Run, step: int, period: int | None) -> bool:
 
 
 def compile_steps(run: Run, state: TrainState) -> Mapping[int, Step]:
-    """Compile the step for every padded length, so that nothing is compiled while training."""
+    """Compile the step for every padded length before training."""
     setup, mesh, lengths = run.setup, run.setup.mesh, run.setup.data.batches.lengths
     parts, penalty = setup.config.train.accumulation, partial(training_hooks.penalty, run.method)
     train_step = make_train_step(setup.model, setup.loss, run.optimizer, parts, penalty)
@@ -246,7 +240,7 @@ def compile_steps(run: Run, state: TrainState) -> Mapping[int, Step]:
 def _abstract_batch(
     batch: Mapping[str, np.ndarray[Any, Any]], length: int, mesh: Mesh, axis: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a batch whose rows are padded to `length`, and where they lie."""
+    """Return the shapes and shardings of a batch with rows padded to `length`."""
     ids = batch["input_ids"].shape
 
     shapes = {

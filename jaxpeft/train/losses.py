@@ -1,6 +1,4 @@
-"""Losses as a sum and a weight, so that parts of a batch add up to exactly the whole batch's
-loss.
-"""
+"""Losses as a sum and a weight, so that micro-batches add up to exactly the loss of the batch."""
 
 from __future__ import annotations
 
@@ -24,9 +22,9 @@ def causal_lm(
     """Next-token loss: position t predicts the label at t + 1.
 
     Args:
-        outputs: hidden states and head, whose logits never exist as a whole.
-        batch: `labels [batch, length]`, -100 where there is no loss, and `weights [batch]`.
-        entropy: which cross-entropy.
+        outputs: hidden states and head; the full logits are never computed.
+        batch: `labels [batch, length]`, -100 outside the loss mask, and `weights [batch]`.
+        entropy: cross-entropy to compute.
 
     Returns:
         `(sum over tokens, number of tokens)`.
@@ -39,8 +37,10 @@ def causal_lm(
 def tokens(
     outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()
 ) -> tuple[jax.Array, jax.Array]:
-    """Token classification: `logits [batch, length, classes]`, `labels [batch, length]`; `(sum,
-    number of tokens)`.
+    """Token classification loss: `logits [batch, length, classes]`, `labels [batch, length]`.
+
+    Returns:
+        `(sum over tokens, number of tokens)`.
     """
     return entropy.sums(outputs.logits, batch["labels"], batch["weights"][:, None])
 
@@ -48,22 +48,30 @@ def tokens(
 def single_label(
     outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()
 ) -> tuple[jax.Array, jax.Array]:
-    """One class a row: `logits [batch, classes]`, `labels [batch]` int32; `(sum, number of
-    rows)`.
+    """Single-label classification loss: `logits [batch, classes]`, `labels [batch]` int32.
+
+    Returns:
+        `(sum over rows, number of rows)`.
     """
     return entropy.sums(outputs.logits, batch["labels"], batch["weights"])
 
 
 def multi_label(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Several classes a row, each its own yes or no: `labels [batch, classes]` float32 of 0 and 1;
-    `(sum, rows)`.
+    """Multi-label loss, a binary cross-entropy per class: `labels [batch, classes]` float32.
+
+    Returns:
+        `(sum over rows, number of rows)`.
     """
     losses = optax.sigmoid_binary_cross_entropy(outputs.logits.astype(jnp.float32), batch["labels"])
     return jnp.sum(losses.mean(-1) * batch["weights"]), jnp.sum(batch["weights"])
 
 
 def regression(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Mean squared error: `logits [batch, 1]`, `labels [batch]` float32; `(sum, rows)`."""
+    """Mean squared error: `logits [batch, 1]`, `labels [batch]` float32.
+
+    Returns:
+        `(sum over rows, number of rows)`.
+    """
     error = outputs.logits[:, 0].astype(jnp.float32) - batch["labels"]
     return jnp.sum(jnp.square(error) * batch["weights"]), jnp.sum(batch["weights"])
 
@@ -80,16 +88,16 @@ def loss_for(task: str, problem: str | None, entropy: CrossEntropy = CrossEntrop
     """Return the loss of a task.
 
     Args:
-        task: of the model.
+        task: task of the model.
         problem: `single_label`, `multi_label` or `regression` for sequence classification.
-        entropy: which cross-entropy, where the loss is one.
+        entropy: cross-entropy to use, if the loss is one.
 
     Raises:
-        ConfigError: the task has no loss.
+        ConfigError: no loss is defined for the task.
     """
     kind = problem if task == "sequence_classification" else task
     if kind in _ENTROPIES:
         return partial(_ENTROPIES[kind], entropy=entropy)
     if kind in _OTHERS:
         return _OTHERS[kind]
-    raise ConfigError(f"task {task!r} with problem {problem!r} has no loss")
+    raise ConfigError(f"no loss is defined for task {task!r} with problem {problem!r}")

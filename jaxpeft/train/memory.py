@@ -1,6 +1,4 @@
-"""How much memory a step takes, as far as can be told before anything is compiled, and what the
-backward pass should keep in it.
-"""
+"""Estimate the memory of a train step before compiling it, and choose a remat policy that fits."""
 
 from __future__ import annotations
 
@@ -27,21 +25,19 @@ from jaxpeft.sharding.sizes import FSDP, SEQUENCE, TENSOR
 from jaxpeft.train.head_loss import MOST_LOGITS
 
 USABLE = 0.92
-"""Share of a device's memory that a step is planned into: the allocator needs room between its
-pieces.
-"""
+"""Share of a device's memory that a step may use; the rest allows for fragmentation."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step keeps in a device's memory, in bytes.
+    """Estimated device memory of a step, in bytes.
 
     Attributes:
-        base: the frozen leaves, as they are stored.
-        trained: the trained leaves, their gradients and the optimizer's two moments, float32.
-        kept: activations, by the policy of remat.
-        working: the activations of the layer at work, its scores where they are written out, and
-            the logits of a chunk.
+        base: frozen leaves, as stored.
+        trained: trainable leaves, their gradients and the optimizer's two moments, float32.
+        kept: saved activations, by remat policy.
+        working: activations of the current layer, its materialized attention scores, and the logits
+            of a chunk.
     """
 
     base: int
@@ -50,23 +46,21 @@ class Estimate:
     working: int
 
     def total(self, remat: str) -> int:
-        """Return all of it under a policy."""
+        """Return the total under a remat policy."""
         return self.base + self.trained + self.kept[remat] + self.working
 
     def largest(self, remat: str, count: int = 3) -> list[tuple[str, int]]:
-        """Return the largest terms of it under a policy, with what they are called."""
+        """Return the names and sizes of the largest terms under a remat policy."""
         terms = {
-            "the base": self.base,
-            "trained leaves, gradients and moments": self.trained,
-            "activations": self.kept[remat],
-            "the layer at work and logits": self.working,
+            "base": self.base,
+            "trainable parameters, gradients and moments": self.trained,
+            "saved activations": self.kept[remat],
+            "current layer and logits": self.working,
         }
         return sorted(terms.items(), key=lambda term: -term[1])[:count]
 
     def fastest(self, budget: float) -> str:
-        """Return the policy that computes least again of those that fit into `budget` bytes, `full`
-        where none does.
-        """
+        """Return the policy with the least recomputation that fits into `budget`, or `full`."""
         return fastest(self.total, budget)
 
 
@@ -76,11 +70,11 @@ def estimate(
     """Estimate the memory of a step on each device.
 
     Args:
-        outline: of the model.
-        trained: how many trained parameters a device holds.
-        rows: that a device computes at once.
-        length: tokens of a row that it computes.
-        where: the leaves lie, as `layout_of` gives it; None for all of them on each device.
+        outline: outline of the model.
+        trained: number of trainable parameters per device.
+        rows: number of rows that a device computes at once.
+        length: number of tokens per row and device.
+        where: layout of the leaves, from `layout_of`; None if every device has all leaves.
     """
     model, options = outline.model, outline.model.options
     one = model.clone(
@@ -88,9 +82,9 @@ def estimate(
         options=dataclasses.replace(options, scan_layers=False, remat="none", attention="xla"),
     )
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    # of a language model the head is left out: its loss is computed in chunks
-    asked: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
-    jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **asked))(
+    # exclude a language model's head: its loss is computed in chunks
+    extra: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
+    jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **extra))(
         abstract_params(one), ids
     )
     size, hidden, tensor = (
@@ -123,18 +117,19 @@ def estimate(
 
 
 def _scores(kernel: str, queries: int, keys: int) -> int:
-    """Return how many scores attention over spread positions holds at once; those behind the
-    softmax and their gradients are as many.
+    """Return the number of scores that attention over sharded positions materializes at once.
+
+    The softmax outputs and their gradients are equally large.
     """
     return queries * (block_of(queries, keys) if kernel == "chunked" else keys)
 
 
 def _share(name: str, aval: Any, hidden: int, tensor: int) -> int:
-    """Return the bytes of an activation on a device: all of what is as wide as the model, a share
-    of heads and wider ones.
+    """Return the bytes of an activation per device: heads and wide activations are sharded over
+    `tensor`, those of the hidden size are not.
     """
-    whole = name != ATTENTION and aval.ndim == 3 and aval.shape[-1] == hidden
-    return aval.size * aval.dtype.itemsize // (1 if whole else tensor)
+    replicated = name != ATTENTION and aval.ndim == 3 and aval.shape[-1] == hidden
+    return aval.size * aval.dtype.itemsize // (1 if replicated else tensor)
 
 
 def _along(where: Layout | None, axis: str) -> int:
@@ -143,19 +138,19 @@ def _along(where: Layout | None, axis: str) -> int:
 
 
 def layout_of(outline: Outline, mesh: Mesh, rules: Rules) -> Layout:
-    """Find where the leaves of a base lie, as they are stored."""
+    """Return the layout of a base's leaves, as stored."""
     return layout(mesh, rules, outline.leaves)
 
 
-def budget_of(device: Any, given: float | None) -> float | None:
-    """Return how many bytes a step may take, None where nothing tells.
+def budget_of(device: Any, limit_gb: float | None) -> float | None:
+    """Return how many bytes a step may use, or None if unknown.
 
     Args:
-        device: whose memory is asked for.
-        given: GB that the config allows; None for what the device has.
+        device: device whose memory is queried.
+        limit_gb: limit set in the config, in GB; None to use the device's memory.
     """
-    if given is not None:
-        return given * 1e9
+    if limit_gb is not None:
+        return limit_gb * 1e9
     stats = device.memory_stats() or {}
     return (
         USABLE * stats["bytes_limit"]
@@ -165,28 +160,26 @@ def budget_of(device: Any, given: float | None) -> float | None:
 
 
 def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
-    """Return the bytes of the base on a device, and of what is fetched or gathered of it at once:
-    two layers, and the largest table.
+    """Return the bytes of the base per device, and of the leaves fetched or gathered at once (two
+    layers and the largest table).
     """
     layers = outline.model.config.num_hidden_layers
     base = one_layer = table = 0
     for path, leaf in paths.walk(outline.leaves):
-        there = None if where is None else paths.get(where.shardings, path)
-        each = leaf.size if there is None else math.prod(there.shard_shape(leaf.shape))
+        sharding = None if where is None else paths.get(where.shardings, path)
+        each = leaf.size if sharding is None else math.prod(sharding.shard_shape(leaf.shape))
         size = leaf.dtype.itemsize
-        waits = there is not None and there.memory_kind == HOST
-        base += 0 if waits else each * size
-        if there is not None and (waits or FSDP in jax.tree.leaves(tuple(there.spec))):
-            gathered = each * size * there.mesh.shape[FSDP]
+        offloaded = sharding is not None and sharding.memory_kind == HOST
+        base += 0 if offloaded else each * size
+        if sharding is not None and (offloaded or FSDP in jax.tree.leaves(tuple(sharding.spec))):
+            gathered = each * size * sharding.mesh.shape[FSDP]
             within = paths.layers_at(path) is not None
             one_layer, table = one_layer + within * gathered, max(table, (not within) * gathered)
     return base, 2 * one_layer // layers + table
 
 
 def _named_values(jaxpr: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the names that values bear, and their shapes and dtypes, those in inner programs
-    too.
-    """
+    """Yield `(name, abstract value)` of each `checkpoint_name`, including those in inner jaxprs."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "name":
             yield equation.params["name"], equation.outvars[0].aval

@@ -1,6 +1,4 @@
-"""What the end of a run prints: its figures, and Python that makes the first prediction with its
-adapter.
-"""
+"""Text printed at the end of a run: its metrics, and Python code that predicts with the adapter."""
 
 from __future__ import annotations
 
@@ -20,13 +18,13 @@ _CHAT = (
 
 
 def row(name: str, figure: str, share: float | None = None, seconds: float | None = None) -> str:
-    """Return a line of the table at the end of a run.
+    """Return a row of the table at the end of a run.
 
     Args:
-        name: what the figure is of.
-        figure: as it is shown.
-        share: of the parameters that were trained.
-        seconds: of training.
+        name: name of the method.
+        figure: formatted metric.
+        share: share of trainable parameters.
+        seconds: training time.
     """
     cost = (
         "" if share is None or seconds is None else f"   {share:>8.3%} trained   {seconds:>6.1f} s"
@@ -35,12 +33,11 @@ def row(name: str, figure: str, share: float | None = None, seconds: float | Non
 
 
 def prediction(setup: Setup, adapter: Path) -> str:
-    """Return lines of Python that load the adapter onto its base and predict, in the names of the
-    labels.
+    """Return Python code that loads the adapter onto its base and prints a prediction.
 
     Args:
-        setup: of the run.
-        adapter: its folder.
+        setup: prepared run.
+        adapter: folder of the adapter.
     """
     model, folder = setup.config.model, str(adapter)
     revision = f", revision={model.revision!r}" if model.revision else ""

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule, over the trainable part of the tree only."""
+"""The optimizer and learning rate schedule, for the trainable part of the tree only."""
 
 from __future__ import annotations
 
@@ -20,59 +20,61 @@ _NOT_DECAYED = frozenset({"bias", "scale"})
 
 
 def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """Make the learning rate as a function of the step: linear warm-up, then the named decay.
+    """Make the learning rate schedule: linear warm-up, then the configured decay.
 
     Args:
-        config: the optimizer's options.
+        config: optimizer options.
         peak: learning rate after warm-up.
-        steps: of the whole run.
+        steps: number of steps of the run.
 
     Raises:
-        ConfigError: the warm-up is as long as the run, or longer.
+        ConfigError: the warm-up is not shorter than the run.
     """
     ratio = config.warmup_ratio if config.warmup_ratio is not None else 0.0
     warmup = config.warmup_steps if config.warmup_steps is not None else round(ratio * steps)
     if warmup >= steps:
         raise ConfigError(
-            f"optimizer.warmup_steps: {warmup} steps of warm-up leave none of the run's {steps}"
+            f"optimizer.warmup_steps: {warmup} warm-up steps must be fewer than the run's {steps}"
             " steps"
         )
-    left, end = steps - warmup, peak * config.final_ratio
+    remaining, end = steps - warmup, peak * config.final_ratio
     decays: dict[str, Callable[[], optax.Schedule]] = {
-        "linear": lambda: optax.linear_schedule(peak, end, left),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, left, config.final_ratio),
+        "linear": lambda: optax.linear_schedule(peak, end, remaining),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, remaining, config.final_ratio),
         "constant": lambda: optax.constant_schedule(peak),
-        "wsd": lambda: _stable_decay(peak, end, left, max(1, round(config.decay_ratio * steps))),
+        "wsd": lambda: _stable_decay(
+            peak, end, remaining, max(1, round(config.decay_ratio * steps))
+        ),
     }
     after = decays[config.schedule]()
     if not warmup:
         return after
-    # the first step of the warm-up is not wasted at a rate of zero
+    # start above zero, so that the first step is not wasted
     return optax.join_schedules(
         [optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup]
     )
 
 
-def _stable_decay(peak: float, end: float, left: int, decay: int) -> optax.Schedule:
-    stable = max(0, left - decay)
+def _stable_decay(peak: float, end: float, remaining: int, decay: int) -> optax.Schedule:
+    stable = max(0, remaining - decay)
     return optax.join_schedules(
-        [optax.constant_schedule(peak), optax.linear_schedule(peak, end, left - stable)], [stable]
+        [optax.constant_schedule(peak), optax.linear_schedule(peak, end, remaining - stable)],
+        [stable],
     )
 
 
 def build(
     config: OptimizerConfig, steps: int, method: Method | None = None
 ) -> optax.GradientTransformation:
-    """Make the optimizer: clipping by the global norm, then the update, with a learning rate of its
-    own for the head.
+    """Make the optimizer: global-norm clipping, then the update, with a separate head learning rate
+    if set.
 
-    It is given the trainable part of the tree, and so holds no state for a frozen leaf.
+    It receives only the trainable part of the tree, so it has no state for frozen leaves.
 
     Args:
-        config: the optimizer's options.
-        steps: of the whole run.
-        method: what is trained, which may give leaves rates of their own, and the optimizer more to
-            do.
+        config: optimizer options.
+        steps: number of steps of the run.
+        method: method to train, which may set per-leaf rates and wrap the optimizer.
     """
     update = _update(config, schedule(config, config.learning_rate, steps))
     if config.head_learning_rate is not None:
@@ -91,9 +93,7 @@ def build(
 
 
 def _at_rates(method: Method) -> optax.GradientTransformation:
-    """Scale updates by the rate that the method gives each leaf: as if its learning rate were so
-    many times the others'.
-    """
+    """Scale the updates of each leaf by the method's learning rate multiplier."""
 
     def scale(updates: Any, params: Any) -> Any:
         del params
@@ -136,7 +136,7 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
         "lion": lambda: optax.lion(
             rate, config.b1, config.b2, weight_decay=decay, mask=_decay_mask
         ),
-        # optax's own weight decay comes behind the learning rate, and would not follow it
+        # optax's own weight decay is applied after the learning rate and would not scale with it
         "adafactor": lambda: optax.chain(
             optax.adafactor(None, multiply_by_parameter_scale=False),
             optax.add_decayed_weights(-decay, _decay_mask),
@@ -150,7 +150,7 @@ def _update(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTran
 
 
 def options_for(config: Config) -> OptimizerConfig:
-    """Return the optimizer's options for the method of a config."""
+    """Return the optimizer options for the method of a config."""
     return (
         head_only_options(config.optimizer)
         if trains_head_alone(config.method)
@@ -159,6 +159,6 @@ def options_for(config: Config) -> OptimizerConfig:
 
 
 def head_only_options(config: OptimizerConfig) -> OptimizerConfig:
-    """Return the options with the head's own learning rate for everything."""
+    """Return the options with the head learning rate for all parameters."""
     rate = config.head_learning_rate or config.learning_rate
     return dataclasses.replace(config, learning_rate=rate, head_learning_rate=None)

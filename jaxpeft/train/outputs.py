@@ -1,4 +1,4 @@
-"""What a model makes of a batch, computed where a loss asks for it."""
+"""Model outputs for a batch, computed lazily."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _INPUTS = ("token_type_ids", "position_ids", "segment_ids")
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model makes of a batch, each part computed once, where it is asked for.
+    """Model outputs for a batch, each computed once, on first access.
 
     Attributes:
-        model: the Linen module.
-        params: its whole tree.
-        batch: `input_ids` and `attention_mask` `[rows, length]`, and further inputs.
-        key: makes it a training call; None computes without dropout.
+        model: Linen module.
+        params: complete parameter tree.
+        batch: `input_ids` and `attention_mask` `[rows, length]`, and optional inputs.
+        key: dropout key of a training call; None for no dropout.
     """
 
     model: nn.Module
@@ -39,17 +39,17 @@ class Outputs:
 
     @cached_property
     def hidden(self) -> jax.Array:
-        """What the head of a language model reads, `[rows, length, d]`."""
+        """Final hidden states, the input of a language model's head, `[rows, length, d]`."""
         return self._run({"hidden": True})
 
     def head(self, x: jax.Array, chunk: jax.Array) -> jax.Array:
-        """Return the logits of hidden states; `chunk`, an int32 scalar, tells one call's dropout
-        from another's.
+        """Return the logits of hidden states; `chunk`, an int32 scalar, is folded into the dropout
+        key.
         """
         rngs = None if self.key is None else {"dropout": jax.random.fold_in(self.key, chunk)}
         return run(self.model, self.params, x, rngs=rngs, method="head")
 
-    def _run(self, asked: Mapping[str, Any]) -> jax.Array:
+    def _run(self, options: Mapping[str, Any]) -> jax.Array:
         batch, extra = (
             self.batch,
             {name: self.batch[name] for name in _INPUTS if name in self.batch},
@@ -62,5 +62,5 @@ class Outputs:
             batch["attention_mask"],
             rngs=rngs,
             **extra,
-            **asked,
+            **options,
         )

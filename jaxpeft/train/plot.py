@@ -1,4 +1,4 @@
-"""The picture of a run: training and validation loss by step, and the validation figure."""
+"""Plot a run: training and validation loss, and the validation metric, by step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jaxpeft.train.records import read_lines
 
 
 def draw(path: Path, name: str, folder: Path, metric: str) -> None:
-    """Draw the losses and a validation figure of a run as a PNG.
+    """Plot the losses and a validation metric of a run as a PNG.
 
     Args:
-        path: of the PNG.
-        name: of the method.
-        folder: of the run, with `metrics.jsonl`.
-        metric: the validation figure.
+        path: path of the PNG.
+        name: name of the method.
+        folder: folder of the run, with `metrics.jsonl`.
+        metric: validation metric to plot.
     """
     import matplotlib as mpl
 
@@ -45,7 +45,7 @@ def draw(path: Path, name: str, folder: Path, metric: str) -> None:
 
 
 def _curve(axes: Any, name: str, lines: list[dict[str, Any]], key: str, **style: Any) -> Any:
-    """Draw a curve; return its color."""
+    """Plot a curve; return its color."""
     points = [(line["step"], line[key]) for line in lines if key in line]
     (line,) = axes.plot(
         [step for step, _ in points], [value for _, value in points], label=name, **style

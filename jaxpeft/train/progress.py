@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def row_progress(kind: str, what: str) -> Generator[Callable[[int, int], None] | None]:
-    """Return a function `(rows done, rows in all)` that shows a bar, or None where no bar is
-    wanted.
+    """Yield a function `(rows done, total rows)` that updates a bar, or None if no bar is shown.
 
     Args:
         kind: `auto`, `bar`, `plain` or `off`.
-        what: is being done.
+        what: label of the bar.
     """
     if _resolve(kind) != "bar":
         yield None
@@ -48,7 +47,7 @@ def _resolve(kind: str) -> str:
 
 
 def memory_gb() -> float:
-    """Return the peak memory in GB: of the device where it tells, else of this process."""
+    """Return the peak memory in GB, of the device if it reports it, else of this process."""
     stats: Any = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9
@@ -60,9 +59,9 @@ class StepProgress:
 
     Args:
         kind: `auto`, `bar`, `plain` or `off`.
-        name: of what is running.
-        total: steps in all.
-        done: steps done before.
+        name: name of the method.
+        total: total number of steps.
+        done: number of steps already done.
     """
 
     def __init__(self, kind: str, name: str, total: int, done: int) -> None:
@@ -86,21 +85,26 @@ class StepProgress:
             self._bar.start()
 
     def update(self, step: int, figures: str) -> None:
-        """Show a step with its figures."""
+        """Show a step with its metrics."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         elif self._kind == "plain":
-            left = (
+            remaining = (
                 (time.perf_counter() - self._started)
                 / max(1, step - self._first)
                 * (self._total - step)
             )
             _log.info(
-                "%s step %d/%d  %s  %s left", self._name, step, self._total, figures, _clock(left)
+                "%s step %d/%d  %s  %s left",
+                self._name,
+                step,
+                self._total,
+                figures,
+                _clock(remaining),
             )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,4 +1,4 @@
-"""Where the figures of a run are written: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Metric writers of a run: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from jaxpeft.errors import ConfigError
 
 Figures = Mapping[str, float]
 _log = logging.getLogger(__name__)
-_MOST_TOLD = 5
+_MAX_LISTED = 5
 
 
 class Writer(Protocol):
-    """Takes the figures of a step."""
+    """Writes metrics of steps."""
 
     def write(self, step: int, figures: Figures) -> None:
-        """Write the figures of a step."""
+        """Write the metrics of a step."""
         ...
 
     def close(self) -> None:
@@ -32,18 +32,16 @@ class Writer(Protocol):
 
 
 FINAL = {"test": "test", "validation": "best_validation"}
-"""What the figures of the best step are called, by the split that they are of; `validation` are
-those on the way.
-"""
+"""Prefix of the best step's metrics, by split; `validation` is the prefix during training."""
 
 
 class JsonLines:
-    """`metrics.jsonl`: one JSON object a line, with `step` and the figures.
+    """Writes `metrics.jsonl`: one JSON object per line, with `step` and metrics.
 
     Args:
-        path: of the file.
-        resume_at: the step that a run goes on from; lines of later steps, written before it was
-            interrupted, are dropped, and those that are damaged are put aside.
+        path: path of the file.
+        resume_at: step to resume from, 0 for a new run. Lines of later steps are dropped, and
+            damaged lines are moved to another file.
     """
 
     def __init__(self, path: Path, resume_at: int) -> None:
@@ -52,18 +50,18 @@ class JsonLines:
             aside = path.with_name(f"{path.name}.damaged")
             with aside.open("ab") as file:
                 file.writelines(line + b"\n" for line in damaged.values())
-            numbers = ", ".join(map(str, list(damaged)[:_MOST_TOLD])) + (
-                ", ..." if len(damaged) > _MOST_TOLD else ""
+            numbers = ", ".join(map(str, list(damaged)[:_MAX_LISTED])) + (
+                ", ..." if len(damaged) > _MAX_LISTED else ""
             )
             _log.warning(
-                "%s: damaged in line %s: put aside in %s; the other lines stay",
+                "%s: moved damaged lines (%s) to %s and kept the other lines",
                 path,
                 numbers,
                 aside.name,
             )
-        # the final figures come last, and are written again
-        kept = [line for line in lines if line["step"] <= resume_at and not _is_final(line)]
-        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        # the final metrics are written again at the end
+        earlier = [line for line in lines if line["step"] <= resume_at and not _is_final(line)]
+        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in earlier))
         self._file = path.open("a")
 
     def write(self, step: int, figures: Figures) -> None:
@@ -81,20 +79,20 @@ def _is_final(line: Mapping[str, Any]) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl; lines that are damaged, or cut off by a crash, are left out."""
+    """Read a metrics.jsonl; skip lines that are damaged or cut off by a crash."""
     return _parse(path.read_bytes() if path.is_file() else b"")[0]
 
 
 def _parse(text: bytes) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
-    """Return the lines of a metrics.jsonl, of those that were written twice the last, and the
-    damaged ones by their numbers.
+    """Return the lines of a metrics.jsonl, only the last of duplicates, and damaged lines by
+    number.
     """
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     damaged: dict[int, bytes] = {}
     for number, raw in enumerate(text.split(b"\n"), 1):
         try:
             line: Any = json.loads(raw or b"null")
-        except (ValueError, RecursionError):  # not JSON, not UTF-8, or brackets without end
+        except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
             line = None
         if _is_line(line):
             lines[line["step"], *sorted(line)] = line
@@ -104,7 +102,7 @@ def _parse(text: bytes) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
 
 
 def _is_line(value: Any) -> bool:
-    """Return whether a JSON value is the figures of a step."""
+    """Return whether a JSON value contains the metrics of a step."""
     if not isinstance(value, dict):
         return False
     line = cast("dict[str, Any]", value)
@@ -113,9 +111,7 @@ def _is_line(value: Any) -> bool:
 
 
 def validation_of(path: Path, step: int) -> dict[str, float]:
-    """Return the validation figures of a step in a metrics.jsonl; none where that step was not
-    evaluated.
-    """
+    """Return the validation metrics of a step in a metrics.jsonl; empty if it was not evaluated."""
     lines = (line for line in read_lines(path) if line.get("step") == step)
     named = (
         (name, value)
@@ -127,12 +123,11 @@ def validation_of(path: Path, step: int) -> dict[str, float]:
 
 
 class TensorBoard:
-    """TensorBoard event files.
+    """Writes TensorBoard event files.
 
     Args:
-        folder: where they go.
-        resume_at: the step that a run goes on from; TensorBoard drops what was written of later
-            steps.
+        folder: folder of the files.
+        resume_at: step to resume from, 0 for a new run; TensorBoard drops later steps.
     """
 
     def __init__(self, folder: Path, resume_at: int) -> None:
@@ -143,7 +138,7 @@ class TensorBoard:
         )
 
     def write(self, step: int, figures: Figures) -> None:
-        """Write a scalar for each figure."""
+        """Write a scalar per metric."""
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
 
@@ -153,12 +148,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run; its credentials come from the environment.
+    """Writes to a Weights & Biases run; credentials come from the environment.
 
     Args:
-        project: its project.
-        folder: the run's folder, whose name is the run's name and id, so that a resumed run goes
-            on.
+        project: name of the project.
+        folder: folder of the run; its name is the name and id of the W&B run, which is resumed if
+            it exists.
     """
 
     def __init__(self, project: str, folder: Path) -> None:
@@ -168,7 +163,7 @@ class WeightsAndBiases:
         )
 
     def write(self, step: int, figures: Figures) -> None:
-        """Log the figures."""
+        """Log the metrics."""
         self._run.log(dict(figures), step=step)
 
     def close(self) -> None:
@@ -177,24 +172,24 @@ class WeightsAndBiases:
 
 
 def check(log: LogConfig) -> None:
-    """Refuse early what `open_writers` could not do.
+    """Check early that `open_writers` will work.
 
     Raises:
-        ConfigError: Weights & Biases is asked for and not installed.
+        ConfigError: Weights & Biases is configured but not installed.
     """
     if log.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"log.wandb: project {log.wandb!r} asks for the package wandb; run `pip install wandb`"
+            f"log.wandb: project {log.wandb!r} requires the package wandb; run `pip install wandb`"
         )
 
 
 def open_writers(log: LogConfig, folder: Path, resume_at: int) -> list[Writer]:
-    """Open what the config asks for.
+    """Open the configured writers.
 
     Args:
-        log: the options.
-        folder: the run's.
-        resume_at: the step that the run goes on from, 0 for a new run.
+        log: log options.
+        folder: folder of the run.
+        resume_at: step to resume from, 0 for a new run.
     """
     writers: list[Writer] = [JsonLines(folder / "metrics.jsonl", resume_at)]
     if log.tensorboard:

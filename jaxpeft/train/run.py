@@ -1,4 +1,4 @@
-"""A run as values: its description, which stays, and its state, which the loop passes on."""
+"""Dataclasses of a run: its fixed description, the state of the loop, and the result."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Run:
     """One method trained on one prepared setup.
 
     Attributes:
-        setup: the prepared run.
-        method: what is trained, as it was started.
-        optimizer: over the trainable part of the tree.
-        frozen: the rest of the tree.
-        shardings: of each leaf of the train state.
-        identity: what makes the run this run, for its checkpoints.
-        checkpoints: where steps are saved.
-        evaluator: of the setup.
-        metrics: takes the figures of each step.
-        stop: asked before each step.
+        setup: prepared run.
+        method: method to train, after its data-dependent initialization.
+        optimizer: optimizer of the trainable part of the tree.
+        frozen: frozen part of the tree.
+        shardings: sharding of each leaf of the train state.
+        identity: identity of the run, saved with its checkpoints.
+        checkpoints: checkpoints of the run.
+        evaluator: evaluator of the setup.
+        metrics: collects the metrics of each step.
+        stop: stop request, checked before each step.
     """
 
     setup: Setup
@@ -50,21 +50,21 @@ class Run:
 
     @property
     def row_axis(self) -> int:
-        """The axis of rows of a batch's arrays: 1 behind an axis of micro-batches."""
+        """The axis of rows in a batch's arrays: 1 if there is a leading micro-batch axis."""
         return int(self.setup.config.train.accumulation > 1)
 
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """How far the evaluations of a run are: saved beside each checkpoint.
+    """Progress of a run's evaluations, saved with each checkpoint.
 
     Attributes:
-        evaluated: the step of the last evaluation.
-        best_step: the step with the best figure, None before the first evaluation.
-        best: that figure.
-        worse: evaluations since then.
+        evaluated: step of the last evaluation.
+        best_step: step with the best metric, None before the first evaluation.
+        best: best metric.
+        worse: number of evaluations since the best one.
         stopped_early: whether `evaluation.patience` has run out.
-        seconds: spent so far.
+        seconds: training time so far.
     """
 
     evaluated: int = -1
@@ -77,16 +77,16 @@ class EvaluationProgress:
 
 @dataclass(frozen=True)
 class LoopState:
-    """What the loop passes on from step to step.
+    """State of the training loop.
 
     Attributes:
-        train: what the compiled step changes.
-        step: steps done, known without asking the devices.
-        position: where the data goes on.
-        progress: of the evaluations.
-        best: the trainable part at the best step, None before the first evaluation.
-        best_figures: of the validation rows at that step, None where they were not evaluated since
-            the start of the process.
+        train: train state of the compiled step.
+        step: number of steps done, kept on the host.
+        position: data position of the next batch.
+        progress: progress of the evaluations.
+        best: trainable parameters at the best step, None before the first evaluation.
+        best_figures: validation metrics at the best step, None if it was not evaluated in this
+            process.
     """
 
     train: TrainState
@@ -99,18 +99,18 @@ class LoopState:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run gives.
+    """Result of a finished run.
 
     Attributes:
-        method: what was trained.
-        trainable: the trained part of the tree at the best step.
-        frozen: the rest.
-        steps: steps done.
-        best_step: the step of `trainable`.
-        split: `test`, or `validation` where there are no test rows: those that chose the best step.
-        test: the figures of its rows.
-        seconds: spent on training over all resumptions, evaluations and their compilation included,
-            that of the step not.
+        method: trained method.
+        trainable: trainable part of the tree at the best step.
+        frozen: frozen part of the tree.
+        steps: number of steps done.
+        best_step: step of `trainable`.
+        split: `test`, or `validation` if there are no test rows.
+        test: metrics of that split.
+        seconds: training time over all resumptions, with evaluations and their compilation, but
+            without compiling the step.
     """
 
     method: Method
@@ -124,15 +124,15 @@ class RunResult:
 
     @property
     def params(self) -> Tree:
-        """The whole tree."""
+        """The complete tree."""
         return tree.combine(self.trainable, self.frozen)
 
     @property
     def trainable_parameters(self) -> int:
-        """How many are trained."""
+        """Number of trainable parameters."""
         return tree.count(self.trainable)
 
     @property
     def total_parameters(self) -> int:
-        """How many there are in all, adapter included."""
+        """Number of parameters, including the adapter."""
         return tree.count(self.trainable) + tree.count(self.frozen)

@@ -1,6 +1,4 @@
-"""From a config to what a run needs: tokenizer, rows, model, loss. What is the same for every
-method.
-"""
+"""Prepare a run from a config: tokenizer, rows, model and loss, independent of the method."""
 
 from __future__ import annotations
 
@@ -43,19 +41,18 @@ Encoded = data.Encoded
 
 @dataclass(frozen=True)
 class RunData:
-    """The rows of a run, as tokens.
+    """Tokenized rows of a run.
 
     Attributes:
-        train: the training rows.
-        validation: the rows to choose the best step by.
-        test: the rows for the final figures.
-        batches: the training batches.
+        train: training rows.
+        validation: rows that select the best step.
+        test: rows for the final metrics.
+        batches: training batches.
         problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
-        labels: names of the classes.
-        samples: a few test rows to answer: the prompt's tokens, and the answer as it is in the
-            rows.
-        tokenizer: of the model.
-        pad_id: token to pad with.
+        labels: class names.
+        samples: a few test rows to answer, as `(prompt tokens, reference answer)`.
+        tokenizer: tokenizer of the model.
+        pad_id: id of the padding token.
     """
 
     train: Encoded
@@ -70,18 +67,18 @@ class RunData:
 
     @property
     def judged_by(self) -> str:
-        """The split of the final figures: `test`, or `validation` where there are no test rows."""
+        """The split of the final metrics: `test`, or `validation` if there are no test rows."""
         return "validation" if self.test is self.validation else "test"
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is recorded of a run beside its figures.
+    """Records of a run other than its metrics.
 
     Attributes:
-        identity: what makes this run this run, for the checkpoints.
-        base_tensors: the SHA-256 of each tensor of the base's files.
-        decided: what goes with its adapter.
+        identity: identity of the run, saved with checkpoints.
+        base_tensors: SHA-256 of each tensor in the base's files.
+        decided: artifacts that accompany its adapter.
     """
 
     identity: Mapping[str, Any]
@@ -94,17 +91,17 @@ class Setup:
     """A prepared run.
 
     Attributes:
-        config: its options.
-        model: the Linen module.
-        params: the base, with a newly made head.
-        loss: from logits and batch to sum and weight.
-        plain_loss: the same without label smoothing and z-loss, for figures that compare.
-        data: its rows.
-        mesh: the devices.
-        rules: which axes of the mesh each leaf lies along.
-        steps: optimizer steps of the whole run.
-        provenance: what is recorded of it.
-        peers: the processes of the run.
+        config: config of the run.
+        model: Linen module.
+        params: base parameters, with a newly initialized head.
+        loss: training loss, `(outputs, batch) -> (sum, weight)`.
+        plain_loss: loss without label smoothing and z-loss, comparable between runs.
+        data: tokenized rows.
+        mesh: device mesh.
+        rules: sharding rules.
+        steps: number of optimizer steps of the run.
+        provenance: identity and other records of the run.
+        peers: processes of the run.
     """
 
     config: Config
@@ -125,15 +122,15 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
 
     Args:
         config: a checked config.
-        peers: the processes of the run; each reads the rows, and all must have read the same.
+        peers: processes of the run; each reads the rows, and all must read the same.
 
     Raises:
-        JaxpeftError: whatever cannot be used, named.
+        JaxpeftError: an input is invalid.
     """
     source = sources.resolve(config.model.path, config.model.revision)
     described = architecture(
         source
-    )  # else the tokenizer's library refuses the same config.json, with an error of its own
+    )  # check config.json first, since the tokenizer library's error would be less clear
     mesh, rules = _mesh(config, source), sharding_rules(config.mesh)
     compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(row_progress, config.log.progress))
@@ -183,9 +180,7 @@ def _run_data(config: Config, splits: Splits, batches: data.Batches | Stream) ->
 
 
 def _mesh(config: Config, source: sources.Source) -> Mesh:
-    """Return the devices of a run, which must go with its model's heads, its processes and what it
-    offloads.
-    """
+    """Make the mesh, and check it against the model's heads, the processes and offloading."""
     mesh = make_mesh(config, heads=heads_of(read_json(source.folder / "config.json")))
     check_processes(mesh)
     fetching.require_host_memory(config.mesh, mesh)
@@ -195,8 +190,10 @@ def _mesh(config: Config, source: sources.Source) -> Mesh:
 def _base(
     source: sources.Source, described: Mapping[str, Any], splits: Splits, peers: Peers
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what makes the base this base, and the SHA-256 of each of its tensors; refuse other
-    files or rows of another process.
+    """Return the identity of the base and the SHA-256 of each tensor.
+
+    Raises:
+        ConfigError: another process has read other files or rows.
     """
     sha256, tensors = _fingerprint(source, peers)
     base = {"sha256": sha256, "config": described}
@@ -206,8 +203,8 @@ def _base(
 
 
 def _fingerprint(source: sources.Source, peers: Peers) -> tuple[str, dict[str, str]]:
-    """Return the base's fingerprint, and the SHA-256 of each tensor; of several processes each
-    hashes some of the files.
+    """Return the base's fingerprint and the SHA-256 of each tensor; each process hashes a share of
+    the files.
     """
     tensors: dict[str, str] = {}
 
@@ -224,14 +221,15 @@ def _fingerprint(source: sources.Source, peers: Peers) -> tuple[str, dict[str, s
 
 
 def _samples(config: Config, splits: Splits) -> tuple[tuple[list[int], str], ...]:
-    rows, asked = min(config.evaluation.samples, len(splits.asked)), splits.asked
-    if rows and asked.kind not in CHATS:
+    rows, examples = min(config.evaluation.samples, len(splits.asked)), splits.asked
+    if rows and examples.kind not in CHATS:
         raise ConfigError(
-            f"evaluation.samples: {asked.rows.name} holds rows of format {asked.kind}, which have"
-            " no answers; set it to 0"
+            f"evaluation.samples: rows of {examples.rows.name} have format {examples.kind}, which"
+            " has no answers; set it to 0"
         )
     return tuple(
-        (splits.encoding.prompt(asked, row), last_answer(asked.texts[row])) for row in range(rows)
+        (splits.encoding.prompt(examples, row), last_answer(examples.texts[row]))
+        for row in range(rows)
     )
 
 
@@ -239,6 +237,6 @@ def _check_metric(metric: str | None, problem: str, labels: Sequence[str]) -> No
     known = ("loss", *figures_of(problem, labels))
     if metric is not None and metric not in known:
         raise ConfigError(
-            f"evaluation.metric: {metric!r} is not a figure of this data{nearest(metric, known)}"
+            f"evaluation.metric: {metric!r} is not a metric of this data{nearest(metric, known)}"
             f" (known: {', '.join(known)})"
         )

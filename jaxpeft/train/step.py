@@ -1,4 +1,4 @@
-"""The training step: one `jit`, differentiated with respect to the trainable part only."""
+"""The train step: one `jit`, differentiated with respect to the trainable part only."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jaxpeft.train.outputs import Batch, Outputs
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes; the frozen part is not in it.
+    """State that a step updates; excludes the frozen part.
 
     Attributes:
-        step: optimizer steps done, int32 scalar.
-        trainable: the trainable part of the tree, float32.
-        optimizer: the optimizer's state for it.
-        rng: key data of the run's key, uint32; step k uses this key folded with k.
+        step: number of optimizer steps done, int32 scalar.
+        trainable: trainable part of the tree, float32.
+        optimizer: optimizer state.
+        rng: key data of the run's key, uint32; step k folds k into this key.
     """
 
     step: jax.Array
@@ -42,9 +42,10 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, seed: i
 
 
 def make_loss_sum(model: nn.Module, loss: Loss) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Make `(trainable, frozen, batch, dropout_key or None) -> (loss sum, weight)`, to be
-    differentiated in its first argument: the frozen part is a constant to it, so no gradient of a
-    base weight is ever computed.
+    """Make `(trainable, frozen, batch, dropout key or None) -> (loss sum, weight)`.
+
+    It is differentiated with respect to its first argument only, so no gradient of a frozen weight
+    is ever computed.
     """
 
     def loss_sum(
@@ -62,31 +63,32 @@ def make_train_step(
     accumulation: int,
     penalty: Callable[[Tree], Any] | None = None,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Make the step `(state, frozen, batch) -> (state, metrics)`, to be jitted with its first
-    argument donated.
+    """Make the step `(state, frozen, batch) -> (state, metrics)`, to be jitted with the state
+    donated.
 
-    With accumulation the batch's arrays have a leading axis of parts. The sums of the parts are
-    divided once by the sum of their weights, so k parts give the gradient of the one big batch,
-    whatever the tokens in each.
+    With accumulation, the batch's arrays have a leading micro-batch axis. The summed losses are
+    divided once by the summed weights, so k micro-batches give the gradient of the full batch,
+    however many tokens each contains.
 
     Args:
-        model: the Linen module.
-        loss: gives `(sum, weight)` from what the model makes of a batch.
-        optimizer: over the trainable part.
-        accumulation: number of parts.
-        penalty: of the trainable part alone, added to the mean loss; gives a scalar, or None for
-            none.
+        model: Linen module.
+        loss: `(outputs, batch) -> (sum, weight)`.
+        optimizer: optimizer of the trainable part.
+        accumulation: number of micro-batches.
+        penalty: function of the trainable part whose result, a scalar or None, is added to the mean
+            loss.
 
     Returns:
-        The step. A batch whose loss or gradient is not finite changes nothing but the step's
-        number, so the parameters and the optimizer's state stay finite. Its metrics are float32
-        scalars, `loss`, `weight`, `grad_norm` (before clipping), `tokens`, int32, and `broken`,
-        bool [leaves]: whose gradients are not finite, in the order of `jax.tree.leaves`; all of
-        them where the loss alone is not.
+        The step. If the loss or gradient is not finite, only the step number changes, so parameters
+        and optimizer state stay finite. The metrics are `loss`, `weight` and `grad_norm` (before
+        clipping), float32 scalars; `tokens`, int32; and `broken`, bool [leaves], which marks
+        non-finite gradients in the order of `jax.tree.leaves` (all if the loss is not finite).
     """
     grad = jax.value_and_grad(make_loss_sum(model, loss), has_aux=True)
 
-    def whole(state: TrainState, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array, Tree]:
+    def gradients(
+        state: TrainState, frozen: Tree, batch: Batch
+    ) -> tuple[jax.Array, jax.Array, Tree]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if accumulation == 1:
             (total, weight), grads = grad(state.trainable, frozen, batch, key)
@@ -103,7 +105,7 @@ def make_train_step(
     def step(
         state: TrainState, frozen: Tree, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        total, weight, sums = whole(state, frozen, batch)
+        total, weight, sums = gradients(state, frozen, batch)
         weight_or_one = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight_or_one, sums)
         added, grads = _with_penalty(penalty, state.trainable, grads)
@@ -114,16 +116,16 @@ def make_train_step(
         trainable: Any = optax.apply_updates(state.trainable, updates)
         squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
         loss, norm = total / weight_or_one + added, jnp.sqrt(sum(squares, jnp.zeros(())))
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        # chosen, not multiplied: 0 * NaN is NaN
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        # select, do not multiply: 0 * NaN is NaN
+        updated = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
             (trainable, opt_state),
             (state.trainable, state.optimizer),
         )
         broken = ~jnp.isfinite(jnp.stack(squares))
         broken = jnp.where(jnp.isfinite(loss), broken, True)
-        # counted here: of several processes each knows the tokens of its own rows only
+        # count here, since each process only knows the tokens of its own rows
         tokens = jnp.sum(jnp.where(batch["weights"][..., None] > 0, batch["attention_mask"], 0))
         metrics = {
             "loss": loss,
@@ -132,7 +134,7 @@ def make_train_step(
             "broken": broken,
             "tokens": tokens,
         }
-        return TrainState(state.step + 1, kept[0], kept[1], state.rng), metrics
+        return TrainState(state.step + 1, updated[0], updated[1], state.rng), metrics
 
     return step
 
@@ -140,13 +142,13 @@ def make_train_step(
 def jit_train_step(
     step: Any, mesh: Mesh, state: Any, options: Mapping[str, Any] | None = None
 ) -> Any:
-    """Return the jitted step of a mesh, which is given its state for good.
+    """Jit a step on a mesh, with its state donated.
 
     Args:
-        step: that `make_train_step` gave.
-        mesh: the devices.
-        state: the sharding of each leaf of the state.
-        options: XLA's, for the devices.
+        step: step made by `make_train_step`.
+        mesh: device mesh.
+        state: sharding of each leaf of the state.
+        options: XLA compiler options for the devices.
     """
     shardings = (state, replicated_sharding(mesh))
     return jax.jit(
@@ -160,7 +162,7 @@ def jit_train_step(
 def _with_penalty(
     penalty: Callable[[Tree], Any] | None, trainable: Tree, grads: Tree
 ) -> tuple[jax.Array, Tree]:
-    """Return what a method adds to the loss, and the gradients with its own added."""
+    """Return the method's penalty on the loss, and the gradients including the penalty's."""
     if penalty is None or jax.eval_shape(penalty, trainable) is None:
         return jnp.zeros(()), grads
     added, own = jax.value_and_grad(penalty)(trainable)

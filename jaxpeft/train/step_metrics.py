@@ -1,6 +1,4 @@
-"""The figures of a run's steps: read from the devices when they are due, watched, written and
-shown.
-"""
+"""Metrics of a run's steps: fetched from the devices periodically, checked, written and shown."""
 
 from __future__ import annotations
 
@@ -23,18 +21,17 @@ from jaxpeft.train.watch import Watch
 
 
 class StepMetrics:
-    """Takes the figures of steps, which stay on the devices until they are due, so that steps are
-    dispatched without waiting.
+    """Collects step metrics on the devices until they are written, so that dispatch never waits.
 
     Args:
-        setup: the prepared run.
-        name: of what is trained.
-        learning_rate: the schedule.
-        trainable: the trainable part of the tree.
-        frozen: the rest.
-        writers: what figures are written to.
-        newest: names the newest checkpoint, if it is asked.
-        seconds: spent before.
+        setup: prepared run.
+        name: name of the method.
+        learning_rate: learning rate schedule.
+        trainable: trainable part of the tree.
+        frozen: frozen part of the tree.
+        writers: metric writers.
+        newest: returns a description of the newest checkpoint.
+        seconds: training time before this process.
     """
 
     def __init__(
@@ -58,21 +55,21 @@ class StepMetrics:
         self.start_clock(seconds)
 
     def start_clock(self, seconds: float) -> None:
-        """Count the time from here on, beside so many seconds that were spent before."""
+        """Start counting training time, in addition to the `seconds` already spent."""
         self._started = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
-        """The time that was spent so far."""
+        """Training time so far."""
         return time.perf_counter() - self._started
 
     def add(self, step: int, position: Position, metrics: Mapping[str, jax.Array]) -> None:
-        """Take what a step gave, which may still be computed."""
+        """Add the metrics of a step, which may still be computing."""
         self._pending.append((step, position, metrics))
 
     def flush(self) -> float:
-        """Write the figures of the steps since the last time; return the loss of the last of them,
-        NaN where there is none.
+        """Write the metrics of the steps since the last flush; return the last loss, NaN if there
+        is none.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -81,33 +78,35 @@ class StepMetrics:
         for step, position, metrics in self._pending:
             loss, tokens = float(metrics["loss"]), int(metrics["tokens"])
             self._tokens += tokens
-            seen = self._watch.see(step, self._setup.data.batches.describe_batch(position), metrics)
-            self.write(step, seen | {"learning_rate": self._rate(step), "tokens": tokens})
+            rows = self._setup.data.batches.describe_batch(position)
+            figures = self._watch.see(step, rows, metrics)
+            self.write(step, figures | {"learning_rate": self._rate(step), "tokens": tokens})
             self._watch.stop_if_too_many(self._newest)
         self._pending.clear()
         return loss
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write figures as those of a step."""
+        """Write metrics of a step."""
         for writer in self._writers:
             writer.write(step, figures)
 
     @contextmanager
     def pause_clock(self) -> Generator[None]:
-        """Count the time that is spent on something else than steps."""
+        """Exclude the time spent in this context from the training speed."""
         began = time.perf_counter()
         yield
         self._aside += time.perf_counter() - began
 
     @contextmanager
     def show_progress(self, done: int) -> Generator[Callable[[int], None]]:
-        """Show the steps while they are done.
+        """Show the progress of the steps.
 
         Args:
-            done: steps done before.
+            done: number of steps already done.
 
         Yields:
-            A function to call after each step with its number, which writes and shows what is due.
+            A function to call with the step number after each step, which writes and shows metrics
+            when due.
         """
         log, steps = self._setup.config.log, self._setup.steps
         progress = StepProgress(log.progress, self._name, steps, done)
@@ -118,7 +117,7 @@ class StepMetrics:
             if step != steps and step % log.every_steps:
                 return
             loss = self.flush()
-            # what evaluating and saving took is not the training's speed
+            # exclude evaluation and saving from the training speed
             seconds = time.perf_counter() - last - self._aside
             progress.update(
                 step, self._figures(step, loss, (self._tokens - tokens) / max(seconds, 1e-9))
@@ -131,7 +130,7 @@ class StepMetrics:
             progress.close()
 
     def _figures(self, step: int, loss: float, tokens_per_second: float) -> str:
-        """Write the speed at a step; return it as text, with the loss."""
+        """Write the training speed; return it formatted, with the loss."""
         work, memory = tokens_per_second * self._flops_per_token, memory_gb()
         used = f"MFU {work / self._peak:.1%}" if self._peak else f"{work / 1e9:.1f} GFLOP/s"
         speed = {
@@ -149,7 +148,7 @@ class StepMetrics:
         return float(np.asarray(self._schedule(step - 1)))
 
     def close(self) -> None:
-        """Close what figures are written to."""
+        """Close the metric writers."""
         for writer in self._writers:
             writer.close()
 
@@ -160,7 +159,7 @@ def _names(trainable: Tree) -> list[str]:
 
 
 def _chance(setup: Setup) -> float | None:
-    """Return the loss of a guess: of a classification into n classes, ln n."""
+    """Return the loss of a uniform guess over n classes, ln n; None for other problems."""
     classes = (
         setup.model.config.vocab_size if setup.data.problem == "lm" else len(setup.data.labels)
     )
@@ -168,7 +167,7 @@ def _chance(setup: Setup) -> float | None:
 
 
 def devices_of(params: Tree) -> list[Any]:
-    """Return the devices that a tree's leaves are on."""
+    """Return the devices of a tree's leaves."""
     found = {
         device
         for leaf in jax.tree.leaves(params)

@@ -83,7 +83,7 @@ def test_an_unknown_field_cannot_be_allowed() -> None:
 
 def test_a_field_that_came_or_went_is_told() -> None:
     assert differences({"a": 1}, {"b": 2}) == (
-        ["a: was 1, is not there", "b: was not there, is 2"],
+        ["a: was 1, is missing", "b: was missing, is 2"],
         [],
     )
 
@@ -118,8 +118,8 @@ def test_another_base_is_told_field_by_field_and_may_be_allowed() -> None:
 def test_the_base_of_an_earlier_version_is_one_row_that_says_what_to_do() -> None:
     now = {"base": {"sha256": "b", "config": {"rope": {"theta": 2.0}}}}
     row = (
-        "base.sha256: was 'a', is 'b' (an earlier version of jaxpeft wrote it, another way; give"
-        " --allow-base if the base is the same)"
+        "base.sha256: was 'a', is 'b' (an earlier version of jaxpeft computed it differently;"
+        " pass --allow-base if the base is unchanged)"
     )
     assert differences({"base": {"sha256": "a"}}, now) == ([row], [])
     assert differences({"base": {"sha256": "a"}}, now, ["base"]) == ([], [row])

@@ -33,8 +33,7 @@ def test_a_renamed_step_is_told_and_the_one_before_is_gone_on_from(
     checkpoints = Checkpoints(root, keep=2)
     assert checkpoints.latest() == 10
     said = (
-        "holds step 20: its folder was renamed or copied; give it its name again, 20; resuming from"
-        " step 10"
+        "contains step 20: the folder was renamed or copied; rename it to 20; resuming from step 10"
     )
     assert f"{root / '40'}: {said}" in caplog.text
     checkpoints.put_aside(10)
@@ -52,7 +51,7 @@ def test_steps_that_are_all_renamed_are_refused_with_their_numbers(tmp_path: Pat
     (root / "10").rename(root / "11")
     with pytest.raises(
         DamagedError,
-        match=r"11: holds step 10: .* give it its name again, 10\nno checkpoint is intact",
+        match=r"11: contains step 10: .* rename it to 10\nno checkpoint is intact",
     ):
         Checkpoints(root, keep=2).latest()
 
@@ -69,7 +68,7 @@ def test_a_step_of_an_earlier_version_is_believed_and_told(
     with caplog.at_level(logging.WARNING):
         assert Checkpoints(root, keep=2).latest() == 10
     assert (
-        "saved by an earlier version, which did not record its number: its name is trusted"
+        "saved by an earlier version, which did not record the step; using the folder name"
         in caplog.text
     )
 

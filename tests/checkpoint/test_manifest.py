@@ -34,7 +34,7 @@ def test_a_copy_elsewhere_is_as_good(step: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_number_is_not_that_step(step: Path) -> None:
-    said = "holds step 7: its folder was renamed or copied; give it its name again, 7"
+    said = "contains step 7: the folder was renamed or copied; rename it to 7"
     assert [manifest.problem(step, number) for number in (6, 8, 70)] == [said] * 3
 
 
@@ -83,4 +83,4 @@ def test_what_is_gone_cut_or_unfinished_is_told(step: Path) -> None:
     file.unlink()
     assert manifest.problem(step, 7) == "state/d/data is missing"
     (step / manifest.NAME).unlink()
-    assert manifest.problem(step, 7) == "has no manifest.json: its saving was interrupted"
+    assert manifest.problem(step, 7) == "has no manifest.json: saving was interrupted"

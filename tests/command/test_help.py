@@ -74,13 +74,13 @@ def test_a_section_may_stand_behind_an_equals_sign(
     asked: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert package.main(["plan", asked]) == 0
-    assert capsys.readouterr().out.startswith("config.data: Which rows")
+    assert capsys.readouterr().out.startswith("config.data: The rows and their tokenization.")
 
 
 def test_a_section_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert package.main(["train", "--help", "method.lorra"]) == 2
     assert (
-        "--help method.lorra: no section of that name; did you mean 'method.lora'"
+        "--help method.lorra: no such section; did you mean 'method.lora'"
         in capsys.readouterr().err
     )
     assert package.main(["export", "--help", "model"]) == 2

@@ -93,9 +93,9 @@ def test_killed_and_given_again_it_goes_on_repeats_nothing_and_tells_what_fails(
     said = process.communicate(timeout=IN_TIME)[1]
     assert process.returncode == 1, said
     assert (first / "result.json").stat().st_mtime_ns == kept
-    assert "4 runs: 2 candidates, 2 seeds; 1 of them are done" in said
+    assert "4 runs: 2 candidates, 2 seeds; 1 done" in said
     assert "restoring step" in _text(second / "log.txt")
-    assert "2 runs have failed:\n  none, seed 0: config.method.targets: 'no_such'" in said
+    assert "2 runs failed:\n  none, seed 0: config.method.targets: 'no_such'" in said
     made = json.loads((workdir / "comparison.json").read_text())
     assert {name: one["runs"] for name, one in made["candidates"].items()} == {"lora": 2, "none": 0}
     assert 0 < made["candidates"]["lora"]["trainable_share"] < 1
@@ -114,7 +114,7 @@ def test_a_signal_saves_the_run_that_is_going_on_and_ends_with_its_code(
     said = process.communicate(timeout=IN_TIME)[1]
     assert process.returncode == 130, said
     assert "is saved, the same command resumes from it" in said
-    assert "stopped on request; the same command resumes from there" in said
+    assert "stopped on request; the same command resumes the comparison" in said
     assert "Traceback" not in said
     assert list((workdir / "lora" / "seed-0" / "checkpoints").iterdir())
 
@@ -140,7 +140,7 @@ def test_it_is_checked_without_jax(config_file: Path) -> None:
     assert done.returncode == 2
     assert "LOADED []" in done.stdout
     assert "2 problems" in done.stderr
-    assert "config.compare.seeds: 0 stands there 2 times" in done.stderr
+    assert "config.compare.seeds: lists 0 2 times" in done.stderr
 
 
 def test_each_verb_refuses_the_others_config(
@@ -149,7 +149,7 @@ def test_each_verb_refuses_the_others_config(
     words = ["--config", str(config_file), "--workdir", str(tmp_path / "run")]
     assert train.main(words) == 2
     assert (
-        "config.compare.candidates: 2 methods to compare; run `python -m jaxpeft.compare --config"
+        "config.compare.candidates: lists 2 methods to compare; run `python -m jaxpeft.compare --config"
         in capsys.readouterr().err
     )
     assert train.main([*words, "--config.compare.candidates=()", "--validate"]) == 0
@@ -182,7 +182,7 @@ def test_a_comparison_of_the_configs_own_method_is_trained_without_the_others(
     assert train.main([*words, own, "--config.log.wandb=mine", "--validate"]) == 0
     assert compare.main([*words, own, "--config.log.wandb=mine", "--validate"]) == 2
     assert (
-        "config.log.wandb: the runs of a comparison would all have one name there"
+        "config.log.wandb: all runs of a comparison would have the same name there"
         in capsys.readouterr().err
     )
 

@@ -50,7 +50,7 @@ def config(make_config: MakeConfig) -> Config:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PROGRAM", ("-c", PRETENDED))
-    monkeypatch.setattr(runs, "_EVERY", 0.02)
+    monkeypatch.setattr(runs, "_POLL", 0.02)
     monkeypatch.setattr(comparison_table, "draw", lambda path, made: path.write_bytes(b""))
 
 
@@ -87,7 +87,7 @@ def test_every_candidate_runs_with_every_seed_and_its_own_rates_and_none_twice(
     [
         (FAILS, "it is broken\nin two places"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
-        ("sys.exit(7)", "ended with exit code 7"),
+        ("sys.exit(7)", "exited with code 7"),
     ],
 )
 def test_a_run_that_fails_is_told_and_the_others_go_on(
@@ -248,7 +248,7 @@ def test_rows_that_no_run_could_read_are_refused_before_the_first(
 def test_two_comparisons_at_once_in_one_folder_are_refused(config: Config, tmp_path: Path) -> None:
     from jaxpeft.processes.lock import lock_folder
 
-    with lock_folder(tmp_path), pytest.raises(ConfigError, match="another run is active there"):
+    with lock_folder(tmp_path), pytest.raises(ConfigError, match="another run uses it"):
         run(config, tmp_path)
 
 
@@ -395,7 +395,7 @@ def test_the_table_has_means_spreads_and_shares(make_config: MakeConfig, tmp_pat
             " ± 0.0000 |"
         ),
     ]
-    assert "of b/c.jsonl, the share of sentences" in "\n".join(table)
+    assert "nearest-class-mean accuracy on b/c.jsonl" in "\n".join(table)
     values = json.loads((tmp_path / "comparison.json").read_text())
     assert values["candidates"]["lora"]["figure"] == {
         "mean": 0.8,
@@ -444,11 +444,11 @@ def test_every_problem_of_a_comparison_is_told_at_once(config: Config) -> None:
         "config.compare.candidates[1].method.name: 'lorra' is not a method; did you mean 'lora'",
         "config.compare.candidates[2].name: a/b: must be 1 to 64 letters",
         (
-            "config.compare.candidates[3].name: 'full' is a method, and this candidate's is 'lora';"
-            " set its method.name"
+            "config.compare.candidates[3].name: 'full' is the name of a method, but this candidate's"
+            " method is 'lora'; set method.name, or use another name"
         ),
         (
-            "config.compare.candidates[4].learning_rate: 'head' trains the head alone; set"
+            "config.compare.candidates[4].learning_rate: 'head' trains only the head; set"
             " head_learning_rate"
         ),
         "config.compare.candidates: 2 more of its values are wrong",
@@ -465,13 +465,13 @@ def test_every_problem_of_a_comparison_is_told_at_once(config: Config) -> None:
     [
         (
             {"candidates": [*CANDIDATES, CANDIDATES[1]]},
-            "candidates: 2 of them are called 'bitfit'; give each a name of its own",
+            "candidates: 2 are named 'bitfit'; give each a different name",
         ),
         ({"seeds": ()}, "seeds: is empty; give at least one"),
-        ({"seeds": (1, 2, 1)}, "seeds: 1 stands there 2 times; give it once"),
+        ({"seeds": (1, 2, 1)}, "seeds: lists 1 2 times; list it once"),
         (
             {"reference": "lore"},
-            "reference: 'lore' is not a candidate; did you mean 'lora'? (there are: lora, bitfit)",
+            "reference: 'lore' is not a candidate; did you mean 'lora'? (known: lora, bitfit)",
         ),
     ],
 )
@@ -488,7 +488,7 @@ def test_what_does_not_go_with_a_comparison(config: Config) -> None:
     assert "config.baselines: is removed: a run trains one method; list the methods instead" in told
     del values["baselines"]
     told = "\n".join(problems(values))
-    assert "config.method: lora would not be trained, a comparison trains its candidates" in told
+    assert "config.method: lora would not be trained, since a comparison trains only its" in told
 
 
 def test_a_candidate_without_a_method_has_that_of_the_config(config: Config) -> None:
@@ -508,8 +508,8 @@ def test_a_candidate_that_does_not_suit_the_task_is_named(make_config: MakeConfi
     told = problems(values, candidates=[{"method": {"name": "lora"}}, {"method": {"name": "head"}}])
     assert told == [
         (
-            "config.compare.candidates[1], head: method.name: 'head' trains a classification head, task"
-            " is 'causal_lm'"
+            "config.compare.candidates[1], head: method.name: 'head' trains only a classification head,"
+            " but the task is 'causal_lm'; use another method"
         )
     ]
 

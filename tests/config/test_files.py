@@ -134,11 +134,11 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ([("model.task", "causal_lm")], None),
         (
             [("model.task", "causal_lm"), ("method.name", "head")],
-            "'head' trains a classification head, task is 'causal_lm'",
+            "'head' trains only a classification head, but the task is 'causal_lm'",
         ),
         (
             [("train.batch_size", "10"), ("train.accumulation", "4")],
-            "4 does not divide batch_size 10; it could be 1, 2, 5",
+            "4 does not divide batch_size 10; set it to 1, 2, 5",
         ),
         ([("train.epochs", "None")], "neither epochs nor steps is set"),
         ([("method.rank", "[8]")], "config.method.rank: must be an integer"),
@@ -161,13 +161,13 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ),
         (
             [("model.task", "causal_lm"), ("data.problem", "regression")],
-            "data.problem: is for task 'sequence_classification'",
+            "data.problem: is only for task 'sequence_classification'",
         ),
         (
             [("train.epochs", "None"), ("train.steps", "10"), ("optimizer.warmup_steps", "100")],
-            "100 steps of warm-up leave none of the run's 10 steps",
+            "100 warm-up steps must be fewer than the run's 10 steps",
         ),
-        ([("data.packing", "true")], "data.packing: is for task 'causal_lm'"),
+        ([("data.packing", "true")], "data.packing: is only for task 'causal_lm'"),
         ([("data.columns", "{'txt': 'a'}")], "columns: 'txt' is not a field; did you mean 'text'"),
         (
             [("data.delimiter", "tab")],
@@ -175,17 +175,20 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
         ),
         (
             [("data.encoding", "latin-x")],
-            "data.encoding: 'latin-x' is none that Python knows, such as 'utf-8', 'cp1252'",
+            "data.encoding: 'latin-x' is not an encoding that Python knows, such as 'utf-8'",
         ),
         (
             [("data.encoding", "a" * 10**6)],
-            f"data.encoding: '{'a' * 79}... (1,000,002 characters) is none that Python",
+            f"data.encoding: '{'a' * 79}... (1,000,002 characters) is not an encoding",
         ),
         (
             [("data.delimiter", "a" * 10**6)],
             f"one character, or 'auto', is '{'a' * 79}... (1,000,002 characters); a tab",
         ),
-        ([("data.encoding", "base64")], "data.encoding: 'base64' is none that Python knows"),
+        (
+            [("data.encoding", "base64")],
+            "data.encoding: 'base64' is not an encoding that Python knows",
+        ),
         (
             [
                 ("data.streaming", "true"),
@@ -194,7 +197,7 @@ def test_a_config_is_plain_values_and_back(file: Path) -> None:
                 ("train.epochs", "None"),
                 ("train.steps", "9"),
             ],
-            "checkpoint.every_steps: None, for each epoch of a stream",
+            "checkpoint.every_steps: is None (every epoch), but the length of a stream",
         ),
         ([("metod.rank", "8")], "--config.metod.rank: no such option; did you mean"),
     ],
@@ -235,7 +238,7 @@ def test_what_is_wrong_in_a_section_and_across_it_is_told_at_once(file: Path) ->
     text = str(caught.value)
     for part in (
         "batch_size: must be at least 1",
-        "steps: 5 and epochs 1.0 exclude each other",
+        "steps: 5 and epochs 1.0 cannot both be set",
         "rank: must be at least 1",
         "layers_pattern: needs layers_to_transform",
     ):
@@ -291,5 +294,5 @@ def test_a_file_without_a_method_takes_the_default(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_place_of_a_file_is_told_with_its_files(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a folder; name one of its files: mine\.py"):
+    with pytest.raises(ConfigError, match=r"a folder; give one of its files: mine\.py"):
         configs.load(file.parent)

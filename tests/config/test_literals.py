@@ -293,7 +293,7 @@ def test_the_divisors_of_any_batch_are_found_at_once(file: Path) -> None:
         configs.load(file, [("train.batch_size", "100000000000"), ("train.accumulation", "3")])
     with pytest.raises(
         ConfigError,
-        match="5 does not divide batch_size 16777212; it could be 1, 2, 3, 4, 6, 12, 23, 46",
+        match="5 does not divide batch_size 16777212; set it to 1, 2, 3, 4, 6, 12, 23, 46",
     ):
         configs.load(file, [("train.batch_size", "16777212"), ("train.accumulation", "5")])
     assert time.monotonic() - began < 5

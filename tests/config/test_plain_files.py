@@ -91,14 +91,14 @@ def test_numbers_are_numbers(tmp_path: Path, text: str) -> None:
         (
             "a.yaml",
             "model: {path: a}\nmodel: {path: b}\n",
-            "a.yaml:2:1: names 'model' twice; leave one of them",
+            "a.yaml:2:1: sets 'model' twice; remove one of them",
         ),
         (
             "a.yaml",
             "model:\n  path: a\n  dtype: auto\n  path: b\n",
-            "a.yaml:4:3: names 'path' twice",
+            "a.yaml:4:3: sets 'path' twice",
         ),
-        ("a.json", '{"model": {"path": "a", "path": "b"}}', "a.json: names 'path' twice"),
+        ("a.json", '{"model": {"path": "a", "path": "b"}}', "a.json: has the key 'path' twice"),
         ("a.yaml", "model: [1\n", "a.yaml:2:1: expected ',' or ']'"),
         ("a.json", '{"model": \n 1,}', "a.json:2:4: not JSON"),
         (
@@ -107,8 +107,12 @@ def test_numbers_are_numbers(tmp_path: Path, text: str) -> None:
             "a.yaml:1:8: could not determine a constructor",
         ),
         ("a.yaml", "a: 1\n---\nb: 2\n", "a.yaml:2:1: but found another document"),
-        ("a.yaml", "- 1\n", "a.yaml: must hold sections such as model and train, holds a list"),
-        ("a.json", "[1]", "a.json: must hold a JSON object, holds a list"),
+        (
+            "a.yaml",
+            "- 1\n",
+            "a.yaml: must contain sections such as model and train, contains a list",
+        ),
+        ("a.json", "[1]", "a.json: must contain a JSON object, contains a list"),
         ("a.yaml", "[" * 3000, "a.yaml: not a config (maximum recursion depth exceeded"),
         ("a.json", "[" * 30000, "a.json: nested too deeply to be a config"),
         (
@@ -173,5 +177,5 @@ def test_a_name_near_the_one_that_is_missing_is_offered(tmp_path: Path) -> None:
     written(tmp_path, "sweep.yaml", YAML)
     with pytest.raises(ConfigError, match=r"no such file; did you mean .*sweep\.yaml"):
         configs.load(tmp_path / "swep.yaml")
-    with pytest.raises(ConfigError, match=r"a folder; name one of its files: sweep\.yaml"):
+    with pytest.raises(ConfigError, match=r"a folder; give one of its files: sweep\.yaml"):
         configs.load(tmp_path)

@@ -60,8 +60,7 @@ def test_case_2_arrays_without_a_manifest_are_no_step(job: Job, whole: Job, mark
     done = job()
     marks.exit(done, 0)
     said = (
-        f"{job.checkpoints}/4: has no manifest.json: its saving was interrupted; resuming from"
-        " step 2"
+        f"{job.checkpoints}/4: has no manifest.json: saving was interrupted; resuming from step 2"
     )
     marks.message(done, said, "restoring step 2")
     marks.in_time(done)
@@ -78,8 +77,7 @@ def test_case_2_a_first_step_without_a_manifest_starts_anew_and_says_so(
     marks.exit(done, 0)
     marks.message(
         done,
-        f"{job.checkpoints}/2: has no manifest.json: its saving was interrupted; starting from"
-        " scratch",
+        f"{job.checkpoints}/2: has no manifest.json: saving was interrupted; starting from scratch",
     )
     marks.same_end(job, whole)
 
@@ -160,7 +158,9 @@ def test_case_10_a_full_disk_is_told_once_and_the_run_goes_on_later(
 ) -> None:
     done = job.command(fault="in_save:3:full")
     marks.exit(done, 1)
-    marks.message(done, f"jaxpeft: {job.checkpoints}/6: could not be saved (", "make room")
+    marks.message(
+        done, f"jaxpeft: {job.checkpoints}/6: could not be saved (", "free or repair the disk"
+    )
     marks.in_time(done)
     assert job.steps[:2] == [2, 4]
     again = job()
@@ -234,7 +234,9 @@ def test_case_14_all_damaged_is_an_error_that_lists_each(
     marks.exit(done, 2)  # which no launcher starts again
     listed = [f"{job.checkpoints}/{step}: " for step in job.steps]
     marks.message(
-        done, *listed, "no checkpoint is intact; restore one from a copy, or give another --workdir"
+        done,
+        *listed,
+        "no checkpoint is intact; restore one from a backup, or give another --workdir",
     )
     marks.early(done)
     marks.kept(before, files(job.checkpoints))
@@ -261,7 +263,7 @@ def test_case_16_a_second_run_in_the_folder_is_refused(job: Job, marks: Marks) -
         before = files(job.workdir)
         done = job()
         marks.exit(done, 2)
-        marks.message(done, f"--workdir {job.workdir}: another run is active there (")
+        marks.message(done, f"--workdir {job.workdir}: another run uses it (")
         marks.early(done)
         marks.kept(before, files(job.workdir))
 

@@ -253,10 +253,10 @@ OPTIONS = {
     ),
     "--config.method.dropout=1.0": "config.method.dropout: must be below 1, is 1.0",
     "--config.train.epochs=3": (
-        "config.train.steps: 8 and epochs 3.0 exclude each other; set one of them to None"
+        "config.train.steps: 8 and epochs 3.0 cannot both be set; set one to None"
     ),
     "--config.optimizer.warmup_steps=9": (
-        "optimizer.warmup_steps: 9 steps of warm-up leave none of the run's 8 steps"
+        "optimizer.warmup_steps: 9 warm-up steps must be fewer than the run's 8 steps"
     ),
     "--config.model.task=classify": "config.model.task: must be one of 'causal_lm', ",
 }
@@ -358,9 +358,9 @@ def test_case_39_a_link_out_of_the_folder_is_refused(
     done = here("--config", str(job.config), "--name=mine")
     marks.exit(done, 2)
     said = (
-        "is a link that leads out of runs; give another name"
+        "is a link to a folder outside of runs; give another name"
         if link == "run"
-        else ": a link that leads out of the run's folder"
+        else ": is a link out of the run's folder"
     )
     marks.message(done, f"mine/{link}" if link != "run" else "mine", said)
     marks.early(done)

@@ -52,7 +52,7 @@ def test_case_24_a_batch_that_is_not_finite_is_skipped_and_counted(
     )
     done = job.here()
     marks.exit(done, 0)
-    marks.message(done, "step 2 is skipped: loss is nan", "step 4 is skipped: loss is nan")
+    marks.message(done, "step 2 was skipped: loss is nan", "step 4 was skipped: loss is nan")
     marks.in_time(done)
     lines = read_lines(job.workdir / "metrics.jsonl")
     assert [line["step"] for line in lines if "skipped" in line] == [2, 4]
@@ -71,10 +71,10 @@ def test_case_25_several_in_a_row_stop_the_run_with_their_place_and_a_finite_che
     marks.exit(done, 1)
     marks.message(
         done,
-        "the last of 3 steps in a row that were skipped, the first of them step 5 (sequences ",
+        "; skipped 3 steps in a row, starting at step 5 (sequences ",
         "not finite: bert/",
         "the newest checkpoint is step ",
-        "lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows",
+        "lower optimizer.learning_rate, set optimizer.clip_norm, or check the rows",
     )
     marks.in_time(done)
     assert job.steps[-1] == 6  # with nothing of steps 5 and 6 in it
@@ -99,7 +99,7 @@ def test_case_26_a_batch_without_a_label_is_told_and_leaves_all_finite(
     )
     done = job.here()
     marks.exit(done, 0)
-    marks.message(done, "step 3: no label in its batch (sequences ", "nothing is learned from it")
+    marks.message(done, "step 3: its batch (sequences ", " has no labels, so it trains nothing")
     marks.in_time(done)
     lines = read_lines(job.workdir / "metrics.jsonl")
     assert [line["step"] for line in lines if "empty" in line] == [3]
@@ -117,7 +117,7 @@ def test_case_27_a_first_loss_far_above_chance_is_warned_of(
     marks.message(
         done,
         "step 1: loss 1",
-        "is far above that of a guess, 1.10: likely another tokenizer or chat template",
+        "is far above that of a uniform guess, 1.10: the tokenizer or chat template may not match",
     )
     marks.in_time(done)
     _goes_on(job, marks)
@@ -142,8 +142,7 @@ def test_case_27_a_gradient_of_zero_for_ten_steps_is_warned_of(
     marks.exit(done, 0)
     marks.message(
         done,
-        "step 10: the gradient was exactly 0 for 10 steps: nothing is learned; likely no label is"
-        " learned",
+        "step 10: the gradient was exactly 0 for 10 steps: either the loss mask is empty",
     )
     assert "far above" not in done.stderr
 
@@ -162,25 +161,25 @@ def _scaled(loss: losses.Loss, by: float) -> losses.Loss:
         (
             "--config.mesh.data=3",
             (
-                "train.batch_size: 8 is not divisible by mesh.data 3 x accumulation 1 = 3; it could"
-                " be 6 or 9"
+                "train.batch_size: 8 is not divisible by mesh.data 3 x accumulation 1 = 3; set it"
+                " to 6 or 9"
             ),
         ),
         (
             "--config.mesh.data=16 --config.train.batch_size=16",
-            "mesh.data: 16 devices, there are 8 (cpu); set it to 8 or less",
+            "mesh.data: needs 16 devices, there are 8 (cpu); set it to 8 or less",
         ),
         (
             "--config.mesh.data=-1 --config.train.batch_size=12",
-            "train.batch_size: 12 is not divisible by 8 devices = 8; it could be 8 or 16",
+            "train.batch_size: 12 is not divisible by 8 devices = 8; set it to 8 or 16",
         ),
         (
             "--config.mesh.strategy=tensor --config.mesh.tensor=8 --config.mesh.data=1",
-            "mesh.tensor: 8 does not divide the 4 heads of the model; it could be 2 or 4",
+            "mesh.tensor: 8 does not divide the model's 4 heads; set it to 2 or 4",
         ),
         (
             "--config.train.accumulation=3",
-            "train.accumulation: 3 does not divide batch_size 8; it could be 1, 2, 4, 8",
+            "train.accumulation: 3 does not divide batch_size 8; set it to 1, 2, 4, 8",
         ),
     ],
 )
@@ -206,8 +205,8 @@ def test_case_37_a_step_that_may_not_fit_is_said_before_it_is_compiled(
     marks.exit(done, 0)
     marks.message(
         done,
-        "a step may not fit: 0.0 GB estimated of 0.0 GB (",
-        "the base 0.0",
+        "a step may not fit in memory: estimated 0.0 GB of 0.0 GB (",
+        "base 0.0",
         "lower train.batch_size or data.max_length",
     )
     assert done.stderr.index("a step may not fit") < done.stderr.index("compiling the")

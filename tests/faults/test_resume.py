@@ -201,7 +201,7 @@ def _refused(job: Job, whole: Job, marks: Marks, row: str, *change: str) -> None
     marks.exit(done, 2)
     marks.message(
         done,
-        f"{job.checkpoints} holds step 8 of another run; undo",
+        f"{job.checkpoints} contains step 8 of another run; undo",
         f"\n  {row}",
         "--allow-change=FIELD",
     )
@@ -219,7 +219,7 @@ def test_case_20_a_change_that_is_allowed_is_told_and_gone_on_with(
     marks.exit(done, 0)
     marks.message(
         done,
-        "resuming from step 3 with another config.optimizer.learning_rate: was 0.0002, is 0.001",
+        "resuming from step 3 with a changed config.optimizer.learning_rate: was 0.0002, is 0.001",
     )
     wrong = job.here("--config.optimizer.learning_rate=1e-3", "--allow-change=learning_rat")
     marks.exit(wrong, 2)
@@ -276,7 +276,7 @@ def test_case_20_other_rows_tokenizer_or_template_are_refused(
     }[what]
     marks.message(
         done,
-        f"{job.checkpoints} holds step 2 of another run; undo these changes",
+        f"{job.checkpoints} contains step 2 of another run; undo these changes",
         f"{field}: was '",
     )
     marks.early(done)
@@ -331,7 +331,7 @@ def test_case_23_other_base_weights_are_refused(
     before = files(job.workdir)
     done = job.here(f"--config.model.path={base}")
     marks.exit(done, 2)
-    marks.message(done, f"base: {first} is not the tensor that the run began with")
+    marks.message(done, f"base: tensor {first} has changed since the run started")
     marks.early(done)
     marks.kept(before, files(job.workdir))
 

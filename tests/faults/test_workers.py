@@ -72,6 +72,6 @@ def test_case_31_a_worker_that_raises_is_told_with_its_own_error(
     marks.message(
         done,
         "jaxpeft: ZeroDivisionError: three is too many (",
-        "workers.py:19); run it with --traceback to see more",
+        "workers.py:19); run with --traceback for details",
     )
     _goes_on(job, marks, done, monkeypatch)

@@ -253,7 +253,7 @@ def test_a_config_that_cannot_be_used_is_refused(bert, tmp_path, change, message
 def test_a_folder_without_config_or_weights_is_refused(bert, tmp_path):
     with pytest.raises(
         WeightsError,
-        match=r"config\.json: no such file; a model folder holds config\.json and model",
+        match=r"config\.json: no such file; a model folder contains config\.json and model",
     ):
         jaxpeft.load(tmp_path, task=SEQUENCE)
     folder = edited(bert, tmp_path / "m")

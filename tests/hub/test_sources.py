@@ -180,12 +180,15 @@ def test_the_log_says_what_is_fetched_and_which_commit_it_is(cache, caplog):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"x\.json: no such file; a model folder holds config\.json and model\.safetensors"),
+        (
+            None,
+            r"x\.json: no such file; a model folder contains config\.json and model\.safetensors",
+        ),
         (b'{\n  "a": 1,\n}', r"x\.json:3:1: not JSON"),
         (b"", r"x\.json:1:1: not JSON"),
         (b'{"a": "\xff"}', r"x\.json: not UTF-8 text at byte 7"),
-        (b"[1]", r"x\.json: must hold a JSON object, holds a list"),
-        (b"null", r"x\.json: must hold a JSON object, holds a NoneType"),
+        (b"[1]", r"x\.json: must contain a JSON object, contains a list"),
+        (b"null", r"x\.json: must contain a JSON object, contains a NoneType"),
     ],
 )
 def test_what_is_not_a_json_object_is_refused(tmp_path, content, message):

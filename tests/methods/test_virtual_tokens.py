@@ -423,8 +423,6 @@ def test_a_length_that_leaves_no_place_is_refused_before_weights_are_read(
 ) -> None:
     made = make_config(data__max_length=37)
     config = dataclasses.replace(made, method=METHODS["prefix"])
-    text = (
-        "rows of 37 tokens behind 5 virtual ones, the model has 40 positions; set it to 35 or less"
-    )
+    text = "rows have 37 tokens and 5 virtual ones, but the model has 40 positions; set it to 35 or less"
     with pytest.raises(ConfigError, match=text):
         job.run(config, tmp_path)

@@ -60,7 +60,7 @@ def test_the_nearest_change_is_compiled_and_fits(config):
     fsdp = with_changes(config, mesh__strategy="fsdp", model__remat="none")
     free = examine(setting(None), fsdp)
     assert free.row.fits is None
-    assert free.row.verdict == "no limit is known; give --hbm"
+    assert free.row.verdict == "memory limit is unknown; give --hbm"
     assert free.row.memory is not None
     limit = 0.9 * free.row.memory.total
     row = add_nearest(setting(limit), examine(setting(limit), fsdp), most=6)
@@ -77,7 +77,9 @@ def test_what_arithmetic_rules_out_is_not_compiled(config):
     fsdp = with_changes(config, mesh__strategy="fsdp")
     row = add_nearest(setting(1000), examine(setting(1000), fsdp), most=6)
     assert row.nearest is None
-    assert row.tried[0].startswith("batch, remat and quantization, which come to about 0.0")
+    assert row.tried[0].startswith(
+        "batch size, remat and quantization, which need at least about 0.0"
+    )
 
 
 def test_a_refused_batch_says_why_and_is_repaired(config):

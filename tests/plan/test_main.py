@@ -32,18 +32,17 @@ needs_libtpu = pytest.mark.skipif(
         (
             ["--config", "FILE"],
             (
-                "--topology: is not given; write v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or"
-                " cpu:8"
+                "--topology: is not given; try v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1 or cpu:8"
             ),
         ),
         (["--config", "FILE", "--topology", "v5:2"], "--topology: 'v5' is not a known chip"),
         (
             ["--config", "FILE", "--topology", "cpu:8", "--strategies", "fsdq"],
-            "--strategies: 'fsdq' is none; did you mean 'fsdp'",
+            "--strategies: unknown strategy 'fsdq'; did you mean 'fsdp'",
         ),
         (
             ["--config", "FILE", "--topology", "cpu:8", "--strategies", ""],
-            "--strategies: is empty; leave it out, or name some of all, rep",
+            "--strategies: is empty; omit it, or give some of all, rep",
         ),
         (
             ["--config", "FILE", "--topology", "cpu:8", "--config.train.steps=0"],
@@ -63,7 +62,7 @@ needs_libtpu = pytest.mark.skipif(
         ),
         (
             ["--config", "FILE", "--topology", "cpu:8", "--plot", "x.foo"],
-            "--plot: x.foo: is drawn as a PNG; let its name end in .png",
+            "--plot: x.foo: must end in .png",
         ),
         (
             ["--config", "FILE", "--topology", "cpu:8", "--hbm", "nan"],
@@ -96,7 +95,7 @@ def test_what_cannot_be_planned_is_refused(words, message, tmp_path, capsys):
 def test_help(capsys):
     assert plan.main(["--help"]) == 0
     assert (
-        "--model-config: str | None = None\n      a config.json to plan for"
+        "--model-config: str | None = None\n      config.json to plan for"
         in capsys.readouterr().out
     )
 
@@ -220,7 +219,7 @@ def test_every_strategy_on_a_cpu(tmp_path):
 def test_a_gpu_that_is_not_there_is_planned_by_arithmetic(tmp_path):
     found, printed = planned(tmp_path, "--topology", "h100:8", "--strategies", "fsdp")
     (row,) = found["rows"]
-    assert "no GPU is asked: memory by arithmetic" in printed
+    assert "no GPU is used: memory is estimated" in printed
     assert (row["attention"], row["traffic"], row["roofline"]["memory"]) == ("cudnn", None, None)
     assert row["memory"]["limit"] == 60_000_000_000
     assert row["fits"] is True
@@ -278,7 +277,7 @@ def test_nothing_fits(tmp_path):
     )
     assert found["best"] is None
     assert found["rows"][0]["verdict"].startswith("does not fit, by 0.")
-    assert "best: none of these fits" in printed
+    assert "best: none (no strategy fits)" in printed
 
 
 @needs_libtpu

@@ -75,7 +75,7 @@ def test_nothing_may_be_written():
     assert found.total == 7
     assert (found.text, found.problem) == (
         None,
-        "the compiler does not write out a program that does not fit",
+        "the compiler wrote no HLO for this program, because it does not fit",
     )
 
 

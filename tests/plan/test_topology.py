@@ -40,25 +40,25 @@ def test_slices_multiply():
                 r" v5e, v5p, v6e, h100"
             ),
         ),
-        ("v5e:4x4x4", 1, "'v5e:4x4x4' is not of a shape that v5e comes in; write v5e:4x4$"),
-        ("v5p:4x4", 1, "is not of a shape that v5p comes in; write v5p:4x4x4"),
-        ("h100", 1, "'h100' is not of a shape that h100 comes in; write h100:4"),
-        ("h100:0", 1, "'h100:0' is not of a shape"),
+        ("v5e:4x4x4", 1, "'v5e:4x4x4' is not a valid shape of v5e; give a shape such as v5e:4x4$"),
+        ("v5p:4x4", 1, "is not a valid shape of v5p; give a shape such as v5p:4x4x4"),
+        ("h100", 1, "'h100' is not a valid shape of h100; give a shape such as h100:4"),
+        ("h100:0", 1, "'h100:0' is not a valid shape"),
         (
             "v5e:100x100",
             1,
-            "'v5e:100x100' is larger than a pod of v5e, 16x16; more of them are joined by --slices",
+            "'v5e:100x100' is larger than a v5e pod, 16x16; use --slices for several",
         ),
-        ("v5p:4x4x32", 1, "is larger than a pod of v5p, 16x20x28"),
+        ("v5p:4x4x32", 1, "is larger than a v5p pod, 16x20x28"),
         ("v5e:4x4", 0, "--slices: must be at least 1, is 0"),
-        ("cpu:100000", 1, "--topology: cpu:100000 has 100000 devices; a plan is for at most 4096"),
-        ("v5e:4x4", 10**9, "has 16000000000 devices; a plan is for at most 131072"),
+        ("cpu:100000", 1, "--topology: cpu:100000 has 100000 devices; the maximum is 4096"),
+        ("v5e:4x4", 10**9, "has 16000000000 devices; the maximum is 131072"),
         (
             "h100:" + "9" * 5000,
             1,
-            r"9\.\.\. \(5,007 characters\) is not of a shape that h100 comes in",
+            r"9\.\.\. \(5,007 characters\) is not a valid shape of h100",
         ),
-        ("h100:٣", 1, "is not of a shape that h100 comes in"),
+        ("h100:٣", 1, "is not a valid shape of h100"),
     ],
 )
 def test_what_is_no_topology_is_refused(text, slices, message):
@@ -76,7 +76,7 @@ def test_without_libtpu_a_tpu_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError,
-        match=r"needs the compiler of TPU programs, libtpu, .* pip install 'jaxpeft\[plan\]'",
+        match=r"requires the TPU compiler libtpu, .* `pip install 'jaxpeft\[plan\]'",
     ):
         topology.prepare(topology.read("v5e:4x4"), {})
 
@@ -84,6 +84,7 @@ def test_without_libtpu_a_tpu_is_refused(monkeypatch):
 def test_too_many_simulated_devices_for_this_process():
     assert len(jax.devices()) == 8
     with pytest.raises(
-        ConfigError, match="cpu:64 needs 64 simulated devices, and this process has 8 already"
+        ConfigError,
+        match="cpu:64 needs 64 simulated devices, but JAX is already initialized with 8",
     ):
         topology.devices(topology.read("cpu:64"))

@@ -227,56 +227,56 @@ def test_flags_go_before_the_environment() -> None:
         (
             BY_HAND | {"JAXPEFT_COORDINATOR": "host"},
             None,
-            r"JAXPEFT_COORDINATOR: must be host:port, is 'host'; add the port",
+            r"JAXPEFT_COORDINATOR: must be host:port, is 'host'; give the port",
         ),
         (
             BY_HAND | {"JAXPEFT_PROCESS": "4"},
             None,
-            r"JAXPEFT_PROCESS: must be from 0 to 3 of 4 processes, is 4",
+            r"JAXPEFT_PROCESS: must be from 0 to 3 for 4 processes, is 4",
         ),
         (
             BY_HAND | {"JAXPEFT_PROCESSES": "four"},
             None,
-            r"JAXPEFT_PROCESSES: must be a whole number, is 'four'",
+            r"JAXPEFT_PROCESSES: must be an integer, is 'four'",
         ),
         ({}, Flags("a:1", 0, 0), r"--processes: must be at least 1, is 0"),
         (
             without(SLURM, "SLURM_STEP_NODELIST"),
             None,
-            r"SLURM_NTASKS: the job has 24 tasks, .* write `srun python -m jaxpeft.train ...`",
+            r"SLURM_NTASKS: the job has 24 tasks, .* start it by `srun python -m jaxpeft.train ...`",
         ),
         (
             without(SLURM, "SLURM_PROCID"),
             None,
-            r"SLURM_PROCID: not set, though this is a step of a SLURM job",
+            r"SLURM_PROCID: is not set, but this is a step of a SLURM job",
         ),
         (
             SLURM | {"SLURM_GPUS_PER_TASK": "1"},
             None,
-            r"SLURM_GPUS_PER_TASK: 1: a task then sees no GPU but its own.*--gres=gpu:N",
+            r"SLURM_GPUS_PER_TASK: 1: tasks then only see their own GPUs.*--gres=gpu:N",
         ),
         (
             SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3(x3)"},
             None,
-            r"SLURM: 3 tasks a node do not share its 8 GPUs evenly; set --ntasks-per-node to 8",
+            r"SLURM: 3 tasks per node do not divide its 8 GPUs evenly; set --ntasks-per-node to 8",
         ),
         (
             SLURM | {"CUDA_VISIBLE_DEVICES": "0"},
             None,
-            r"SLURM: 8 tasks a node do not share its 1 GPUs evenly",
+            r"SLURM: 8 tasks per node do not divide its 1 GPUs evenly",
         ),
         *(
             (
                 SLURM | {"SLURM_STEP_NODELIST": nodes},
                 None,
-                r"SLURM_STEP_NODELIST: is no list of hosts such as a1,b2 or .*; set JAXPEFT",
+                r"SLURM_STEP_NODELIST: must be a list of hosts such as a1,b2 or .*; set JAXPEFT",
             )
             for nodes in ("n[", "n[1-2", "n[1-2]]", "n]1", "n[a-b]", " ", "a,,b")
         ),
         (
             SLURM | {"SLURM_PROCID": "24"},
             None,
-            r"SLURM_PROCID: must be from 0 to 23 of 24 processes, is 24",
+            r"SLURM_PROCID: must be from 0 to 23 for 24 processes, is 24",
         ),
         (
             SLURM | {"JAX_COORDINATOR_PORT": "x"},
@@ -286,43 +286,43 @@ def test_flags_go_before_the_environment() -> None:
         (
             SKYPILOT | {"SKYPILOT_NODE_RANK": "2"},
             None,
-            r"SKYPILOT_NODE_RANK: must be from 0 to 1 of 2 processes, is 2",
+            r"SKYPILOT_NODE_RANK: must be from 0 to 1 for 2 processes, is 2",
         ),
         (
             SLURM | {"SLURM_STEP_TASKS_PER_NODE": "many"},
             None,
-            r"SLURM_STEP_TASKS_PER_NODE: cannot be read: 'many'",
+            r"SLURM_STEP_TASKS_PER_NODE: cannot parse 'many'",
         ),
         (
             SLURM | {"JAX_LOCAL_DEVICE_IDS": "all"},
             None,
-            r"JAX_LOCAL_DEVICE_IDS: .* for all of them set JAXPEFT_LOCAL_DEVICES=all",
+            r"JAX_LOCAL_DEVICE_IDS: .* set JAXPEFT_LOCAL_DEVICES=all for all",
         ),
         (
             without(SKYPILOT, "SKYPILOT_NODE_RANK"),
             None,
-            r"SKYPILOT_NODE_RANK: not set, though this is a SkyPilot job",
+            r"SKYPILOT_NODE_RANK: is not set, but this is a SkyPilot job",
         ),
         (
             SKYPILOT | {"SKYPILOT_NUM_NODES": "3"},
             None,
-            r"SKYPILOT_NODE_IPS: 2 addresses, and SKYPILOT_NUM_NODES is 3",
+            r"SKYPILOT_NODE_IPS: has 2 addresses, but SKYPILOT_NUM_NODES is 3",
         ),
         (
             MPI | {"OMPI_COMM_WORLD_RANK": "4"},
             None,
-            r"OMPI_COMM_WORLD_RANK: must be from 0 to 3 of 4 processes, is 4",
+            r"OMPI_COMM_WORLD_RANK: must be from 0 to 3 for 4 processes, is 4",
         ),
         (
             without(MPI, "OMPI_COMM_WORLD_RANK"),
             None,
-            r"OMPI_COMM_WORLD_RANK: not set, though mpirun started 4 processes",
+            r"OMPI_COMM_WORLD_RANK: is not set, but mpirun started 4 processes",
         ),
         (
             without(MPI, "OMPI_MCA_orte_hnp_uri"),
             None,
             (
-                r"JAX finds their coordinator by OMPI_MCA_orte_hnp_uri, .* before version 5; set"
+                r"JAX finds their coordinator by OMPI_MCA_orte_hnp_uri, .* before version 5 sets; set"
                 r" --coordinator/"
             ),
         ),
@@ -330,13 +330,13 @@ def test_flags_go_before_the_environment() -> None:
         (
             without(GKE, "TPU_WORKER_ID"),
             None,
-            r"TPU_WORKER_ID: not set, though the TPU has 4 hosts",
+            r"TPU_WORKER_ID: is not set, but the TPU has 4 hosts",
         ),
         (
             GKE | {"MEGASCALE_NUM_SLICES": "2"},
             None,
             (
-                r"MEGASCALE_SLICE_ID, MEGASCALE_COORDINATOR_ADDRESS: not set, though the TPU has 8"
+                r"MEGASCALE_SLICE_ID, MEGASCALE_COORDINATOR_ADDRESS: is not set, but the TPU has 8"
                 r" hosts"
             ),
         ),
@@ -353,22 +353,22 @@ def test_flags_go_before_the_environment() -> None:
         (
             SKYPILOT | {"SKYPILOT_NODE_IPS": " ", "SKYPILOT_NUM_NODES": "0"},
             None,
-            r"SKYPILOT_NODE_IPS: 0 addresses",
+            r"SKYPILOT_NODE_IPS: has 0 addresses",
         ),
         (
             {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"},
             None,
-            r"SLURM_JOB_NUM_NODES: the job has 2 nodes, .* write `srun",
+            r"SLURM_JOB_NUM_NODES: the job has 2 nodes, .* start it by `srun",
         ),
         (
             SLURM | {"SLURM_LOCALID": "8"},
             None,
-            r"SLURM_LOCALID: must be from 0 to 7 of 8 tasks of the node, is 8",
+            r"SLURM_LOCALID: must be from 0 to 7 for 8 tasks on the node, is 8",
         ),
         (
             {"JAXPEFT_LOCAL_DEVICES": "0,0"},
             None,
-            r"JAXPEFT_LOCAL_DEVICES: names a GPU twice: '0,0'",
+            r"JAXPEFT_LOCAL_DEVICES: lists a GPU twice: '0,0'",
         ),
         ({"JAXPEFT_DISTRIBUTED": "no"}, None, r"JAXPEFT_DISTRIBUTED: must be auto or off, is 'no'"),
     ],
@@ -405,9 +405,7 @@ def test_how_long_is_waited() -> None:
     assert waits(told, Flags(heartbeat=5)) == Waits(5, 60, 90)
     with pytest.raises(ConfigError, match="--heartbeat_timeout: must be at least 1 second, is 0"):
         waits(told, Flags(heartbeat=0))
-    with pytest.raises(
-        ConfigError, match="JAXPEFT_START_TIMEOUT: must be a whole number, is 'soon'"
-    ):
+    with pytest.raises(ConfigError, match="JAXPEFT_START_TIMEOUT: must be an integer, is 'soon'"):
         waits({"JAXPEFT_START_TIMEOUT": "soon"})
 
 

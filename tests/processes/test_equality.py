@@ -183,7 +183,7 @@ def test_a_mesh_that_leaves_a_process_out_is_refused(
     ended = Team(Job(config, tmp_path / "run"), 2)()
     assert [done.returncode for done in ended] == [2, 2]
     said = (
-        "mesh: its 2 devices are those of process 0, and process 1 has none; set mesh.data to -1"
+        "mesh: uses 2 devices of process 0, but none of process 1; set mesh.data to -1"
         " for all 4 devices"
     )
     assert said in ended[0].error
@@ -203,5 +203,5 @@ def test_an_error_of_one_process_ends_all_at_once_with_its_code(
     assert f"[process 1] jaxpeft: {tmp_path / 'gone.jsonl'}: " in ended[1].stderr
     assert (
         "process 1 on " in ended[0].stderr
-        and f"has failed, and ends all: {tmp_path / 'gone.jsonl'}: " in ended[0].stderr
+        and f"failed, all processes exit: {tmp_path / 'gone.jsonl'}: " in ended[0].stderr
     )

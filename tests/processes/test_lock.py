@@ -20,7 +20,7 @@ def test_a_second_run_is_refused_and_told_who_has_the_folder(tmp_path: Path) -> 
         lock_folder(tmp_path),
         pytest.raises(
             ConfigError,
-            match=rf"{tmp_path}: another run is active there \(.*, pid {os.getpid()}, since ",
+            match=rf"{tmp_path}: another run uses it \(.*, pid {os.getpid()}, since ",
         ),
     ):
         second.__enter__()

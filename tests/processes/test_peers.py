@@ -119,10 +119,10 @@ def test_values_that_differ_are_refused_by_name(run: Run) -> None:
     assert isinstance(second, ConfigError)
     assert "process 1 on " in str(
         second
-    ) and "has another config than process 0; start all of them" in str(second)
+    ) and "has a different config than process 0; start all processes" in str(second)
     assert str(second).splitlines()[1:] == [
-        "  train.seed: 1 here, 0 there",
-        "  only: None here, 1 there",
+        "  train.seed: 1 here, 0 in process 0",
+        "  only: None here, 1 in process 0",
     ]
     assert isinstance(first, PeersError)
 
@@ -130,11 +130,10 @@ def test_values_that_differ_are_refused_by_name(run: Run) -> None:
 def test_who_is_missing_at_a_barrier_is_said(run: Run) -> None:
     first, _ = run(lambda one: one.wait("the end") if one.first else None)
     assert isinstance(first, PeersError)
-    assert (
-        "process 0 of 2 waited for the others at 'the end': not all of them arrived within 1 s"
-        in str(first)
+    assert "process 0 of 2 waited for the others at 'the end': not all arrived within 1 s" in str(
+        first
     )
-    assert "missing: process 1; look at their logs" in str(first)
+    assert "missing: process 1; check their logs" in str(first)
 
 
 def test_a_value_that_never_comes_is_an_error(run: Run) -> None:
@@ -157,7 +156,7 @@ def test_a_folder_that_all_share_is_left_as_it_was_and_another_is_refused(
         )
     )
     assert isinstance(second, ConfigError)
-    assert f"--workdir {folders[1]}: is not the same folder for process 1 on " in str(second)
+    assert f"--workdir {folders[1]}: is not shared: process 1 on " in str(second)
 
 
 def test_without_a_place_nothing_is_started() -> None:
@@ -188,13 +187,13 @@ def test_a_tpu_that_knows_no_other_hosts_is_one_process(
     assert distributed.start(None, Waits()) is ALONE
     assert caplog.messages == [
         (
-            "this TPU VM reports no other hosts (coordinator_address should be defined.): a single"
-            " process"
+            "this TPU VM reports no other hosts (coordinator_address should be defined.); running"
+            " a single process"
         )
     ]
     with pytest.raises(
         PeersError,
-        match=r"process 1 of 4: could not join the others \(coordinator_address .*found by TPU\)",
+        match=r"process 1 of 4: could not connect to the others \(coordinator_address .*found by TPU\)",
     ):
         distributed.start(Place("TPU", None, 4, 1), Waits())
 
@@ -240,8 +239,8 @@ def test_a_process_that_is_not_heard_of_is_named_once(caplog: pytest.LogCaptureF
     service.key_value_set("jaxpeft/alive/1", '[1, "there", 8]')
     for beat in range(4):
         service.key_value_set("jaxpeft/alive/0", f'[{beat}, "here", 7]', allow_overwrite=True)
-        watcher._look(heard, warned)
+        watcher._check_heartbeats(heard, warned)
         time.sleep(0.3)
     (said,) = caplog.messages
     assert said.startswith("process 1 (there, pid 8) has sent no heartbeat for ")
-    assert "all end after 1 s with SIGABRT (exit code 134): start all of them again" in said
+    assert "all processes exit after 1 s with SIGABRT (exit code 134): start them again" in said

@@ -58,4 +58,4 @@ def test_what_trains_the_base_is_refused_on_a_quantized_one(
 
 def test_a_group_goes_with_the_forms_that_have_them() -> None:
     found = ModelConfig(path="x", quant="nf4", quant_group=32).problems()
-    assert found == ["quant_group: goes with quant 'int4' or 'int8' only, quant is 'nf4'"]
+    assert found == ["quant_group: is only for quant 'int4' or 'int8', quant is 'nf4'; remove it"]

@@ -219,7 +219,7 @@ def test_a_leaf_that_no_rule_covers_is_an_error() -> None:
         "extra": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
     }
     said = (
-        "extra/kernel: no rule says how to shard it; add one to mesh.rules, such as"
+        "extra/kernel: no sharding rule matches; add one to mesh.rules, such as"
         " ('extra/kernel',) to replicate it"
     )
     with pytest.raises(ConfigError, match=re.escape(said)):
@@ -232,7 +232,7 @@ def test_a_leaf_that_no_rule_covers_is_an_error() -> None:
     [
         (
             ("lm_head/kernel", "", "", "tensor"),
-            "mesh.rules: 'lm_head/kernel' speaks of 3 dimensions, and lm_head/kernel has [64, 100]",
+            "mesh.rules: 'lm_head/kernel' has axes for 3 dimensions, but lm_head/kernel has shape [64, 100]",
         ),
         (
             ("lm_head/kernel", "", "fsdp+tensor"),

@@ -43,7 +43,7 @@ def test_a_strategy_says_its_mesh(caplog: pytest.LogCaptureFixture) -> None:
         make_mesh(config(strategy="fsdp_tensor"), heads=Heads(4, 2))
     assert caplog.messages == [
         (
-            "mesh of fsdp_tensor: fsdp 4 x tensor 2 (both: tensor between neighbors, fsdp over the"
+            "mesh for strategy fsdp_tensor: fsdp 4 x tensor 2 (tensor between neighbors, fsdp over the"
             " rest)"
         )
     ]
@@ -54,8 +54,8 @@ def test_heads_of_keys_that_tensor_does_not_divide_are_told(
 ) -> None:
     make_mesh(config(strategy="tensor"), heads=Heads(8, 4))
     assert (
-        "mesh.tensor: 8 does not divide the 4 heads of keys and values, of which each device"
-        " computes all" in caplog.text
+        "mesh.tensor: 8 does not divide the 4 key/value heads, so each device computes all of"
+        " them" in caplog.text
     )
 
 
@@ -85,7 +85,7 @@ def test_hosts_are_the_groups_where_there_are_no_slices() -> None:
 
 def test_slices_that_are_not_those_of_the_devices_are_refused() -> None:
     devices = [Device(i, i // 4) for i in range(8)]
-    said = "mesh.slices: 4, and the devices are in 2 groups; set it to 2, or to -1"
+    said = "mesh.slices: is 4, but the devices are in 2 groups; set it to 2, or to -1"
     with pytest.raises(ConfigError, match=re.escape(said)):
         make_mesh(config(strategy="fsdp", slices=4, across="fsdp"), devices)
 
@@ -96,25 +96,25 @@ def test_slices_that_are_not_those_of_the_devices_are_refused() -> None:
         (
             {"strategy": "fsdp", "slices": 2},
             (
-                "mesh.data: 1 does not go over 2 slices evenly; it could be 2 or 4, or set"
+                "mesh.data: 1 is not divisible by 2 slices; set it to 2 or 4, or set"
                 " mesh.across to fsdp"
             ),
         ),
         (
             {"strategy": "tensor", "slices": 2},
-            "mesh.data: 1 does not go over 2 slices evenly; it could be 2 or 4",
+            "mesh.data: 1 is not divisible by 2 slices; set it to 2 or 4",
         ),
         (
             {"strategy": "replicated", "slices": 16},
-            "mesh.slices: 16 groups, and 8 devices are no multiple of that; it could be 4 or 8",
+            "mesh.slices: 16 does not divide 8 devices; set it to 4 or 8",
         ),
         (
             {"strategy": "hybrid_fsdp", "slices": 3},
-            "mesh.slices: 3 groups, and 8 devices are no multiple of that; it could be 2 or 4",
+            "mesh.slices: 3 does not divide 8 devices; set it to 2 or 4",
         ),
         (
             {"strategy": "fsdp", "fsdp": 8, "slices": 2},
-            "mesh.data: 1 does not go over 2 slices evenly; set mesh.across to fsdp",
+            "mesh.data: 1 is not divisible by 2 slices; set mesh.across to fsdp",
         ),
     ],
 )
@@ -150,10 +150,10 @@ def test_labels_of_a_row_that_are_as_many_as_its_positions_have_none() -> None:
 
 
 def test_a_batch_that_the_rows_do_not_divide_is_refused() -> None:
-    said = "train.batch_size: 12 is not divisible by 8 devices = 8; it could be 8 or 16"
+    said = "train.batch_size: 12 is not divisible by 8 devices = 8; set it to 8 or 16"
     with pytest.raises(ConfigError, match=re.escape(said)):
         make_mesh(config(batch_size=12, strategy="fsdp"))
-    said = "data.max_length: 20 is not divisible by mesh.sequence 8; it could be 16 or 24"
+    said = "data.max_length: 20 is not divisible by mesh.sequence 8; set it to 16 or 24"
     with pytest.raises(ConfigError, match=re.escape(said)):
         make_mesh(config(max_length=20, strategy="sequence"))
 

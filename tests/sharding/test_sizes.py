@@ -88,20 +88,20 @@ def test_tensor_divides_the_heads_and_the_devices(heads: int | None, tensor: int
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data": 16}, "mesh.data: 16 devices, there are 8; set it to 8 or less, or to -1"),
+        ({"data": 16}, "mesh.data: needs 16 devices, there are 8; set it to 8 or less, or to -1"),
         (
             {"strategy": "fsdp_tensor", "fsdp": 4, "tensor": 4},
-            "mesh: fsdp 4 x tensor 4 = 16 devices, there are 8; mesh.fsdp could be 2 or less",
+            "mesh: fsdp 4 x tensor 4 needs 16 devices, there are 8; set mesh.fsdp to 2 or less",
         ),
         (
             {"strategy": "tensor", "tensor": 4, "data": 2},
-            "mesh.tensor: 4 does not divide the 6 heads of the model; it could be 1 or 2",
+            "mesh.tensor: 4 does not divide the model's 6 heads; set it to 1 or 2",
         ),
         (
             {"strategy": "fsdp", "data": 3},
             (
-                "mesh.fsdp: takes the rest, and 8 devices / (data 3 = 3) is no whole number;"
-                " mesh.data could be 2 or 4"
+                "mesh.fsdp: takes the rest, but 8 devices are not divisible by data 3 = 3;"
+                " set mesh.data to 2 or 4"
             ),
         ),
     ],
@@ -121,42 +121,39 @@ def test_an_impossible_mesh_is_refused_with_the_arithmetic(
         (
             {"strategy": "fsdp", "data": -1, "fsdp": -1},
             (
-                "fsdp: data and fsdp are both -1, and one axis can take the rest; give the other a"
+                "fsdp: data and fsdp are both -1, but only one axis can take the rest; give the other a"
                 " size"
             ),
         ),
         (
             {"fsdp": 4},
             (
-                "fsdp: nothing of strategy None lies along it; set mesh.strategy to fsdp or"
+                "fsdp: is not used by strategy None; set mesh.strategy to fsdp or"
                 " fsdp_tensor or sequence or hybrid_fsdp"
             ),
         ),
         (
             {"strategy": "fsdp", "expert": 2},
-            (
-                "expert: nothing of strategy fsdp lies along it; give mesh.rules that do, or leave"
-                " it out"
-            ),
+            ("expert: is not used by strategy fsdp; use it in mesh.rules, or remove it"),
         ),
         (
             {"strategy": "fsdp", "data": 3, "slices": 2},
-            "data: 3 does not go over 2 slices evenly; it could be 2 or 4",
+            "data: 3 is not divisible by 2 slices; set it to 2 or 4",
         ),
         (
             {"strategy": "hybrid_fsdp", "across": "fsdp"},
-            "across: hybrid_fsdp goes over slices by data; for fsdp over slices set mesh.strategy",
+            "across: hybrid_fsdp crosses slices along data; to shard along fsdp across slices, set",
         ),
         (
             {"strategy": "fsdp", "expert": 4, "rules": ((".*/lora_a",),)},
-            "expert: nothing of strategy fsdp lies along it",
+            "expert: is not used by strategy fsdp",
         ),
-        ({"rules": ((),)}, "rules[0]: is empty; begin it with an expression of a path"),
+        ({"rules": ((),)}, "rules[0]: is empty; start it with a regular expression for a path"),
         ({"rules": (("(", "data"),)}, "rules[0]: '(' is not a regular expression"),
-        ({"rules": ((".*", "tensr"),)}, "rules[0]: 'tensr' is no axis; did you mean 'tensor'?"),
+        ({"rules": ((".*", "tensr"),)}, "rules[0]: 'tensr' is not an axis; did you mean 'tensor'?"),
         (
             {"rules": ((".*", "data", "fsdp+data"),)},
-            "rules[0]: an axis stands there twice, in 'data', 'fsdp+data'; a leaf has it once",
+            "rules[0]: uses an axis twice, in 'data', 'fsdp+data'; use each axis once per leaf",
         ),
     ],
 )
@@ -172,20 +169,20 @@ def test_options_that_exclude_each_other(options: dict[str, Any], said: str) -> 
             {"data": 3},
             (
                 "config.train.batch_size: 32 is not divisible by mesh.data 3 x accumulation 1 = 3;"
-                " it could be 30 or 33"
+                " set it to 30 or 33"
             ),
         ),
         (
             {"strategy": "fsdp", "data": 2, "fsdp": 24},
             (
                 "config.train.batch_size: 32 is not divisible by mesh.data 2 x mesh.fsdp 24 x"
-                " accumulation 1 = 48; it could be 48"
+                " accumulation 1 = 48; set it to 48"
             ),
         ),
         (
             {"strategy": "sequence", "sequence": 3},
             (
-                "config.data.max_length: 128 is not divisible by mesh.sequence 3; it could be 126"
+                "config.data.max_length: 128 is not divisible by mesh.sequence 3; set it to 126"
                 " or 129"
             ),
         ),

@@ -29,12 +29,14 @@ def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
     )
     (problem,) = base_record.find_changes(tmp_path, TENSORS | {"layer.3": "c" * 64})
     assert problem.startswith(
-        f"base: layer.3 is not the tensor that the run began with ({tmp_path / 'base.json'}); fetch"
+        f"base: tensor layer.3 has changed since the run started ({tmp_path / 'base.json'}); download"
     )
     problems = base_record.find_changes(tmp_path, dict.fromkeys(TENSORS, "c" * 64))
     assert len(problems) == 4 and problems[-1] == "... and 2 more of 5 tensors"
     base_record.require_same(problems, ["base"])
-    with pytest.raises(ConfigError, match=r"base: layer\.0 is not the tensor"):
+    with pytest.raises(
+        ConfigError, match=r"base: tensor layer\.0 has changed since the run started"
+    ):
         base_record.require_same(problems, ["config.train"])
 
 
@@ -72,5 +74,5 @@ def test_a_run_does_not_go_on_with_a_base_of_which_a_bit_is_flipped(
     save_file(tensors, base / "model.safetensors")
     with pytest.raises(ConfigError) as caught:
         job.run(config, tmp_path / "run")
-    assert str(caught.value).startswith(f"base: {name} is not the tensor that the run began with (")
+    assert str(caught.value).startswith(f"base: tensor {name} has changed since the run started (")
     job.run(make_config(model__path=str(base), train__steps=3), tmp_path / "another")

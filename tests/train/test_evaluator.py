@@ -55,6 +55,6 @@ def test_a_figure_that_tags_do_not_have_is_refused(make_config: MakeConfig, metr
     known = "loss, accuracy, tag_f1, tag_f1_macro, f1, precision, recall"
     with pytest.raises(
         ConfigError,
-        match=rf"evaluation.metric: '{metric}' is not a figure of this data.*known: {known}\)",
+        match=rf"evaluation.metric: '{metric}' is not a metric of this data.*known: {known}\)",
     ):
         prepare(tagged(make_config, evaluation__metric=metric))

@@ -98,5 +98,7 @@ def test_regression_is_the_mean_squared_error_of_the_rows_that_count() -> None:
 
 
 def test_a_task_without_a_loss_is_refused() -> None:
-    with pytest.raises(ConfigError, match="task 'encoder' with problem None has no loss"):
+    with pytest.raises(
+        ConfigError, match="no loss is defined for task 'encoder' with problem None"
+    ):
         losses.loss_for("encoder", None)

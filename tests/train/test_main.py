@@ -67,7 +67,7 @@ def test_every_problem_at_once_with_exit_code_2_in_two_seconds_and_without_jax(
         "config.train.batchsize: no such option; did you mean",
         "config.optimizer.learning_rate: must be a number, is 'fast' (str)",
         "config.method.rank: must be at least 1, is 0",
-        "config.train.steps: 400 and epochs 3.0 exclude each other",
+        "config.train.steps: 400 and epochs 3.0 cannot both be set",
         "config.method.dropout: must be below 1, is 1.5",
         "config.model.task: must be one of",
     ):

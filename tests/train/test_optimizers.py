@@ -73,7 +73,8 @@ def test_warm_up_rises_from_above_zero_to_the_peak() -> None:
 
 def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"optimizer.warmup_steps: 10 steps of warm-up leave none of the run's 10"
+        ConfigError,
+        match=r"optimizer.warmup_steps: 10 warm-up steps must be fewer than the run's 10",
     ):
         rates(10, [0], warmup_steps=10)
 
@@ -175,7 +176,10 @@ def test_any_method_that_trains_the_head_alone_gets_its_rate() -> None:
         == given.optimizer
     )
     found = Config(method=Probe(), model=ModelConfig(path="somewhere")).problems()
-    assert "method.name: 'probe' trains a classification head, task is 'causal_lm'" in found
+    assert (
+        "method.name: 'probe' trains only a classification head, but the task is"
+        " 'causal_lm'; use another method" in found
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])

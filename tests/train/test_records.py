@@ -70,7 +70,7 @@ def test_a_damaged_line_is_told_and_put_aside_and_the_others_stay(
     assert records.read_lines(file) == [*WHOLE, {"step": 4, "loss": 4.0}]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n"
     assert (
-        "damaged in line 2: put aside in metrics.jsonl.damaged; the other lines stay" in caplog.text
+        "moved damaged lines (2) to metrics.jsonl.damaged and kept the other lines" in caplog.text
     )
 
 

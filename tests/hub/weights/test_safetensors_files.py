@@ -163,7 +163,7 @@ IMPOSTORS = {
     ),
     "header a list": (
         (2).to_bytes(8, "little") + b"[]",
-        r"its header: must hold a JSON object, holds a list; fetch it again",
+        r"its header: must contain a JSON object, contains a list; fetch it again",
     ),
 }
 
@@ -275,7 +275,7 @@ def test_many_problems_are_counted(tmp_path):
                 b' "F32", "shape": [1], "data_offsets": [0, 4]}}'
             ),
             b"1234",
-            "its header: names 'a' twice",
+            "its header: has the key 'a' twice",
         ),
         ({"a": entry(0, 4, [1e400])}, b"1234", "malformed header entry"),
         (b'{"a":' * 5000 + b"1" + b"}" * 5000, b"", "its header: nested too deeply"),
