@@ -1,4 +1,4 @@
-"""What a caller may choose of a model, by name. Without JAX, so that a command line can list it."""
+"""The names of tasks and dtypes. Does not import JAX, so that a command line can list them."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Task = Literal["causal_lm", "sequence_classification", "token_classification", "
 TASKS: tuple[Task, ...] = get_args(Task)
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-"""Of a base's leaves and of activations."""
+"""Dtypes of the base's leaves and of activations."""

@@ -211,7 +211,7 @@ class ConfigReader:
             return
         kind, instead = (
             settings.get("bnb_4bit_quant_type", "fp4"),
-            "load the unquantized model, with quant=",
+            "load the unquantized model with quant=",
         )
         if settings.get("load_in_8bit"):
             self.problems.append(

@@ -96,7 +96,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda f: f.write_bytes(b""), "not safetensors, or truncated (0 bytes)"),
     "gone": (
         lambda f: f.unlink(),
-        "no model.safetensors and no model.safetensors.index.json; the folder holds",
+        "no model.safetensors and no model.safetensors.index.json; the folder contains",
     ),
 }
 
@@ -306,7 +306,7 @@ def test_case_38_a_pickled_adapter_is_refused_and_not_read(
         marks,
         tiny_models,
         adapter,
-        "the folder holds adapter_model.bin, a pickle, which is never read",
+        "the folder contains adapter_model.bin, a pickle, which is never read",
     )
     assert not (tmp_path / "canary").exists()
 

@@ -153,7 +153,7 @@ def test_a_model_without_classes_has_no_labels(reference, task):
 def test_a_head_made_newly_is_logged(reference, caplog):
     with caplog.at_level("INFO", logger="jaxpeft"):
         jaxpeft.load(reference("distilbert", "encoder").folder, task=SEQUENCE)
-    assert messages(caplog)[1:] == ["newly made head: classifier, pre_classifier"]
+    assert messages(caplog)[1:] == ["newly initialized head: classifier, pre_classifier"]
 
 
 # ---------------------------------------------------------------------------------- wrong arguments
@@ -293,7 +293,7 @@ def test_a_mesh_without_rules_has_every_leaf_on_each_device(bert):
     [
         (
             {"rules": jaxpeft.sharding_rules(jaxpeft.MeshConfig())},
-            r"rules: say nothing without a mesh; give load\(mesh=...\)",
+            r"rules: have no effect without a mesh; pass load\(mesh=...\)",
         ),
         (
             {
@@ -301,8 +301,8 @@ def test_a_mesh_without_rules_has_every_leaf_on_each_device(bert):
                 "sharding": jax.sharding.SingleDeviceSharding(jax.devices()[0]),
             },
             (
-                "sharding: the mesh and its rules say where each leaf lies; give one of sharding"
-                " and mesh"
+                "sharding: the mesh and its rules already shard each leaf; pass either sharding or"
+                " mesh"
             ),
         ),
     ],

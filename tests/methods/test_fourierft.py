@@ -47,7 +47,7 @@ def test_a_tree_of_another_seed_is_not_saved(tmp_path: Path, scan: bool) -> None
     )
     other = jaxpeft.FourierFT(frequencies=30, targets=SITES, location_seed=5)
     with pytest.raises(
-        AdapterError, match=r"fourierft_indices is \d+ in the tree, the method makes it \d+"
+        AdapterError, match=r"fourierft_indices is \d+ in the tree, the method makes \d+"
     ):
         jaxpeft.save_adapter(tmp_path, other, params, model)
 

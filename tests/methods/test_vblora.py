@@ -52,7 +52,7 @@ def test_a_tree_of_another_topk_is_not_saved(tmp_path: Path) -> None:
     params = jaxpeft.rewrite(method, base, jax.random.key(0))
     other = jaxpeft.VBLoRA(vectors=9, vector_length=16, topk=1, targets=SITES)
     with pytest.raises(
-        AdapterError, match=r"vblora_topk is \[2\] in the tree, the method makes it \[1\]"
+        AdapterError, match=r"vblora_topk is \[2\] in the tree, the method makes \[1\]"
     ):
         jaxpeft.save_adapter(tmp_path, other, params, model)
 

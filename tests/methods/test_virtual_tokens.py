@@ -373,7 +373,7 @@ def test_a_tree_that_the_method_would_not_have_made_is_not_saved(
     model, base = reference("llama", "causal_lm").load()
     other = type(method)(num_virtual_tokens=4)
     with pytest.raises(
-        AdapterError, match=r"_embeddings: is \[4, .*\] in the tree, the method makes it \[5, "
+        AdapterError, match=r"_embeddings: is \[4, .*\] in the tree, the method makes \[5, "
     ):
         jaxpeft.save_adapter(
             tmp_path, method, jaxpeft.rewrite(other, base, jax.random.key(0)), model

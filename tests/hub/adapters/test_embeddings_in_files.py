@@ -195,7 +195,7 @@ REFUSED = {
     ),
     "embedding whole": (
         {"target_modules": QV, "modules_to_save": ["embed_tokens"]},
-        r"PEFT untied them, and this model ties them",
+        r"PEFT untied them, but this model ties them",
     ),
 }
 

@@ -154,7 +154,7 @@ def test_a_trained_leaf_that_is_not_finite_is_not_saved(save, tmp_path):
         jaxpeft.save_adapter(tmp_path / "new", METHOD, saved.params, saved.model)
     names = [f"{QUERY}.lora_B.weight", "base_model.model.classifier.bias"]
     assert sorted(caught.value.problems) == [
-        f"{tmp_path / 'new'}: {n} holds NaN or infinity; not saved" for n in names
+        f"{tmp_path / 'new'}: {n} contains NaN or infinity; not saved" for n in names
     ]
     assert not list((tmp_path / "new").glob("*"))
 

@@ -48,7 +48,7 @@ def test_a_pickled_adapter_is_refused_without_reading_it(save, no_unpickling):
     (saved.folder / "adapter_model.bin").write_bytes(pickle.dumps({"x": 1}))
     (problem,) = saved.problems()
     assert problem.endswith(
-        f"no {WEIGHTS}: the folder holds adapter_model.bin, a pickle, which is never read; save it"
+        f"no {WEIGHTS}: the folder contains adapter_model.bin, a pickle, which is never read; save it"
         " as safetensors"
     )
 
@@ -131,16 +131,16 @@ def test_another_task_pooling_and_base_are_listed_together(save, tmp_path):
     edit_json(saved.folder / "jaxpeft.json", lambda extra: extra.update(pooling="mean"))
     task, pooling, base = saved.problems(base=other, task="token_classification")
     assert task.endswith(
-        "adapter_config.json: task_type is SEQ_CLS, the model is loaded for TOKEN_CLS"
+        "adapter_config.json: task_type is SEQ_CLS, but the model is loaded for TOKEN_CLS"
     )
-    assert pooling.endswith("jaxpeft.json: pooling is 'mean', the model has None")
+    assert pooling.endswith("jaxpeft.json: pooling is 'mean', but the model has None")
     assert "another base" in base
 
 
 def test_another_pooling_is_refused(save):
     saved = save(pooling="mean")
     assert saved.problems(pooling="cls") == [
-        f"{saved.folder / 'jaxpeft.json'}: pooling is 'mean', the model has 'cls'"
+        f"{saved.folder / 'jaxpeft.json'}: pooling is 'mean', but the model has 'cls'"
     ]
     assert_bit_equal(saved.load(pooling="mean")[1], saved.params)
 
@@ -281,4 +281,4 @@ def test_settings_that_name_nothing_in_the_model_are_refused(save, values, messa
 def test_a_mixed_adapter_names_a_folder_for_each_of_its_methods(save, change):
     saved = save(Mixed(methods=(METHOD, LNTuning())))
     edit_json(saved.folder / "jaxpeft_parts.json", lambda content: content.update(change))
-    assert "must name a folder for each method in 'parts', and the methods" in saved.problems()[0]
+    assert "must have 'parts' with a folder for each method, and 'method'" in saved.problems()[0]

@@ -163,7 +163,7 @@ def test_row_12_an_adapter_is_not_saved_with_another_scaling_than_it_was_trained
 ) -> None:
     _, model, base = llama
     params = adapted(jaxpeft.LoRA(targets=("q_proj",)), base)
-    with pytest.raises(AdapterError, match=r"lora_scale is 2 in the tree, the method makes it"):
+    with pytest.raises(AdapterError, match=r"lora_scale is 2 in the tree, the method makes"):
         jaxpeft.save_adapter(
             tmp_path / "out", jaxpeft.LoRA(targets=("q_proj",), **other), params, model
         )
