@@ -39,7 +39,7 @@ class ExportArguments(Arguments):
     to: Literal["peft", "merged", "merged_quantized_reference"] | None = option(
         None, "output format"
     )
-    out: str | None = option(None, "output folder, which must be new")
+    out: str | None = option(None, "folder to write, which must be new")
     base: str | None = option(
         None, "folder or hub id of the base; by default the one recorded in the adapter"
     )

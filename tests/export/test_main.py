@@ -38,8 +38,8 @@ def adapter(reference: Callable[..., Any], tmp_path: Path) -> Path:
             (),
             (
                 "3 problems",
-                "--adapter: is not given",
-                "--to: is not given",
+                "--adapter: is required",
+                "--to: is required",
                 "--out: is required; see --help",
             ),
         ),

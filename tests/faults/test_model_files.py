@@ -155,7 +155,7 @@ def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(
         (
             r".*\.q",
             (
-                "the regular expression '.*\\\\.q' matches no whole site name",
+                "the regular expression '.*\\\\.q' matches no full site name",
                 "the model has 17 site names, such as",
             ),
         ),
@@ -170,7 +170,7 @@ def test_case_33_targets_that_match_nothing_are_refused_with_what_there_is(
 
 
 def test_case_33_modules_to_save_that_are_none_are_refused(job: Job, marks: Marks) -> None:
-    said = "config.method.modules_to_save: 'poler' names no module of the model"
+    said = "config.method.modules_to_save: 'poler' matches no module of the model"
     refused(job, marks, said, arguments=("--config.method.modules_to_save=poler",))
 
 
@@ -238,7 +238,7 @@ def test_case_34_an_adapter_without_alpha_is_refused(
         marks,
         tiny_models,
         adapter,
-        f"{adapter}/adapter_config.json: lora_alpha: is not set; take it from where",
+        f"{adapter}/adapter_config.json: lora_alpha: is not set; use the value of",
     )
 
 

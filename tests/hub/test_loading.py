@@ -261,7 +261,7 @@ def test_a_folder_without_config_or_weights_is_refused(bert, tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(
         WeightsError,
-        match=r"holds pytorch_model\.bin, a pickle, which can run code and is never read",
+        match=r"contains pytorch_model\.bin, a pickle, which can run code and is never read",
     ):
         jaxpeft.load(folder, task=SEQUENCE)
 

@@ -48,7 +48,7 @@ def plain(rows: Any) -> tuple[Any, ...]:
 def test_it_is_a_plain_reading_of_the_paper(shape: tuple[int, int]) -> None:
     rows = weights(shape)
     found, (codes, absmax, places, scales, mean) = stored(rows), plain(rows)
-    ours = np.asarray(nf4.unpacked(jnp.asarray(found["kernel_nf4"]))).reshape(-1)
+    ours = np.asarray(nf4.unpack(jnp.asarray(found["kernel_nf4"]))).reshape(-1)
     assert (ours == codes).mean() > 0.9999  # on a bound between two codes either is the nearest
     assert (found["kernel_nf4_absmax"].reshape(-1) == places).mean() > 0.999
     np.testing.assert_allclose(found["kernel_nf4_absmax_scale"], scales, rtol=1e-5)

@@ -374,6 +374,6 @@ def test_what_is_refused_in_a_file() -> None:
     assert problems == [
         "use_dora: True is not supported by the adalora method; nothing was loaded",
         "alpha_pattern: {'q': 1} is not supported by the adalora method; nothing was loaded",
-        "init_r: is not set; take it from where the adapter was trained",
-        "lora_alpha: is not set; take it from where the adapter was trained",
+        "init_r: is not set; use the value of the adapter's training",
+        "lora_alpha: is not set; use the value of the adapter's training",
     ]

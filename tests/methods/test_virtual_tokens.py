@@ -157,8 +157,8 @@ def test_a_module_that_takes_no_virtual_tokens_is_refused(method: Any) -> None:
         method, model.init(jax.random.key(0), ids)["params"], jax.random.key(0)
     )
     text = (
-        rf"Foreign.__call__ takes no input 'virtual', which the {method.name} method gives; it"
-        r" works on the models that"
+        rf"Foreign.__call__ has no argument 'virtual', which the {method.name} method passes; it"
+        r" works on the models of"
     )
     with pytest.raises(ConfigError, match=text):
         jaxpeft.apply(model, params, ids)

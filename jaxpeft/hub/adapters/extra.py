@@ -138,8 +138,8 @@ def _damage(folder: Path, name: str, wrong: list[str], recorded: Mapping[str, An
     if CONFIG in recorded and new:
         return [
             (
-                f"{folder}: another library saved this folder after {EXTRA} was written: the SHA-256 of"
-                f" {len(wrong)} tensors of {name} differs, and {CONFIG} has new fields"
+                f"{folder}: another library saved this folder after {EXTRA} was written: the"
+                f" SHA-256 of {len(wrong)} tensors of {name} differs, and {CONFIG} has new fields"
                 f" ({', '.join(new[:3])}); if that was intended, remove 'sha256' from"
                 f" {folder / EXTRA}; otherwise copy the adapter again"
             )

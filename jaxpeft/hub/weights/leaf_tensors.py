@@ -232,8 +232,8 @@ def _unfit(one: _Wanted) -> list[str]:
     if packed and len(packed) < count:
         return [
             (
-                f"quantized: {next(iter(packed))}: {count - len(packed)} of the {count} layers stacked"
-                " with it are not quantized; set scan_layers=False"
+                f"quantized: {next(iter(packed))}: {count - len(packed)} of the {count} layers"
+                " stacked with it are not quantized; set scan_layers=False"
             )
         ]
     if (

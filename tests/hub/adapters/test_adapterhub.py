@@ -342,7 +342,7 @@ def test_the_files_and_their_content(tmp_path: Path) -> None:
         ),
         (
             {"reduction_factor": None},
-            "reduction_factor: is not set; take it from where the adapter was trained",
+            "reduction_factor: is not set; use the value of the adapter's training",
         ),
         ({"non_linearity": "prelu"}, "adapter.non_linearity: must be one of"),
         (
@@ -434,7 +434,7 @@ def test_an_adapter_of_another_library_is_not_overwritten(tmp_path: Path) -> Non
     other = jaxpeft.LoRA(rank=2)
     with pytest.raises(
         AdapterError,
-        match=r"holds adapter.safetensors, an adapter of the adapters library \(AdapterHub\)",
+        match=r"contains adapter.safetensors, an adapter of the adapters library \(AdapterHub\)",
     ):
         jaxpeft.save_adapter(
             tmp_path, other, jaxpeft.rewrite(other, folder.base, jax.random.key(0)), folder.model

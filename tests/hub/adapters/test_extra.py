@@ -155,7 +155,7 @@ HOSTILE = {
     ),
     "vocab_size": ({"vocab_size": 10**299}, "vocab_size: must be a positive integer, is 1000"),
     "num_labels": ({"num_labels": True}, "num_labels: must be a positive integer, is True"),
-    "quant": ({"quant": "nf4"}, "quant: 'nf4' is not of this version of jaxpeft"),
+    "quant": ({"quant": "nf4"}, "quant: 'nf4' is not supported by this version of jaxpeft"),
     "base_sha256": ({"base_sha256": [1]}, "base_sha256: must be 64 hexadecimal digits, is [1]"),
     "sha256": (
         {"sha256": ["a"]},

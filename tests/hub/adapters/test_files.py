@@ -76,7 +76,7 @@ def test_scanned_and_unrolled_layers_share_their_adapters(save, bias):
 def test_a_stacked_bias_is_not_trained_for_some_of_its_layers(save):
     with pytest.raises(
         ConfigError,
-        match=r"key/bias is one stacked leaf, and it is to be trained in 1 of its 2 layers",
+        match=r"key/bias is one stacked leaf, but only 1 of its 2 layers are to be trained",
     ):
         save(LoRA(targets=("key",), bias="lora_only", layers_to_transform=(0,)), scan_layers=True)
 

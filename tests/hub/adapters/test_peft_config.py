@@ -216,7 +216,7 @@ def test_what_is_not_supported_is_refused(options, message):
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
 def test_rank_and_alpha_must_be_there(key):
     (problem,) = problems({k: v for k, v in MINIMUM.items() if k != key})
-    assert problem.startswith(f"{key}: is not set; take it from where the adapter was trained")
+    assert problem.startswith(f"{key}: is not set; use the value of the adapter's training")
 
 
 def test_a_setting_of_a_later_peft_is_refused_when_it_is_on():

@@ -112,8 +112,8 @@ def test_a_changed_base_is_refused(save, tmp_path):
     other = edited(saved.model.source.folder, tmp_path / "other", nudge)
     (problem,) = saved.problems(base=other)
     assert (
-        f"jaxpeft.json: the adapter was trained on another base ('{saved.model.source.name}') than"
-        f" {other}: " in problem
+        f"jaxpeft.json: the adapter was trained on another base ('{saved.model.source.name}'),"
+        f" not {other}: " in problem
     )
     assert (
         "the weights differ (base_sha256 " in problem
@@ -161,7 +161,7 @@ def test_another_number_of_labels_is_refused(save):
 def test_a_base_that_is_already_adapted_is_refused(save):
     saved = save()
     with pytest.raises(
-        ConfigError, match=r"already holds lora leaves; rewrite the base, or merge first"
+        ConfigError, match=r"already has lora leaves; rewrite the base, or merge first"
     ):
         jaxpeft.load_adapter(saved.folder, saved.model, saved.params)
 
@@ -253,7 +253,7 @@ def test_an_adapter_of_another_method_is_refused(save):
         ({"rank_pattern": {"q_proj": 3}}, r"rank_pattern: 'q_proj' matches no adapted site"),
         (
             {"modules_to_save": ["lm_head"]},
-            r"modules_to_save: 'lm_head' names no module of the model",
+            r"modules_to_save: 'lm_head' matches no module of the model",
         ),
         ({"layers_to_transform": [7]}, r"layers_to_transform: no layer 7; the model has 0 to 1"),
     ],

@@ -67,7 +67,7 @@ def test_row_1_sites_that_are_adapted_in_part_of_the_layers_are_told(
     [
         (
             {"modules_to_save": ("lm_haed",)},
-            "modules_to_save: 'lm_haed' names no module of the model",
+            "modules_to_save: 'lm_haed' matches no module of the model",
         ),
         ({"layers_to_transform": (1, 2)}, "layers_to_transform: no layer 2; the model has 0 to 1"),
         ({"rank_pattern": {"v_proj": 2}}, "rank_pattern: 'v_proj' matches no adapted site"),
@@ -189,7 +189,7 @@ def test_row_15_a_merge_says_which_base_it_was_and_how_far_it_is_off(
         report.gap,
     )
     assert report.error > 0 and report.gap > 0
-    with pytest.raises(ConfigError, match=r"a base that is not quantized .* use --to merged"):
+    with pytest.raises(ConfigError, match=r"an unquantized base .* use --to merged"):
         export(
             ExportRequest(tmp_path / "adapter", "merged_quantized_reference", tmp_path / "other")
         )

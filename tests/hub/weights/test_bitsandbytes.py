@@ -138,7 +138,7 @@ def test_without_double_quantization_the_scales_are_those_of_the_file(
     assert absmax.dtype == np.float32 and absmax.shape == (
         32 * 32 // 64,
     )  # 64 does not divide 32 inputs
-    codes = np.asarray(nf4.CODES, np.float32)[np.asarray(nf4.unpacked(leaves["kernel_nf4"]))]
+    codes = np.asarray(nf4.CODES, np.float32)[np.asarray(nf4.unpack(leaves["kernel_nf4"]))]
     np.testing.assert_array_equal(
         np.asarray(kernel).T, codes * np.repeat(absmax, 64).reshape(32, 32)
     )
@@ -275,7 +275,8 @@ def test_a_packed_embedding_of_fewer_tokens_is_refused_first(folder: Any) -> Non
         )
 
     with pytest.raises(
-        JaxpeftError, match=r"vocab_size is 99, there are 98 in model\.embed_tokens\.weight"
+        JaxpeftError,
+        match=r"vocab_size is 99, but there are only 98 in model\.embed_tokens\.weight",
     ):
         jaxpeft.load(folder(then=change), task="causal_lm")
 
@@ -295,7 +296,7 @@ def test_layers_that_differ_are_not_stacked(folder: Any) -> None:
     with pytest.raises(
         WeightsError,
         match=(
-            r"quantized: model\.layers\.0\.mlp\.up_proj\.weight is, and 1 of the 2 layers .*"
+            r"quantized: model\.layers\.0\.mlp\.up_proj\.weight: 1 of the 2 layers .*"
             r" scan_layers=False"
         ),
     ):
@@ -330,7 +331,7 @@ def test_what_contradicts_the_files_is_refused(folder: Any, reference: Any, tmp_
     path = folder()
     with pytest.raises(
         ConfigError,
-        match=r"quant: is 'int8', and .* is already quantized, as 'nf4'; omit quant",
+        match=r"quant: is 'int8', but .* is already quantized, as 'nf4'; omit quant",
     ):
         jaxpeft.load(path, task="causal_lm", quant="int8")
     with pytest.raises(ConfigError, match="is already quantized"):
@@ -375,7 +376,7 @@ def test_an_adapter_is_trained_saved_and_merged(
         np.testing.assert_allclose(run(plain, merged), wanted, rtol=1e-4, atol=1e-4)
     assert "is not rounded" not in caplog.text
     export(ExportRequest(tmp_path / "adapter", "peft", tmp_path / "peft"))
-    with pytest.raises(ConfigError, match="merge into the base that is not quantized"):
+    with pytest.raises(ConfigError, match="merge into the unquantized base"):
         jaxpeft.merge(method, params)
 
 
