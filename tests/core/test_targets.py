@@ -164,7 +164,7 @@ def test_every_wrong_option_is_told_at_once() -> None:
     ):
         assert field in text
     with pytest.raises(
-        ConfigError, match="layers_to_transform: cannot go with a regular expression"
+        ConfigError, match="layers_to_transform: cannot be used with a regular expression"
     ):
         LoRA(targets=".*q_proj", layers_to_transform=(0,))
 

@@ -166,18 +166,18 @@ ARGUMENTS = [
     ({"task": None}, r"task: must be one of .*, is None"),
     (
         {"task": "causal_lm"},
-        r"task: 'causal_lm' is not one of a bert model \(it has sequence_classification, ",
+        r"task: 'causal_lm' is not supported by a bert model \(it has sequence_classification, ",
     ),
     ({"num_labels": 0}, r"num_labels: must be at least 1, is 0"),
     ({"num_labels": -3}, r"num_labels: must be at least 1, is -3"),
     ({"num_labels": True}, r"num_labels: must be at least 1, is True"),
     (
         {"pooling": "last"},
-        r"pooling: 'last' is not one of a bert model \(it has pooler, cls, mean\)",
+        r"pooling: 'last' is not supported by a bert model \(it has pooler, cls, mean\)",
     ),
     (
         {"task": "encoder", "pooling": "cls"},
-        r"pooling: goes with task 'sequence_classification' only, task is 'encoder'",
+        r"pooling: needs task 'sequence_classification', but task is 'encoder'",
     ),
     (
         {"remat": "some"},
@@ -221,7 +221,7 @@ def test_wrong_arguments_and_switches_are_listed_together(bert, tmp_path):
         (
             lambda c: c.update(model_type="bort"),
             (
-                r"model_type 'bort' is not supported \(supported: llama, .*\); give a model of one"
+                r"model_type 'bort' is not supported \(supported: llama, .*\); use a model of one"
                 r" of these$"
             ),
         ),
@@ -232,7 +232,7 @@ def test_wrong_arguments_and_switches_are_listed_together(bert, tmp_path):
         (lambda c: c.update(model_type=["bert"]), r"model_type \['bert'\] is not supported"),
         (
             lambda c: c.update(vocab_size="99"),
-            r"vocab_size: must be a whole number of at least 1, is '99'",
+            r"vocab_size: must be an integer of at least 1, is '99'",
         ),
         (
             lambda c: c.update(quantization_config={"bits": 4}),

@@ -82,7 +82,7 @@ def test_more_frequencies_than_there_are_are_refused() -> None:
     _, base = load("llama")
     with pytest.raises(
         ConfigError,
-        match=r"fourierft.frequencies: 2000 is more than the 1024 that the kernel of model\.layers",
+        match=r"fourierft.frequencies: 2000 is more than the 1024 of the kernel of model\.layers",
     ):
         jaxpeft.rewrite(
             jaxpeft.FourierFT(frequencies=2000, targets=("q_proj",)), base, jax.random.key(0)

@@ -70,7 +70,7 @@ def test_places_that_the_kernel_has_not_are_refused(
     edited(tmp_path, change)
     with pytest.raises(
         AdapterError,
-        match=r"layers\.1\.mlp\.down_proj\.shira_indices: names places that the kernel, 32 outputs",
+        match=r"layers\.1\.mlp\.down_proj\.shira_indices: has indices outside of the kernel, 32 outputs",
     ):
         jaxpeft.load_adapter(tmp_path, model, base)
 

@@ -42,7 +42,7 @@ def test_a_file_without_logits_is_refused(tmp_path: Path) -> None:
     edit_json(
         tmp_path / "adapter_config.json", lambda config: config.update(save_only_topk_weights=True)
     )
-    with pytest.raises(AdapterError, match="save_only_topk_weights: the file holds no logits"):
+    with pytest.raises(AdapterError, match="save_only_topk_weights: the file has no logits"):
         jaxpeft.load_adapter(tmp_path, model, base)
 
 

@@ -101,7 +101,7 @@ def test_an_encoder_packs_texts_behind_a_past_and_not_behind_a_prompt() -> None:
     np.testing.assert_allclose(together, np.concatenate(alone), atol=2e-5)
     with pytest.raises(
         DataError,
-        match="segment_ids: a prompt sees all tokens of a row, so a row can hold one text",
+        match="segment_ids: a prompt attends to all tokens of a row, so rows cannot be packed",
     ):
         jaxpeft.apply(model, adapted(METHODS["prompt"], base), ids, segment_ids=segments)
 
@@ -189,7 +189,7 @@ def test_rows_that_leave_no_place_for_the_virtual_tokens_are_refused() -> None:
     params = jaxpeft.rewrite(METHODS["prompt"], base, jax.random.key(0))
     with pytest.raises(
         DataError,
-        match="a row has 36 tokens behind 5 virtual ones and the bert model reads at most 40",
+        match="a row has 36 tokens and 5 virtual ones, but the bert model supports at most 40",
     ):
         jaxpeft.apply(model, params, np.full((1, 36), 5))
 

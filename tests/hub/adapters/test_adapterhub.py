@@ -326,11 +326,11 @@ def test_the_files_and_their_content(tmp_path: Path) -> None:
         ({"something_new": 3}, "something_new: 3 is not supported"),
         (
             {"original_ln_after": False},
-            "original_ln_after False, residual_before_ln True: together none of the placements",
+            "original_ln_after False, residual_before_ln True: does not match a placement",
         ),
         (
             {"residual_before_ln": "post_add"},
-            "residual_before_ln 'post_add': together none of the placements",
+            "residual_before_ln 'post_add': does not match a placement",
         ),
         (
             {"mh_adapter": False, "output_adapter": False},
@@ -563,6 +563,6 @@ def test_sites_that_the_library_does_not_adapt_cannot_be_saved(tmp_path: Path) -
             ),
         )
     with pytest.raises(
-        ConfigError, match="modules_to_save: files of the adapters library have no place"
+        ConfigError, match="modules_to_save: files of the adapters library cannot store"
     ):
         jaxpeft.Adapter(modules_to_save=("pooler",))

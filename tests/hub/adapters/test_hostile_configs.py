@@ -42,12 +42,12 @@ SIZES = {
     "too many layers": (
         "bert",
         {"num_hidden_layers": 10**9},
-        r"num_hidden_layers: must be a whole number of at most 10000, is 1000000000",
+        r"num_hidden_layers: must be an integer of at most 10000, is 1000000000",
     ),
     "positions": (
         "roberta",
         {"max_position_embeddings": 10**9},
-        r"max_position_embeddings: must be a whole number of at most \d+, is 10",
+        r"max_position_embeddings: must be an integer of at most \d+, is 10",
     ),
     "positions in the file": (
         "bert",

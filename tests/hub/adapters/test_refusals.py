@@ -229,11 +229,11 @@ def test_unsupported_settings_are_listed_at_once_and_nothing_is_loaded(save):
     ]
     starts = [
         "lora.rank: must be at least 1, is 0",
-        "init_lora_weights: 'pissa_niter_4' changed the base when training",
+        "init_lora_weights: 'pissa_niter_4' changed the base at initialization",
     ]
     starts += [
         "use_qalora: True is not supported",
-        "trainable_token_indices: must be ids of tokens",
+        "trainable_token_indices: must be token ids",
     ]
     assert len(found) == len(starts)
     for start in starts:

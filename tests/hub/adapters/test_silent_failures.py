@@ -241,7 +241,7 @@ def test_row_18_a_start_in_the_base_leaves_the_base_alone_and_is_saved_as_a_plai
         )
         with pytest.raises(
             AdapterError,
-            match=r"changed the base when training began; save it converted to plain LoRA",
+            match=r"changed the base at initialization; save the adapter converted to plain LoRA",
         ):
             jaxpeft.load_adapter(tmp_path / start, model, base)
 

@@ -318,7 +318,7 @@ def test_layers_that_differ_are_not_stacked(folder: Any) -> None:
                 " quant='nf4'"
             ),
         ),
-        ({"load_in_4bit": False}, "of bitsandbytes load_in_4bit alone is supported"),
+        ({"load_in_4bit": False}, "only load_in_4bit of bitsandbytes is supported"),
         ({"quant_method": "gptq"}, "is not supported: load the unquantized model"),
     ],
 )
