@@ -323,7 +323,7 @@ def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) ->
     [
         (
             jaxpeft.LoRA(rank=2, targets=LORA.targets),
-            r"^model/layers/0/self_attn/q_proj/lora_a: has shape \[32, 4\], and lora .* \[32, 2\]",
+            r"^model/layers/0/self_attn/q_proj/lora_a: has shape \[32, 4\], but lora .* \[32, 2\]",
         ),
         (
             jaxpeft.LoRA(rank=8, targets=LORA.targets),
@@ -342,8 +342,8 @@ def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) ->
             r"lora_dropout: is missing, but lora with these options has it",
         ),
         (jaxpeft.LoRA(rank=4, targets=["query"]), "targets: 'query' matches no site"),
-        (jaxpeft.DoRA(rank=4, targets=LORA.targets), "no module holds dora leaves"),
-        (jaxpeft.IA3(), "no module holds ia3 leaves"),
+        (jaxpeft.DoRA(rank=4, targets=LORA.targets), "no module has dora leaves"),
+        (jaxpeft.IA3(), "no module has ia3 leaves"),
     ],
 )
 @pytest.mark.parametrize("scanned", [False, True])

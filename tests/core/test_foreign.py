@@ -221,7 +221,7 @@ def test_what_no_method_adapts_is_named() -> None:
     for target, kind in (("own", "Own"), ("grouped", "Conv")):
         with pytest.raises(
             TargetError,
-            match=f"'{target}' names {target}, which is a {kind} site; lora adapts linear and emb",
+            match=f"'{target}' matches {target}, which is a {kind} site; lora adapts linear and emb",
         ):
             jaxpeft.rewrite(jaxpeft.LoRA(targets=(target,)), base, jax.random.key(0), sites=sites)
     unseen = jaxpeft.rewrite(jaxpeft.LoRA(targets=("own",)), base, jax.random.key(0))
@@ -487,7 +487,7 @@ def test_a_module_that_no_method_knows_is_an_error_beside_one_that_is_adapted(ta
     base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     with pytest.raises(
-        TargetError, match=r"names b\.proj, which is a ConvTranspose site; lora adapts"
+        TargetError, match=r"matches b\.proj, which is a ConvTranspose site; lora adapts"
     ):
         jaxpeft.rewrite(jaxpeft.LoRA(targets=targets), base, jax.random.key(0), sites=sites)
     params = jaxpeft.rewrite(

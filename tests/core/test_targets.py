@@ -112,7 +112,7 @@ def test_the_sites_are_those_that_peft_adapts(
         ({"targets": ("q_proj",), "exclude": ("q_proj",)}, r"match no site"),
         ({"rank_pattern": {"q_prj": 2}}, r"rank_pattern: 'q_prj' matches no adapted site"),
         ({"alpha_pattern": {"zz": 2.0}}, r"alpha_pattern: 'zz' matches no adapted site"),
-        ({"modules_to_save": ("embed",)}, r"modules_to_save: 'embed' names no module"),
+        ({"modules_to_save": ("embed",)}, r"modules_to_save: 'embed' matches no module"),
     ],
 )
 def test_what_matches_nothing_is_refused_with_the_nearest_names(

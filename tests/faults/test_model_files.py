@@ -405,7 +405,7 @@ def test_case_40_a_catastrophic_expression_is_refused_in_time(job: Job, marks: M
     began = time.process_time()
     said = (
         "config.method.targets: the regular expression '(.|..|...)*[^\\\\w.]' takes more than 2 s"
-        " on the names"
+        " to match the model's module names"
     )
     refused(job, marks, said, arguments=(r"--config.method.targets=(.|..|...)*[^\w.]",))
     assert time.process_time() - began < SECONDS

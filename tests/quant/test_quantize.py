@@ -128,7 +128,8 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
     with pytest.raises(TargetError, match="'no_proj'"):
         jaxpeft.quantize(base, jaxpeft.Quant("int4", targets=("no_proj",)))
     with pytest.raises(
-        ConfigError, match=r"1 of the 2 stacked layers of model\.layers\.0\.mlp\.up_proj are named"
+        ConfigError,
+        match=r"1 of the 2 stacked layers of model\.layers\.0\.mlp\.up_proj are selected",
     ):
         jaxpeft.quantize(stacked, jaxpeft.Quant("int4", targets=("0.mlp.up_proj",)))
     odd = {"layers": {"0": {"proj": {"kernel": jnp.zeros((3, 4))}}}}

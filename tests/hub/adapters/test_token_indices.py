@@ -167,8 +167,8 @@ def test_two_methods_that_peft_has_no_one_folder_for_have_one_each(
         (
             "5",
             (
-                "trainable_token_indices: must be token ids, or those by the name of a module,"
-                " is '5'"
+                "trainable_token_indices: must be token ids, or a mapping from module"
+                " names to token ids, is '5'"
             ),
         ),
         ([1.5], "trainable_token_indices: must be token ids"),
