@@ -91,6 +91,6 @@ def test_a_rank_that_asks_for_more_than_the_kernel_has_is_refused() -> None:
     _, base = load("llama")
     with pytest.raises(
         ConfigError,
-        match=r"shira.rank: 32 asks for 2048 entries of the kernel of .*, which has 1024",
+        match=r"shira.rank: 32 needs 2048 entries of the kernel of .*, which has 1024",
     ):
         jaxpeft.rewrite(jaxpeft.SHiRA(targets=("q_proj",)), base, jax.random.key(0))
